@@ -1,0 +1,46 @@
+# `make bench` and `make test` each work as the first command on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help bench test check lint types overhead format clean
+
+help:
+	@echo "make bench     train two nets on digits, compare the strategies, draw the picture"
+	@echo "make test      every test, every doctest, and the README's code"
+	@echo "make check     lint and types"
+	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
+	@echo "make format    let ruff format the code"
+
+# One stamp: the environment is made anew when what it installs changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks $(ARGS)
+
+overhead: $(VENV)/.installed
+	$(BIN)/python -m benchmarks overhead
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,24 @@
+"""jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch."""
+
+from jacfunc._batching import vmap
+from jacfunc._modules import module_jacobian
+from jacfunc._products import jvp, vjp
+from jacfunc._transforms import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+
+__all__ = [
+    "Forward",
+    "Looped",
+    "Reverse",
+    "Strategy",
+    "hessian",
+    "jacfwd",
+    "jacobian",
+    "jacrev",
+    "jvp",
+    "module_jacobian",
+    "value_and_jacobian",
+    "vjp",
+    "vmap",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,41 @@
+"""The standard basis of a tuple of leaves, a chunk at a time: a full ``eye(M)`` is M² numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from jacfunc._types import Leaves
+
+
+def numel(leaves: Leaves) -> int:
+    """Entries of all leaves together: one dimension of the Jacobian as a matrix."""
+    return sum(leaf.numel() for leaf in leaves)
+
+
+def basis(leaves: Leaves, chunk_size: int | None = None) -> Iterator[Leaves]:
+    """Seeds e_0, e_1, … of the concatenated leaves in chunks of K: Leaves of ``[K, *shape]``.
+
+    Leaves without an entry have one chunk, of no seeds.
+    """
+    total = numel(leaves)
+    step = chunk_size or max(total, 1)
+    for start in range(0, max(total, 1), step):
+        yield _unit_seeds(leaves, start, min(start + step, total))
+
+
+def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
+    """Seeds number start to stop; each is one in a single entry of a single leaf."""
+    seeds, first = [], start
+    for leaf in leaves:  # `first`: the leaf's entry that seed number start stands for
+        shape = (stop - start, leaf.numel())
+        if first == 0:
+            seed = torch.eye(*shape, dtype=leaf.dtype, device=leaf.device)
+        else:
+            seed = torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
+            if -shape[0] < first < shape[1]:
+                seed.diagonal(first).fill_(1)
+        seeds.append(seed.view(shape[:1] + leaf.shape))
+        first -= shape[1]
+    return tuple(seeds)

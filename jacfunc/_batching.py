@@ -1,0 +1,121 @@
+"""The door to batches: torch's vmap, on optree's trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._check import check_chunk_size, is_tensor
+from jacfunc._tree import Split, broadcast_prefix, flatten, unflatten
+from jacfunc._types import Tree
+from jacfunc.strategies._forward import Randomness
+
+
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Tree = 0,
+    out_dims: Tree = 0,
+    randomness: Randomness = "error",
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Maps ``func`` over a batch dimension: :func:`torch.vmap` on every tree that jacfunc knows.
+
+    ``vmap(f)(x)[b] = f(x[b])``; ``vmap(jacrev(f))`` gives Jacobians ``[B, *out, *in]``.
+
+    Args:
+        func: takes trees, returns a tree of tensors.
+        in_dims: the mapped dimension of each argument: an int, None (not mapped), or a tuple with
+            a prefix tree an argument. Leaves that are not tensors are never mapped.
+        out_dims: where the batch dimension of each output goes: an int or a prefix tree.
+        randomness: ``"error"``, ``"same"`` or ``"different"`` random numbers along the batch.
+        chunk_size: samples at once; None maps all.
+
+    Returns:
+        A function of the same arguments, whose output leaves are ``[B, *out]``. Keyword arguments
+        are mapped over dimension 0, as in torch.
+
+    Raises:
+        TypeError, ValueError: dimensions that do not fit.
+
+    Cost:
+        One vectorized evaluation a chunk.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.vmap(jacfunc.jacrev(torch.sin))(torch.zeros(2, 1))
+        tensor([[[1.]],
+        <BLANKLINE>
+                [[1.]]])
+    """
+    check_chunk_size("vmap", chunk_size)
+
+    @wraps(func, updated=())
+    def mapped(*args: Tree, **kwargs: Any) -> Any:
+        split = Split.of((args, kwargs), is_tensor)
+        dims = _leaf_dims(in_dims, args, kwargs)
+        structure: list[Any] = []
+
+        def on_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
+            inner_args, inner_kwargs = split.merge(leaves)
+            outputs, spec = flatten(func(*inner_args, **inner_kwargs))
+            _check_all_tensors(outputs)
+            structure[:] = [spec]
+            return tuple(outputs)
+
+        sweep = torch.vmap(
+            on_leaves,
+            in_dims=tuple(dim for dim, yes in zip(dims, split.is_chosen, strict=True) if yes),
+            out_dims=0,
+            randomness=randomness,
+            chunk_size=chunk_size,
+        )
+        outputs = sweep(*split.leaves)
+        tree = unflatten(structure[0], outputs)
+        targets = broadcast_prefix(out_dims, tree)
+        moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
+        return unflatten(structure[0], moved)
+
+    return mapped
+
+
+def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The mapped dimension of every leaf of ``(args, kwargs)``, left to right."""
+    if not isinstance(in_dims, int | tuple | list):
+        raise TypeError(
+            f"vmap: in_dims must be an int or a tuple with an entry per argument, got {in_dims!r}. "
+            "Write (0, None) to map the first of two arguments."
+        )
+    per_argument = (in_dims,) * len(args) if isinstance(in_dims, int) else tuple(in_dims)
+    if len(per_argument) != len(args):
+        raise ValueError(
+            f"vmap: in_dims must have one entry for each of the {len(args)} arguments, "
+            f"got {len(per_argument)}. Use None for an argument that is not mapped."
+        )
+    dims: list[Any] = []
+    for prefix, arg in zip(per_argument, args, strict=True):
+        dims.extend(broadcast_prefix(prefix, arg))
+    return dims + broadcast_prefix(0, kwargs)
+
+
+def _check_all_tensors(outputs: list[Any]) -> None:
+    for out in outputs:
+        if not is_tensor(out):
+            raise TypeError(
+                f"vmap: func must return tensors, got {type(out).__name__}. "
+                "Return torch.as_tensor(...) of it, or leave it out."
+            )
+
+
+def _move(out: Tensor, dim: Any) -> Tensor:
+    """The batch dimension from the front to where it is wanted."""
+    if not isinstance(dim, int) or not -out.dim() <= dim < out.dim():
+        raise ValueError(
+            f"vmap: out_dims must be dimensions of the outputs, got {dim!r} for an output of "
+            f"shape {tuple(out.shape)}. Give an int, or a prefix tree of ints."
+        )
+    return out.movedim(0, dim)

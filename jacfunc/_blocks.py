@@ -1,0 +1,80 @@
+"""Chunks of rows or columns ⇄ blocks: where the products of a sweep become the Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from jacfunc._types import Blocks, Leaves
+
+
+def stack(chunks: Iterable[Leaves], total: int) -> Leaves:
+    """Chunks ``[K, *shape]`` written into one ``[total, *shape]`` tensor a leaf.
+
+    A sweep of one chunk is the result itself. Products that carry a graph are concatenated: the
+    backward of writing into a slice copies the whole result once a chunk.
+    """
+    iterator = iter(chunks)
+    first = next(iterator)
+    if not first or first[0].shape[0] == total:
+        return tuple(_owned(product) for product in first)
+    if any(product.requires_grad for product in first):
+        return tuple(torch.cat(pieces) for pieces in zip(first, *iterator, strict=True))
+    results = tuple(product.new_empty((total, *product.shape[1:])) for product in first)
+    filled = _write(results, first, 0)
+    del first
+    for products in iterator:
+        filled = _write(results, products, filled)
+        del products  # or it would stay beside the next chunk
+    return results
+
+
+def rows_to_blocks(rows: Leaves, outputs: Leaves, primals: Leaves) -> Blocks:
+    """Rows ``[M, *in_j]``, one a leaf of the input, cut into ``[*out_i, *in_j]``."""
+    by_input = [_cut(row, outputs) for row in rows]
+    return tuple(
+        tuple(_block(by_input[j][i], out, primal) for j, primal in enumerate(primals))
+        for i, out in enumerate(outputs)
+    )
+
+
+def columns_to_blocks(columns: Leaves, outputs: Leaves, primals: Leaves) -> Blocks:
+    """Columns ``[N, *out_i]``, one a leaf of the output, cut and turned to ``[*out_i, *in_j]``."""
+    by_output = [_cut(column, primals) for column in columns]
+    return tuple(
+        tuple(
+            _block(by_output[i][j].movedim(0, out.dim()), out, primal)
+            for j, primal in enumerate(primals)
+        )
+        for i, out in enumerate(outputs)
+    )
+
+
+def _cut(products: Tensor, leaves: Leaves) -> Sequence[Tensor]:
+    """Products of all seeds, cut into those of each leaf's seeds."""
+    if len(leaves) == 1:
+        return (products,)
+    return products.split_with_sizes([leaf.numel() for leaf in leaves])
+
+
+def _block(products: Tensor, out: Tensor, primal: Tensor) -> Tensor:
+    """One block ``[*out, *in]``, in the dtype that it has whichever side its products came from."""
+    block = products.view(out.shape + primal.shape)
+    if out.dtype == primal.dtype == block.dtype:
+        return block
+    return block.to(torch.promote_types(out.dtype, primal.dtype))
+
+
+def _owned(product: Tensor) -> Tensor:
+    """The product in its own memory: autograd hands out expanded views, which can't be written."""
+    return product.clone() if 0 in product.stride() else product
+
+
+def _write(results: Leaves, products: Leaves, start: int) -> int:
+    """Put a chunk in its place; where the next one goes."""
+    stop = start + products[0].shape[0]
+    for result, product in zip(results, products, strict=True):
+        result[start:stop] = product
+    return stop

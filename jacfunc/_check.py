@@ -1,0 +1,143 @@
+"""Every argument check and message: ``{api}: {what must hold}, got {what came}. {What to do}.``"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from jacfunc._types import Argnums
+
+
+class Refused(NotImplementedError):  # noqa: N818 (a refusal is no error while another strategy is left)
+    """Torch could not, or must not, carry out a sweep: another strategy may."""
+
+
+def is_tensor(leaf: object) -> bool:
+    """Everything else rides along as it is."""
+    return isinstance(leaf, torch.Tensor)
+
+
+def is_differentiable(leaf: object) -> bool:
+    """Floating and complex tensors carry derivatives; every other leaf is a constant."""
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def wrap_argnums(api: str, argnums: Argnums, num_args: int) -> tuple[int, ...]:
+    """Argnums as positions in ``range(num_args)``: negatives wrapped, repeats refused."""
+    if isinstance(argnums, int) and -num_args <= argnums < num_args:
+        return (argnums % num_args,)
+    wanted = (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(wanted, tuple) or not all(isinstance(n, int) for n in wanted):
+        raise TypeError(
+            f"{api}: argnums must be an int or a tuple of ints, got {argnums!r}. "
+            "Name positional arguments by their position."
+        )
+    if not wanted:
+        raise ValueError(
+            f"{api}: argnums must name at least one argument, got (). Pass an int or a tuple."
+        )
+    for n in wanted:
+        if not -num_args <= n < num_args:
+            raise ValueError(
+                f"{api}: argnums must be positions among the {num_args} positional arguments, "
+                f"got {n}. Pass the argument by position, or choose another argnums."
+            )
+    wrapped = tuple(n % num_args for n in wanted)
+    if len(set(wrapped)) != len(wrapped):
+        raise ValueError(
+            f"{api}: argnums must be unique, got {argnums!r}. Name each argument once; "
+            "a negative number counts from the end."
+        )
+    return wrapped
+
+
+def check_chunk_size(api: str, chunk_size: object) -> None:
+    """A chunk is a positive number of seeds, or None for all at once."""
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        raise TypeError(
+            f"{api}: chunk_size must be an int or None, got {type(chunk_size).__name__}. "
+            "It counts the seeds that are swept at once."
+        )
+    if chunk_size < 1:
+        raise ValueError(
+            f"{api}: chunk_size must be at least 1, got {chunk_size}. Pass None to sweep all."
+        )
+
+
+def check_inputs(api: str, argnum: int, leaves: Sequence[Any], paths: Sequence[str]) -> None:
+    """An argument with leaves must hold something real to differentiate."""
+    for leaf, path in zip(leaves, paths, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.is_complex():
+            raise NotImplementedError(
+                f"{api}: inputs must be real, got {leaf.dtype} at {path}. Differentiate "
+                "`lambda z: f(torch.view_as_complex(z))` at `torch.view_as_real(z)` instead."
+            )
+    if leaves and not any(is_differentiable(leaf) for leaf in leaves):
+        kinds = ", ".join(sorted({_kind(leaf) for leaf in leaves}))
+        raise TypeError(
+            f"{api}: argument {argnum} must hold at least one floating point tensor to "
+            f"differentiate, got {kinds}. Convert it with "
+            "torch.as_tensor(..., dtype=torch.float64), or choose another argnums."
+        )
+
+
+def check_outputs(api: str, leaves: Sequence[Any], paths: Sequence[str]) -> None:
+    """What is differentiated must be tensors, at least one of them floating, none complex."""
+    for leaf, path in zip(leaves, paths, strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(
+                f"{api}: func must return tensors, got {_kind(leaf)} at {path}. "
+                "Return anything else beside them with has_aux=True."
+            )
+        if leaf.is_complex():
+            raise NotImplementedError(
+                f"{api}: outputs must be real, got {leaf.dtype} at {path}. "
+                "Return torch.view_as_real(...) of it instead."
+            )
+    if leaves and not any(is_differentiable(leaf) for leaf in leaves):
+        kinds = ", ".join(sorted({_kind(leaf) for leaf in leaves}))
+        raise TypeError(
+            f"{api}: func must return at least one floating point tensor, got {kinds}. "
+            "Integers and booleans have no derivative."
+        )
+
+
+def check_aux_pair(api: str, returned: object) -> tuple[Any, Any]:
+    """With ``has_aux=True`` the function returns exactly ``(output, aux)``."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        came = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else _kind(returned)
+        raise TypeError(
+            f"{api}: with has_aux=True func must return (output, aux), got {came}. "
+            "Pack everything that is not differentiated into one aux."
+        )
+    return returned
+
+
+def check_like(api: str, name: str, given: Sequence[Any], wanted: Sequence[torch.Tensor]) -> None:
+    """Tangents match primals, and cotangents outputs, leaf by leaf in shape and dtype."""
+    if len(given) != len(wanted):
+        raise ValueError(
+            f"{api}: {name} must have {len(wanted)} tensor leaves, got {len(given)}. "
+            f"Give {name} the same structure as what they belong to."
+        )
+    for position, (came, like) in enumerate(zip(given, wanted, strict=True)):
+        if not isinstance(came, torch.Tensor) or came.shape != like.shape:
+            raise ValueError(
+                f"{api}: {name} must match in shape, leaf {position} being {tuple(like.shape)}, "
+                f"got {tuple(came.shape) if isinstance(came, torch.Tensor) else _kind(came)}. "
+                f"Reshape or expand it."
+            )
+        if came.dtype != like.dtype:
+            raise TypeError(
+                f"{api}: {name} must match in dtype, leaf {position} being {like.dtype}, "
+                f"got {came.dtype}. Convert it with .to({like.dtype})."
+            )
+
+
+def _kind(leaf: object) -> str:
+    """A leaf in words: the dtype of a tensor, the type of anything else."""
+    return str(leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__

@@ -1,0 +1,75 @@
+"""Counts the memory that tensors take: what a forecast and a benchmark both measure."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class PeakBytes(TorchDispatchMode):
+    """Peak bytes of the tensors made inside the ``with`` block, above what lived before.
+
+    It sees every operation below autograd and the functorch transforms, so backward passes and
+    vmapped calls count by their physical tensors. A storage counts once, however many views it
+    has, from the operation that makes it until it is freed. Scratch memory that a kernel takes
+    and gives back on its own is not seen.
+
+    Example:
+        >>> import torch
+        >>> from jacfunc._counting import PeakBytes
+        >>> with PeakBytes() as counter:
+        ...     a = torch.empty(1000)
+        ...     del a
+        ...     b = torch.empty(500)
+        >>> counter.peak, counter.live
+        (4000, 2000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = {**(kwargs or {})}
+        outputs = func(*args, **given)
+        before = {storage._cdata for storage in _storages((*args, *given.values()))}
+        for storage in _storages((outputs,)):
+            # a view or an in-place result of a tensor from outside takes nothing new
+            if storage._cdata in self._sizes or storage._cdata not in before:
+                self._count(storage)
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        """Add a storage, or what it has grown by since it was added."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._sizes:
+            weakref.finalize(storage, self._forget, key).atexit = False
+        self.live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    """Storages of the dense tensors among arguments or results, which nest one list deep."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _storages(value)
+        # other layouts have no storage of their own: their parts are counted where they are made
+        elif isinstance(value, Tensor) and value.layout == torch.strided:
+            yield value.untyped_storage()

@@ -1,0 +1,190 @@
+"""f at a point, linearized: the only user of torch.func.jvp, torch.func.vjp and of backward passes.
+
+Two engines pull back. Plain autograd keeps one graph and sweeps it with vmap: half the time of
+torch.func at small sizes, and wider coverage. Inside another functorch transform only
+torch.func.vjp can; :func:`linearize` is the one place that chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._check import Refused
+from jacfunc._faults import ForwardGuard, can_be_batched
+from jacfunc._functorch import inside_transform, is_differentiated, run_backward, sweep_batch
+from jacfunc._types import LeafFunction, Leaves
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The outputs at a point, and the map that takes their cotangents to those of the primals."""
+
+    outputs: Leaves
+    extras: Leaves
+    pull: Callable[[Leaves], Leaves]
+    batchable: bool
+
+    def pull_batch(self, cotangents: Leaves) -> Leaves:
+        """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right."""
+        if not self.batchable:
+            return one_by_one(self.pull, cotangents)
+        try:
+            products, _ = sweep_batch(self._pull_alone, cotangents)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise Refused(
+                "the backward pass could not be batched; sweep it row by row with strategy=Looped()"
+            ) from error
+        return products
+
+    def _pull_alone(self, cotangents: Leaves) -> tuple[Leaves, Leaves]:
+        return self.pull(cotangents), ()
+
+
+def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
+    """K seeds ``[K, *shape]`` swept one after the other, without vmap."""
+    products = [sweep(tuple(seed[k] for seed in seeds)) for k in range(seeds[0].shape[0])]
+    return tuple(torch.stack(leaf) for leaf in zip(*products, strict=True))
+
+
+def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
+    """Evaluate once and keep what a pullback needs."""
+    if inside_transform() or torch.compiler.is_compiling():
+        return _linearize_in_functorch(func, primals)
+    return _linearize_on_graph(func, primals)
+
+
+def pushforward(
+    func: LeafFunction, primals: Leaves, tangents: Leaves
+) -> tuple[Leaves, Leaves, Leaves]:
+    """``(outputs, products, extras)``: evaluate with a tangent riding along."""
+    copies = tuple(primal.clone() for primal in primals)
+    guard = nullcontext() if torch.compiler.is_compiling() else ForwardGuard()
+    try:
+        with guard:
+            pushed: Any = torch.func.jvp(func, copies, tangents, has_aux=True)
+    except Refused:
+        raise
+    except RuntimeError as error:
+        if _is_refusal_of_torch(error):
+            raise Refused("torch has no forward mode for it; use strategy=Reverse()") from error
+        raise
+    outputs, products, extras = pushed
+    return outputs, products, extras
+
+
+def pushforward_batch(
+    func: LeafFunction, primals: Leaves, tangents: Leaves, randomness: str
+) -> tuple[Leaves, Leaves, Leaves]:
+    """K tangents at once, ``[K, *in]`` → products ``[K, *out]``; outputs and extras as they are."""
+
+    num_outputs = 0
+
+    def push(seeds: Leaves) -> tuple[Leaves, Leaves]:
+        nonlocal num_outputs
+        outputs, products, extras = pushforward(func, primals, seeds)
+        num_outputs = len(outputs)
+        return products, (*outputs, *extras)
+
+    products, rest = sweep_batch(push, tangents, randomness)
+    return rest[:num_outputs], products, rest[num_outputs:]
+
+
+def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
+    wanted = torch.is_grad_enabled()
+    with _recording():
+        anchors = tuple(_anchor(primal, wanted) for primal in primals)
+        # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
+        outputs, extras = func(*(anchor.clone() for anchor in anchors))
+    nodes, reaches_outside = _survey((*outputs, *extras), anchors)
+    differentiated = wanted and (reaches_outside or any(p.requires_grad for p in primals))
+    live = [i for i, out in enumerate(outputs) if out.requires_grad] if anchors else []
+    targets = tuple(outputs[i] for i in live)
+
+    def pull(cotangents: Leaves) -> Leaves:
+        if not live:
+            return tuple(torch.zeros_like(anchor, requires_grad=False) for anchor in anchors)
+        products = run_backward(
+            targets, anchors, tuple(cotangents[i] for i in live), differentiated
+        )
+        return tuple(
+            torch.zeros_like(anchor, requires_grad=False) if product is None else product
+            for product, anchor in zip(products, anchors, strict=True)
+        )
+
+    def released(leaves: Leaves) -> Leaves:
+        return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
+
+    batchable = can_be_batched(nodes, differentiated)
+    return Linearization(released(outputs), released(extras), pull, batchable)
+
+
+def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:
+    found: dict[str, Any] = {"differentiated": True, "batchable": True}
+
+    def watched(*inner: Tensor) -> tuple[Leaves, Leaves]:
+        outputs, extras = func(*(primal.clone() for primal in inner))
+        if not torch.compiler.is_compiling():
+            found["differentiated"] = any(is_differentiated(out) for out in outputs)
+            nodes, _ = _survey(outputs, inner)
+            found["batchable"] = can_be_batched(nodes, found["differentiated"])
+        return outputs, extras
+
+    linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
+    outputs, vjp, extras = linearized
+
+    def pull(cotangents: Leaves) -> Leaves:
+        # without an outer derivative torch may take its faster, fused backward formulas
+        with torch.set_grad_enabled(torch.is_grad_enabled() and found["differentiated"]):
+            products: Leaves = vjp(cotangents)
+        return products
+
+    return Linearization(outputs, extras, pull, found["batchable"])
+
+
+def _recording() -> AbstractContextManager[Any]:
+    """Autograd on, whatever the caller's mode."""
+    if not torch.is_inference_mode_enabled():
+        return torch.enable_grad()
+    return torch.inference_mode(False)
+
+
+def _anchor(primal: Tensor, wanted: bool) -> Tensor:
+    """What a graph is differentiated by: an alias that nothing outside this call depends on."""
+    if wanted and primal.requires_grad:
+        return primal.view_as(primal)
+    own = primal.clone() if primal.is_inference() else primal.detach()
+    return own.requires_grad_()
+
+
+def _survey(tensors: Leaves, anchors: Leaves) -> tuple[set[str], bool]:
+    """Names of the autograd nodes down to the anchors; does a path lead to a leaf beside them?"""
+    seen: set[Any] = {None, *[anchor.grad_fn for anchor in anchors]}
+    names, ends = set(), []
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        names.add(type(node).__name__)
+        edges = node.next_functions
+        if edges:
+            pending += [edge[0] for edge in edges]
+        else:
+            ends.append(node)
+    variables = [node.variable for node in ends if hasattr(node, "variable")]
+    return names, any(all(v is not anchor for anchor in anchors) for v in variables)
+
+
+def _is_refusal_of_torch(error: Exception) -> bool:
+    """Torch's own words for an operation without a forward rule, or without a batching rule."""
+    message = str(error)
+    return "forward AD" in message or "forward-mode AD" in message or "jvp" in message

@@ -1,0 +1,133 @@
+"""Where torch itself is wrong, in one table: which sweep gives a wrong number, and what to do.
+
+Backward faults are names of autograd nodes: found in the graph, they turn a vmapped sweep into a
+row loop, which is right. Forward faults are names of functions: met during a pushforward, they
+refuse. Each entry is pinned by a test in ``tests/test_faults.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from jacfunc._check import Refused
+from jacfunc._functorch import is_second_order_forward, num_vmap_levels
+
+NEVER_BATCHED = frozenset(
+    {
+        "CdistBackward0",  # its batching rule gives wrong rows
+        "CompiledFunctionBackward",  # inductor's graphs refuse batched cotangents
+    }
+)
+NOT_BATCHED_IF_DIFFERENTIATED = frozenset(
+    # vmapped over cotangents these backwards treat the saved statistics as constants
+    {
+        "NativeLayerNormBackward0",
+        "NativeBatchNormBackward0",
+        "CudnnBatchNormBackward0",
+        "MiopenBatchNormBackward0",
+        "FusedRmsNormBackward0",
+    }
+)
+
+
+def can_be_batched(nodes: set[str], differentiated: bool) -> bool:
+    """Is a pullback through these autograd nodes right under vmap?"""
+    if nodes & NEVER_BATCHED:
+        return False
+    return not (differentiated and nodes & NOT_BATCHED_IF_DIFFERENTIATED)
+
+
+@dataclass(frozen=True)
+class ForwardFault:
+    """Functions whose pushforward is wrong, when, and why."""
+
+    names: frozenset[str]
+    applies: Callable[[dict[str, Any], tuple[Any, ...], int], bool]
+    reason: str
+
+
+def _with_prod(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+    return "prod" in args or kwargs.get("reduce") == "prod"
+
+
+def _always(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+    return True
+
+
+def _under_vmap(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+    return outer_vmaps > 0
+
+
+def _at_second_order(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+    tensors = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor))
+    return is_second_order_forward(tensors)
+
+
+_LU_SOLVES = frozenset(
+    f"{prefix}{name}"
+    for prefix in ("", "linalg_")
+    for name in ("det", "slogdet", "logdet", "solve", "solve_ex", "tensorsolve")
+)
+_NORMS = frozenset({"layer_norm", "native_layer_norm", "batch_norm", "native_batch_norm"}) | {
+    "instance_norm",
+    "custom_function_call",
+}
+
+FORWARD_FAULTS = (
+    ForwardFault(
+        frozenset({"scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_"}),
+        _with_prod,
+        "its forward derivative is zero",
+    ),
+    ForwardFault(frozenset({"cholesky_inverse"}), _always, "its forward formula is wrong"),
+    ForwardFault(
+        frozenset({"linear_cross_entropy"}), _always, "its forward derivative is zero when chunked"
+    ),
+    ForwardFault(
+        _LU_SOLVES, _under_vmap, "inside an outer vmap its forward derivative misreads memory"
+    ),
+    ForwardFault(
+        _LU_SOLVES | _NORMS,
+        _at_second_order,
+        "its forward derivative keeps saved factors or statistics constant, "
+        "so derivatives of it are wrong",
+    ),
+)
+
+
+class ForwardGuard(TorchFunctionMode):
+    """Watches a function while tangents pass through it; refuses what would come out wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outer_vmaps = num_vmap_levels()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        for fault in FORWARD_FAULTS:
+            if name in fault.names and fault.applies(kwargs, args, self._outer_vmaps):
+                raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
+        if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
+            raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
+        return func(*args, **kwargs)
+
+
+def _lacks_forward_rule(op: torch._ops.OpOverload) -> bool:
+    """Operators of ``torch.library.custom_op`` register a backward alone."""
+    if op.namespace in {"aten", "prim", "prims"}:
+        return False
+    name = op._schema.name
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return not has_kernel(name, "CompositeImplicitAutograd")

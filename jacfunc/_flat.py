@@ -1,0 +1,94 @@
+"""A user's call with its trees taken off, and the results with their trees put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
+from jacfunc._tree import Split, flatten, paths
+from jacfunc._types import Argnums, Blocks, Leaves, Tree
+
+_NOTHING_BESIDE = Split.of(((), None), is_tensor)
+
+
+class FlatCall:
+    """``func(*args, **kwargs)`` as a leaf function of what ``argnums`` names.
+
+    Calling it returns ``(outputs, extras)``: the differentiable leaves of the output, and every
+    other tensor it returned. How these go back into trees is remembered from the last call.
+    """
+
+    def __init__(
+        self,
+        api: str,
+        func: Callable[..., Any],
+        argnums: Argnums,
+        has_aux: bool,
+        args: tuple[Tree, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._api, self._func, self._has_aux = api, func, has_aux
+        self._args, self._kwargs = args, kwargs
+        self._positions = wrap_argnums(api, argnums, len(args))
+        self._is_single = isinstance(argnums, int)
+        self._splits = [Split.of(args[n]) for n in self._positions]
+        for n, split in zip(self._positions, self._splits, strict=True):
+            if split.constants or any(map(torch.is_complex, split.leaves)):
+                check_inputs(api, n, flatten(args[n])[0], paths(args[n], f"args[{n}]"))
+        self._output: Split | None = None
+        self._beside = _NOTHING_BESIDE
+
+    @property
+    def primals(self) -> Leaves:
+        """The point: the differentiable leaves of the chosen arguments."""
+        return tuple(leaf for split in self._splits for leaf in split.leaves)
+
+    def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
+        args = list(self._args)
+        parts = self._cut(primals)
+        for n, split, part in zip(self._positions, self._splits, parts, strict=True):
+            args[n] = split.merge(part)
+        output, aux = self._func(*args, **self._kwargs), None
+        if self._has_aux:
+            output, aux = check_aux_pair(self._api, output)
+        self._output = Split.of(output)
+        if self._has_aux or self._output.constants:
+            self._beside = Split.of((self._output.constants, aux), is_tensor)
+        if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
+            check_outputs(self._api, flatten(output)[0], paths(output, "output"))
+        return self._output.leaves, self._beside.leaves
+
+    def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
+        """The function's own ``(output, aux)``, from the leaves that an engine hands back."""
+        assert self._output is not None
+        constants, aux = self._beside.merge(extras)
+        return self._output.merge(outputs, constants), aux
+
+    def jacobian(self, blocks: Blocks) -> Tree:
+        """Output tree of input trees of blocks ``[*out_i, *in_j]``."""
+        return self.output_tree([self.input_tree(row) for row in blocks])
+
+    def output_tree(self, values: Sequence[Any]) -> Tree:
+        """Values at the outputs as the tree of the output."""
+        assert self._output is not None
+        return self._output.place(values)
+
+    def input_tree(self, values: Sequence[Any]) -> Tree:
+        """Values at the primals as the tree of the chosen arguments: a tuple, or the single one."""
+        parts = self._cut(values)
+        trees = tuple(s.place(part) for s, part in zip(self._splits, parts, strict=True))
+        return trees[0] if self._is_single else trees
+
+    def _cut(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        """Values at the primals, argument by argument."""
+        if len(self._splits) == 1:
+            return [values]
+        parts, start = [], 0
+        for split in self._splits:
+            parts.append(values[start : start + len(split.leaves)])
+            start += len(split.leaves)
+        return parts

@@ -1,0 +1,108 @@
+"""functorch and autograd from below: the only importer of torch's private parts.
+
+Which transforms are we inside; a vmap without trees and an ``autograd.grad`` without its checks,
+because these cost as much as the whole Jacobian of a small function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch._C import _functorch
+from torch._C._functorch import TransformType
+
+from jacfunc._types import Leaves
+
+
+def inside_transform() -> bool:
+    """Is any functorch transform active? Plain autograd can't be driven inside one."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def num_vmap_levels() -> int:
+    """How many vmaps are active."""
+    return sum(key == TransformType.Vmap for key in _keys())
+
+
+def inside_derivative() -> bool:
+    """Is a functorch transform active that differentiates what happens inside it?"""
+    return any(key in (TransformType.Jvp, TransformType.Grad) for key in _keys())
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Seen from a reverse level: does an enclosing level, or plain autograd, track it too?"""
+    if TransformType.Jvp in _keys():
+        return True
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+        if tensor.requires_grad:
+            return True
+    return False
+
+
+def is_second_order_forward(tensors: Iterable[Tensor]) -> bool:
+    """Is a forward level inside another derivative, a level of functorch or a plain graph?"""
+    orders = [key for key in _keys() if key in (TransformType.Jvp, TransformType.Grad)]
+    if TransformType.Jvp not in orders:
+        return False
+    if TransformType.Jvp in orders[1:]:
+        return True
+    return orders[-1] == TransformType.Jvp and any(_tracked_below(tensor) for tensor in tensors)
+
+
+def sweep_batch(
+    sweep: Callable[[Leaves], tuple[Leaves, Leaves]], seeds: Leaves, randomness: str = "same"
+) -> tuple[Leaves, Leaves]:
+    """``torch.vmap`` over the leading dimension K of flat seeds, at a fraction of its overhead.
+
+    ``sweep(seed) -> (products, rest)``: products come back as ``[K, *shape]``, the rest, which
+    no seed should change, as it was for the first seed.
+    """
+    size = seeds[0].shape[0]
+    level = _functorch._vmap_increment_nesting(size, randomness)
+    unwrap = _functorch._remove_batch_dim
+    try:
+        products, rest = sweep(tuple([_functorch._add_batch_dim(seed, 0, level) for seed in seeds]))
+        return (
+            tuple([unwrap(product, level, size, 0) for product in products]),
+            tuple([unwrap(x, level, size, 0)[0] if _is_batched(x, level) else x for x in rest]),
+        )
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+def run_backward(
+    outputs: Leaves, inputs: Leaves, cotangents: Leaves, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad`` with ``retain_graph`` and ``allow_unused``."""
+    products: tuple[Tensor | None, ...] = _engine_run_backward(
+        outputs,
+        cotangents,
+        True,  # retain_graph
+        create_graph,
+        inputs,
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return products
+
+
+def _is_batched(tensor: Tensor, level: int) -> bool:
+    is_wrapped = _functorch.is_batchedtensor(tensor)
+    return is_wrapped and _functorch.maybe_get_level(tensor) == level
+
+
+def _keys() -> list[TransformType]:
+    """The active transforms, outermost first."""
+    stack = _functorch.get_interpreter_stack()
+    return [interpreter.key() for interpreter in stack] if stack else []
+
+
+def _tracked_below(tensor: Tensor) -> bool:
+    """Does plain autograd, below all levels, track the tensor?"""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.requires_grad and torch.is_grad_enabled()

@@ -1,0 +1,198 @@
+"""The door to whole modules: Jacobians by parameter name, by input, or both."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from operator import itemgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from jacfunc._batching import vmap
+from jacfunc._functorch import inside_derivative
+from jacfunc._planner import resolve
+from jacfunc._transforms import jacobian
+from jacfunc._tree import flatten, map_tensors, stack_trees
+from jacfunc._types import Tree
+from jacfunc.strategies import Looped, Strategy
+from jacfunc.strategies._forward import Randomness
+
+API = "module_jacobian"
+Wrt = Literal["params", "inputs"]
+_POSITIONS = {"params": 0, "inputs": 1}
+
+
+def module_jacobian(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    select: str | Sequence[str] | None = None,
+    per_sample: bool = False,
+    strategy: str | Strategy = "auto",
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+    create_graph: bool = False,
+) -> Callable[..., Any]:
+    """Jacobians of a whole module: calls it with its parameters as arguments and differentiates.
+
+    ``J[name] = ∂ module(*inputs) / ∂ params[name]``. The module is left as it was: parameters,
+    gradients, buffers, mode, hooks and the random state.
+
+    Args:
+        module: any ``nn.Module``, in train or eval mode.
+        wrt: ``"params"``, ``"inputs"``, or a tuple of both.
+        select: names or globs (``"encoder.*.weight"``) of the parameters; all by default. Frozen
+            parameters are constants.
+        per_sample: every tensor among the inputs has the batch in front, and each sample is
+            differentiated on its own.
+        strategy: as in :func:`jacfunc.jacobian`; with ``"looped"`` samples are looped over too.
+        chunk_size: seeds swept at once, for a strategy given by name.
+        randomness: of random layers along the batch of ``per_sample``: ``"error"``, ``"same"`` or
+            ``"different"`` masks.
+        create_graph: keep the graph, so that the result is differentiable in parameters and
+            inputs. By default it is detached.
+
+    Returns:
+        A function of the module's own inputs. For each output leaf: a dict of blocks
+        ``[*out, *param]`` by name for ``"params"``; the tree of the inputs (of the only one, or
+        the tuple) for ``"inputs"``; a tuple of these for a tuple. Per sample each block has the
+        batch in front: ``[B, *out, *param]``, ``out`` and inputs being those of one sample.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, a name that matches nothing, batch
+            normalization in train mode per sample (it couples the samples).
+        NotImplementedError: what torch refuses.
+
+    Cost:
+        That of the strategy; per sample one vectorized sweep over the whole batch.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(3, 2)
+        >>> jac = jacfunc.module_jacobian(model, per_sample=True)(torch.ones(5, 3))
+        >>> {name: tuple(block.shape) for name, block in jac.items()}
+        {'weight': (5, 2, 2, 3), 'bias': (5, 2, 2)}
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"{API}: module must be an nn.Module, got {type(module).__name__}. "
+            "For a function use jacfunc.jacobian."
+        )
+    argnums = _argnums(wrt)
+    chosen = resolve(API, strategy, chunk_size)
+    derive = jacobian(_caller(module, per_sample), argnums, strategy=chosen)
+    if per_sample:
+        derive = _each_sample(derive, chosen, randomness)
+
+    def module_jacobian_of(*inputs: Tree, **kwargs: Any) -> Tree:
+        _check_call(module, per_sample, create_graph)
+        params = {name: dict(module.named_parameters())[name] for name in _chosen(module, select)}
+        point = inputs[0] if len(inputs) == 1 else inputs
+        with (
+            torch.random.fork_rng(devices=_cuda_devices(params.values())),
+            torch.set_grad_enabled(create_graph and torch.is_grad_enabled()),
+        ):
+            return derive(params, point, len(inputs) == 1, kwargs)
+
+    return module_jacobian_of
+
+
+def _caller(module: nn.Module, per_sample: bool) -> Callable[..., Tree]:
+    """The module as a function of chosen parameters and inputs; everything else is constant."""
+
+    def call(params: dict[str, Tensor], point: Tree, is_single: bool, kwargs: Tree) -> Tree:
+        rest = {n: p.detach() for n, p in module.named_parameters() if n not in params}
+        # in train mode a module writes into its buffers
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        inputs = (point,) if is_single else point
+        if per_sample:
+            inputs, kwargs = map_tensors(lambda x: x.unsqueeze(0), (inputs, kwargs))
+        state = {**rest, **buffers, **params}
+        output = torch.func.functional_call(module, state, inputs, kwargs, strict=True)
+        return map_tensors(lambda x: x.squeeze(0), output) if per_sample else output
+
+    return call
+
+
+def _each_sample(
+    derive: Callable[..., Tree], strategy: Strategy, randomness: Randomness
+) -> Callable[..., Tree]:
+    """The Jacobian of one sample, mapped over all: vmapped, or looped where nothing is vmapped."""
+
+    def batched(params: dict[str, Tensor], point: Tree, is_single: bool, kwargs: Tree) -> Tree:
+        def sample(at: Tree, also: Tree) -> Tree:
+            return derive(params, at, is_single, also)
+
+        if not isinstance(strategy, Looped):
+            return vmap(sample, randomness=randomness)(point, kwargs)
+        picked = (
+            map_tensors(itemgetter(b), (point, kwargs)) for b in range(_batch_size((point, kwargs)))
+        )
+        return stack_trees([sample(*one) for one in picked])
+
+    return batched
+
+
+def _argnums(wrt: Any) -> int | tuple[int, ...]:
+    """Positions among ``(params, inputs)``."""
+    wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not wanted or any(w not in _POSITIONS for w in wanted) or len(set(wanted)) < len(wanted):
+        raise ValueError(
+            f"{API}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
+            "Choose single parameters with select=."
+        )
+    positions = tuple(_POSITIONS[w] for w in wanted)
+    return positions[0] if isinstance(wrt, str) else positions
+
+
+def _chosen(module: nn.Module, select: str | Sequence[str] | None) -> list[str]:
+    """Names of the trainable parameters that the patterns match, in the module's order."""
+    trainable = [name for name, param in module.named_parameters() if param.requires_grad]
+    if select is None:
+        return trainable
+    patterns = [select] if isinstance(select, str) else list(select)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in trainable):
+            every = [name for name, _ in module.named_parameters()]
+            near = difflib.get_close_matches(pattern, every, n=3) or every[:3]
+            raise ValueError(
+                f"{API}: select must match trainable parameters, got {pattern!r}. "
+                f"Nearest names: {', '.join(near)}."
+            )
+    return [name for name in trainable if any(fnmatchcase(name, p) for p in patterns)]
+
+
+def _check_call(module: nn.Module, per_sample: bool, create_graph: bool) -> None:
+    if not create_graph and inside_derivative():
+        raise ValueError(
+            f"{API}: inside another derivative the result must keep its graph, got "
+            "create_graph=False, whose derivative would be zero. Pass create_graph=True."
+        )
+    if not per_sample:
+        return
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and (part.training or not part.track_running_stats):
+            raise ValueError(
+                f"{API}: per_sample needs samples that do not depend on each other, got batch "
+                f"normalization over the batch in {name or 'the module'}. "
+                "Call module.eval(), or leave per_sample out."
+            )
+
+
+def _batch_size(tree: Tree) -> int:
+    """The size that every tensor's first dimension has."""
+    sizes = {tuple(x.shape[:1]) for x in flatten(tree)[0] if isinstance(x, Tensor)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"{API}: with per_sample every input tensor must have the same batch in front, "
+            f"got leading dimensions {sorted(sizes)}. Expand what all samples share."
+        )
+    return int(sizes.pop()[0])
+
+
+def _cuda_devices(params: Iterable[Tensor]) -> list[int]:
+    return sorted({p.device.index for p in params if p.device.type == "cuda"})

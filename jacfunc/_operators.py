@@ -1,0 +1,110 @@
+"""The Jacobian as a linear map: f at a point, before anyone decides how to make it explicit."""
+
+from __future__ import annotations
+
+import torch
+
+from jacfunc import _engines
+from jacfunc._engines import Linearization
+from jacfunc._types import LeafFunction, Leaves
+
+
+class JacobianOperator:
+    """f at a point as a linear map, evaluated lazily: who only pushes never pays for a graph.
+
+    Every evaluation draws the same random numbers, so that dropout has one mask in all sweeps.
+    """
+
+    def __init__(self, func: LeafFunction, primals: Leaves) -> None:
+        self.primals = primals
+        self._func = func
+        self._linearization: Linearization | None = None
+        self._image: tuple[Leaves, Leaves] | None = None
+        self._draws: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def outputs(self) -> Leaves:
+        """f(primals), differentiable leaves only."""
+        return self._evaluated[0]
+
+    @property
+    def extras(self) -> Leaves:
+        """Tensors that the function returned beside them."""
+        return self._evaluated[1]
+
+    def pullback(self, cotangents: Leaves) -> Leaves:
+        """Jᵀ ȳ: ``[*out]`` → ``[*in]``."""
+        return self._linearized.pull(cotangents)
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``."""
+        if _is_empty(cotangents):
+            return _no_products(self.primals)
+        return self._linearized.pull_batch(cotangents)
+
+    def pullback_each(self, cotangents: Leaves) -> Leaves:
+        """K pullbacks one after the other, never vmapped: ``[K, *out]`` → ``[K, *in]``."""
+        if _is_empty(cotangents):
+            return _no_products(self.primals)
+        return _engines.one_by_one(self.pullback, cotangents)
+
+    def pushforward(self, tangents: Leaves) -> Leaves:
+        """J ẋ: ``[*in]`` → ``[*out]``."""
+        self.repeat_draws()
+        outputs, products, extras = _engines.pushforward(self._func, self.primals, tangents)
+        self._image = (outputs, extras)
+        return products
+
+    def pushforward_batch(self, tangents: Leaves, randomness: str = "same") -> Leaves:
+        """K pushforwards at once: ``[K, *in]`` → ``[K, *out]``."""
+        if _is_empty(tangents):
+            return _no_products(self.outputs)
+        self.repeat_draws()
+        outputs, products, extras = _engines.pushforward_batch(
+            self._func, self.primals, tangents, randomness
+        )
+        self._image = (outputs, extras)
+        return products
+
+    def pushforward_each(self, tangents: Leaves) -> Leaves:
+        """K pushforwards one after the other, never vmapped: ``[K, *in]`` → ``[K, *out]``."""
+        if _is_empty(tangents):
+            return _no_products(self.outputs)
+        return _engines.one_by_one(self.pushforward, tangents)
+
+    @property
+    def _linearized(self) -> Linearization:
+        if self._linearization is None:
+            self._linearization = _engines.linearize(self._func, self.primals)
+            self._image = (self._linearization.outputs, self._linearization.extras)
+        return self._linearization
+
+    @property
+    def _evaluated(self) -> tuple[Leaves, Leaves]:
+        if self._image is None:
+            linearized = self._linearized
+            return linearized.outputs, linearized.extras
+        return self._image
+
+    def repeat_draws(self) -> None:
+        """Called before an evaluation that is not the only one: each draws the same numbers."""
+        if torch.compiler.is_compiling():
+            return
+        if self._draws is None:
+            self._draws = tuple(generator.get_state() for generator in self._generators())
+            return
+        for generator, state in zip(self._generators(), self._draws, strict=True):
+            generator.set_state(state)
+
+    def _generators(self) -> list[torch.Generator]:
+        indices = {p.device.index for p in self.primals if p.device.type == "cuda"}
+        return [torch.default_generator, *(torch.cuda.default_generators[i] for i in indices)]
+
+
+def _is_empty(seeds: Leaves) -> bool:
+    """No seeds, or no leaves that could have one: torch's sweeps fail on both."""
+    return not seeds or seeds[0].shape[0] == 0
+
+
+def _no_products(leaves: Leaves) -> Leaves:
+    return tuple(leaf.new_empty((0, *leaf.shape)) for leaf in leaves)

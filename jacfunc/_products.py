@@ -1,0 +1,98 @@
+"""The doors to products: J·v and vᵀ·J, a column or a row, without J."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jacfunc._check import check_like
+from jacfunc._derive import carry_out
+from jacfunc._flat import FlatCall
+from jacfunc._operators import JacobianOperator
+from jacfunc._tree import flatten
+from jacfunc._types import Tree
+
+
+def jvp(
+    func: Callable[..., Any],
+    primals: tuple[Tree, ...],
+    tangents: tuple[Tree, ...],
+    *,
+    has_aux: bool = False,
+) -> tuple[Any, ...]:
+    """J·v without J: pushes one tangent through ``func``.
+
+    ``v ↦ J(x) v``. With a unit tangent this is one column of the Jacobian.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        primals: the arguments, all differentiated.
+        tangents: trees like ``primals``.
+        has_aux: ``func`` returns ``(output, aux)``.
+
+    Returns:
+        ``(output, output tangent)``, or ``(output, output tangent, aux)``; tangents are ``[*out]``.
+
+    Raises:
+        TypeError, ValueError: tangents that do not fit. NotImplementedError: operations whose
+            forward mode torch lacks or gets wrong.
+
+    Cost:
+        One evaluation with a tangent.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> jacfunc.jvp(lambda x: A @ x, (torch.ones(2),), (torch.tensor([1.0, 0.0]),))
+        (tensor([3., 7.]), tensor([1., 3.]))
+    """
+    call = FlatCall("jvp", func, tuple(range(len(primals))), has_aux, primals, {})
+    operator = JacobianOperator(call, call.primals)
+    given, _ = flatten(tangents)
+    check_like("jvp", "tangents", given, call.primals)
+    products = carry_out("jvp", lambda: operator.pushforward(tuple(given)))
+    value, aux = call.value(operator.outputs, operator.extras)
+    pushed = call.output_tree(products)
+    return (value, pushed, aux) if has_aux else (value, pushed)
+
+
+def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tuple[Any, ...]:
+    """vᵀ·J without J: evaluates ``func`` once and returns its pullback.
+
+    ``v ↦ J(x)ᵀ v``. With a unit cotangent this is one row of the Jacobian.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        primals: the arguments, all differentiated.
+        has_aux: ``func`` returns ``(output, aux)``.
+
+    Returns:
+        ``(output, pullback)`` or ``(output, pullback, aux)``. ``pullback(cotangent)`` takes a tree
+        like the output and returns a tuple of trees like the primals, as often as you like.
+
+    Raises:
+        TypeError, ValueError: cotangents that do not fit.
+
+    Cost:
+        One evaluation, whose graph lives as long as the pullback; one pullback a call.
+
+    Example:
+        One row of a Jacobian, and one element of it, without the rest:
+
+        >>> import torch, jacfunc
+        >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> value, pullback = jacfunc.vjp(lambda x: A @ x, torch.ones(2))
+        >>> (row,) = pullback(torch.tensor([0.0, 1.0]))
+        >>> row, row[0].item()
+        (tensor([3., 4.]), 3.0)
+    """
+    call = FlatCall("vjp", func, tuple(range(len(primals))), has_aux, primals, {})
+    operator = JacobianOperator(call, call.primals)
+    value, aux = call.value(operator.outputs, operator.extras)
+
+    def pullback(cotangents: Tree) -> Tree:
+        given, _ = flatten(cotangents)
+        check_like("vjp", "cotangents", given, operator.outputs)
+        return call.input_tree(operator.pullback(tuple(given)))
+
+    return (value, pullback, aux) if has_aux else (value, pullback)

@@ -1,0 +1,226 @@
+"""The doors: Jacobians and Hessians of functions of trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jacfunc._derive import Evaluation, deriving
+from jacfunc._planner import resolve
+from jacfunc._types import Argnums
+from jacfunc.strategies import Forward, Reverse, Strategy
+from jacfunc.strategies._forward import Randomness
+
+
+def jacrev(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Jacobian of ``func`` row by row: pulls the basis of the outputs back (reverse mode).
+
+    ``J[i, j] = ∂ func(*args)[i] / ∂ args[argnums][j]``.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        argnums: which positional arguments to differentiate; negative counts from the end. With a
+            tuple each output leaf holds a tuple of blocks, one an argument.
+        has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
+        chunk_size: rows swept at once; None sweeps all. Bounds the memory.
+
+    Returns:
+        A function of the same arguments that returns the tree of ``func``'s output, each leaf
+        replaced by the tree of the input, each leaf of that by a block ``[*out, *in]``: or
+        ``(jacobian, aux)``. Leaves that are not floating have ``None`` in their place.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors, or
+            a backward pass that can't be vmapped.
+
+    Cost:
+        One evaluation, M/K sweeps of K pullbacks for M outputs and chunks of K.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.jacrev(lambda x: x ** 2)(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([[2., 0., 0.],
+                [0., 4., 0.],
+                [0., 0., 6.]])
+    """
+    return _jacobian("jacrev", func, argnums, Reverse(chunk_size), has_aux)
+
+
+def jacfwd(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Jacobian of ``func`` column by column: pushes the basis of the inputs forward.
+
+    ``J[i, j] = ∂ func(*args)[i] / ∂ args[argnums][j]``, the same blocks as :func:`jacrev`.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+        has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
+        randomness: of random functions: ``"error"`` refuses them, ``"same"`` draws one mask for
+            the whole Jacobian, ``"different"`` one a column.
+        chunk_size: columns swept at once; None sweeps all. Bounds the memory.
+
+    Returns:
+        A function of the same arguments; blocks ``[*out, *in]`` as in :func:`jacrev`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors, or
+            operations whose forward mode torch lacks or gets wrong.
+
+    Cost:
+        N/K evaluations with K tangents each, for N inputs and chunks of K. Keeps no graph.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.jacfwd(torch.sin)(torch.zeros(2))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return _jacobian("jacfwd", func, argnums, Forward(chunk_size, randomness), has_aux)
+
+
+def jacobian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    strategy: str | Strategy = "auto",
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Jacobian of ``func`` by the strategy that fits: chosen from its sizes, or given.
+
+    ``J[i, j] = ∂ func(*args)[i] / ∂ args[argnums][j]``; every strategy gives the same answer.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+        strategy: ``"auto"``, ``"reverse"``, ``"forward"``, ``"looped"``, or an object such as
+            ``Reverse(chunk_size=64)``. Auto logs its reason to the logger ``jacfunc``.
+        has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
+        chunk_size: seeds swept at once, for a strategy given by name.
+
+    Returns:
+        A function of the same arguments; blocks ``[*out, *in]`` as in :func:`jacrev`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
+
+    Cost:
+        That of the strategy; ``"auto"`` adds an evaluation when it chooses forward mode.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> jacfunc.jacobian(lambda x: A @ x)(torch.ones(2))
+        tensor([[1., 2.],
+                [3., 4.]])
+    """
+    chosen = resolve("jacobian", strategy, chunk_size)
+    return _jacobian("jacobian", func, argnums, chosen, has_aux)
+
+
+def value_and_jacobian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    strategy: str | Strategy = "auto",
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Value and Jacobian of ``func``, the value taken from the evaluation that J needs anyway.
+
+    ``(f(x), ∂f/∂x)``.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+        strategy: as in :func:`jacobian`.
+        has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
+        chunk_size: seeds swept at once, for a strategy given by name.
+
+    Returns:
+        A function of the same arguments: ``(value, jacobian)``, or ``((value, aux), jacobian)``
+        with ``has_aux``; blocks ``[*out, *in]`` as in :func:`jacrev`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
+
+    Cost:
+        That of :func:`jacobian`.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.value_and_jacobian(torch.square)(torch.tensor([3.0]))
+        (tensor([9.]), tensor([[6.]]))
+    """
+
+    def pack(evaluation: Evaluation) -> Any:
+        value = (evaluation.value, evaluation.aux) if has_aux else evaluation.value
+        return value, evaluation.jacobian
+
+    chosen = resolve("value_and_jacobian", strategy, chunk_size)
+    return deriving("value_and_jacobian", func, argnums, chosen, has_aux, pack)
+
+
+def hessian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    strategy: str | Strategy = "reverse",
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Hessian of ``func``: the Jacobian, by ``strategy``, of its reverse-mode Jacobian.
+
+    ``H[i, j, k] = ∂² func(*args)[i] / ∂ x[j] ∂ x[k]``.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+        strategy: of the outer sweep, as in :func:`jacobian`: ``"reverse"`` differentiates the
+            backward graph, ``"forward"`` pushes tangents through it.
+        has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
+        chunk_size: seeds of the outer sweep at once, for a strategy given by name.
+
+    Returns:
+        A function of the same arguments: the output tree of input trees of input trees of blocks
+        ``[*out, *in, *in]``; or ``(hessian, aux)``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
+
+    Cost:
+        M·N pullbacks through the graph of the Jacobian, or N pushforwards through all of it.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    chosen = resolve("hessian", strategy, chunk_size)
+    inner = _jacobian("hessian", func, argnums, Reverse(), has_aux)
+    return _jacobian("hessian", inner, argnums, chosen, has_aux)
+
+
+def _jacobian(
+    api: str, func: Callable[..., Any], argnums: Argnums, strategy: Strategy, has_aux: bool
+) -> Callable[..., Any]:
+    """The function that every door but value_and_jacobian returns."""
+
+    def pack(evaluation: Evaluation) -> Any:
+        return (evaluation.jacobian, evaluation.aux) if has_aux else evaluation.jacobian
+
+    return deriving(api, func, argnums, strategy, has_aux, pack)

@@ -1,0 +1,120 @@
+"""Trees ⇄ leaves: the only importer of optree.
+
+Dictionaries keep their insertion order, ``None`` is structure, and node types registered with
+torch's own pytree (HuggingFace's ``ModelOutput``, say) are adopted when they are first met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.utils import _pytree as torch_pytree
+
+from jacfunc._check import is_differentiable
+from jacfunc._types import Tree
+
+NAMESPACE = "jacfunc"
+"""Register a node type with optree globally or in this namespace, and jacfunc sees through it."""
+
+# Entered for the life of the process, and for our namespace alone: a Jacobian's columns follow
+# named_parameters(), whose order optree's default (sorted keys) would lose.
+_INSERTION_ORDER = optree.dict_insertion_ordered(True, namespace=NAMESPACE)
+_INSERTION_ORDER.__enter__()
+
+_LEAF = optree.tree_structure(torch.empty(()), namespace=NAMESPACE)
+
+
+def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Leaves of a tree, left to right, and what puts them back."""
+    if type(tree) is Tensor:  # most trees are; the general way costs as much as a small sweep
+        return [tree], _LEAF
+    leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
+    foreign = {type(leaf) for leaf in leaves} & torch_pytree.SUPPORTED_NODES.keys()
+    if not foreign:
+        return leaves, spec
+    for kind in foreign:
+        _adopt(kind)
+    return flatten(tree)
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Tree:
+    """The tree again; a leaf may be replaced by anything, a tree included."""
+    return leaves[0] if spec is _LEAF else optree.tree_unflatten(spec, leaves)
+
+
+def paths(tree: Tree, root: str) -> list[str]:
+    """Leaf paths as code: ``params['encoder.weight']``."""
+    flatten(tree)  # adopts what torch's pytree knows
+    return [accessor.codify(root) for accessor in optree.tree_accessors(tree, namespace=NAMESPACE)]
+
+
+def broadcast_prefix(prefix: Tree, tree: Tree) -> list[Any]:
+    """A prefix tree (``in_dims``), where None is a value, spread over the leaves of the tree."""
+    leaf = object()
+    full = optree.tree_map(lambda _: leaf, tree, namespace=NAMESPACE)
+    # None is structure in the tree and a value in the prefix: count it in both, drop it after
+    spread = optree.broadcast_prefix(prefix, full, none_is_leaf=True, namespace=NAMESPACE)
+    slots = optree.tree_leaves(full, none_is_leaf=True, namespace=NAMESPACE)
+    return [value for value, slot in zip(spread, slots, strict=True) if slot is leaf]
+
+
+def stack_trees(trees: Sequence[Tree]) -> Tree:
+    """Trees of one structure as a tree of leaves ``[len(trees), *shape]``."""
+    flat = [flatten(tree) for tree in trees]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return unflatten(flat[0][1], [torch.stack(column) for column in columns])
+
+
+def map_tensors(func: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """The tree with every tensor replaced, and everything else as it is."""
+    leaves, spec = flatten(tree)
+    return unflatten(spec, [func(x) if isinstance(x, Tensor) else x for x in leaves])
+
+
+def _adopt(kind: type) -> None:
+    """Teach optree, in our namespace, a node type that torch's pytree knows."""
+    node = torch_pytree.SUPPORTED_NODES[kind]
+
+    def take_apart(tree: Tree) -> tuple[list[Any], Any]:
+        return node.flatten_fn(tree)
+
+    def put_together(context: Any, children: Any) -> Tree:
+        return node.unflatten_fn(list(children), context)
+
+    optree.register_pytree_node(kind, take_apart, put_together, namespace=NAMESPACE)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A tree as its chosen leaves, by default the differentiable ones, among the constants."""
+
+    spec: optree.PyTreeSpec
+    is_chosen: tuple[bool, ...]
+    leaves: tuple[Any, ...]
+    constants: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tree: Tree, chosen: Callable[[object], bool] = is_differentiable) -> Split:
+        everything, spec = flatten(tree)
+        is_chosen = tuple(map(chosen, everything))
+        if all(is_chosen):
+            return cls(spec, is_chosen, tuple(everything), ())
+        leaves = tuple(leaf for leaf, yes in zip(everything, is_chosen, strict=True) if yes)
+        constants = tuple(leaf for leaf, yes in zip(everything, is_chosen, strict=True) if not yes)
+        return cls(spec, is_chosen, leaves, constants)
+
+    def merge(self, leaves: Sequence[Any], constants: Sequence[Any] | None = None) -> Tree:
+        """The tree with new chosen leaves; its constants stay unless they are given too."""
+        if not self.constants:
+            return unflatten(self.spec, leaves)
+        new, kept = iter(leaves), iter(self.constants if constants is None else constants)
+        return unflatten(self.spec, [next(new if yes else kept) for yes in self.is_chosen])
+
+    def place(self, values: Sequence[Any]) -> Tree:
+        """The tree of results: a value at each chosen leaf, None at each constant."""
+        return self.merge(values, [None] * len(self.constants))

@@ -1,0 +1,8 @@
+"""Ways to make a Jacobian explicit, one a file: each sweeps the operator with its own seeds."""
+
+from jacfunc.strategies._forward import Forward
+from jacfunc.strategies._looped import Looped
+from jacfunc.strategies._reverse import Reverse
+from jacfunc.strategies._strategy import Strategy
+
+__all__ = ["Forward", "Looped", "Reverse", "Strategy"]

@@ -1,0 +1,58 @@
+"""Column by column, many columns at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from jacfunc._basis import basis, numel
+from jacfunc._blocks import columns_to_blocks, stack
+from jacfunc._check import check_chunk_size
+from jacfunc._operators import JacobianOperator
+from jacfunc._types import Blocks
+
+Randomness = Literal["error", "same", "different"]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Pushes the standard basis of the inputs forward, ``chunk_size`` columns at once, vmapped.
+
+    Best where there are many more outputs than inputs; it keeps no graph.
+
+    Args:
+        chunk_size: columns swept at once; None sweeps all.
+        randomness: of random functions under the vmap over columns. ``"same"``, the default,
+            gives one dropout mask to the whole Jacobian; ``"error"`` refuses random functions.
+
+    Raises:
+        TypeError, ValueError: if ``chunk_size`` is no positive integer, or ``randomness`` unknown.
+
+    Cost:
+        N/K evaluations, each with K tangents; memory of the result and one chunk.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.jacobian(torch.exp, strategy=jacfunc.Forward())(torch.zeros(2))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+
+    chunk_size: int | None = None
+    randomness: Randomness = "same"
+
+    def __post_init__(self) -> None:
+        check_chunk_size("Forward", self.chunk_size)
+        if self.randomness not in ("error", "same", "different"):
+            raise ValueError(
+                "Forward: randomness must be 'error', 'same' or 'different', "
+                f"got {self.randomness!r}. 'same' gives one dropout mask to the whole Jacobian."
+            )
+
+    def materialize(self, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out_i, *in_j]``, from columns."""
+        primals = operator.primals
+        push = partial(operator.pushforward_batch, randomness=self.randomness)
+        columns = stack(map(push, basis(primals, self.chunk_size)), numel(primals))
+        return columns_to_blocks(columns, operator.outputs, primals)

@@ -1,0 +1,45 @@
+"""Row by row, many rows at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jacfunc._basis import basis, numel
+from jacfunc._blocks import rows_to_blocks, stack
+from jacfunc._check import check_chunk_size
+from jacfunc._operators import JacobianOperator
+from jacfunc._types import Blocks
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """Pulls the standard basis of the outputs back, ``chunk_size`` rows at once, vmapped.
+
+    Best where there are fewer outputs than inputs.
+
+    Args:
+        chunk_size: rows swept at once; None sweeps all.
+
+    Raises:
+        TypeError, ValueError: if ``chunk_size`` is no positive integer.
+
+    Cost:
+        One evaluation and M/K sweeps of K pullbacks; memory of the result and one chunk.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.jacobian(torch.exp, strategy=jacfunc.Reverse(chunk_size=1))(torch.zeros(2))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_chunk_size("Reverse", self.chunk_size)
+
+    def materialize(self, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out_i, *in_j]``, from rows."""
+        outputs, primals = operator.outputs, operator.primals
+        chunks = map(operator.pullback_batch, basis(outputs, self.chunk_size))
+        return rows_to_blocks(stack(chunks, numel(outputs)), outputs, primals)
