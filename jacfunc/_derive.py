@@ -50,6 +50,8 @@ def carry_out(api: str, sweep: Callable[[], Result]) -> Result:
     try:
         return sweep()
     except Refused as refusal:
+        if isinstance(refusal.__cause__, Refused):  # an inner door has said it already
+            raise
         raise Refused(
             f"{api}: the function must be one that this strategy can sweep, got a refusal: "
             f"{refusal}. Let jacobian(strategy='auto') choose, or name another strategy."

@@ -7,6 +7,7 @@ torch.func.vjp can; :func:`linearize` is the one place that chooses.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +17,17 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import Refused
-from jacfunc._faults import ForwardGuard, can_be_batched
-from jacfunc._functorch import inside_transform, is_differentiated, run_backward, sweep_batch
+from jacfunc._faults import ForwardGuard, can_be_batched, must_be_differentiable
+from jacfunc._functorch import (
+    inside_transform,
+    is_differentiated,
+    num_vmap_levels,
+    run_backward,
+    sweep_batch,
+)
 from jacfunc._types import LeafFunction, Leaves
+
+_log = logging.getLogger("jacfunc")
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,10 @@ class Linearization:
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise Refused(
-                "the backward pass could not be batched; sweep it row by row with strategy=Looped()"
-            ) from error
+            _log.info("the backward pass could not be batched, rows go one by one: %s", error)
+            return one_by_one(
+                lambda seeds: self.pull(_batched_like(seeds, self.outputs)), cotangents
+            )
         return products
 
     def _pull_alone(self, cotangents: Leaves) -> tuple[Leaves, Leaves]:
@@ -54,6 +64,15 @@ def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
     return tuple(torch.stack(leaf) for leaf in zip(*products, strict=True))
 
 
+def _batched_like(seeds: Leaves, leaves: Leaves) -> Leaves:
+    """Seeds as they are, but batched by the vmaps outside wherever their leaves are.
+
+    Torch may write into them, or into zeros like them, and can't write what is batched into what
+    is not. It is the second choice, because it makes every seed as large as the batch.
+    """
+    return tuple(seed + torch.zeros_like(leaf) for seed, leaf in zip(seeds, leaves, strict=True))
+
+
 def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
     """Evaluate once and keep what a pullback needs."""
     if inside_transform() or torch.compiler.is_compiling():
@@ -62,11 +81,13 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
 
 
 def pushforward(
-    func: LeafFunction, primals: Leaves, tangents: Leaves
+    func: LeafFunction, primals: Leaves, tangents: Leaves, outer_vmaps: int | None = None
 ) -> tuple[Leaves, Leaves, Leaves]:
     """``(outputs, products, extras)``: evaluate with a tangent riding along."""
     copies = tuple(primal.clone() for primal in primals)
-    guard = nullcontext() if torch.compiler.is_compiling() else ForwardGuard()
+    if outer_vmaps is None:
+        outer_vmaps = num_vmap_levels()
+    guard = nullcontext() if torch.compiler.is_compiling() else ForwardGuard(outer_vmaps)
     try:
         with guard:
             pushed: Any = torch.func.jvp(func, copies, tangents, has_aux=True)
@@ -85,15 +106,21 @@ def pushforward_batch(
 ) -> tuple[Leaves, Leaves, Leaves]:
     """K tangents at once, ``[K, *in]`` → products ``[K, *out]``; outputs and extras as they are."""
 
-    num_outputs = 0
+    num_outputs, outer_vmaps = 0, num_vmap_levels()
 
     def push(seeds: Leaves) -> tuple[Leaves, Leaves]:
         nonlocal num_outputs
-        outputs, products, extras = pushforward(func, primals, seeds)
+        outputs, products, extras = pushforward(func, primals, seeds, outer_vmaps)
         num_outputs = len(outputs)
         return products, (*outputs, *extras)
 
-    products, rest = sweep_batch(push, tangents, randomness)
+    try:
+        products, rest = sweep_batch(push, tangents, randomness)
+    except RuntimeError as error:
+        if "vmap: inplace arithmetic" not in str(error):
+            raise
+        dense = _batched_like(tangents, primals)
+        products, rest = sweep_batch(push, dense, randomness)
     return rest[:num_outputs], products, rest[num_outputs:]
 
 
@@ -127,7 +154,7 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
 
 
 def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:
-    found: dict[str, Any] = {"differentiated": True, "batchable": True}
+    found = {"differentiated": True, "batchable": True, "differentiable": True}
 
     def watched(*inner: Tensor) -> tuple[Leaves, Leaves]:
         outputs, extras = func(*(primal.clone() for primal in inner))
@@ -135,16 +162,18 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
             found["differentiated"] = any(is_differentiated(out) for out in outputs)
             nodes, _ = _survey(outputs, inner)
             found["batchable"] = can_be_batched(nodes, found["differentiated"])
+            found["differentiable"] = must_be_differentiable(nodes)
         return outputs, extras
 
     linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
     outputs, vjp, extras = linearized
 
     def pull(cotangents: Leaves) -> Leaves:
+        wanted = torch.is_grad_enabled() and found["differentiated"]
         # without an outer derivative torch may take its faster, fused backward formulas
-        with torch.set_grad_enabled(torch.is_grad_enabled() and found["differentiated"]):
+        with torch.set_grad_enabled(wanted or found["differentiable"]):
             products: Leaves = vjp(cotangents)
-        return products
+        return products if wanted else tuple(product.detach() for product in products)
 
     return Linearization(outputs, extras, pull, found["batchable"])
 

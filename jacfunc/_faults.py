@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused
-from jacfunc._functorch import is_second_order_forward, num_vmap_levels
+from jacfunc._functorch import is_second_order_forward
 
 NEVER_BATCHED = frozenset(
     {
@@ -40,6 +40,15 @@ def can_be_batched(nodes: set[str], differentiated: bool) -> bool:
     if nodes & NEVER_BATCHED:
         return False
     return not (differentiated and nodes & NOT_BATCHED_IF_DIFFERENTIATED)
+
+
+def must_be_differentiable(nodes: set[str]) -> bool:
+    """Must the backward formulas be the differentiable ones, although nobody differentiates them?
+
+    The others, taken when grad mode is off, solve by saved LU factors: under vmap that misreads
+    memory.
+    """
+    return any(name.startswith("Linalg") for name in nodes)
 
 
 @dataclass(frozen=True)
@@ -103,9 +112,9 @@ FORWARD_FAULTS = (
 class ForwardGuard(TorchFunctionMode):
     """Watches a function while tangents pass through it; refuses what would come out wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, outer_vmaps: int) -> None:
         super().__init__()
-        self._outer_vmaps = num_vmap_levels()
+        self._outer_vmaps = outer_vmaps
 
     def __torch_function__(
         self,

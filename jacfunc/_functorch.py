@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch._C import _functorch
 from torch._C._functorch import TransformType
+from torch.autograd.graph import _engine_run_backward
 
 from jacfunc._types import Leaves
 

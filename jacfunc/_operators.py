@@ -51,7 +51,9 @@ class JacobianOperator:
     def pushforward(self, tangents: Leaves) -> Leaves:
         """J ẋ: ``[*in]`` → ``[*out]``."""
         self.repeat_draws()
-        outputs, products, extras = _engines.pushforward(self._func, self.primals, tangents)
+        # a function that writes into its inputs writes into their tangents too
+        copies = tuple(tangent.clone() for tangent in tangents)
+        outputs, products, extras = _engines.pushforward(self._func, self.primals, copies)
         self._image = (outputs, extras)
         return products
 

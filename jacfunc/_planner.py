@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jacfunc._basis import numel
 from jacfunc._check import Refused, check_chunk_size
@@ -44,26 +44,20 @@ class Auto:
                 continue
             _log.info("%s ran: %s", plan.strategy, plan.reason)
             return blocks
-        _log.info("%s ran: %s", last.strategy, last.reason)
+        _log.info("%s runs: %s", last.strategy, last.reason)
         return last.strategy.materialize(operator)
 
     def plans(self, operator: JacobianOperator) -> Sequence[Plan]:
         """What to try, in order, each with its reason."""
         rows, columns = numel(operator.outputs), numel(operator.primals)
-        reverse = Plan(
-            Reverse(self.chunk_size),
-            f"{rows} outputs are not far more than {columns} inputs, so rows are fewer sweeps",
-        )
-        looped = Plan(Looped(), "nothing vmapped was possible; one row at a time always is")
         if rows <= FORWARD_FROM_RATIO * columns:
-            return reverse, looped
-        forward = Plan(
-            Forward(self.chunk_size),
-            f"{rows} outputs are more than {FORWARD_FROM_RATIO} times the {columns} inputs, "
-            "so columns are fewer sweeps",
+            reason = f"{rows} outputs are not far more than {columns} inputs"
+            return (Plan(Reverse(self.chunk_size), f"{reason}: rows cost least"),)
+        reason = f"{rows} outputs are more than {FORWARD_FROM_RATIO} times the {columns} inputs"
+        return (
+            Plan(Forward(self.chunk_size), f"{reason}: columns cost least"),
+            Plan(Reverse(self.chunk_size), "torch has no right forward mode for this function"),
         )
-        fallback = replace(reverse, reason="torch has no forward mode for this function")
-        return forward, fallback, looped
 
 
 _CHUNKED: dict[str, Callable[[int | None], Strategy]] = {

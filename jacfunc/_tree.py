@@ -26,7 +26,7 @@ NAMESPACE = "jacfunc"
 _INSERTION_ORDER = optree.dict_insertion_ordered(True, namespace=NAMESPACE)
 _INSERTION_ORDER.__enter__()
 
-_LEAF = optree.tree_structure(torch.empty(()), namespace=NAMESPACE)
+_LEAF = optree.treespec_leaf(namespace=NAMESPACE)
 
 
 def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:

@@ -1,0 +1,1 @@
+"""Tests of jacfunc: one table of problems, independent oracles, and laws."""

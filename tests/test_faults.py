@@ -1,0 +1,233 @@
+"""Each place where torch is silently wrong: that it still is, and that jacfunc is not.
+
+When torch mends one of these, its pin fails: then the entry in ``_faults.py`` can go.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import jacfunc
+from tests.oracles import looped_hessian, looped_jacobian
+
+W = torch.linspace(-1.0, 1.3, 15, dtype=torch.float64).sin()
+X = torch.linspace(-2.0, 1.0, 12, dtype=torch.float64).cos().view(4, 3)
+A = torch.linspace(-1.0, 1.0, 48, dtype=torch.float64).sin().view(3, 4, 4) + 3 * torch.eye(4)
+
+
+def layer_norm(w):
+    return F.layer_norm(X @ w[:9].view(3, 3), (3,), w[9:12], w[12:15]).tanh().sum(1)
+
+
+def batch_norm(w):
+    z = X @ w[:9].view(3, 3)
+    return F.batch_norm(z, None, None, w[9:12], w[12:15], training=True).tanh().sum(1)
+
+
+def instance_norm(w):
+    z = (X @ w[:9].view(3, 3)).view(2, 2, 3)
+    return F.instance_norm(z, weight=w[9:11], bias=w[12:14]).tanh().sum((0, 1))
+
+
+NORMS = [layer_norm, batch_norm, instance_norm]
+
+
+@pytest.mark.parametrize("func", NORMS)
+@pytest.mark.parametrize("reduce", [False, True], ids=["vector", "scalar"])
+def test_hessians_of_normalized_nets(func, reduce):
+    def net(w):
+        return func(w).sum() if reduce else func(w)
+
+    expected = looped_hessian(net, (W,))
+    assert (torch.func.hessian(net)(W) - expected).abs().max() > 1e-3
+    for strategy in ("reverse", "forward", "looped", "auto"):
+        actual = jacfunc.hessian(net, strategy=strategy)(W)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("func", NORMS)
+def test_hessians_of_normalized_nets_inside_vmap(func):
+    expected = looped_hessian(func, (W,))
+    actual = jacfunc.vmap(jacfunc.hessian(func))(torch.stack([W, W]))
+    torch.testing.assert_close(actual, torch.stack([expected, expected]), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("func", NORMS)
+@pytest.mark.parametrize("outer", [jacfunc.jacfwd, jacfunc.jacrev])
+def test_derivatives_of_forward_mode_through_norms_are_refused(func, outer):
+    with pytest.raises(NotImplementedError, match="forward mode of .*norm is wrong here"):
+        outer(jacfunc.jacfwd(func))(W)
+
+
+def test_training_through_a_forward_jacobian_of_a_norm_is_refused():
+    w = W.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="derivatives of it are wrong"):
+        jacfunc.jacfwd(layer_norm)(w)
+    expected = looped_jacobian(layer_norm, (W,))
+    with torch.no_grad():
+        torch.testing.assert_close(jacfunc.jacfwd(layer_norm)(w), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (1, 3)])
+def test_cdist(shape):
+    x = torch.linspace(-1.0, 1.0, shape[0] * 3, dtype=torch.float64).sin().view(shape)
+
+    def distances(x):
+        return torch.cdist(x, X)
+
+    expected = looped_jacobian(distances, (x,))
+    assert (torch.func.jacrev(distances)(x) - expected).abs().max() > 1e-3
+    for strategy in ("reverse", "looped", "auto"):
+        torch.testing.assert_close(jacfunc.jacobian(distances, strategy=strategy)(x), expected)
+    batched = jacfunc.vmap(jacfunc.jacrev(distances))(torch.stack([x, x]))
+    torch.testing.assert_close(batched, torch.stack([expected, expected]))
+    with pytest.raises(NotImplementedError, match="no forward mode"):
+        jacfunc.jacfwd(distances)(x)
+
+
+LU_SOLVES = {
+    "solve": lambda a: torch.linalg.solve(a, torch.ones(4, dtype=a.dtype)),
+    "det": torch.linalg.det,
+    "method det": lambda a: a.det(),
+    "slogdet": lambda a: torch.linalg.slogdet(a)[1],
+    "logdet": torch.logdet,
+    "tensorsolve": lambda a: torch.linalg.tensorsolve(a, torch.ones(4, dtype=a.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", LU_SOLVES)
+def test_forward_mode_of_lu_solves_inside_vmap_is_refused(name):
+    func = LU_SOLVES[name]
+    expected = torch.stack([looped_jacobian(func, (a,)) for a in A])
+    assert (torch.func.vmap(torch.func.jacfwd(func))(A) - expected).abs().max() > 1e-3
+    with pytest.raises(NotImplementedError, match="misreads memory"):
+        jacfunc.vmap(jacfunc.jacfwd(func))(A)
+    torch.testing.assert_close(jacfunc.vmap(jacfunc.jacrev(func))(A), expected)
+    torch.testing.assert_close(torch.stack([jacfunc.jacfwd(func)(a) for a in A]), expected)
+
+
+@pytest.mark.parametrize("name", LU_SOLVES)
+def test_reverse_mode_of_lu_solves_inside_vmap_without_grad_mode(name):
+    """Grad mode off, torch's own backward solves by LU factors and misreads memory."""
+    func = LU_SOLVES[name]
+    expected = torch.stack([looped_jacobian(func, (a,)) for a in A])
+    parameter = A.clone().requires_grad_()
+    with torch.no_grad():
+        actual = jacfunc.vmap(jacfunc.jacrev(func))(parameter)
+    torch.testing.assert_close(actual, expected)
+    assert not actual.requires_grad
+
+
+def test_hessians_of_det_inside_vmap():
+    expected = torch.stack([looped_hessian(torch.linalg.det, (a,)) for a in A])
+    actual = jacfunc.vmap(jacfunc.hessian(torch.linalg.det))(A)
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises(NotImplementedError, match="misreads memory"):
+        jacfunc.vmap(jacfunc.hessian(torch.linalg.det, strategy="forward"))(A)
+
+
+def scatter_prod(x):
+    return torch.zeros(2, dtype=x.dtype).scatter_reduce(0, torch.tensor([0, 0, 1]), x, "prod")
+
+
+def test_forward_mode_of_scatter_prod_is_refused_and_auto_goes_on():
+    x = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
+
+    def wide(x):
+        return torch.cat([scatter_prod(x) + 1, x.repeat(20)])
+
+    expected = looped_jacobian(wide, (x,))
+    with pytest.raises(NotImplementedError, match="forward derivative is zero"):
+        jacfunc.jacfwd(scatter_prod)(x)
+    torch.testing.assert_close(jacfunc.jacobian(wide)(x), expected)
+
+
+def test_forward_mode_of_cholesky_inverse_is_refused():
+    lower = torch.linalg.cholesky(A[0] @ A[0].T)
+    expected = looped_jacobian(torch.cholesky_inverse, (lower,))
+    assert (torch.func.jacfwd(torch.cholesky_inverse)(lower) - expected).abs().max() > 1e-3
+    with pytest.raises(NotImplementedError, match="forward formula is wrong"):
+        jacfunc.jacfwd(torch.cholesky_inverse)(lower)
+
+
+@torch.library.custom_op("jacfunc_tests::cube", mutates_args=())
+def cube(x: torch.Tensor) -> torch.Tensor:
+    return x**3
+
+
+cube.register_autograd(
+    lambda ctx, grad: 3 * ctx.saved_tensors[0] ** 2 * grad,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def test_custom_operators_have_no_forward_rule():
+    x = torch.tensor([1.0, 2.0])
+    assert torch.equal(torch.func.jacfwd(cube)(x), torch.zeros(2, 2))
+    with pytest.raises(NotImplementedError, match="no forward rule"):
+        jacfunc.jacfwd(cube)(x)
+    torch.testing.assert_close(jacfunc.jacobian(cube)(x), torch.diag(3 * x**2))
+
+
+class Square(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return 2 * ctx.saved_tensors[0] * tangent
+
+
+def test_second_order_through_the_jvp_of_a_custom_function_is_refused():
+    x = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(jacfunc.jacfwd(Square.apply)(x), torch.diag(2 * x))
+    with pytest.raises(NotImplementedError, match="custom_function_call"):
+        jacfunc.jacfwd(jacfunc.jacfwd(Square.apply))(x)
+
+
+@pytest.mark.parametrize("transform", [jacfunc.jacrev, jacfunc.jacfwd, jacfunc.hessian])
+def test_negative_argnums(transform):
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+
+    def func(x, y):
+        return (x * y**3).sum()
+
+    torch.testing.assert_close(transform(func, argnums=-1)(x, y), transform(func, argnums=1)(x, y))
+    assert transform(func, argnums=-1)(x, y).abs().sum() > 1
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "forward", "looped"])
+def test_inputs_written_by_the_function_stay_as_they_are(strategy):
+    x = torch.tensor([1.0, 2.0])
+    jac = jacfunc.jacobian(lambda x: x.mul_(3).sin_(), strategy=strategy)(x)
+    torch.testing.assert_close(x, torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(jac, torch.diag(3 * torch.cos(3 * x)))
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "forward", "looped"])
+def test_dropout_has_one_mask_whatever_the_strategy_and_chunk(strategy):
+    x = torch.ones(50)
+
+    def func(x):
+        return F.dropout(x, 0.5).repeat(3)
+
+    torch.manual_seed(7)
+    expected = torch.diag(F.dropout(x, 0.5)).repeat(3, 1)
+    after = torch.get_rng_state()
+    for chunk_size in (None, 7) if strategy != "looped" else (None,):
+        torch.manual_seed(7)
+        jac = jacfunc.jacobian(func, strategy=strategy, chunk_size=chunk_size)(x)
+        torch.testing.assert_close(jac, expected)
+        assert torch.equal(torch.get_rng_state(), after)
