@@ -45,6 +45,17 @@ def deriving(
     return derived
 
 
+def jacobian_by(
+    api: str, func: Callable[..., Any], argnums: Argnums, strategy: Strategy, has_aux: bool
+) -> Callable[..., Any]:
+    """The function that every door but value_and_jacobian returns."""
+
+    def pack(evaluation: Evaluation) -> Any:
+        return (evaluation.jacobian, evaluation.aux) if has_aux else evaluation.jacobian
+
+    return deriving(api, func, argnums, strategy, has_aux, pack)
+
+
 def carry_out(api: str, sweep: Callable[[], Result]) -> Result:
     """Run a sweep; say in the words of the call what torch refused."""
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacfunc._check import Refused
 from jacfunc._faults import ForwardGuard, can_be_batched, must_be_differentiable
@@ -89,7 +90,8 @@ def pushforward(
         outer_vmaps = num_vmap_levels()
     guard = nullcontext() if torch.compiler.is_compiling() else ForwardGuard(outer_vmaps)
     try:
-        with guard:
+        # the fused kernels of attention have no forward mode
+        with guard, sdpa_kernel(SDPBackend.MATH):
             pushed: Any = torch.func.jvp(func, copies, tangents, has_aux=True)
     except Refused:
         raise

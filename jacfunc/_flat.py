@@ -12,8 +12,6 @@ from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tenso
 from jacfunc._tree import Split, flatten, paths
 from jacfunc._types import Argnums, Blocks, Leaves, Tree
 
-_NOTHING_BESIDE = Split.of(((), None), is_tensor)
-
 
 class FlatCall:
     """``func(*args, **kwargs)`` as a leaf function of what ``argnums`` names.
@@ -40,7 +38,7 @@ class FlatCall:
             if split.constants or any(map(torch.is_complex, split.leaves)):
                 check_inputs(api, n, flatten(args[n])[0], paths(args[n], f"args[{n}]"))
         self._output: Split | None = None
-        self._beside = _NOTHING_BESIDE
+        self._beside: Split | None = None
 
     @property
     def primals(self) -> Leaves:
@@ -60,12 +58,12 @@ class FlatCall:
             self._beside = Split.of((self._output.constants, aux), is_tensor)
         if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
             check_outputs(self._api, flatten(output)[0], paths(output, "output"))
-        return self._output.leaves, self._beside.leaves
+        return self._output.leaves, self._beside.leaves if self._beside else ()
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
         """The function's own ``(output, aux)``, from the leaves that an engine hands back."""
         assert self._output is not None
-        constants, aux = self._beside.merge(extras)
+        constants, aux = self._beside.merge(extras) if self._beside else ((), None)
         return self._output.merge(outputs, constants), aux
 
     def jacobian(self, blocks: Blocks) -> Tree:

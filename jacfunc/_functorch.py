@@ -7,6 +7,7 @@ because these cost as much as the whole Jacobian of a small function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ def sweep_batch(
     ``sweep(seed) -> (products, rest)``: products come back as ``[K, *shape]``, the rest, which
     no seed should change, as it was for the first seed.
     """
+    if torch.compiler.is_compiling():
+        return _sweep_batch_traceably(sweep, seeds, randomness)
     size = seeds[0].shape[0]
     level = _functorch._vmap_increment_nesting(size, randomness)
     unwrap = _functorch._remove_batch_dim
@@ -72,6 +75,16 @@ def sweep_batch(
         )
     finally:
         _functorch._vmap_decrement_nesting()
+
+
+def _sweep_batch_traceably(
+    sweep: Callable[[Leaves], tuple[Leaves, Leaves]], seeds: Leaves, randomness: str
+) -> tuple[Leaves, Leaves]:
+    """The same by torch.vmap itself, which the compiler knows."""
+    out_dims: Any = (0, None)
+    batched: Any = torch.vmap(sweep, out_dims=out_dims, randomness=randomness)
+    products, rest = batched(seeds)
+    return products, rest
 
 
 def run_backward(
@@ -97,6 +110,8 @@ def _is_batched(tensor: Tensor, level: int) -> bool:
 
 def _keys() -> list[TransformType]:
     """The active transforms, outermost first."""
+    if torch.compiler.is_compiling():
+        return []
     stack = _functorch.get_interpreter_stack()
     return [interpreter.key() for interpreter in stack] if stack else []
 

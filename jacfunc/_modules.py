@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._batching import vmap
+from jacfunc._derive import jacobian_by
 from jacfunc._functorch import inside_derivative
 from jacfunc._planner import resolve
-from jacfunc._transforms import jacobian
 from jacfunc._tree import flatten, map_tensors, stack_trees
 from jacfunc._types import Tree
 from jacfunc.strategies import Looped, Strategy
@@ -84,7 +84,7 @@ def module_jacobian(
         )
     argnums = _argnums(wrt)
     chosen = resolve(API, strategy, chunk_size)
-    derive = jacobian(_caller(module, per_sample), argnums, strategy=chosen)
+    derive = jacobian_by(API, _caller(module, per_sample), argnums, chosen, has_aux=False)
     if per_sample:
         derive = _each_sample(derive, chosen, randomness)
 
@@ -124,14 +124,14 @@ def _each_sample(
     """The Jacobian of one sample, mapped over all: vmapped, or looped where nothing is vmapped."""
 
     def batched(params: dict[str, Tensor], point: Tree, is_single: bool, kwargs: Tree) -> Tree:
+        size = _batch_size((point, kwargs))
+
         def sample(at: Tree, also: Tree) -> Tree:
             return derive(params, at, is_single, also)
 
         if not isinstance(strategy, Looped):
             return vmap(sample, randomness=randomness)(point, kwargs)
-        picked = (
-            map_tensors(itemgetter(b), (point, kwargs)) for b in range(_batch_size((point, kwargs)))
-        )
+        picked = (map_tensors(itemgetter(b), (point, kwargs)) for b in range(size))
         return stack_trees([sample(*one) for one in picked])
 
     return batched

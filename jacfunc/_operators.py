@@ -105,7 +105,7 @@ class JacobianOperator:
 
 def _is_empty(seeds: Leaves) -> bool:
     """No seeds, or no leaves that could have one: torch's sweeps fail on both."""
-    return not seeds or seeds[0].shape[0] == 0
+    return len(seeds) == 0 or seeds[0].shape[0] == 0
 
 
 def _no_products(leaves: Leaves) -> Leaves:

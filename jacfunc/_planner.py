@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from jacfunc._basis import numel
 from jacfunc._check import Refused, check_chunk_size
 from jacfunc._operators import JacobianOperator
@@ -40,11 +42,11 @@ class Auto:
             try:
                 blocks = plan.strategy.materialize(operator)
             except Refused as refusal:
-                _log.info("%s refused: %s", plan.strategy, refusal)
+                _say("%s refused: %s", plan.strategy, refusal)
                 continue
-            _log.info("%s ran: %s", plan.strategy, plan.reason)
+            _say("%s ran: %s", plan.strategy, plan.reason)
             return blocks
-        _log.info("%s runs: %s", last.strategy, last.reason)
+        _say("%s runs: %s", last.strategy, last.reason)
         return last.strategy.materialize(operator)
 
     def plans(self, operator: JacobianOperator) -> Sequence[Plan]:
@@ -58,6 +60,11 @@ class Auto:
             Plan(Forward(self.chunk_size), f"{reason}: columns cost least"),
             Plan(Reverse(self.chunk_size), "torch has no right forward mode for this function"),
         )
+
+
+def _say(message: str, *facts: object) -> None:
+    if not torch.compiler.is_compiling():  # which can't trace a logger
+        _log.info(message, *facts)
 
 
 _CHUNKED: dict[str, Callable[[int | None], Strategy]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jacfunc._derive import Evaluation, deriving
+from jacfunc._derive import Evaluation, deriving, jacobian_by
 from jacfunc._planner import resolve
 from jacfunc._types import Argnums
 from jacfunc.strategies import Forward, Reverse, Strategy
@@ -49,7 +49,7 @@ def jacrev(
                 [0., 4., 0.],
                 [0., 0., 6.]])
     """
-    return _jacobian("jacrev", func, argnums, Reverse(chunk_size), has_aux)
+    return jacobian_by("jacrev", func, argnums, Reverse(chunk_size), has_aux)
 
 
 def jacfwd(
@@ -88,7 +88,7 @@ def jacfwd(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return _jacobian("jacfwd", func, argnums, Forward(chunk_size, randomness), has_aux)
+    return jacobian_by("jacfwd", func, argnums, Forward(chunk_size, randomness), has_aux)
 
 
 def jacobian(
@@ -128,7 +128,7 @@ def jacobian(
                 [3., 4.]])
     """
     chosen = resolve("jacobian", strategy, chunk_size)
-    return _jacobian("jacobian", func, argnums, chosen, has_aux)
+    return jacobian_by("jacobian", func, argnums, chosen, has_aux)
 
 
 def value_and_jacobian(
@@ -211,16 +211,5 @@ def hessian(
                 [ 0., 12.]])
     """
     chosen = resolve("hessian", strategy, chunk_size)
-    inner = _jacobian("hessian", func, argnums, Reverse(), has_aux)
-    return _jacobian("hessian", inner, argnums, chosen, has_aux)
-
-
-def _jacobian(
-    api: str, func: Callable[..., Any], argnums: Argnums, strategy: Strategy, has_aux: bool
-) -> Callable[..., Any]:
-    """The function that every door but value_and_jacobian returns."""
-
-    def pack(evaluation: Evaluation) -> Any:
-        return (evaluation.jacobian, evaluation.aux) if has_aux else evaluation.jacobian
-
-    return deriving(api, func, argnums, strategy, has_aux, pack)
+    inner = jacobian_by("hessian", func, argnums, Reverse(), has_aux)
+    return jacobian_by("hessian", inner, argnums, chosen, has_aux)
