@@ -36,6 +36,6 @@ def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
             seed = torch.zeros(shape, dtype=leaf.dtype, device=leaf.device)
             if -shape[0] < first < shape[1]:
                 seed.diagonal(first).fill_(1)
-        seeds.append(seed.view(shape[:1] + leaf.shape))
+        seeds.append(seed if leaf.dim() == 1 else seed.view(shape[:1] + leaf.shape))
         first -= shape[1]
     return tuple(seeds)

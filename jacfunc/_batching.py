@@ -118,4 +118,4 @@ def _move(out: Tensor, dim: Any) -> Tensor:
             f"vmap: out_dims must be dimensions of the outputs, got {dim!r} for an output of "
             f"shape {tuple(out.shape)}. Give an int, or a prefix tree of ints."
         )
-    return out.movedim(0, dim)
+    return out.movedim(0, dim) if dim else out

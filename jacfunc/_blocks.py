@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from jacfunc._functorch import share_memory
 from jacfunc._types import Blocks, Leaves
 
 
@@ -19,7 +20,7 @@ def stack(chunks: Iterable[Leaves], total: int) -> Leaves:
     iterator = iter(chunks)
     first = next(iterator)
     if not first or first[0].shape[0] == total:
-        return tuple(_owned(product) for product in first)
+        return _owned(first)
     if any(product.requires_grad for product in first):
         return tuple(torch.cat(pieces) for pieces in zip(first, *iterator, strict=True))
     results = tuple(product.new_empty((total, *product.shape[1:])) for product in first)
@@ -61,15 +62,22 @@ def _cut(products: Tensor, leaves: Leaves) -> Sequence[Tensor]:
 
 def _block(products: Tensor, out: Tensor, primal: Tensor) -> Tensor:
     """One block ``[*out, *in]``, in the dtype that it has whichever side its products came from."""
-    block = products.view(out.shape + primal.shape)
+    shape = out.shape + primal.shape
+    block = products if products.shape == shape else products.view(shape)
     if out.dtype == primal.dtype == block.dtype:
         return block
     return block.to(torch.promote_types(out.dtype, primal.dtype))
 
 
-def _owned(product: Tensor) -> Tensor:
-    """The product in its own memory: autograd hands out expanded views, which can't be written."""
-    return product.clone() if 0 in product.stride() else product
+def _owned(products: Leaves) -> Leaves:
+    """Products in memory of their own: autograd hands out expanded views, and one tensor twice."""
+    if len(products) == 1:
+        return tuple(p.clone() if 0 in p.stride() else p for p in products)
+    owned: list[Tensor] = []
+    for product in products:
+        shared = 0 in product.stride() or any(share_memory(product, other) for other in owned)
+        owned.append(product.clone() if shared else product)
+    return tuple(owned)
 
 
 def _write(results: Leaves, products: Leaves, start: int) -> int:

@@ -85,9 +85,20 @@ def pushforward(
     func: LeafFunction, primals: Leaves, tangents: Leaves, outer_vmaps: int | None = None
 ) -> tuple[Leaves, Leaves, Leaves]:
     """``(outputs, products, extras)``: evaluate with a tangent riding along."""
-    copies = tuple(primal.clone() for primal in primals)
     if outer_vmaps is None:
         outer_vmaps = num_vmap_levels()
+    try:
+        return _push(func, primals, tangents, outer_vmaps)
+    except RuntimeError as error:
+        if "vmap: inplace arithmetic" not in str(error):
+            raise
+    return _push(func, primals, _batched_like(tangents, primals), outer_vmaps)
+
+
+def _push(
+    func: LeafFunction, primals: Leaves, tangents: Leaves, outer_vmaps: int
+) -> tuple[Leaves, Leaves, Leaves]:
+    copies = tuple(primal.clone() for primal in primals)
     guard = nullcontext() if torch.compiler.is_compiling() else ForwardGuard(outer_vmaps)
     try:
         # the fused kernels of attention have no forward mode
@@ -116,13 +127,7 @@ def pushforward_batch(
         num_outputs = len(outputs)
         return products, (*outputs, *extras)
 
-    try:
-        products, rest = sweep_batch(push, tangents, randomness)
-    except RuntimeError as error:
-        if "vmap: inplace arithmetic" not in str(error):
-            raise
-        dense = _batched_like(tangents, primals)
-        products, rest = sweep_batch(push, dense, randomness)
+    products, rest = sweep_batch(push, tangents, randomness)
     return rest[:num_outputs], products, rest[num_outputs:]
 
 
@@ -182,9 +187,9 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
 
 def _recording() -> AbstractContextManager[Any]:
     """Autograd on, whatever the caller's mode."""
-    if not torch.is_inference_mode_enabled():
-        return torch.enable_grad()
-    return torch.inference_mode(False)
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
 
 
 def _anchor(primal: Tensor, wanted: bool) -> Tensor:

@@ -23,6 +23,14 @@ def inside_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def share_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Does writing into one write into the other?"""
+    if torch.compiler.is_compiling():  # compiled code is functional: nobody writes
+        return False
+    mine, theirs = _bottom(tensor).untyped_storage(), _bottom(other).untyped_storage()
+    return bool(mine._cdata == theirs._cdata)
+
+
 def num_vmap_levels() -> int:
     """How many vmaps are active."""
     return sum(key == TransformType.Vmap for key in _keys())
@@ -118,6 +126,11 @@ def _keys() -> list[TransformType]:
 
 def _tracked_below(tensor: Tensor) -> bool:
     """Does plain autograd, below all levels, track the tensor?"""
+    return _bottom(tensor).requires_grad and torch.is_grad_enabled()
+
+
+def _bottom(tensor: Tensor) -> Tensor:
+    """The tensor below all levels."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return tensor.requires_grad and torch.is_grad_enabled()
+    return tensor

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._batching import vmap
@@ -90,29 +91,39 @@ def module_jacobian(
 
     def module_jacobian_of(*inputs: Tree, **kwargs: Any) -> Tree:
         _check_call(module, per_sample, create_graph)
-        params = {name: dict(module.named_parameters())[name] for name in _chosen(module, select)}
-        point = inputs[0] if len(inputs) == 1 else inputs
+        everything = dict(module.named_parameters())
+        params = {name: everything.pop(name) for name in _chosen(everything, select)}
+        constants = _Constants(everything, dict(module.named_buffers()), len(inputs) == 1)
+        point = inputs[0] if constants.is_single else inputs
         with (
             torch.random.fork_rng(devices=_cuda_devices(params.values())),
             torch.set_grad_enabled(create_graph and torch.is_grad_enabled()),
         ):
-            return derive(params, point, len(inputs) == 1, kwargs)
+            return derive(params, point, kwargs, constants)
 
     return module_jacobian_of
+
+
+class _Constants(NamedTuple):
+    """What a module is called with besides the chosen parameters and the inputs."""
+
+    params: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    is_single: bool  # one positional input, which then stands for itself
 
 
 def _caller(module: nn.Module, per_sample: bool) -> Callable[..., Tree]:
     """The module as a function of chosen parameters and inputs; everything else is constant."""
 
-    def call(params: dict[str, Tensor], point: Tree, is_single: bool, kwargs: Tree) -> Tree:
-        rest = {n: p.detach() for n, p in module.named_parameters() if n not in params}
+    def call(params: dict[str, Tensor], point: Tree, kwargs: Tree, constants: _Constants) -> Tree:
+        rest = {name: param.detach() for name, param in constants.params.items()}
         # in train mode a module writes into its buffers
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        inputs = (point,) if is_single else point
+        buffers = {name: buffer.clone() for name, buffer in constants.buffers.items()}
+        inputs = (point,) if constants.is_single else point
         if per_sample:
             inputs, kwargs = map_tensors(lambda x: x.unsqueeze(0), (inputs, kwargs))
-        state = {**rest, **buffers, **params}
-        output = torch.func.functional_call(module, state, inputs, kwargs, strict=True)
+        # not strict, which is slow: the names are the module's own
+        output = functional_call(module, {**rest, **buffers, **params}, inputs, kwargs)
         return map_tensors(lambda x: x.squeeze(0), output) if per_sample else output
 
     return call
@@ -123,11 +134,13 @@ def _each_sample(
 ) -> Callable[..., Tree]:
     """The Jacobian of one sample, mapped over all: vmapped, or looped where nothing is vmapped."""
 
-    def batched(params: dict[str, Tensor], point: Tree, is_single: bool, kwargs: Tree) -> Tree:
+    def batched(
+        params: dict[str, Tensor], point: Tree, kwargs: Tree, constants: _Constants
+    ) -> Tree:
         size = _batch_size((point, kwargs))
 
         def sample(at: Tree, also: Tree) -> Tree:
-            return derive(params, at, is_single, also)
+            return derive(params, at, also, constants)
 
         if not isinstance(strategy, Looped):
             return vmap(sample, randomness=randomness)(point, kwargs)
@@ -149,16 +162,15 @@ def _argnums(wrt: Any) -> int | tuple[int, ...]:
     return positions[0] if isinstance(wrt, str) else positions
 
 
-def _chosen(module: nn.Module, select: str | Sequence[str] | None) -> list[str]:
+def _chosen(params: dict[str, nn.Parameter], select: str | Sequence[str] | None) -> list[str]:
     """Names of the trainable parameters that the patterns match, in the module's order."""
-    trainable = [name for name, param in module.named_parameters() if param.requires_grad]
+    trainable = [name for name, param in params.items() if param.requires_grad]
     if select is None:
         return trainable
     patterns = [select] if isinstance(select, str) else list(select)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in trainable):
-            every = [name for name, _ in module.named_parameters()]
-            near = difflib.get_close_matches(pattern, every, n=3) or every[:3]
+            near = difflib.get_close_matches(pattern, params, n=3) or list(params)[:3]
             raise ValueError(
                 f"{API}: select must match trainable parameters, got {pattern!r}. "
                 f"Nearest names: {', '.join(near)}."

@@ -55,6 +55,8 @@ def paths(tree: Tree, root: str) -> list[str]:
 
 def broadcast_prefix(prefix: Tree, tree: Tree) -> list[Any]:
     """A prefix tree (``in_dims``), where None is a value, spread over the leaves of the tree."""
+    if isinstance(prefix, int):
+        return [prefix] * len(flatten(tree)[0])
     leaf = object()
     full = optree.tree_map(lambda _: leaf, tree, namespace=NAMESPACE)
     # None is structure in the tree and a value in the prefix: count it in both, drop it after

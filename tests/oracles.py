@@ -222,6 +222,10 @@ def assert_same(
 ) -> None:
     """Same tree, shapes, dtypes, and values to rounding."""
     for path, a, b in leaf_pairs(got, want):
+        if not isinstance(b, Tensor):
+            assert type(a) is type(b), f"{path}: {type(a).__name__}, not {type(b).__name__}"
+            assert a == b, f"{path}: {a!r}, not {b!r}"
+            continue
         torch.testing.assert_close(
             a, b, rtol=rtol, atol=atol, check_dtype=dtype, msg=lambda text, at=path: f"{at}: {text}"
         )

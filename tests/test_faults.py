@@ -55,7 +55,7 @@ def test_hessians_of_normalized_nets_inside_vmap(func):
 @pytest.mark.parametrize("func", NORMS)
 @pytest.mark.parametrize("outer", [jacfunc.jacfwd, jacfunc.jacrev])
 def test_derivatives_of_forward_mode_through_norms_are_refused(func, outer):
-    with pytest.raises(NotImplementedError, match="forward mode of .*norm is wrong here"):
+    with pytest.raises(NotImplementedError, match=r"forward mode of .*norm is wrong here"):
         outer(jacfunc.jacfwd(func))(W)
 
 

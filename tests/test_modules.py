@@ -144,7 +144,7 @@ def test_per_sample(name, strategy):
 @pytest.mark.parametrize("name", sorted(NO_FORWARD))
 def test_missing_forward_modes_are_refused(name):
     module, x = case(name)
-    with pytest.raises(NotImplementedError, match="module_jacobian: .* no forward mode"):
+    with pytest.raises(NotImplementedError, match=r"module_jacobian: .* no forward mode"):
         jacfunc.module_jacobian(module, strategy="forward")(x)
 
 
@@ -172,7 +172,7 @@ def test_names_are_strict_and_globs_select():
 def test_frozen_parameters_are_constants():
     module, x = case("twice")
     assert "frozen.weight" not in jacfunc.module_jacobian(module)(x)
-    with pytest.raises(ValueError, match="must match trainable parameters, got 'frozen.weight'"):
+    with pytest.raises(ValueError, match=r"must match trainable parameters, got .frozen\.weight."):
         jacfunc.module_jacobian(module, select="frozen.weight")(x)
 
 

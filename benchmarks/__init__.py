@@ -1,0 +1,1 @@
+"""Times jacfunc against its rivals, on answers that were checked first."""

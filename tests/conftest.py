@@ -1,0 +1,32 @@
+"""Device, seeds and threads, the same for every test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = os.environ.get("JACFUNC_TEST_DEVICE", "cpu")
+
+# Two threads on a busy machine make small models many times slower.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE.startswith("cuda"):
+        return
+    skip = pytest.mark.skip(reason="needs CUDA: set JACFUNC_TEST_DEVICE=cuda")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE

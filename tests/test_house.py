@@ -1,0 +1,289 @@
+"""The house keeps its shape: read from the syntax trees of the package, not by running it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jacfunc
+
+ROOT = Path(jacfunc.__file__).parent
+FILES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+# From the ground up; a module imports from its own layer and from those below.
+LAYERS = [
+    {"_types", "_check"},
+    {"_tree", "_basis", "_blocks", "_functorch", "_faults", "_counting"},
+    {"_engines", "_operators"},
+    {"_flat", "strategies"},
+    {"_planner", "_derive"},
+    {"_transforms", "_products", "_batching", "_modules"},
+]
+ROOF = len(LAYERS)
+MAX_FILE, MAX_FUNCTION = 250, 45
+
+EVERY_MODULE = pytest.mark.parametrize("name", FILES)
+INNER_MODULES = pytest.mark.parametrize("name", [name for name in FILES if name != "jacfunc"])
+
+
+def layer_of(module: str) -> int:
+    """The package's own ``__init__`` is the roof; a package of modules is one room."""
+    if module == "jacfunc":
+        return ROOF
+    room = module.split(".")[1]
+    for number, rooms in enumerate(LAYERS):
+        if room in rooms:
+            return number
+    raise AssertionError(f"{module} has no layer: give it one in LAYERS")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Every ``(module, name)`` that a syntax tree imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                yield node.module or "", alias.name
+
+
+def own_imports(name: str) -> set[str]:
+    """The modules of jacfunc that a module imports."""
+    found = set()
+    for module, attribute in imported(TREES[name]):
+        if module == "jacfunc" or module.startswith("jacfunc."):
+            deeper = f"{module}.{attribute}"
+            found.add(deeper if deeper in FILES else module)
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    """``torch.func.jvp`` from its syntax, or nothing."""
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value)
+        return f"{before}.{node.attr}" if before else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def mentions(tree: ast.AST) -> set[str]:
+    """Dotted names that are used or imported, aliases of ``import … as`` resolved."""
+    aliases = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    } | {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    found = set(aliases.values())
+    for node in ast.walk(tree):
+        first, dot, rest = dotted(node).partition(".")
+        if first:
+            found.add(aliases.get(first, first) + dot + rest)
+    return found
+
+
+def users_of(*prefixes: str) -> set[str]:
+    def uses(tree: ast.AST) -> bool:
+        return any(
+            name == prefix or name.startswith(f"{prefix}.")
+            for name in mentions(tree)
+            for prefix in prefixes
+        )
+
+    return {name for name, tree in TREES.items() if uses(tree)}
+
+
+# --- imports ---
+
+
+@INNER_MODULES
+def test_imports_go_down_or_stay(name: str) -> None:
+    for other in own_imports(name):
+        assert layer_of(other) <= layer_of(name), f"{name} reaches up to {other}"
+
+
+def test_no_import_cycles() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join((*trail, name))
+        if name not in done:
+            for other in own_imports(name):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in FILES:
+        visit(name, ())
+
+
+def test_every_room_is_in_one_layer() -> None:
+    rooms = [room for layer in LAYERS for room in layer]
+    assert len(rooms) == len(set(rooms))
+    assert set(rooms) == {name.split(".")[1] for name in FILES if name != "jacfunc"}
+
+
+@EVERY_MODULE
+def test_no_imports_inside_functions(name: str) -> None:
+    for function in functions(TREES[name]):
+        hidden = [
+            n.lineno for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)
+        ]
+        assert not hidden, f"{name}, lines {hidden}"
+
+
+def test_optree_lives_in_one_room() -> None:
+    assert users_of("optree") == {"jacfunc._tree"}
+
+
+def test_torchs_pytree_lives_in_the_same_room() -> None:
+    assert users_of("torch.utils._pytree") <= {"jacfunc._tree"}
+
+
+DERIVATIVES = (
+    "torch.autograd.grad",
+    "torch.autograd.backward",
+    "torch.autograd.functional",
+    "torch.autograd.forward_ad",
+    "torch.func.jvp",
+    "torch.func.vjp",
+    "torch.func.grad",
+    "torch.func.jacrev",
+    "torch.func.jacfwd",
+    "torch.func.hessian",
+    "torch.func.linearize",
+)
+
+
+def test_torchs_derivatives_are_driven_from_one_room() -> None:
+    assert users_of(*DERIVATIVES) <= {"jacfunc._engines"}
+    assert users_of("torch.func.jvp") == users_of("torch.func.vjp") == {"jacfunc._engines"}
+
+
+def test_functorchs_private_parts_are_touched_in_one_room() -> None:
+    private = ("torch._C._functorch", "torch._functorch", "functorch", "torch._dynamo")
+    assert users_of(*private) == {"jacfunc._functorch"}
+
+
+# --- public names ---
+
+PUBLIC = pytest.mark.parametrize("name", jacfunc.__all__)
+
+
+def test_all_is_what_is_public() -> None:
+    public = {
+        name
+        for name, value in vars(jacfunc).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert set(jacfunc.__all__) == public
+    assert list(jacfunc.__all__) == sorted(jacfunc.__all__)
+
+
+def test_the_front_door_holds_names_alone() -> None:
+    allowed = ast.ImportFrom | ast.Assign | ast.Expr
+    assert all(isinstance(node, allowed) for node in TREES["jacfunc"].body)
+
+
+@PUBLIC
+def test_public_names_have_an_example(name: str) -> None:
+    doc = inspect.getdoc(getattr(jacfunc, name)) or ""
+    first = doc.split("\n")[0]
+    assert first.endswith((".", "):", ").")), f"the first line is a sentence: {first!r}"
+    assert "Example:" in doc
+    assert ">>> " in doc.split("Example:")[1], "the example runs as a doctest"
+
+
+# Strategy is a protocol: nobody constructs it
+@pytest.mark.parametrize("name", sorted(set(jacfunc.__all__) - {"Strategy"}))
+def test_docstrings_name_every_argument(name: str) -> None:
+    thing = getattr(jacfunc, name)
+    doc = inspect.getdoc(thing) or ""
+    for parameter in inspect.signature(thing).parameters:
+        assert f"    {parameter}: " in doc or f"*{parameter}" in doc or parameter == "primals"
+
+
+@EVERY_MODULE
+def test_modules_say_what_they_are_for(name: str) -> None:
+    assert ast.get_docstring(TREES[name])
+
+
+@EVERY_MODULE
+def test_private_names_stay_in_their_module(name: str) -> None:
+    """One room does not reach into the drawers of another."""
+    for module, attribute in imported(TREES[name]):
+        if module.startswith("jacfunc") and attribute.startswith("_"):
+            assert f"{module}.{attribute}" in FILES, f"{name} imports {module}.{attribute}"
+
+
+# --- sizes ---
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, decorators aside, without its docstring."""
+    assert function.end_lineno is not None
+    total = function.end_lineno - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function) is not None and first.end_lineno is not None:
+        total -= first.end_lineno - first.lineno + 1
+    return total
+
+
+@EVERY_MODULE
+def test_files_are_short(name: str) -> None:
+    assert len(FILES[name].read_text().splitlines()) <= MAX_FILE
+
+
+@EVERY_MODULE
+def test_functions_are_short(name: str) -> None:
+    long = {f.name: lines_of_code(f) for f in functions(TREES[name])}
+    long = {name: lines for name, lines in long.items() if lines > MAX_FUNCTION}
+    assert not long
+
+
+# --- habits ---
+
+
+@EVERY_MODULE
+def test_no_mutable_state_at_module_level(name: str) -> None:
+    """Tables are constants by name and never written to; nothing is declared global."""
+    mutable = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+    tables = {
+        dotted(target)
+        for node in TREES[name].body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, mutable)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    } - {"__all__"}
+    assert all(table.isupper() for table in tables), tables
+    for node in ast.walk(TREES[name]):
+        assert not isinstance(node, ast.Global), f"line {node.lineno}"
+        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            assert dotted(node.value) not in tables, f"line {node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            writes = node.func.attr in {"append", "add", "update", "extend", "pop", "setdefault"}
+            assert not (writes and dotted(node.func.value) in tables), f"line {node.lineno}"
+
+
+@EVERY_MODULE
+def test_nothing_prints(name: str) -> None:
+    calls = (node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call))
+    assert not [call.lineno for call in calls if dotted(call.func) == "print"]
