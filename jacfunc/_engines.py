@@ -37,26 +37,25 @@ class Linearization:
 
     outputs: Leaves
     extras: Leaves
-    pull: Callable[[Leaves], Leaves]
+    sweep: Callable[[Leaves], Leaves]
     batchable: bool
+
+    def pull(self, cotangents: Leaves) -> Leaves:
+        """One cotangent: ``[*out]`` → ``[*in]``."""
+        return self.sweep(_batched_like(cotangents, self.outputs))
 
     def pull_batch(self, cotangents: Leaves) -> Leaves:
         """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right."""
         if not self.batchable:
             return one_by_one(self.pull, cotangents)
         try:
-            products, _ = sweep_batch(self._pull_alone, cotangents)
+            products, _ = sweep_batch(lambda seeds: (self.sweep(seeds), ()), cotangents)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             _log.info("the backward pass could not be batched, rows go one by one: %s", error)
-            return one_by_one(
-                lambda seeds: self.pull(_batched_like(seeds, self.outputs)), cotangents
-            )
+            return one_by_one(self.pull, cotangents)
         return products
-
-    def _pull_alone(self, cotangents: Leaves) -> tuple[Leaves, Leaves]:
-        return self.pull(cotangents), ()
 
 
 def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
@@ -69,8 +68,10 @@ def _batched_like(seeds: Leaves, leaves: Leaves) -> Leaves:
     """Seeds as they are, but batched by the vmaps outside wherever their leaves are.
 
     Torch may write into them, or into zeros like them, and can't write what is batched into what
-    is not. It is the second choice, because it makes every seed as large as the batch.
+    is not. Chunks of seeds go without at first: it makes every seed as large as the batch.
     """
+    if not inside_transform():
+        return seeds
     return tuple(seed + torch.zeros_like(leaf) for seed, leaf in zip(seeds, leaves, strict=True))
 
 
@@ -142,7 +143,7 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     live = [i for i, out in enumerate(outputs) if out.requires_grad] if anchors else []
     targets = tuple(outputs[i] for i in live)
 
-    def pull(cotangents: Leaves) -> Leaves:
+    def sweep(cotangents: Leaves) -> Leaves:
         if not live:
             return tuple(torch.zeros_like(anchor, requires_grad=False) for anchor in anchors)
         products = run_backward(
@@ -157,7 +158,7 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
 
     batchable = can_be_batched(nodes, differentiated)
-    return Linearization(released(outputs), released(extras), pull, batchable)
+    return Linearization(released(outputs), released(extras), sweep, batchable)
 
 
 def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:
@@ -175,14 +176,14 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
     linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
     outputs, vjp, extras = linearized
 
-    def pull(cotangents: Leaves) -> Leaves:
+    def sweep(cotangents: Leaves) -> Leaves:
         wanted = torch.is_grad_enabled() and found["differentiated"]
         # without an outer derivative torch may take its faster, fused backward formulas
         with torch.set_grad_enabled(wanted or found["differentiable"]):
             products: Leaves = vjp(cotangents)
         return products if wanted else tuple(product.detach() for product in products)
 
-    return Linearization(outputs, extras, pull, found["batchable"])
+    return Linearization(outputs, extras, sweep, found["batchable"])
 
 
 def _recording() -> AbstractContextManager[Any]:
