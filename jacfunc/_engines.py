@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jacfunc._check import Refused
 from jacfunc._faults import ForwardGuard, can_be_batched, must_be_differentiable
 from jacfunc._functorch import (
+    inside_derivative,
     inside_transform,
     is_differentiated,
     num_vmap_levels,
@@ -177,11 +178,14 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
     outputs, vjp, extras = linearized
 
     def sweep(cotangents: Leaves) -> Leaves:
-        wanted = torch.is_grad_enabled() and found["differentiated"]
+        grad_mode = torch.is_grad_enabled()
+        forced = found["differentiable"] and not inside_derivative()
         # without an outer derivative torch may take its faster, fused backward formulas
-        with torch.set_grad_enabled(wanted or found["differentiable"]):
+        with torch.set_grad_enabled((grad_mode and found["differentiated"]) or forced):
             products: Leaves = vjp(cotangents)
-        return products if wanted else tuple(product.detach() for product in products)
+        if grad_mode or not forced:
+            return products
+        return tuple(product.detach() for product in products)
 
     return Linearization(outputs, extras, sweep, found["batchable"])
 
@@ -222,6 +226,6 @@ def _survey(tensors: Leaves, anchors: Leaves) -> tuple[set[str], bool]:
 
 
 def _is_refusal_of_torch(error: Exception) -> bool:
-    """Torch's own words for an operation without a forward rule, or without a batching rule."""
+    """Torch's own words for an operation without a forward rule."""
     message = str(error)
     return "forward AD" in message or "forward-mode AD" in message or "jvp" in message

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
 
 from jacfunc._types import Leaves
 
 
 def inside_transform() -> bool:
-    """Is any functorch transform active? Plain autograd can't be driven inside one."""
-    return _functorch.peek_interpreter_stack() is not None
+    """Is a functorch transform active, or plain forward mode? Only functorch nests in these."""
+    return _functorch.peek_interpreter_stack() is not None or _is_pushing()
 
 
 def share_memory(tensor: Tensor, other: Tensor) -> bool:
@@ -37,13 +38,13 @@ def num_vmap_levels() -> int:
 
 
 def inside_derivative() -> bool:
-    """Is a functorch transform active that differentiates what happens inside it?"""
-    return any(key in (TransformType.Jvp, TransformType.Grad) for key in _keys())
+    """Is something active that differentiates what happens inside it, beside plain autograd?"""
+    return _is_pushing() or TransformType.Grad in _keys()
 
 
 def is_differentiated(tensor: Tensor) -> bool:
     """Seen from a reverse level: does an enclosing level, or plain autograd, track it too?"""
-    if TransformType.Jvp in _keys():
+    if _is_pushing():
         return True
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
@@ -122,6 +123,11 @@ def _keys() -> list[TransformType]:
         return []
     stack = _functorch.get_interpreter_stack()
     return [interpreter.key() for interpreter in stack] if stack else []
+
+
+def _is_pushing() -> bool:
+    """Is forward mode active, functorch's or plain?"""
+    return forward_ad._current_level >= 0
 
 
 def _tracked_below(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._batching import vmap
+from jacfunc._check import Refused
 from jacfunc._derive import jacobian_by
 from jacfunc._functorch import inside_derivative
 from jacfunc._planner import resolve
@@ -143,7 +144,15 @@ def _each_sample(
             return derive(params, at, also, constants)
 
         if not isinstance(strategy, Looped):
-            return vmap(sample, randomness=randomness)(point, kwargs)
+            try:
+                return vmap(sample, randomness=randomness)(point, kwargs)
+            except RuntimeError as error:
+                if isinstance(error, Refused | torch.OutOfMemoryError):
+                    raise
+                raise Refused(
+                    f"{API}: per_sample needs a module that runs under vmap, got: {error}. "
+                    "Use strategy='looped', which takes the samples one by one."
+                ) from error
         picked = (map_tensors(itemgetter(b), (point, kwargs)) for b in range(size))
         return stack_trees([sample(*one) for one in picked])
 

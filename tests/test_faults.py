@@ -5,6 +5,7 @@ When torch mends one of these, its pin fails: then the entry in ``_faults.py`` c
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import jacfunc
@@ -231,3 +232,30 @@ def test_dropout_has_one_mask_whatever_the_strategy_and_chunk(strategy):
         jac = jacfunc.jacobian(func, strategy=strategy, chunk_size=chunk_size)(x)
         torch.testing.assert_close(jac, expected)
         assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "looped"])
+def test_hessians_where_singular_values_coincide(strategy):
+    """Reverse over vmapped reverse, torch gives nan at a multiple of the identity."""
+    point = 2 * torch.eye(2, dtype=torch.float64)
+    assert torch.func.jacrev(torch.func.jacrev(torch.linalg.det))(point).isnan().any()
+    actual = jacfunc.hessian(torch.linalg.det, strategy=strategy)(point)
+    torch.testing.assert_close(actual, looped_hessian(torch.linalg.det, (point,)))
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "forward", "looped"])
+def test_second_order_without_grad_mode(strategy):
+    x = torch.tensor([1.0, 2.0])
+    with torch.no_grad():
+        actual = jacfunc.hessian(lambda x: (x**3).sum(), strategy=strategy)(x)
+    torch.testing.assert_close(actual, torch.diag(6 * x))
+
+
+@pytest.mark.parametrize("transform", [jacfunc.jacrev, jacfunc.jacobian])
+def test_inside_plain_forward_mode_the_tangent_comes_through(transform):
+    x, tangent = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5])
+    with forward_ad.dual_level():
+        jac = transform(lambda x: x**3)(forward_ad.make_dual(x, tangent))
+        primal, pushed = forward_ad.unpack_dual(jac)
+    torch.testing.assert_close(primal, torch.diag(3 * x**2))
+    torch.testing.assert_close(pushed, torch.diag(6 * x * tangent))

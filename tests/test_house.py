@@ -157,7 +157,6 @@ DERIVATIVES = (
     "torch.autograd.grad",
     "torch.autograd.backward",
     "torch.autograd.functional",
-    "torch.autograd.forward_ad",
     "torch.func.jvp",
     "torch.func.vjp",
     "torch.func.grad",

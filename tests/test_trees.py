@@ -83,6 +83,9 @@ def test_columns_follow_named_parameters() -> None:
         return torch.func.functional_call(module, params, (torch.ones(2),), strict=True)
 
     assert list(jacfunc.jacrev(call)(params)) == ["weight", "bias"]
+    # the keys of the result would come back in order even from sorted leaves: look at the leaves
+    shapes = [leaf.shape for leaf in Split.of(params).leaves]
+    assert shapes == [param.shape for param in module.parameters()]
 
 
 def test_paths_read_like_code() -> None:
