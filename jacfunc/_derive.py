@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from jacfunc._check import Refused
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
-from jacfunc._types import Argnums, Tree
+from jacfunc._types import Argnums, Blocks, Tree
 from jacfunc.strategies import Strategy
 
 Result = TypeVar("Result")
 
 
-class Evaluation(NamedTuple):
-    """All that one evaluation gave."""
+@dataclass(frozen=True)
+class Evaluation:
+    """All that one evaluation gave, put into trees when it is asked for."""
 
-    value: Tree
-    aux: Tree
-    jacobian: Tree
+    call: FlatCall
+    operator: JacobianOperator
+    blocks: Blocks
+
+    def value_and_aux(self) -> tuple[Tree, Tree]:
+        """What the function itself returned."""
+        return self.call.value(self.operator.outputs, self.operator.extras)
+
+    def jacobian(self) -> Tree:
+        """Output tree of input trees of blocks."""
+        return self.call.jacobian(self.blocks)
 
 
 def deriving(
@@ -31,7 +41,7 @@ def deriving(
     has_aux: bool,
     pack: Callable[[Evaluation], Any],
 ) -> Callable[..., Any]:
-    """A function of the same arguments as ``func`` that packs its value, aux and Jacobian."""
+    """A function of the same arguments as ``func`` that packs its evaluation."""
 
     # a module's __dict__ is its parameters: they are no attributes of the transformed function
     @wraps(func, updated=())
@@ -39,8 +49,7 @@ def deriving(
         call = FlatCall(api, func, argnums, has_aux, args, kwargs)
         operator = JacobianOperator(call, call.primals)
         blocks = carry_out(api, lambda: strategy.materialize(operator))
-        value, aux = call.value(operator.outputs, operator.extras)
-        return pack(Evaluation(value, aux, call.jacobian(blocks)))
+        return pack(Evaluation(call, operator, blocks))
 
     return derived
 
@@ -51,7 +60,10 @@ def jacobian_by(
     """The function that every door but value_and_jacobian returns."""
 
     def pack(evaluation: Evaluation) -> Any:
-        return (evaluation.jacobian, evaluation.aux) if has_aux else evaluation.jacobian
+        if not has_aux:
+            return evaluation.jacobian()
+        _, aux = evaluation.value_and_aux()
+        return evaluation.jacobian(), aux
 
     return deriving(api, func, argnums, strategy, has_aux, pack)
 

@@ -208,20 +208,21 @@ def _anchor(primal: Tensor, wanted: bool) -> Tensor:
 def _survey(tensors: Leaves, anchors: Leaves) -> tuple[set[str], bool]:
     """Names of the autograd nodes down to the anchors; does a path lead to a leaf beside them?"""
     seen: set[Any] = {None, *[anchor.grad_fn for anchor in anchors]}
-    names, ends = set(), []
+    kinds, ends = set(), []
     pending: list[Any] = [tensor.grad_fn for tensor in tensors]
     while pending:
         node = pending.pop()
         if node in seen:
             continue
         seen.add(node)
-        names.add(type(node).__name__)
+        kinds.add(type(node))
         edges = node.next_functions
         if edges:
             pending += [edge[0] for edge in edges]
         else:
             ends.append(node)
     variables = [node.variable for node in ends if hasattr(node, "variable")]
+    names = {kind.__name__ for kind in kinds}
     return names, any(all(v is not anchor for anchor in anchors) for v in variables)
 
 

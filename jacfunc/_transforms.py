@@ -167,8 +167,8 @@ def value_and_jacobian(
     """
 
     def pack(evaluation: Evaluation) -> Any:
-        value = (evaluation.value, evaluation.aux) if has_aux else evaluation.value
-        return value, evaluation.jacobian
+        value, aux = evaluation.value_and_aux()
+        return (value, aux) if has_aux else value, evaluation.jacobian()
 
     chosen = resolve("value_and_jacobian", strategy, chunk_size)
     return deriving("value_and_jacobian", func, argnums, chosen, has_aux, pack)

@@ -173,7 +173,13 @@ def test_torchs_derivatives_are_driven_from_one_room() -> None:
 
 
 def test_functorchs_private_parts_are_touched_in_one_room() -> None:
-    private = ("torch._C._functorch", "torch._functorch", "functorch", "torch._dynamo")
+    private = (
+        "torch._C._functorch",
+        "torch._functorch",
+        "functorch",
+        "torch._dynamo",
+        "torch.autograd.forward_ad",
+    )
     assert users_of(*private) == {"jacfunc._functorch"}
 
 
