@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 import torch
 
+from jacfunc._check import is_out_of_memory
 from jacfunc._types import Leaves
+
+_log = logging.getLogger("jacfunc")
 
 
 def numel(leaves: Leaves) -> int:
@@ -23,6 +27,28 @@ def basis(leaves: Leaves, chunk_size: int | None = None) -> Iterator[Leaves]:
     step = chunk_size or max(total, 1)
     for start in range(0, max(total, 1), step):
         yield _unit_seeds(leaves, start, min(start + step, total))
+
+
+def sweep(
+    products_of: Callable[[Leaves], Leaves], leaves: Leaves, chunk_size: int | None
+) -> Iterator[Leaves]:
+    """Products of the whole basis, chunk by chunk: Leaves of ``[K, *shape]``.
+
+    Out of memory, the chunk is halved and taken again; what was yielded before stays.
+    """
+    total = numel(leaves)
+    start, step = 0, chunk_size or max(total, 1)
+    while start < max(total, 1):
+        stop = min(start + step, total)
+        try:
+            yield products_of(_unit_seeds(leaves, start, stop))
+        except RuntimeError as error:
+            if stop - start <= 1 or not is_out_of_memory(error):
+                raise
+            step = (stop - start) // 2
+            _log.info("out of memory with %d seeds at once, goes on with %d", stop - start, step)
+        else:
+            start = max(stop, 1)
 
 
 def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:

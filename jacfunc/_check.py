@@ -14,6 +14,11 @@ class Refused(NotImplementedError):  # noqa: N818 (a refusal is no error while a
     """Torch could not, or must not, carry out a sweep: another strategy may."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Did an allocation fail, on an accelerator or on the CPU, which has no type for that?"""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def is_tensor(leaf: object) -> bool:
     """Everything else rides along as it is."""
     return isinstance(leaf, torch.Tensor)

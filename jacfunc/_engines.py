@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jacfunc._check import Refused
+from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._faults import ForwardGuard, can_be_batched, must_be_differentiable
 from jacfunc._functorch import (
     inside_derivative,
@@ -52,7 +52,7 @@ class Linearization:
         try:
             products, _ = sweep_batch(lambda seeds: (self.sweep(seeds), ()), cotangents)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             _log.info("the backward pass could not be batched, rows go one by one: %s", error)
             return one_by_one(self.pull, cotangents)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._batching import vmap
-from jacfunc._check import Refused
+from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._derive import jacobian_by
 from jacfunc._functorch import inside_derivative
 from jacfunc._planner import resolve
@@ -147,7 +147,7 @@ def _each_sample(
             try:
                 return vmap(sample, randomness=randomness)(point, kwargs)
             except RuntimeError as error:
-                if isinstance(error, Refused | torch.OutOfMemoryError):
+                if isinstance(error, Refused) or is_out_of_memory(error):
                     raise
                 raise Refused(
                     f"{API}: per_sample needs a module that runs under vmap, got: {error}. "

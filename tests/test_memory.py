@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacfunc
 from jacfunc._basis import basis
@@ -105,3 +106,49 @@ def test_module_jacobians_keep_no_graph_although_parameters_require_grad(strateg
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
     jac = jacfunc.module_jacobian(model, strategy=strategy)(torch.ones(3, 4, device=device))
     assert all(block.grad_fn is None for block in jac.values())
+
+
+class Allocator(TorchDispatchMode):
+    """A device with little memory: an operation whose result is larger fails as on CUDA or CPU."""
+
+    def __init__(self, limit, error):
+        super().__init__()
+        self.limit, self.error, self.failures = limit, error, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, torch.Tensor) or "empty" in str(func):
+            return result  # what is allocated for the whole result must fit
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        is_new = result.untyped_storage()._cdata not in given
+        if is_new and result.numel() * result.element_size() > self.limit:
+            self.failures += 1
+            raise self.error
+        return result
+
+
+ON_CUDA = torch.OutOfMemoryError("CUDA out of memory.")
+ON_CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+@pytest.mark.parametrize("error", [ON_CUDA, ON_CPU], ids=["cuda", "cpu"])
+@pytest.mark.parametrize("strategy", ["reverse", "forward"])
+@pytest.mark.parametrize("chunk_size", [None, 100])
+def test_out_of_memory_halves_the_chunk_and_loses_nothing(strategy, error, chunk_size, caplog):
+    def func(x):
+        return torch.tanh(torch.cat([x, 2 * x.flip(0)]))
+
+    x = torch.randn(COLUMNS)
+    compute = jacfunc.jacobian(func, strategy=strategy, chunk_size=chunk_size)
+    expected = compute(x)
+    with caplog.at_level("INFO", "jacfunc"), Allocator(20 * ROWS * 4, error) as allocator:
+        jac = compute(x)
+    assert torch.equal(jac, expected)
+    assert allocator.failures >= 2
+    assert "out of memory with" in caplog.text
+
+
+def test_out_of_memory_with_a_single_seed_is_raised():
+    func = tanh_of(torch.randn(ROWS, COLUMNS))
+    with Allocator(8, ON_CUDA), pytest.raises(torch.OutOfMemoryError):
+        jacfunc.jacrev(func)(torch.randn(COLUMNS))

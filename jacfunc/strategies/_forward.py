@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from jacfunc._basis import basis, numel
+from jacfunc._basis import numel, sweep
 from jacfunc._blocks import columns_to_blocks, stack
 from jacfunc._check import check_chunk_size
 from jacfunc._operators import JacobianOperator
@@ -54,5 +54,5 @@ class Forward:
         """Blocks ``[*out_i, *in_j]``, from columns."""
         primals = operator.primals
         push = partial(operator.pushforward_batch, randomness=self.randomness)
-        columns = stack(map(push, basis(primals, self.chunk_size)), numel(primals))
+        columns = stack(sweep(push, primals, self.chunk_size), numel(primals))
         return columns_to_blocks(columns, operator.outputs, primals)
