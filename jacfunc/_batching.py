@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import check_chunk_size, is_tensor
+from jacfunc._functorch import sweep_batch
 from jacfunc._tree import Split, broadcast_prefix, flatten, unflatten
-from jacfunc._types import Tree
+from jacfunc._types import Leaves, Tree
 from jacfunc.strategies._forward import Randomness
 
 
@@ -57,30 +58,60 @@ def vmap(
     @wraps(func, updated=())
     def mapped(*args: Tree, **kwargs: Any) -> Any:
         split = Split.of((args, kwargs), is_tensor)
-        dims = _leaf_dims(in_dims, args, kwargs)
+        every_dim = zip(_leaf_dims(in_dims, args, kwargs), split.is_chosen, strict=True)
+        dims = _checked_dims([dim for dim, is_leaf in every_dim if is_leaf], split.leaves)
         structure: list[Any] = []
 
-        def on_leaves(*leaves: Tensor) -> tuple[Tensor, ...]:
+        def on_leaves(leaves: Leaves) -> tuple[Leaves, Leaves]:
             inner_args, inner_kwargs = split.merge(leaves)
             outputs, spec = flatten(func(*inner_args, **inner_kwargs))
             _check_all_tensors(outputs)
             structure[:] = [spec]
-            return tuple(outputs)
+            return tuple(outputs), ()
 
-        sweep = torch.vmap(
-            on_leaves,
-            in_dims=tuple(dim for dim, yes in zip(dims, split.is_chosen, strict=True) if yes),
-            out_dims=0,
-            randomness=randomness,
-            chunk_size=chunk_size,
-        )
-        outputs = sweep(*split.leaves)
+        pieces = [
+            sweep_batch(on_leaves, piece, randomness, dims)[0]
+            for piece in _pieces(split.leaves, dims, chunk_size)
+        ]
+        outputs = [torch.cat(out) if len(out) > 1 else out[0] for out in zip(*pieces, strict=True)]
         tree = unflatten(structure[0], outputs)
         targets = broadcast_prefix(out_dims, tree)
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
         return unflatten(structure[0], moved)
 
     return mapped
+
+
+def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:
+    """Mapped dimensions counted from the front; all of one size, and at least one."""
+    pairs = list(zip(dims, leaves, strict=True))
+    for dim, leaf in pairs:
+        if dim is not None and not -leaf.dim() <= dim < leaf.dim():
+            raise ValueError(
+                f"vmap: in_dims must be dimensions of the arguments, got {dim} for a tensor of "
+                f"shape {tuple(leaf.shape)}. Use None for what is not mapped."
+            )
+    sizes = {leaf.shape[dim] for dim, leaf in pairs if dim is not None}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            "vmap: mapped tensors must have the same size in the mapped dimension, and not 0, "
+            f"got sizes {sorted(sizes)}. Map at least one tensor, and give in_dims for each."
+        )
+    return [None if dim is None else dim % leaf.dim() for dim, leaf in pairs]
+
+
+def _pieces(leaves: Leaves, dims: Sequence[int | None], chunk_size: int | None) -> Iterator[Leaves]:
+    """The mapped leaves cut into chunks of samples."""
+    if chunk_size is None:
+        yield leaves
+        return
+    size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
+    for start in range(0, size, chunk_size):
+        length = min(chunk_size, size - start)
+        yield tuple(
+            x if d is None else x.narrow(d, start, length)
+            for x, d in zip(leaves, dims, strict=True)
+        )
 
 
 def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> list[Any]:

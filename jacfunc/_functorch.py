@@ -6,7 +6,7 @@ because these cost as much as the whole Jacobian of a small function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,20 +64,25 @@ def is_second_order_forward(tensors: Iterable[Tensor]) -> bool:
 
 
 def sweep_batch(
-    sweep: Callable[[Leaves], tuple[Leaves, Leaves]], seeds: Leaves, randomness: str = "same"
+    sweep: Callable[[Leaves], tuple[Leaves, Leaves]],
+    seeds: Leaves,
+    randomness: str = "same",
+    dims: Sequence[int | None] | None = None,
 ) -> tuple[Leaves, Leaves]:
-    """``torch.vmap`` over the leading dimension K of flat seeds, at a fraction of its overhead.
+    """``torch.vmap`` over a dimension of flat seeds, the first by default, at less overhead.
 
     ``sweep(seed) -> (products, rest)``: products come back as ``[K, *shape]``, the rest, which
     no seed should change, as it was for the first seed.
     """
+    dims = (0,) * len(seeds) if dims is None else dims
     if torch.compiler.is_compiling():
-        return _sweep_batch_traceably(sweep, seeds, randomness)
-    size = seeds[0].shape[0]
+        return _sweep_batch_traceably(sweep, seeds, randomness, dims)
+    size = next(s.shape[d] for s, d in zip(seeds, dims, strict=True) if d is not None)
     level = _functorch._vmap_increment_nesting(size, randomness)
-    unwrap = _functorch._remove_batch_dim
+    wrap, unwrap = _functorch._add_batch_dim, _functorch._remove_batch_dim
     try:
-        products, rest = sweep(tuple([_functorch._add_batch_dim(seed, 0, level) for seed in seeds]))
+        pairs = zip(seeds, dims, strict=True)
+        products, rest = sweep(tuple([s if d is None else wrap(s, d, level) for s, d in pairs]))
         return (
             tuple([unwrap(product, level, size, 0) for product in products]),
             tuple([unwrap(x, level, size, 0)[0] if _is_batched(x, level) else x for x in rest]),
@@ -87,11 +92,15 @@ def sweep_batch(
 
 
 def _sweep_batch_traceably(
-    sweep: Callable[[Leaves], tuple[Leaves, Leaves]], seeds: Leaves, randomness: str
+    sweep: Callable[[Leaves], tuple[Leaves, Leaves]],
+    seeds: Leaves,
+    randomness: str,
+    dims: Sequence[int | None],
 ) -> tuple[Leaves, Leaves]:
     """The same by torch.vmap itself, which the compiler knows."""
+    in_dims: Any = (tuple(dims),)
     out_dims: Any = (0, None)
-    batched: Any = torch.vmap(sweep, out_dims=out_dims, randomness=randomness)
+    batched: Any = torch.vmap(sweep, in_dims=in_dims, out_dims=out_dims, randomness=randomness)
     products, rest = batched(seeds)
     return products, rest
 

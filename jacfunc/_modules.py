@@ -92,9 +92,8 @@ def module_jacobian(
 
     def module_jacobian_of(*inputs: Tree, **kwargs: Any) -> Tree:
         _check_call(module, per_sample, create_graph)
-        everything = dict(module.named_parameters())
-        params = {name: everything.pop(name) for name in _chosen(everything, select)}
-        constants = _Constants(everything, dict(module.named_buffers()), len(inputs) == 1)
+        constants = _Constants.of(module, select, is_single=len(inputs) == 1)
+        params = constants.chosen
         point = inputs[0] if constants.is_single else inputs
         with (
             torch.random.fork_rng(devices=_cuda_devices(params.values())),
@@ -108,9 +107,30 @@ def module_jacobian(
 class _Constants(NamedTuple):
     """What a module is called with besides the chosen parameters and the inputs."""
 
-    params: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
+    chosen: dict[str, Tensor]
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    aliases: dict[str, str]  # further names of tied tensors, and the first name of each
     is_single: bool  # one positional input, which then stands for itself
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, select: str | Sequence[str] | None, is_single: bool
+    ) -> _Constants:
+        aliases: dict[str, str] = {}
+        params = _untied(module.named_parameters(remove_duplicate=False), aliases)
+        buffers = _untied(module.named_buffers(remove_duplicate=False), aliases)
+        chosen = {name: params.pop(name) for name in _chosen(params, select)}
+        return cls(chosen, params, buffers, aliases, is_single)
+
+
+def _untied(named: Iterable[tuple[str, Tensor]], aliases: dict[str, str]) -> dict[str, Tensor]:
+    """Each tensor under the first of its names; the others go to the aliases."""
+    first: dict[Tensor, str] = {}
+    for name, tensor in named:
+        if first.setdefault(tensor, name) != name:
+            aliases[name] = first[tensor]
+    return {name: tensor for tensor, name in first.items()}
 
 
 def _caller(module: nn.Module, per_sample: bool) -> Callable[..., Tree]:
@@ -123,8 +143,10 @@ def _caller(module: nn.Module, per_sample: bool) -> Callable[..., Tree]:
         inputs = (point,) if constants.is_single else point
         if per_sample:
             inputs, kwargs = map_tensors(lambda x: x.unsqueeze(0), (inputs, kwargs))
-        # not strict, which is slow: the names are the module's own
-        output = functional_call(module, {**rest, **buffers, **params}, inputs, kwargs)
+        state = {**rest, **buffers, **params}
+        state.update({name: state[first] for name, first in constants.aliases.items()})
+        # neither strict nor tied by torch, which is slow: these are all names of the module
+        output = functional_call(module, state, inputs, kwargs, tie_weights=False)
         return map_tensors(lambda x: x.squeeze(0), output) if per_sample else output
 
     return call
@@ -171,7 +193,7 @@ def _argnums(wrt: Any) -> int | tuple[int, ...]:
     return positions[0] if isinstance(wrt, str) else positions
 
 
-def _chosen(params: dict[str, nn.Parameter], select: str | Sequence[str] | None) -> list[str]:
+def _chosen(params: Mapping[str, Tensor], select: str | Sequence[str] | None) -> list[str]:
     """Names of the trainable parameters that the patterns match, in the module's order."""
     trainable = [name for name, param in params.items() if param.requires_grad]
     if select is None:
