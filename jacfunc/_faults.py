@@ -69,6 +69,17 @@ def _always(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> 
     return True
 
 
+def _with_options(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+    return kwargs.get("options") is not None
+
+
+def _with_gradient_convention(
+    kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int
+) -> bool:
+    given = dict(zip(_EMBEDDING_ARGUMENTS, args, strict=False)) | kwargs
+    return given.get("padding_idx") is not None or bool(given.get("scale_grad_by_freq"))
+
+
 def _under_vmap(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
     return outer_vmaps > 0
 
@@ -78,6 +89,10 @@ def _at_second_order(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps:
     return is_second_order_forward(tensors)
 
 
+_EMBEDDING_ARGUMENTS = (
+    *("input", "weight", "padding_idx"),
+    *("max_norm", "norm_type", "scale_grad_by_freq"),
+)
 _LU_SOLVES = frozenset(
     f"{prefix}{name}"
     for prefix in ("", "linalg_")
@@ -96,7 +111,17 @@ FORWARD_FAULTS = (
     ),
     ForwardFault(frozenset({"cholesky_inverse"}), _always, "its forward formula is wrong"),
     ForwardFault(
-        frozenset({"linear_cross_entropy"}), _always, "its forward derivative is zero when chunked"
+        frozenset({"triangular_solve"}), _always, "it takes the triangle that is not read for read"
+    ),
+    ForwardFault(
+        frozenset({"linear_cross_entropy"}),
+        _with_options,
+        "its forward derivative is zero when chunked",
+    ),
+    ForwardFault(
+        frozenset({"embedding"}),
+        _with_gradient_convention,
+        "padding_idx and scale_grad_by_freq change its gradient but not its forward derivative",
     ),
     ForwardFault(
         _LU_SOLVES, _under_vmap, "inside an outer vmap its forward derivative misreads memory"

@@ -151,6 +151,32 @@ def test_forward_mode_of_cholesky_inverse_is_refused():
         jacfunc.jacfwd(torch.cholesky_inverse)(lower)
 
 
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated:UserWarning")
+def test_forward_mode_of_triangular_solve_is_refused():
+    b = torch.ones(4, 1, dtype=torch.float64)
+
+    def func(a):
+        return torch.triangular_solve(b, a).solution
+
+    expected = looped_jacobian(func, (A[0],))
+    assert (torch.func.jacfwd(func)(A[0]) - expected).abs().max() > 1e-3
+    with pytest.raises(NotImplementedError, match="triangle that is not read"):
+        jacfunc.jacfwd(func)(A[0])
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 1}, {"scale_grad_by_freq": True}])
+def test_forward_mode_of_an_embedding_with_a_gradient_of_its_own_is_refused(options):
+    table = torch.nn.Embedding(3, 2, **options)
+    ids = torch.tensor([0, 1, 1])
+    jac = jacfunc.module_jacobian(table, strategy="reverse")(ids)["weight"]
+    assert (jac[1, :, 1] == (0.5 if "scale_grad_by_freq" in options else 0) * torch.eye(2)).all()
+    with pytest.raises(NotImplementedError, match="change its gradient"):
+        jacfunc.module_jacobian(table, strategy="forward")(ids)
+    plain = torch.nn.Embedding(3, 2)
+    jac = jacfunc.module_jacobian(plain, strategy="forward")(ids)["weight"]
+    torch.testing.assert_close(jac[1, :, 1], torch.eye(2))
+
+
 @torch.library.custom_op("jacfunc_tests::cube", mutates_args=())
 def cube(x: torch.Tensor) -> torch.Tensor:
     return x**3
