@@ -81,6 +81,19 @@ class FlatCall:
         trees = tuple(s.place(part) for s, part in zip(self._splits, parts, strict=True))
         return trees[0] if self._is_single else trees
 
+    def input_paths(self) -> list[str]:
+        """The primals in words: ``args[0]['weight']``."""
+        return [
+            path
+            for n, split in zip(self._positions, self._splits, strict=True)
+            for path in split.paths(f"args[{n}]")
+        ]
+
+    def output_paths(self) -> list[str]:
+        """The outputs in words: ``output['logits']``."""
+        assert self._output is not None
+        return self._output.paths("output")
+
     def _cut(self, values: Sequence[Any]) -> list[Sequence[Any]]:
         """Values at the primals, argument by argument."""
         if len(self._splits) == 1:

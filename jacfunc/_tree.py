@@ -120,3 +120,8 @@ class Split:
     def place(self, values: Sequence[Any]) -> Tree:
         """The tree of results: a value at each chosen leaf, None at each constant."""
         return self.merge(values, [None] * len(self.constants))
+
+    def paths(self, root: str) -> list[str]:
+        """Paths of the chosen leaves as code."""
+        every = self.spec.accessors()
+        return [a.codify(root) for a, yes in zip(every, self.is_chosen, strict=True) if yes]

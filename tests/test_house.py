@@ -25,7 +25,7 @@ LAYERS = [
     {"_engines", "_operators"},
     {"_flat", "strategies"},
     {"_planner", "_derive"},
-    {"_transforms", "_products", "_batching", "_modules"},
+    {"_transforms", "_products", "_batching", "_modules", "testing"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45
