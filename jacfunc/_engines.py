@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jacfunc._attention import PlainAttention
 from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._faults import ForwardGuard, can_be_batched, must_be_differentiable
 from jacfunc._functorch import (
@@ -103,8 +103,7 @@ def _push(
     copies = tuple(primal.clone() for primal in primals)
     guard = nullcontext() if torch.compiler.is_compiling() else ForwardGuard(outer_vmaps)
     try:
-        # the fused kernels of attention have no forward mode
-        with guard, sdpa_kernel(SDPBackend.MATH):
+        with guard, _plain_attention():
             pushed: Any = torch.func.jvp(func, copies, tangents, has_aux=True)
     except Refused:
         raise
@@ -135,7 +134,7 @@ def pushforward_batch(
 
 def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     wanted = torch.is_grad_enabled()
-    with _recording():
+    with _recording(), _plain_attention():
         anchors = tuple(_anchor(primal, wanted) for primal in primals)
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         outputs, extras = func(*(anchor.clone() for anchor in anchors))
@@ -174,7 +173,8 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
             found["differentiable"] = must_be_differentiable(nodes)
         return outputs, extras
 
-    linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
+    with _plain_attention():
+        linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
     outputs, vjp, extras = linearized
 
     def sweep(cotangents: Leaves) -> Leaves:
@@ -188,6 +188,10 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         return tuple(product.detach() for product in products)
 
     return Linearization(outputs, extras, sweep, found["batchable"])
+
+
+def _plain_attention() -> AbstractContextManager[Any]:
+    return nullcontext() if torch.compiler.is_compiling() else PlainAttention()
 
 
 def _recording() -> AbstractContextManager[Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +16,14 @@ from jacfunc._batching import vmap
 from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._derive import jacobian_by
 from jacfunc._functorch import inside_derivative
-from jacfunc._planner import resolve
+from jacfunc._parameters import ModuleState
+from jacfunc._planner import Auto, resolve
 from jacfunc._tree import flatten, map_tensors, stack_trees
 from jacfunc._types import Tree
 from jacfunc.strategies import Looped, Strategy
 from jacfunc.strategies._forward import Randomness
+
+_log = logging.getLogger("jacfunc")
 
 API = "module_jacobian"
 Wrt = Literal["params", "inputs"]
@@ -51,7 +53,8 @@ def module_jacobian(
             parameters are constants.
         per_sample: every tensor among the inputs has the batch in front, and each sample is
             differentiated on its own.
-        strategy: as in :func:`jacfunc.jacobian`; with ``"looped"`` samples are looped over too.
+        strategy: as in :func:`jacfunc.jacobian`; ``"looped"`` takes samples one by one too, and
+            so does ``"auto"`` where the module does not run under vmap.
         chunk_size: seeds swept at once, for a strategy given by name.
         randomness: of random layers along the batch of ``per_sample``: ``"error"``, ``"same"`` or
             ``"different"`` masks.
@@ -92,61 +95,35 @@ def module_jacobian(
 
     def module_jacobian_of(*inputs: Tree, **kwargs: Any) -> Tree:
         _check_call(module, per_sample, create_graph)
-        constants = _Constants.of(module, select, is_single=len(inputs) == 1)
-        params = constants.chosen
-        point = inputs[0] if constants.is_single else inputs
+        state = ModuleState.of(API, module, select)
+        params = state.chosen
+        point = inputs[0] if len(inputs) == 1 else inputs
         with (
             torch.random.fork_rng(devices=_cuda_devices(params.values())),
             torch.set_grad_enabled(create_graph and torch.is_grad_enabled()),
         ):
-            return derive(params, point, kwargs, constants)
+            return derive(params, point, kwargs, Setting(state, len(inputs) == 1))
 
     return module_jacobian_of
 
 
-class _Constants(NamedTuple):
-    """What a module is called with besides the chosen parameters and the inputs."""
+class Setting(NamedTuple):
+    """What does not change from sample to sample, nor is differentiated."""
 
-    chosen: dict[str, Tensor]
-    params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    aliases: dict[str, str]  # further names of tied tensors, and the first name of each
+    state: ModuleState
     is_single: bool  # one positional input, which then stands for itself
-
-    @classmethod
-    def of(
-        cls, module: nn.Module, select: str | Sequence[str] | None, is_single: bool
-    ) -> _Constants:
-        aliases: dict[str, str] = {}
-        params = _untied(module.named_parameters(remove_duplicate=False), aliases)
-        buffers = _untied(module.named_buffers(remove_duplicate=False), aliases)
-        chosen = {name: params.pop(name) for name in _chosen(params, select)}
-        return cls(chosen, params, buffers, aliases, is_single)
-
-
-def _untied(named: Iterable[tuple[str, Tensor]], aliases: dict[str, str]) -> dict[str, Tensor]:
-    """Each tensor under the first of its names; the others go to the aliases."""
-    first: dict[Tensor, str] = {}
-    for name, tensor in named:
-        if first.setdefault(tensor, name) != name:
-            aliases[name] = first[tensor]
-    return {name: tensor for tensor, name in first.items()}
 
 
 def _caller(module: nn.Module, per_sample: bool) -> Callable[..., Tree]:
     """The module as a function of chosen parameters and inputs; everything else is constant."""
 
-    def call(params: dict[str, Tensor], point: Tree, kwargs: Tree, constants: _Constants) -> Tree:
-        rest = {name: param.detach() for name, param in constants.params.items()}
-        # in train mode a module writes into its buffers
-        buffers = {name: buffer.clone() for name, buffer in constants.buffers.items()}
-        inputs = (point,) if constants.is_single else point
+    def call(params: dict[str, Tensor], point: Tree, kwargs: Tree, setting: Setting) -> Tree:
+        inputs = (point,) if setting.is_single else point
         if per_sample:
             inputs, kwargs = map_tensors(lambda x: x.unsqueeze(0), (inputs, kwargs))
-        state = {**rest, **buffers, **params}
-        state.update({name: state[first] for name, first in constants.aliases.items()})
+        tensors = setting.state.tensors(params)
         # neither strict nor tied by torch, which is slow: these are all names of the module
-        output = functional_call(module, state, inputs, kwargs, tie_weights=False)
+        output = functional_call(module, tensors, inputs, kwargs, tie_weights=False)
         return map_tensors(lambda x: x.squeeze(0), output) if per_sample else output
 
     return call
@@ -157,28 +134,33 @@ def _each_sample(
 ) -> Callable[..., Tree]:
     """The Jacobian of one sample, mapped over all: vmapped, or looped where nothing is vmapped."""
 
-    def batched(
-        params: dict[str, Tensor], point: Tree, kwargs: Tree, constants: _Constants
-    ) -> Tree:
+    def batched(params: dict[str, Tensor], point: Tree, kwargs: Tree, setting: Setting) -> Tree:
         size = _batch_size((point, kwargs))
 
         def sample(at: Tree, also: Tree) -> Tree:
-            return derive(params, at, also, constants)
+            return derive(params, at, also, setting)
 
         if not isinstance(strategy, Looped):
             try:
                 return vmap(sample, randomness=randomness)(point, kwargs)
             except RuntimeError as error:
-                if isinstance(error, Refused) or is_out_of_memory(error):
-                    raise
-                raise Refused(
-                    f"{API}: per_sample needs a module that runs under vmap, got: {error}. "
-                    "Use strategy='looped', which takes the samples one by one."
-                ) from error
+                _go_on_looped(strategy, error)
         picked = (map_tensors(itemgetter(b), (point, kwargs)) for b in range(size))
         return stack_trees([sample(*one) for one in picked])
 
     return batched
+
+
+def _go_on_looped(strategy: Strategy, error: RuntimeError) -> None:
+    """Only auto may take the samples one by one unasked; other strategies say how to ask."""
+    if isinstance(error, Refused) or is_out_of_memory(error):
+        raise error
+    if not isinstance(strategy, Auto):
+        raise Refused(
+            f"{API}: per_sample needs a module that runs under vmap, got: {error}. "
+            "Use strategy='looped', which takes the samples one by one."
+        ) from error
+    _log.info("the module does not run under vmap, samples go one by one: %s", error)
 
 
 def _argnums(wrt: Any) -> int | tuple[int, ...]:
@@ -191,22 +173,6 @@ def _argnums(wrt: Any) -> int | tuple[int, ...]:
         )
     positions = tuple(_POSITIONS[w] for w in wanted)
     return positions[0] if isinstance(wrt, str) else positions
-
-
-def _chosen(params: Mapping[str, Tensor], select: str | Sequence[str] | None) -> list[str]:
-    """Names of the trainable parameters that the patterns match, in the module's order."""
-    trainable = [name for name, param in params.items() if param.requires_grad]
-    if select is None:
-        return trainable
-    patterns = [select] if isinstance(select, str) else list(select)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in trainable):
-            near = difflib.get_close_matches(pattern, params, n=3) or list(params)[:3]
-            raise ValueError(
-                f"{API}: select must match trainable parameters, got {pattern!r}. "
-                f"Nearest names: {', '.join(near)}."
-            )
-    return [name for name in trainable if any(fnmatchcase(name, p) for p in patterns)]
 
 
 def _check_call(module: nn.Module, per_sample: bool, create_graph: bool) -> None:

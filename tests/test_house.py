@@ -21,11 +21,11 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
     {"_types", "_check"},
-    {"_tree", "_basis", "_blocks", "_functorch", "_faults", "_counting"},
+    {"_tree", "_basis", "_blocks", "_functorch", "_faults", "_counting", "_attention"},
     {"_engines", "_operators"},
     {"_flat", "strategies"},
     {"_planner", "_derive"},
-    {"_transforms", "_products", "_batching", "_modules", "testing"},
+    {"_transforms", "_products", "_batching", "_parameters", "_modules", "testing"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

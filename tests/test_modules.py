@@ -115,7 +115,7 @@ CASES = [
     if strategy != "forward" or name not in NO_FORWARD
 ]
 PER_SAMPLE_CASES = [
-    case for case in CASES if case.values[0] not in NO_VMAP or case.values[1] == "looped"
+    case for case in CASES if case.values[0] not in NO_VMAP or case.values[1] in ("looped", "auto")
 ]
 
 
@@ -154,8 +154,44 @@ def test_what_vmap_cannot_batch_is_looped(name):
     with pytest.raises(NotImplementedError, match="Use strategy='looped'"):
         jacfunc.module_jacobian(module, per_sample=True, strategy="reverse")(x)
     params, _ = per_sample_reference(module, x)
-    jac = jacfunc.module_jacobian(module, per_sample=True, strategy="looped")(x)
-    torch.testing.assert_close(jac, params)
+    for strategy in ("looped", "auto"):
+        jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(x)
+        torch.testing.assert_close(jac, params)
+
+
+def encoder():
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "forward", "looped"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_fused_attention_is_taken_apart_and_left_as_it_was(strategy, mode):
+    torch.manual_seed(0)
+    module = encoder().double().train(mode == "train")
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    params, inputs = reference(module, x)
+    compute = jacfunc.module_jacobian(module, ("params", "inputs"), strategy=strategy)
+    jac = compute(x)
+    torch.testing.assert_close(jac[0], params)
+    torch.testing.assert_close(jac[1], inputs)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "forward"])
+def test_hessians_through_attention(strategy):
+    torch.manual_seed(0)
+    module = encoder().double().requires_grad_(False)
+    x = torch.randn(1, 2, 4, dtype=torch.float64)
+    step = 1e-6 * torch.randn_like(x)
+
+    def gradient(x):
+        return jacfunc.jacrev(lambda x: module(x).square().sum())(x)
+
+    hessian = jacfunc.hessian(lambda x: module(x).square().sum(), strategy=strategy)(x)
+    slope = (gradient(x + step) - gradient(x - step)) / 2
+    pushed = torch.einsum("abcdef,def->abc", hessian, step)
+    torch.testing.assert_close(pushed, slope, rtol=1e-5, atol=1e-13)
 
 
 def test_names_are_strict_and_globs_select():
