@@ -30,6 +30,8 @@ class PeakBytes(TorchDispatchMode):
         (4000, 2000)
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.live = 0

@@ -23,6 +23,7 @@ from jacfunc._functorch import (
     inside_derivative,
     inside_transform,
     is_differentiated,
+    lacks_forward_rule,
     num_vmap_levels,
     run_backward,
     sweep_batch,
@@ -108,7 +109,7 @@ def _push(
     except Refused:
         raise
     except RuntimeError as error:
-        if _is_refusal_of_torch(error):
+        if lacks_forward_rule(error):
             raise Refused("torch has no forward mode for it; use strategy=Reverse()") from error
         raise
     outputs, products, extras = pushed
@@ -228,9 +229,3 @@ def _survey(tensors: Leaves, anchors: Leaves) -> tuple[set[str], bool]:
     variables = [node.variable for node in ends if hasattr(node, "variable")]
     names = {kind.__name__ for kind in kinds}
     return names, any(all(v is not anchor for anchor in anchors) for v in variables)
-
-
-def _is_refusal_of_torch(error: Exception) -> bool:
-    """Torch's own words for an operation without a forward rule."""
-    message = str(error)
-    return "forward AD" in message or "forward-mode AD" in message or "jvp" in message

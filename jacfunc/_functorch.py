@@ -24,6 +24,11 @@ def inside_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None or _is_pushing()
 
 
+def lacks_forward_rule(error: Exception) -> bool:
+    """Is it torch's own error for an operation without a forward rule?"""
+    return any(words in str(error) for words in ("forward AD", "forward-mode AD", "jvp"))
+
+
 def share_memory(tensor: Tensor, other: Tensor) -> bool:
     """Does writing into one write into the other?"""
     if torch.compiler.is_compiling():  # compiled code is functional: nobody writes

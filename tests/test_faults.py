@@ -285,3 +285,14 @@ def test_inside_plain_forward_mode_the_tangent_comes_through(transform):
         primal, pushed = forward_ad.unpack_dual(jac)
     torch.testing.assert_close(primal, torch.diag(3 * x**2))
     torch.testing.assert_close(pushed, torch.diag(6 * x * tangent))
+
+
+def test_control_flow_without_a_forward_rule():
+    x = torch.tensor([1.0, 2.0])
+
+    def func(x):
+        return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+    with pytest.raises(NotImplementedError, match="control flow has none"):
+        jacfunc.jacfwd(func)(x)
+    torch.testing.assert_close(jacfunc.jacrev(func)(x), torch.diag(x.cos()))
