@@ -111,11 +111,6 @@ FORWARD_FAULTS = (
     ),
     ForwardFault(frozenset({"cholesky_inverse"}), _always, "its forward formula is wrong"),
     ForwardFault(
-        frozenset({"cond", "while_loop", "scan", "associative_scan", "map_impl"}),
-        _always,
-        "control flow has none",
-    ),
-    ForwardFault(
         frozenset({"triangular_solve"}), _always, "it takes the triangle that is not read for read"
     ),
     ForwardFault(
