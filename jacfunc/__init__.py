@@ -1,16 +1,19 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch."""
 
 from jacfunc._batching import vmap
+from jacfunc._estimate import Estimate, estimate
 from jacfunc._modules import module_jacobian
 from jacfunc._products import jvp, vjp
 from jacfunc._transforms import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy
 
 __all__ = [
+    "Estimate",
     "Forward",
     "Looped",
     "Reverse",
     "Strategy",
+    "estimate",
     "hessian",
     "jacfwd",
     "jacobian",

@@ -6,6 +6,7 @@ When torch mends one of these, its pin fails: then the entry in ``_faults.py`` c
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import jacfunc
@@ -117,6 +118,18 @@ def test_reverse_mode_of_lu_solves_inside_vmap_without_grad_mode(name):
         actual = jacfunc.vmap(jacfunc.jacrev(func))(parameter)
     torch.testing.assert_close(actual, expected)
     assert not actual.requires_grad
+
+
+def test_forward_faults_are_seen_through_traced_graphs():
+    """Graphs of make_fx call overloads, and decomposed operations under private names."""
+    traced = make_fx(torch.linalg.det)(A[0])
+    expected = torch.stack([looped_jacobian(torch.linalg.det, (a,)) for a in A])
+    assert (torch.func.vmap(torch.func.jacfwd(traced))(A) - expected).abs().max() > 1e-3
+    with pytest.raises(NotImplementedError, match="misreads memory"):
+        jacfunc.vmap(jacfunc.jacfwd(traced))(A)
+    with pytest.raises(NotImplementedError, match=r"layer_norm is wrong here"):
+        jacfunc.jacfwd(jacfunc.jacfwd(make_fx(layer_norm)(W)))(W)
+    torch.testing.assert_close(jacfunc.vmap(jacfunc.jacrev(traced))(A), expected)
 
 
 def test_hessians_of_det_inside_vmap():

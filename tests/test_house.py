@@ -24,8 +24,8 @@ LAYERS = [
     {"_tree", "_basis", "_blocks", "_functorch", "_faults", "_counting", "_attention"},
     {"_engines", "_operators"},
     {"_flat", "strategies"},
-    {"_planner", "_derive"},
-    {"_transforms", "_products", "_batching", "_parameters", "_modules", "testing"},
+    {"_planner", "_derive", "_forecast"},
+    {"_transforms", "_products", "_batching", "_estimate", "_parameters", "_modules", "testing"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

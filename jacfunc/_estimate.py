@@ -1,0 +1,240 @@
+"""The door to forecasts: what each strategy would cost, as a table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+from jacfunc._basis import numel
+from jacfunc._check import check_chunk_size
+from jacfunc._flat import FlatCall
+from jacfunc._forecast import Fakes, Forecast, Swept
+from jacfunc._functorch import inside_transform
+from jacfunc._types import Argnums, Tree
+from jacfunc.strategies import Forward, Looped, Reverse
+
+API = "estimate"
+HEADER = ("strategy", "chunk", "calls", "sweeps", "FLOPs", "result", "peak", "how we know")
+COUNTS = (" k", " M", " G", " T", " P", " E")
+BYTES = (" KiB", " MiB", " GiB", " TiB", " PiB", " EiB")
+
+
+def estimate(
+    func: Callable[..., Any],
+    *args: Tree,
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    **kwargs: Any,
+) -> Estimate:
+    """Cost of the Jacobian of ``func`` by each strategy: carries it out on shapes without numbers.
+
+    Nothing is computed and no memory taken, so the arguments may be larger than the machine:
+    tensors on the device ``"meta"``, for example. ``func`` runs on fake tensors; what it stores
+    outside itself is fake.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        *args: where the Jacobian would be taken; the numbers in them are not read.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+        has_aux: ``func`` returns ``(output, aux)``.
+        chunk_size: rows or columns swept at once; None sweeps all.
+        **kwargs: passed on to ``func``.
+
+    Returns:
+        An :class:`Estimate`: a table with a row for each of reverse, forward and looped. FLOPs
+        are those of torch's ``FlopCounterMode``: products of matrices, convolutions, attention.
+        A strategy that torch refuses, or a function whose course depends on its data, has a row
+        that says so, with what the sizes alone tell.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+
+    Cost:
+        At most three sweeps a strategy, on fake tensors: milliseconds an operation, no memory.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> W = torch.empty(100_000, 100_000, device="meta")
+        >>> x = torch.empty(100_000, device="meta")
+        >>> costs = jacfunc.estimate(lambda x: torch.tanh(W @ x), x, chunk_size=64)
+        >>> costs["reverse"].peak_bytes / costs["reverse"].result_bytes < 1.01
+        True
+    """
+    check_chunk_size(API, chunk_size)
+    if inside_transform():
+        raise ValueError(
+            f"{API}: it must be called outside of transforms, got a call inside vmap or a "
+            "derivative. Give the function that they transform."
+        )
+    strategies = (Reverse(chunk_size), Forward(chunk_size), Looped())
+    grad_mode = torch.is_grad_enabled()
+    # in inference mode torch hands products to the counter before it has taken them apart
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
+        fakes = Fakes((args, kwargs))
+        fake_args, fake_kwargs = fakes.tree((args, kwargs))
+        call = FlatCall(API, func, argnums, has_aux, fake_args, fake_kwargs)
+        sizes = _sizes(fakes, call)
+        rows = tuple(_row(fakes, strategy, call, sizes) for strategy in strategies)
+    return Estimate(sizes.rows, sizes.columns, rows)
+
+
+@dataclass(frozen=True, repr=False)
+class Estimate:
+    """What :func:`estimate` found: a table with a row a strategy; ``[name]`` is one of them.
+
+    Args:
+        outputs: M, the rows of the Jacobian as a matrix; None if the function needs data.
+        inputs: N, its columns.
+        rows: forecasts, one a strategy.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> costs = jacfunc.estimate(torch.tanh, torch.zeros(1000))
+        >>> costs["forward"].result_bytes
+        4000000
+        >>> [row["strategy"] for row in costs.to_dicts()]
+        ['reverse', 'forward', 'looped']
+    """
+
+    outputs: int | None
+    inputs: int
+    rows: tuple[Forecast, ...]
+
+    def __getitem__(self, name: str) -> Forecast:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        names = ", ".join(repr(row.name) for row in self.rows)
+        raise KeyError(f"{API}: the table has the rows {names}, got {name!r}. Name one of them.")
+
+    def __iter__(self) -> Iterator[Forecast]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        table = [HEADER, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [_line(cells, widths) for cells in table]
+        return "\n".join([self._title(), *lines])
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        head = "".join(f"<th>{cell}</th>" for cell in HEADER)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
+            for row in self.rows
+        )
+        caption = html.escape(self._title())
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+    def to_dicts(self) -> list[dict[str, str | int | None]]:
+        """A dict a row, of plain strings and numbers."""
+        return [
+            {
+                "strategy": row.name,
+                "chunk_size": row.chunk_size,
+                "evaluations": row.evaluations,
+                "sweeps": row.sweeps,
+                "flops": row.flops,
+                "result_bytes": row.result_bytes,
+                "peak_bytes": row.peak_bytes,
+                "reason": row.reason,
+            }
+            for row in self.rows
+        ]
+
+    def _title(self) -> str:
+        outputs = "?" if self.outputs is None else self.outputs
+        return f"Jacobian of {outputs} outputs by {self.inputs} inputs"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What shapes alone tell; None where the function does not run on fakes."""
+
+    columns: int
+    rows: int | None = None
+    result_bytes: int | None = None
+
+
+def _sizes(fakes: Fakes, call: FlatCall) -> _Sizes:
+    """Rows, columns and bytes of the Jacobian, from a single evaluation."""
+    primals = call.primals
+    try:
+        outputs = fakes.outputs(call, primals)
+    except RuntimeError:  # each row will say which
+        return _Sizes(numel(primals))
+    pairs = ((out, primal) for out in outputs for primal in primals)
+    dtype = torch.promote_types
+    result = sum(o.numel() * p.numel() * dtype(o.dtype, p.dtype).itemsize for o, p in pairs)
+    return _Sizes(numel(primals), numel(outputs), result)
+
+
+def _row(fakes: Fakes, strategy: Swept, call: FlatCall, sizes: _Sizes) -> Forecast:
+    """A forecast; where there can't be one, what the sizes tell."""
+    try:
+        return fakes.forecast(strategy, call, call.primals)
+    except NotImplementedError as refusal:  # Refused is one
+        reason = f"refused: {_in_words(refusal)}"
+        return Forecast(strategy, None, None, None, None, None, reason)
+    except Exception as error:  # whatever torch raises where it has no rule, KeyError too
+        reason = f"by sizes alone, can't be run on fakes: {_in_words(error)}"
+    seeds = sizes.columns if isinstance(strategy, Forward) else sizes.rows
+    chunk = 1 if isinstance(strategy, Looped) else strategy.chunk_size
+    sweeps = None if seeds is None else -(-seeds // (chunk or max(seeds, 1)))
+    evaluations = sweeps if isinstance(strategy, Forward) else 1
+    return Forecast(strategy, evaluations, sweeps, None, sizes.result_bytes, None, reason)
+
+
+def _in_words(error: Exception) -> str:
+    """The first line of a message, or what it is that needs data."""
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return f"its course depends on the data ({error.func})"
+    first = str(error).strip().split("\n")[0]
+    return first if isinstance(error, RuntimeError) else f"{type(error).__name__}: {first}"
+
+
+def _cells(row: Forecast) -> tuple[str, ...]:
+    """A row as text."""
+    return (
+        row.name,
+        "all" if row.chunk_size is None else str(row.chunk_size),
+        _human(row.evaluations),
+        _human(row.sweeps),
+        _human(row.flops, COUNTS),
+        _human(row.result_bytes, BYTES, " B", 1024),
+        _human(row.peak_bytes, BYTES, " B", 1024),
+        row.reason if len(row.reason) <= 80 else row.reason[:79] + "…",
+    )
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    """Words to the left, numbers to the right."""
+    first, *numbers, last = cells
+    padded = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
+    return "  ".join([first.ljust(widths[0]), *padded, last]).rstrip()
+
+
+def _human(
+    number: int | None, units: tuple[str, ...] = (), plain: str = "", step: int = 1000
+) -> str:
+    """Three digits and a unit: ``39.1 GiB``."""
+    if number is None:
+        return "?"
+    scaled, unit = float(number), plain
+    for bigger in units:
+        if scaled < step:
+            break
+        scaled, unit = scaled / step, bigger
+    return f"{number}{unit}" if unit == plain else f"{scaled:.3g}{unit}"

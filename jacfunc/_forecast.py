@@ -1,0 +1,229 @@
+"""What a strategy would cost, counted by running it on fake tensors: shapes without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from jacfunc._basis import numel
+from jacfunc._blocks import columns_to_blocks, rows_to_blocks
+from jacfunc._counting import PeakBytes
+from jacfunc._operators import JacobianOperator
+from jacfunc._tree import flatten, map_tensors
+from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
+from jacfunc.strategies import Forward, Looped, Reverse
+
+SAMPLED = 3
+"""Sweeps that are run of many: the first, one more, which stands for those between, the last."""
+
+MAX_BYTES = 2**63 - 1
+
+Swept = Reverse | Forward | Looped
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A strategy's cost. What can't be known is None, and the reason says why.
+
+    Args:
+        strategy: what would run.
+        evaluations: calls of the function.
+        sweeps: chunks of rows that are pulled back, or of columns that are pushed forward.
+        flops: floating point operations, as torch's FlopCounterMode counts them.
+        result_bytes: of the Jacobian.
+        peak_bytes: of all tensors alive at once, the result among them, the arguments not.
+        reason: where the numbers come from, or why there are none.
+    """
+
+    strategy: Swept
+    evaluations: int | None
+    sweeps: int | None
+    flops: int | None
+    result_bytes: int | None
+    peak_bytes: int | None
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The strategy as a string names it."""
+        return type(self.strategy).__name__.lower()
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Seeds a sweep; None for all at once."""
+        return 1 if isinstance(self.strategy, Looped) else self.strategy.chunk_size
+
+
+class Fakes:
+    """A world of tensors without numbers: whatever enters is replaced by its like."""
+
+    def __init__(self, tree: Tree) -> None:
+        theirs = [leaf.fake_mode for leaf in flatten(tree)[0] if isinstance(leaf, FakeTensor)]
+        self.mode = theirs[0] if theirs else FakeTensorMode(allow_non_fake_inputs=True)
+
+    def tree(self, tree: Tree) -> Tree:
+        """The tree with each tensor replaced by a fake: the same one whenever it comes again."""
+        return map_tensors(self._like, tree)
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
+
+    def outputs(self, call: LeafFunction, primals: Leaves) -> Leaves:
+        """What the function returns: fakes, which have shapes and dtypes."""
+        with self.mode, _Replacing(self):
+            return JacobianOperator(call, primals).outputs
+
+    def forecast(self, strategy: Swept, call: LeafFunction, primals: Leaves) -> Forecast:
+        """Carry the strategy out and count."""
+        with ExitStack() as modes:
+            modes.enter_context(self.mode)
+            memory = modes.enter_context(PeakBytes())
+            work = modes.enter_context(_Replacing(self))  # before memory is counted
+            probe = _Probe(call, primals, memory, work)
+            blocks = probe.materialized_by(strategy)
+        return probe.forecast(strategy, blocks)
+
+
+class _Replacing(TorchDispatchMode):
+    """Replaces what the function closes over too, parameters say, and counts FLOPs.
+
+    FakeTensorMode replaces by itself, but below the counter of memory: a view of a parameter
+    would count as new. FlopCounterMode counts by the same formulas, but keeps seeds alive.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, fakes: Fakes) -> None:
+        super().__init__()
+        self._fakes = fakes
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = {**(kwargs or {})}
+        if func is torch.ops.aten.lift_fresh.default:  # a literal: it keeps its value
+            return func(*args, **given)
+        if func is torch.ops.aten._local_scalar_dense.default and _is_real(args[0]):
+            with no_dispatch():  # a setting that a module holds in a buffer, not the data
+                return func(*args, **given)
+        args, given = self._fakes.tree((args, given))
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        result = func(*args, **given)
+        if formula is not None:
+            self.flops += int(formula(*args, **given, out_val=result))
+        return result
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Counters after a sweep."""
+
+    evaluations: int
+    flops: int
+    live: int
+    peak: int
+
+
+class _Enough(Exception):  # noqa: N818 (no error: the sweeps that are left cost the same)
+    """Raised out of a strategy once its first sweeps, and the last, have been counted."""
+
+
+class _Probe(JacobianOperator):
+    """An operator that reads the counters, and ends sweeps that cost what their neighbours do."""
+
+    def __init__(
+        self, func: LeafFunction, primals: Leaves, memory: PeakBytes, work: _Replacing
+    ) -> None:
+        def counted(*primals: Tensor) -> tuple[Leaves, Leaves]:
+            self._evaluations += 1
+            return func(*primals)
+
+        super().__init__(counted, primals)
+        self._memory, self._work = memory, work
+        self._evaluations = self._chunk = self._chunks = 0
+        self._readings: list[_Reading] = []
+        self._has_graph = False
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        return self._sample(super().pullback_batch, cotangents, self.outputs)
+
+    def pullback_each(self, cotangents: Leaves) -> Leaves:
+        return self._sample(super().pullback_each, cotangents, self.outputs)
+
+    def pushforward_batch(self, tangents: Leaves, randomness: str = "same") -> Leaves:
+        push = partial(super().pushforward_batch, randomness=randomness)
+        return self._sample(push, tangents, self.primals)
+
+    def pushforward_each(self, tangents: Leaves) -> Leaves:
+        return self._sample(super().pushforward_each, tangents, self.primals)
+
+    def materialized_by(self, strategy: Swept) -> Blocks:
+        """The strategy's blocks, the sweeps that are left out included."""
+        try:
+            return strategy.materialize(self)
+        except _Enough:
+            pass  # what the sweeps left behind is freed before the result is taken
+        is_forward = isinstance(strategy, Forward)
+        swept, produced = (self.primals, self.outputs)[:: 1 if is_forward else -1]
+        products = tuple(leaf.new_empty((numel(swept), *leaf.shape)) for leaf in produced)
+        assemble = columns_to_blocks if is_forward else rows_to_blocks
+        return assemble(products, self.outputs, self.primals)
+
+    def forecast(self, strategy: Swept, blocks: Blocks) -> Forecast:
+        """What was counted, and the same again for the sweeps that were left out."""
+        evaluations, flops, peak = self._evaluations, self._work.flops, self._memory.peak
+        run, result = len(self._readings), sum(map(_bytes, blocks))
+        skipped = self._chunks - run
+        if skipped:
+            before, after, last = self._readings
+            evaluations += skipped * (after.evaluations - before.evaluations)
+            flops += skipped * (after.flops - before.flops)
+            if self._has_graph:  # all products and their graphs are kept, to be concatenated
+                kept = skipped * (after.live - before.live)
+                peak = max(peak, last.peak + kept, last.live + kept + result)
+        reason = f"{run} of {self._chunks} sweeps counted on fakes"
+        return Forecast(strategy, evaluations, self._chunks, flops, result, peak, reason)
+
+    def _sample(self, sweep: Callable[[Leaves], Leaves], seeds: Leaves, swept: Leaves) -> Leaves:
+        """The products, if this sweep is among those that are run."""
+        run = len(self._readings)
+        if run == 0:
+            self._chunk = seeds[0].shape[0] if seeds else 0
+            if self._chunk * _bytes(swept) > MAX_BYTES:
+                raise NotImplementedError("the seeds of one sweep have no size in 64 bits")
+            self._chunks = max(1, -(-numel(swept) // max(self._chunk, 1)))
+        if run == SAMPLED:
+            raise _Enough
+        if run == SAMPLED - 1:
+            last = numel(swept) - (self._chunks - 1) * self._chunk
+            seeds = tuple(seed[:last] for seed in seeds)
+        products = sweep(seeds)
+        memory = self._memory
+        self._readings.append(
+            _Reading(self._evaluations, self._work.flops, memory.live, memory.peak)
+        )
+        self._has_graph = any(product.requires_grad for product in products)
+        return products
+
+
+def _bytes(leaves: Iterable[Tensor]) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
