@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from torch.backends import cuda as kernels
+import torch
 from torch.backends import mha
+
+_C = torch._C  # torch.backends.cuda is the same with a Python call around each, felt in every sweep
 
 
 class PlainAttention:
@@ -16,11 +18,11 @@ class PlainAttention:
 
     def __enter__(self) -> None:
         self._before = (
-            kernels.flash_sdp_enabled(),
-            kernels.mem_efficient_sdp_enabled(),
-            kernels.cudnn_sdp_enabled(),
-            kernels.math_sdp_enabled(),
-            mha.get_fastpath_enabled(),
+            _C._get_flash_sdp_enabled(),
+            _C._get_mem_efficient_sdp_enabled(),
+            _C._get_cudnn_sdp_enabled(),
+            _C._get_math_sdp_enabled(),
+            mha._is_fastpath_enabled,
         )
         _choose(False, False, False, True, False)
 
@@ -29,8 +31,8 @@ class PlainAttention:
 
 
 def _choose(flash: bool, mem_efficient: bool, cudnn: bool, math: bool, fastpath: bool) -> None:
-    kernels.enable_flash_sdp(flash)
-    kernels.enable_mem_efficient_sdp(mem_efficient)
-    kernels.enable_cudnn_sdp(cudnn)
-    kernels.enable_math_sdp(math)
-    mha.set_fastpath_enabled(fastpath)
+    _C._set_sdp_use_flash(flash)
+    _C._set_sdp_use_mem_efficient(mem_efficient)
+    _C._set_sdp_use_cudnn(cudnn)
+    _C._set_sdp_use_math(math)
+    mha._is_fastpath_enabled = fastpath

@@ -16,7 +16,7 @@ from jacfunc.strategies import Strategy
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Evaluation:
     """All that one evaluation gave, put into trees when it is asked for."""
 

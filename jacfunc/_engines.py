@@ -33,7 +33,7 @@ from jacfunc._types import LeafFunction, Leaves
 _log = logging.getLogger("jacfunc")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Linearization:
     """The outputs at a point, and the map that takes their cotangents to those of the primals."""
 
@@ -47,8 +47,11 @@ class Linearization:
         return self.sweep(_batched_like(cotangents, self.outputs))
 
     def pull_batch(self, cotangents: Leaves) -> Leaves:
-        """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right."""
-        if not self.batchable:
+        """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right.
+
+        A single one is never vmapped, so that ``chunk_size=1`` is the plain loop of torch.func.
+        """
+        if not self.batchable or cotangents[0].shape[0] == 1:
             return one_by_one(self.pull, cotangents)
         try:
             products, _ = sweep_batch(lambda seeds: (self.sweep(seeds), ()), cotangents)
@@ -138,8 +141,10 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     with _recording(), _plain_attention():
         anchors = tuple(_anchor(primal, wanted) for primal in primals)
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
-        outputs, extras = func(*(anchor.clone() for anchor in anchors))
-    nodes, reaches_outside = _survey((*outputs, *extras), anchors)
+        copies = [anchor.clone() for anchor in anchors]
+        starts = {copy.grad_fn for copy in copies}
+        outputs, extras = func(*copies)
+    nodes, reaches_outside = _survey((*outputs, *extras), starts)
     differentiated = wanted and (reaches_outside or any(p.requires_grad for p in primals))
     live = [i for i, out in enumerate(outputs) if out.requires_grad] if anchors else []
     targets = tuple(outputs[i] for i in live)
@@ -166,12 +171,15 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
     found = {"differentiated": True, "batchable": True, "differentiable": True}
 
     def watched(*inner: Tensor) -> tuple[Leaves, Leaves]:
-        outputs, extras = func(*(primal.clone() for primal in inner))
-        if not torch.compiler.is_compiling():
-            found["differentiated"] = any(is_differentiated(out) for out in outputs)
-            nodes, _ = _survey(outputs, inner)
-            found["batchable"] = can_be_batched(nodes, found["differentiated"])
-            found["differentiable"] = must_be_differentiable(nodes)
+        copies = [primal.clone() for primal in inner]
+        if torch.compiler.is_compiling():  # where no graph can be looked at
+            return func(*copies)
+        starts = {copy.grad_fn for copy in copies}
+        outputs, extras = func(*copies)
+        found["differentiated"] = any(is_differentiated(out) for out in outputs)
+        nodes, _ = _survey(outputs, starts)
+        found["batchable"] = can_be_batched(nodes, found["differentiated"])
+        found["differentiable"] = must_be_differentiable(nodes)
         return outputs, extras
 
     with _plain_attention():
@@ -210,10 +218,10 @@ def _anchor(primal: Tensor, wanted: bool) -> Tensor:
     return own.requires_grad_()
 
 
-def _survey(tensors: Leaves, anchors: Leaves) -> tuple[set[str], bool]:
-    """Names of the autograd nodes down to the anchors; does a path lead to a leaf beside them?"""
-    seen: set[Any] = {None, *[anchor.grad_fn for anchor in anchors]}
-    kinds, ends = set(), []
+def _survey(tensors: Leaves, starts: set[Any]) -> tuple[set[str], bool]:
+    """Names of the autograd nodes back to the starts; does a path lead to a leaf beside them?"""
+    seen: set[Any] = {None, *starts}
+    kinds, outside = set(), False
     pending: list[Any] = [tensor.grad_fn for tensor in tensors]
     while pending:
         node = pending.pop()
@@ -222,10 +230,6 @@ def _survey(tensors: Leaves, anchors: Leaves) -> tuple[set[str], bool]:
         seen.add(node)
         kinds.add(type(node))
         edges = node.next_functions
-        if edges:
-            pending += [edge[0] for edge in edges]
-        else:
-            ends.append(node)
-    variables = [node.variable for node in ends if hasattr(node, "variable")]
-    names = {kind.__name__ for kind in kinds}
-    return names, any(all(v is not anchor for anchor in anchors) for v in variables)
+        pending += [edge[0] for edge in edges]
+        outside = outside or (not edges and hasattr(node, "variable"))
+    return {kind.__name__ for kind in kinds}, outside

@@ -54,6 +54,15 @@ def test_hessians_of_normalized_nets_inside_vmap(func):
     torch.testing.assert_close(actual, torch.stack([expected, expected]), rtol=1e-9, atol=1e-10)
 
 
+def test_compiled_hessians_of_scalar_normalized_nets():
+    def net(w):
+        return layer_norm(w).sum()
+
+    compiled = torch.compile(lambda w: jacfunc.hessian(net)(w), backend="eager", fullgraph=True)
+    expected = looped_hessian(net, (W,))
+    torch.testing.assert_close(compiled(W), expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("func", NORMS)
 @pytest.mark.parametrize("outer", [jacfunc.jacfwd, jacfunc.jacrev])
 def test_derivatives_of_forward_mode_through_norms_are_refused(func, outer):
