@@ -16,7 +16,7 @@ from torch import nn
 import benchmarks
 from benchmarks import digits, overhead, picture, presenting
 from benchmarks.contestants import BASELINE, CONTESTANTS
-from benchmarks.environment import Environment, environment, load_average, pin
+from benchmarks.environment import Environment, default_device, environment, load_average, pin
 from benchmarks.measuring import Result, measure
 from benchmarks.reference import reference
 from benchmarks.workloads import SUITES, WORKLOADS, prepare
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=benchmarks.__doc__)
     commands = parser.add_subparsers(dest="command")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    common.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
     common.add_argument("--output", type=Path, default=_shortest(presenting.RESULTS))
     timed = commands.add_parser("run", parents=[common], help="time every contestant (default)")
     timed.add_argument("--suite", choices=tuple(SUITES), default="quick")

@@ -26,6 +26,11 @@ def pin(threads: int = 1) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def default_device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def environment(device: torch.device) -> Environment:
     """Machine, versions, threads and load, without host names or paths."""
     return {

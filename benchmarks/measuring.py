@@ -16,6 +16,7 @@ import torch
 from benchmarks.contestants import BASELINE, Contestant, Run
 from benchmarks.reference import WrongAnswerError, check
 from benchmarks.workloads import Answer, Problem, Suite
+from jacfunc._check import is_out_of_memory
 from jacfunc._counting import PeakBytes
 
 FEWEST_ROUNDS = 5
@@ -178,10 +179,9 @@ def _recording(result: Result) -> Iterator[None]:
 
 
 def _failure(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if out_of_memory or "can't allocate memory" in line or "not enough memory" in line:
+    if is_out_of_memory(error):
         return "out of memory"
+    line = next(iter(str(error).strip().splitlines()), "")
     return f"unsupported: {type(error).__name__}: {line}"[:200]
 
 

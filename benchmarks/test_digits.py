@@ -6,11 +6,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from benchmarks import contestants, digits, workloads
-from benchmarks.environment import pin
+from benchmarks.environment import default_device, pin
 from benchmarks.reference import check, reference
 from benchmarks.workloads import Answer, Problem
 
@@ -26,7 +25,7 @@ def trained(name: str) -> nn.Module:
 @cache
 def judged(name: str) -> tuple[Problem, Answer]:
     workload = workloads.named(name)
-    problem = workloads.prepare(workload, trained(workload.model), BATCH, torch.device("cpu"))
+    problem = workloads.prepare(workload, trained(workload.model), BATCH, default_device())
     return problem, reference(problem)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ class Refused(NotImplementedError):  # noqa: N818 (a refusal is no error while a
 
 def is_out_of_memory(error: Exception) -> bool:
     """Did an allocation fail, on an accelerator or on the CPU, which has no type for that?"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
 
 
 def is_tensor(leaf: object) -> bool:
@@ -73,12 +75,14 @@ def check_chunk_size(api: str, chunk_size: object) -> None:
         )
 
 
-def check_inputs(api: str, argnum: int, leaves: Sequence[Any], paths: Sequence[str]) -> None:
+def check_inputs(
+    api: str, argnum: int, leaves: Sequence[Any], paths: Callable[[], Sequence[str]]
+) -> None:
     """An argument with leaves must hold something real to differentiate."""
-    for leaf, path in zip(leaves, paths, strict=True):
+    for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor) and leaf.is_complex():
             raise NotImplementedError(
-                f"{api}: inputs must be real, got {leaf.dtype} at {path}. Differentiate "
+                f"{api}: inputs must be real, got {leaf.dtype} at {paths()[place]}. Differentiate "
                 "`lambda z: f(torch.view_as_complex(z))` at `torch.view_as_real(z)` instead."
             )
     if leaves and not any(is_differentiable(leaf) for leaf in leaves):
@@ -90,17 +94,17 @@ def check_inputs(api: str, argnum: int, leaves: Sequence[Any], paths: Sequence[s
         )
 
 
-def check_outputs(api: str, leaves: Sequence[Any], paths: Sequence[str]) -> None:
+def check_outputs(api: str, leaves: Sequence[Any], paths: Callable[[], Sequence[str]]) -> None:
     """What is differentiated must be tensors, at least one of them floating, none complex."""
-    for leaf, path in zip(leaves, paths, strict=True):
+    for place, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise TypeError(
-                f"{api}: func must return tensors, got {_kind(leaf)} at {path}. "
+                f"{api}: func must return tensors, got {_kind(leaf)} at {paths()[place]}. "
                 "Return anything else beside them with has_aux=True."
             )
         if leaf.is_complex():
             raise NotImplementedError(
-                f"{api}: outputs must be real, got {leaf.dtype} at {path}. "
+                f"{api}: outputs must be real, got {leaf.dtype} at {paths()[place]}. "
                 "Return torch.view_as_real(...) of it instead."
             )
     if leaves and not any(is_differentiable(leaf) for leaf in leaves):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class FlatCall:
         self._splits = [Split.of(args[n]) for n in self._positions]
         for n, split in zip(self._positions, self._splits, strict=True):
             if split.constants or any(map(torch.is_complex, split.leaves)):
-                check_inputs(api, n, flatten(args[n])[0], paths(args[n], f"args[{n}]"))
+                check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
         self._output: Split | None = None
         self._beside: Split | None = None
 
@@ -57,7 +58,7 @@ class FlatCall:
         if self._has_aux or self._output.constants:
             self._beside = Split.of((self._output.constants, aux), is_tensor)
         if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
-            check_outputs(self._api, flatten(output)[0], paths(output, "output"))
+            check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
         return self._output.leaves, self._beside.leaves if self._beside else ()
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:

@@ -49,8 +49,7 @@ def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Tree:
 
 def paths(tree: Tree, root: str) -> list[str]:
     """Leaf paths as code: ``params['encoder.weight']``."""
-    flatten(tree)  # adopts what torch's pytree knows
-    return [accessor.codify(root) for accessor in optree.tree_accessors(tree, namespace=NAMESPACE)]
+    return Split.of(tree, lambda _: True).paths(root)
 
 
 def broadcast_prefix(prefix: Tree, tree: Tree) -> list[Any]:
