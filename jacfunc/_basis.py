@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 
 import torch
 
-from jacfunc._check import is_out_of_memory
+from jacfunc._chunks import Chunk, in_chunks
 from jacfunc._types import Leaves
-
-_log = logging.getLogger("jacfunc")
 
 
 def numel(leaves: Leaves) -> int:
@@ -30,25 +27,14 @@ def basis(leaves: Leaves, chunk_size: int | None = None) -> Iterator[Leaves]:
 
 
 def sweep(
-    products_of: Callable[[Leaves], Leaves], leaves: Leaves, chunk_size: int | None
+    products_of: Callable[[Leaves], Leaves], leaves: Leaves, chunk: Chunk
 ) -> Iterator[Leaves]:
-    """Products of the whole basis, chunk by chunk: Leaves of ``[K, *shape]``.
+    """Products of the whole basis, chunk by chunk: Leaves of ``[K, *shape]``."""
 
-    Out of memory, the chunk is halved and taken again; what was yielded before stays.
-    """
-    total = numel(leaves)
-    start, step = 0, chunk_size or max(total, 1)
-    while start < max(total, 1):
-        stop = min(start + step, total)
-        try:
-            yield products_of(_unit_seeds(leaves, start, stop))
-        except RuntimeError as error:
-            if stop - start <= 1 or not is_out_of_memory(error):
-                raise
-            step = (stop - start) // 2
-            _log.info("out of memory with %d seeds at once, goes on with %d", stop - start, step)
-        else:
-            start = max(stop, 1)
+    def products(start: int, stop: int) -> Leaves:
+        return products_of(_unit_seeds(leaves, start, stop))
+
+    return in_chunks(numel(leaves), chunk, products)
 
 
 def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from jacfunc._blocks import stack
 from jacfunc._check import check_chunk_size, is_tensor
+from jacfunc._chunks import Chunk, in_chunks
 from jacfunc._functorch import sweep_batch
 from jacfunc._tree import Split, broadcast_prefix, flatten, unflatten
 from jacfunc._types import Leaves, Tree
@@ -54,6 +55,13 @@ def vmap(
                 [[1.]]])
     """
     check_chunk_size("vmap", chunk_size)
+    return in_batches(func, in_dims, out_dims, randomness, chunk_size)
+
+
+def in_batches(
+    func: Callable[..., Any], in_dims: Tree, out_dims: Tree, randomness: Randomness, chunk: Chunk
+) -> Callable[..., Any]:
+    """:func:`vmap`, with chunks of samples that may follow the memory."""
 
     @wraps(func, updated=())
     def mapped(*args: Tree, **kwargs: Any) -> Any:
@@ -69,11 +77,12 @@ def vmap(
             structure[:] = [spec]
             return tuple(outputs), ()
 
-        pieces = [
-            sweep_batch(on_leaves, piece, randomness, dims)[0]
-            for piece in _pieces(split.leaves, dims, chunk_size)
-        ]
-        outputs = [torch.cat(out) if len(out) > 1 else out[0] for out in zip(*pieces, strict=True)]
+        def take(start: int, stop: int) -> Leaves:
+            piece = _narrowed(split.leaves, dims, start, stop)
+            return sweep_batch(on_leaves, piece, randomness, dims)[0]
+
+        size = next(x.shape[d] for x, d in zip(split.leaves, dims, strict=True) if d is not None)
+        outputs = stack(in_chunks(size, chunk, take), size)
         tree = unflatten(structure[0], outputs)
         targets = broadcast_prefix(out_dims, tree)
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
@@ -100,18 +109,12 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
     return [None if dim is None else dim % leaf.dim() for dim, leaf in pairs]
 
 
-def _pieces(leaves: Leaves, dims: Sequence[int | None], chunk_size: int | None) -> Iterator[Leaves]:
-    """The mapped leaves cut into chunks of samples."""
-    if chunk_size is None:
-        yield leaves
-        return
-    size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
-    for start in range(0, size, chunk_size):
-        length = min(chunk_size, size - start)
-        yield tuple(
-            x if d is None else x.narrow(d, start, length)
-            for x, d in zip(leaves, dims, strict=True)
-        )
+def _narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:
+    """The samples from start to stop."""
+    return tuple(
+        x if d is None or (start, stop) == (0, x.shape[d]) else x.narrow(d, start, stop - start)
+        for x, d in zip(leaves, dims, strict=True)
+    )
 
 
 def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from jacfunc._functorch import share_memory
+from jacfunc._functorch import memory_of
 from jacfunc._types import Blocks, Leaves
 
 
@@ -71,12 +71,12 @@ def _block(products: Tensor, out: Tensor, primal: Tensor) -> Tensor:
 
 def _owned(products: Leaves) -> Leaves:
     """Products in memory of their own: autograd hands out expanded views, and one tensor twice."""
-    if len(products) == 1:
-        return tuple(p.clone() if 0 in p.stride() else p for p in products)
     owned: list[Tensor] = []
+    seen: set[int] = set()
     for product in products:
-        shared = 0 in product.stride() or any(share_memory(product, other) for other in owned)
-        owned.append(product.clone() if shared else product)
+        memory = memory_of(product)
+        owned.append(product.clone() if 0 in product.stride() or memory in seen else product)
+        seen.add(memory)
     return tuple(owned)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,33 @@ def check_chunk_size(api: str, chunk_size: object) -> None:
         raise ValueError(
             f"{api}: chunk_size must be at least 1, got {chunk_size}. Pass None to sweep all."
         )
+
+
+def check_memory(api: str, memory: object) -> int | None:
+    """A budget in bytes, from a number or from words: ``"2 GiB"``."""
+    if memory is None:
+        return None
+    if isinstance(memory, bool) or not isinstance(memory, int | str):
+        raise TypeError(
+            f"{api}: memory must be a number of bytes, a string or None, "
+            f"got {type(memory).__name__}. Write 2**31 or '2 GiB'."
+        )
+    budget = memory if isinstance(memory, int) else _parsed_bytes(memory)
+    if budget is None or budget < 1:
+        raise ValueError(
+            f"{api}: memory must be a positive number of bytes, got {memory!r}. "
+            "Write 2**31, '2 GiB' or '500 MB'."
+        )
+    return budget
+
+
+def _parsed_bytes(words: str) -> int | None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", words, re.IGNORECASE)
+    if match is None:
+        return None
+    number, prefix, binary = match.groups()
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def check_inputs(

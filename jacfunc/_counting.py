@@ -74,4 +74,5 @@ def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
             yield from _storages(value)
         # other layouts have no storage of their own: their parts are counted where they are made
         elif isinstance(value, Tensor) and value.layout == torch.strided:
-            yield value.untyped_storage()
+            if not value._is_zerotensor():  # forward mode's zeros, which no memory stands behind
+                yield value.untyped_storage()

@@ -7,7 +7,6 @@ torch.func.vjp can; :func:`linearize` is the one place that chooses.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,9 +27,8 @@ from jacfunc._functorch import (
     run_backward,
     sweep_batch,
 )
+from jacfunc._trail import note
 from jacfunc._types import LeafFunction, Leaves
-
-_log = logging.getLogger("jacfunc")
 
 
 @dataclass(slots=True)
@@ -58,7 +56,7 @@ class Linearization:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            _log.info("the backward pass could not be batched, rows go one by one: %s", error)
+            note("the backward pass could not be batched, rows go one by one: %s", error)
             return one_by_one(self.pull, cotangents)
         return products
 

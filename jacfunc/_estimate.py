@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
 
 from jacfunc._basis import numel
 from jacfunc._check import check_chunk_size
+from jacfunc._chunks import largest
 from jacfunc._flat import FlatCall
 from jacfunc._forecast import Fakes, Forecast, Swept
 from jacfunc._functorch import inside_transform
@@ -192,7 +193,7 @@ def _row(fakes: Fakes, strategy: Swept, call: FlatCall, sizes: _Sizes) -> Foreca
         reason = f"by sizes alone, can't be run on fakes: {_in_words(error)}"
     seeds = sizes.columns if isinstance(strategy, Forward) else sizes.rows
     chunk = 1 if isinstance(strategy, Looped) else strategy.chunk_size
-    sweeps = None if seeds is None else -(-seeds // (chunk or max(seeds, 1)))
+    sweeps = None if seeds is None else -(-seeds // largest(chunk, seeds))
     evaluations = sweeps if isinstance(strategy, Forward) else 1
     return Forecast(strategy, evaluations, sweeps, None, sizes.result_bytes, None, reason)
 

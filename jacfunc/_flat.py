@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,13 @@ class FlatCall:
     def primals(self) -> Leaves:
         """The point: the differentiable leaves of the chosen arguments."""
         return tuple(leaf for split in self._splits for leaf in split.leaves)
+
+    def signature(self) -> Hashable:
+        """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings."""
+        if not self._kwargs and all(type(arg) is Tensor for arg in self._args):
+            return self._positions, tuple(map(_kind, self._args))
+        leaves, spec = flatten((self._args, self._kwargs))
+        return self._positions, spec, tuple(map(_kind, leaves))
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
         args = list(self._args)
@@ -104,3 +111,11 @@ class FlatCall:
             parts.append(values[start : start + len(split.leaves)])
             start += len(split.leaves)
         return parts
+
+
+def _kind(leaf: object) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    if isinstance(leaf, bool | int | float | str):
+        return leaf
+    return type(leaf)

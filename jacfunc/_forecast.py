@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from jacfunc._basis import numel
 from jacfunc._blocks import columns_to_blocks, rows_to_blocks
+from jacfunc._chunks import Chunk
 from jacfunc._counting import PeakBytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._tree import flatten, map_tensors
@@ -59,7 +60,7 @@ class Forecast:
         return type(self.strategy).__name__.lower()
 
     @property
-    def chunk_size(self) -> int | None:
+    def chunk_size(self) -> Chunk:
         """Seeds a sweep; None for all at once."""
         return 1 if isinstance(self.strategy, Looped) else self.strategy.chunk_size
 

@@ -6,15 +6,18 @@ because these cost as much as the whole Jacobian of a small function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import _disable_current_modes
 
 from jacfunc._types import Leaves
 
@@ -24,17 +27,33 @@ def inside_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None or _is_pushing()
 
 
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """As at the top level, whatever transforms and dispatch modes are active outside."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
+
+
 def lacks_forward_rule(error: Exception) -> bool:
     """Is it torch's own error for an operation without a forward rule?"""
     return any(words in str(error) for words in ("forward AD", "forward-mode AD", "jvp"))
 
 
-def share_memory(tensor: Tensor, other: Tensor) -> bool:
-    """Does writing into one write into the other?"""
+def memory_of(tensor: Tensor) -> int:
+    """Equal for tensors of which writing into one writes into the other."""
     if torch.compiler.is_compiling():  # compiled code is functional: nobody writes
-        return False
-    mine, theirs = _bottom(tensor).untyped_storage(), _bottom(other).untyped_storage()
-    return bool(mine._cdata == theirs._cdata)
+        return id(tensor)
+    return int(_bottom(tensor).untyped_storage()._cdata)
+
+
+def levels() -> tuple[object, ...]:
+    """What is active outside, for telling one situation from another."""
+    return (*_keys(), _is_pushing()) if inside_transform() else ()
+
+
+def physical_shape(tensor: Tensor) -> torch.Size:
+    """The shape below all transforms, where the dimensions of the vmaps outside are seen."""
+    return _bottom(tensor).shape
 
 
 def num_vmap_levels() -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,18 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jacfunc._batching import vmap
-from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._derive import jacobian_by
 from jacfunc._functorch import inside_derivative
 from jacfunc._parameters import ModuleState
-from jacfunc._planner import Auto, resolve
-from jacfunc._tree import flatten, map_tensors, stack_trees
+from jacfunc._resolve import Memory, resolve
+from jacfunc._samples import each_sample
+from jacfunc._tree import map_tensors
 from jacfunc._types import Tree
-from jacfunc.strategies import Looped, Strategy
+from jacfunc.strategies import Strategy
 from jacfunc.strategies._forward import Randomness
-
-_log = logging.getLogger("jacfunc")
 
 API = "module_jacobian"
 Wrt = Literal["params", "inputs"]
@@ -38,6 +33,7 @@ def module_jacobian(
     per_sample: bool = False,
     strategy: str | Strategy = "auto",
     chunk_size: int | None = None,
+    memory: Memory = None,
     randomness: Randomness = "error",
     create_graph: bool = False,
 ) -> Callable[..., Any]:
@@ -56,6 +52,8 @@ def module_jacobian(
         strategy: as in :func:`jacfunc.jacobian`; ``"looped"`` takes samples one by one too, and
             so does ``"auto"`` where the module does not run under vmap.
         chunk_size: seeds swept at once, for a strategy given by name.
+        memory: bytes that the call may take, its result among them, as a number or in words
+            (``"2 GiB"``); seeds, and samples, go in chunks that keep to it.
         randomness: of random layers along the batch of ``per_sample``: ``"error"``, ``"same"`` or
             ``"different"`` masks.
         create_graph: keep the graph, so that the result is differentiable in parameters and
@@ -88,10 +86,12 @@ def module_jacobian(
             "For a function use jacfunc.jacobian."
         )
     argnums = _argnums(wrt)
-    chosen = resolve(API, strategy, chunk_size)
-    derive = jacobian_by(API, _caller(module, per_sample), argnums, chosen, has_aux=False)
+    chosen = resolve(API, strategy, chunk_size, memory)
+    call = _caller(module, per_sample)
     if per_sample:
-        derive = _each_sample(derive, chosen, randomness)
+        derive = each_sample(API, call, argnums, chosen, randomness)
+    else:
+        derive = jacobian_by(API, call, argnums, chosen, has_aux=False)
 
     def module_jacobian_of(*inputs: Tree, **kwargs: Any) -> Tree:
         _check_call(module, per_sample, create_graph)
@@ -129,40 +129,6 @@ def _caller(module: nn.Module, per_sample: bool) -> Callable[..., Tree]:
     return call
 
 
-def _each_sample(
-    derive: Callable[..., Tree], strategy: Strategy, randomness: Randomness
-) -> Callable[..., Tree]:
-    """The Jacobian of one sample, mapped over all: vmapped, or looped where nothing is vmapped."""
-
-    def batched(params: dict[str, Tensor], point: Tree, kwargs: Tree, setting: Setting) -> Tree:
-        size = _batch_size((point, kwargs))
-
-        def sample(at: Tree, also: Tree) -> Tree:
-            return derive(params, at, also, setting)
-
-        if not isinstance(strategy, Looped):
-            try:
-                return vmap(sample, randomness=randomness)(point, kwargs)
-            except RuntimeError as error:
-                _go_on_looped(strategy, error)
-        picked = (map_tensors(itemgetter(b), (point, kwargs)) for b in range(size))
-        return stack_trees([sample(*one) for one in picked])
-
-    return batched
-
-
-def _go_on_looped(strategy: Strategy, error: RuntimeError) -> None:
-    """Only auto may take the samples one by one unasked; other strategies say how to ask."""
-    if isinstance(error, Refused) or is_out_of_memory(error):
-        raise error
-    if not isinstance(strategy, Auto):
-        raise Refused(
-            f"{API}: per_sample needs a module that runs under vmap, got: {error}. "
-            "Use strategy='looped', which takes the samples one by one."
-        ) from error
-    _log.info("the module does not run under vmap, samples go one by one: %s", error)
-
-
 def _argnums(wrt: Any) -> int | tuple[int, ...]:
     """Positions among ``(params, inputs)``."""
     wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
@@ -190,17 +156,6 @@ def _check_call(module: nn.Module, per_sample: bool, create_graph: bool) -> None
                 f"normalization over the batch in {name or 'the module'}. "
                 "Call module.eval(), or leave per_sample out."
             )
-
-
-def _batch_size(tree: Tree) -> int:
-    """The size that every tensor's first dimension has."""
-    sizes = {tuple(x.shape[:1]) for x in flatten(tree)[0] if isinstance(x, Tensor)}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            f"{API}: with per_sample every input tensor must have the same batch in front, "
-            f"got leading dimensions {sorted(sizes)}. Expand what all samples share."
-        )
-    return int(sizes.pop()[0])
 
 
 def _cuda_devices(params: Iterable[Tensor]) -> list[int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from jacfunc import _engines
 from jacfunc._engines import Linearization
+from jacfunc._functorch import levels, physical_shape
 from jacfunc._types import LeafFunction, Leaves
 
 
@@ -17,10 +20,26 @@ class JacobianOperator:
 
     def __init__(self, func: LeafFunction, primals: Leaves) -> None:
         self.primals = primals
-        self._func = func
+        self.func = func
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
         self._draws: tuple[torch.Tensor, ...] | None = None
+
+    def signature(self) -> Hashable:
+        """Equal for operators that cost the same; a function that knows more about itself says so."""
+        of_function = getattr(self.func, "signature", None)
+        of_primals = tuple((physical_shape(p), p.dtype, p.device) for p in self.primals)
+        return levels(), of_primals, of_function() if of_function else None
+
+    def forget_graph(self) -> None:
+        """Give back what only pullbacks need; the outputs stay."""
+        self._linearization = None
+
+    def again(self) -> JacobianOperator:
+        """The same function at the same point, not yet evaluated; it draws the same numbers."""
+        fresh = JacobianOperator(self.func, self.primals)
+        fresh._draws = self._draws
+        return fresh
 
     @property
     def outputs(self) -> Leaves:
@@ -53,7 +72,7 @@ class JacobianOperator:
         self.repeat_draws()
         # a function that writes into its inputs writes into their tangents too
         copies = tuple(tangent.clone() for tangent in tangents)
-        outputs, products, extras = _engines.pushforward(self._func, self.primals, copies)
+        outputs, products, extras = _engines.pushforward(self.func, self.primals, copies)
         self._image = (outputs, extras)
         return products
 
@@ -63,7 +82,7 @@ class JacobianOperator:
             return _no_products(self.outputs)
         self.repeat_draws()
         outputs, products, extras = _engines.pushforward_batch(
-            self._func, self.primals, tangents, randomness
+            self.func, self.primals, tangents, randomness
         )
         self._image = (outputs, extras)
         return products
@@ -77,7 +96,7 @@ class JacobianOperator:
     @property
     def _linearized(self) -> Linearization:
         if self._linearization is None:
-            self._linearization = _engines.linearize(self._func, self.primals)
+            self._linearization = _engines.linearize(self.func, self.primals)
             self._image = (self._linearization.outputs, self._linearization.extras)
         return self._linearization
 

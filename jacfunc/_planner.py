@@ -1,103 +1,82 @@
-"""Which strategy, and why: above the strategies it picks from."""
+"""``strategy="auto"``: above the strategies that it picks from."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 
-from jacfunc._basis import numel
-from jacfunc._check import Refused, check_chunk_size
+from jacfunc._chunks import Chunk
+from jacfunc._costs import Costs
 from jacfunc._operators import JacobianOperator
+from jacfunc._plans import Direction, Plan, attempt, bounded, bounded_samples, by_sizes, fastest
+from jacfunc._trail import is_heard, note
 from jacfunc._types import Blocks
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
-
-_log = logging.getLogger("jacfunc")
-
-# Measured against the plain graph of an MLP: forward wins only where outputs far outnumber inputs.
-FORWARD_FROM_RATIO = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A strategy, and the reason in words."""
-
-    strategy: Strategy
-    reason: str
+from jacfunc._words import in_seconds
+from jacfunc._work import Recorder
+from jacfunc.strategies import Forward, Reverse
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Chooses by sizes, and takes the next strategy where torch refuses the first."""
+    """Chooses by forecast, once for each kind of call, and goes on where torch refuses.
 
-    chunk_size: int | None = None
+    Args:
+        directions: strategies to choose from; where one has no chunk size, that is chosen too.
+        memory: bytes that the call may take, its result among them; None for half of what is
+            free on the device.
+    """
+
+    directions: tuple[Direction, ...] = (Reverse(), Forward())
+    memory: int | None = None
+    known: dict[Hashable, tuple[Plan, Chunk]] = field(default_factory=dict, repr=False, compare=False)
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""
-        operator.repeat_draws()
-        *first, last = self.plans(operator)
-        for plan in first:
-            try:
-                blocks = plan.strategy.materialize(operator)
-            except Refused as refusal:
-                _say("%s refused: %s", plan.strategy, refusal)
-                continue
-            _say("%s ran: %s", plan.strategy, plan.reason)
-            return blocks
-        _say("%s runs: %s", last.strategy, last.reason)
-        return last.strategy.materialize(operator)
+        if torch.compiler.is_compiling():
+            return by_sizes(operator, self.directions).materialize(operator)
+        signature = operator.signature()
+        plan, _ = self.known.get(signature) or (self.plan(operator), None)
+        plan, blocks = attempt(plan, lambda plan: carry_out(plan, operator))
+        self.known[signature] = plan, None
+        return blocks
 
-    def plans(self, operator: JacobianOperator) -> Sequence[Plan]:
-        """What to try, in order, each with its reason."""
-        rows, columns = numel(operator.outputs), numel(operator.primals)
-        if rows <= FORWARD_FROM_RATIO * columns:
-            reason = f"{rows} outputs are not far more than {columns} inputs"
-            return (Plan(Reverse(self.chunk_size), f"{reason}: rows cost least"),)
-        reason = f"{rows} outputs are more than {FORWARD_FROM_RATIO} times the {columns} inputs"
-        return (
-            Plan(Forward(self.chunk_size), f"{reason}: columns cost least"),
-            Plan(Reverse(self.chunk_size), "torch has no right forward mode for this function"),
-        )
+    def plan(self, operator: JacobianOperator) -> Plan:
+        """What to do with this operator, which is evaluated."""
+        costs = _costs(operator)
+        if costs is None:
+            return by_sizes(operator, self.directions)
+        return bounded(fastest(costs, self.directions), costs, self.memory)
 
-
-def _say(message: str, *facts: object) -> None:
-    if not torch.compiler.is_compiling():  # which can't trace a logger
-        _log.info(message, *facts)
+    def plan_samples(self, operator: JacobianOperator, batch: int) -> tuple[Plan, Chunk]:
+        """What to do with each of a batch of samples, one of which this is; how many at once."""
+        costs = _costs(operator)
+        operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        if costs is None:
+            return by_sizes(operator, self.directions), None
+        plan = fastest(costs.times(batch), self.directions)
+        return bounded_samples(plan, costs, batch, self.memory)
 
 
-_CHUNKED: dict[str, Callable[[int | None], Strategy]] = {
-    "auto": Auto,
-    "reverse": Reverse,
-    "forward": Forward,
-}
+def _costs(operator: JacobianOperator) -> Costs | None:
+    """From a recorded evaluation; None where there is nothing to count or no machine to ask."""
+    operator.repeat_draws()
+    with Recorder(operator.primals) as recorder:
+        outputs = operator.outputs
+    some = all(x.numel() for x in (*outputs, *operator.primals)) and outputs and operator.primals
+    return Costs.of(operator, recorder) if some and outputs[0].device.type != "meta" else None
 
 
-def resolve(api: str, strategy: str | Strategy, chunk_size: int | None) -> Strategy:
-    """A strategy object from what the user gave: a name with a chunk size, or the object itself."""
-    check_chunk_size(api, chunk_size)
-    if isinstance(strategy, str):
-        if strategy not in (*_CHUNKED, "looped"):
-            names = ", ".join(map(repr, (*_CHUNKED, "looped")))
-            raise ValueError(
-                f"{api}: strategy must be one of {names}, got {strategy!r}. "
-                "Or pass an object, such as Reverse(chunk_size=64)."
-            )
-        if strategy == "looped" and chunk_size is not None:
-            raise ValueError(
-                f"{api}: strategy 'looped' must have no chunk_size, got {chunk_size}. "
-                "It sweeps one seed at a time; use 'reverse' or 'forward' to sweep chunks."
-            )
-        return Looped() if strategy == "looped" else _CHUNKED[strategy](chunk_size)
-    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
-        raise TypeError(
-            f"{api}: strategy must be a name or an object with materialize(operator), "
-            f"got {strategy!r}. Try Reverse(), Forward() or Looped()."
-        )
-    if chunk_size is not None:
-        raise ValueError(
-            f"{api}: chunk_size must come with a strategy's name, got {chunk_size} beside "
-            f"{strategy!r}. Give the chunk to the object: replace(strategy, chunk_size=...)."
-        )
-    return strategy
+def carry_out(plan: Plan, operator: JacobianOperator) -> Blocks:
+    """Run a plan; say at INFO what ran, why, and how long it took beside the forecast."""
+    if isinstance(plan.strategy, Forward):
+        operator.forget_graph()
+    if not is_heard():
+        return plan.strategy.materialize(operator)
+    start = time.perf_counter()
+    blocks = plan.strategy.materialize(operator)
+    took = in_seconds(time.perf_counter() - start)
+    note("%s ran: %s; took %s", plan.strategy, plan.reason, took)
+    return blocks

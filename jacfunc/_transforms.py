@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jacfunc._derive import Evaluation, deriving, jacobian_by
-from jacfunc._planner import resolve
+from jacfunc._resolve import Memory, directed, resolve
 from jacfunc._types import Argnums
 from jacfunc.strategies import Forward, Reverse, Strategy
 from jacfunc.strategies._forward import Randomness
@@ -18,6 +18,7 @@ def jacrev(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    memory: Memory = None,
 ) -> Callable[..., Any]:
     """Jacobian of ``func`` row by row: pulls the basis of the outputs back (reverse mode).
 
@@ -29,6 +30,8 @@ def jacrev(
             tuple each output leaf holds a tuple of blocks, one an argument.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: rows swept at once; None sweeps all. Bounds the memory.
+        memory: bytes that the call may take, its result among them: a number, or words such as
+            ``"2 GiB"``; the sweep is cut into chunks that keep to it.
 
     Returns:
         A function of the same arguments that returns the tree of ``func``'s output, each leaf
@@ -49,7 +52,8 @@ def jacrev(
                 [0., 4., 0.],
                 [0., 0., 6.]])
     """
-    return jacobian_by("jacrev", func, argnums, Reverse(chunk_size), has_aux)
+    reverse = directed("jacrev", Reverse(chunk_size), memory)
+    return jacobian_by("jacrev", func, argnums, reverse, has_aux)
 
 
 def jacfwd(
@@ -59,6 +63,7 @@ def jacfwd(
     *,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    memory: Memory = None,
 ) -> Callable[..., Any]:
     """Jacobian of ``func`` column by column: pushes the basis of the inputs forward.
 
@@ -71,6 +76,8 @@ def jacfwd(
         randomness: of random functions: ``"error"`` refuses them, ``"same"`` draws one mask for
             the whole Jacobian, ``"different"`` one a column.
         chunk_size: columns swept at once; None sweeps all. Bounds the memory.
+        memory: bytes that the call may take, its result among them: a number, or words such as
+            ``"2 GiB"``; the sweep is cut into chunks that keep to it.
 
     Returns:
         A function of the same arguments; blocks ``[*out, *in]`` as in :func:`jacrev`.
@@ -88,7 +95,8 @@ def jacfwd(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    return jacobian_by("jacfwd", func, argnums, Forward(chunk_size, randomness), has_aux)
+    forward = directed("jacfwd", Forward(chunk_size, randomness), memory)
+    return jacobian_by("jacfwd", func, argnums, forward, has_aux)
 
 
 def jacobian(
@@ -98,6 +106,7 @@ def jacobian(
     strategy: str | Strategy = "auto",
     has_aux: bool = False,
     chunk_size: int | None = None,
+    memory: Memory = None,
 ) -> Callable[..., Any]:
     """Jacobian of ``func`` by the strategy that fits: chosen from its sizes, or given.
 
@@ -110,6 +119,8 @@ def jacobian(
             ``Reverse(chunk_size=64)``. Auto logs its reason to the logger ``jacfunc``.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: seeds swept at once, for a strategy given by name.
+        memory: as in :func:`jacrev`, for a strategy given by name; ``"auto"`` keeps to half of
+            what is free where none is given.
 
     Returns:
         A function of the same arguments; blocks ``[*out, *in]`` as in :func:`jacrev`.
@@ -127,7 +138,7 @@ def jacobian(
         tensor([[1., 2.],
                 [3., 4.]])
     """
-    chosen = resolve("jacobian", strategy, chunk_size)
+    chosen = resolve("jacobian", strategy, chunk_size, memory)
     return jacobian_by("jacobian", func, argnums, chosen, has_aux)
 
 
@@ -138,6 +149,7 @@ def value_and_jacobian(
     strategy: str | Strategy = "auto",
     has_aux: bool = False,
     chunk_size: int | None = None,
+    memory: Memory = None,
 ) -> Callable[..., Any]:
     """Value and Jacobian of ``func``, the value taken from the evaluation that J needs anyway.
 
@@ -149,6 +161,8 @@ def value_and_jacobian(
         strategy: as in :func:`jacobian`.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: seeds swept at once, for a strategy given by name.
+        memory: as in :func:`jacrev`, for a strategy given by name; ``"auto"`` keeps to half of
+            what is free where none is given.
 
     Returns:
         A function of the same arguments: ``(value, jacobian)``, or ``((value, aux), jacobian)``
@@ -170,7 +184,7 @@ def value_and_jacobian(
         value, aux = evaluation.value_and_aux()
         return (value, aux) if has_aux else value, evaluation.jacobian()
 
-    chosen = resolve("value_and_jacobian", strategy, chunk_size)
+    chosen = resolve("value_and_jacobian", strategy, chunk_size, memory)
     return deriving("value_and_jacobian", func, argnums, chosen, has_aux, pack)
 
 
@@ -181,6 +195,7 @@ def hessian(
     strategy: str | Strategy = "reverse",
     has_aux: bool = False,
     chunk_size: int | None = None,
+    memory: Memory = None,
 ) -> Callable[..., Any]:
     """Hessian of ``func``: the Jacobian, by ``strategy``, of its reverse-mode Jacobian.
 
@@ -193,6 +208,7 @@ def hessian(
             backward graph, ``"forward"`` pushes tangents through it.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: seeds of the outer sweep at once, for a strategy given by name.
+        memory: as in :func:`jacrev`, for a strategy given by name.
 
     Returns:
         A function of the same arguments: the output tree of input trees of input trees of blocks
@@ -210,6 +226,6 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    chosen = resolve("hessian", strategy, chunk_size)
+    chosen = resolve("hessian", strategy, chunk_size, memory)
     inner = jacobian_by("hessian", func, argnums, Reverse(), has_aux)
     return jacobian_by("hessian", inner, argnums, chosen, has_aux)

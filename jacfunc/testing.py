@@ -12,7 +12,7 @@ from torch import Tensor
 from jacfunc._check import Refused
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
-from jacfunc._planner import resolve
+from jacfunc._resolve import resolve
 from jacfunc._types import Argnums, Blocks, Leaves
 from jacfunc.strategies import Strategy
 

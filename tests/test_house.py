@@ -20,12 +20,13 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"_types", "_check"},
-    {"_tree", "_basis", "_blocks", "_functorch", "_faults", "_counting", "_attention"},
-    {"_engines", "_operators"},
-    {"_flat", "strategies"},
-    {"_planner", "_derive", "_forecast"},
-    {"_transforms", "_products", "_batching", "_estimate", "_parameters", "_modules", "testing"},
+    {"_types", "_check", "_words", "_trail"},
+    {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_counting", "_attention"},
+    {"_work", "_engines", "_operators"},
+    {"_flat", "strategies", "_machine"},
+    {"_costs", "_plans", "_planner", "_autotune", "_resolve", "_derive", "_forecast"},
+    {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
+    | {"_modules", "testing"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

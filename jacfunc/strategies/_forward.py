@@ -9,6 +9,7 @@ from typing import Literal
 from jacfunc._basis import numel, sweep
 from jacfunc._blocks import columns_to_blocks, stack
 from jacfunc._check import check_chunk_size
+from jacfunc._chunks import Chunk, Within
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks
 
@@ -39,11 +40,12 @@ class Forward:
                 [0., 1.]])
     """
 
-    chunk_size: int | None = None
+    chunk_size: Chunk = None
     randomness: Randomness = "same"
 
     def __post_init__(self) -> None:
-        check_chunk_size("Forward", self.chunk_size)
+        if not isinstance(self.chunk_size, Within):
+            check_chunk_size("Forward", self.chunk_size)
         if self.randomness not in ("error", "same", "different"):
             raise ValueError(
                 "Forward: randomness must be 'error', 'same' or 'different', "

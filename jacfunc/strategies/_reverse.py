@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jacfunc._basis import numel, sweep
 from jacfunc._blocks import rows_to_blocks, stack
 from jacfunc._check import check_chunk_size
+from jacfunc._chunks import Chunk, Within
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks
 
@@ -33,10 +34,11 @@ class Reverse:
                 [0., 1.]])
     """
 
-    chunk_size: int | None = None
+    chunk_size: Chunk = None
 
     def __post_init__(self) -> None:
-        check_chunk_size("Reverse", self.chunk_size)
+        if not isinstance(self.chunk_size, Within):
+            check_chunk_size("Reverse", self.chunk_size)
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, from rows."""

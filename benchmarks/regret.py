@@ -1,0 +1,135 @@
+"""How much slower than the best strategy is what `auto` and `autotune` choose? A row a case."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks.grid import CANDIDATES, Case, Derive
+from benchmarks.measuring import seconds
+from jacfunc._tree import flatten
+
+Run = Callable[[], Any]
+
+CHOOSERS = ("auto", "autotune")
+TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
+"""Largest wanted regret, and the share of cases in which it must hold."""
+
+HOPELESS = 3.0
+"""A candidate that is slower than the best by this factor is not timed again."""
+
+ROUNDS, SECONDS = 60, 1.2
+"""At most, for all contestants of a case together."""
+
+
+@dataclass(frozen=True)
+class Regret:
+    """One case: median seconds of each strategy, and by which factor the choosers miss the best."""
+
+    case: str
+    best: str
+    seconds: Mapping[str, float]
+    regret: Mapping[str, float]
+    failures: Mapping[str, str]
+
+
+def measure(case: Case, device: torch.device) -> Regret:
+    """Hand-picked strategies are weeded out by one call each, the rest is timed in rounds."""
+    derive, cuda = case.derive(device), device.type == "cuda"
+    runs, first, failures = _first_calls(derive, cuda)
+    least = min(first[name] for name in runs if name in CANDIDATES)
+    running = {n: r for n, r in runs.items() if n in CHOOSERS or first[n] <= HOPELESS * least}
+    rounds = max(5, min(ROUNDS, int(SECONDS / sum(first[name] for name in running))))
+    times: dict[str, list[float]] = {name: [] for name in running}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(running), len(running)):
+            times[name].append(seconds(running[name], cuda))
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    best = min((name for name in medians if name in CANDIDATES), key=medians.__getitem__)
+    regret = {
+        name: statistics.median(a / b for a, b in zip(times[name], times[best], strict=True))
+        for name in CHOOSERS
+        if name in times
+    }
+    return Regret(case.name, best, {**first, **medians}, regret, failures)
+
+
+def _first_calls(
+    derive: Derive, cuda: bool
+) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
+    """What runs, how long a second call takes (a first, where that is hopeless), what fails."""
+    runs: dict[str, Run] = {}
+    first: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    answer = None
+    for name, strategy in {**CANDIDATES, **{name: name for name in CHOOSERS}}.items():
+        try:
+            run = derive(strategy)
+            first[name] = seconds(run, cuda)
+            if name in CHOOSERS or first[name] < 20 * min(first.values()):
+                given = run()
+                answer = given if answer is None else answer
+                _assert_equal(given, answer)
+                first[name] = seconds(run, cuda)
+        except Exception as error:  # a refusal is a result too
+            failures[name] = f"{type(error).__name__}: {error}".split("\n")[0][:120]
+        else:
+            runs[name] = run
+    return runs, first, failures
+
+
+def _assert_equal(given: Any, expected: Any) -> None:
+    for mine, theirs in zip(flatten(given)[0], flatten(expected)[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def summary(results: Sequence[Regret]) -> dict[str, dict[str, float]]:
+    """By chooser: the share of cases within its target, the median and the worst regret."""
+    found = {}
+    for name, (bound, wanted) in TARGETS.items():
+        regrets = [result.regret[name] for result in results if name in result.regret]
+        found[name] = {
+            "target": bound,
+            "wanted": wanted,
+            "within": sum(r <= bound for r in regrets) / len(regrets),
+            "median": statistics.median(regrets),
+            "worst": max(regrets),
+        }
+    return found
+
+
+def table(results: Sequence[Regret]) -> Table:
+    """A row a case; what misses its target stands out."""
+    lines = [
+        f"{name}: within {s['target']:.2f}× of the best in {s['within']:.0%} of {len(results)} "
+        f"cases (wanted {s['wanted']:.0%}), median {s['median']:.2f}×, worst {s['worst']:.2f}×"
+        for name, s in summary(results).items()
+    ]
+    shown = Table(
+        title="Time ÷ that of the best strategy picked by hand",
+        caption="\n".join(lines),
+        title_justify="left",
+        caption_justify="left",
+    )
+    shown.add_column("case", no_wrap=True)
+    shown.add_column("best by hand")
+    for heading in ("ms", *CHOOSERS):
+        shown.add_column(heading, justify="right")
+    for result in results:
+        cells = [_cell(name, result) for name in CHOOSERS]
+        shown.add_row(result.case, result.best, f"{result.seconds[result.best] * 1e3:.3g}", *cells)
+    return shown
+
+
+def _cell(name: str, result: Regret) -> str:
+    if name not in result.regret:
+        return f"[red]{result.failures.get(name, '?')[:30]}[/]"
+    regret = result.regret[name]
+    return f"[red]{regret:.2f}[/]" if regret > TARGETS[name][0] else f"{regret:.2f}"

@@ -1,0 +1,133 @@
+"""Seconds and bytes that a strategy would take, from the operations of one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from jacfunc._basis import numel
+from jacfunc._chunks import largest
+from jacfunc._functorch import physical_shape
+from jacfunc._machine import Cost, Machine, machine
+from jacfunc._operators import JacobianOperator
+from jacfunc._work import Operation, Recorder
+from jacfunc.strategies import Forward, Looped, Reverse
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one function at one point.
+
+    Every operation costs a sweep its own overhead once, and for each seed of a chunk its products
+    and the bytes that they write, at the speed of results of that size.
+
+    Args:
+        operations: those of an evaluation that depend on the primals.
+        rows, columns: outputs and inputs.
+        result: bytes of the Jacobian.
+        outputs: bytes of the outputs.
+        kept: bytes that an evaluation leaves behind for pullbacks, the outputs among them.
+        speeds: of the machine.
+    """
+
+    operations: Sequence[Operation]
+    rows: int
+    columns: int
+    result: int
+    outputs: int
+    kept: int
+    speeds: Machine
+
+    @classmethod
+    def of(cls, operator: JacobianOperator, recorder: Recorder) -> Costs:
+        """Of an operator whose evaluation has been recorded; the vmaps outside are counted in."""
+        outputs, primals = operator.outputs, operator.primals
+        dtype = torch.promote_types(outputs[0].dtype, primals[0].dtype)
+        entries = max(max(map(_copies, outputs)), max(map(_copies, primals)))
+        entries *= numel(outputs) * numel(primals)
+        speeds = machine(outputs[0].device, outputs[0].dtype)
+        return cls(
+            recorder.operations,
+            numel(outputs),
+            numel(primals),
+            entries * dtype.itemsize,
+            sum(physical_shape(out).numel() * out.element_size() for out in outputs),
+            recorder.live,
+            speeds,
+        )
+
+    def times(self, batch: int) -> Costs:
+        """The same vmapped over a batch: more bytes and products, no more operations."""
+        scaled = [
+            replace(op, read=op.read * batch, written=op.written * batch, flops=op.flops * batch)
+            for op in self.operations
+        ]
+        return replace(
+            self,
+            operations=scaled,
+            result=self.result * batch,
+            outputs=self.outputs * batch,
+            kept=self.kept * batch,
+        )
+
+    def seeds(self, strategy: Reverse | Forward | Looped) -> int:
+        """How many the strategy sweeps in all."""
+        is_forward = isinstance(strategy, Forward) or strategy == Looped("columns")
+        return self.columns if is_forward else self.rows
+
+    def most_bytes(self, strategy: Reverse | Forward) -> int:
+        """At most that, swept in one chunk: as if nothing were freed before the end."""
+        moved = sum(op.read + op.written for op in self.operations)
+        return self.kept + 2 * self.result + 2 * self.seeds(strategy) * moved
+
+    def seconds(self, strategy: Reverse | Forward | Looped) -> float:
+        """All sweeps of the strategy, and the evaluations that they need."""
+        total = self.seeds(strategy)
+        if strategy == Looped("columns"):
+            return total * self._push(1, self.speeds.push)
+        if isinstance(strategy, Looped):
+            return self._evaluation() + total * self._pull(1)
+        chunk = largest(strategy.chunk_size, total)
+        sweeps = -(-total // chunk)
+        copies = self._write(self.result) if sweeps > 1 else 0.0
+        if isinstance(strategy, Forward):
+            return sweeps * self._push(chunk, self.speeds.push_batch) + copies
+        return self._evaluation() + sweeps * self._pull(chunk) + copies
+
+    def _evaluation(self) -> float:
+        return self.speeds.evaluate.seconds(len(self.operations)) + sum(
+            self._multiply(op, 1, True) + self._write(op.written) for op in self.operations
+        )
+
+    def _pull(self, seeds: int) -> float:
+        cost = self.speeds.pull if seeds == 1 else self.speeds.pull_batch
+        return cost.seconds(len(self.operations)) + sum(
+            seeds * self._multiply(op, seeds, False) + self._write(seeds * op.read)
+            for op in self.operations
+        )
+
+    def _push(self, seeds: int, cost: Cost) -> float:
+        """The evaluation rides along."""
+        scaled = sum(op.is_scaled for op in self.operations)
+        overhead = scaled * self.speeds.scaling if scaled else 0.0
+        return (
+            overhead
+            + cost.seconds(len(self.operations))
+            + sum(
+                (seeds + 1) * self._multiply(op, seeds, True) + self._write(seeds * op.written)
+                for op in self.operations
+            )
+        )
+
+    def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
+        return op.flops * self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
+
+    def _write(self, size: int) -> float:
+        return size * self.speeds.write(size) if size else 0.0
+
+
+def _copies(tensor: torch.Tensor) -> int:
+    """How many the vmaps outside make of a tensor."""
+    return physical_shape(tensor).numel() // max(tensor.numel(), 1)

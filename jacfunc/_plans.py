@@ -1,0 +1,191 @@
+"""Strategies chosen: the fastest by forecast, in chunks that keep to the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from jacfunc._basis import numel
+from jacfunc._check import Refused
+from jacfunc._chunks import Chunk, Within
+from jacfunc._costs import Costs
+from jacfunc._machine import free_bytes
+from jacfunc._operators import JacobianOperator
+from jacfunc._trail import note
+from jacfunc._types import Blocks
+from jacfunc._words import in_bytes, in_seconds
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+
+CHUNKS = (512, 128)
+FEW = 16
+"""Seeds up to which a loop without vmap is worth a thought."""
+
+RELUCTANCE = {"chunked": 1.4, "forward": 1.1, "looped": 1.1}
+"""Forecasts err: what is slower when they do must promise so much to be taken."""
+
+FORWARD_FROM_RATIO = 4
+"""By sizes alone: forward wins only where outputs far outnumber inputs."""
+
+MODEST = 2**26
+"""Bytes that are taken without asking how many are free."""
+
+SHARE = 0.5
+"""Of the free memory: the budget where none is given."""
+
+Direction = Reverse | Forward
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy that was chosen; itself a strategy, so that it can be used again.
+
+    Args:
+        strategy: what runs.
+        reason: why, in words.
+        seconds: what it was forecast to take on this machine; None where nothing was forecast.
+        otherwise: what to try next, in order, where torch refuses.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> A = torch.ones(500, 2)
+        >>> plan = jacfunc.plan(lambda x: torch.sin(A @ x), torch.zeros(2))
+        >>> type(plan.strategy).__name__
+        'Forward'
+        >>> jacfunc.jacobian(lambda x: torch.sin(A @ x), strategy=plan)(torch.zeros(2)).shape
+        torch.Size([500, 2])
+    """
+
+    strategy: Strategy
+    reason: str
+    seconds: float | None = None
+    otherwise: tuple[Direction, ...] = ()
+
+    def materialize(self, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out_i, *in_j]`` by the strategy, or by the next that is not refused."""
+        return attempt(self, lambda plan: plan.strategy.materialize(operator))[1]
+
+    def instead(self, refusal: Refused) -> Plan:
+        """The next plan; the refusal, where there is none."""
+        note("%s was refused: %s", self.strategy, refusal)
+        if not self.otherwise:
+            raise refusal
+        reason = f"{type(self.strategy).__name__} was refused: {refusal}"
+        return Plan(self.otherwise[0], reason, None, self.otherwise[1:])
+
+
+def attempt(plan: Plan, run: Callable[[Plan], Result]) -> tuple[Plan, Result]:
+    """Run a plan, or what it says to try otherwise; which it was, and what came out."""
+    while True:
+        try:
+            return plan, run(plan)
+        except Refused as refusal:
+            plan = plan.instead(refusal)
+
+
+def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Plan:
+    """Where there is nothing to forecast from."""
+    rows, columns = numel(operator.outputs), numel(operator.primals)
+    wanted = Forward if rows > FORWARD_FROM_RATIO * columns else Reverse
+    chosen = next((d for d in directions if isinstance(d, wanted)), directions[0])
+    reason = f"by sizes alone: {rows} outputs, {columns} inputs"
+    return Plan(chosen, reason, None, _others(chosen, directions))
+
+
+def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
+    """The least seconds by forecast, with some reluctance towards what could be far slower."""
+    candidates = list(_candidates(costs, directions))
+    sizes = f"{costs.rows} outputs, {costs.columns} inputs"
+    if len(candidates) == 1:
+        reason = f"{sizes}: nothing else comes into question"
+        return Plan(candidates[0], reason, None, _others(candidates[0], directions))
+    seconds = {strategy: costs.seconds(strategy) for strategy in candidates}
+    best = min(candidates, key=lambda s: seconds[s] * _reluctance(s))
+    others = [s for s in candidates if type(s) is not type(best)]
+    reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
+    if others:
+        second = min(others, key=seconds.__getitem__)
+        reason += f", {in_seconds(seconds[second])} by {second}"
+    return Plan(best, reason, seconds[best], _others(best, directions))
+
+
+def _others(chosen: Strategy, directions: Sequence[Direction]) -> tuple[Direction, ...]:
+    return tuple(direction for direction in directions if type(direction) is not type(chosen))
+
+
+def _candidates(
+    costs: Costs, directions: Sequence[Direction]
+) -> Iterator[Reverse | Forward | Looped]:
+    """What may be fastest, without asking the machine."""
+    if Reverse() in directions and costs.rows == 1:
+        yield Reverse()  # a single pullback
+        return
+    for direction in directions:
+        total = costs.seeds(direction)
+        # with more inputs than outputs no forecast ever favoured forward, and to measure how
+        # fast forward mode is here takes torch a second when it is first used
+        if isinstance(direction, Forward) and len(directions) > 1 and total > costs.rows:
+            continue
+        yield direction
+        if direction.chunk_size is None:
+            yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
+            if total <= FEW and len(directions) > 1:
+                yield Looped("columns" if isinstance(direction, Forward) else "rows")
+
+
+def _reluctance(strategy: Reverse | Forward | Looped) -> float:
+    if isinstance(strategy, Looped):
+        return RELUCTANCE["looped"]
+    chunked = RELUCTANCE["chunked"] if strategy.chunk_size else 1.0
+    return chunked * (RELUCTANCE["forward"] if isinstance(strategy, Forward) else 1.0)
+
+
+def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
+    """The plan in chunks that keep to the budget, where one sweep might not."""
+    strategy = plan.strategy
+    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, costs, memory):
+        return plan
+    budget = _budget(costs, memory)
+    if costs.most_bytes(strategy) <= budget:
+        return plan
+    kept = costs.kept if isinstance(strategy, Reverse) else costs.outputs
+    room = _room(budget, costs.result + kept, strict=memory is not None)
+    chunk = Within(room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None)
+    reason = f"{plan.reason}; chunks within {in_bytes(budget)}"
+    return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
+
+
+def bounded_samples(
+    plan: Plan, one: Costs, batch: int, memory: int | None
+) -> tuple[Plan, Chunk]:
+    """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
+    strategy, every = plan.strategy, one.times(batch)
+    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, every, memory):
+        return plan, None
+    budget = _budget(every, memory)
+    if every.most_bytes(strategy) <= budget:
+        return plan, None
+    room = _room(budget, every.result, strict=memory is not None)
+    if one.most_bytes(strategy) <= room:
+        return plan, Within(room)
+    chunk = Within(room - one.result - one.kept, None)
+    return replace(plan, strategy=replace(strategy, chunk_size=chunk)), 1
+
+
+def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
+    return memory is not None or costs.most_bytes(strategy) > MODEST
+
+
+def _budget(costs: Costs, memory: int | None) -> int:
+    return memory if memory is not None else int(SHARE * free_bytes(costs.speeds.device))
+
+
+def _room(budget: int, taken: int, strict: bool) -> int:
+    """What is left for the sweeps."""
+    if strict and taken >= budget:
+        raise ValueError(
+            f"memory: it must hold the Jacobian and what is kept for it, {in_bytes(taken)}, "
+            f"got {in_bytes(budget)}. Give more, or use products (jvp, vjp) instead."
+        )
+    return max(budget - taken, 1)

@@ -1,0 +1,60 @@
+"""A strategy object from what the user gave: a name with its options, or the object itself."""
+
+from __future__ import annotations
+
+from jacfunc._check import check_chunk_size, check_memory
+from jacfunc._planner import Auto
+from jacfunc._plans import Direction
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+
+NAMES = ("auto", "autotune", "reverse", "forward", "looped")
+Memory = int | str | None
+"""Bytes, as a number or in words (``"2 GiB"``)."""
+
+
+def resolve(
+    api: str, strategy: str | Strategy, chunk_size: int | None, memory: Memory = None
+) -> Strategy:
+    """The strategy that ``chunk_size`` and ``memory``, which go with names alone, describe."""
+    check_chunk_size(api, chunk_size)
+    budget = check_memory(api, memory)
+    if isinstance(strategy, str):
+        return _named(api, strategy, chunk_size, budget)
+    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
+        raise TypeError(
+            f"{api}: strategy must be a name or an object with materialize(operator), "
+            f"got {strategy!r}. Try Reverse(), Forward() or Looped()."
+        )
+    for option, given in (("chunk_size", chunk_size), ("memory", memory)):
+        if given is not None:
+            raise ValueError(
+                f"{api}: {option} must come with a strategy's name, got {given!r} beside "
+                f"{strategy!r}. Give it to the object, or name the strategy."
+            )
+    return strategy
+
+
+def directed(api: str, direction: Direction, memory: Memory) -> Strategy:
+    """One direction; with a budget, in chunks that keep to it."""
+    budget = check_memory(api, memory)
+    return direction if budget is None else Auto((direction,), budget)
+
+
+def _named(api: str, name: str, chunk_size: int | None, budget: int | None) -> Strategy:
+    if name not in NAMES:
+        raise ValueError(
+            f"{api}: strategy must be one of {', '.join(map(repr, NAMES))}, got {name!r}. "
+            "Or pass an object, such as Reverse(chunk_size=64)."
+        )
+    if name == "looped":
+        for option, given in (("chunk_size", chunk_size), ("memory", budget)):
+            if given is not None:
+                raise ValueError(
+                    f"{api}: strategy 'looped' must have no {option}, got {given}. "
+                    "It sweeps one seed at a time; use 'reverse' or 'forward' to sweep chunks."
+                )
+        return Looped()
+    both = Reverse(chunk_size), Forward(chunk_size)
+    if name == "auto":
+        return Auto(both, budget)
+    return directed(api, both[0] if name == "reverse" else both[1], budget)

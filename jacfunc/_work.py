@@ -1,0 +1,108 @@
+"""What one evaluation does, recorded while it runs: the operations that a sweep does over again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from jacfunc._counting import PeakBytes
+from jacfunc._functorch import memory_of
+from jacfunc._types import Leaves
+
+aten = torch.ops.aten
+CONVOLUTIONS = frozenset({aten.convolution, aten._convolution})
+VECTOR_PRODUCTS = {aten.mv: 0, aten.dot: 0, aten.addmv: 1}
+"""Torch's registry does not have them; which argument has an entry for each multiplication."""
+BOOKKEEPING = frozenset({aten.detach, aten.alias})
+"""Views that autograd makes for itself: no sweep meets them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation that depends on the primals; a sweep multiplies by its derivative.
+
+    Args:
+        read: bytes of its arguments that depend on the primals; of a view, nothing.
+        written: bytes of its results; of a view, nothing.
+        flops: as torch counts them, once for each factor that depends on the primals.
+        is_conv: the flops are those of a convolution.
+        is_scaled: a Python number is among its arguments.
+    """
+
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+    is_conv: bool = False
+    is_scaled: bool = False
+
+
+class Recorder(PeakBytes):
+    """Records the work of what runs inside the ``with`` block, below autograd and every vmap.
+
+    Example:
+        >>> import torch
+        >>> from jacfunc._work import Recorder
+        >>> A, x = torch.ones(3, 2), torch.ones(2)
+        >>> with Recorder((x,)) as recorder:
+        ...     y = torch.tanh(A @ x)
+        >>> [(each.flops, each.read, each.written) for each in recorder.operations]
+        [(12, 8, 12), (0, 12, 12)]
+    """
+
+    def __init__(self, primals: Leaves) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self._active = set(map(memory_of, primals))
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        given = {**(kwargs or {})}
+        active = [x for x in _tensors((*args, *given.values())) if memory_of(x) in self._active]
+        packet = getattr(func, "_overloadpacket", None)
+        if active and packet not in BOOKKEEPING:
+            results = list(_tensors((result,)))
+            is_view = {memory_of(x) for x in results} <= {memory_of(x) for x in active}
+            flops = 0 if is_view else _flops(packet, args, given, result) * min(len(active), 2)
+            self._active |= {memory_of(x) for x in results}
+            self.operations.append(
+                Operation(
+                    0 if is_view else sum(map(_bytes, active)),
+                    0 if is_view else sum(map(_bytes, results)),
+                    flops,
+                    packet in CONVOLUTIONS,
+                    not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
+                )
+            )
+        return result
+
+
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
+    """As torch's registry has it, and of products with a vector."""
+    if packet in VECTOR_PRODUCTS:
+        return 2 * int(args[VECTOR_PRODUCTS[packet]].numel())
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    """Dense tensors among arguments or results, which nest one list deep."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor) and value.layout == torch.strided:
+            yield value
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
