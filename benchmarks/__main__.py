@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [run | overhead | list]``."""
+"""The command line: ``python -m benchmarks [run | overhead | regret | budget | list]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import benchmarks
-from benchmarks import digits, overhead, picture, presenting
+from benchmarks import budget, digits, grid, overhead, picture, presenting, regret
 from benchmarks.contestants import BASELINE, CONTESTANTS
 from benchmarks.environment import Environment, default_device, environment, load_average, pin
 from benchmarks.measuring import Result, measure
@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     if options.command == "overhead":
         return run_overhead(device, options.output)
+    if options.command == "budget":
+        return run_budget(device, options.output)
+    if options.command == "regret":
+        return run_regret(device, options.output, options.only)
     return run(options.suite, device, options.output)
 
 
@@ -89,6 +93,38 @@ def run_overhead(device: torch.device, output: Path) -> None:
     _say_where(where, [path])
 
 
+def run_regret(device: torch.device, output: Path, only: str) -> None:
+    """By which factor auto and autotune miss the best strategy picked by hand, case by case."""
+    where = environment(device)
+    with _progress() as progress:
+        chosen = [case for case in grid.cases() if only in case.name]
+        cases = progress.track(chosen, description="regret")
+        results = [regret.measure(case, device) for case in cases]
+    where["load_after"] = load_average()
+    console.print(regret.table(results), "")
+    if only:
+        return
+    path = output / f"regret-{device.type}.json"
+    body = {
+        "summary": regret.summary(results),
+        "results": [asdict(result) for result in results],
+    }
+    presenting.write_json(path, "regret", where, body)
+    _say_where(where, [path])
+
+
+def run_budget(device: torch.device, output: Path) -> None:
+    """Jacobians under a tenth of the memory that they would take."""
+    where = environment(device)
+    results = [budget.measure(case, device) for case in budget.cases(device)]
+    where["load_after"] = load_average()
+    console.print(budget.table(results), "")
+    path = output / f"budget-{device.type}.json"
+    body = {"target": budget.TARGET, "results": [asdict(result) for result in results]}
+    presenting.write_json(path, "budget", where, body)
+    _say_where(where, [path])
+
+
 def list_tables() -> None:
     """Print the suites, workloads and contestants."""
     for heading, names in (
@@ -135,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     timed = commands.add_parser("run", parents=[common], help="time every contestant (default)")
     timed.add_argument("--suite", choices=tuple(SUITES), default="quick")
     commands.add_parser("overhead", parents=[common], help="jacrev against torch.func.jacrev")
+    regrets = commands.add_parser("regret", parents=[common], help="auto against the best by hand")
+    regrets.add_argument("--only", default="", help="cases whose name contains this; not written")
+    commands.add_parser("budget", parents=[common], help="under a tenth of the memory")
     commands.add_parser("list", help="suites, workloads and contestants")
     parser.set_defaults(**vars(timed.parse_args([])), command="run")
     return parser

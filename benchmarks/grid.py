@@ -15,8 +15,32 @@ from torch import Tensor, nn
 import jacfunc
 from jacfunc import Strategy
 
-Derive = Callable[[str | Strategy], Callable[[], Any]]
-"""A case set up: a strategy in, a call that takes the Jacobian by it out."""
+CHUNKS = (16, 128, 512)
+MOST_LOOPS = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case set up: ``derive(strategy)`` is a call that takes the Jacobian by it."""
+
+    rows: int
+    columns: int
+    derive: Callable[[str | Strategy], Callable[[], Any]]
+
+    def candidates(self) -> dict[str, str | Strategy]:
+        """What a careful person would try by hand."""
+        found: dict[str, str | Strategy] = {}
+        for name, make, total in (
+            ("reverse", jacfunc.Reverse, self.rows),
+            ("forward", jacfunc.Forward, self.columns),
+        ):
+            found[name] = make()
+            found |= {f"{name} {size}": make(size) for size in CHUNKS if size < total}
+        if self.rows <= MOST_LOOPS:
+            found["looped rows"] = jacfunc.Looped("rows")
+        if self.columns <= MOST_LOOPS:
+            found["looped columns"] = jacfunc.Looped("columns")
+        return found
 
 
 @dataclass(frozen=True)
@@ -25,9 +49,9 @@ class Case:
 
     name: str
     dtype: torch.dtype
-    setup: Callable[[torch.Generator, torch.device, torch.dtype], Derive]
+    setup: Callable[[torch.Generator, torch.device, torch.dtype], Problem]
 
-    def derive(self, device: torch.device) -> Derive:
+    def problem(self, device: torch.device) -> Problem:
         """The same numbers whenever it is asked."""
         return self.setup(torch.Generator().manual_seed(0), device, self.dtype)
 
@@ -42,14 +66,14 @@ def _draw(generator: torch.Generator, device: torch.device, dtype: torch.dtype) 
 def of_function(make: Callable[[Any], tuple[Callable[..., Any], Tensor]]) -> Any:
     """A function of one tensor, given as ``make(draw) -> (func, x)``."""
 
-    def setup(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Derive:
+    def setup(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         func, x = make(_draw(generator, device, dtype))
 
         def derive(strategy: str | Strategy) -> Callable[[], Any]:
             compute = jacfunc.jacobian(func, strategy=strategy)
             return lambda: compute(x)
 
-        return derive
+        return Problem(func(x).numel(), x.numel(), derive)
 
     return setup
 
@@ -57,19 +81,18 @@ def of_function(make: Callable[[Any], tuple[Callable[..., Any], Tensor]]) -> Any
 def of_module(make: Callable[[], nn.Module], shape: tuple[int, ...], wrt: Any, batch: int) -> Any:
     """A module, per sample over a batch; with ``batch`` 0 as a whole, on one sample."""
 
-    def setup(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Derive:
+    def setup(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             module = make().to(device, dtype)
         x = _draw(generator, device, dtype)(batch or 1, *shape)
 
         def derive(strategy: str | Strategy) -> Callable[[], Any]:
-            compute = jacfunc.module_jacobian(
-                module, wrt, per_sample=batch > 0, strategy=strategy
-            )
+            compute = jacfunc.module_jacobian(module, wrt, per_sample=batch > 0, strategy=strategy)
             return lambda: compute(x)
 
-        return derive
+        params = sum(param.numel() for param in module.parameters())
+        return Problem(module(x)[0].numel(), params if wrt == "params" else x[0].numel(), derive)
 
     return setup
 
@@ -78,7 +101,7 @@ def of_module(make: Callable[[], nn.Module], shape: tuple[int, ...], wrt: Any, b
 
 
 def mlp(inputs: int, outputs: int, width: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
-    """inputs - width - width - outputs, tanh."""
+    """Inputs - width - width - outputs, tanh."""
     first, second, last = (
         draw(b, a) / a**0.5 for a, b in pairwise((inputs, width, width, outputs))
     )
@@ -100,7 +123,8 @@ def heat(side: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
 
     def func(u: Tensor) -> Tensor:
-        return F.conv2d(u[None, None], kernel.to(u), padding=1)[0, 0] + torch.sin(u)
+        spread: Tensor = F.conv2d(u[None, None], kernel.to(u), padding=1)[0, 0]
+        return spread + torch.sin(u)
 
     return func, draw(side, side)
 
@@ -128,7 +152,8 @@ def attention(length: int, width: int, draw: Any) -> tuple[Callable[..., Any], T
 
     def func(x: Tensor) -> Tensor:
         query, key, value = (x @ p for p in projections)
-        return torch.softmax(query @ key.T / width**0.5, -1) @ value
+        mixed: Tensor = torch.softmax(query @ key.T / width**0.5, -1) @ value
+        return mixed
 
     return func, draw(length, width)
 
@@ -139,7 +164,8 @@ def image_to_image(side: int, channels: int, draw: Any) -> tuple[Callable[..., A
 
     def func(x: Tensor) -> Tensor:
         hidden = F.relu(F.conv2d(x[None, None], first, padding=1))
-        return F.conv2d(hidden, second, padding=1)[0, 0]
+        image: Tensor = F.conv2d(hidden, second, padding=1)[0, 0]
+        return image
 
     return func, draw(side, side)
 
@@ -152,7 +178,8 @@ def classifier(side: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
     def func(x: Tensor) -> Tensor:
         hidden = F.max_pool2d(F.relu(F.conv2d(x[None, None], first, padding=1)), 2)
         hidden = F.max_pool2d(F.relu(F.conv2d(hidden, second, padding=1)), 2)
-        return last @ hidden.flatten()
+        scores: Tensor = last @ hidden.flatten()
+        return scores
 
     return func, draw(side, side)
 
@@ -173,7 +200,9 @@ def curve(size: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
 
 
 def mlp_module() -> nn.Module:
-    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+    )
 
 
 def cnn_module() -> nn.Module:
@@ -213,13 +242,14 @@ class Attention(nn.Module):
 MLP_SIZES = (
     (1, 1), (4, 4), (1, 64), (64, 1), (1, 4096), (4096, 1), (16, 256), (256, 16), (4, 1024),
     (1024, 4), (64, 64), (256, 256), (64, 1024), (1024, 64), (16, 4096), (4096, 16), (1024, 1024),
+    (4096, 4096),
 )  # fmt: skip
 
 
 def _functions() -> Iterator[tuple[str, Any]]:
     for inputs, outputs in MLP_SIZES:
         yield f"mlp 64, {inputs} → {outputs}", partial(mlp, inputs, outputs, 64)
-    for inputs, outputs in ((8, 8), (512, 8), (8, 512), (512, 512), (4096, 4096)):
+    for inputs, outputs in ((8, 8), (512, 8), (8, 512), (512, 512)):
         yield f"mlp 512, {inputs} → {outputs}", partial(mlp, inputs, outputs, 512)
     for size in (16, 256, 2048):
         yield f"stencil, {size} → {size}", partial(stencil, size)
@@ -256,18 +286,3 @@ def cases() -> Iterator[Case]:
             yield Case(f"{name}, {str(dtype)[-2:]} bit", dtype, of_function(make))
     for name, setup in _modules():
         yield Case(f"{name}, 32 bit", torch.float32, setup)
-
-
-CANDIDATES: dict[str, str | Strategy] = {
-    "reverse": jacfunc.Reverse(),
-    "reverse 16": jacfunc.Reverse(16),
-    "reverse 128": jacfunc.Reverse(128),
-    "reverse 512": jacfunc.Reverse(512),
-    "forward": jacfunc.Forward(),
-    "forward 16": jacfunc.Forward(16),
-    "forward 128": jacfunc.Forward(128),
-    "forward 512": jacfunc.Forward(512),
-    "looped rows": jacfunc.Looped("rows"),
-    "looped columns": jacfunc.Looped("columns"),
-}
-"""What a careful person would try by hand."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.grid import CANDIDATES, Case, Derive
+from benchmarks.grid import Case, Problem
 from benchmarks.measuring import seconds
 from jacfunc._tree import flatten
 
@@ -41,9 +41,10 @@ class Regret:
 
 def measure(case: Case, device: torch.device) -> Regret:
     """Hand-picked strategies are weeded out by one call each, the rest is timed in rounds."""
-    derive, cuda = case.derive(device), device.type == "cuda"
-    runs, first, failures = _first_calls(derive, cuda)
-    least = min(first[name] for name in runs if name in CANDIDATES)
+    problem, cuda = case.problem(device), device.type == "cuda"
+    runs, first, failures = _first_calls(problem, cuda)
+    by_hand = [name for name in runs if name not in CHOOSERS]
+    least = min(first[name] for name in by_hand)
     running = {n: r for n, r in runs.items() if n in CHOOSERS or first[n] <= HOPELESS * least}
     rounds = max(5, min(ROUNDS, int(SECONDS / sum(first[name] for name in running))))
     times: dict[str, list[float]] = {name: [] for name in running}
@@ -52,7 +53,7 @@ def measure(case: Case, device: torch.device) -> Regret:
         for name in order.sample(list(running), len(running)):
             times[name].append(seconds(running[name], cuda))
     medians = {name: statistics.median(found) for name, found in times.items()}
-    best = min((name for name in medians if name in CANDIDATES), key=medians.__getitem__)
+    best = min((name for name in by_hand if name in medians), key=medians.__getitem__)
     regret = {
         name: statistics.median(a / b for a, b in zip(times[name], times[best], strict=True))
         for name in CHOOSERS
@@ -62,16 +63,16 @@ def measure(case: Case, device: torch.device) -> Regret:
 
 
 def _first_calls(
-    derive: Derive, cuda: bool
+    problem: Problem, cuda: bool
 ) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
     """What runs, how long a second call takes (a first, where that is hopeless), what fails."""
     runs: dict[str, Run] = {}
     first: dict[str, float] = {}
     failures: dict[str, str] = {}
     answer = None
-    for name, strategy in {**CANDIDATES, **{name: name for name in CHOOSERS}}.items():
+    for name, strategy in {**problem.candidates(), **{name: name for name in CHOOSERS}}.items():
         try:
-            run = derive(strategy)
+            run = problem.derive(strategy)
             first[name] = seconds(run, cuda)
             if name in CHOOSERS or first[name] < 20 * min(first.values()):
                 given = run()

@@ -1,25 +1,33 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch."""
 
+from jacfunc._autotune import Autotune
 from jacfunc._batching import vmap
 from jacfunc._estimate import Estimate, estimate
+from jacfunc._explain import Explanation, explain, plan
 from jacfunc._modules import module_jacobian
+from jacfunc._plans import Plan
 from jacfunc._products import jvp, vjp
 from jacfunc._transforms import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy
 
 __all__ = [
+    "Autotune",
     "Estimate",
+    "Explanation",
     "Forward",
     "Looped",
+    "Plan",
     "Reverse",
     "Strategy",
     "estimate",
+    "explain",
     "hessian",
     "jacfwd",
     "jacobian",
     "jacrev",
     "jvp",
     "module_jacobian",
+    "plan",
     "value_and_jacobian",
     "vjp",
     "vmap",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -20,16 +21,31 @@ GROWTH = 1.25
 """Chunks that could grow by less stay as they are."""
 
 
+ROUND = 16
+"""Products of so many vectors, or twice as many, are faster than of one more."""
+
+
 @dataclass(frozen=True)
 class Within:
     """Chunks whose work, counted as it runs, stays within ``room`` bytes.
 
     The first chunk is small. Where k seeds take b bytes, n·k seeds take at most n·b, so the next
-    may be larger by room / b; after two or three the size is settled, and no longer counted.
+    may be larger by room / b; after two or three the size is settled, and no longer counted: not
+    in this sweep, nor in later ones, which must be of the same kind.
     """
 
     room: int
     at_most: int | None = None
+    settled: list[int] = field(default_factory=list, repr=False, compare=False)
+
+    def next(self, size: int, peak: int, most: int) -> int:
+        """The chunk after one of this size that took so much."""
+        fitting = min(most, max(1, int(size * self.room / max(peak, 1))))
+        if ROUND <= fitting < most:
+            fitting -= fitting % ROUND
+        if fitting == 1 or size <= fitting <= GROWTH * size:
+            self.settled.append(fitting)
+        return fitting
 
 
 Chunk: TypeAlias = int | Within | None
@@ -47,28 +63,23 @@ def in_chunks(total: int, chunk: Chunk, take: Callable[[int, int], Leaves]) -> I
 
     Out of memory, the chunk is halved and taken again; what was yielded before stays.
     """
-    most, start = largest(chunk, total), 0
     within = chunk if isinstance(chunk, Within) and not torch.compiler.is_compiling() else None
-    step = min(FIRST, most) if within else most
+    most, start = largest(chunk, total), 0
+    step = most if within is None else within.settled[-1] if within.settled else FIRST
     while start < max(total, 1):
         stop = min(start + step, total)
+        is_counted = within is not None and not within.settled
         try:
-            if within is None:
-                yield take(start, stop)
-            else:
-                with PeakBytes() as counter:
-                    taken = take(start, stop)
-                yield taken
-                del taken  # or it would stay beside the next chunk
+            with PeakBytes() if is_counted else nullcontext() as counter:
+                taken = take(start, stop)
+            yield taken
+            del taken  # or it would stay beside the next chunk
         except RuntimeError as error:
             if stop - start <= 1 or not is_out_of_memory(error):
                 raise
-            step, within = (stop - start) // 2, None
+            step = (stop - start) // 2
             note("out of memory with %d seeds at once, goes on with %d", stop - start, step)
             continue
+        if within is not None and counter is not None:
+            step = within.next(stop - start, counter.peak, most)
         start = max(stop, 1)
-        if within:
-            fitting = min(most, max(1, int(step * within.room / max(counter.peak, 1))))
-            if fitting == 1 or step <= fitting <= GROWTH * step:
-                within = None
-            step = fitting

@@ -10,7 +10,7 @@ import torch
 from jacfunc._basis import numel
 from jacfunc._chunks import largest
 from jacfunc._functorch import physical_shape
-from jacfunc._machine import Cost, Machine, machine
+from jacfunc._machine import Cost, Machine, is_here, machine
 from jacfunc._operators import JacobianOperator
 from jacfunc._work import Operation, Recorder
 from jacfunc.strategies import Forward, Looped, Reverse
@@ -41,9 +41,14 @@ class Costs:
     speeds: Machine
 
     @classmethod
-    def of(cls, operator: JacobianOperator, recorder: Recorder) -> Costs:
-        """Of an operator whose evaluation has been recorded; the vmaps outside are counted in."""
+    def of(cls, operator: JacobianOperator, recorder: Recorder) -> Costs | None:
+        """Of an operator whose evaluation has been recorded; the vmaps outside are counted in.
+
+        None where there is nothing to sweep, or the device is not of this machine.
+        """
         outputs, primals = operator.outputs, operator.primals
+        if not numel(outputs) or not numel(primals) or not is_here(outputs[0].device):
+            return None
         dtype = torch.promote_types(outputs[0].dtype, primals[0].dtype)
         entries = max(max(map(_copies, outputs)), max(map(_copies, primals)))
         entries *= numel(outputs) * numel(primals)

@@ -47,6 +47,8 @@ class PeakBytes(TorchDispatchMode):
     ) -> Any:
         given = {**(kwargs or {})}
         outputs = func(*args, **given)
+        if getattr(func, "is_view", False):
+            return outputs
         before = {storage._cdata for storage in _storages((*args, *given.values()))}
         for storage in _storages((outputs,)):
             # a view or an in-place result of a tensor from outside takes nothing new
@@ -73,6 +75,6 @@ def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
         if isinstance(value, (list, tuple)):
             yield from _storages(value)
         # other layouts have no storage of their own: their parts are counted where they are made
+        # nor do forward mode's zeros take any
         elif isinstance(value, Tensor) and value.layout == torch.strided:
-            if not value._is_zerotensor():  # forward mode's zeros, which no memory stands behind
-                yield value.untyped_storage()
+            yield from () if value._is_zerotensor() else (value.untyped_storage(),)

@@ -49,9 +49,12 @@ class Linearization:
 
         A single one is never vmapped, so that ``chunk_size=1`` is the plain loop of torch.func.
         """
-        if not self.batchable or cotangents[0].shape[0] == 1:
+        if not self.batchable:
             return one_by_one(self.pull, cotangents)
         try:
+            if cotangents[0].shape[0] == 1:
+                # not batched by the vmaps outside, as the products of larger chunks are not
+                return one_by_one(self.sweep, cotangents)
             products, _ = sweep_batch(lambda seeds: (self.sweep(seeds), ()), cotangents)
         except RuntimeError as error:
             if is_out_of_memory(error):

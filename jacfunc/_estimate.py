@@ -7,25 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
-
-from jacfunc._basis import numel
 from jacfunc._check import check_chunk_size
-from jacfunc._chunks import largest
-from jacfunc._flat import FlatCall
-from jacfunc._forecast import Fakes, Forecast, Swept
+from jacfunc._forecast import Forecast, Swept
+from jacfunc._foretell import Foreteller
 from jacfunc._functorch import inside_transform
 from jacfunc._types import Argnums, Tree
+from jacfunc._words import in_bytes, in_counts, in_digits, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse
 
 API = "estimate"
-HEADER = ("strategy", "chunk", "calls", "sweeps", "FLOPs", "result", "peak", "how we know")
-COUNTS = (" k", " M", " G", " T", " P", " E")
-BYTES = (" KiB", " MiB", " GiB", " TiB", " PiB", " EiB")
+HEADER = ("strategy", "chunk", "calls", "sweeps", "FLOPs", "result", "peak", "time", "how we know")
 
 
 def estimate(
@@ -53,6 +44,8 @@ def estimate(
     Returns:
         An :class:`Estimate`: a table with a row for each of reverse, forward and looped. FLOPs
         are those of torch's ``FlopCounterMode``: products of matrices, convolutions, attention.
+        Seconds are a forecast from how fast this machine is, which is measured when first asked
+        for; a factor of two off is usual.
         A strategy that torch refuses, or a function whose course depends on its data, has a row
         that says so, with what the sizes alone tell.
 
@@ -76,16 +69,9 @@ def estimate(
             f"{API}: it must be called outside of transforms, got a call inside vmap or a "
             "derivative. Give the function that they transform."
         )
-    strategies = (Reverse(chunk_size), Forward(chunk_size), Looped())
-    grad_mode = torch.is_grad_enabled()
-    # in inference mode torch hands products to the counter before it has taken them apart
-    with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
-        fakes = Fakes((args, kwargs))
-        fake_args, fake_kwargs = fakes.tree((args, kwargs))
-        call = FlatCall(API, func, argnums, has_aux, fake_args, fake_kwargs)
-        sizes = _sizes(fakes, call)
-        rows = tuple(_row(fakes, strategy, call, sizes) for strategy in strategies)
-    return Estimate(sizes.rows, sizes.columns, rows)
+    strategies: tuple[Swept, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
+    found = Foreteller(API, func, argnums, has_aux, args, kwargs)
+    return Estimate(found.rows, found.columns, tuple(map(found.forecast, strategies)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,7 +125,7 @@ class Estimate:
         caption = html.escape(self._title())
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
-    def to_dicts(self) -> list[dict[str, str | int | None]]:
+    def to_dicts(self) -> list[dict[str, Any]]:
         """A dict a row, of plain strings and numbers."""
         return [
             {
@@ -150,6 +136,7 @@ class Estimate:
                 "flops": row.flops,
                 "result_bytes": row.result_bytes,
                 "peak_bytes": row.peak_bytes,
+                "seconds": row.seconds,
                 "reason": row.reason,
             }
             for row in self.rows
@@ -160,62 +147,17 @@ class Estimate:
         return f"Jacobian of {outputs} outputs by {self.inputs} inputs"
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What shapes alone tell; None where the function does not run on fakes."""
-
-    columns: int
-    rows: int | None = None
-    result_bytes: int | None = None
-
-
-def _sizes(fakes: Fakes, call: FlatCall) -> _Sizes:
-    """Rows, columns and bytes of the Jacobian, from a single evaluation."""
-    primals = call.primals
-    try:
-        outputs = fakes.outputs(call, primals)
-    except RuntimeError:  # each row will say which
-        return _Sizes(numel(primals))
-    pairs = ((out, primal) for out in outputs for primal in primals)
-    dtype = torch.promote_types
-    result = sum(o.numel() * p.numel() * dtype(o.dtype, p.dtype).itemsize for o, p in pairs)
-    return _Sizes(numel(primals), numel(outputs), result)
-
-
-def _row(fakes: Fakes, strategy: Swept, call: FlatCall, sizes: _Sizes) -> Forecast:
-    """A forecast; where there can't be one, what the sizes tell."""
-    try:
-        return fakes.forecast(strategy, call, call.primals)
-    except NotImplementedError as refusal:  # Refused is one
-        reason = f"refused: {_in_words(refusal)}"
-        return Forecast(strategy, None, None, None, None, None, reason)
-    except Exception as error:  # whatever torch raises where it has no rule, KeyError too
-        reason = f"by sizes alone, can't be run on fakes: {_in_words(error)}"
-    seeds = sizes.columns if isinstance(strategy, Forward) else sizes.rows
-    chunk = 1 if isinstance(strategy, Looped) else strategy.chunk_size
-    sweeps = None if seeds is None else -(-seeds // largest(chunk, seeds))
-    evaluations = sweeps if isinstance(strategy, Forward) else 1
-    return Forecast(strategy, evaluations, sweeps, None, sizes.result_bytes, None, reason)
-
-
-def _in_words(error: Exception) -> str:
-    """The first line of a message, or what it is that needs data."""
-    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-        return f"its course depends on the data ({error.func})"
-    first = str(error).strip().split("\n")[0]
-    return first if isinstance(error, RuntimeError) else f"{type(error).__name__}: {first}"
-
-
 def _cells(row: Forecast) -> tuple[str, ...]:
     """A row as text."""
     return (
         row.name,
         "all" if row.chunk_size is None else str(row.chunk_size),
-        _human(row.evaluations),
-        _human(row.sweeps),
-        _human(row.flops, COUNTS),
-        _human(row.result_bytes, BYTES, " B", 1024),
-        _human(row.peak_bytes, BYTES, " B", 1024),
+        in_digits(row.evaluations),
+        in_digits(row.sweeps),
+        in_counts(row.flops),
+        in_bytes(row.result_bytes),
+        in_bytes(row.peak_bytes),
+        in_seconds(row.seconds),
         row.reason if len(row.reason) <= 80 else row.reason[:79] + "…",
     )
 
@@ -225,17 +167,3 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     first, *numbers, last = cells
     padded = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
     return "  ".join([first.ljust(widths[0]), *padded, last]).rstrip()
-
-
-def _human(
-    number: int | None, units: tuple[str, ...] = (), plain: str = "", step: int = 1000
-) -> str:
-    """Three digits and a unit: ``39.1 GiB``."""
-    if number is None:
-        return "?"
-    scaled, unit = float(number), plain
-    for bigger in units:
-        if scaled < step:
-            break
-        scaled, unit = scaled / step, bigger
-    return f"{number}{unit}" if unit == plain else f"{scaled:.3g}{unit}"

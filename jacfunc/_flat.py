@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
-from jacfunc._tree import Split, flatten, paths
+from jacfunc._tree import Split, flatten, kind_of, paths
 from jacfunc._types import Argnums, Blocks, Leaves, Tree
 
 
@@ -48,10 +48,10 @@ class FlatCall:
 
     def signature(self) -> Hashable:
         """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings."""
-        if not self._kwargs and all(type(arg) is Tensor for arg in self._args):
-            return self._positions, tuple(map(_kind, self._args))
+        if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
+            return kind_of(self._args[0])
         leaves, spec = flatten((self._args, self._kwargs))
-        return self._positions, spec, tuple(map(_kind, leaves))
+        return self._positions, spec, tuple(map(kind_of, leaves))
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
         args = list(self._args)
@@ -111,11 +111,3 @@ class FlatCall:
             parts.append(values[start : start + len(split.leaves)])
             start += len(split.leaves)
         return parts
-
-
-def _kind(leaf: object) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
-    if isinstance(leaf, bool | int | float | str):
-        return leaf
-    return type(leaf)

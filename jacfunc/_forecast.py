@@ -18,14 +18,13 @@ from torch.utils.flop_counter import flop_registry
 from jacfunc._basis import numel
 from jacfunc._blocks import columns_to_blocks, rows_to_blocks
 from jacfunc._chunks import Chunk
+from jacfunc._costs import Costs
 from jacfunc._counting import PeakBytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._tree import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
+from jacfunc._work import Recorder
 from jacfunc.strategies import Forward, Looped, Reverse
-
-SAMPLED = 3
-"""Sweeps that are run of many: the first, one more, which stands for those between, the last."""
 
 MAX_BYTES = 2**63 - 1
 
@@ -44,6 +43,7 @@ class Forecast:
         result_bytes: of the Jacobian.
         peak_bytes: of all tensors alive at once, the result among them, the arguments not.
         reason: where the numbers come from, or why there are none.
+        seconds: on this machine.
     """
 
     strategy: Swept
@@ -53,6 +53,7 @@ class Forecast:
     result_bytes: int | None
     peak_bytes: int | None
     reason: str
+    seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -79,10 +80,12 @@ class Fakes:
     def _like(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
-    def outputs(self, call: LeafFunction, primals: Leaves) -> Leaves:
-        """What the function returns: fakes, which have shapes and dtypes."""
-        with self.mode, _Replacing(self):
-            return JacobianOperator(call, primals).outputs
+    def evaluated(self, call: LeafFunction, primals: Leaves) -> tuple[Leaves, Costs | None]:
+        """What the function returns, fakes that have shapes and dtypes; and what that costs."""
+        operator = JacobianOperator(call, primals)
+        with self.mode, Recorder(primals) as recorder, _Replacing(self):
+            outputs = operator.outputs
+        return outputs, Costs.of(operator, recorder)
 
     def forecast(self, strategy: Swept, call: LeafFunction, primals: Leaves) -> Forecast:
         """Carry the strategy out and count."""
@@ -134,6 +137,7 @@ class _Replacing(TorchDispatchMode):
 class _Reading:
     """Counters after a sweep."""
 
+    seeds: int
     evaluations: int
     flops: int
     live: int
@@ -156,7 +160,7 @@ class _Probe(JacobianOperator):
 
         super().__init__(counted, primals)
         self._memory, self._work = memory, work
-        self._evaluations = self._chunk = self._chunks = 0
+        self._evaluations = self._done = self._skipped = 0
         self._readings: list[_Reading] = []
         self._has_graph = False
 
@@ -188,35 +192,36 @@ class _Probe(JacobianOperator):
     def forecast(self, strategy: Swept, blocks: Blocks) -> Forecast:
         """What was counted, and the same again for the sweeps that were left out."""
         evaluations, flops, peak = self._evaluations, self._work.flops, self._memory.peak
-        run, result = len(self._readings), sum(map(_bytes, blocks))
-        skipped = self._chunks - run
+        run, result, skipped = len(self._readings), sum(map(_bytes, blocks)), self._skipped
         if skipped:
-            before, after, last = self._readings
+            before, after, last = self._readings[-3:]
             evaluations += skipped * (after.evaluations - before.evaluations)
             flops += skipped * (after.flops - before.flops)
             if self._has_graph:  # all products and their graphs are kept, to be concatenated
                 kept = skipped * (after.live - before.live)
                 peak = max(peak, last.peak + kept, last.live + kept + result)
-        reason = f"{run} of {self._chunks} sweeps counted on fakes"
-        return Forecast(strategy, evaluations, self._chunks, flops, result, peak, reason)
+        reason = f"{run} of {run + skipped} sweeps counted on fakes"
+        return Forecast(strategy, evaluations, run + skipped, flops, result, peak, reason)
 
     def _sample(self, sweep: Callable[[Leaves], Leaves], seeds: Leaves, swept: Leaves) -> Leaves:
-        """The products, if this sweep is among those that are run."""
-        run = len(self._readings)
-        if run == 0:
-            self._chunk = seeds[0].shape[0] if seeds else 0
-            if self._chunk * _bytes(swept) > MAX_BYTES:
-                raise NotImplementedError("the seeds of one sweep have no size in 64 bits")
-            self._chunks = max(1, -(-numel(swept) // max(self._chunk, 1)))
-        if run == SAMPLED:
+        """The products, unless two sweeps like this have been run: then of the last one alone."""
+        if self._done == numel(swept) and self._readings:
             raise _Enough
-        if run == SAMPLED - 1:
-            last = numel(swept) - (self._chunks - 1) * self._chunk
+        size = seeds[0].shape[0] if seeds else 0
+        if size * _bytes(swept) > MAX_BYTES:
+            raise NotImplementedError("the seeds of one sweep have no size in 64 bits")
+        if size and [reading.seeds for reading in self._readings[-2:]] == [size, size]:
+            left = numel(swept) - self._done
+            last = left % size or size
+            self._skipped = (left - last) // size
+            self._done += left - last
             seeds = tuple(seed[:last] for seed in seeds)
+            size = last
         products = sweep(seeds)
+        self._done += size
         memory = self._memory
         self._readings.append(
-            _Reading(self._evaluations, self._work.flops, memory.live, memory.peak)
+            _Reading(size, self._evaluations, self._work.flops, memory.live, memory.peak)
         )
         self._has_graph = any(product.requires_grad for product in products)
         return products

@@ -48,7 +48,7 @@ def memory_of(tensor: Tensor) -> int:
 
 def levels() -> tuple[object, ...]:
     """What is active outside, for telling one situation from another."""
-    return (*_keys(), _is_pushing()) if inside_transform() else ()
+    return (*_keys(), _is_pushing())
 
 
 def physical_shape(tensor: Tensor) -> torch.Size:

@@ -171,10 +171,15 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
     return Machine(device, dtype)
 
 
+def is_here(device: torch.device) -> bool:
+    """Can it be measured, which no fake of an absent device can?"""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+
+
 def power_of_four(number: float, least: int, most: int) -> int:
     """The nearest one within bounds: what is measured once for all sizes near it."""
     nearest = 4 ** round(math.log(max(number, 1), 4))
-    return min(max(least, nearest), most)
+    return int(min(max(least, nearest), most))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -185,5 +190,5 @@ def free_bytes(device: torch.device) -> int:
         lines = MEMINFO.read_text().splitlines()
     except OSError:  # no Linux: the half of all there is, as nobody says how much is free
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-    known = dict(line.split(":", 1) for line in lines)
-    return int(known["MemAvailable"].split()[0]) * 2**10
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(available)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,8 @@ def module_jacobian(
     return module_jacobian_of
 
 
-class Setting(NamedTuple):
+@dataclass(frozen=True)
+class Setting:
     """What does not change from sample to sample, nor is differentiated."""
 
     state: ModuleState

@@ -8,7 +8,8 @@ import torch
 
 from jacfunc import _engines
 from jacfunc._engines import Linearization
-from jacfunc._functorch import levels, physical_shape
+from jacfunc._functorch import inside_transform, levels, physical_shape
+from jacfunc._tree import kind_of
 from jacfunc._types import LeafFunction, Leaves
 
 
@@ -26,10 +27,12 @@ class JacobianOperator:
         self._draws: tuple[torch.Tensor, ...] | None = None
 
     def signature(self) -> Hashable:
-        """Equal for operators that cost the same; a function that knows more about itself says so."""
+        """Equal for operators that cost the same; a function may know more about itself."""
         of_function = getattr(self.func, "signature", None)
-        of_primals = tuple((physical_shape(p), p.dtype, p.device) for p in self.primals)
-        return levels(), of_primals, of_function() if of_function else None
+        known = of_function() if of_function else tuple([kind_of(p) for p in self.primals])
+        if not inside_transform():
+            return known
+        return known, levels(), tuple(map(physical_shape, self.primals))
 
     def forget_graph(self) -> None:
         """Give back what only pullbacks need; the outputs stay."""

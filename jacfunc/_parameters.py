@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-class ModuleState(NamedTuple):
+@dataclass(frozen=True)
+class ModuleState:
     """Parameters and buffers of a module: those that are differentiated, and the constants."""
 
     chosen: dict[str, Tensor]

@@ -31,7 +31,9 @@ class Auto:
 
     directions: tuple[Direction, ...] = (Reverse(), Forward())
     memory: int | None = None
-    known: dict[Hashable, tuple[Plan, Chunk]] = field(default_factory=dict, repr=False, compare=False)
+    known: dict[Hashable, tuple[Plan, Chunk]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""
@@ -45,14 +47,14 @@ class Auto:
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """What to do with this operator, which is evaluated."""
-        costs = _costs(operator)
+        costs = counted_costs(operator)
         if costs is None:
             return by_sizes(operator, self.directions)
         return bounded(fastest(costs, self.directions), costs, self.memory)
 
     def plan_samples(self, operator: JacobianOperator, batch: int) -> tuple[Plan, Chunk]:
         """What to do with each of a batch of samples, one of which this is; how many at once."""
-        costs = _costs(operator)
+        costs = counted_costs(operator)
         operator.repeat_draws()  # the samples draw as if none had been evaluated before
         if costs is None:
             return by_sizes(operator, self.directions), None
@@ -60,13 +62,12 @@ class Auto:
         return bounded_samples(plan, costs, batch, self.memory)
 
 
-def _costs(operator: JacobianOperator) -> Costs | None:
-    """From a recorded evaluation; None where there is nothing to count or no machine to ask."""
+def counted_costs(operator: JacobianOperator) -> Costs | None:
+    """From a recorded evaluation; None where there is nothing to forecast from."""
     operator.repeat_draws()
     with Recorder(operator.primals) as recorder:
-        outputs = operator.outputs
-    some = all(x.numel() for x in (*outputs, *operator.primals)) and outputs and operator.primals
-    return Costs.of(operator, recorder) if some and outputs[0].device.type != "meta" else None
+        operator.outputs  # noqa: B018 (evaluates)
+    return Costs.of(operator, recorder)
 
 
 def carry_out(plan: Plan, operator: JacobianOperator) -> Blocks:

@@ -10,6 +10,7 @@ from jacfunc._basis import numel
 from jacfunc._check import Refused
 from jacfunc._chunks import Chunk, Within
 from jacfunc._costs import Costs
+from jacfunc._forecast import Forecast, Swept
 from jacfunc._machine import free_bytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._trail import note
@@ -46,21 +47,23 @@ class Plan:
         reason: why, in words.
         seconds: what it was forecast to take on this machine; None where nothing was forecast.
         otherwise: what to try next, in order, where torch refuses.
+        forecast: calls, FLOPs and bytes, where they were asked for.
 
     Example:
         >>> import torch, jacfunc
-        >>> A = torch.ones(500, 2)
-        >>> plan = jacfunc.plan(lambda x: torch.sin(A @ x), torch.zeros(2))
-        >>> type(plan.strategy).__name__
-        'Forward'
-        >>> jacfunc.jacobian(lambda x: torch.sin(A @ x), strategy=plan)(torch.zeros(2)).shape
-        torch.Size([500, 2])
+        >>> A = torch.ones(20_000, 1)
+        >>> plan = jacfunc.plan(lambda x: torch.sin(A @ x), torch.zeros(1), memory="1 MiB")
+        >>> plan.forecast.result_bytes
+        80000
+        >>> jacfunc.jacobian(lambda x: torch.sin(A @ x), strategy=plan)(torch.zeros(1)).shape
+        torch.Size([20000, 1])
     """
 
     strategy: Strategy
     reason: str
     seconds: float | None = None
     otherwise: tuple[Direction, ...] = ()
+    forecast: Forecast | None = None
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the strategy, or by the next that is not refused."""
@@ -95,14 +98,14 @@ def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Pla
 
 def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     """The least seconds by forecast, with some reluctance towards what could be far slower."""
-    candidates = list(_candidates(costs, directions))
+    possible = list(candidates(costs, directions))
     sizes = f"{costs.rows} outputs, {costs.columns} inputs"
-    if len(candidates) == 1:
+    if len(possible) == 1:
         reason = f"{sizes}: nothing else comes into question"
-        return Plan(candidates[0], reason, None, _others(candidates[0], directions))
-    seconds = {strategy: costs.seconds(strategy) for strategy in candidates}
-    best = min(candidates, key=lambda s: seconds[s] * _reluctance(s))
-    others = [s for s in candidates if type(s) is not type(best)]
+        return Plan(possible[0], reason, None, _others(possible[0], directions))
+    seconds = {strategy: costs.seconds(strategy) for strategy in possible}
+    best = min(possible, key=lambda s: seconds[s] * _reluctance(s))
+    others = [s for s in possible if type(s) is not type(best)]
     reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
     if others:
         second = min(others, key=seconds.__getitem__)
@@ -114,27 +117,30 @@ def _others(chosen: Strategy, directions: Sequence[Direction]) -> tuple[Directio
     return tuple(direction for direction in directions if type(direction) is not type(chosen))
 
 
-def _candidates(
-    costs: Costs, directions: Sequence[Direction]
-) -> Iterator[Reverse | Forward | Looped]:
-    """What may be fastest, without asking the machine."""
+def candidates(
+    costs: Costs, directions: Sequence[Direction], reach: float = 1.0
+) -> Iterator[Swept]:
+    """What may be fastest; forward mode only up to ``reach`` times as many inputs as outputs.
+
+    With more inputs than outputs forward mode hardly ever wins, and to learn how fast it is takes
+    torch a second where nobody has used it yet.
+    """
     if Reverse() in directions and costs.rows == 1:
         yield Reverse()  # a single pullback
         return
     for direction in directions:
         total = costs.seeds(direction)
-        # with more inputs than outputs no forecast ever favoured forward, and to measure how
-        # fast forward mode is here takes torch a second when it is first used
-        if isinstance(direction, Forward) and len(directions) > 1 and total > costs.rows:
+        is_forward = isinstance(direction, Forward)
+        if is_forward and len(directions) > 1 and total > reach * costs.rows:
             continue
         yield direction
         if direction.chunk_size is None:
             yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
             if total <= FEW and len(directions) > 1:
-                yield Looped("columns" if isinstance(direction, Forward) else "rows")
+                yield Looped("columns" if is_forward else "rows")
 
 
-def _reluctance(strategy: Reverse | Forward | Looped) -> float:
+def _reluctance(strategy: Swept) -> float:
     if isinstance(strategy, Looped):
         return RELUCTANCE["looped"]
     chunked = RELUCTANCE["chunked"] if strategy.chunk_size else 1.0
@@ -156,9 +162,7 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
 
 
-def bounded_samples(
-    plan: Plan, one: Costs, batch: int, memory: int | None
-) -> tuple[Plan, Chunk]:
+def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
     """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
     strategy, every = plan.strategy, one.times(batch)
     if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, every, memory):

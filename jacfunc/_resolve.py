@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jacfunc._autotune import Autotune
 from jacfunc._check import check_chunk_size, check_memory
 from jacfunc._planner import Auto
 from jacfunc._plans import Direction
@@ -57,4 +58,11 @@ def _named(api: str, name: str, chunk_size: int | None, budget: int | None) -> S
     both = Reverse(chunk_size), Forward(chunk_size)
     if name == "auto":
         return Auto(both, budget)
+    if name == "autotune":
+        if chunk_size is not None:
+            raise ValueError(
+                f"{api}: strategy 'autotune' must have no chunk_size, got {chunk_size}. "
+                "It measures which is best; name 'reverse' or 'forward' to choose it."
+            )
+        return Autotune(memory=budget)
     return directed(api, both[0] if name == "reverse" else both[1], budget)

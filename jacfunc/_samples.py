@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jacfunc._autotune import Autotune
 from jacfunc._batching import in_batches
 from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._chunks import Chunk
@@ -30,7 +31,7 @@ def each_sample(
     strategy: Strategy,
     randomness: Randomness,
 ) -> Callable[..., Tree]:
-    """Jacobians of ``call(params, point, kwargs, setting)`` for every sample of point and kwargs."""
+    """Jacobians of ``call(params, point, kwargs, setting)``, a sample of point and kwargs each."""
 
     def batched(params: Tree, point: Tree, kwargs: Tree, setting: Any) -> Tree:
         size = _batch_size(api, (point, kwargs))
@@ -52,7 +53,7 @@ def each_sample(
                     _go_on_looped(api, strategy, error)
             return stack_trees([one(*sample(number)) for number in range(size)])
 
-        if not isinstance(strategy, Auto):
+        if not isinstance(strategy, Auto | Autotune):
             return by(strategy, None)
         flat = FlatCall(api, call, argnums, False, (params, *sample(0), setting), {})
         operator = JacobianOperator(flat, flat.primals)
@@ -69,7 +70,7 @@ def _go_on_looped(api: str, strategy: Strategy, error: RuntimeError) -> None:
     """Only auto may take the samples one by one unasked; other strategies say how to ask."""
     if isinstance(error, Refused) or is_out_of_memory(error):
         raise error
-    if not isinstance(strategy, Auto):
+    if not isinstance(strategy, Auto | Autotune):
         raise Refused(
             f"{api}: per_sample needs a module that runs under vmap, got: {error}. "
             "Use strategy='looped', which takes the samples one by one."

@@ -6,7 +6,7 @@ torch's own pytree (HuggingFace's ``ModelOutput``, say) are adopted when they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,13 @@ def map_tensors(func: Callable[[Tensor], Any], tree: Tree) -> Tree:
     """The tree with every tensor replaced, and everything else as it is."""
     leaves, spec = flatten(tree)
     return unflatten(spec, [func(x) if isinstance(x, Tensor) else x for x in leaves])
+
+
+def kind_of(leaf: object) -> Hashable:
+    """Equal for leaves that cost the same: shape, dtype and device, or the value of a setting."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return leaf if isinstance(leaf, bool | int | float | str) else type(leaf).__qualname__
 
 
 def _adopt(kind: type) -> None:

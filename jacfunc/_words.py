@@ -12,6 +12,11 @@ def in_counts(number: int | None) -> str:
     return _human(number, COUNTS, "", 1000)
 
 
+def in_digits(number: int | None) -> str:
+    """``4096``."""
+    return UNKNOWN if number is None else str(number)
+
+
 def in_bytes(number: int | None) -> str:
     """``39.1 GiB``."""
     return _human(number, BYTES, " B", 1024)

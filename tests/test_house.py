@@ -22,9 +22,19 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = [
     {"_types", "_check", "_words", "_trail"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_counting", "_attention"},
-    {"_work", "_engines", "_operators"},
+    {"_work", "_engines", "_operators", "_fingerprint"},
     {"_flat", "strategies", "_machine"},
-    {"_costs", "_plans", "_planner", "_autotune", "_resolve", "_derive", "_forecast"},
+    {
+        "_costs",
+        "_plans",
+        "_winners",
+        "_planner",
+        "_autotune",
+        "_resolve",
+        "_derive",
+        "_forecast",
+        "_foretell",
+    },
     {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
     | {"_modules", "testing"},
 ]

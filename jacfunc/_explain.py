@@ -1,0 +1,189 @@
+"""The doors to plans: what would run, and what did, beside what was forecast."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jacfunc._autotune import Autotune
+from jacfunc._counting import PeakBytes
+from jacfunc._derive import carry_out
+from jacfunc._flat import FlatCall
+from jacfunc._foretell import Foreteller
+from jacfunc._operators import JacobianOperator
+from jacfunc._planner import Auto
+from jacfunc._plans import Plan
+from jacfunc._resolve import Memory, resolve
+from jacfunc._trail import trail
+from jacfunc._types import Argnums, Tree
+from jacfunc._words import in_bytes, in_seconds
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+
+
+def plan(
+    func: Callable[..., Any],
+    *args: Tree,
+    argnums: Argnums = 0,
+    strategy: str | Strategy = "auto",
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    memory: Memory = None,
+    **kwargs: Any,
+) -> Plan:
+    """What :func:`jacfunc.jacobian` would do with such arguments, to look at or to pin.
+
+    ``jacobian(func, strategy=plan)`` then neither plans nor measures any more.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        *args: where the Jacobian would be taken.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+        strategy: as in :func:`jacfunc.jacobian`.
+        has_aux: ``func`` returns ``(output, aux)``.
+        chunk_size: seeds swept at once, for a strategy given by name.
+        memory: bytes that the call may take, as a number or in words (``"2 GiB"``).
+        **kwargs: passed on to ``func``.
+
+    Returns:
+        A :class:`Plan`: the strategy with its chunk, the reason in words, the forecast.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+
+    Cost:
+        One evaluation of ``func``, and its forecast on fake tensors; ``"autotune"`` measures.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.plan(torch.sin, torch.zeros(3)).strategy
+        Reverse(chunk_size=None)
+    """
+    chosen = resolve("plan", strategy, chunk_size, memory)
+    call = FlatCall("plan", func, argnums, has_aux, args, kwargs)
+    found = _planned(chosen, JacobianOperator(call, call.primals))
+    if not isinstance(found.strategy, Reverse | Forward | Looped):
+        return found
+    foretold = Foreteller("plan", func, argnums, has_aux, args, kwargs).forecast(found.strategy)
+    return replace(found, forecast=foretold)
+
+
+def explain(
+    func: Callable[..., Any],
+    *args: Tree,
+    argnums: Argnums = 0,
+    strategy: str | Strategy = "auto",
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    memory: Memory = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Takes the Jacobian and says how: which strategy ran and why, forecast beside actual.
+
+    The same lines go to the logger ``jacfunc`` at INFO whenever ``"auto"`` or ``"autotune"`` runs.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        *args: where the Jacobian is taken.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+        strategy: as in :func:`jacfunc.jacobian`.
+        has_aux: ``func`` returns ``(output, aux)``.
+        chunk_size: seeds swept at once, for a strategy given by name.
+        memory: bytes that the call may take, as a number or in words (``"2 GiB"``).
+        **kwargs: passed on to ``func``.
+
+    Returns:
+        An :class:`Explanation`, which prints as a few lines; the Jacobian itself is not kept.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
+
+    Cost:
+        That of :func:`plan`, and the Jacobian three times: to warm up, timed, and counted.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> told = jacfunc.explain(torch.sin, torch.zeros(3))
+        >>> told.plan.strategy, told.peak_bytes == told.plan.forecast.peak_bytes
+        (Reverse(chunk_size=None), True)
+    """
+    with trail() as steps:
+        found = plan(
+            func,
+            *args,
+            argnums=argnums,
+            strategy=strategy,
+            has_aux=has_aux,
+            chunk_size=chunk_size,
+            memory=memory,
+            **kwargs,
+        )
+
+        def take() -> None:
+            call = FlatCall("explain", func, argnums, has_aux, args, kwargs)
+            operator = JacobianOperator(call, call.primals)
+            carry_out("explain", lambda: found.materialize(operator))
+
+        take()
+    start = time.perf_counter()
+    take()
+    seconds = time.perf_counter() - start
+    with PeakBytes() as memory_counter:
+        take()
+    return Explanation(found, tuple(steps), seconds, memory_counter.peak)
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What :func:`explain` saw.
+
+    Args:
+        plan: what was chosen, and why; its forecast.
+        steps: what was tried, refused and done instead, in order.
+        seconds: what the call took.
+        peak_bytes: of all tensors alive at once, the result among them, the arguments not.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> told = jacfunc.explain(lambda x: torch.cholesky_inverse(x), torch.eye(2),
+        ...     strategy="reverse")
+        >>> told.steps
+        ()
+    """
+
+    plan: Plan
+    steps: tuple[str, ...]
+    seconds: float
+    peak_bytes: int
+
+    def __repr__(self) -> str:
+        width = max(len(name) for name, _, _ in self._rows())
+        return "\n".join(
+            [
+                f"{self.plan.strategy}: {self.plan.reason}",
+                *(f"  then: {step}" for step in self.steps),
+                *(
+                    f"  {name.ljust(width)}  {told.rjust(9)} forecast  {seen.rjust(9)} seen"
+                    for name, told, seen in self._rows()
+                ),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        """The same, for notebooks."""
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+    def _rows(self) -> Iterator[tuple[str, str, str]]:
+        foretold = self.plan.forecast
+        seconds = self.plan.seconds or (foretold.seconds if foretold else None)
+        peak = foretold.peak_bytes if foretold else None
+        yield "time", in_seconds(seconds), in_seconds(self.seconds)
+        yield "peak", in_bytes(peak), in_bytes(self.peak_bytes)
+
+
+def _planned(strategy: Strategy, operator: JacobianOperator) -> Plan:
+    if isinstance(strategy, Auto | Autotune):
+        return strategy.plan(operator)
+    return strategy if isinstance(strategy, Plan) else Plan(strategy, "it was asked for")

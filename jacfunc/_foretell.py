@@ -1,0 +1,96 @@
+"""Forecasts of a user's call: on fakes, or by its sizes alone where it does not run on these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+from jacfunc._basis import numel
+from jacfunc._chunks import largest
+from jacfunc._costs import Costs
+from jacfunc._flat import FlatCall
+from jacfunc._forecast import Fakes, Forecast, Swept
+from jacfunc._types import Argnums, Tree
+from jacfunc.strategies import Forward, Looped
+
+
+class Foreteller:
+    """A call on fakes: its sizes, and what each strategy would cost.
+
+    Sizes are None where the function does not run on fakes.
+    """
+
+    def __init__(
+        self,
+        api: str,
+        func: Callable[..., Any],
+        argnums: Argnums,
+        has_aux: bool,
+        args: tuple[Tree, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.rows: int | None = None
+        self._result: int | None = None
+        self._costs: Costs | None = None
+        self._fakes = Fakes((args, kwargs))
+        with _countable():
+            fake_args, fake_kwargs = self._fakes.tree((args, kwargs))
+            self._call = FlatCall(api, func, argnums, has_aux, fake_args, fake_kwargs)
+            self.columns = numel(self._call.primals)
+            try:
+                self._evaluate()
+            except RuntimeError:  # each forecast will say which
+                return
+
+    def _evaluate(self) -> None:
+        outputs, self._costs = self._fakes.evaluated(self._call, self._call.primals)
+        self.rows = numel(outputs)
+        pairs = ((out, primal) for out in outputs for primal in self._call.primals)
+        dtype = torch.promote_types
+        self._result = sum(
+            o.numel() * p.numel() * dtype(o.dtype, p.dtype).itemsize for o, p in pairs
+        )
+
+    def forecast(self, strategy: Swept) -> Forecast:
+        """What the strategy would cost; what can't be known is None, with the reason."""
+        try:
+            with _countable():
+                found = self._fakes.forecast(strategy, self._call, self._call.primals)
+        except NotImplementedError as refusal:  # Refused is one
+            reason = f"refused: {_in_words(refusal)}"
+            return Forecast(strategy, None, None, None, None, None, reason)
+        except Exception as error:  # whatever torch raises where it has no rule, KeyError too
+            return self._by_sizes(strategy, error)
+        return replace(found, seconds=self._costs.seconds(strategy) if self._costs else None)
+
+    def _by_sizes(self, strategy: Swept, error: Exception) -> Forecast:
+        seeds = self.columns if isinstance(strategy, Forward) else self.rows
+        chunk = 1 if isinstance(strategy, Looped) else strategy.chunk_size
+        sweeps = None if seeds is None else -(-seeds // largest(chunk, seeds))
+        evaluations = sweeps if isinstance(strategy, Forward) else 1
+        reason = f"by sizes alone, can't be run on fakes: {_in_words(error)}"
+        return Forecast(strategy, evaluations, sweeps, None, self._result, None, reason)
+
+
+def _in_words(error: Exception) -> str:
+    """The first line of a message, or what it is that needs data."""
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return f"its course depends on the data ({error.func})"
+    first = str(error).strip().split("\n")[0]
+    return first if isinstance(error, RuntimeError) else f"{type(error).__name__}: {first}"
+
+
+@contextmanager
+def _countable() -> Iterator[None]:
+    """Out of inference mode, in which products are counted before torch has taken them apart."""
+    grad_mode = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
+        yield

@@ -1,0 +1,79 @@
+"""Strategies that won: in memory for the process, and in a file where one is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jacfunc.strategies import Forward, Looped, Reverse
+
+Strategies = Reverse | Forward | Looped
+KINDS: dict[str, type[Strategies]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
+
+
+class Winners:
+    """Strategies by what they were measured on, on this machine with these versions."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._found: dict[tuple[str, str], Strategies] = {}
+
+    def get(self, device: torch.device, key: str) -> Strategies | None:
+        """The strategy that won before."""
+        where = _where(device)
+        if (where, key) not in self._found:
+            kept = self._read().get(where, {}).get(key)
+            if kept is None:
+                return None
+            self._found[where, key] = KINDS[kept["strategy"]](**kept["options"])
+        return self._found[where, key]
+
+    def put(self, device: torch.device, key: str, strategy: Strategies, seconds: float) -> None:
+        """Remember a strategy; a file keeps what others have written to it meanwhile."""
+        where = _where(device)
+        self._found[where, key] = strategy
+        if self._path is None:
+            return
+        everything = self._read()
+        everything.setdefault(where, {})[key] = {
+            "strategy": type(strategy).__name__,
+            "options": vars(strategy),
+            "seconds": seconds,
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+        fresh.replace(self._path)  # at once: no reader sees half of it
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if self._path is None or not self._path.exists():
+            return {}
+        try:
+            everything: dict[str, dict[str, Any]] = json.loads(self._path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"Autotune: cache must be a file that Autotune has written, got {self._path}, "
+                f"which is no JSON ({error}). Delete it, or name another."
+            ) from error
+        return everything
+
+
+@cache
+def winners(path: Path | None) -> Winners:
+    """The one for a file, or for this process alone."""
+    return Winners(path)
+
+
+def _where(device: torch.device) -> str:
+    """What a time depends on beside the function."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} {platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{hardware}, torch {torch.__version__}, Python {platform.python_version()}"
