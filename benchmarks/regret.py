@@ -27,15 +27,22 @@ HOPELESS = 3.0
 ROUNDS, SECONDS = 60, 1.2
 """At most, for all contestants of a case together."""
 
+MIDDLING, PLANNINGS = 0.01, 5
+"""Seconds of a call from which on what planning adds to the first one is looked at; how often."""
+
 
 @dataclass(frozen=True)
 class Regret:
-    """One case: median seconds of each strategy, and by which factor the choosers miss the best."""
+    """One case: median seconds of each strategy, and by which factor the choosers miss the best.
+
+    ``planning`` is what auto's first call takes more than a later one, as a share of that.
+    """
 
     case: str
     best: str
     seconds: Mapping[str, float]
     regret: Mapping[str, float]
+    planning: float | None
     failures: Mapping[str, str]
 
 
@@ -59,7 +66,17 @@ def measure(case: Case, device: torch.device) -> Regret:
         for name in CHOOSERS
         if name in times
     }
-    return Regret(case.name, best, {**first, **medians}, regret, failures)
+    planning = _planning(problem, cuda) if medians.get("auto", 0.0) >= MIDDLING else None
+    return Regret(case.name, best, {**first, **medians}, regret, planning, failures)
+
+
+def _planning(problem: Problem, cuda: bool) -> float:
+    shares = []
+    for _ in range(PLANNINGS):
+        run = problem.derive("auto")
+        first, later = seconds(run, cuda), seconds(run, cuda)
+        shares.append(first / later - 1)
+    return statistics.median(shares)
 
 
 def _first_calls(
@@ -113,6 +130,12 @@ def table(results: Sequence[Regret]) -> Table:
         f"cases (wanted {s['wanted']:.0%}), median {s['median']:.2f}×, worst {s['worst']:.2f}×"
         for name, s in summary(results).items()
     ]
+    shares = [result.planning for result in results if result.planning is not None]
+    if shares:
+        lines.append(
+            f"planning: {statistics.median(shares):.1%} of a call (median), at most "
+            f"{max(shares):.1%}, in the {len(shares)} cases of {MIDDLING * 1e3:.0f} ms or more"
+        )
     shown = Table(
         title="Time ÷ that of the best strategy picked by hand",
         caption="\n".join(lines),

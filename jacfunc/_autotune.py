@@ -6,25 +6,29 @@ import hashlib
 import random
 import statistics
 import time
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jacfunc._check import Refused, check_memory
 from jacfunc._chunks import Chunk
 from jacfunc._fingerprint import fingerprint
+from jacfunc._forecast import Swept
+from jacfunc._machine import synchronize
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto, carry_out, counted_costs
 from jacfunc._plans import Plan, attempt, bounded, by_sizes, candidates
 from jacfunc._trail import note
 from jacfunc._types import Blocks
-from jacfunc._winners import Strategies, winners
+from jacfunc._winners import winners
 from jacfunc._words import in_seconds
 from jacfunc.strategies import Forward, Reverse
 
-ROUNDS, FEWEST = 9, 3
+ROUNDS, FEWEST = 25, 3
 SECONDS = 1.0
 """That long a tuning goes on with further rounds."""
 
@@ -35,6 +39,9 @@ SETTING_UP = 0.1
 """Seconds that a first call may take before it tells of later ones."""
 
 BOTH = (Reverse(), Forward())
+FEW = 16
+"""Seeds up to which a loop without vmap is worth a try."""
+
 REACH = 8
 """Forward mode is measured where inputs are up to so many times the outputs."""
 
@@ -85,67 +92,106 @@ class Autotune:
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The winner, measured where it is not known."""
-        device = operator.primals[0].device if operator.primals else torch.device("cpu")
-        shelf = winners(None if self.cache is None else Path(self.cache).expanduser().resolve())
-        about = fingerprint(operator.func), operator.signature()
-        key = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
-        won = shelf.get(device, key)
-        if won is not None and self.memory is None:
-            return Plan(won, "it won when it was measured before")
-        costs = counted_costs(operator)
+        key = _key(operator)
+        won, device = self._won(operator, key), _device(operator)
+        operator.repeat_draws()
+        costs = counted_costs(operator.again())
         if costs is None:
             return by_sizes(operator, BOTH)
         if won is None:
-            times = _measured(operator, list(candidates(costs, BOTH, REACH)))
-            won = min(times, key=times.__getitem__)
-            shelf.put(device, key, won, times[won])
-            note("measured: %s", ", ".join(f"{s} {in_seconds(t)}" for s, t in times.items()))
+            run = partial(_materialized, operator)
+            won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW), run)
+        operator.repeat_draws()  # as if nothing had been evaluated
         plan = Plan(won, "it was the fastest when measured", None, BOTH)
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
-    def plan_samples(self, operator: JacobianOperator, batch: int) -> tuple[Plan, Chunk]:
-        """Samples go as ``"auto"`` sends them; what each does is measured under their vmap."""
+    def plan_samples(
+        self, operator: JacobianOperator, batch: int, run: Callable[[Swept, Chunk], Any]
+    ) -> tuple[Plan, Chunk]:
+        """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
         memory = check_memory("Autotune", self.memory)
-        _, chunk = Auto(BOTH, memory).plan_samples(operator, batch)
-        return Plan(replace(self, memory=None), "measured", None, ()), chunk
+        plan, chunk = Auto(BOTH, memory).plan_samples(operator, batch, run)
+        if chunk is not None:  # memory decides, not time
+            return plan, chunk
+        key = f"{_key(operator)} × {batch}"
+        won, device = self._won(operator, key), _device(operator)
+        if won is None:
+            costs = counted_costs(operator.again())
+            if costs is None:
+                return plan, chunk
+            possible = candidates(costs.times(batch), BOTH, REACH, FEW)
+            won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
+        operator.repeat_draws()
+        return Plan(won, "it was the fastest when measured", None, BOTH), None
+
+    def _won(self, operator: JacobianOperator, key: str) -> Swept | None:
+        return winners(self._file()).get(_device(operator), key)
+
+    def _measure(
+        self,
+        device: torch.device,
+        key: str,
+        strategies: Iterable[Swept],
+        run: Callable[[Swept], Any],
+    ) -> Swept:
+        times = _measured(list(strategies), run, device)
+        best = min(times, key=times.__getitem__)
+        winners(self._file()).put(device, key, best, times[best])
+        note("measured: %s", ", ".join(f"{s} {in_seconds(t)}" for s, t in times.items()))
+        return best
+
+    def _file(self) -> Path | None:
+        return None if self.cache is None else Path(self.cache).expanduser().resolve()
+
+
+def _key(operator: JacobianOperator) -> str:
+    about = fingerprint(operator.func), operator.signature()
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+
+
+def _device(operator: JacobianOperator) -> torch.device:
+    return operator.primals[0].device if operator.primals else torch.device("cpu")
+
+
+def _materialized(operator: JacobianOperator, strategy: Swept) -> Blocks:
+    fresh = operator.again()
+    fresh.repeat_draws()
+    return strategy.materialize(fresh)
 
 
 def _measured(
-    operator: JacobianOperator, strategies: Sequence[Strategies]
-) -> dict[Strategies, float]:
+    strategies: Sequence[Swept], run: Callable[[Swept], Any], device: torch.device
+) -> dict[Swept, float]:
     """Median seconds of those that held out to the last round."""
-    times: dict[Strategies, list[float]] = {}
-    first: dict[Strategies, float] = {}
+    first: dict[Swept, float] = {}
     for strategy in strategies:  # what torch sets up on first use is nobody's cost
         try:
-            first[strategy] = _seconds(operator, strategy)
+            first[strategy] = _seconds(run, strategy, device)
         except Refused as refusal:
             note("%s was refused: %s", strategy, refusal)
+            if strategy == strategies[-1] and not first:
+                raise
     least = min(first.values())
     # a slow first call may be torch setting something up, unless it is slow by more than that
-    times = {s: [] for s, took in first.items() if took <= 3 * least or took <= SETTING_UP}
+    times: dict[Swept, list[float]] = {
+        s: [] for s, took in first.items() if took <= 3 * least or took <= SETTING_UP
+    }
     order, start = random.Random(0), time.perf_counter()
     for number in range(ROUNDS):
         for strategy in order.sample(list(times), len(times)):
-            times[strategy].append(_seconds(operator, strategy))
+            times[strategy].append(_seconds(run, strategy, device))
         least = min(map(min, times.values()))
         times = {s: found for s, found in times.items() if min(found) <= HOPELESS * least}
         if number + 1 >= FEWEST and time.perf_counter() - start > SECONDS:
             break
-    operator.repeat_draws()  # as if nothing had been drawn
     return {strategy: statistics.median(found) for strategy, found in times.items()}
 
 
-def _seconds(operator: JacobianOperator, strategy: Strategies) -> float:
-    fresh = operator.again()
-    fresh.repeat_draws()
-    is_cuda = any(primal.is_cuda for primal in operator.primals)
-    if is_cuda:
-        torch.cuda.synchronize()
+def _seconds(run: Callable[[Swept], Any], strategy: Swept, device: torch.device) -> float:
+    synchronize(device)
     start = time.perf_counter()
-    blocks = strategy.materialize(fresh)
-    if is_cuda:
-        torch.cuda.synchronize()
+    result = run(strategy)
+    synchronize(device)
     seconds = time.perf_counter() - start
-    del blocks  # after the clock has stopped
+    del result  # after the clock has stopped
     return seconds

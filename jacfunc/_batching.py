@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from jacfunc._blocks import stack
-from jacfunc._check import check_chunk_size, is_tensor
+from jacfunc._check import Refused, check_chunk_size, check_fallback, is_tensor
 from jacfunc._chunks import Chunk, in_chunks
+from jacfunc._draws import Draws
 from jacfunc._functorch import sweep_batch
+from jacfunc._trail import note
 from jacfunc._tree import Split, broadcast_prefix, flatten, unflatten
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies._forward import Randomness
+
+OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
+Dims: TypeAlias = Sequence[int | None]
 
 
 def vmap(
@@ -27,7 +33,8 @@ def vmap(
 ) -> Callable[..., Any]:
     """Maps ``func`` over a batch dimension: :func:`torch.vmap` on every tree that jacfunc knows.
 
-    ``vmap(f)(x)[b] = f(x[b])``; ``vmap(jacrev(f))`` gives Jacobians ``[B, *out, *in]``.
+    ``vmap(f)(x)[b] = f(x[b])``; ``vmap(jacrev(f))`` gives Jacobians ``[B, *out, *in]``. Where torch
+    can't vmap ``func``, or is wrong under vmap, samples go one by one, and the log says so.
 
     Args:
         func: takes trees, returns a tree of tensors.
@@ -55,13 +62,19 @@ def vmap(
                 [[1.]]])
     """
     check_chunk_size("vmap", chunk_size)
-    return in_batches(func, in_dims, out_dims, randomness, chunk_size)
+    return in_batches(func, in_dims, out_dims, randomness, chunk_size, may_loop=True)
 
 
 def in_batches(
-    func: Callable[..., Any], in_dims: Tree, out_dims: Tree, randomness: Randomness, chunk: Chunk
+    func: Callable[..., Any],
+    in_dims: Tree,
+    out_dims: Tree,
+    randomness: Randomness,
+    chunk: Chunk,
+    may_loop: bool = False,
 ) -> Callable[..., Any]:
     """:func:`vmap`, with chunks of samples that may follow the memory."""
+    map_samples = _vmapped_or_looped if may_loop else _vmapped
 
     @wraps(func, updated=())
     def mapped(*args: Tree, **kwargs: Any) -> Any:
@@ -79,7 +92,14 @@ def in_batches(
 
         def take(start: int, stop: int) -> Leaves:
             piece = _narrowed(split.leaves, dims, start, stop)
-            return sweep_batch(on_leaves, piece, randomness, dims)[0]
+            try:
+                return map_samples(on_leaves, piece, randomness, dims)
+            except Refused as refusal:
+                if isinstance(refusal.__cause__, Refused):  # an inner door has said it already
+                    raise
+                raise Refused(
+                    f"vmap: func must be one to map, got a refusal: {refusal}."
+                ) from refusal
 
         size = next(x.shape[d] for x, d in zip(split.leaves, dims, strict=True) if d is not None)
         outputs = stack(in_chunks(size, chunk, take), size)
@@ -107,6 +127,32 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
             f"got sizes {sorted(sizes)}. Map at least one tensor, and give in_dims for each."
         )
     return [None if dim is None else dim % leaf.dim() for dim, leaf in pairs]
+
+
+def _vmapped(func: OnLeaves, leaves: Leaves, randomness: Randomness, dims: Dims) -> Leaves:
+    return sweep_batch(func, leaves, randomness, dims)[0]
+
+
+def _vmapped_or_looped(
+    func: OnLeaves, leaves: Leaves, randomness: Randomness, dims: Dims
+) -> Leaves:
+    """Every sample at once; one by one, where torch can't or must not vmap the function."""
+    try:
+        return _vmapped(func, leaves, randomness, dims)
+    except Exception as error:  # torch has no type for what it can't vmap
+        if torch.compiler.is_compiling():
+            raise
+        if not isinstance(error, Refused):
+            check_fallback(error)
+        note("func does not run under vmap, samples go one by one: %s", error)
+    size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
+    draws, each = Draws(leaves), []
+    for number in range(size):
+        mapped = zip(leaves, dims, strict=True)
+        sample = tuple(x if d is None else x.select(d, number) for x, d in mapped)
+        with draws.of_one(randomness):
+            each.append(func(sample)[0])
+    return tuple(torch.stack(out) for out in zip(*each, strict=True))
 
 
 def _narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:

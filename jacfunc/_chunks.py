@@ -20,7 +20,6 @@ FIRST = 2
 GROWTH = 1.25
 """Chunks that could grow by less stay as they are."""
 
-
 ROUND = 16
 """Products of so many vectors, or twice as many, are faster than of one more."""
 

@@ -9,11 +9,16 @@ import torch
 
 from jacfunc._basis import numel
 from jacfunc._chunks import largest
-from jacfunc._functorch import physical_shape
+from jacfunc._functorch import below_transforms
 from jacfunc._machine import Cost, Machine, is_here, machine
 from jacfunc._operators import JacobianOperator
 from jacfunc._work import Operation, Recorder
 from jacfunc.strategies import Forward, Looped, Reverse
+
+
+def is_forward(strategy: Reverse | Forward | Looped) -> bool:
+    """Does it push tangents?"""
+    return isinstance(strategy, Forward) or strategy == Looped("columns")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Costs:
             numel(outputs),
             numel(primals),
             entries * dtype.itemsize,
-            sum(physical_shape(out).numel() * out.element_size() for out in outputs),
+            sum(below_transforms(out).numel() * out.element_size() for out in outputs),
             recorder.live,
             speeds,
         )
@@ -79,8 +84,7 @@ class Costs:
 
     def seeds(self, strategy: Reverse | Forward | Looped) -> int:
         """How many the strategy sweeps in all."""
-        is_forward = isinstance(strategy, Forward) or strategy == Looped("columns")
-        return self.columns if is_forward else self.rows
+        return self.columns if is_forward(strategy) else self.rows
 
     def most_bytes(self, strategy: Reverse | Forward) -> int:
         """At most that, swept in one chunk: as if nothing were freed before the end."""
@@ -90,16 +94,21 @@ class Costs:
     def seconds(self, strategy: Reverse | Forward | Looped) -> float:
         """All sweeps of the strategy, and the evaluations that they need."""
         total = self.seeds(strategy)
-        if strategy == Looped("columns"):
-            return total * self._push(1, self.speeds.push)
-        if isinstance(strategy, Looped):
-            return self._evaluation() + total * self._pull(1)
-        chunk = largest(strategy.chunk_size, total)
+        is_looped = isinstance(strategy, Looped)
+        chunk = 1 if isinstance(strategy, Looped) else largest(strategy.chunk_size, total)
         sweeps = -(-total // chunk)
         copies = self._write(self.result) if sweeps > 1 else 0.0
-        if isinstance(strategy, Forward):
-            return sweeps * self._push(chunk, self.speeds.push_batch) + copies
+        if is_forward(strategy):
+            cost = self.speeds.push if is_looped else self.speeds.push_batch
+            return sweeps * self._push(chunk, cost) + copies
         return self._evaluation() + sweeps * self._pull(chunk) + copies
+
+    def least_push(self) -> float:
+        """Forward mode takes at least that, wherever it was measured; this asks no machine for it.
+
+        To measure it takes torch a second where nobody has used it yet.
+        """
+        return 2 * self.speeds.pull_batch.seconds(len(self.operations))
 
     def _evaluation(self) -> float:
         return self.speeds.evaluate.seconds(len(self.operations)) + sum(
@@ -135,4 +144,4 @@ class Costs:
 
 def _copies(tensor: torch.Tensor) -> int:
     """How many the vmaps outside make of a tensor."""
-    return physical_shape(tensor).numel() // max(tensor.numel(), 1)
+    return below_transforms(tensor).numel() // max(tensor.numel(), 1)

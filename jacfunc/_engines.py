@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jacfunc._attention import PlainAttention
 from jacfunc._check import Refused, is_out_of_memory
-from jacfunc._faults import ForwardGuard, can_be_batched, must_be_differentiable
+from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
 from jacfunc._functorch import (
     inside_derivative,
     inside_transform,
@@ -27,6 +27,7 @@ from jacfunc._functorch import (
     run_backward,
     sweep_batch,
 )
+from jacfunc._guard import ForwardGuard
 from jacfunc._trail import note
 from jacfunc._types import LeafFunction, Leaves
 
@@ -153,18 +154,24 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     def sweep(cotangents: Leaves) -> Leaves:
         if not live:
             return tuple(torch.zeros_like(anchor, requires_grad=False) for anchor in anchors)
-        products = run_backward(
-            targets, anchors, tuple(cotangents[i] for i in live), differentiated
-        )
+        chosen = tuple(cotangents[i] for i in live)
+        products = run_backward(targets, anchors, chosen, differentiated or forced)
         return tuple(
-            torch.zeros_like(anchor, requires_grad=False) if product is None else product
+            torch.zeros_like(anchor, requires_grad=False)
+            if product is None
+            else product.detach()
+            if forced
+            else product
             for product, anchor in zip(products, anchors, strict=True)
         )
 
     def released(leaves: Leaves) -> Leaves:
         return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
 
-    batchable = can_be_batched(nodes, differentiated)
+    check_nodes(nodes, differentiated)
+    names = {node.__name__ for node in nodes}
+    batchable = can_be_batched(names, differentiated)
+    forced = must_be_differentiable(names, in_functorch=False) and not differentiated
     return Linearization(released(outputs), released(extras), sweep, batchable)
 
 
@@ -179,8 +186,10 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         outputs, extras = func(*copies)
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         nodes, _ = _survey(outputs, starts)
-        found["batchable"] = can_be_batched(nodes, found["differentiated"])
-        found["differentiable"] = must_be_differentiable(nodes)
+        check_nodes(nodes, found["differentiated"])
+        names = {node.__name__ for node in nodes}
+        found["batchable"] = can_be_batched(names, found["differentiated"])
+        found["differentiable"] = must_be_differentiable(names, in_functorch=True)
         return outputs, extras
 
     with _plain_attention():
@@ -219,8 +228,8 @@ def _anchor(primal: Tensor, wanted: bool) -> Tensor:
     return own.requires_grad_()
 
 
-def _survey(tensors: Leaves, starts: set[Any]) -> tuple[set[str], bool]:
-    """Names of the autograd nodes back to the starts; does a path lead to a leaf beside them?"""
+def _survey(tensors: Leaves, starts: set[Any]) -> tuple[set[Any], bool]:
+    """Kinds of the autograd nodes back to the starts; does a path lead to a leaf beside them?"""
     seen: set[Any] = {None, *starts}
     kinds, outside = set(), False
     pending: list[Any] = [tensor.grad_fn for tensor in tensors]
@@ -233,4 +242,4 @@ def _survey(tensors: Leaves, starts: set[Any]) -> tuple[set[str], bool]:
         edges = node.next_functions
         pending += [edge[0] for edge in edges]
         outside = outside or (not edges and hasattr(node, "variable"))
-    return {kind.__name__ for kind in kinds}, outside
+    return kinds, outside

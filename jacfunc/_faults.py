@@ -1,23 +1,16 @@
-"""Where torch itself is wrong, in one table: which sweep gives a wrong number, and what to do.
+"""Where torch's backward passes are wrong, in one table: which sweep, and what to do.
 
-Backward faults are names of autograd nodes: found in the graph, they turn a vmapped sweep into a
-row loop, which is right. Forward faults are names of functions: met during a pushforward, they
-refuse. Each entry is pinned by a test in ``tests/test_faults.py``, and ``tests/test_opinfo.py``
-looks for more in torch's own table of operators. What runs inside a ``torch.jit`` function can't be
-watched: there a forward fault goes unnoticed.
+The names are of autograd nodes: found in the graph, they turn a vmapped sweep into a row loop,
+which is right, or refuse. Each entry is pinned by a test in ``tests/test_faults.py``, and
+``tests/test_opinfo.py`` and ``tests/test_coverage.py`` look for more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-
 from jacfunc._check import Refused
-from jacfunc._functorch import is_second_order_forward
+from jacfunc._functorch import num_vmap_levels
 
 NEVER_BATCHED = frozenset(
     {
@@ -40,6 +33,49 @@ NOT_BATCHED_IF_DIFFERENTIATED = frozenset(
 )
 
 
+WRONG_BACKWARD = {
+    "CrossMapLRN2dBackward": "it leaves out the other channels",
+}
+WRONG_INSIDE_VMAP = {
+    "LinalgLuSolveBackward0": "inside an outer vmap it misreads memory",
+}
+WRONG_SECOND_DERIVATIVE = {
+    "CondAutogradOpBackward": "control flow operators drop it",
+    "ScanAutogradOpBackward": "control flow operators drop it",
+    "WhileLoopAutogradOpBackward": "control flow operators drop it",
+    "WeightNormInterfaceBackward0": "its formula is wrong",
+    "SparseCooTensorWithDimsAndTensorsBackward0": "sparse tensors made from values drop it",
+}
+
+
+def check_nodes(nodes: set[Any], differentiated: bool) -> None:
+    """Refuse graphs whose pullback comes out wrong, however it is swept.
+
+    Raises:
+        Refused: if there is such a node.
+    """
+    for node in nodes:
+        name = node.__name__
+        reason = WRONG_BACKWARD.get(name)
+        if num_vmap_levels() and reason is None:
+            reason = WRONG_INSIDE_VMAP.get(name)
+        if reason:
+            raise Refused(f"torch's backward pass of {name} is wrong here ({reason})")
+        if differentiated and _is_once_differentiable(node):
+            reason = "its backward is marked once_differentiable"
+        elif differentiated:
+            reason = WRONG_SECOND_DERIVATIVE.get(name)
+        if reason:
+            raise Refused(f"torch's second derivative through {name} is wrong ({reason})")
+
+
+def _is_once_differentiable(node: Any) -> bool:
+    """Torch raises where it notices, and returns zeros where the cotangent carries no graph."""
+    function = getattr(node, "_forward_cls", None)
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    return code is not None and code.co_qualname.startswith("once_differentiable.")
+
+
 def can_be_batched(nodes: set[str], differentiated: bool) -> bool:
     """Is a pullback through these autograd nodes right under vmap?"""
     if nodes & NEVER_BATCHED:
@@ -47,136 +83,12 @@ def can_be_batched(nodes: set[str], differentiated: bool) -> bool:
     return not (differentiated and nodes & NOT_BATCHED_IF_DIFFERENTIATED)
 
 
-def must_be_differentiable(nodes: set[str]) -> bool:
+def must_be_differentiable(nodes: set[str], in_functorch: bool) -> bool:
     """Must the backward formulas be the differentiable ones, although nobody differentiates them?
 
     The others, taken when grad mode is off, solve by saved LU factors: under vmap that misreads
-    memory.
+    memory. That of det is zero at a singular matrix.
     """
-    return any(name.startswith("Linalg") for name in nodes)
-
-
-@dataclass(frozen=True)
-class ForwardFault:
-    """Functions whose pushforward is wrong, when, and why."""
-
-    names: frozenset[str]
-    applies: Callable[[dict[str, Any], tuple[Any, ...], int], bool]
-    reason: str
-
-
-def _with_prod(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
-    return "prod" in args or kwargs.get("reduce") == "prod"
-
-
-def _always(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
-    return True
-
-
-def _with_options(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
-    return kwargs.get("options") is not None
-
-
-def _with_gradient_convention(
-    kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int
-) -> bool:
-    given = dict(zip(_EMBEDDING_ARGUMENTS, args, strict=False)) | kwargs
-    return given.get("padding_idx") is not None or bool(given.get("scale_grad_by_freq"))
-
-
-def _under_vmap(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
-    return outer_vmaps > 0
-
-
-def _at_second_order(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
-    tensors = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor))
-    return is_second_order_forward(tensors)
-
-
-_EMBEDDING_ARGUMENTS = (
-    *("input", "weight", "padding_idx"),
-    *("max_norm", "norm_type", "scale_grad_by_freq"),
-)
-_LU_SOLVES = frozenset(
-    f"{prefix}{name}"
-    for prefix in ("", "linalg_")
-    for name in ("det", "slogdet", "logdet", "solve", "solve_ex", "tensorsolve")
-)
-_KEEPS_STATISTICS = frozenset(
-    {
-        "layer_norm",
-        "native_layer_norm",
-        "batch_norm",
-        "native_batch_norm",
-        "native_batch_norm_legit",
-        "native_batch_norm_legit_functional",
-        "batch_norm_with_update",
-        "instance_norm",
-        "custom_function_call",  # an autograd.Function with a jvp of its own
-    }
-)
-
-FORWARD_FAULTS = (
-    ForwardFault(
-        frozenset({"scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_"}),
-        _with_prod,
-        "its forward derivative is zero",
-    ),
-    ForwardFault(frozenset({"cholesky_inverse"}), _always, "its forward formula is wrong"),
-    ForwardFault(
-        frozenset({"triangular_solve"}), _always, "it takes the triangle that is not read for read"
-    ),
-    ForwardFault(
-        frozenset({"linear_cross_entropy"}),
-        _with_options,
-        "its forward derivative is zero when chunked",
-    ),
-    ForwardFault(
-        frozenset({"embedding"}),
-        _with_gradient_convention,
-        "padding_idx and scale_grad_by_freq change its gradient but not its forward derivative",
-    ),
-    ForwardFault(
-        _LU_SOLVES, _under_vmap, "inside an outer vmap its forward derivative misreads memory"
-    ),
-    ForwardFault(
-        _LU_SOLVES | _KEEPS_STATISTICS,
-        _at_second_order,
-        "its forward derivative keeps saved factors or statistics constant, "
-        "so derivatives of it are wrong",
-    ),
-)
-
-
-class ForwardGuard(TorchFunctionMode):
-    """Watches a function while tangents pass through it; refuses what would come out wrong."""
-
-    def __init__(self, outer_vmaps: int) -> None:
-        super().__init__()
-        self._outer_vmaps = outer_vmaps
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        # graphs of torch.fx and torch.export call overloads, decomposed ones under private names
-        name = getattr(func, "_opname", getattr(func, "__name__", "")).lstrip("_")
-        for fault in FORWARD_FAULTS:
-            if name in fault.names and fault.applies(kwargs, args, self._outer_vmaps):
-                raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
-        if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
-            raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
-        return func(*args, **kwargs)
-
-
-def _lacks_forward_rule(op: torch._ops.OpOverload) -> bool:
-    """Operators of ``torch.library.custom_op`` register a backward alone."""
-    if op.namespace in {"aten", "prim", "prims"}:
-        return False
-    name = op._schema.name
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return not has_kernel(name, "CompositeImplicitAutograd")
+    if in_functorch:
+        return any(name.startswith("Linalg") for name in nodes)
+    return "LinalgDetBackward0" in nodes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
-from jacfunc._tree import Split, flatten, kind_of, paths
+from jacfunc._tree import Split, flatten, kind_of, kinds_of, paths
 from jacfunc._types import Argnums, Blocks, Leaves, Tree
 
 
@@ -30,7 +30,8 @@ class FlatCall:
         args: tuple[Tree, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        self._api, self._func, self._has_aux = api, func, has_aux
+        self.func = func
+        self._api, self._has_aux = api, has_aux
         self._args, self._kwargs = args, kwargs
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
@@ -50,15 +51,14 @@ class FlatCall:
         """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings."""
         if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
             return kind_of(self._args[0])
-        leaves, spec = flatten((self._args, self._kwargs))
-        return self._positions, spec, tuple(map(kind_of, leaves))
+        return self._positions, kinds_of((self._args, self._kwargs))
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
         args = list(self._args)
         parts = self._cut(primals)
         for n, split, part in zip(self._positions, self._splits, parts, strict=True):
             args[n] = split.merge(part)
-        output, aux = self._func(*args, **self._kwargs), None
+        output, aux = self.func(*args, **self._kwargs), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
         self._output = Split.of(output)

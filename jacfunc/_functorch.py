@@ -6,6 +6,7 @@ because these cost as much as the whole Jacobian of a small function.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from jacfunc._types import Leaves
 
 def inside_transform() -> bool:
     """Is a functorch transform active, or plain forward mode? Only functorch nests in these."""
-    return _functorch.peek_interpreter_stack() is not None or _is_pushing()
+    return _functorch.peek_interpreter_stack() is not None or is_pushing()
 
 
 @contextmanager
@@ -32,6 +33,24 @@ def outside_transforms() -> Iterator[None]:
     """As at the top level, whatever transforms and dispatch modes are active outside."""
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
         yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Whatever torch.compile would compile runs as it is: under a dispatch mode it breaks.
+
+    A compiler that is not loaded yet, which takes a second, is not loaded for this.
+    """
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    try:
+        yield
+    except BaseException:
+        if "torch._dynamo" in sys.modules:  # loaded inside: nobody else's code is forgotten
+            torch.compiler.reset()
+        raise
 
 
 def lacks_forward_rule(error: Exception) -> bool:
@@ -43,17 +62,17 @@ def memory_of(tensor: Tensor) -> int:
     """Equal for tensors of which writing into one writes into the other."""
     if torch.compiler.is_compiling():  # compiled code is functional: nobody writes
         return id(tensor)
-    return int(_bottom(tensor).untyped_storage()._cdata)
+    return int(below_transforms(tensor).untyped_storage()._cdata)
 
 
 def levels() -> tuple[object, ...]:
     """What is active outside, for telling one situation from another."""
-    return (*_keys(), _is_pushing())
+    return (*_keys(), is_pushing())
 
 
-def physical_shape(tensor: Tensor) -> torch.Size:
-    """The shape below all transforms, where the dimensions of the vmaps outside are seen."""
-    return _bottom(tensor).shape
+def has_tangent(tensor: Tensor) -> bool:
+    """Does forward mode track it, at the innermost level?"""
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def num_vmap_levels() -> int:
@@ -63,12 +82,12 @@ def num_vmap_levels() -> int:
 
 def inside_derivative() -> bool:
     """Is something active that differentiates what happens inside it, beside plain autograd?"""
-    return _is_pushing() or TransformType.Grad in _keys()
+    return is_pushing() or TransformType.Grad in _keys()
 
 
 def is_differentiated(tensor: Tensor) -> bool:
     """Seen from a reverse level: does an enclosing level, or plain autograd, track it too?"""
-    if _is_pushing():
+    if is_pushing():
         return True
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
@@ -158,18 +177,18 @@ def _keys() -> list[TransformType]:
     return [interpreter.key() for interpreter in stack] if stack else []
 
 
-def _is_pushing() -> bool:
+def is_pushing() -> bool:
     """Is forward mode active, functorch's or plain?"""
     return forward_ad._current_level >= 0
 
 
 def _tracked_below(tensor: Tensor) -> bool:
     """Does plain autograd, below all levels, track the tensor?"""
-    return _bottom(tensor).requires_grad and torch.is_grad_enabled()
+    return below_transforms(tensor).requires_grad and torch.is_grad_enabled()
 
 
-def _bottom(tensor: Tensor) -> Tensor:
-    """The tensor below all levels."""
+def below_transforms(tensor: Tensor) -> Tensor:
+    """The tensor below all levels, where the dimensions of the vmaps outside are seen."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from jacfunc._check import is_differentiable
 from jacfunc._derive import jacobian_by
-from jacfunc._functorch import inside_derivative
+from jacfunc._functorch import is_pushing
+from jacfunc._module_checks import (
+    check_call,
+    check_inputs,
+    check_parameters,
+    check_samples,
+    reentrant_checkpoints_refused,
+)
 from jacfunc._parameters import ModuleState
 from jacfunc._resolve import Memory, resolve
 from jacfunc._samples import each_sample
@@ -41,7 +47,9 @@ def module_jacobian(
     """Jacobians of a whole module: calls it with its parameters as arguments and differentiates.
 
     ``J[name] = ∂ module(*inputs) / ∂ params[name]``. The module is left as it was: parameters,
-    gradients, buffers, mode, hooks and the random state.
+    gradients, buffers, mode, hooks, plain attributes and the random state; so are its inputs. All
+    evaluations draw the same numbers from torch's generators, be they its default ones or
+    attributes of the module; those of Python and NumPy go on.
 
     Args:
         module: any ``nn.Module``, in train or eval mode.
@@ -56,7 +64,8 @@ def module_jacobian(
         memory: bytes that the call may take, its result among them, as a number or in words
             (``"2 GiB"``); seeds, and samples, go in chunks that keep to it.
         randomness: of random layers along the batch of ``per_sample``: ``"error"``, ``"same"`` or
-            ``"different"`` masks.
+            ``"different"`` masks, however the samples are taken. It is about torch's default
+            generators.
         create_graph: keep the graph, so that the result is differentiable in parameters and
             inputs. By default it is detached.
 
@@ -67,9 +76,10 @@ def module_jacobian(
         batch in front: ``[B, *out, *param]``, ``out`` and inputs being those of one sample.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, a name that matches nothing, batch
-            normalization in train mode per sample (it couples the samples).
-        NotImplementedError: what torch refuses.
+        TypeError, ValueError: arguments that do not fit, a name that matches nothing, parameters
+            of TorchScript; per sample batch normalization in train mode (it couples the samples),
+            or an output without the batch in front.
+        NotImplementedError: what torch refuses, and reentrant checkpoints.
 
     Cost:
         That of the strategy; per sample one vectorized sweep over the whole batch.
@@ -86,24 +96,32 @@ def module_jacobian(
             f"{API}: module must be an nn.Module, got {type(module).__name__}. "
             "For a function use jacfunc.jacobian."
         )
-    argnums = _argnums(wrt)
+    argnums, by_inputs = _argnums(wrt), "inputs" in wrt
     chosen = resolve(API, strategy, chunk_size, memory)
-    call = _caller(module, per_sample)
+    call = _caller(module, by_inputs, per_sample)
     if per_sample:
         derive = each_sample(API, call, argnums, chosen, randomness)
     else:
         derive = jacobian_by(API, call, argnums, chosen, has_aux=False)
 
     def module_jacobian_of(*inputs: Tree, **kwargs: Any) -> Tree:
-        _check_call(module, per_sample, create_graph)
         state = ModuleState.of(API, module, select)
-        params = state.chosen
         point = inputs[0] if len(inputs) == 1 else inputs
+        check_call(API, state, create_graph)
+        if by_inputs:
+            check_inputs(API, point)
+        if "params" in wrt:
+            check_parameters(API, state)
+        if per_sample:
+            check_samples(API, state)
         with (
-            torch.random.fork_rng(devices=_cuda_devices(params.values())),
+            torch.random.fork_rng(devices=_cuda_devices(state)),
             torch.set_grad_enabled(create_graph and torch.is_grad_enabled()),
+            # checkpoints and hooks run parts of the module in the sweeps, too
+            state.lent(state.chosen),
+            reentrant_checkpoints_refused(API),
         ):
-            return derive(params, point, kwargs, Setting(state, len(inputs) == 1))
+            return derive(state.chosen, point, kwargs, Setting(state, len(inputs) == 1))
 
     return module_jacobian_of
 
@@ -116,19 +134,40 @@ class Setting:
     is_single: bool  # one positional input, which then stands for itself
 
 
-def _caller(module: nn.Module, per_sample: bool) -> Callable[..., Tree]:
+def _caller(module: nn.Module, by_inputs: bool, per_sample: bool) -> Callable[..., Tree]:
     """The module as a function of chosen parameters and inputs; everything else is constant."""
 
+    def given(x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if per_sample else x
+
+    def copied(x: Tensor) -> Tensor:
+        """A constant, which the module may write into."""
+        return given(x.clone())
+
+    def differentiated(x: Tensor) -> Tensor:
+        return given(x) if is_differentiable(x) else copied(x)
+
     def call(params: dict[str, Tensor], point: Tree, kwargs: Tree, setting: Setting) -> Tree:
-        inputs = (point,) if setting.is_single else point
-        if per_sample:
-            inputs, kwargs = map_tensors(lambda x: x.unsqueeze(0), (inputs, kwargs))
-        tensors = setting.state.tensors(params)
-        # neither strict nor tied by torch, which is slow: these are all names of the module
-        output = functional_call(module, tensors, inputs, kwargs, tie_weights=False)
-        return map_tensors(lambda x: x.squeeze(0), output) if per_sample else output
+        point = map_tensors(differentiated if by_inputs else copied, point)
+        kwargs = map_tensors(copied, kwargs) if kwargs else kwargs
+        if is_pushing():
+            setting.state.check_forward()
+        with setting.state.lent(params):
+            output = module(point, **kwargs) if setting.is_single else module(*point, **kwargs)
+        return map_tensors(_of_one, output) if per_sample else output
 
     return call
+
+
+def _of_one(output: Tensor) -> Tensor:
+    """An output of one sample; the loss of a batch has no batch in front."""
+    if output.dim() and output.shape[0] != 1:
+        raise ValueError(
+            f"{API}: per_sample needs every output to have the batch in front, got shape "
+            f"{tuple(output.shape)} for a batch of one. Use a module that transposes it, or that "
+            "returns other outputs alone."
+        )
+    return output.squeeze(0)
 
 
 def _argnums(wrt: Any) -> int | tuple[int, ...]:
@@ -143,22 +182,6 @@ def _argnums(wrt: Any) -> int | tuple[int, ...]:
     return positions[0] if isinstance(wrt, str) else positions
 
 
-def _check_call(module: nn.Module, per_sample: bool, create_graph: bool) -> None:
-    if not create_graph and inside_derivative():
-        raise ValueError(
-            f"{API}: inside another derivative the result must keep its graph, got "
-            "create_graph=False, whose derivative would be zero. Pass create_graph=True."
-        )
-    if not per_sample:
-        return
-    for name, part in module.named_modules():
-        if isinstance(part, _BatchNorm) and (part.training or not part.track_running_stats):
-            raise ValueError(
-                f"{API}: per_sample needs samples that do not depend on each other, got batch "
-                f"normalization over the batch in {name or 'the module'}. "
-                "Call module.eval(), or leave per_sample out."
-            )
-
-
-def _cuda_devices(params: Iterable[Tensor]) -> list[int]:
-    return sorted({p.device.index for p in params if p.device.type == "cuda"})
+def _cuda_devices(state: ModuleState) -> list[int]:
+    tensors = (*state.chosen.values(), *state.params.values(), *state.buffers.values())
+    return sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 
 from jacfunc import _engines
+from jacfunc._check import Refused, check_fallback, is_out_of_memory
+from jacfunc._draws import Draws
 from jacfunc._engines import Linearization
-from jacfunc._functorch import inside_transform, levels, physical_shape
+from jacfunc._functorch import below_transforms, inside_transform, levels
+from jacfunc._trail import note
 from jacfunc._tree import kind_of
 from jacfunc._types import LeafFunction, Leaves
+
+Result = TypeVar("Result")
 
 
 class JacobianOperator:
@@ -24,7 +30,7 @@ class JacobianOperator:
         self.func = func
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
-        self._draws: tuple[torch.Tensor, ...] | None = None
+        self._draws: Draws | None = None
 
     def signature(self) -> Hashable:
         """Equal for operators that cost the same; a function may know more about itself."""
@@ -32,7 +38,7 @@ class JacobianOperator:
         known = of_function() if of_function else tuple([kind_of(p) for p in self.primals])
         if not inside_transform():
             return known
-        return known, levels(), tuple(map(physical_shape, self.primals))
+        return known, levels(), tuple(below_transforms(primal).shape for primal in self.primals)
 
     def forget_graph(self) -> None:
         """Give back what only pullbacks need; the outputs stay."""
@@ -56,13 +62,15 @@ class JacobianOperator:
 
     def pullback(self, cotangents: Leaves) -> Leaves:
         """Jᵀ ȳ: ``[*out]`` → ``[*in]``."""
-        return self._linearized.pull(cotangents)
+        linearized = self._linearized
+        return self._refusing("pull cotangents back", lambda: linearized.pull(cotangents))
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
         """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``."""
         if _is_empty(cotangents):
             return _no_products(self.primals)
-        return self._linearized.pull_batch(cotangents)
+        linearized = self._linearized
+        return self._refusing("pull cotangents back", lambda: linearized.pull_batch(cotangents))
 
     def pullback_each(self, cotangents: Leaves) -> Leaves:
         """K pullbacks one after the other, never vmapped: ``[K, *out]`` → ``[K, *in]``."""
@@ -75,7 +83,10 @@ class JacobianOperator:
         self.repeat_draws()
         # a function that writes into its inputs writes into their tangents too
         copies = tuple(tangent.clone() for tangent in tangents)
-        outputs, products, extras = _engines.pushforward(self.func, self.primals, copies)
+        outputs, products, extras = self._refusing(
+            "push tangents forward",
+            lambda: _engines.pushforward(self.func, self.primals, copies),
+        )
         self._image = (outputs, extras)
         return products
 
@@ -84,9 +95,14 @@ class JacobianOperator:
         if _is_empty(tangents):
             return _no_products(self.outputs)
         self.repeat_draws()
-        outputs, products, extras = _engines.pushforward_batch(
-            self.func, self.primals, tangents, randomness
-        )
+        try:
+            outputs, products, extras = _engines.pushforward_batch(
+                self.func, self.primals, tangents, randomness
+            )
+        except Exception as error:  # as above
+            check_fallback(error)
+            note("tangents could not be pushed at once, columns go one by one: %s", error)
+            return _engines.one_by_one(self.pushforward, tangents)
         self._image = (outputs, extras)
         return products
 
@@ -99,7 +115,9 @@ class JacobianOperator:
     @property
     def _linearized(self) -> Linearization:
         if self._linearization is None:
-            self._linearization = _engines.linearize(self.func, self.primals)
+            self._linearization = self._refusing(
+                "keep a graph", lambda: _engines.linearize(self.func, self.primals)
+            )
             self._image = (self._linearization.outputs, self._linearization.extras)
         return self._linearization
 
@@ -115,14 +133,23 @@ class JacobianOperator:
         if torch.compiler.is_compiling():
             return
         if self._draws is None:
-            self._draws = tuple(generator.get_state() for generator in self._generators())
-            return
-        for generator, state in zip(self._generators(), self._draws, strict=True):
-            generator.set_state(state)
+            self._draws = Draws(self.primals)
+        else:
+            self._draws.repeat()
 
-    def _generators(self) -> list[torch.Generator]:
-        indices = {p.device.index for p in self.primals if p.device.type == "cuda"}
-        return [torch.default_generator, *(torch.cuda.default_generators[i] for i in indices)]
+    def _refusing(self, what: str, run: Callable[[], Result]) -> Result:
+        """Run; an error that the function alone does not raise is torch's refusal."""
+        try:
+            return run()
+        except Exception as error:  # torch has no type for what it can't do
+            if isinstance(error, Refused) or is_out_of_memory(error):
+                raise
+            if torch.compiler.is_compiling():
+                raise
+            with torch.enable_grad():  # the function may take gradients itself
+                self.func(*(primal.clone() for primal in self.primals))
+            reason = str(error).strip().split("\n")[0]
+            raise Refused(f"torch can't {what} through it ({reason})") from error
 
 
 def _is_empty(seeds: Leaves) -> bool:

@@ -1,48 +1,178 @@
-"""The tensors that a module is called with, by name: names are strict, tied tensors count once."""
+"""What a module is made of: tensors by name, lent to it for a call, and all that it keeps."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import is_
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from jacfunc._check import Refused
+from jacfunc._tree import flatten, unflatten
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_OWN = frozenset(vars(nn.Module()))
+_SIMPLE = frozenset({bool, int, float, str, type(None)})
+_KEEPS = (Tensor, torch.Generator, list, tuple, dict, deque)
+_FEW = 1000
+"""Containers with more entries than this are taken for tables of words, which hold no tensors."""
+
+
+@dataclass(slots=True)
+class Part:
+    """One of the modules inside, and what it is at first."""
+
+    module: nn.Module
+    params: dict[str, Tensor | None]
+    buffers: dict[str, Tensor | None]
+    plain: dict[str, Any]  # other attributes that hold state
+    is_scripted: bool
+    is_table: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Part:
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if type(value) not in _SIMPLE and key not in _OWN and _keeps(value)
+        }
+        return cls(
+            module,
+            dict(module._parameters),
+            dict(module._buffers),
+            plain,
+            isinstance(module, torch.jit.ScriptModule),
+            isinstance(module, _TABLES),
+        )
+
+    def lend(self, new: dict[int, Any]) -> None:
+        """Put what is new, by the identity of the old, in its place."""
+        params, buffers = _replaced(self.params, new), _replaced(self.buffers, new)
+        if self.is_scripted:
+            self.put(params, buffers)
+            return
+        own = vars(self.module)
+        # dicts of their own, because a module may register more while it runs
+        own["_parameters"], own["_buffers"] = params, buffers
+        if self.plain:
+            own.update({key: _renewed(value, new) for key, value in self.plain.items()})
+        if self.is_table:
+            own["sparse"] = False  # torch can't batch sparse gradients, and blocks are dense
+
+    def give_back(self, attributes: dict[str, Any]) -> None:
+        """All attributes as they were."""
+        own = vars(self.module)
+        if not self.is_scripted:
+            own["_parameters"], own["_buffers"] = attributes["_parameters"], attributes["_buffers"]
+        # refilled only where it must be: python is slower with a dict that was
+        if len(own) != len(attributes) or not all(map(is_, own.values(), attributes.values())):
+            own.clear()
+            own.update(attributes)
+        if self.is_scripted:
+            self.put(self.params, self.buffers)
+
+    def put(self, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
+        """Into a scripted module: it has no dicts, but takes its tensors one by one."""
+        for key, tensor in params.items():
+            self.module._parameters[key] = tensor
+        for key, tensor in buffers.items():
+            self.module._buffers[key] = tensor
 
 
 @dataclass(frozen=True)
 class ModuleState:
     """Parameters and buffers of a module: those that are differentiated, and the constants."""
 
+    parts: dict[str, Part]  # each once, under its first name
     chosen: dict[str, Tensor]
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    aliases: dict[str, str]  # further names of tied tensors, and the first name of each
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: str | Sequence[str] | None) -> ModuleState:
-        aliases: dict[str, str] = {}
-        params = _untied(module.named_parameters(remove_duplicate=False), aliases)
-        buffers = _untied(module.named_buffers(remove_duplicate=False), aliases)
+        parts = {name: Part.of(part) for name, part in module.named_modules()}
+        params = _by_first_name({name: part.params for name, part in parts.items()})
+        buffers = _by_first_name({name: part.buffers for name, part in parts.items()})
+        for name, tensor in (*params.items(), *buffers.items()):
+            if type(tensor) is not nn.Parameter and is_lazy(tensor):
+                raise ValueError(
+                    f"{api}: the module must know its shapes, got {name}, which is not initialized "
+                    "yet. Call the module once before."
+                )
         chosen = {name: params.pop(name) for name in _chosen(api, params, select)}
-        return cls(chosen, params, buffers, aliases)
+        return cls(parts, chosen, params, buffers)
 
-    def tensors(self, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every tensor under all its names, with the chosen ones given anew."""
-        tensors = {name: param.detach() for name, param in self.params.items()}
-        # in train mode a module writes into its buffers
-        tensors |= {name: buffer.clone() for name, buffer in self.buffers.items()}
-        tensors |= chosen
-        return tensors | {name: tensors[first] for name, first in self.aliases.items()}
+    def check_forward(self) -> None:
+        """Refuse forward mode where it would not do as the module does in a backward pass."""
+        for name, part in self.parts.items():
+            module = part.module
+            if part.is_scripted:
+                raise Refused("torch's forward mode is zero in TorchScript that it has optimized")
+            if module._backward_hooks or module._backward_pre_hooks:
+                raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
+
+    @contextmanager
+    def lent(self, chosen: Mapping[str, Tensor]) -> Iterator[None]:
+        """The module with the chosen parameters given anew; then everything is as it was.
+
+        What it writes into meanwhile are copies: of its buffers, and of the tensors, generators
+        and containers that it keeps as plain attributes. Parameters are found in these too.
+        """
+        new: dict[int, Any] = {id(param): param.detach() for param in self.params.values()}
+        new |= {id(buffer): buffer.clone() for buffer in self.buffers.values()}
+        new |= {id(self.chosen[name]): param for name, param in chosen.items()}
+        before = [(part, dict(vars(part.module))) for part in self.parts.values()]
+        try:
+            for part, _ in before:
+                part.lend(new)
+            yield
+        finally:
+            for part, attributes in before:
+                part.give_back(attributes)
 
 
-def _untied(named: Iterable[tuple[str, Tensor]], aliases: dict[str, str]) -> dict[str, Tensor]:
-    """Each tensor under the first of its names; the others go to the aliases."""
-    first: dict[Tensor, str] = {}
-    for name, tensor in named:
-        if first.setdefault(tensor, name) != name:
-            aliases[name] = first[tensor]
-    return {name: tensor for tensor, name in first.items()}
+def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:
+    return {key: new.get(id(x), x) for key, x in tensors.items()} if tensors else {}
+
+
+def _by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
+    """Each tensor once: tied ones count under the first of their names."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for prefix, named in tensors.items():
+        for key, tensor in named.items():
+            if tensor is not None:
+                first.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, tensor))
+    return dict(first.values())
+
+
+def _keeps(value: object) -> bool:
+    """Could writing into it, drawing from it, or reading a parameter there make a difference?"""
+    if not isinstance(value, _KEEPS):
+        return False
+    if isinstance(value, Tensor | torch.Generator):
+        return True
+    if len(value) > _FEW:
+        return False
+    return not isinstance(value, tuple) or any(map(_keeps, value))
+
+
+def _renewed(value: Any, new: dict[int, Any]) -> Any:
+    """A copy, in which what is known is replaced and what is not is cloned, once."""
+    leaves, spec = flatten(value)
+    for leaf in leaves:
+        if id(leaf) not in new and isinstance(leaf, Tensor):
+            new[id(leaf)] = leaf.clone()
+        elif id(leaf) not in new and isinstance(leaf, torch.Generator):
+            new[id(leaf)] = leaf.clone_state()
+    return unflatten(spec, [new.get(id(leaf), leaf) for leaf in leaves])
 
 
 def _chosen(

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from jacfunc._chunks import Chunk
 from jacfunc._costs import Costs
+from jacfunc._fingerprint import fingerprint
+from jacfunc._forecast import Swept
+from jacfunc._functorch import is_pushing, uncompiled
 from jacfunc._operators import JacobianOperator
-from jacfunc._plans import Direction, Plan, attempt, bounded, bounded_samples, by_sizes, fastest
+from jacfunc._plans import (
+    Direction,
+    Plan,
+    attempt,
+    bounded,
+    bounded_samples,
+    by_sizes,
+    fastest,
+    is_bounded,
+)
 from jacfunc._trail import is_heard, note
 from jacfunc._types import Blocks
 from jacfunc._words import in_seconds
-from jacfunc._work import Recorder
+from jacfunc._work import Recorder, Unrecordable
 from jacfunc.strategies import Forward, Reverse
+
+MOST_FUNCTIONS = 1000
 
 
 @dataclass(frozen=True)
@@ -40,9 +57,15 @@ class Auto:
         if torch.compiler.is_compiling():
             return by_sizes(operator, self.directions).materialize(operator)
         signature = operator.signature()
-        plan, _ = self.known.get(signature) or (self.plan(operator), None)
+        shelf: dict[Hashable, tuple[Plan, Chunk]] = self.known
+        if signature not in shelf and self.memory is None:
+            # the same function, transformed anew at each call, is not planned at each call
+            shelf = shared_plans().of(operator.func, self)
+        plan, _ = shelf.get(signature) or (self.plan(operator), None)
         plan, blocks = attempt(plan, lambda plan: carry_out(plan, operator))
         self.known[signature] = plan, None
+        if not is_bounded(plan):
+            shelf[signature] = plan, None
         return blocks
 
     def plan(self, operator: JacobianOperator) -> Plan:
@@ -52,7 +75,9 @@ class Auto:
             return by_sizes(operator, self.directions)
         return bounded(fastest(costs, self.directions), costs, self.memory)
 
-    def plan_samples(self, operator: JacobianOperator, batch: int) -> tuple[Plan, Chunk]:
+    def plan_samples(
+        self, operator: JacobianOperator, batch: int, run: Callable[[Swept, Chunk], Any]
+    ) -> tuple[Plan, Chunk]:
         """What to do with each of a batch of samples, one of which this is; how many at once."""
         costs = counted_costs(operator)
         operator.repeat_draws()  # the samples draw as if none had been evaluated before
@@ -62,11 +87,44 @@ class Auto:
         return bounded_samples(plan, costs, batch, self.memory)
 
 
+class SharedPlans:
+    """Plans by function, for as long as it lives; by its fingerprint, where it is made anew."""
+
+    def __init__(self) -> None:
+        self._prints: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        self._plans: dict[Hashable, dict[Hashable, tuple[Plan, Chunk]]] = {}
+
+    def of(self, call: Any, strategy: Hashable) -> dict[Hashable, tuple[Plan, Chunk]]:
+        """By kind of call."""
+        func = getattr(call, "func", call)
+        try:
+            found = self._prints.get(func)
+            if found is None:
+                found = self._prints.setdefault(func, fingerprint(func))
+        except TypeError:  # neither hashed nor referred to weakly
+            found = fingerprint(func)
+        if len(self._plans) > MOST_FUNCTIONS:
+            self._plans.clear()
+        return self._plans.setdefault((found, strategy), {})
+
+
+@cache
+def shared_plans() -> SharedPlans:
+    """Those of this process."""
+    return SharedPlans()
+
+
 def counted_costs(operator: JacobianOperator) -> Costs | None:
     """From a recorded evaluation; None where there is nothing to forecast from."""
     operator.repeat_draws()
-    with Recorder(operator.primals) as recorder:
-        operator.outputs  # noqa: B018 (evaluates)
+    if is_pushing():  # torch has one level of forward mode: no machine can be measured inside it
+        return None
+    try:
+        with uncompiled(), Recorder(operator.primals) as recorder:
+            operator.outputs  # noqa: B018 (evaluates)
+    except Unrecordable:
+        operator.repeat_draws()
+        return None
     return Costs.of(operator, recorder)
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from jacfunc._basis import numel
 from jacfunc._check import Refused
 from jacfunc._chunks import Chunk, Within
-from jacfunc._costs import Costs
+from jacfunc._costs import Costs, is_forward
 from jacfunc._forecast import Forecast, Swept
 from jacfunc._machine import free_bytes
 from jacfunc._operators import JacobianOperator
@@ -19,11 +19,8 @@ from jacfunc._words import in_bytes, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy
 
 CHUNKS = (512, 128)
-FEW = 16
-"""Seeds up to which a loop without vmap is worth a thought."""
-
-RELUCTANCE = {"chunked": 1.4, "forward": 1.1, "looped": 1.1}
-"""Forecasts err: what is slower when they do must promise so much to be taken."""
+RELUCTANCE = {"chunked": 1.4, "forward": 1.25}
+"""Forecasts err: what is far slower when they do must promise so much to be taken."""
 
 FORWARD_FROM_RATIO = 4
 """By sizes alone: forward wins only where outputs far outnumber inputs."""
@@ -103,7 +100,10 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     if len(possible) == 1:
         reason = f"{sizes}: nothing else comes into question"
         return Plan(possible[0], reason, None, _others(possible[0], directions))
-    seconds = {strategy: costs.seconds(strategy) for strategy in possible}
+    seconds = {s: costs.seconds(s) for s in possible if not is_forward(s)}
+    if not seconds or min(seconds.values()) > costs.least_push():
+        seconds |= {s: costs.seconds(s) for s in possible if is_forward(s)}
+    possible = list(seconds)
     best = min(possible, key=lambda s: seconds[s] * _reluctance(s))
     others = [s for s in possible if type(s) is not type(best)]
     reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
@@ -118,33 +118,32 @@ def _others(chosen: Strategy, directions: Sequence[Direction]) -> tuple[Directio
 
 
 def candidates(
-    costs: Costs, directions: Sequence[Direction], reach: float = 1.0
+    costs: Costs, directions: Sequence[Direction], reach: float = 1.0, most_loops: int = 1
 ) -> Iterator[Swept]:
-    """What may be fastest; forward mode only up to ``reach`` times as many inputs as outputs.
+    """What may be fastest.
 
-    With more inputs than outputs forward mode hardly ever wins, and to learn how fast it is takes
-    torch a second where nobody has used it yet.
+    Forward mode only up to ``reach`` times as many inputs as outputs: with more it hardly ever
+    wins. Loops over up to ``most_loops`` seeds; a single one is swept without vmap.
     """
-    if Reverse() in directions and costs.rows == 1:
-        yield Reverse()  # a single pullback
-        return
     for direction in directions:
         total = costs.seeds(direction)
-        is_forward = isinstance(direction, Forward)
-        if is_forward and len(directions) > 1 and total > reach * costs.rows:
+        if is_forward(direction) and len(directions) > 1 and total > reach * costs.rows:
             continue
-        yield direction
+        if total > 1 or not is_forward(direction):
+            yield direction
         if direction.chunk_size is None:
             yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
-            if total <= FEW and len(directions) > 1:
-                yield Looped("columns" if is_forward else "rows")
+        if is_forward(direction) and total <= most_loops:
+            yield Looped("columns")
+        if not is_forward(direction) and 1 < total <= most_loops:
+            yield Looped("rows")
+        if direction == Reverse() and total == 1:
+            return  # nothing beats a single pullback
 
 
 def _reluctance(strategy: Swept) -> float:
-    if isinstance(strategy, Looped):
-        return RELUCTANCE["looped"]
-    chunked = RELUCTANCE["chunked"] if strategy.chunk_size else 1.0
-    return chunked * (RELUCTANCE["forward"] if isinstance(strategy, Forward) else 1.0)
+    chunked = RELUCTANCE["chunked"] if getattr(strategy, "chunk_size", None) else 1.0
+    return chunked * (RELUCTANCE["forward"] if is_forward(strategy) else 1.0)
 
 
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
@@ -171,10 +170,16 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
     if every.most_bytes(strategy) <= budget:
         return plan, None
     room = _room(budget, every.result, strict=memory is not None)
+    plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
     if one.most_bytes(strategy) <= room:
         return plan, Within(room)
-    chunk = Within(room - one.result - one.kept, None)
-    return replace(plan, strategy=replace(strategy, chunk_size=chunk)), 1
+    rows = replace(strategy, chunk_size=Within(max(room - one.result - one.kept, 1)))
+    return replace(plan, strategy=rows), 1
+
+
+def is_bounded(plan: Plan) -> bool:
+    """Does its chunk follow a budget, which is this call's alone?"""
+    return isinstance(getattr(plan.strategy, "chunk_size", None), Within)
 
 
 def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:

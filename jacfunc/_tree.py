@@ -84,6 +84,12 @@ def kind_of(leaf: object) -> Hashable:
     return leaf if isinstance(leaf, bool | int | float | str) else type(leaf).__qualname__
 
 
+def kinds_of(tree: Tree) -> Hashable:
+    """Equal for trees that cost the same."""
+    leaves, spec = flatten(tree)
+    return spec, tuple([kind_of(leaf) for leaf in leaves])
+
+
 def _adopt(kind: type) -> None:
     """Teach optree, in our namespace, a node type that torch's pytree knows."""
     node = torch_pytree.SUPPORTED_NODES[kind]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import flop_registry
 
 from jacfunc._counting import PeakBytes
@@ -41,6 +42,10 @@ class Operation:
     is_scaled: bool = False
 
 
+class Unrecordable(Exception):  # noqa: N818 (no error: the function runs unrecorded)
+    """Control flow operators, traced under a mode, have no pullback afterwards."""
+
+
 class Recorder(PeakBytes):
     """Records the work of what runs inside the ``with`` block, below autograd and every vmap.
 
@@ -66,6 +71,8 @@ class Recorder(PeakBytes):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            raise Unrecordable(f"{func} has no graph of its own under a dispatch mode")
         result = super().__torch_dispatch__(func, types, args, kwargs)
         given = {**(kwargs or {})}
         active = [x for x in _tensors((*args, *given.values())) if memory_of(x) in self._active]

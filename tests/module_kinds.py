@@ -354,6 +354,15 @@ OLD_STYLE = (
     no_vmap("an autograd.Function of the old style", strategies=("reverse",)),
 )
 
+WRONG_LRN = (
+    *OLD_STYLE,
+    Refusal(
+        "leaves out the other channels|no forward mode",
+        "torch's backward pass is wrong",
+        strategies=("reverse", "looped", "auto"),
+    ),
+)
+
 
 def normed(norm: nn.Module, *, conv: bool = False, training: bool = True) -> nn.Module:
     first = nn.Conv2d(1, 2, 1) if conv else nn.Linear(3, 4)
@@ -419,7 +428,7 @@ NORMS = (
     ),
     kind("InstanceNorm3d", lambda: nn.InstanceNorm3d(1), (1, 1, 2, 2)),
     kind("LocalResponseNorm", lambda: convolved(nn.LocalResponseNorm(2)), (1, 2, 2)),
-    kind("CrossMapLRN2d", lambda: convolved(nn.CrossMapLRN2d(2)), (1, 2, 2), refusals=OLD_STYLE),
+    kind("CrossMapLRN2d", lambda: convolved(nn.CrossMapLRN2d(2)), (1, 2, 2), refusals=WRONG_LRN),
 )
 
 # --- embeddings ---
@@ -446,7 +455,7 @@ NO_FORWARD_BAG = (no_forward("torch has no forward mode of bags"),)
 EMBEDDINGS = (
     kind("Embedding", embedding(), inputs=ids(2)),
     kind("Embedding of a scalar", embedding(), inputs=ids()),
-    kind("Embedding padding", embedding(padding_idx=1), inputs=ids(2), refusals=(WRONG_EMBEDDING,)),
+    kind("Embedding padding", embedding(padding_idx=1), inputs=ids(2)),
     kind(
         "Embedding max norm",
         embedding(max_norm=0.5),
@@ -567,7 +576,10 @@ RECURRENT = (
         inputs=lambda: (floats(B, 3, 2), torch.tensor([2, 3, 1])),
         refusals=(
             no_vmap("samples have lengths of their own"),
-            no_forward("torch can't pack sequences with a tangent", "inputs"),
+            no_forward(
+                "torch can't pack sequences with a tangent",
+                words="no forward mode|can't push tangents forward",
+            ),
         ),
     ),
     kind("RNNCell", lambda: nn.RNNCell(2, 2), (2,), (2,)),
@@ -1086,7 +1098,15 @@ STATEFUL = (
     ),
     kind("no_grad inside", StopsGradient, (3,)),
     kind("forward hooks", hooked, (3,)),
-    kind("backward hook", backward_hooked, (3,), refusals=OLD_STYLE[1:]),
+    kind(
+        "backward hook",
+        backward_hooked,
+        (3,),
+        refusals=(
+            *OLD_STYLE[1:],
+            no_forward("no tangent meets them", words="passes by the backward hooks of '1'"),
+        ),
+    ),
     kind("tensor hook", ClipsGradient, (3,)),
     kind("in place", InPlace, (3,)),
     kind("weight decay", WeightDecay, (3,)),
@@ -1313,8 +1333,9 @@ class Adapts(nn.Module):
         return torch.func.functional_call(self.layer, adapted, (x,))
 
 
-FIXED_PARAMETERS = Refusal(
-    "TorchScript", "torch can't call a scripted module with other parameters", ("params",)
+COMPILED = (
+    Refusal("TorchScript", "its code may take other parameters for constants", ("params",)),
+    no_forward("after some calls torch gives zeros", words="zero in TorchScript"),
 )
 
 RUNNING = (
@@ -1331,12 +1352,7 @@ RUNNING = (
         (3,),
         refusals=(
             *OLD_STYLE,
-            Refusal(
-                "use_reentrant=False",
-                "torch runs it under backward() alone",
-                strategies=("reverse", "looped", "auto"),
-                is_torchs=True,
-            ),
+            Refusal("use_reentrant=False", "torch runs it under backward() alone"),
         ),
     ),
     kind("checkpoint sequential", CheckpointedSequence, (3,), refusals=NO_BATCHED_CHECKPOINT),
@@ -1349,6 +1365,7 @@ RUNNING = (
         Force,
         (3,),
         refusals=(
+            no_forward("autograd knows no tangents", words="can't push tangents forward"),
             no_vmap("torch.autograd.grad does not run inside functorch", "params"),
             no_vmap("torch.autograd.grad does not run inside functorch", strategies=("forward",)),
         ),
@@ -1380,15 +1397,10 @@ RUNNING = (
             no_vmap("torch has no batching rule of sparse tensors"),
         ),
     ),
-    kind("TorchScript script", scripted, (3,), refusals=(FIXED_PARAMETERS,)),
-    kind("TorchScript trace", traced, (3,), refusals=(FIXED_PARAMETERS,)),
+    kind("TorchScript script", scripted, (3,), refusals=COMPILED),
+    kind("TorchScript trace", traced, (3,), refusals=COMPILED),
     kind("fx graph", graphed, (1, 3)),
-    kind(
-        "DataParallel",
-        lambda: nn.DataParallel(nn.Linear(3, 2)),
-        (3,),
-        refusals=(Refusal(r"module\.module", "torch can't call it with other parameters"),),
-    ),
+    kind("DataParallel", lambda: nn.DataParallel(nn.Linear(3, 2)), (3,)),
     kind("averaged model", averaged, (3,)),
 )
 

@@ -1,6 +1,7 @@
 """Each place where torch is silently wrong: that it still is, and that jacfunc is not.
 
-When torch mends one of these, its pin fails: then the entry in ``_faults.py`` can go.
+When torch mends one of these, its pin fails: then its entry in ``_faults.py`` or ``_guard.py`` can
+go.
 """
 
 import pytest
@@ -107,12 +108,13 @@ LU_SOLVES = {
 
 
 @pytest.mark.parametrize("name", LU_SOLVES)
-def test_forward_mode_of_lu_solves_inside_vmap_is_refused(name):
+def test_forward_mode_of_lu_solves_inside_vmap_is_refused_and_our_vmap_loops(name):
     func = LU_SOLVES[name]
     expected = torch.stack([looped_jacobian(func, (a,)) for a in A])
     assert (torch.func.vmap(torch.func.jacfwd(func))(A) - expected).abs().max() > 1e-3
     with pytest.raises(NotImplementedError, match="misreads memory"):
-        jacfunc.vmap(jacfunc.jacfwd(func))(A)
+        torch.func.vmap(jacfunc.jacfwd(func))(A)
+    torch.testing.assert_close(jacfunc.vmap(jacfunc.jacfwd(func))(A), expected)
     torch.testing.assert_close(jacfunc.vmap(jacfunc.jacrev(func))(A), expected)
     torch.testing.assert_close(torch.stack([jacfunc.jacfwd(func)(a) for a in A]), expected)
 
@@ -135,7 +137,7 @@ def test_forward_faults_are_seen_through_traced_graphs():
     expected = torch.stack([looped_jacobian(torch.linalg.det, (a,)) for a in A])
     assert (torch.func.vmap(torch.func.jacfwd(traced))(A) - expected).abs().max() > 1e-3
     with pytest.raises(NotImplementedError, match="misreads memory"):
-        jacfunc.vmap(jacfunc.jacfwd(traced))(A)
+        torch.func.vmap(jacfunc.jacfwd(traced))(A)
     with pytest.raises(NotImplementedError, match=r"layer_norm is wrong here"):
         jacfunc.jacfwd(jacfunc.jacfwd(make_fx(layer_norm)(W)))(W)
     torch.testing.assert_close(jacfunc.vmap(jacfunc.jacrev(traced))(A), expected)
@@ -145,8 +147,10 @@ def test_hessians_of_det_inside_vmap():
     expected = torch.stack([looped_hessian(torch.linalg.det, (a,)) for a in A])
     actual = jacfunc.vmap(jacfunc.hessian(torch.linalg.det))(A)
     torch.testing.assert_close(actual, expected)
+    by_columns = jacfunc.hessian(torch.linalg.det, strategy="forward")
     with pytest.raises(NotImplementedError, match="misreads memory"):
-        jacfunc.vmap(jacfunc.hessian(torch.linalg.det, strategy="forward"))(A)
+        torch.func.vmap(by_columns)(A)
+    torch.testing.assert_close(jacfunc.vmap(by_columns)(A), expected)
 
 
 def scatter_prod(x):
@@ -320,3 +324,138 @@ def test_control_flow_operators_in_reverse():
     for strategy in ("reverse", "looped", "auto"):
         jac = jacfunc.jacobian(func, strategy=strategy)(x)
         torch.testing.assert_close(jac, torch.diag(x.cos()))
+
+
+# --- wrong however they are swept ---
+
+
+def test_cross_map_lrn_is_refused():
+    norm, x = torch.nn.CrossMapLRN2d(3), torch.rand(1, 4, 2, 2, dtype=torch.float64)
+    difference = jacfunc.jacrev(torch.sin)(x)  # the shape alone
+    shifted = torch.autograd.functional.jacobian(norm, x)
+    step = torch.zeros_like(x)
+    step[0, 1, 0, 0] = 1e-6
+    slope = (norm(x + step) - norm(x - step)) / 2e-6
+    assert shifted.shape == difference.shape
+    assert (shifted[..., 0, 1, 0, 0] - slope).abs().max() > 1e-8
+    with pytest.raises(NotImplementedError, match="CrossMapLRN2dBackward is wrong here"):
+        jacfunc.jacrev(norm)(x)
+
+
+def test_lu_solve_inside_vmap_is_refused_and_our_vmap_loops():
+    def func(a):
+        return torch.linalg.lu_solve(*torch.linalg.lu_factor(a), torch.ones(4, 1).to(a))[:, 0]
+
+    expected = torch.stack([looped_jacobian(func, (a,)) for a in A])
+    with pytest.raises(NotImplementedError, match="LinalgLuSolveBackward0 is wrong here"):
+        torch.func.vmap(jacfunc.jacrev(func))(A)
+    torch.testing.assert_close(jacfunc.vmap(jacfunc.jacrev(func))(A), expected)
+
+
+def test_det_of_a_singular_matrix():
+    singular = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
+    cofactors = torch.tensor([[4.0, -2.0], [-2.0, 1.0]], dtype=torch.float64)
+    (zero,) = torch.autograd.grad(torch.linalg.det(leaf := singular.clone().requires_grad_()), leaf)
+    assert (zero - cofactors).abs().max() > 0.5
+    torch.testing.assert_close(jacfunc.jacrev(torch.linalg.det)(singular), cofactors)
+    with pytest.raises(NotImplementedError, match="det is zero at a singular matrix"):
+        jacfunc.jacfwd(torch.linalg.det)(singular)
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return cotangent * x.exp()
+
+
+INDICES = torch.tensor([[0, 1, 1], [0, 1, 0]])
+ONCE_RIGHT = {
+    "cond": lambda x: torch.cond(
+        x.sum() > 0, lambda x: x.sin().sum(), lambda x: x.cos().sum(), (x,)
+    ),
+    "weight norm": lambda x: torch._weight_norm(x[None], torch.ones(1, 1).to(x), 0).sum(),
+    "sparse": lambda x: torch.sparse_coo_tensor(INDICES, x, (2, 2)).to_dense().sin().sum(),
+    "once differentiable": lambda x: OnceDifferentiable.apply(x).sum(),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_RIGHT)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_second_derivatives_that_torch_drops_are_refused(name):
+    func, x = ONCE_RIGHT[name], torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(jacfunc.jacrev(func)(x), looped_jacobian(func, (x,)))
+    with pytest.raises(NotImplementedError, match="second derivative through"):
+        jacfunc.hessian(func)(x)
+
+
+def test_forward_mode_stops_where_reverse_mode_is_stopped():
+    x = torch.tensor([1.0, 2.0])
+
+    def stopped(x):
+        with torch.no_grad():
+            scale = x.sum()
+        return scale * x
+
+    torch.testing.assert_close(jacfunc.jacrev(stopped)(x), 3 * torch.eye(2))
+    assert (torch.func.jacfwd(stopped)(x) - 3 * torch.eye(2)).abs().max() > 0.5
+    with pytest.raises(NotImplementedError, match=r"forward mode goes through torch.no_grad\(\)"):
+        jacfunc.jacfwd(stopped)(x)
+
+    def hooked(x):
+        y = x * 2
+        y.register_hook(torch.zeros_like)
+        return y
+
+    with pytest.raises(NotImplementedError, match="forward mode passes by the hooks of tensors"):
+        jacfunc.jacfwd(hooked)(x)
+
+
+def test_constants_under_no_grad_may_be_used_in_forward_mode():
+    def func(x):
+        with torch.no_grad():
+            scale = torch.ones(2).sum()
+        return scale * x
+
+    torch.testing.assert_close(jacfunc.jacfwd(func)(torch.ones(2)), 2 * torch.eye(2))
+
+
+def test_embedding_without_its_padding_index_goes_forward():
+    weight = torch.rand(4, 2, dtype=torch.float64)
+
+    def func(weight):
+        return torch.nn.functional.embedding(torch.tensor([1, 2]), weight, padding_idx=-1)
+
+    torch.testing.assert_close(jacfunc.jacfwd(func)(weight), looped_jacobian(func, (weight,)))
+
+
+def test_what_vmap_cannot_push_goes_column_by_column(caplog):
+    def func(x):
+        return x * 3 if x.sum().item() > 0 else x
+
+    x = torch.ones(3)
+    torch.testing.assert_close(jacfunc.jacfwd(func)(x), 3 * torch.eye(3))
+    noisy = torch.nn.RReLU()
+    with caplog.at_level("INFO", "jacfunc"):
+        jacfunc.jacfwd(noisy, randomness="same")(x)
+    assert "columns go one by one" in caplog.text
+
+
+def test_what_torch_cannot_do_is_said_with_what_would_work():
+    def func(x):
+        inner = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(inner.square().sum(), inner)
+        return grad
+
+    with pytest.raises(
+        NotImplementedError, match=r"jacfwd: .*torch can't push .* Let jacobian\(strategy='auto'\)"
+    ):
+        jacfunc.jacfwd(func)(torch.ones(2))
+    assert torch.equal(jacfunc.jacobian(func)(torch.ones(2)), torch.zeros(2, 2))

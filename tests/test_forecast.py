@@ -274,6 +274,18 @@ def test_the_table_is_aligned_and_for_people(found: Estimate) -> None:
     assert "3 of 3000 sweeps" in rows[2]
 
 
+def test_seconds_are_told_where_the_device_is_of_this_machine() -> None:
+    weight = torch.randn(300, 200)
+    found = estimate(lambda x: torch.tanh(weight @ x), torch.randn(200))
+    seconds = [row.seconds for row in found]
+    assert all(s is not None and s > 0 for s in seconds)
+    assert found["looped"].seconds > found["reverse"].seconds
+    assert "time" in repr(found).split("\n")[1].split()
+    assert found.to_dicts()[0]["seconds"] == seconds[0]
+    meta = estimate(torch.tanh, torch.empty(3, device="meta"))
+    assert [row.seconds for row in meta] == [None] * 3
+
+
 def test_the_table_in_a_notebook(found: Estimate) -> None:
     page = found._repr_html_()
     assert page.count("<tr>") == 4

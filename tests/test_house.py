@@ -21,7 +21,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
     {"_types", "_check", "_words", "_trail"},
-    {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_counting", "_attention"},
+    {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_counting"}
+    | {"_attention", "_draws"},
     {"_work", "_engines", "_operators", "_fingerprint"},
     {"_flat", "strategies", "_machine"},
     {
@@ -36,7 +37,7 @@ LAYERS = [
         "_foretell",
     },
     {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
-    | {"_modules", "testing"},
+    | {"_modules", "_module_checks", "testing"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

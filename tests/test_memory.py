@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacfunc
 from jacfunc._basis import basis
+from jacfunc._check import check_memory
+from jacfunc._chunks import Within, in_chunks
 from jacfunc._counting import PeakBytes
 from jacfunc._operators import JacobianOperator
 
@@ -152,3 +154,113 @@ def test_out_of_memory_with_a_single_seed_is_raised():
     func = tanh_of(torch.randn(ROWS, COLUMNS))
     with Allocator(8, ON_CUDA), pytest.raises(torch.OutOfMemoryError):
         jacfunc.jacrev(func)(torch.randn(COLUMNS))
+
+
+# --- budgets ---
+
+WIDE = torch.randn(3000, 40) / 6
+TALL = torch.randn(1500, 3000) / 50
+SQUARE = torch.randn(2000, 300) / 17
+
+
+CLASSIFIER = nn.Sequential(nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 10))
+
+
+def per_sample(model, **options):
+    """Of the inputs, whose Jacobian is small beside the activations."""
+    return jacfunc.module_jacobian(model, "inputs", per_sample=True, **options)
+
+
+def within_a_tenth(name, device):
+    """``derive(memory)``, and a point: the Jacobian is small beside what leads to it."""
+    func, derive, size = {
+        "jacrev": (lambda x: TALL.to(x) @ torch.tanh(WIDE.to(x) @ x), jacfunc.jacrev, (40,)),
+        "jacfwd": (lambda x: WIDE.T.to(x) @ torch.tanh(TALL.T.to(x) @ x), jacfunc.jacfwd, (1500,)),
+        "hessian": (lambda x: torch.tanh(SQUARE.to(x) @ x).square().sum(), jacfunc.hessian, (300,)),
+        "auto": (lambda x: TALL.to(x) @ torch.tanh(WIDE.to(x) @ x), jacfunc.jacobian, (40,)),
+        "per sample": (CLASSIFIER.to(device), per_sample, (64, 64)),
+    }[name]
+    x = torch.randn(size, device=device)
+    return lambda memory: lambda: derive(func, memory=memory)(x)
+
+
+@pytest.mark.parametrize("name", ["jacrev", "jacfwd", "hessian", "auto", "per sample"])
+def test_a_tenth_of_the_unchunked_peak_is_enough(name, device):
+    derive = within_a_tenth(name, device)
+    if name == "auto":  # unchunked, auto may choose the cheaper direction
+        unchunked, expected = peak_of(within_a_tenth("jacrev", device)(None))
+        torch.testing.assert_close(derive("8 MB")(), derive(None)(), rtol=1e-4, atol=1e-5)
+        assert peak_of(derive("8 MB"))[0] <= 8_000_000 < unchunked
+        return
+    unchunked, expected = peak_of(derive(None))
+    budget = unchunked // 10
+    peak, jac = peak_of(derive(budget))
+    assert peak <= budget
+    torch.testing.assert_close(jac, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_sample_that_is_too_large_goes_by_rows(device):
+    x = torch.randn(2, 64, device=device)
+    model = CLASSIFIER.to(device)
+    unchunked, expected = peak_of(lambda: per_sample(model)(x))
+    budget = unchunked // 4
+    peak, jac = peak_of(lambda: per_sample(model, memory=budget)(x))
+    assert peak <= budget
+    torch.testing.assert_close(jac, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("derive", [jacfunc.jacrev, jacfunc.jacfwd, jacfunc.jacobian])
+def test_a_budget_must_hold_the_result(derive, device):
+    func = tanh_of(torch.randn(ROWS, COLUMNS, device=device))
+    with pytest.raises(ValueError, match=r"memory: it must hold the Jacobian .* got 9.77 KiB"):
+        derive(func, memory="10 kB")(torch.randn(COLUMNS, device=device))
+
+
+def test_memory_in_words():
+    for words, size in (("1 kB", 1000), ("2KiB", 2048), ("1.5 GB", 1_500_000_000), ("7", 7)):
+        assert check_memory("api", words) == size
+    assert check_memory("api", 5) == 5
+    assert check_memory("api", None) is None
+
+
+@pytest.mark.parametrize("words", ["much", "-1 GB", "1 XB", "", 0, -3])
+def test_memory_that_is_none(words):
+    with pytest.raises(ValueError, match="jacrev: memory must be a positive number of bytes, got"):
+        jacfunc.jacrev(torch.sin, memory=words)
+    with pytest.raises(TypeError, match="jacfwd: memory must be a number of bytes, a string"):
+        jacfunc.jacfwd(torch.sin, memory=2.0)
+    with pytest.raises(ValueError, match="strategy 'looped' must have no memory"):
+        jacfunc.jacobian(torch.sin, strategy="looped", memory=10)
+    with pytest.raises(ValueError, match="memory must come with a strategy's name"):
+        jacfunc.jacobian(torch.sin, strategy=jacfunc.Reverse(), memory=10)
+
+
+def sizes_taken(total, chunk, bytes_of=lambda size: 0):
+    taken = []
+
+    def take(start, stop):
+        taken.append(stop - start)
+        return (torch.empty(bytes_of(stop - start), dtype=torch.uint8),)
+
+    list(in_chunks(total, chunk, take))
+    return taken
+
+
+def test_chunks_grow_to_what_fits_and_stay():
+    within = Within(4000)
+    assert sizes_taken(200, within, lambda size: 40 * size) == [2, 96, 96, 6]
+    assert within.settled == [96]
+    assert sizes_taken(100, within, lambda size: 40 * size) == [96, 4]
+
+
+def test_a_constant_that_hides_the_growth_is_not_trusted():
+    assert sizes_taken(100, Within(1000), lambda size: 300 + 20 * size) == [2, 5, 12, 16, 16, 16, 16, 16, 1]
+    taken = sizes_taken(3000, Within(1000), lambda size: max(300, 20 * size))
+    assert max(taken) <= 50
+
+
+def test_chunks_have_a_limit():
+    assert sizes_taken(20, Within(10**9, at_most=8), lambda size: size) == [2, 8, 8, 2]
+    assert sizes_taken(20, Within(10**9), lambda size: size) == [2, 18]
+    assert sizes_taken(3, Within(1), lambda size: 10 * size) == [2, 1]
+    assert sizes_taken(0, Within(1)) == [0]

@@ -7,7 +7,7 @@ anew and not copied, because torch can't copy a pruned one.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import product
@@ -235,40 +235,15 @@ class Failing(NamedTuple):
 FORWARD = ("forward",)
 FAILING = (
     Failing(
-        "no batching rule over tangents: a raw error, where columns could go one by one",
-        ("mlp RReLU eval", "mlp RReLU train", "AdaptiveLogSoftmaxWithLoss"),
-        modes=("whole",),
-        strategies=FORWARD,
-    ),
-    Failing(
-        "torch can't pack under vmap or jvp: a raw error, not a refusal",
-        ("GRU packed",),
-        wrt=("params",),
-        modes=("whole",),
-        strategies=FORWARD,
-    ),
-    Failing(
-        "torch.autograd.grad can't run in forward mode: a raw error, not a refusal",
-        ("autograd.grad inside",),
-        modes=("whole",),
+        "a mark for torch's profiler is taken for a custom operator",
+        ("DataParallel",),
         strategies=FORWARD,
     ),
     Failing(
         "torch resizes an output of log_sigmoid under two vmaps, and warns",
         ("mlp LogSigmoid",),
         modes=("per sample",),
-        strategies=("reverse", "auto"),
-    ),
-    Failing(
-        "sparse gradients are not made dense",
-        ("Embedding sparse",),
-        wrt=("params",),
-        strategies=("reverse", "looped", "auto"),
-    ),
-    Failing(
-        "one module under two names: the clones are left in it for its parameters",
-        ("twice in a Sequential",),
-        wrt=("params",),
+        strategies=("reverse",),
     ),
     Failing(
         "torch.no_grad does not stop tangents: forward mode differs, silently",
@@ -277,39 +252,8 @@ FAILING = (
     ),
     Failing(
         "hooks on gradients do not touch tangents: forward mode differs, silently",
-        ("backward hook", "tensor hook"),
+        ("tensor hook",),
         strategies=FORWARD,
-    ),
-    Failing(
-        "a parameter that is taken from elsewhere is not swapped: zeros, silently",
-        ("parameters in a plain list",),
-        wrt=("params",),
-    ),
-    Failing(
-        "inputs are constants that are not cloned: the module writes into the caller's",
-        ("in place",),
-        wrt=("params",),
-    ),
-    Failing(
-        "zeros for the parameters inside, with a warning of torch",
-        ("checkpoint reentrant",),
-        wrt=("params",),
-        strategies=("looped", "auto"),
-    ),
-    Failing(
-        "zeros for the parameters inside, with a warning of torch",
-        ("checkpoint reentrant",),
-        wrt=("params",),
-        modes=("whole",),
-        strategies=("reverse",),
-    ),
-    Failing(
-        "torch's raw error, which does not say to pass the module inside",
-        ("DataParallel",),
-    ),
-    Failing(
-        "torch's raw error; by inputs no parameter need be swapped",
-        ("TorchScript script", "TorchScript trace"),
     ),
 )
 
@@ -321,14 +265,6 @@ def marks(*case: str) -> list[pytest.MarkDecorator]:
         for f in FAILING
         if name in f.names and mode in f.modes and wrt in f.wrt and strategy in f.strategies
     ]
-
-
-def xfail_if(reasons: Mapping[str, str], case: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(strict=True, reason=reasons[case])] if case in reasons else []
-
-
-def with_marks(names: Iterable[str], reasons: Mapping[str, str]) -> list[Any]:
-    return [pytest.param(name, marks=xfail_if(reasons, name)) for name in names]
 
 
 def is_judged(name: str, mode: str, wrt: str, strategy: str) -> bool:
@@ -367,14 +303,7 @@ def says_what_to_do(message: str) -> bool:
     return message.startswith("module_jacobian: ") and advice in verbs
 
 
-DAMAGED = {
-    "twice in a Sequential": "the clones are left in it for its parameters",
-    "in place": "it writes into the caller's inputs",
-}
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("name", with_marks(KINDS, DAMAGED))
+@pytest.mark.parametrize("name", KINDS)
 def test_a_module_that_fails_is_left_as_it_was(name: str) -> None:
     strategy = "reverse" if name in CRASHES else "forward"
     for case in (("params", "whole", "reverse"), ("inputs", "per sample", strategy)):
@@ -382,11 +311,7 @@ def test_a_module_that_fails_is_left_as_it_was(name: str) -> None:
             jacobian_of(KINDS[name], *case, fails=True)
 
 
-KEEPS = {
-    "remembered activation": "an activation, wrapped by functorch, stays in the module",
-    "spectral_norm by hook": "the weight that its hook computes is another one",
-    "pruned": "the weight that its hook computes is another one",
-}
+KEEPS = ("remembered activation", "spectral_norm by hook", "pruned")
 
 
 def plain_tensors(module: nn.Module) -> list[int]:
@@ -396,7 +321,7 @@ def plain_tensors(module: nn.Module) -> list[int]:
     return [id(value) for value in flat if is_tensor(value)]
 
 
-@pytest.mark.parametrize("name", with_marks(["GRU", "parameters in a plain list", *KEEPS], KEEPS))
+@pytest.mark.parametrize("name", ["GRU", "parameters in a plain list", *KEEPS])
 def test_plain_attributes_are_left_as_they_were(name: str) -> None:
     kind = KINDS[name]
     for strategy in STRATEGIES[:2]:
@@ -414,19 +339,9 @@ CHUNKED = {
     "forward by 3": jacfunc.Forward(chunk_size=3),
     "columns": jacfunc.Looped(over="columns"),
 }
-NOT_IN_CHUNKS = {
-    "mlp RReLU train-forward by 3": "no batching rule over tangents: a raw error",
-}
 
 
-@pytest.mark.parametrize(
-    ("name", "strategy"),
-    [
-        pytest.param(name, strategy, id=case, marks=xfail_if(NOT_IN_CHUNKS, case))
-        for name, strategy in product(RANDOM_KINDS, CHUNKED)
-        for case in [f"{name}-{strategy}"]
-    ],
-)
+@pytest.mark.parametrize(("name", "strategy"), list(product(RANDOM_KINDS, CHUNKED)))
 def test_all_chunks_see_the_same_draw(name: str, strategy: str) -> None:
     kind = KINDS[name]
     got = jacobian_of(kind, "inputs", "whole", CHUNKED[strategy])
@@ -444,10 +359,6 @@ def random_cases() -> Iterator[Any]:
         reason, run = "", True
         if name in CRASHES and strategy == "forward":
             reason, run = "torch ends the process", False
-        elif randomness == "error" and strategy in ("looped", "auto"):
-            reason = "every sample has a draw of its own, where an error was asked for"
-        elif randomness == "same" and is_looped(name, strategy):
-            reason = "every sample has a draw of its own, where the same was asked for"
         marks = [pytest.mark.xfail(strict=True, reason=reason, run=run)] if reason else []
         yield pytest.param(*case, id="-".join(case), marks=marks)
 
@@ -502,8 +413,16 @@ class PythonsRandom(nn.Module):
         return random.getstate()
 
 
-@pytest.mark.xfail(strict=True, reason="only torch's default generators are rewound")
-@pytest.mark.parametrize("make", [OwnGenerator, PythonsRandom])
+@pytest.mark.parametrize(
+    "make",
+    [
+        OwnGenerator,
+        pytest.param(
+            PythonsRandom,
+            marks=pytest.mark.xfail(strict=True, reason="only torch's generators are rewound"),
+        ),
+    ],
+)
 def test_other_generators_are_rewound_too(make: type[nn.Module]) -> None:
     module, x = make(), torch.ones(3)
     before = module.state()
@@ -559,9 +478,7 @@ UNCLEAR = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.xfail(strict=True)) for c in UNCLEAR]
-)
+@pytest.mark.parametrize("case", UNCLEAR)
 def test_errors_speak_of_modules(case: str) -> None:
     build, words = UNCLEAR[case]
     with pytest.raises((*REFUSALS, RuntimeError), match=words) as caught:

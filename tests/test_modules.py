@@ -1,6 +1,7 @@
 """Jacobians of whole modules, against a looped reference of parameters and inputs."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -339,3 +340,96 @@ def test_trees_and_keywords_as_inputs():
 def test_messages(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+class Keeps(nn.Module):
+    """Writes into all that a module can hold beside parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.steps = torch.zeros(())
+        self.history = [torch.ones(3)]
+        self.by_name = {"weight": self.layer.weight}
+
+    def forward(self, x):
+        self.steps += 1
+        self.history.append(self.layer(x))
+        self.register_buffer("cache", self.history[-1])
+        self.last = self.cache * self.steps
+        return self.last @ self.by_name["weight"]
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "forward", "looped"])
+def test_whatever_a_module_keeps_is_left_as_it_was(strategy, per_sample):
+    torch.manual_seed(0)
+    module, x = Keeps().double(), torch.randn(3, 4, dtype=torch.float64)
+    find = per_sample_reference if per_sample else reference
+    params, _ = find(module, x)
+    before, steps, history = set(vars(module)), module.steps, module.history
+    jac = jacfunc.module_jacobian(module, per_sample=per_sample, strategy=strategy)(x)
+    torch.testing.assert_close(jac, params)
+    assert set(vars(module)) == before
+    assert module.steps is steps
+    assert steps == 0
+    assert module.history is history
+    assert len(history) == 1
+    assert not list(module.buffers())
+    assert module.by_name["weight"] is module.layer.weight
+
+
+def test_what_a_checkpoint_runs_again_writes_into_copies():
+    class Net(Checkpointed):
+        def __init__(self):
+            super().__init__()
+            self.inner.append(nn.BatchNorm1d(5))
+
+    torch.manual_seed(0)
+    module, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    before = snapshot(module)
+    params, _ = reference(module, x)
+    jac = jacfunc.module_jacobian(module, select="outer.*", strategy="looped")(x)
+    torch.testing.assert_close(jac, {name: params[name] for name in jac})
+    torch.testing.assert_close(snapshot(module)[0], before[0], rtol=0, atol=0)
+
+
+def test_reentrant_checkpoints_are_refused_each_time():
+    class Net(Checkpointed):
+        def forward(self, x):
+            return self.outer(checkpoint(self.inner, x, use_reentrant=True))
+
+    module, x = Net(), torch.ones(2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        filters = list(warnings.filters)
+        with pytest.warns(UserWarning, match="None of the inputs"):
+            module(x)
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match="Pass use_reentrant=False"):
+                jacfunc.module_jacobian(module, strategy="reverse")(x)
+        assert warnings.filters == filters
+
+
+def test_scripted_parts_are_constants():
+    torch.manual_seed(0)
+    inner = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double())
+    module = nn.Sequential(inner, nn.Linear(4, 2).double())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    before = snapshot(module)
+    jac = jacfunc.module_jacobian(module, ("params", "inputs"), select="1.*")(x)
+    torch.testing.assert_close(snapshot(module)[0], before[0], rtol=0, atol=0)
+    assert snapshot(module)[1] == before[1]
+    copied = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+    copied.load_state_dict(inner.state_dict())
+    params, inputs = reference(nn.Sequential(copied, module[1]), x)
+    torch.testing.assert_close(jac, ({n: params[n] for n in ("1.weight", "1.bias")}, inputs))
+    with pytest.raises(ValueError, match=r"got 0\.0\.weight of TorchScript\. Pass wrt='inputs'"):
+        jacfunc.module_jacobian(module)(x)
+    with pytest.raises(ValueError, match=r"over the batch in 0\.1"):
+        jacfunc.module_jacobian(module, "inputs", per_sample=True)(x)
+
+
+def test_modules_with_the_batch_behind_have_no_samples():
+    with pytest.raises(ValueError, match="got batch_first=False"):
+        jacfunc.module_jacobian(nn.GRU(4, 2), per_sample=True)(torch.ones(3, 5, 4))

@@ -80,12 +80,12 @@ _NO_FORWARD = """
         nn.functional.grid_sample nn.functional.linear_cross_entropy.chunked
         nn.functional.linear_cross_entropy.chunked_none
         nn.functional.multi_head_attention_forward nn.functional.multi_margin_loss
-        nn.functional.multilabel_margin_loss nn.functional.pdist nn.functional.rrelu normal
+        nn.functional.multilabel_margin_loss nn.functional.pdist normal
         normal.number_mean ormqr pca_lowrank scatter_reduce.prod svd_lowrank tensor_split
         to_sparse triangular_solve
 """
 
-# Refused, by torch or by jacfunc/_faults.py. Random operators are refused inside vmap.
+# Refused, by torch or by jacfunc/_faults.py and _guard.py. Random operators are refused inside vmap.
 REFUSED = {
     "jacfwd": _NO_FORWARD,
     "hessian": """
@@ -94,27 +94,16 @@ REFUSED = {
         nn.functional.multilabel_margin_loss nn.functional.pdist
     """,
     "vmap jacrev": """
-        _batch_norm_with_update _native_batch_norm_legit as_strided_scatter bernoulli cov
-        native_batch_norm nn.functional.batch_norm nn.functional.fractional_max_pool2d
-        nn.functional.fractional_max_pool3d nn.functional.gaussian_nll_loss
-        nn.functional.instance_norm nn.functional.linear_cross_entropy.chunked
-        nn.functional.linear_cross_entropy.chunked_none nn.functional.max_unpool2d.grad
-        nn.functional.multi_head_attention_forward nn.functional.rrelu normal
-        normal.number_mean pca_lowrank svd_lowrank tensor_split to_sparse
+        bernoulli nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
+        nn.functional.multi_head_attention_forward normal normal.number_mean pca_lowrank
+        svd_lowrank
     """,
-    "vmap jacfwd": _NO_FORWARD
-    + """
-        _batch_norm_with_update _native_batch_norm_legit cov cumprod linalg.det
-        linalg.slogdet linalg.solve linalg.solve_ex linalg.tensorsolve logdet
-        native_batch_norm nn.functional.batch_norm nn.functional.gaussian_nll_loss
-        nn.functional.instance_norm
-    """,
+    "vmap jacfwd": _NO_FORWARD,
 }
 
 # Refused by us where torch.func is right.
 _CHUNKED = "zero unless torch falls back to the unchunked form, which it does for soft targets"
 _TRIANGLE = "right only where the tangents are triangular too"
-_ONE_BY_ONE = "right only for matrices of one entry"
 OURS = {
     ("nn.functional.linear_cross_entropy.chunked", "jacfwd"): _CHUNKED,
     ("nn.functional.linear_cross_entropy.chunked", "vmap jacfwd"): _CHUNKED,
@@ -123,9 +112,6 @@ OURS = {
     ("native_layer_norm", "hessian"): "torch's double backward fails on a bias without a weight",
     ("triangular_solve", "jacfwd"): _TRIANGLE,
     ("triangular_solve", "vmap jacfwd"): _TRIANGLE,
-    ("linalg.det", "vmap jacfwd"): _ONE_BY_ONE,
-    ("linalg.slogdet", "vmap jacfwd"): _ONE_BY_ONE,
-    ("logdet", "vmap jacfwd"): _ONE_BY_ONE,
 }
 
 # Not a number, for all to see, where the loop finds one.

@@ -136,3 +136,64 @@ def test_out_dims_that_do_not_fit(out_dims: Any) -> None:
 def test_sizes_that_differ_are_torchs_error() -> None:
     with pytest.raises(ValueError, match="same size in the mapped dimension"):
         jacfunc.vmap(total)(X, torch.ones(5, 1))
+
+
+# --- what torch can't vmap goes one by one ---
+
+
+def branches(x):
+    return x.sin() if x.sum().item() > 0 else x.cos()
+
+
+POINTS = torch.tensor([[1.0, 2.0], [-1.0, -2.0], [0.5, 0.1]], dtype=torch.float64)
+
+
+def test_data_dependent_functions_are_looped_and_the_log_says_so(caplog):
+    with caplog.at_level("INFO", "jacfunc"):
+        mapped = jacfunc.vmap(branches)(POINTS)
+    assert torch.equal(mapped, torch.stack([branches(x) for x in POINTS]))
+    assert "func does not run under vmap, samples go one by one" in caplog.text
+
+
+@pytest.mark.parametrize("derive", [jacfunc.jacrev, jacfunc.jacobian, jacfunc.hessian])
+def test_derivatives_of_data_dependent_functions(derive):
+    expected = torch.stack([derive(branches)(x) for x in POINTS])
+    torch.testing.assert_close(jacfunc.vmap(derive(branches))(POINTS), expected)
+    in_chunks = jacfunc.vmap(derive(branches), chunk_size=2)(POINTS)
+    torch.testing.assert_close(in_chunks, expected)
+
+
+def test_looped_samples_keep_to_in_dims_and_out_dims():
+    def func(x, y):
+        return x * y if y.sum().item() > 0 else x
+
+    scale = torch.ones(2, dtype=torch.float64)
+    mapped = jacfunc.vmap(func, in_dims=(1, None), out_dims=1)(POINTS.T, scale)
+    assert torch.equal(mapped, POINTS.T)
+
+
+def test_an_error_of_the_function_is_its_own():
+    def wrong(x):
+        return torch.ones(3) @ x
+
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        jacfunc.vmap(wrong)(torch.ones(4, 2))
+
+
+def noisy(x):
+    return x + torch.rand(()) if x.sum().item() != 0 else x
+
+
+def test_random_functions_draw_as_the_word_says_when_looped():
+    x = torch.ones(4, 2)
+    with pytest.raises(NotImplementedError, match=r"vmap: .* randomness='error'. Pass randomness="):
+        jacfunc.vmap(noisy)(x)
+    same = jacfunc.vmap(noisy, randomness="same")(x)
+    assert torch.equal(same, same[:1].expand_as(same))
+    different = jacfunc.vmap(noisy, randomness="different")(x)
+    assert len(different.unique()) == 4
+
+
+def test_random_functions_are_refused_with_advice_when_vmapped():
+    with pytest.raises(NotImplementedError, match=r"vmap: .*Pass randomness='same'"):
+        jacfunc.vmap(torch.nn.functional.dropout)(torch.ones(4, 2))

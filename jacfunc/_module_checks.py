@@ -1,0 +1,102 @@
+"""What a call of a module must fulfil, and what torch would get wrong inside it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import checkpoint
+
+from jacfunc._check import is_differentiable
+from jacfunc._functorch import inside_derivative
+from jacfunc._parameters import ModuleState
+from jacfunc._tree import flatten
+from jacfunc._types import Tree
+
+_NO_GRADIENTS = "None of the inputs have requires_grad"
+
+
+def check_call(api: str, state: ModuleState, create_graph: bool) -> None:
+    """What no call can do."""
+    if not create_graph and inside_derivative():
+        raise ValueError(
+            f"{api}: inside another derivative the result must keep its graph, got "
+            "create_graph=False, whose derivative would be zero. Pass create_graph=True."
+        )
+    for name, part in state.parts.items():
+        module = part.module
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                f"{api}: a module must run on one device, got DataParallel over "
+                f"{len(module.device_ids)} in {name or 'the module'}. Pass module.module instead."
+            )
+
+
+def check_inputs(api: str, point: Tree) -> None:
+    """Inputs to differentiate by."""
+    leaves = flatten(point)[0]
+    if leaves and not any(map(is_differentiable, leaves)):
+        kinds = sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves})
+        raise TypeError(
+            f"{api}: with wrt='inputs' these must hold at least one floating point tensor to "
+            f"differentiate, got {', '.join(kinds)}. Pass wrt='params', or floating point inputs."
+        )
+
+
+def check_parameters(api: str, state: ModuleState) -> None:
+    """Torch's compiled code keeps to what it once took for constants."""
+    for part in state.parts.values():
+        if part.is_scripted:
+            own = {id(param) for param in part.params.values()}
+            if name := next((n for n, param in state.chosen.items() if id(param) in own), None):
+                raise ValueError(
+                    f"{api}: parameters must be those of Python modules, got {name} of "
+                    "TorchScript. Pass wrt='inputs', or the module that it was made from."
+                )
+
+
+def check_samples(api: str, state: ModuleState) -> None:
+    """Samples must not depend on each other."""
+    for name, part in state.parts.items():
+        module = part.module
+        scripted = str(module.original_name) if part.is_scripted else ""
+        is_norm = isinstance(module, _BatchNorm) or "BatchNorm" in scripted
+        if is_norm and (module.training or part.buffers.get("running_mean") is None):
+            raise ValueError(
+                f"{api}: per_sample needs samples that do not depend on each other, got batch "
+                f"normalization over the batch in {name or 'the module'}. "
+                "Call module.eval(), or leave per_sample out."
+            )
+    if getattr(state.parts[""].module, "batch_first", True) is False:
+        raise ValueError(
+            f"{api}: per_sample needs a module with the batch in front, got batch_first=False. "
+            "Use batch_first=True, or leave per_sample out."
+        )
+
+
+@contextmanager
+def reentrant_checkpoints_refused(api: str) -> Iterator[None]:
+    """Torch would give zeros for the parameters inside, and warn; or fail in the sweeps."""
+    filters: Any = warnings.filters
+    refusal = ("error", re.compile(_NO_GRADIENTS), UserWarning, None, 0)
+    # not catch_warnings, after which all warnings that were shown once would be shown again
+    filters.insert(0, refusal)
+    shown = vars(checkpoint).get("__warningregistry__", {})
+    for key in [key for key in shown if _NO_GRADIENTS in str(key)]:
+        del shown[key]
+    try:
+        yield
+    except (UserWarning, RuntimeError) as error:
+        if _NO_GRADIENTS in str(error) or "use_reentrant=True" in str(error):
+            raise NotImplementedError(
+                f"{api}: checkpoints must not be reentrant, got one that is, whose gradients torch "
+                "gives to backward() alone. Pass use_reentrant=False to checkpoint."
+            ) from error
+        raise
+    finally:
+        filters.remove(refusal)

@@ -1,0 +1,75 @@
+"""How fast this machine is, and how much memory it has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jacfunc import _machine
+from jacfunc._counting import PeakBytes
+from jacfunc._machine import Machine, free_bytes, machine, power_of_four
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def here(request: pytest.FixtureRequest) -> Machine:
+    return machine(CPU, request.param)
+
+
+def test_everything_takes_time(here: Machine) -> None:
+    for name in ("evaluate", "pull", "pull_batch", "push", "push_batch"):
+        assert getattr(here, name).seconds(10) > 0, name
+    assert here.scaling >= 0
+    assert all(here.write(size) > 0 for size in (1, 10**5, 10**6, 10**8))
+    assert all(here.flop(k, conv, fwd) > 0 for k in (1, 300) for conv in (0, 1) for fwd in (0, 1))
+
+
+def test_it_is_measured_once(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = here.write(10**6), here.flop(64, False, False), here.pull
+    monkeypatch.setattr(Machine, "_seconds", None)
+    assert (here.write(1_100_000), here.flop(60, False, True), here.pull) == found
+    assert machine(CPU, torch.float64) is machine(CPU, torch.float64)
+
+
+def test_measuring_disturbs_nobody() -> None:
+    state = torch.get_rng_state()
+
+    def func(x: torch.Tensor) -> torch.Tensor:
+        return x * Machine(CPU, torch.float32).pull_batch.seconds(1)
+
+    with torch.no_grad(), PeakBytes() as counter:
+        assert not torch.is_grad_enabled()
+        torch.func.vmap(func)(torch.ones(3))
+    assert counter.peak < 1000
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("number", "near"), [(0, 4), (1, 4), (7, 4), (9, 16), (100, 64), (999, 256)]
+)
+def test_sizes_near_each_other_are_measured_as_one(number: int, near: int) -> None:
+    assert power_of_four(number, 4, 256) == near
+
+
+def test_free_memory_is_some_and_not_all() -> None:
+    assert 0 < free_bytes(CPU) < 2**50
+
+
+def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_machine, "CGROUP", tmp_path)
+    whole = free_bytes(CPU)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(CPU) > whole / 2
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("4000000\n")
+    assert free_bytes(CPU) == 1_000_000
+
+
+def test_where_nobody_says_how_much_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_machine, "MEMINFO", tmp_path / "none")
+    assert 0 < free_bytes(CPU) < 2**50
