@@ -75,6 +75,12 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor without its tangent."""
+    primal: Tensor = forward_ad.unpack_dual(tensor).primal
+    return primal
+
+
 def num_vmap_levels() -> int:
     """How many vmaps are active."""
     return sum(key == TransformType.Vmap for key in _keys())

@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._check import Refused
-from jacfunc._functorch import below_transforms, has_tangent, is_second_order_forward
+from jacfunc._check import Refused, is_differentiable
+from jacfunc._functorch import (
+    below_transforms,
+    constant,
+    has_tangent,
+    is_second_order_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -140,23 +145,28 @@ class ForwardGuard(TorchFunctionMode):
         kwargs = kwargs or {}
         # graphs of torch.fx and torch.export call overloads, decomposed ones under private names
         name = getattr(func, "_opname", getattr(func, "__name__", "")).lstrip("_")
+        if name == "set_grad_enabled":
+            self._is_recording |= bool(args[0])
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
-        if self._is_recording and not torch.is_grad_enabled() and name != "get__":
-            self._check_constant(name, args)
         for fault in FORWARD_FAULTS:
             if name in fault.names and fault.applies(kwargs, args, self._outer_vmaps):
                 raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
         if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
             raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
         result = func(*args, **kwargs)
+        if self._is_recording and not torch.is_grad_enabled() and is_differentiable(result):
+            return without_tangent(result, name, args)
         if name in _DETERMINANTS and bool((below_transforms(result) == 0).any()):
             raise Refused(f"torch's forward mode of {name} is zero at a singular matrix")
         return result
 
-    def _check_constant(self, name: str, args: tuple[Any, ...]) -> None:
-        if any(isinstance(arg, torch.Tensor) and has_tangent(arg) for arg in args):
-            raise Refused(f"torch's forward mode goes through torch.no_grad(), here through {name}")
+
+def without_tangent(result: torch.Tensor, name: str, args: tuple[Any, ...]) -> torch.Tensor:
+    """What is computed under torch.no_grad() is a constant to reverse mode, so to forward mode."""
+    if name.endswith("_") and not name.endswith("__") and has_tangent(args[0]):
+        raise Refused(f"torch's forward mode goes on through torch.no_grad(), here through {name}")
+    return constant(result)
 
 
 def _lacks_forward_rule(op: torch._ops.OpOverload) -> bool:

@@ -254,7 +254,17 @@ def test_chunks_grow_to_what_fits_and_stay():
 
 
 def test_a_constant_that_hides_the_growth_is_not_trusted():
-    assert sizes_taken(100, Within(1000), lambda size: 300 + 20 * size) == [2, 5, 12, 16, 16, 16, 16, 16, 1]
+    assert sizes_taken(100, Within(1000), lambda size: 300 + 20 * size) == [
+        2,
+        5,
+        12,
+        16,
+        16,
+        16,
+        16,
+        16,
+        1,
+    ]
     taken = sizes_taken(3000, Within(1000), lambda size: max(300, 20 * size))
     assert max(taken) <= 50
 

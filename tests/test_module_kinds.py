@@ -235,20 +235,10 @@ class Failing(NamedTuple):
 FORWARD = ("forward",)
 FAILING = (
     Failing(
-        "a mark for torch's profiler is taken for a custom operator",
-        ("DataParallel",),
-        strategies=FORWARD,
-    ),
-    Failing(
         "torch resizes an output of log_sigmoid under two vmaps, and warns",
         ("mlp LogSigmoid",),
         modes=("per sample",),
         strategies=("reverse",),
-    ),
-    Failing(
-        "torch.no_grad does not stop tangents: forward mode differs, silently",
-        ("no_grad inside",),
-        strategies=FORWARD,
     ),
     Failing(
         "hooks on gradients do not touch tangents: forward mode differs, silently",

@@ -85,7 +85,7 @@ _NO_FORWARD = """
         to_sparse triangular_solve
 """
 
-# Refused, by torch or by jacfunc/_faults.py and _guard.py. Random operators are refused inside vmap.
+# Refused, by torch, or by jacfunc in _faults.py and _guard.py; random operators inside vmap.
 REFUSED = {
     "jacfwd": _NO_FORWARD,
     "hessian": """
