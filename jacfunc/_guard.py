@@ -145,8 +145,6 @@ class ForwardGuard(TorchFunctionMode):
         kwargs = kwargs or {}
         # graphs of torch.fx and torch.export call overloads, decomposed ones under private names
         name = getattr(func, "_opname", getattr(func, "__name__", "")).lstrip("_")
-        if name == "set_grad_enabled":
-            self._is_recording |= bool(args[0])
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
         for fault in FORWARD_FAULTS:

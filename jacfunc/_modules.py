@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -151,11 +150,9 @@ def _caller(module: nn.Module, by_inputs: bool, per_sample: bool) -> Callable[..
     def call(params: dict[str, Tensor], point: Tree, kwargs: Tree, setting: Setting) -> Tree:
         point = map_tensors(differentiated if by_inputs else copied, point)
         kwargs = map_tensors(copied, kwargs) if kwargs else kwargs
-        recording: AbstractContextManager[object] = nullcontext()
         if is_pushing():
             setting.state.check_forward()
-            recording = torch.enable_grad()  # as in reverse mode: no_grad inside is then noticed
-        with setting.state.lent(params), recording:
+        with setting.state.lent(params):
             output = module(point, **kwargs) if setting.is_single else module(*point, **kwargs)
             return map_tensors(_of_one, output) if per_sample else output
 

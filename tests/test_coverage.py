@@ -86,6 +86,7 @@ NOT_YET: dict[str, dict[str, str]] = {
     "wrong: what one sample raises, every sample of a vmap catches": {
         "per sample": "try_and_except",
     },
+    "wrong: with grad mode off outside, no_grad inside is not seen": {"jacfwd": "no_grad inside"},
     "wrong: forward mode passes by hooks that are set where a tensor requires grad": {
         "jacfwd": "tensor_hook, tensor hook",
     },

@@ -414,9 +414,7 @@ def test_forward_mode_stops_where_reverse_mode_is_stopped():
             y.mul_(2)
         return y
 
-    with pytest.raises(
-        NotImplementedError, match=r"goes on through torch.no_grad\(\), .* mul_"
-    ):
+    with pytest.raises(NotImplementedError, match=r"goes on through torch.no_grad\(\), .* mul_"):
         jacfunc.jacfwd(overwritten)(x)
 
     def hooked(x):
