@@ -25,6 +25,9 @@ from jacfunc._types import Argnums, Tree
 from jacfunc.strategies import Looped, Strategy
 from jacfunc.strategies._forward import Randomness
 
+UNMAPPED = 0
+"""Samples at once, where no plan runs under vmap."""
+
 
 def each_sample(
     api: str,
@@ -102,12 +105,17 @@ class _Batch:
         """As the strategy plans for calls of this kind; looped where torch vmaps no plan."""
         signature = kinds_of((self.params, self.point, self.kwargs))
         plan, chunk = strategy.known.get(signature) or self._plan(strategy)
+        if chunk == UNMAPPED:
+            note("samples go one by one, as none of the plans ran under vmap before")
+            return self.looped(strategy)
         try:
             plan, result = attempt(plan, lambda plan: self._refusable(plan.strategy, chunk))
         except Refused as refusal:
             note("samples go one by one: %s", refusal)
+            strategy.known[signature] = plan, UNMAPPED
             return self.looped(strategy)
         strategy.known[signature] = plan, chunk
+        note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
 
     def check_randomness(self, error: RuntimeError) -> None:

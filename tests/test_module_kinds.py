@@ -245,11 +245,6 @@ FAILING = (
         ("no_grad inside",),
         strategies=FORWARD,
     ),
-    Failing(
-        "hooks on gradients do not touch tangents: forward mode differs, silently",
-        ("tensor hook",),
-        strategies=FORWARD,
-    ),
 )
 
 

@@ -307,3 +307,36 @@ def test_explain_tells_what_was_tried() -> None:
     )
     assert "Forward(chunk_size=None, randomness='same') was refused" in told.steps[0]
     assert "  then: " in repr(told)
+
+
+# --- per sample ---
+
+
+def test_samples_that_do_not_run_under_vmap_are_not_tried_again(device: str) -> None:
+    gru = nn.GRU(3, 2, batch_first=True).to(device)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = gru
+
+        def forward(self, x: Tensor) -> Tensor:
+            last: Tensor = self.gru(x)[0][:, -1]
+            return last
+
+    x = torch.randn(2, 4, 3, device=device)
+    derive = jacfunc.module_jacobian(Last(), "inputs", per_sample=True)
+    with trail() as steps:
+        first = derive(x)
+    assert any(step.startswith("samples go one by one: ") for step in steps)
+    with trail() as steps:
+        torch.testing.assert_close(derive(x), first)
+    assert steps[0] == "samples go one by one, as none of the plans ran under vmap before"
+
+
+def test_the_log_says_how_many_samples_went_at_once(device: str) -> None:
+    model = nn.Linear(3, 2).to(device)
+    x = torch.randn(4, 3, device=device)
+    with trail() as steps:
+        jacfunc.module_jacobian(model, per_sample=True)(x)
+    assert steps[-1].startswith("all samples at once, each: Reverse(chunk_size=None): 2 outputs")
