@@ -76,7 +76,6 @@ _LU_SOLVES = frozenset(
     for prefix in ("", "linalg_")
     for name in ("det", "slogdet", "logdet", "solve", "solve_ex", "tensorsolve")
 )
-_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _DETERMINANTS = frozenset({"det", "linalg_det"})
 _KEEPS_STATISTICS = frozenset(
     {
@@ -146,8 +145,6 @@ class ForwardGuard(TorchFunctionMode):
         kwargs = kwargs or {}
         # graphs of torch.fx and torch.export call overloads, decomposed ones under private names
         name = getattr(func, "_opname", getattr(func, "__name__", "")).lstrip("_")
-        if func == _REQUIRES_GRAD and has_tangent(args[0]):
-            return True  # as reverse mode answers: hooks are set where it does
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
         for fault in FORWARD_FAULTS:

@@ -1107,12 +1107,7 @@ STATEFUL = (
             no_forward("no tangent meets them", words="passes by the backward hooks of '1'"),
         ),
     ),
-    kind(
-        "tensor hook",
-        ClipsGradient,
-        (3,),
-        refusals=(no_forward("no tangent meets them", words="passes by the hooks of tensors"),),
-    ),
+    kind("tensor hook", ClipsGradient, (3,)),
     kind("in place", InPlace, (3,)),
     kind("weight decay", WeightDecay, (3,)),
     kind("parameters in a plain list", Listed, (3,)),

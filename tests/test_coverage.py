@@ -87,6 +87,9 @@ NOT_YET: dict[str, dict[str, str]] = {
         "per sample": "try_and_except",
     },
     "wrong: with grad mode off outside, no_grad inside is not seen": {"jacfwd": "no_grad inside"},
+    "wrong: forward mode passes by hooks that are set where a tensor requires grad": {
+        "jacfwd": "tensor_hook, tensor hook",
+    },
     "nan: torch's second derivative of sinc at zero": {"hessian": "sinc_at_zero"},
     "torch.func works, until its scripted module is optimized: then its forward mode is zero": {
         "jacfwd": "TorchScript script, TorchScript trace",

@@ -108,17 +108,10 @@ def test_jacrev_commutes_with_vmap(problem: Problem, device: str) -> None:
     assert_commutes_with_vmap(jacfunc.jacrev, func, points)
 
 
-REFUSED_UNDER_VMAP = {"solve", "det", "batched_det", "slogdet"}  # torch misreads memory there
-
-
 @pytest.mark.parametrize("problem", [p for p in MAPPED if p in PUSHED])
 def test_jacfwd_commutes_with_vmap(problem: Problem, device: str) -> None:
     func, point = at(problem, device)
     points = [moved(point, 1.0), moved(point, 0.9)]
-    if problem.name in REFUSED_UNDER_VMAP:
-        with pytest.raises(NotImplementedError, match="inside an outer vmap"):
-            assert_commutes_with_vmap(jacfunc.jacfwd, func, points)
-        return
     assert_commutes_with_vmap(jacfunc.jacfwd, func, points)
 
 

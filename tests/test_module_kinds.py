@@ -245,6 +245,11 @@ FAILING = (
         ("no_grad inside",),
         strategies=FORWARD,
     ),
+    Failing(
+        "hooks set where a tensor requires grad do not touch tangents: it differs, silently",
+        ("tensor hook",),
+        strategies=FORWARD,
+    ),
 )
 
 
