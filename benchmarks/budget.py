@@ -17,11 +17,11 @@ import jacfunc
 from benchmarks.measuring import peak_bytes, seconds
 from benchmarks.presenting import size
 
-CHUNKS = (1, 4, 16, 32, 64, 128, 256)
+CHUNKS = (8, 16, 32, 64, 128, 256)
 SHARE = 10
 """The budget is the unchunked peak divided by this."""
 
-ROUNDS = 15
+ROUNDS = 7
 TARGET = 1.3
 
 Run = Callable[[], Any]
