@@ -18,10 +18,18 @@ from jacfunc._check import Refused, check_memory
 from jacfunc._chunks import Chunk
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
-from jacfunc._machine import synchronize
+from jacfunc._machine import seconds_of
 from jacfunc._operators import JacobianOperator
-from jacfunc._planner import Auto, carry_out, counted_costs
-from jacfunc._plans import Plan, attempt, bounded, by_sizes, candidates
+from jacfunc._planner import carry_out, counted_costs
+from jacfunc._plans import (
+    Plan,
+    attempt,
+    bounded,
+    bounded_samples,
+    by_sizes,
+    candidates,
+    fastest,
+)
 from jacfunc._trail import note
 from jacfunc._types import Blocks
 from jacfunc._winners import winners
@@ -61,7 +69,7 @@ class Autotune:
         TypeError, ValueError: a budget that is none, a cache file that Autotune did not write.
 
     Cost:
-        On first use three to nine calls of each candidate that is not hopeless.
+        On first use three to 25 calls of each candidate that is not hopeless.
 
     Example:
         >>> import torch, jacfunc
@@ -109,16 +117,17 @@ class Autotune:
         self, operator: JacobianOperator, batch: int, run: Callable[[Swept, Chunk], Any]
     ) -> tuple[Plan, Chunk]:
         """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
+        costs = counted_costs(operator)
+        operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        if costs is None:
+            return by_sizes(operator, BOTH), None
         memory = check_memory("Autotune", self.memory)
-        plan, chunk = Auto(BOTH, memory).plan_samples(operator, batch, run)
+        plan, chunk = bounded_samples(fastest(costs.times(batch), BOTH), costs, batch, memory)
         if chunk is not None:  # memory decides, not time
             return plan, chunk
         key = f"{_key(operator)} × {batch}"
         won, device = self._won(operator, key), _device(operator)
         if won is None:
-            costs = counted_costs(operator.again())
-            if costs is None:
-                return plan, chunk
             possible = candidates(costs.times(batch), BOTH, REACH, FEW)
             won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
         operator.repeat_draws()
@@ -166,7 +175,7 @@ def _measured(
     first: dict[Swept, float] = {}
     for strategy in strategies:  # what torch sets up on first use is nobody's cost
         try:
-            first[strategy] = _seconds(run, strategy, device)
+            first[strategy] = seconds_of(partial(run, strategy), device)
         except Refused as refusal:
             note("%s was refused: %s", strategy, refusal)
             if strategy == strategies[-1] and not first:
@@ -179,19 +188,9 @@ def _measured(
     order, start = random.Random(0), time.perf_counter()
     for number in range(ROUNDS):
         for strategy in order.sample(list(times), len(times)):
-            times[strategy].append(_seconds(run, strategy, device))
+            times[strategy].append(seconds_of(partial(run, strategy), device))
         least = min(map(min, times.values()))
         times = {s: found for s, found in times.items() if min(found) <= HOPELESS * least}
         if number + 1 >= FEWEST and time.perf_counter() - start > SECONDS:
             break
     return {strategy: statistics.median(found) for strategy, found in times.items()}
-
-
-def _seconds(run: Callable[[Swept], Any], strategy: Swept, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    result = run(strategy)
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    del result  # after the clock has stopped
-    return seconds

@@ -13,10 +13,10 @@ from jacfunc._functorch import below_transforms
 from jacfunc._machine import Cost, Machine, is_here, machine
 from jacfunc._operators import JacobianOperator
 from jacfunc._work import Operation, Recorder
-from jacfunc.strategies import Forward, Looped, Reverse
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy
 
 
-def is_forward(strategy: Reverse | Forward | Looped) -> bool:
+def is_forward(strategy: Strategy) -> bool:
     """Does it push tangents?"""
     return isinstance(strategy, Forward) or strategy == Looped("columns")
 
@@ -63,7 +63,7 @@ class Costs:
             numel(outputs),
             numel(primals),
             entries * dtype.itemsize,
-            sum(below_transforms(out).numel() * out.element_size() for out in outputs),
+            sum(below_transforms(out).nbytes for out in outputs),
             recorder.live,
             speeds,
         )

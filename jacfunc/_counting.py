@@ -69,12 +69,18 @@ class PeakBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(key)
 
 
-def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """Storages of the dense tensors among arguments or results, which nest one list deep."""
+def dense_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among arguments or results, which nest one list deep.
+
+    Other layouts have no storage of their own: their parts are counted where they are made.
+    """
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _storages(value)
-        # other layouts have no storage of their own: their parts are counted where they are made
-        # nor do forward mode's zeros take any
+            yield from dense_tensors(value)
         elif isinstance(value, Tensor) and value.layout == torch.strided:
-            yield from () if value._is_zerotensor() else (value.untyped_storage(),)
+            yield value
+
+
+def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    """Of all but forward mode's zeros, which no memory stands behind."""
+    return (x.untyped_storage() for x in dense_tensors(values) if not x._is_zerotensor())

@@ -6,11 +6,12 @@ import html
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from jacfunc._autotune import Autotune
 from jacfunc._counting import PeakBytes
-from jacfunc._derive import carry_out
+from jacfunc._derive import jacobian_by
 from jacfunc._flat import FlatCall
 from jacfunc._foretell import Foreteller
 from jacfunc._operators import JacobianOperator
@@ -120,12 +121,8 @@ def explain(
             memory=memory,
             **kwargs,
         )
-
-        def take() -> None:
-            call = FlatCall("explain", func, argnums, has_aux, args, kwargs)
-            operator = JacobianOperator(call, call.primals)
-            carry_out("explain", lambda: found.materialize(operator))
-
+        derive = jacobian_by("explain", func, argnums, found, has_aux)
+        take = partial(derive, *args, **kwargs)
         take()
     start = time.perf_counter()
     take()
@@ -159,13 +156,12 @@ class Explanation:
     peak_bytes: int
 
     def __repr__(self) -> str:
-        width = max(len(name) for name, _, _ in self._rows())
         return "\n".join(
             [
                 f"{self.plan.strategy}: {self.plan.reason}",
                 *(f"  then: {step}" for step in self.steps),
                 *(
-                    f"  {name.ljust(width)}  {told.rjust(9)} forecast  {seen.rjust(9)} seen"
+                    f"  {name}  {told.rjust(9)} forecast  {seen.rjust(9)} seen"
                     for name, told, seen in self._rows()
                 ),
             ]

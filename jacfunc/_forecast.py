@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from jacfunc._basis import numel
 from jacfunc._blocks import columns_to_blocks, rows_to_blocks
 from jacfunc._chunks import Chunk
-from jacfunc._costs import Costs
+from jacfunc._costs import Costs, is_forward
 from jacfunc._counting import PeakBytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._tree import flatten, map_tensors
@@ -183,10 +183,10 @@ class _Probe(JacobianOperator):
             return strategy.materialize(self)
         except _Enough:
             pass  # what the sweeps left behind is freed before the result is taken
-        is_forward = isinstance(strategy, Forward)
-        swept, produced = (self.primals, self.outputs)[:: 1 if is_forward else -1]
+        pushes = is_forward(strategy)
+        swept, produced = (self.primals, self.outputs)[:: 1 if pushes else -1]
         products = tuple(leaf.new_empty((numel(swept), *leaf.shape)) for leaf in produced)
-        assemble = columns_to_blocks if is_forward else rows_to_blocks
+        assemble = columns_to_blocks if pushes else rows_to_blocks
         return assemble(products, self.outputs, self.primals)
 
     def forecast(self, strategy: Swept, blocks: Blocks) -> Forecast:

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import (
 
 from jacfunc._basis import numel
 from jacfunc._chunks import largest
-from jacfunc._costs import Costs
+from jacfunc._costs import Costs, is_forward
 from jacfunc._flat import FlatCall
 from jacfunc._forecast import Fakes, Forecast, Swept
 from jacfunc._types import Argnums, Tree
-from jacfunc.strategies import Forward, Looped
+from jacfunc.strategies import Looped
 
 
 class Foreteller:
@@ -72,10 +72,10 @@ class Foreteller:
         return replace(found, seconds=self._costs.seconds(strategy) if self._costs else None)
 
     def _by_sizes(self, strategy: Swept, error: Exception) -> Forecast:
-        seeds = self.columns if isinstance(strategy, Forward) else self.rows
+        seeds = self.columns if is_forward(strategy) else self.rows
         chunk = 1 if isinstance(strategy, Looped) else strategy.chunk_size
         sweeps = None if seeds is None else -(-seeds // largest(chunk, seeds))
-        evaluations = sweeps if isinstance(strategy, Forward) else 1
+        evaluations = sweeps if is_forward(strategy) else 1
         reason = f"by sizes alone, can't be run on fakes: {_in_words(error)}"
         return Forecast(strategy, evaluations, sweeps, None, self._result, None, reason)
 

@@ -141,20 +141,11 @@ class Machine:
     def _seconds(self, run: Callable[[], Any]) -> float:
         """The least of a few calls: nobody is faster than he can be."""
         with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
-            self._once(run)
-            found = [self._once(run)]
+            run()
+            found = [seconds_of(run, self.device)]
             while len(found) < REPEATS and sum(found) < ENOUGH:
-                found.append(self._once(run))
+                found.append(seconds_of(run, self.device))
             return min(found)
-
-    def _once(self, run: Callable[[], Any]) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        result = run()
-        synchronize(self.device)
-        seconds = time.perf_counter() - start
-        del result  # after the clock has stopped
-        return seconds
 
 
 def _pull_batch(operator: JacobianOperator, seeds: int | None = None) -> Callable[[], Any]:
@@ -171,8 +162,18 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
     return Machine(device, dtype)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what has been launched: a clock must not stop before it is done."""
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """One call, to the end of what it launches; its result is freed after the clock has stopped."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

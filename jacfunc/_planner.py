@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from jacfunc._chunks import Chunk
-from jacfunc._costs import Costs
+from jacfunc._costs import Costs, is_forward
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._functorch import is_pushing, uncompiled
@@ -130,7 +130,7 @@ def counted_costs(operator: JacobianOperator) -> Costs | None:
 
 def carry_out(plan: Plan, operator: JacobianOperator) -> Blocks:
     """Run a plan; say at INFO what ran, why, and how long it took beside the forecast."""
-    if isinstance(plan.strategy, Forward):
+    if is_forward(plan.strategy):
         operator.forget_graph()
     if not is_heard():
         return plan.strategy.materialize(operator)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from jacfunc._forecast import Swept
 from jacfunc.strategies import Forward, Looped, Reverse
 
-Strategies = Reverse | Forward | Looped
-KINDS: dict[str, type[Strategies]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
+KINDS: dict[str, type[Swept]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
 
 
 class Winners:
@@ -22,9 +22,9 @@ class Winners:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._found: dict[tuple[str, str], Strategies] = {}
+        self._found: dict[tuple[str, str], Swept] = {}
 
-    def get(self, device: torch.device, key: str) -> Strategies | None:
+    def get(self, device: torch.device, key: str) -> Swept | None:
         """The strategy that won before."""
         where = _where(device)
         if (where, key) not in self._found:
@@ -34,7 +34,7 @@ class Winners:
             self._found[where, key] = KINDS[kept["strategy"]](**kept["options"])
         return self._found[where, key]
 
-    def put(self, device: torch.device, key: str, strategy: Strategies, seconds: float) -> None:
+    def put(self, device: torch.device, key: str, strategy: Swept, seconds: float) -> None:
         """Remember a strategy; a file keeps what others have written to it meanwhile."""
         where = _where(device)
         self._found[where, key] = strategy

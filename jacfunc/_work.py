@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import flop_registry
 
-from jacfunc._counting import PeakBytes
+from jacfunc._counting import PeakBytes, dense_tensors
 from jacfunc._functorch import memory_of
 from jacfunc._types import Leaves
 
@@ -75,17 +74,19 @@ class Recorder(PeakBytes):
             raise Unrecordable(f"{func} has no graph of its own under a dispatch mode")
         result = super().__torch_dispatch__(func, types, args, kwargs)
         given = {**(kwargs or {})}
-        active = [x for x in _tensors((*args, *given.values())) if memory_of(x) in self._active]
+        active = [
+            x for x in dense_tensors((*args, *given.values())) if memory_of(x) in self._active
+        ]
         packet = getattr(func, "_overloadpacket", None)
         if active and packet not in BOOKKEEPING:
-            results = list(_tensors((result,)))
+            results = list(dense_tensors((result,)))
             is_view = {memory_of(x) for x in results} <= {memory_of(x) for x in active}
             flops = 0 if is_view else _flops(packet, args, given, result) * min(len(active), 2)
             self._active |= {memory_of(x) for x in results}
             self.operations.append(
                 Operation(
-                    0 if is_view else sum(map(_bytes, active)),
-                    0 if is_view else sum(map(_bytes, results)),
+                    0 if is_view else sum(x.nbytes for x in active),
+                    0 if is_view else sum(x.nbytes for x in results),
                     flops,
                     packet in CONVOLUTIONS,
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
@@ -100,16 +101,3 @@ def _flops(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
         return 2 * int(args[VECTOR_PRODUCTS[packet]].numel())
     formula = flop_registry.get(packet)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    """Dense tensors among arguments or results, which nest one list deep."""
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, Tensor) and value.layout == torch.strided:
-            yield value
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
