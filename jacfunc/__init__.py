@@ -4,7 +4,7 @@ from jacfunc._autotune import Autotune
 from jacfunc._batching import vmap
 from jacfunc._estimate import Estimate, estimate
 from jacfunc._explain import Explanation, explain, plan
-from jacfunc._modules import module_jacobian
+from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._plans import Plan
 from jacfunc._products import jvp, vjp
 from jacfunc._transforms import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
@@ -16,6 +16,7 @@ __all__ = [
     "Explanation",
     "Forward",
     "Looped",
+    "ModuleResult",
     "Plan",
     "Reverse",
     "Strategy",
@@ -27,6 +28,7 @@ __all__ = [
     "jacrev",
     "jvp",
     "module_jacobian",
+    "param_slices",
     "plan",
     "value_and_jacobian",
     "vjp",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -62,19 +62,6 @@ def vmap(
                 [[1.]]])
     """
     check_chunk_size("vmap", chunk_size)
-    return in_batches(func, in_dims, out_dims, randomness, chunk_size, may_loop=True)
-
-
-def in_batches(
-    func: Callable[..., Any],
-    in_dims: Tree,
-    out_dims: Tree,
-    randomness: Randomness,
-    chunk: Chunk,
-    may_loop: bool = False,
-) -> Callable[..., Any]:
-    """:func:`vmap`, with chunks of samples that may follow the memory."""
-    map_samples = _vmapped_or_looped if may_loop else _vmapped
 
     @wraps(func, updated=())
     def mapped(*args: Tree, **kwargs: Any) -> Any:
@@ -90,10 +77,9 @@ def in_batches(
             structure[:] = [spec]
             return tuple(outputs), ()
 
-        def take(start: int, stop: int) -> Leaves:
-            piece = _narrowed(split.leaves, dims, start, stop)
+        def one_chunk(leaves: Leaves, dims: Dims) -> Leaves:
             try:
-                return map_samples(on_leaves, piece, randomness, dims)
+                return _vmapped_or_looped(on_leaves, leaves, randomness, dims)
             except Refused as refusal:
                 if isinstance(refusal.__cause__, Refused):  # an inner door has said it already
                     raise
@@ -101,14 +87,36 @@ def in_batches(
                     f"vmap: func must be one to map, got a refusal: {refusal}."
                 ) from refusal
 
-        size = next(x.shape[d] for x, d in zip(split.leaves, dims, strict=True) if d is not None)
-        outputs = stack(in_chunks(size, chunk, take), size)
+        chunks = sample_chunks(one_chunk, split.leaves, dims, chunk_size)
+        outputs = stack(chunks, batch_size(split.leaves, dims))
         tree = unflatten(structure[0], outputs)
         targets = broadcast_prefix(out_dims, tree)
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
         return unflatten(structure[0], moved)
 
     return mapped
+
+
+def sample_chunks(
+    take: Callable[[Leaves, Dims], Leaves], leaves: Leaves, dims: Dims, chunk: Chunk
+) -> Iterator[Leaves]:
+    """``take`` of the samples, a chunk at a time."""
+
+    def between(start: int, stop: int) -> Leaves:
+        return take(_narrowed(leaves, dims, start, stop), dims)
+
+    return in_chunks(batch_size(leaves, dims), chunk, between)
+
+
+def batch_size(leaves: Leaves, dims: Dims) -> int:
+    """How many samples there are."""
+    return next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
+
+
+def one_sample(leaves: Leaves, dims: Dims, number: int) -> Leaves:
+    """The leaves of one sample; what all share as it is."""
+    pairs = zip(leaves, dims, strict=True)
+    return tuple(x if d is None else x.select(d, number) for x, d in pairs)
 
 
 def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:
@@ -129,29 +137,22 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
     return [None if dim is None else dim % leaf.dim() for dim, leaf in pairs]
 
 
-def _vmapped(func: OnLeaves, leaves: Leaves, randomness: Randomness, dims: Dims) -> Leaves:
-    return sweep_batch(func, leaves, randomness, dims)[0]
-
-
 def _vmapped_or_looped(
     func: OnLeaves, leaves: Leaves, randomness: Randomness, dims: Dims
 ) -> Leaves:
     """Every sample at once; one by one, where torch can't or must not vmap the function."""
     try:
-        return _vmapped(func, leaves, randomness, dims)
+        return sweep_batch(func, leaves, randomness, dims)[0]
     except Exception as error:  # torch has no type for what it can't vmap
         if torch.compiler.is_compiling():
             raise
         if not isinstance(error, Refused):
             check_fallback(error)
         note("func does not run under vmap, samples go one by one: %s", error)
-    size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
     draws, each = Draws(leaves), []
-    for number in range(size):
-        mapped = zip(leaves, dims, strict=True)
-        sample = tuple(x if d is None else x.select(d, number) for x, d in mapped)
+    for number in range(batch_size(leaves, dims)):
         with draws.of_one(randomness):
-            each.append(func(sample)[0])
+            each.append(func(one_sample(leaves, dims, number))[0])
     return tuple(torch.stack(out) for out in zip(*each, strict=True))
 
 

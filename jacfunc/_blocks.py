@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,20 +11,33 @@ from torch import Tensor
 from jacfunc._functorch import memory_of
 from jacfunc._types import Blocks, Leaves
 
+Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
+"""From the first chunk, and how many seeds there are: what all chunks are written into."""
 
-def stack(chunks: Iterable[Leaves], total: int) -> Leaves:
+
+def allocated(first: Leaves, total: int) -> Leaves:
+    """A tensor of its own for each leaf."""
+    return tuple(product.new_empty((total, *product.shape[1:])) for product in first)
+
+
+def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> Leaves:
     """Chunks ``[K, *shape]`` written into one ``[total, *shape]`` tensor a leaf.
 
-    A sweep of one chunk is the result itself. Products that carry a graph are concatenated: the
-    backward of writing into a slice copies the whole result once a chunk.
+    A sweep of one chunk is the result itself, if it needs no other place. Products that carry a
+    graph are concatenated: the backward of writing into a slice copies the whole result once a
+    chunk.
     """
     iterator = iter(chunks)
     first = next(iterator)
-    if not first or first[0].shape[0] == total:
+    if len(first) == 0:
+        return first
+    is_whole = first[0].shape[0] == total
+    carries_graph = any(product.requires_grad for product in first)
+    if is_whole and (into is allocated or carries_graph):
         return _owned(first)
-    if any(product.requires_grad for product in first):
+    if carries_graph:
         return tuple(torch.cat(pieces) for pieces in zip(first, *iterator, strict=True))
-    results = tuple(product.new_empty((total, *product.shape[1:])) for product in first)
+    results = into(first, total)
     filled = _write(results, first, 0)
     del first
     for products in iterator:
@@ -32,21 +46,25 @@ def stack(chunks: Iterable[Leaves], total: int) -> Leaves:
     return results
 
 
-def rows_to_blocks(rows: Leaves, outputs: Leaves, primals: Leaves) -> Blocks:
+def rows_to_blocks(
+    rows: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
+) -> Blocks:
     """Rows ``[M, *in_j]``, one a leaf of the input, cut into ``[*out_i, *in_j]``."""
     by_input = [_cut(row, outputs) for row in rows]
     return tuple(
-        tuple(_block(by_input[j][i], out, primal) for j, primal in enumerate(primals))
+        tuple(_block(by_input[j][i], out, primal, dtype) for j, primal in enumerate(primals))
         for i, out in enumerate(outputs)
     )
 
 
-def columns_to_blocks(columns: Leaves, outputs: Leaves, primals: Leaves) -> Blocks:
+def columns_to_blocks(
+    columns: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
+) -> Blocks:
     """Columns ``[N, *out_i]``, one a leaf of the output, cut and turned to ``[*out_i, *in_j]``."""
     by_output = [_cut(column, primals) for column in columns]
     return tuple(
         tuple(
-            _block(by_output[i][j].movedim(0, out.dim()), out, primal)
+            _block(by_output[i][j].movedim(0, out.dim()), out, primal, dtype)
             for j, primal in enumerate(primals)
         )
         for i, out in enumerate(outputs)
@@ -60,13 +78,13 @@ def _cut(products: Tensor, leaves: Leaves) -> Sequence[Tensor]:
     return products.split_with_sizes([leaf.numel() for leaf in leaves])
 
 
-def _block(products: Tensor, out: Tensor, primal: Tensor) -> Tensor:
+def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | None) -> Tensor:
     """One block ``[*out, *in]``, in the dtype that it has whichever side its products came from."""
     shape = out.shape + primal.shape
     block = products if products.shape == shape else products.view(shape)
-    if out.dtype == primal.dtype == block.dtype:
+    if dtype is None and out.dtype == primal.dtype == block.dtype:
         return block
-    return block.to(torch.promote_types(out.dtype, primal.dtype))
+    return block.to(dtype or torch.promote_types(out.dtype, primal.dtype))
 
 
 def _owned(products: Leaves) -> Leaves:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -24,6 +23,10 @@ ROUND = 16
 """Products of so many vectors, or twice as many, are faster than of one more."""
 
 
+Take: TypeAlias = Callable[[int, int], Leaves]
+"""Products of the seeds from start to stop."""
+
+
 @dataclass(frozen=True)
 class Within:
     """Chunks whose work, counted as it runs, stays within ``room`` bytes.
@@ -37,6 +40,12 @@ class Within:
     at_most: int | None = None
     settled: list[int] = field(default_factory=list, repr=False, compare=False)
 
+    def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
+        """A chunk, and the bytes that its work took."""
+        with PeakBytes() as counter:
+            taken = take(start, stop)
+        return taken, counter.peak
+
     def next(self, size: int, peak: int, most: int) -> int:
         """The chunk after one of this size that took so much."""
         fitting = min(most, max(1, int(size * self.room / max(peak, 1))))
@@ -45,6 +54,15 @@ class Within:
         if fitting == 1 or size <= fitting <= GROWTH * size:
             self.settled.append(fitting)
         return fitting
+
+
+class Pieces(Within):
+    """Chunks whose products, which go elsewhere at once, stay within ``room`` bytes."""
+
+    def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
+        """A chunk, and the bytes of its products."""
+        taken = take(start, stop)
+        return taken, sum(product.nbytes for product in taken)
 
 
 Chunk: TypeAlias = int | Within | None
@@ -57,7 +75,7 @@ def largest(chunk: Chunk, total: int) -> int:
     return max(1, min(size or total, total))
 
 
-def in_chunks(total: int, chunk: Chunk, take: Callable[[int, int], Leaves]) -> Iterator[Leaves]:
+def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:
     """``take(start, stop)`` of consecutive ranges; an empty range is taken once, as it is.
 
     Out of memory, the chunk is halved and taken again; what was yielded before stays.
@@ -67,10 +85,11 @@ def in_chunks(total: int, chunk: Chunk, take: Callable[[int, int], Leaves]) -> I
     step = most if within is None else within.settled[-1] if within.settled else FIRST
     while start < max(total, 1):
         stop = min(start + step, total)
-        is_counted = within is not None and not within.settled
+        counting = within if within is not None and not within.settled else None
         try:
-            with PeakBytes() if is_counted else nullcontext() as counter:
-                taken = take(start, stop)
+            taken, took = (
+                counting.counted(take, start, stop) if counting else (take(start, stop), 0)
+            )
             yield taken
             del taken  # or it would stay beside the next chunk
         except RuntimeError as error:
@@ -79,6 +98,6 @@ def in_chunks(total: int, chunk: Chunk, take: Callable[[int, int], Leaves]) -> I
             step = (stop - start) // 2
             note("out of memory with %d seeds at once, goes on with %d", stop - start, step)
             continue
-        if within is not None and counter is not None:
-            step = within.next(stop - start, counter.peak, most)
+        if counting is not None:
+            step = counting.next(stop - start, took, most)
         start = max(stop, 1)

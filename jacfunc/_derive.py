@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from jacfunc._check import Refused
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
-from jacfunc._types import Argnums, Blocks, Tree
+from jacfunc._sinks import Sink
+from jacfunc._types import Argnums, Blocks, Leaves, Tree
 from jacfunc.strategies import Strategy
 
 Result = TypeVar("Result")
@@ -21,16 +22,24 @@ class Evaluation:
     """All that one evaluation gave, put into trees when it is asked for."""
 
     call: FlatCall
-    operator: JacobianOperator
+    outputs: Leaves
+    extras: Leaves
     blocks: Blocks
 
     def value_and_aux(self) -> tuple[Tree, Tree]:
         """What the function itself returned."""
-        return self.call.value(self.operator.outputs, self.operator.extras)
+        return self.call.value(self.outputs, self.extras)
 
     def jacobian(self) -> Tree:
         """Output tree of input trees of blocks."""
         return self.call.jacobian(self.blocks)
+
+
+def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = None) -> Evaluation:
+    """One call's Jacobian by a strategy, with all that comes beside it."""
+    operator = JacobianOperator(call, call.primals, sink)
+    blocks = carry_out(api, lambda: strategy.materialize(operator))
+    return Evaluation(call, operator.outputs, operator.extras, blocks)
 
 
 def deriving(
@@ -47,9 +56,7 @@ def deriving(
     @wraps(func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
         call = FlatCall(api, func, argnums, has_aux, args, kwargs)
-        operator = JacobianOperator(call, call.primals)
-        blocks = carry_out(api, lambda: strategy.materialize(operator))
-        return pack(Evaluation(call, operator, blocks))
+        return pack(evaluate(api, call, strategy))
 
     return derived
 

@@ -28,6 +28,10 @@ class Draws:
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
 
+    def were_taken(self) -> bool:
+        """Has a generator moved on since this was made?"""
+        return not all(map(torch.equal, self._states, self._now()))
+
     @contextmanager
     def of_one(self, randomness: str) -> Iterator[None]:
         """Around each of several evaluations, to draw as vmap does under the same word."""

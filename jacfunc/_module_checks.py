@@ -21,6 +21,15 @@ from jacfunc._types import Tree
 _NO_GRADIENTS = "None of the inputs have requires_grad"
 
 
+def check_module(api: str, module: object) -> None:
+    """Functions have doors of their own."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"{api}: module must be an nn.Module, got {type(module).__name__}. "
+            "For a function use jacfunc.jacobian."
+        )
+
+
 def check_call(api: str, state: ModuleState, create_graph: bool) -> None:
     """What no call can do."""
     if not create_graph and inside_derivative():
@@ -53,7 +62,7 @@ def check_parameters(api: str, state: ModuleState) -> None:
     for part in state.parts.values():
         if part.is_scripted:
             own = {id(param) for param in part.params.values()}
-            if name := next((n for n, param in state.chosen.items() if id(param) in own), None):
+            if name := next((n for n in state.point if id(state.params[n]) in own), None):
                 raise ValueError(
                     f"{api}: parameters must be those of Python modules, got {name} of "
                     "TorchScript. Pass wrt='inputs', or the module that it was made from."

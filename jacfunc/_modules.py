@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from jacfunc._check import is_differentiable
-from jacfunc._derive import jacobian_by
-from jacfunc._functorch import is_pushing
-from jacfunc._module_checks import (
-    check_call,
-    check_inputs,
-    check_parameters,
-    check_samples,
-    reentrant_checkpoints_refused,
-)
+from jacfunc._inputs import Choice, Key
+from jacfunc._module_calls import ModuleCall, Wrt, argnums_of
+from jacfunc._module_checks import check_module
 from jacfunc._parameters import ModuleState
 from jacfunc._resolve import Memory, resolve
-from jacfunc._samples import each_sample
-from jacfunc._tree import map_tensors
+from jacfunc._select import Select
+from jacfunc._sinks import MatrixSink, Sink
 from jacfunc._types import Tree
 from jacfunc.strategies import Strategy
 from jacfunc.strategies._forward import Randomness
 
 API = "module_jacobian"
-Wrt = Literal["params", "inputs"]
-_POSITIONS = {"params": 0, "inputs": 1}
+
+
+class ModuleResult(NamedTuple):
+    """What ``module_jacobian(..., full_output=True)`` gives, all of it from one evaluation.
+
+    Args:
+        jacobian: as without ``full_output``.
+        outputs: what the module returned.
+        buffers: as the module would have left them, by name; per sample with the batch in front.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.BatchNorm1d(2, affine=False)
+        >>> found = jacfunc.module_jacobian(model, "inputs", full_output=True)(torch.eye(2))
+        >>> found.jacobian.shape, found.outputs.shape, found.buffers["running_mean"]
+        (torch.Size([2, 2, 2, 2]), torch.Size([2, 2]), tensor([0.0500, 0.0500]))
+    """
+
+    jacobian: Tree
+    outputs: Tree
+    buffers: dict[str, Tensor]
 
 
 def module_jacobian(
     module: nn.Module,
     wrt: Wrt | tuple[Wrt, ...] = "params",
     *,
-    select: str | Sequence[str] | None = None,
+    select: Select = None,
+    inputs: Key | Sequence[Key] | None = None,
     per_sample: bool = False,
+    in_dims: Tree = 0,
+    flat: bool = False,
+    full_output: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     strategy: str | Strategy = "auto",
     chunk_size: int | None = None,
     memory: Memory = None,
@@ -54,10 +71,21 @@ def module_jacobian(
     Args:
         module: any ``nn.Module``, in train or eval mode.
         wrt: ``"params"``, ``"inputs"``, or a tuple of both.
-        select: names or globs (``"encoder.*.weight"``) of the parameters; all by default. Frozen
-            parameters are constants.
-        per_sample: every tensor among the inputs has the batch in front, and each sample is
-            differentiated on its own.
+        select: parameters by name or glob (``"encoder.*.weight"``), several of these, a predicate
+            of name and parameter, or a dict of tensors by name, at which it then differentiates;
+            all that are trainable by default. The others are constants.
+        inputs: inputs by position, by name, or by path (``"batch['image']"``); several give a
+            tuple. By default all that are positional or, if there are none, all by keyword.
+        per_sample: each sample of the batch is differentiated on its own.
+        in_dims: where inputs have the batch, if ``per_sample``: a dimension, None for what all
+            samples share, or prefix trees of these, in a tuple for positional inputs, in a dict
+            for those by keyword.
+        flat: one matrix ``[M, N]``, per sample ``[B, M, N]``, instead of trees of blocks, written
+            without a copy; :func:`jacfunc.param_slices` names its columns.
+        full_output: return a :class:`jacfunc.ModuleResult`: Jacobian, outputs, and the buffers as
+            the module would have left them.
+        dtype: of the result, into which it is converted chunk by chunk.
+        device: of the result, to which it is moved chunk by chunk.
         strategy: as in :func:`jacfunc.jacobian`; ``"looped"`` takes samples one by one too, and
             so does ``"auto"`` where the module does not run under vmap.
         chunk_size: seeds swept at once, for a strategy given by name.
@@ -77,12 +105,13 @@ def module_jacobian(
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a name that matches nothing, parameters
-            of TorchScript; per sample batch normalization in train mode (it couples the samples),
-            or an output without the batch in front.
+            of TorchScript; per sample a module that couples the samples (batch normalization in
+            train mode, say), or an output without the batch in front.
         NotImplementedError: what torch refuses, and reentrant checkpoints.
 
     Cost:
-        That of the strategy; per sample one vectorized sweep over the whole batch.
+        That of the strategy; per sample one vectorized sweep over the whole batch, and at the
+        first call of a kind another evaluation, to see whether samples depend on each other.
 
     Example:
         >>> import torch, jacfunc
@@ -90,98 +119,53 @@ def module_jacobian(
         >>> jac = jacfunc.module_jacobian(model, per_sample=True)(torch.ones(5, 3))
         >>> {name: tuple(block.shape) for name, block in jac.items()}
         {'weight': (5, 2, 2, 3), 'bias': (5, 2, 2)}
+        >>> jacfunc.module_jacobian(model, per_sample=True, flat=True)(torch.ones(5, 3)).shape
+        torch.Size([5, 2, 8])
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"{API}: module must be an nn.Module, got {type(module).__name__}. "
-            "For a function use jacfunc.jacobian."
-        )
-    argnums, by_inputs = _argnums(wrt), "inputs" in wrt
+    check_module(API, module)
+    argnums = argnums_of(API, wrt)
     chosen = resolve(API, strategy, chunk_size, memory)
-    call = _caller(module, by_inputs, per_sample)
-    if per_sample:
-        derive = each_sample(API, call, argnums, chosen, randomness)
-    else:
-        derive = jacobian_by(API, call, argnums, chosen, has_aux=False)
+    independent: set[Any] = set()  # kinds of calls whose samples do not depend on each other
 
-    def module_jacobian_of(*inputs: Tree, **kwargs: Any) -> Tree:
-        state = ModuleState.of(API, module, select)
-        point = inputs[0] if len(inputs) == 1 else inputs
-        check_call(API, state, create_graph)
-        if by_inputs:
-            check_inputs(API, point)
-        if "params" in wrt:
-            check_parameters(API, state)
+    def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
+        state, arguments = ModuleState.of(API, module, select), (args, kwargs)
+        choice = Choice.of(API, module, inputs, arguments)
+        call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)
+        sink = MatrixSink(dtype, device) if flat else Sink(dtype, device)
         if per_sample:
-            check_samples(API, state)
-        with (
-            torch.random.fork_rng(devices=_cuda_devices(state)),
-            torch.set_grad_enabled(create_graph and torch.is_grad_enabled()),
-            # checkpoints and hooks run parts of the module in the sweeps, too
-            state.lent(state.chosen),
-            reentrant_checkpoints_refused(API),
-        ):
-            return derive(state.chosen, point, kwargs, Setting(state, len(inputs) == 1))
+            result = call.of_samples(chosen, sink, in_dims, randomness, independent)
+        else:
+            result = call.of_all(chosen, sink)
+        jacobian = result.blocks[0][0] if flat else result.jacobian()
+        if not full_output:
+            return jacobian
+        outputs, buffers = result.value_and_aux()
+        return ModuleResult(jacobian, outputs, buffers)
 
     return module_jacobian_of
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What does not change from sample to sample, nor is differentiated."""
+def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:
+    """Columns of a flat Jacobian by parameter name, in the order of ``named_parameters()``.
 
-    state: ModuleState
-    is_single: bool  # one positional input, which then stands for itself
+    Args:
+        module: any ``nn.Module``.
+        select: as in :func:`jacfunc.module_jacobian`.
 
+    Returns:
+        The slice of each parameter's entries; together they are all columns.
 
-def _caller(module: nn.Module, by_inputs: bool, per_sample: bool) -> Callable[..., Tree]:
-    """The module as a function of chosen parameters and inputs; everything else is constant."""
+    Raises:
+        ValueError: a name that matches nothing.
 
-    def given(x: Tensor) -> Tensor:
-        return x.unsqueeze(0) if per_sample else x
-
-    def copied(x: Tensor) -> Tensor:
-        """A constant, which the module may write into."""
-        return given(x.clone())
-
-    def differentiated(x: Tensor) -> Tensor:
-        return given(x) if is_differentiable(x) else copied(x)
-
-    def call(params: dict[str, Tensor], point: Tree, kwargs: Tree, setting: Setting) -> Tree:
-        point = map_tensors(differentiated if by_inputs else copied, point)
-        kwargs = map_tensors(copied, kwargs) if kwargs else kwargs
-        if is_pushing():
-            setting.state.check_forward()
-        with setting.state.lent(params):
-            output = module(point, **kwargs) if setting.is_single else module(*point, **kwargs)
-            return map_tensors(_of_one, output) if per_sample else output
-
-    return call
-
-
-def _of_one(output: Tensor) -> Tensor:
-    """An output of one sample; the loss of a batch has no batch in front."""
-    if output.dim() and output.shape[0] != 1:
-        raise ValueError(
-            f"{API}: per_sample needs every output to have the batch in front, got shape "
-            f"{tuple(output.shape)} for a batch of one. Use a module that transposes it, or that "
-            "returns other outputs alone."
-        )
-    return output.squeeze(0)
-
-
-def _argnums(wrt: Any) -> int | tuple[int, ...]:
-    """Positions among ``(params, inputs)``."""
-    wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not wanted or any(w not in _POSITIONS for w in wanted) or len(set(wanted)) < len(wanted):
-        raise ValueError(
-            f"{API}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
-            "Choose single parameters with select=."
-        )
-    positions = tuple(_POSITIONS[w] for w in wanted)
-    return positions[0] if isinstance(wrt, str) else positions
-
-
-def _cuda_devices(state: ModuleState) -> list[int]:
-    tensors = (*state.chosen.values(), *state.params.values(), *state.buffers.values())
-    return sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    Example:
+        >>> import torch, jacfunc
+        >>> jacfunc.param_slices(torch.nn.Linear(3, 2))
+        {'weight': slice(0, 6, None), 'bias': slice(6, 8, None)}
+    """
+    check_module("param_slices", module)
+    slices, start = {}, 0
+    for name, param in ModuleState.of("param_slices", module, select).point.items():
+        slices[name] = slice(start, start + param.numel())
+        start += param.numel()
+    return slices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 import torch
@@ -12,9 +12,10 @@ from jacfunc._check import Refused, check_fallback, is_out_of_memory
 from jacfunc._draws import Draws
 from jacfunc._engines import Linearization
 from jacfunc._functorch import below_transforms, inside_transform, levels
+from jacfunc._sinks import Sink
 from jacfunc._trail import note
 from jacfunc._tree import kind_of
-from jacfunc._types import LeafFunction, Leaves
+from jacfunc._types import Blocks, LeafFunction, Leaves
 
 Result = TypeVar("Result")
 
@@ -25,9 +26,10 @@ class JacobianOperator:
     Every evaluation draws the same random numbers, so that dropout has one mask in all sweeps.
     """
 
-    def __init__(self, func: LeafFunction, primals: Leaves) -> None:
+    def __init__(self, func: LeafFunction, primals: Leaves, sink: Sink | None = None) -> None:
         self.primals = primals
         self.func = func
+        self.sink = sink or Sink()
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
         self._draws: Draws | None = None
@@ -49,6 +51,14 @@ class JacobianOperator:
         fresh = JacobianOperator(self.func, self.primals)
         fresh._draws = self._draws
         return fresh
+
+    def from_rows(self, chunks: Iterable[Leaves]) -> Blocks:
+        """Blocks ``[*out_i, *in_j]`` of chunks of rows ``[K, *in_j]``, where the sink puts them."""
+        return self.sink.rows(chunks, self.outputs, self.primals)
+
+    def from_columns(self, chunks: Iterable[Leaves]) -> Blocks:
+        """The same of chunks of columns ``[K, *out_i]``."""
+        return self.sink.columns(chunks, lambda: self.outputs, self.primals)
 
     @property
     def outputs(self) -> Leaves:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from operator import is_
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from jacfunc._check import Refused
+from jacfunc._select import Select, chosen
 from jacfunc._tree import flatten, unflatten
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -92,12 +91,12 @@ class ModuleState:
     """Parameters and buffers of a module: those that are differentiated, and the constants."""
 
     parts: dict[str, Part]  # each once, under its first name
-    chosen: dict[str, Tensor]
+    point: dict[str, Tensor]  # the chosen parameters, with the values to differentiate at
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, api: str, module: nn.Module, select: str | Sequence[str] | None) -> ModuleState:
+    def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
         parts = {name: Part.of(part) for name, part in module.named_modules()}
         params = _by_first_name({name: part.params for name, part in parts.items()})
         buffers = _by_first_name({name: part.buffers for name, part in parts.items()})
@@ -107,8 +106,11 @@ class ModuleState:
                     f"{api}: the module must know its shapes, got {name}, which is not initialized "
                     "yet. Call the module once before."
                 )
-        chosen = {name: params.pop(name) for name in _chosen(api, params, select)}
-        return cls(parts, chosen, params, buffers)
+        return cls(parts, chosen(api, params, select), params, buffers)
+
+    def buffers_now(self) -> dict[str, Tensor]:
+        """As the module has left them, while it is lent."""
+        return dict(self.parts[""].module.named_buffers())
 
     def check_forward(self) -> None:
         """Refuse forward mode where it would not do as the module does in a backward pass."""
@@ -120,15 +122,15 @@ class ModuleState:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
     @contextmanager
-    def lent(self, chosen: Mapping[str, Tensor]) -> Iterator[None]:
-        """The module with the chosen parameters given anew; then everything is as it was.
+    def lent(self, given: Mapping[str, Tensor]) -> Iterator[None]:
+        """The module with parameters given anew, the others detached; then all is as it was.
 
         What it writes into meanwhile are copies: of its buffers, and of the tensors, generators
         and containers that it keeps as plain attributes. Parameters are found in these too.
         """
         new: dict[int, Any] = {id(param): param.detach() for param in self.params.values()}
         new |= {id(buffer): buffer.clone() for buffer in self.buffers.values()}
-        new |= {id(self.chosen[name]): param for name, param in chosen.items()}
+        new |= {id(self.params[name]): param for name, param in given.items()}
         before = [(part, dict(vars(part.module))) for part in self.parts.values()]
         try:
             for part, _ in before:
@@ -173,21 +175,3 @@ def _renewed(value: Any, new: dict[int, Any]) -> Any:
         elif id(leaf) not in new and isinstance(leaf, torch.Generator):
             new[id(leaf)] = leaf.clone_state()
     return unflatten(spec, [new.get(id(leaf), leaf) for leaf in leaves])
-
-
-def _chosen(
-    api: str, params: Mapping[str, Tensor], select: str | Sequence[str] | None
-) -> list[str]:
-    """Names of the trainable parameters that the patterns match, in the module's order."""
-    trainable = [name for name, param in params.items() if param.requires_grad]
-    if select is None:
-        return trainable
-    patterns = [select] if isinstance(select, str) else list(select)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in trainable):
-            near = difflib.get_close_matches(pattern, params, n=3) or list(params)[:3]
-            raise ValueError(
-                f"{api}: select must match trainable parameters, got {pattern!r}. "
-                f"Nearest names: {', '.join(near)}."
-            )
-    return [name for name in trainable if any(fnmatchcase(name, p) for p in patterns)]

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from operator import itemgetter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from jacfunc._autotune import Autotune
-from jacfunc._batching import in_batches
-from jacfunc._check import Refused, is_out_of_memory, is_tensor
+from jacfunc._batching import Dims, batch_size, one_sample, sample_chunks
+from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._chunks import Chunk
-from jacfunc._derive import carry_out, jacobian_by
+from jacfunc._derive import Evaluation, carry_out, evaluate
 from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
+from jacfunc._functorch import sweep_batch
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import attempt
+from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
-from jacfunc._tree import flatten, kinds_of, map_tensors, stack_trees
-from jacfunc._types import Argnums, Tree
+from jacfunc._types import Leaves
 from jacfunc.strategies import Looped, Strategy
 from jacfunc.strategies._forward import Randomness
 
@@ -29,42 +29,36 @@ UNMAPPED = 0
 """Samples at once, where no plan runs under vmap."""
 
 
-def each_sample(
-    api: str,
-    call: Callable[..., Tree],
-    argnums: Argnums,
-    strategy: Strategy,
-    randomness: Randomness,
-) -> Callable[..., Tree]:
-    """Jacobians of ``call(params, point, kwargs, setting)``, a sample of point and kwargs each."""
-
-    def batched(params: Tree, point: Tree, kwargs: Tree, setting: Any) -> Tree:
-        batch = _Batch(api, call, argnums, randomness, params, point, kwargs, setting)
-        try:
-            return batch.run(strategy)
-        except RuntimeError as error:
-            batch.check_randomness(error)
-            raise
-
-    return batched
-
-
 @dataclass(frozen=True)
-class _Batch:
-    """One call: what is differentiated, at which samples."""
+class Batch:
+    """Samples of one call: tensors, and the dimension in which each holds them, if it does.
+
+    ``call_of(leaves)`` is the call of a single sample; ``kind`` is equal for calls that cost the
+    same.
+    """
 
     api: str
-    call: Callable[..., Tree]
-    argnums: Argnums
+    call_of: Callable[[Leaves], FlatCall]
+    leaves: Leaves
+    dims: Dims
+    kind: Hashable
     randomness: Randomness
-    params: Tree
-    point: Tree
-    kwargs: Tree
-    setting: Any
+    sink: Sink
+    seen: list[tuple[FlatCall, Grid]] = field(default_factory=list)
+    """The last sample: its trees, and the sizes of its leaves."""
 
-    def run(self, strategy: Strategy) -> Tree:
-        """Only what plans may take the samples one by one unasked; others say how to ask."""
-        self._size()
+    def run(self, strategy: Strategy) -> Evaluation:
+        """Of all samples: every leaf has the batch in front.
+
+        Only what plans may take the samples one by one unasked; others say how to ask.
+        """
+        try:
+            return self._sorted(self._run(strategy))
+        except RuntimeError as error:
+            self.check_randomness(error)
+            raise
+
+    def _run(self, strategy: Strategy) -> Leaves:
         if isinstance(strategy, Looped):
             return self.looped(strategy)
         if isinstance(strategy, Auto | Autotune):
@@ -76,35 +70,40 @@ class _Batch:
                 raise
             self.check_randomness(error)
             # what fails for one sample is not the fault of vmap
-            self.call(map_tensors(Tensor.clone, self.params), *self._sample(0), self.setting)
+            call = self._first()
+            call(*map(Tensor.clone, call.primals))
             raise Refused(
                 f"{self.api}: per_sample needs a module that runs under vmap, got: {error}. "
                 "Use strategy='looped', which takes the samples one by one."
             ) from error
 
-    def vmapped(self, strategy: Strategy, chunk: Chunk = None) -> Tree:
+    def vmapped(self, strategy: Strategy, chunk: Chunk = None) -> Leaves:
         """All samples at once, or a chunk of them at a time."""
-        derive = self._derive(strategy)
 
-        def one(point: Tree, kwargs: Tree) -> Tree:
-            return derive(self.params, point, kwargs, self.setting)
+        def of_one(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            return self._of_one(leaves, strategy), ()
 
-        return in_batches(one, 0, 0, self.randomness, chunk)(self.point, self.kwargs)
+        def take(leaves: Leaves, dims: Dims) -> Leaves:
+            return sweep_batch(of_one, leaves, self.randomness, dims)[0]
 
-    def looped(self, strategy: Strategy) -> Tree:
+        chunks = sample_chunks(take, self.leaves, self.dims, self.sink.at_once(chunk))
+        return self.sink.samples(chunks, self._size(), self._grid)
+
+    def looped(self, strategy: Strategy) -> Leaves:
         """One sample after the other, without vmap."""
-        derive = self._derive(strategy)
-        leaves, _ = flatten((self.params, self.point))
-        draws, trees = Draws(tuple(filter(is_tensor, leaves))), []
-        for sample in map(self._sample, range(self._size())):
-            with draws.of_one(self.randomness):
-                trees.append(derive(self.params, *sample, self.setting))
-        return stack_trees(trees)
+        draws = Draws(self.leaves)
 
-    def planned(self, strategy: Auto | Autotune) -> Tree:
+        def each() -> Iterator[Leaves]:
+            for number in range(self._size()):
+                with draws.of_one(self.randomness):
+                    products = self._of_one(one_sample(self.leaves, self.dims, number), strategy)
+                yield tuple(product.unsqueeze(0) for product in products)
+
+        return self.sink.samples(each(), self._size(), self._grid)
+
+    def planned(self, strategy: Auto | Autotune) -> Leaves:
         """As the strategy plans for calls of this kind; looped where torch vmaps no plan."""
-        signature = kinds_of((self.params, self.point, self.kwargs))
-        plan, chunk = strategy.known.get(signature) or self._plan(strategy)
+        plan, chunk = strategy.known.get(self.kind) or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
             return self.looped(strategy)
@@ -112,9 +111,9 @@ class _Batch:
             plan, result = attempt(plan, lambda plan: self._refusable(plan.strategy, chunk))
         except Refused as refusal:
             note("samples go one by one: %s", refusal)
-            strategy.known[signature] = plan, UNMAPPED
+            strategy.known[self.kind] = plan, UNMAPPED
             return self.looped(strategy)
-        strategy.known[signature] = plan, chunk
+        strategy.known[self.kind] = plan, chunk
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
 
@@ -127,13 +126,11 @@ class _Batch:
             ) from error
 
     def _plan(self, strategy: Auto | Autotune) -> Any:
-        args = (self.params, *self._sample(0), self.setting)
-        call = FlatCall(self.api, self.call, self.argnums, False, args, {})
+        call, size = self._first(), self._size()
         operator = JacobianOperator(call, call.primals)
-        size = self._size()
         return carry_out(self.api, lambda: strategy.plan_samples(operator, size, self._refusable))
 
-    def _refusable(self, strategy: Strategy, chunk: Chunk) -> Tree:
+    def _refusable(self, strategy: Strategy, chunk: Chunk) -> Leaves:
         try:
             return self.vmapped(strategy, chunk)
         except RuntimeError as error:
@@ -142,26 +139,28 @@ class _Batch:
             self.check_randomness(error)  # no plan is better in this
             raise Refused(f"the samples do not run under vmap: {error}") from error
 
-    def _derive(self, strategy: Strategy) -> Callable[..., Tree]:
-        return jacobian_by(self.api, self.call, self.argnums, strategy, has_aux=False)
+    def _of_one(self, leaves: Leaves, strategy: Strategy) -> Leaves:
+        """Blocks, outputs and extras of one sample, one after the other."""
+        call = self.call_of(leaves)
+        found = evaluate(self.api, call, strategy)
+        self.seen[:] = [(call, Grid.of(found.outputs, call.primals))]
+        blocks = (block for row in found.blocks for block in row)
+        return (*blocks, *found.outputs, *found.extras)
 
-    def _sample(self, number: int) -> tuple[Tree, Tree]:
-        picked: tuple[Tree, Tree] = map_tensors(itemgetter(number), (self.point, self.kwargs))
-        return picked
+    def _sorted(self, leaves: Leaves) -> Evaluation:
+        """What :meth:`_of_one` lined up, of all samples."""
+        (call, grid), size = self.seen[-1], self._size()
+        num_outputs, width = len(grid.rows), len(grid.columns)
+        blocks = tuple(leaves[i * width : (i + 1) * width] for i in range(num_outputs))
+        beside = leaves[num_outputs * width :]
+        blocks = self.sink.finished(blocks, grid, (size,))
+        return Evaluation(call, beside[:num_outputs], beside[num_outputs:], blocks)
+
+    def _grid(self) -> Grid:
+        return self.seen[-1][1]
+
+    def _first(self) -> FlatCall:
+        return self.call_of(one_sample(self.leaves, self.dims, 0))
 
     def _size(self) -> int:
-        """The size that every tensor's first dimension has."""
-        leaves, _ = flatten((self.point, self.kwargs))
-        sizes = {tuple(x.shape[:1]) for x in leaves if isinstance(x, Tensor)}
-        if len(sizes) != 1 or () in sizes:
-            raise ValueError(
-                f"{self.api}: with per_sample every input tensor must have the same batch in "
-                f"front, got leading dimensions {sorted(sizes)}. Expand what all samples share."
-            )
-        size = int(sizes.pop()[0])
-        if size == 0:
-            raise ValueError(
-                f"{self.api}: per_sample needs at least one sample, got an empty batch. "
-                "Pass inputs with samples, or leave per_sample out."
-            )
-        return size
+        return batch_size(self.leaves, self.dims)

@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = [
     {"_types", "_check", "_words", "_trail"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_counting"}
-    | {"_attention", "_draws"},
+    | {"_attention", "_draws", "_sinks"},
     {"_work", "_engines", "_operators", "_fingerprint"},
     {"_flat", "strategies", "_machine"},
     {
@@ -37,7 +37,7 @@ LAYERS = [
         "_foretell",
     },
     {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
-    | {"_modules", "_module_checks", "testing"},
+    | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select", "_coupling", "testing"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

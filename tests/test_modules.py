@@ -333,7 +333,7 @@ def test_trees_and_keywords_as_inputs():
                 torch.ones(3, 2), torch.ones(4, 2)
             ),
             ValueError,
-            "same batch in front",
+            "must have the same batch, got",
         ),
     ],
 )

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from jacfunc._basis import numel, sweep
-from jacfunc._blocks import columns_to_blocks, stack
+from jacfunc._basis import sweep
 from jacfunc._check import check_chunk_size
 from jacfunc._chunks import Chunk, Within
 from jacfunc._operators import JacobianOperator
@@ -54,7 +53,6 @@ class Forward:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, from columns."""
-        primals = operator.primals
         push = partial(operator.pushforward_batch, randomness=self.randomness)
-        columns = stack(sweep(push, primals, self.chunk_size), numel(primals))
-        return columns_to_blocks(columns, operator.outputs, primals)
+        chunk = operator.sink.at_once(self.chunk_size)
+        return operator.from_columns(sweep(push, operator.primals, chunk))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jacfunc._basis import basis, numel
-from jacfunc._blocks import columns_to_blocks, rows_to_blocks, stack
+from jacfunc._basis import basis
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks
 
@@ -48,10 +47,7 @@ class Looped:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, a row or a column at a time."""
-        primals = operator.primals
         if self.over == "columns":
-            columns = stack(map(operator.pushforward_each, basis(primals, 1)), numel(primals))
-            return columns_to_blocks(columns, operator.outputs, primals)
-        outputs = operator.outputs
-        rows = stack(map(operator.pullback_each, basis(outputs, 1)), numel(outputs))
-        return rows_to_blocks(rows, outputs, primals)
+            columns = map(operator.pushforward_each, basis(operator.primals, 1))
+            return operator.from_columns(columns)
+        return operator.from_rows(map(operator.pullback_each, basis(operator.outputs, 1)))

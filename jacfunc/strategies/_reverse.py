@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jacfunc._basis import numel, sweep
-from jacfunc._blocks import rows_to_blocks, stack
+from jacfunc._basis import sweep
 from jacfunc._check import check_chunk_size
 from jacfunc._chunks import Chunk, Within
 from jacfunc._operators import JacobianOperator
@@ -42,6 +41,5 @@ class Reverse:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, from rows."""
-        outputs, primals = operator.outputs, operator.primals
-        chunks = sweep(operator.pullback_batch, outputs, self.chunk_size)
-        return rows_to_blocks(stack(chunks, numel(outputs)), outputs, primals)
+        chunk = operator.sink.at_once(self.chunk_size)
+        return operator.from_rows(sweep(operator.pullback_batch, operator.outputs, chunk))

@@ -1,0 +1,178 @@
+"""One call of a module, as a function of its parameters and inputs, and the Jacobian of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._check import is_differentiable, is_tensor
+from jacfunc._coupling import check_coupling
+from jacfunc._derive import Evaluation, evaluate
+from jacfunc._flat import FlatCall
+from jacfunc._functorch import inside_transform, is_pushing
+from jacfunc._inputs import Arguments, Choice, check_batch, sample_dims
+from jacfunc._module_checks import (
+    check_call,
+    check_inputs,
+    check_parameters,
+    check_samples,
+    reentrant_checkpoints_refused,
+)
+from jacfunc._parameters import ModuleState
+from jacfunc._samples import Batch
+from jacfunc._sinks import Grid, Sink
+from jacfunc._tree import Split, flatten, kinds_of, map_tensors, unflatten
+from jacfunc._types import Argnums, Leaves, Tree
+from jacfunc.strategies import Strategy
+from jacfunc.strategies._forward import Randomness
+
+Wrt: TypeAlias = Literal["params", "inputs"]
+POSITIONS = {"params": 0, "inputs": 1}
+"""Among what a module is a function of."""
+
+
+def argnums_of(api: str, wrt: Any) -> Argnums:
+    """Positions of what is named."""
+    wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not wanted or any(w not in POSITIONS for w in wanted) or len(set(wanted)) < len(wanted):
+        raise ValueError(
+            f"{api}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
+            "Choose single parameters with select=, single inputs with inputs=."
+        )
+    found = tuple(POSITIONS[w] for w in wanted)
+    return found[0] if isinstance(wrt, str) else found
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """Arguments of one call, and what is to become of it."""
+
+    api: str
+    state: ModuleState
+    argnums: Argnums
+    choice: Choice
+    arguments: Arguments
+    with_buffers: bool
+    create_graph: bool
+
+    def of_all(self, strategy: Strategy, sink: Sink) -> Evaluation:
+        """The Jacobian of the call as it is."""
+        with self._undisturbed():
+            call = self._flat_call(self.arguments, None)
+            found = evaluate(self.api, call, strategy, sink)
+        grid = Grid.of(found.outputs, call.primals)
+        return replace(found, blocks=sink.finished(found.blocks, grid, ()))
+
+    def of_samples(
+        self,
+        strategy: Strategy,
+        sink: Sink,
+        in_dims: Tree,
+        randomness: Randomness,
+        independent: set[Any],
+    ) -> Evaluation:
+        """The Jacobian of every sample; kinds of calls that are found ``independent`` are noted."""
+        check_samples(self.api, self.state)
+        every_dim = sample_dims(self.api, in_dims, self.arguments)
+        split = Split.of(self.arguments, is_tensor)
+        dims = [d for d, is_leaf in zip(every_dim, split.is_chosen, strict=True) if is_leaf]
+        check_batch(self.api, split.leaves, dims)
+
+        def call_of(leaves: Leaves) -> FlatCall:
+            return self._flat_call(split.merge(leaves), every_dim)
+
+        def whole(leaves: Leaves) -> Leaves:
+            return self._outputs(split.merge(leaves))
+
+        kind = kinds_of(self.arguments), tuple(dims)
+        batch = Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink)
+        with self._undisturbed():
+            found = batch.run(strategy)
+            if kind not in independent and not inside_transform():
+                check_coupling(self.api, whole, split.leaves, dims, found.outputs)
+                independent.add(kind)
+        return found
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """The call is checked, and whatever it does, nothing outside is changed."""
+        state = self.state
+        check_call(self.api, state, self.create_graph)
+        if self._differentiates("inputs"):
+            check_inputs(self.api, self.choice.split(self.arguments))
+        if self._differentiates("params"):
+            check_parameters(self.api, state)
+        with (
+            torch.random.fork_rng(devices=_cuda_devices(state)),
+            torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
+            # checkpoints and hooks run parts of the module in the sweeps, too
+            state.lent(state.point),
+            reentrant_checkpoints_refused(self.api),
+        ):
+            yield
+
+    def _flat_call(self, arguments: Arguments, dims: Sequence[int | None] | None) -> FlatCall:
+        """As a function of leaves; of one sample where there are dims, which it then lacks."""
+        state, module = self.state, self.state.parts[""].module  # plans go by what this closes over
+        given = {} if self.create_graph is False else state.point
+
+        def call(params: dict[str, Tensor], chosen: Tree, arguments: Arguments) -> Tree:
+            args, kwargs = self._renewed(chosen, arguments, dims)
+            if is_pushing():
+                state.check_forward()
+            with state.lent(params or given):
+                output = module(*args, **kwargs)
+                if dims is not None:
+                    output = map_tensors(self._of_one, output)
+                return (output, state.buffers_now()) if self.with_buffers else output
+
+        params = state.point if self._differentiates("params") else {}
+        chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
+        every = (params, chosen, arguments)
+        return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {})
+
+    def _renewed(
+        self, chosen: Tree, arguments: Arguments, dims: Sequence[int | None] | None
+    ) -> Arguments:
+        """The arguments with what was chosen, and copies of all else: a module may write there."""
+        differentiated = {id(leaf) for leaf in flatten(chosen)[0] if is_differentiable(leaf)}
+        if chosen is not None:
+            arguments = self.choice.join(chosen, arguments)
+        leaves, spec = flatten(arguments)
+        fresh = [
+            x if id(x) in differentiated or not isinstance(x, Tensor) else x.clone() for x in leaves
+        ]
+        if dims is not None:
+            fresh = [x if d is None else x.unsqueeze(d) for x, d in zip(fresh, dims, strict=True)]
+        renewed: Arguments = unflatten(spec, fresh)
+        return renewed
+
+    def _outputs(self, arguments: Arguments) -> Leaves:
+        """Of the batch as a whole."""
+        call = self._flat_call(arguments, None)
+        with torch.no_grad():
+            return call(*call.primals)[0]
+
+    def _differentiates(self, what: str) -> bool:
+        argnums = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+        return POSITIONS[what] in argnums
+
+    def _of_one(self, output: Tensor) -> Tensor:
+        """An output of one sample; the loss of a batch has no batch in front."""
+        if output.dim() and output.shape[0] != 1:
+            raise ValueError(
+                f"{self.api}: per_sample needs every output to have the batch in front, got shape "
+                f"{tuple(output.shape)} for a batch of one. Use a module that transposes it, or "
+                "that returns other outputs alone."
+            )
+        return output.squeeze(0)
+
+
+def _cuda_devices(state: ModuleState) -> list[int]:
+    tensors = (*state.point.values(), *state.params.values(), *state.buffers.values())
+    return sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})

@@ -1,0 +1,73 @@
+"""Which parameters: by name, glob, predicate or sub-dict."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from jacfunc._check import is_differentiable
+
+Select: TypeAlias = (
+    str | Sequence[str] | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | None
+)
+"""A glob or several, ``predicate(name, parameter)``, or parameters by name; None for all."""
+
+
+def chosen(api: str, params: Mapping[str, Tensor], select: Any) -> dict[str, Tensor]:
+    """The selected parameters in the module's order: where the derivative is taken.
+
+    Those that are frozen are chosen only by a sub-dict, which names them one by one.
+    """
+    if isinstance(select, Mapping):
+        return _of_mapping(api, params, select)
+    trainable = {name: param for name, param in params.items() if param.requires_grad}
+    if select is None:
+        return trainable
+    if callable(select):
+        found = {name: param for name, param in trainable.items() if select(name, param)}
+        if not found:
+            raise ValueError(
+                f"{api}: select must match trainable parameters, got a predicate that holds for "
+                f"none of the {len(trainable)}. It is called as predicate(name, parameter)."
+            )
+        return found
+    patterns = [select] if isinstance(select, str) else list(select)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in trainable):
+            raise ValueError(
+                f"{api}: select must match trainable parameters, got {pattern!r}. "
+                f"Nearest names: {', '.join(_nearest(pattern, params))}."
+            )
+    return {n: p for n, p in trainable.items() if any(fnmatchcase(n, pat) for pat in patterns)}
+
+
+def _of_mapping(
+    api: str, params: Mapping[str, Tensor], select: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    for name, value in select.items():
+        if name not in params:
+            raise ValueError(
+                f"{api}: select must name parameters of the module, got {name!r}. "
+                f"Nearest names: {', '.join(_nearest(str(name), params))}."
+            )
+        if not is_differentiable(value) or value.shape != params[name].shape:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"{api}: select must give floating point tensors in the shapes of the parameters, "
+                f"got {came} for {name}, which has {tuple(params[name].shape)}. "
+                "Pass a part of dict(module.named_parameters()), or tensors like them."
+            )
+    if not select:
+        raise ValueError(
+            f"{api}: select must name at least one parameter, got an empty dict. "
+            "Leave it out to choose all."
+        )
+    return {name: select[name] for name in params if name in select}
+
+
+def _nearest(pattern: str, params: Mapping[str, Tensor]) -> list[str]:
+    return difflib.get_close_matches(pattern, params, n=3) or list(params)[:3]

@@ -1,0 +1,168 @@
+"""Where the products of a sweep go: a tensor a block, or one matrix that they are written into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from jacfunc._basis import numel
+from jacfunc._blocks import Allocate, allocated, columns_to_blocks, rows_to_blocks, stack
+from jacfunc._chunks import Chunk, Pieces
+from jacfunc._types import Blocks, Leaves
+
+PIECE = 2**24
+"""Bytes that wait to be written elsewhere: so few that the allocator keeps their memory, and the
+next piece is made in it."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The Jacobian as a matrix: rows of each output leaf, columns of each input leaf."""
+
+    rows: list[int]
+    columns: list[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, outputs: Leaves, primals: Leaves) -> Grid:
+        leaves = (*outputs, *primals)
+        dtype = reduce(
+            torch.promote_types, [x.dtype for x in leaves] or [torch.get_default_dtype()]
+        )
+        device = leaves[0].device if leaves else torch.get_default_device()
+        return cls([x.numel() for x in outputs], [x.numel() for x in primals], dtype, device)
+
+
+class Sink:
+    """A tensor a block; of another dtype or on another device, where one is named."""
+
+    def __init__(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+
+    @property
+    def copies(self) -> bool:
+        """Are products written elsewhere, rather than being the result themselves?"""
+        return self.dtype is not None or self.device is not None
+
+    def at_once(self, chunk: Chunk) -> Chunk:
+        """Seeds, or samples, of one sweep: not all, where their products are copied."""
+        return Pieces(PIECE) if chunk is None and self.copies else chunk
+
+    def rows(self, chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
+        """Blocks ``[*out_i, *in_j]`` from chunks of rows ``[K, *in_j]``."""
+        into = self.into_rows(Grid.of(outputs, primals)) if self.copies else allocated
+        rows = stack(chunks, numel(outputs), into)
+        return rows_to_blocks(rows, outputs, primals, self.dtype)
+
+    def columns(
+        self, chunks: Iterable[Leaves], outputs: Callable[[], Leaves], primals: Leaves
+    ) -> Blocks:
+        """The same from chunks of columns ``[K, *out_i]``; outputs are known after the first."""
+
+        def into(first: Leaves, total: int) -> Leaves:
+            return self.into_columns(Grid.of(outputs(), primals))(first, total)
+
+        columns = stack(chunks, numel(primals), into if self.copies else allocated)
+        return columns_to_blocks(columns, outputs(), primals, self.dtype)
+
+    def samples(self, chunks: Iterable[Leaves], size: int, grid: Callable[[], Grid]) -> Leaves:
+        """Blocks ``[B, *out_i, *in_j]`` from chunks of them; what comes beside is stacked."""
+
+        def into(first: Leaves, total: int) -> Leaves:
+            known = grid()
+            count = len(known.rows) * len(known.columns)
+            places = self.into_samples(known)(first[:count], total)
+            return (*places, *allocated(first[count:], total))
+
+        return stack(chunks, size, into if self.copies else allocated)
+
+    def into_rows(self, grid: Grid) -> Allocate:
+        """Places for rows of all input leaves."""
+        return self._apart
+
+    def into_columns(self, grid: Grid) -> Allocate:
+        """Places for columns of all output leaves."""
+        return self._apart
+
+    def into_samples(self, grid: Grid) -> Allocate:
+        """Places for blocks of many samples."""
+        return self._apart
+
+    def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
+        """The blocks as they were wanted, by whomever they were made."""
+        if not self.copies:
+            return blocks
+        return tuple(tuple(block.to(self.device, self.dtype) for block in row) for row in blocks)
+
+    def _apart(self, first: Leaves, total: int) -> Leaves:
+        return tuple(
+            product.new_empty((total, *product.shape[1:]), dtype=self.dtype, device=self.device)
+            for product in first
+        )
+
+
+class MatrixSink(Sink):
+    """All blocks as parts of one matrix ``[*batch, M, N]``: it is the single block at the end."""
+
+    copies = True
+    matrix: Tensor | None = None
+
+    def into_rows(self, grid: Grid) -> Allocate:
+        def allocate(first: Leaves, total: int) -> Leaves:
+            matrix = self._empty(first, (total, sum(grid.columns)), grid)
+            return _as_places(matrix.split(grid.columns, 1), first)
+
+        return allocate
+
+    def into_columns(self, grid: Grid) -> Allocate:
+        def allocate(first: Leaves, total: int) -> Leaves:
+            matrix = self._empty(first, (sum(grid.rows), total), grid)
+            return _as_places(matrix.t().split(grid.rows, 1), first)
+
+        return allocate
+
+    def into_samples(self, grid: Grid) -> Allocate:
+        def allocate(first: Leaves, total: int) -> Leaves:
+            matrix = self._empty(first, (total, sum(grid.rows), sum(grid.columns)), grid)
+            rows = matrix.split(grid.rows, 1)
+            return _as_places([p for row in rows for p in row.split(grid.columns, 2)], first)
+
+        return allocate
+
+    def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
+        """The matrix; concatenated, where the blocks carry a graph or a strategy wrote none."""
+        if self.matrix is None:
+            self.matrix = _concatenated(blocks, grid, batch).to(self.device, self.dtype)
+        return ((self.matrix,),)
+
+    def _empty(self, products: Leaves, shape: tuple[int, ...], grid: Grid) -> Tensor:
+        self.matrix = products[0].new_empty(
+            shape, dtype=self.dtype or grid.dtype, device=self.device
+        )
+        return self.matrix
+
+
+def _as_places(parts: Sequence[Tensor], first: Leaves) -> Leaves:
+    """Parts of the matrix in the shapes of what is written there."""
+    pairs = zip(parts, first, strict=True)
+    return tuple(part.view(part.shape[0], *product.shape[1:]) for part, product in pairs)
+
+
+def _concatenated(blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Tensor:
+    rows = [
+        torch.cat([b.reshape(*batch, m, n) for b, n in zip(row, grid.columns, strict=True)], -1)
+        for row, m in zip(blocks, grid.rows, strict=True)
+        if row
+    ]
+    if rows:
+        return torch.cat(rows, -2)
+    shape = (*batch, sum(grid.rows), sum(grid.columns))
+    return torch.zeros(shape, dtype=grid.dtype, device=grid.device)
