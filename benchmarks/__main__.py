@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [run | overhead | regret | budget | list]``."""
+"""The command line: ``python -m benchmarks [COMMAND]``; ``--help`` lists them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import benchmarks
-from benchmarks import budget, digits, grid, overhead, picture, presenting, regret
+from benchmarks import (
+    budget,
+    digits,
+    grid,
+    overhead,
+    picture,
+    presenting,
+    regret,
+    rivals,
+    samples,
+)
 from benchmarks.contestants import BASELINE, CONTESTANTS
 from benchmarks.environment import Environment, default_device, environment, load_average, pin
 from benchmarks.measuring import Result, measure
@@ -40,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return run_budget(device, options.output)
     if options.command == "regret":
         return run_regret(device, options.output, options.only)
+    if options.command == "samples":
+        return run_samples(device, options.output, options.only)
     return run(options.suite, device, options.output)
 
 
@@ -125,6 +137,26 @@ def run_budget(device: torch.device, output: Path) -> None:
     _say_where(where, [path])
 
 
+def run_samples(device: torch.device, output: Path, only: str) -> None:
+    """Per-sample parameter Jacobians by jacfunc, by the recipe, and by other libraries."""
+    where, versions = environment(device), rivals.versions()
+    found = {}
+    with _progress() as progress:
+        chosen = [case for case in samples.cases() if only in case.name]
+        for case in progress.track(chosen, description="samples"):
+            results = samples.measure(case, device)
+            found[case.name] = samples.as_record(case, results)
+            progress.console.print(samples.table(case, results), "")
+    where["load_after"] = load_average()
+    if only:
+        return
+    # a run without the rivals must not replace one with them
+    kind = "rivals" if any(versions.values()) else "samples"
+    path = output / f"{kind}-{device.type}.json"
+    presenting.write_json(path, kind, where, {"rivals": versions, "cases": found})
+    _say_where(where, [path])
+
+
 def list_tables() -> None:
     """Print the suites, workloads and contestants."""
     for heading, names in (
@@ -174,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     regrets = commands.add_parser("regret", parents=[common], help="auto against the best by hand")
     regrets.add_argument("--only", default="", help="cases whose name contains this; not written")
     commands.add_parser("budget", parents=[common], help="under a tenth of the memory")
+    sampled = commands.add_parser("samples", parents=[common], help="per-sample J, and rivals")
+    sampled.add_argument("--only", default="", help="cases whose name contains this; not written")
     commands.add_parser("list", help="suites, workloads and contestants")
     parser.set_defaults(**vars(timed.parse_args([])), command="run")
     return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import jacfunc
-from benchmarks.measuring import peak_bytes, seconds
+from benchmarks.measuring import interleaved, peak_bytes
 from benchmarks.presenting import size
 
 CHUNKS = (8, 16, 32, 64, 128, 256)
@@ -57,11 +56,11 @@ def cases(device: torch.device) -> Iterator[Case]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    wide, tall, square = draw(3000, 40) / 6, draw(1500, 3000) / 50, draw(2000, 300) / 17
+    wide, tall, square = draw(1500, 30) / 6, draw(800, 1500) / 40, draw(1500, 200) / 14
     for name, derive, func, x in (
-        ("jacrev", jacfunc.jacrev, lambda x: tall @ torch.tanh(torch.sin(wide @ x)), draw(40)),
-        ("jacfwd", jacfunc.jacfwd, lambda x: wide.T @ torch.tanh(tall.T @ x), draw(1500)),
-        ("hessian", jacfunc.hessian, lambda x: torch.tanh(square @ x).square().sum(), draw(300)),
+        ("jacrev", jacfunc.jacrev, lambda x: tall @ torch.tanh(torch.sin(wide @ x)), draw(30)),
+        ("jacfwd", jacfunc.jacfwd, lambda x: wide.T @ torch.tanh(tall.T @ x), draw(800)),
+        ("hessian", jacfunc.hessian, lambda x: torch.tanh(square @ x).square().sum(), draw(200)),
     ):
         yield _of_function(name, derive, func, x)
     with torch.random.fork_rng():
@@ -103,11 +102,7 @@ def measure(case: Case, device: torch.device) -> Budgeted:
     taken = _peak(within, cuda)
     runs = {chunk: case.chunked(chunk) for chunk in CHUNKS}
     runs = {chunk: run for chunk, run in runs.items() if _peak(run, cuda) <= budget} | {0: within}
-    times: dict[int, list[float]] = {chunk: [] for chunk in runs}
-    order = random.Random(0)
-    for _ in range(ROUNDS):
-        for chunk in order.sample(list(runs), len(runs)):
-            times[chunk].append(seconds(runs[chunk], cuda))
+    times = interleaved(runs, ROUNDS, cuda)
     medians = {chunk: statistics.median(found) for chunk, found in times.items()}
     best = min((chunk for chunk in medians if chunk), key=medians.__getitem__)
     ratio = statistics.median(a / b for a, b in zip(times[0], times[best], strict=True))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from jacfunc._check import is_out_of_memory
 from jacfunc._counting import PeakBytes
 
 FEWEST_ROUNDS = 5
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ def measure(
     results = [Result(contestant.name, contestant.family) for contestant in contestants]
     runs: dict[str, Run] = {}
     for contestant, result in zip(contestants, results, strict=True):
-        with _recording(result):
+        with recording(result):
             runs[result.contestant] = contestant.prepare(problem)
             result.error = check(runs[result.contestant](), expected)
     on_step()
     running = {r.contestant: (r, runs[r.contestant]) for r in results if r.ok}
     _time_rounds(running, problem, suite, on_step)
     for result, run in ((result, run) for result, run in running.values() if result.ok):
-        with _recording(result):
+        with recording(result):
             result.peak_bytes = peak_bytes(run, problem.cuda())
     on_step()
     summarize({result.contestant: result for result in results}, BASELINE)
@@ -92,21 +93,20 @@ def _time_rounds(
     cuda = problem.cuda()
     wanted = {}
     for name, (result, run) in running.items():
-        with _recording(result):
+        with recording(result):
             # the check was the first warm-up; this one tells how many rounds fit
             fit = suite.seconds / seconds(run, cuda)
             wanted[name] = max(FEWEST_ROUNDS, min(suite.rounds, int(fit)))
     if BASELINE in wanted:
         # a ratio needs both times of one round
         wanted[BASELINE] = suite.rounds
-    # Rotating would leave everyone behind the same neighbour, and what a neighbour leaves in the
-    # caches moved a ratio by a tenth.
+    # as in interleaved(), but a slow contestant sits some rounds out, and may fail in any
     order = random.Random(0)
     for number in range(suite.rounds):
         for name in order.sample(list(wanted), len(wanted)):
             result, run = running[name]
             if result.ok and takes_part(number, wanted[name], suite.rounds):
-                with _recording(result):
+                with recording(result):
                     result.seconds[number] = seconds(run, cuda)
         on_step()
 
@@ -128,7 +128,23 @@ def seconds(run: Callable[[], Any], cuda: bool) -> float:
     return elapsed
 
 
-def peak_bytes(run: Run, cuda: bool) -> int:
+def interleaved(
+    runs: Mapping[Name, Callable[[], Any]], rounds: int, cuda: bool
+) -> dict[Name, list[float]]:
+    """Seconds of every run in every round; the rounds go in shuffled order.
+
+    Rotating would leave everyone behind the same neighbour, and what a neighbour leaves in the
+    caches moved a ratio by a tenth.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(runs), len(runs)):
+            times[name].append(seconds(runs[name], cuda))
+    return times
+
+
+def peak_bytes(run: Callable[[], Any], cuda: bool) -> int:
     """Most bytes that one call holds at once, its answer included, above what was held before."""
     if not cuda:
         counter = PeakBytes()
@@ -167,12 +183,14 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def _recording(result: Result) -> Iterator[None]:
+def recording(result: Result) -> Iterator[None]:
     """Turn a failure into the result's status."""
     try:
         yield
     except WrongAnswerError as wrong:
         result.status = f"wrong: {wrong}"
+    except ModuleNotFoundError as missing:
+        result.status = f"not installed: {missing}"
     except Exception as error:
         # the table must be finished, whatever one contestant does
         result.status = _failure(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.grid import Case, Problem
-from benchmarks.measuring import seconds
+from benchmarks.measuring import interleaved, seconds
 from jacfunc._tree import flatten
 
 Run = Callable[[], Any]
@@ -54,11 +53,7 @@ def measure(case: Case, device: torch.device) -> Regret:
     least = min(first[name] for name in by_hand)
     running = {n: r for n, r in runs.items() if n in CHOOSERS or first[n] <= HOPELESS * least}
     rounds = max(5, min(ROUNDS, int(SECONDS / sum(first[name] for name in running))))
-    times: dict[str, list[float]] = {name: [] for name in running}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(running), len(running)):
-            times[name].append(seconds(running[name], cuda))
+    times = interleaved(running, rounds, cuda)
     medians = {name: statistics.median(found) for name, found in times.items()}
     best = min((name for name in by_hand if name in medians), key=medians.__getitem__)
     regret = {

@@ -7,6 +7,7 @@ from jacfunc._explain import Explanation, explain, plan
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._plans import Plan
 from jacfunc._products import jvp, vjp
+from jacfunc._streams import stream_jacobian
 from jacfunc._transforms import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy
 
@@ -30,6 +31,7 @@ __all__ = [
     "module_jacobian",
     "param_slices",
     "plan",
+    "stream_jacobian",
     "value_and_jacobian",
     "vjp",
     "vmap",

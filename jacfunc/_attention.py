@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch.backends import mha
 
@@ -28,6 +31,11 @@ class PlainAttention:
 
     def __exit__(self, *_: object) -> None:
         _choose(*self._before)
+
+
+def plain_attention() -> AbstractContextManager[Any]:
+    """Compilers choose for themselves."""
+    return nullcontext() if torch.compiler.is_compiling() else PlainAttention()
 
 
 def _choose(flash: bool, mem_efficient: bool, cudnn: bool, math: bool, fastpath: bool) -> None:

@@ -23,7 +23,7 @@ def basis(leaves: Leaves, chunk_size: int | None = None) -> Iterator[Leaves]:
     total = numel(leaves)
     step = chunk_size or max(total, 1)
     for start in range(0, max(total, 1), step):
-        yield _unit_seeds(leaves, start, min(start + step, total))
+        yield unit_seeds(leaves, start, min(start + step, total))
 
 
 def sweep(
@@ -32,12 +32,12 @@ def sweep(
     """Products of the whole basis, chunk by chunk: Leaves of ``[K, *shape]``."""
 
     def products(start: int, stop: int) -> Leaves:
-        return products_of(_unit_seeds(leaves, start, stop))
+        return products_of(unit_seeds(leaves, start, stop))
 
     return in_chunks(numel(leaves), chunk, products)
 
 
-def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
+def unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
     """Seeds number start to stop; each is one in a single entry of a single leaf."""
     seeds, first = [], start
     for leaf in leaves:  # `first`: the leaf's entry that seed number start stands for

@@ -103,7 +103,7 @@ def sample_chunks(
     """``take`` of the samples, a chunk at a time."""
 
     def between(start: int, stop: int) -> Leaves:
-        return take(_narrowed(leaves, dims, start, stop), dims)
+        return take(narrowed(leaves, dims, start, stop), dims)
 
     return in_chunks(batch_size(leaves, dims), chunk, between)
 
@@ -156,7 +156,7 @@ def _vmapped_or_looped(
     return tuple(torch.stack(out) for out in zip(*each, strict=True))
 
 
-def _narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:
+def narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:
     """The samples from start to stop."""
     return tuple(
         x if d is None or (start, stop) == (0, x.shape[d]) else x.narrow(d, start, stop - start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 
@@ -12,9 +12,6 @@ from jacfunc._check import is_out_of_memory
 from jacfunc._counting import PeakBytes
 from jacfunc._trail import note
 from jacfunc._types import Leaves
-
-FIRST = 2
-"""A single seed is not vmapped, and would not tell what vmapped ones take."""
 
 GROWTH = 1.25
 """Chunks that could grow by less stay as they are."""
@@ -35,6 +32,8 @@ class Within:
     may be larger by room / b; after two or three the size is settled, and no longer counted: not
     in this sweep, nor in later ones, which must be of the same kind.
     """
+
+    first: ClassVar[int] = 2  # a single seed is not vmapped, and would not tell what others take
 
     room: int
     at_most: int | None = None
@@ -57,7 +56,14 @@ class Within:
 
 
 class Pieces(Within):
-    """Chunks whose products, which go elsewhere at once, stay within ``room`` bytes."""
+    """Chunks whose products go elsewhere at once: few bytes, or a small share of all products."""
+
+    first = 1
+
+    def next(self, size: int, peak: int, most: int) -> int:
+        """An eighth of all, if that is more than the room."""
+        share = Within(max(self.room, peak * most // (8 * size)), settled=self.settled)
+        return share.next(size, peak, most)
 
     def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
         """A chunk, and the bytes of its products."""
@@ -82,7 +88,7 @@ def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:
     """
     within = chunk if isinstance(chunk, Within) and not torch.compiler.is_compiling() else None
     most, start = largest(chunk, total), 0
-    step = most if within is None else within.settled[-1] if within.settled else FIRST
+    step = most if within is None else within.settled[-1] if within.settled else within.first
     while start < max(total, 1):
         stop = min(start + step, total)
         counting = within if within is not None and not within.settled else None

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack,
+    temporarily_pop_interpreter_stack,
+)
 from torch.autograd import forward_ad
 from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
@@ -53,6 +56,13 @@ def uncompiled() -> Iterator[None]:
         raise
 
 
+def recording() -> AbstractContextManager[Any]:
+    """Autograd on, whatever the caller's mode."""
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)
+    return nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
+
+
 def lacks_forward_rule(error: Exception) -> bool:
     """Is it torch's own error for an operation without a forward rule?"""
     return any(words in str(error) for words in ("forward AD", "forward-mode AD", "jvp"))
@@ -73,6 +83,32 @@ def levels() -> tuple[object, ...]:
 def has_tangent(tensor: Tensor) -> bool:
     """Does forward mode track it, at the innermost level?"""
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Does a derivative pass through it, at whatever level, plain ones among them?"""
+    top = _functorch.peek_interpreter_stack()
+    if tensor.requires_grad:
+        return True
+    # torch has no rule for asking under vmap, where the level below knows
+    if (top is None or top.key() != TransformType.Vmap) and has_tangent(tensor):
+        return True
+    if top is None:
+        return False
+    is_wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
+    if is_wrapped and _functorch.maybe_get_level(tensor) == top.level():
+        tensor = _functorch.get_unwrapped(tensor)
+    with temporarily_pop_interpreter_stack():
+        return is_tracked(tensor)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Do its values, not its tangent alone, differ along a vmap outside?"""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def constant(tensor: Tensor) -> Tensor:
@@ -102,14 +138,16 @@ def is_differentiated(tensor: Tensor) -> bool:
     return False
 
 
-def is_second_order_forward(tensors: Iterable[Tensor]) -> bool:
+def is_second_order_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> bool:
     """Is a forward level inside another derivative, a level of functorch or a plain graph?"""
     orders = [key for key in _keys() if key in (TransformType.Jvp, TransformType.Grad)]
     if TransformType.Jvp not in orders:
         return False
     if TransformType.Jvp in orders[1:]:
         return True
-    return orders[-1] == TransformType.Jvp and any(_tracked_below(tensor) for tensor in tensors)
+    if orders[-1] != TransformType.Jvp:
+        return False
+    return keeps_graph and any(_tracked_below(tensor) for tensor in tensors)
 
 
 def sweep_batch(
@@ -198,3 +236,8 @@ def below_transforms(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def off_graph(leaves: Leaves) -> Leaves:
+    """Without plain graphs, which lead to what a function closes over; most leaves have none."""
+    return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])

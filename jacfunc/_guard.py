@@ -7,20 +7,30 @@ What runs inside a ``torch.jit`` function can't be watched: there a fault goes u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused, is_differentiable
+from jacfunc._faults import CONSTANT_TO_TORCH, RULES, Watch
 from jacfunc._functorch import (
     below_transforms,
     constant,
     has_tangent,
     is_second_order_forward,
+    is_tracked,
 )
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a push is done in: so many vmaps; is a plain graph kept of what comes out?"""
+
+    num_vmaps: int
+    keeps_graph: bool
 
 
 @dataclass(frozen=True)
@@ -28,26 +38,26 @@ class ForwardFault:
     """Functions whose pushforward is wrong, when, and why."""
 
     names: frozenset[str]
-    applies: Callable[[dict[str, Any], tuple[Any, ...], int], bool]
+    applies: Callable[[Mapping[str, Any], tuple[Any, ...], Around], bool]
     reason: str
 
 
-def _with_prod(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+def _with_prod(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
     return "prod" in args or kwargs.get("reduce") == "prod"
 
 
-def _always(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+def _always(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
     return True
 
 
-def _with_options(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+def _with_options(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
     return kwargs.get("options") is not None
 
 
 def _with_gradient_convention(
-    kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int
+    kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around
 ) -> bool:
-    given = dict(zip(_EMBEDDING_ARGUMENTS, args, strict=False)) | kwargs
+    given = dict(zip(_EMBEDDING_ARGUMENTS, args, strict=False)) | dict(kwargs)
     padding = given.get("padding_idx")
     if padding is not None and _occurs(padding, given["input"], len(given["weight"])):
         return True
@@ -58,13 +68,13 @@ def _occurs(padding: int, indices: torch.Tensor, size: int) -> bool:
     return bool((below_transforms(indices) == padding % size).any())
 
 
-def _under_vmap(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
-    return outer_vmaps > 0
+def _under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+    return around.num_vmaps > 0
 
 
-def _at_second_order(kwargs: dict[str, Any], args: tuple[Any, ...], outer_vmaps: int) -> bool:
+def _at_second_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
     tensors = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor))
-    return is_second_order_forward(tensors)
+    return is_second_order_forward(tensors, around.keeps_graph)
 
 
 _EMBEDDING_ARGUMENTS = (
@@ -76,6 +86,7 @@ _LU_SOLVES = frozenset(
     for prefix in ("", "linalg_")
     for name in ("det", "slogdet", "logdet", "solve", "solve_ex", "tensorsolve")
 )
+_WATCHERS = frozenset({"jacfunc._faults", __name__})
 _DETERMINANTS = frozenset({"det", "linalg_det"})
 _KEEPS_STATISTICS = frozenset(
     {
@@ -127,12 +138,12 @@ FORWARD_FAULTS = (
 )
 
 
-class ForwardGuard(TorchFunctionMode):
+class ForwardGuard(Watch):
     """Watches a function while tangents pass through it; refuses what would come out wrong."""
 
-    def __init__(self, outer_vmaps: int) -> None:
+    def __init__(self, around: Around) -> None:
         super().__init__()
-        self._outer_vmaps = outer_vmaps
+        self._around = around
         self._is_recording = torch.is_grad_enabled()
 
     def __torch_function__(
@@ -143,21 +154,47 @@ class ForwardGuard(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        try:
+            return self._pushed(func, args, kwargs)
+        except (RuntimeError, IndexError) as error:
+            self.remember(error, args, kwargs)
+            raise
+
+    def _pushed(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         # graphs of torch.fx and torch.export call overloads, decomposed ones under private names
         name = getattr(func, "_opname", getattr(func, "__name__", "")).lstrip("_")
+        if name == "get__" and _asks_for_graph(func, args[0]):
+            return True
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
         for fault in FORWARD_FAULTS:
-            if name in fault.names and fault.applies(kwargs, args, self._outer_vmaps):
+            if name in fault.names and fault.applies(kwargs, args, self._around):
                 raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
         if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
             raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
-        result = func(*args, **kwargs)
+        rule = RULES.get(func)
+        result = rule(func, args, kwargs) if rule else func(*args, **kwargs)
         if self._is_recording and not torch.is_grad_enabled() and is_differentiable(result):
             return without_tangent(result, name, args)
         if name in _DETERMINANTS and bool((below_transforms(result) == 0).any()):
             raise Refused(f"torch's forward mode of {name} is zero at a singular matrix")
         return result
+
+
+def _asks_for_graph(getter: Any, tensor: torch.Tensor) -> bool:
+    """Is it ``tensor.requires_grad``, read by the function, that is true in reverse mode?
+
+    Functions set hooks where it is true. Torch's own code looks for a graph behind it.
+    """
+    if getattr(getter, "__self__", None) is not torch.Tensor.requires_grad:
+        return False
+    frame = sys._getframe(1)
+    while frame.f_globals["__name__"] in _WATCHERS and frame.f_back:
+        frame = frame.f_back
+    asks_itself = not f"{frame.f_globals['__name__']}.".startswith("torch.")
+    return asks_itself and is_tracked(tensor)
 
 
 def without_tangent(result: torch.Tensor, name: str, args: tuple[Any, ...]) -> torch.Tensor:
@@ -174,3 +211,31 @@ def _lacks_forward_rule(op: torch._ops.OpOverload) -> bool:
     name = op._schema.name
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return not has_kernel(name, "CompositeImplicitAutograd")
+
+
+def check_scripted(module: torch.nn.Module) -> None:
+    """Refuse TorchScript that forward mode is wrong in, or may be: nothing is watched inside.
+
+    What torch has traced it runs as it is; what it has compiled from source, or loaded from a file,
+    is optimized for reverse mode once it has run, which drops the tangents.
+
+    Raises:
+        Refused: if the module is such.
+    """
+    traced: Any = torch.jit.TracedModule  # type: ignore[attr-defined]
+    if not isinstance(module, traced):
+        raise Refused("torch's forward mode is zero in TorchScript that it has optimized")
+    if type(module) is traced:
+        return  # a part, whose operations the whole shows
+    faulty = _DETERMINANTS.union(CONSTANT_TO_TORCH, *(fault.names for fault in FORWARD_FAULTS))
+    graph: Any = module.inlined_graph
+    for space, _, name in (kind.partition("::") for kind in _kinds(graph)):
+        if space not in {"aten", "prim"} or name.removeprefix("special_").lstrip("_") in faulty:
+            raise Refused(f"forward mode can't be watched through {name} inside TorchScript")
+
+
+def _kinds(block: Any) -> set[str]:
+    """Kinds of the nodes of a graph, at whatever depth."""
+    nodes = list(block.nodes())
+    inside = (_kinds(inner) for node in nodes for inner in node.blocks())
+    return {node.kind() for node in nodes}.union(*inside)

@@ -62,8 +62,8 @@ class ModuleCall:
 
     def of_all(self, strategy: Strategy, sink: Sink) -> Evaluation:
         """The Jacobian of the call as it is."""
-        with self._undisturbed():
-            call = self._flat_call(self.arguments, None)
+        with self.undisturbed():
+            call = self.flat_call(self.arguments, None)
             found = evaluate(self.api, call, strategy, sink)
         grid = Grid.of(found.outputs, call.primals)
         return replace(found, blocks=sink.finished(found.blocks, grid, ()))
@@ -77,6 +77,16 @@ class ModuleCall:
         independent: set[Any],
     ) -> Evaluation:
         """The Jacobian of every sample; kinds of calls that are found ``independent`` are noted."""
+        batch = self.batch(sink, in_dims, randomness)
+        with self.undisturbed():
+            found = batch.run(strategy)
+            if batch.kind not in independent and not inside_transform():
+                self.check_independent(batch, found.outputs)
+                independent.add(batch.kind)
+        return found
+
+    def batch(self, sink: Sink, in_dims: Tree, randomness: Randomness) -> Batch:
+        """The call as one of many samples."""
         check_samples(self.api, self.state)
         every_dim = sample_dims(self.api, in_dims, self.arguments)
         split = Split.of(self.arguments, is_tensor)
@@ -84,22 +94,26 @@ class ModuleCall:
         check_batch(self.api, split.leaves, dims)
 
         def call_of(leaves: Leaves) -> FlatCall:
-            return self._flat_call(split.merge(leaves), every_dim)
-
-        def whole(leaves: Leaves) -> Leaves:
-            return self._outputs(split.merge(leaves))
+            return self.flat_call(split.merge(leaves), every_dim)
 
         kind = kinds_of(self.arguments), tuple(dims)
-        batch = Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink)
-        with self._undisturbed():
-            found = batch.run(strategy)
-            if kind not in independent and not inside_transform():
-                check_coupling(self.api, whole, split.leaves, dims, found.outputs)
-                independent.add(kind)
-        return found
+        return Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink)
+
+    def check_independent(self, batch: Batch, outputs: Leaves) -> None:
+        """Compare the outputs of each sample with those of a batch."""
+        split = Split.of(self.arguments, is_tensor)
+
+        def whole(leaves: Leaves) -> Leaves:
+            call = self.flat_call(split.merge(leaves), None)
+            found, _ = call(*(primal.detach().clone() for primal in call.primals))
+            return tuple(out.detach() for out in found)
+
+        check_coupling(
+            self.api, whole, batch.leaves, batch.dims, tuple(out.detach() for out in outputs)
+        )
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> Iterator[None]:
         """The call is checked, and whatever it does, nothing outside is changed."""
         state = self.state
         check_call(self.api, state, self.create_graph)
@@ -111,27 +125,27 @@ class ModuleCall:
             torch.random.fork_rng(devices=_cuda_devices(state)),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
             # checkpoints and hooks run parts of the module in the sweeps, too
-            state.lent(state.point),
+            state.lent(self._point()),
             reentrant_checkpoints_refused(self.api),
         ):
             yield
 
-    def _flat_call(self, arguments: Arguments, dims: Sequence[int | None] | None) -> FlatCall:
+    def flat_call(self, arguments: Arguments, dims: Sequence[int | None] | None) -> FlatCall:
         """As a function of leaves; of one sample where there are dims, which it then lacks."""
-        state, module = self.state, self.state.parts[""].module  # plans go by what this closes over
-        given = {} if self.create_graph is False else state.point
+        # plans go by what this closes over, the module above all
+        state, module, point = self.state, self.state.parts[""].module, self._point()
 
         def call(params: dict[str, Tensor], chosen: Tree, arguments: Arguments) -> Tree:
             args, kwargs = self._renewed(chosen, arguments, dims)
             if is_pushing():
                 state.check_forward()
-            with state.lent(params or given):
+            with state.lent(params or point):
                 output = module(*args, **kwargs)
                 if dims is not None:
                     output = map_tensors(self._of_one, output)
                 return (output, state.buffers_now()) if self.with_buffers else output
 
-        params = state.point if self._differentiates("params") else {}
+        params = point if self._differentiates("params") else {}
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)
         return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {})
@@ -152,11 +166,9 @@ class ModuleCall:
         renewed: Arguments = unflatten(spec, fresh)
         return renewed
 
-    def _outputs(self, arguments: Arguments) -> Leaves:
-        """Of the batch as a whole."""
-        call = self._flat_call(arguments, None)
-        with torch.no_grad():
-            return call(*call.primals)[0]
+    def _point(self) -> dict[str, Tensor]:
+        """Parameters that are not constants."""
+        return self.state.point if self.create_graph or self._differentiates("params") else {}
 
     def _differentiates(self, what: str) -> bool:
         argnums = (self.argnums,) if isinstance(self.argnums, int) else self.argnums

@@ -10,8 +10,8 @@ import torch
 from jacfunc import _engines
 from jacfunc._check import Refused, check_fallback, is_out_of_memory
 from jacfunc._draws import Draws
-from jacfunc._engines import Linearization
 from jacfunc._functorch import below_transforms, inside_transform, levels
+from jacfunc._linearization import EVERY, Linearization, one_by_one
 from jacfunc._sinks import Sink
 from jacfunc._trail import note
 from jacfunc._tree import kind_of
@@ -77,16 +77,22 @@ class JacobianOperator:
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
         """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``."""
+        return self.pullback_onto(EVERY, cotangents)
+
+    def pullback_onto(self, chosen: slice, cotangents: Leaves) -> Leaves:
+        """The same onto some of the primals alone."""
         if _is_empty(cotangents):
-            return _no_products(self.primals)
+            return _no_products(self.primals[chosen])
         linearized = self._linearized
-        return self._refusing("pull cotangents back", lambda: linearized.pull_batch(cotangents))
+        return self._refusing(
+            "pull cotangents back", lambda: linearized.pull_batch(cotangents, chosen)
+        )
 
     def pullback_each(self, cotangents: Leaves) -> Leaves:
         """K pullbacks one after the other, never vmapped: ``[K, *out]`` → ``[K, *in]``."""
         if _is_empty(cotangents):
             return _no_products(self.primals)
-        return _engines.one_by_one(self.pullback, cotangents)
+        return one_by_one(self.pullback, cotangents)
 
     def pushforward(self, tangents: Leaves) -> Leaves:
         """J ẋ: ``[*in]`` → ``[*out]``."""
@@ -112,7 +118,7 @@ class JacobianOperator:
         except Exception as error:  # as above
             check_fallback(error)
             note("tangents could not be pushed at once, columns go one by one: %s", error)
-            return _engines.one_by_one(self.pushforward, tangents)
+            return one_by_one(self.pushforward, tangents)
         self._image = (outputs, extras)
         return products
 
@@ -120,7 +126,7 @@ class JacobianOperator:
         """K pushforwards one after the other, never vmapped: ``[K, *in]`` → ``[K, *out]``."""
         if _is_empty(tangents):
             return _no_products(self.outputs)
-        return _engines.one_by_one(self.pushforward, tangents)
+        return one_by_one(self.pushforward, tangents)
 
     @property
     def _linearized(self) -> Linearization:

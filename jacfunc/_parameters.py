@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from jacfunc._check import Refused
+from jacfunc._guard import check_scripted
 from jacfunc._select import Select, chosen
 from jacfunc._tree import flatten, unflatten
 
@@ -117,7 +118,7 @@ class ModuleState:
         for name, part in self.parts.items():
             module = part.module
             if part.is_scripted:
-                raise Refused("torch's forward mode is zero in TorchScript that it has optimized")
+                check_scripted(module)
             if module._backward_hooks or module._backward_pre_hooks:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 

@@ -117,6 +117,25 @@ class Batch:
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
 
+    def operator(self) -> JacobianOperator:
+        """All samples as one function on one graph: of primals ``[B, *in]``, each sample's own.
+
+        Its Jacobian holds a block a sample, so that one cotangent serves all of them.
+        """
+        size, primals = self._size(), self._first().primals
+        dims = (*(0,) * len(primals), *self.dims)
+
+        def of_one(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            call = self.call_of(leaves[len(primals) :])
+            outputs, _ = call(*leaves[: len(primals)])
+            self.seen[:] = [(call, Grid.of(outputs, call.primals))]
+            return outputs, ()
+
+        def of_all(*points: Tensor) -> tuple[Leaves, Leaves]:
+            return sweep_batch(of_one, (*points, *self.leaves), self.randomness, dims)
+
+        return JacobianOperator(of_all, tuple(p.expand(size, *p.shape) for p in primals))
+
     def check_randomness(self, error: RuntimeError) -> None:
         """Was it that a random module was not to draw?"""
         if self.randomness == "error" and "randomness" in str(error):

@@ -44,6 +44,12 @@ def no_vmap(why: str, *wrt: str, strategies: tuple[str, ...] = ("reverse", "forw
     return Refusal(words, why, wrt or ("params", "inputs"), ("per sample",), strategies)
 
 
+def coupled(why: str) -> Refusal:
+    """Samples depend on each other: there is no Jacobian of one alone."""
+    words = "samples that do not depend on each other"
+    return Refusal(words, why, modes=("per sample",))
+
+
 @dataclass(frozen=True)
 class ModuleKind:
     """A module, and the inputs it is called with, batch first.
@@ -854,7 +860,6 @@ class LowRank(nn.Module):
 
 
 NO_FORWARD_NORM = (no_forward("torch's fused weight norm has none", "params"),)
-NO_FORWARD_POWER = (no_forward("power iterations write into a buffer", "params"),)
 WRONG_SOLVE = Refusal(
     "inside an outer vmap its forward derivative misreads memory",
     "torch's pushforwards of LU factors are wrong under two vmaps",
@@ -879,7 +884,6 @@ PARAMETRIZED = (
         "spectral_norm train",
         lambda: parametrizations.spectral_norm(nn.Linear(3, 2)),
         (3,),
-        refusals=NO_FORWARD_POWER,
     ),
     kind(
         "spectral_norm eval", lambda: parametrizations.spectral_norm(nn.Linear(3, 2)).eval(), (3,)
@@ -888,7 +892,6 @@ PARAMETRIZED = (
         "spectral_norm by hook",
         lambda: nn.utils.spectral_norm(nn.Linear(3, 2)),
         (3,),
-        refusals=NO_FORWARD_POWER,
     ),
     kind("orthogonal matrix_exp", orthogonal("matrix_exp"), (3,)),
     kind("orthogonal cayley", orthogonal("cayley"), (3,), refusals=(WRONG_SOLVE,)),
@@ -1107,7 +1110,12 @@ STATEFUL = (
             no_forward("no tangent meets them", words="passes by the backward hooks of '1'"),
         ),
     ),
-    kind("tensor hook", ClipsGradient, (3,)),
+    kind(
+        "tensor hook",
+        ClipsGradient,
+        (3,),
+        refusals=(no_forward("no tangent meets them", words="passes by the hooks of tensors"),),
+    ),
     kind("in place", InPlace, (3,)),
     kind("weight decay", WeightDecay, (3,)),
     kind("parameters in a plain list", Listed, (3,)),
@@ -1343,7 +1351,10 @@ RUNNING = (
         "branches on data",
         Branches,
         (3,),
-        refusals=(no_vmap("samples may take different branches"),),
+        refusals=(
+            no_vmap("samples may take different branches"),
+            coupled("the batch as a whole chooses the branch"),
+        ),
     ),
     kind("checkpoint", Checkpointed, (3,), refusals=NO_BATCHED_CHECKPOINT),
     kind(
@@ -1371,7 +1382,13 @@ RUNNING = (
         ),
     ),
     kind("torch.func.grad inside", FunctionalForce, (3,)),
-    kind("gradient step inside", Adapts, (3,), (2,)),
+    kind(
+        "gradient step inside",
+        Adapts,
+        (3,),
+        (2,),
+        refusals=(coupled("the loss of the batch moves the parameters"),),
+    ),
     kind("vmap inside", PerSampleNorms, (3,)),
     kind(
         "autocast inside",
@@ -1398,7 +1415,7 @@ RUNNING = (
         ),
     ),
     kind("TorchScript script", scripted, (3,), refusals=COMPILED),
-    kind("TorchScript trace", traced, (3,), refusals=COMPILED),
+    kind("TorchScript trace", traced, (3,), refusals=COMPILED[:1]),
     kind("fx graph", graphed, (1, 3)),
     kind("DataParallel", lambda: nn.DataParallel(nn.Linear(3, 2)), (3,)),
     kind("averaged model", averaged, (3,)),

@@ -31,6 +31,7 @@ add(
 )
 add("bessel_i", lambda x: torch.special.i0(x) * torch.special.i1(x) + torch.special.i0e(x), (3,))
 add("bessel_j", lambda x: torch.special.bessel_j0(x) * x, (3,))
+add("chebyshev_polynomial", lambda x: torch.special.chebyshev_polynomial_t(x, 2) * x, (3,))
 add(
     "bessel_j_in_part",
     lambda x: torch.special.bessel_j1(x.detach()) * x,

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import jacfunc
 from tests.oracles import looped_hessian, looped_jacobian
@@ -419,7 +420,8 @@ def test_forward_mode_stops_where_reverse_mode_is_stopped():
 
     def hooked(x):
         y = x * 2
-        y.register_hook(torch.zeros_like)
+        if y.requires_grad:
+            y.register_hook(torch.zeros_like)
         return y
 
     with pytest.raises(NotImplementedError, match="forward mode passes by the hooks of tensors"):
@@ -467,3 +469,217 @@ def test_what_torch_cannot_do_is_said_with_what_would_work():
     ):
         jacfunc.jacfwd(func)(torch.ones(2))
     assert torch.equal(jacfunc.jacobian(func)(torch.ones(2)), torch.zeros(2, 2))
+
+
+# --- what leaves no trace in a graph ---
+
+POINT = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+CONSTANT_TO_TORCH = {
+    "bessel_j0": torch.special.bessel_j0,
+    "chebyshev_polynomial_t": lambda x: torch.special.chebyshev_polynomial_t(x, 2),
+    "modified_bessel_i1": torch.ops.aten.special_modified_bessel_i1.default,
+}
+
+
+@pytest.mark.parametrize("transform", [jacfunc.jacrev, jacfunc.jacfwd, jacfunc.hessian])
+@pytest.mark.parametrize("name", CONSTANT_TO_TORCH)
+def test_functions_that_torch_takes_for_constants_are_refused(name, transform):
+    special = CONSTANT_TO_TORCH[name]
+
+    def func(x):
+        return (special(x) * x).sum()
+
+    leaf = POINT.clone().requires_grad_()
+    assert not special(leaf).requires_grad
+    for grad_mode in (True, False):
+        with (
+            torch.set_grad_enabled(grad_mode),
+            pytest.raises(NotImplementedError, match=f"no derivative of {name} and takes it"),
+        ):
+            transform(func)(POINT)
+    with pytest.raises(NotImplementedError, match="takes it for a constant"):
+        torch.vmap(transform(func))(POINT[None])
+
+
+def test_functions_that_torch_takes_for_constants_may_be_of_constants():
+    def detached(x):
+        return torch.special.bessel_j0(x.detach()) * x
+
+    def stopped(x):
+        with torch.no_grad():
+            scale = torch.special.bessel_j0(x)
+        return scale * x
+
+    expected = torch.diag(torch.special.bessel_j0(POINT))
+    for func in (detached, stopped):
+        for transform in (jacfunc.jacrev, jacfunc.jacfwd):
+            torch.testing.assert_close(transform(func)(POINT), expected)
+            torch.testing.assert_close(torch.vmap(transform(func))(POINT[None])[0], expected)
+
+
+def test_what_an_outer_level_alone_tracks_is_seen_inside():
+    def inner(x):
+        return jacfunc.jacrev(lambda y: y * torch.special.bessel_j0(x))(torch.ones(3).to(x))
+
+    for outer in (jacfunc.jacrev, jacfunc.jacfwd):
+        with pytest.raises(NotImplementedError, match="takes it for a constant"):
+            outer(inner)(POINT)
+
+
+SINCS = {
+    "function": torch.sinc,
+    "method": lambda x: x.sinc(),
+    "in place": lambda x: x.clone().sinc_(),
+    "overload": torch.ops.aten.sinc.default,
+}
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "forward", "looped"])
+@pytest.mark.parametrize("form", SINCS)
+def test_second_derivatives_of_sinc_at_zero(form, strategy):
+    def func(x):
+        return SINCS[form](x).sum()
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert torch.func.jacrev(torch.func.jacrev(torch.sinc))(zero).isnan().any()
+    hess = jacfunc.hessian(func, strategy=strategy)(zero)
+    torch.testing.assert_close(hess, -(torch.pi**2) / 3 * torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sinc_is_that_of_torch_and_its_derivatives_are_smooth(dtype):
+    x = torch.linspace(-3.0, 3.0, 601, dtype=dtype)
+    _, value = jacfunc.jacrev(lambda x: (torch.sinc(x), torch.sinc(x)), has_aux=True)(x)
+    torch.testing.assert_close(value.detach(), torch.sinc(x))
+    if dtype == torch.bfloat16:
+        return
+    u = torch.pi * x.double()
+    exact = torch.pi**2 * ((2 - u**2) * u.sin() - 2 * u * u.cos()) / u**3
+    second = torch.vmap(jacfunc.hessian(torch.sinc))(x).double()
+    away = u.abs() > 0.3  # there the closed form is exact enough itself
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    assert (second - exact)[away].abs().max() < tolerance
+    assert (second[~away] + torch.pi**2 * (1 / 3 - u[~away] ** 2 / 10)).abs().max() < 1e-3
+
+
+def caught(x):
+    try:
+        return torch.linalg.cholesky(x).diagonal().log().sum()
+    except torch.linalg.LinAlgError:
+        return x.square().sum()
+
+
+def test_errors_that_a_function_catches_for_some_samples():
+    points = torch.stack([torch.eye(2), -torch.eye(2)]).double()
+    expected = torch.stack([looped_jacobian(caught, (x,)) for x in points])
+    assert (torch.vmap(torch.func.jacrev(caught))(points) - expected).abs().max() > 0.5
+    for transform in (jacfunc.jacrev, jacfunc.jacfwd):
+        with pytest.raises(NotImplementedError, match="goes on after an error that it caught"):
+            torch.vmap(transform(caught))(points)
+        torch.testing.assert_close(jacfunc.vmap(transform(caught))(points), expected)
+        # of a single point the error is the point's own
+        torch.testing.assert_close(transform(caught)(points[1]), expected[1])
+    torch.testing.assert_close(
+        jacfunc.hessian(caught)(points[1]), looped_hessian(caught, (points[1],))
+    )
+
+
+def test_a_refusal_that_a_function_catches_stands():
+    def func(x):
+        try:
+            return torch.special.bessel_j0(x)
+        except RuntimeError:
+            return x
+
+    with pytest.raises(NotImplementedError, match="takes it for a constant"):
+        jacfunc.jacrev(func)(POINT)
+
+    def pushed(x):
+        try:
+            return torch.cdist(x[:, None], x[:, None]).sum()
+        except RuntimeError:
+            return x.sum()
+
+    with pytest.raises(NotImplementedError, match="goes on after an error that it caught"):
+        jacfunc.jacfwd(pushed)(POINT)
+
+
+class Cube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+def test_errors_that_leave_a_derivative_inside_a_function_do_not_count():
+    def func(x):
+        try:
+            inner = jacfunc.jacfwd(Cube.apply)(x)
+        except NotImplementedError:
+            inner = jacfunc.jacrev(Cube.apply)(x)
+        return inner.sum(0)
+
+    torch.testing.assert_close(jacfunc.jacrev(func)(POINT), torch.diag(6 * POINT))
+    torch.testing.assert_close(torch.vmap(jacfunc.jacrev(func))(POINT[None])[0], 6 * POINT.diag())
+
+
+def test_no_grad_inside_is_seen_without_grad_mode_outside():
+    scale = torch.ones(2, requires_grad=True)
+
+    def stopped(x):
+        with torch.no_grad():
+            constant = x.sum()
+        return constant * x * scale
+
+    x = torch.tensor([1.0, 2.0])
+    for outside in (torch.no_grad, torch.inference_mode):
+        with outside():
+            value, pushed = jacfunc.jvp(stopped, (x,), (torch.ones(2),))
+            torch.testing.assert_close(jacfunc.jacfwd(stopped)(x), 3 * torch.eye(2))
+        assert not value.requires_grad
+        assert not pushed.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_functions_run_while_they_are_watched(fullgraph):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x.sin() * x, backend="eager", fullgraph=fullgraph)
+    expected = torch.diag(POINT.cos() * POINT + POINT.sin())
+    torch.testing.assert_close(jacfunc.jacrev(compiled)(POINT), expected)
+    torch.testing.assert_close(jacfunc.vmap(jacfunc.jacrev(compiled))(POINT[None])[0], expected)
+
+
+def test_torch_itself_sees_no_graph_in_forward_mode():
+    """A flop counter asks tensors for theirs, and would set hooks."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()).double()
+    with FlopCounterMode(display=False) as counter:
+        jac = jacfunc.jacfwd(net)(POINT)
+    torch.testing.assert_close(jac, looped_jacobian(net, (POINT,)))
+    assert counter.get_total_flops() > 0
+
+
+def test_of_torch_script_what_is_traced_goes_forward():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    net.double()
+
+    def derive(module):
+        return jacfunc.module_jacobian(module, "inputs", strategy="forward")(POINT)
+
+    traced = torch.jit.trace(net, (POINT,))
+    for _ in range(4):
+        torch.testing.assert_close(derive(traced), looped_jacobian(net, (POINT,)))
+    with pytest.raises(NotImplementedError, match="zero in TorchScript that it has optimized"):
+        derive(torch.jit.script(net))
+    normed = torch.nn.Sequential(net, torch.nn.LayerNorm(2).double())
+    with pytest.raises(NotImplementedError, match="can't be watched through layer_norm"):
+        derive(torch.jit.trace(normed, (POINT,)))

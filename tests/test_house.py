@@ -23,7 +23,7 @@ LAYERS = [
     {"_types", "_check", "_words", "_trail"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_counting"}
     | {"_attention", "_draws", "_sinks"},
-    {"_work", "_engines", "_operators", "_fingerprint"},
+    {"_work", "_engines", "_linearization", "_operators", "_fingerprint"},
     {"_flat", "strategies", "_machine"},
     {
         "_costs",
@@ -37,7 +37,8 @@ LAYERS = [
         "_foretell",
     },
     {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
-    | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select", "_coupling", "testing"},
+    | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select", "_coupling", "_streams"}
+    | {"testing"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

@@ -232,23 +232,12 @@ class Failing(NamedTuple):
     strategies: tuple[str, ...] = STRATEGIES
 
 
-FORWARD = ("forward",)
 FAILING = (
     Failing(
         "torch resizes an output of log_sigmoid under two vmaps, and warns",
         ("mlp LogSigmoid",),
         modes=("per sample",),
         strategies=("reverse",),
-    ),
-    Failing(
-        "the call turns grad mode off, so torch.no_grad inside is not seen in forward mode",
-        ("no_grad inside",),
-        strategies=FORWARD,
-    ),
-    Failing(
-        "hooks set where a tensor requires grad do not touch tangents: it differs, silently",
-        ("tensor hook",),
-        strategies=FORWARD,
     ),
 )
 

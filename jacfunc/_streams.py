@@ -1,0 +1,182 @@
+"""The door to Jacobians that are never whole: blocks one after the other, from one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from jacfunc._basis import numel, sweep
+from jacfunc._batching import batch_size, narrowed
+from jacfunc._blocks import rows_to_blocks, stack
+from jacfunc._check import check_chunk_size, is_tensor
+from jacfunc._chunks import Chunk, Pieces, in_chunks
+from jacfunc._functorch import inside_transform
+from jacfunc._inputs import Choice
+from jacfunc._linearization import EVERY
+from jacfunc._module_calls import ModuleCall
+from jacfunc._module_checks import check_module
+from jacfunc._operators import JacobianOperator
+from jacfunc._parameters import ModuleState
+from jacfunc._planner import Auto
+from jacfunc._samples import Batch
+from jacfunc._select import Select
+from jacfunc._sinks import PIECE, Sink
+from jacfunc._tree import Split, flatten, unflatten
+from jacfunc._types import Leaves, Tree
+from jacfunc.strategies._forward import Randomness
+
+API = "stream_jacobian"
+By = Literal["params", "rows", "samples"]
+Items = Iterator[tuple[Any, Tree]]
+
+
+def stream_jacobian(
+    module: nn.Module,
+    by: By = "params",
+    *,
+    select: Select = None,
+    per_sample: bool = False,
+    in_dims: Tree = 0,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+) -> Callable[..., Items]:
+    """A module's Jacobian in its parameters, block by block: to reduce what would not fit.
+
+    The module is evaluated once, and each block pulled back from that evaluation when it is asked
+    for. Norms, projections, Gram matrices are sums over blocks.
+
+    Args:
+        module: any ``nn.Module``.
+        by: ``"params"`` gives ``(name, block)``, one parameter at a time; ``"rows"`` gives
+            ``(slice, {name: [K, *param]})``, the outputs of all leaves in a row; ``"samples"``
+            gives ``(slice, J)`` of some samples, as :func:`jacfunc.module_jacobian` would.
+        select: which parameters, as in :func:`jacfunc.module_jacobian`.
+        per_sample: each sample on its own: blocks have the batch in front.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        chunk_size: rows swept at once, or samples taken at once; by default as many as take
+            4 MiB, or an eighth of all.
+        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
+
+    Returns:
+        A function of the module's own inputs, which returns an iterator. The module is as it was
+        whenever a block has been handed out.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        NotImplementedError: what torch refuses; inside a transform, where no graph is kept.
+
+    Cost:
+        One evaluation and, by rows, the pullbacks of a whole Jacobian; by parameters the part of
+        these that leads to the parameter, for each anew. Memory of one evaluation and one block.
+
+    Example:
+        The squared norm of each parameter's block, per sample, without the Jacobian:
+
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(3, 2)
+        >>> blocks = jacfunc.stream_jacobian(model, "params", per_sample=True)(torch.ones(5, 3))
+        >>> {name: block.square().sum((1, 2, 3)) for name, block in blocks if block.dim() == 4}
+        {'weight': tensor([6., 6., 6., 6., 6.])}
+    """
+    check_module(API, module)
+    check_chunk_size(API, chunk_size)
+    if by not in get_args(By):
+        raise ValueError(
+            f"{API}: by must be one of {', '.join(map(repr, get_args(By)))}, got {by!r}. "
+            "Take parameters, rows of the Jacobian, or samples one after the other."
+        )
+    if by == "samples" and not per_sample:
+        raise ValueError(
+            f"{API}: by='samples' needs per_sample=True, got False. "
+            "Use by='rows', or let each sample be differentiated on its own."
+        )
+
+    def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
+        if inside_transform():
+            raise NotImplementedError(
+                f"{API}: blocks must be pulled back one after the other from a graph that is kept, "
+                "got a call inside a transform. Use module_jacobian there."
+            )
+        state = ModuleState.of(API, module, select)
+        call = ModuleCall(API, state, 0, Choice(), (args, kwargs), False, False)
+        batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
+        chunk: Chunk = chunk_size or Pieces(PIECE)
+        if batch is not None and by == "samples":
+            return _by_samples(call, batch, chunk, in_dims)
+        return _by_rows(call, batch, chunk) if by == "rows" else _by_params(call, batch, chunk)
+
+    return stream_jacobian_of
+
+
+def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree) -> Items:
+    split, strategy, independent = Split.of(call.arguments, is_tensor), Auto(), set[Any]()
+    structure: list[Any] = []
+
+    def take(start: int, stop: int) -> Leaves:
+        some = split.merge(narrowed(batch.leaves, batch.dims, start, stop))
+        part = replace(call, arguments=some)
+        found = part.of_samples(strategy, Sink(), in_dims, batch.randomness, independent)
+        leaves, spec = flatten(found.jacobian())
+        structure[:] = [spec]
+        return tuple(leaves)
+
+    start = 0
+    for leaves in in_chunks(batch_size(batch.leaves, batch.dims), chunk, take):
+        stop = start + leaves[0].shape[0]
+        yield slice(start, stop), unflatten(structure[0], leaves)
+        start = stop
+
+
+def _by_rows(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
+    rows = _Rows(call, batch)
+    start = 0
+    for products in sweep(rows.pulled, rows.outputs, chunk):
+        stop = start + products[0].shape[0]
+        blocks = products if batch is None else [product.movedim(1, 0) for product in products]
+        yield slice(start, stop), rows.flat.input_tree(blocks)
+        start = stop
+
+
+def _by_params(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
+    rows = _Rows(call, batch)
+    for number, name in enumerate(call.state.point):
+        onto = partial(rows.pulled, chosen=slice(number, number + 1))
+        (whole,) = stack(sweep(onto, rows.outputs, chunk), numel(rows.outputs))
+        blocks = [row[0] for row in rows_to_blocks((whole,), rows.outputs, (whole[0],))]
+        if batch is not None:  # ``[*out, B, *param]``
+            pairs = zip(blocks, rows.outputs, strict=True)
+            blocks = [block.movedim(out.dim(), 0) for block, out in pairs]
+        yield name, rows.flat.output_tree(blocks)
+
+
+class _Rows:
+    """A module evaluated once, from which rows are pulled back as they are asked for."""
+
+    def __init__(self, call: ModuleCall, batch: Batch | None) -> None:
+        self._call = call
+        self._size: int | None = None
+        with call.undisturbed():
+            if batch is None:
+                self.flat = call.flat_call(call.arguments, None)
+                self._operator = JacobianOperator(self.flat, self.flat.primals)
+                self.outputs = self._operator.outputs
+                return
+            self._operator, self._size = batch.operator(), batch_size(batch.leaves, batch.dims)
+            outputs = self._operator.outputs
+            call.check_independent(batch, outputs)
+        self.flat = batch.seen[-1][0]
+        self.outputs = tuple(out[0] for out in outputs)
+
+    def pulled(self, cotangents: Leaves, chosen: slice = EVERY) -> Leaves:
+        """Rows of the Jacobian, ``[K, *param]``, or of every sample's, ``[K, B, *param]``."""
+        if self._size is not None:
+            cotangents = tuple(
+                seed.unsqueeze(1).expand(seed.shape[0], self._size, *seed.shape[1:])
+                for seed in cotangents
+            )
+        with self._call.undisturbed():
+            return self._operator.pullback_onto(chosen, cotangents)
