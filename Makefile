@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RIVALS := .venv-rivals
 ARGS ?=
 
-.PHONY: help bench test check lint types overhead regret budget format clean
+.PHONY: help bench test check lint types overhead regret budget samples rivals format clean
 
 help:
 	@echo "make bench     train two nets on digits, compare the strategies, draw the picture"
@@ -13,13 +14,15 @@ help:
 	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
 	@echo "make regret    auto and autotune against the best strategy picked by hand"
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
+	@echo "make samples   per-sample parameter Jacobians: jacfunc against vmap(jacrev)"
+	@echo "make rivals    the same beside other libraries, in an environment of their own"
 	@echo "make format    let ruff format the code"
 
 # One stamp: the environment is made anew when what it installs changes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,test-hf]'
 	@touch $@
 
 bench: $(VENV)/.installed
@@ -33,6 +36,20 @@ regret: $(VENV)/.installed
 
 budget: $(VENV)/.installed
 	$(BIN)/python -m benchmarks budget
+
+samples: $(VENV)/.installed
+	$(BIN)/python -m benchmarks samples $(ARGS)
+
+# The rivals' own environment: what they bring must not change what the tests know.
+$(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt
+	$(PYTHON) -m venv $(RIVALS)
+	$(RIVALS)/bin/python -m pip install --constraint constraints.txt torch
+	$(RIVALS)/bin/python -m pip install --constraint constraints.txt --editable '.[bench,scipy]'
+	$(RIVALS)/bin/python -m pip install --no-deps --requirement benchmarks/rivals.txt
+	@touch $@
+
+rivals: $(RIVALS)/.installed
+	$(RIVALS)/bin/python -m benchmarks samples $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
@@ -51,4 +68,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(RIVALS)

@@ -25,10 +25,10 @@ def mlp() -> nn.Module:
 def cnn() -> nn.Module:
     """LeNet with ReLU and as many channels as a whole batch of pullbacks has room for."""
     return nn.Sequential(
-        *(nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(8, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Flatten(),
-        *(nn.Linear(16 * 7 * 7, 120), nn.ReLU()),
+        *(nn.Linear(32 * 7 * 7, 120), nn.ReLU()),
         *(nn.Linear(120, 84), nn.ReLU()),
         nn.Linear(84, CLASSES),
     )
@@ -41,7 +41,7 @@ class Transformer(nn.Module):
     libraries that work by hooks would refuse anything else.
     """
 
-    def __init__(self, patch: int = 7, width: int = 48, depth: int = 2) -> None:
+    def __init__(self, patch: int = 7, width: int = 72, depth: int = 2) -> None:
         super().__init__()
         self.patch = patch
         self.embed = nn.Linear(patch**2, width)

@@ -32,10 +32,9 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
     if len(first) == 0:
         return first
     is_whole = first[0].shape[0] == total
-    carries_graph = any(product.requires_grad for product in first)
-    if is_whole and (into is allocated or carries_graph):
+    if is_whole and into is allocated:
         return _owned(first)
-    if carries_graph:
+    if any(product.requires_grad for product in first):
         return tuple(torch.cat(pieces) for pieces in zip(first, *iterator, strict=True))
     results = into(first, total)
     filled = _write(results, first, 0)

@@ -22,13 +22,18 @@ class Evaluation:
     """All that one evaluation gave, put into trees when it is asked for."""
 
     call: FlatCall
-    outputs: Leaves
-    extras: Leaves
     blocks: Blocks
+    image: Callable[[], tuple[Leaves, Leaves]]
+    """Outputs and extras."""
+
+    @property
+    def outputs(self) -> Leaves:
+        """Differentiable leaves of what the function returned."""
+        return self.image()[0]
 
     def value_and_aux(self) -> tuple[Tree, Tree]:
         """What the function itself returned."""
-        return self.call.value(self.outputs, self.extras)
+        return self.call.value(*self.image())
 
     def jacobian(self) -> Tree:
         """Output tree of input trees of blocks."""
@@ -39,7 +44,7 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = N
     """One call's Jacobian by a strategy, with all that comes beside it."""
     operator = JacobianOperator(call, call.primals, sink)
     blocks = carry_out(api, lambda: strategy.materialize(operator))
-    return Evaluation(call, operator.outputs, operator.extras, blocks)
+    return Evaluation(call, blocks, operator.image)
 
 
 def deriving(

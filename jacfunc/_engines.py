@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jacfunc._attention import plain_attention
 from jacfunc._check import Refused
-from jacfunc._faults import Watch, can_be_batched, check_nodes, must_be_differentiable
+from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
 from jacfunc._functorch import (
     inside_derivative,
     inside_transform,
@@ -30,6 +30,7 @@ from jacfunc._functorch import (
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, batched_like
 from jacfunc._types import LeafFunction, Leaves
+from jacfunc._watch import Watch, unwatched
 
 
 def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
@@ -107,8 +108,7 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         copies = [anchor.clone() for anchor in anchors]
         starts = {copy.grad_fn for copy in copies}
-        with Watch():
-            outputs, extras = func(*copies)
+        outputs, extras = _watched_once(func, copies)
     nodes, reaches_outside = _survey((*outputs, *extras), starts)
     differentiated = wanted and (reaches_outside or any(p.requires_grad for p in primals))
     live = [i for i, out in enumerate(outputs) if out.requires_grad] if anchors else []
@@ -137,6 +137,21 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     batchable = can_be_batched(names, differentiated)
     forced = must_be_differentiable(names, in_functorch=False) and not differentiated
     return Linearization(released(outputs), released(extras), sweep, batchable)
+
+
+def _watched_once(func: LeafFunction, primals: list[Tensor]) -> tuple[Leaves, Leaves]:
+    """Evaluate; under a watch, unless it met nothing the last time it was called like this.
+
+    A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers.
+    """
+    inner, kind = getattr(func, "kind_of_call", (None, None))
+    if inner is not None and unwatched().knows(inner, kind):
+        return func(*primals)
+    with Watch() as watch:
+        found = func(*primals)
+    if inner is not None and not watch.met:
+        unwatched().add(inner, kind)
+    return found
 
 
 def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:

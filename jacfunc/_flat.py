@@ -47,6 +47,13 @@ class FlatCall:
         """The point: the differentiable leaves of the chosen arguments."""
         return tuple(leaf for split in self._splits for leaf in split.leaves)
 
+    @property
+    def kind_of_call(self) -> tuple[Callable[..., Any] | None, Hashable]:
+        """The function, if it gets one tensor and nothing else, and the kind of that."""
+        if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
+            return self.func, kind_of(self._args[0])
+        return None, None
+
     def signature(self) -> Hashable:
         """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings."""
         if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:

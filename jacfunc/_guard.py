@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from jacfunc._check import Refused, is_differentiable
-from jacfunc._faults import CONSTANT_TO_TORCH, RULES, Watch
 from jacfunc._functorch import (
     below_transforms,
     constant,
@@ -23,6 +22,7 @@ from jacfunc._functorch import (
     is_second_order_forward,
     is_tracked,
 )
+from jacfunc._watch import CONSTANT_TO_TORCH, RULES, Watch
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,10 @@ def _occurs(padding: int, indices: torch.Tensor, size: int) -> bool:
 
 def _under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
     return around.num_vmaps > 0
+
+
+def _drops_under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+    return around.num_vmaps > 0 and kwargs.get("dropout_p", args[4] if len(args) > 4 else 0) > 0
 
 
 def _at_second_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
@@ -128,6 +132,11 @@ FORWARD_FAULTS = (
     ),
     ForwardFault(
         _LU_SOLVES, _under_vmap, "inside an outer vmap its forward derivative misreads memory"
+    ),
+    ForwardFault(
+        frozenset({"scaled_dot_product_attention"}),
+        _drops_under_vmap,
+        "inside an outer vmap its dropout ends the process",
     ),
     ForwardFault(
         _LU_SOLVES | _KEEPS_STATISTICS,

@@ -63,12 +63,7 @@ class JacobianOperator:
     @property
     def outputs(self) -> Leaves:
         """f(primals), differentiable leaves only."""
-        return self._evaluated[0]
-
-    @property
-    def extras(self) -> Leaves:
-        """Tensors that the function returned beside them."""
-        return self._evaluated[1]
+        return self.image()[0]
 
     def pullback(self, cotangents: Leaves) -> Leaves:
         """Jᵀ ȳ: ``[*out]`` → ``[*in]``."""
@@ -137,8 +132,8 @@ class JacobianOperator:
             self._image = (self._linearization.outputs, self._linearization.extras)
         return self._linearization
 
-    @property
-    def _evaluated(self) -> tuple[Leaves, Leaves]:
+    def image(self) -> tuple[Leaves, Leaves]:
+        """Outputs, and tensors that the function returned beside them."""
         if self._image is None:
             linearized = self._linearized
             return linearized.outputs, linearized.extras

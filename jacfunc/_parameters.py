@@ -20,6 +20,11 @@ from jacfunc._tree import flatten, unflatten
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _OWN = frozenset(vars(nn.Module()))
+_TORCHS = tuple(
+    key
+    for key in vars(nn.Module())
+    if "_hooks" in key or key in ("_modules", "_non_persistent_buffers_set")
+)
 _SIMPLE = frozenset({bool, int, float, str, type(None)})
 _KEEPS = (Tensor, torch.Generator, list, tuple, dict, deque)
 _FEW = 1000
@@ -34,14 +39,16 @@ class Part:
     params: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
     plain: dict[str, Any]  # other attributes that hold state
+    torchs: list[tuple[Any, Any]]  # hooks by kind, parts, and so on, and as they are at first
     is_scripted: bool
     is_table: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> Part:
+        own, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
         plain = {
             key: value
-            for key, value in vars(module).items()
+            for key, value in own.items()
             if type(value) not in _SIMPLE and key not in _OWN and _keeps(value)
         }
         return cls(
@@ -49,7 +56,8 @@ class Part:
             dict(module._parameters),
             dict(module._buffers),
             plain,
-            isinstance(module, torch.jit.ScriptModule),
+            [] if is_scripted else [(own[key], own[key].copy()) for key in _TORCHS],
+            is_scripted,
             isinstance(module, _TABLES),
         )
 
@@ -70,6 +78,10 @@ class Part:
     def give_back(self, attributes: dict[str, Any]) -> None:
         """All attributes as they were."""
         own = vars(self.module)
+        for mine, first in self.torchs:  # models of HuggingFace set hooks when they first run
+            if mine != first:
+                mine.clear()
+                mine.update(first)
         if not self.is_scripted:
             own["_parameters"], own["_buffers"] = attributes["_parameters"], attributes["_buffers"]
         # refilled only where it must be: python is slower with a dict that was

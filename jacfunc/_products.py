@@ -51,7 +51,7 @@ def jvp(
     given, _ = flatten(tangents)
     check_like("jvp", "tangents", given, call.primals)
     products = carry_out("jvp", lambda: operator.pushforward(tuple(given)))
-    value, aux = call.value(operator.outputs, operator.extras)
+    value, aux = call.value(*operator.image())
     pushed = call.output_tree(products)
     return (value, pushed, aux) if has_aux else (value, pushed)
 
@@ -88,7 +88,7 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
     """
     call = FlatCall("vjp", func, tuple(range(len(primals))), has_aux, primals, {})
     operator = JacobianOperator(call, call.primals)
-    value, aux = call.value(operator.outputs, operator.extras)
+    value, aux = call.value(*operator.image())
 
     def pullback(cotangents: Tree) -> Tree:
         given, _ = flatten(cotangents)

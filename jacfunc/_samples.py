@@ -18,7 +18,7 @@ from jacfunc._flat import FlatCall
 from jacfunc._functorch import sweep_batch
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
-from jacfunc._plans import attempt
+from jacfunc._plans import Plan, attempt
 from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
 from jacfunc._types import Leaves
@@ -73,7 +73,8 @@ class Batch:
             call = self._first()
             call(*map(Tensor.clone, call.primals))
             raise Refused(
-                f"{self.api}: per_sample needs a module that runs under vmap, got: {error}. "
+                f"{self.api}: per_sample needs a module that runs under vmap, got: "
+                f"{str(error).rstrip('.')}. "
                 "Use strategy='looped', which takes the samples one by one."
             ) from error
 
@@ -103,15 +104,22 @@ class Batch:
 
     def planned(self, strategy: Auto | Autotune) -> Leaves:
         """As the strategy plans for calls of this kind; looped where torch vmaps no plan."""
+        draws = Draws(self.leaves)
+
+        def run(plan: Plan) -> Leaves:
+            draws.repeat()  # what was tried before has drawn
+            return self._refusable(plan.strategy, chunk)
+
         plan, chunk = strategy.known.get(self.kind) or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
             return self.looped(strategy)
         try:
-            plan, result = attempt(plan, lambda plan: self._refusable(plan.strategy, chunk))
+            plan, result = attempt(plan, run)
         except Refused as refusal:
             note("samples go one by one: %s", refusal)
             strategy.known[self.kind] = plan, UNMAPPED
+            draws.repeat()
             return self.looped(strategy)
         strategy.known[self.kind] = plan, chunk
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
@@ -162,9 +170,9 @@ class Batch:
         """Blocks, outputs and extras of one sample, one after the other."""
         call = self.call_of(leaves)
         found = evaluate(self.api, call, strategy)
-        self.seen[:] = [(call, Grid.of(found.outputs, call.primals))]
-        blocks = (block for row in found.blocks for block in row)
-        return (*blocks, *found.outputs, *found.extras)
+        outputs, extras = found.image()
+        self.seen[:] = [(call, Grid.of(outputs, call.primals))]
+        return (*(block for row in found.blocks for block in row), *outputs, *extras)
 
     def _sorted(self, leaves: Leaves) -> Evaluation:
         """What :meth:`_of_one` lined up, of all samples."""
@@ -173,7 +181,7 @@ class Batch:
         blocks = tuple(leaves[i * width : (i + 1) * width] for i in range(num_outputs))
         beside = leaves[num_outputs * width :]
         blocks = self.sink.finished(blocks, grid, (size,))
-        return Evaluation(call, beside[:num_outputs], beside[num_outputs:], blocks)
+        return Evaluation(call, blocks, lambda: (beside[:num_outputs], beside[num_outputs:]))
 
     def _grid(self) -> Grid:
         return self.seen[-1][1]

@@ -14,7 +14,7 @@ from jacfunc._blocks import Allocate, allocated, columns_to_blocks, rows_to_bloc
 from jacfunc._chunks import Chunk, Pieces
 from jacfunc._types import Blocks, Leaves
 
-PIECE = 2**22
+PIECE = 2**24
 """Bytes that wait to be written elsewhere: so few that the allocator keeps their memory, and the
 next piece is made in it."""
 

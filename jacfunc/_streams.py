@@ -58,7 +58,7 @@ def stream_jacobian(
         per_sample: each sample on its own: blocks have the batch in front.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
-            4 MiB, or an eighth of all.
+            16 MiB, or an eighth of all.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
 
     Returns:

@@ -94,11 +94,22 @@ def _adopt(kind: type) -> None:
     """Teach optree, in our namespace, a node type that torch's pytree knows."""
     node = torch_pytree.SUPPORTED_NODES[kind]
 
-    def take_apart(tree: Tree) -> tuple[list[Any], Any]:
-        return node.flatten_fn(tree)
+    def take_apart(tree: Tree) -> tuple[list[Any], Any, list[Any] | None]:
+        children, context = node.flatten_fn(tree)
+        # the fields that optree would count off are wrong where those of None are left out
+        return children, context, list(tree) if issubclass(kind, dict) else None
 
     def put_together(context: Any, children: Any) -> Tree:
-        return node.unflatten_fn(list(children), context)
+        values = list(children)
+        if not issubclass(kind, dict):
+            return node.unflatten_fn(values, context)
+        # filled when it is made: HuggingFace's ModelOutput takes a lone dict for its own fields
+        slots = [None if value is None else object() for value in values]
+        tree = node.unflatten_fn(slots, context)
+        filling = {id(slot): value for slot, value in zip(slots, values, strict=True)}
+        for key, slot in list(tree.items()):
+            tree[key] = filling.get(id(slot), slot)
+        return tree
 
     optree.register_pytree_node(kind, take_apart, put_together, namespace=NAMESPACE)
 

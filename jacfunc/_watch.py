@@ -1,0 +1,179 @@
+"""What no graph shows, in one table: seen while the function runs, and refused or done right.
+
+Functions that torch takes for constants, formulas that break down, errors that a function catches.
+Each entry is pinned by a test in ``tests/test_faults.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jacfunc._check import Refused, is_differentiable, is_tensor
+from jacfunc._functorch import is_batched, is_tracked, lacks_forward_rule
+from jacfunc._tree import flatten
+
+MOST_KINDS = 100
+"""Of calls of one function that are known to need no watch."""
+
+_Args = tuple[Any, ...]
+_Rule = Callable[[Callable[..., Any], _Args, Mapping[str, Any]], Any]
+
+
+def _refuse_if_tracked(func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
+    if any(map(_is_tracked_now, _tensors(args, kwargs))):
+        name = getattr(func, "__name__", str(func)).removeprefix("special_").partition(".")[0]
+        raise Refused(f"torch has no derivative of {name} and takes it for a constant")
+    return func(*args, **kwargs)
+
+
+def _sinc(func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
+    """By a formula of our own where it is differentiated: torch's has a pole of its own at 0."""
+    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    if "out" in kwargs or not is_differentiable(x) or x.is_complex() or not _is_tracked_now(x):
+        return func(*args, **kwargs)
+    # torch rounds half precision once, at the end
+    value = sinc(x if x.dtype in (torch.float32, torch.float64) else x.float()).to(x.dtype)
+    return x.copy_(value) if func is Tensor.sinc_ else value
+
+
+def sinc(x: Tensor) -> Tensor:
+    """``sin(πx) / πx``, by its power series near 0: there the quotient cancels once derived."""
+    angle = torch.pi * x
+    is_near = angle.abs() < 1
+    # outside its own half each branch gets what can't spoil the derivatives of the other
+    square = torch.where(is_near, angle, 0.0).square()
+    far = torch.where(is_near, 1.0, angle)
+    series = torch.ones_like(x)
+    for n in range(_TERMS, 0, -1):
+        series = 1 - square / (2 * n * (2 * n + 1)) * series
+    return torch.where(is_near, series, far.sin() / far)
+
+
+_TERMS = 11
+"""Of the series, the last below the rounding of float64 in the second derivative, too."""
+
+
+def _is_tracked_now(tensor: Tensor) -> bool:
+    """Compilers can't be asked."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() and is_tracked(tensor)
+
+
+def _tensors(args: _Args, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return list(filter(is_tensor, flatten((args, dict(kwargs)))[0]))
+
+
+def _forms(name: str) -> list[Callable[..., Any]]:
+    """What is met when it is called by this name; graphs of torch.fx call overloads."""
+    packet = getattr(torch.ops.aten, name)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    places = (torch, torch.special, Tensor)
+    named = [getattr(place, name.removeprefix("special_"), None) for place in places]
+    return [packet, *overloads, *filter(None, named)]
+
+
+CONSTANT_TO_TORCH = (
+    *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
+    *(f"modified_bessel_{kind}" for kind in ("i0", "i1", "k0", "k1")),
+    *(f"scaled_modified_bessel_{kind}" for kind in ("k0", "k1")),
+    *(f"{shifted}chebyshev_polynomial_{k}" for shifted in ("", "shifted_") for k in "tuvw"),
+    *("hermite_polynomial_h", "hermite_polynomial_he"),
+    *("laguerre_polynomial_l", "legendre_polynomial_p"),
+)
+RULES: dict[Callable[..., Any], _Rule] = {
+    **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in _forms(f"special_{name}")},
+    **dict.fromkeys((*_forms("sinc"), Tensor.sinc_), _sinc),
+}
+"""What is done instead of a call."""
+
+_OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
+
+
+class Watch(TorchFunctionMode):
+    """Watches a function while it runs, for what its graph does not show.
+
+    What runs inside a ``torch.jit`` function, or compiled, can't be watched.
+    """
+
+    _caught: Any = None
+    met = False
+    """Was anything seen that has a rule?"""
+
+    def __enter__(self) -> Self:
+        torch._C._push_on_torch_function_stack(self)  # as torch does, in fewer steps
+        return self
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: _Args = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # met by every operation: as short as it can be
+        try:
+            if func not in RULES:
+                return func(*args, **kwargs) if kwargs else func(*args)
+            self.met = True
+            return RULES[func](func, args, kwargs or {})
+        except (RuntimeError, IndexError) as error:
+            self.remember(error, args, kwargs or {})
+            raise
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        torch._C._pop_torch_function_stack()
+        caught, self._caught = error or self._caught, None
+        if caught is None:
+            return
+        # a watch outside has seen it, too, but what is done about it is no longer the function's
+        caught.left_a_watch = True
+        if error is None:
+            if isinstance(caught, Refused):
+                raise caught
+            raise Refused(f"func goes on after an error that it caught: {caught}") from caught
+
+    def remember(self, error: Any, args: _Args, kwargs: Mapping[str, Any]) -> None:
+        """Errors that a sample alone, without our transforms, may not have raised."""
+        if torch.compiler.is_compiling() or hasattr(error, "left_a_watch"):
+            return
+        is_ours = isinstance(error, Refused) or lacks_forward_rule(error)
+        is_ours = is_ours or any(words in str(error) for words in _OF_A_TRANSFORM)
+        if is_ours or any(map(is_batched, _tensors(args, kwargs))):
+            self._caught = error
+
+
+class Unwatched:
+    """Functions that met nothing when they were watched, and at which kinds of arguments."""
+
+    def __init__(self) -> None:
+        self._kinds: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
+
+    def knows(self, func: Any, kind: Hashable) -> bool:
+        """Need it be watched no more?"""
+        try:
+            return kind in self._kinds.get(func, ())
+        except TypeError:  # neither hashed nor referred to weakly
+            return False
+
+    def add(self, func: Any, kind: Hashable) -> None:
+        """It has been watched, and met nothing."""
+        try:
+            kinds = self._kinds.setdefault(func, set())
+        except TypeError:
+            return
+        if len(kinds) < MOST_KINDS:
+            kinds.add(kind)
+
+
+@cache
+def unwatched() -> Unwatched:
+    """Those of this process."""
+    return Unwatched()
