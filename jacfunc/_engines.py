@@ -7,6 +7,7 @@ torch.func.vjp can; :func:`linearize` is the one place that chooses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -139,7 +140,7 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     return Linearization(released(outputs), released(extras), sweep, batchable)
 
 
-def _watched_once(func: LeafFunction, primals: list[Tensor]) -> tuple[Leaves, Leaves]:
+def _watched_once(func: LeafFunction, primals: Sequence[Tensor]) -> tuple[Leaves, Leaves]:
     """Evaluate; under a watch, unless it met nothing the last time it was called like this.
 
     A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers.
@@ -162,8 +163,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         if torch.compiler.is_compiling():  # where no graph can be looked at
             return func(*copies)
         starts = {copy.grad_fn for copy in copies}
-        with Watch():
-            outputs, extras = func(*copies)
+        outputs, extras = _watched_once(func, copies)
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         nodes, _ = _survey(outputs, starts)
         check_nodes(nodes, found["differentiated"])

@@ -57,8 +57,8 @@ def check_nodes(nodes: set[Any], differentiated: bool) -> None:
     for node in nodes:
         name = node.__name__
         reason = WRONG_BACKWARD.get(name)
-        if num_vmap_levels() and reason is None:
-            reason = WRONG_INSIDE_VMAP.get(name)
+        if name in WRONG_INSIDE_VMAP and num_vmap_levels():
+            reason = WRONG_INSIDE_VMAP[name]
         if reason:
             raise Refused(f"torch's backward pass of {name} is wrong here ({reason})")
         if differentiated and _is_once_differentiable(node):

@@ -164,7 +164,10 @@ class Unwatched:
             return False
 
     def add(self, func: Any, kind: Hashable) -> None:
-        """It has been watched, and met nothing."""
+        """It has been watched, and met nothing; one that could catch errors is watched on."""
+        code = getattr(func, "__code__", None)
+        if code is None or code.co_exceptiontable:
+            return
         try:
             kinds = self._kinds.setdefault(func, set())
         except TypeError:
