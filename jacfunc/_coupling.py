@@ -21,9 +21,7 @@ Whole = Callable[[Leaves], Leaves]
 """The outputs of a batch, from its tensors."""
 
 
-def check_coupling(
-    api: str, whole: Whole, leaves: Leaves, dims: Sequence[int | None], alone: Leaves
-) -> None:
+def check_coupling(api: str, whole: Whole, leaves: Leaves, dims: Sequence[int | None]) -> None:
     """Compare a small batch with its samples alone.
 
     Where they differ by what might be rounding, or draw random numbers, another batch decides: one
@@ -32,7 +30,7 @@ def check_coupling(
     Raises:
         ValueError: if a sample's output is another one in the batch.
     """
-    leaves = tuple(x if d is None else _few(x, d) for x, d in zip(leaves, dims, strict=True))
+    leaves = _narrowed(leaves, dims, 0, FEW)
     before = Draws(leaves)
     try:
         together = whole(leaves)
@@ -40,7 +38,7 @@ def check_coupling(
         note("the batch could not be evaluated as a whole, to see if samples depend: %s", error)
         return
     is_random = before.were_taken()
-    apart = 0.0 if is_random else _difference(together, tuple(_few(out, 0) for out in alone))
+    apart = 0.0 if is_random else _difference(together, _one_by_one(whole, leaves, dims))
     if is_random or 0.0 < apart <= COARSE:
         after = Draws(leaves)
         before.repeat()
@@ -57,6 +55,13 @@ def check_coupling(
         )
 
 
+def _one_by_one(whole: Whole, leaves: Leaves, dims: Sequence[int | None]) -> Leaves:
+    size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
+    singles = [whole(_narrowed(leaves, dims, number, 1)) for number in range(size)]
+    # the loss of a sample has no batch in front: put together they are compared with nothing
+    return tuple(torch.cat([x.flatten(0, 0) for x in out]) for out in zip(*singles, strict=True))
+
+
 def _difference(outputs: Leaves, others: Leaves) -> float:
     """The largest relative difference; 0 where all are equal to the rounding of their dtype."""
     worst = 0.0
@@ -69,8 +74,12 @@ def _difference(outputs: Leaves, others: Leaves) -> float:
     return worst
 
 
-def _few(leaf: Tensor, dim: int) -> Tensor:
-    return leaf.detach().narrow(dim, 0, min(FEW, leaf.shape[dim]))
+def _narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, most: int) -> Leaves:
+    """Some of the samples, and what all share."""
+    return tuple(
+        x.detach() if d is None else x.detach().narrow(d, start, min(most, x.shape[d] - start))
+        for x, d in zip(leaves, dims, strict=True)
+    )
 
 
 def _all_but_first(outputs: Leaves) -> Leaves:

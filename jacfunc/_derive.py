@@ -43,7 +43,7 @@ class Evaluation:
 def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = None) -> Evaluation:
     """One call's Jacobian by a strategy, with all that comes beside it."""
     operator = JacobianOperator(call, call.primals, sink)
-    blocks = carry_out(api, lambda: strategy.materialize(operator))
+    blocks = in_words_of(api, lambda: strategy.materialize(operator))
     return Evaluation(call, blocks, operator.image)
 
 
@@ -80,7 +80,7 @@ def jacobian_by(
     return deriving(api, func, argnums, strategy, has_aux, pack)
 
 
-def carry_out(api: str, sweep: Callable[[], Result]) -> Result:
+def in_words_of(api: str, sweep: Callable[[], Result]) -> Result:
     """Run a sweep; say in the words of the call what torch refused."""
     try:
         return sweep()

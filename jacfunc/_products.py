@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jacfunc._check import check_like
-from jacfunc._derive import carry_out
+from jacfunc._derive import in_words_of
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
 from jacfunc._tree import flatten
@@ -50,7 +50,7 @@ def jvp(
     operator = JacobianOperator(call, call.primals)
     given, _ = flatten(tangents)
     check_like("jvp", "tangents", given, call.primals)
-    products = carry_out("jvp", lambda: operator.pushforward(tuple(given)))
+    products = in_words_of("jvp", lambda: operator.pushforward(tuple(given)))
     value, aux = call.value(*operator.image())
     pushed = call.output_tree(products)
     return (value, pushed, aux) if has_aux else (value, pushed)

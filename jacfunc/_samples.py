@@ -12,7 +12,7 @@ from jacfunc._autotune import Autotune
 from jacfunc._batching import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._chunks import Chunk
-from jacfunc._derive import Evaluation, carry_out, evaluate
+from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import sweep_batch
@@ -155,7 +155,7 @@ class Batch:
     def _plan(self, strategy: Auto | Autotune) -> Any:
         call, size = self._first(), self._size()
         operator = JacobianOperator(call, call.primals)
-        return carry_out(self.api, lambda: strategy.plan_samples(operator, size, self._refusable))
+        return in_words_of(self.api, lambda: strategy.plan_samples(operator, size, self._refusable))
 
     def _refusable(self, strategy: Strategy, chunk: Chunk) -> Leaves:
         try:

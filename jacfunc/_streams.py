@@ -17,7 +17,7 @@ from jacfunc._chunks import Chunk, Pieces, in_chunks
 from jacfunc._functorch import inside_transform
 from jacfunc._inputs import Choice
 from jacfunc._linearization import EVERY
-from jacfunc._module_calls import ModuleCall
+from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
 from jacfunc._operators import JacobianOperator
 from jacfunc._parameters import ModuleState
@@ -84,6 +84,34 @@ def stream_jacobian(
     """
     check_module(API, module)
     check_chunk_size(API, chunk_size)
+    _check_by(by, per_sample)
+
+    def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
+        if inside_transform():
+            raise NotImplementedError(
+                f"{API}: blocks must be pulled back one after the other from a graph that is kept, "
+                "got a call inside a transform. Use module_jacobian there."
+            )
+        state = ModuleState.of(API, module, select)
+        call = ModuleCall(
+            API,
+            state,
+            POSITIONS["params"],
+            Choice(),
+            (args, kwargs),
+            with_buffers=False,
+            create_graph=False,
+        )
+        batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
+        chunk: Chunk = chunk_size or Pieces(PIECE)
+        if batch is not None and by == "samples":
+            return _by_samples(call, batch, chunk, in_dims)
+        return _by_rows(call, batch, chunk) if by == "rows" else _by_params(call, batch, chunk)
+
+    return stream_jacobian_of
+
+
+def _check_by(by: object, per_sample: bool) -> None:
     if by not in get_args(By):
         raise ValueError(
             f"{API}: by must be one of {', '.join(map(repr, get_args(By)))}, got {by!r}. "
@@ -95,31 +123,18 @@ def stream_jacobian(
             "Use by='rows', or let each sample be differentiated on its own."
         )
 
-    def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
-        if inside_transform():
-            raise NotImplementedError(
-                f"{API}: blocks must be pulled back one after the other from a graph that is kept, "
-                "got a call inside a transform. Use module_jacobian there."
-            )
-        state = ModuleState.of(API, module, select)
-        call = ModuleCall(API, state, 0, Choice(), (args, kwargs), False, False)
-        batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
-        chunk: Chunk = chunk_size or Pieces(PIECE)
-        if batch is not None and by == "samples":
-            return _by_samples(call, batch, chunk, in_dims)
-        return _by_rows(call, batch, chunk) if by == "rows" else _by_params(call, batch, chunk)
-
-    return stream_jacobian_of
-
 
 def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree) -> Items:
-    split, strategy, independent = Split.of(call.arguments, is_tensor), Auto(), set[Any]()
+    split, strategy = Split.of(call.arguments, is_tensor), Auto()
     structure: list[Any] = []
+    with call.undisturbed():
+        call.check_independent(batch)
 
     def take(start: int, stop: int) -> Leaves:
-        some = split.merge(narrowed(batch.leaves, batch.dims, start, stop))
-        part = replace(call, arguments=some)
-        found = part.of_samples(strategy, Sink(), in_dims, batch.randomness, independent)
+        part = split.merge(narrowed(batch.leaves, batch.dims, start, stop))
+        some = replace(call, arguments=part)
+        with some.undisturbed():
+            found = some.batch(Sink(), in_dims, batch.randomness).run(strategy)
         leaves, spec = flatten(found.jacobian())
         structure[:] = [spec]
         return tuple(leaves)
@@ -166,10 +181,9 @@ class _Rows:
                 self.outputs = self._operator.outputs
                 return
             self._operator, self._size = batch.operator(), batch_size(batch.leaves, batch.dims)
-            outputs = self._operator.outputs
-            call.check_independent(batch, outputs)
+            self.outputs = tuple(out[0] for out in self._operator.outputs)
+            call.check_independent(batch)
         self.flat = batch.seen[-1][0]
-        self.outputs = tuple(out[0] for out in outputs)
 
     def pulled(self, cotangents: Leaves, chosen: slice = EVERY) -> Leaves:
         """Rows of the Jacobian, ``[K, *param]``, or of every sample's, ``[K, B, *param]``."""
