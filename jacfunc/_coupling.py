@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from jacfunc._draws import Draws
+from jacfunc._known import KnownKinds
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 
@@ -16,6 +18,13 @@ FEW = 4
 
 COARSE = 0.1
 """Relative differences up to this may be another kernel's rounding, under autocast, say."""
+
+
+@cache
+def independent() -> KnownKinds:
+    """Modules whose samples were found not to depend on each other, in this process."""
+    return KnownKinds()
+
 
 Whole = Callable[[Leaves], Leaves]
 """The outputs of a batch, from its tensors."""

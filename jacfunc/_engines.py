@@ -143,14 +143,16 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
 def _watched_once(func: LeafFunction, primals: Sequence[Tensor]) -> tuple[Leaves, Leaves]:
     """Evaluate; under a watch, unless it met nothing the last time it was called like this.
 
-    A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers.
+    A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
+    but a function that may catch errors is watched at every call.
     """
     inner, kind = getattr(func, "kind_of_call", (None, None))
-    if inner is not None and unwatched().knows(inner, kind):
+    if inner is not None and unwatched().has(inner, kind):
         return func(*primals)
     with Watch() as watch:
         found = func(*primals)
-    if inner is not None and not watch.met:
+    code = getattr(inner, "__code__", None)
+    if code is not None and not (watch.met or code.co_exceptiontable):
         unwatched().add(inner, kind)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import is_differentiable, is_tensor
-from jacfunc._coupling import check_coupling
+from jacfunc._coupling import check_coupling, independent
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import inside_transform, is_pushing
@@ -69,20 +69,13 @@ class ModuleCall:
         return replace(found, blocks=sink.finished(found.blocks, grid, ()))
 
     def of_samples(
-        self,
-        strategy: Strategy,
-        sink: Sink,
-        in_dims: Tree,
-        randomness: Randomness,
-        independent: set[Any],
+        self, strategy: Strategy, sink: Sink, in_dims: Tree, randomness: Randomness
     ) -> Evaluation:
-        """The Jacobian of every sample; kinds of calls that are found ``independent`` are noted."""
+        """The Jacobian of every sample."""
         batch = self.batch(sink, in_dims, randomness)
         with self.undisturbed():
             found = batch.run(strategy)
-            if batch.kind not in independent and not inside_transform():
-                self.check_independent(batch)
-                independent.add(batch.kind)
+            self.check_independent(batch)
         return found
 
     def batch(self, sink: Sink, in_dims: Tree, randomness: Randomness) -> Batch:
@@ -100,7 +93,13 @@ class ModuleCall:
         return Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink)
 
     def check_independent(self, batch: Batch) -> None:
-        """Refuse samples that depend on each other."""
+        """Refuse samples that depend on each other; looked at once a kind of call."""
+        module = self.state.parts[""].module
+        kind = batch.kind, tuple(part.module.training for part in self.state.parts.values())
+        if inside_transform() or torch.compiler.is_compiling():
+            return
+        if independent().has(module, kind):
+            return
         split = Split.of(self.arguments, is_tensor)
 
         def whole(leaves: Leaves) -> Leaves:
@@ -109,6 +108,7 @@ class ModuleCall:
             return tuple(out.detach() for out in found)
 
         check_coupling(self.api, whole, batch.leaves, batch.dims)
+        independent().add(module, kind)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

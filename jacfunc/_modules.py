@@ -125,7 +125,6 @@ def module_jacobian(
     check_module(API, module)
     argnums = argnums_of(API, wrt)
     chosen = resolve(API, strategy, chunk_size, memory)
-    independent: set[Any] = set()  # kinds of calls whose samples do not depend on each other
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         state, arguments = ModuleState.of(API, module, select), (args, kwargs)
@@ -133,7 +132,7 @@ def module_jacobian(
         call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)
         sink = MatrixSink(dtype, device) if flat else Sink(dtype, device)
         if per_sample:
-            result = call.of_samples(chosen, sink, in_dims, randomness, independent)
+            result = call.of_samples(chosen, sink, in_dims, randomness)
         else:
             result = call.of_all(chosen, sink)
         jacobian = result.blocks[0][0] if flat else result.jacobian()

@@ -6,10 +6,9 @@ Each entry is pinned by a test in ``tests/test_faults.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,10 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused, is_differentiable, is_tensor
 from jacfunc._functorch import is_batched, is_tracked, lacks_forward_rule
+from jacfunc._known import KnownKinds
 from jacfunc._tree import flatten
-
-MOST_KINDS = 100
-"""Of calls of one function that are known to need no watch."""
 
 _Args = tuple[Any, ...]
 _Rule = Callable[[Callable[..., Any], _Args, Mapping[str, Any]], Any]
@@ -150,33 +147,7 @@ class Watch(TorchFunctionMode):
             self._caught = error
 
 
-class Unwatched:
-    """Functions that met nothing when they were watched, and at which kinds of arguments."""
-
-    def __init__(self) -> None:
-        self._kinds: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
-
-    def knows(self, func: Any, kind: Hashable) -> bool:
-        """Need it be watched no more?"""
-        try:
-            return kind in self._kinds.get(func, ())
-        except TypeError:  # neither hashed nor referred to weakly
-            return False
-
-    def add(self, func: Any, kind: Hashable) -> None:
-        """It has been watched, and met nothing; one that could catch errors is watched on."""
-        code = getattr(func, "__code__", None)
-        if code is None or code.co_exceptiontable:
-            return
-        try:
-            kinds = self._kinds.setdefault(func, set())
-        except TypeError:
-            return
-        if len(kinds) < MOST_KINDS:
-            kinds.add(kind)
-
-
 @cache
-def unwatched() -> Unwatched:
-    """Those of this process."""
-    return Unwatched()
+def unwatched() -> KnownKinds:
+    """Functions that met nothing when they were watched, in this process."""
+    return KnownKinds()
