@@ -93,9 +93,10 @@ class Autotune:
         if torch.compiler.is_compiling():
             return by_sizes(operator, BOTH).materialize(operator)
         signature = operator.signature()
-        plan, _ = self.known.get(signature) or (self.plan(operator), None)
-        plan, blocks = attempt(plan, lambda plan: carry_out(plan, operator))
-        self.known[signature] = plan, None
+        known, _ = self.known.get(signature) or (None, None)
+        plan, blocks = attempt(known or self.plan(operator), lambda plan: carry_out(plan, operator))
+        if plan is not known:
+            self.known[signature] = plan, None
         return blocks
 
     def plan(self, operator: JacobianOperator) -> Plan:

@@ -29,8 +29,10 @@ class FlatCall:
         has_aux: bool,
         args: tuple[Tree, ...],
         kwargs: dict[str, Any],
+        kind: Hashable = None,
     ) -> None:
         self.func = func
+        self._kind = kind
         self._api, self._has_aux = api, has_aux
         self._args, self._kwargs = args, kwargs
         self._positions = wrap_argnums(api, argnums, len(args))
@@ -55,7 +57,12 @@ class FlatCall:
         return None, None
 
     def signature(self) -> Hashable:
-        """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings."""
+        """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings.
+
+        Whoever makes the call may know less that tells, the ``kind``.
+        """
+        if self._kind is not None:
+            return self._kind
         if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
             return kind_of(self._args[0])
         return self._positions, kinds_of((self._args, self._kwargs))

@@ -146,7 +146,9 @@ class ModuleCall:
         params = point if self._differentiates("params") else {}
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)
-        return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {})
+        # parameters keep their shapes: calls of one module differ in their inputs
+        kind = self.argnums, tuple(point), kinds_of(arguments)
+        return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {}, kind)
 
     def _renewed(
         self, chosen: Tree, arguments: Arguments, dims: Sequence[int | None] | None

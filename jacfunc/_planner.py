@@ -57,15 +57,22 @@ class Auto:
         if torch.compiler.is_compiling():
             return by_sizes(operator, self.directions).materialize(operator)
         signature = operator.signature()
-        shelf: dict[Hashable, tuple[Plan, Chunk]] = self.known
-        if signature not in shelf and self.memory is None:
-            # the same function, transformed anew at each call, is not planned at each call
-            shelf = shared_plans().of(operator.func, self)
-        plan, _ = shelf.get(signature) or (self.plan(operator), None)
+        plan, _ = self.known.get(signature) or (None, None)
+        if plan is None:
+            return self._first(operator, signature)
+        ran, blocks = attempt(plan, lambda plan: carry_out(plan, operator))
+        if ran is not plan:
+            self.known[signature] = ran, None
+        return blocks
+
+    def _first(self, operator: JacobianOperator, signature: Hashable) -> Blocks:
+        """The first call of a kind; one function, transformed anew each time, is planned once."""
+        shared = shared_plans().of(operator.func, self) if self.memory is None else {}
+        plan, _ = shared.get(signature) or (self.plan(operator), None)
         plan, blocks = attempt(plan, lambda plan: carry_out(plan, operator))
         self.known[signature] = plan, None
         if not is_bounded(plan):
-            shelf[signature] = plan, None
+            shared[signature] = plan, None
         return blocks
 
     def plan(self, operator: JacobianOperator) -> Plan:

@@ -110,7 +110,8 @@ class Batch:
             draws.repeat()  # what was tried before has drawn
             return self._refusable(plan.strategy, chunk)
 
-        plan, chunk = strategy.known.get(self.kind) or self._plan(strategy)
+        known = strategy.known.get(self.kind)
+        plan, chunk = known or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
             return self.looped(strategy)
@@ -121,7 +122,8 @@ class Batch:
             strategy.known[self.kind] = plan, UNMAPPED
             draws.repeat()
             return self.looped(strategy)
-        strategy.known[self.kind] = plan, chunk
+        if known is None or plan is not known[0]:
+            strategy.known[self.kind] = plan, chunk
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
 
