@@ -23,7 +23,7 @@ TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
 HOPELESS = 3.0
 """A candidate that is slower than the best by this factor is not timed again."""
 
-ROUNDS, SECONDS = 300, 1.5
+ROUNDS, SECONDS = 300, 1.2
 """At most, for all contestants of a case together."""
 
 MIDDLING, PLANNINGS = 0.01, 5
