@@ -170,6 +170,7 @@ class Batch:
 
     def _of_one(self, leaves: Leaves, strategy: Strategy) -> Leaves:
         """Blocks, outputs and extras of one sample, one after the other."""
+        self.seen.clear()  # a call remembers its outputs, and these their graph
         call = self.call_of(leaves)
         found = evaluate(self.api, call, strategy)
         outputs, extras = found.image()
