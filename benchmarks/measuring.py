@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from benchmarks.reference import WrongAnswerError, check
 from benchmarks.workloads import Answer, Problem, Suite
 from jacfunc._check import is_out_of_memory
 from jacfunc._counting import PeakBytes
+from jacfunc._machine import seconds_of
 
 FEWEST_ROUNDS = 5
 Name = TypeVar("Name")
@@ -119,13 +119,7 @@ def takes_part(number: int, wanted: int, rounds: int) -> bool:
 def seconds(run: Callable[[], Any], cuda: bool) -> float:
     """Wall time of one call; the answer is freed after the clock has stopped."""
     with uncollected():
-        _synchronize(cuda)
-        start = time.perf_counter()
-        answer = run()
-        _synchronize(cuda)
-        elapsed = time.perf_counter() - start
-        del answer
-    return elapsed
+        return seconds_of(run, torch.device("cuda" if cuda else "cpu"))
 
 
 def interleaved(
@@ -201,8 +195,3 @@ def _failure(error: Exception) -> str:
         return "out of memory"
     line = next(iter(str(error).strip().splitlines()), "")
     return f"unsupported: {type(error).__name__}: {line}"[:200]
-
-
-def _synchronize(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from jacfunc._chunks import Chunk, in_chunks
 from jacfunc._draws import Draws
 from jacfunc._functorch import sweep_batch
 from jacfunc._trail import note
-from jacfunc._tree import Split, broadcast_prefix, flatten, unflatten
+from jacfunc._tree import Split, broadcast_prefix, flatten, stack_trees, unflatten
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies._forward import Randomness
 
@@ -153,7 +153,8 @@ def _vmapped_or_looped(
     for number in range(batch_size(leaves, dims)):
         with draws.of_one(randomness):
             each.append(func(one_sample(leaves, dims, number))[0])
-    return tuple(torch.stack(out) for out in zip(*each, strict=True))
+    stacked: Leaves = stack_trees(each)
+    return stacked
 
 
 def narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from jacfunc._batching import batch_size, narrowed
 from jacfunc._draws import Draws
 from jacfunc._known import KnownKinds
 from jacfunc._trail import note
@@ -39,7 +40,8 @@ def check_coupling(api: str, whole: Whole, leaves: Leaves, dims: Sequence[int | 
     Raises:
         ValueError: if a sample's output is another one in the batch.
     """
-    leaves = _narrowed(leaves, dims, 0, FEW)
+    few = min(FEW, batch_size(leaves, dims))
+    leaves = narrowed(tuple(leaf.detach() for leaf in leaves), dims, 0, few)
     before = Draws(leaves)
     try:
         together = whole(leaves)
@@ -65,8 +67,8 @@ def check_coupling(api: str, whole: Whole, leaves: Leaves, dims: Sequence[int | 
 
 
 def _one_by_one(whole: Whole, leaves: Leaves, dims: Sequence[int | None]) -> Leaves:
-    size = next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
-    singles = [whole(_narrowed(leaves, dims, number, 1)) for number in range(size)]
+    numbers = range(batch_size(leaves, dims))
+    singles = [whole(narrowed(leaves, dims, number, number + 1)) for number in numbers]
     # the loss of a sample has no batch in front: put together they are compared with nothing
     return tuple(torch.cat([x.flatten(0, 0) for x in out]) for out in zip(*singles, strict=True))
 
@@ -81,14 +83,6 @@ def _difference(outputs: Leaves, others: Leaves) -> float:
         if apart > torch.finfo(out.dtype).eps ** 0.5 * scale:
             worst = max(worst, float(apart / scale) if scale else 1.0)
     return worst
-
-
-def _narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, most: int) -> Leaves:
-    """Some of the samples, and what all share."""
-    return tuple(
-        x.detach() if d is None else x.detach().narrow(d, start, min(most, x.shape[d] - start))
-        for x, d in zip(leaves, dims, strict=True)
-    )
 
 
 def _all_but_first(outputs: Leaves) -> Leaves:

@@ -29,7 +29,7 @@ class FlatCall:
         has_aux: bool,
         args: tuple[Tree, ...],
         kwargs: dict[str, Any],
-        kind: Hashable = None,
+        kind: Callable[[], Hashable] | None = None,
     ) -> None:
         self.func = func
         self._kind = kind
@@ -62,10 +62,9 @@ class FlatCall:
         Whoever makes the call may know less that tells, the ``kind``.
         """
         if self._kind is not None:
-            return self._kind
-        if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
-            return kind_of(self._args[0])
-        return self._positions, kinds_of((self._args, self._kwargs))
+            return self._kind()
+        func, kind = self.kind_of_call
+        return (self._positions, kinds_of((self._args, self._kwargs))) if func is None else kind
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
         args = list(self._args)

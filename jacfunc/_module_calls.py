@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -146,8 +146,11 @@ class ModuleCall:
         params = point if self._differentiates("params") else {}
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)
-        # parameters keep their shapes: calls of one module differ in their inputs
-        kind = self.argnums, tuple(point), kinds_of(arguments)
+
+        def kind() -> Hashable:
+            # parameters keep their shapes: calls of one module differ in their inputs
+            return self.argnums, tuple(point), kinds_of(arguments)
+
         return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {}, kind)
 
     def _renewed(

@@ -139,20 +139,23 @@ def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree) -> 
         structure[:] = [spec]
         return tuple(leaves)
 
-    start = 0
-    for leaves in in_chunks(batch_size(batch.leaves, batch.dims), chunk, take):
-        stop = start + leaves[0].shape[0]
-        yield slice(start, stop), unflatten(structure[0], leaves)
-        start = stop
+    for part, leaves in _placed(in_chunks(batch_size(batch.leaves, batch.dims), chunk, take)):
+        yield part, unflatten(structure[0], leaves)
 
 
 def _by_rows(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
     rows = _Rows(call, batch)
-    start = 0
-    for products in sweep(rows.pulled, rows.outputs, chunk):
-        stop = start + products[0].shape[0]
+    for part, products in _placed(sweep(rows.pulled, rows.outputs, chunk)):
         blocks = products if batch is None else [product.movedim(1, 0) for product in products]
-        yield slice(start, stop), rows.flat.input_tree(blocks)
+        yield part, rows.flat.input_tree(blocks)
+
+
+def _placed(chunks: Iterator[Leaves]) -> Iterator[tuple[slice, Leaves]]:
+    """Each chunk, and which of all rows or samples it holds."""
+    start = 0
+    for leaves in chunks:
+        stop = start + leaves[0].shape[0]
+        yield slice(start, stop), leaves
         start = stop
 
 
