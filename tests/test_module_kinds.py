@@ -7,7 +7,7 @@ anew and not copied, because torch can't copy a pruned one.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import product
@@ -181,12 +181,14 @@ def snapshot(module: nn.Module, given: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def unchanged(module: nn.Module, given: Any) -> Iterator[None]:
-    before = snapshot(module, given)
+def unchanged(
+    module: nn.Module, given: Any, look: Callable[..., dict[str, Any]] = snapshot
+) -> Iterator[None]:
+    before = look(module, given)
     try:
         yield
     finally:
-        after = snapshot(module, given)
+        after = look(module, given)
         changed = [what for what in before if before[what] != after[what]]
         assert not changed, f"changed: {changed}"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 import jacfunc
 from tests.module_kinds import MODULE_KINDS, B, floats
 from tests.oracles import is_real_tensor, leaves_of, tree_map
-from tests.test_module_kinds import CRASHES, HOOKS, REFUSALS, contents, snapshot
+from tests.test_module_kinds import CRASHES, HOOKS, REFUSALS, contents, snapshot, unchanged
 
 # torch ends the process, or sets no hooks
 SPARED = (*CRASHES, "TorchScript script", "TorchScript trace")
@@ -63,15 +63,7 @@ def everything(module: nn.Module, given: Any) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def untouched(module: nn.Module, given: Any) -> Iterator[None]:
-    before = everything(module, given)
-    try:
-        yield
-    finally:
-        after = everything(module, given)
-        changed = [what for what in before if before[what] != after[what]]
-        assert not changed, f"changed: {changed}"
+untouched = partial(unchanged, look=everything)
 
 
 # --- where it can fail ---
