@@ -20,6 +20,9 @@ CHOOSERS = ("auto", "autotune")
 TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
 """Largest wanted regret, and the share of cases in which it must hold."""
 
+AGAIN = "best again"
+"""The best against itself: how far noise alone carries a ratio from 1."""
+
 HOPELESS = 3.0
 """A candidate that is slower than the best by this factor is not timed again."""
 
@@ -34,6 +37,7 @@ MIDDLING, PLANNINGS = 0.01, 5
 class Regret:
     """One case: median seconds of each strategy, and by which factor the choosers miss the best.
 
+    Ratios are of rounds after those that showed which is best; the best itself is among them.
     ``planning`` is what auto's first call takes more than a later one, as a share of that.
     """
 
@@ -56,13 +60,19 @@ def measure(case: Case, device: torch.device) -> Regret:
     times = interleaved(running, rounds, cuda)
     medians = {name: statistics.median(found) for name, found in times.items()}
     best = min((name for name in by_hand if name in medians), key=medians.__getitem__)
-    regret = {
-        name: statistics.median(a / b for a, b in zip(times[name], times[best], strict=True))
-        for name in CHOOSERS
-        if name in times
-    }
+    choosers = {name: running[name] for name in CHOOSERS if name in running}
+    regret = _against(running[best], choosers, rounds, cuda)
     planning = _planning(problem, cuda) if medians.get("auto", 0.0) >= MIDDLING else None
     return Regret(case.name, best, {**first, **medians}, regret, planning, failures)
+
+
+def _against(best: Run, choosers: Mapping[str, Run], rounds: int, cuda: bool) -> dict[str, float]:
+    """In rounds of their own: whoever was fastest before was lucky, too."""
+    times = interleaved({"best": best, AGAIN: best, **choosers}, 2 * rounds, cuda)
+    return {
+        name: statistics.median(a / b for a, b in zip(times[name], times["best"], strict=True))
+        for name in (AGAIN, *choosers)
+    }
 
 
 def _planning(problem: Problem, cuda: bool) -> float:
@@ -125,6 +135,11 @@ def table(results: Sequence[Regret]) -> Table:
         f"cases (wanted {s['wanted']:.0%}), median {s['median']:.2f}×, worst {s['worst']:.2f}×"
         for name, s in summary(results).items()
     ]
+    noise = [abs(result.regret[AGAIN] - 1) for result in results]
+    lines.append(
+        f"noise: the best is within {statistics.median(noise):.1%} of itself (median), "
+        f"at most {max(noise):.1%}"
+    )
     shares = [result.planning for result in results if result.planning is not None]
     if shares:
         lines.append(
