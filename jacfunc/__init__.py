@@ -2,35 +2,47 @@
 
 from jacfunc._autotune import Autotune
 from jacfunc._batching import vmap
+from jacfunc._curvature import fisher, ggn, gradient_norms
 from jacfunc._estimate import Estimate, estimate
 from jacfunc._explain import Explanation, explain, plan
+from jacfunc._gauss_newton import GaussNewton
+from jacfunc._kernels import gram, ntk
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._plans import Plan
 from jacfunc._products import jvp, vjp
+from jacfunc._projections import random_projection
 from jacfunc._streams import stream_jacobian
 from jacfunc._transforms import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [
     "Autotune",
     "Estimate",
     "Explanation",
     "Forward",
+    "GaussNewton",
     "Looped",
     "ModuleResult",
     "Plan",
     "Reverse",
     "Strategy",
+    "Structured",
     "estimate",
     "explain",
+    "fisher",
+    "ggn",
+    "gradient_norms",
+    "gram",
     "hessian",
     "jacfwd",
     "jacobian",
     "jacrev",
     "jvp",
     "module_jacobian",
+    "ntk",
     "param_slices",
     "plan",
+    "random_projection",
     "stream_jacobian",
     "value_and_jacobian",
     "vjp",

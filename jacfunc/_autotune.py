@@ -23,7 +23,7 @@ from jacfunc._operators import JacobianOperator
 from jacfunc._planner import carry_out, counted_costs
 from jacfunc._plans import (
     Plan,
-    attempt,
+    Sampled,
     bounded,
     bounded_samples,
     by_sizes,
@@ -34,9 +34,9 @@ from jacfunc._trail import note
 from jacfunc._types import Blocks
 from jacfunc._winners import winners
 from jacfunc._words import in_seconds
-from jacfunc.strategies import Forward, Reverse
+from jacfunc.strategies import Forward, Reverse, Structured
 
-ROUNDS, FEWEST = 25, 3
+ROUNDS, FEWEST = 25, 5
 SECONDS = 1.0
 """That long a tuning goes on with further rounds."""
 
@@ -47,6 +47,7 @@ SETTING_UP = 0.1
 """Seconds that a first call may take before it tells of later ones."""
 
 BOTH = (Reverse(), Forward())
+BY_LAYERS = Structured()
 FEW = 16
 """Seeds up to which a loop without vmap is worth a try."""
 
@@ -69,7 +70,7 @@ class Autotune:
         TypeError, ValueError: a budget that is none, a cache file that Autotune did not write.
 
     Cost:
-        On first use three to 25 calls of each candidate that is not hopeless.
+        On first use five to 25 calls of each candidate that is not hopeless.
 
     Example:
         >>> import torch, jacfunc
@@ -93,10 +94,9 @@ class Autotune:
         if torch.compiler.is_compiling():
             return by_sizes(operator, BOTH).materialize(operator)
         signature = operator.signature()
-        known, _ = self.known.get(signature) or (None, None)
-        plan, blocks = attempt(known or self.plan(operator), lambda plan: carry_out(plan, operator))
-        if plan is not known:
-            self.known[signature] = plan, None
+        known = self.known.get(signature) or (self.plan(operator), None)
+        plan, blocks = carry_out(known[0], operator)
+        self.known[signature] = (plan, None) if plan is not known[0] else known
         return blocks
 
     def plan(self, operator: JacobianOperator) -> Plan:
@@ -115,24 +115,25 @@ class Autotune:
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
     def plan_samples(
-        self, operator: JacobianOperator, batch: int, run: Callable[[Swept, Chunk], Any]
+        self, operator: JacobianOperator, samples: Sampled, run: Callable[[Swept, Chunk], Any]
     ) -> tuple[Plan, Chunk]:
         """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
         costs = counted_costs(operator)
         operator.repeat_draws()  # the samples draw as if none had been evaluated before
         if costs is None:
             return by_sizes(operator, BOTH), None
-        memory = check_memory("Autotune", self.memory)
-        plan, chunk = bounded_samples(fastest(costs.times(batch), BOTH), costs, batch, memory)
+        memory, size = check_memory("Autotune", self.memory), samples.size
+        every, ways = costs.times(size, samples.are_copied), samples.ways(BOTH, BY_LAYERS)
+        plan, chunk = bounded_samples(fastest(every, ways), costs, size, memory)
         if chunk is not None:  # memory decides, not time
             return plan, chunk
-        key = f"{_key(operator)} × {batch}"
+        key = f"{_key(operator)} × {size}{' copied' * samples.are_copied}"
         won, device = self._won(operator, key), _device(operator)
         if won is None:
-            possible = candidates(costs.times(batch), BOTH, REACH, FEW)
+            possible = candidates(every, ways, REACH, FEW)
             won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
         operator.repeat_draws()
-        return Plan(won, "it was the fastest when measured", None, BOTH), None
+        return Plan(won, "it was the fastest when measured", None, ways), None
 
     def _won(self, operator: JacobianOperator, key: str) -> Swept | None:
         return winners(self._file()).get(_device(operator), key)

@@ -13,12 +13,17 @@ from jacfunc._functorch import below_transforms
 from jacfunc._machine import Cost, Machine, is_here, machine
 from jacfunc._operators import JacobianOperator
 from jacfunc._work import Operation, Recorder
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
+
+COLUMN_LOOP = Looped("columns")
+
+LOOKING = 3.0
+"""Evaluations of overhead alone that it takes to look for the uses of parameters."""
 
 
 def is_forward(strategy: Strategy) -> bool:
     """Does it push tangents?"""
-    return isinstance(strategy, Forward) or strategy == Looped("columns")
+    return isinstance(strategy, Forward) or strategy == COLUMN_LOOP
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Costs:
         outputs: bytes of the outputs.
         kept: bytes that an evaluation leaves behind for pullbacks, the outputs among them.
         speeds: of the machine.
+        is_copied: the result is put together elsewhere, which only layers write into at once.
     """
 
     operations: Sequence[Operation]
@@ -44,6 +50,7 @@ class Costs:
     outputs: int
     kept: int
     speeds: Machine
+    is_copied: bool = False
 
     @classmethod
     def of(cls, operator: JacobianOperator, recorder: Recorder) -> Costs | None:
@@ -68,10 +75,17 @@ class Costs:
             speeds,
         )
 
-    def times(self, batch: int) -> Costs:
+    def times(self, batch: int, is_copied: bool = False) -> Costs:
         """The same vmapped over a batch: more bytes and products, no more operations."""
         scaled = [
-            replace(op, read=op.read * batch, written=op.written * batch, flops=op.flops * batch)
+            replace(
+                op,
+                read=op.read * batch,
+                written=op.written * batch,
+                flops=op.flops * batch,
+                held=op.held * batch,
+                held_flops=op.held_flops * batch,
+            )
             for op in self.operations
         ]
         return replace(
@@ -80,28 +94,49 @@ class Costs:
             result=self.result * batch,
             outputs=self.outputs * batch,
             kept=self.kept * batch,
+            is_copied=is_copied,
         )
 
-    def seeds(self, strategy: Reverse | Forward | Looped) -> int:
+    def seeds(self, strategy: Reverse | Forward | Looped | Structured) -> int:
         """How many the strategy sweeps in all."""
         return self.columns if is_forward(strategy) else self.rows
 
-    def most_bytes(self, strategy: Reverse | Forward) -> int:
+    def most_bytes(self, strategy: Reverse | Forward | Structured) -> int:
         """At most that, swept in one chunk: as if nothing were freed before the end."""
         moved = sum(op.read + op.written for op in self.operations)
-        return self.kept + 2 * self.result + 2 * self.seeds(strategy) * moved
+        results = 2
+        if isinstance(strategy, Structured):  # no gradient of a parameter is ever there
+            moved, results = moved - sum(op.held for op in self.operations), 1
+        return self.kept + results * self.result + 2 * self.seeds(strategy) * moved
 
-    def seconds(self, strategy: Reverse | Forward | Looped) -> float:
+    def seconds(self, strategy: Reverse | Forward | Looped | Structured) -> float:
         """All sweeps of the strategy, and the evaluations that they need."""
+        if isinstance(strategy, Structured):
+            return self._by_layers()
         total = self.seeds(strategy)
         is_looped = isinstance(strategy, Looped)
         chunk = 1 if isinstance(strategy, Looped) else largest(strategy.chunk_size, total)
         sweeps = -(-total // chunk)
-        copies = self._write(self.result) if sweeps > 1 else 0.0
+        copies = self._write(self.result) if sweeps > 1 or self.is_copied else 0.0
         if is_forward(strategy):
             cost = self.speeds.push if is_looped else self.speeds.push_batch
             return sweeps * self._push(chunk, cost) + copies
         return self._evaluation() + sweeps * self._pull(chunk) + copies
+
+    def _by_layers(self) -> float:
+        """Every operation is looked at; no gradient of a parameter is made but the result."""
+        overhead = LOOKING * self.speeds.evaluate.seconds(len(self.operations))
+        passing = [
+            replace(op, read=op.read - op.held, flops=op.flops - op.held_flops)
+            for op in self.operations
+        ]
+        products = sum(
+            self.rows * op.held_flops * self.speeds.flop(self.rows, op.is_conv, False)
+            for op in self.operations
+            if op.held_flops
+        )
+        pulled = replace(self, operations=passing)._pull(self.rows)
+        return overhead + self._evaluation() + pulled + products + self._write(self.result)
 
     def least_push(self) -> float:
         """Forward mode takes at least that, wherever it was measured; this asks no machine for it.

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from jacfunc._check import Refused
 from jacfunc._flat import FlatCall
+from jacfunc._into import sink_for
 from jacfunc._operators import JacobianOperator
-from jacfunc._sinks import Sink
+from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Argnums, Blocks, Leaves, Tree
 from jacfunc.strategies import Strategy
 
@@ -44,6 +45,8 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = N
     """One call's Jacobian by a strategy, with all that comes beside it."""
     operator = JacobianOperator(call, call.primals, sink)
     blocks = in_words_of(api, lambda: strategy.materialize(operator))
+    if sink is not None:
+        blocks = sink.finished(blocks, Grid.of(operator.outputs, operator.primals), ())
     return Evaluation(call, blocks, operator.image)
 
 
@@ -54,6 +57,7 @@ def deriving(
     strategy: Strategy,
     has_aux: bool,
     pack: Callable[[Evaluation], Any],
+    out: Tree = None,
 ) -> Callable[..., Any]:
     """A function of the same arguments as ``func`` that packs its evaluation."""
 
@@ -61,13 +65,19 @@ def deriving(
     @wraps(func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
         call = FlatCall(api, func, argnums, has_aux, args, kwargs)
-        return pack(evaluate(api, call, strategy))
+        sink = None if out is None else sink_for(api, out)
+        return pack(evaluate(api, call, strategy, sink))
 
     return derived
 
 
 def jacobian_by(
-    api: str, func: Callable[..., Any], argnums: Argnums, strategy: Strategy, has_aux: bool
+    api: str,
+    func: Callable[..., Any],
+    argnums: Argnums,
+    strategy: Strategy,
+    has_aux: bool,
+    out: Tree = None,
 ) -> Callable[..., Any]:
     """The function that every door but value_and_jacobian returns."""
 
@@ -77,7 +87,7 @@ def jacobian_by(
         _, aux = evaluation.value_and_aux()
         return evaluation.jacobian(), aux
 
-    return deriving(api, func, argnums, strategy, has_aux, pack)
+    return deriving(api, func, argnums, strategy, has_aux, pack, out)
 
 
 def in_words_of(api: str, sweep: Callable[[], Result]) -> Result:

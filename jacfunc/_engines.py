@@ -25,9 +25,9 @@ from jacfunc._functorch import (
     num_vmap_levels,
     off_graph,
     recording,
-    run_backward,
     sweep_batch,
 )
+from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, batched_like
 from jacfunc._types import LeafFunction, Leaves
@@ -105,42 +105,17 @@ def pushforward_batch(
 def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     wanted = torch.is_grad_enabled()
     with recording(), plain_attention():
-        anchors = tuple(_anchor(primal, wanted) for primal in primals)
+        anchors = tuple(anchored(primal, wanted) for primal in primals)
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         copies = [anchor.clone() for anchor in anchors]
         starts = {copy.grad_fn for copy in copies}
-        outputs, extras = _watched_once(func, copies)
-    nodes, reaches_outside = _survey((*outputs, *extras), starts)
-    differentiated = wanted and (reaches_outside or any(p.requires_grad for p in primals))
-    live = [i for i, out in enumerate(outputs) if out.requires_grad] if anchors else []
-    targets = tuple(outputs[i] for i in live)
-
-    def sweep(cotangents: Leaves, onto: slice) -> Leaves:
-        wanted_by = anchors[onto]
-        if not live:
-            return tuple(torch.zeros_like(anchor, requires_grad=False) for anchor in wanted_by)
-        chosen = tuple(cotangents[i] for i in live)
-        products = run_backward(targets, wanted_by, chosen, differentiated or forced)
-        return tuple(
-            torch.zeros_like(anchor, requires_grad=False)
-            if product is None
-            else product.detach()
-            if forced
-            else product
-            for product, anchor in zip(products, wanted_by, strict=True)
-        )
-
-    def released(leaves: Leaves) -> Leaves:
-        return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
-
-    check_nodes(nodes, differentiated)
-    names = {node.__name__ for node in nodes}
-    batchable = can_be_batched(names, differentiated)
-    forced = must_be_differentiable(names, in_functorch=False) and not differentiated
-    return Linearization(released(outputs), released(extras), sweep, batchable)
+        outputs, extras = watched_once(func, copies)
+    graph = Graph.of((*outputs, *extras), starts)
+    differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in primals))
+    return on_graph(outputs, extras, list(map(Anchor.at, anchors)), graph, differentiated)
 
 
-def _watched_once(func: LeafFunction, primals: Sequence[Tensor]) -> tuple[Leaves, Leaves]:
+def watched_once(func: LeafFunction, primals: Sequence[Tensor]) -> tuple[Leaves, Leaves]:
     """Evaluate; under a watch, unless it met nothing the last time it was called like this.
 
     A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
@@ -165,11 +140,11 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         if torch.compiler.is_compiling():  # where no graph can be looked at
             return func(*copies)
         starts = {copy.grad_fn for copy in copies}
-        outputs, extras = _watched_once(func, copies)
+        outputs, extras = watched_once(func, copies)
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
-        nodes, _ = _survey(outputs, starts)
-        check_nodes(nodes, found["differentiated"])
-        names = {node.__name__ for node in nodes}
+        graph = Graph.of(outputs, starts)
+        check_nodes(graph.nodes, found["differentiated"])
+        names = graph.names
         found["batchable"] = can_be_batched(names, found["differentiated"])
         found["differentiable"] = must_be_differentiable(names, in_functorch=True)
         return outputs, extras
@@ -189,28 +164,3 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         return tuple(product.detach() for product in products)
 
     return Linearization(outputs, extras, sweep, found["batchable"])
-
-
-def _anchor(primal: Tensor, wanted: bool) -> Tensor:
-    """What a graph is differentiated by: an alias that nothing outside this call depends on."""
-    if wanted and primal.requires_grad:
-        return primal.view_as(primal)
-    own = primal.clone() if primal.is_inference() else primal.detach()
-    return own.requires_grad_()
-
-
-def _survey(tensors: Leaves, starts: set[Any]) -> tuple[set[Any], bool]:
-    """Kinds of the autograd nodes back to the starts; does a path lead to a leaf beside them?"""
-    seen: set[Any] = {None, *starts}
-    kinds, outside = set(), False
-    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        kinds.add(type(node))
-        edges = node.next_functions
-        pending += [edge[0] for edge in edges]
-        outside = outside or (not edges and hasattr(node, "variable"))
-    return kinds, outside

@@ -24,11 +24,11 @@ from jacfunc._operators import JacobianOperator
 from jacfunc._tree import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
 from jacfunc._work import Recorder
-from jacfunc.strategies import Forward, Looped, Reverse
+from jacfunc.strategies import Forward, Looped, Reverse, Structured
 
 MAX_BYTES = 2**63 - 1
 
-Swept = Reverse | Forward | Looped
+Swept = Reverse | Forward | Looped | Structured
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch._functorch.pyfunctorch import (
     temporarily_pop_interpreter_stack,
 )
 from torch.autograd import forward_ad
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
 
 from jacfunc._types import Leaves
@@ -193,7 +193,10 @@ def _sweep_batch_traceably(
 
 
 def run_backward(
-    outputs: Leaves, inputs: Leaves, cotangents: Leaves, create_graph: bool
+    outputs: Leaves,
+    inputs: Sequence[Tensor | GradientEdge],
+    cotangents: Leaves,
+    create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad`` with ``retain_graph`` and ``allow_unused``."""
     products: tuple[Tensor | None, ...] = _engine_run_backward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -25,7 +25,7 @@ from jacfunc._module_checks import (
 )
 from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
-from jacfunc._sinks import Grid, Sink
+from jacfunc._sinks import Sink
 from jacfunc._tree import Split, flatten, kinds_of, map_tensors, unflatten
 from jacfunc._types import Argnums, Leaves, Tree
 from jacfunc.strategies import Strategy
@@ -63,10 +63,7 @@ class ModuleCall:
     def of_all(self, strategy: Strategy, sink: Sink) -> Evaluation:
         """The Jacobian of the call as it is."""
         with self.undisturbed():
-            call = self.flat_call(self.arguments, None)
-            found = evaluate(self.api, call, strategy, sink)
-        grid = Grid.of(found.outputs, call.primals)
-        return replace(found, blocks=sink.finished(found.blocks, grid, ()))
+            return evaluate(self.api, self.flat_call(self.arguments, None), strategy, sink)
 
     def of_samples(
         self, strategy: Strategy, sink: Sink, in_dims: Tree, randomness: Randomness
@@ -90,7 +87,8 @@ class ModuleCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
         kind = kinds_of(self.arguments), tuple(dims)
-        return Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink)
+        has_layers = not self._differentiates("inputs")
+        return Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink, has_layers)
 
     def check_independent(self, batch: Batch) -> None:
         """Refuse samples that depend on each other; looked at once a kind of call."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._inputs import Choice, Key
+from jacfunc._into import sink_for
 from jacfunc._module_calls import ModuleCall, Wrt, argnums_of
 from jacfunc._module_checks import check_module
 from jacfunc._parameters import ModuleState
 from jacfunc._resolve import Memory, resolve
 from jacfunc._select import Select
-from jacfunc._sinks import MatrixSink, Sink
 from jacfunc._types import Tree
 from jacfunc.strategies import Strategy
 from jacfunc.strategies._forward import Randomness
@@ -55,6 +55,7 @@ def module_jacobian(
     full_output: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    out: Tree = None,
     strategy: str | Strategy = "auto",
     chunk_size: int | None = None,
     memory: Memory = None,
@@ -86,6 +87,7 @@ def module_jacobian(
             the module would have left them.
         dtype: of the result, into which it is converted chunk by chunk.
         device: of the result, to which it is moved chunk by chunk.
+        out: the result of an earlier call, to write this one into: a loop pays for memory once.
         strategy: as in :func:`jacfunc.jacobian`; ``"looped"`` takes samples one by one too, and
             so does ``"auto"`` where the module does not run under vmap.
         chunk_size: seeds swept at once, for a strategy given by name.
@@ -130,7 +132,7 @@ def module_jacobian(
         state, arguments = ModuleState.of(API, module, select), (args, kwargs)
         choice = Choice.of(API, module, inputs, arguments)
         call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)
-        sink = MatrixSink(dtype, device) if flat else Sink(dtype, device)
+        sink = sink_for(API, out, flat, dtype, device)
         if per_sample:
             result = call.of_samples(chosen, sink, in_dims, randomness)
         else:

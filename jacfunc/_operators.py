@@ -42,10 +42,6 @@ class JacobianOperator:
             return known
         return known, levels(), tuple(below_transforms(primal).shape for primal in self.primals)
 
-    def forget_graph(self) -> None:
-        """Give back what only pullbacks need; the outputs stay."""
-        self._linearization = None
-
     def again(self) -> JacobianOperator:
         """The same function at the same point, not yet evaluated; it draws the same numbers."""
         fresh = JacobianOperator(self.func, self.primals)
@@ -58,6 +54,7 @@ class JacobianOperator:
 
     def from_columns(self, chunks: Iterable[Leaves]) -> Blocks:
         """The same of chunks of columns ``[K, *out_i]``."""
+        self._linearization = None  # only pullbacks need a graph
         return self.sink.columns(chunks, lambda: self.outputs, self.primals)
 
     @property
@@ -138,6 +135,10 @@ class JacobianOperator:
             linearized = self._linearized
             return linearized.outputs, linearized.extras
         return self._image
+
+    def evaluated(self, outputs: Leaves, extras: Leaves) -> None:
+        """By somebody else."""
+        self._image = (outputs, extras)
 
     def repeat_draws(self) -> None:
         """Called before an evaluation that is not the only one: each draws the same numbers."""

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from jacfunc._chunks import Chunk
-from jacfunc._costs import Costs, is_forward
+from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._functorch import is_pushing, uncompiled
@@ -20,6 +20,7 @@ from jacfunc._operators import JacobianOperator
 from jacfunc._plans import (
     Direction,
     Plan,
+    Sampled,
     attempt,
     bounded,
     bounded_samples,
@@ -31,7 +32,7 @@ from jacfunc._trail import is_heard, note
 from jacfunc._types import Blocks
 from jacfunc._words import in_seconds
 from jacfunc._work import Recorder, Unrecordable
-from jacfunc.strategies import Forward, Reverse
+from jacfunc.strategies import Forward, Reverse, Structured
 
 MOST_FUNCTIONS = 1000
 
@@ -44,10 +45,12 @@ class Auto:
         directions: strategies to choose from; where one has no chunk size, that is chosen too.
         memory: bytes that the call may take, its result among them; None for half of what is
             free on the device.
+        by_layers: a further choice where samples are differentiated by parameters.
     """
 
     directions: tuple[Direction, ...] = (Reverse(), Forward())
     memory: int | None = None
+    by_layers: Structured | None = None
     known: dict[Hashable, tuple[Plan, Chunk]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -57,19 +60,19 @@ class Auto:
         if torch.compiler.is_compiling():
             return by_sizes(operator, self.directions).materialize(operator)
         signature = operator.signature()
-        plan, _ = self.known.get(signature) or (None, None)
-        if plan is None:
+        known = self.known.get(signature)
+        if known is None:
             return self._first(operator, signature)
-        ran, blocks = attempt(plan, lambda plan: carry_out(plan, operator))
-        if ran is not plan:
-            self.known[signature] = ran, None
+        plan, blocks = carry_out(known[0], operator)
+        if plan is not known[0]:
+            self.known[signature] = plan, None
         return blocks
 
     def _first(self, operator: JacobianOperator, signature: Hashable) -> Blocks:
         """The first call of a kind; one function, transformed anew each time, is planned once."""
         shared = shared_plans().of(operator.func, self) if self.memory is None else {}
         plan, _ = shared.get(signature) or (self.plan(operator), None)
-        plan, blocks = attempt(plan, lambda plan: carry_out(plan, operator))
+        plan, blocks = carry_out(plan, operator)
         self.known[signature] = plan, None
         if not is_bounded(plan):
             shared[signature] = plan, None
@@ -83,15 +86,16 @@ class Auto:
         return bounded(fastest(costs, self.directions), costs, self.memory)
 
     def plan_samples(
-        self, operator: JacobianOperator, batch: int, run: Callable[[Swept, Chunk], Any]
+        self, operator: JacobianOperator, samples: Sampled, run: Callable[[Swept, Chunk], Any]
     ) -> tuple[Plan, Chunk]:
         """What to do with each of a batch of samples, one of which this is; how many at once."""
         costs = counted_costs(operator)
         operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        directions = samples.ways(self.directions, self.by_layers)
         if costs is None:
             return by_sizes(operator, self.directions), None
-        plan = fastest(costs.times(batch), self.directions)
-        return bounded_samples(plan, costs, batch, self.memory)
+        plan = fastest(costs.times(samples.size, samples.are_copied), directions)
+        return bounded_samples(plan, costs, samples.size, self.memory)
 
 
 class SharedPlans:
@@ -135,12 +139,13 @@ def counted_costs(operator: JacobianOperator) -> Costs | None:
     return Costs.of(operator, recorder)
 
 
-def carry_out(plan: Plan, operator: JacobianOperator) -> Blocks:
-    """Run a plan; say at INFO what ran, why, and how long it took beside the forecast."""
-    if is_forward(plan.strategy):
-        operator.forget_graph()
-    if not is_heard():
-        return plan.strategy.materialize(operator)
+def carry_out(plan: Plan, operator: JacobianOperator) -> tuple[Plan, Blocks]:
+    """Run a plan, or what it says to try otherwise; which it was, and what came out."""
+    return attempt(plan, lambda plan: _told(plan, operator)) if is_heard() else plan.run(operator)
+
+
+def _told(plan: Plan, operator: JacobianOperator) -> Blocks:
+    """Run; say at INFO what ran, why, and how long it took beside the forecast."""
     start = time.perf_counter()
     blocks = plan.strategy.materialize(operator)
     took = in_seconds(time.perf_counter() - start)

@@ -16,7 +16,7 @@ from jacfunc._operators import JacobianOperator
 from jacfunc._trail import note
 from jacfunc._types import Blocks
 from jacfunc._words import in_bytes, in_seconds
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 CHUNKS = (512, 128)
 RELUCTANCE = {"chunked": 1.4, "forward": 1.25}
@@ -31,7 +31,7 @@ MODEST = 2**26
 SHARE = 0.5
 """Of the free memory: the budget where none is given."""
 
-Direction = Reverse | Forward
+Direction = Reverse | Forward | Structured
 Result = TypeVar("Result")
 
 
@@ -64,7 +64,14 @@ class Plan:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the strategy, or by the next that is not refused."""
-        return attempt(self, lambda plan: plan.strategy.materialize(operator))[1]
+        return self.run(operator)[1]
+
+    def run(self, operator: JacobianOperator) -> tuple[Plan, Blocks]:
+        """The same, and the plan that was carried out in the end."""
+        try:
+            return self, self.strategy.materialize(operator)
+        except Refused as refusal:
+            return self.instead(refusal).run(operator)
 
     def instead(self, refusal: Refused) -> Plan:
         """The next plan; the refusal, where there is none."""
@@ -73,6 +80,28 @@ class Plan:
             raise refusal
         reason = f"{type(self.strategy).__name__} was refused: {refusal}"
         return Plan(self.otherwise[0], reason, None, self.otherwise[1:])
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A batch whose samples are differentiated each on its own.
+
+    Args:
+        size: how many there are.
+        has_layers: by parameters alone, which layers are made of.
+        are_copied: their Jacobians are put together elsewhere.
+    """
+
+    size: int
+    has_layers: bool
+    are_copied: bool
+
+    def ways(
+        self, directions: tuple[Direction, ...], by_layers: Structured | None
+    ) -> tuple[Direction, ...]:
+        """What there is to choose from."""
+        use_layers = self.has_layers and by_layers is not None
+        return (*directions, by_layers) if use_layers and by_layers else directions
 
 
 def attempt(plan: Plan, run: Callable[[Plan], Result]) -> tuple[Plan, Result]:
@@ -131,11 +160,11 @@ def candidates(
             continue
         if total > 1 or not is_forward(direction):
             yield direction
-        if direction.chunk_size is None:
+        if direction.chunk_size is None and not isinstance(direction, Structured):
             yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
         if is_forward(direction) and total <= most_loops:
             yield Looped("columns")
-        if not is_forward(direction) and 1 < total <= most_loops:
+        if isinstance(direction, Reverse) and 1 < total <= most_loops:
             yield Looped("rows")
         if direction == Reverse() and total == 1:
             return  # nothing beats a single pullback
@@ -164,7 +193,7 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
 def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
     """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
     strategy, every = plan.strategy, one.times(batch)
-    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, every, memory):
+    if not isinstance(strategy, Direction) or not _is_scarce(strategy, every, memory):
         return plan, None
     budget = _budget(every, memory)
     if every.most_bytes(strategy) <= budget:

@@ -6,9 +6,9 @@ from jacfunc._autotune import Autotune
 from jacfunc._check import check_chunk_size, check_memory
 from jacfunc._planner import Auto
 from jacfunc._plans import Direction
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
-NAMES = ("auto", "autotune", "reverse", "forward", "looped")
+NAMES = ("auto", "autotune", "reverse", "forward", "looped", "structured")
 Memory = int | str | None
 """Bytes, as a number or in words (``"2 GiB"``)."""
 
@@ -57,7 +57,9 @@ def _named(api: str, name: str, chunk_size: int | None, budget: int | None) -> S
         return Looped()
     both = Reverse(chunk_size), Forward(chunk_size)
     if name == "auto":
-        return Auto(both, budget)
+        return Auto(both, budget, Structured(chunk_size))
+    if name == "structured":
+        return Structured(chunk_size)
     if name == "autotune":
         if chunk_size is not None:
             raise ValueError(

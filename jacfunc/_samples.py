@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from jacfunc._autotune import Autotune
-from jacfunc._batching import Dims, batch_size, one_sample, sample_chunks
+from jacfunc._batching import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._draws import Draws
+from jacfunc._factors import Factors, Samples, factored
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import sweep_batch
+from jacfunc._layerwise import LayerByLayer
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
-from jacfunc._plans import Plan, attempt
+from jacfunc._plans import Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
 from jacfunc._types import Leaves
-from jacfunc.strategies import Looped, Strategy
+from jacfunc.strategies import Looped, Strategy, Structured
 from jacfunc.strategies._forward import Randomness
 
 UNMAPPED = 0
@@ -44,6 +47,8 @@ class Batch:
     kind: Hashable
     randomness: Randomness
     sink: Sink
+    has_layers: bool = False
+    """Are parameters alone what it is differentiated by?"""
     seen: list[tuple[FlatCall, Grid]] = field(default_factory=list)
     """The last sample: its trees, and the sizes of its leaves."""
 
@@ -64,7 +69,7 @@ class Batch:
         if isinstance(strategy, Auto | Autotune):
             return self.planned(strategy)
         try:
-            return self.vmapped(strategy)
+            return self._at_once(strategy, None)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -127,6 +132,19 @@ class Batch:
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
 
+    def structured(self, strategy: Structured, chunk: Chunk = None) -> Leaves:
+        """Layer by layer, a chunk of samples at a time, each written where it belongs."""
+        layers = LayerByLayer(partial(self.factors, strategy), self.sink, self._grid)
+        return layers.leaves(self._size(), chunk, strategy.chunk_size)
+
+    def factors(self, strategy: Structured, start: int, stop: int) -> Factors:
+        """Some samples evaluated, each parameter's Jacobian kept as factors."""
+        others = strategy.known.setdefault(self.kind, set())
+        leaves = narrowed(self.leaves, self.dims, start, stop)
+        samples = Samples(leaves, self.dims, self.randomness)
+        repeat = Draws(self.leaves).repeat
+        return factored(self._of_params, self._first().primals, samples, others, repeat)
+
     def operator(self) -> JacobianOperator:
         """All samples as one function on one graph: of primals ``[B, *in]``, each sample's own.
 
@@ -136,9 +154,7 @@ class Batch:
         dims = (*(0,) * len(primals), *self.dims)
 
         def of_one(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            call = self.call_of(leaves[len(primals) :])
-            outputs, _ = call(*leaves[: len(primals)])
-            self.seen[:] = [(call, Grid.of(outputs, call.primals))]
+            outputs, _ = self._of_params(leaves[: len(primals)], leaves[len(primals) :])
             return outputs, ()
 
         def of_all(*points: Tensor) -> tuple[Leaves, Leaves]:
@@ -146,7 +162,7 @@ class Batch:
 
         return JacobianOperator(of_all, tuple(p.expand(size, *p.shape) for p in primals))
 
-    def check_randomness(self, error: RuntimeError) -> None:
+    def check_randomness(self, error: Exception) -> None:
         """Was it that a random module was not to draw?"""
         if self.randomness == "error" and "randomness" in str(error):
             raise NotImplementedError(
@@ -155,18 +171,28 @@ class Batch:
             ) from error
 
     def _plan(self, strategy: Auto | Autotune) -> Any:
-        call, size = self._first(), self._size()
+        call = self._first()
         operator = JacobianOperator(call, call.primals)
-        return in_words_of(self.api, lambda: strategy.plan_samples(operator, size, self._refusable))
+        samples = Sampled(self._size(), self.has_layers, self.sink.copies)
+        return in_words_of(
+            self.api, lambda: strategy.plan_samples(operator, samples, self._refusable)
+        )
 
     def _refusable(self, strategy: Strategy, chunk: Chunk) -> Leaves:
+        # what a rule for layers trips over is no more the function's fault than what vmap does
+        theirs = Exception if isinstance(strategy, Structured) else RuntimeError
         try:
-            return self.vmapped(strategy, chunk)
-        except RuntimeError as error:
+            return self._at_once(strategy, chunk)
+        except theirs as error:
             if is_out_of_memory(error):
                 raise
             self.check_randomness(error)  # no plan is better in this
             raise Refused(f"the samples do not run under vmap: {error}") from error
+
+    def _at_once(self, strategy: Strategy, chunk: Chunk) -> Leaves:
+        if isinstance(strategy, Structured):
+            return self.structured(strategy, chunk)
+        return self.vmapped(strategy, chunk)
 
     def _of_one(self, leaves: Leaves, strategy: Strategy) -> Leaves:
         """Blocks, outputs and extras of one sample, one after the other."""
@@ -176,6 +202,13 @@ class Batch:
         outputs, extras = found.image()
         self.seen[:] = [(call, Grid.of(outputs, call.primals))]
         return (*(block for row in found.blocks for block in row), *outputs, *extras)
+
+    def _of_params(self, params: Leaves, leaves: Leaves) -> tuple[Leaves, Leaves]:
+        """Outputs and extras of one sample."""
+        call = self.call_of(leaves)
+        outputs, extras = call(*params)
+        self.seen[:] = [(call, Grid.of(outputs, call.primals))]
+        return outputs, extras
 
     def _sorted(self, leaves: Leaves) -> Evaluation:
         """What :meth:`_of_one` lined up, of all samples."""

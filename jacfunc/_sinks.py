@@ -77,12 +77,16 @@ class Sink:
         """Blocks ``[B, *out_i, *in_j]`` from chunks of them; what comes beside is stacked."""
 
         def into(first: Leaves, total: int) -> Leaves:
-            known = grid()
-            count = len(known.rows) * len(known.columns)
-            places = self.into_samples(known)(first[:count], total)
-            return (*places, *allocated(first[count:], total))
+            return self.places(first, total, grid())
 
         return stack(chunks, size, into if self.copies else allocated)
+
+    def places(self, first: Leaves, size: int, grid: Grid) -> Leaves:
+        """What all chunks of samples are written into, from the first of them."""
+        if not self.copies:
+            return allocated(first, size)
+        count = len(grid.rows) * len(grid.columns)
+        return (*self.into_samples(grid)(first[:count], size), *allocated(first[count:], size))
 
     def into_rows(self, grid: Grid) -> Allocate:
         """Places for rows of all input leaves."""

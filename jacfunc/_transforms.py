@@ -7,7 +7,7 @@ from typing import Any
 
 from jacfunc._derive import Evaluation, deriving, jacobian_by
 from jacfunc._resolve import Memory, directed, resolve
-from jacfunc._types import Argnums
+from jacfunc._types import Argnums, Tree
 from jacfunc.strategies import Forward, Reverse, Strategy
 from jacfunc.strategies._forward import Randomness
 
@@ -19,6 +19,7 @@ def jacrev(
     has_aux: bool = False,
     chunk_size: int | None = None,
     memory: Memory = None,
+    out: Tree = None,
 ) -> Callable[..., Any]:
     """Jacobian of ``func`` row by row: pulls the basis of the outputs back (reverse mode).
 
@@ -32,6 +33,8 @@ def jacrev(
         chunk_size: rows swept at once; None sweeps all. Bounds the memory.
         memory: bytes that the call may take, its result among them: a number, or words such as
             ``"2 GiB"``; the sweep is cut into chunks that keep to it.
+        out: the Jacobian of an earlier call, to write this one into: a loop over many points then
+            pays for memory once.
 
     Returns:
         A function of the same arguments that returns the tree of ``func``'s output, each leaf
@@ -53,7 +56,7 @@ def jacrev(
                 [0., 0., 6.]])
     """
     reverse = directed("jacrev", Reverse(chunk_size), memory)
-    return jacobian_by("jacrev", func, argnums, reverse, has_aux)
+    return jacobian_by("jacrev", func, argnums, reverse, has_aux, out)
 
 
 def jacfwd(
@@ -64,6 +67,7 @@ def jacfwd(
     randomness: Randomness = "error",
     chunk_size: int | None = None,
     memory: Memory = None,
+    out: Tree = None,
 ) -> Callable[..., Any]:
     """Jacobian of ``func`` column by column: pushes the basis of the inputs forward.
 
@@ -78,6 +82,7 @@ def jacfwd(
         chunk_size: columns swept at once; None sweeps all. Bounds the memory.
         memory: bytes that the call may take, its result among them: a number, or words such as
             ``"2 GiB"``; the sweep is cut into chunks that keep to it.
+        out: as in :func:`jacrev`.
 
     Returns:
         A function of the same arguments; blocks ``[*out, *in]`` as in :func:`jacrev`.
@@ -96,7 +101,7 @@ def jacfwd(
                 [0., 1.]])
     """
     forward = directed("jacfwd", Forward(chunk_size, randomness), memory)
-    return jacobian_by("jacfwd", func, argnums, forward, has_aux)
+    return jacobian_by("jacfwd", func, argnums, forward, has_aux, out)
 
 
 def jacobian(
@@ -107,6 +112,7 @@ def jacobian(
     has_aux: bool = False,
     chunk_size: int | None = None,
     memory: Memory = None,
+    out: Tree = None,
 ) -> Callable[..., Any]:
     """Jacobian of ``func`` by the strategy that fits: chosen from its sizes, or given.
 
@@ -121,6 +127,7 @@ def jacobian(
         chunk_size: seeds swept at once, for a strategy given by name.
         memory: as in :func:`jacrev`, for a strategy given by name; ``"auto"`` keeps to half of
             what is free where none is given.
+        out: as in :func:`jacrev`.
 
     Returns:
         A function of the same arguments; blocks ``[*out, *in]`` as in :func:`jacrev`.
@@ -139,7 +146,7 @@ def jacobian(
                 [3., 4.]])
     """
     chosen = resolve("jacobian", strategy, chunk_size, memory)
-    return jacobian_by("jacobian", func, argnums, chosen, has_aux)
+    return jacobian_by("jacobian", func, argnums, chosen, has_aux, out)
 
 
 def value_and_jacobian(
@@ -150,6 +157,7 @@ def value_and_jacobian(
     has_aux: bool = False,
     chunk_size: int | None = None,
     memory: Memory = None,
+    out: Tree = None,
 ) -> Callable[..., Any]:
     """Value and Jacobian of ``func``, the value taken from the evaluation that J needs anyway.
 
@@ -163,6 +171,7 @@ def value_and_jacobian(
         chunk_size: seeds swept at once, for a strategy given by name.
         memory: as in :func:`jacrev`, for a strategy given by name; ``"auto"`` keeps to half of
             what is free where none is given.
+        out: as in :func:`jacrev`.
 
     Returns:
         A function of the same arguments: ``(value, jacobian)``, or ``((value, aux), jacobian)``
@@ -185,7 +194,7 @@ def value_and_jacobian(
         return (value, aux) if has_aux else value, evaluation.jacobian()
 
     chosen = resolve("value_and_jacobian", strategy, chunk_size, memory)
-    return deriving("value_and_jacobian", func, argnums, chosen, has_aux, pack)
+    return deriving("value_and_jacobian", func, argnums, chosen, has_aux, pack, out)
 
 
 def hessian(
@@ -196,6 +205,7 @@ def hessian(
     has_aux: bool = False,
     chunk_size: int | None = None,
     memory: Memory = None,
+    out: Tree = None,
 ) -> Callable[..., Any]:
     """Hessian of ``func``: the Jacobian, by ``strategy``, of its reverse-mode Jacobian.
 
@@ -209,6 +219,7 @@ def hessian(
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: seeds of the outer sweep at once, for a strategy given by name.
         memory: as in :func:`jacrev`, for a strategy given by name.
+        out: as in :func:`jacrev`: a Hessian of an earlier call.
 
     Returns:
         A function of the same arguments: the output tree of input trees of input trees of blocks
@@ -228,4 +239,4 @@ def hessian(
     """
     chosen = resolve("hessian", strategy, chunk_size, memory)
     inner = jacobian_by("hessian", func, argnums, Reverse(), has_aux)
-    return jacobian_by("hessian", inner, argnums, chosen, has_aux)
+    return jacobian_by("hessian", inner, argnums, chosen, has_aux, out)

@@ -30,6 +30,8 @@ class Operation:
         read: bytes of its arguments that depend on the primals; of a view, nothing.
         written: bytes of its results; of a view, nothing.
         flops: as torch counts them, once for each factor that depends on the primals.
+        held: bytes of the arguments that are primals themselves.
+        held_flops: those of the flops that a product with the derivative in these takes.
         is_conv: the flops are those of a convolution.
         is_scaled: a Python number is among its arguments.
     """
@@ -37,6 +39,8 @@ class Operation:
     read: int = 0
     written: int = 0
     flops: int = 0
+    held: int = 0
+    held_flops: int = 0
     is_conv: bool = False
     is_scaled: bool = False
 
@@ -61,7 +65,8 @@ class Recorder(PeakBytes):
     def __init__(self, primals: Leaves) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self._active = set(map(memory_of, primals))
+        self._primals = frozenset(map(memory_of, primals))
+        self._active = set(self._primals)
 
     def __torch_dispatch__(
         self,
@@ -81,13 +86,16 @@ class Recorder(PeakBytes):
         if active and packet not in BOOKKEEPING:
             results = list(dense_tensors((result,)))
             is_view = {memory_of(x) for x in results} <= {memory_of(x) for x in active}
-            flops = 0 if is_view else _flops(packet, args, given, result) * min(len(active), 2)
+            once = 0 if is_view else _flops(packet, args, given, result)
+            held = 0 if is_view else sum(x.nbytes for x in active if memory_of(x) in self._primals)
             self._active |= {memory_of(x) for x in results}
             self.operations.append(
                 Operation(
                     0 if is_view else sum(x.nbytes for x in active),
                     0 if is_view else sum(x.nbytes for x in results),
-                    flops,
+                    once * min(len(active), 2),
+                    held,
+                    once if held else 0,
                     packet in CONVOLUTIONS,
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
                 )

@@ -4,5 +4,6 @@ from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._strategy import Strategy
+from jacfunc.strategies._structured import Structured
 
-__all__ = ["Forward", "Looped", "Reverse", "Strategy"]
+__all__ = ["Forward", "Looped", "Reverse", "Strategy", "Structured"]

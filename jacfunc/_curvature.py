@@ -1,0 +1,208 @@
+"""The doors to curvature: Gauss-Newton and Fisher matrices of modules, and gradients per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from jacfunc._gauss_newton import GaussNewton
+from jacfunc._output_curvature import (
+    Likelihood,
+    Loss,
+    LossFunction,
+    check_likelihood,
+    sampled,
+)
+from jacfunc._points import Door, Outputs
+from jacfunc._select import Select
+from jacfunc._types import Tree
+from jacfunc.layers._squares import norms
+from jacfunc.strategies._forward import Randomness
+
+
+def ggn(
+    module: nn.Module,
+    loss: LossFunction,
+    *,
+    select: Select = None,
+    in_dims: Tree = 0,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., GaussNewton]:
+    """The generalized Gauss-Newton matrix of a loss, from factors of layers and without J.
+
+    ``G = Σ_b J_bᵀ H_b J_b``, with ``J_b = ∂ module(x_b) / ∂ params`` and ``H_b`` the second
+    derivative of the loss in the outputs of sample b: positive semidefinite where the loss is
+    convex in the outputs, and for cross entropy and squared error the Fisher matrix, scaled as
+    the loss is (Schraudolph 2002; Martens 2020). The diagonal is BackPACK's (Dangel et al. 2020),
+    of whatever the module is made of.
+
+    Args:
+        module: any ``nn.Module`` whose outputs have the batch in front.
+        loss: ``loss(outputs, targets)`` of the batch, one number, as in training: a mean or sum
+            over samples. It gets what the module returns.
+        select: parameters, as in :func:`jacfunc.module_jacobian`: ``"head.*"`` for the last layer.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        randomness: along the batch, as in :func:`jacfunc.module_jacobian`; the same numbers are
+            drawn for all that is asked.
+        chunk_size: samples taken at once; None takes all, evaluated only once.
+
+    Returns:
+        A function of the module's own inputs and, last among those by position, the targets. It
+        returns a :class:`jacfunc.GaussNewton`: products, diagonal, blocks, the whole matrix.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        NotImplementedError: inside a transform, and a module that does not run under vmap.
+
+    Cost:
+        Nothing yet; see :class:`jacfunc.GaussNewton`.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(2, 3)
+        >>> G = jacfunc.ggn(model, torch.nn.functional.cross_entropy)(
+        ...     torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
+        ... )
+        >>> {name: tuple(block.shape) for name, block in G.blocks().items()}
+        {'weight': (6, 6), 'bias': (3, 3)}
+        >>> v = {name: torch.ones_like(param) for name, param in model.named_parameters()}
+        >>> float((G @ v)["bias"].abs().max()) < 1e-6  # softmax does not see a shift of all classes
+        True
+    """
+    door = Door("ggn", module, select, in_dims, randomness, chunk_size)
+
+    def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
+        point, targets = door.with_targets(args, kwargs)
+
+        def curvature_of(outputs: Outputs) -> Loss:
+            return Loss("ggn", loss, targets, outputs)
+
+        return GaussNewton(point, curvature_of)
+
+    return ggn_of
+
+
+def fisher(
+    module: nn.Module,
+    likelihood: Likelihood,
+    *,
+    draws: int = 1,
+    reduction: Literal["mean", "sum"] = "mean",
+    generator: torch.Generator | None = None,
+    select: Select = None,
+    in_dims: Tree = 0,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., GaussNewton]:
+    """The Fisher matrix by Monte Carlo: of gradients at targets that the module itself predicts.
+
+    ``F = Σ_b 1/K Σ_k g_bk g_bkᵀ``, ``g_bk = -∂ log p(y_bk | x_b) / ∂ params`` with ``y_bk`` drawn
+    from ``p(· | x_b)``. Its expectation is the Gauss-Newton matrix of the negative log likelihood
+    (Martens 2020), at K cotangents a sample rather than one for each output: for many classes.
+
+    Args:
+        module: any ``nn.Module`` whose outputs have the batch in front.
+        likelihood: ``"categorical"``, of logits with the classes in the last dimension, or
+            ``"gaussian"``, of means, with unit variance. Positions of a sample are independent.
+        draws: targets of each sample.
+        reduction: ``"mean"`` or ``"sum"`` over samples; positions are always added up.
+        generator: to draw from, on the device of the outputs; torch's default one if None.
+        select: parameters, as in :func:`jacfunc.module_jacobian`.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
+        chunk_size: samples taken at once; None takes all.
+
+    Returns:
+        A function of the module's own inputs, which draws and returns a
+        :class:`jacfunc.GaussNewton`: the matrix of these draws, whatever is asked of it.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        NotImplementedError: inside a transform, and a module that does not run under vmap.
+
+    Cost:
+        One evaluation, kept; then see :class:`jacfunc.GaussNewton`, with ``R = draws``.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model, x = torch.nn.Linear(2, 3), torch.ones(4, 2)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> F = jacfunc.fisher(model, "gaussian", draws=10_000, generator=generator)(x)
+        >>> (F.diagonal()["bias"] - 1).abs().max() < 0.05
+        tensor(True)
+    """
+    door = Door("fisher", module, select, in_dims, randomness, chunk_size)
+    check_likelihood("fisher", likelihood, draws, reduction)
+
+    def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
+        point = door.at((args, kwargs))
+        leaves, is_mean = point.outputs.leaves, reduction == "mean"
+        found = sampled("fisher", likelihood, leaves, draws, generator, is_mean)
+        return GaussNewton(point, lambda outputs: found)
+
+    return fisher_of
+
+
+def gradient_norms(
+    module: nn.Module,
+    loss: LossFunction,
+    *,
+    select: Select = None,
+    in_dims: Tree = 0,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., Tensor]:
+    """Norms of every sample's gradient, from factors of layers: no gradient is written out.
+
+    ``‖g_b‖`` with ``Σ_b g_b = ∇ loss``: what each sample adds to the gradient, which under a mean
+    over the batch is 1/B of its own. For a linear layer at one position this is the product of two
+    norms (Goodfellow 2015); at several, of two Gram matrices, if these are smaller.
+
+    Args:
+        module: any ``nn.Module`` whose outputs have the batch in front.
+        loss: ``loss(outputs, targets)`` of the batch, one number.
+        select: parameters, as in :func:`jacfunc.module_jacobian`.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
+        chunk_size: samples taken at once; None takes all, evaluated only once.
+
+    Returns:
+        A function of the module's own inputs and, last among those by position, the targets. It
+        returns ``[B]``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, a module that couples samples.
+        NotImplementedError: inside a transform, and a module that does not run under vmap.
+
+    Cost:
+        One evaluation, one pullback, one small contraction a layer; memory of all layers' inputs
+        and cotangents.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> loss = lambda out, y: (out - y).square().sum() / 2
+        >>> x, y = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), model.weight.new_zeros(2, 1)
+        >>> expected = model(x).detach().abs().flatten() * torch.tensor([5.0, 1.0])
+        >>> torch.allclose(jacfunc.gradient_norms(model, loss)(x, y), expected)
+        True
+    """
+    door = Door("gradient_norms", module, select, in_dims, randomness, chunk_size)
+
+    def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
+        point, targets = door.with_targets(args, kwargs)
+        gradient = Loss("gradient_norms", loss, targets, point.outputs).gradient()
+        found = []
+        for some, factors in point.factors():
+            cotangents = tuple(leaf[some].unsqueeze(0) for leaf in gradient)
+            parts = point.parts_of(factors, cotangents)
+            with point.contracting():
+                every = [norms(of_one, point.params[name])[0] for name, of_one in parts.items()]
+                found.append(sum(every, cotangents[0].new_zeros(cotangents[0].shape[1])))
+        return torch.cat(found).sqrt()
+
+    return gradient_norms_of

@@ -1,0 +1,213 @@
+"""A batch of samples on one graph, with each parameter's Jacobian kept as factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._attention import plain_attention
+from jacfunc._basis import unit_seeds
+from jacfunc._check import Refused
+from jacfunc._engines import watched_once
+from jacfunc._functorch import inside_transform, recording, sweep_batch
+from jacfunc._graphs import Anchor, Graph, anchored, on_graph
+from jacfunc._linearization import Linearization
+from jacfunc._types import Leaves
+from jacfunc.layers import Part, Rows, Use, Uses, rows, together, write
+
+OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
+"""``of_one(params, data) -> (outputs, extras)`` of a single sample."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Tensors of a batch, and the dimension in which each holds its samples, if it does.
+
+    Without any such dimension the call as a whole is the only sample.
+    """
+
+    leaves: Leaves
+    dims: Sequence[int | None]
+    randomness: str = "same"
+
+    @property
+    def is_mapped(self) -> bool:
+        """Are there samples, rather than one call?"""
+        return any(dim is not None for dim in self.dims)
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        sizes = (x.shape[d] for x, d in zip(self.leaves, self.dims, strict=True) if d is not None)
+        return next(sizes, 1)
+
+    def each(self, param: Tensor) -> Tensor:
+        """A parameter as one of each sample."""
+        return param.expand(self.size, *param.shape) if self.is_mapped else param.clone()
+
+    def map(
+        self,
+        of_each: Callable[[Leaves], tuple[Leaves, Leaves]],
+        params: Leaves,
+        dims: Sequence[int | None],
+    ) -> Leaves:
+        """``of_each((*params, *leaves))`` of all samples, ``[B, *shape]``."""
+        if self.is_mapped:
+            every = (*params, *self.leaves)
+            return sweep_batch(of_each, every, self.randomness, (*dims, *self.dims))[0]
+        return tuple(out.unsqueeze(0) for out in of_each((*params, *self.leaves))[0])
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An evaluation of all samples, to pull cotangents back from onto the uses of parameters.
+
+    Args:
+        others: parameters that are used where no rule sees it: these are differentiated as they
+            are, one a sample.
+    """
+
+    samples: Samples
+    uses: Sequence[Use]
+    others: Sequence[int]
+    params: Leaves
+    linearization: Linearization
+
+    @property
+    def outputs(self) -> Leaves:
+        """``[B, *out]``."""
+        return self.linearization.outputs
+
+    @property
+    def of_one(self) -> Leaves:
+        """The outputs of one sample."""
+        return tuple(out[0] for out in self.outputs)
+
+    @property
+    def carries_graph(self) -> bool:
+        """Are the outputs, and so their Jacobian, differentiated further?"""
+        return any(out.requires_grad for out in self.outputs)
+
+    @property
+    def extras_of_one(self) -> Leaves:
+        """What one sample's call returned beside them."""
+        return tuple(extra[0] for extra in self.linearization.extras)
+
+    def rows(self, start: int, stop: int) -> Leaves:
+        """These rows of the Jacobian, ``[B, K, *param]``, all outputs in a row."""
+        lead = (self.samples.size, stop - start)
+        pairs = zip(self.params, self.of_rows(start, stop), strict=True)
+        with self.contracting():
+            return tuple(
+                rows(parts, partial(param.new_zeros, (*lead, *param.shape)))
+                for param, parts in pairs
+            )
+
+    def write_rows(self, start: int, stop: int, blocks: Leaves) -> None:
+        """The same into tensors, or parts of these."""
+        with self.contracting():
+            for parts, block in zip(self.of_rows(start, stop), blocks, strict=True):
+                write(parts, block)
+
+    def of_rows(self, start: int, stop: int) -> list[list[Part]]:
+        """What gives these rows of the Jacobian, all outputs in a row, by parameter."""
+        seeds, size = unit_seeds(self.of_one, start, stop), self.samples.size
+        every = tuple(s.unsqueeze(1).expand(len(s), size, *s.shape[1:]) for s in seeds)
+        return self.of_cotangents(every)
+
+    def of_cotangents(self, cotangents: Leaves) -> list[list[Part]]:
+        """The same of cotangents ``[K, B, *out]`` that need not be rows."""
+        products = self.linearization.pull_batch(cotangents)
+        parts: list[list[Part]] = [[] for _ in self.params]
+        with self.contracting():
+            for use, product in zip(self.uses, products, strict=False):
+                seeds = use.cotangents(product)
+                for number, path, form_of in use.forms:
+                    parts[number].append(Part(path, form_of(seeds)))
+            for number, product in zip(self.others, products[len(self.uses) :], strict=True):
+                rows = product if self.samples.is_mapped else product.unsqueeze(1)
+                parts[number].append(Part((), Rows(rows)))
+            return [together(found) for found in parts]
+
+    def contracting(self) -> AbstractContextManager[Any]:
+        """What went into layers leads to parameters, whether anyone goes on from there or not."""
+        return torch.set_grad_enabled(self.carries_graph)
+
+
+def factored(
+    of_one: OfOne,
+    params: Leaves,
+    samples: Samples,
+    others: set[int],
+    repeat_draws: Callable[[], None],
+) -> Factors:
+    """Evaluate and find the uses; ``others`` grows by what turns out to be used elsewhere, too.
+
+    Raises:
+        Refused: inside a transform, where no graph is kept.
+    """
+    if inside_transform() or torch.compiler.is_compiling():
+        raise Refused("factors of layers are found on a plain graph, which no transform keeps")
+    while True:
+        repeat_draws()
+        found, met = _evaluated(of_one, params, samples, sorted(others))
+        if met <= others:
+            return found
+        others |= met
+
+
+def _evaluated(
+    of_one: OfOne, params: Leaves, samples: Samples, others: Sequence[int]
+) -> tuple[Factors, set[int]]:
+    """The factors, and which parameters are used where no rule sees it."""
+    wanted = torch.is_grad_enabled()
+    with recording(), plain_attention():
+        anchors = [anchored(param, wanted) for param in params]
+        twins = [anchor.view_as(anchor) for anchor in anchors]
+        held = [samples.each(a) if i in others else a.clone() for i, a in enumerate(anchors)]
+        behind = [Anchor.behind(handle) for handle in held]  # of_one may write into them
+        starts = [handle.grad_fn for handle in held]
+        found: list[Use] = []
+        outputs, extras = watched_once(_recording(of_one, samples, others, twins, found), held)
+    cut = {*starts, *(twin.grad_fn for twin in twins)}
+    graph = Graph.of((*outputs, *extras), cut)
+    differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in params))
+    targets = [*(use.anchor for use in found), *(behind[i] for i in others)]
+    linearization = on_graph(outputs, extras, targets, graph, differentiated)
+    met = {i for i, node in enumerate(starts) if node in graph.met}
+    return Factors(samples, found, others, params, linearization), met
+
+
+def _recording(
+    of_one: OfOne,
+    samples: Samples,
+    others: Sequence[int],
+    twins: Sequence[Tensor],
+    found: list[Use],
+) -> Callable[..., tuple[Leaves, Leaves]]:
+    """Of all samples at once: a function of the parameters that writes down their uses."""
+    count = len(twins)
+
+    def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
+        num_outputs = 0
+
+        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            nonlocal num_outputs
+            params, data = leaves[:count], leaves[count:]
+            with Uses(samples.size) as uses:
+                for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
+                    uses.track(number, param, twin)
+                outputs, extras = of_one(params, data)
+            found[:], num_outputs = uses.found(), len(outputs)
+            return (*outputs, *extras), ()
+
+        every = samples.map(of_each, held, [0 if i in others else None for i in range(count)])
+        return every[:num_outputs], every[num_outputs:]
+
+    return of_all

@@ -1,0 +1,214 @@
+"""The generalized Gauss-Newton matrix at a point, as products, diagonal, blocks or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from jacfunc._check import check_like
+from jacfunc._output_curvature import OutputCurvature
+from jacfunc._points import Outputs, Point
+from jacfunc._whole_batch import Whole
+from jacfunc.layers import Part, rows
+from jacfunc.layers._squares import squared, written
+
+
+@dataclass(frozen=True, eq=False)
+class GaussNewton:
+    """``G = Σ_b J_bᵀ H_b J_b`` at a point, each of its forms computed when it is asked for.
+
+    ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
+    of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. What
+    was evaluated is kept for the next question, so drop the object to free it. Results are
+    detached.
+
+    Args:
+        point: the module, its parameters and a batch.
+        curvature_of: gives ``H`` at outputs of the module.
+
+    Raises:
+        ValueError: when asked after parameters, buffers, data or modes were changed.
+
+    Cost:
+        See the methods.
+
+    Example:
+        A Laplace approximation of the last layer: the same matrix of some parameters alone.
+
+        >>> import torch, jacfunc
+        >>> from torch.nn import Linear, Sequential, Tanh
+        >>> model = Sequential(Linear(3, 4), Tanh(), Linear(4, 2))
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+        >>> G = jacfunc.ggn(model, loss, select="2.*")(x, y)
+        >>> precision = G.matrix() + torch.eye(10)
+        >>> torch.allclose(G.matrix().diagonal()[:8], G.diagonal()["2.weight"].flatten())
+        True
+    """
+
+    point: Point
+    curvature_of: Callable[[Outputs], OutputCurvature]
+
+    def product(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``G v``, by one product with J, one with H and one with Jᵀ; samples may be coupled.
+
+        Args:
+            vector: tensors like the parameters, by name.
+
+        Returns:
+            The same of the product.
+
+        Raises:
+            TypeError, ValueError: names, shapes or dtypes that are not those of the parameters.
+
+        Cost:
+            At first one evaluation of the batch, one with a tangent and one pullback; at the second
+            product one more evaluation and pullback, both kept, and from then on two pullbacks
+            each. The loss comes on top.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> G = jacfunc.ggn(model, torch.nn.functional.mse_loss)(torch.eye(2), torch.ones(2, 1))
+            >>> G.product({"weight": torch.tensor([[1.0, 2.0]])})
+            {'weight': tensor([[1., 2.]])}
+        """
+        params, api = self.point.params, self.point.api
+        if vector.keys() != params.keys():
+            wrong = sorted(vector.keys() ^ params.keys())
+            raise ValueError(
+                f"{api}: vector must name the chosen parameters, got {', '.join(wrong)} in only "
+                "one of them. Give a tensor like each parameter, by name."
+            )
+        tangents = tuple(vector[name] for name in params)
+        check_like(api, "vector", tangents, tuple(params.values()))
+        whole = self._whole
+        found = whole.pulled(self._of_whole.times(whole.pushed(tangents)))
+        return dict(zip(params, found, strict=True))
+
+    __matmul__ = product
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """The exact diagonal, from the layers' inputs and cotangents; J is never written out.
+
+        ``diag(G)[p] = Σ_b Σ_r (J_bᵀ S_b)[p, r]²`` with ``H_b = S_b S_bᵀ``. Samples must not be
+        coupled.
+
+        Returns:
+            A tensor like each parameter, by name.
+
+        Raises:
+            TypeError, ValueError: a module or a loss that couples samples, or a loss that is not
+                convex in the outputs.
+
+        Cost:
+            One evaluation, M pullbacks of the loss and R ≤ M of the module for its M outputs a
+            sample, at once, and for each layer the cheaper of two contractions; memory of all
+            layers' inputs and R cotangents, and ``B · M²`` numbers.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> model = torch.nn.Linear(2, 1)
+            >>> G = jacfunc.ggn(model, torch.nn.functional.mse_loss)(torch.eye(2), torch.ones(2, 1))
+            >>> G.diagonal()
+            {'weight': tensor([[1., 1.]]), 'bias': tensor([2.])}
+        """
+        params = self.point.params
+        totals: dict[str, Tensor] = {}
+        for _, parts in self._parts():
+            with self.point.contracting():
+                for name, some in parts.items():
+                    found = squared(some, params[name])
+                    totals[name] = totals[name].add_(found) if name in totals else found
+        for name in params.keys() - totals.keys():
+            totals[name] = torch.zeros_like(params[name])
+        return {name: totals[name] for name in params}
+
+    def blocks(self) -> dict[str, Tensor]:
+        """The exact diagonal blocks, one a parameter.
+
+        Returns:
+            Matrices ``[numel, numel]`` by name.
+
+        Raises:
+            TypeError, ValueError: as :meth:`diagonal`.
+
+        Cost:
+            As :meth:`diagonal`, but each parameter's rows are written out, some samples at a
+            time: ``2 · B · R · numel²`` operations.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> model = torch.nn.Linear(2, 1)
+            >>> G = jacfunc.ggn(model, torch.nn.functional.mse_loss)(torch.eye(2), torch.ones(2, 1))
+            >>> G.blocks()["weight"]
+            tensor([[1., 0.],
+                    [0., 1.]])
+        """
+        params = self.point.params
+        totals = {name: param.new_zeros((param.numel(),) * 2) for name, param in params.items()}
+        for _, parts in self._parts():
+            with self.point.contracting():
+                for name, some in parts.items():
+                    for block in written(some, params[name]):
+                        flat = block.reshape(-1, params[name].numel())
+                        totals[name].addmm_(flat.T, flat)
+        return totals
+
+    def matrix(self) -> Tensor:
+        """The whole matrix ``[N, N]``; :func:`jacfunc.param_slices` names its columns.
+
+        Returns:
+            One symmetric matrix of all chosen parameters.
+
+        Raises:
+            TypeError, ValueError: as :meth:`diagonal`.
+
+        Cost:
+            As :meth:`blocks` with all parameters as one; the rows of a chunk of samples are
+            written out.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> model = torch.nn.Linear(2, 1)
+            >>> G = jacfunc.ggn(model, torch.nn.functional.mse_loss)(torch.eye(2), torch.ones(2, 1))
+            >>> G.matrix()
+            tensor([[1., 0., 1.],
+                    [0., 1., 1.],
+                    [1., 1., 2.]])
+        """
+        params = self.point.params
+        total = torch.diag(torch.cat([param.new_zeros(param.numel()) for param in params.values()]))
+        for lead, parts in self._parts():
+            with self.point.contracting():
+                every = [
+                    rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
+                    for name, param in params.items()
+                ]
+                flat = torch.cat([block.reshape(lead.numel(), -1) for block in every], 1)
+                total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
+        return total
+
+    def _parts(self) -> Iterator[tuple[torch.Size, dict[str, list[Part]]]]:
+        """Of the columns of ``Jᵀ S``, some samples at a time: ``[b, R]``, and parts by name."""
+        roots = self._of_samples.roots
+        for some, factors in self.point.factors():
+            cotangents = tuple(root[:, some] for root in roots)
+            num_roots, size = cotangents[0].shape[:2]
+            yield torch.Size((size, num_roots)), self.point.parts_of(factors, cotangents)
+
+    @cached_property
+    def _whole(self) -> Whole:
+        return Whole(self.point)
+
+    @cached_property
+    def _of_whole(self) -> OutputCurvature:
+        return self.curvature_of(self._whole.outputs)
+
+    @cached_property
+    def _of_samples(self) -> OutputCurvature:
+        return self.curvature_of(self.point.outputs)

@@ -1,0 +1,114 @@
+"""Plain autograd graphs: what they are made of, and how cotangents are pulled back through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
+from jacfunc._functorch import run_backward
+from jacfunc._linearization import Linearization
+from jacfunc._types import Leaves
+
+
+class Anchor(NamedTuple):
+    """What a graph is differentiated by: a tensor, or the edge where one came out."""
+
+    edge: Tensor | GradientEdge
+    zeros: Callable[[], Tensor]
+    """The product where no path leads there."""
+
+    @classmethod
+    def at(cls, tensor: Tensor) -> Anchor:
+        return cls(tensor, partial(torch.zeros_like, tensor, requires_grad=False))
+
+    @classmethod
+    def behind(cls, tensor: Tensor) -> Anchor:
+        """At what a tensor is now, whatever is written into it later; it is not kept."""
+        zeros = partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return cls(get_gradient_edge(tensor), zeros)
+
+
+def anchored(primal: Tensor, wanted: bool) -> Tensor:
+    """An alias to differentiate by, that nothing outside this call depends on."""
+    if wanted and primal.requires_grad:
+        return primal.view_as(primal)
+    own = primal.clone() if primal.is_inference() else primal.detach()
+    return own.requires_grad_()
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """From tensors back to where it is cut off.
+
+    Args:
+        nodes: kinds of the autograd nodes.
+        met: those of the starts that a path leads to.
+        leads_out: does a path lead to a leaf beside them?
+    """
+
+    nodes: set[Any]
+    met: set[Any]
+    leads_out: bool
+
+    @property
+    def names(self) -> set[str]:
+        """Of the kinds of nodes."""
+        return {node.__name__ for node in self.nodes}
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], starts: set[Any]) -> Graph:
+        seen: set[Any] = set()
+        kinds, outside = set(), False
+        pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in starts:
+                continue
+            kinds.add(type(node))
+            edges = node.next_functions
+            pending += [edge[0] for edge in edges]
+            outside = outside or (not edges and hasattr(node, "variable"))
+        return cls(kinds, seen & starts, outside)
+
+
+def on_graph(
+    outputs: Leaves,
+    extras: Leaves,
+    anchors: Sequence[Anchor],
+    graph: Graph,
+    differentiated: bool,
+) -> Linearization:
+    """A plain graph from the anchors to the outputs, as a map of cotangents."""
+    live = [i for i, out in enumerate(outputs) if out.requires_grad] if anchors else []
+    targets = tuple(outputs[i] for i in live)
+
+    def sweep(cotangents: Leaves, onto: slice) -> Leaves:
+        wanted_by = anchors[onto]
+        if not live:
+            return tuple(anchor.zeros() for anchor in wanted_by)
+        chosen = tuple(cotangents[i] for i in live)
+        edges = tuple(anchor.edge for anchor in wanted_by)
+        products = run_backward(targets, edges, chosen, differentiated or forced)
+        return tuple(
+            anchor.zeros() if product is None else product.detach() if forced else product
+            for product, anchor in zip(products, wanted_by, strict=True)
+        )
+
+    def released(leaves: Leaves) -> Leaves:
+        return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
+
+    check_nodes(graph.nodes, differentiated)
+    names = graph.names
+    batchable = can_be_batched(names, differentiated)
+    forced = must_be_differentiable(names, in_functorch=False) and not differentiated
+    return Linearization(released(outputs), released(extras), sweep, batchable)

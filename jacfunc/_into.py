@@ -1,0 +1,137 @@
+"""A result written into tensors that the caller hands in: a loop then pays for memory once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jacfunc._blocks import Allocate
+from jacfunc._check import is_tensor
+from jacfunc._functorch import inside_transform
+from jacfunc._sinks import Grid, MatrixSink, Sink
+from jacfunc._tree import flatten
+from jacfunc._types import Blocks, Leaves, Tree
+
+
+def sink_for(
+    api: str,
+    out: Tree,
+    flat: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Sink:
+    """Where the blocks of one call go.
+
+    Raises:
+        TypeError, ValueError: an ``out`` that can't be written into, or a dtype beside it.
+    """
+    if out is None:
+        return MatrixSink(dtype, device) if flat else Sink(dtype, device)
+    if dtype is not None or device is not None:
+        raise ValueError(
+            f"{api}: out must come alone, got dtype or device beside it. The tensors of out have "
+            "their own: leave one of the two out."
+        )
+    tensors = flatten(out)[0]
+    if not all(map(is_tensor, tensors)) or (flat and not isinstance(out, Tensor)):
+        what = "a matrix" if flat else "a tree of tensors"
+        raise TypeError(
+            f"{api}: out must be {what}, got {type(out).__name__}. Pass what an earlier call "
+            "returned."
+        )
+    if any(tensor.requires_grad for tensor in tensors) or inside_transform():
+        raise ValueError(
+            f"{api}: out must be plain tensors outside all transforms, got one that requires grad "
+            "or a call inside a transform. Leave out= away there."
+        )
+    return IntoMatrix(api, out) if flat else IntoBlocks(api, tensors)
+
+
+class IntoBlocks(Sink):
+    """A tensor of the caller's for each block: written into where it is a place, or copied to."""
+
+    copies = True
+
+    def __init__(self, api: str, out: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.api = api
+        self.out = out
+
+    def into_rows(self, grid: Grid) -> Allocate:
+        def allocate(first: Leaves, total: int) -> Leaves:
+            if len(grid.rows) > 1 or len(self.out) != len(first):
+                return self._apart(first, total)
+            pairs = zip(self._known(grid, ()), first, strict=True)
+            return tuple(out.view(total, *product.shape[1:]) for out, product in pairs)
+
+        return allocate
+
+    def into_samples(self, grid: Grid) -> Allocate:
+        return lambda first, total: self._known(grid, (total,))
+
+    def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
+        """The caller's tensors, whoever has written into them."""
+        width, flat = len(grid.columns), [block for row in blocks for block in row]
+        check_undifferentiated(self.api, flat)
+        known = self._known(grid, batch)
+        for out, block in zip(known, flat, strict=True):
+            if out.shape != block.shape:
+                raise ValueError(
+                    f"{self.api}: out must have the shapes of the blocks, got "
+                    f"{tuple(out.shape)} for a block of {tuple(block.shape)}. "
+                    "Pass what an earlier call returned."
+                )
+            if out.data_ptr() != block.data_ptr():
+                out.copy_(block)
+        return tuple(tuple(known[i * width : (i + 1) * width]) for i in range(len(grid.rows)))
+
+    def _known(self, grid: Grid, batch: tuple[int, ...]) -> Leaves:
+        """The tensors, which are as many and as large as the blocks."""
+        sizes = [m * n for m in grid.rows for n in grid.columns]
+        lead = batch[0] if batch else 1
+        if [lead * size for size in sizes] != [out.numel() for out in self.out]:
+            raise ValueError(
+                f"{self.api}: out must hold a tensor for each of the {len(sizes)} blocks, got "
+                f"{len(self.out)} of {[tuple(out.shape) for out in self.out][:5]}. "
+                "Pass what an earlier call returned."
+            )
+        return tuple(self.out)
+
+
+class IntoMatrix(MatrixSink):
+    """The caller's matrix ``[*batch, M, N]``."""
+
+    def __init__(self, api: str, out: Tensor) -> None:
+        super().__init__()
+        self.api = api
+        self.out = out
+
+    def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
+        check_undifferentiated(self.api, [block for row in blocks for block in row])
+        ((matrix,),) = super().finished(blocks, grid, batch)
+        if matrix is not self.out:
+            self._checked(matrix.shape).copy_(matrix)
+        return ((self.out,),)
+
+    def _empty(self, products: Leaves, shape: tuple[int, ...], grid: Grid) -> Tensor:
+        self.matrix = self._checked(shape)
+        return self.matrix
+
+    def _checked(self, shape: Sequence[int]) -> Tensor:
+        if self.out.shape != tuple(shape):
+            raise ValueError(
+                f"{self.api}: out must have the shape of the matrix, {tuple(shape)}, got "
+                f"{tuple(self.out.shape)}. Pass what an earlier call returned."
+            )
+        return self.out
+
+
+def check_undifferentiated(api: str, blocks: Sequence[Tensor]) -> None:
+    """Refuse to lay a graph into the caller's tensors."""
+    if any(block.requires_grad for block in blocks):
+        raise ValueError(
+            f"{api}: out must be for a result without a graph, got one that is differentiable. "
+            "Call it under torch.no_grad(), or leave out= away."
+        )

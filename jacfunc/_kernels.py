@@ -1,0 +1,138 @@
+"""The doors to ``J Jᵀ``: neural tangent kernels and Gramians, from the factors of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from jacfunc._check import check_chunk_size
+from jacfunc._contraction import Chunk, Contracted, Progress, product_of
+from jacfunc._flat import FlatCall
+from jacfunc._of_samples import OfCall, samples_of
+from jacfunc._tree import map_tensors
+from jacfunc._types import Argnums, Tree
+from jacfunc.strategies import Structured
+from jacfunc.strategies._forward import Randomness
+
+API = "ntk"
+
+
+def ntk(
+    func: nn.Module | Callable[..., Any],
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    trace_axes: int | Sequence[int] = (),
+    diagonal_axes: int | Sequence[int] = (),
+    in_dims: Tree = 0,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> Tree:
+    """Empirical neural tangent kernel: contracts the factors of layers, J is never formed.
+
+    ``K[a, b, *i, *j] = Σₚ J₁[a, *i, p] J₂[b, *j, p]`` over all parameters p.
+
+    Args:
+        func: a module, or ``func(params, *inputs)`` of a single sample.
+        params: of a function, the tree that it is differentiated by. Of a module, which of its
+            parameters, as ``select`` of :func:`jacfunc.module_jacobian`: None for all.
+        x1: a batch: a tensor or a tree, or a tuple of positional inputs; or an iterable of
+            batches, such as a ``DataLoader``.
+        x2: another one; None for the kernel of the first with itself, of which half is computed.
+        trace_axes: axes of a sample's output along which ``i = j`` is summed over.
+        diagonal_axes: axes along which only ``i = j`` is wanted.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
+        chunk_size: samples of either side at once; None takes each batch as it is.
+        progress: wraps the sequence of blocks, to watch it: ``tqdm.tqdm``, or
+            ``rich.progress.track``.
+
+    Returns:
+        For each output leaf a kernel ``[B1, B2, *diagonal, *out, *out]``, ``out`` being the axes
+        of one sample's output that are neither traced nor diagonal.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, samples that depend on each other.
+        NotImplementedError: what torch refuses, and a call inside a transform.
+
+    Cost:
+        An evaluation of each side and M pullbacks onto the outputs of layers; products of factors,
+        in whichever order is cheaper. With n chunks a side n evaluations for each of the first.
+
+    Source:
+        Novak, Sohl-Dickstein, Schoenholz, "Fast finite width neural tangent kernel" (ICML 2022).
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(3, 2)
+        >>> jacfunc.ntk(model, None, torch.ones(4, 3)).shape
+        torch.Size([4, 4, 2, 2])
+        >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
+        tensor([8., 8., 8., 8., 8.])
+    """
+    check_chunk_size(API, chunk_size)
+    strategy, wanted = Structured(), Contracted.of(trace_axes, diagonal_axes)
+
+    def chunks(x: Any) -> list[Chunk]:
+        found: list[Chunk] = []
+        for batch in _batches(x):
+            args = batch if isinstance(batch, tuple) else (batch,)
+            samples = samples_of(API, func, params, args, in_dims, randomness)
+            size, step = samples.size, chunk_size or samples.size
+            found += [
+                Chunk(samples, strategy, start, min(start + step, size))
+                for start in range(0, size, step)
+            ]
+        return found
+
+    first = chunks(x1)
+    return product_of(first, first if x2 is None else chunks(x2), wanted, progress)
+
+
+def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
+    """Gramian of ``func``'s Jacobian, from the factors of layers where there are some.
+
+    ``K[*i, *j] = Σₚ J[*i, p] J[*j, p]`` over all entries p of what ``argnums`` names.
+
+    Args:
+        func: takes trees, returns a tree of tensors.
+        argnums: which positional arguments to differentiate; negative counts from the end.
+
+    Returns:
+        A function of the same arguments; for each output leaf a Gramian ``[*out, *out]``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses,
+            and a call inside a transform.
+
+    Cost:
+        One evaluation, M pullbacks onto the outputs of layers, and products of factors. For the
+        samples of a batch :func:`ntk` is cheaper: it knows that they don't depend on each other.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> jacfunc.gram(lambda x: A @ x)(torch.ones(2))
+        tensor([[ 5., 11.],
+                [11., 25.]])
+    """
+    strategy = Structured()
+
+    def gram_of(*args: Tree, **kwargs: Any) -> Tree:
+        whole = [
+            Chunk(OfCall(FlatCall("gram", func, argnums, False, args, kwargs)), strategy, 0, 1)
+        ]
+        kernels = product_of(whole, whole, Contracted((), ()), None)
+        return map_tensors(lambda kernel: kernel[0, 0], kernels)
+
+    return gram_of
+
+
+def _batches(x: Any) -> Iterable[Any]:
+    """A tree is one batch; what else can be iterated over holds several."""
+    is_tree = isinstance(x, Tensor | tuple | list | dict) or not isinstance(x, Iterable)
+    return [x] if is_tree else x

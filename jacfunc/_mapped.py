@@ -1,0 +1,39 @@
+"""Tensors under a vmap, seen from below: as of all samples."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from torch import Tensor
+from torch._C import _functorch
+
+Level: TypeAlias = tuple[str, int] | None
+"""A transform that is active; None where there is none."""
+
+
+def innermost() -> Level:
+    """The transform that sees operations first."""
+    top = _functorch.peek_interpreter_stack()
+    return None if top is None else (str(top.key()), top.level())
+
+
+def mapped(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
+    """The tensor of all samples, and which of its dimensions they are; None if it has none."""
+    is_mapped = level is not None and _functorch.is_batchedtensor(tensor)
+    if is_mapped and level is not None and _functorch.maybe_get_level(tensor) == level[1]:
+        return _functorch.get_unwrapped(tensor), _functorch.maybe_get_bdim(tensor)
+    return tensor, None
+
+
+def of_samples(tensor: Tensor, size: int, level: Level) -> Tensor:
+    """The tensor ``[B, *shape]`` of all samples, also where it is the same for all."""
+    values, dim = mapped(tensor, level)
+    return values.expand(size, *values.shape) if dim is None else values.movedim(dim, 0)
+
+
+def mapped_anyway(tensor: Tensor, size: int, level: Level) -> Tensor:
+    """The tensor as one that differs from sample to sample, although it may not."""
+    if level is None or mapped(tensor, level)[1] is not None:
+        return tensor
+    expanded: Tensor = _functorch._add_batch_dim(tensor.expand(size, *tensor.shape), 0, level[1])
+    return expanded

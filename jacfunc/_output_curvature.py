@@ -1,0 +1,217 @@
+"""Second derivatives of a loss in the outputs of a module, one block a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from jacfunc._operators import JacobianOperator
+from jacfunc._points import Outputs, shared_units
+from jacfunc._types import Leaves, Tree
+
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
+"""``loss(outputs, targets)`` of a batch, as in training."""
+
+Likelihood = Literal["categorical", "gaussian"]
+
+
+class OutputCurvature(Protocol):
+    """``H``, block by block: ``[B, M, M]``, all M outputs of a sample in a row."""
+
+    @property
+    def roots(self) -> Leaves:
+        """Columns of ``S`` with ``H = S Sᵀ``, as cotangents ``[R, B, *out]``."""
+        ...
+
+    def times(self, tangents: Leaves) -> Leaves:
+        """``H u``, ``[B, *out]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss at the outputs of a batch."""
+
+    api: str
+    func: LossFunction
+    targets: Tree
+    outputs: Outputs
+
+    def __call__(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
+        """As a function of the leaves of the outputs."""
+        value: Any = self.func(self.outputs.tree(leaves), self.targets)
+        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+            raise ValueError(
+                f"{self.api}: loss(outputs, targets) must be one number for the batch, got {came}. "
+                "Return the sum or the mean over samples."
+            )
+        return (value,), ()
+
+    def gradient(self) -> Leaves:
+        """In the outputs, ``[B, *out]``."""
+        return self._gradient(*self.outputs.leaves)[0]
+
+    def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
+        operator = JacobianOperator(self, leaves)
+        return operator.pullback(tuple(map(torch.ones_like, operator.outputs))), ()
+
+    @cached_property
+    def _of_gradient(self) -> JacobianOperator:
+        return JacobianOperator(self._gradient, self.outputs.leaves)
+
+    def times(self, tangents: Leaves) -> Leaves:
+        """The Hessian is symmetric: its products are pullbacks."""
+        with torch.no_grad():
+            return self._of_gradient.pullback(tangents)
+
+    @cached_property
+    def roots(self) -> Leaves:
+        """From the eigenvectors; columns that vanish for all samples are left out."""
+        values, vectors = torch.linalg.eigh(self._blocks())
+        largest = 8 * values.shape[-1] * values.abs().max()
+        if values.min() < -self._rounding * largest:
+            raise ValueError(
+                f"{self.api}: the loss must be convex in the outputs, got a Hessian with the "
+                f"eigenvalue {values.min():.2g}. Use product(), which needs no root of it, or "
+                "jacfunc.fisher."
+            )
+        values = values.clamp(min=0.0)
+        # in ascending order, for every sample; a sweep needs at least one
+        live = max(1, int((values > torch.finfo(values.dtype).eps * largest).any(0).sum()))
+        columns = vectors[..., -live:] * values[:, -live:].sqrt().unsqueeze(1)
+        return _as_leaves(columns.permute(2, 0, 1), self.outputs.leaves)
+
+    def _blocks(self) -> Tensor:
+        """``[B, M, M]``, from cotangents that all samples share.
+
+        One more cotangent, of noise, tells whether the Hessian is made of these blocks alone.
+        """
+        leaves = self.outputs.leaves
+        noise = tuple(map(_noise, leaves))
+        pairs = zip(shared_units(leaves), noise, strict=True)
+        seeds = tuple(torch.cat((units, x.unsqueeze(0))) for units, x in pairs)
+        with torch.no_grad():
+            products = _in_a_row(self._of_gradient.pullback_batch(seeds)).transpose(0, 1)
+        # torch has no eigenvectors in half precision
+        products = products.to(torch.promote_types(products.dtype, torch.float32))
+        vector = _in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)
+        columns, found = products[:, :-1], products[:, -1]
+        # not a matrix product, which autocast would round
+        expected, scale = (vector * columns).sum(1), (vector * columns).abs().sum(1).max()
+        apart, rounding = (found - expected).abs().nan_to_num(0.0).max(), self._rounding**0.75
+        if apart > rounding * scale:
+            raise ValueError(
+                f"{self.api}: the loss must be a sum or mean over samples, got one whose Hessian "
+                f"couples them (by {float(apart / scale):.2g} of its size). Use product(), which "
+                "needs no samples."
+            )
+        return columns
+
+    @property
+    def _rounding(self) -> float:
+        """Of the coarsest output."""
+        return max(torch.finfo(leaf.dtype).eps for leaf in self.outputs.leaves)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Gradients of log likelihoods at targets drawn from the module's own predictions."""
+
+    cotangents: Leaves
+    """``[R, B, *out]``."""
+
+    @property
+    def roots(self) -> Leaves:
+        return self.cotangents
+
+    def times(self, tangents: Leaves) -> Leaves:
+        """``S (Sᵀ u)``."""
+        pairs = list(zip(self.cotangents, tangents, strict=True))
+        along = sum((_in_a_row((s,)) * _in_a_row((u.unsqueeze(0),))).sum(2) for s, u in pairs)
+        assert isinstance(along, Tensor)
+        return tuple(
+            (s * along.reshape(*along.shape, *(1,) * (s.dim() - 2))).sum(0) for s, _ in pairs
+        )
+
+
+def sampled(
+    api: str,
+    likelihood: Likelihood,
+    outputs: Leaves,
+    draws: int,
+    generator: torch.Generator | None,
+    is_mean: bool,
+) -> Sampled:
+    """Draw targets and take the gradients there."""
+    scale = 1.0 / math.sqrt(draws * (outputs[0].shape[0] if is_mean else 1))
+    score = _SCORES[likelihood]
+    return Sampled(tuple(score(api, out, draws, generator) * scale for out in outputs))
+
+
+def check_likelihood(api: str, likelihood: object, draws: object, reduction: object) -> None:
+    """What is drawn, how often, and whether it is averaged over samples."""
+    if likelihood not in _SCORES:
+        raise ValueError(
+            f"{api}: likelihood must be one of {', '.join(map(repr, get_args(Likelihood)))}, got "
+            f"{likelihood!r}. For another loss use jacfunc.ggn, which draws nothing."
+        )
+    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+        raise ValueError(
+            f"{api}: draws must be a positive number of targets a sample, got {draws!r}. "
+            "Pass draws=1, or more for less noise."
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"{api}: reduction must be 'mean' or 'sum', got {reduction!r}. "
+            "Choose as in the loss that is trained."
+        )
+
+
+def _categorical(api: str, logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """``softmax - onehot``, classes in the last dimension: ``[R, B, *out]``."""
+    if logits.dim() < 2:
+        raise ValueError(
+            f"{api}: with likelihood='categorical' the last dimension of the outputs must hold "
+            f"the classes, got shape {tuple(logits.shape)}. Return logits [B, …, C]."
+        )
+    chances = logits.softmax(-1)
+    drawn = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
+    targets = drawn.t().reshape(draws, *logits.shape[:-1])
+    hits = torch.zeros_like(chances).expand(draws, *chances.shape)
+    return chances - hits.scatter(-1, targets.unsqueeze(-1), 1.0)
+
+
+def _gaussian(api: str, mean: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """``mean - target``, of unit variance: ``[R, B, *out]``."""
+    return torch.randn(
+        (draws, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device
+    )
+
+
+_SCORES = {"categorical": _categorical, "gaussian": _gaussian}
+
+
+def _noise(like: Tensor) -> Tensor:
+    """The same every time, and nobody else's numbers."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    noise = torch.randn(like.shape, generator=generator, device=like.device)
+    return noise.to(like.dtype)
+
+
+def _in_a_row(leaves: Leaves) -> Tensor:
+    """``[R, B, *out]`` of all leaves as ``[R, B, M]``."""
+    return torch.cat([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], 2)
+
+
+def _as_leaves(columns: Tensor, leaves: Leaves) -> Leaves:
+    """``[R, B, M]`` as ``[R, B, *out]``, in the dtypes of the leaves ``[B, *out]``."""
+    parts = columns.split([leaf[0].numel() for leaf in leaves], 2)
+    pairs = zip(parts, leaves, strict=True)
+    return tuple(part.reshape(len(columns), *x.shape).to(x.dtype) for part, x in pairs)

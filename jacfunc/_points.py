@@ -1,0 +1,216 @@
+"""A module at a batch, evaluated when something is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacfunc._basis import numel, unit_seeds
+from jacfunc._batching import batch_size
+from jacfunc._check import Refused, check_chunk_size, is_out_of_memory, is_tensor
+from jacfunc._draws import Draws
+from jacfunc._factors import Factors
+from jacfunc._flat import FlatCall
+from jacfunc._functorch import inside_transform
+from jacfunc._inputs import Arguments, Choice
+from jacfunc._module_calls import POSITIONS, ModuleCall
+from jacfunc._module_checks import check_module
+from jacfunc._parameters import ModuleState
+from jacfunc._samples import Batch
+from jacfunc._select import Select
+from jacfunc._sinks import Sink
+from jacfunc._tree import Split
+from jacfunc._types import Leaves, Tree
+from jacfunc.layers import Part
+from jacfunc.strategies import Structured
+from jacfunc.strategies._forward import Randomness
+
+
+@dataclass(frozen=True)
+class Door:
+    """What a user said about all calls of a module."""
+
+    api: str
+    module: nn.Module
+    select: Select
+    in_dims: Tree
+    randomness: Randomness
+    chunk_size: int | None
+    strategy: Structured = field(default_factory=Structured)
+    """Remembers, from call to call, which parameters no rule covers."""
+
+    def __post_init__(self) -> None:
+        check_module(self.api, self.module)
+        check_chunk_size(self.api, self.chunk_size)
+
+    def at(self, arguments: Arguments, targets: Tree = None) -> Point:
+        """One call of the module, and what its outputs are compared with."""
+        if inside_transform() or torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
+                "transform, which keeps none. Use module_jacobian there."
+            )
+        state = ModuleState.of(self.api, self.module, self.select)
+        call = ModuleCall(
+            self.api,
+            state,
+            POSITIONS["params"],
+            Choice(),
+            arguments,
+            with_buffers=False,
+            create_graph=False,
+        )
+        batch = call.batch(Sink(), self.in_dims, self.randomness)
+        data = (*batch.leaves, *Split.of(targets, is_tensor).leaves)
+        return Point(self, call, batch, Draws(batch.leaves), data, _version(state, data))
+
+    def with_targets(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> tuple[Point, Tree]:
+        """The call of all but the last of the positional arguments, and that."""
+        if not args:
+            raise TypeError(
+                f"{self.api}: the last positional argument must be the targets of the loss, got "
+                "none. Call it as (inputs, targets)."
+            )
+        return self.at((args[:-1], kwargs), args[-1]), args[-1]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the module returned for all samples: leaves ``[B, *out]``, and how they are a tree."""
+
+    leaves: Leaves
+    extras: Leaves
+    call: FlatCall
+
+    def tree(self, leaves: Leaves) -> Tree:
+        """Other values in the place of the leaves."""
+        return self.call.value(leaves, self.extras)[0]
+
+
+def shared_units(leaves: Leaves) -> Leaves:
+    """Unit cotangents ``[M, B, *out]`` for leaves ``[B, *out]``, the same for all samples."""
+    of_one = tuple(leaf[0] for leaf in leaves)
+    seeds = unit_seeds(of_one, 0, numel(of_one))
+    pairs = zip(seeds, leaves, strict=True)
+    return tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A module at its parameters and a batch."""
+
+    door: Door
+    call: ModuleCall
+    batch: Batch
+    draws: Draws
+    data: Leaves
+    """All tensors that were given."""
+    version: Any
+
+    @property
+    def api(self) -> str:
+        return self.door.api
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The chosen ones, by name."""
+        return self.call.state.point
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return batch_size(self.batch.leaves, self.batch.dims)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Nothing outside is changed, and every evaluation draws the same random numbers."""
+        if _version(self.call.state, self.data) != self.version:
+            raise ValueError(
+                f"{self.api}: parameters, buffers, data and modes must stay as they were at the "
+                "call, got some that were changed since. Call it again, at the new point."
+            )
+        with self.call.undisturbed():
+            self.draws.repeat()
+            yield
+
+    def factors(self) -> Iterator[tuple[slice, Factors]]:
+        """Chunk by chunk of the samples, each parameter's Jacobian as factors."""
+        step = self.door.chunk_size or self.size
+        if step >= self.size:
+            yield slice(None), self._all_factors
+            return
+        for start in range(0, self.size, step):
+            stop = min(start + step, self.size)
+            yield slice(start, stop), self._factors(start, stop)
+
+    @cached_property
+    def _all_factors(self) -> Factors:
+        return self._factors(0, self.size)
+
+    def parts_of(self, factors: Factors, cotangents: Leaves) -> dict[str, list[Part]]:
+        """What cotangents ``[K, B, *out]`` pull back, by name; not of unused parameters."""
+        with self.undisturbed():
+            parts = factors.of_cotangents(cotangents)
+        return {name: some for name, some in zip(self.params, parts, strict=True) if some}
+
+    def _factors(self, start: int, stop: int) -> Factors:
+        with self.undisturbed():
+            try:
+                found = self.batch.factors(self.door.strategy, start, stop)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                self.batch.check_randomness(error)
+                # what fails without vmap, too, is not the fault of vmap
+                call = self.call.flat_call(self.call.arguments, None)
+                call(*map(Tensor.clone, call.primals))
+                raise Refused(
+                    f"{self.api}: per-sample factors need a module that runs under vmap, got: "
+                    f"{str(error).rstrip('.')}. Use module_jacobian(per_sample=True), which can "
+                    "take the samples one by one."
+                ) from error
+            self.call.check_independent(self.batch)
+        return found
+
+    @contextmanager
+    def contracting(self) -> Iterator[None]:
+        """Nothing is recorded, and nothing is rounded to less than what it came in."""
+        devices = {tensor.device.type for tensor in self.params.values()}
+        with torch.no_grad(), ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+
+    def outputs_of(self, factors: Factors) -> Outputs:
+        """Of the samples that were just evaluated."""
+        return Outputs(factors.outputs, factors.linearization.extras, self.last_call)
+
+    @property
+    def last_call(self) -> FlatCall:
+        """Of a sample that was evaluated."""
+        return self.batch.seen[-1][0]
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """Of all samples, evaluated chunk by chunk."""
+        chunks = [self.outputs_of(factors) for _, factors in self.factors()]
+        if len(chunks) == 1:
+            return chunks[0]
+        leaves = zip(*(chunk.leaves for chunk in chunks), strict=True)
+        extras = zip(*(chunk.extras for chunk in chunks), strict=True)
+        return Outputs(
+            tuple(map(torch.cat, leaves)), tuple(map(torch.cat, extras)), chunks[-1].call
+        )
+
+
+def _version(state: ModuleState, data: Leaves) -> Any:
+    """What changes when something is written into tensors, or a mode is switched."""
+    tensors = (*state.point.values(), *state.params.values(), *state.buffers.values(), *data)
+    modes = [part.module.training for part in state.parts.values()]
+    return [(id(x), x._version) for x in tensors if not x.is_inference()], modes

@@ -1,0 +1,186 @@
+"""The door to random projections of every sample's Jacobian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from jacfunc._factors import Factors
+from jacfunc._output_curvature import Loss, LossFunction
+from jacfunc._points import Door, Point, shared_units
+from jacfunc._select import Select
+from jacfunc._types import Leaves, Tree
+from jacfunc.layers import Outer, Part, rows
+from jacfunc.strategies._forward import Randomness
+
+API = "random_projection"
+PIECE = 2**24
+"""Bytes of the random matrix that exist at a time."""
+
+
+def random_projection(
+    module: nn.Module,
+    size: int,
+    loss: LossFunction | None = None,
+    *,
+    seed: int = 0,
+    select: Select = None,
+    in_dims: Tree = 0,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+) -> Callable[..., Any]:
+    """Every sample's Jacobian times a fixed random matrix, which is never whole in memory.
+
+    ``J_b R`` with ``R`` of random signs ``±1/√size``, so that ``E[(J_b R)(J_c R)ᵀ] = J_b J_cᵀ``
+    (Johnson and Lindenstrauss 1984): the features of TRAK (Park et al. 2023). Seed, size and the
+    names of the parameters fix R, whatever the batch, the device or the chunks.
+
+    Args:
+        module: any ``nn.Module`` whose outputs have the batch in front.
+        size: columns of R.
+        loss: ``loss(outputs, targets)`` of the batch, one number: its gradient, as far as each
+            sample adds to it, is projected instead of the Jacobian.
+        seed: of R.
+        select: parameters, as in :func:`jacfunc.module_jacobian`.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
+        chunk_size: samples taken at once; None takes all.
+
+    Returns:
+        A function of the module's own inputs, which returns ``[B, *out, size]`` for each output
+        leaf; with a loss also of the targets, last among the arguments by position, which returns
+        ``[B, size]``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, a module that couples samples.
+        NotImplementedError: inside a transform, and a module that does not run under vmap.
+
+    Cost:
+        One evaluation, M pullbacks at once (two and one with a loss, in chunks), and at most
+        ``2 · B · M · P · size`` operations; P · size random bits for every chunk of samples. A
+        chunk's rows of one parameter are written out where that costs less.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model, x = torch.nn.Linear(20, 3), torch.ones(4, 20)
+        >>> features = jacfunc.random_projection(model, 512, seed=1)(x)
+        >>> features.shape
+        torch.Size([4, 3, 512])
+        >>> bool(features[0, 0] @ features[1, 0] / 21 - 1 < 0.3)  # of J Jᵀ, which is 21
+        True
+    """
+    door = Door(API, module, select, in_dims, randomness, chunk_size)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"{API}: size must be a positive number of columns, got {size!r}. "
+            "Some hundreds are usual."
+        )
+
+    def random_projection_of(*args: Tree, **kwargs: Any) -> Tree:
+        if loss is None:
+            return _of_jacobians(door.at((args, kwargs)), size, seed)
+        point, targets = door.with_targets(args, kwargs)
+        gradient = Loss(API, loss, targets, point.outputs).gradient()
+        chunks = [
+            _of_chunk(point, factors, tuple(x[some].unsqueeze(0) for x in gradient), size, seed)
+            for some, factors in point.factors()
+        ]
+        return torch.cat(chunks).squeeze(1)
+
+    return random_projection_of
+
+
+def _of_jacobians(point: Point, size: int, seed: int) -> Tree:
+    """The tree of the outputs, of ``[B, *out, size]``."""
+    chunks = [
+        (_of_chunk(point, factors, shared_units(factors.outputs), size, seed), factors.of_one)
+        for _, factors in point.factors()
+    ]
+    every, of_one = torch.cat([chunk for chunk, _ in chunks]), chunks[-1][1]
+    blocks = every.split([leaf.numel() for leaf in of_one], 1)
+    pairs = zip(blocks, of_one, strict=True)
+    shaped = [block.reshape(len(every), *leaf.shape, size) for block, leaf in pairs]
+    return point.last_call.output_tree(shaped)
+
+
+def _of_chunk(point: Point, factors: Factors, cotangents: Leaves, size: int, seed: int) -> Tensor:
+    """Of what cotangents ``[K, B, *out]`` pull back, ``[B, K, size]``."""
+    every = point.parts_of(factors, cotangents)
+    leaves = (*cotangents, *point.params.values())
+    dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
+    num_seeds, num_samples = cotangents[0].shape[:2]
+    total = cotangents[0].new_zeros((num_samples, num_seeds, size), dtype=dtype)
+    with point.contracting():
+        for name, parts in every.items():
+            zeros = partial(total.new_zeros, (*total.shape[:2], *point.params[name].shape))
+            total += _projected(parts, zeros, Signs(f"{seed}:{name}", size, total))
+    return total
+
+
+class Signs:
+    """Rows of the random matrix of one parameter, drawn one after the other."""
+
+    def __init__(self, key: str, size: int, like: Tensor) -> None:
+        self.size = size
+        # on the CPU, so that every device gets the same; a seed there has 32 bits
+        self._generator = torch.Generator().manual_seed(crc32(key.encode()))
+        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+        self.dtype = like.dtype
+        self._of_byte = (2 * bits - 1).to(like) / math.sqrt(size)
+
+    def rows(self, count: int) -> Tensor:
+        """The next ones, ``[count, size]``."""
+        words = torch.empty((count, -(-self.size // 64)), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=self._generator)
+        numbers = words.view(torch.uint8).flatten().to(self._of_byte.device, torch.int32)
+        return self._of_byte.index_select(0, numbers).view(count, -1)[:, : self.size]
+
+
+def _projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: Signs) -> Tensor:
+    """``[B, K, size]``, by the cheaper way."""
+    form = parts[0].form
+    if len(parts) == 1 and isinstance(form, Outer) and not parts[0].path and not form.is_turned:
+        num_seeds, _, _, positions, outs = form.cotangents.shape
+        ins = form.inputs.shape[-1]
+        by_factors = positions * outs * signs.size * (ins + num_seeds)
+        if by_factors <= num_seeds * outs * ins * (positions + signs.size):
+            return _projected_by_factors(form, signs)
+    return _projected_by_rows(rows(parts, zeros), signs)
+
+
+def _projected_by_factors(form: Outer, signs: Signs) -> Tensor:
+    """What went in times R, and then what came back times that."""
+    left = form.cotangents.to(signs.dtype).permute(2, 1, 0, 3, 4)
+    groups, size, num_seeds, positions, outs = left.shape
+    right = form.inputs.to(left.dtype).transpose(0, 1).flatten(1, 2)
+    ins, total = right.shape[-1], left.new_zeros((size, num_seeds, signs.size))
+    step = _at_once(signs, total, max(ins, size * positions))
+    for group in range(groups):
+        for start in range(0, outs, step):
+            some = left[group, ..., start : start + step]
+            count = some.shape[-1]
+            table = signs.rows(count * ins).view(count, ins, -1).transpose(0, 1).flatten(1)
+            through = (right[group] @ table).view(size, positions * count, -1)
+            total.baddbmm_(some.reshape(size, num_seeds, positions * count), through)
+    return total
+
+
+def _projected_by_rows(block: Tensor, signs: Signs) -> Tensor:
+    """Rows ``[B, K, *param]`` times R."""
+    flat = block.reshape(block.shape[:2].numel(), -1).to(signs.dtype)
+    total = flat.new_zeros((len(flat), signs.size))
+    step = _at_once(signs, total, 1)
+    for start in range(0, flat.shape[1], step):
+        some = flat[:, start : start + step]
+        total.addmm_(some, signs.rows(some.shape[1]))
+    return total.view(*block.shape[:2], -1)
+
+
+def _at_once(signs: Signs, like: Tensor, width: int) -> int:
+    return max(1, PIECE // (signs.size * width * like.element_size()))

@@ -1,0 +1,108 @@
+"""A batch as one function of the parameters, on a graph to sweep over and over."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from jacfunc._check import Refused
+from jacfunc._draws import Draws
+from jacfunc._factors import Samples
+from jacfunc._flat import FlatCall
+from jacfunc._operators import JacobianOperator
+from jacfunc._points import Outputs, Point
+from jacfunc._trail import note
+from jacfunc._types import LeafFunction, Leaves
+
+
+class Whole:
+    """``J v`` and ``Jᵀ u`` of all outputs of the batch.
+
+    The first ``J v`` pushes forward. For all others the graph of ``Jᵀ u`` is kept, which is linear
+    in u: its own pullback saves the evaluation that a pushforward makes every time.
+    """
+
+    def __init__(self, point: Point) -> None:
+        flat = point.call.flat_call(point.call.arguments, None)
+        seen: list[FlatCall] = [flat]
+        is_strict = point.batch.randomness == "error"
+        func = flat if is_strict else _mapped(point, seen)
+        # they require gradients for the graph of Jᵀ u alone
+        self._pulling = JacobianOperator(
+            func, tuple(primal.detach().requires_grad_() for primal in flat.primals)
+        )
+        self._point = point
+        self._ways = [self._pushed_forward, self._pushed_on_graph]
+        with point.undisturbed():
+            self._pulling.repeat_draws()
+            before = Draws(point.batch.leaves)
+            leaves, extras = self._pulling.image()
+            if is_strict and before.were_taken():
+                point.batch.check_randomness(RuntimeError("randomness"))
+        for out in leaves:
+            if not out.dim() or out.shape[0] != point.size:
+                raise ValueError(
+                    f"{point.api}: every output must have the batch in front, got shape "
+                    f"{tuple(out.shape)} for a batch of {point.size}. Use a module that transposes "
+                    "it, or that returns other outputs alone."
+                )
+        self.outputs = Outputs(leaves, extras, seen[-1])
+
+    def pulled(self, cotangents: Leaves) -> Leaves:
+        """``Jᵀ u``, ``[*param]``."""
+        with self._point.undisturbed():
+            return self._pulling.pullback(cotangents)
+
+    def pushed(self, tangents: Leaves) -> Leaves:
+        """``J v``, ``[B, *out]``."""
+        with self._point.undisturbed():
+            try:
+                found = self._ways[0](tangents)
+            except Refused as refusal:
+                if len(self._ways) == 1:
+                    raise
+                note("J v takes the other way: %s", refusal)
+                self._ways = self._ways[1:]
+                return self._ways[0](tangents)
+        if len(self._ways) > 1:
+            self._ways = [self._pushed_on_graph, self._pushed_forward]
+        return found
+
+    def _pushed_forward(self, tangents: Leaves) -> Leaves:
+        return self._pulling.again().pushforward(tangents)
+
+    def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
+        return self._transposed.pullback(tangents)
+
+    @cached_property
+    def _transposed(self) -> JacobianOperator:
+        """``Jᵀ u`` as a function of u."""
+        pulling = self._pulling.again()
+        with torch.enable_grad():
+            pulling.image()
+        zeros = tuple(map(torch.zeros_like, self.outputs.leaves))
+        return JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
+
+
+def _mapped(point: Point, seen: list[FlatCall]) -> LeafFunction:
+    """The module of each sample, as random numbers are to be drawn; parameters are shared."""
+    batch = point.batch
+    samples = Samples(batch.leaves, batch.dims, batch.randomness)
+
+    def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
+        num_outputs = 0
+
+        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            nonlocal num_outputs
+            call = batch.call_of(leaves[len(params) :])
+            outputs, extras = call(*leaves[: len(params)])
+            seen[:] = [call]
+            num_outputs = len(outputs)
+            return (*outputs, *extras), ()
+
+        every = samples.map(of_each, params, [None] * len(params))
+        return every[:num_outputs], every[num_outputs:]
+
+    return of_all

@@ -1,0 +1,195 @@
+"""Convolutions of one to three dimensions, and transposed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jacfunc.layers._forms import Outer, Rows, summed
+from jacfunc.layers._rules import FormOf, rule
+
+Sizes: TypeAlias = int | Sequence[int]
+
+PIECE = 2**22
+"""Bytes that are unfolded and multiplied at once."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What a kernel sees of an image, at each of its places. A number for each dimension."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[tuple[int, int]]
+    dilation: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, kernel: Sequence[int], stride: Sizes, padding: Sizes | str, dilation: Sizes
+    ) -> Windows:
+        count = len(kernel)
+        steps = _for_each(dilation, count)
+        if padding == "same":
+            totals = [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
+            pads = [(total // 2, total - total // 2) for total in totals]
+        else:
+            sides = 0 if isinstance(padding, str) else padding
+            pads = [(side, side) for side in _for_each(sides, count)]
+        return cls(kernel, _for_each(stride, count), pads, steps)
+
+    def padded(self, images: Tensor) -> Tensor:
+        """With the zeros around that the kernel sees, too."""
+        sides = [side for pair in reversed(self.padding) for side in pair]
+        return F.pad(images, sides) if any(sides) else images
+
+    def on(self, images: Tensor, places: Sequence[int]) -> Tensor:
+        """``[…, *sizes]`` as ``[…, *kernel, *places]``."""
+        windows, count = self.padded(images), len(places)
+        first = windows.dim() - count
+        for n, place in enumerate(places):
+            span = self.dilation[n] * (self.kernel[n] - 1) + 1
+            windows = windows.unfold(first + n, span, self.stride[n])
+            windows = windows.narrow(first + n, 0, place)[..., :: self.dilation[n]]
+        here = range(first, first + count)
+        return windows.movedim(tuple(here), tuple(n + count for n in here))
+
+
+class Convolution(Outer):
+    """Outer products at all places of a kernel, unfolded when someone asks for them.
+
+    Args:
+        images: what went in, ``[B, N, channels, *sizes]``.
+        seeds: cotangents of what came out, ``[K, B, N, channels, *sizes]``.
+        windows: of the kernel on what went in; on what came out, where it is transposed.
+        num_groups: of channels.
+        shape: of the weight.
+        is_turned: is it transposed?
+    """
+
+    images: Tensor
+    seeds: Tensor
+    windows: Windows
+    num_groups: int
+
+    def __init__(
+        self,
+        images: Tensor,
+        seeds: Tensor,
+        windows: Windows,
+        num_groups: int,
+        shape: torch.Size,
+        is_turned: bool = False,
+    ) -> None:
+        own = {"images": images, "seeds": seeds, "windows": windows, "num_groups": num_groups}
+        vars(self).update(own, shape=shape, is_turned=is_turned)
+
+    @property
+    def groups(self) -> int:
+        return self.num_groups
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Of the kernel, in each dimension."""
+        count = len(self.windows.kernel)
+        return (self.images if self.is_turned else self.seeds).shape[-count:]
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        images = self.images if self.is_turned else self.windows.on(self.images, self.places)
+        return self._by_position(images, 1)
+
+    @cached_property
+    def cotangents(self) -> Tensor:
+        seeds = self.windows.on(self.seeds, self.places) if self.is_turned else self.seeds
+        return self._by_position(seeds, 2)
+
+    def write(self, block: Tensor) -> None:
+        """Some samples at a time: the unfolded ones stay in the cache and out of the peak."""
+        kernel = prod(self.windows.kernel)
+        images, seeds = self.images[0].numel(), self.seeds[:, 0].numel()
+        unfolded = images + kernel * seeds if self.is_turned else kernel * images + seeds
+        step = max(1, PIECE // (block.element_size() * (unfolded + block[0].numel())))
+        for start in range(0, len(block), step):
+            some = slice(start, start + step)
+            block[some].copy_(self._of(some).rows())
+
+    def _of(self, some: slice) -> Convolution:
+        """Of these samples alone."""
+        images, seeds = self.images[some], self.seeds[:, some]
+        return Convolution(images, seeds, self.windows, self.groups, self.shape, self.is_turned)
+
+    def _by_position(self, images: Tensor, lead: int) -> Tensor:
+        """``[*lead, N, channels, …, *places]`` as ``[*lead, groups, T, channels · …]``."""
+        count = len(self.places)
+        grouped: Tensor = images.unflatten(lead + 1, (self.groups, -1))
+        moved = grouped.movedim(lead, -count - 1)
+        return moved.flatten(-count - 1).flatten(lead + 1, -2).mT
+
+
+@rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+) -> Mapping[str, FormOf]:
+    """``z[o, t] = Σᵢₛ input[i, stride · t + dilation · s] weight[o, i, s] + bias[o]``."""
+    shape = weight.shape[1:]
+    count = len(shape) - 2
+    windows = Windows.of(shape[2:], stride, padding, dilation)
+    return {
+        "weight": lambda seeds: Convolution(
+            _batched(input, 1, count), _batched(seeds, 2, count), windows, groups, shape
+        ),
+        "bias": lambda seeds: Rows(of_channels(_batched(seeds, 2, count))),
+    }
+
+
+@rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def transposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> Mapping[str, FormOf]:
+    """``z[o, stride · t + dilation · s] += Σᵢ input[i, t] weight[i, o, s]``, plus ``bias[o]``."""
+    shape = weight.shape[1:]
+    count = len(shape) - 2
+    windows = Windows.of(shape[2:], stride, padding, dilation)
+    return {
+        "weight": lambda seeds: Convolution(
+            _batched(input, 1, count), _batched(seeds, 2, count), windows, groups, shape, True
+        ),
+        "bias": lambda seeds: Rows(of_channels(_batched(seeds, 2, count))),
+    }
+
+
+def of_channels(products: Tensor) -> Tensor:
+    """``[K, B, N, channels, …]`` summed over all but the channels."""
+    shape = (products.shape[3], *(1,) * (products.dim() - 4))
+    return summed(products, shape).flatten(2)
+
+
+def _batched(images: Tensor, lead: int, count: int) -> Tensor:
+    """``[*lead, channels, *sizes]`` as ``[*lead, 1, channels, *sizes]``, if N is not there."""
+    return images.unsqueeze(lead) if images.dim() == lead + 1 + count else images
+
+
+def _for_each(sizes: Sizes, count: int) -> Sequence[int]:
+    """A size for each dimension, where one may be given for all."""
+    values = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    return values * count if len(values) == 1 else values

@@ -1,0 +1,107 @@
+"""Sums and products entry by entry, of shapes that are broadcast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from jacfunc.layers._forms import Rows, summed
+from jacfunc.layers._rules import FormOf, rule
+
+Value = TypeVar("Value")
+
+
+def _both(*names: str) -> list[Callable[..., Any]]:
+    """The functions, and the methods that operators are."""
+    return [getattr(place, name) for name in names for place in (torch, Tensor)]
+
+
+@rule(*_both("mul", "multiply"))
+def product(input: Tensor, other: Any) -> Mapping[str, FormOf]:
+    """``z = input · other``."""
+    if not _are_real(input, other):
+        return {}
+    return {
+        "input": lambda seeds: _rows(seeds * _beside(other, seeds), input),
+        "other": lambda seeds: _rows(seeds * _beside(input, seeds), other),
+    }
+
+
+@rule(*_both("div", "divide", "true_divide"))
+def quotient(input: Tensor, other: Any, rounding_mode: str | None = None) -> Mapping[str, FormOf]:
+    """``z = input / other``."""
+    if rounding_mode is not None or not _are_real(input, other):
+        return {}
+
+    def of_other(seeds: Tensor) -> Rows:
+        below = _beside(other, seeds)
+        return _rows(-seeds * (_beside(input, seeds) / below / below), other)
+
+    return {"input": lambda seeds: _rows(seeds / _beside(other, seeds), input), "other": of_other}
+
+
+@rule(*_both("add"))
+def total(input: Tensor, other: Any, alpha: float = 1) -> Mapping[str, FormOf]:
+    """``z = input + alpha · other``."""
+    if not _are_real(input, other, alpha):
+        return {}
+    return {
+        "input": lambda seeds: _rows(seeds, input),
+        "other": lambda seeds: _rows(seeds if alpha == 1 else alpha * seeds, other),
+    }
+
+
+@rule(*_both("sub", "subtract"))
+def difference(input: Tensor, other: Any, alpha: float = 1) -> Mapping[str, FormOf]:
+    """``z = input − alpha · other``."""
+    return total(input, other, -alpha)
+
+
+@rule(*_both("addcmul"))
+def total_of_product(
+    input: Tensor, tensor1: Tensor, tensor2: Tensor, value: float = 1
+) -> Mapping[str, FormOf]:
+    """``z = input + value · tensor1 · tensor2``."""
+    if not _are_real(input, tensor1, tensor2, value):
+        return {}
+    return {
+        "input": lambda seeds: _rows(seeds, input),
+        "tensor1": lambda seeds: _rows(value * seeds * _beside(tensor2, seeds), tensor1),
+        "tensor2": lambda seeds: _rows(value * seeds * _beside(tensor1, seeds), tensor2),
+    }
+
+
+@rule(*_both("prelu"))
+def leaky(input: Tensor, weight: Tensor) -> Mapping[str, FormOf]:
+    """``z = input`` where that is positive, else ``weight · input``: of all or of each channel."""
+    shape = weight.shape[1:]
+    behind = input.dim() - 3 if weight[0].numel() > 1 else 0
+
+    def of_weight(seeds: Tensor) -> Rows:
+        below = seeds * torch.where(input > 0, 0, input)
+        return Rows(summed(below, (*shape, *(1,) * behind)).reshape(*seeds.shape[:2], *shape))
+
+    return {"weight": of_weight}
+
+
+def _rows(products: Tensor, param: Tensor) -> Rows:
+    return Rows(summed(products, param.shape[1:]))
+
+
+def _beside(value: Value, seeds: Tensor) -> Value | Tensor:
+    """``[B, *shape]`` with as many dimensions as the cotangents ``[K, B, *z]`` have behind K."""
+    if not isinstance(value, Tensor):
+        return value
+    missing = seeds.dim() - 1 - value.dim()
+    return value.reshape(len(value), *(1,) * missing, *value.shape[1:])
+
+
+def _are_real(*values: Any) -> bool:
+    """Cotangents of a complex product would have to be conjugated."""
+    return not any(
+        value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex)
+        for value in values
+    )

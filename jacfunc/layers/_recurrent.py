@@ -1,0 +1,186 @@
+"""Recurrent layers, opened: a linear layer of all steps' inputs, and one of each step's state.
+
+torch's own can't be batched, so that samples have none of these under vmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jacfunc.layers._rules import opening
+
+State: TypeAlias = tuple[Tensor, ...]
+"""The hidden state ``[N, H]``, and the cell's, where it has one."""
+
+Step: TypeAlias = Callable[[Tensor, Tensor, State], State]
+"""The next state from the projected input, the projected hidden state, and the state."""
+
+PADDED = (
+    *("input", "hx", "params", "has_biases", "num_layers", "dropout", "train"),
+    *("bidirectional", "batch_first"),
+)
+PACKED = ("data", "batch_sizes", *PADDED[1:-1])
+
+
+def lstm_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+    """A memory beside the state, and gates to write, keep and read it."""
+    entry, forget, cell, output = (inputs + hidden).chunk(4, -1)
+    memory = forget.sigmoid() * state[1] + entry.sigmoid() * cell.tanh()
+    return output.sigmoid() * memory.tanh(), memory
+
+
+def gru_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+    """The reset gate acts on the projected state, its bias included."""
+    resets, updates, news = zip(inputs.chunk(3, -1), hidden.chunk(3, -1), strict=True)
+    new = (news[0] + (resets[0] + resets[1]).sigmoid() * news[1]).tanh()
+    return (new + (updates[0] + updates[1]).sigmoid() * (state[0] - new),)
+
+
+def tanh_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+    return ((inputs + hidden).tanh(),)
+
+
+def relu_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+    return ((inputs + hidden).relu(),)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of one direction of one layer."""
+
+    inputs: Tensor
+    hidden: Tensor
+    input_bias: Tensor | None = None
+    hidden_bias: Tensor | None = None
+    projection: Tensor | None = None
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], has_biases: bool) -> Weights:
+        """In torch's order, in which a projection comes last."""
+        biases = params[2:4] if has_biases else (None, None)
+        return cls(*params[:2], *biases, *params[4 if has_biases else 2 :])
+
+    def next(self, step: Step, projected: Tensor, state: State) -> State:
+        """The state after a step, whose input is projected already."""
+        new = step(projected, F.linear(state[0], self.hidden, self.hidden_bias), state)
+        return new if self.projection is None else (F.linear(new[0], self.projection), *new[1:])
+
+
+@dataclass(frozen=True)
+class Layers:
+    """As torch's functions are told of them: all directions of all layers."""
+
+    params: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+
+    def run(
+        self, step: Step, values: Tensor, sizes: Sequence[int], first: State
+    ) -> tuple[Tensor, State]:
+        """All hidden states of the last layer, and the last states of all layers.
+
+        ``values[Σ sizes, I]`` are steps of several sequences, at each those that still run.
+        """
+        directions = 2 if self.bidirectional else 1
+        each = len(self.params) // (self.num_layers * directions)
+        last: list[State] = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout and self.train:
+                values = F.dropout(values, self.dropout)
+            outputs = []
+            for is_backward in (False, True)[:directions]:
+                number = len(last)
+                params = self.params[number * each : (number + 1) * each]
+                weights = Weights.of(params, self.has_biases)
+                begun = tuple(x[number] for x in first)
+                output, ended = _one_direction(step, weights, values, sizes, begun, is_backward)
+                outputs.append(output)
+                last.append(ended)
+            values = torch.cat(outputs, -1)
+        return values, tuple(torch.stack(states) for states in zip(*last, strict=True))
+
+
+def _one_direction(
+    step: Step,
+    weights: Weights,
+    values: Tensor,
+    sizes: Sequence[int],
+    first: State,
+    is_backward: bool,
+) -> tuple[Tensor, State]:
+    """All hidden states, and the last state of each sequence, from their first states."""
+    steps = F.linear(values, weights.inputs, weights.input_bias).split(list(sizes))
+    outputs: list[Tensor] = []
+    ended: list[State] = []
+    order = list(zip(steps, sizes, strict=True))[:: -1 if is_backward else 1]
+    state = tuple(x[: order[0][1]] for x in first)
+    for projected, size in order:
+        running = len(state[0])
+        if size < running:
+            ended.append(tuple(x[size:] for x in state))
+            state = tuple(x[:size] for x in state)
+        elif size > running:
+            begun = (x[running:size] for x in first)
+            state = tuple(torch.cat(both) for both in zip(state, begun, strict=True))
+        state = weights.next(step, projected, state)
+        outputs.append(state[0])
+    last = (torch.cat(parts) for parts in zip(state, *ended[::-1], strict=True))
+    return torch.cat(outputs[:: -1 if is_backward else 1]), tuple(last)
+
+
+def sequences(step: Step, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Of padded or packed sequences: all hidden states, and the last ones."""
+    is_packed = "data" in kwargs or (len(args) > 3 and isinstance(args[3], tuple | list))
+    names = PACKED if is_packed else PADDED
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    layers = Layers(**{name: given[name] for name in PADDED[2:-1]})
+    first = _states(given["hx"])
+    if is_packed:
+        output, last = layers.run(step, given["data"], given["batch_sizes"].tolist(), first)
+        return output, *last
+    steps = given["input"].transpose(0, 1) if given["batch_first"] else given["input"]
+    length, size = steps.shape[:2]
+    output, last = layers.run(step, steps.flatten(0, 1), [size] * length, first)
+    output = output.unflatten(0, (length, size))
+    return output.transpose(0, 1) if given["batch_first"] else output, *last
+
+
+def cell(
+    step: Step,
+    input: Tensor,
+    hx: Tensor | Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Any:
+    """One step."""
+    weights = Weights(w_ih, w_hh, b_ih, b_hh)
+    new = weights.next(step, F.linear(input, w_ih, b_ih), _states(hx))
+    return new if len(new) > 1 else new[0]
+
+
+def _states(hx: Tensor | Sequence[Tensor]) -> State:
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+STEPS: Mapping[Step, Sequence[Callable[..., Any]]] = {
+    lstm_step: (torch.lstm, torch.lstm_cell),
+    gru_step: (torch.gru, torch.gru_cell),
+    tanh_step: (torch.rnn_tanh, torch.rnn_tanh_cell),
+    relu_step: (torch.rnn_relu, torch.rnn_relu_cell),
+}
+
+for of_state, (of_sequences, of_step) in STEPS.items():
+    opening(of_sequences)(partial(sequences, of_state))
+    opening(of_step)(partial(cell, of_state))

@@ -1,0 +1,200 @@
+"""Sums of squares over parts of a Jacobian, from the factors, without writing it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc.layers._forms import Form, Gather, Outer, Rows
+from jacfunc.layers._parts import Part, rows
+
+PIECE = 2**22
+"""Bytes that are written out at once: so few that they are still in the cache when squared."""
+
+Known: TypeAlias = Outer | Gather | Rows
+
+
+def squared(parts: Sequence[Part], param: Tensor) -> Tensor:
+    """``Σ_{b,k} J[b, k]²`` of one parameter, ``[*param]``."""
+    if len(parts) == 1 and not parts[0].path:
+        return _squared(_known(parts[0].form, param)).view(param.shape)
+    if _are_apart(parts, param):
+        return placed([(part, _squared(_known(part.form, param))) for part in parts], param)
+    total = torch.zeros_like(param, requires_grad=False)
+    for block in written(parts, param):
+        total = total + block.square().sum((0, 1))
+    return total
+
+
+def norms(parts: Sequence[Part], param: Tensor) -> Tensor:
+    """``|J[b, k]|²`` of one parameter, ``[K, B]``."""
+    if _are_apart(parts, param):
+        return torch.stack([_norms(_known(part.form, param)) for part in parts]).sum(0)
+    blocks = written(parts, param)
+    return torch.cat([b.square().reshape(*b.shape[:2], -1).sum(2) for b in blocks]).t()
+
+
+def written(parts: Sequence[Part], param: Tensor) -> Iterator[Tensor]:
+    """The parts written out, ``[b, K, *param]``, some samples at a time."""
+    forms = [_known(part.form, param) for part in parts]
+    num_seeds, size = _seeds(forms[0]).shape[:2]
+    step = _samples_at_once(num_seeds * param.numel() * param.element_size())
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        some = [
+            Part(part.path, _some(form, start, stop))
+            for part, form in zip(parts, forms, strict=True)
+        ]
+        shape = (stop - start, num_seeds, *param.shape)
+        yield rows(some, partial(_seeds(forms[0]).new_zeros, shape))
+
+
+def placed(found: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:
+    """What belongs to parts of a parameter, added up where these are in it."""
+    block = found[0][1].new_zeros((1, 1, *param.shape))
+    for part, values in found:
+        part.place_in(block).add_(values)
+    return block[0, 0]
+
+
+def _are_apart(parts: Sequence[Part], param: Tensor) -> bool:
+    """Is no entry in two parts? Then there are no cross terms."""
+    if len(parts) == 1:
+        return True
+    entries = torch.stack([part.entries(param.shape) for part in parts])
+    return bool((entries.sum(0) <= 1).all())
+
+
+def _squared(form: Known) -> Tensor:
+    """``Σ_{b,k}`` of a form's squared entries, in its own shape."""
+    if isinstance(form, Gather):
+        return _squared_gather(form)
+    if isinstance(form, Rows):
+        return form.products.square().sum((0, 1))
+    num_seeds, _, _, positions, outs = form.cotangents.shape
+    ins, pairs = form.inputs.shape[-1], positions * (positions + 1) // 2
+    by_pairs = pairs * (outs * ins + num_seeds * outs + ins)
+    by_rows = num_seeds * outs * ins * (positions + 1)
+    found = _squared_by_pairs(form) if by_pairs < by_rows else _squared_by_rows(form)
+    return (found.mT if form.is_turned else found).reshape(form.shape)
+
+
+def _squared_by_pairs(form: Outer) -> Tensor:
+    """``Σ_{t,s} (G_t · G_s) ⊗ (A_t · A_s)``, each pair of positions once: ``[groups, O, I]``."""
+    left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
+    positions = left.shape[3]
+    if positions == 1:
+        lefts, rights = _sum_of_products(left), right.square()
+    else:
+        first, second = torch.triu_indices(positions, positions, device=left.device)
+        lefts = _sum_of_products(left, first, second)
+        twice = torch.where(first == second, 1, 2).to(left.dtype).unsqueeze(-1)
+        rights = right[:, :, first] * right[:, :, second] * twice
+    lefts, rights = (x.transpose(0, 1).flatten(1, 2) for x in (lefts, rights))
+    return torch.bmm(lefts.mT, rights)
+
+
+def _sum_of_products(left: Tensor, *pairs: Tensor) -> Tensor:
+    """``Σₖ G[k, …, first] G[k, …, second]``, one k after the other: all would be large."""
+    found: Tensor | None = None
+    for one in left:
+        ends = [one[:, :, places] for places in pairs] if pairs else [one, one]
+        if found is None:
+            found = ends[0] * ends[1]
+        else:
+            found.addcmul_(*ends)
+    assert found is not None
+    return found
+
+
+def _squared_by_rows(form: Outer) -> Tensor:
+    """Written out and squared, some samples at a time: ``[groups, O, I]``."""
+    blocks = (block.square_().sum((0, 2)) for block in _blocks(form))
+    total = next(blocks)
+    for block in blocks:
+        total += block
+    return total
+
+
+def _blocks(form: Outer) -> Iterator[Tensor]:
+    """Rows as ``[b, groups, K, O, I]``, some samples at a time."""
+    num_seeds, size, groups, _, outs = form.cotangents.shape
+    ins = form.inputs.shape[-1]
+    step = _samples_at_once(num_seeds * groups * outs * ins * form.cotangents.element_size())
+    for start in range(0, size, step):
+        some = slice(start, min(start + step, size))
+        left = form.cotangents[:, some].permute(1, 2, 0, 4, 3).flatten(0, 1).flatten(1, 2)
+        right = form.inputs[some].to(left.dtype).flatten(0, 1)
+        yield torch.bmm(left, right).view(-1, groups, num_seeds, outs, ins)
+
+
+def _squared_gather(form: Gather) -> Tensor:
+    """Each position's cotangent times that of all positions which look up the same row."""
+    found = (form.cotangents * _together_looked_up(form)).sum(0)
+    total = found.new_zeros(form.shape)
+    return total.index_add_(0, form.index.flatten(), found.flatten(0, 1))
+
+
+def _together_looked_up(form: Gather) -> Tensor:
+    """``[K, B, T, D]``: cotangents of all positions with the same index, at each of these."""
+    is_same = form.index.unsqueeze(2) == form.index.unsqueeze(1)
+    return is_same.to(form.cotangents.dtype) @ form.cotangents
+
+
+def _norms(form: Known) -> Tensor:
+    """Squared norms ``[K, B]``."""
+    if isinstance(form, Gather):
+        return (form.cotangents * _together_looked_up(form)).sum((2, 3))
+    if isinstance(form, Rows):
+        return (
+            form.products.square().flatten(2).sum(2)
+            if form.products.dim() > 2
+            else (form.products.square())
+        )
+    num_seeds, _, _, positions, outs = form.cotangents.shape
+    ins = form.inputs.shape[-1]
+    by_pairs = positions * positions * (ins + num_seeds * outs)
+    if by_pairs > num_seeds * outs * ins * (positions + 1):
+        return torch.cat([block.square_().sum((1, 3, 4)) for block in _blocks(form)]).t()
+    left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
+    if positions == 1:
+        return (left.square().sum((3, 4)) * right.square().sum((2, 3))).sum(2)
+    return ((left @ left.mT) * (right @ right.mT)).sum((2, 3, 4))
+
+
+def _known(form: Form, param: Tensor) -> Known:
+    """In no less than the parameter's precision; a form of a rule's own is written out."""
+    if isinstance(form, Outer):
+        seeds = _precise(form.cotangents, param)
+        return Outer(form.inputs, seeds, form.shape, form.is_turned)
+    if isinstance(form, Gather):
+        return Gather(form.index, _precise(form.cotangents, param), form.shape)
+    products = form.products if isinstance(form, Rows) else form.rows().transpose(0, 1)
+    return Rows(_precise(products, param))
+
+
+def _precise(seeds: Tensor, param: Tensor) -> Tensor:
+    return seeds.to(torch.promote_types(seeds.dtype, param.dtype))
+
+
+def _seeds(form: Known) -> Tensor:
+    """``[K, B, …]``."""
+    return form.products if isinstance(form, Rows) else form.cotangents
+
+
+def _some(form: Known, start: int, stop: int) -> Known:
+    """The form of samples start to stop."""
+    if isinstance(form, Rows):
+        return Rows(form.products[:, start:stop])
+    cotangents = form.cotangents[:, start:stop]
+    if isinstance(form, Gather):
+        return Gather(form.index[start:stop], cotangents, form.shape)
+    return Outer(form.inputs[start:stop], cotangents, form.shape, form.is_turned)
+
+
+def _samples_at_once(bytes_of_one: int) -> int:
+    return max(1, PIECE // max(1, bytes_of_one))

@@ -1,0 +1,205 @@
+"""Where parameters are used: seen while a function runs, by the parameter's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jacfunc._check import Refused
+from jacfunc._functorch import below_transforms
+from jacfunc._graphs import Anchor
+from jacfunc._mapped import innermost, mapped, mapped_anyway, of_samples
+from jacfunc.layers._rules import FormOf, Rule, table
+from jacfunc.layers._views import VIEWS, is_part
+
+MOST_PARTS = 32
+"""Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a tensor, or another order of its entries."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    item: int | None = None
+    """Of several that the function returns."""
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        viewed = self.func(whole, *self.args, **self.kwargs)
+        part: Tensor = viewed if self.item is None else viewed[self.item]
+        return part
+
+
+Path: TypeAlias = tuple[View, ...]
+"""One of the other: which part of a parameter it is."""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A parameter, or a view of one, that a function holds."""
+
+    number: int
+    held: Tensor
+    twin: Tensor
+    """What uses that have a rule get in its place: so the graph tells what no rule has seen."""
+    path: Path
+    version: int
+
+    @property
+    def is_intact(self) -> bool:
+        """Has nobody written into it?"""
+        return below_transforms(self.held)._version == self.version
+
+
+@dataclass(frozen=True)
+class Use:
+    """An operation that a rule covers: the edge to differentiate by, and what to make of that."""
+
+    anchor: Anchor
+    """Where it came out, of all samples."""
+    dim: int | None
+    """Which dimension the samples are."""
+    forms: Sequence[tuple[int, Path, FormOf]]
+    """By parameter: its number, the part that was used, the form of that."""
+
+    def cotangents(self, products: Tensor) -> Tensor:
+        """``[K, B, *z]`` from products for the edge, with K in front."""
+        return products.unsqueeze(1) if self.dim is None else products.movedim(self.dim + 1, 1)
+
+
+class Uses(TorchFunctionMode):
+    """While it is entered, every use of a tracked parameter that has a rule is recorded."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._found: list[Use] = []
+        self._kept: list[tuple[Tensor, int]] = []
+        self._size = size
+        self._tracked: dict[int, Tracked] = {}
+        self._level = innermost()
+        self._table = table()
+
+    def found(self) -> list[Use]:
+        """What was recorded.
+
+        Raises:
+            Refused: if what went into one was written into later, as autograd does.
+        """
+        if any(x._version != version for x, version in self._kept):
+            raise Refused("what went into a layer was written into after it")
+        return self._found
+
+    def track(self, number: int, held: Tensor, twin: Tensor, path: Path = ()) -> None:
+        """From here on, ``held`` is parameter ``number``, or the part of it that the path is."""
+        version = below_transforms(held)._version
+        self._tracked[id(held)] = Tracked(number, held, twin, path, version)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_used = any(map(self._find, _flat(args, kwargs))) and self._sees()
+        if func in self._table.opened and (is_used or self._is_mapped()):
+            with self:
+                return self._table.opened[func](*args, **kwargs)
+        if not is_used:
+            return func(*args, **kwargs)
+        if func in VIEWS:
+            return self._view(func, args, kwargs)
+        if func in self._table.rules:
+            return self._use(self._table.rules[func], func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _sees(self) -> bool:
+        """Not where nothing is differentiated, nor inside another transform."""
+        return torch.is_grad_enabled() and innermost() == self._level
+
+    def _is_mapped(self) -> bool:
+        """Under vmap, what is made of other operations runs where it may not as a whole."""
+        return self._level is not None and innermost() == self._level
+
+    def _find(self, value: Any) -> Tracked | None:
+        found = self._tracked.get(id(value))
+        return found if found is not None and found.is_intact else None
+
+    def _view(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The views are tracked, too."""
+        found, parts = self._find(args[0]) if args else None, func(*args, **kwargs)
+        # only where a parameter's entries lie side by side, a view of it is one of J's rows, too
+        if found is None or not (found.path or found.twin.is_contiguous()):
+            return parts
+
+        several = list(parts) if isinstance(parts, tuple | list) else [parts]
+        shown = [is_part(held, found.held, _flat(args[1:], kwargs)) for held in several]
+        if len(several) > MOST_PARTS or not any(shown):
+            return parts
+        # lists may hold other numbers later
+        options = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
+        named = {k: tuple(a) if isinstance(a, list) else a for k, a in kwargs.items()}
+        twins = func(found.twin, *options, **named)
+        for item, held in enumerate(several):
+            if shown[item]:
+                is_one = held is parts
+                view = View(func, options, named, None if is_one else item)
+                twin = twins if is_one else twins[item]
+                self.track(found.number, held, twin, (*found.path, view))
+        return parts
+
+    def _use(
+        self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        named = rule.named(args, kwargs)
+        if named is None or not all(map(_is_plain, named.values())):
+            return func(*args, **kwargs)
+        forms = rule.forms_of(**{name: self._shown(value) for name, value in named.items()})
+        found = {name: self._find(named[name]) for name in forms}
+        covered = {name: tracked for name, tracked in found.items() if tracked is not None}
+        if not covered:
+            return func(*args, **kwargs)
+        twins = {name: tracked.twin for name, tracked in covered.items()}
+        by_place = zip(rule.defaults, args, strict=False)
+        args = tuple(twins.get(name, value) for name, value in by_place)
+        kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
+        out = mapped_anyway(func(*args, **kwargs), self._size, self._level)
+        values, dim = mapped(out, self._level)
+        if values.requires_grad:
+            parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
+            self._found.append(Use(Anchor.behind(values), dim, parts))
+            self._kept += [
+                (x, x._version)
+                for x in (below_transforms(x) for x in named.values() if isinstance(x, Tensor))
+                if not x.is_inference()
+            ]
+        return out
+
+    def _shown(self, value: Any) -> Any:
+        """A tensor as of all samples, ``[B, *shape]``."""
+        is_shown = isinstance(value, Tensor)
+        return of_samples(value, self._size, self._level) if is_shown else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Sparse tensors are not shown as of all samples."""
+    return not isinstance(value, Tensor) or value.layout == torch.strided
+
+
+def _flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """Arguments, and what is in lists of them."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, tuple | list):
+            yield from value
+        else:
+            yield value

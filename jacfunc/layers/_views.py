@@ -1,0 +1,50 @@
+"""Operations that show a part of a parameter, in another order: what is written there is in J."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._functorch import below_transforms
+
+_BOTH = (
+    *("t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"),
+    *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
+    *("select", "narrow", "chunk", "split", "tensor_split", "unbind", "hsplit", "vsplit"),
+)
+
+VIEWS: frozenset[Callable[..., Any]] = frozenset(
+    [
+        *(getattr(place, name) for name in _BOTH for place in (torch, Tensor)),
+        *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
+        Tensor.view,
+        Tensor.__getitem__,
+    ]
+)
+
+
+def is_part(held: Any, whole: Tensor, options: Iterable[Any]) -> bool:
+    """Are these entries of ``whole``, whatever it holds, chosen by numbers alone?
+
+    Not a copy, which some of these functions return where no view can be; nor other numbers by
+    the same bits; nor what a tensor among the options chose, which may hold others later.
+    """
+    if not isinstance(held, Tensor) or any(map(_holds_tensors, options)):
+        return False
+    mine, theirs = below_transforms(held), below_transforms(whole)
+    return mine.dtype == theirs.dtype and shares_memory(mine, theirs)
+
+
+def _holds_tensors(option: Any) -> bool:
+    if isinstance(option, slice):
+        option = (option.start, option.stop, option.step)
+    every = option if isinstance(option, tuple | list) else (option,)
+    return any(isinstance(each, Tensor) for each in every)
+
+
+def shares_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Is what is written into one in the other, too?"""
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,0 +1,74 @@
+"""Layer by layer: what reaches an operation from behind, times what went into it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from jacfunc._basis import numel
+from jacfunc._check import check_chunk_size
+from jacfunc._chunks import Chunk, Within, in_chunks
+from jacfunc._factors import Factors, Samples, factored
+from jacfunc._operators import JacobianOperator
+from jacfunc._types import Blocks, Leaves
+
+
+@dataclass(frozen=True)
+class Structured:
+    """Pulls rows back onto what comes out of layers, and multiplies with what went in.
+
+    The block of a layer's weight is an outer product of these two, written where it belongs
+    without a pass through autograd. What no rule in ``jacfunc.layers`` covers is differentiated
+    as ever, and the two parts add up.
+
+    Best for Jacobians of every sample in a network's parameters.
+
+    Args:
+        chunk_size: rows swept at once; None sweeps all.
+
+    Raises:
+        TypeError, ValueError: if ``chunk_size`` is no positive integer.
+
+    Cost:
+        One evaluation, two at the first call, M/K sweeps of K pullbacks onto the layers' outputs,
+        and one product a layer; memory of the result and of all layers' inputs and cotangents.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(3, 2)
+        >>> jac = jacfunc.module_jacobian(model, per_sample=True, strategy="structured")
+        >>> jac(torch.ones(5, 3))["weight"].shape
+        torch.Size([5, 2, 2, 3])
+    """
+
+    chunk_size: Chunk = None
+    known: dict[Hashable, set[int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Parameters that are used where no rule sees it, by kind of call."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chunk_size, Within):
+            check_chunk_size("Structured", self.chunk_size)
+
+    def materialize(self, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out_i, *in_j]``; the whole call is one sample."""
+        factors = self.factors(operator)
+
+        def of_rows(start: int, stop: int) -> Leaves:
+            return tuple(rows[0] for rows in factors.rows(start, stop))
+
+        chunk = operator.sink.at_once(self.chunk_size)
+        return operator.from_rows(in_chunks(numel(factors.of_one), chunk, of_rows))
+
+    def factors(self, operator: JacobianOperator) -> Factors:
+        """The operator evaluated, its Jacobian kept as factors."""
+
+        def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
+            return operator.func(*params)
+
+        others = self.known.setdefault(operator.signature(), set())
+        whole = Samples((), ())
+        factors = factored(of_one, operator.primals, whole, others, operator.repeat_draws)
+        operator.evaluated(factors.of_one, factors.extras_of_one)
+        return factors
