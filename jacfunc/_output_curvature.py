@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from jacfunc._check import is_differentiable
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, shared_units
+from jacfunc._trail import note
+from jacfunc._tree import map_tensors
 from jacfunc._types import Leaves, Tree
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -72,11 +75,25 @@ class Loss:
             return self._of_gradient.pullback(tangents)
 
     @cached_property
+    def precise(self) -> Loss:
+        """In double precision, if it can be had: of an output that is almost certain, single
+        precision leaves little of the Hessian but rounding."""
+        try:
+            leaves = tuple(leaf.double() for leaf in self.outputs.leaves)
+            targets = map_tensors(lambda x: x.double() if is_differentiable(x) else x, self.targets)
+            finer = replace(self, targets=targets, outputs=replace(self.outputs, leaves=leaves))
+            finer(*leaves)
+        except (RuntimeError, TypeError) as error:  # of weights that the loss closes over, say
+            note("the loss is differentiated in the precision of the outputs: %s", error)
+            return self
+        return finer
+
+    @cached_property
     def roots(self) -> Leaves:
         """From the eigenvectors; columns that vanish for all samples are left out."""
-        values, vectors = torch.linalg.eigh(self._blocks())
+        values, vectors = torch.linalg.eigh(self.precise._blocks())
         largest = 8 * values.shape[-1] * values.abs().max()
-        if values.min() < -self._rounding * largest:
+        if values.min() < -(self.precise._rounding**0.5) * largest:
             raise ValueError(
                 f"{self.api}: the loss must be convex in the outputs, got a Hessian with the "
                 f"eigenvalue {values.min():.2g}. Use product(), which needs no root of it, or "
@@ -84,7 +101,7 @@ class Loss:
             )
         values = values.clamp(min=0.0)
         # in ascending order, for every sample; a sweep needs at least one
-        live = max(1, int((values > torch.finfo(values.dtype).eps * largest).any(0).sum()))
+        live = max(1, int((values > self._rounding * largest).any(0).sum()))
         columns = vectors[..., -live:] * values[:, -live:].sqrt().unsqueeze(1)
         return _as_leaves(columns.permute(2, 0, 1), self.outputs.leaves)
 
@@ -105,7 +122,7 @@ class Loss:
         columns, found = products[:, :-1], products[:, -1]
         # not a matrix product, which autocast would round
         expected, scale = (vector * columns).sum(1), (vector * columns).abs().sum(1).max()
-        apart, rounding = (found - expected).abs().nan_to_num(0.0).max(), self._rounding**0.75
+        apart, rounding = (found - expected).abs().nan_to_num(0.0).max(), self._rounding**0.5
         if apart > rounding * scale:
             raise ValueError(
                 f"{self.api}: the loss must be a sum or mean over samples, got one whose Hessian "

@@ -48,6 +48,12 @@ class Door:
     def __post_init__(self) -> None:
         check_module(self.api, self.module)
         check_chunk_size(self.api, self.chunk_size)
+        if self.randomness == "different" and self.chunk_size is not None:
+            raise ValueError(
+                f"{self.api}: with randomness='different' all samples must be taken at once, to "
+                f"draw the same numbers in every answer, got chunk_size={self.chunk_size}. Leave "
+                "it out, or use randomness='same'."
+            )
 
     def at(self, arguments: Arguments, targets: Tree = None) -> Point:
         """One call of the module, and what its outputs are compared with."""

@@ -463,6 +463,17 @@ def test_dropout_has_one_mask_in_all_answers() -> None:
         strict.diagonal()
 
 
+def test_dropout_in_chunks() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    inputs, targets = torch.randn(5, 4).double(), classes()
+    of = jacfunc.ggn(model, F.cross_entropy, randomness="same", chunk_size=2)
+    found = of(inputs, targets)
+    vector = {key: torch.randn_like(param) for key, param in model.named_parameters()}
+    assert_close(flat(found @ vector), found.matrix() @ flat(vector).detach())
+    with pytest.raises(ValueError, match="ggn: with randomness='different' all samples must be"):
+        jacfunc.ggn(model, F.cross_entropy, randomness="different", chunk_size=2)
+
+
 def test_nothing_is_changed() -> None:
     model, inputs, targets = convolutional(), torch.randn(5, 2, 6, 6), classes()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -703,3 +714,18 @@ def test_refusal_of_outputs_without_a_batch() -> None:
     found = jacfunc.ggn(model, lambda out, y: (out - y).square().sum())(torch.ones(5, 4), 1.0)
     with pytest.raises(ValueError, match="ggn: every output must have the batch in front"):
         found @ {key: torch.ones_like(param) for key, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("margin", [10.0, 15.0, 20.0])
+def test_a_network_that_is_almost_certain(margin: float) -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(10, (50,))
+    logits = margin * F.one_hot(labels, 10) + torch.randn(50, 10, dtype=torch.float64)
+    chances = logits.softmax(1)
+    hessians = (torch.diag_embed(chances) - chances.unsqueeze(2) * chances.unsqueeze(1)) / 50
+    model = nn.Linear(10, 10, bias=False)
+    nn.init.eye_(model.weight)
+    x = logits.float()
+    expected = torch.einsum("bo,bi->oi", hessians.diagonal(dim1=1, dim2=2), logits.square())
+    found = jacfunc.ggn(model, F.cross_entropy)(x, labels).diagonal()["weight"]
+    assert (found - expected).abs().max() <= 1e-5 * expected.max()
