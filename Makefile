@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RIVALS := .venv-rivals
 ARGS ?=
 
-.PHONY: help bench test check lint types overhead regret budget samples rivals format clean
+.PHONY: help bench test check lint types overhead regret budget samples rivals structure format clean
 
 help:
 	@echo "make bench     train two nets on digits, compare the strategies, draw the picture"
@@ -16,6 +16,7 @@ help:
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
 	@echo "make samples   per-sample parameter Jacobians: jacfunc against vmap(jacrev)"
 	@echo "make rivals    the same beside other libraries, in an environment of their own"
+	@echo "make structure NTK, GGN, reused buffers and their growth, beside rivals (same environment)"
 	@echo "make format    let ruff format the code"
 
 # One stamp: the environment is made anew when what it installs changes.
@@ -50,6 +51,9 @@ $(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt
 
 rivals: $(RIVALS)/.installed
 	$(RIVALS)/bin/python -m benchmarks samples $(ARGS)
+
+structure: $(RIVALS)/.installed
+	$(RIVALS)/bin/python -m benchmarks structure $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)

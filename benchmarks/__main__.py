@@ -18,12 +18,15 @@ from benchmarks import (
     budget,
     digits,
     grid,
+    growth,
+    growth_picture,
     overhead,
     picture,
     presenting,
     regret,
     rivals,
     samples,
+    structure,
 )
 from benchmarks.contestants import BASELINE, CONTESTANTS
 from benchmarks.environment import Environment, default_device, environment, load_average, pin
@@ -44,14 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return list_tables()
     pin()
     device = torch.device(options.device)
-    if options.command == "overhead":
-        return run_overhead(device, options.output)
-    if options.command == "budget":
-        return run_budget(device, options.output)
-    if options.command == "regret":
-        return run_regret(device, options.output, options.only)
-    if options.command == "samples":
-        return run_samples(device, options.output, options.only)
+    whole = {"overhead": run_overhead, "budget": run_budget}
+    if options.command in whole:
+        return whole[options.command](device, options.output)
+    partly = {"regret": run_regret, "samples": run_samples, "structure": run_structure}
+    if options.command in partly:
+        return partly[options.command](device, options.output, options.only)
     return run(options.suite, device, options.output)
 
 
@@ -157,6 +158,32 @@ def run_samples(device: torch.device, output: Path, only: str) -> None:
     _say_where(where, [path])
 
 
+def run_structure(device: torch.device, output: Path, only: str) -> None:
+    """Kernels, curvature and reused buffers beside recipes and rivals, and growth drawn."""
+    where, versions = environment(device), rivals.versions()
+    found = {}
+    with _progress() as progress:
+        chosen = [case for case in structure.CASES if only in case.name]
+        for case in progress.track(chosen, description="structure"):
+            results = structure.measure(case, device)
+            found[case.name] = structure.as_record(case, results)
+            progress.console.print(structure.table(case, results), "")
+        axes = [axis for axis in growth.AXES if only in axis.name]
+        measured = progress.track(axes, description="growth")
+        curves = [curve for axis in measured for curve in growth.measure(axis, device)]
+    where["load_after"] = load_average()
+    if curves:
+        console.print(growth.table(curves), "")
+    if only:
+        return
+    path = output / f"structure-{device.type}.json"
+    body = {"rivals": versions, "cases": found, "growth": [asdict(curve) for curve in curves]}
+    presenting.write_json(path, "structure", where, body)
+    title = f"Growth of an NTK's time, {_machine(where)}"
+    growth_picture.draw(path.with_suffix(".svg"), title, curves)
+    _say_where(where, [path, path.with_suffix(".svg")])
+
+
 def list_tables() -> None:
     """Print the suites, workloads and contestants."""
     for heading, names in (
@@ -200,14 +227,15 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
     common.add_argument("--output", type=Path, default=_shortest(presenting.RESULTS))
+    partly = argparse.ArgumentParser(add_help=False, parents=[common])
+    partly.add_argument("--only", default="", help="cases whose name contains this; not written")
     timed = commands.add_parser("run", parents=[common], help="time every contestant (default)")
     timed.add_argument("--suite", choices=tuple(SUITES), default="quick")
     commands.add_parser("overhead", parents=[common], help="jacrev against torch.func.jacrev")
-    regrets = commands.add_parser("regret", parents=[common], help="auto against the best by hand")
-    regrets.add_argument("--only", default="", help="cases whose name contains this; not written")
+    commands.add_parser("regret", parents=[partly], help="auto against the best by hand")
     commands.add_parser("budget", parents=[common], help="under a tenth of the memory")
-    sampled = commands.add_parser("samples", parents=[common], help="per-sample J, and rivals")
-    sampled.add_argument("--only", default="", help="cases whose name contains this; not written")
+    commands.add_parser("samples", parents=[partly], help="per-sample J, and rivals")
+    commands.add_parser("structure", parents=[partly], help="NTK, GGN, out=, growth, and rivals")
     commands.add_parser("list", help="suites, workloads and contestants")
     parser.set_defaults(**vars(timed.parse_args([])), command="run")
     return parser

@@ -24,6 +24,8 @@ class Contestant:
     name: str
     family: str
     prepare: Callable[[Problem], Run]
+    answers: bool = True
+    """False for what only bounds the time, such as a bare write."""
 
 
 def by_jacfunc(strategy: str, problem: Problem) -> Run:

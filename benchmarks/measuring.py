@@ -64,6 +64,9 @@ def measure(
     expected: Answer,
     suite: Suite,
     on_step: Callable[[], None] = lambda: None,
+    *,
+    baseline: str = BASELINE,
+    fewest: int = FEWEST_ROUNDS,
 ) -> list[Result]:
     """Every contestant checked, timed and weighed; ``on_step`` is called 2 + rounds times."""
     results = [Result(contestant.name, contestant.family) for contestant in contestants]
@@ -71,15 +74,17 @@ def measure(
     for contestant, result in zip(contestants, results, strict=True):
         with recording(result):
             runs[result.contestant] = contestant.prepare(problem)
-            result.error = check(runs[result.contestant](), expected)
+            answer = runs[result.contestant]()
+            result.error = check(answer, expected) if contestant.answers else None
+            del answer
     on_step()
     running = {r.contestant: (r, runs[r.contestant]) for r in results if r.ok}
-    _time_rounds(running, problem, suite, on_step)
+    _time_rounds(running, problem, suite, on_step, baseline, fewest)
     for result, run in ((result, run) for result, run in running.values() if result.ok):
         with recording(result):
             result.peak_bytes = peak_bytes(run, problem.cuda())
     on_step()
-    summarize({result.contestant: result for result in results}, BASELINE)
+    summarize({result.contestant: result for result in results}, baseline)
     return results
 
 
@@ -88,6 +93,8 @@ def _time_rounds(
     problem: Problem,
     suite: Suite,
     on_step: Callable[[], None],
+    baseline: str,
+    fewest: int,
 ) -> None:
     """Rounds in shuffled order, each contestant at most once a round."""
     cuda = problem.cuda()
@@ -96,10 +103,10 @@ def _time_rounds(
         with recording(result):
             # the check was the first warm-up; this one tells how many rounds fit
             fit = suite.seconds / seconds(run, cuda)
-            wanted[name] = max(FEWEST_ROUNDS, min(suite.rounds, int(fit)))
-    if BASELINE in wanted:
+            wanted[name] = max(fewest, min(suite.rounds, int(fit)))
+    if baseline in wanted:
         # a ratio needs both times of one round
-        wanted[BASELINE] = suite.rounds
+        wanted[baseline] = suite.rounds
     # as in interleaved(), but a slow contestant sits some rounds out, and may fail in any
     order = random.Random(0)
     for number in range(suite.rounds):

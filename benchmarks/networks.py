@@ -1,8 +1,9 @@
-"""Three small classifiers of 28 × 28 images, for what is measured without any data set."""
+"""Small classifiers of 28 × 28 images, for what is measured without any data set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,41 @@ def cnn() -> nn.Module:
         *(nn.Linear(120, 84), nn.ReLU()),
         nn.Linear(84, CLASSES),
     )
+
+
+def perceptron() -> nn.Module:
+    """A perceptron of 535,818 parameters, whose Jacobian outgrows every cache."""
+    return nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(PIXELS**2, 512), nn.ReLU()),
+        *(nn.Linear(512, 256), nn.ReLU()),
+        nn.Linear(256, CLASSES),
+    )
+
+
+def lenet() -> nn.Module:
+    """LeNet-5 as it is taught: 61,706 parameters."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        *(nn.Linear(16 * 5 * 5, 120), nn.ReLU()),
+        *(nn.Linear(120, 84), nn.ReLU()),
+        nn.Linear(84, CLASSES),
+    )
+
+
+class Recurrent(nn.Module):
+    """A GRU that reads an image row by row."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.read = nn.GRU(PIXELS, width, batch_first=True)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.read(images.flatten(1, 2))[0][:, -1])
+        return scores
 
 
 class Transformer(nn.Module):
@@ -83,10 +119,21 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "cnn": cnn,
     "transformer": Transformer,
 }
+"""Of which every per-sample Jacobian is measured."""
+
+LARGE, LENET, SHORT, RECURRENT = "mlp of 536k", "lenet", "transformer of 4 patches", "gru"
+STRUCTURED: dict[str, Callable[[], nn.Module]] = {
+    LARGE: perceptron,
+    LENET: lenet,
+    "transformer": Transformer,
+    SHORT: partial(Transformer, PIXELS // 2),
+    RECURRENT: Recurrent,
+}
+"""Of which kernels and curvature are measured, too."""
 
 
 def build(name: str) -> nn.Module:
     """The network of this name in eval mode, with the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return NETWORKS[name]().eval()
+        return (NETWORKS | STRUCTURED)[name]().eval()

@@ -25,7 +25,14 @@ Form = Literal["tree", "flat"]
 
 Run = Callable[[], Any]
 
-PACKAGES = ("backpack-for-pytorch", "laplace-torch", "opacus", "torchjd")
+PACKAGES = (
+    "backpack-for-pytorch",
+    "curvlinops-for-pytorch",
+    "laplace-torch",
+    "neural-tangents",
+    "opacus",
+    "torchjd",
+)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ LAYERS = [
     },
     {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
     | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select", "_coupling", "_streams"}
-    | {"_layerwise", "_of_samples", "_contraction", "_kernels"}
+    | {"_layerwise", "_of_samples", "_kernel_blocks", "_kernels"}
     | {"_points", "_whole_batch", "_output_curvature", "_gauss_newton", "_curvature"}
     | {"_projections"}
     | {"testing"},

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import jacfunc
 from jacfunc._counting import PeakBytes
+from jacfunc.layers import _gram
 
 
 class Mixed(nn.Module):
@@ -113,6 +114,18 @@ def test_axes_are_traced_or_kept_once(name: str) -> None:
     assert_close(traced, torch.einsum("abcc->ab", full))
     diagonal = jacfunc.ntk(model, None, x1, x2, diagonal_axes=(0,))
     assert_close(diagonal, torch.einsum("abcc->abc", full))
+
+
+@EVERY
+def test_pieces_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x1, x2 = case(name)
+    expected = jacfunc.ntk(model, None, x1), jacfunc.ntk(model, None, x1, x2)
+    for piece in (1, 500, 3000):
+        monkeypatch.setattr(_gram, "PIECE", piece)
+        assert_close(jacfunc.ntk(model, None, x1), expected[0])
+        assert_close(jacfunc.ntk(model, None, x1, x2), expected[1])
+    monkeypatch.setattr(_gram, "BLOCKS", 2)
+    assert_close(jacfunc.ntk(model, None, x1), expected[0])
 
 
 def test_axes_of_an_output_of_many_dimensions() -> None:

@@ -77,15 +77,11 @@ class Gram:
 
     def whole(self) -> Tensor:
         """The sum, all of it."""
-        if self.is_symmetric:
-            for start, stop in self._ranges(PIECE):
-                lower = self.total[:, start:stop, :, :start]
-                self.total[:, :start, :, start:stop] = lower.movedim((1, 2), (3, 4))
-                # blocks were as small as each parameter needed, so within one, too
-                block = self.total[:, start:stop, :, start:stop]
-                above = block.new_ones(stop - start, stop - start).triu(1)[:, None, :, None] > 0
-                block.copy_(torch.where(above, block.movedim((1, 2), (3, 4)), block))
-        return self.total
+        if not self.is_symmetric:
+            return self.total
+        order = torch.arange(self.total.shape[1], device=self.total.device)
+        is_made = (order.unsqueeze(1) >= order)[:, None, :, None]
+        return torch.where(is_made, self.total, self.total.movedim((1, 2), (3, 4)))
 
     def _add_by_rows(self, left: Tensor, right: Tensor) -> None:
         """Of rows ``[B, K, P]``."""
