@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._check import check_chunk_size
-from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._flat import FlatCall
+from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._of_samples import OfCall, samples_of
 from jacfunc._tree import map_tensors
 from jacfunc._types import Argnums, Tree

@@ -77,7 +77,8 @@ class Loss:
     @cached_property
     def precise(self) -> Loss:
         """In double precision, if it can be had: of an output that is almost certain, single
-        precision leaves little of the Hessian but rounding."""
+        precision leaves little of the Hessian but rounding.
+        """
         try:
             leaves = tuple(leaf.double() for leaf in self.outputs.leaves)
             targets = map_tensors(lambda x: x.double() if is_differentiable(x) else x, self.targets)
