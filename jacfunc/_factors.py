@@ -175,8 +175,10 @@ def _evaluated(
         starts = [handle.grad_fn for handle in held]
         found: list[Use] = []
         outputs, extras = watched_once(_recording(of_one, samples, others, twins, found), held)
-    cut = {*starts, *(twin.grad_fn for twin in twins)}
-    graph = Graph.of((*outputs, *extras), cut)
+    cut = set(starts).union(*(use.ends for use in found))
+    graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in found)))
+    if not all(use.is_all(graph) for use in found):
+        raise Refused("a parameter is used in a derivative that the function takes itself")
     differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in params))
     targets = [*(use.anchor for use in found), *(behind[i] for i in others)]
     linearization = on_graph(outputs, extras, targets, graph, differentiated)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,12 +49,13 @@ class Graph:
 
     Args:
         nodes: kinds of the autograd nodes.
-        met: those of the starts that a path leads to.
+        met: those of the starts, and of what is looked for, that a path leads to, and from where;
+            None is a tensor itself.
         leads_out: does a path lead to a leaf beside them?
     """
 
     nodes: set[Any]
-    met: set[Any]
+    met: dict[Any, set[Any]]
     leads_out: bool
 
     @property
@@ -63,22 +64,43 @@ class Graph:
         return {node.__name__ for node in self.nodes}
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor], starts: set[Any]) -> Graph:
-        seen: set[Any] = set()
+    def of(
+        cls, tensors: Iterable[Tensor], starts: set[Any], sought: Set[Any] = frozenset()
+    ) -> Graph:
+        seen: set[Any] = {None}
         kinds, outside = set(), False
-        pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+        met: dict[Any, set[Any]] = {}
+        pending: list[Any] = [(tensor.grad_fn, None) for tensor in tensors]
         while pending:
-            node = pending.pop()
-            if node is None or node in seen:
+            node, above = pending.pop()
+            if node in starts or node in sought:
+                met.setdefault(node, set()).add(above)
+            if node in seen:
                 continue
             seen.add(node)
             if node in starts:
                 continue
             kinds.add(type(node))
             edges = node.next_functions
-            pending += [edge[0] for edge in edges]
+            pending += [(edge[0], node) for edge in edges]
             outside = outside or (not edges and hasattr(node, "variable"))
-        return cls(kinds, seen & starts, outside)
+        return cls(kinds, met, outside)
+
+
+def nodes_of_call(tensor: Tensor, ends: set[Any]) -> set[Any]:
+    """Those below the last node of the call that a tensor came out of, with the ends.
+
+    The ends are younger than whatever else went into the call.
+    """
+    first = min(end._sequence_nr() for end in ends)
+    found = set(ends)
+    pending: list[Any] = [tensor.grad_fn]
+    while pending:
+        below = [edge[0] for edge in pending.pop().next_functions]
+        new = [n for n in below if n is not None and n not in found and n._sequence_nr() > first]
+        found.update(new)
+        pending += new
+    return found
 
 
 def on_graph(

@@ -123,6 +123,8 @@ class JacobianOperator:
     @property
     def _linearized(self) -> Linearization:
         if self._linearization is None:
+            if self._draws is not None:
+                self.repeat_draws()
             self._linearization = self._refusing(
                 "keep a graph", lambda: _engines.linearize(self.func, self.primals)
             )

@@ -139,6 +139,11 @@ class Batch:
 
     def factors(self, strategy: Structured, start: int, stop: int) -> Factors:
         """Some samples evaluated, each parameter's Jacobian kept as factors."""
+        if not self.has_layers:
+            raise NotImplementedError(
+                f"{self.api}: per_sample, strategy 'structured' must be for parameters alone, got "
+                "inputs, of which every sample has its own. Use strategy='auto'."
+            )
         others = strategy.known.setdefault(self.kind, set())
         leaves = narrowed(self.leaves, self.dims, start, stop)
         samples = Samples(leaves, self.dims, self.randomness)

@@ -12,6 +12,7 @@ from torch import Tensor
 from jacfunc._basis import numel
 from jacfunc._blocks import Allocate, allocated, columns_to_blocks, rows_to_blocks, stack
 from jacfunc._chunks import Chunk, Pieces
+from jacfunc._pages import empty
 from jacfunc._types import Blocks, Leaves
 
 PIECE = 2**24
@@ -108,7 +109,7 @@ class Sink:
 
     def _apart(self, first: Leaves, total: int) -> Leaves:
         return tuple(
-            product.new_empty((total, *product.shape[1:]), dtype=self.dtype, device=self.device)
+            empty(product, (total, *product.shape[1:]), dtype=self.dtype, device=self.device)
             for product in first
         )
 
@@ -148,9 +149,8 @@ class MatrixSink(Sink):
         return ((self.matrix,),)
 
     def _empty(self, products: Leaves, shape: tuple[int, ...], grid: Grid) -> Tensor:
-        self.matrix = products[0].new_empty(
-            shape, dtype=self.dtype or grid.dtype, device=self.device
-        )
+        dtype = self.dtype or grid.dtype
+        self.matrix = empty(products[0], shape, dtype=dtype, device=self.device)
         return self.matrix
 
 

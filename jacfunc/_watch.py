@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused, is_differentiable, is_tensor
-from jacfunc._functorch import is_batched, is_tracked, lacks_forward_rule
+from jacfunc._functorch import (
+    below_transforms,
+    is_batched,
+    is_pushing,
+    is_tracked,
+    lacks_forward_rule,
+)
 from jacfunc._known import KnownKinds
 from jacfunc._tree import flatten
 
@@ -28,6 +34,11 @@ def _refuse_if_tracked(func: Callable[..., Any], args: _Args, kwargs: Mapping[st
         name = getattr(func, "__name__", str(func)).removeprefix("special_").partition(".")[0]
         raise Refused(f"torch has no derivative of {name} and takes it for a constant")
     return func(*args, **kwargs)
+
+
+def _requires_grad(func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> bool:
+    """As it is below vmap, which hides the graph: functions set hooks where there is one."""
+    return func(*args) or (not is_pushing() and below_transforms(args[0]).requires_grad)
 
 
 def _sinc(func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
@@ -88,6 +99,7 @@ CONSTANT_TO_TORCH = (
 RULES: dict[Callable[..., Any], _Rule] = {
     **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in _forms(f"special_{name}")},
     **dict.fromkeys((*_forms("sinc"), Tensor.sinc_), _sinc),
+    Tensor.requires_grad.__get__: _requires_grad,
 }
 """What is done instead of a call."""
 

@@ -93,7 +93,7 @@ NAMED = pytest.mark.parametrize("door", ["jacobian", "value_and_jacobian", "hess
 
 @NAMED
 def test_unknown_strategy(door: str) -> None:
-    message = rf"^{door}: strategy must be one of 'auto', .*'looped', got 'backward'\."
+    message = rf"^{door}: strategy must be one of 'auto', .*'structured', got 'backward'\."
     with pytest.raises(ValueError, match=message):
         DOORS[door](torch.sin, strategy="backward")
 

@@ -234,6 +234,9 @@ class Failing(NamedTuple):
     strategies: tuple[str, ...] = STRATEGIES
 
 
+NOT_BY_LAYERS = ("tensor hook", "autograd.grad inside")
+"""What reverse mode does and layers do not."""
+
 FAILING = (
     Failing(
         "torch resizes an output of log_sigmoid under two vmaps, and warns",
@@ -281,6 +284,18 @@ def test_every_kind(name: str, mode: str, wrt: str, strategy: str) -> None:
         assert by_torch or says_what_to_do(str(caught.value)), caught.value
     else:
         assert_agrees(kind, jacobian_of(kind, wrt, mode, strategy), judged(name, mode).tree(wrt))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in RANDOM_KINDS])
+def test_layer_by_layer_every_kind_is_right_or_refused(name: str, mode: str) -> None:
+    kind = KINDS[name]
+    try:
+        found = jacobian_of(kind, "params", mode, "structured")
+    except (*REFUSALS, RuntimeError):
+        assert kind.refusals_of("params", mode, "reverse") or name in NOT_BY_LAYERS
+    else:
+        assert_agrees(kind, found, judged(name, mode).tree("params"))
 
 
 def says_what_to_do(message: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused
 from jacfunc._functorch import below_transforms
-from jacfunc._graphs import Anchor
+from jacfunc._graphs import Anchor, Graph, nodes_of_call
 from jacfunc._mapped import innermost, mapped, mapped_anyway, of_samples
 from jacfunc.layers._rules import FormOf, Rule, table
 from jacfunc.layers._views import VIEWS, is_part
@@ -68,6 +68,20 @@ class Use:
     """Which dimension the samples are."""
     forms: Sequence[tuple[int, Path, FormOf]]
     """By parameter: its number, the part that was used, the form of that."""
+    last: Any
+    """The node that it came out of."""
+    ends: set[Any]
+    """Nodes of the graph at which the parameters went in."""
+    nodes: set[Any]
+    """These, and those between there and what came out."""
+
+    def is_all(self, graph: Graph) -> bool:
+        """Does no other path lead to where the parameters went in?
+
+        A derivative taken inside the function uses them again, in operations nobody sees.
+        """
+        inside = self.nodes | {self.last}
+        return all(graph.met.get(node, set()) <= inside for node in self.nodes)
 
     def cotangents(self, products: Tensor) -> Tensor:
         """``[K, B, *z]`` from products for the edge, with K in front."""
@@ -84,7 +98,7 @@ class Uses(TorchFunctionMode):
         self._size = size
         self._tracked: dict[int, Tracked] = {}
         self._level = innermost()
-        self._table = table()
+        self._rules, self._opened = table().rules, table().opened
 
     def found(self) -> list[Use]:
         """What was recorded.
@@ -108,18 +122,26 @@ class Uses(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        # met by every operation: as short as it can be
         kwargs = kwargs or {}
-        is_used = any(map(self._find, _flat(args, kwargs))) and self._sees()
-        if func in self._table.opened and (is_used or self._is_mapped()):
+        is_used = (self._holds(args) or self._holds(kwargs.values())) and self._sees()
+        if func in self._opened and (is_used or self._is_mapped()):
             with self:
-                return self._table.opened[func](*args, **kwargs)
-        if not is_used:
-            return func(*args, **kwargs)
-        if func in VIEWS:
+                return self._opened[func](*args, **kwargs)
+        if is_used and func in VIEWS:
             return self._view(func, args, kwargs)
-        if func in self._table.rules:
-            return self._use(self._table.rules[func], func, args, kwargs)
+        if is_used and func in self._rules:
+            return self._use(self._rules[func], func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _holds(self, values: Iterable[Any]) -> bool:
+        """Is something tracked among arguments, or in lists of them?"""
+        for value in values:
+            if id(value) in self._tracked:
+                return True
+            if isinstance(value, tuple | list) and self._holds(value):
+                return True
+        return False
 
     def _sees(self) -> bool:
         """Not where nothing is differentiated, nor inside another transform."""
@@ -169,7 +191,7 @@ class Uses(TorchFunctionMode):
         covered = {name: tracked for name, tracked in found.items() if tracked is not None}
         if not covered:
             return func(*args, **kwargs)
-        twins = {name: tracked.twin for name, tracked in covered.items()}
+        twins = {name: tracked.twin.view_as(tracked.twin) for name, tracked in covered.items()}
         by_place = zip(rule.defaults, args, strict=False)
         args = tuple(twins.get(name, value) for name, value in by_place)
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
@@ -177,7 +199,10 @@ class Uses(TorchFunctionMode):
         values, dim = mapped(out, self._level)
         if values.requires_grad:
             parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
-            self._found.append(Use(Anchor.behind(values), dim, parts))
+            ends = {twin.grad_fn for twin in twins.values()}
+            nodes = nodes_of_call(values, ends)
+            last = values.grad_fn
+            self._found.append(Use(Anchor.behind(values), dim, parts, last, ends, nodes))
             self._kept += [
                 (x, x._version)
                 for x in (below_transforms(x) for x in named.values() if isinstance(x, Tensor))
