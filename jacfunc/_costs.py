@@ -17,7 +17,7 @@ from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 COLUMN_LOOP = Looped("columns")
 
-LOOKING = 3.0
+LOOKING = 8.0
 """Evaluations of overhead alone that it takes to look for the uses of parameters."""
 
 
@@ -117,7 +117,7 @@ class Costs:
         is_looped = isinstance(strategy, Looped)
         chunk = 1 if isinstance(strategy, Looped) else largest(strategy.chunk_size, total)
         sweeps = -(-total // chunk)
-        copies = self._write(self.result) if sweeps > 1 or self.is_copied else 0.0
+        copies = self._placed() if sweeps > 1 or self.is_copied else 0.0
         if is_forward(strategy):
             cost = self.speeds.push if is_looped else self.speeds.push_batch
             return sweeps * self._push(chunk, cost) + copies
@@ -130,13 +130,11 @@ class Costs:
             replace(op, read=op.read - op.held, flops=op.flops - op.held_flops)
             for op in self.operations
         ]
-        products = sum(
-            self.rows * op.held_flops * self.speeds.flop(self.rows, op.is_conv, False)
-            for op in self.operations
-            if op.held_flops
-        )
+        # convolutions are unfolded, and are matrix products then
+        flops = self.rows * sum(op.held_flops for op in self.operations)
+        products = flops * self.speeds.flop(self.rows, False, False)
         pulled = replace(self, operations=passing)._pull(self.rows)
-        return overhead + self._evaluation() + pulled + products + self._write(self.result)
+        return overhead + self._evaluation() + pulled + products + self._placed()
 
     def least_push(self) -> float:
         """Forward mode takes at least that, wherever it was measured; this asks no machine for it.
@@ -172,6 +170,9 @@ class Costs:
 
     def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
         return op.flops * self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
+
+    def _placed(self) -> float:
+        return self.result * self.speeds.place(self.result) if self.result else 0.0
 
     def _write(self, size: int) -> float:
         return size * self.speeds.write(size) if size else 0.0

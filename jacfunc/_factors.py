@@ -123,6 +123,8 @@ class Factors:
 
     def of_cotangents(self, cotangents: Leaves) -> list[list[Part]]:
         """The same of cotangents ``[K, B, *out]`` that need not be rows."""
+        if not cotangents or not len(cotangents[0]):
+            return [[] for _ in self.params]
         products = self.linearization.pull_batch(cotangents)
         parts: list[list[Part]] = [[] for _ in self.params]
         with self.contracting():

@@ -65,7 +65,7 @@ class JacobianOperator:
     def pullback(self, cotangents: Leaves) -> Leaves:
         """Jᵀ ȳ: ``[*out]`` → ``[*in]``."""
         linearized = self._linearized
-        return self._refusing("pull cotangents back", lambda: linearized.pull(cotangents))
+        return self.refusing("pull cotangents back", lambda: linearized.pull(cotangents))
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
         """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``."""
@@ -76,7 +76,7 @@ class JacobianOperator:
         if _is_empty(cotangents):
             return _no_products(self.primals[chosen])
         linearized = self._linearized
-        return self._refusing(
+        return self.refusing(
             "pull cotangents back", lambda: linearized.pull_batch(cotangents, chosen)
         )
 
@@ -91,7 +91,7 @@ class JacobianOperator:
         self.repeat_draws()
         # a function that writes into its inputs writes into their tangents too
         copies = tuple(tangent.clone() for tangent in tangents)
-        outputs, products, extras = self._refusing(
+        outputs, products, extras = self.refusing(
             "push tangents forward",
             lambda: _engines.pushforward(self.func, self.primals, copies),
         )
@@ -125,7 +125,7 @@ class JacobianOperator:
         if self._linearization is None:
             if self._draws is not None:
                 self.repeat_draws()
-            self._linearization = self._refusing(
+            self._linearization = self.refusing(
                 "keep a graph", lambda: _engines.linearize(self.func, self.primals)
             )
             self._image = (self._linearization.outputs, self._linearization.extras)
@@ -151,7 +151,7 @@ class JacobianOperator:
         else:
             self._draws.repeat()
 
-    def _refusing(self, what: str, run: Callable[[], Result]) -> Result:
+    def refusing(self, what: str, run: Callable[[], Result]) -> Result:
         """Run; an error that the function alone does not raise is torch's refusal."""
         try:
             return run()

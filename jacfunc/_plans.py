@@ -19,7 +19,7 @@ from jacfunc._words import in_bytes, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 CHUNKS = (512, 128)
-RELUCTANCE = {"chunked": 1.4, "forward": 1.25}
+RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.25}
 """Forecasts err: what is far slower when they do must promise so much to be taken."""
 
 FORWARD_FROM_RATIO = 4
@@ -133,7 +133,7 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     if not seconds or min(seconds.values()) > costs.least_push():
         seconds |= {s: costs.seconds(s) for s in possible if is_forward(s)}
     possible = list(seconds)
-    best = min(possible, key=lambda s: seconds[s] * _reluctance(s))
+    best = min(possible, key=lambda s: seconds[s] * _reluctance(s, costs.is_copied))
     others = [s for s in possible if type(s) is not type(best)]
     reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
     if others:
@@ -170,7 +170,9 @@ def candidates(
             return  # nothing beats a single pullback
 
 
-def _reluctance(strategy: Swept) -> float:
+def _reluctance(strategy: Swept, is_copied: bool) -> float:
+    if isinstance(strategy, Structured):
+        return 1.0 if is_copied else RELUCTANCE["layers"]
     chunked = RELUCTANCE["chunked"] if getattr(strategy, "chunk_size", None) else 1.0
     return chunked * (RELUCTANCE["forward"] if is_forward(strategy) else 1.0)
 

@@ -65,8 +65,8 @@ class Recorder(PeakBytes):
     def __init__(self, primals: Leaves) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self._primals = frozenset(map(memory_of, primals))
-        self._active = set(self._primals)
+        self._active = set(map(memory_of, primals))
+        self._primals = set(self._active)
 
     def __torch_dispatch__(
         self,
@@ -89,6 +89,8 @@ class Recorder(PeakBytes):
             once = 0 if is_view else _flops(packet, args, given, result)
             held = 0 if is_view else sum(x.nbytes for x in active if memory_of(x) in self._primals)
             self._active |= {memory_of(x) for x in results}
+            if packet is aten.clone and memory_of(active[0]) in self._primals:
+                self._primals |= {memory_of(x) for x in results}
             self.operations.append(
                 Operation(
                     0 if is_view else sum(x.nbytes for x in active),

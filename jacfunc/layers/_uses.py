@@ -21,6 +21,9 @@ MOST_PARTS = 32
 """Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""
 
 
+DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+
+
 @dataclass(frozen=True)
 class View:
     """A part of a tensor, or another order of its entries."""
@@ -124,6 +127,8 @@ class Uses(TorchFunctionMode):
     ) -> Any:
         # met by every operation: as short as it can be
         kwargs = kwargs or {}
+        if func in DERIVATIVES and self._sees():
+            raise Refused("the function takes a derivative itself, of what may stand for others")
         is_used = (self._holds(args) or self._holds(kwargs.values())) and self._sees()
         if func in self._opened and (is_used or self._is_mapped()):
             with self:

@@ -69,6 +69,9 @@ class Structured:
 
         others = self.known.setdefault(operator.signature(), set())
         whole = Samples((), ())
-        factors = factored(of_one, operator.primals, whole, others, operator.repeat_draws)
+        factors = operator.refusing(
+            "look into layers",
+            lambda: factored(of_one, operator.primals, whole, others, operator.repeat_draws),
+        )
         operator.evaluated(factors.of_one, factors.extras_of_one)
         return factors
