@@ -34,6 +34,10 @@ from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import Watch, unwatched
 
 
+BY_ITSELF = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+"""What a function calls to take derivatives of its own."""
+
+
 def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
     """Evaluate once and keep what a pullback needs."""
     if inside_transform() or torch.compiler.is_compiling():

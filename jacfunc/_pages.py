@@ -1,4 +1,4 @@
-"""Memory for large results: first writes into fresh pages take longer than the numbers themselves."""
+"""Memory for large results: a first write into fresh pages takes many times a second one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def empty(like: Tensor, shape: tuple[int, ...], **options: Any) -> Tensor:
     It is advice, which the kernel may ignore, and changes nothing but time.
     """
     tensor = like.new_empty(shape, **options)
-    if tensor.nbytes >= LARGE and tensor.is_cpu and type(tensor) is Tensor:
-        if not (inside_transform() or torch.compiler.is_compiling()):
-            _advise(tensor)
+    is_plain = tensor.nbytes >= LARGE and tensor.is_cpu and type(tensor) is Tensor
+    if is_plain and not (inside_transform() or torch.compiler.is_compiling()):
+        _advise(tensor)
     return tensor
 
 

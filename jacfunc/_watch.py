@@ -96,10 +96,11 @@ CONSTANT_TO_TORCH = (
     *("hermite_polynomial_h", "hermite_polynomial_he"),
     *("laguerre_polynomial_l", "legendre_polynomial_p"),
 )
+ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
 RULES: dict[Callable[..., Any], _Rule] = {
     **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in _forms(f"special_{name}")},
     **dict.fromkeys((*_forms("sinc"), Tensor.sinc_), _sinc),
-    Tensor.requires_grad.__get__: _requires_grad,
+    ASKING: _requires_grad,
 }
 """What is done instead of a call."""
 

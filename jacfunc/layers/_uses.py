@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused
+from jacfunc._engines import BY_ITSELF
 from jacfunc._functorch import below_transforms
 from jacfunc._graphs import Anchor, Graph, nodes_of_call
 from jacfunc._mapped import innermost, mapped, mapped_anyway, of_samples
@@ -19,9 +20,6 @@ from jacfunc.layers._views import VIEWS, is_part
 
 MOST_PARTS = 32
 """Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""
-
-
-DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Uses(TorchFunctionMode):
     ) -> Any:
         # met by every operation: as short as it can be
         kwargs = kwargs or {}
-        if func in DERIVATIVES and self._sees():
+        if func in BY_ITSELF and self._sees():
             raise Refused("the function takes a derivative itself, of what may stand for others")
         is_used = (self._holds(args) or self._holds(kwargs.values())) and self._sees()
         if func in self._opened and (is_used or self._is_mapped()):
