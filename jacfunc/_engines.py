@@ -33,7 +33,6 @@ from jacfunc._linearization import Linearization, batched_like
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import Watch, unwatched
 
-
 BY_ITSELF = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 """What a function calls to take derivatives of its own."""
 
