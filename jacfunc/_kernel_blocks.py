@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._factors import Factors
-from jacfunc._of_samples import OfCall, OfSamples
+from jacfunc._of_samples import Sampled
 from jacfunc._types import Leaves, Tree
 from jacfunc.layers import Axes, Gram, Part
-from jacfunc.strategies import Structured
 
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps a sequence, to watch it being worked off."""
@@ -61,15 +60,14 @@ class Contracted:
 class Chunk:
     """Some samples of a batch."""
 
-    samples: OfSamples | OfCall
-    strategy: Structured
+    samples: Sampled
     start: int
     stop: int
 
     def pulled(self, wanted: Contracted) -> list[Pulled]:
         """All rows of each output leaf."""
-        with self.samples.around():
-            factors = self.samples.factors(self.strategy, self.start, self.stop)
+        factors = self.samples.between(self.start, self.stop)
+        with self.samples.undisturbed():
             return [_pulled(factors, number, wanted) for number in range(len(factors.outputs))]
 
 
@@ -125,14 +123,14 @@ def product_of(
         theirs = mine if is_symmetric and i == j else second[j].pulled(wanted)
         blocks = [left.times(right) for left, right in zip(mine, theirs, strict=True)]
         if len(pairs) == 1:
-            return first[0].samples.place(blocks)
+            return first[0].samples.last_call.output_tree(blocks)
         if not results:
             results = [b.new_empty((rows[-1].stop, columns[-1].stop, *b.shape[2:])) for b in blocks]
         for left, block, result in zip(mine, blocks, results, strict=True):
             result[rows[i], columns[j]] = block
             if is_symmetric and i != j:
                 result[columns[j], rows[i]] = left.mirrored(block)
-    return first[0].samples.place(results)
+    return first[0].samples.last_call.output_tree(results)
 
 
 def _ranges(side: Sequence[Chunk]) -> list[slice]:

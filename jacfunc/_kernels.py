@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from jacfunc._check import check_chunk_size
 from jacfunc._flat import FlatCall
 from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
-from jacfunc._of_samples import OfCall, samples_of
+from jacfunc._of_samples import OfCall, Sampled, samples_of
+from jacfunc._points import Door
 from jacfunc._tree import map_tensors
 from jacfunc._types import Argnums, Tree
 from jacfunc.strategies import Structured
@@ -74,19 +75,23 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
+    wanted, strategy = Contracted.of(trace_axes, diagonal_axes), Structured()
     check_chunk_size(API, chunk_size)
-    strategy, wanted = Structured(), Contracted.of(trace_axes, diagonal_axes)
+    door = None
+    if isinstance(func, nn.Module):
+        door = Door(API, func, params, in_dims, randomness, chunk_size)
+
+    def sampled(args: tuple[Tree, ...]) -> Sampled:
+        if door is not None:
+            return door.at((args, {}))
+        return samples_of(API, func, params, args, in_dims, randomness, strategy)
 
     def chunks(x: Any) -> list[Chunk]:
         found: list[Chunk] = []
         for batch in _batches(x):
-            args = batch if isinstance(batch, tuple) else (batch,)
-            samples = samples_of(API, func, params, args, in_dims, randomness)
+            samples = sampled(batch if isinstance(batch, tuple) else (batch,))
             size, step = samples.size, chunk_size or samples.size
-            found += [
-                Chunk(samples, strategy, start, min(start + step, size))
-                for start in range(0, size, step)
-            ]
+            found += [Chunk(samples, n, min(n + step, size)) for n in range(0, size, step)]
         return found
 
     first = chunks(x1)
@@ -123,9 +128,8 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
     strategy = Structured()
 
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
-        whole = [
-            Chunk(OfCall(FlatCall("gram", func, argnums, False, args, kwargs)), strategy, 0, 1)
-        ]
+        call = FlatCall("gram", func, argnums, False, args, kwargs)
+        whole = [Chunk(OfCall(call, strategy), 0, 1)]
         kernels = product_of(whole, whole, Contracted((), ()), None)
         return map_tensors(lambda kernel: kernel[0, 0], kernels)
 

@@ -153,11 +153,11 @@ class Point:
             return
         for start in range(0, self.size, step):
             stop = min(start + step, self.size)
-            yield slice(start, stop), self._factors(start, stop)
+            yield slice(start, stop), self.between(start, stop)
 
     @cached_property
     def _all_factors(self) -> Factors:
-        return self._factors(0, self.size)
+        return self.between(0, self.size)
 
     def parts_of(self, factors: Factors, cotangents: Leaves) -> dict[str, list[Part]]:
         """What cotangents ``[K, B, *out]`` pull back, by name; not of unused parameters."""
@@ -165,7 +165,8 @@ class Point:
             parts = factors.of_cotangents(cotangents)
         return {name: some for name, some in zip(self.params, parts, strict=True) if some}
 
-    def _factors(self, start: int, stop: int) -> Factors:
+    def between(self, start: int, stop: int) -> Factors:
+        """Some of the samples, evaluated."""
         with self.undisturbed():
             try:
                 found = self.batch.factors(self.door.strategy, start, stop)
