@@ -200,14 +200,14 @@ def by_autograd_whole(vectorize: bool, problem: Problem) -> Run:
 
 
 RECIPE, CONCATENATED = "vmap(jacrev)", "vmap(jacrev) + cat"
-TREES, FLAT, LAPLACE = ("jacfunc", "jacfunc reverse"), "jacfunc flat", "Laplace"
+OURS, FLAT, LAPLACE = "jacfunc", "jacfunc flat", "Laplace"
 WHOLE_BATCH = "jacrev of the whole batch"
 
 RIVALS: tuple[Rival, ...] = (
     Rival(RECIPE, "tree", by_recipe),
     Rival(CONCATENATED, "flat", by_recipe_and_concatenation),
-    Rival(TREES[0], "tree", by_jacfunc),
-    Rival(TREES[1], "tree", partial(by_jacfunc, strategy="reverse")),
+    Rival(OURS, "tree", by_jacfunc),
+    Rival("jacfunc reverse", "tree", partial(by_jacfunc, strategy="reverse")),
     Rival(FLAT, "flat", partial(by_jacfunc, flat=True)),
     Rival(LAPLACE, "flat", by_laplace),
     Rival(WHOLE_BATCH, "flat", by_whole_batch),

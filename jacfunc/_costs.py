@@ -117,7 +117,7 @@ class Costs:
         is_looped = isinstance(strategy, Looped)
         chunk = 1 if isinstance(strategy, Looped) else largest(strategy.chunk_size, total)
         sweeps = -(-total // chunk)
-        copies = self._placed() if sweeps > 1 or self.is_copied else 0.0
+        copies = self._write(self.result) if sweeps > 1 or self.is_copied else 0.0
         if is_forward(strategy):
             cost = self.speeds.push if is_looped else self.speeds.push_batch
             return sweeps * self._push(chunk, cost) + copies
@@ -134,7 +134,7 @@ class Costs:
         flops = self.rows * sum(op.held_flops for op in self.operations)
         products = flops * self.speeds.flop(self.rows, False, False)
         pulled = replace(self, operations=passing)._pull(self.rows)
-        return overhead + self._evaluation() + pulled + products + self._placed()
+        return overhead + self._evaluation() + pulled + products + self._write(self.result)
 
     def least_push(self) -> float:
         """Forward mode takes at least that, wherever it was measured; this asks no machine for it.
@@ -170,9 +170,6 @@ class Costs:
 
     def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
         return op.flops * self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
-
-    def _placed(self) -> float:
-        return self.result * self.speeds.place(self.result) if self.result else 0.0
 
     def _write(self, size: int) -> float:
         return size * self.speeds.write(size) if size else 0.0

@@ -19,7 +19,6 @@ from torch import Tensor
 from jacfunc._basis import basis
 from jacfunc._functorch import outside_transforms
 from jacfunc._operators import JacobianOperator
-from jacfunc._pages import empty
 from jacfunc._types import Leaves
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -65,16 +64,6 @@ class Machine:
     def write(self, size: float) -> float:
         """Seconds a byte of a result that is so large."""
         return self._write(FRESH if size > LARGEST else power_of_four(size, SMALLEST, LARGEST))
-
-    def place(self, size: float) -> float:
-        """The same where the memory of all of it was asked for at once."""
-        return self._place if size > LARGEST else self.write(size)
-
-    @cached_property
-    def _place(self) -> float:
-        given = self._ones(FRESH // self._ones(()).element_size())
-        shape = tuple(given.shape)
-        return self._seconds(lambda: torch.add(given, given, out=empty(given, shape))) / FRESH
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         """Seconds a multiplication or addition in the products with so many seeds at once."""

@@ -1,4 +1,4 @@
-"""Auto and autotune with layers to choose from; memory, pages, and what a vmap hides."""
+"""Auto and autotune with layers to choose from; memory, and what a vmap hides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc import _pages
 from jacfunc._counting import PeakBytes
 from jacfunc._trail import trail
 from tests.test_kernels import written_out
@@ -41,7 +40,11 @@ def test_layers_are_taken_where_the_result_is_put_together(strategy: str) -> Non
 
 def test_not_for_inputs_nor_where_a_direction_is_named() -> None:
     model, x = wide(), torch.randn(8, 500)
-    for wrt, strategy in (("inputs", "auto"), (("params", "inputs"), "auto"), ("params", "reverse")):
+    for wrt, strategy in (
+        ("inputs", "auto"),
+        (("params", "inputs"), "auto"),
+        ("params", "reverse"),
+    ):
         with trail() as steps:
             jacfunc.module_jacobian(model, wrt, per_sample=True, flat=True, strategy=strategy)(x)
         assert not any("Structured" in step for step in steps)
@@ -126,12 +129,3 @@ def test_hooks_are_not_passed_by(of_samples: bool) -> None:
     else:
         with pytest.raises((NotImplementedError, RuntimeError), match="register a hook"):
             list(jacfunc.stream_jacobian(model, per_sample=True)(x))
-
-
-@pytest.mark.parametrize("size", [1, _pages.LARGE // 4 - 1, _pages.LARGE // 4, 2 * _pages.LARGE])
-def test_memory_on_large_pages_is_memory(size: int) -> None:
-    like = torch.ones(3)
-    found = _pages.empty(like, (size,))
-    assert found.shape == (size,)
-    assert float(found.fill_(1.0).sum(dtype=torch.float64)) == size
-    assert _pages.empty(like, (size,), dtype=torch.float64).dtype == torch.float64

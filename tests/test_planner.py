@@ -92,8 +92,6 @@ class Speeds:
     def write(self, size: float) -> float:
         return self._large_byte if 5000 < size < 10**7 else 0.0
 
-    place = write
-
 
 class Millisecond:
     def seconds(self, operations: float) -> float:
