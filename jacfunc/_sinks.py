@@ -12,6 +12,7 @@ from torch import Tensor
 from jacfunc._basis import numel
 from jacfunc._blocks import Allocate, allocated, columns_to_blocks, rows_to_blocks, stack
 from jacfunc._chunks import Chunk, Pieces
+from jacfunc._pages import empty
 from jacfunc._types import Blocks, Leaves
 
 PIECE = 2**24
@@ -149,7 +150,7 @@ class MatrixSink(Sink):
 
     def _empty(self, products: Leaves, shape: tuple[int, ...], grid: Grid) -> Tensor:
         dtype = self.dtype or grid.dtype
-        self.matrix = products[0].new_empty(shape, dtype=dtype, device=self.device)
+        self.matrix = empty(products[0], shape, dtype=dtype, device=self.device)
         return self.matrix
 
 

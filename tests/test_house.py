@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = [
     {"_types", "_check", "_words", "_trail", "_known"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
-    | {"_counting", "_mapped", "_into"}
+    | {"_counting", "_mapped", "_into", "_pages"}
     | {"_attention", "_draws", "_sinks"},
     {"_work", "_engines", "_linearization", "_operators", "_fingerprint"}
     | {"_graphs", "layers", "_factors"},
