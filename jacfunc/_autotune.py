@@ -94,9 +94,9 @@ class Autotune:
         if torch.compiler.is_compiling():
             return by_sizes(operator, BOTH).materialize(operator)
         signature = operator.signature()
-        known = self.known.get(signature) or (self.plan(operator), None)
-        plan, blocks = carry_out(known[0], operator)
-        self.known[signature] = (plan, None) if plan is not known[0] else known
+        plan, _ = self.known.get(signature) or (self.plan(operator), None)
+        plan, blocks = carry_out(plan, operator)
+        self.known[signature] = plan, None
         return blocks
 
     def plan(self, operator: JacobianOperator) -> Plan:

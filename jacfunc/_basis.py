@@ -51,3 +51,11 @@ def unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
         seeds.append(seed if leaf.dim() == 1 else seed.view(shape[:1] + leaf.shape))
         first -= shape[1]
     return tuple(seeds)
+
+
+def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Leaves:
+    """Unit seeds ``[K, B, *shape]`` for leaves ``[B, *shape]``, the same for all samples."""
+    of_one = tuple(leaf[0] for leaf in leaves)
+    seeds = unit_seeds(of_one, start, numel(of_one) if stop is None else stop)
+    pairs = zip(seeds, leaves, strict=True)
+    return tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._attention import plain_attention
-from jacfunc._basis import unit_seeds
+from jacfunc._basis import shared_units
 from jacfunc._check import Refused
 from jacfunc._engines import watched_once
 from jacfunc._functorch import inside_transform, recording, sweep_batch
@@ -117,9 +117,7 @@ class Factors:
 
     def of_rows(self, start: int, stop: int) -> list[list[Part]]:
         """What gives these rows of the Jacobian, all outputs in a row, by parameter."""
-        seeds, size = unit_seeds(self.of_one, start, stop), self.samples.size
-        every = tuple(s.unsqueeze(1).expand(len(s), size, *s.shape[1:]) for s in seeds)
-        return self.of_cotangents(every)
+        return self.of_cotangents(shared_units(self.outputs, start, stop))
 
     def of_cotangents(self, cotangents: Leaves) -> list[list[Part]]:
         """The same of cotangents ``[K, B, *out]`` that need not be rows."""

@@ -19,10 +19,11 @@ def innermost() -> Level:
 
 def mapped(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
     """The tensor of all samples, and which of its dimensions they are; None if it has none."""
-    is_mapped = level is not None and _functorch.is_batchedtensor(tensor)
-    if is_mapped and level is not None and _functorch.maybe_get_level(tensor) == level[1]:
-        return _functorch.get_unwrapped(tensor), _functorch.maybe_get_bdim(tensor)
-    return tensor, None
+    if level is None or not _functorch.is_batchedtensor(tensor):
+        return tensor, None
+    if _functorch.maybe_get_level(tensor) != level[1]:
+        return tensor, None
+    return _functorch.get_unwrapped(tensor), _functorch.maybe_get_bdim(tensor)
 
 
 def of_samples(tensor: Tensor, size: int, level: Level) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from jacfunc._basis import shared_units
 from jacfunc._check import is_differentiable
 from jacfunc._operators import JacobianOperator
-from jacfunc._points import Outputs, shared_units
+from jacfunc._points import Outputs
 from jacfunc._trail import note
 from jacfunc._tree import map_tensors
 from jacfunc._types import Leaves, Tree

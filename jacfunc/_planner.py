@@ -141,7 +141,9 @@ def counted_costs(operator: JacobianOperator) -> Costs | None:
 
 def carry_out(plan: Plan, operator: JacobianOperator) -> tuple[Plan, Blocks]:
     """Run a plan, or what it says to try otherwise; which it was, and what came out."""
-    return attempt(plan, lambda plan: _told(plan, operator)) if is_heard() else plan.run(operator)
+    if is_heard():
+        return attempt(plan, lambda plan: _told(plan, operator))
+    return attempt(plan, lambda plan: plan.strategy.materialize(operator))
 
 
 def _told(plan: Plan, operator: JacobianOperator) -> Blocks:

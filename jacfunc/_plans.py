@@ -64,14 +64,7 @@ class Plan:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the strategy, or by the next that is not refused."""
-        return self.run(operator)[1]
-
-    def run(self, operator: JacobianOperator) -> tuple[Plan, Blocks]:
-        """The same, and the plan that was carried out in the end."""
-        try:
-            return self, self.strategy.materialize(operator)
-        except Refused as refusal:
-            return self.instead(refusal).run(operator)
+        return attempt(self, lambda plan: plan.strategy.materialize(operator))[1]
 
     def instead(self, refusal: Refused) -> Plan:
         """The next plan; the refusal, where there is none."""
@@ -100,8 +93,7 @@ class Sampled:
         self, directions: tuple[Direction, ...], by_layers: Structured | None
     ) -> tuple[Direction, ...]:
         """What there is to choose from."""
-        use_layers = self.has_layers and by_layers is not None
-        return (*directions, by_layers) if use_layers and by_layers else directions
+        return (*directions, by_layers) if self.has_layers and by_layers else directions
 
 
 def attempt(plan: Plan, run: Callable[[Plan], Result]) -> tuple[Plan, Result]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacfunc._basis import numel, unit_seeds
 from jacfunc._batching import batch_size
 from jacfunc._check import Refused, check_chunk_size, is_out_of_memory, is_tensor
 from jacfunc._draws import Draws
@@ -97,14 +96,6 @@ class Outputs:
     def tree(self, leaves: Leaves) -> Tree:
         """Other values in the place of the leaves."""
         return self.call.value(leaves, self.extras)[0]
-
-
-def shared_units(leaves: Leaves) -> Leaves:
-    """Unit cotangents ``[M, B, *out]`` for leaves ``[B, *out]``, the same for all samples."""
-    of_one = tuple(leaf[0] for leaf in leaves)
-    seeds = unit_seeds(of_one, 0, numel(of_one))
-    pairs = zip(seeds, leaves, strict=True)
-    return tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
 
 
 @dataclass(frozen=True)

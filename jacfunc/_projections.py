@@ -11,9 +11,10 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from jacfunc._basis import shared_units
 from jacfunc._factors import Factors
 from jacfunc._output_curvature import Loss, LossFunction
-from jacfunc._points import Door, Point, shared_units
+from jacfunc._points import Door, Point
 from jacfunc._select import Select
 from jacfunc._types import Leaves, Tree
 from jacfunc.layers import Outer, Part, rows

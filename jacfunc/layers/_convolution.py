@@ -144,15 +144,8 @@ def convolution(
     groups: int = 1,
 ) -> Mapping[str, FormOf]:
     """``z[o, t] = Σᵢₛ input[i, stride · t + dilation · s] weight[o, i, s] + bias[o]``."""
-    shape = weight.shape[1:]
-    count = len(shape) - 2
-    windows = Windows.of(shape[2:], stride, padding, dilation)
-    return {
-        "weight": lambda seeds: Convolution(
-            _batched(input, 1, count), _batched(seeds, 2, count), windows, groups, shape
-        ),
-        "bias": lambda seeds: Rows(of_channels(_batched(seeds, 2, count))),
-    }
+    windows = Windows.of(weight.shape[3:], stride, padding, dilation)
+    return _forms(input, weight.shape[1:], windows, groups)
 
 
 @rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -167,13 +160,22 @@ def transposed(
     dilation: Sizes = 1,
 ) -> Mapping[str, FormOf]:
     """``z[o, stride · t + dilation · s] += Σᵢ input[i, t] weight[i, o, s]``, plus ``bias[o]``."""
-    shape = weight.shape[1:]
+    windows = Windows.of(weight.shape[3:], stride, padding, dilation)
+    return _forms(input, weight.shape[1:], windows, groups, is_turned=True)
+
+
+def _forms(
+    input: Tensor, shape: torch.Size, windows: Windows, groups: int, is_turned: bool = False
+) -> Mapping[str, FormOf]:
+    """Of a weight of this shape, and of a bias."""
     count = len(shape) - 2
-    windows = Windows.of(shape[2:], stride, padding, dilation)
+
+    def of_weight(seeds: Tensor) -> Convolution:
+        images, seeds = _batched(input, 1, count), _batched(seeds, 2, count)
+        return Convolution(images, seeds, windows, groups, shape, is_turned)
+
     return {
-        "weight": lambda seeds: Convolution(
-            _batched(input, 1, count), _batched(seeds, 2, count), windows, groups, shape, True
-        ),
+        "weight": of_weight,
         "bias": lambda seeds: Rows(of_channels(_batched(seeds, 2, count))),
     }
 
