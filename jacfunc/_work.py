@@ -104,6 +104,12 @@ class Recorder(PeakBytes):
             )
         return result
 
+    def _forget(self, key: int) -> None:
+        # what comes to lie where an active tensor was need not depend on the primals
+        super()._forget(key)
+        self._active.discard(key)
+        self._primals.discard(key)
+
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
     """As torch's registry has it, and of products with a vector."""

@@ -18,6 +18,8 @@ import jacfunc
 from jacfunc import Estimate, estimate
 from jacfunc._counting import PeakBytes
 from jacfunc._forecast import Forecast
+from jacfunc._foretell import Foreteller
+from jacfunc._work import Recorder
 from tests.problems import PROBLEMS, Problem
 
 TOLERANCE = 0.05
@@ -284,6 +286,25 @@ def test_seconds_are_told_where_the_device_is_of_this_machine() -> None:
     assert found.to_dicts()[0]["seconds"] == seconds[0]
     meta = estimate(torch.tanh, torch.empty(3, device="meta"))
     assert [row.seconds for row in meta] == [None] * 3
+
+
+def test_what_the_function_closes_over_is_not_swept() -> None:
+    # a fake of the second weight came to lie where an intermediate result had been
+    hidden, x = 64, torch.randn(16)
+    first, second = torch.randn(hidden, 16), torch.randn(hidden, hidden)
+    last = torch.randn(256, hidden)
+    weights = [weight.numel() for weight in (first, second, last)]
+
+    def func(x: Tensor) -> Tensor:
+        return last @ torch.tanh(second @ torch.tanh(first @ x))
+
+    with Recorder((x,)) as recorder:
+        func(x)
+    faked = Foreteller("estimate", func, 0, False, (x,), {})._costs
+    assert faked is not None
+    for found in (recorder.operations, faked.operations):
+        assert max(each.read for each in found) == hidden * x.itemsize
+    assert sum(each.flops for each in faked.operations) == 2 * sum(weights)
 
 
 def test_the_table_in_a_notebook(found: Estimate) -> None:
