@@ -95,6 +95,12 @@ class Factors:
         return any(out.requires_grad for out in self.outputs)
 
     @property
+    def nbytes(self) -> int:
+        """Of what one row's cotangents become at all uses."""
+        others = sum(self.params[i].nbytes for i in self.others) * self.samples.size
+        return others + sum(use.nbytes for use in self.uses)
+
+    @property
     def extras_of_one(self) -> Leaves:
         """What one sample's call returned beside them."""
         return tuple(extra[0] for extra in self.linearization.extras)
@@ -202,9 +208,10 @@ def _recording(
         def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
             nonlocal num_outputs
             params, data = leaves[:count], leaves[count:]
-            with Uses(samples.size) as uses:
-                for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
-                    uses.track(number, param, twin)
+            uses = Uses(samples.size)
+            for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
+                uses.track(number, param, twin)
+            with uses:
                 outputs, extras = of_one(params, data)
             found[:], num_outputs = uses.found(), len(outputs)
             return (*outputs, *extras), ()

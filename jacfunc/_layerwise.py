@@ -15,6 +15,10 @@ from jacfunc._factors import Factors
 from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
 
+PIECE = 2**25
+"""Bytes of cotangents that are swept at once, unless told otherwise: their memory is that of the
+piece before. All at once would be asked for anew, page by page, in every call."""
+
 
 @dataclass
 class LayerByLayer:
@@ -67,7 +71,8 @@ class LayerByLayer:
                 place[start : start + size].view(size, rows, *param.shape)
                 for place, param in zip(places, params, strict=True)
             ]
-            for _ in in_chunks(rows, chunk, partial(_fill, factors, blocks, first)):
+            step = chunk or _piece(rows, factors.nbytes)
+            for _ in in_chunks(rows, step, partial(_fill, factors, blocks, first)):
                 pass
             first += rows
 
@@ -77,6 +82,12 @@ def _fill(factors: Factors, blocks: Sequence[Tensor], first: int, start: int, st
     places = tuple(block[:, start:stop] for block in blocks)
     factors.write_rows(first + start, first + stop, places)
     return ()
+
+
+def _piece(rows: int, bytes_of_one: int) -> int:
+    """Rows of a piece, where all pieces are as large."""
+    pieces = -(-rows * bytes_of_one // PIECE)
+    return -(-rows // max(1, pieces))
 
 
 def _like(out: Tensor, param: Tensor) -> Tensor:

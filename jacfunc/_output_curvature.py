@@ -14,7 +14,7 @@ from torch import Tensor
 from jacfunc._basis import shared_units
 from jacfunc._check import is_differentiable
 from jacfunc._operators import JacobianOperator
-from jacfunc._points import Outputs
+from jacfunc._points import Outputs, as_leaves, in_a_row
 from jacfunc._trail import note
 from jacfunc._tree import map_tensors
 from jacfunc._types import Leaves, Tree
@@ -92,8 +92,34 @@ class Loss:
 
     @cached_property
     def roots(self) -> Leaves:
-        """From the eigenvectors; columns that vanish for all samples are left out."""
-        values, vectors = torch.linalg.eigh(self.precise._blocks())
+        """The largest columns of each sample first; those that vanish for all are left out."""
+        blocks = self.precise._blocks()
+        size, largest = blocks.shape[-1], blocks.diagonal(dim1=1, dim2=2).max()
+        noise = 8 * size * self.precise._rounding * largest
+        columns, dead = self._triangles(blocks, noise), 8 * size * noise
+        if columns is None:
+            columns, dead = self._eigenvectors(blocks), noise
+        squares, order = columns.square().sum(1).sort(1, descending=True)
+        live = max(1, int((squares > dead).any(0).sum()))  # a sweep needs at least one
+        chosen = order[:, None, :live].expand(-1, size, -1)
+        return as_leaves(columns.gather(2, chosen).permute(2, 0, 1), self.outputs.leaves)
+
+    def _triangles(self, blocks: Tensor, noise: Tensor) -> Tensor | None:
+        """Cholesky factors of ``H + noise``, in a fraction of the time that eigenvectors take.
+
+        None where they would be less than right: where the noise is seen beside the block of some
+        sample, or where one is not positive even so.
+        """
+        least = blocks.diagonal(dim1=1, dim2=2).amax(1).min()
+        if not noise <= self._rounding * least:
+            return None
+        shift = noise * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+        columns, failed = torch.linalg.cholesky_ex(blocks + shift)
+        return None if failed.any() else columns
+
+    def _eigenvectors(self, blocks: Tensor) -> Tensor:
+        """Each times the root of its eigenvalue."""
+        values, vectors = torch.linalg.eigh(blocks)
         largest = 8 * values.shape[-1] * values.abs().max()
         if values.min() < -(self.precise._rounding**0.5) * largest:
             raise ValueError(
@@ -101,11 +127,8 @@ class Loss:
                 f"eigenvalue {values.min():.2g}. Use product(), which needs no root of it, or "
                 "jacfunc.fisher."
             )
-        values = values.clamp(min=0.0)
-        # in ascending order, for every sample; a sweep needs at least one
-        live = max(1, int((values > self._rounding * largest).any(0).sum()))
-        columns = vectors[..., -live:] * values[:, -live:].sqrt().unsqueeze(1)
-        return _as_leaves(columns.permute(2, 0, 1), self.outputs.leaves)
+        columns: Tensor = vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
+        return columns
 
     def _blocks(self) -> Tensor:
         """``[B, M, M]``, from cotangents that all samples share.
@@ -117,13 +140,13 @@ class Loss:
         pairs = zip(shared_units(leaves), noise, strict=True)
         seeds = tuple(torch.cat((units, x.unsqueeze(0))) for units, x in pairs)
         with torch.no_grad():
-            products = _in_a_row(self._of_gradient.pullback_batch(seeds)).transpose(0, 1)
+            products = in_a_row(self._of_gradient.pullback_batch(seeds)).transpose(0, 1)
         # torch has no eigenvectors in half precision
         products = products.to(torch.promote_types(products.dtype, torch.float32))
-        vector = _in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)
+        vector = in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)
         columns, found = products[:, :-1], products[:, -1]
-        # not a matrix product, which autocast would round
-        expected, scale = (vector * columns).sum(1), (vector * columns).abs().sum(1).max()
+        terms = vector * columns  # not a matrix product, which autocast would round
+        expected, scale = terms.sum(1), terms.abs().sum(1).max()
         apart, rounding = (found - expected).abs().nan_to_num(0.0).max(), self._rounding**0.5
         if apart > rounding * scale:
             raise ValueError(
@@ -153,7 +176,7 @@ class Sampled:
     def times(self, tangents: Leaves) -> Leaves:
         """``S (Sᵀ u)``."""
         pairs = list(zip(self.cotangents, tangents, strict=True))
-        along = sum((_in_a_row((s,)) * _in_a_row((u.unsqueeze(0),))).sum(2) for s, u in pairs)
+        along = sum((in_a_row((s,)) * in_a_row((u.unsqueeze(0),))).sum(2) for s, u in pairs)
         assert isinstance(along, Tensor)
         return tuple(
             (s * along.reshape(*along.shape, *(1,) * (s.dim() - 2))).sum(0) for s, _ in pairs
@@ -222,15 +245,3 @@ def _noise(like: Tensor) -> Tensor:
     generator = torch.Generator(like.device).manual_seed(0)
     noise = torch.randn(like.shape, generator=generator, device=like.device)
     return noise.to(like.dtype)
-
-
-def _in_a_row(leaves: Leaves) -> Tensor:
-    """``[R, B, *out]`` of all leaves as ``[R, B, M]``."""
-    return torch.cat([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], 2)
-
-
-def _as_leaves(columns: Tensor, leaves: Leaves) -> Leaves:
-    """``[R, B, M]`` as ``[R, B, *out]``, in the dtypes of the leaves ``[B, *out]``."""
-    parts = columns.split([leaf[0].numel() for leaf in leaves], 2)
-    pairs = zip(parts, leaves, strict=True)
-    return tuple(part.reshape(len(columns), *x.shape).to(x.dtype) for part, x in pairs)

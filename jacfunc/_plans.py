@@ -28,9 +28,6 @@ FORWARD_FROM_RATIO = 4
 MODEST = 2**26
 """Bytes that are taken without asking how many are free."""
 
-FEWEST_SAMPLES = 32
-"""Of a chunk whose layers keep what went in and what comes back; with fewer, calls take longer."""
-
 SHARE = 0.5
 """Of the free memory: the budget where none is given."""
 
@@ -194,18 +191,13 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
         return plan, None
     budget = _budget(every, memory)
     if every.most_bytes(strategy) <= budget:
-        return plan, _modest(one) if isinstance(strategy, Structured) else None
+        return plan, None
     room = _room(budget, every.result, strict=memory is not None)
     plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
     if one.most_bytes(strategy) <= room:
         return plan, Within(room)
     rows = replace(strategy, chunk_size=Within(max(room - one.result - one.kept, 1)))
     return replace(plan, strategy=rows), 1
-
-
-def _modest(one: Costs) -> int:
-    """So many samples that the time goes into their Jacobians, not into further calls."""
-    return max(FEWEST_SAMPLES, MODEST // max(one.result, 1))
 
 
 def is_bounded(plan: Plan) -> bool:

@@ -98,6 +98,18 @@ class Outputs:
         return self.call.value(leaves, self.extras)[0]
 
 
+def in_a_row(leaves: Leaves) -> Tensor:
+    """``[R, B, *out]`` of all leaves as ``[R, B, M]``."""
+    return torch.cat([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], 2)
+
+
+def as_leaves(columns: Tensor, leaves: Leaves) -> Leaves:
+    """``[R, B, M]`` as ``[R, B, *out]``, in the dtypes of the leaves ``[B, *out]``."""
+    parts = columns.split([leaf[0].numel() for leaf in leaves], 2)
+    pairs = zip(parts, leaves, strict=True)
+    return tuple(part.reshape(len(columns), *x.shape).to(x.dtype) for part, x in pairs)
+
+
 @dataclass(frozen=True)
 class Point:
     """A module at its parameters and a batch."""

@@ -729,3 +729,47 @@ def test_a_network_that_is_almost_certain(margin: float) -> None:
     expected = torch.einsum("bo,bi->oi", hessians.diagonal(dim1=1, dim2=2), logits.square())
     found = jacfunc.ggn(model, F.cross_entropy)(x, labels).diagonal()["weight"]
     assert (found - expected).abs().max() <= 1e-5 * expected.max()
+
+
+def of_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal of a linear layer that passes the logits on, as found and in closed form."""
+    size = logits.shape[1]
+    chances = logits.double().softmax(1)
+    variances = chances * (1 - chances) / len(logits)
+    model = nn.Linear(size, size, bias=False)
+    nn.init.eye_(model.weight)
+    labels = torch.zeros(len(logits), dtype=torch.long)
+    found = jacfunc.ggn(model, F.cross_entropy)(logits, labels).diagonal()["weight"]
+    return found.double(), variances.T @ logits.double().square()
+
+
+def test_a_class_that_no_sample_is_likely_to_be_in() -> None:
+    logits = torch.randn(20, 10)
+    logits[:, 3] -= 14.0
+    found, expected = of_logits(logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+
+
+def test_one_sample_that_is_certain_among_others() -> None:
+    logits = torch.randn(20, 10)
+    logits[0, 2] += 30.0
+    found, expected = of_logits(logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_losses_that_see_one_output_of_a_sample(ignored: int) -> None:
+    """A root each, whichever it is; of samples that are ignored, none."""
+    model, x, chosen = mlp(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    seen = torch.arange(5) >= ignored
+
+    def loss(out: Tensor, chosen: Tensor) -> Tensor:
+        values = out.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        return (values.square() * seen.to(values.dtype)).sum() / 2
+
+    found = jacfunc.ggn(model, loss)(x, chosen)
+    roots = found._of_samples.roots
+    assert [len(root) for root in roots] == [1]
+    jacobian = jacfunc.module_jacobian(model, per_sample=True, flat=True)(x)
+    rows = jacobian[torch.arange(5), chosen] * seen.unsqueeze(1)
+    torch.testing.assert_close(flat(found.diagonal()), rows.square().sum(0))

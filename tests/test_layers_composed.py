@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import jacfunc
 from jacfunc.layers import Part, Rows, rows, write
-from jacfunc.layers._uses import View
+from jacfunc.layers._views import View
 from jacfunc.strategies import Structured
 
 

@@ -62,14 +62,6 @@ def test_recurrent_layers_are_not_taken_one_by_one() -> None:
     torch.testing.assert_close(found, written_out(model, x))
 
 
-def test_a_large_batch_is_taken_in_chunks_that_cost_no_time() -> None:
-    model = nn.Sequential(nn.Linear(500, 1000), nn.Tanh(), nn.Linear(1000, 10))
-    x = torch.randn(64, 500)
-    with trail() as steps:
-        jacfunc.module_jacobian(model, per_sample=True, flat=True)(x)
-    assert steps[-1].startswith("32 samples at once, each: Structured")
-
-
 def test_a_budget_holds_for_layers_too() -> None:
     model, x = wide(), torch.randn(128, 500)
     compute = jacfunc.module_jacobian(model, per_sample=True, flat=True, strategy="structured")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+from jacfunc import _layerwise
 from jacfunc._counting import PeakBytes
 
 STRATEGIES = ("auto", "reverse", "forward", "looped", "structured")
@@ -119,3 +120,16 @@ def test_inside_a_transform_it_is_refused() -> None:
     buffer = torch.zeros(3, 3)
     with pytest.raises(ValueError, match="jacrev: out must be plain tensors"):
         torch.func.vmap(jacfunc.jacrev(torch.sin, out=buffer))(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("bytes_at_once", [1, 400, 2**23])
+def test_layers_sweep_a_few_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, bytes_at_once: int
+) -> None:
+    monkeypatch.setattr(_layerwise, "PIECE", bytes_at_once)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)), torch.randn(6, 3)
+    options: dict[str, Any] = {"per_sample": True, "flat": True}
+    expected = jacfunc.module_jacobian(model, strategy="looped", **options)(x)
+    buffer = torch.full_like(expected, torch.nan)
+    jacfunc.module_jacobian(model, strategy="structured", out=buffer, **options)(x)
+    torch.testing.assert_close(buffer, expected)

@@ -95,6 +95,10 @@ class Convolution(Outer):
         return self.num_groups
 
     @property
+    def width(self) -> int:
+        return self.shape[0] // self.groups if self.is_turned else self.shape[1:].numel()
+
+    @property
     def places(self) -> Sequence[int]:
         """Of the kernel, in each dimension."""
         count = len(self.windows.kernel)
@@ -118,10 +122,10 @@ class Convolution(Outer):
         step = max(1, PIECE // (block.element_size() * (unfolded + block[0].numel())))
         for start in range(0, len(block), step):
             some = slice(start, start + step)
-            block[some].copy_(self._of(some).rows())
+            block[some].copy_(self.of_samples(some).rows())
 
-    def _of(self, some: slice) -> Convolution:
-        """Of these samples alone."""
+    def of_samples(self, some: slice) -> Convolution:
+        """Of these alone, nothing of which is unfolded yet."""
         images, seeds = self.images[some], self.seeds[:, some]
         return Convolution(images, seeds, self.windows, self.groups, self.shape, self.is_turned)
 

@@ -47,6 +47,11 @@ class Outer:
     def groups(self) -> int:
         return self.inputs.shape[1]
 
+    @property
+    def width(self) -> int:
+        """Inputs at a position."""
+        return self.inputs.shape[-1]
+
     def rows(self) -> Tensor:
         left, right = self._factors()
         found = torch.einsum("kbgto,bgti->bkgoi", left, right)
@@ -74,6 +79,10 @@ class Outer:
         """In the wider dtype: autocast rounds what comes out of a layer."""
         dtype = torch.promote_types(self.cotangents.dtype, self.inputs.dtype)
         return self.cotangents.to(dtype), self.inputs.to(dtype)
+
+    def of_samples(self, some: slice) -> Outer:
+        """Of these alone."""
+        return Outer(self.inputs[some], self.cotangents[:, some], self.shape, self.is_turned)
 
     def beside(self, others: Sequence[Outer]) -> Outer:
         """Several uses of one matrix as one, with all their positions."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc.layers._forms import Form, Outer, Rows
-from jacfunc.layers._uses import Path
-from jacfunc.layers._views import shares_memory
+from jacfunc.layers._views import Path, shares_memory
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def _squared(form: Known) -> Tensor:
     if isinstance(form, Rows):
         return form.products.square().sum((0, 1))
     num_seeds, _, _, positions, outs = form.cotangents.shape
-    ins, pairs = form.inputs.shape[-1], positions * (positions + 1) // 2
+    ins, pairs = form.width, positions * (positions + 1) // 2
     by_pairs = pairs * (outs * ins + num_seeds * outs + ins)
     by_rows = num_seeds * outs * ins * (positions + 1)
     found = _squared_by_pairs(form) if by_pairs < by_rows else _squared_by_rows(form)
@@ -122,13 +122,15 @@ def _squared_by_rows(form: Outer) -> Tensor:
 
 def _blocks(form: Outer) -> Iterator[Tensor]:
     """Rows as ``[b, groups, K, O, I]``, some samples at a time."""
-    num_seeds, size, groups, _, outs = form.cotangents.shape
-    ins = form.inputs.shape[-1]
-    step = _samples_at_once(num_seeds * groups * outs * ins * form.cotangents.element_size())
+    num_seeds, size, groups, positions, outs = form.cotangents.shape
+    ins, seeds = form.width, num_seeds * outs
+    # with what is unfolded, and sorted by sample, for them
+    numbers = groups * (seeds * ins + positions * (ins + seeds))
+    step = _samples_at_once(numbers * form.cotangents.element_size())
     for start in range(0, size, step):
-        some = slice(start, min(start + step, size))
-        left = form.cotangents[:, some].permute(1, 2, 0, 4, 3).flatten(0, 1).flatten(1, 2)
-        right = form.inputs[some].to(left.dtype).flatten(0, 1)
+        some = form.of_samples(slice(start, start + step))
+        left = some.cotangents.permute(1, 2, 0, 4, 3).flatten(0, 1).flatten(1, 2)
+        right = some.inputs.to(left.dtype).flatten(0, 1)
         yield torch.bmm(left, right).view(-1, groups, num_seeds, outs, ins)
 
 
@@ -156,7 +158,7 @@ def _norms(form: Known) -> Tensor:
             else (form.products.square())
         )
     num_seeds, _, _, positions, outs = form.cotangents.shape
-    ins = form.inputs.shape[-1]
+    ins = form.width
     by_pairs = positions * positions * (ins + num_seeds * outs)
     if by_pairs > num_seeds * outs * ins * (positions + 1):
         return torch.cat([block.square_().sum((1, 3, 4)) for block in _blocks(form)]).t()
@@ -170,6 +172,8 @@ def _known(form: Form, param: Tensor) -> Known:
     """In no less than the parameter's precision; a form of a rule's own is written out."""
     if isinstance(form, Outer):
         seeds = _precise(form.cotangents, param)
+        if seeds is form.cotangents:
+            return form  # which may have nothing unfolded yet
         return Outer(form.inputs, seeds, form.shape, form.is_turned)
     if isinstance(form, Gather):
         return Gather(form.index, _precise(form.cotangents, param), form.shape)
@@ -190,10 +194,9 @@ def _some(form: Known, start: int, stop: int) -> Known:
     """The form of samples start to stop."""
     if isinstance(form, Rows):
         return Rows(form.products[:, start:stop])
-    cotangents = form.cotangents[:, start:stop]
     if isinstance(form, Gather):
-        return Gather(form.index[start:stop], cotangents, form.shape)
-    return Outer(form.inputs[start:stop], cotangents, form.shape, form.is_turned)
+        return Gather(form.index[start:stop], form.cotangents[:, start:stop], form.shape)
+    return form.of_samples(slice(start, stop))
 
 
 def _samples_at_once(bytes_of_one: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +17,10 @@ from jacfunc._functorch import below_transforms
 from jacfunc._graphs import Anchor, Graph, nodes_of_call
 from jacfunc._mapped import innermost, mapped, mapped_anyway, of_samples
 from jacfunc.layers._rules import FormOf, Rule, table
-from jacfunc.layers._views import VIEWS, is_part
+from jacfunc.layers._views import VIEWS, Path, View, is_part
 
 MOST_PARTS = 32
 """Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""
-
-
-@dataclass(frozen=True)
-class View:
-    """A part of a tensor, or another order of its entries."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    item: int | None = None
-    """Of several that the function returns."""
-
-    def __call__(self, whole: Tensor) -> Tensor:
-        viewed = self.func(whole, *self.args, **self.kwargs)
-        part: Tensor = viewed if self.item is None else viewed[self.item]
-        return part
-
-
-Path: TypeAlias = tuple[View, ...]
-"""One of the other: which part of a parameter it is."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +56,8 @@ class Use:
     """Nodes of the graph at which the parameters went in."""
     nodes: set[Any]
     """These, and those between there and what came out."""
+    nbytes: int
+    """Of what came out."""
 
     def is_all(self, graph: Graph) -> bool:
         """Does no other path lead to where the parameters went in?
@@ -87,6 +70,13 @@ class Use:
     def cotangents(self, products: Tensor) -> Tensor:
         """``[K, B, *z]`` from products for the edge, with K in front."""
         return products.unsqueeze(1) if self.dim is None else products.movedim(self.dim + 1, 1)
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Our own bookkeeping is no operation of the function: modes outside would look at each step,
+    which took a tenth of a small network's evaluation.
+    """
+    return torch._C.DisableTorchFunction()
 
 
 class Uses(TorchFunctionMode):
@@ -107,13 +97,15 @@ class Uses(TorchFunctionMode):
         Raises:
             Refused: if what went into one was written into later, as autograd does.
         """
-        if any(x._version != version for x, version in self._kept):
-            raise Refused("what went into a layer was written into after it")
+        with unseen():
+            if any(x._version != version for x, version in self._kept):
+                raise Refused("what went into a layer was written into after it")
         return self._found
 
     def track(self, number: int, held: Tensor, twin: Tensor, path: Path = ()) -> None:
         """From here on, ``held`` is parameter ``number``, or the part of it that the path is."""
-        version = below_transforms(held)._version
+        with unseen():
+            version = below_transforms(held)._version
         self._tracked[id(held)] = Tracked(number, held, twin, path, version)
 
     def __torch_function__(
@@ -187,28 +179,47 @@ class Uses(TorchFunctionMode):
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         named = rule.named(args, kwargs)
-        if named is None or not all(map(_is_plain, named.values())):
+        with unseen():
+            if named is None or not all(map(_is_plain, named.values())):
+                shown = None
+            else:
+                shown = {name: self._shown(value) for name, value in named.items()}
+        if named is None or shown is None:
             return func(*args, **kwargs)
-        forms = rule.forms_of(**{name: self._shown(value) for name, value in named.items()})
-        found = {name: self._find(named[name]) for name in forms}
-        covered = {name: tracked for name, tracked in found.items() if tracked is not None}
+        forms = rule.forms_of(**shown)
+        with unseen():
+            found = {name: self._find(named[name]) for name in forms}
+            covered = {name: tracked for name, tracked in found.items() if tracked is not None}
+            twins = {name: tracked.twin.view_as(tracked.twin) for name, tracked in covered.items()}
         if not covered:
             return func(*args, **kwargs)
-        twins = {name: tracked.twin.view_as(tracked.twin) for name, tracked in covered.items()}
         by_place = zip(rule.defaults, args, strict=False)
         args = tuple(twins.get(name, value) for name, value in by_place)
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
-        out = mapped_anyway(func(*args, **kwargs), self._size, self._level)
+        out = func(*args, **kwargs)
+        with unseen():
+            parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
+            return self._recorded(out, parts, twins.values(), named.values())
+
+    def _recorded(
+        self,
+        out: Tensor,
+        parts: Sequence[tuple[int, Path, FormOf]],
+        twins: Iterable[Tensor],
+        inputs: Iterable[Any],
+    ) -> Tensor:
+        """What came out, as one that differs from sample to sample."""
+        out = mapped_anyway(out, self._size, self._level)
         values, dim = mapped(out, self._level)
         if values.requires_grad:
-            parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
-            ends = {twin.grad_fn for twin in twins.values()}
+            ends = {twin.grad_fn for twin in twins}
             nodes = nodes_of_call(values, ends)
             last = values.grad_fn
-            self._found.append(Use(Anchor.behind(values), dim, parts, last, ends, nodes))
+            anchor = Anchor.behind(values)
+            self._found.append(Use(anchor, dim, parts, last, ends, nodes, values.nbytes))
             self._kept += [
                 (x, x._version)
-                for x in (below_transforms(x) for x in named.values() if isinstance(x, Tensor))
+                for x in (below_transforms(x) for x in inputs if isinstance(x, Tensor))
                 if not x.is_inference()
             ]
         return out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,26 @@ VIEWS: frozenset[Callable[..., Any]] = frozenset(
         Tensor.__getitem__,
     ]
 )
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a tensor, or another order of its entries."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    item: int | None = None
+    """Of several that the function returns."""
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        viewed = self.func(whole, *self.args, **self.kwargs)
+        part: Tensor = viewed if self.item is None else viewed[self.item]
+        return part
+
+
+Path: TypeAlias = tuple[View, ...]
+"""One of the other: which part of a parameter it is."""
 
 
 def is_part(held: Any, whole: Tensor, options: Iterable[Any]) -> bool:

@@ -24,7 +24,8 @@ class Structured:
     Best for Jacobians of every sample in a network's parameters.
 
     Args:
-        chunk_size: rows swept at once; None sweeps all.
+        chunk_size: rows swept at once; None sweeps all, or per sample as many as keep to 32 MB of
+            cotangents.
 
     Raises:
         TypeError, ValueError: if ``chunk_size`` is no positive integer.
