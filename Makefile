@@ -5,18 +5,19 @@ BIN := $(VENV)/bin
 RIVALS := .venv-rivals
 ARGS ?=
 
-.PHONY: help bench test check lint types overhead regret budget samples rivals structure format clean
+.PHONY: help bench suite report compare test check lint types overhead regret budget rivals format clean
 
 help:
-	@echo "make bench     train two nets on digits, compare the strategies, draw the picture"
+	@echo "make bench     the quick suite: tables, page and picture in two minutes"
+	@echo "make suite     the full suite beside every rival; ARGS=--resume goes on with it"
+	@echo "make report    page, Markdown and picture of the full suite's results"
+	@echo "make compare   what became slower between two results files: A=… B=…"
 	@echo "make test      every test, every doctest, and the README's code"
 	@echo "make check     lint and types"
 	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
 	@echo "make regret    auto and autotune against the best strategy picked by hand"
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
-	@echo "make samples   per-sample parameter Jacobians: jacfunc against vmap(jacrev)"
-	@echo "make rivals    the same beside other libraries, in an environment of their own"
-	@echo "make structure NTK, GGN, reused buffers and their growth, beside rivals (same environment)"
+	@echo "make rivals    the environment of the full suite, with other libraries"
 	@echo "make format    let ruff format the code"
 
 # One stamp: the environment is made anew when what it installs changes.
@@ -29,6 +30,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(ARGS)
 
+suite: $(RIVALS)/.installed
+	$(RIVALS)/bin/python -m benchmarks run --suite full $(ARGS)
+	$(RIVALS)/bin/python -m benchmarks report --suite full
+
+report: $(VENV)/.installed
+	$(BIN)/python -m benchmarks report $(ARGS)
+
+compare: $(VENV)/.installed
+	$(BIN)/python -m benchmarks compare $(A) $(B)
+
 overhead: $(VENV)/.installed
 	$(BIN)/python -m benchmarks overhead
 
@@ -38,22 +49,15 @@ regret: $(VENV)/.installed
 budget: $(VENV)/.installed
 	$(BIN)/python -m benchmarks budget
 
-samples: $(VENV)/.installed
-	$(BIN)/python -m benchmarks samples $(ARGS)
-
 # The rivals' own environment: what they bring must not change what the tests know.
 $(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt
 	$(PYTHON) -m venv $(RIVALS)
 	$(RIVALS)/bin/python -m pip install --constraint constraints.txt torch
-	$(RIVALS)/bin/python -m pip install --constraint constraints.txt --editable '.[bench,scipy]'
+	$(RIVALS)/bin/python -m pip install --constraint constraints.txt --editable '.[bench,scipy,test-hf]'
 	$(RIVALS)/bin/python -m pip install --no-deps --requirement benchmarks/rivals.txt
 	@touch $@
 
 rivals: $(RIVALS)/.installed
-	$(RIVALS)/bin/python -m benchmarks samples $(ARGS)
-
-structure: $(RIVALS)/.installed
-	$(RIVALS)/bin/python -m benchmarks structure $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)

@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import jacfunc
-from benchmarks.measuring import interleaved, peak_bytes
-from benchmarks.presenting import size
+from jacfunc._words import in_bytes
+from jacfunc.compare._clock import interleaved, peak_bytes
 
 CHUNKS = (8, 16, 32, 64, 128, 256)
 SHARE = 10
@@ -129,7 +129,7 @@ def table(results: list[Budgeted]) -> Table:
         broken = found.taken > found.budget or found.ratio > TARGET
         shown.add_row(
             found.case,
-            *map(size, (found.unchunked, found.budget, found.taken)),
+            *map(in_bytes, (found.unchunked, found.budget, found.taken)),
             str(found.best_chunk),
             f"{found.seconds * 1e3:.3g}",
             f"{found.ratio:.2f}",

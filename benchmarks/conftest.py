@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.environment import default_device
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     # this file is read before the options are used only if benchmarks/ was asked for by name
     config.option.benchmark_skip = False
+    if default_device().type == "cuda":
+        config.option.benchmark_timer = "benchmarks.environment.synchronised"

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
-from benchmarks.buffers import named
-from benchmarks.contestants import Contestant, Run, by_torch_func
-from benchmarks.reference import reference
-from benchmarks.workloads import Answer, Problem
+from benchmarks.cases import Case, Question, Wanted
+from benchmarks.contestants import by_recipe
+from benchmarks.networks import LARGE, LENET, Problem
+from benchmarks.reference import Answer, case_of, reference
+from jacfunc.compare._clock import Run
+from jacfunc.compare._measuring import Contestant
 
 OURS, AGAIN = "jacfunc", "jacfunc, same point"
 BACKPACK, CURVLINOPS = "BackPACK", "curvlinops"
@@ -67,7 +69,7 @@ def by_backpack(problem: Problem) -> Run:
 
 def by_materialized(problem: Problem) -> Run:
     """Block by block, so that J is held once."""
-    blocks = by_torch_func(jacrev, problem)
+    blocks = by_recipe(jacrev, problem)
 
     def run() -> Answer:
         return _contracted(blocks(), _hessians(_scores(problem)))
@@ -147,16 +149,61 @@ def _vector(problem: Problem) -> Answer:
 
 def _as_blocks(answer: Any, problem: Problem) -> Answer:
     """By name, be it one vector or a tree."""
-    return named(answer, problem.model) if isinstance(answer, Tensor) else dict(answer)
+    if not isinstance(answer, Tensor):
+        return dict(answer)
+    params = dict(problem.model.named_parameters())
+    pieces = answer.split([param.numel() for param in params.values()])
+    return {n: piece.view_as(params[n]) for n, piece in zip(params, pieces, strict=True)}
 
 
-DIAGONAL: tuple[Contestant, ...] = (
+DIAGONAL: tuple[Contestant[Problem], ...] = (
     Contestant(OURS, "jacfunc", by_jacfunc),
     Contestant(BACKPACK, "rival", by_backpack),
     Contestant(MATERIALIZED, "torch.func", by_materialized),
 )
-PRODUCT: tuple[Contestant, ...] = (
+PRODUCT: tuple[Contestant[Problem], ...] = (
     Contestant(OURS, "jacfunc", by_jacfunc_product),
     Contestant(AGAIN, "jacfunc", by_jacfunc_again),
     Contestant(CURVLINOPS, "rival", by_curvlinops),
+)
+
+FEW, MANY = 16, 64
+
+
+def _diagonal(network: str, batch: int = MANY, *wanted: tuple[float, str]) -> Case:
+    """As many times faster than others as is wanted."""
+    return case_of(
+        network,
+        batch,
+        DIAGONAL,
+        expected_diagonal,
+        baseline=OURS,
+        wanted=tuple(Wanted(OURS, "times faster than", b, (other,)) for b, other in wanted),
+        is_quick=batch == FEW,
+    )
+
+
+def _product(network: str) -> Case:
+    wanted = (Wanted(OURS, "time ÷", 1.0, (CURVLINOPS,)),)
+    return case_of(network, MANY, PRODUCT, expected_product, baseline=OURS, wanted=wanted)
+
+
+QUESTIONS = (
+    Question(
+        "ggn-diagonal",
+        "The exact diagonal of a Gauss-Newton matrix: from the factors of layers, or through J?",
+        OURS,
+        (
+            _diagonal(LENET, FEW),
+            _diagonal(LENET, MANY, (1.2, BACKPACK), (4.0, MATERIALIZED)),
+            _diagonal(LARGE, MANY, (1.4, BACKPACK), (100.0, MATERIALIZED)),
+            _diagonal("transformer"),
+        ),
+    ),
+    Question(
+        "ggn-product",
+        "A Gauss-Newton matrix times a vector: by which library?",
+        OURS,
+        tuple(map(_product, (LARGE, LENET, "transformer"))),
+    ),
 )

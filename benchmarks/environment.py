@@ -5,14 +5,28 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 import jacfunc
+from jacfunc._machine import free_bytes
 
 Environment = dict[str, str | int | float | list[float] | None]
+
+LIBRARIES = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "NPROC": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+"""What libraries read: one thread each, no GPU memory taken beforehand, and looking whether there
+is a GPU does not touch it, for processes are forked after that."""
 
 
 def pin(threads: int = 1) -> None:
@@ -21,6 +35,7 @@ def pin(threads: int = 1) -> None:
     On a busy machine a second thread makes small models many times slower. TF32 would make right
     answers wrong by 1e-3.
     """
+    os.environ.update(LIBRARIES)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -44,6 +59,7 @@ def environment(device: torch.device) -> Environment:
         "jacfunc": jacfunc.__version__,
         "commit": _commit(),
         "threads": torch.get_num_threads(),
+        "memory_available": free_bytes(device),
         "load_before": [round(load, 2) for load in os.getloadavg()],
     }
 
@@ -63,11 +79,26 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, marked where files have been changed since."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of the checkout, marked where files have been changed since.
+
+    Results do not count: a run writes them while it goes on.
+    """
+    files = ("--", ":(top)", ":(top,exclude)benchmarks/results")
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("diff", "--name-only", "HEAD", *files)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def synchronised() -> float:
+    """A clock for pytest-benchmark: it is read when the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()

@@ -56,7 +56,9 @@ class Case:
         return self.setup(torch.Generator().manual_seed(0), device, self.dtype)
 
 
-def _draw(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Any:
+def numbers(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Any:
+    """``draw(*shape)``: normal numbers, the same in every dtype but for their rounding."""
+
     def draw(*shape: int) -> Tensor:
         return torch.randn(size=shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
@@ -67,7 +69,7 @@ def of_function(make: Callable[[Any], tuple[Callable[..., Any], Tensor]]) -> Any
     """A function of one tensor, given as ``make(draw) -> (func, x)``."""
 
     def setup(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
-        func, x = make(_draw(generator, device, dtype))
+        func, x = make(numbers(generator, device, dtype))
 
         def derive(strategy: str | Strategy) -> Callable[[], Any]:
             compute = jacfunc.jacobian(func, strategy=strategy)
@@ -85,7 +87,7 @@ def of_module(make: Callable[[], nn.Module], shape: tuple[int, ...], wrt: Any, b
         with torch.random.fork_rng():
             torch.manual_seed(0)
             module = make().to(device, dtype)
-        x = _draw(generator, device, dtype)(batch or 1, *shape)
+        x = numbers(generator, device, dtype)(batch or 1, *shape)
 
         def derive(strategy: str | Strategy) -> Callable[[], Any]:
             compute = jacfunc.module_jacobian(module, wrt, per_sample=batch > 0, strategy=strategy)
@@ -97,15 +99,19 @@ def of_module(make: Callable[[], nn.Module], shape: tuple[int, ...], wrt: Any, b
     return setup
 
 
-# --- functions of one tensor ---
+# --- functions of one tensor; those with ``xp`` can be had in JAX's words, too ---
 
 
-def mlp(inputs: int, outputs: int, width: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def mlp(
+    inputs: int, outputs: int, width: int, draw: Any, xp: Any = torch
+) -> tuple[Callable[..., Any], Tensor]:
     """Inputs - width - width - outputs, tanh."""
-    first, second, last = (
-        draw(b, a) / a**0.5 for a, b in pairwise((inputs, width, width, outputs))
-    )
-    return lambda x: last @ torch.tanh(second @ torch.tanh(first @ x)), draw(inputs)
+    first, second, last = mlp_weights(inputs, outputs, width, draw)
+    return lambda x: last @ xp.tanh(second @ xp.tanh(first @ x)), draw(inputs)
+
+
+def mlp_weights(inputs: int, outputs: int, width: int, draw: Any) -> list[Tensor]:
+    return [draw(b, a) / a**0.5 for a, b in pairwise((inputs, width, width, outputs))]
 
 
 def stencil(size: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
@@ -129,12 +135,13 @@ def heat(side: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
     return func, draw(side, side)
 
 
-def orbit(steps: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def orbit(steps: int, draw: Any, xp: Any = torch) -> tuple[Callable[..., Any], Tensor]:
     """Runge–Kutta steps of a small system: many operations on few numbers."""
     matrix = draw(4, 4) / 4
 
     def slope(x: Tensor) -> Tensor:
-        return torch.tanh(matrix @ x)
+        speed: Tensor = xp.tanh(matrix @ x)
+        return speed
 
     def func(x: Tensor) -> Tensor:
         for _ in range(steps):
@@ -184,16 +191,16 @@ def classifier(side: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
     return func, draw(side, side)
 
 
-def energy(size: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def energy(size: int, draw: Any, xp: Any = torch) -> tuple[Callable[..., Any], Tensor]:
     """Many numbers in, one out."""
     matrix = draw(64, size) / size**0.5
-    return lambda x: (matrix @ x).square().sum() + torch.cos(x).sum(), draw(size)
+    return lambda x: xp.square(matrix @ x).sum() + xp.cos(x).sum(), draw(size)
 
 
-def curve(size: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def curve(size: int, draw: Any, xp: Any = torch) -> tuple[Callable[..., Any], Tensor]:
     """One number in, many out: a trajectory by its parameter."""
     times = draw(size)
-    return lambda x: torch.sin(times * x) * torch.exp(-x * x), draw()
+    return lambda x: xp.sin(times * x) * xp.exp(-x * x), draw()
 
 
 # --- modules ---

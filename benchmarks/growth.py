@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call, jvp
 
 from benchmarks import kernels
-from benchmarks.contestants import Run
-from benchmarks.measuring import interleaved
-from benchmarks.networks import PIXELS
+from benchmarks.cases import ANSWER, Case, Question
+from benchmarks.networks import PIXELS, Problem
 from benchmarks.reference import check
-from benchmarks.workloads import Problem
+from jacfunc.compare._measuring import Check, Contestant, Effort
 
-ROUNDS = 3
+EFFORT = Effort(rounds=10, seconds=1.5, fewest=3, patience=10.0)
 BATCH, WIDTH, CLASSES = 32, 256, 10
 """Of the point through which all axes go."""
 
@@ -42,137 +39,40 @@ class Point:
     def parameters(self) -> int:
         return sum((inputs + 1) * outputs for inputs, outputs in self.layers)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        sizes = {"batch": self.batch, "parameters": self.parameters, "classes": self.classes}
+        # of J, which the answer is compared with
+        return sizes | {ANSWER: math.prod(sizes.values()) * torch.float32.itemsize}
+
     def problem(self, device: torch.device) -> Problem:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             first, second, last = (nn.Linear(*sizes) for sizes in self.layers)
             images = torch.randn(self.batch, 1, PIXELS, PIXELS)
         model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), last)
-        return Problem(model.to(device), images.to(device), "params")
-
-
-@dataclass(frozen=True)
-class Way:
-    """``work`` counts the floating-point operations that theory knows of."""
-
-    name: str
-    prepare: Callable[[Problem], Run]
-    work: Callable[[Point], float]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """``size`` names what grows, and each way has its own points along it."""
-
-    symbol: str
-    size: Callable[[Point], int]
-    points: tuple[tuple[Point, ...], ...]
-
-    @property
-    def name(self) -> str:
-        return f"growth in {self.symbol}"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One way along one axis: medians in seconds, counted operations, the slope of each."""
-
-    axis: str
-    way: str
-    sizes: list[int]
-    seconds: list[float]
-    work: list[float]
-    exponent: float
-    theory: float
-    asymptote: float
+        return Problem(model.to(device), images.to(device))
 
 
 def by_factors(point: Point) -> float:
-    """A forward pass, a pullback a class, and two Gram matrices a layer."""
+    """A forward pass, a pullback a class, and two Gram matrices a layer: in the limit B², P, C².
+
+    Nothing is pulled back through the first layer: its factor is what comes back to it.
+    """
     rows = point.batch * point.classes
-    sweeps = 2 * (point.batch + rows) * point.parameters
+    inputs, outputs = point.layers[0]
+    sweeps = 2 * ((point.batch + rows) * point.parameters - rows * (inputs + 1) * outputs)
     grams = sum(point.batch**2 * inputs + rows**2 * outputs for inputs, outputs in point.layers)
     return sweeps + 2 * grams
 
 
 def by_rows(point: Point) -> float:
-    """The same sweeps, J, and its product with itself."""
+    """The same sweeps, J, and its product with itself: in the limit B², P, C²."""
     rows = point.batch * point.classes
     return 2 * (point.batch + 2 * rows + rows**2) * point.parameters
 
 
-WAYS = (
-    Way(kernels.OURS, kernels.by_jacfunc, by_factors),
-    Way(kernels.MATMUL, kernels.by_matmul, by_rows),
-)
-ASYMPTOTES = {"B": (2.0, 2.0), "P": (1.0, 1.0), "C": (2.0, 2.0)}
-"""Exponents of :data:`WAYS` in the limit: the factors pay for P in the sweeps alone."""
-
-AXES = (
-    Axis(
-        "B",
-        lambda point: point.batch,
-        (
-            tuple(Point(batch=batch) for batch in (32, 64, 128, 256, 512)),
-            tuple(Point(batch=batch) for batch in (8, 16, 32, 64)),
-        ),
-    ),
-    Axis(
-        "P",
-        lambda point: point.parameters,
-        (
-            tuple(Point(width=width) for width in (128, 256, 512, 1024, 2048)),
-            tuple(Point(width=width) for width in (64, 128, 256, 512)),
-        ),
-    ),
-    Axis(
-        "C",
-        lambda point: point.classes,
-        (
-            tuple(Point(classes=classes) for classes in (4, 8, 16, 32, 64)),
-            tuple(Point(classes=classes) for classes in (2, 4, 8, 16)),
-        ),
-    ),
-)
-
-
-def measure(axis: Axis, device: torch.device) -> list[Curve]:
-    """Every size of both ways along one axis, in interleaved rounds."""
-    runs: dict[tuple[int, Point], Run] = {}
-    for number, points in enumerate(axis.points):
-        for point in points:
-            problem = point.problem(device)
-            runs[number, point] = WAYS[number].prepare(problem)
-            _check(runs[number, point]()[kernels.KERNEL], problem)
-    times = interleaved(runs, ROUNDS, device.type == "cuda")
-    return [
-        _curve(axis, number, [statistics.median(times[number, point]) for point in points])
-        for number, points in enumerate(axis.points)
-    ]
-
-
-def slope(sizes: list[int], values: list[float]) -> float:
-    """The exponent of the power law nearest to the values, by least squares on log axes."""
-    logarithms = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    return statistics.linear_regression(*logarithms).slope
-
-
-def _curve(axis: Axis, number: int, seconds: list[float]) -> Curve:
-    way, points = WAYS[number], axis.points[number]
-    sizes, work = [axis.size(point) for point in points], [way.work(point) for point in points]
-    return Curve(
-        axis.symbol,
-        way.name,
-        sizes,
-        seconds,
-        work,
-        slope(sizes, seconds),
-        slope(sizes, work),
-        ASYMPTOTES[axis.symbol][number],
-    )
-
-
-def _check(kernel: Tensor, problem: Problem) -> None:
+def judge(problem: Problem) -> Check:
     """One product with the kernel beside ``J (Jᵀ v)`` in float64: cheap at every size."""
     model = copy.deepcopy(problem.model).to("cpu", torch.float64)
     images = problem.images.to("cpu", torch.float64)
@@ -184,27 +84,47 @@ def _check(kernel: Tensor, problem: Problem) -> None:
     pulled = torch.autograd.grad(scores, list(params.values()), vector)
     tangents = dict(zip(params, pulled, strict=True))
     pushed = jvp(lambda point: functional_call(model, point, (images,)), (params,), (tangents,))
-    found = torch.einsum("nmab,mb->na", kernel.detach().to("cpu", torch.float64), vector)
-    check({kernels.KERNEL: found}, {kernels.KERNEL: pushed[1].detach()})
+    expected = {kernels.KERNEL: pushed[1].detach()}
+
+    def judged(answer: dict[str, torch.Tensor]) -> float:
+        kernel = answer[kernels.KERNEL].detach().to("cpu", torch.float64)
+        return check({kernels.KERNEL: torch.einsum("nmab,mb->na", kernel, vector)}, expected)
+
+    return judged
 
 
-def table(curves: list[Curve]) -> Table:
-    """Fitted exponents beside those of the counted work over the same sizes, and in the limit."""
-    shown = Table(
-        title="Growth of an NTK's time",
-        caption=f"Around B={BATCH}, width {WIDTH}, C={CLASSES}; medians of {ROUNDS} rounds.",
-        title_justify="left",
-        caption_justify="left",
+def _contestants(point: Point, through_j: bool) -> tuple[Contestant[Problem], ...]:
+    ours = Contestant(kernels.OURS, "jacfunc", kernels.by_jacfunc, work=lambda _: by_factors(point))
+    recipe = Contestant(
+        kernels.MATMUL, "torch.func", kernels.by_matmul, work=lambda _: by_rows(point)
     )
-    for heading in ("in", "way", "sizes", "ms", "exponent", "counted", "limit"):
-        shown.add_column(heading, justify="left" if heading in ("in", "way") else "right")
-    for curve in curves:
-        ends = (f"{value * 1e3:.3g}" for value in (curve.seconds[0], curve.seconds[-1]))
-        shown.add_row(
-            curve.axis,
-            curve.way,
-            f"{curve.sizes[0]:,}–{curve.sizes[-1]:,}",
-            "–".join(ends),
-            *(f"{value:.2f}" for value in (curve.exponent, curve.theory, curve.asymptote)),
+    return (ours, recipe) if through_j else (ours,)
+
+
+def _along(axis: str, letter: str, points: Sequence[Point], through_j: int) -> list[Case]:
+    """A case a point; of the first ones also through J, which later would take minutes."""
+    return [
+        Case(
+            name=f"{letter} = {point.sizes[axis]:,}",
+            setup=point.problem,
+            contestants=_contestants(point, number < through_j),
+            check=judge,
+            baseline=kernels.OURS,
+            sizes=point.sizes,
+            axis=axis,
+            effort=EFFORT,
         )
-    return shown
+        for number, point in enumerate(points)
+    ]
+
+
+QUESTION = Question(
+    "ntk-growth",
+    "How does the time of an NTK grow with samples, parameters and classes?",
+    kernels.OURS,
+    (
+        *_along("batch", "B", [Point(batch=2**n) for n in range(3, 10)], through_j=4),
+        *_along("parameters", "P", [Point(width=2**n) for n in range(6, 12)], through_j=4),
+        *_along("classes", "C", [Point(classes=2**n) for n in range(1, 7)], through_j=4),
+    ),
+)

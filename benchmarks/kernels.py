@@ -11,10 +11,12 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
-from benchmarks.contestants import Contestant, Run, by_torch_func
-from benchmarks.networks import CLASSES
-from benchmarks.reference import reference
-from benchmarks.workloads import Answer, Problem
+from benchmarks.cases import ANSWER, Case, Question, Wanted
+from benchmarks.contestants import by_recipe
+from benchmarks.networks import CLASSES, LARGE, LENET, RECURRENT, SHORT, Problem
+from benchmarks.reference import Answer, case_of, reference
+from jacfunc.compare._clock import Run
+from jacfunc.compare._measuring import Contestant, Effort
 
 KERNEL = "ntk"
 MOST_BYTES = 2e9
@@ -48,7 +50,7 @@ def by_jacfunc(problem: Problem) -> Run:
 
 def by_matmul(problem: Problem) -> Run:
     """J by the recipe, in one matrix, and one product: the fewest calls."""
-    blocks = by_torch_func(jacrev, problem)
+    blocks = by_recipe(jacrev, problem)
 
     def run() -> Answer:
         rows = torch.cat([block.flatten(2) for block in blocks().values()], -1).flatten(0, 1)
@@ -59,7 +61,7 @@ def by_matmul(problem: Problem) -> Run:
 
 def by_contraction(problem: Problem) -> Run:
     """The tutorial's "Jacobian contraction", without the second J of two equal batches."""
-    blocks = by_torch_func(jacrev, problem)
+    blocks = by_recipe(jacrev, problem)
 
     def run() -> Answer:
         rows = [block.flatten(2) for block in blocks().values()]
@@ -113,11 +115,15 @@ def by_torchjd(problem: Problem) -> Run:
 
 def by_neural_tangents(method: int, problem: Problem) -> Run:
     """On the network in JAX's words."""
+    if problem.images.is_cuda:
+        raise NotImplementedError("JAX takes part on the CPU alone")
     if TANGENTS[method - 1] != STRUCTURED and len(problem.images) > MOST_SAMPLES:
         raise NotImplementedError("up to minutes a call; see smaller batches")
     from benchmarks.tangents import kernel
 
     found = kernel(problem.model, problem.images, method)
+    # its first call compiles
+    found()
     return lambda: {KERNEL: found()}
 
 
@@ -127,14 +133,62 @@ def _folded(matrix: Tensor, batch: int) -> Answer:
     return {KERNEL: pairs.transpose(1, 2)}
 
 
-CONTESTANTS: tuple[Contestant, ...] = (
+CONTESTANTS: tuple[Contestant[Problem], ...] = (
     Contestant(OURS, "jacfunc", by_jacfunc),
     Contestant(MATMUL, "torch.func", by_matmul),
     Contestant(CONTRACTION, "torch.func", by_contraction),
     Contestant(PRODUCTS, "torch.func", by_products),
     Contestant(TORCHJD, "rival", by_torchjd),
     *(
-        Contestant(f"neural-tangents: {name}", "JAX", partial(by_neural_tangents, number))
+        Contestant(
+            f"neural-tangents: {name}", "JAX", partial(by_neural_tangents, number), counted=False
+        )
         for number, name in enumerate(TANGENTS, 1)
+    ),
+)
+
+EFFORT = Effort(rounds=20, seconds=2.0, fewest=3, patience=5.0)
+"""Through J it takes up to ten seconds, beside hundredths: once is enough."""
+
+FEW, MANY = 8, 64
+RECIPES = (MATMUL, CONTRACTION, PRODUCTS)
+
+
+def _case(network: str, batch: int, *wanted: Wanted) -> Case:
+    return case_of(
+        network,
+        batch,
+        CONTESTANTS,
+        expected,
+        baseline=OURS,
+        effort=EFFORT,
+        wanted=wanted,
+        is_quick=(network, batch) == (LENET, FEW),
+    )
+
+
+def _faster(bound: float) -> tuple[Wanted, Wanted]:
+    """Than the recipes, and than TorchJD."""
+    return (
+        Wanted(OURS, "times faster than", bound, RECIPES),
+        Wanted(OURS, "times faster than", 1.0, (TORCHJD,)),
+    )
+
+
+def _peak(bound: float) -> Wanted:
+    return Wanted(OURS, "peak ÷", bound, (ANSWER,))
+
+
+QUESTION = Question(
+    "ntk",
+    "Neural tangent kernels of a batch with itself: from the factors of layers, or through J?",
+    OURS,
+    (
+        *(_case(network, FEW) for network in (LARGE, LENET, "transformer")),
+        _case(LARGE, MANY, *_faster(200), _peak(0.05)),
+        _case(LENET, MANY, *_faster(8)),
+        _case("transformer", MANY, *_faster(1), _peak(0.4)),
+        _case(SHORT, MANY, *_faster(1.2), _peak(0.4)),
+        _case(RECURRENT, MANY),
     ),
 )

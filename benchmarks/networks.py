@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.cases import ANSWER
+
+Wrt = Literal["params", "inputs"]
+
 CLASSES = 10
 PIXELS = 28
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network, images ``[B, 1, 28, 28]``, and what to differentiate by: what all are given."""
+
+    model: nn.Module
+    images: Tensor
+    wrt: Wrt = "params"
+
+
+@dataclass(frozen=True)
+class Network:
+    """How it is made, and how many parameters it has: known before it is made."""
+
+    make: Callable[[], nn.Module]
+    parameters: int
 
 
 def mlp() -> nn.Module:
@@ -55,6 +78,41 @@ def lenet() -> nn.Module:
         *(nn.Linear(120, 84), nn.ReLU()),
         nn.Linear(84, CLASSES),
     )
+
+
+def resnet() -> nn.Module:
+    """Three residual blocks, two of which halve the image."""
+    blocks = (_Block(16, 16), _Block(16, 32, stride=2), _Block(32, 64, stride=2))
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), _settled(16), nn.ReLU()),
+        *blocks,
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(64, CLASSES),
+    )
+
+
+class _Block(nn.Module):
+    """Two convolutions, one normalized over the past, one over groups, beside a shortcut."""
+
+    def __init__(self, channels: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.between, self.after = _settled(width), nn.GroupNorm(4, width)
+        is_same = channels == width and stride == 1
+        self.shortcut = nn.Identity() if is_same else nn.Conv2d(channels, width, 1, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        inner = F.relu(self.between(self.first(images)))
+        return F.relu(self.after(self.second(inner)) + self.shortcut(images))
+
+
+def _settled(channels: int) -> nn.Module:
+    """Batch normalization with a past: at its start it would change nothing in eval mode."""
+    norm = nn.BatchNorm2d(channels)
+    norm.running_mean = 0.1 * torch.randn(channels)
+    norm.running_var = 0.5 + torch.rand(channels)
+    return norm
 
 
 class Recurrent(nn.Module):
@@ -114,26 +172,69 @@ class _Layer(nn.Module):
         return tokens + narrowed
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": mlp,
-    "cnn": cnn,
-    "transformer": Transformer,
+VIT: dict[str, Any] = {
+    "image_size": PIXELS,
+    "patch_size": 7,
+    "num_channels": 1,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_labels": CLASSES,
+    # a bias of the keys has no effect on any score, and the rest has little at its start
+    "qkv_bias": False,
+    "initializer_range": 0.2,
+    # the fused kernels know no forward mode
+    "attn_implementation": "eager",
 }
-"""Of which every per-sample Jacobian is measured."""
+
+
+class VisionTransformer(nn.Module):
+    """HuggingFace's, of two layers on 16 patches; it gives the scores alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # only here: it takes seconds, and need not be installed
+        from transformers import ViTConfig, ViTForImageClassification
+
+        self.inner = ViTForImageClassification(ViTConfig(**VIT))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.inner(images).logits
+        return scores
+
 
 LARGE, LENET, SHORT, RECURRENT = "mlp of 536k", "lenet", "transformer of 4 patches", "gru"
-STRUCTURED: dict[str, Callable[[], nn.Module]] = {
-    LARGE: perceptron,
-    LENET: lenet,
-    "transformer": Transformer,
-    SHORT: partial(Transformer, PIXELS // 2),
-    RECURRENT: Recurrent,
+NETWORKS: dict[str, Network] = {
+    "mlp": Network(mlp, 228_490),
+    "cnn": Network(cnn, 212_542),
+    "resnet": Network(resnet, 77_658),
+    "transformer": Network(Transformer, 89_002),
+    "vit": Network(VisionTransformer, 41_482),
+    LARGE: Network(perceptron, 535_818),
+    LENET: Network(lenet, 61_706),
+    SHORT: Network(partial(Transformer, PIXELS // 2), 99_586),
+    RECURRENT: Network(Recurrent, 11_722),
 }
-"""Of which kernels and curvature are measured, too."""
 
 
 def build(name: str) -> nn.Module:
     """The network of this name in eval mode, with the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return (NETWORKS | STRUCTURED)[name]().eval()
+        return NETWORKS[name].make().eval()
+
+
+def sizes(network: str, batch: int, wrt: Wrt = "params") -> dict[str, int]:
+    """Of a case; the answer is the Jacobian of every sample, also where it is only contracted."""
+    parameters = NETWORKS[network].parameters
+    width = parameters if wrt == "params" else PIXELS**2
+    answer = batch * CLASSES * width * torch.float32.itemsize
+    return {"batch": batch, "parameters": parameters, "classes": CLASSES, ANSWER: answer}
+
+
+def noisy(name: str, batch: int, wrt: Wrt, device: torch.device) -> Problem:
+    """With noise for images: no time depends on what is in them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
+    return Problem(build(name).to(device), images.to(device), wrt)

@@ -12,8 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 import jacfunc
-from benchmarks.measuring import Spread, seconds
 from benchmarks.presenting import spread
+from jacfunc.compare._clock import seconds
+from jacfunc.compare._results import Spread
 
 SIZES = (4, 16, 64, 256)
 WIDTH = 64

@@ -1,224 +1,213 @@
-"""Per-sample parameter Jacobians ``[B, C, P]``: jacfunc beside the recipe and other libraries."""
+"""Jacobians of networks, per sample and of one call: by which way, by which library?"""
 
 from __future__ import annotations
 
-import copy
-import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
+from torch.func import functional_call, jacfwd, jacrev
 
-from benchmarks.measuring import (
-    FEWEST_ROUNDS,
-    Result,
-    interleaved,
-    peak_bytes,
-    recording,
-    summarize,
-)
-from benchmarks.networks import NETWORKS, PIXELS, build
-from benchmarks.presenting import size, spread
-from benchmarks.reference import WrongAnswerError, check, reference
-from benchmarks.rivals import (
-    CONCATENATED,
-    FLAT,
-    LAPLACE,
-    OURS,
-    RECIPE,
-    RIVALS,
-    WHOLE_BATCH,
-    Rival,
-    Run,
-)
-from benchmarks.workloads import Answer, Problem
+import jacfunc
+from benchmarks import contestants, rivals
+from benchmarks.cases import Case, Question, Wanted
+from benchmarks.networks import Problem
+from benchmarks.reference import case_of
+from jacfunc import Strategy
+from jacfunc.compare._clock import Run
+from jacfunc.compare._measuring import Contestant, Effort
+from jacfunc.compare._results import Forecast
 
-BATCHES = (8, 64)
-ROUNDS, SECONDS = 30, 12.0
-"""At most, for all rivals of a case together."""
+OURS, FLAT, REUSED = "jacfunc auto", "jacfunc auto, flat", "jacfunc auto, flat, out="
+RECIPE, CONCATENATED = "vmap(jacrev)", "vmap(jacrev) + cat"
+ONE_CALL = "jacrev"
+LAPLACE, WHOLE_BATCH, TORCHJD = "Laplace", "jacrev of the whole batch", "TorchJD"
+FORWARD = ("jacfunc forward", "vmap(jacfwd)")
 
-HOPELESS = 20.0
-"""A rival that is slower than the recipe by this factor is timed once."""
+FEW, MANY = 8, 64
+COMPARED = ("mlp", "cnn", "resnet", "transformer", "vit")
+WANTED = ("mlp", "cnn", "transformer")
+"""Networks of which a certain speed and peak is wanted."""
 
-TIME, PEAK, LAPLACE_TIME = 1.0, 0.6, 0.1
-"""Largest wanted: our time ÷ the recipe's, the peak of flat ÷ that of the recipe with its
-concatenation, and, at the largest batch, the time of flat ÷ that of Laplace's way."""
+PIXELWISE = {"mlp": MANY, "cnn": FEW, "transformer": FEW, "vit": FEW}
+"""Most samples with which forward mode, a tangent a pixel, keeps to seconds and to a gigabyte."""
+
+EFFORT = Effort(rounds=20, seconds=1.5, fewest=3, patience=15.0)
+
+STRATEGIES: dict[str, str | Strategy] = {
+    "auto": "auto",
+    "reverse": "reverse",
+    "reverse, 5 rows at once": jacfunc.Reverse(5),
+    "looped": "looped",
+    "autotune": "autotune",
+}
+"""Which take part in every question; one that is written here takes part."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A network and how many samples."""
-
-    network: str
-    batch: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.network}, B={self.batch}"
-
-    def problem(self, device: torch.device) -> Problem:
-        """Noise for images: no time depends on what is in them."""
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(self.batch, 1, PIXELS, PIXELS, generator=generator)
-        return Problem(build(self.network).to(device), images.to(device), "params")
+def by_jacfunc(problem: Problem, per_sample: bool = True, **options: Any) -> Run:
+    derive = jacfunc.module_jacobian(problem.model, problem.wrt, per_sample=per_sample, **options)
+    if options.get("strategy") in ("auto", "autotune"):
+        # they measure, the machine or the candidates: a user waits for it once
+        derive(problem.images)
+    if problem.wrt == "params":
+        return lambda: derive(problem.images)
+    return lambda: {"input": derive(problem.images)}
 
 
-@dataclass(frozen=True)
-class Target:
-    """What was wanted of a rival and what came out; nothing, where it or the other failed."""
-
-    rival: str
-    what: str
-    wanted: float
-    found: float | None
-
-    @property
-    def met(self) -> bool:
-        return self.found is not None and self.found <= self.wanted
+def by_jacfunc_as_matrix(problem: Problem) -> Run:
+    """Of one call, ``[C, P]``."""
+    run = by_jacfunc(problem, per_sample=False, strategy="auto", flat=True)
+    return lambda: run()[None]
 
 
-def cases() -> Iterator[Case]:
-    """Every network with few samples, then with many."""
-    for network in NETWORKS:
-        for batch in BATCHES:
-            yield Case(network, batch)
+def by_reusing(problem: Problem) -> Run:
+    """Into one tensor that is there, as in a loop over batches."""
+    compute = partial(by_jacfunc, problem, strategy="auto", flat=True)
+    return compute(out=compute()())
 
 
-def measure(case: Case, device: torch.device, rivals: Sequence[Rival] = RIVALS) -> list[Result]:
-    """Answers first, then the peak of an untimed call, then rounds."""
-    problem = case.problem(device)
-    results = {rival.name: Result(rival.name, rival.form) for rival in rivals}
-    runs: dict[str, Run] = {}
-    with warnings.catch_warnings():
-        # hooks and missing batching rules are warned about; what they cost is in the table
-        warnings.simplefilter("ignore")
-        expected = reference(problem)
-        for rival in rivals:
-            result = results[rival.name]
-            with recording(result):
-                own = Problem(copy.deepcopy(problem.model), problem.images, problem.wrt)
-                run = rival.prepare(own)
-                result.error = _check(run(), expected, rival.form)
-                result.peak_bytes = peak_bytes(run, problem.cuda())
-                runs[rival.name] = _guarded(result, run)
-        del expected
-        _time(runs, results, problem.cuda())
-    summarize(results, RECIPE)
-    return list(results.values())
+def forecast(strategy: str | Strategy, problem: Problem) -> Forecast | None:
+    """What jacfunc says of one call, the parameters being an argument."""
+    params = {name: param.detach() for name, param in problem.model.named_parameters()}
+
+    def scores(params: Any) -> Any:
+        return functional_call(problem.model, params, (problem.images,))
+
+    found = jacfunc.plan(scores, params, strategy=strategy).forecast
+    return None if found is None else Forecast(found.seconds, found.peak_bytes)
 
 
-def _guarded(result: Result, run: Run) -> Run:
-    """A failure in a round is the result, too."""
-
-    def guarded() -> Any:
-        with recording(result):
-            return run()
-
-    return guarded
-
-
-def _time(runs: Mapping[str, Run], results: Mapping[str, Result], cuda: bool) -> None:
-    """One round of all, then more of those that are not hopeless."""
-    once = {name: found for name, (found,) in interleaved(runs, 1, cuda).items()}
-    longest = HOPELESS * once.get(RECIPE, math.inf)
-    going = {name: run for name, run in runs.items() if once[name] <= longest}
-    fit = int(SECONDS / sum(once[name] for name in going))
-    later = interleaved(going, max(FEWEST_ROUNDS, min(ROUNDS, fit)) - 1, cuda)
-    for name, first in once.items():
-        results[name].seconds = dict(enumerate([first, *later.get(name, ())]))
-
-
-def _check(answer: Any, expected: Answer, form: str) -> float:
-    if form == "flat":
-        lengths = [block[0, 0].numel() for block in expected.values()]
-        lead = next(iter(expected.values())).shape[:2]
-        if not isinstance(answer, Tensor) or answer.shape != (*lead, sum(lengths)):
-            raise WrongAnswerError(f"not one tensor of shape {(*lead, sum(lengths))}")
-        pieces = zip(expected.items(), answer.split(lengths, -1), strict=True)
-        answer = {name: piece.reshape(block.shape) for (name, block), piece in pieces}
-    return check(answer, expected)
-
-
-def targets(case: Case, results: Sequence[Result]) -> list[Target]:
-    """What was wanted of jacfunc in this case."""
-    by_name = {result.contestant: result for result in results}
-    laplace = LAPLACE if by_name[LAPLACE].ok else WHOLE_BATCH
-
-    def took(name: str) -> float | None:
-        ratio = by_name[name].ratio
-        return ratio.median if ratio else None
-
-    found = [Target(n, f"time ÷ {RECIPE}", TIME, took(n)) for n in (OURS, FLAT)]
-    peak = _peak_ratio(by_name[FLAT], by_name[CONCATENATED])
-    found.append(Target(FLAT, f"peak ÷ {CONCATENATED}", PEAK, peak))
-    if case.batch == max(BATCHES):
-        ours, theirs = took(FLAT), took(laplace)
-        share = ours / theirs if ours and theirs else None
-        found.append(Target(FLAT, f"time ÷ {laplace}", LAPLACE_TIME, share))
-    return found
-
-
-def _peak_ratio(result: Result, base: Result) -> float | None:
-    if not result.ok or not result.peak_bytes or not base.peak_bytes:
-        return None
-    return result.peak_bytes / base.peak_bytes
-
-
-def table(case: Case, results: Sequence[Result]) -> Table:
-    """Rivals of one case; jacfunc's rows are green where they keep to their targets, else red."""
-    wanted = targets(case, results)
-    notes = [_line(target) for target in wanted]
-    notes += [f"{result.contestant}: {result.status}" for result in results if not result.ok]
-    shown = Table(
-        title=case.name,
-        caption=Text("\n".join(notes)),
-        title_justify="left",
-        caption_justify="left",
+def _ours(strategies: Mapping[str, str | Strategy]) -> tuple[Contestant[Problem], ...]:
+    return tuple(
+        Contestant(f"jacfunc {name}", "jacfunc", partial(by_jacfunc, strategy=strategy))
+        for name, strategy in strategies.items()
     )
-    shown.add_column("rival", no_wrap=True)
-    shown.add_column("form")
-    for heading in ("time × recipe", "time, ms", "rounds", "peak", "peak ratio", "max error"):
-        shown.add_column(heading, justify="right")
-    base = next(result for result in results if result.contestant == CONCATENATED)
-    for result in results:
-        own = [target.met for target in wanted if target.rival == result.contestant]
-        style = "" if result.ok and not own else "green" if result.ok and all(own) else "red"
-        shown.add_row(*_cells(result, base), style=style)
-    return shown
 
 
-def _cells(result: Result, base: Result) -> list[str]:
-    if not result.ok:
-        return [result.contestant, result.family, result.status.partition(":")[0]]
-    share = _peak_ratio(result, base)
-    return [
-        result.contestant,
-        result.family,
-        spread(result.ratio),
-        spread(result.time, 1e3),
-        str(len(result.seconds)),
-        size(result.peak_bytes),
-        "-" if share is None else f"{share:.2f}",
-        "-" if result.error is None else f"{result.error:.0e}",
-    ]
+def _either(
+    family: str, way: Callable[[bool, Problem], Run], names: tuple[str, str]
+) -> tuple[Contestant[Problem], ...]:
+    """A way without and with vectorization."""
+    return tuple(Contestant(name, family, partial(way, n == 1)) for n, name in enumerate(names))
 
 
-def _line(target: Target) -> str:
-    found = "not known" if target.found is None else f"{target.found:.2f}"
-    verdict = "met" if target.met else "missed"
-    return f"{verdict}: {target.rival}, {target.what}: {found}, wanted ≤ {target.wanted}"
+LOOPED = _either(
+    "autograd",
+    contestants.by_autograd_functional_looped,
+    ("autograd.functional, looped", "autograd.functional vectorized, looped"),
+)
+
+PARAMS: tuple[Contestant[Problem], ...] = (
+    *_ours(STRATEGIES | {"structured": "structured"}),
+    Contestant(FLAT, "jacfunc", partial(by_jacfunc, strategy="auto", flat=True)),
+    Contestant(REUSED, "jacfunc", by_reusing),
+    Contestant(RECIPE, "torch.func", partial(contestants.by_recipe, jacrev)),
+    Contestant(CONCATENATED, "torch.func", contestants.by_recipe_and_concatenation),
+    Contestant(WHOLE_BATCH, "torch.func", contestants.by_whole_batch),
+    *LOOPED,
+    Contestant("backward, looped", "autograd", contestants.by_backward_loop),
+    Contestant(LAPLACE, "rival", rivals.by_laplace),
+    Contestant("Opacus", "rival", rivals.by_opacus),
+    Contestant("BackPACK", "rival", rivals.by_backpack),
+    Contestant(TORCHJD, "rival", rivals.by_torchjd),
+    Contestant("TorchJD, looped", "rival", rivals.by_torchjd_looped),
+)
+
+INPUTS: tuple[Contestant[Problem], ...] = (
+    *_ours(STRATEGIES | {"forward": "forward"}),
+    Contestant(RECIPE, "torch.func", partial(contestants.by_recipe, jacrev)),
+    Contestant("vmap(jacfwd)", "torch.func", partial(contestants.by_recipe, jacfwd)),
+    *LOOPED,
+    *_either(
+        "autograd",
+        contestants.by_autograd_functional_of_sum,
+        ("autograd.functional of the sum", "autograd.functional vectorized, of the sum"),
+    ),
+    Contestant(
+        "backward, looped over classes", "autograd", contestants.by_backward_loop_over_classes
+    ),
+    Contestant("expand and backward once", "autograd", contestants.by_expansion),
+)
+
+WHOLE: tuple[Contestant[Problem], ...] = (
+    *(
+        Contestant(
+            f"jacfunc {name}",
+            "jacfunc",
+            partial(by_jacfunc, per_sample=False, strategy=strategy),
+            forecast=partial(forecast, strategy),
+        )
+        for name, strategy in (STRATEGIES | {"structured": "structured"}).items()
+    ),
+    Contestant(FLAT, "jacfunc", by_jacfunc_as_matrix),
+    Contestant(ONE_CALL, "torch.func", contestants.by_jacrev),
+    Contestant("jacrev + cat", "torch.func", contestants.by_jacrev_and_concatenation),
+    *_either(
+        "autograd",
+        contestants.by_autograd_functional,
+        ("autograd.functional", "autograd.functional vectorized"),
+    ),
+    Contestant("backward, looped", "autograd", contestants.by_backward_loop),
+    Contestant(LAPLACE, "rival", rivals.by_laplace),
+    Contestant(TORCHJD, "rival", rivals.by_torchjd),
+)
 
 
-def as_record(case: Case, results: Sequence[Result]) -> dict[str, Any]:
-    """A case as plain data, times by round included."""
-    base = next(result for result in results if result.contestant == CONCATENATED)
-    return {
-        "parameters": sum(param.numel() for param in build(case.network).parameters()),
-        "targets": [{**asdict(t), "met": t.met} for t in targets(case, results)],
-        "results": [{**asdict(r), "peak_ratio": _peak_ratio(r, base)} for r in results],
-    }
+def _without(
+    everyone: tuple[Contestant[Problem], ...], absent: Sequence[str]
+) -> tuple[Contestant[Problem], ...]:
+    return tuple(contestant for contestant in everyone if contestant.name not in absent)
+
+
+def _of_params(network: str, batch: int) -> Case:
+    """With many samples, whoever sweeps a whole batch takes up to minutes a call."""
+    absent = (WHOLE_BATCH, TORCHJD) if network in WANTED else (WHOLE_BATCH, TORCHJD, LAPLACE)
+    wanted = [Wanted(OURS, "time ÷", 1.0, (RECIPE,))]
+    wanted.append(Wanted(FLAT, "time ÷", 1.0, (CONCATENATED,)))
+    wanted.append(Wanted(FLAT, "peak ÷", 0.6, (CONCATENATED,)))
+    if batch == MANY:
+        wanted += [Wanted(n, "times faster than", 10.0, (LAPLACE,)) for n in (FLAT, REUSED)]
+    return case_of(
+        network,
+        batch,
+        _without(PARAMS, absent if batch == MANY else ()),
+        baseline=RECIPE,
+        effort=EFFORT,
+        wanted=tuple(wanted) if network in WANTED else (),
+        is_quick=batch == FEW and network in ("mlp", "cnn"),
+    )
+
+
+def _of_inputs(network: str, batch: int) -> Case:
+    absent = () if batch <= PIXELWISE.get(network, 0) else FORWARD
+    return case_of(
+        network,
+        batch,
+        _without(INPUTS, absent),
+        wrt="inputs",
+        baseline=RECIPE,
+        effort=EFFORT,
+        is_quick=batch == FEW and network == "resnet",
+    )
+
+
+QUESTIONS = (
+    Question(
+        "params",
+        "Per-sample Jacobians in the parameters of a network: by which way, by which library?",
+        OURS,
+        tuple(_of_params(network, batch) for network in COMPARED for batch in (FEW, MANY)),
+    ),
+    Question(
+        "inputs",
+        "Per-sample Jacobians in the inputs of a network: by which way?",
+        OURS,
+        tuple(_of_inputs(network, batch) for network in COMPARED for batch in (FEW, MANY)),
+    ),
+    Question(
+        "whole",
+        "The Jacobian of one call of a network in its parameters: by which way, by which library?",
+        OURS,
+        tuple(case_of(n, 1, WHOLE, baseline=ONE_CALL, effort=EFFORT) for n in COMPARED),
+    ),
+)

@@ -43,7 +43,8 @@ LAYERS = [
     | {"_layerwise", "_of_samples", "_kernel_blocks", "_kernels"}
     | {"_points", "_whole_batch", "_output_curvature", "_gauss_newton", "_curvature"}
     | {"_projections"}
-    | {"testing"},
+    | {"testing", "compare"},
+    {"__main__"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45
@@ -66,13 +67,18 @@ def layer_of(module: str) -> int:
 def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
     """Every ``(module, name)`` that a syntax tree imports."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, ""
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            for alias in node.names:
-                yield node.module or "", alias.name
+        yield from imported_by(node)
+
+
+def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """The same of one statement."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.name, ""
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        for alias in node.names:
+            yield node.module or "", alias.name
 
 
 def own_imports(name: str) -> set[str]:
@@ -154,13 +160,29 @@ def test_every_room_is_in_one_layer() -> None:
     assert set(rooms) == {name.split(".")[1] for name in FILES if name != "jacfunc"}
 
 
+EXTRA = {"rich", "matplotlib"}
+"""What the extra `bench` brings; all else of the package does without it."""
+
+
 @EVERY_MODULE
 def test_no_imports_inside_functions(name: str) -> None:
+    allowed = EXTRA if name.startswith("jacfunc.compare") else set()
     for function in functions(TREES[name]):
-        hidden = [
-            n.lineno for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)
-        ]
-        assert not hidden, f"{name}, lines {hidden}"
+        hidden = {module.split(".")[0] for module, _ in imported(function)} - allowed
+        assert not hidden, f"{name}, {function.name}: {hidden}"
+
+
+@EVERY_MODULE
+def test_the_extra_is_imported_inside_functions_alone(name: str) -> None:
+    """Types apart: these are read by nobody who runs it."""
+    runs = [node for node in TREES[name].body if not _is_for_types(node)]
+    inside = {id(node) for function in functions(TREES[name]) for node in ast.walk(function)}
+    for node in (node for top in runs for node in ast.walk(top) if id(node) not in inside):
+        assert not {module.split(".")[0] for module, _ in imported_by(node)} & EXTRA
+
+
+def _is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING"
 
 
 def test_optree_lives_in_one_room() -> None:
@@ -185,8 +207,12 @@ DERIVATIVES = (
 )
 
 
+JUDGES = {"jacfunc.compare._reference", "jacfunc.compare._recipe"}
+"""What jacfunc is compared with must not be jacfunc's: the reference, and torch's own recipe."""
+
+
 def test_torchs_derivatives_are_driven_from_one_room() -> None:
-    assert users_of(*DERIVATIVES) <= {"jacfunc._engines"}
+    assert users_of(*DERIVATIVES) - JUDGES <= {"jacfunc._engines"}
     assert users_of("torch.func.jvp") == users_of("torch.func.vjp") == {"jacfunc._engines"}
 
 

@@ -1,0 +1,78 @@
+"""Small functions differentiated again and again: there the Python around each call is the cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import functions, grid
+from benchmarks.cases import Case, Question
+from benchmarks.functions import AUTO, BASELINE, Func, Function, case, mlp, portable
+from jacfunc.compare._measuring import Effort
+
+CALLS = 50
+"""Of one run, each at another point."""
+
+EFFORT = Effort(rounds=40, seconds=0.6, fewest=5, patience=3.0)
+
+
+def arm(draw: Any, xp: Any = torch) -> tuple[Func, Tensor]:
+    """Where the hand of a robot is, by the angles of six joints: the first one turns the rest."""
+    lengths = abs(draw(5))
+
+    def hand(angles: Any) -> Any:
+        leaning = xp.cumsum(angles[1:], 0)
+        reach, height = (lengths * xp.sin(leaning)).sum(), (lengths * xp.cos(leaning)).sum()
+        return xp.stack([xp.cos(angles[0]) * reach, xp.sin(angles[0]) * reach, height])
+
+    return hand, draw(6)
+
+
+TAKE_PART = (
+    AUTO,
+    "jacfunc reverse",
+    BASELINE,
+    "torch.func jacfwd",
+    "autograd.functional jacobian, vectorized",
+    "autograd.functional jacobian, not vectorized",
+    "autograd looped by hand",
+    "JAX jacrev",
+    "JAX jacfwd",
+)
+# what is forecast is one call
+CONTESTANTS = tuple(
+    replace(contestant, forecast=None)
+    for contestant in functions.CONTESTANTS
+    if contestant.name in TAKE_PART
+)
+PROBLEMS: tuple[tuple[str, int, int, Function], ...] = (
+    ("mlp 64, 4 → 4", 4, 4, mlp(4, 4, 64)),
+    ("mlp 64, 16 → 16", 16, 16, mlp(16, 16, 64)),
+    ("orbit, 4 → 4, 5 steps", 4, 4, portable(partial(grid.orbit, 5))),
+    ("robot arm, 6 → 3", 6, 3, portable(arm)),
+)
+
+
+def loop(name: str, inputs: int, outputs: int, function: Function) -> Case:
+    return case(
+        name,
+        function,
+        calls=CALLS,
+        effort=EFFORT,
+        contestants=CONTESTANTS,
+        baseline=BASELINE,
+        sizes={"inputs": inputs, "outputs": outputs, "calls": CALLS},
+        is_quick=inputs == 16,
+    )
+
+
+QUESTION = Question(
+    "loops",
+    "What does one call cost when a small function is differentiated again and again?",
+    AUTO,
+    tuple(loop(*row) for row in PROBLEMS),
+)

@@ -1,0 +1,75 @@
+"""The file of a run: where it was made, and what came out, case by case; never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FORMAT = 2
+"""Of the file; another one is not read."""
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """A suite on a device: a record a case, by ``question/case``.
+
+    Each record is what :func:`benchmarks.cases.as_record` gives, with ``took`` (seconds of the
+    whole case), ``load`` (when it began) and ``commit``.
+    """
+
+    suite: str
+    environment: Mapping[str, Any]
+    rivals: Mapping[str, str | None]
+    cases: dict[str, Record]
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """From a file.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: it must be a run of the suite in format {FORMAT}, got another file. "
+                "Make one: python -m benchmarks run."
+            )
+        return cls(found["suite"], found["environment"], found["rivals"], found["cases"])
+
+    def write(self, path: Path) -> None:
+        """At once: whoever is killed while writing leaves the file that was there."""
+        head = {
+            "format": FORMAT,
+            "suite": self.suite,
+            "environment": self.environment,
+            "rivals": self.rivals,
+        }
+        lines = [f" {_json(name)}: {_json(value)}" for name, value in head.items()]
+        # a line a case: a diff shows which were measured anew
+        cases = ",\n".join(f"  {_json(key)}: {_json(case)}" for key, case in self.cases.items())
+        replace(path, "{\n" + ",\n".join([*lines, f' "cases": {{\n{cases}\n }}\n}}\n']))
+
+    def of(self, question: str) -> Iterator[Record]:
+        """Its cases, in the order of the table."""
+        return (case for case in self.cases.values() if case["question"] == question)
+
+
+def replace(path: Path, text: str) -> None:
+    """Beside the file first, then in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partly")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,135 @@
+"""Hessians of functions of one tensor: which product of modes, and by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import jacfunc
+from benchmarks import grid
+from benchmarks.cases import Case, Question
+from benchmarks.functions import (
+    DOUBLE,
+    SINGLE,
+    Func,
+    Function,
+    Problem,
+    case,
+    functional,
+    jax,
+    looped,
+    plain,
+    portable,
+)
+from jacfunc.compare._measuring import Contestant
+
+AUTO, BASELINE = "jacfunc hessian", "torch.func hessian"
+LABEL = 3
+
+
+def looped_twice(func: Func, x: Tensor) -> Tensor:
+    """One ``autograd.grad`` an entry of the gradient, as in the answers of forums."""
+
+    def gradient(point: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(func(point), point, create_graph=True)
+        return grad
+
+    return looped(gradient, x)
+
+
+# --- functions with one number out ---
+
+
+def rosenbrock(size: int, draw: Any, xp: Any = torch) -> tuple[Func, Tensor]:
+    """The valley that minimizers are tried on: its Hessian has three diagonals."""
+
+    def func(x: Any) -> Any:
+        return (100 * xp.square(x[1:] - xp.square(x[:-1])) + xp.square(1 - x[:-1])).sum()
+
+    return func, draw(size)
+
+
+def logistic(draw: Any) -> tuple[Func, Tensor]:
+    """The loss of logistic regression on scikit-learn's digits 0 and 1, by its weights."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(n_class=2, return_X_y=True)
+    weights = draw(images.shape[1])
+    scaled, wanted = (torch.as_tensor(numbers).to(weights) for numbers in (images / 16, labels))
+    return lambda w: F.binary_cross_entropy_with_logits(scaled @ w, wanted), weights
+
+
+def mlp_loss(inputs: int, draw: Any) -> tuple[Func, Tensor]:
+    """The cross-entropy of a perceptron with ten classes, by its inputs."""
+    scores, x = grid.mlp(inputs, 10, 64, draw)
+    return lambda x: -torch.log_softmax(scores(x), -1)[LABEL], x
+
+
+def attention_sum(length: int, width: int, draw: Any) -> tuple[Func, Tensor]:
+    mixed, x = grid.attention(length, width, draw)
+    return lambda x: mixed(x).sum(), x
+
+
+# --- who takes part ---
+
+
+def by(outer: Callable[[Func], Func], inner: Callable[[Func], Func], problem: Problem) -> Func:
+    """A Jacobian of a Jacobian."""
+    return outer(inner(problem.func))
+
+
+CONTESTANTS: tuple[Contestant[Problem], ...] = (
+    plain(AUTO, "jacfunc", lambda problem: jacfunc.hessian(problem.func, strategy="auto")),
+    plain("jacfunc jacfwd of jacrev", "jacfunc", partial(by, jacfunc.jacfwd, jacfunc.jacrev)),
+    plain("jacfunc jacrev of jacrev", "jacfunc", partial(by, jacfunc.jacrev, jacfunc.jacrev)),
+    plain(BASELINE, "torch.func", lambda problem: torch.func.hessian(problem.func)),
+    plain(
+        "torch.func jacrev of jacrev",
+        "torch.func",
+        partial(by, torch.func.jacrev, torch.func.jacrev),
+    ),
+    functional("hessian", vectorize=True),
+    functional("hessian"),
+    plain(
+        "double backward by hand", "autograd", lambda problem: partial(looped_twice, problem.func)
+    ),
+    jax("hessian"),
+)
+
+
+# --- the cases ---
+
+PROBLEMS: tuple[tuple[str, int, Function], ...] = (
+    ("energy, 64", 64, portable(partial(grid.energy, 64))),
+    ("energy, 1024", 1024, portable(partial(grid.energy, 1024))),
+    ("rosenbrock, 16", 16, portable(partial(rosenbrock, 16))),
+    ("rosenbrock, 256", 256, portable(partial(rosenbrock, 256))),
+    ("logistic regression, 64", 64, Function(logistic)),
+    ("loss of an mlp by its inputs, 64", 64, Function(partial(mlp_loss, 64))),
+    ("attention summed, 16 × 8", 128, Function(partial(attention_sum, 16, 8))),
+)
+DOUBLED = ("energy, 64", "rosenbrock, 256")
+
+
+def cases() -> Iterator[Case]:
+    """Every problem in single precision, some in double."""
+    for name, inputs, function in PROBLEMS:
+        for dtype in (SINGLE, DOUBLE) if name in DOUBLED else (SINGLE,):
+            yield case(
+                name,
+                function,
+                dtype,
+                derivative=looped_twice,
+                contestants=CONTESTANTS,
+                baseline=BASELINE,
+                sizes={"inputs": inputs, "outputs": 1},
+                is_quick=(name, dtype) == (PROBLEMS[0][0], SINGLE),
+            )
+
+
+QUESTION = Question("hessians", "How should a Hessian be taken?", AUTO, tuple(cases()))

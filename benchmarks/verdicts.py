@@ -1,0 +1,248 @@
+"""What a case record says: intervals of ratios, ties, who wins, a question in one sentence."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from jacfunc.compare._results import WARM_UP
+
+Record = Mapping[str, Any]
+Verdict = Literal["faster", "slower", "tie"]
+
+TIE = 0.05
+"""Ratios as near to 1 as this are no difference."""
+
+RESAMPLES = 2000
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182}
+"""The 97.5 % point of Student's t, by the number of rounds.
+
+A bootstrap of so few never leaves their range, which holds the median of two in 50 % of cases.
+"""
+
+BOUND = "bound"
+"""The family of what only bounds the time: it has no answer, and does not win."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The middle of what was found, and where it lies in 95 of 100 repetitions."""
+
+    low: float
+    mid: float
+    high: float
+
+    def contains(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def beside(record: Record, name: str, other: str) -> Interval | None:
+    """Time of one contestant ÷ that of another, or None where one of them has none.
+
+    The middle is the median over the rounds in which both took part, each round one ratio; where
+    they share no round, it is the ratio of their medians.
+    """
+    mine, theirs = find(record, name), find(record, other)
+    for choose in (counted_rounds, seconds_of):  # or else in the warm-up that one of them has
+        first, second = choose(mine), choose(theirs)
+        if common := sorted(first.keys() & second.keys()):
+            return median_interval([first[number] / second[number] for number in common])
+    alone = [[*counted_rounds(result).values()] for result in (mine, theirs)]
+    return divided(*map(median_interval, alone)) if all(alone) else None
+
+
+def find(record: Record, name: str) -> Record | None:
+    """The result of a contestant in a case."""
+    return next((r for r in record["results"] if r["contestant"] == name), None)
+
+
+def seconds_of(result: Record | None) -> dict[int, float]:
+    """By round, the warm-up among them; nothing of whoever failed."""
+    if result is None or result["status"] != "ok":
+        return {}
+    return {int(number): took for number, took in result["seconds"].items()}
+
+
+def counted_rounds(result: Record | None) -> dict[int, float]:
+    """Without the warm-up, unless there is nothing else."""
+    found = seconds_of(result)
+    return {number: took for number, took in found.items() if number != WARM_UP} or found
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """95 % for the median, by bootstrap; of fewer than five values by Student's t of logarithms."""
+    middle, count = statistics.median(values), len(values)
+    if count == 1:
+        return Interval(middle, middle, middle)
+    if count in STUDENT:
+        logarithms = [math.log(value) for value in values]
+        width = STUDENT[count] * statistics.stdev(logarithms) / math.sqrt(count)
+        centre = statistics.fmean(logarithms)
+        low, high = math.exp(centre - width), math.exp(centre + width)
+    else:
+        given = torch.tensor(sorted(values), dtype=torch.float64)
+        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        low, high = given[_middles(count)].mean(0).quantile(ends).tolist()
+    return Interval(min(low, middle), middle, max(high, middle))
+
+
+@cache
+def _middles(count: int) -> Tensor:
+    """Where the two middle ones of each resample stand among the sorted values.
+
+    The same for the same number of rounds, so that a report says the same every time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator).sort(1).values
+    return drawn[:, [(count - 1) // 2, count // 2]].T
+
+
+def divided(above: Interval, below: Interval) -> Interval:
+    """The quotient of two that were found independently: errors add up as squares of logarithms."""
+    middle = above.mid / below.mid
+    down = math.hypot(math.log(above.mid / above.low), math.log(below.high / below.mid))
+    up = math.hypot(math.log(above.high / above.mid), math.log(below.mid / below.low))
+    return Interval(middle * math.exp(-down), middle, middle * math.exp(up))
+
+
+def verdict(interval: Interval) -> Verdict:
+    """A tie is what lies within 5 % of 1, or cannot be told from 1."""
+    near = max(interval.mid, 1 / interval.mid) <= 1 + TIE
+    if near or interval.contains(1.0):
+        return "tie"
+    return "faster" if interval.mid < 1 else "slower"
+
+
+def winners(record: Record) -> list[str]:
+    """The fastest with a right answer, then whoever ties with it, by their times."""
+    timed = (name for name in _takers(record) if counted_rounds(find(record, name)))
+    times = {name: _time(record, name) for name in timed}
+    first, *others = sorted(times, key=times.__getitem__) or [""]
+    return [first, *(name for name in others if _ties(record, name, first))] if first else []
+
+
+def _time(record: Record, name: str) -> float:
+    """In units of the baseline where there is one, which takes out what moved between rounds."""
+    ratio = beside(record, name, record["baseline"])
+    return ratio.mid if ratio else statistics.median(counted_rounds(find(record, name)).values())
+
+
+def _ties(record: Record, name: str, first: str) -> bool:
+    ratio = beside(record, name, first)
+    return ratio is not None and verdict(ratio) == "tie"
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent of the power law nearest to the values, by least squares on log axes."""
+    logarithms = [math.log(size) for size in sizes], [math.log(value) for value in values]
+    return statistics.linear_regression(*logarithms).slope
+
+
+def exponent(records: Iterable[Record], name: str, axis: str) -> float | None:
+    """How a contestant's time grows along an axis, from three sizes on."""
+    points = [
+        (record["sizes"][axis], statistics.median(rounds.values()))
+        for record in records
+        if record["axis"] == axis and (rounds := counted_rounds(find(record, name)))
+    ]
+    if len({size for size, _ in points}) < 3:
+        return None
+    return slope(*zip(*points, strict=True))
+
+
+def sentence(records: Sequence[Record]) -> str:
+    """The verdict of one question, about its ``ours``: how often it wins, by what, who else."""
+    ours = records[0]["ours"]
+    contested = [record for record in records if is_contested(record)]
+    won = [winners(record) for record in contested]
+    count = sum(ours in names for names in won)
+    first = f"{ours} is the fastest or ties with it in {count} of {len(contested)} cases"
+    first = first if contested else f"{ours} has no rival here"
+    others = Counter(names[0] for names in won if names and ours not in names)
+    told = [name for name, _ in others.most_common(2)]
+    told += [f"{len(others) - 2} more"] if len(others) > 2 else []
+    wins = f"elsewhere {' or '.join(told)} {'wins' if len(told) == 1 else 'win'}" if told else ""
+    parts = first + _beside_other(contested), _directions(records), _growth(records, ours), wins
+    return "; ".join(filter(None, parts)) + "."
+
+
+def against(record: Record) -> str | None:
+    """Whom ``ours`` is held against: the baseline, or where that is ours, the fastest other."""
+    if record["baseline"] != record["ours"]:
+        return str(record["baseline"])
+    others = {n for n, family in _takers(record).items() if family != "jacfunc"}
+    timed = [name for name in others if counted_rounds(find(record, name))]
+    return min(timed, key=lambda name: (_time(record, name), name), default=None)
+
+
+def ratios(records: Iterable[Record]) -> list[tuple[str, float]]:
+    """Whom ours is held against in each case, and ours beside them, where both have a time."""
+    pairs = ((record, other) for record in records if (other := against(record)))
+    found = ((other, beside(record, record["ours"], other)) for record, other in pairs)
+    return [(other, ratio.mid) for other, ratio in found if ratio]
+
+
+def is_contested(record: Record) -> bool:
+    """Whether anyone else took part, be it in vain."""
+    return len(_takers(record)) > 1
+
+
+def _takers(record: Record) -> dict[str, str]:
+    """The family of whoever could win."""
+    return {r["contestant"]: r["family"] for r in record["results"] if r["family"] != BOUND}
+
+
+def _beside_other(records: Sequence[Record]) -> str:
+    if not (found := ratios(records)):
+        return ""
+    names, times = {name for name, _ in found}, [ratio for _, ratio in found]
+    several = (
+        "the fastest other" if records[0]["baseline"] == records[0]["ours"] else "the baseline"
+    )
+    other = names.pop() if len(names) == 1 else several
+    span = f" ({number(min(times))} to {number(max(times))})" if len(times) > 1 else ""
+    return f", at {number(statistics.median(times))} of the time of {other}{span}"
+
+
+def number(ratio: float) -> str:
+    """Two decimals, or two digits where they would say little."""
+    if ratio < 0.1:
+        return f"{float(f'{ratio:.2g}')}"
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _directions(records: Sequence[Record]) -> str:
+    """From how many outputs an input on forward mode always wins, where shapes vary that far."""
+    found = sorted(filter(None, map(_direction, records)), reverse=True)
+    if len({share for share, _ in found}) < 4:
+        return ""
+    told = f"forward beats reverse in {sum(wins for _, wins in found)} of {len(found)}"
+    lost = max((share for share, wins in found if not wins), default=0.0)
+    least = min((share for share, _ in found if share > lost), default=None)
+    return told + (f", always from {number(least)} outputs an input on" if least else "")
+
+
+def _direction(record: Record) -> tuple[float, bool] | None:
+    """Outputs an input, and whether jacfunc's best way forward beats its best in reverse."""
+    sizes = record["sizes"]
+    own = [r["contestant"] for r in record["results"] if r["family"] == "jacfunc" and r["time"]]
+    forward, reverse = ([name for name in own if way in name] for way in ("forward", "reverse"))
+    if record["axis"] or not {"inputs", "outputs"} <= sizes.keys() or not forward or not reverse:
+        return None
+    first, second = (min(_time(record, name) for name in names) for names in (forward, reverse))
+    return sizes["outputs"] / max(sizes["inputs"], 1), first < second
+
+
+def _growth(records: Sequence[Record], ours: str) -> str:
+    axes = dict.fromkeys(record["axis"] for record in records if record["axis"])
+    found = {axis: exponent(records, ours, axis) for axis in axes}
+    powers = [f"{axis}^{power:.2f}" for axis, power in found.items() if power is not None]
+    return f"its time grows as {', '.join(powers)}" if powers else ""

@@ -1,0 +1,10 @@
+"""``python -m jacfunc compare my_module:make_problem``: which strategy, for my model?"""
+
+from __future__ import annotations
+
+import sys
+
+from jacfunc.compare._command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

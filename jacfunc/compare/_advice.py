@@ -1,0 +1,148 @@
+"""What to take, from what was measured: in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jacfunc._check import check_memory
+from jacfunc._resolve import Memory
+from jacfunc._words import in_bytes, in_seconds
+from jacfunc.compare._contestants import PLANNED
+from jacfunc.compare._problem import API
+from jacfunc.compare._results import Result, Spread
+
+TIE = 1.05
+"""Up to so many times the shortest time is as fast."""
+
+LITTLE = 0.8
+"""Less memory is worth a word only below that share of another's."""
+
+NOT_ENOUGH = "jacfunc.stream_jacobian or products (jacfunc.jvp, vjp, ntk, ggn)"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What results say.
+
+    Args:
+        baseline: the contestant whose time is 1.
+        memory: that auto and autotune were to keep to.
+    """
+
+    results: Sequence[Result]
+    baseline: str
+    memory: Memory
+
+    @property
+    def timed(self) -> list[Result]:
+        """Those with a right answer."""
+        return [result for result in self.results if result.ok and result.time is not None]
+
+    @property
+    def best(self) -> Result | None:
+        """The fastest; of the strategies that tie with it, the first."""
+        return _first(_as_fast(self.timed))
+
+    @property
+    def front(self) -> list[Result]:
+        """The fastest, and from there on each that takes less memory than all before."""
+        found: list[Result] = []
+        least = math.inf
+        for result in sorted(self.timed, key=lambda r: (_duration(r).median, r.peak_bytes or 0)):
+            if result.peak_bytes is not None and result.peak_bytes < least:
+                least = result.peak_bytes
+                found.append(result)
+        return found
+
+    def sentence(self) -> str:
+        """What to take, and what where memory is short."""
+        best = self.best
+        if best is None:
+            return f"No strategy gave a right answer: {'; '.join(self.reasons())}."
+        if not any(result.family == "jacfunc" for result in self.timed):
+            only = f"Only {best.contestant} itself gave a right answer"
+            return f"{only}: {'; '.join(self.reasons())}."
+        if best.family != "jacfunc":
+            what = f"Take {self._code(best)}: no strategy is as fast here"
+        else:
+            what = f"Take {self._code(best)}: {self._figures(best)}"
+        return f"{what}{self._ties(best)}{self._where_memory_is_short(best)}."
+
+    def reasons(self) -> list[str]:
+        """Why there is no time, and whose."""
+        failed: dict[str, list[str]] = {}
+        for result in self.results:
+            if not result.ok:
+                failed.setdefault(result.status, []).append(result.contestant)
+        return [f"{', '.join(names)}: {status}" for status, names in failed.items()]
+
+    def _ties(self, best: Result) -> str:
+        others = [result.contestant for result in _as_fast(self.timed) if result is not best]
+        return f" (as fast: {', '.join(others)})" if others else ""
+
+    def _where_memory_is_short(self, best: Result) -> str:
+        """Another strategy, if one takes less memory, or keeps to what was given."""
+        budget, room = check_memory(API, self.memory), str(self.memory)
+        if budget is None:
+            budget, room = int(LITTLE * (best.peak_bytes or 0)), in_bytes(best.peak_bytes)
+        elif best.peak_bytes is not None and best.peak_bytes <= budget:
+            return f"; it keeps to a memory of {room}"
+        fits = [r for r in self.timed if r.peak_bytes is not None and r.peak_bytes <= budget]
+        other = _first(_as_fast(fits))
+        if other is not None:
+            return f"; under a memory of {room} take {self._code(other)}: {self._figures(other)}"
+        if self.memory is None:
+            return ""
+        return f"; nothing keeps to a memory of {room}, for which there are {NOT_ENOUGH}"
+
+    def _figures(self, result: Result) -> str:
+        time = in_seconds(result.time.median if result.time else None)
+        if result.ratio is not None and result.contestant != self.baseline:
+            time = f"{spread(result.ratio)} of the time of {self.baseline}"
+        return f"{time}, {in_bytes(result.peak_bytes)} at its peak"
+
+    def _code(self, result: Result) -> str:
+        """As it is written."""
+        name = result.contestant
+        if result.family != "jacfunc":
+            return f"{name} itself"
+        if not name.isidentifier():
+            return f"strategy={name}"
+        budget = f", memory={json.dumps(self.memory)}" if self.memory and name in PLANNED else ""
+        return f'strategy="{name}"{budget}'
+
+
+def spread(value: Spread, scale: float = 1) -> str:
+    """``median (low–high)``, the quartiles in brackets."""
+    median, low, high = (_short(x * scale) for x in (value.median, value.low, value.high))
+    return f"{median} ({low}–{high})"
+
+
+def _short(value: float) -> str:
+    """Three digits, or two after the point where that is fewer."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _duration(result: Result) -> Spread:
+    """In units of the baseline, whose rounds were as busy; of a call, where that has failed."""
+    found = result.ratio or result.time
+    assert found is not None
+    return found
+
+
+def _as_fast(results: Sequence[Result]) -> list[Result]:
+    """The fastest, and those within a few percent, or faster than it in a quarter of the rounds."""
+    shortest = min((_duration(result).median for result in results), default=0.0)
+    return [
+        result
+        for result in results
+        if _duration(result).median <= TIE * shortest or _duration(result).low <= shortest
+    ]
+
+
+def _first(results: Sequence[Result]) -> Result | None:
+    ours = [result for result in results if result.family == "jacfunc"]
+    return next(iter((*ours, *results)), None)

@@ -1,0 +1,70 @@
+"""One call on the clock, calls of many in rounds, and one untimed call for the peak."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from jacfunc._counting import PeakBytes
+from jacfunc._machine import seconds_of
+
+Name = TypeVar("Name")
+Run = Callable[[], Any]
+
+
+def seconds(run: Run, cuda: bool) -> float:
+    """Wall time of one call; the answer is freed after the clock has stopped."""
+    with uncollected():
+        return seconds_of(run, torch.device("cuda" if cuda else "cpu"))
+
+
+def timed(run: Run, cuda: bool) -> tuple[float, Any]:
+    """Wall time of one call, and its answer."""
+    kept: list[Any] = []
+    return seconds(lambda: kept.append(run()), cuda), kept[0]
+
+
+def interleaved(runs: Mapping[Name, Run], rounds: int, cuda: bool) -> dict[Name, list[float]]:
+    """Seconds of every run in every round; the rounds go in shuffled order.
+
+    Rotating would leave everyone behind the same neighbour, and what a neighbour leaves in the
+    caches moved a ratio by a tenth.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(runs), len(runs)):
+            times[name].append(seconds(runs[name], cuda))
+    return times
+
+
+def peak_bytes(run: Run, cuda: bool) -> int:
+    """Most bytes that one call holds at once, its answer included, above what was held before."""
+    if not cuda:
+        counter = PeakBytes()
+        with counter:
+            run()
+        return counter.peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside: it would be charged to whoever runs at the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

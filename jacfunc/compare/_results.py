@@ -1,0 +1,111 @@
+"""What becomes of a contestant: an answer and its error, times, bytes, or the reason for none."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from jacfunc._check import is_out_of_memory
+
+WARM_UP = 0
+"""The number of the round before those that count."""
+
+
+class WrongAnswerError(Exception):
+    """The answer has other names, shapes or numbers than the reference."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What was expected before anything ran."""
+
+    seconds: float | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass
+class Result:
+    """What became of one contestant on one problem; a failure stays, with its reason."""
+
+    contestant: str
+    family: str
+    status: str = "ok"
+    error: float | None = None
+    seconds: dict[int, float] = field(default_factory=dict)
+    """By round, the first being 1: a slow contestant sits some out, or has the warm-up alone."""
+    busy: dict[int, float] = field(default_factory=dict)
+    """Seconds of the processor in the same rounds: what other processes took is not in them."""
+    time: Spread | None = None
+    ratio: Spread | None = None
+    """To the baseline, round by round."""
+    peak_bytes: int | None = None
+    forecast: Forecast | None = None
+    work: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+def summarize(results: Mapping[str, Result], baseline: str) -> None:
+    """Fill in medians, and ratios to the baseline taken round by round."""
+    base = results[baseline].seconds if baseline in results else {}
+    for result in results.values():
+        if not result.ok or not result.seconds:
+            continue
+        rounds = {n: took for n, took in result.seconds.items() if n != WARM_UP} or result.seconds
+        result.time = Spread.of(list(rounds.values()))
+        ratios = [took / base[n] for n, took in rounds.items() if n in base]
+        result.ratio = Spread.of(ratios) if ratios else None
+
+
+def pooled(runs: Sequence[Sequence[Result]], baseline: str) -> list[Result]:
+    """The same contestants measured several times, their rounds in a row."""
+    first, *others = runs
+    for again in others:
+        last = max((n for result in first for n in result.seconds), default=WARM_UP)
+        for result, more in zip(first, again, strict=True):
+            result.status = result.status if more.ok else more.status
+            for clock, added in ((result.seconds, more.seconds), (result.busy, more.busy)):
+                clock.update({last + n: took for n, took in added.items() if n != WARM_UP})
+    summarize({result.contestant: result for result in first}, baseline)
+    return list(first)
+
+
+@contextmanager
+def recording(result: Result) -> Iterator[None]:
+    """Turn a failure into the result's status."""
+    try:
+        yield
+    except WrongAnswerError as wrong:
+        result.status = f"wrong: {wrong}"
+    except ModuleNotFoundError as missing:
+        result.status = f"not installed: {missing}"
+    except Exception as error:
+        # the table must be finished, whatever one contestant does
+        result.status = _failure(error)
+
+
+def _failure(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "out of memory"
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"unsupported: {type(error).__name__}: {line}"[:200]
