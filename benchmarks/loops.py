@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks import functions, grid
 from benchmarks.cases import Case, Question
-from benchmarks.functions import AUTO, BASELINE, Func, Function, case, mlp, portable
+from benchmarks.functions import AUTO, BASELINE, case, mlp, portable
+from benchmarks.ways import Func, Function
 from jacfunc.compare._measuring import Effort
 
 CALLS = 50

@@ -13,18 +13,17 @@ from torch.nn import functional as F
 import jacfunc
 from benchmarks import grid
 from benchmarks.cases import Case, Question
-from benchmarks.functions import (
+from benchmarks.functions import case, portable
+from benchmarks.ways import (
     DOUBLE,
     SINGLE,
     Func,
     Function,
     Problem,
-    case,
     functional,
     jax,
     looped,
     plain,
-    portable,
 )
 from jacfunc.compare._measuring import Contestant
 

@@ -26,10 +26,11 @@ def in_seconds(seconds: float | None) -> str:
     """``1.23 ms``."""
     if seconds is None:
         return UNKNOWN
+    rounded = float(f"{seconds:.3g}")
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+        if rounded >= scale:
+            return f"{_three_digits(seconds / scale)} {unit}"
+    return f"{_three_digits(seconds * 1e6)} µs"
 
 
 def _human(number: int | None, units: tuple[str, ...], plain: str, step: int) -> str:
@@ -37,7 +38,12 @@ def _human(number: int | None, units: tuple[str, ...], plain: str, step: int) ->
         return UNKNOWN
     scaled, unit = float(number), plain
     for bigger in units:
-        if scaled < step:
+        if float(f"{scaled:.3g}") < 1000:  # or it would read 1.02e+03 KiB
             break
         scaled, unit = scaled / step, bigger
-    return f"{number}{unit}" if unit == plain else f"{scaled:.3g}{unit}"
+    return f"{number}{unit}" if unit == plain else f"{_three_digits(scaled)}{unit}"
+
+
+def _three_digits(number: float) -> str:
+    """All of them before the point, where there are more."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"

@@ -312,7 +312,8 @@ def test_explain_tells_what_was_tried() -> None:
 # --- per sample ---
 
 
-def test_samples_that_do_not_run_under_vmap_are_not_tried_again(device: str) -> None:
+@pytest.mark.parametrize("strategy", ["auto", "autotune"])
+def test_samples_that_do_not_run_under_vmap_are_not_tried_again(strategy: str, device: str) -> None:
     gru = nn.GRU(3, 2, batch_first=True).to(device)
 
     class Last(nn.Module):
@@ -325,7 +326,7 @@ def test_samples_that_do_not_run_under_vmap_are_not_tried_again(device: str) -> 
             return last
 
     x = torch.randn(2, 4, 3, device=device)
-    derive = jacfunc.module_jacobian(Last(), "inputs", per_sample=True)
+    derive = jacfunc.module_jacobian(Last(), "inputs", per_sample=True, strategy=strategy)
     with trail() as steps:
         first = derive(x)
     assert any(step.startswith("samples go one by one: ") for step in steps)
