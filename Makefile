@@ -5,19 +5,21 @@ BIN := $(VENV)/bin
 RIVALS := .venv-rivals
 ARGS ?=
 
-.PHONY: help bench suite report compare test check lint types overhead regret budget rivals format clean
+.PHONY: help bench suite report figures compare trust test check lint types overhead regret budget
+.PHONY: format clean
 
 help:
 	@echo "make bench     the quick suite: tables, page and picture in two minutes"
 	@echo "make suite     the full suite beside every rival; ARGS=--resume goes on with it"
 	@echo "make report    page, Markdown and picture of the full suite's results"
+	@echo "make figures   the README's figures, from the committed results"
 	@echo "make compare   what became slower between two results files: A=… B=…"
+	@echo "make trust     does compare find what it should, on this machine?"
 	@echo "make test      every test, every doctest, and the README's code"
 	@echo "make check     lint and types"
 	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
 	@echo "make regret    auto and autotune against the best strategy picked by hand"
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
-	@echo "make rivals    the environment of the full suite, with other libraries"
 	@echo "make format    let ruff format the code"
 
 # One stamp: the environment is made anew when what it installs changes.
@@ -36,6 +38,12 @@ suite: $(RIVALS)/.installed
 
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks report $(ARGS)
+
+figures: $(VENV)/.installed
+	$(BIN)/python -m benchmarks figures
+
+trust: $(VENV)/.installed
+	$(BIN)/python -m benchmarks trust
 
 compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks compare $(A) $(B)
@@ -56,8 +64,6 @@ $(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt
 	$(RIVALS)/bin/python -m pip install --constraint constraints.txt --editable '.[bench,scipy,test-hf]'
 	$(RIVALS)/bin/python -m pip install --no-deps --requirement benchmarks/rivals.txt
 	@touch $@
-
-rivals: $(RIVALS)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)

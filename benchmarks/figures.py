@@ -131,6 +131,24 @@ def budget(root: Path) -> str:
     )
 
 
+def trust(root: Path) -> str:
+    """What a comparison of two runs finds."""
+    path = root / RESULTS / "trust-cpu.json"
+    if not path.exists():
+        return f"Not measured yet: `python -m benchmarks trust` writes `{_name(path)}`."
+    same, slower = _read(path)["shares"]
+
+    def told(share: Mapping[str, Any]) -> str:
+        return f"{share['verdicts'].get(share['wanted'], 0)} of {share['pairs']} pairs"
+
+    return _wrapped(
+        "`python -m benchmarks compare A.json B.json` says what became slower between two runs. Of "
+        f"two runs of the same code it calls {told(same)} {same['wanted']}; of code that was made "
+        f"{slower['what']}, it finds {told(slower)} {slower['wanted']} "
+        f"({_source('trust', path)})."
+    )
+
+
 def _range(low: str, high: str) -> str:
     return low if low == high else f"{low}–{high}"
 
@@ -166,4 +184,5 @@ FIGURES: dict[str, Callable[[Path], str]] = {
     "overhead": overhead,
     "regret": regret,
     "budget": budget,
+    "trust": trust,
 }

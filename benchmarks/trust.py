@@ -55,10 +55,8 @@ def measure(device: str, watch: Watch) -> list[Share]:
         again = run_suite(order, watch)
         slowed = run_suite(replace(order, planted=1.0 + SOUGHT), watch)
     return [
-        _share("the same code", "equivalent", compare(first, again).changes),
-        _share(
-            f"{SOUGHT:.0%} slower", "regressed", _of_ours(first, compare(first, slowed).changes)
-        ),
+        share("the same code", "equivalent", compare(first, again).changes),
+        share(f"{SOUGHT:.0%} slower", "regressed", _of_ours(first, compare(first, slowed).changes)),
     ]
 
 
@@ -71,7 +69,7 @@ def _of_ours(run: Run, changes: Iterable[Change]) -> list[Change]:
     ]
 
 
-def _share(what: str, wanted: str, changes: Iterable[Change]) -> Share:
+def share(what: str, wanted: str, changes: Iterable[Change]) -> Share:
     """Who has no answer, or is what others are compared with, is no pair."""
     verdicts = Counter[str](c.verdict for c in changes if c.verdict not in ("fails", "baseline"))
     return Share(what, wanted, dict(verdicts))
@@ -87,8 +85,8 @@ def table(shares: Iterable[Share]) -> Table:
     )
     for heading in ("the second run is", "wanted", "pairs", "found", "all verdicts"):
         shown.add_column(heading)
-    for share in shares:
-        told = ", ".join(f"{count} {name}" for name, count in sorted(share.verdicts.items()))
-        cells = share.what, share.wanted, str(share.pairs), f"{share.found / share.pairs:.1%}", told
-        shown.add_row(*cells, style="green" if share.met else "red")
+    for each in shares:
+        told = ", ".join(f"{count} {name}" for name, count in sorted(each.verdicts.items()))
+        cells = each.what, each.wanted, str(each.pairs), f"{each.found / each.pairs:.1%}", told
+        shown.add_row(*cells, style="green" if each.met else "red")
     return shown

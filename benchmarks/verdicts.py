@@ -164,7 +164,8 @@ def sentence(records: Sequence[Record]) -> str:
     contested = [record for record in records if is_contested(record)]
     won = [winners(record) for record in contested]
     count = sum(ours in names for names in won)
-    first = f"{ours} is the fastest or ties with it in {count} of {len(contested)} cases"
+    cases = f"{len(contested)} case{'s' * (len(contested) != 1)}"
+    first = f"{ours} is the fastest or ties with it in {count} of {cases}"
     first = first if contested else f"{ours} has no rival here"
     others = Counter(names[0] for names in won if names and ours not in names)
     told = [name for name, _ in others.most_common(2)]

@@ -147,3 +147,4 @@ HELD = (
     asking("second", case("held", (*GOOD, Contestant("held", "rival", held))), case("last")),
 )
 TWICE = (asking("same", case("name"), case("name")),)
+PLAIN = (asking("plain", case("one")),)

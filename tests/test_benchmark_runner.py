@@ -19,13 +19,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import presenting, runner, worker
+from benchmarks import presenting, runner, trust, worker
 from benchmarks.__main__ import STOPPED, main
+from benchmarks.comparing import Change
 from benchmarks.presenting import Pace
 from benchmarks.records import Run
 from benchmarks.runner import CannotRunError, Order
 from benchmarks.worker import DEVICE_LOST, Task
 from jacfunc.compare._measuring import Contestant, Effort
+from jacfunc.compare._results import Result, pooled
 from tests import benchmark_table
 from tests.benchmark_table import TRACE
 
@@ -335,6 +337,40 @@ def test_time_left_follows_what_finished_cases_took():
     pace.start("b", 120.0)
     assert pace.left(130.0) == 2 * 20 - 10 + 2 * 5
     assert pace.left(200.0) == 2 * 5
+
+
+# --- several processes ---
+
+
+def test_rounds_of_several_processes_are_pooled(tmp_path):
+    once, _ = run(tmp_path / "once", "PLAIN")
+    twice, _ = run(tmp_path / "twice", "PLAIN", processes=2)
+    (before,), (after,) = once.cases.values(), twice.cases.values()
+    for first, both in zip(before["results"], after["results"], strict=True):
+        counted = [n for n in both["seconds"] if int(n) > 0]
+        assert len(counted) == 2 * len([n for n in first["seconds"] if int(n) > 0])
+        assert len(both["busy"]) == len(counted)
+        assert both["ratio"]["low"] <= both["ratio"]["median"] <= both["ratio"]["high"]
+
+
+def test_who_fails_in_one_process_has_failed():
+    good, bad = Result("a", "rival"), Result("a", "rival", "out of memory")
+    good.seconds, bad.seconds = {0: 1.0, 1: 2.0}, {0: 1.0}
+    (found,) = pooled([[good], [bad]], "a")
+    assert found.status == "out of memory"
+    (kept,) = pooled([[Result("a", "rival", seconds={1: 2.0})], [good]], "a")
+    assert kept.seconds == {1: 2.0, 2: 2.0}
+
+
+# --- can it be trusted? ---
+
+
+def test_a_share_counts_pairs_alone():
+    verdicts = ("equivalent", "equivalent", "regressed", "fails", "baseline")
+    changes = [Change("q/c", str(n), v, None, ("ok", "ok")) for n, v in enumerate(verdicts)]
+    share = trust.share("the same code", "equivalent", changes)
+    assert (share.found, share.pairs, share.met) == (2, 3, False)
+    assert trust.share("", "equivalent", changes[:2]).met
 
 
 # --- the command line ---
