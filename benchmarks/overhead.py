@@ -12,9 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 import jacfunc
-from benchmarks.presenting import spread
 from jacfunc.compare._clock import seconds
-from jacfunc.compare._results import Spread
+from jacfunc.compare._results import Spread, spread
 
 SIZES = (4, 16, 64, 256)
 WIDTH = 64

@@ -19,7 +19,7 @@ from benchmarks.environment import Environment
 from benchmarks.records import Record, replace
 from benchmarks.verdicts import BOUND, winners
 from jacfunc._words import in_bytes, in_seconds
-from jacfunc.compare._results import Spread
+from jacfunc.compare._results import Spread, spread
 
 LOG_WIDTH = 140
 """A log has no width of its own, and the usual 80 columns break the tables."""
@@ -60,7 +60,7 @@ def table(record: Record) -> Table:
 def _columns(record: Record) -> dict[str, Callable[[Record], str]]:
     """By heading, what a result says there."""
     found: dict[str, Callable[[Record], str]] = {
-        "time × baseline": lambda r: spread(r["ratio"] and Spread(**r["ratio"])),
+        "time × baseline": lambda r: spread(Spread(**r["ratio"])) if r["ratio"] else "-",
         "time": lambda r: in_seconds(r["time"] and r["time"]["median"]),
         "rounds": lambda r: str(len(r["seconds"])),
         "peak": lambda r: "-" if r["peak_bytes"] is None else in_bytes(r["peak_bytes"]),
@@ -96,19 +96,6 @@ def _below(record: Record) -> Text:
         told = f"{target['of']} {target['what']}: wanted {target['wanted']}, found {found}: "
         lines.append(Text(told + verdict, "red" if target["met"] is False else ""))
     return Text("\n").join(lines)
-
-
-def spread(value: Spread | None, scale: float = 1) -> str:
-    """``median (low to high)``, the quartiles in brackets."""
-    if value is None:
-        return "-"
-    median, low, high = (_short(x * scale) for x in (value.median, value.low, value.high))
-    return f"{median} ({low}–{high})"
-
-
-def _short(value: float) -> str:
-    """Three digits, or two after the point where that is fewer."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def write_json(path: Path, kind: str, where: Environment, body: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from jacfunc._resolve import Memory
 from jacfunc._words import in_bytes, in_seconds
 from jacfunc.compare._contestants import PLANNED
 from jacfunc.compare._problem import API
-from jacfunc.compare._results import Result, Spread
+from jacfunc.compare._results import Result, Spread, spread
 
 TIE = 1.05
 """Up to so many times the shortest time is as fast."""
@@ -113,17 +113,6 @@ class Advice:
             return f"strategy={name}"
         budget = f", memory={json.dumps(self.memory)}" if self.memory and name in PLANNED else ""
         return f'strategy="{name}"{budget}'
-
-
-def spread(value: Spread, scale: float = 1) -> str:
-    """``median (low–high)``, the quartiles in brackets."""
-    median, low, high = (_short(x * scale) for x in (value.median, value.low, value.high))
-    return f"{median} ({low}–{high})"
-
-
-def _short(value: float) -> str:
-    """Three digits, or two after the point where that is fewer."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _duration(result: Result) -> Spread:

@@ -41,6 +41,17 @@ class Spread:
         return cls(median, low, high)
 
 
+def spread(value: Spread, scale: float = 1) -> str:
+    """``median (low–high)``, the quartiles in brackets."""
+    median, low, high = (_short(x * scale) for x in (value.median, value.low, value.high))
+    return f"{median} ({low}–{high})"
+
+
+def _short(value: float) -> str:
+    """Three digits, or two after the point where that is fewer."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 @dataclass
 class Result:
     """What became of one contestant on one problem; a failure stays, with its reason."""

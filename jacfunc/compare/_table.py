@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from jacfunc._resolve import Memory
 from jacfunc._words import in_bytes, in_seconds
-from jacfunc.compare._advice import Advice, spread
+from jacfunc.compare._advice import Advice
 from jacfunc.compare._pareto import Point, pareto_svg
 from jacfunc.compare._problem import API
-from jacfunc.compare._results import Forecast, Result
+from jacfunc.compare._results import Forecast, Result, spread
 
 if TYPE_CHECKING:
     from rich.progress import Progress
