@@ -33,8 +33,9 @@ def drawn(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def result(name, seconds, family="jacfunc", status="ok"):
+def result(name, seconds, family="", status="ok"):
     """As a file has it: numbers of rounds are strings."""
+    family = family or ("torch.func" if name == BASE else "jacfunc")
     rounds = seconds if isinstance(seconds, dict) else dict(enumerate(seconds, 1))
     return {
         "contestant": name,
@@ -247,7 +248,7 @@ def test_cases_without_a_rival_are_not_won():
     ]
     assert sentence(alone) == "jacfunc has no rival here; its time grows as batch^1.00."
     both = record(result("jacfunc", flat(1.0)), result("other", flat(2.0)), baseline="jacfunc")
-    assert "in 1 of 1 cases" in sentence([*alone, both])
+    assert "in 1 of 1 case" in sentence([*alone, both])
 
 
 def test_many_winners_are_counted_not_listed():
@@ -301,6 +302,23 @@ def test_a_slower_machine_is_no_regression():
     ours, base = compare(run_of(("a", before)), run_of(("a", halved))).changes
     assert (ours.verdict, base.verdict) == ("equivalent", "baseline")
     assert base.interval.mid == pytest.approx(2)
+
+
+def test_what_became_slower_is_ours_though_others_are_measured_by_it():
+    before, after = (
+        record(
+            result("jacfunc", flat(took)),
+            result("TorchJD", flat(3.0), family="rival"),
+            result("recipe", flat(4.0, 12), family="torch.func"),
+            baseline="jacfunc",
+        )
+        for took in (1.0, 1.5)
+    )
+    found = {
+        c.contestant: c.verdict
+        for c in compare(run_of(("a", before)), run_of(("a", after))).changes
+    }
+    assert found == {"jacfunc": "regressed", "TorchJD": "equivalent", "recipe": "baseline"}
 
 
 def test_what_other_processes_took_is_no_regression():
