@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,8 +27,8 @@ STUDENT = {2: 12.71, 3: 4.303, 4: 3.182}
 A bootstrap of so few never leaves their range, which holds the median of two in 50 % of cases.
 """
 
-BOUND = "bound"
-"""The family of what only bounds the time: it has no answer, and does not win."""
+BOUND, JAX = "bound", "JAX"
+"""Families that do not win: what only bounds the time, and what would take another framework."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,14 @@ def verdict(interval: Interval) -> Verdict:
 
 
 def winners(record: Record) -> list[str]:
-    """The fastest with a right answer, then whoever ties with it, by their times."""
+    """The fastest in PyTorch with a right answer, then whoever ties with it, by their times."""
     timed = (name for name in _takers(record) if counted_rounds(find(record, name)))
-    times = {name: _time(record, name) for name in timed}
+    times = {name: time_of(record, name) for name in timed}
     first, *others = sorted(times, key=times.__getitem__) or [""]
     return [first, *(name for name in others if _ties(record, name, first))] if first else []
 
 
-def _time(record: Record, name: str) -> float:
+def time_of(record: Record, name: str) -> float:
     """In units of the baseline where there is one, which takes out what moved between rounds."""
     ratio = beside(record, name, record["baseline"])
     return ratio.mid if ratio else statistics.median(counted_rounds(find(record, name)).values())
@@ -158,30 +157,13 @@ def exponent(records: Iterable[Record], name: str, axis: str) -> float | None:
     return slope(*zip(*points, strict=True))
 
 
-def sentence(records: Sequence[Record]) -> str:
-    """The verdict of one question, about its ``ours``: how often it wins, by what, who else."""
-    ours = records[0]["ours"]
-    contested = [record for record in records if is_contested(record)]
-    won = [winners(record) for record in contested]
-    count = sum(ours in names for names in won)
-    cases = f"{len(contested)} case{'s' * (len(contested) != 1)}"
-    first = f"{ours} is the fastest or ties with it in {count} of {cases}"
-    first = first if contested else f"{ours} has no rival here"
-    others = Counter(names[0] for names in won if names and ours not in names)
-    told = [name for name, _ in others.most_common(2)]
-    told += [f"{len(others) - 2} more"] if len(others) > 2 else []
-    wins = f"elsewhere {' or '.join(told)} {'wins' if len(told) == 1 else 'win'}" if told else ""
-    parts = first + _beside_other(contested), _directions(records), _growth(records, ours), wins
-    return "; ".join(filter(None, parts)) + "."
-
-
 def against(record: Record) -> str | None:
     """Whom ``ours`` is held against: the baseline, or where that is ours, the fastest other."""
     if record["baseline"] != record["ours"]:
         return str(record["baseline"])
     others = {n for n, family in _takers(record).items() if family != "jacfunc"}
     timed = [name for name in others if counted_rounds(find(record, name))]
-    return min(timed, key=lambda name: (_time(record, name), name), default=None)
+    return min(timed, key=lambda name: (time_of(record, name), name), default=None)
 
 
 def ratios(records: Iterable[Record]) -> list[tuple[str, float]]:
@@ -198,19 +180,8 @@ def is_contested(record: Record) -> bool:
 
 def _takers(record: Record) -> dict[str, str]:
     """The family of whoever could win."""
-    return {r["contestant"]: r["family"] for r in record["results"] if r["family"] != BOUND}
-
-
-def _beside_other(records: Sequence[Record]) -> str:
-    if not (found := ratios(records)):
-        return ""
-    names, times = {name for name, _ in found}, [ratio for _, ratio in found]
-    several = (
-        "the fastest other" if records[0]["baseline"] == records[0]["ours"] else "the baseline"
-    )
-    other = names.pop() if len(names) == 1 else several
-    span = f" ({number(min(times))} to {number(max(times))})" if len(times) > 1 else ""
-    return f", at {number(statistics.median(times))} of the time of {other}{span}"
+    families = {r["contestant"]: r["family"] for r in record["results"]}
+    return {name: family for name, family in families.items() if family not in (BOUND, JAX)}
 
 
 def number(ratio: float) -> str:
@@ -218,32 +189,3 @@ def number(ratio: float) -> str:
     if ratio < 0.1:
         return f"{float(f'{ratio:.2g}')}"
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-
-
-def _directions(records: Sequence[Record]) -> str:
-    """From how many outputs an input on forward mode always wins, where shapes vary that far."""
-    found = sorted(filter(None, map(_direction, records)), reverse=True)
-    if len({share for share, _ in found}) < 4:
-        return ""
-    told = f"forward beats reverse in {sum(wins for _, wins in found)} of {len(found)}"
-    lost = max((share for share, wins in found if not wins), default=0.0)
-    least = min((share for share, _ in found if share > lost), default=None)
-    return told + (f", always from {number(least)} outputs an input on" if least else "")
-
-
-def _direction(record: Record) -> tuple[float, bool] | None:
-    """Outputs an input, and whether jacfunc's best way forward beats its best in reverse."""
-    sizes = record["sizes"]
-    own = [r["contestant"] for r in record["results"] if r["family"] == "jacfunc" and r["time"]]
-    forward, reverse = ([name for name in own if way in name] for way in ("forward", "reverse"))
-    if record["axis"] or not {"inputs", "outputs"} <= sizes.keys() or not forward or not reverse:
-        return None
-    first, second = (min(_time(record, name) for name in names) for names in (forward, reverse))
-    return sizes["outputs"] / max(sizes["inputs"], 1), first < second
-
-
-def _growth(records: Sequence[Record], ours: str) -> str:
-    axes = dict.fromkeys(record["axis"] for record in records if record["axis"])
-    found = {axis: exponent(records, ours, axis) for axis in axes}
-    powers = [f"{axis}^{power:.2f}" for axis, power in found.items() if power is not None]
-    return f"its time grows as {', '.join(powers)}" if powers else ""

@@ -15,7 +15,8 @@ pytest.importorskip("rich")
 from benchmarks.records import RESULTS, Run
 from benchmarks.report import grouping, older, tables, write_report
 from benchmarks.report.pictures import BRIGHT, DARK
-from benchmarks.verdicts import beside, number, sentence, winners
+from benchmarks.sentences import sentence
+from benchmarks.verdicts import beside, number, winners
 from jacfunc.compare._drawing import LIGHT
 from jacfunc.compare._pareto import Point, pareto_svg
 from tests.report_sample import FAILURES, JACREV, made_up

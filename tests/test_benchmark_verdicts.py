@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.comparing import compare, judge
 from benchmarks.records import Run
+from benchmarks.sentences import sentence
 from benchmarks.verdicts import (
     Interval,
     against,
@@ -19,7 +20,6 @@ from benchmarks.verdicts import (
     divided,
     exponent,
     median_interval,
-    sentence,
     slope,
     verdict,
     winners,
@@ -249,6 +249,19 @@ def test_cases_without_a_rival_are_not_won():
     assert sentence(alone) == "jacfunc has no rival here; its time grows as batch^1.00."
     both = record(result("jacfunc", flat(1.0)), result("other", flat(2.0)), baseline="jacfunc")
     assert "in 1 of 1 case" in sentence([*alone, both])
+
+
+def test_jax_does_not_win_but_is_told_of():
+    cases = [
+        record(
+            result("jacfunc", flat(0.5)),
+            result(BASE, flat(1.0)),
+            result("JAX jacrev", flat(took), family="JAX"),
+        )
+        for took in (0.1, 0.2, 0.9)
+    ]
+    assert [winners(case) for case in cases] == [["jacfunc"]] * 3
+    assert sentence(cases).endswith("; compiled by JAX, 2 of 3 are faster still.")
 
 
 def test_many_winners_are_counted_not_listed():

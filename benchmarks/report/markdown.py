@@ -10,7 +10,7 @@ from benchmarks.report.grouping import Record
 from benchmarks.report.older import Summary
 from benchmarks.report.page import ABOUT, SIGNS, Links
 from benchmarks.report.tables import Cell, Runs, Table
-from benchmarks.verdicts import sentence
+from benchmarks.sentences import sentence
 
 
 def as_markdown(stem: Path, runs: Runs, raw: Links, older: Sequence[Summary]) -> str:

@@ -13,7 +13,7 @@ from benchmarks.report.grouping import Record, crossovers, growths, kind, shown_
 from benchmarks.report.older import Summary
 from benchmarks.report.pictures import BRIGHT, DARK, NAMES, PAGE
 from benchmarks.report.tables import Runs, Table
-from benchmarks.verdicts import sentence
+from benchmarks.sentences import sentence
 
 STYLE = Path(__file__).with_name("style.css")
 ABOUT = (
@@ -147,7 +147,7 @@ def _pictures(records: Sequence[Record]) -> Iterator[tuple[str, Drawn]]:
     """Headings, and below each the pictures with a note."""
     for group in crossovers(records):
         note = (
-            "Color and letter: the fastest; below, how many times faster than "
+            "Color and letter: the fastest in PyTorch; below, how many times faster than "
             f"{group[0]['baseline']}, or tie where it ties with it; +2: two others tie."
         )
         way = "Forward or reverse mode, and how many times faster than the other."

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from benchmarks.records import Run
 from benchmarks.report.grouping import Record
-from benchmarks.verdicts import beside, counted_rounds, number, sentence, winners
+from benchmarks.sentences import sentence
+from benchmarks.verdicts import beside, counted_rounds, number, winners
 from jacfunc._words import in_bytes, in_seconds
 from jacfunc.compare._results import WARM_UP
 
 ABSENT = "not measured"
 NOTHING = "–"
-MARKS = "★ the fastest; = ties with it: within 5 %, or not told apart by the rounds there are."
+MARKS = "★ the fastest in PyTorch; = ties: within 5 %, or not told apart by the rounds there are."
 Mark = Literal["", "wins", "ties", "failed", "missed"]
 
 
