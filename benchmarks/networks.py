@@ -81,10 +81,14 @@ def lenet() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    """Three residual blocks, two of which halve the image."""
+    """Three residual blocks, two of which halve the image.
+
+    Smooth throughout: of so many activations one is so near to zero that float32 and float64 would
+    take different sides of a ReLU, and the judge would call right answers wrong.
+    """
     blocks = (_Block(16, 16), _Block(16, 32, stride=2), _Block(32, 64, stride=2))
     return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), _settled(16), nn.ReLU()),
+        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), _settled(16), nn.SiLU()),
         *blocks,
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         nn.Linear(64, CLASSES),
@@ -103,8 +107,8 @@ class _Block(nn.Module):
         self.shortcut = nn.Identity() if is_same else nn.Conv2d(channels, width, 1, stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        inner = F.relu(self.between(self.first(images)))
-        return F.relu(self.after(self.second(inner)) + self.shortcut(images))
+        inner = F.silu(self.between(self.first(images)))
+        return F.silu(self.after(self.second(inner)) + self.shortcut(images))
 
 
 def _settled(channels: int) -> nn.Module:

@@ -15,7 +15,7 @@ from jacfunc._factors import Factors
 from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
 
-PIECE = 2**25
+PIECE = 2**24
 """Bytes of cotangents that are swept at once, unless told otherwise: their memory is that of the
 piece before. All at once would be asked for anew, page by page, in every call."""
 

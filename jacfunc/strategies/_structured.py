@@ -24,7 +24,7 @@ class Structured:
     Best for Jacobians of every sample in a network's parameters.
 
     Args:
-        chunk_size: rows swept at once; None sweeps all, or per sample as many as keep to 32 MB of
+        chunk_size: rows swept at once; None sweeps all, or per sample as many as keep to 16 MB of
             cotangents.
 
     Raises:
