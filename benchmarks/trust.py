@@ -18,7 +18,7 @@ from benchmarks.runner import Order, run_suite
 ONLY = "mlp 64, 16 →"
 """Cases of a few hundred microseconds to some ten milliseconds."""
 
-PROCESSES = 2
+PROCESSES = 5
 WANTED = 0.95
 
 
