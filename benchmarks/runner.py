@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from benchmarks import rivals
 from benchmarks.cases import Case, Question, as_record
-from benchmarks.environment import load_average, pin
+from benchmarks.environment import LIBRARIES, load_average
 from benchmarks.presenting import Watch
 from benchmarks.records import Run
 from benchmarks.worker import (
@@ -193,7 +194,7 @@ def results_of(
 
 def warm_up(table: str) -> None:
     """Start the server that children are forked from: with all modules, without a device."""
-    # it keeps the variables that are set here
-    pin()
+    # it keeps the variables that are set here; precision is each child's own
+    os.environ.update(LIBRARIES)
     CONTEXT.set_forkserver_preload([*PRELOADED, table.partition(":")[0]])
     forkserver.ensure_running()

@@ -38,7 +38,8 @@ def _human(number: int | None, units: tuple[str, ...], plain: str, step: int) ->
         return UNKNOWN
     scaled, unit = float(number), plain
     for bigger in units:
-        if float(f"{scaled:.3g}") < 1000:  # or it would read 1.02e+03 KiB
+        # whole numbers up to the step; of the others three digits, not 1.02e+03 KiB
+        if scaled < step if unit == plain else float(f"{scaled:.3g}") < 1000:
             break
         scaled, unit = scaled / step, bigger
     return f"{number}{unit}" if unit == plain else f"{_three_digits(scaled)}{unit}"

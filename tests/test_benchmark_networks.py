@@ -42,7 +42,7 @@ SMALL = (
     *("ntk/mlp of 536k, B=64", "ntk/gru, B=64", "ggn-diagonal/transformer, B=64"),
     *("ggn-product/lenet, B=64", "buffer/lenet, B=64"),
 )
-SMALLER = ("params/mlp, B=8", "params/cnn, B=8", "inputs/cnn, B=8")
+SMALLER = ("params/mlp, B=8", "params/cnn, B=8", "inputs/resnet, B=8")
 """Quick ones that would take seconds."""
 
 REFUSED = {
@@ -99,7 +99,7 @@ def test_growth_is_judged_at_every_size(axis: str, device: str) -> None:
 
 def test_one_quick_case_of_each_kind() -> None:
     assert [
-        *("params/mlp, B=8", "params/cnn, B=8", "inputs/cnn, B=8"),
+        *("params/mlp, B=8", "params/cnn, B=8", "inputs/resnet, B=8"),
         *("ntk/lenet, B=8", "ggn-diagonal/lenet, B=16"),
     ] == QUICK
 
@@ -223,7 +223,7 @@ def test_every_parameter_of_a_network_counts(name: str) -> None:
         assert block.abs().amax(-1).max() > 1e-6
 
 
-@pytest.mark.parametrize("name", ["params/cnn, B=8", "inputs/cnn, B=8", "whole/mlp, B=1"])
+@pytest.mark.parametrize("name", ["params/cnn, B=8", "inputs/resnet, B=8", "whole/mlp, B=1"])
 def test_answers_have_the_bytes_that_are_said(name: str) -> None:
     case = CASES[name]
     problem = case.setup(CPU)

@@ -12,7 +12,7 @@ from jacfunc._words import in_bytes, in_counts, in_seconds
     [
         (0, "0 B"),
         (999, "999 B"),
-        (1000, "0.977 KiB"),
+        (1000, "1000 B"),
         (1024, "1 KiB"),
         (1_040_000, "0.992 MiB"),
         (3 * 2**30, "3 GiB"),
