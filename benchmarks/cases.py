@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -107,6 +107,22 @@ class Question:
     asks: str
     ours: str
     cases: tuple[Case, ...]
+
+
+def by_key(questions: Iterable[Question]) -> dict[str, tuple[Question, Case]]:
+    """Every case by ``question/case``, as the results file names it.
+
+    Raises:
+        ValueError: two cases have one name.
+    """
+    found: dict[str, tuple[Question, Case]] = {}
+    for question in questions:
+        for case in question.cases:
+            key = f"{question.name}/{case.name}"
+            if key in found:
+                raise ValueError(f"run: names of cases must differ, got {key!r} twice.")
+            found[key] = question, case
+    return found
 
 
 def targets(case: Case, results: Sequence[Result]) -> list[Target]:

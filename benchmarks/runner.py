@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rivals
-from benchmarks.cases import Case, Question, as_record
+from benchmarks.cases import Case, Question, as_record, by_key
 from benchmarks.environment import LIBRARIES, load_average
 from benchmarks.presenting import Watch
 from benchmarks.records import Run
@@ -86,13 +86,7 @@ class Order:
         Raises:
             ValueError: two cases have one name.
         """
-        found: dict[str, tuple[Question, Case]] = {}
-        for question in questions(self.table):
-            for case in question.cases:
-                key = f"{question.name}/{case.name}"
-                if key in found:
-                    raise ValueError(f"run: names of cases must differ, got {key!r} twice.")
-                found[key] = question, case
+        found = by_key(questions(self.table))
         return {k: qc for k, qc in found.items() if self.suite == "full" or qc[1].is_quick}
 
     def wants(self, key: str, run: Run) -> bool:

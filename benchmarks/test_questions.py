@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, by_key
 from benchmarks.environment import default_device, pin
 from benchmarks.questions import QUESTIONS
 from jacfunc.compare._clock import peak_bytes
@@ -20,12 +20,7 @@ from jacfunc.compare._results import Result, recording
 
 pin()
 DEVICE = default_device()
-CASES = {
-    f"{question.name}/{case.name}": case
-    for question in QUESTIONS
-    for case in question.cases
-    if case.is_quick
-}
+CASES = {key: case for key, (_, case) in by_key(QUESTIONS).items() if case.is_quick}
 PAIRS = [(key, contestant.name) for key, case in CASES.items() for contestant in case.contestants]
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report.grouping import Record, sides, titled
-from benchmarks.verdicts import beside, number, verdict, winners
+from benchmarks.report.grouping import sides, titled
+from benchmarks.verdicts import Record, beside, number, verdict, winners
 from jacfunc.compare._drawing import (
     INK,
     MUTED,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.cases import ANSWER
+from benchmarks.verdicts import Record
 
-Record = Mapping[str, Any]
 SHOWN = 6
 """Panels of a kind that stand on the page at once; the rest are folded away."""
 LEAST_CELLS = 4

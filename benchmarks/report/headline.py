@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from benchmarks.records import Run
 from benchmarks.report.grids import drawn_crossover, drawn_overview
-from benchmarks.report.grouping import Record, crossovers, titled
+from benchmarks.report.grouping import crossovers, titled
 from benchmarks.report.pictures import BRIGHT
 from benchmarks.report.tables import machine
+from benchmarks.verdicts import Record
 from jacfunc.compare._drawing import as_svg, drawing
 
 WIDTH, HEIGHT = 11.0, 4.2

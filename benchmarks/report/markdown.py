@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.report import tables
-from benchmarks.report.grouping import Record
 from benchmarks.report.older import Summary
 from benchmarks.report.page import ABOUT, SIGNS, Links
 from benchmarks.report.tables import Cell, Runs, Table
 from benchmarks.sentences import sentence
+from benchmarks.verdicts import Record
 
 
 def as_markdown(stem: Path, runs: Runs, raw: Links, older: Sequence[Summary]) -> str:

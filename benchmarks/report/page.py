@@ -9,11 +9,12 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.report import grids, pictures, tables
-from benchmarks.report.grouping import Record, crossovers, growths, kind, shown_first
+from benchmarks.report.grouping import crossovers, growths, kind, shown_first
 from benchmarks.report.older import Summary
 from benchmarks.report.pictures import BRIGHT, DARK, NAMES, PAGE
 from benchmarks.report.tables import Runs, Table
 from benchmarks.sentences import sentence
+from benchmarks.verdicts import Record
 
 STYLE = Path(__file__).with_name("style.css")
 ABOUT = (

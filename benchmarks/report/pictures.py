@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.report.grids import CELLS, LIGHT_CELLS
-from benchmarks.report.grouping import Record
-from benchmarks.verdicts import exponent, slope
+from benchmarks.verdicts import Record, exponent, slope
 from jacfunc._words import in_bytes, in_counts, in_digits, in_seconds
 from jacfunc.compare._drawing import (
     GRID,

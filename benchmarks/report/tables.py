@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.records import Run
-from benchmarks.report.grouping import Record
 from benchmarks.sentences import sentence
-from benchmarks.verdicts import beside, counted_rounds, number, winners
+from benchmarks.verdicts import Record, beside, counted_rounds, number, winners
 from jacfunc._words import in_bytes, in_seconds
 from jacfunc.compare._results import WARM_UP
 
