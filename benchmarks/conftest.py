@@ -6,6 +6,9 @@ import pytest
 
 from benchmarks.environment import default_device
 
+collect_ignore = ["tangents.py"]
+"""It imports JAX, which need not be there; whoever uses it imports it when it is needed."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
