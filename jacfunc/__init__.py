@@ -8,6 +8,7 @@ from jacfunc._explain import Explanation, explain, plan
 from jacfunc._gauss_newton import GaussNewton
 from jacfunc._kernels import gram, ntk
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
+from jacfunc._pages import empty_cache
 from jacfunc._plans import Plan
 from jacfunc._products import jvp, vjp
 from jacfunc._projections import random_projection
@@ -27,6 +28,7 @@ __all__ = [
     "Reverse",
     "Strategy",
     "Structured",
+    "empty_cache",
     "estimate",
     "explain",
     "fisher",

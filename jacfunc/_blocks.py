@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._functorch import memory_of
+from jacfunc._pages import empty
 from jacfunc._types import Blocks, Leaves
 
 Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
@@ -17,7 +18,7 @@ Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
 
 def allocated(first: Leaves, total: int) -> Leaves:
     """A tensor of its own for each leaf."""
-    return tuple(product.new_empty((total, *product.shape[1:])) for product in first)
+    return tuple(empty(product, (total, *product.shape[1:])) for product in first)
 
 
 def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> Leaves:

@@ -10,8 +10,9 @@ import torch
 from jacfunc._basis import numel
 from jacfunc._chunks import largest
 from jacfunc._functorch import below_transforms
-from jacfunc._machine import Cost, Machine, is_here, machine
+from jacfunc._machine import LARGEST, Cost, Machine, is_here, machine
 from jacfunc._operators import JacobianOperator
+from jacfunc._pages import LARGE
 from jacfunc._work import Operation, Recorder
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
@@ -36,7 +37,7 @@ class Costs:
     Args:
         operations: those of an evaluation that depend on the primals.
         rows, columns: outputs and inputs.
-        result: bytes of the Jacobian.
+        blocks: bytes of each block of the Jacobian, or of the one matrix that they are put into.
         outputs: bytes of the outputs.
         kept: bytes that an evaluation leaves behind for pullbacks, the outputs among them.
         speeds: of the machine.
@@ -46,7 +47,7 @@ class Costs:
     operations: Sequence[Operation]
     rows: int
     columns: int
-    result: int
+    blocks: Sequence[int]
     outputs: int
     kept: int
     speeds: Machine
@@ -62,18 +63,28 @@ class Costs:
         if not numel(outputs) or not numel(primals) or not is_here(outputs[0].device):
             return None
         dtype = torch.promote_types(outputs[0].dtype, primals[0].dtype)
-        entries = max(max(map(_copies, outputs)), max(map(_copies, primals)))
-        entries *= numel(outputs) * numel(primals)
+        copies = max(max(map(_copies, outputs)), max(map(_copies, primals)))
+        size = copies * dtype.itemsize
         speeds = machine(outputs[0].device, outputs[0].dtype)
         return cls(
             recorder.operations,
             numel(outputs),
             numel(primals),
-            entries * dtype.itemsize,
+            [size * out.numel() * primal.numel() for out in outputs for primal in primals],
             sum(below_transforms(out).nbytes for out in outputs),
             recorder.live,
             speeds,
         )
+
+    @property
+    def result(self) -> int:
+        """Bytes of the Jacobian."""
+        return sum(self.blocks)
+
+    @property
+    def reuses_pages(self) -> bool:
+        """Is it sure that whoever writes into places of their own saves by it?"""
+        return self.is_copied or any(size >= LARGE for size in self.blocks)
 
     def times(self, batch: int, is_copied: bool = False) -> Costs:
         """The same vmapped over a batch: more bytes and products, no more operations."""
@@ -91,7 +102,7 @@ class Costs:
         return replace(
             self,
             operations=scaled,
-            result=self.result * batch,
+            blocks=[batch * size for size in ([self.result] if is_copied else self.blocks)],
             outputs=self.outputs * batch,
             kept=self.kept * batch,
             is_copied=is_copied,
@@ -117,7 +128,7 @@ class Costs:
         is_looped = isinstance(strategy, Looped)
         chunk = 1 if isinstance(strategy, Looped) else largest(strategy.chunk_size, total)
         sweeps = -(-total // chunk)
-        copies = self._write(self.result) if sweeps > 1 or self.is_copied else 0.0
+        copies = self._write_blocks() if sweeps > 1 or self.is_copied else 0.0
         if is_forward(strategy):
             cost = self.speeds.push if is_looped else self.speeds.push_batch
             return sweeps * self._push(chunk, cost) + copies
@@ -134,7 +145,7 @@ class Costs:
         flops = self.rows * sum(op.held_flops for op in self.operations)
         products = flops * self.speeds.flop(self.rows, False, False)
         pulled = replace(self, operations=passing)._pull(self.rows)
-        return overhead + self._evaluation() + pulled + products + self._write(self.result)
+        return overhead + self._evaluation() + pulled + products + self._write_blocks()
 
     def least_push(self) -> float:
         """Forward mode takes at least that, wherever it was measured; this asks no machine for it.
@@ -170,6 +181,12 @@ class Costs:
 
     def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
         return op.flops * self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
+
+    def _write_blocks(self) -> float:
+        """Into places of their own: large ones in pages that were written before."""
+        at_once = (LARGEST if size >= LARGE else size for size in self.blocks)
+        pairs = zip(self.blocks, at_once, strict=True)
+        return sum(size * self.speeds.write(like) for size, like in pairs if size)
 
     def _write(self, size: int) -> float:
         return size * self.speeds.write(size) if size else 0.0

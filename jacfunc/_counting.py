@@ -53,11 +53,11 @@ class PeakBytes(TorchDispatchMode):
         for storage in _storages((outputs,)):
             # a view or an in-place result of a tensor from outside takes nothing new
             if storage._cdata in self._sizes or storage._cdata not in before:
-                self._count(storage)
+                self.count(storage)
         return outputs
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        """Add a storage, or what it has grown by since it was added."""
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Add a storage that no operation made, or what one has grown by since it was added."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key).atexit = False

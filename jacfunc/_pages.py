@@ -1,42 +1,161 @@
-"""Memory for large results: a page that is met when it is written to costs a fault of its own."""
+"""Memory for large results: a page that is new costs a fault when it is first written to."""
 
 from __future__ import annotations
 
-import ctypes
+import math
 import mmap
-import sys
-from functools import cache
-from typing import Any
+import weakref
+from collections import deque
+from contextlib import suppress
+from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from jacfunc._counting import PeakBytes
 from jacfunc._functorch import inside_transform
 
-LARGE = 2**27
-"""Bytes from which on one request for all pages takes less than their faults."""
+LARGE = 2**25
+"""Bytes up to which a heap keeps what is freed and hands it out again."""
 
 POPULATE = 23
-"""``MADV_POPULATE_WRITE``, of Linux since 5.14; older kernels decline."""
+"""``MADV_POPULATE_WRITE``, of Linux since 5.14."""
 
 
-def empty(like: Tensor, shape: tuple[int, ...], **options: Any) -> Tensor:
-    """``like.new_empty`` for what will be written to the end: all its pages at once, if large."""
-    tensor = like.new_empty(shape, **options)
-    is_plain = tensor.nbytes >= LARGE and tensor.is_cpu and type(tensor) is Tensor
-    if is_plain and sys.platform == "linux" and not _is_hidden():
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.nbytes - start
-        whole = size // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(whole), POPULATE)
-    return tensor
+class Pages:
+    """Pages of results that nobody holds any longer: the next results are written into them.
+
+    They are the system's while they wait (``MADV_FREE``): short of memory it takes them back, and
+    they read as new. Never more are mapped than results have taken at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._given = 0
+        self.most = 0
+        self._waiting: list[mmap.mmap] = []
+        # a finalizer comes whenever it likes, and may do no more than append
+        self._let_go: deque[mmap.mmap] = deque()
+        self._lock = Lock()
+
+    @property
+    def taken(self) -> int:
+        """Bytes that tensors are in."""
+        return self._given - sum(map(len, self._let_go))
+
+    @property
+    def kept(self) -> int:
+        """Bytes that wait."""
+        return sum(map(len, (*self._waiting, *self._let_go)))
+
+    def take(self, nbytes: int) -> memoryview:
+        """Memory of that size; when the last tensor in it is gone, its pages come back here.
+
+        Raises:
+            OSError: there is none.
+        """
+        with self._lock:
+            self._collect()
+            found = self._fitting(nbytes)
+            given = self._given + (nbytes if found is None else len(found))
+            most = max(self.most, given)
+            self._keep_to(most - given)  # before new ones come
+            pages = _new(nbytes) if found is None else found
+            self._given, self.most = given, most
+        view = memoryview(pages)[:nbytes]
+        weakref.finalize(view, self._give_back, pages).atexit = False
+        return view
+
+    def clear(self) -> None:
+        """Unmap whatever waits."""
+        with self._lock:
+            self._collect()
+            self._keep_to(0)
+            self.most = self._given
+
+    def _collect(self) -> None:
+        while self._let_go:
+            pages = self._let_go.popleft()
+            self._given -= len(pages)
+            self._waiting.append(pages)
+
+    def _fitting(self, nbytes: int) -> mmap.mmap | None:
+        """The smallest that wait and are large enough, but not twice as large."""
+        large_enough = [pages for pages in self._waiting if nbytes <= len(pages) < 2 * nbytes]
+        best = min(large_enough, key=len, default=None)
+        self._waiting = [pages for pages in self._waiting if pages is not best]
+        return best
+
+    def _keep_to(self, most: int) -> None:
+        """Unmap what came back longest ago, until no more wait."""
+        while self._waiting and sum(map(len, self._waiting)) > most:
+            del self._waiting[0]
+
+    def _give_back(self, pages: mmap.mmap) -> None:
+        pages.madvise(mmap.MADV_FREE)
+        self._let_go.append(pages)
 
 
-def _is_hidden() -> bool:
-    """Is a tensor not what it seems, so that it has no memory to ask for?"""
-    return inside_transform() or torch.compiler.is_compiling()
+def _new(nbytes: int) -> mmap.mmap:
+    """Pages that nothing was written into, all of them asked for at once."""
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # systems that can't are slower, that is all
+        pages.madvise(POPULATE)
+    return pages
 
 
-@cache
-def _madvise() -> Any:
-    return ctypes.CDLL(None).madvise
+_PAGES = Pages()
+
+
+def empty_cache() -> None:
+    """Give back to the system what is kept of earlier results, as ``torch.cuda.empty_cache`` does.
+
+    Large results on a CPU (from 32 MiB) are written into pages that earlier ones have left, where
+    nobody holds these any longer: writing to a new page takes several times as long. What waits
+    is never more than results have taken at the same time, and the system may take it back on its
+    own when it is short of memory; this is for who wants to see it free at once.
+
+    Cost:
+        No more than a large result's pages being mapped anew.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jac = jacfunc.module_jacobian(torch.nn.Linear(1000, 10), per_sample=True, flat=True)
+        >>> jac(torch.ones(100, 1000)).nbytes  # nobody holds it
+        40040000
+        >>> jacfunc.empty_cache()
+    """
+    _PAGES.clear()
+
+
+def empty(
+    like: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``like.new_empty``; a large one in pages that earlier results have left, if any wait."""
+    dtype = dtype or like.dtype
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LARGE or torch.device(device or like.device).type != "cpu" or _is_seen(like):
+        return like.new_empty(shape, dtype=dtype, device=device)
+    try:
+        memory = _PAGES.take(nbytes)
+    except OSError:  # torch says in its own words that there is none
+        return like.new_empty(shape, dtype=dtype, device=device)
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, PeakBytes):
+            mode.count(storage)
+    return like.new_empty(0, dtype=dtype, device=device).set_(storage).resize_(shape)
+
+
+def _is_seen(like: Tensor) -> bool:
+    """Is a tensor more than its memory to somebody, who must see where it comes from?"""
+    return (
+        type(like) is not Tensor
+        or not hasattr(mmap, "MADV_FREE")
+        or inside_transform()
+        or torch.compiler.is_compiling()
+        or not all(isinstance(mode, PeakBytes) for mode in _get_current_dispatch_mode_stack())
+    )

@@ -125,7 +125,7 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     if not seconds or min(seconds.values()) > costs.least_push():
         seconds |= {s: costs.seconds(s) for s in possible if is_forward(s)}
     possible = list(seconds)
-    best = min(possible, key=lambda s: seconds[s] * _reluctance(s, costs.is_copied))
+    best = min(possible, key=lambda s: seconds[s] * _reluctance(s, costs))
     others = [s for s in possible if type(s) is not type(best)]
     reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
     if others:
@@ -162,9 +162,9 @@ def candidates(
             return  # nothing beats a single pullback
 
 
-def _reluctance(strategy: Swept, is_copied: bool) -> float:
+def _reluctance(strategy: Swept, costs: Costs) -> float:
     if isinstance(strategy, Structured):
-        return 1.0 if is_copied else RELUCTANCE["layers"]
+        return 1.0 if costs.reuses_pages else RELUCTANCE["layers"]
     chunked = RELUCTANCE["chunked"] if getattr(strategy, "chunk_size", None) else 1.0
     return chunked * (RELUCTANCE["forward"] if is_forward(strategy) else 1.0)
 

@@ -109,7 +109,7 @@ class Sink:
 
     def _apart(self, first: Leaves, total: int) -> Leaves:
         return tuple(
-            product.new_empty((total, *product.shape[1:]), dtype=self.dtype, device=self.device)
+            empty(product, (total, *product.shape[1:]), self.dtype, self.device)
             for product in first
         )
 
@@ -150,7 +150,7 @@ class MatrixSink(Sink):
 
     def _empty(self, products: Leaves, shape: tuple[int, ...], grid: Grid) -> Tensor:
         dtype = self.dtype or grid.dtype
-        self.matrix = empty(products[0], shape, dtype=dtype, device=self.device)
+        self.matrix = empty(products[0], shape, dtype, self.device)
         return self.matrix
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import jacfunc
-from jacfunc import _pages
 from jacfunc._blocks import columns_to_blocks, rows_to_blocks, stack
 
 OUT_SHAPES = [(2, 2), (), (3,), (0,)]
@@ -134,16 +133,3 @@ def test_chunks_are_let_go_once_written(step: int) -> None:
     (result,) = stack(chunks(), 100)
     assert result.shape == (100, 3)
     assert max(alive) == 0, f"{max(alive)} chunks were alive while the next was made"
-
-
-@pytest.mark.parametrize("large", [1, 2**20, 2**27])
-def test_memory_that_is_asked_for_at_once_is_memory(
-    large: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_pages, "LARGE", large)
-    for size in (0, 1, 1023, 2**20):
-        found = _pages.empty(torch.ones(3), (size,))
-        assert float(found.fill_(1.0).sum(dtype=torch.float64)) == size
-    assert _pages.empty(torch.ones(3), (2, 3), dtype=torch.float64).dtype == torch.float64
-    fake = torch.func.vmap(lambda x: _pages.empty(x, (5000,)).zero_())(torch.ones(4))
-    assert fake.shape == (4, 5000)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc import Forward, Looped, Plan, Reverse
+from jacfunc import Forward, Looped, Plan, Reverse, Structured
 from jacfunc._costs import Costs
+from jacfunc._machine import LARGEST
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import fastest
@@ -72,7 +73,7 @@ def test_nothing_to_sweep(shape: tuple[int, ...], device: str) -> None:
 def invented(rows: int, columns: int, **speeds: float) -> Costs:
     operations = [Operation(read=10, written=10, flops=100)]
     machine: Any = Speeds(**speeds)
-    return Costs(operations, rows, columns, 4 * rows * columns, 4 * rows, 4 * rows, machine)
+    return Costs(operations, rows, columns, [4 * rows * columns], 4 * rows, 4 * rows, machine)
 
 
 class Speeds:
@@ -147,6 +148,23 @@ def test_operations_of_an_evaluation(device: str) -> None:
     assert [op.is_conv for op in recorder.operations if op.flops] == [False, True]
     assert sum(op.is_scaled for op in recorder.operations) == 1
     assert recorder.live > 0
+
+
+class SlowAtNewPages(Speeds):
+    def write(self, size: float) -> float:
+        return 1e-9 if size > LARGEST else 0.0
+
+
+def test_who_writes_large_blocks_by_layers_finds_pages_for_them() -> None:
+    """64 MiB: in one block they go where earlier results were, in sixteen they do not."""
+    operations = [Operation(read=2**26 // 10, held=2**26 // 10)]
+    for blocks, by_layers in ([2**26], Structured), ([2**22] * 16, Reverse):
+        machine: Any = SlowAtNewPages()
+        costs = Costs(operations, 10, 2**24 // 10, blocks, 40, 40, machine)
+        assert costs.reuses_pages is (by_layers is Structured)
+        assert isinstance(fastest(costs, (Reverse(), Structured())).strategy, by_layers)
+        together = costs.times(1, is_copied=True)
+        assert isinstance(fastest(together, (Reverse(), Structured())).strategy, Structured)
 
 
 def test_a_batch_scales_bytes_and_products_alone() -> None:

@@ -61,7 +61,7 @@ class Outer:
 
     def write(self, block: Tensor) -> None:
         left, right = self._factors()
-        (num_seeds, _, groups, positions, outs), ins = left.shape, right.shape[-1]
+        (groups, positions, outs), ins = left.shape[2:], right.shape[-1]
         order = (groups, ins, outs) if self.is_turned else (groups, outs, ins)
         place = as_matrices(block, order)
         if place is None or block.dtype != left.dtype or groups > 1 < positions:
@@ -72,8 +72,7 @@ class Outer:
         if positions == 1:
             torch.mul(left.transpose(0, 1).transpose(-1, -2), right.unsqueeze(1), out=place)
             return
-        for k in range(num_seeds):
-            torch.bmm(left[k, :, 0].mT, right[:, 0], out=place[:, k, 0])
+        _write_products(left[:, :, 0].mT, right[:, 0], place[:, :, 0])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """In the wider dtype: autocast rounds what comes out of a layer."""
@@ -136,6 +135,17 @@ class Rows:
 
     def write(self, block: Tensor) -> None:
         block.copy_(self.rows())
+
+
+def _write_products(left: Tensor, right: Tensor, place: Tensor) -> None:
+    """``place[b, k] = left[k, b] @ right[b]``.
+
+    BLAS takes a batch only where what comes out lies side by side, which a place need not; what
+    is copied from there is still in the caches.
+    """
+    products = right.new_empty((len(right), *place.shape[2:]))
+    for k, factor in enumerate(left):
+        place[:, k] = torch.bmm(factor, right, out=products)
 
 
 def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:

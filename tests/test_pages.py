@@ -1,0 +1,183 @@
+"""Memory that results have left is written into again, and never while anybody holds it."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import jacfunc
+from jacfunc import _pages
+from jacfunc._counting import PeakBytes
+from jacfunc._pages import Pages
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_FREE"), reason="this system knows no pages that it may take back"
+)
+
+LIKE = torch.ones(3)
+SIZE = 2**16
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pages]:
+    """Of this test alone, and for tensors from 1 KiB on."""
+    mine = Pages()
+    monkeypatch.setattr(_pages, "_PAGES", mine)
+    monkeypatch.setattr(_pages, "LARGE", 2**10)
+    yield mine
+    gc.collect()
+
+
+def made(value: float, size: int = SIZE) -> Tensor:
+    return _pages.empty(LIKE, (size // 4,)).fill_(value)
+
+
+VIEWS: dict[str, Callable[[Tensor], object]] = {
+    "itself": lambda x: x,
+    "slice": lambda x: x[5:6],
+    "view of a view": lambda x: x.view(2, -1).t()[3],
+    "detached": lambda x: x.detach(),
+    "numpy": lambda x: x.numpy(),
+    "dlpack": lambda x: torch.from_dlpack(x.detach()),
+    "storage": lambda x: x.untyped_storage(),
+    "in a graph": lambda x: x.requires_grad_().exp(),
+    "of another dtype": lambda x: x.view(torch.int32),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_nothing_is_written_over_while_anybody_holds_it(
+    pages: Pages, view: Callable[[Tensor], object]
+) -> None:
+    first = made(1.0)
+    held, address = view(first), first.data_ptr()
+    del first
+    second = made(2.0)
+    assert second.data_ptr() != address
+    del held
+    third = made(3.0)
+    assert third.data_ptr() == address
+    assert second.eq(2.0).all()
+    assert third.eq(3.0).all()
+
+
+def test_a_loop_that_holds_the_last_result_goes_back_and_forth(pages: Pages) -> None:
+    addresses, result = [], None
+    for step in range(6):
+        result = made(float(step))
+        addresses.append(result.data_ptr())
+    assert len(set(addresses)) == 2
+    assert addresses[2:] == addresses[:2] * 2
+    assert pages.most == 2 * SIZE
+
+
+def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: Pages) -> None:
+    generator = torch.Generator().manual_seed(0)
+    held: list[Tensor] = []
+    most = 0
+    for _ in range(200):
+        size = 2 ** int(torch.randint(10, 18, (), generator=generator))
+        held.append(made(1.0, size))
+        most = max(most, sum(x.nbytes for x in held))
+        if len(held) > 4:
+            del held[int(torch.randint(4, (), generator=generator))]
+        taken = sum(x.nbytes for x in held)
+        assert taken <= pages.taken <= 2 * most  # pages are at most twice as large as needed
+        assert pages.taken + pages.kept <= pages.most
+
+
+def test_emptied_it_keeps_nothing(pages: Pages) -> None:
+    held = made(1.0)
+    made(2.0)
+    assert pages.kept == SIZE
+    jacfunc.empty_cache()
+    assert (pages.kept, pages.taken) == (0, SIZE)
+    assert held.eq(1.0).all()
+    del held
+    assert pages.kept == SIZE
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+def test_it_is_as_any_new_tensor(pages: Pages, dtype: torch.dtype) -> None:
+    found = _pages.empty(LIKE, (30, 1, 50), dtype)
+    assert pages.taken == found.nbytes
+    expected = LIKE.new_empty((30, 1, 50), dtype=dtype)
+    for of in (Tensor.size, Tensor.stride, Tensor.is_leaf.__get__, Tensor._is_view):
+        assert of(found) == of(expected)
+    assert found.dtype == dtype
+    assert not found.requires_grad
+    assert found.fill_(2).eq(2).all()
+
+
+def test_small_ones_and_those_of_transforms_are_torchs_own(pages: Pages) -> None:
+    _pages.empty(LIKE, (2**10 // 4 - 1,))
+    torch.func.vmap(lambda x: _pages.empty(x, (SIZE,)).zero_() + x)(torch.ones(4))
+    traced = make_fx(lambda x: _pages.empty(x, (SIZE,)).copy_(x.expand(SIZE)))(torch.ones(1))
+    assert pages.taken == 0
+    # a tensor that no operation made would be a constant of the trace
+    torch.testing.assert_close(traced(torch.full((1,), 3.0)), torch.full((SIZE,), 3.0))
+
+
+def test_it_is_counted_like_any_other_memory(pages: Pages) -> None:
+    for _ in range(2):  # new pages, and old ones
+        with PeakBytes() as counter:
+            held = made(1.0)
+            assert (counter.live, counter.peak) == (SIZE, SIZE)
+            del held
+            assert counter.live == 0
+
+
+def test_without_memory_torch_says_so(pages: Pages) -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        _pages.empty(LIKE, (2**60,))
+    assert pages.taken == pages.kept == pages.most == 0
+
+
+def test_many_threads_get_memory_of_their_own(pages: Pages) -> None:
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            mine = made(float(number))
+            if not bool(mine.eq(number).all()):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert pages.most <= 16 * SIZE  # what one thread is giving back, another still counts as taken
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "structured"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_results_of_a_loop_are_right(pages: Pages, strategy: str, flat: bool) -> None:
+    """Of a linear layer: each output's gradient is the input."""
+    model = nn.Linear(16, 4, bias=False)
+    jac = jacfunc.module_jacobian(model, per_sample=True, strategy=strategy, flat=flat)
+    held: list[tuple[Tensor, Tensor]] = []
+    for step in range(6):
+        x = torch.full((8, 16), float(step))
+        found = jac(x) if flat else jac(x)["weight"]
+        held.append((x, found.view(8, 4, 4, 16)))
+        for inputs, block in held[-2:]:
+            expected = torch.eye(4)[:, :, None] * inputs[:, None, None, :]
+            torch.testing.assert_close(block, expected, rtol=0, atol=0)
+        held = held[-2:]
+
+
+def test_memory_comes_from_earlier_results(pages: Pages) -> None:
+    model = nn.Linear(16, 4)
+    jac = jacfunc.module_jacobian(model, per_sample=True, flat=True)
+    addresses = {jac(torch.randn(8, 16)).data_ptr() for _ in range(5)}
+    assert len(addresses) == 1
+    assert (pages.taken, pages.kept) == (0, 8 * 4 * 68 * 4)
