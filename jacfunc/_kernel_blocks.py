@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jacfunc._factors import Factors
 from jacfunc._of_samples import Sampled
+from jacfunc._pages import empty
 from jacfunc._types import Leaves, Tree
 from jacfunc.layers import Axes, Gram, Part
 
@@ -125,7 +126,8 @@ def product_of(
         if len(pairs) == 1:
             return first[0].samples.last_call.output_tree(blocks)
         if not results:
-            results = [b.new_empty((rows[-1].stop, columns[-1].stop, *b.shape[2:])) for b in blocks]
+            sizes = rows[-1].stop, columns[-1].stop
+            results = [empty(block, (*sizes, *block.shape[2:])) for block in blocks]
         for left, block, result in zip(mine, blocks, results, strict=True):
             result[rows[i], columns[j]] = block
             if is_symmetric and i != j:

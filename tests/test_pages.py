@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import mmap
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 
@@ -114,6 +116,18 @@ def test_it_is_as_any_new_tensor(pages: Pages, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     assert not found.requires_grad
     assert found.fill_(2).eq(2).all()
+
+
+def test_it_is_copied_sent_and_shared_as_any_other(pages: Pages) -> None:
+    found = made(5.0)
+    for copied in (copy.deepcopy(found), pickle.loads(pickle.dumps(found)), found.clone()):
+        assert copied.data_ptr() != found.data_ptr()
+        assert copied.eq(5.0).all()
+    found.share_memory_()  # it moves, and its pages are free
+    assert (pages.taken, pages.kept) == (0, SIZE)
+    assert made(6.0).eq(6.0).all()
+    assert found.is_shared()
+    assert found.eq(5.0).all()
 
 
 def test_small_ones_and_those_of_transforms_are_torchs_own(pages: Pages) -> None:
