@@ -45,7 +45,7 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = N
     """One call's Jacobian by a strategy, with all that comes beside it."""
     operator = JacobianOperator(call, call.primals, sink)
     blocks = in_words_of(api, lambda: strategy.materialize(operator))
-    if sink is not None:
+    if sink is not None and sink.copies:
         blocks = sink.finished(blocks, Grid.of(operator.outputs, operator.primals), ())
     return Evaluation(call, blocks, operator.image)
 

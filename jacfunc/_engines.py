@@ -129,10 +129,16 @@ def watched_once(func: LeafFunction, primals: Sequence[Tensor]) -> tuple[Leaves,
         return func(*primals)
     with Watch() as watch:
         found = func(*primals)
-    code = getattr(inner, "__code__", None)
-    if code is not None and not (watch.met or code.co_exceptiontable):
+    functions = getattr(func, "functions", (inner,))
+    if inner is not None and not watch.met and not any(map(_may_catch, functions)):
         unwatched().add(inner, kind)
     return found
+
+
+def _may_catch(function: Any) -> bool:
+    """Could it catch an error? Of what is not Python's nobody knows."""
+    code = getattr(function, "__code__", None)
+    return code is None or bool(code.co_exceptiontable)
 
 
 def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:

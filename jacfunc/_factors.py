@@ -20,6 +20,7 @@ from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._linearization import Linearization
 from jacfunc._types import Leaves
 from jacfunc.layers import Part, Rows, Use, Uses, rows, together, write
+from jacfunc.layers._uses import unseen
 
 OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
 """``of_one(params, data) -> (outputs, extras)`` of a single sample."""
@@ -177,7 +178,7 @@ def _evaluated(
         anchors = [anchored(param, wanted) for param in params]
         twins = [anchor.view_as(anchor) for anchor in anchors]
         held = [samples.each(a) if i in others else a.clone() for i, a in enumerate(anchors)]
-        behind = [Anchor.behind(handle) for handle in held]  # of_one may write into them
+        behind = [Anchor.behind(held[i]) for i in others]  # of_one may write into them
         starts = [handle.grad_fn for handle in held]
         found: list[Use] = []
         outputs, extras = watched_once(_recording(of_one, samples, others, twins, found), held)
@@ -186,7 +187,7 @@ def _evaluated(
     if not all(use.is_all(graph) for use in found):
         raise Refused("a parameter is used in a derivative that the function takes itself")
     differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in params))
-    targets = [*(use.anchor for use in found), *(behind[i] for i in others)]
+    targets = [*(use.anchor for use in found), *behind]
     linearization = on_graph(outputs, extras, targets, graph, differentiated)
     met = {i for i, node in enumerate(starts) if node in graph.met}
     return Factors(samples, found, others, params, linearization), met
@@ -208,9 +209,10 @@ def _recording(
         def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
             nonlocal num_outputs
             params, data = leaves[:count], leaves[count:]
-            uses = Uses(samples.size)
-            for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
-                uses.track(number, param, twin)
+            with unseen():
+                uses = Uses(samples.size)
+                for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
+                    uses.track(number, param, twin)
             with uses:
                 outputs, extras = of_one(params, data)
             found[:], num_outputs = uses.found(), len(outputs)

@@ -30,9 +30,10 @@ class FlatCall:
         args: tuple[Tree, ...],
         kwargs: dict[str, Any],
         kind: Callable[[], Hashable] | None = None,
+        called: Any = None,
     ) -> None:
         self.func = func
-        self._kind = kind
+        self._kind, self._called = kind, called
         self._api, self._has_aux = api, has_aux
         self._args, self._kwargs = args, kwargs
         self._positions = wrap_argnums(api, argnums, len(args))
@@ -50,16 +51,23 @@ class FlatCall:
         return tuple(leaf for split in self._splits for leaf in split.leaves)
 
     @property
-    def kind_of_call(self) -> tuple[Callable[..., Any] | None, Hashable]:
-        """The function, if it gets one tensor and nothing else, and the kind of that."""
+    def kind_of_call(self) -> tuple[Any, Hashable]:
+        """What is called, and the kind of call; of functions those of one tensor and no more."""
+        if self._called is not None:
+            return self._called, self.signature()
         if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
             return self.func, kind_of(self._args[0])
         return None, None
 
+    @property
+    def functions(self) -> list[Any]:
+        """What is run when it is called, as far as it is known."""
+        return [self.func] if self._called is None else self._called.functions
+
     def signature(self) -> Hashable:
         """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings.
 
-        Whoever makes the call may know less that tells, the ``kind``.
+        Whoever makes the call may know less that tells, the ``kind``, and what is ``called``.
         """
         if self._kind is not None:
             return self._kind()

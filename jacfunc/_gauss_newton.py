@@ -14,7 +14,7 @@ from jacfunc._output_curvature import OutputCurvature
 from jacfunc._points import Outputs, Point
 from jacfunc._whole_batch import Whole
 from jacfunc.layers import Part, rows
-from jacfunc.layers._squares import squared, written
+from jacfunc.layers._squares import Sums, squared, written
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +120,10 @@ class GaussNewton:
         params = self.point.params
         totals: dict[str, Tensor] = {}
         for _, parts in self._parts():
+            sums = Sums()
             with self.point.contracting():
                 for name, some in parts.items():
-                    found = squared(some, params[name])
+                    found = squared(some, params[name], sums)
                     totals[name] = totals[name].add_(found) if name in totals else found
         for name in params.keys() - totals.keys():
             totals[name] = torch.zeros_like(params[name])

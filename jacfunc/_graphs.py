@@ -73,16 +73,15 @@ class Graph:
         pending: list[Any] = [(tensor.grad_fn, None) for tensor in tensors]
         while pending:
             node, above = pending.pop()
-            if node in starts or node in sought:
+            is_start = node in starts
+            if is_start or node in sought:
                 met.setdefault(node, set()).add(above)
-            if node in seen:
+            if is_start or node in seen:
                 continue
             seen.add(node)
-            if node in starts:
-                continue
             kinds.add(type(node))
             edges = node.next_functions
-            pending += [(edge[0], node) for edge in edges]
+            pending += [(below, node) for below, _ in edges]
             outside = outside or (not edges and hasattr(node, "variable"))
         return cls(kinds, met, outside)
 

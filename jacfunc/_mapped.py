@@ -7,14 +7,14 @@ from typing import TypeAlias
 from torch import Tensor
 from torch._C import _functorch
 
-Level: TypeAlias = tuple[str, int] | None
+Level: TypeAlias = tuple[_functorch.TransformType, int] | None
 """A transform that is active; None where there is none."""
 
 
 def innermost() -> Level:
     """The transform that sees operations first."""
     top = _functorch.peek_interpreter_stack()
-    return None if top is None else (str(top.key()), top.level())
+    return None if top is None else (top.key(), top.level())
 
 
 def mapped(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
@@ -29,7 +29,9 @@ def mapped(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
 def of_samples(tensor: Tensor, size: int, level: Level) -> Tensor:
     """The tensor ``[B, *shape]`` of all samples, also where it is the same for all."""
     values, dim = mapped(tensor, level)
-    return values.expand(size, *values.shape) if dim is None else values.movedim(dim, 0)
+    if dim is None:
+        return values.expand(size, *values.shape)
+    return values.movedim(dim, 0) if dim else values
 
 
 def mapped_anyway(tensor: Tensor, size: int, level: Level) -> Tensor:

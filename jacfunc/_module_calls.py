@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -145,11 +146,12 @@ class ModuleCall:
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)
 
+        @cache
         def kind() -> Hashable:
             # parameters keep their shapes: calls of one module differ in their inputs
             return self.argnums, tuple(point), kinds_of(arguments)
 
-        return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {}, kind)
+        return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {}, kind, state)
 
     def _renewed(
         self, chosen: Tree, arguments: Arguments, dims: Sequence[int | None] | None

@@ -128,8 +128,12 @@ def module_jacobian(
     argnums = argnums_of(API, wrt)
     chosen = resolve(API, strategy, chunk_size, memory)
 
+    state: ModuleState | None = None  # as the last call found it
+
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
-        state, arguments = ModuleState.of(API, module, select), (args, kwargs)
+        nonlocal state
+        state = state.now(API, select) if state else ModuleState.of(API, module, select)
+        arguments = args, kwargs
         choice = Choice.of(API, module, inputs, arguments)
         call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)
         sink = sink_for(API, out, flat, dtype, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jacfunc._basis import shared_units
 from jacfunc._check import is_differentiable
+from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, as_leaves, in_a_row
 from jacfunc._trail import note
@@ -60,11 +61,18 @@ class Loss:
 
     def gradient(self) -> Leaves:
         """In the outputs, ``[B, *out]``."""
-        return self._gradient(*self.outputs.leaves)[0]
+        operator = JacobianOperator(self, self.outputs.leaves)
+        return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
-        operator = JacobianOperator(self, leaves)
-        return operator.pullback(tuple(map(torch.ones_like, operator.outputs))), ()
+        """The same as a function, on the graph of whoever differentiates it."""
+        anchors = [anchored(leaf, True) for leaf in leaves]
+        copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
+        starts = {copy.grad_fn for copy in copies}
+        value, _ = self(*copies)
+        graph = Graph.of(value, starts)
+        found = on_graph(value, (), [Anchor.at(a) for a in anchors], graph, differentiated=True)
+        return found.pull(tuple(map(torch.ones_like, value))), ()
 
     @cached_property
     def _of_gradient(self) -> JacobianOperator:
@@ -75,53 +83,42 @@ class Loss:
         with torch.no_grad():
             return self._of_gradient.pullback(tangents)
 
-    @cached_property
+    @property
     def precise(self) -> Loss:
-        """In double precision, if it can be had: of an output that is almost certain, single
-        precision leaves little of the Hessian but rounding.
+        """In double precision: of an output that is almost certain, single precision leaves little
+        of the Hessian but rounding.
         """
-        try:
-            leaves = tuple(leaf.double() for leaf in self.outputs.leaves)
-            targets = map_tensors(lambda x: x.double() if is_differentiable(x) else x, self.targets)
-            finer = replace(self, targets=targets, outputs=replace(self.outputs, leaves=leaves))
-            finer(*leaves)
-        except (RuntimeError, TypeError) as error:  # of weights that the loss closes over, say
-            note("the loss is differentiated in the precision of the outputs: %s", error)
-            return self
-        return finer
+        leaves = tuple(leaf.double() for leaf in self.outputs.leaves)
+        targets = map_tensors(lambda x: x.double() if is_differentiable(x) else x, self.targets)
+        return replace(self, targets=targets, outputs=replace(self.outputs, leaves=leaves))
 
     @cached_property
     def roots(self) -> Leaves:
         """The largest columns of each sample first; those that vanish for all are left out."""
-        blocks = self.precise._blocks()
-        size, largest = blocks.shape[-1], blocks.diagonal(dim1=1, dim2=2).max()
-        noise = 8 * size * self.precise._rounding * largest
-        columns, dead = self._triangles(blocks, noise), 8 * size * noise
+        try:
+            blocks, rounding = self.precise._blocks(), torch.finfo(torch.float64).eps
+        except (RuntimeError, TypeError) as error:  # of weights that the loss closes over, say
+            note("the loss is differentiated in the precision of the outputs: %s", error)
+            blocks, rounding = self._blocks(), self._rounding
+        size = blocks.shape[-1]
+        least, largest = map(float, blocks.diagonal(dim1=1, dim2=2).amax(1).aminmax())
+        noise = 8 * size * rounding * largest
+        is_unseen = noise <= self._rounding * least  # beside the block of any sample
+        columns, dead = _triangles(blocks, noise) if is_unseen else None, 8 * size * noise
         if columns is None:
-            columns, dead = self._eigenvectors(blocks), noise
+            columns, dead = self._eigenvectors(blocks, rounding), noise
         squares, order = columns.square().sum(1).sort(1, descending=True)
-        live = max(1, int((squares > dead).any(0).sum()))  # a sweep needs at least one
+        live = max(1, int((squares > dead).sum(1).max()))  # a sweep needs at least one
         chosen = order[:, None, :live].expand(-1, size, -1)
-        return as_leaves(columns.gather(2, chosen).permute(2, 0, 1), self.outputs.leaves)
+        # side by side, or a matrix product with a weight would take them one after the other
+        found = columns.gather(2, chosen).permute(2, 0, 1).contiguous()
+        return as_leaves(found, self.outputs.leaves)
 
-    def _triangles(self, blocks: Tensor, noise: Tensor) -> Tensor | None:
-        """Cholesky factors of ``H + noise``, in a fraction of the time that eigenvectors take.
-
-        None where they would be less than right: where the noise is seen beside the block of some
-        sample, or where one is not positive even so.
-        """
-        least = blocks.diagonal(dim1=1, dim2=2).amax(1).min()
-        if not noise <= self._rounding * least:
-            return None
-        shift = noise * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        columns, failed = torch.linalg.cholesky_ex(blocks + shift)
-        return None if failed.any() else columns
-
-    def _eigenvectors(self, blocks: Tensor) -> Tensor:
+    def _eigenvectors(self, blocks: Tensor, rounding: float) -> Tensor:
         """Each times the root of its eigenvalue."""
         values, vectors = torch.linalg.eigh(blocks)
         largest = 8 * values.shape[-1] * values.abs().max()
-        if values.min() < -(self.precise._rounding**0.5) * largest:
+        if values.min() < -(rounding**0.5) * largest:
             raise ValueError(
                 f"{self.api}: the loss must be convex in the outputs, got a Hessian with the "
                 f"eigenvalue {values.min():.2g}. Use product(), which needs no root of it, or "
@@ -146,13 +143,13 @@ class Loss:
         vector = in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)
         columns, found = products[:, :-1], products[:, -1]
         terms = vector * columns  # not a matrix product, which autocast would round
-        expected, scale = terms.sum(1), terms.abs().sum(1).max()
-        apart, rounding = (found - expected).abs().nan_to_num(0.0).max(), self._rounding**0.5
-        if apart > rounding * scale:
+        expected, scale = terms.sum(1), float(terms.abs().sum(1).max())
+        apart = float((found - expected).abs().nan_to_num(0.0).max())
+        if apart > self._rounding**0.5 * scale:
+            share = apart / scale if scale else math.inf
             raise ValueError(
                 f"{self.api}: the loss must be a sum or mean over samples, got one whose Hessian "
-                f"couples them (by {float(apart / scale):.2g} of its size). Use product(), which "
-                "needs no samples."
+                f"couples them (by {share:.2g} of its size). Use product(), which needs no samples."
             )
         return columns
 
@@ -160,6 +157,16 @@ class Loss:
     def _rounding(self) -> float:
         """Of the coarsest output."""
         return max(torch.finfo(leaf.dtype).eps for leaf in self.outputs.leaves)
+
+
+def _triangles(blocks: Tensor, noise: float) -> Tensor | None:
+    """Cholesky factors of ``H + noise``, in a fraction of the time that eigenvectors take.
+
+    None where one is not positive even so.
+    """
+    shift = noise * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    columns, failed = torch.linalg.cholesky_ex(blocks + shift)
+    return None if failed.any() else columns
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -36,10 +36,12 @@ class Part:
     """One of the modules inside, and what it is at first."""
 
     module: nn.Module
+    attributes: dict[str, Any]
     params: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
-    plain: dict[str, Any]  # other attributes that hold state
-    torchs: list[tuple[Any, Any]]  # hooks by kind, parts, and so on, and as they are at first
+    plain: dict[str, Any]  # attributes of its own that hold state
+    filled: list[tuple[Any, Any]]  # hooks by kind, parts, and so on, and as they are at first
+    empty: list[Any]  # those of which there are none
     is_scripted: bool
     is_table: bool
 
@@ -51,15 +53,40 @@ class Part:
             for key, value in own.items()
             if type(value) not in _SIMPLE and key not in _OWN and _keeps(value)
         }
+        torchs = [] if is_scripted else [own[key] for key in _TORCHS]
         return cls(
             module,
+            own.copy(),
             dict(module._parameters),
             dict(module._buffers),
             plain,
-            [] if is_scripted else [(own[key], own[key].copy()) for key in _TORCHS],
+            [(some, some.copy()) for some in torchs if some],
+            [none for none in torchs if not none],
             is_scripted,
             isinstance(module, _TABLES),
         )
+
+    def is_as_at_first(self) -> bool:
+        """Has nobody put anything else in the place of what it is made of?"""
+        return (
+            not self.is_scripted
+            and _are_same(vars(self.module), self.attributes)
+            and _are_same(self.module._parameters, self.params)
+            and _are_same(self.module._buffers, self.buffers)
+            and not any(self.empty)
+            and all(mine == first for mine, first in self.filled)
+        )
+
+    def add_constants(self, new: dict[int, Any]) -> None:
+        """Parameters that are not new: as they are lent already, or detached.
+
+        Inside a transform that would cost ten times as much, and so would each of their uses.
+        """
+        lent = self.params if self.is_scripted else self.module._parameters
+        for key, param in self.params.items():
+            if param is not None and id(param) not in new:
+                now = lent.get(key, param)
+                new[id(param)] = param.detach() if now is param else now
 
     def lend(self, new: dict[int, Any]) -> None:
         """Put what is new, by the identity of the old, in its place."""
@@ -78,14 +105,17 @@ class Part:
     def give_back(self, attributes: dict[str, Any]) -> None:
         """All attributes as they were."""
         own = vars(self.module)
-        for mine, first in self.torchs:  # models of HuggingFace set hooks when they first run
+        # models of HuggingFace set hooks when they first run
+        for mine in self.empty if any(self.empty) else ():
+            mine.clear()
+        for mine, first in self.filled:
             if mine != first:
                 mine.clear()
                 mine.update(first)
         if not self.is_scripted:
             own["_parameters"], own["_buffers"] = attributes["_parameters"], attributes["_buffers"]
         # refilled only where it must be: python is slower with a dict that was
-        if len(own) != len(attributes) or not all(map(is_, own.values(), attributes.values())):
+        if not _are_same(own, attributes):
             own.clear()
             own.update(attributes)
         if self.is_scripted:
@@ -99,7 +129,7 @@ class Part:
             self.module._buffers[key] = tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModuleState:
     """Parameters and buffers of a module: those that are differentiated, and the constants."""
 
@@ -121,6 +151,24 @@ class ModuleState:
                 )
         return cls(parts, chosen(api, params, select), params, buffers)
 
+    def now(self, api: str, select: Select) -> ModuleState:
+        """Of the same module at a later call: itself, unless something else is in a place.
+
+        To look takes a third of what it takes to make it.
+        """
+        if not all(map(Part.is_as_at_first, self.parts.values())):
+            return ModuleState.of(api, self.parts[""].module, select)
+        point = chosen(api, self.params, select)
+        return self if _are_same(point, self.point) else replace(self, point=point)
+
+    @property
+    def functions(self) -> list[Any]:
+        """All that torch calls when the module is called: its parts, and hooks before and after."""
+        modules = [part.module for part in self.parts.values()]
+        calls = [call for module in modules for call in (type(module).__call__, module.forward)]
+        hooks = [(*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in modules]
+        return calls + [hook for some in hooks for hook in some]
+
     def buffers_now(self) -> dict[str, Tensor]:
         """As the module has left them, while it is lent."""
         return dict(self.parts[""].module.named_buffers())
@@ -141,9 +189,11 @@ class ModuleState:
         What it writes into meanwhile are copies: of its buffers, and of the tensors, generators
         and containers that it keeps as plain attributes. Parameters are found in these too.
         """
-        new: dict[int, Any] = {id(param): param.detach() for param in self.params.values()}
+        new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
+        if len(new) < len(self.params):
+            for part in self.parts.values():
+                part.add_constants(new)
         new |= {id(buffer): buffer.clone() for buffer in self.buffers.values()}
-        new |= {id(self.params[name]): param for name, param in given.items()}
         before = [(part, dict(vars(part.module))) for part in self.parts.values()]
         try:
             for part, _ in before:
@@ -152,6 +202,14 @@ class ModuleState:
         finally:
             for part, attributes in before:
                 part.give_back(attributes)
+
+
+def _are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
+    """The same objects, under the same names in the same order."""
+    if not these and not those:
+        return True
+    are_same = len(these) == len(those) and all(map(is_, these.values(), those.values()))
+    return are_same and list(these) == list(those)
 
 
 def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from jacfunc._plans import Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
 from jacfunc._types import Leaves
+from jacfunc.layers._uses import unseen
 from jacfunc.strategies import Looped, Strategy, Structured
 from jacfunc.strategies._forward import Randomness
 
@@ -210,9 +211,11 @@ class Batch:
 
     def _of_params(self, params: Leaves, leaves: Leaves) -> tuple[Leaves, Leaves]:
         """Outputs and extras of one sample."""
-        call = self.call_of(leaves)
+        with unseen():
+            call = self.call_of(leaves)
         outputs, extras = call(*params)
-        self.seen[:] = [(call, Grid.of(outputs, call.primals))]
+        with unseen():
+            self.seen[:] = [(call, Grid.of(outputs, call.primals))]
         return outputs, extras
 
     def _sorted(self, leaves: Leaves) -> Evaluation:

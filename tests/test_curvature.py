@@ -17,7 +17,7 @@ from jacfunc._check import Refused
 from jacfunc._projections import Signs
 from jacfunc._whole_batch import Whole
 from jacfunc.layers import Gather, Outer, Part, Rows
-from jacfunc.layers._squares import norms, squared
+from jacfunc.layers._squares import Sums, norms, squared
 
 
 class Encoder(nn.Module):
@@ -557,7 +557,7 @@ class Own(NamedTuple):
 def test_squares_of_other_forms() -> None:
     block, param = torch.randn(7, 6, 3, 4).double(), torch.zeros(3, 4).double()
     parts = [Part((), Own(block))]
-    assert_close(squared(parts, param), block.square().sum((0, 1)))
+    assert_close(squared(parts, param, Sums()), block.square().sum((0, 1)))
     assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
 
 
@@ -581,10 +581,10 @@ def test_squares_of_outer_products(
     parts = [Part((), Outer(inputs, cotangents, torch.Size(shape), is_turned))]
     param = torch.zeros(shape, dtype=torch.float64)
     block = written(parts, (7, 6, *shape))
-    assert_close(squared(parts, param), block.square().sum((0, 1)))
+    assert_close(squared(parts, param, Sums()), block.square().sum((0, 1)))
     assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
     again = [*parts, Part((), Rows(block.transpose(0, 1).clone()))]
-    assert_close(squared(again, param), (2 * block).square().sum((0, 1)))
+    assert_close(squared(again, param, Sums()), (2 * block).square().sum((0, 1)))
     assert_close(norms(again, param), (2 * block).square().flatten(2).sum(2).T)
 
 
@@ -592,7 +592,7 @@ def test_squares_of_lookups() -> None:
     index = torch.tensor([[0, 1, 1, 1], [2, 0, 2, 3]])
     parts = [Part((), Gather(index, torch.randn(3, 2, 4, 5).double(), torch.Size((6, 5))))]
     param, block = torch.zeros(6, 5).double(), written(parts, (2, 3, 6, 5))
-    assert_close(squared(parts, param), block.square().sum((0, 1)))
+    assert_close(squared(parts, param, Sums()), block.square().sum((0, 1)))
     assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
 
 

@@ -18,12 +18,30 @@ PIECE = 2**22
 Known: TypeAlias = Outer | Gather | Rows
 
 
-def squared(parts: Sequence[Part], param: Tensor) -> Tensor:
+class Sums:
+    """``Σₖ Gₖ²`` of cotangents, which the weight and the bias of a layer have in common."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+
+    def of(self, left: Tensor) -> Tensor:
+        """Of ``[K, B, …]``."""
+        if not left.is_contiguous():
+            return _sum_of_products(left)
+        flat = left.reshape(len(left), -1)
+        place = flat.data_ptr(), flat.shape
+        if place not in self._known:
+            # with the cotangents, whose memory nobody else may have meanwhile
+            self._known[place] = flat, _sum_of_products(flat)
+        return self._known[place][1].view(left.shape[1:])
+
+
+def squared(parts: Sequence[Part], param: Tensor, sums: Sums) -> Tensor:
     """``Σ_{b,k} J[b, k]²`` of one parameter, ``[*param]``."""
     if len(parts) == 1 and not parts[0].path:
-        return _squared(_known(parts[0].form, param)).view(param.shape)
+        return _squared(_known(parts[0].form, param), sums).view(param.shape)
     if _are_apart(parts, param):
-        return placed([(part, _squared(_known(part.form, param))) for part in parts], param)
+        return placed([(part, _squared(_known(part.form, param), sums)) for part in parts], param)
     total = torch.zeros_like(param, requires_grad=False)
     for block in written(parts, param):
         total = total + block.square().sum((0, 1))
@@ -69,26 +87,26 @@ def _are_apart(parts: Sequence[Part], param: Tensor) -> bool:
     return bool((entries.sum(0) <= 1).all())
 
 
-def _squared(form: Known) -> Tensor:
+def _squared(form: Known, sums: Sums) -> Tensor:
     """``Σ_{b,k}`` of a form's squared entries, in its own shape."""
     if isinstance(form, Gather):
         return _squared_gather(form)
     if isinstance(form, Rows):
-        return form.products.square().sum((0, 1))
+        return sums.of(form.products).sum(0)
     num_seeds, _, _, positions, outs = form.cotangents.shape
     ins, pairs = form.width, positions * (positions + 1) // 2
     by_pairs = pairs * (outs * ins + num_seeds * outs + ins)
     by_rows = num_seeds * outs * ins * (positions + 1)
-    found = _squared_by_pairs(form) if by_pairs < by_rows else _squared_by_rows(form)
+    found = _squared_by_pairs(form, sums) if by_pairs < by_rows else _squared_by_rows(form)
     return (found.mT if form.is_turned else found).reshape(form.shape)
 
 
-def _squared_by_pairs(form: Outer) -> Tensor:
+def _squared_by_pairs(form: Outer, sums: Sums) -> Tensor:
     """``Σ_{t,s} (G_t · G_s) ⊗ (A_t · A_s)``, each pair of positions once: ``[groups, O, I]``."""
     left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
     positions = left.shape[3]
     if positions == 1:
-        lefts, rights = _sum_of_products(left), right.square()
+        lefts, rights = sums.of(left), right.square()
     else:
         first, second = torch.triu_indices(positions, positions, device=left.device)
         lefts = _sum_of_products(left, first, second)

@@ -104,8 +104,7 @@ class Uses(TorchFunctionMode):
 
     def track(self, number: int, held: Tensor, twin: Tensor, path: Path = ()) -> None:
         """From here on, ``held`` is parameter ``number``, or the part of it that the path is."""
-        with unseen():
-            version = below_transforms(held)._version
+        version = below_transforms(held)._version
         self._tracked[id(held)] = Tracked(number, held, twin, path, version)
 
     def __torch_function__(
@@ -172,22 +171,18 @@ class Uses(TorchFunctionMode):
                 is_one = held is parts
                 view = View(func, options, named, None if is_one else item)
                 twin = twins if is_one else twins[item]
-                self.track(found.number, held, twin, (*found.path, view))
+                with unseen():
+                    self.track(found.number, held, twin, (*found.path, view))
         return parts
 
     def _use(
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         named = rule.named(args, kwargs)
-        with unseen():
-            if named is None or not all(map(_is_plain, named.values())):
-                shown = None
-            else:
-                shown = {name: self._shown(value) for name, value in named.items()}
-        if named is None or shown is None:
+        if named is None:
             return func(*args, **kwargs)
-        forms = rule.forms_of(**shown)
         with unseen():
+            forms = self._forms(rule, named)
             found = {name: self._find(named[name]) for name in forms}
             covered = {name: tracked for name, tracked in found.items() if tracked is not None}
             twins = {name: tracked.twin.view_as(tracked.twin) for name, tracked in covered.items()}
@@ -200,6 +195,12 @@ class Uses(TorchFunctionMode):
         with unseen():
             parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
             return self._recorded(out, parts, twins.values(), named.values())
+
+    def _forms(self, rule: Rule, named: Mapping[str, Any]) -> Mapping[str, FormOf]:
+        """By argument, all tensors seen as of all samples; none of sparse ones, which can't be."""
+        if not all(map(_is_plain, named.values())):
+            return {}
+        return rule.forms_of(**{name: self._shown(value) for name, value in named.items()})
 
     def _recorded(
         self,
