@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._gauss_newton import GaussNewton
-from jacfunc._output_curvature import (
-    Likelihood,
-    Loss,
-    LossFunction,
-    check_likelihood,
-    sampled,
-)
+from jacfunc._likelihoods import Likelihood, check_likelihood, drawn
+from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._points import Door, Outputs
 from jacfunc._select import Select
 from jacfunc._types import Tree
@@ -141,7 +136,7 @@ def fisher(
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
         point = door.at((args, kwargs))
         leaves, is_mean = point.outputs.leaves, reduction == "mean"
-        found = sampled("fisher", likelihood, leaves, draws, generator, is_mean)
+        found = drawn("fisher", likelihood, leaves, draws, generator, is_mean)
         return GaussNewton(point, lambda outputs: found)
 
     return fisher_of

@@ -15,9 +15,10 @@ from jacfunc._factors import Factors
 from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
 
-PIECE = 2**24
-"""Bytes of cotangents that are swept at once, unless told otherwise: their memory is that of the
-piece before. All at once would be asked for anew, page by page, in every call."""
+SHARE, LEAST, MOST = 16, 5 * 2**20, 2**24
+"""Cotangents that are swept at once, unless told otherwise: a sixteenth of the result's bytes, but
+so many that they are worth a sweep, and so few that their memory is that of the piece before. More
+would be asked for anew, page by page, in every call."""
 
 
 @dataclass
@@ -71,7 +72,7 @@ class LayerByLayer:
                 place[start : start + size].view(size, rows, *param.shape)
                 for place, param in zip(places, params, strict=True)
             ]
-            step = chunk or _piece(rows, factors.nbytes)
+            step = chunk or _piece(rows, factors.nbytes, sum(x.nbytes for x in self.places))
             for _ in in_chunks(rows, step, partial(_fill, factors, blocks, first)):
                 pass
             first += rows
@@ -84,9 +85,10 @@ def _fill(factors: Factors, blocks: Sequence[Tensor], first: int, start: int, st
     return ()
 
 
-def _piece(rows: int, bytes_of_one: int) -> int:
+def _piece(rows: int, bytes_of_one: int, result: int) -> int:
     """Rows of a piece, where all pieces are as large."""
-    pieces = -(-rows * bytes_of_one // PIECE)
+    at_once = min(max(result // SHARE, LEAST), MOST)
+    pieces = -(-rows * bytes_of_one // at_once)
     return -(-rows // max(1, pieces))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from jacfunc._check import Refused
+from jacfunc._constants import Constants
 from jacfunc._guard import check_scripted
 from jacfunc._select import Select, chosen
 from jacfunc._tree import flatten, unflatten
@@ -77,17 +78,6 @@ class Part:
             and all(mine == first for mine, first in self.filled)
         )
 
-    def add_constants(self, new: dict[int, Any]) -> None:
-        """Parameters that are not new: as they are lent already, or detached.
-
-        Inside a transform that would cost ten times as much, and so would each of their uses.
-        """
-        lent = self.params if self.is_scripted else self.module._parameters
-        for key, param in self.params.items():
-            if param is not None and id(param) not in new:
-                now = lent.get(key, param)
-                new[id(param)] = param.detach() if now is param else now
-
     def lend(self, new: dict[int, Any]) -> None:
         """Put what is new, by the identity of the old, in its place."""
         params, buffers = _replaced(self.params, new), _replaced(self.buffers, new)
@@ -137,6 +127,7 @@ class ModuleState:
     point: dict[str, Tensor]  # the chosen parameters, with the values to differentiate at
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    constants: Constants = field(default_factory=Constants)
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
@@ -184,24 +175,24 @@ class ModuleState:
 
     @contextmanager
     def lent(self, given: Mapping[str, Tensor]) -> Iterator[None]:
-        """The module with parameters given anew, the others detached; then all is as it was.
+        """The module with parameters given anew, the others constant; then all is as it was.
 
         What it writes into meanwhile are copies: of its buffers, and of the tensors, generators
         and containers that it keeps as plain attributes. Parameters are found in these too.
         """
         new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
-        if len(new) < len(self.params):
-            for part in self.parts.values():
-                part.add_constants(new)
         new |= {id(buffer): buffer.clone() for buffer in self.buffers.values()}
         before = [(part, dict(vars(part.module))) for part in self.parts.values()]
-        try:
-            for part, _ in before:
-                part.lend(new)
-            yield
-        finally:
-            for part, attributes in before:
-                part.give_back(attributes)
+        others = {name: param for name, param in self.params.items() if name not in given}
+        with self.constants.lent(others) as constants:
+            new |= constants
+            try:
+                for part, _ in before:
+                    part.lend(new)
+                yield
+            finally:
+                for part, attributes in before:
+                    part.give_back(attributes)
 
 
 def _are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

@@ -519,6 +519,8 @@ def row(name: str) -> dict[str, tuple[Cell, Cell]]:
     """Ours and torch.func's cell of every transform."""
     kind = KINDS[name]
     is_function = isinstance(kind, FunctionKind)
+    # torch.compile switches these checks off for the rest of a process
+    torch.distributions.Distribution.set_default_validate_args(True)
     cases = function_cases(kind) if is_function else module_cases(kind)
     compare = same_tree if is_function else same_leaves
     cells = {

@@ -23,7 +23,7 @@ LAYERS = [
     {"_types", "_check", "_words", "_trail", "_known"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
     | {"_counting", "_mapped", "_into", "_pages"}
-    | {"_attention", "_draws", "_sinks"},
+    | {"_attention", "_draws", "_sinks", "_constants"},
     {"_work", "_engines", "_linearization", "_operators", "_fingerprint"}
     | {"_graphs", "layers", "_factors"},
     {"_flat", "strategies", "_machine"},
@@ -41,7 +41,14 @@ LAYERS = [
     {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
     | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select", "_coupling", "_streams"}
     | {"_layerwise", "_of_samples", "_kernel_blocks", "_kernels"}
-    | {"_points", "_whole_batch", "_output_curvature", "_gauss_newton", "_curvature"}
+    | {
+        "_points",
+        "_whole_batch",
+        "_output_curvature",
+        "_likelihoods",
+        "_gauss_newton",
+        "_curvature",
+    }
     | {"_projections"}
     | {"testing", "compare"},
     {"__main__"},

@@ -126,7 +126,7 @@ def test_inside_a_transform_it_is_refused() -> None:
 def test_layers_sweep_a_few_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch, bytes_at_once: int
 ) -> None:
-    monkeypatch.setattr(_layerwise, "PIECE", bytes_at_once)
+    monkeypatch.setattr(_layerwise, "MOST", bytes_at_once)
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)), torch.randn(6, 3)
     options: dict[str, Any] = {"per_sample": True, "flat": True}
     expected = jacfunc.module_jacobian(model, strategy="looped", **options)(x)

@@ -223,12 +223,14 @@ LATE: dict[str, Callable[[Any], Any]] = {
     "tensor in a list": lambda m: m.extra["deep"][0].mul_(2),
     "gradient": lambda m: setattr(m.weight, "grad", None),
     "parameter written": lambda m: m.weight.data.mul_(2),
+    "parameter written in place": lambda m: m.weight.detach().mul_(2),
 }
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[:3])
+@pytest.mark.parametrize("wrt", WRT, ids=str)
 @pytest.mark.parametrize("what", LATE)
-def test_what_it_does_to_itself_is_undone(what: str, strategy: str) -> None:
+def test_what_it_does_to_itself_is_undone(what: str, wrt: Any, strategy: str) -> None:
     module = Late(LATE[what]).double()
-    error = ask(module, ((floats(B, 3),), {}), 1, wrt=WRT[2], strategy=strategy)
+    error = ask(module, ((floats(B, 3),), {}), 1, wrt=wrt, strategy=strategy)
     assert error is None or isinstance(error, REFUSALS)

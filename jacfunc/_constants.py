@@ -1,0 +1,76 @@
+"""Parameters that a module is not differentiated by: lent as they are to one that only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from jacfunc._functorch import below_transforms, outside_transforms
+
+
+class Constants:
+    """What a module does with them, as far as it has been seen.
+
+    To copy them all for each call would take the memory of the module once more, and a tenth of
+    a small one's time. So they are copied until an evaluation has left a copy as it was, and again
+    when their values have changed.
+    """
+
+    def __init__(self) -> None:
+        self._only_read: dict[int, int] = {}
+        """Versions of parameters, by identity."""
+        self._lent: dict[int, Tensor] = {}
+
+    @contextmanager
+    def lent(self, params: Mapping[str, Tensor]) -> Iterator[dict[int, Tensor]]:
+        """By identity, what the module gets for each; inside, an evaluation gets what is lent.
+
+        Raises:
+            RuntimeError: if the module wrote into one that it had only read before.
+        """
+        outer, is_evaluation = self._lent, bool(self._lent)
+        copied = [p for p in params.values() if self._is_copied(p)]
+        read = {name: p for name, p in params.items() if not self._is_copied(p)}
+        versions = {} if is_evaluation else {name: _version(p) for name, p in read.items()}
+        lent = {id(p): p.detach().clone() for p in copied}
+        addresses = {key: below_transforms(copy).data_ptr() for key, copy in lent.items()}
+        # detached inside a transform they would be wrapped, and so would all that comes of them
+        lent |= {id(p): outer[id(p)] if id(p) in outer else p.detach() for p in read.values()}
+        self._lent = lent
+        try:
+            yield lent
+        finally:
+            self._lent = outer
+        for name, version in versions.items():
+            _check_unwritten(name, version, read[name])
+        if is_evaluation and copied:
+            with outside_transforms():
+                for p in copied:
+                    now = below_transforms(lent[id(p)])
+                    if now.data_ptr() == addresses[id(p)] and torch.equal(now, p):
+                        self._only_read[id(p)] = _version(p)
+
+    def _is_copied(self, param: Tensor) -> bool:
+        """Not where there is nothing that could be written into, or nothing that could tell."""
+        return (
+            self._only_read.get(id(param)) != _version(param)
+            and type(param) is nn.Parameter
+            and below_transforms(param) is param
+            and not (param.is_meta or torch.compiler.is_compiling())
+        )
+
+
+def _version(param: Tensor) -> int:
+    return 0 if param.is_inference() else param._version
+
+
+def _check_unwritten(name: str, version: int, param: Tensor) -> None:
+    if _version(param) != version:
+        raise RuntimeError(
+            f"a parameter that the module is not differentiated by must be read alone, or written "
+            f"into from the first call on, got a later write into {name!r}, which has changed it. "
+            "Keep in a buffer what the module changes itself."
+        )
