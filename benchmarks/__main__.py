@@ -128,7 +128,7 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="COUNT",
-        help="in which each case is measured; five for what is to be compared",
+        help="in which each case is measured; seven for what is to be compared",
     )
     run.add_argument(
         "--planted",

@@ -18,7 +18,7 @@ from benchmarks.runner import Order, run_suite
 ONLY = "mlp 64, 16 →"
 """Cases of a few hundred microseconds to some ten milliseconds."""
 
-PROCESSES = 5
+PROCESSES = 7
 WANTED = 0.95
 
 
