@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from jacfunc._functorch import below_transforms, outside_transforms
+
+MOST = 2**26
+"""Bytes of constants that are copied; of more, a write is seen too late, and told."""
 
 
 class Constants:
@@ -20,23 +25,23 @@ class Constants:
     """
 
     def __init__(self) -> None:
-        self._only_read: dict[int, int] = {}
-        """Versions of parameters, by identity."""
+        self._only_read: dict[int, Hashable] = {}
+        """In which mode and version, by identity."""
         self._lent: dict[int, Tensor] = {}
 
     @contextmanager
-    def lent(self, params: Mapping[str, Tensor]) -> Iterator[dict[int, Tensor]]:
+    def lent(self, params: Mapping[str, Tensor], mode: bool) -> Iterator[dict[int, Tensor]]:
         """By identity, what the module gets for each; inside, an evaluation gets what is lent.
 
         Raises:
-            RuntimeError: if the module wrote into one that it had only read before.
+            RuntimeError: if the module wrote into one that is not a copy.
         """
         outer, is_evaluation = self._lent, bool(self._lent)
-        copied = [p for p in params.values() if self._is_copied(p)]
-        read = {name: p for name, p in params.items() if not self._is_copied(p)}
-        versions = {} if is_evaluation else {name: _version(p) for name, p in read.items()}
+        copied = self._copied(params, mode)
         lent = {id(p): p.detach().clone() for p in copied}
         addresses = {key: below_transforms(copy).data_ptr() for key, copy in lent.items()}
+        read = {name: p for name, p in params.items() if id(p) not in lent}
+        versions = {} if is_evaluation else {name: _version(p) for name, p in read.items()}
         # detached inside a transform they would be wrapped, and so would all that comes of them
         lent |= {id(p): outer[id(p)] if id(p) in outer else p.detach() for p in read.values()}
         self._lent = lent
@@ -51,16 +56,32 @@ class Constants:
                 for p in copied:
                     now = below_transforms(lent[id(p)])
                     if now.data_ptr() == addresses[id(p)] and torch.equal(now, p):
-                        self._only_read[id(p)] = _version(p)
+                        self._only_read[id(p)] = mode, _version(p)
 
-    def _is_copied(self, param: Tensor) -> bool:
-        """Not where there is nothing that could be written into, or nothing that could tell."""
-        return (
-            self._only_read.get(id(param)) != _version(param)
-            and type(param) is nn.Parameter
-            and below_transforms(param) is param
-            and not (param.is_meta or torch.compiler.is_compiling())
-        )
+    def _copied(self, params: Mapping[str, Tensor], mode: bool) -> list[Tensor]:
+        """None where nothing could tell whether it was written into."""
+        if torch.compiler.is_compiling():
+            return []
+        unseen = [p for p in params.values() if self._only_read.get(id(p)) != (mode, _version(p))]
+        plain = [
+            p
+            for p in unseen
+            if type(p) is nn.Parameter and below_transforms(p) is p and not p.is_meta
+        ]
+        return plain if sum(p.nbytes for p in plain) <= MOST else []
+
+
+@cache
+def _seen() -> WeakKeyDictionary[nn.Module, Constants]:
+    return WeakKeyDictionary()
+
+
+def constants_of(module: nn.Module) -> Constants:
+    """The same at every call; always new, where the module can't be a key."""
+    try:
+        return _seen().setdefault(module, Constants())
+    except TypeError:
+        return Constants()
 
 
 def _version(param: Tensor) -> int:
@@ -70,7 +91,7 @@ def _version(param: Tensor) -> int:
 def _check_unwritten(name: str, version: int, param: Tensor) -> None:
     if _version(param) != version:
         raise RuntimeError(
-            f"a parameter that the module is not differentiated by must be read alone, or written "
-            f"into from the first call on, got a later write into {name!r}, which has changed it. "
+            "a parameter that the module is not differentiated by must be read alone, or written "
+            f"into from the first call on, got a write into {name!r}, which has changed it. "
             "Keep in a buffer what the module changes itself."
         )

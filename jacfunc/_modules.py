@@ -114,6 +114,8 @@ def module_jacobian(
     Cost:
         That of the strategy; per sample one vectorized sweep over the whole batch, and at the
         first call of a kind another evaluation, to see whether samples depend on each other.
+        Parameters that it is not differentiated by are copied until the module is seen to read
+        them alone, up to 64 MiB.
 
     Example:
         >>> import torch, jacfunc

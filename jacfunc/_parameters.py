@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from jacfunc._check import Refused
-from jacfunc._constants import Constants
+from jacfunc._constants import Constants, constants_of
 from jacfunc._guard import check_scripted
 from jacfunc._select import Select, chosen
 from jacfunc._tree import flatten, unflatten
@@ -127,7 +127,7 @@ class ModuleState:
     point: dict[str, Tensor]  # the chosen parameters, with the values to differentiate at
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    constants: Constants = field(default_factory=Constants)
+    constants: Constants
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
@@ -140,7 +140,7 @@ class ModuleState:
                     f"{api}: the module must know its shapes, got {name}, which is not initialized "
                     "yet. Call the module once before."
                 )
-        return cls(parts, chosen(api, params, select), params, buffers)
+        return cls(parts, chosen(api, params, select), params, buffers, constants_of(module))
 
     def now(self, api: str, select: Select) -> ModuleState:
         """Of the same module at a later call: itself, unless something else is in a place.
@@ -184,7 +184,7 @@ class ModuleState:
         new |= {id(buffer): buffer.clone() for buffer in self.buffers.values()}
         before = [(part, dict(vars(part.module))) for part in self.parts.values()]
         others = {name: param for name, param in self.params.items() if name not in given}
-        with self.constants.lent(others) as constants:
+        with self.constants.lent(others, self.parts[""].module.training) as constants:
             new |= constants
             try:
                 for part, _ in before:

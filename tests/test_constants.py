@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+from jacfunc import _constants
 from jacfunc._constants import Constants
 from tests.module_kinds import floats
 
@@ -82,8 +83,32 @@ def test_a_write_that_comes_late_is_no_silent_one() -> None:
     module = Writing(in_place, quiet=10.0)
     jac = jacfunc.module_jacobian(module, "inputs", strategy="looped")
     jac(torch.ones(3, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=r"got a later write into 'weight'.*Keep in a buffer"):
+    with pytest.raises(RuntimeError, match=r"got a write into 'weight'.*Keep in a buffer"):
         jac(torch.full((3,), 10.0, dtype=torch.float64))
+
+
+def test_of_a_large_module_a_write_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_constants, "MOST", 4)
+    module = Writing(in_place)
+    with pytest.raises(RuntimeError, match="got a write into 'weight', which has changed it"):
+        jacfunc.module_jacobian(module, "inputs", strategy="looped")(torch.ones(3).double())
+
+
+def test_what_was_seen_is_known_to_who_asks_anew() -> None:
+    """As to one who calls ``module_jacobian(module)(x)`` in a loop; another mode is another."""
+    seen: list[int] = []
+    module = nn.Linear(3, 2)
+    module.register_forward_pre_hook(lambda m, _: seen.append(m.weight.data_ptr()))
+
+    def ask() -> int:
+        jacfunc.module_jacobian(module, "inputs", strategy="looped")(torch.ones(3))
+        return seen[-1]
+
+    ask()
+    assert ask() == module.weight.data_ptr()
+    module.eval()
+    ask()
+    assert ask() == module.weight.data_ptr()
 
 
 def test_who_only_reads_gets_no_copies() -> None:
@@ -121,11 +146,11 @@ def test_a_failed_evaluation_tells_nothing() -> None:
 
     def addresses() -> list[int]:
         found = []
-        with constants.lent(params), constants.lent(params) as lent:
+        with constants.lent(params, True), constants.lent(params, True) as lent:
             found += [x.data_ptr() for x in lent.values()]
         return found
 
-    with pytest.raises(ArithmeticError), constants.lent(params), constants.lent(params):
+    with pytest.raises(ArithmeticError), constants.lent(params, True), constants.lent(params, True):
         raise ArithmeticError
     own = [params["weight"].data_ptr()]
     assert addresses() != own
