@@ -63,7 +63,7 @@ class Constants:
         if torch.compiler.is_compiling():
             return []
         unseen = [p for p in params.values() if self._only_read.get(id(p)) != (mode, _version(p))]
-        plain = [
+        plain: list[Tensor] = [
             p
             for p in unseen
             if type(p) is nn.Parameter and below_transforms(p) is p and not p.is_meta

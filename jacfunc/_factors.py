@@ -116,11 +116,11 @@ class Factors:
                 for param, parts in pairs
             )
 
-    def write_rows(self, start: int, stop: int, blocks: Leaves) -> None:
-        """The same into tensors, or parts of these."""
+    def write(self, parts: Sequence[list[Part]], blocks: Sequence[Tensor]) -> None:
+        """Rows by parameter into tensors ``[B, K, *param]``, or parts of these."""
         with self.contracting():
-            for parts, block in zip(self.of_rows(start, stop), blocks, strict=True):
-                write(parts, block)
+            for some, block in zip(parts, blocks, strict=True):
+                write(some, block)
 
     def of_rows(self, start: int, stop: int) -> list[list[Part]]:
         """What gives these rows of the Jacobian, all outputs in a row, by parameter."""

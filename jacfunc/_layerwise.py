@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from jacfunc._factors import Factors
 from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
 
-SHARE, LEAST, MOST = 16, 5 * 2**20, 2**24
+SHARE, LEAST, MOST = 16, 6 * 2**20, 2**24
 """Cotangents that are swept at once, unless told otherwise: a sixteenth of the result's bytes, but
 so many that they are worth a sweep, and so few that their memory is that of the piece before. More
 would be asked for anew, page by page, in every call."""
@@ -61,28 +60,33 @@ class LayerByLayer:
 
     def _write(self, factors: Factors, start: int, total: int, chunk: Chunk) -> None:
         """Into the samples from ``start`` on."""
-        outputs, grid = factors.of_one, self.grid()
-        if self.places is None:
-            like = tuple(_like(out, param) for out in outputs for param in factors.params)
-            self.places = self.sink.places(like, total, grid)
-        params, size, first = factors.params, factors.samples.size, 0
-        for i, rows in enumerate(grid.rows):
-            places = self.places[i * len(params) : (i + 1) * len(params)]
-            blocks = [
-                place[start : start + size].view(size, rows, *param.shape)
-                for place, param in zip(places, params, strict=True)
-            ]
-            step = chunk or _piece(rows, factors.nbytes, sum(x.nbytes for x in self.places))
-            for _ in in_chunks(rows, step, partial(_fill, factors, blocks, first)):
+        grid, first = self.grid(), 0
+        result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
+        samples = slice(start, start + factors.samples.size)
+        for number, rows in enumerate(grid.rows):
+
+            def fill(begin: int, end: int, number: int = number, first: int = first) -> Leaves:
+                parts = factors.of_rows(first + begin, first + end)
+                # not before: what the sweep took for a while need not lie beside the result
+                blocks = self._places(factors, number, total)
+                factors.write(parts, [block[samples, begin:end] for block in blocks])
+                return ()
+
+            for _ in in_chunks(rows, chunk or _piece(rows, factors.nbytes, result), fill):
                 pass
             first += rows
 
-
-def _fill(factors: Factors, blocks: Sequence[Tensor], first: int, start: int, stop: int) -> Leaves:
-    """Some rows of an output, of which ``first`` come before it."""
-    places = tuple(block[:, start:stop] for block in blocks)
-    factors.write_rows(first + start, first + stop, places)
-    return ()
+    def _places(self, factors: Factors, number: int, total: int) -> Leaves:
+        """Blocks of this output, ``[B, M, *param]``."""
+        params, grid = factors.params, self.grid()
+        if self.places is None:
+            like = tuple(_like(out, param) for out in factors.of_one for param in params)
+            self.places = self.sink.places(like, total, grid)
+        places = self.places[number * len(params) : (number + 1) * len(params)]
+        return tuple(
+            place.view(total, grid.rows[number], *param.shape)
+            for place, param in zip(places, params, strict=True)
+        )
 
 
 def _piece(rows: int, bytes_of_one: int, result: int) -> int:
