@@ -84,7 +84,7 @@ class Costs:
     @property
     def reuses_pages(self) -> bool:
         """Is it sure that whoever writes into places of their own saves by it?"""
-        return self.is_copied or any(size >= LARGE for size in self.blocks)
+        return self.is_copied or 2 * sum(x for x in self.blocks if x >= LARGE) >= self.result
 
     def times(self, batch: int, is_copied: bool = False) -> Costs:
         """The same vmapped over a batch: more bytes and products, no more operations."""

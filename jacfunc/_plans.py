@@ -19,7 +19,7 @@ from jacfunc._words import in_bytes, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 CHUNKS = (512, 128)
-RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.5}
+RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.75}
 """Forecasts err: what is far slower when they do must promise so much to be taken."""
 
 FORWARD_FROM_RATIO = 4
