@@ -184,9 +184,8 @@ class Costs:
 
     def _write_blocks(self) -> float:
         """Into places of their own: large ones in pages that were written before."""
-        at_once = (LARGEST if size >= LARGE else size for size in self.blocks)
-        pairs = zip(self.blocks, at_once, strict=True)
-        return sum(size * self.speeds.write(like) for size, like in pairs if size)
+        write = self.speeds.write
+        return sum(x * write(LARGEST if x >= LARGE else x) for x in self.blocks if x)
 
     def _write(self, size: int) -> float:
         return size * self.speeds.write(size) if size else 0.0

@@ -77,8 +77,8 @@ def _categorical(api: str, logits: Tensor, draws: int, generator: torch.Generato
             f"the classes, got shape {tuple(logits.shape)}. Return logits [B, …, C]."
         )
     chances = logits.softmax(-1)
-    drawn = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
-    targets = drawn.t().reshape(draws, *logits.shape[:-1])
+    classes = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
+    targets = classes.t().reshape(draws, *logits.shape[:-1])
     hits = torch.zeros_like(chances).expand(draws, *chances.shape)
     return chances - hits.scatter(-1, targets.unsqueeze(-1), 1.0)
 
