@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from jacfunc.compare._measuring import Check, Contestant, Effort, measure
+from jacfunc.compare._measuring import Check, Contestant, Effort, Entry, measure
 from jacfunc.compare._results import Result
 
 ANSWER = "bytes of the answer"
@@ -77,6 +77,7 @@ class Case:
         device: torch.device,
         without: Sequence[str] = (),
         on_step: Callable[[str], None] = lambda _: None,
+        seat: Callable[[Entry], Entry] = lambda entry: entry,
     ) -> list[Result]:
         """Everyone but those ``without`` whom it is to go; see :func:`measure`."""
         problem = self.setup(device)
@@ -91,6 +92,7 @@ class Case:
                 baseline=self.baseline,
                 cuda=device.type == "cuda",
                 on_step=on_step,
+                seat=seat,
             )
 
 

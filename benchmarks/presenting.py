@@ -17,7 +17,7 @@ from rich.text import Text
 
 from benchmarks.environment import Environment
 from benchmarks.records import Record, replace
-from benchmarks.verdicts import BOUND, winners
+from benchmarks.verdicts import BOUND, counted_rounds, winners
 from jacfunc._words import in_bytes, in_seconds
 from jacfunc.compare._results import Spread, spread
 
@@ -62,7 +62,7 @@ def _columns(record: Record) -> dict[str, Callable[[Record], str]]:
     found: dict[str, Callable[[Record], str]] = {
         "time × baseline": lambda r: spread(Spread(**r["ratio"])) if r["ratio"] else "-",
         "time": lambda r: in_seconds(r["time"] and r["time"]["median"]),
-        "rounds": lambda r: str(len(r["seconds"])),
+        "rounds": lambda r: str(len(counted_rounds(r))),
         "peak": lambda r: "-" if r["peak_bytes"] is None else in_bytes(r["peak_bytes"]),
         "max error": lambda r: "-" if r["error"] is None else f"{r['error']:.0e}",
     }

@@ -14,17 +14,9 @@ from benchmarks import rivals
 from benchmarks.cases import Case, Question, as_record, by_key
 from benchmarks.environment import LIBRARIES, load_average
 from benchmarks.presenting import Watch
+from benchmarks.processes import ANEW, cause, child, received
 from benchmarks.records import Run
-from benchmarks.worker import (
-    CONTEXT,
-    Task,
-    attempt,
-    cause,
-    child,
-    questions,
-    received,
-    tell_environment,
-)
+from benchmarks.worker import Task, attempt, questions, tell_environment
 from jacfunc.compare._results import Result, pooled
 
 TABLE = "benchmarks.questions:QUESTIONS"
@@ -151,8 +143,8 @@ def begun(order: Order, where: Mapping[str, Any]) -> Run:
 
 def _environment(order: Order) -> dict[str, Any]:
     """As a child sees it, for the parent leaves the device alone."""
-    with child(tell_environment, order.device) as (process, receiver):
-        found = received(process, receiver)
+    with child(ANEW, tell_environment, order.device) as (process, pipe):
+        found = received(process, pipe)
     if not isinstance(found, dict):
         raise CannotRunError(f"run: {order.device} must be there, got {cause(found)}. See above.")
     return {
@@ -190,5 +182,5 @@ def warm_up(table: str) -> None:
     """Start the server that children are forked from: with all modules, without a device."""
     # it keeps the variables that are set here; precision is each child's own
     os.environ.update(LIBRARIES)
-    CONTEXT.set_forkserver_preload([*PRELOADED, table.partition(":")[0]])
+    ANEW.set_forkserver_preload([*PRELOADED, table.partition(":")[0]])
     forkserver.ensure_running()

@@ -1,22 +1,18 @@
 """One case in a child process: what it is told, what it does, and what becomes of it.
 
-A child is told names alone, and looks up what they name: functions do not go through pipes. Whose
-turn it is stands in memory that both see, for a message every round would wake the parent beside
-what is being timed.
+A child looks up what the names of its task mean. Whose turn it is stands in memory that both see,
+for a message every round would wake the parent beside what is being timed.
 """
 
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import resource
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any
@@ -25,25 +21,21 @@ import torch
 
 from benchmarks.cases import Case, Question
 from benchmarks.environment import environment, pin
+from benchmarks.processes import ANEW, DEVICE_LOST, cause, child, end_with_parent, received
+from benchmarks.seats import seats
 from jacfunc._machine import free_bytes, seconds_of
 from jacfunc.compare._clock import Run
 from jacfunc.compare._measuring import Contestant, Effort
 from jacfunc.compare._results import Result, recording
 
-CONTEXT = multiprocessing.get_context("forkserver")
-
 SHARE = 0.8
 """Of the memory that is available, what a case may have on the CPU."""
-
-DEVICE_LOST = 86
-"""Exit code of a child whose GPU takes no more work."""
 
 POLL = 0.25
 """Seconds between two looks at a child."""
 
 NOBODY = -1
 OUT_OF_TIME = "out of time"
-KILLED = "crashed: SIGKILL, probably for lack of memory"
 Turn = Any
 """An array that both processes see: the number of the contestant, and of the step."""
 
@@ -128,7 +120,7 @@ def planted(contestant: Contestant[Any], factor: float, device: str) -> Contesta
 # --- in the child ---
 
 
-def work(sender: connection.Connection, task: Task, turn: Turn) -> None:
+def work(pipe: connection.Connection, task: Task, turn: Turn) -> None:
     """Measure the case that is named, and send what became of it."""
     device = torch.device(task.device)
     settle(device)
@@ -140,17 +132,17 @@ def work(sender: connection.Connection, task: Task, turn: Turn) -> None:
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
     setup, results = Result("", ""), None
-    with recording(setup):
-        results = case.measure(device, task.without, on_step)
+    with recording(setup), seats(device) as seat:
+        results = case.measure(device, task.without, on_step, seat)
     _check(device)
     reason = setup.status.replace("unsupported: ", "unsupported: setup: ")
-    sender.send(Outcome(results, "" if setup.ok else reason))
+    pipe.send(Outcome(results, "" if setup.ok else reason))
 
 
-def tell_environment(sender: connection.Connection, device: str) -> None:
+def tell_environment(pipe: connection.Connection, device: str) -> None:
     """Where cases are measured: the parent leaves the device alone."""
     settle(torch.device(device))
-    sender.send(environment(torch.device(device)))
+    pipe.send(environment(torch.device(device)))
 
 
 def settle(device: torch.device) -> None:
@@ -159,18 +151,11 @@ def settle(device: torch.device) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         # they come to the whole group of processes, and the parent ends its child
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if device.type == "cpu" and sys.platform == "linux":
         most = int(SHARE * free_bytes(device))
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _check(device: torch.device) -> None:
@@ -185,60 +170,23 @@ def _check(device: torch.device) -> None:
 # --- in the parent ---
 
 
-@contextmanager
-def child(
-    function: Callable[..., None], *arguments: Any
-) -> Iterator[tuple[Any, connection.Connection]]:
-    """A process that runs ``function(sender, *arguments)``, and where what it sends arrives."""
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=function, args=(sender, *arguments))
-    process.start()
-    sender.close()
-    try:
-        yield process, receiver
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-
-
 def attempt(task: Task, limit: float, watch: Callable[[str | None], None]) -> Outcome:
     """A case in a child that is ended where one step takes longer than ``limit`` seconds."""
     names = [contestant.name for contestant in looked_up(task).contestants]
-    turn = CONTEXT.RawArray("q", (NOBODY, 0))
+    turn = ANEW.RawArray("q", (NOBODY, 0))
     step, since = 0, time.monotonic()
-    with child(work, task, turn) as (process, receiver):
-        while not connection.wait([receiver, process.sentinel], POLL):
+    with child(ANEW, work, task, turn) as (process, pipe):
+        while not connection.wait([pipe, process.sentinel], POLL):
             if turn[1] != step:
                 step, since = turn[1], time.monotonic()
             watch(_name(names, turn))
             if time.monotonic() - since > limit:
                 return Outcome(None, OUT_OF_TIME, _name(names, turn))
-        found = received(process, receiver)
+        found = received(process, pipe)
         if isinstance(found, Outcome):
             return found
         return Outcome(None, cause(found), _name(names, turn))
 
 
-def received(process: Any, receiver: connection.Connection) -> Any:
-    """What a child sends, or its exit code where it ended before."""
-    connection.wait([receiver, process.sentinel])
-    # whoever the child started may hold the pipe open: reading could wait for ever
-    if receiver.poll():
-        with suppress(EOFError, OSError):
-            return receiver.recv()
-    process.join()
-    return process.exitcode
-
-
 def _name(names: Sequence[str], turn: Turn) -> str | None:
     return None if turn[0] == NOBODY else names[turn[0]]
-
-
-def cause(code: int) -> str:
-    """Why a child ended, from its exit code."""
-    if code == DEVICE_LOST:
-        return "crashed: the GPU takes no more work"
-    if code >= 0:
-        return f"crashed: exit code {code}"
-    return KILLED if -code == signal.SIGKILL else f"crashed: {signal.Signals(-code).name}"

@@ -43,7 +43,7 @@ SECONDS = 1.0
 HOPELESS = 1.5
 """A candidate slower than the best by this factor is out."""
 
-SETTING_UP = 0.1
+SETTING_UP = 0.5
 """Seconds that a first call may take before it tells of later ones."""
 
 BOTH = (Reverse(), Forward())

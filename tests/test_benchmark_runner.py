@@ -19,13 +19,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import presenting, runner, trust, worker
+from benchmarks import presenting, processes, runner, trust, worker
 from benchmarks.__main__ import STOPPED, main
 from benchmarks.comparing import Change
 from benchmarks.presenting import Pace
+from benchmarks.processes import DEVICE_LOST
 from benchmarks.records import Run
 from benchmarks.runner import CannotRunError, Order
-from benchmarks.worker import DEVICE_LOST, Task
+from benchmarks.worker import Task
 from jacfunc.compare._measuring import Contestant, Effort
 from jacfunc.compare._results import Result, pooled
 from tests import benchmark_table
@@ -184,7 +185,7 @@ def test_the_table_marks_winners_and_says_why_the_others_failed(fates):
     ],
 )
 def test_why_a_child_ended(code, cause):
-    assert worker.cause(code) == cause
+    assert processes.cause(code) == cause
 
 
 # --- stopped and gone on with ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +14,9 @@ from jacfunc.compare._results import WARM_UP, Forecast, Result, recording, summa
 Problem = TypeVar("Problem", contravariant=True)
 Check = Callable[[Any], float]
 """Takes an answer, gives its largest relative error, or raises :class:`WrongAnswerError`."""
+
+BRIEF = 0.01
+"""Seconds of a call that may take a tenth longer when others have been in the caches."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,59 @@ class Effort:
     patience: float = 20.0
 
 
-@dataclass
 class Entry:
-    """A contestant that is being measured."""
+    """A contestant that is being measured: prepared and checked, weighed, timed round by round.
 
-    result: Result
-    counted: bool
-    run: Run
-    warm_up: float
-    """Seconds of its last call before the rounds."""
+    A step that fails leaves its reason in the result, and none follows it.
+    """
+
+    def __init__(
+        self,
+        problem: Any,
+        contestant: Contestant[Any],
+        check: Check,
+        patience: float,
+        cuda: bool,
+    ) -> None:
+        self.result = Result(contestant.name, contestant.family)
+        self._problem, self._contestant, self._check = problem, contestant, check
+        self._patience, self._cuda = patience, cuda
+
+    @property
+    def name(self) -> str:
+        return self.result.contestant
+
+    def prepare(self) -> None:
+        """Do what is done once, check an answer, and warm up where that is no long wait."""
+        with recording(self.result):
+            if self._contestant.work is not None:
+                self.result.work = self._contestant.work(self._problem)
+            if self._contestant.forecast is not None:
+                self.result.forecast = self._contestant.forecast(self._problem)
+            self._run = self._contestant.prepare(self._problem)
+            took, answer = timed(self._run, self._cuda)
+            if self._contestant.answers:
+                self.result.error = self._check(answer)
+            del answer
+            if took < self._patience:
+                took = seconds(self._run, self._cuda)
+            self.result.seconds[WARM_UP] = took
+
+    def weigh(self) -> None:
+        """One untimed call for the peak."""
+        with recording(self.result):
+            if self._contestant.counted:
+                self.result.peak_bytes = peak_bytes(self._run, self._cuda)
+
+    def time(self, number: int) -> None:
+        """The call of one round, after an untimed one where caches would be much of it."""
+        with recording(self.result):
+            if self.result.seconds[WARM_UP] < BRIEF:
+                self._run()
+            began = time.process_time()
+            self.result.seconds[number] = seconds(self._run, self._cuda)
+            if not self._cuda:
+                self.result.busy[number] = time.process_time() - began
 
 
 def measure(
@@ -71,82 +118,53 @@ def measure(
     cuda: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
     on_rounds: Callable[[int], None] = lambda _: None,
+    seat: Callable[[Entry], Entry] = lambda entry: entry,
 ) -> list[Result]:
     """Every contestant checked, weighed and timed.
 
-    ``on_step`` is told whose turn it is, ``on_rounds`` how many calls the rounds will be.
+    ``on_step`` is told whose turn it is, ``on_rounds`` how many calls the rounds will be, and
+    ``seat`` says where an entry takes its steps.
     """
-    results = [Result(contestant.name, contestant.family) for contestant in contestants]
-    entries: dict[str, Entry] = {}
-    for contestant, result in zip(contestants, results, strict=True):
-        on_step(contestant.name)
-        with recording(result):
-            entries[contestant.name] = _prepared(problem, contestant, result, check, effort, cuda)
-    for name, entry in entries.items():
-        if entry.counted:
-            on_step(name)
-            with recording(entry.result):
-                entry.result.peak_bytes = peak_bytes(entry.run, cuda)
-    _time(entries, effort, baseline, cuda, on_step, on_rounds)
+    entries = [seat(Entry(problem, c, check, effort.patience, cuda)) for c in contestants]
+    for entry in entries:
+        on_step(entry.name)
+        entry.prepare()
+    able = [entry for entry in entries if entry.result.ok]
+    for entry in able:
+        on_step(entry.name)
+        entry.weigh()
+    _time([entry for entry in able if entry.result.ok], effort, baseline, on_step, on_rounds)
+    results = [entry.result for entry in entries]
     summarize({result.contestant: result for result in results}, baseline)
     return results
 
 
-def _prepared(
-    problem: Any,
-    contestant: Contestant[Any],
-    result: Result,
-    check: Check,
-    effort: Effort,
-    cuda: bool,
-) -> Entry:
-    if contestant.work is not None:
-        result.work = contestant.work(problem)
-    if contestant.forecast is not None:
-        result.forecast = contestant.forecast(problem)
-    run = contestant.prepare(problem)
-    took, answer = timed(run, cuda)
-    if contestant.answers:
-        result.error = check(answer)
-    del answer
-    if took < effort.patience:
-        took = seconds(run, cuda)
-    return Entry(result, contestant.counted, run, took)
-
-
 def _time(
-    entries: Mapping[str, Entry],
+    entries: Sequence[Entry],
     effort: Effort,
     baseline: str,
-    cuda: bool,
     on_step: Callable[[str], None],
     on_rounds: Callable[[int], None],
 ) -> None:
     """Rounds in shuffled order, each contestant at most once a round."""
-    wanted = {}
-    for name, entry in entries.items():
-        if entry.warm_up >= effort.patience or name == baseline:
-            # whoever has no other round is compared with the baseline in this one
-            entry.result.seconds[WARM_UP] = entry.warm_up
-        if entry.warm_up < effort.patience:
-            fit = int(effort.seconds / entry.warm_up)
-            wanted[name] = max(effort.fewest, min(effort.rounds, fit))
+    before = {entry.name: entry.result.seconds[WARM_UP] for entry in entries}
+    wanted = {
+        name: max(effort.fewest, min(effort.rounds, int(effort.seconds / took)))
+        for name, took in before.items()
+        if took < effort.patience
+    }
     total = max(wanted.values(), default=0)
     if baseline in wanted:
         # a ratio needs both times of one round
         wanted[baseline] = total
     on_rounds(sum(wanted.values()))
+    racing = [entry for entry in entries if entry.name in wanted]
     order = random.Random(0)
     for number in range(total):
-        for name in order.sample(list(wanted), len(wanted)):
-            entry = entries[name]
-            if entry.result.ok and takes_part(number, wanted[name], total):
-                on_step(name)
-                with recording(entry.result):
-                    began = time.process_time()
-                    entry.result.seconds[number + 1] = seconds(entry.run, cuda)
-                    if not cuda:
-                        entry.result.busy[number + 1] = time.process_time() - began
+        for entry in order.sample(racing, len(racing)):
+            if entry.result.ok and takes_part(number, wanted[entry.name], total):
+                on_step(entry.name)
+                entry.time(number + 1)
 
 
 def takes_part(number: int, wanted: int, rounds: int) -> bool:

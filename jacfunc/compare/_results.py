@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from jacfunc._check import is_out_of_memory
 
 WARM_UP = 0
-"""The number of the round before those that count."""
+"""The number of the round before those that count: it does where there is no other."""
 
 
 class WrongAnswerError(Exception):
