@@ -118,18 +118,22 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     return on_graph(outputs, extras, list(map(Anchor.at, anchors)), graph, differentiated)
 
 
-def watched_once(func: LeafFunction, primals: Sequence[Tensor]) -> tuple[Leaves, Leaves]:
+def watched_once(
+    func: LeafFunction, primals: Sequence[Tensor], call: Any = None
+) -> tuple[Leaves, Leaves]:
     """Evaluate; under a watch, unless it met nothing the last time it was called like this.
 
     A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
-    but a function that may catch errors is watched at every call.
+    but a function that may catch errors is watched at every call. ``call`` says what is called,
+    where ``func`` does not.
     """
-    inner, kind = getattr(func, "kind_of_call", (None, None))
+    call = func if call is None else call
+    inner, kind = getattr(call, "kind_of_call", (None, None))
     if inner is not None and unwatched().has(inner, kind):
         return func(*primals)
     with Watch() as watch:
         found = func(*primals)
-    functions = getattr(func, "functions", (inner,))
+    functions = getattr(call, "functions", (inner,))
     if inner is not None and not watch.met and not any(map(_may_catch, functions)):
         unwatched().add(inner, kind)
     return found

@@ -18,7 +18,7 @@ from jacfunc._engines import watched_once
 from jacfunc._functorch import inside_transform, recording, sweep_batch
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._linearization import Linearization
-from jacfunc._types import Leaves
+from jacfunc._types import LeafFunction, Leaves
 from jacfunc.layers import Part, Rows, Use, Uses, rows, together, write
 from jacfunc.layers._uses import unseen
 
@@ -149,12 +149,15 @@ class Factors:
 
 def factored(
     of_one: OfOne,
+    call: LeafFunction,
     params: Leaves,
     samples: Samples,
     others: set[int],
     repeat_draws: Callable[[], None],
 ) -> Factors:
     """Evaluate and find the uses; ``others`` grows by what turns out to be used elsewhere, too.
+
+    ``call`` is one of a sample, which may say of what kind it is.
 
     Raises:
         Refused: inside a transform, where no graph is kept.
@@ -163,14 +166,14 @@ def factored(
         raise Refused("factors of layers are found on a plain graph, which no transform keeps")
     while True:
         repeat_draws()
-        found, met = _evaluated(of_one, params, samples, sorted(others))
+        found, met = _evaluated(of_one, call, params, samples, sorted(others))
         if met <= others:
             return found
         others |= met
 
 
 def _evaluated(
-    of_one: OfOne, params: Leaves, samples: Samples, others: Sequence[int]
+    of_one: OfOne, call: LeafFunction, params: Leaves, samples: Samples, others: Sequence[int]
 ) -> tuple[Factors, set[int]]:
     """The factors, and which parameters are used where no rule sees it."""
     wanted = torch.is_grad_enabled()
@@ -181,7 +184,8 @@ def _evaluated(
         behind = [Anchor.behind(held[i]) for i in others]  # of_one may write into them
         starts = [handle.grad_fn for handle in held]
         found: list[Use] = []
-        outputs, extras = watched_once(_recording(of_one, samples, others, twins, found), held)
+        of_all = _recording(of_one, samples, others, twins, found)
+        outputs, extras = watched_once(of_all, held, call)
     cut = set(starts).union(*(use.ends for use in found))
     graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in found)))
     if not all(use.is_all(graph) for use in found):

@@ -108,7 +108,8 @@ class GaussNewton:
         Cost:
             One evaluation, M pullbacks of the loss and R ≤ M of the module for its M outputs a
             sample, at once, and for each layer the cheaper of two contractions; memory of all
-            layers' inputs and R cotangents, and ``B · M²`` numbers.
+            layers' inputs and R cotangents, and ``B · M²`` numbers. Torch's own cross entropy of
+            classes, squared error and binary cross entropy of logits need no pullback of theirs.
 
         Example:
             >>> import torch, jacfunc

@@ -14,6 +14,7 @@ from torch import Tensor
 from jacfunc._basis import shared_units
 from jacfunc._check import is_differentiable
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
+from jacfunc._losses import known_root
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, as_leaves, in_a_row
 from jacfunc._trail import note
@@ -92,7 +93,29 @@ class Loss:
 
     @cached_property
     def roots(self) -> Leaves:
-        """The largest columns of each sample first; those that vanish for all are left out."""
+        """As many as some sample needs: of each the largest, where there are more."""
+        columns, dead = self._known() or self._computed()
+        squares = columns.square().sum(1)
+        live = max(1, int((squares > dead).sum(1).max()))  # a sweep needs at least one
+        if live < squares.shape[1]:
+            order = squares.argsort(1, descending=True)[:, None, :live]
+            columns = columns.gather(2, order.expand(-1, columns.shape[1], -1))
+        # side by side, or a matrix product with a weight would take them one after the other
+        return as_leaves(columns.permute(2, 0, 1).contiguous(), self.outputs.leaves)
+
+    def _known(self) -> tuple[Tensor, float] | None:
+        """Columns ``[B, M, R]``, and squares of those that do not count, if they are known."""
+        outputs = self.outputs.tree(self.outputs.leaves)
+        with torch.no_grad():
+            columns = known_root(self.func, outputs, self.targets)
+            if columns is None:
+                return None
+            self(*self.outputs.leaves)  # which refuses targets that are none
+        rounding = torch.finfo(columns.dtype).eps * columns.shape[1]
+        return columns, rounding * float(columns.square().amax())
+
+    def _computed(self) -> tuple[Tensor, float]:
+        """The same of any loss, from its second derivatives."""
         try:
             blocks, rounding = self.precise._blocks(), torch.finfo(torch.float64).eps
         except (RuntimeError, TypeError) as error:  # of weights that the loss closes over, say
@@ -102,15 +125,9 @@ class Loss:
         least, largest = map(float, blocks.diagonal(dim1=1, dim2=2).amax(1).aminmax())
         noise = 8 * size * rounding * largest
         is_unseen = noise <= self._rounding * least  # beside the block of any sample
-        columns, dead = _triangles(blocks, noise) if is_unseen else None, 8 * size * noise
-        if columns is None:
-            columns, dead = self._eigenvectors(blocks, rounding), noise
-        squares, order = columns.square().sum(1).sort(1, descending=True)
-        live = max(1, int((squares > dead).sum(1).max()))  # a sweep needs at least one
-        chosen = order[:, None, :live].expand(-1, size, -1)
-        # side by side, or a matrix product with a weight would take them one after the other
-        found = columns.gather(2, chosen).permute(2, 0, 1).contiguous()
-        return as_leaves(found, self.outputs.leaves)
+        if is_unseen and (columns := _triangles(blocks, noise)) is not None:
+            return columns, 8 * size * noise
+        return self._eigenvectors(blocks, rounding), noise
 
     def _eigenvectors(self, blocks: Tensor, rounding: float) -> Tensor:
         """Each times the root of its eigenvalue."""

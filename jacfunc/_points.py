@@ -43,6 +43,8 @@ class Door:
     chunk_size: int | None
     strategy: Structured = field(default_factory=Structured)
     """Remembers, from call to call, which parameters no rule covers."""
+    states: list[ModuleState] = field(default_factory=list)
+    """As the last call found the module."""
 
     def __post_init__(self) -> None:
         check_module(self.api, self.module)
@@ -61,7 +63,7 @@ class Door:
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
-        state = ModuleState.of(self.api, self.module, self.select)
+        state = self._state()
         call = ModuleCall(
             self.api,
             state,
@@ -74,6 +76,14 @@ class Door:
         batch = call.batch(Sink(), self.in_dims, self.randomness)
         data = (*batch.leaves, *Split.of(targets, is_tensor).leaves)
         return Point(self, call, batch, Draws(batch.leaves), data, _version(state, data))
+
+    def _state(self) -> ModuleState:
+        """Of the module now."""
+        if self.states:
+            self.states[:] = [self.states[0].now(self.api, self.select)]
+        else:
+            self.states[:] = [ModuleState.of(self.api, self.module, self.select)]
+        return self.states[0]
 
     def with_targets(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> tuple[Point, Tree]:
         """The call of all but the last of the positional arguments, and that."""

@@ -148,8 +148,8 @@ class Batch:
         others = strategy.known.setdefault(self.kind, set())
         leaves = narrowed(self.leaves, self.dims, start, stop)
         samples = Samples(leaves, self.dims, self.randomness)
-        repeat = Draws(self.leaves).repeat
-        return factored(self._of_params, self._first().primals, samples, others, repeat)
+        call, repeat = self._first(), Draws(self.leaves).repeat
+        return factored(self._of_params, call, call.primals, samples, others, repeat)
 
     def operator(self) -> JacobianOperator:
         """All samples as one function on one graph: of primals ``[B, *in]``, each sample's own.

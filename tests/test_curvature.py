@@ -133,6 +133,18 @@ def of_positions(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
 
+def of_nobody(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss of which nothing is known beforehand."""
+    return F.cross_entropy(outputs, targets)
+
+
+def squares_of_nobody(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs, targets)
+
+
+BY_EITHER = pytest.mark.parametrize("loss", [F.cross_entropy, of_nobody])
+
+
 class Case(NamedTuple):
     make: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
@@ -156,6 +168,8 @@ CASES = {
     "mlp": Case(mlp, of_shape(5, 4), F.cross_entropy, classes),
     "mlp sum": Case(mlp, of_shape(5, 4), summed, classes),
     "mlp squares": Case(mlp, of_shape(5, 4), F.mse_loss, of_shape(5, 3)),
+    "mlp, a loss of nobody": Case(mlp, of_shape(5, 4), of_nobody, classes),
+    "mlp, squares of nobody": Case(mlp, of_shape(5, 4), squares_of_nobody, of_shape(5, 3)),
     "mlp huber": Case(mlp, of_shape(5, 4), F.huber_loss, of_shape(5, 3)),
     "convolutions": Case(convolutional, of_shape(5, 2, 6, 6), F.cross_entropy, classes),
     "encoder": Case(Encoder, tokens(4, 3), F.cross_entropy, lambda: torch.randint(7, (4,))),
@@ -716,8 +730,9 @@ def test_refusal_of_outputs_without_a_batch() -> None:
         found @ {key: torch.ones_like(param) for key, param in model.named_parameters()}
 
 
+@BY_EITHER
 @pytest.mark.parametrize("margin", [10.0, 15.0, 20.0])
-def test_a_network_that_is_almost_certain(margin: float) -> None:
+def test_a_network_that_is_almost_certain(margin: float, loss: Any) -> None:
     torch.manual_seed(0)
     labels = torch.randint(10, (50,))
     logits = margin * F.one_hot(labels, 10) + torch.randn(50, 10, dtype=torch.float64)
@@ -727,11 +742,11 @@ def test_a_network_that_is_almost_certain(margin: float) -> None:
     nn.init.eye_(model.weight)
     x = logits.float()
     expected = torch.einsum("bo,bi->oi", hessians.diagonal(dim1=1, dim2=2), logits.square())
-    found = jacfunc.ggn(model, F.cross_entropy)(x, labels).diagonal()["weight"]
+    found = jacfunc.ggn(model, loss)(x, labels).diagonal()["weight"]
     assert (found - expected).abs().max() <= 1e-5 * expected.max()
 
 
-def of_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
+def of_logits(logits: Tensor, loss: Any) -> tuple[Tensor, Tensor]:
     """The diagonal of a linear layer that passes the logits on, as found and in closed form."""
     size = logits.shape[1]
     chances = logits.double().softmax(1)
@@ -739,21 +754,23 @@ def of_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
     model = nn.Linear(size, size, bias=False)
     nn.init.eye_(model.weight)
     labels = torch.zeros(len(logits), dtype=torch.long)
-    found = jacfunc.ggn(model, F.cross_entropy)(logits, labels).diagonal()["weight"]
+    found = jacfunc.ggn(model, loss)(logits, labels).diagonal()["weight"]
     return found.double(), variances.T @ logits.double().square()
 
 
-def test_a_class_that_no_sample_is_likely_to_be_in() -> None:
+@BY_EITHER
+def test_a_class_that_no_sample_is_likely_to_be_in(loss: Any) -> None:
     logits = torch.randn(20, 10)
     logits[:, 3] -= 14.0
-    found, expected = of_logits(logits)
+    found, expected = of_logits(logits, loss)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
 
 
-def test_one_sample_that_is_certain_among_others() -> None:
+@BY_EITHER
+def test_one_sample_that_is_certain_among_others(loss: Any) -> None:
     logits = torch.randn(20, 10)
     logits[0, 2] += 30.0
-    found, expected = of_logits(logits)
+    found, expected = of_logits(logits, loss)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0.0)
 
 

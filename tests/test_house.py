@@ -45,6 +45,7 @@ LAYERS = [
         "_points",
         "_whole_batch",
         "_output_curvature",
+        "_losses",
         "_likelihoods",
         "_gauss_newton",
         "_curvature",

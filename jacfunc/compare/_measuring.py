@@ -15,8 +15,8 @@ Problem = TypeVar("Problem", contravariant=True)
 Check = Callable[[Any], float]
 """Takes an answer, gives its largest relative error, or raises :class:`WrongAnswerError`."""
 
-BRIEF = 0.01
-"""Seconds of a call that may take a tenth longer when others have been in the caches."""
+BRIEF = 0.05
+"""Seconds of a call that may take longer, by a hundredth or by half, after others."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,9 @@ class Structured:
         whole = Samples((), ())
         factors = operator.refusing(
             "look into layers",
-            lambda: factored(of_one, operator.primals, whole, others, operator.repeat_draws),
+            lambda: factored(
+                of_one, operator.func, operator.primals, whole, others, operator.repeat_draws
+            ),
         )
         operator.evaluated(factors.of_one, factors.extras_of_one)
         return factors

@@ -1,0 +1,89 @@
+"""Losses of torch whose second derivative in the outputs is known, and a root of it with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Settings: TypeAlias = Mapping[str, Any]
+"""``reduction`` and, of cross entropy, ``ignore_index``."""
+
+Root: TypeAlias = Callable[[Tensor, Tensor, Settings], Tensor | None]
+"""``[B, M, R]`` with ``H = S Sᵀ`` for each sample's M outputs, in double precision."""
+
+USUAL = {"reduction": "mean", "ignore_index": -100}
+
+
+def known_root(loss: Any, outputs: Any, targets: Any) -> Tensor | None:
+    """Columns ``[B, M, R]`` with ``H = S Sᵀ``; None of a loss, or of arguments, not known here."""
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return None
+    if type(loss) in MODULES and _is_plain(loss):
+        return MODULES[type(loss)](outputs, targets, vars(loss))
+    for known, root in FUNCTIONS:
+        if loss is known:
+            return root(outputs, targets, USUAL)
+    return None
+
+
+def _is_plain(loss: nn.Module) -> bool:
+    """Without weights or hooks."""
+    is_weighted = any(buffer is not None for buffer in loss._buffers.values())
+    return not (is_weighted or loss._forward_hooks or loss._forward_pre_hooks)
+
+
+def _of_cross_entropy(outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor | None:
+    """The Cholesky factor of ``diag(p) - p pᵀ``, from the sums of p's tails.
+
+    Nothing is subtracted, so it is exact for the least likely class. (Tanabe and Sagae, "An exact
+    Cholesky decomposition and the generalized inverse of the variance-covariance matrix of the
+    multinomial distribution", 1992.) Smoothed labels shift the gradient alone.
+    """
+    if outputs.dim() != 2 or targets.dim() != 1 or targets.is_floating_point():
+        return None
+    p = outputs.double().softmax(1)
+    tails = p.flip(1).cumsum(1).flip(1)
+    least = torch.finfo(p.dtype).tiny
+    share, after = p[:, :-1] / tails[:, :-1].clamp(min=least), tails[:, 1:]
+    kept = (targets != settings["ignore_index"]).to(p.dtype)
+    weights = kept / kept.sum() if settings["reduction"] == "mean" else kept
+    share = share * weights.unsqueeze(1)
+    scales = (share / after.clamp(min=least)).sqrt()
+    columns: Tensor = (-p.unsqueeze(2) * scales.unsqueeze(1)).tril_(-1)
+    columns.diagonal(dim1=1, dim2=2).copy_((share * after).sqrt())
+    return columns if columns.shape[2] else columns.new_zeros(len(p), 1, 1)
+
+
+def _of_squares(outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor | None:
+    if outputs.shape != targets.shape:
+        return None
+    return _diagonal(torch.full_like(outputs, 2.0, dtype=torch.float64), settings)
+
+
+def _of_logits(outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor | None:
+    if outputs.shape != targets.shape:
+        return None
+    scores = outputs.double()
+    return _diagonal(scores.sigmoid() * (-scores).sigmoid(), settings)
+
+
+def _diagonal(curvature: Tensor, settings: Settings) -> Tensor:
+    """Of a loss that is a mean or sum over single outputs."""
+    share = curvature.numel() if settings["reduction"] == "mean" else 1
+    return (curvature / share).sqrt().reshape(len(curvature), -1).diag_embed()
+
+
+FUNCTIONS: tuple[tuple[Any, Root], ...] = (
+    (F.cross_entropy, _of_cross_entropy),
+    (F.mse_loss, _of_squares),
+    (F.binary_cross_entropy_with_logits, _of_logits),
+)
+MODULES: Mapping[type, Root] = {
+    nn.CrossEntropyLoss: _of_cross_entropy,
+    nn.MSELoss: _of_squares,
+    nn.BCEWithLogitsLoss: _of_logits,
+}
