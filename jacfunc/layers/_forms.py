@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+CACHED = 2**20
+"""Bytes that a core's own caches hold, about; of more, a copy takes up to twice as long."""
+
 
 class Form(Protocol):
     """One use's part of ``J[b, k, *param]``."""
@@ -141,11 +144,17 @@ def _write_products(left: Tensor, right: Tensor, place: Tensor) -> None:
     """``place[b, k] = left[k, b] @ right[b]``.
 
     BLAS takes a batch only where what comes out lies side by side, which a place need not; what
-    is copied from there is still in the caches.
+    is copied from there, some samples at a time, is still in the caches.
     """
-    products = right.new_empty((len(right), *place.shape[2:]))
-    for k, factor in enumerate(left):
-        place[:, k] = torch.bmm(factor, right, out=products)
+    size, shape = len(right), place.shape[2:]
+    nbytes = size * shape.numel() * right.element_size()
+    step = size if right.is_cuda else -(-size // max(1, round(nbytes / CACHED)))
+    products = right.new_empty((step, *shape))
+    for start in range(0, size, step):
+        some = slice(start, start + step)
+        factors, inputs = left[:, some], right[some]
+        for k, factor in enumerate(factors):
+            place[some, k] = torch.bmm(factor, inputs, out=products[: len(inputs)])
 
 
 def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:
