@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -107,15 +108,8 @@ BAD = (
 
 
 def case(name, contestants=GOOD, **options):
-    options = {"setup": partial(set_up, name), "is_quick": True, **options}
-    return Case(
-        name,
-        contestants=contestants,
-        check=check,
-        baseline="by hand",
-        effort=EFFORT,
-        **options,
-    )
+    options = {"setup": partial(set_up, name), "check": check, "is_quick": True, **options}
+    return Case(name, contestants=contestants, baseline="by hand", effort=EFFORT, **options)
 
 
 def asking(name, *cases):
@@ -146,5 +140,9 @@ HELD = (
     asking("first", case("one"), case("two")),
     asking("second", case("held", (*GOOD, Contestant("held", "rival", held))), case("last")),
 )
+WHERE = tuple(replace(contestant, prepare=lambda x: os.getpid) for contestant in GOOD)
+APART = (asking("apart", case("where", WHERE, check=lambda x: float)),)
+"""The error that is found is the number of the process."""
+
 TWICE = (asking("same", case("name"), case("name")),)
 PLAIN = (asking("plain", case("one")),)

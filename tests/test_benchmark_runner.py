@@ -27,8 +27,8 @@ from benchmarks.processes import DEVICE_LOST
 from benchmarks.records import Run
 from benchmarks.runner import CannotRunError, Order
 from benchmarks.worker import Task
-from jacfunc.compare._measuring import Contestant, Effort
-from jacfunc.compare._results import Result, pooled
+from jacfunc.compare._measuring import Contestant, Effort, Entry
+from jacfunc.compare._results import WARM_UP, Result, pooled
 from tests import benchmark_table
 from tests.benchmark_table import TRACE
 
@@ -341,6 +341,25 @@ def test_time_left_follows_what_finished_cases_took():
 
 
 # --- several processes ---
+
+
+def test_every_contestant_has_a_process_of_its_own(tmp_path):
+    (case,) = run(tmp_path, "APART")[0].cases.values()
+    assert [row["status"] for row in case["results"]] == ["ok", "ok"]
+    ours, theirs = (row["error"] for row in case["results"])
+    assert ours != theirs
+
+
+@pytest.mark.parametrize(("brief", "calls"), [(1.0, 2), (0.0, 1)])
+def test_a_brief_call_is_timed_after_an_untimed_one(monkeypatch, brief, calls):
+    monkeypatch.setattr("jacfunc.compare._measuring.BRIEF", brief)
+    made = []
+    entry = Entry(made, Contestant("c", "", lambda m: lambda: m.append(0)), lambda a: 0.0, 1, False)
+    entry.prepare()
+    assert len(made) == 2
+    entry.time(1)
+    assert len(made) == 2 + calls
+    assert sorted(entry.result.seconds) == [WARM_UP, 1]
 
 
 def test_rounds_of_several_processes_are_pooled(tmp_path):

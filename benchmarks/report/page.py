@@ -20,9 +20,9 @@ STYLE = Path(__file__).with_name("style.css")
 ABOUT = (
     "Ways to take Jacobians, Hessians and products of them with PyTorch, compared: the strategies "
     "of jacfunc, torch.func, torch.autograd by hand, and other libraries. Every answer is checked "
-    "against float64 before the clock starts. Times are ratios of interleaved rounds; memory is "
-    "counted in a call of its own; whoever fails stays in the table with the reason. Differences "
-    "within 5 %, or that cannot be told from none, are ties."
+    "against float64 before the clock starts. Times are ratios of interleaved rounds, on a CPU in "
+    "a process for each; memory is counted in a call of its own; whoever fails stays in the table "
+    "with the reason. Differences within 5 %, or that cannot be told from none, are ties."
 )
 MANY_TARGETS = 8
 Links = Mapping[str, Path]

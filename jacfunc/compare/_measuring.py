@@ -52,6 +52,11 @@ class Effort:
     fewest: int = 5
     patience: float = 20.0
 
+    def rounds_of(self, took: float) -> int:
+        """Of a contestant whose call takes so many seconds."""
+        calls = 2 if took < BRIEF else 1
+        return max(self.fewest, min(self.rounds, int(self.seconds / (calls * took))))
+
 
 class Entry:
     """A contestant that is being measured: prepared and checked, weighed, timed round by round.
@@ -148,11 +153,7 @@ def _time(
 ) -> None:
     """Rounds in shuffled order, each contestant at most once a round."""
     before = {entry.name: entry.result.seconds[WARM_UP] for entry in entries}
-    wanted = {
-        name: max(effort.fewest, min(effort.rounds, int(effort.seconds / took)))
-        for name, took in before.items()
-        if took < effort.patience
-    }
+    wanted = {n: effort.rounds_of(took) for n, took in before.items() if took < effort.patience}
     total = max(wanted.values(), default=0)
     if baseline in wanted:
         # a ratio needs both times of one round
