@@ -50,7 +50,7 @@ class Within:
         fitting = min(most, max(1, int(size * self.room / max(peak, 1))))
         if ROUND <= fitting < most:
             fitting -= fitting % ROUND
-        if fitting == 1 or size <= fitting <= GROWTH * size:
+        if fitting in (1, most) or size <= fitting <= GROWTH * size:
             self.settled.append(fitting)
         return fitting
 
@@ -79,6 +79,12 @@ def largest(chunk: Chunk, total: int) -> int:
     """The most seeds of one sweep."""
     size = chunk.at_most if isinstance(chunk, Within) else chunk
     return max(1, min(size or total, total))
+
+
+def evenly(total: int, each: int, most: int) -> int:
+    """How many of ``each`` bytes to take at once, for chunks of the same size below the most."""
+    chunks = -(-total * each // most)
+    return -(-total // max(1, chunks))
 
 
 def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:

@@ -19,8 +19,8 @@ from jacfunc._functorch import inside_transform, recording, sweep_batch
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._linearization import Linearization
 from jacfunc._types import LeafFunction, Leaves
+from jacfunc._watch import unseen
 from jacfunc.layers import Part, Rows, Use, Uses, rows, together, write
-from jacfunc.layers._uses import unseen
 
 OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
 """``of_one(params, data) -> (outputs, extras)`` of a single sample."""

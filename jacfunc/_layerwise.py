@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._blocks import stack
-from jacfunc._chunks import Chunk, in_chunks
+from jacfunc._chunks import Chunk, evenly, in_chunks
 from jacfunc._factors import Factors
 from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
@@ -62,6 +62,7 @@ class LayerByLayer:
         """Into the samples from ``start`` on."""
         grid, first = self.grid(), 0
         result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
+        at_once = min(max(result // SHARE, LEAST), MOST)
         samples = slice(start, start + factors.samples.size)
         for number, rows in enumerate(grid.rows):
 
@@ -72,7 +73,7 @@ class LayerByLayer:
                 factors.write(parts, [block[samples, begin:end] for block in blocks])
                 return ()
 
-            for _ in in_chunks(rows, chunk or _piece(rows, factors.nbytes, result), fill):
+            for _ in in_chunks(rows, chunk or evenly(rows, factors.nbytes, at_once), fill):
                 pass
             first += rows
 
@@ -87,13 +88,6 @@ class LayerByLayer:
             place.view(total, grid.rows[number], *param.shape)
             for place, param in zip(places, params, strict=True)
         )
-
-
-def _piece(rows: int, bytes_of_one: int, result: int) -> int:
-    """Rows of a piece, where all pieces are as large."""
-    at_once = min(max(result // SHARE, LEAST), MOST)
-    pieces = -(-rows * bytes_of_one // at_once)
-    return -(-rows // max(1, pieces))
 
 
 def _like(out: Tensor, param: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from jacfunc._basis import basis
 from jacfunc._functorch import outside_transforms
 from jacfunc._operators import JacobianOperator
+from jacfunc._pages import LARGE
 from jacfunc._types import Leaves
 
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -29,7 +30,7 @@ SHORT, LONG = 2, 12
 OPERATIONS = 2
 """In a link."""
 
-SMALLEST, LARGEST, FRESH = 4**8, 2**21, 2**25
+SMALLEST, LARGEST, FRESH = 4**8, 2**21, LARGE
 """Bytes of a result: what caches hold, what a heap hands out again, what needs fresh pages."""
 
 MOST_SEEDS = 256

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from jacfunc._plans import Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
 from jacfunc._types import Leaves
-from jacfunc.layers._uses import unseen
+from jacfunc._watch import unseen
 from jacfunc.strategies import Looped, Strategy, Structured
 from jacfunc.strategies._forward import Randomness
 
@@ -176,13 +175,17 @@ class Batch:
                 "that draws and randomness='error'. Pass randomness='same' or 'different'."
             ) from error
 
-    def _plan(self, strategy: Auto | Autotune) -> Any:
+    def _plan(self, strategy: Auto | Autotune) -> tuple[Plan, Chunk]:
         call = self._first()
         operator = JacobianOperator(call, call.primals)
         samples = Sampled(self._size(), self.has_layers, self.sink.copies)
-        return in_words_of(
+        plan, chunk = in_words_of(
             self.api, lambda: strategy.plan_samples(operator, samples, self._refusable)
         )
+        if isinstance(plan.strategy, Structured):
+            return plan, chunk
+        # remembered with the plan: later calls know how large the pieces are
+        return plan, self.sink.at_once(chunk)
 
     def _refusable(self, strategy: Strategy, chunk: Chunk) -> Leaves:
         # what a rule for layers trips over is no more the function's fault than what vmap does

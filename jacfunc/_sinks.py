@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacfunc._basis import numel
 from jacfunc._blocks import Allocate, allocated, columns_to_blocks, rows_to_blocks, stack
-from jacfunc._chunks import Chunk, Pieces
+from jacfunc._chunks import Chunk, Pieces, evenly
 from jacfunc._pages import empty
 from jacfunc._types import Blocks, Leaves
 
@@ -56,6 +56,13 @@ class Sink:
     def at_once(self, chunk: Chunk) -> Chunk:
         """Seeds, or samples, of one sweep: not all, where their products are copied."""
         return Pieces(PIECE) if chunk is None and self.copies else chunk
+
+    def rows_at_once(self, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Chunk:
+        """Of rows it is known beforehand how large they are."""
+        if chunk is not None or not self.copies:
+            return chunk
+        total, each = numel(outputs), sum(primal.nbytes for primal in primals)
+        return max(1, evenly(total, each, max(PIECE, total * each // 8)))
 
     def rows(self, chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from chunks of rows ``[K, *in_j]``."""

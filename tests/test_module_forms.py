@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc._counting import PeakBytes
+from jacfunc._functorch import run_backward
 from tests.test_modules import MODULES, case, per_sample_reference, reference
 
 STRATEGIES = ("auto", "reverse", "looped", "forward")
@@ -388,3 +389,29 @@ def test_a_flat_result_takes_little_beside_itself(strategy):
         result = derive(x)
     assert result.shape == (64, 10, 256 * 128 + 128 + 1280 + 10)
     assert counter.peak < 1.25 * result.nbytes
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "structured"])
+def test_a_small_flat_result_is_swept_at_once(monkeypatch, strategy):
+    """How large its rows are is known: no row goes ahead to see that."""
+    inner, x = case("mlp")
+    derive = jacfunc.module_jacobian(inner, flat=True, strategy=strategy)
+    derive(x)
+    sweeps = []
+
+    def counted(*args):
+        sweeps.append(args)
+        return run_backward(*args)
+
+    monkeypatch.setattr("jacfunc._graphs.run_backward", counted)
+    derive(x)
+    assert len(sweeps) == 1
+
+
+def test_samples_of_a_small_flat_result_are_taken_at_once_from_the_second_call_on():
+    inner, x = case("batch norm")
+    derive = jacfunc.module_jacobian(Count(inner), per_sample=True, flat=True)
+    derive(x)
+    calls.clear()
+    derive(x)
+    assert len(calls) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from jacfunc._engines import BY_ITSELF
 from jacfunc._functorch import below_transforms
 from jacfunc._graphs import Anchor, Graph, nodes_of_call
 from jacfunc._mapped import innermost, mapped, mapped_anyway, of_samples
+from jacfunc._watch import unseen
 from jacfunc.layers._rules import FormOf, Rule, table
 from jacfunc.layers._views import VIEWS, Path, View, is_part
 
@@ -70,13 +70,6 @@ class Use:
     def cotangents(self, products: Tensor) -> Tensor:
         """``[K, B, *z]`` from products for the edge, with K in front."""
         return products.unsqueeze(1) if self.dim is None else products.movedim(self.dim + 1, 1)
-
-
-def unseen() -> AbstractContextManager[Any]:
-    """Our own bookkeeping is no operation of the function: modes outside would look at each step,
-    which took a tenth of a small network's evaluation.
-    """
-    return torch._C.DisableTorchFunction()
 
 
 class Uses(TorchFunctionMode):

@@ -41,5 +41,6 @@ class Reverse:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, from rows."""
-        chunk = operator.sink.at_once(self.chunk_size)
-        return operator.from_rows(sweep(operator.pullback_batch, operator.outputs, chunk))
+        outputs = operator.outputs
+        chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
+        return operator.from_rows(sweep(operator.pullback_batch, outputs, chunk))

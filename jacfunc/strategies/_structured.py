@@ -59,7 +59,7 @@ class Structured:
         def of_rows(start: int, stop: int) -> Leaves:
             return tuple(rows[0] for rows in factors.rows(start, stop))
 
-        chunk = operator.sink.at_once(self.chunk_size)
+        chunk = operator.sink.rows_at_once(self.chunk_size, factors.of_one, operator.primals)
         return operator.from_rows(in_chunks(numel(factors.of_one), chunk, of_rows))
 
     def factors(self, operator: JacobianOperator) -> Factors:
