@@ -28,7 +28,7 @@ from benchmarks.records import Run
 from benchmarks.runner import CannotRunError, Order
 from benchmarks.worker import Task
 from jacfunc.compare._measuring import Contestant, Effort, Entry
-from jacfunc.compare._results import WARM_UP, Result, pooled
+from jacfunc.compare._results import WARM_UP, Result, pooled, summarize
 from tests import benchmark_table
 from tests.benchmark_table import TRACE
 
@@ -380,6 +380,13 @@ def test_who_fails_in_one_process_has_failed():
     assert found.status == "out of memory"
     (kept,) = pooled([[Result("a", "rival", seconds={1: 2.0})], [good]], "a")
     assert kept.seconds == {1: 2.0, 2: 2.0}
+
+
+def test_whoever_has_rounds_is_compared_with_a_baseline_that_has_none_by_the_warm_up():
+    base, fast = Result("base", "", seconds={0: 1.0}), Result("fast", "", seconds={0: 0.5, 1: 0.4})
+    summarize({"base": base, "fast": fast}, "base")
+    assert fast.ratio.median == 0.5
+    assert fast.time.median == 0.4
 
 
 # --- can it be trusted? ---
