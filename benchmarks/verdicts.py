@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jacfunc.compare._results import WARM_UP
+from jacfunc.compare._results import counted
 
 Record = Mapping[str, Any]
 Verdict = Literal["faster", "slower", "tie"]
@@ -70,10 +70,9 @@ def seconds_of(result: Record | None) -> dict[int, float]:
     return {int(number): took for number, took in result["seconds"].items()}
 
 
-def counted_rounds(result: Record | None) -> dict[int, float]:
+def counted_rounds(result: Record | None) -> Mapping[int, float]:
     """Without the warm-up, unless there is nothing else."""
-    found = seconds_of(result)
-    return {number: took for number, took in found.items() if number != WARM_UP} or found
+    return counted(seconds_of(result))
 
 
 def median_interval(values: Sequence[float]) -> Interval:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -82,15 +82,14 @@ def summarize(results: Mapping[str, Result], baseline: str) -> None:
     for result in results.values():
         if not result.ok or not result.seconds:
             continue
-        result.time = Spread.of([result.seconds[n] for n in _counted(result.seconds)])
-        ratios = [result.seconds[n] / base[n] for n in _counted(result.seconds.keys() & base)]
-        result.ratio = Spread.of(ratios) if ratios else None
+        result.time = Spread.of(list(counted(result.seconds).values()))
+        ratios = {n: took / base[n] for n, took in result.seconds.items() if n in base}
+        result.ratio = Spread.of(list(counted(ratios).values())) if ratios else None
 
 
-def _counted(rounds: Iterable[int]) -> list[int]:
+def counted(rounds: Mapping[int, float]) -> Mapping[int, float]:
     """Without the warm-up, unless there is nothing else."""
-    every = sorted(rounds)
-    return [number for number in every if number != WARM_UP] or every
+    return {number: value for number, value in rounds.items() if number != WARM_UP} or rounds
 
 
 def pooled(runs: Sequence[Sequence[Result]], baseline: str) -> list[Result]:
