@@ -134,7 +134,7 @@ def module_jacobian(
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         nonlocal state
-        state = state.now(API, select) if state else ModuleState.of(API, module, select)
+        state = ModuleState.after(state, API, module, select)
         arguments = args, kwargs
         choice = Choice.of(API, module, inputs, arguments)
         call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)

@@ -63,7 +63,9 @@ class Door:
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
-        state = self._state()
+        before = next(iter(self.states), None)
+        state = ModuleState.after(before, self.api, self.module, self.select)
+        self.states[:] = [state]
         call = ModuleCall(
             self.api,
             state,
@@ -76,14 +78,6 @@ class Door:
         batch = call.batch(Sink(), self.in_dims, self.randomness)
         data = (*batch.leaves, *Split.of(targets, is_tensor).leaves)
         return Point(self, call, batch, Draws(batch.leaves), data, _version(state, data))
-
-    def _state(self) -> ModuleState:
-        """Of the module now."""
-        if self.states:
-            self.states[:] = [self.states[0].now(self.api, self.select)]
-        else:
-            self.states[:] = [ModuleState.of(self.api, self.module, self.select)]
-        return self.states[0]
 
     def with_targets(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> tuple[Point, Tree]:
         """The call of all but the last of the positional arguments, and that."""
