@@ -6,24 +6,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacfunc._attention import plain_attention
 from jacfunc._basis import shared_units
-from jacfunc._check import Refused
-from jacfunc._engines import watched_once
-from jacfunc._functorch import inside_transform, recording, sweep_batch
-from jacfunc._graphs import Anchor, Graph, anchored, on_graph
+from jacfunc._functorch import sweep_batch
 from jacfunc._linearization import Linearization
-from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import unseen
-from jacfunc.layers import Part, Rows, Use, Uses, rows, together, write
-
-OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
-"""``of_one(params, data) -> (outputs, extras)`` of a single sample."""
+from jacfunc._types import Leaves
+from jacfunc.layers import Part, Rows, Use, rows, together, write
 
 
 @dataclass(frozen=True)
@@ -145,84 +137,3 @@ class Factors:
     def contracting(self) -> AbstractContextManager[Any]:
         """What went into layers leads to parameters, whether anyone goes on from there or not."""
         return torch.set_grad_enabled(self.carries_graph)
-
-
-def factored(
-    of_one: OfOne,
-    call: LeafFunction,
-    params: Leaves,
-    samples: Samples,
-    others: set[int],
-    repeat_draws: Callable[[], None],
-) -> Factors:
-    """Evaluate and find the uses; ``others`` grows by what turns out to be used elsewhere, too.
-
-    ``call`` is one of a sample, which may say of what kind it is.
-
-    Raises:
-        Refused: inside a transform, where no graph is kept.
-    """
-    if inside_transform() or torch.compiler.is_compiling():
-        raise Refused("factors of layers are found on a plain graph, which no transform keeps")
-    while True:
-        repeat_draws()
-        found, met = _evaluated(of_one, call, params, samples, sorted(others))
-        if met <= others:
-            return found
-        others |= met
-
-
-def _evaluated(
-    of_one: OfOne, call: LeafFunction, params: Leaves, samples: Samples, others: Sequence[int]
-) -> tuple[Factors, set[int]]:
-    """The factors, and which parameters are used where no rule sees it."""
-    wanted = torch.is_grad_enabled()
-    with recording(), plain_attention():
-        anchors = [anchored(param, wanted) for param in params]
-        twins = [anchor.view_as(anchor) for anchor in anchors]
-        held = [samples.each(a) if i in others else a.clone() for i, a in enumerate(anchors)]
-        behind = [Anchor.behind(held[i]) for i in others]  # of_one may write into them
-        starts = [handle.grad_fn for handle in held]
-        found: list[Use] = []
-        of_all = _recording(of_one, samples, others, twins, found)
-        outputs, extras = watched_once(of_all, held, call)
-    cut = set(starts).union(*(use.ends for use in found))
-    graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in found)))
-    if not all(use.is_all(graph) for use in found):
-        raise Refused("a parameter is used in a derivative that the function takes itself")
-    differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in params))
-    targets = [*(use.anchor for use in found), *behind]
-    linearization = on_graph(outputs, extras, targets, graph, differentiated)
-    met = {i for i, node in enumerate(starts) if node in graph.met}
-    return Factors(samples, found, others, params, linearization), met
-
-
-def _recording(
-    of_one: OfOne,
-    samples: Samples,
-    others: Sequence[int],
-    twins: Sequence[Tensor],
-    found: list[Use],
-) -> Callable[..., tuple[Leaves, Leaves]]:
-    """Of all samples at once: a function of the parameters that writes down their uses."""
-    count = len(twins)
-
-    def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
-        num_outputs = 0
-
-        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            nonlocal num_outputs
-            params, data = leaves[:count], leaves[count:]
-            with unseen():
-                uses = Uses(samples.size)
-                for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
-                    uses.track(number, param, twin)
-            with uses:
-                outputs, extras = of_one(params, data)
-            found[:], num_outputs = uses.found(), len(outputs)
-            return (*outputs, *extras), ()
-
-        every = samples.map(of_each, held, [0 if i in others else None for i in range(count)])
-        return every[:num_outputs], every[num_outputs:]
-
-    return of_all

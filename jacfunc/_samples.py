@@ -14,7 +14,8 @@ from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._draws import Draws
-from jacfunc._factors import Factors, Samples, factored
+from jacfunc._factored import Met, factored
+from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import sweep_batch
 from jacfunc._layerwise import LayerByLayer
@@ -144,11 +145,11 @@ class Batch:
                 f"{self.api}: per_sample, strategy 'structured' must be for parameters alone, got "
                 "inputs, of which every sample has its own. Use strategy='auto'."
             )
-        others = strategy.known.setdefault(self.kind, set())
+        met = strategy.known.setdefault(self.kind, Met())
         leaves = narrowed(self.leaves, self.dims, start, stop)
         samples = Samples(leaves, self.dims, self.randomness)
         call, repeat = self._first(), Draws(self.leaves).repeat
-        return factored(self._of_params, call, call.primals, samples, others, repeat)
+        return factored(self._of_params, call, call.primals, samples, met, repeat)
 
     def operator(self) -> JacobianOperator:
         """All samples as one function on one graph: of primals ``[B, *in]``, each sample's own.

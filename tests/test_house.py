@@ -25,7 +25,7 @@ LAYERS = [
     | {"_counting", "_mapped", "_into", "_pages"}
     | {"_attention", "_draws", "_sinks", "_constants"},
     {"_work", "_engines", "_linearization", "_operators", "_fingerprint"}
-    | {"_graphs", "layers", "_factors"},
+    | {"_graphs", "layers", "_factors", "_factored"},
     {"_flat", "strategies", "_machine"},
     {
         "_costs",

@@ -10,12 +10,13 @@ from jacfunc.layers import (  # noqa: F401 (they register their rules)
     _normalization,
     _recurrent,
 )
+from jacfunc.layers._edges import Use
 from jacfunc.layers._forms import Form, Gather, Outer, Rows, summed
 from jacfunc.layers._gram import Axes, Gram
 from jacfunc.layers._linear import positions
 from jacfunc.layers._parts import Part, rows, together, write
 from jacfunc.layers._rules import opening, rule, visible
-from jacfunc.layers._uses import Use, Uses
+from jacfunc.layers._uses import Uses
 
 __all__ = [
     "Axes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 from jacfunc._check import Refused
 from jacfunc._engines import BY_ITSELF
 from jacfunc._functorch import below_transforms
-from jacfunc._graphs import Anchor, Graph, nodes_of_call
+from jacfunc._graphs import Anchor, nodes_of_call
 from jacfunc._mapped import innermost, mapped, mapped_anyway, of_samples
 from jacfunc._watch import unseen
+from jacfunc.layers._edges import Use
 from jacfunc.layers._rules import FormOf, Rule, table
-from jacfunc.layers._views import VIEWS, Path, View, is_part
+from jacfunc.layers._views import LOOKS, VIEWS, Path, View, is_part
 
 MOST_PARTS = 32
 """Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""
@@ -40,43 +41,18 @@ class Tracked:
         return below_transforms(self.held)._version == self.version
 
 
-@dataclass(frozen=True)
-class Use:
-    """An operation that a rule covers: the edge to differentiate by, and what to make of that."""
-
-    anchor: Anchor
-    """Where it came out, of all samples."""
-    dim: int | None
-    """Which dimension the samples are."""
-    forms: Sequence[tuple[int, Path, FormOf]]
-    """By parameter: its number, the part that was used, the form of that."""
-    last: Any
-    """The node that it came out of."""
-    ends: set[Any]
-    """Nodes of the graph at which the parameters went in."""
-    nodes: set[Any]
-    """These, and those between there and what came out."""
-    nbytes: int
-    """Of what came out."""
-
-    def is_all(self, graph: Graph) -> bool:
-        """Does no other path lead to where the parameters went in?
-
-        A derivative taken inside the function uses them again, in operations nobody sees.
-        """
-        inside = self.nodes | {self.last}
-        return all(graph.met.get(node, set()) <= inside for node in self.nodes)
-
-    def cotangents(self, products: Tensor) -> Tensor:
-        """``[K, B, *z]`` from products for the edge, with K in front."""
-        return products.unsqueeze(1) if self.dim is None else products.movedim(self.dim + 1, 1)
-
-
 class Uses(TorchFunctionMode):
-    """While it is entered, every use of a tracked parameter that has a rule is recorded."""
+    """While it is entered, every use of a tracked parameter that has a rule is recorded.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: how many samples there are.
+        lent: numbers of parameters that are no copies, so that nobody may write into them.
+        touched: gets the numbers of those that an operation without a rule is given, or would be.
+    """
+
+    def __init__(self, size: int, lent: Set[int], touched: set[int]) -> None:
         super().__init__()
+        self._lent, self._touched = lent, touched
         self._found: list[Use] = []
         self._kept: list[tuple[Tensor, int]] = []
         self._size = size
@@ -89,10 +65,19 @@ class Uses(TorchFunctionMode):
 
         Raises:
             Refused: if what went into one was written into later, as autograd does.
+            RuntimeError: if a parameter that is no copy was written into where nobody sees it.
         """
         with unseen():
             if any(x._version != version for x, version in self._kept):
                 raise Refused("what went into a layer was written into after it")
+            written = {t.number for t in self._tracked.values() if not t.is_intact}
+        if written & self._lent:
+            raise RuntimeError(
+                "a parameter must be written into by operations that Python sees, or from the "
+                "first call on, got a write by others, which has changed it. "
+                "Write into a copy of it."
+            )
+        self._touched |= written
         return self._found
 
     def track(self, number: int, held: Tensor, twin: Tensor, path: Path = ()) -> None:
@@ -111,7 +96,8 @@ class Uses(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in BY_ITSELF and self._sees():
             raise Refused("the function takes a derivative itself, of what may stand for others")
-        is_used = (self._holds(args) or self._holds(kwargs.values())) and self._sees()
+        is_held = self._holds(args) or self._holds(kwargs.values())
+        is_used = is_held and self._sees()
         if func in self._opened and (is_used or self._is_mapped()):
             with self:
                 return self._opened[func](*args, **kwargs)
@@ -119,6 +105,8 @@ class Uses(TorchFunctionMode):
             return self._view(func, args, kwargs)
         if is_used and func in self._rules:
             return self._use(self._rules[func], func, args, kwargs)
+        if is_held and func not in LOOKS:
+            self._touch((*args, *kwargs.values()))
         return func(*args, **kwargs)
 
     def _holds(self, values: Iterable[Any]) -> bool:
@@ -129,6 +117,17 @@ class Uses(TorchFunctionMode):
             if isinstance(value, tuple | list) and self._holds(value):
                 return True
         return False
+
+    def _touch(self, values: Iterable[Any]) -> None:
+        """An operation gets these, and who knows whether it writes into them."""
+        for value in values:
+            if id(value) in self._tracked:
+                number = self._tracked[id(value)].number
+                self._touched.add(number)
+                if number in self._lent:
+                    raise Refused("a parameter that is no copy may be written into")
+            elif isinstance(value, tuple | list):
+                self._touch(value)
 
     def _sees(self) -> bool:
         """Not where nothing is differentiated, nor inside another transform."""
@@ -149,10 +148,13 @@ class Uses(TorchFunctionMode):
         found, parts = self._find(args[0]) if args else None, func(*args, **kwargs)
         # only where a parameter's entries lie side by side, a view of it is one of J's rows, too
         if found is None or not (found.path or found.twin.is_contiguous()):
+            self._touch((*args, *kwargs.values()))
             return parts
 
         several = list(parts) if isinstance(parts, tuple | list) else [parts]
         shown = [is_part(held, found.held, _flat(args[1:], kwargs)) for held in several]
+        if len(several) > MOST_PARTS or not all(shown):
+            self._touch(args)
         if len(several) > MOST_PARTS or not any(shown):
             return parts
         # lists may hold other numbers later
@@ -171,19 +173,19 @@ class Uses(TorchFunctionMode):
     def _use(
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        named = rule.named(args, kwargs)
-        if named is None:
-            return func(*args, **kwargs)
+        named = rule.named(args, kwargs) or {}
         with unseen():
-            forms = self._forms(rule, named)
+            forms = self._forms(rule, named) if named else {}
             found = {name: self._find(named[name]) for name in forms}
             covered = {name: tracked for name, tracked in found.items() if tracked is not None}
             twins = {name: tracked.twin.view_as(tracked.twin) for name, tracked in covered.items()}
         if not covered:
+            self._touch((*args, *kwargs.values()))
             return func(*args, **kwargs)
         by_place = zip(rule.defaults, args, strict=False)
         args = tuple(twins.get(name, value) for name, value in by_place)
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
+        self._touch((*args, *kwargs.values()))
         out = func(*args, **kwargs)
         with unseen():
             parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]

@@ -26,6 +26,24 @@ VIEWS: frozenset[Callable[..., Any]] = frozenset(
     ]
 )
 
+_ASKED = (
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
+    *("requires_grad", "is_leaf", "is_cuda", "is_sparse", "is_quantized", "is_nested", "is_meta"),
+)
+_COUNTED = (
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "get_device"),
+    *("storage_offset", "is_contiguous", "is_floating_point", "is_complex", "__len__"),
+)
+
+LOOKS: frozenset[Callable[..., Any]] = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in _ASKED),
+        *(getattr(Tensor, name) for name in _COUNTED),
+        *(torch.numel, torch.is_floating_point, torch.is_complex),
+    ]
+)
+"""What tells something of a tensor, and has nothing to do with its entries."""
+
 
 @dataclass(frozen=True)
 class View:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from jacfunc._basis import numel
 from jacfunc._check import check_chunk_size
 from jacfunc._chunks import Chunk, Within, in_chunks
-from jacfunc._factors import Factors, Samples, factored
+from jacfunc._factored import Met, factored
+from jacfunc._factors import Factors, Samples
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks, Leaves
 
@@ -43,10 +44,8 @@ class Structured:
     """
 
     chunk_size: Chunk = None
-    known: dict[Hashable, set[int]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    """Parameters that are used where no rule sees it, by kind of call."""
+    known: dict[Hashable, Met] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What parameters meet, by kind of call."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.chunk_size, Within):
@@ -68,12 +67,12 @@ class Structured:
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
             return operator.func(*params)
 
-        others = self.known.setdefault(operator.signature(), set())
+        met = self.known.setdefault(operator.signature(), Met())
         whole = Samples((), ())
         factors = operator.refusing(
             "look into layers",
             lambda: factored(
-                of_one, operator.func, operator.primals, whole, others, operator.repeat_draws
+                of_one, operator.func, operator.primals, whole, met, operator.repeat_draws
             ),
         )
         operator.evaluated(factors.of_one, factors.extras_of_one)

@@ -1,0 +1,151 @@
+"""Samples evaluated, and their parameters found where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._attention import plain_attention
+from jacfunc._check import Refused
+from jacfunc._engines import watched_once
+from jacfunc._factors import Factors, Samples
+from jacfunc._functorch import inside_transform, recording
+from jacfunc._graphs import Anchor, Graph, anchored, on_graph
+from jacfunc._types import LeafFunction, Leaves
+from jacfunc._watch import unseen
+from jacfunc.layers import Use, Uses
+
+OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
+"""``of_one(params, data) -> (outputs, extras)`` of a single sample."""
+
+
+@dataclass
+class Met:
+    """What parameters of one kind of call meet, by their numbers.
+
+    Args:
+        others: those that are used where no rule sees it.
+        ruled: those that operations with rules alone are given, which only read them; None before
+            the first evaluation.
+    """
+
+    others: set[int] = field(default_factory=set)
+    ruled: set[int] | None = None
+
+    @property
+    def lent(self) -> set[int]:
+        """Those that need no copy."""
+        return (self.ruled or set()) - self.others
+
+    def learn(self, count: int, others: set[int], touched: set[int]) -> bool:
+        """From an evaluation of so many parameters; was it a surprise?"""
+        is_new = bool(touched & self.lent) or not others <= self.others
+        self.others |= others
+        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - touched
+        return is_new
+
+
+def factored(
+    of_one: OfOne,
+    call: LeafFunction,
+    params: Leaves,
+    samples: Samples,
+    met: Met,
+    repeat_draws: Callable[[], None],
+) -> Factors:
+    """Evaluate and find the uses; what the parameters ``met`` is remembered.
+
+    ``call`` is one of a sample, which may say of what kind it is.
+
+    Raises:
+        Refused: inside a transform, where no graph is kept.
+    """
+    if inside_transform() or torch.compiler.is_compiling():
+        raise Refused("factors of layers are found on a plain graph, which no transform keeps")
+    while True:
+        repeat_draws()
+        touched: set[int] = set()
+        try:
+            found, others = _evaluated(of_one, call, params, samples, met, touched)
+        except Exception:
+            # it was not told that it may not write, and what it makes of that is not its fault
+            if not met.learn(len(params), set(), touched):
+                raise
+            continue
+        if not met.learn(len(params), others, touched):
+            return found
+
+
+def _evaluated(
+    of_one: OfOne,
+    call: LeafFunction,
+    params: Leaves,
+    samples: Samples,
+    met: Met,
+    touched: set[int],
+) -> tuple[Factors, set[int]]:
+    """The factors, and which parameters are used where no rule sees it."""
+    wanted, others = torch.is_grad_enabled(), sorted(met.others)
+    with recording(), plain_attention():
+        anchors = [anchored(param, wanted) for param in params]
+        twins = [anchor.view_as(anchor) for anchor in anchors]
+        held = [_held(anchor, i, samples, met) for i, anchor in enumerate(anchors)]
+        behind = [Anchor.behind(held[i]) for i in others]  # of_one may write into them
+        starts = [handle.grad_fn for handle in held]
+        found: list[Use] = []
+        uses_of = partial(Uses, samples.size, met.lent, touched)
+        of_all = _recording(of_one, samples, others, twins, uses_of, found)
+        outputs, extras = watched_once(of_all, held, call)
+    cut = set(starts).union(*(use.ends for use in found))
+    graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in found)))
+    if not all(use.is_all(graph) for use in found):
+        raise Refused("a parameter is used in a derivative that the function takes itself")
+    differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in params))
+    targets = [*(use.anchor for use in found), *behind]
+    linearization = on_graph(outputs, extras, targets, graph, differentiated)
+    used = {i for i, node in enumerate(starts) if node in graph.met}
+    return Factors(samples, found, others, params, linearization), used
+
+
+def _held(anchor: Tensor, number: int, samples: Samples, met: Met) -> Tensor:
+    """What the function gets: its own, where it may write into it."""
+    if number in met.others:
+        return samples.each(anchor)
+    return anchor.view_as(anchor) if number in met.lent else anchor.clone()
+
+
+def _recording(
+    of_one: OfOne,
+    samples: Samples,
+    others: Sequence[int],
+    twins: Sequence[Tensor],
+    uses_of: Callable[[], Uses],
+    found: list[Use],
+) -> Callable[..., tuple[Leaves, Leaves]]:
+    """Of all samples at once: a function of the parameters that writes down their uses."""
+    count = len(twins)
+
+    def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
+        num_outputs = 0
+
+        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            nonlocal num_outputs
+            params, data = leaves[:count], leaves[count:]
+            with unseen():
+                uses = uses_of()
+                for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
+                    uses.track(number, param, twin)
+            with uses:
+                outputs, extras = of_one(params, data)
+            found[:], num_outputs = uses.found(), len(outputs)
+            return (*outputs, *extras), ()
+
+        every = samples.map(of_each, held, [0 if i in others else None for i in range(count)])
+        return every[:num_outputs], every[num_outputs:]
+
+    return of_all
