@@ -18,7 +18,7 @@ from jacfunc._functorch import inside_transform, recording
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import unseen
-from jacfunc.layers import Use, Uses
+from jacfunc.layers import Touched, Use, Uses
 
 OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
 """``of_one(params, data) -> (outputs, extras)`` of a single sample."""
@@ -30,11 +30,13 @@ class Met:
 
     Args:
         others: those that are used where no rule sees it.
+        written: those that the function writes into.
         ruled: those that operations with rules alone are given, which only read them; None before
             the first evaluation.
     """
 
     others: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
     ruled: set[int] | None = None
 
     @property
@@ -42,12 +44,21 @@ class Met:
         """Those that need no copy."""
         return (self.ruled or set()) - self.others
 
-    def learn(self, count: int, others: set[int], touched: set[int]) -> bool:
-        """From an evaluation of so many parameters; was it a surprise?"""
-        is_new = bool(touched & self.lent) or not others <= self.others
+    def copy(self, anchor: Tensor, number: int, samples: Samples) -> Tensor:
+        """What the function gets: its own, where it may write into it."""
+        if number in self.lent:
+            return anchor.view_as(anchor)
+        own = samples.each(anchor) if number in self.others else anchor
+        return own if number in self.others - self.written else own.clone()
+
+    def learn(self, count: int, others: set[int], touched: Touched) -> bool:
+        """From an evaluation of so many parameters; should it have got others?"""
+        shared = self.others - self.written
+        was_wrong = self.lent & touched.given or shared & touched.written or others - self.others
         self.others |= others
-        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - touched
-        return is_new
+        self.written |= touched.written
+        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - touched.given
+        return bool(was_wrong)
 
 
 def factored(
@@ -69,7 +80,7 @@ def factored(
         raise Refused("factors of layers are found on a plain graph, which no transform keeps")
     while True:
         repeat_draws()
-        touched: set[int] = set()
+        touched = Touched()
         try:
             found, others = _evaluated(of_one, call, params, samples, met, touched)
         except Exception:
@@ -87,14 +98,14 @@ def _evaluated(
     params: Leaves,
     samples: Samples,
     met: Met,
-    touched: set[int],
+    touched: Touched,
 ) -> tuple[Factors, set[int]]:
     """The factors, and which parameters are used where no rule sees it."""
     wanted, others = torch.is_grad_enabled(), sorted(met.others)
     with recording(), plain_attention():
         anchors = [anchored(param, wanted) for param in params]
         twins = [anchor.view_as(anchor) for anchor in anchors]
-        held = [_held(anchor, i, samples, met) for i, anchor in enumerate(anchors)]
+        held = [met.copy(anchor, i, samples) for i, anchor in enumerate(anchors)]
         behind = [Anchor.behind(held[i]) for i in others]  # of_one may write into them
         starts = [handle.grad_fn for handle in held]
         found: list[Use] = []
@@ -110,13 +121,6 @@ def _evaluated(
     linearization = on_graph(outputs, extras, targets, graph, differentiated)
     used = {i for i, node in enumerate(starts) if node in graph.met}
     return Factors(samples, found, others, params, linearization), used
-
-
-def _held(anchor: Tensor, number: int, samples: Samples, met: Met) -> Tensor:
-    """What the function gets: its own, where it may write into it."""
-    if number in met.others:
-        return samples.each(anchor)
-    return anchor.view_as(anchor) if number in met.lent else anchor.clone()
 
 
 def _recording(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 Level: TypeAlias = tuple[_functorch.TransformType, int] | None
 """A transform that is active; None where there is none."""
@@ -40,3 +42,21 @@ def mapped_anyway(tensor: Tensor, size: int, level: Level) -> Tensor:
         return tensor
     expanded: Tensor = _functorch._add_batch_dim(tensor.expand(size, *tensor.shape), 0, level[1])
     return expanded
+
+
+def at_once(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], level: Level
+) -> Any:
+    """A call whose first argument alone differs, and may have the samples in front: below vmap."""
+    first, *others = args
+    values, dim = mapped(first, level)
+    rest = (*others, *kwargs.values())
+    if level is None or dim is None or any(_is_mapped(x, level) for x in rest):
+        return func(*args, **kwargs)
+    with temporarily_pop_interpreter_stack():
+        out = func(values.movedim(dim, 0), *others, **kwargs)
+    return _functorch._add_batch_dim(out, 0, level[1])
+
+
+def _is_mapped(value: Any, level: Level) -> bool:
+    return isinstance(value, Tensor) and mapped(value, level)[1] is not None

@@ -16,6 +16,7 @@ from jacfunc.layers._gram import Axes, Gram
 from jacfunc.layers._linear import positions
 from jacfunc.layers._parts import Part, rows, together, write
 from jacfunc.layers._rules import opening, rule, visible
+from jacfunc.layers._tracked import Touched
 from jacfunc.layers._uses import Uses
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Outer",
     "Part",
     "Rows",
+    "Touched",
     "Use",
     "Uses",
     "opening",

@@ -12,7 +12,7 @@ from jacfunc.layers._forms import Gather
 from jacfunc.layers._rules import FormOf, rule
 
 
-@rule(F.embedding)
+@rule(F.embedding, keeps_lead=True)
 def embedding(
     input: Tensor,
     weight: Tensor,

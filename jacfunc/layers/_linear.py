@@ -13,7 +13,7 @@ from jacfunc.layers._forms import Form, Outer, Rows, summed
 from jacfunc.layers._rules import FormOf, opening, rule
 
 
-@rule(F.linear)
+@rule(F.linear, keeps_lead=True)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Mapping[str, FormOf]:
     """``z[…, o] = Σᵢ input[…, i] weight[o, i] + bias[o]``."""
     shape = weight.shape[1:]

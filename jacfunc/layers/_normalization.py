@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from jacfunc.layers._forms import Rows, summed
 from jacfunc.layers._rules import FormOf, rule
 
 
-@rule(F.layer_norm, torch.layer_norm)
+@rule(F.layer_norm, torch.layer_norm, keeps_lead=True)
 def of_layers(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -25,7 +26,7 @@ def of_layers(
     return _affine(lambda: F.layer_norm(input, normalized_shape, eps=eps), normalized_shape)
 
 
-@rule(F.rms_norm, torch.rms_norm)
+@rule(F.rms_norm, torch.rms_norm, keeps_lead=True)
 def of_roots(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -131,11 +132,19 @@ def _affine(
 ) -> Mapping[str, FormOf]:
     """A weight and a bias of this shape; so many dimensions come behind theirs."""
 
+    @cache
+    def once(with_graph: bool) -> Tensor:
+        """Kept from sweep to sweep, which are many where rows come in pieces."""
+        return normalized()
+
     def rows(products: Tensor) -> Rows:
         found = summed(products, (*shape, *(1,) * behind))
         return Rows(found.reshape(*found.shape[:2], *shape))
 
-    return {"weight": lambda seeds: rows(seeds * normalized()), "bias": rows}
+    return {
+        "weight": lambda seeds: rows(seeds * once(torch.is_grad_enabled())),
+        "bias": rows,
+    }
 
 
 def _of_channels(normalized: Callable[[], Tensor], input: Tensor) -> Mapping[str, FormOf]:

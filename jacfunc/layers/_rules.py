@@ -27,10 +27,13 @@ class Rule:
         forms_of: takes the operation's own arguments, tensors as ``[B, *shape]``, and gives a
             form for each by name of which it knows one.
         defaults: of these arguments.
+        keeps_lead: the first argument may have more dimensions in front, which come out as they
+            went in.
     """
 
     forms_of: Callable[..., Mapping[str, FormOf]]
     defaults: Mapping[str, Any]
+    keeps_lead: bool = False
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments by name; None for a call that the rule does not know."""
@@ -58,7 +61,7 @@ def table() -> Table:
     return Table()
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[Func], Func]:
+def rule(*functions: Callable[..., Any], keeps_lead: bool = False) -> Callable[[Func], Func]:
     """Register how functions use their parameters: a decorator of what tells.
 
     That takes the functions' own arguments, each tensor as ``[B, *shape]`` of all samples, and
@@ -68,6 +71,9 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Func], Func]:
 
     Args:
         functions: of torch, or :func:`visible` ones of your own; all take the same arguments.
+        keeps_lead: their first argument may have any number of dimensions in front, which come
+            out as they went in, as with a linear layer. Then all samples are one call of theirs,
+            and vmap, which puts them together from simpler operations, is passed by.
 
     Returns:
         A decorator that returns what it decorates.
@@ -93,7 +99,7 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Func], Func]:
     def register(forms_of: Func) -> Func:
         parameters = inspect.signature(forms_of).parameters.values()
         defaults = {p.name: None if p.default is p.empty else p.default for p in parameters}
-        table().rules.update(dict.fromkeys(functions, Rule(forms_of, defaults)))
+        table().rules.update(dict.fromkeys(functions, Rule(forms_of, defaults, keeps_lead)))
         return forms_of
 
     return register

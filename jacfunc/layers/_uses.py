@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,31 +13,15 @@ from jacfunc._check import Refused
 from jacfunc._engines import BY_ITSELF
 from jacfunc._functorch import below_transforms
 from jacfunc._graphs import Anchor, nodes_of_call
-from jacfunc._mapped import innermost, mapped, mapped_anyway, of_samples
+from jacfunc._mapped import at_once, innermost, mapped, mapped_anyway, of_samples
 from jacfunc._watch import unseen
 from jacfunc.layers._edges import Use
 from jacfunc.layers._rules import FormOf, Rule, table
-from jacfunc.layers._views import LOOKS, VIEWS, Path, View, is_part
+from jacfunc.layers._tracked import UNSEEN_WRITE, Touched, Tracked
+from jacfunc.layers._views import BARES, LOOKS, VIEWS, Path, View, is_part
 
 MOST_PARTS = 32
 """Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """A parameter, or a view of one, that a function holds."""
-
-    number: int
-    held: Tensor
-    twin: Tensor
-    """What uses that have a rule get in its place: so the graph tells what no rule has seen."""
-    path: Path
-    version: int
-
-    @property
-    def is_intact(self) -> bool:
-        """Has nobody written into it?"""
-        return below_transforms(self.held)._version == self.version
 
 
 class Uses(TorchFunctionMode):
@@ -47,10 +30,10 @@ class Uses(TorchFunctionMode):
     Args:
         size: how many samples there are.
         lent: numbers of parameters that are no copies, so that nobody may write into them.
-        touched: gets the numbers of those that an operation without a rule is given, or would be.
+        touched: what is noticed of the others.
     """
 
-    def __init__(self, size: int, lent: Set[int], touched: set[int]) -> None:
+    def __init__(self, size: int, lent: Set[int], touched: Touched) -> None:
         super().__init__()
         self._lent, self._touched = lent, touched
         self._found: list[Use] = []
@@ -72,12 +55,9 @@ class Uses(TorchFunctionMode):
                 raise Refused("what went into a layer was written into after it")
             written = {t.number for t in self._tracked.values() if not t.is_intact}
         if written & self._lent:
-            raise RuntimeError(
-                "a parameter must be written into by operations that Python sees, or from the "
-                "first call on, got a write by others, which has changed it. "
-                "Write into a copy of it."
-            )
-        self._touched |= written
+            raise RuntimeError(UNSEEN_WRITE)
+        self._touched.given.update(written)
+        self._touched.written.update(written)
         return self._found
 
     def track(self, number: int, held: Tensor, twin: Tensor, path: Path = ()) -> None:
@@ -106,7 +86,7 @@ class Uses(TorchFunctionMode):
         if is_used and func in self._rules:
             return self._use(self._rules[func], func, args, kwargs)
         if is_held and func not in LOOKS:
-            self._touch((*args, *kwargs.values()))
+            self._touch((*args, *kwargs.values()), func in BARES)
         return func(*args, **kwargs)
 
     def _holds(self, values: Iterable[Any]) -> bool:
@@ -118,16 +98,20 @@ class Uses(TorchFunctionMode):
                 return True
         return False
 
-    def _touch(self, values: Iterable[Any]) -> None:
+    def _touch(self, values: Iterable[Any], is_bared: bool = False) -> None:
         """An operation gets these, and who knows whether it writes into them."""
         for value in values:
-            if id(value) in self._tracked:
-                number = self._tracked[id(value)].number
-                self._touched.add(number)
-                if number in self._lent:
+            if found := self._tracked.get(id(value)):
+                is_lent = found.number in self._lent
+                if is_lent and not found.is_intact:
+                    raise RuntimeError(UNSEEN_WRITE)
+                self._touched.given.add(found.number)
+                if is_lent:
                     raise Refused("a parameter that is no copy may be written into")
+                if is_bared:
+                    self._touched.written.add(found.number)
             elif isinstance(value, tuple | list):
-                self._touch(value)
+                self._touch(value, is_bared)
 
     def _sees(self) -> bool:
         """Not where nothing is differentiated, nor inside another transform."""
@@ -139,7 +123,9 @@ class Uses(TorchFunctionMode):
 
     def _find(self, value: Any) -> Tracked | None:
         found = self._tracked.get(id(value))
-        return found if found is not None and found.is_intact else None
+        if found is None or not found.is_intact or found.number in self._touched.written:
+            return None
+        return found
 
     def _view(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -186,7 +172,8 @@ class Uses(TorchFunctionMode):
         args = tuple(twins.get(name, value) for name, value in by_place)
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         self._touch((*args, *kwargs.values()))
-        out = func(*args, **kwargs)
+        is_one = rule.keeps_lead and args
+        out = at_once(func, args, kwargs, self._level) if is_one else func(*args, **kwargs)
         with unseen():
             parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
             return self._recorded(out, parts, twins.values(), named.values())

@@ -44,6 +44,16 @@ LOOKS: frozenset[Callable[..., Any]] = frozenset(
 )
 """What tells something of a tensor, and has nothing to do with its entries."""
 
+_DATA: Any = Tensor.data
+BARES: frozenset[Callable[..., Any]] = frozenset(
+    [
+        *(_DATA.__get__, _DATA.__set__),
+        *(Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr),
+        *(Tensor.untyped_storage, Tensor.set_),
+    ]
+)
+"""What hands out the memory itself: whoever writes there does not raise the tensor's version."""
+
 
 @dataclass(frozen=True)
 class View:
