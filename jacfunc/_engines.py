@@ -19,8 +19,8 @@ from jacfunc._check import Refused
 from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
 from jacfunc._functorch import (
     inside_derivative,
-    inside_transform,
     is_differentiated,
+    is_outermost,
     lacks_forward_rule,
     num_vmap_levels,
     off_graph,
@@ -39,7 +39,7 @@ BY_ITSELF = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.back
 
 def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
     """Evaluate once and keep what a pullback needs."""
-    if inside_transform() or torch.compiler.is_compiling():
+    if not is_outermost():
         return _linearize_in_functorch(func, primals)
     return _linearize_on_graph(func, primals)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from jacfunc._attention import plain_attention
 from jacfunc._check import Refused
-from jacfunc._engines import watched_once
+from jacfunc._engines import linearize, watched_once
 from jacfunc._factors import Factors, Samples
-from jacfunc._functorch import inside_transform, recording
+from jacfunc._functorch import inside_derivative, inside_transform, recording
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import unseen
@@ -74,10 +74,13 @@ def factored(
     ``call`` is one of a sample, which may say of what kind it is.
 
     Raises:
-        Refused: inside a transform, where no graph is kept.
+        Refused: inside a transform that differentiates, where no graph is kept.
     """
-    if inside_transform() or torch.compiler.is_compiling():
+    if inside_derivative() or torch.compiler.is_compiling():
         raise Refused("factors of layers are found on a plain graph, which no transform keeps")
+    if inside_transform():
+        repeat_draws()
+        return _unfactored(of_one, params, samples)
     while True:
         repeat_draws()
         touched = Touched()
@@ -135,10 +138,7 @@ def _recording(
     count = len(twins)
 
     def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
-        num_outputs = 0
-
         def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            nonlocal num_outputs
             params, data = leaves[:count], leaves[count:]
             with unseen():
                 uses = uses_of()
@@ -146,10 +146,23 @@ def _recording(
                     uses.track(number, param, twin)
             with uses:
                 outputs, extras = of_one(params, data)
-            found[:], num_outputs = uses.found(), len(outputs)
-            return (*outputs, *extras), ()
+            found[:] = uses.found()
+            return outputs, extras
 
-        every = samples.map(of_each, held, [0 if i in others else None for i in range(count)])
-        return every[:num_outputs], every[num_outputs:]
+        return samples.map(of_each, held, [0 if i in others else None for i in range(count)])
 
     return of_all
+
+
+def _unfactored(of_one: OfOne, params: Leaves, samples: Samples) -> Factors:
+    """Every sample's own parameters, differentiated as they are: vmap shows no graph."""
+    count = len(params)
+
+    def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
+        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            return of_one(leaves[:count], leaves[count:])
+
+        return samples.map(of_each, held, [0] * count)
+
+    linearization = linearize(of_all, tuple(map(samples.each, params)))
+    return Factors(samples, (), range(count), params, linearization)

@@ -49,12 +49,22 @@ class Samples:
         of_each: Callable[[Leaves], tuple[Leaves, Leaves]],
         params: Leaves,
         dims: Sequence[int | None],
-    ) -> Leaves:
-        """``of_each((*params, *leaves))`` of all samples, ``[B, *shape]``."""
+    ) -> tuple[Leaves, Leaves]:
+        """``of_each((*params, *leaves)) -> (outputs, extras)``, of all samples: ``[B, *shape]``."""
+        num_outputs = 0
+
+        def in_a_row(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            nonlocal num_outputs
+            outputs, extras = of_each(leaves)
+            num_outputs = len(outputs)
+            return (*outputs, *extras), ()
+
+        every = (*params, *self.leaves)
         if self.is_mapped:
-            every = (*params, *self.leaves)
-            return sweep_batch(of_each, every, self.randomness, (*dims, *self.dims))[0]
-        return tuple(out.unsqueeze(0) for out in of_each((*params, *self.leaves))[0])
+            found, _ = sweep_batch(in_a_row, every, self.randomness, (*dims, *self.dims))
+        else:
+            found = tuple(out.unsqueeze(0) for out in in_a_row(every)[0])
+        return found[:num_outputs], found[num_outputs:]
 
 
 @dataclass(frozen=True)

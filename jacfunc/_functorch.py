@@ -1,7 +1,7 @@
 """functorch and autograd from below: the only importer of torch's private parts.
 
-Which transforms are we inside; a vmap without trees and an ``autograd.grad`` without its checks,
-because these cost as much as the whole Jacobian of a small function.
+Which transforms are we inside; a vmap without trees, an ``autograd.grad`` without its checks: these
+cost as much as the whole Jacobian of a small function.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import (
-    temporarily_clear_interpreter_stack,
-    temporarily_pop_interpreter_stack,
-)
+from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
@@ -31,10 +28,15 @@ def inside_transform() -> bool:
     return _functorch.peek_interpreter_stack() is not None or is_pushing()
 
 
+def is_outermost() -> bool:
+    """Is neither a transform active nor a compiler? Then plain graphs can be looked into."""
+    return not (inside_transform() or torch.compiler.is_compiling())
+
+
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """As at the top level, whatever transforms and dispatch modes are active outside."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+    with pyfunctorch.temporarily_clear_interpreter_stack(), _disable_current_modes():
         yield
 
 
@@ -98,7 +100,7 @@ def is_tracked(tensor: Tensor) -> bool:
     is_wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
     if is_wrapped and _functorch.maybe_get_level(tensor) == top.level():
         tensor = _functorch.get_unwrapped(tensor)
-    with temporarily_pop_interpreter_stack():
+    with pyfunctorch.temporarily_pop_interpreter_stack():
         return is_tracked(tensor)
 
 

@@ -58,7 +58,8 @@ def ntk(
 
     Raises:
         TypeError, ValueError: arguments that do not fit, samples that depend on each other.
-        NotImplementedError: what torch refuses, and a call inside a transform.
+        NotImplementedError: what torch refuses, a call inside a transform that differentiates, and
+            of a module inside any; inside ``vmap``, for ensembles, give a function.
 
     Cost:
         An evaluation of each side and M pullbacks onto the outputs of layers; products of factors,
@@ -112,7 +113,7 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
 
     Raises:
         TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses,
-            and a call inside a transform.
+            and a call inside a transform that differentiates.
 
     Cost:
         One evaluation, M pullbacks onto the outputs of layers, and products of factors. For the

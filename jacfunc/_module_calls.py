@@ -15,7 +15,7 @@ from jacfunc._check import is_differentiable, is_tensor
 from jacfunc._coupling import check_coupling, independent
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import inside_transform, is_pushing
+from jacfunc._functorch import is_outermost, is_pushing
 from jacfunc._inputs import Arguments, Choice, check_batch, sample_dims
 from jacfunc._module_checks import (
     check_call,
@@ -95,7 +95,7 @@ class ModuleCall:
         """Refuse samples that depend on each other; looked at once a kind of call."""
         module = self.state.parts[""].module
         kind = batch.kind, tuple(part.module.training for part in self.state.parts.values())
-        if inside_transform() or torch.compiler.is_compiling():
+        if not is_outermost():
             return
         if independent().has(module, kind):
             return

@@ -16,7 +16,7 @@ from jacfunc._check import Refused, check_chunk_size, is_out_of_memory, is_tenso
 from jacfunc._draws import Draws
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import inside_transform
+from jacfunc._functorch import is_outermost
 from jacfunc._inputs import Arguments, Choice
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
@@ -58,7 +58,7 @@ class Door:
 
     def at(self, arguments: Arguments, targets: Tree = None) -> Point:
         """One call of the module, and what its outputs are compared with."""
-        if inside_transform() or torch.compiler.is_compiling():
+        if not is_outermost():
             raise NotImplementedError(
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."

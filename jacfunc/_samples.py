@@ -17,7 +17,7 @@ from jacfunc._draws import Draws
 from jacfunc._factored import Met, factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import sweep_batch
+from jacfunc._functorch import is_outermost, sweep_batch
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
@@ -179,7 +179,7 @@ class Batch:
     def _plan(self, strategy: Auto | Autotune) -> tuple[Plan, Chunk]:
         call = self._first()
         operator = JacobianOperator(call, call.primals)
-        samples = Sampled(self._size(), self.has_layers, self.sink.copies)
+        samples = Sampled(self._size(), self.has_layers and is_outermost(), self.sink.copies)
         plan, chunk = in_words_of(
             self.api, lambda: strategy.plan_samples(operator, samples, self._refusable)
         )
@@ -200,7 +200,7 @@ class Batch:
             raise Refused(f"the samples do not run under vmap: {error}") from error
 
     def _at_once(self, strategy: Strategy, chunk: Chunk) -> Leaves:
-        if isinstance(strategy, Structured):
+        if isinstance(strategy, Structured) and is_outermost():
             return self.structured(strategy, chunk)
         return self.vmapped(strategy, chunk)
 

@@ -92,17 +92,12 @@ def _mapped(point: Point, seen: list[FlatCall]) -> LeafFunction:
     samples = Samples(batch.leaves, batch.dims, batch.randomness)
 
     def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
-        num_outputs = 0
-
         def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            nonlocal num_outputs
             call = batch.call_of(leaves[len(params) :])
-            outputs, extras = call(*leaves[: len(params)])
+            found = call(*leaves[: len(params)])
             seen[:] = [call]
-            num_outputs = len(outputs)
-            return (*outputs, *extras), ()
+            return found
 
-        every = samples.map(of_each, params, [None] * len(params))
-        return every[:num_outputs], every[num_outputs:]
+        return samples.map(of_each, params, [None] * len(params))
 
     return of_all

@@ -263,6 +263,56 @@ def test_samples_that_depend_on_each_other_are_refused() -> None:
         jacfunc.ntk(model, None, torch.randn(4, 3))
 
 
-def test_inside_a_transform_it_is_refused() -> None:
+def test_inside_a_derivative_it_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="no transform keeps"):
-        torch.func.vmap(lambda x: jacfunc.gram(torch.sin)(x))(torch.randn(2, 3))
+        torch.func.grad(lambda x: jacfunc.gram(torch.sin)(x).sum())(torch.randn(3))
+
+
+NETWORK = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def scores(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    return functional_call(NETWORK, params, (x,))
+
+
+def ensemble(size: int) -> dict[str, Tensor]:
+    """The parameters of so many networks, one beside the other."""
+    return {name: torch.randn(size, *p.shape).double() for name, p in NETWORK.named_parameters()}
+
+
+def by_rows(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """``[B, 2, P]`` by one backward pass a row."""
+    leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
+    rows = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(score, [*leaves.values()], retain_graph=True)]
+        )
+        for one in x
+        for score in scores(leaves, one)
+    ]
+    return torch.stack(rows).view(len(x), 2, -1)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_kernels_of_an_ensemble(is_symmetric: bool, chunk_size: int | None) -> None:
+    params, x1 = ensemble(3), torch.randn(5, 3, dtype=torch.float64)
+    x2 = None if is_symmetric else torch.randn(4, 3, dtype=torch.float64)
+
+    def kernel(params: dict[str, Tensor]) -> Tensor:
+        return jacfunc.ntk(scores, params, x1, x2, chunk_size=chunk_size)
+
+    found = torch.func.vmap(kernel)(params)
+    for number in range(3):
+        one = {name: param[number] for name, param in params.items()}
+        left, right = by_rows(one, x1), by_rows(one, x1 if x2 is None else x2)
+        wanted = torch.einsum("aip,bjp->abij", left, right)
+        torch.testing.assert_close(found[number], wanted, rtol=0, atol=1e-10)
+
+
+def test_gramians_of_an_ensemble() -> None:
+    params, x = ensemble(3), torch.randn(3, dtype=torch.float64)
+    found = torch.func.vmap(lambda p: jacfunc.gram(lambda p: scores(p, x))(p))(params)
+    for number in range(3):
+        rows = by_rows({name: param[number] for name, param in params.items()}, x[None])[0]
+        torch.testing.assert_close(found[number], rows @ rows.mT, rtol=0, atol=1e-10)

@@ -666,3 +666,53 @@ def test_complex_data():
 
     found, expected = (jacfunc.jacobian(func, strategy=s)(w) for s in ("structured", "looped"))
     assert_near(found, expected, 1e-10)
+
+
+def of_weights(weight, bias, x):
+    return F.linear(x, weight, bias).tanh()
+
+
+@pytest.mark.parametrize("dims", [(0, None, None), (0, 0, None), (None, None, 0), (0, 0, 0)])
+def test_inside_vmap(dims):
+    sizes = [(3, 5), (3,), (5,)]
+    args = [
+        torch.randn(4, *s, dtype=torch.float64) if d == 0 else torch.randn(s, dtype=torch.float64)
+        for s, d in zip(sizes, dims, strict=True)
+    ]
+    jac = jacfunc.jacobian(of_weights, argnums=(0, 1), strategy="structured")
+    found = torch.vmap(jac, in_dims=dims)(*args)
+    for number in range(4):
+        one = [a[number] if d == 0 else a for a, d in zip(args, dims, strict=True)]
+        slope = torch.diag_embed(1 - of_weights(*one).square())
+        expected = (slope.unsqueeze(-1) * one[2], slope)
+        for mine, other in zip(found, expected, strict=True):
+            assert_near(mine[number], other, 1e-12)
+
+
+@pytest.mark.parametrize("name", [f"product: {n}" for n in ("x @ W of sequences", "two", "square")])
+def test_samples_inside_vmap(name):
+    """Batches of batches."""
+    model, x = case(name, torch.float64)
+    jac = jacfunc.module_jacobian(model, per_sample=True, strategy="structured")
+    found = torch.vmap(jac)(torch.stack([x, x.flip(0)]))
+    for key, block in one_by_one(name).items():
+        assert_near(found[key], torch.stack([block, block.flip(0)]), 1e-10)
+
+
+def test_inside_a_derivative():
+    weight, bias = torch.randn(3, 5).double(), torch.randn(3).double()
+    x = torch.randn(5).double()
+
+    def squared(weight):
+        block = jacfunc.jacobian(of_weights, strategy="structured")(weight, bias, x)
+        return block.square().sum()
+
+    def by_formula(weight):
+        return ((1 - of_weights(weight, bias, x).square()) ** 2).sum() * x.square().sum()
+
+    leaf = weight.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(by_formula(leaf), leaf)
+    assert_near(torch.func.grad(squared)(weight), expected, 1e-10)
+    tangent = torch.randn_like(weight)
+    _, product = torch.func.jvp(squared, (weight,), (tangent,))
+    assert_near(product, (expected * tangent).sum(), 1e-10)

@@ -10,8 +10,10 @@ from jacfunc._check import check_chunk_size
 from jacfunc._chunks import Chunk, Within, in_chunks
 from jacfunc._factored import Met, factored
 from jacfunc._factors import Factors, Samples
+from jacfunc._functorch import is_outermost
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks, Leaves
+from jacfunc.strategies._reverse import Reverse
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Structured:
     without a pass through autograd. What no rule in ``jacfunc.layers`` covers is differentiated
     as ever, and the two parts add up.
 
-    Best for Jacobians of every sample in a network's parameters.
+    Best for Jacobians of every sample in a network's parameters. Inside another transform, which
+    keeps no graph to look into, rows are pulled back as by :class:`Reverse`.
 
     Args:
         chunk_size: rows swept at once; None sweeps all, or per sample as many as keep to 16 MB of
@@ -53,6 +56,8 @@ class Structured:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``; the whole call is one sample."""
+        if not is_outermost():
+            return Reverse(self.chunk_size).materialize(operator)
         factors = self.factors(operator)
 
         def of_rows(start: int, stop: int) -> Leaves:
