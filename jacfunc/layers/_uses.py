@@ -172,8 +172,10 @@ class Uses(TorchFunctionMode):
         args = tuple(twins.get(name, value) for name, value in by_place)
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         self._touch((*args, *kwargs.values()))
-        is_one = rule.keeps_lead and args
-        out = at_once(func, args, kwargs, self._level) if is_one else func(*args, **kwargs)
+        if rule.keeps_lead and args:
+            out = at_once(func, args, kwargs, self._level)
+        else:
+            out = func(*args, **kwargs)
         with unseen():
             parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
             return self._recorded(out, parts, twins.values(), named.values())
