@@ -197,7 +197,7 @@ class Point:
         """Nothing is recorded, and nothing is rounded to less than what it came in."""
         devices = {tensor.device.type for tensor in self.params.values()}
         with torch.no_grad(), ExitStack() as stack:
-            for device in devices:
+            for device in filter(torch.is_autocast_enabled, devices):
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
 

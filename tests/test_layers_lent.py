@@ -217,3 +217,19 @@ def test_a_bias_of_every_sample_runs_under_vmap() -> None:
     module, x = Hyper(), torch.randn(B, 5, dtype=torch.float64)
     (found,) = jacfunc.module_jacobian(module, per_sample=True, strategy="structured")(x).values()
     torch.testing.assert_close(found, looped(module, x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_comes_out_of_one_call_may_be_written_into(shape: tuple[int, ...], bias: bool) -> None:
+    weight, offset = torch.randn(3, 5).double(), torch.randn(3).double()
+    x = torch.randn(B, *shape).double()
+
+    def positive(weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, weight, offset if bias else None).relu_().sum(-1)
+
+    found = jacfunc.ntk(positive, weight, x)
+    is_on = (F.linear(x, weight, offset if bias else None) > 0).double()  # [B, *lead, o]
+    rows = torch.einsum("b...o,b...i->b...oi", is_on, x).reshape(B, *shape[:-1], 15)
+    wanted = torch.tensordot(rows, rows, dims=([-1], [-1])).movedim(rows.dim() - 1, 1)
+    torch.testing.assert_close(found, wanted)
