@@ -30,6 +30,7 @@ from jacfunc._functorch import (
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, batched_like
+from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import Watch, unwatched
 
@@ -64,6 +65,7 @@ def _push(
     copies = tuple(primal.clone() for primal in primals)
     if torch.compiler.is_compiling():
         return _jvp(func, copies, tangents)
+    keep_heap()
     # grad mode is on for the guard to see where the function turns it off
     released = not torch.is_grad_enabled() and not inside_derivative()
     grad_mode = torch.enable_grad() if released else nullcontext()
@@ -127,6 +129,7 @@ def watched_once(
     but a function that may catch errors is watched at every call. ``call`` says what is called,
     where ``func`` does not.
     """
+    keep_heap()
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
     if inner is not None and unwatched().has(inner, kind):

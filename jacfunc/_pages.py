@@ -1,4 +1,4 @@
-"""Memory for large results: a page that is new costs a fault when it is first written to."""
+"""Memory that is written into again: a page that is new costs a fault at the first write."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections import deque
 from contextlib import suppress
+from functools import cache
 from threading import Lock
 
 import torch
@@ -18,6 +19,9 @@ from jacfunc._functorch import inside_transform
 
 LARGE = 2**25
 """Bytes up to which a heap keeps what is freed and hands it out again."""
+
+KEPT = LARGE - 2**16
+"""Bytes of the largest block that a heap keeps, with what it adds to it."""
 
 POPULATE = 23
 """``MADV_POPULATE_WRITE``, of Linux since 5.14."""
@@ -105,6 +109,19 @@ def _new(nbytes: int) -> mmap.mmap:
 
 
 _PAGES = Pages()
+
+
+@cache
+def keep_heap() -> None:
+    """From here on the heap keeps what is freed, up to ``LARGE``: what a call takes for a while is
+    there for the next one.
+
+    glibc gives back what is free at the end of the heap, beyond twice the largest block that has
+    been freed so far (``M_TRIM_THRESHOLD`` in mallopt(3)). In a young process that is so little
+    that a network of a megabyte asks for the same pages in each call. One block is enough, which
+    nothing is written into; where somebody has set the threshold, it stays as it is.
+    """
+    torch.UntypedStorage(KEPT)  # no operation, which modes and transforms would see
 
 
 def empty_cache() -> None:
