@@ -23,8 +23,9 @@ LARGE = 2**25
 KEPT = LARGE - 2**16
 """Bytes of the largest block that a heap keeps, with what it adds to it."""
 
-POPULATE = 23
-"""``MADV_POPULATE_WRITE``, of Linux since 5.14."""
+ASKED = (14, 23)
+"""``MADV_HUGEPAGE``: a fault is for 2 MiB, where there are as many side by side, not for 4 KiB.
+``MADV_POPULATE_WRITE``, of Linux since 5.14: all at once, not at the first write to each."""
 
 
 class Pages:
@@ -101,10 +102,11 @@ class Pages:
 
 
 def _new(nbytes: int) -> mmap.mmap:
-    """Pages that nothing was written into, all of them asked for at once."""
+    """Pages that nothing was written into, large ones, all of them asked for at once."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # systems that can't are slower, that is all
-        pages.madvise(POPULATE)
+    for advice in ASKED:
+        with suppress(OSError):  # systems that can't are slower, that is all
+            pages.madvise(advice)
     return pages
 
 

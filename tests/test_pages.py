@@ -8,6 +8,7 @@ import mmap
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 LIKE = torch.ones(3)
 SIZE = 2**16
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+"""Where the system says whether it has pages of 2 MiB for who asks."""
 
 
 @pytest.fixture
@@ -146,6 +149,27 @@ def test_it_is_counted_like_any_other_memory(pages: Pages) -> None:
             assert (counter.live, counter.peak) == (SIZE, SIZE)
             del held
             assert counter.live == 0
+
+
+@pytest.mark.skipif(
+    not HUGE.exists() or "[never]" in HUGE.read_text(), reason="this system has small pages alone"
+)
+def test_large_ones_lie_in_large_pages(pages: Pages) -> None:
+    """A fault for each small one took most of the time of a result in new pages."""
+    result = made(1.0, 2**26)
+    assert _bytes_in_huge_pages(result.data_ptr()) >= 2**25  # a system short of memory has fewer
+
+
+def _bytes_in_huge_pages(address: int) -> int:
+    is_inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, value, *_ = line.split()
+        if not key.endswith(":"):
+            start, stop = (int(end, 16) for end in key.split("-"))
+            is_inside = start <= address < stop
+        elif is_inside and key == "AnonHugePages:":
+            return int(value) * 2**10
+    raise AssertionError("no mapping holds this address")
 
 
 def test_without_memory_torch_says_so(pages: Pages) -> None:
