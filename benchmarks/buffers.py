@@ -11,7 +11,7 @@ from torch.func import jacrev
 import jacfunc
 from benchmarks.cases import Case, Question, Wanted
 from benchmarks.contestants import by_recipe, by_recipe_and_concatenation
-from benchmarks.networks import CLASSES, LARGE, LENET, Problem
+from benchmarks.networks import CLASSES, LARGE, LENET, SHORT, Problem
 from benchmarks.reference import case_of
 from benchmarks.rivals import by_opacus
 from jacfunc.compare._clock import Run
@@ -67,5 +67,6 @@ QUESTION = Question(
         _case(LARGE, 5.0, Wanted(OURS, "time ÷", 1.3, (FILL,))),
         _case(LENET, 1.8),
         _case("transformer", 1.4),
+        _case(SHORT, 1.4),
     ),
 )

@@ -167,7 +167,7 @@ PRODUCT: tuple[Contestant[Problem], ...] = (
     Contestant(CURVLINOPS, "rival", by_curvlinops),
 )
 
-FEW, MANY = 16, 64
+FEW, MANY, MOST = 16, 64, 128
 
 
 def _diagonal(network: str, batch: int = MANY, *wanted: tuple[float, str]) -> Case:
@@ -197,6 +197,7 @@ QUESTIONS = (
             _diagonal(LENET, FEW),
             _diagonal(LENET, MANY, (1.2, BACKPACK), (4.0, MATERIALIZED)),
             _diagonal(LARGE, MANY, (1.4, BACKPACK), (100.0, MATERIALIZED)),
+            _diagonal(LARGE, MOST, (1.4, BACKPACK), (100.0, MATERIALIZED)),
             _diagonal("transformer"),
         ),
     ),
