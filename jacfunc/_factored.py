@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,15 +12,12 @@ from torch import Tensor
 from jacfunc._attention import plain_attention
 from jacfunc._check import Refused
 from jacfunc._engines import linearize, watched_once
-from jacfunc._factors import Factors, Samples
+from jacfunc._factors import Factors, OfOne, Samples
 from jacfunc._functorch import inside_derivative, inside_transform, recording
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import unseen
 from jacfunc.layers import Touched, Use, Uses
-
-OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
-"""``of_one(params, data) -> (outputs, extras)`` of a single sample."""
 
 
 @dataclass
@@ -80,7 +76,9 @@ def factored(
         raise Refused("factors of layers are found on a plain graph, which no transform keeps")
     if inside_transform():
         repeat_draws()
-        return _unfactored(of_one, params, samples)
+        # vmap shows no graph: parameters are differentiated as they are
+        unfactored = linearize(*samples.apart(of_one, params))
+        return Factors(samples, (), range(len(params)), params, unfactored)
     while True:
         repeat_draws()
         touched = Touched()
@@ -152,17 +150,3 @@ def _recording(
         return samples.map(of_each, held, [0 if i in others else None for i in range(count)])
 
     return of_all
-
-
-def _unfactored(of_one: OfOne, params: Leaves, samples: Samples) -> Factors:
-    """Every sample's own parameters, differentiated as they are: vmap shows no graph."""
-    count = len(params)
-
-    def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
-        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            return of_one(leaves[:count], leaves[count:])
-
-        return samples.map(of_each, held, [0] * count)
-
-    linearization = linearize(of_all, tuple(map(samples.each, params)))
-    return Factors(samples, (), range(count), params, linearization)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from torch import Tensor
 from jacfunc._basis import shared_units
 from jacfunc._functorch import sweep_batch
 from jacfunc._linearization import Linearization
-from jacfunc._types import Leaves
+from jacfunc._types import LeafFunction, Leaves
 from jacfunc.layers import Part, Rows, Use, rows, together, write
+
+OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
+"""``of_one(params, data) -> (outputs, extras)`` of a single sample."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,20 @@ class Samples:
         else:
             found = tuple(out.unsqueeze(0) for out in in_a_row(every)[0])
         return found[:num_outputs], found[num_outputs:]
+
+    def apart(self, of_one: OfOne, params: Leaves) -> tuple[LeafFunction, Leaves]:
+        """All samples as a function of parameters ``[B, *param]``, each sample's own, and these:
+        one cotangent then serves all samples.
+        """
+        count = len(params)
+
+        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
+            return of_one(leaves[:count], leaves[count:])
+
+        def of_all(*own: Tensor) -> tuple[Leaves, Leaves]:
+            return self.map(of_each, own, [0] * count)
+
+        return of_all, tuple(map(self.each, params))
 
 
 @dataclass(frozen=True)

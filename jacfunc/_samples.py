@@ -156,17 +156,8 @@ class Batch:
 
         Its Jacobian holds a block a sample, so that one cotangent serves all of them.
         """
-        size, primals = self._size(), self._first().primals
-        dims = (*(0,) * len(primals), *self.dims)
-
-        def of_one(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            outputs, _ = self._of_params(leaves[: len(primals)], leaves[len(primals) :])
-            return outputs, ()
-
-        def of_all(*points: Tensor) -> tuple[Leaves, Leaves]:
-            return sweep_batch(of_one, (*points, *self.leaves), self.randomness, dims)
-
-        return JacobianOperator(of_all, tuple(p.expand(size, *p.shape) for p in primals))
+        samples = Samples(self.leaves, self.dims, self.randomness)
+        return JacobianOperator(*samples.apart(self._of_params, self._first().primals))
 
     def check_randomness(self, error: Exception) -> None:
         """Was it that a random module was not to draw?"""
