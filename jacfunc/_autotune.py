@@ -43,8 +43,10 @@ SECONDS = 1.0
 HOPELESS = 1.5
 """A candidate slower than the best by this factor is out."""
 
-SETTING_UP = 0.5
-"""Seconds that a first call may take before it tells of later ones."""
+SETTING_UP, SLOW_START = 0.5, 8
+"""Seconds that a first call may take before it tells of later ones, and how many times that of the
+fastest: torch sets something up, or the system looks for memory that nobody had before.
+"""
 
 BOTH = (Reverse(), Forward())
 BY_LAYERS = Structured()
@@ -186,9 +188,8 @@ def _measured(
             if strategy == strategies[-1] and not first:
                 raise
     least = min(first.values())
-    # a slow first call may be torch setting something up, unless it is slow by more than that
     times: dict[Swept, list[float]] = {
-        s: [] for s, took in first.items() if took <= 3 * least or took <= SETTING_UP
+        s: [] for s, took in first.items() if took <= max(SLOW_START * least, SETTING_UP)
     }
     order, start = random.Random(0), time.perf_counter()
     for number in range(ROUNDS):
