@@ -133,20 +133,19 @@ def _recording(
     found: list[Use],
 ) -> Callable[..., tuple[Leaves, Leaves]]:
     """Of all samples at once: a function of the parameters that writes down their uses."""
-    count = len(twins)
+    dims = [0 if i in others else None for i in range(len(twins))]
+
+    def recorded(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
+        with unseen():
+            uses = uses_of()
+            for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
+                uses.track(number, param, twin)
+        with uses:
+            outputs, extras = of_one(params, data)
+        found[:] = uses.found()
+        return outputs, extras
 
     def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
-        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            params, data = leaves[:count], leaves[count:]
-            with unseen():
-                uses = uses_of()
-                for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
-                    uses.track(number, param, twin)
-            with uses:
-                outputs, extras = of_one(params, data)
-            found[:] = uses.found()
-            return outputs, extras
-
-        return samples.map(of_each, held, [0 if i in others else None for i in range(count)])
+        return samples.map(recorded, held, dims)
 
     return of_all

@@ -49,16 +49,16 @@ class Samples:
 
     def map(
         self,
-        of_each: Callable[[Leaves], tuple[Leaves, Leaves]],
+        of_one: OfOne,
         params: Leaves,
         dims: Sequence[int | None],
     ) -> tuple[Leaves, Leaves]:
-        """``of_each((*params, *leaves)) -> (outputs, extras)``, of all samples: ``[B, *shape]``."""
-        num_outputs = 0
+        """``of_one(params, leaves)`` of all samples: outputs and extras as ``[B, *shape]``."""
+        count, num_outputs = len(params), 0
 
         def in_a_row(leaves: Leaves) -> tuple[Leaves, Leaves]:
             nonlocal num_outputs
-            outputs, extras = of_each(leaves)
+            outputs, extras = of_one(leaves[:count], leaves[count:])
             num_outputs = len(outputs)
             return (*outputs, *extras), ()
 
@@ -73,13 +73,9 @@ class Samples:
         """All samples as a function of parameters ``[B, *param]``, each sample's own, and these:
         one cotangent then serves all samples.
         """
-        count = len(params)
-
-        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            return of_one(leaves[:count], leaves[count:])
 
         def of_all(*own: Tensor) -> tuple[Leaves, Leaves]:
-            return self.map(of_each, own, [0] * count)
+            return self.map(of_one, own, [0] * len(own))
 
         return of_all, tuple(map(self.each, params))
 

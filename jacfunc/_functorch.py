@@ -1,4 +1,4 @@
-"""functorch and autograd from below: the only importer of torch's private parts.
+"""functorch and autograd from below: with ``_mapped`` the only importers of their private parts.
 
 Which transforms are we inside; a vmap without trees, an ``autograd.grad`` without its checks: these
 cost as much as the whole Jacobian of a small function.

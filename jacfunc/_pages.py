@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from jacfunc._counting import PeakBytes
-from jacfunc._functorch import inside_transform
+from jacfunc._functorch import is_outermost
 
 LARGE = 2**25
 """Bytes up to which a heap keeps what is freed and hands it out again."""
@@ -23,9 +23,10 @@ LARGE = 2**25
 KEPT = LARGE - 2**16
 """Bytes of the largest block that a heap keeps, with what it adds to it."""
 
-ASKED = (14, 23)
-"""``MADV_HUGEPAGE``: a fault is for 2 MiB, where there are as many side by side, not for 4 KiB.
-``MADV_POPULATE_WRITE``, of Linux since 5.14: all at once, not at the first write to each."""
+HUGE, POPULATE = 14, 23
+"""Linux's ``MADV_HUGEPAGE``, a fault for 2 MiB at once where it has them side by side, and, since
+5.14, ``MADV_POPULATE_WRITE``, all faults now rather than at the first write to each page.
+"""
 
 
 class Pages:
@@ -104,7 +105,7 @@ class Pages:
 def _new(nbytes: int) -> mmap.mmap:
     """Pages that nothing was written into, large ones, all of them asked for at once."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in ASKED:
+    for advice in (HUGE, POPULATE):
         with suppress(OSError):  # systems that can't are slower, that is all
             pages.madvise(advice)
     return pages
@@ -115,8 +116,7 @@ _PAGES = Pages()
 
 @cache
 def keep_heap() -> None:
-    """From here on the heap keeps what is freed, up to ``LARGE``: what a call takes for a while is
-    there for the next one.
+    """From here on what a call frees stays in the heap, for the next one.
 
     glibc gives back what is free at the end of the heap, beyond twice the largest block that has
     been freed so far (``M_TRIM_THRESHOLD`` in mallopt(3)). In a young process that is so little
@@ -174,7 +174,6 @@ def _is_seen(like: Tensor) -> bool:
     return (
         type(like) is not Tensor
         or not hasattr(mmap, "MADV_FREE")
-        or inside_transform()
-        or torch.compiler.is_compiling()
+        or not is_outermost()
         or not all(isinstance(mode, PeakBytes) for mode in _get_current_dispatch_mode_stack())
     )

@@ -91,13 +91,13 @@ def _mapped(point: Point, seen: list[FlatCall]) -> LeafFunction:
     batch = point.batch
     samples = Samples(batch.leaves, batch.dims, batch.randomness)
 
-    def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
-        def of_each(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            call = batch.call_of(leaves[len(params) :])
-            found = call(*leaves[: len(params)])
-            seen[:] = [call]
-            return found
+    def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
+        call = batch.call_of(data)
+        found = call(*params)
+        seen[:] = [call]
+        return found
 
-        return samples.map(of_each, params, [None] * len(params))
+    def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
+        return samples.map(of_one, params, [None] * len(params))
 
     return of_all

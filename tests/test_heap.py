@@ -15,29 +15,29 @@ pytestmark = pytest.mark.skipif(
 
 CALLS = 20
 
-FAULTS = f"""
-import resource, torch, jacfunc
+FAULTS = """
+import resource, sys, torch, jacfunc
+strategy, calls = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 first, second = torch.randn(784, 2048), torch.randn(2048, 10)
 x = torch.randn(64, 784)
 def f(s):
     return (torch.tanh(x @ first * s.sum()) @ second).sum(0) * s
-by_all = jacfunc.jacobian(f, strategy=STRATEGY)
+by_all = jacfunc.jacobian(f, strategy=strategy)
 for _ in range(10):
     by_all(torch.ones(10))
 before = faults()
-for _ in range({CALLS}):
+for _ in range(calls):
     by_all(torch.ones(10))
 print(faults() - before)
 """
 
 
 def faults_of_a_call(strategy: str, **settings: str) -> float:
-    code = FAULTS.replace("STRATEGY", repr(strategy))
-    environment = {name: x for name, x in os.environ.items() if not name.startswith("MALLOC_")}
-    run = [sys.executable, "-W", "ignore", "-c", code]
-    environment |= settings
+    unset = {name: x for name, x in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = unset | settings
+    run = [sys.executable, "-W", "ignore", "-c", FAULTS, strategy, str(CALLS)]
     told = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
     return int(told) / CALLS
 

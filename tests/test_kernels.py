@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -280,17 +281,11 @@ def ensemble(size: int) -> dict[str, Tensor]:
     return {name: torch.randn(size, *p.shape).double() for name, p in NETWORK.named_parameters()}
 
 
-def by_rows(params: dict[str, Tensor], x: Tensor) -> Tensor:
-    """``[B, 2, P]`` by one backward pass a row."""
-    leaves = {name: param.clone().requires_grad_() for name, param in params.items()}
-    rows = [
-        torch.cat(
-            [g.flatten() for g in torch.autograd.grad(score, [*leaves.values()], retain_graph=True)]
-        )
-        for one in x
-        for score in scores(leaves, one)
-    ]
-    return torch.stack(rows).view(len(x), 2, -1)
+def member(params: dict[str, Tensor], number: int) -> nn.Module:
+    """One of the networks of an ensemble."""
+    network = copy.deepcopy(NETWORK)
+    network.load_state_dict({name: param[number] for name, param in params.items()})
+    return network
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -304,8 +299,8 @@ def test_kernels_of_an_ensemble(is_symmetric: bool, chunk_size: int | None) -> N
 
     found = torch.func.vmap(kernel)(params)
     for number in range(3):
-        one = {name: param[number] for name, param in params.items()}
-        left, right = by_rows(one, x1), by_rows(one, x1 if x2 is None else x2)
+        one = member(params, number)
+        left, right = written_out(one, x1), written_out(one, x1 if x2 is None else x2)
         wanted = torch.einsum("aip,bjp->abij", left, right)
         torch.testing.assert_close(found[number], wanted, rtol=0, atol=1e-10)
 
@@ -314,5 +309,5 @@ def test_gramians_of_an_ensemble() -> None:
     params, x = ensemble(3), torch.randn(3, dtype=torch.float64)
     found = torch.func.vmap(lambda p: jacfunc.gram(lambda p: scores(p, x))(p))(params)
     for number in range(3):
-        rows = by_rows({name: param[number] for name, param in params.items()}, x[None])[0]
+        rows = written_out(member(params, number), x[None])[0]
         torch.testing.assert_close(found[number], rows @ rows.mT, rtol=0, atol=1e-10)
