@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
-from jacfunc.compare._measuring import Check, Contestant, Effort, Entry, measure
+from benchmarks.seats import Together
+from jacfunc.compare._measuring import Check, Contestant, Effort, measure
 from jacfunc.compare._results import Result
 
 ANSWER = "bytes of the answer"
@@ -77,22 +79,22 @@ class Case:
         device: torch.device,
         without: Sequence[str] = (),
         on_step: Callable[[str], None] = lambda _: None,
-        seat: Callable[[Entry], Entry] = lambda entry: entry,
+        place: Together | None = None,
     ) -> list[Result]:
         """Everyone but those ``without`` whom it is to go; see :func:`measure`."""
-        problem = self.setup(device)
+        problem, place = self.setup(device), place or Together()
         with warnings.catch_warnings():
             # hooks and missing batching rules are warned about; what they cost is in the table
             warnings.simplefilter("ignore")
             return measure(
                 problem,
                 [contestant for contestant in self.contestants if contestant.name not in without],
-                self.check(problem),
+                place.judge(partial(self.check, problem)),
                 self.effort,
                 baseline=self.baseline,
                 cuda=device.type == "cuda",
                 on_step=on_step,
-                seat=seat,
+                seat=place.seat,
             )
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,7 @@ from torch.func import functional_call, jvp
 from benchmarks import kernels
 from benchmarks.cases import ANSWER, Case, Question
 from benchmarks.networks import PIXELS, Problem
-from benchmarks.reference import check
+from benchmarks.reference import Answer, check
 from jacfunc.compare._measuring import Check, Contestant, Effort
 
 EFFORT = Effort(rounds=10, seconds=1.5, fewest=3, patience=10.0)
@@ -86,11 +87,12 @@ def judge(problem: Problem) -> Check:
     pushed = jvp(lambda point: functional_call(model, point, (images,)), (params,), (tangents,))
     expected = {kernels.KERNEL: pushed[1].detach()}
 
-    def judged(answer: dict[str, torch.Tensor]) -> float:
-        kernel = answer[kernels.KERNEL].detach().to("cpu", torch.float64)
-        return check({kernels.KERNEL: torch.einsum("nmab,mb->na", kernel, vector)}, expected)
+    return partial(_pushed, vector, expected)
 
-    return judged
+
+def _pushed(vector: torch.Tensor, expected: Answer, answer: Answer) -> float:
+    kernel = answer[kernels.KERNEL].detach().to("cpu", torch.float64)
+    return check({kernels.KERNEL: torch.einsum("nmab,mb->na", kernel, vector)}, expected)
 
 
 def _contestants(point: Point, through_j: bool) -> tuple[Contestant[Problem], ...]:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+T = TypeVar("T")
 
 ANEW = multiprocessing.get_context("forkserver")
 """Children have the modules alone, and are told names: functions do not go through pipes."""
 
 ALIKE = multiprocessing.get_context("fork")
 """Children have whatever is there."""
+
+SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where a file is memory, else it is one among others."""
 
 DEVICE_LOST = 86
 """Exit code of a child whose GPU takes no more work."""
@@ -58,6 +66,40 @@ def cause(code: int) -> str:
     if code >= 0:
         return f"crashed: exit code {code}"
     return KILLED if -code == signal.SIGKILL else f"crashed: {signal.Signals(-code).name}"
+
+
+def aside(function: Callable[[], T]) -> T:
+    """What a function gives or raises in a process alike: its work leaves nothing in this heap.
+
+    Tensors of what it gives lie in memory of their own.
+    """
+    with tempfile.NamedTemporaryFile(dir=SHARED) as file:
+        with child(ALIKE, _keep, function, file.name) as (process, pipe):
+            found = received(process, pipe)
+        if isinstance(found, Exception):
+            raise found
+        if found is not None:
+            end_alike(found)
+        given: T = torch.load(file.name, mmap=True, weights_only=False)
+        return given
+
+
+def _keep(pipe: connection.Connection, function: Callable[[], Any], name: str) -> None:
+    end_with_parent()
+    try:
+        torch.save(function(), name)
+    except Exception as error:
+        # it is the caller's, who has asked for what failed
+        pipe.send(error)
+    else:
+        pipe.send(None)
+
+
+def end_alike(code: int) -> NoReturn:
+    """By how a process ends, whoever looks on is told how its child did."""
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def end_with_parent() -> None:

@@ -1,27 +1,50 @@
-"""A process for each contestant: its heap is as if nobody else were there.
+"""Where contestants take their steps: each in a process whose heap is as its user's would be.
 
-What one contestant leaves in a heap is a gift to the next: on a CPU fresh pages are most of what a
-large Jacobian costs, and whoever finds free ones beside him is twice as fast. A user calls one
-way in a loop. On a GPU all stay in one process, for a device has one memory for all, and every
-process would open it anew.
+What one contestant, or whoever judges it, leaves in a heap is a gift to the next: on a CPU fresh
+pages are most of what a large Jacobian costs, and whoever finds free ones beside him is twice as
+fast. A user sets up a problem and calls one way in a loop. On a GPU all stay in one process, for a
+device has one memory for all, and every process would open it anew.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing import connection
 from typing import Any
 
 import torch
 
-from benchmarks.processes import ALIKE, child, end_with_parent, received
-from jacfunc.compare._measuring import Entry
+from benchmarks.processes import ALIKE, aside, child, end_alike, end_with_parent, received
+from jacfunc.compare._measuring import Check, Entry
 from jacfunc.compare._results import Result
 
 
-class Apart(Entry):
+class Together:
+    """One process for everyone."""
+
+    def seat(self, entry: Entry) -> Entry:
+        return entry
+
+    def judge(self, make: Callable[[], Check]) -> Check:
+        return make()
+
+
+class Apart(Together):
+    """A process for each contestant, and one for every judgement."""
+
+    def __init__(self, processes: ExitStack) -> None:
+        self._processes = processes
+
+    def seat(self, entry: Entry) -> Entry:
+        return _Distant(entry, *self._processes.enter_context(child(ALIKE, _serve, entry)))
+
+    def judge(self, make: Callable[[], Check]) -> Check:
+        return partial(_judged, aside(make))
+
+
+class _Distant(Entry):
     """An entry whose steps are taken by a process that has nothing else to do."""
 
     def __init__(self, entry: Entry, process: Any, pipe: connection.Connection) -> None:
@@ -41,19 +64,15 @@ class Apart(Entry):
         self._pipe.send((step, arguments))
         found = received(self._process, self._pipe)
         if not isinstance(found, Result):
-            _end_alike(found)
+            end_alike(found)
         self.result = found
 
 
 @contextmanager
-def seats(device: torch.device) -> Iterator[Callable[[Entry], Entry]]:
-    """Where entries take their steps."""
+def seats(device: torch.device) -> Iterator[Together]:
+    """Where the entries of a case take their steps."""
     with ExitStack() as processes:
-
-        def apart(entry: Entry) -> Entry:
-            return Apart(entry, *processes.enter_context(child(ALIKE, _serve, entry)))
-
-        yield apart if device.type == "cpu" else lambda entry: entry
+        yield Apart(processes) if device.type == "cpu" else Together()
 
 
 def _serve(pipe: connection.Connection, entry: Entry) -> None:
@@ -64,8 +83,5 @@ def _serve(pipe: connection.Connection, entry: Entry) -> None:
         pipe.send(entry.result)
 
 
-def _end_alike(code: int) -> None:
-    """By how the case ends, whoever looks on is told how its contestant did."""
-    if code < 0:
-        os.kill(os.getpid(), -code)
-    os._exit(code)
+def _judged(check: Check, answer: Any) -> float:
+    return aside(partial(check, answer))

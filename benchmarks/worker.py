@@ -132,8 +132,8 @@ def work(pipe: connection.Connection, task: Task, turn: Turn) -> None:
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
     setup, results = Result("", ""), None
-    with recording(setup), seats(device) as seat:
-        results = case.measure(device, task.without, on_step, seat)
+    with recording(setup), seats(device) as place:
+        results = case.measure(device, task.without, on_step, place)
     _check(device)
     reason = setup.status.replace("unsupported: ", "unsupported: setup: ")
     pipe.send(Outcome(results, "" if setup.ok else reason))

@@ -70,13 +70,14 @@ def late(x):
 
 
 def check(x):
-    def error(answer):
-        found = float((answer - x * x).abs().max())
-        if found:
-            raise WrongAnswerError(f"off by {found:.2g}")
-        return found
+    return partial(error, x * x)
 
-    return error
+
+def error(expected, answer):
+    found = float((answer - expected).abs().max())
+    if found:
+        raise WrongAnswerError(f"off by {found:.2g}")
+    return found
 
 
 def set_up(name, device):
@@ -141,8 +142,24 @@ HELD = (
     asking("second", case("held", (*GOOD, Contestant("held", "rival", held))), case("last")),
 )
 WHERE = tuple(replace(contestant, prepare=lambda x: os.getpid) for contestant in GOOD)
-APART = (asking("apart", case("where", WHERE, check=lambda x: float)),)
-"""The error that is found is the number of the process."""
+PLACES = ("of the contestant", "of its judgement", "where the judge was made")
+
+
+def judging(which, x):
+    return partial(number_of, which, os.getpid())
+
+
+def number_of(which, made_in, answered_in):
+    return float((answered_in, os.getpid(), made_in)[which])
+
+
+APART = (
+    asking(
+        "apart",
+        *(case(name, WHERE, check=partial(judging, which)) for which, name in enumerate(PLACES)),
+    ),
+)
+"""The error that is found is the number of a process, which the name of the case says."""
 
 TWICE = (asking("same", case("name"), case("name")),)
 PLAIN = (asking("plain", case("one")),)

@@ -28,9 +28,9 @@ from benchmarks.records import Run
 from benchmarks.runner import CannotRunError, Order
 from benchmarks.worker import Task
 from jacfunc.compare._measuring import Contestant, Effort, Entry
-from jacfunc.compare._results import WARM_UP, Result, pooled, summarize
+from jacfunc.compare._results import WARM_UP, Result, WrongAnswerError, pooled, summarize
 from tests import benchmark_table
-from tests.benchmark_table import TRACE
+from tests.benchmark_table import TRACE, error
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 60
@@ -343,11 +343,30 @@ def test_time_left_follows_what_finished_cases_took():
 # --- several processes ---
 
 
-def test_every_contestant_has_a_process_of_its_own(tmp_path):
-    (case,) = run(tmp_path, "APART")[0].cases.values()
-    assert [row["status"] for row in case["results"]] == ["ok", "ok"]
-    ours, theirs = (row["error"] for row in case["results"])
-    assert ours != theirs
+def test_contestants_and_judgements_have_processes_of_their_own(tmp_path):
+    """What one leaves in its heap nobody else finds."""
+    cases = run(tmp_path, "APART")[0].cases.values()
+    rows = [row for case in cases for row in case["results"]]
+    assert {row["status"] for row in rows} == {"ok"}
+    # in each case two contestants, two judgements, or one judge
+    assert len({row["error"] for row in rows}) == 2 + 2 + 1
+
+
+def test_what_is_made_aside_comes_as_it_was():
+    made = torch.arange(5.0)
+    found, number = processes.aside(lambda: (made * 2, os.getpid()))
+    assert torch.equal(found, made * 2)
+    assert number != os.getpid()
+    with pytest.raises(WrongAnswerError, match="off by 3"):
+        processes.aside(lambda: error(made, made + 3))
+
+
+def test_whoever_is_ended_aside_ends_who_asked():
+    """As a crash of a contestant is told to the runner, whoever took it there."""
+    ended = (
+        "import os; from benchmarks.processes import aside; aside(lambda: os.kill(os.getpid(), 11))"
+    )
+    assert subprocess.run([sys.executable, "-c", ended], cwd=ROOT).returncode == -signal.SIGSEGV
 
 
 @pytest.mark.parametrize(("brief", "calls"), [(1.0, 2), (0.0, 1)])

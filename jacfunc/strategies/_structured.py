@@ -28,7 +28,7 @@ class Structured:
     keeps no graph to look into, rows are pulled back as by :class:`Reverse`.
 
     Args:
-        chunk_size: rows swept at once; None sweeps all, or per sample as many as keep to 16 MB of
+        chunk_size: rows swept at once; None sweeps all, or per sample as many as keep to 32 MB of
             cotangents.
 
     Raises:
