@@ -29,6 +29,7 @@ from jacfunc._plans import (
     by_sizes,
     candidates,
     fastest,
+    fewer_rows,
 )
 from jacfunc._trail import note
 from jacfunc._types import Blocks
@@ -132,7 +133,7 @@ class Autotune:
         key = f"{_key(operator)} × {size}{' copied' * samples.are_copied}"
         won, device = self._won(operator, key), _device(operator)
         if won is None:
-            possible = candidates(every, ways, REACH, FEW)
+            possible = dict.fromkeys((*candidates(every, ways, REACH, FEW), fewer_rows(every)))
             try:
                 won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
             except Refused:  # all of them are: whoever runs the plan goes on from there

@@ -82,6 +82,11 @@ class Costs:
         return sum(self.blocks)
 
     @property
+    def widest(self) -> int:
+        """Bytes of one cotangent where they are most, the primals' own left out."""
+        return max((op.read - op.held for op in self.operations), default=0)
+
+    @property
     def reuses_pages(self) -> bool:
         """Is it sure that whoever writes into places of their own saves by it?"""
         return self.is_copied or 2 * sum(x for x in self.blocks if x >= LARGE) >= self.result

@@ -27,6 +27,7 @@ from jacfunc._plans import (
     by_sizes,
     fastest,
     is_bounded,
+    spared,
 )
 from jacfunc._trail import is_heard, note
 from jacfunc._types import Blocks
@@ -94,7 +95,8 @@ class Auto:
         directions = samples.ways(self.directions, self.by_layers)
         if costs is None:
             return by_sizes(operator, self.directions), None
-        plan = fastest(costs.times(samples.size, samples.are_copied), directions)
+        every = costs.times(samples.size, samples.are_copied)
+        plan = spared(fastest(every, directions), every)
         return bounded_samples(plan, costs, samples.size, self.memory)
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from jacfunc._basis import numel
 from jacfunc._check import Refused
-from jacfunc._chunks import Chunk, Within
+from jacfunc._chunks import Chunk, Within, evenly
 from jacfunc._costs import Costs, is_forward
 from jacfunc._forecast import Forecast, Swept
 from jacfunc._machine import free_bytes
@@ -30,6 +30,11 @@ MODEST = 2**26
 
 SHARE = 0.5
 """Of the free memory: the budget where none is given."""
+
+CROWDED, SPARE = 2**24, 2**23
+"""Bytes of all rows of all samples at one operation, from which on a heap does not keep what a
+sweep leaves; and those that it is given then.
+"""
 
 Direction = Reverse | Forward | Structured
 Result = TypeVar("Result")
@@ -198,6 +203,26 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
         return plan, Within(room)
     rows = replace(strategy, chunk_size=Within(max(room - one.result - one.kept, 1)))
     return replace(plan, strategy=rows), 1
+
+
+def fewer_rows(every: Costs) -> Reverse:
+    """Reverse mode of all samples, a few rows at once where each sweep of all would get new memory.
+
+    Samples fill a vector without that; where the result is the larger part, it stays one write.
+    """
+    crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
+    if not has_heap or crowd <= max(CROWDED, every.result):
+        return Reverse()
+    return Reverse(evenly(every.rows, every.widest, SPARE))
+
+
+def spared(plan: Plan, every: Costs) -> Plan:
+    """The plan with fewer rows at once, where it is reverse mode of all and that is too much."""
+    fewer = fewer_rows(every)
+    if plan.strategy != Reverse() or fewer == Reverse():
+        return plan
+    reason = f"{plan.reason}; {fewer.chunk_size} at once, whose memory is kept for the next"
+    return replace(plan, strategy=fewer, reason=reason)
 
 
 def is_bounded(plan: Plan) -> bool:
