@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import jacfunc
-from benchmarks import grid
+from benchmarks import formulas
 from benchmarks.cases import Case, Question, Wanted
 from benchmarks.ways import (
     DOUBLE,
@@ -80,10 +80,10 @@ CONTESTANTS: tuple[Contestant[Problem], ...] = (
 
 
 def mlp(inputs: int, outputs: int, width: int) -> Function:
-    make = partial(grid.mlp, inputs, outputs, width)
+    make = partial(formulas.mlp, inputs, outputs, width)
 
     def batched(draw: Any) -> Func:
-        first, second, last = (w.T for w in grid.mlp_weights(inputs, outputs, width, draw))
+        first, second, last = (w.T for w in formulas.mlp_weights(inputs, outputs, width, draw))
         return lambda x: torch.tanh(torch.tanh(x @ first) @ second) @ last
 
     return Function(make, batched, in_jax=make)
@@ -95,17 +95,17 @@ def portable(make: Any) -> Function:
 
 
 MAPS: tuple[tuple[str, int, int, Function], ...] = (
-    ("stencil, 256 → 256", 256, 256, Function(partial(grid.stencil, 256))),
-    ("stencil, 2048 → 2048", 2048, 2048, Function(partial(grid.stencil, 2048))),
-    ("heat, 8² → 8²", 64, 64, Function(partial(grid.heat, 8))),
-    ("heat, 32² → 32²", 1024, 1024, Function(partial(grid.heat, 32))),
-    ("orbit, 4 → 4, 20 steps", 4, 4, portable(partial(grid.orbit, 20))),
-    ("attention, 4 × 8 → 4 × 8", 32, 32, Function(partial(grid.attention, 4, 8))),
-    ("attention, 16 × 32 → 16 × 32", 512, 512, Function(partial(grid.attention, 16, 32))),
-    ("cnn, 16² → 16²", 256, 256, Function(partial(grid.image_to_image, 16, 4))),
-    ("cnn, 32² → 10", 1024, 10, Function(partial(grid.classifier, 32))),
-    ("energy, 4096 → 1", 4096, 1, portable(partial(grid.energy, 4096))),
-    ("curve, 1 → 4096", 1, 4096, portable(partial(grid.curve, 4096))),
+    ("stencil, 256 → 256", 256, 256, Function(partial(formulas.stencil, 256))),
+    ("stencil, 2048 → 2048", 2048, 2048, Function(partial(formulas.stencil, 2048))),
+    ("heat, 8² → 8²", 64, 64, Function(partial(formulas.heat, 8))),
+    ("heat, 32² → 32²", 1024, 1024, Function(partial(formulas.heat, 32))),
+    ("orbit, 4 → 4, 20 steps", 4, 4, portable(partial(formulas.orbit, 20))),
+    ("attention, 4 × 8 → 4 × 8", 32, 32, Function(partial(formulas.attention, 4, 8))),
+    ("attention, 16 × 32 → 16 × 32", 512, 512, Function(partial(formulas.attention, 16, 32))),
+    ("cnn, 16² → 16²", 256, 256, Function(partial(formulas.image_to_image, 16, 4))),
+    ("cnn, 32² → 10", 1024, 10, Function(partial(formulas.classifier, 32))),
+    ("energy, 4096 → 1", 4096, 1, portable(partial(formulas.energy, 4096))),
+    ("curve, 1 → 4096", 1, 4096, portable(partial(formulas.curve, 4096))),
 )
 SIDES = (4, 16, 64, 256, 1024)
 CROSSOVERS = ((64, SINGLE, SIDES), (64, DOUBLE, (16, 256)), (512, SINGLE, (16, 256, 1024)))

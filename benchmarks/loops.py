@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import functions, grid
+from benchmarks import formulas, functions
 from benchmarks.cases import Case, Question
 from benchmarks.functions import AUTO, BASELINE, case, mlp, portable
 from benchmarks.ways import Func, Function
@@ -53,7 +53,7 @@ CONTESTANTS = tuple(
 PROBLEMS: tuple[tuple[str, int, int, Function], ...] = (
     ("mlp 64, 4 → 4", 4, 4, mlp(4, 4, 64)),
     ("mlp 64, 16 → 16", 16, 16, mlp(16, 16, 64)),
-    ("orbit, 4 → 4, 5 steps", 4, 4, portable(partial(grid.orbit, 5))),
+    ("orbit, 4 → 4, 5 steps", 4, 4, portable(partial(formulas.orbit, 5))),
     ("robot arm, 6 → 3", 6, 3, portable(arm)),
 )
 

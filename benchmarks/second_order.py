@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import jacfunc
-from benchmarks import grid
+from benchmarks import formulas
 from benchmarks.cases import Case, Question
 from benchmarks.functions import case, portable
 from benchmarks.ways import (
@@ -65,12 +65,12 @@ def logistic(draw: Any) -> tuple[Func, Tensor]:
 
 def mlp_loss(inputs: int, draw: Any) -> tuple[Func, Tensor]:
     """The cross-entropy of a perceptron with ten classes, by its inputs."""
-    scores, x = grid.mlp(inputs, 10, 64, draw)
+    scores, x = formulas.mlp(inputs, 10, 64, draw)
     return lambda x: -torch.log_softmax(scores(x), -1)[LABEL], x
 
 
 def attention_sum(length: int, width: int, draw: Any) -> tuple[Func, Tensor]:
-    mixed, x = grid.attention(length, width, draw)
+    mixed, x = formulas.attention(length, width, draw)
     return lambda x: mixed(x).sum(), x
 
 
@@ -104,8 +104,8 @@ CONTESTANTS: tuple[Contestant[Problem], ...] = (
 # --- the cases ---
 
 PROBLEMS: tuple[tuple[str, int, Function], ...] = (
-    ("energy, 64", 64, portable(partial(grid.energy, 64))),
-    ("energy, 1024", 1024, portable(partial(grid.energy, 1024))),
+    ("energy, 64", 64, portable(partial(formulas.energy, 64))),
+    ("energy, 1024", 1024, portable(partial(formulas.energy, 1024))),
     ("rosenbrock, 16", 16, portable(partial(rosenbrock, 16))),
     ("rosenbrock, 256", 256, portable(partial(rosenbrock, 256))),
     ("logistic regression, 64", 64, Function(logistic)),

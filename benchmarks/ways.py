@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 import jacfunc
-from benchmarks import grid
+from benchmarks import formulas
 from benchmarks.reference import check
 from jacfunc.compare._clock import Run
 from jacfunc.compare._measuring import Check, Contestant
@@ -72,7 +72,7 @@ def set_up(function: Function, dtype: torch.dtype, calls: int, device: torch.dev
 
 
 def drawing(dtype: torch.dtype, device: torch.device = CPU) -> Any:
-    return grid.numbers(torch.Generator().manual_seed(0), device, dtype)
+    return formulas.numbers(torch.Generator().manual_seed(0), device, dtype)
 
 
 # --- the judge: the plainest loop there is, in float64, without jacfunc or torch.func ---

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import jacfunc
-from benchmarks import functions, grid, loops, second_order, ways
+from benchmarks import formulas, functions, loops, second_order, ways
 from benchmarks.cases import Case
 from benchmarks.functions import AUTO
 from benchmarks.ways import Function, Problem, judging, looped, plain, set_up
@@ -166,10 +166,10 @@ def test_a_batch_gives_what_its_samples_give() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        partial(grid.mlp, 6, 3, 8),
-        partial(grid.orbit, 3),
-        partial(grid.energy, 12),
-        partial(grid.curve, 12),
+        partial(formulas.mlp, 6, 3, 8),
+        partial(formulas.orbit, 3),
+        partial(formulas.energy, 12),
+        partial(formulas.curve, 12),
         partial(second_order.rosenbrock, 12),
         loops.arm,
     ],
