@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.seats import Together
+from benchmarks.seats import Place, Together
 from jacfunc.compare._measuring import Check, Contestant, Effort, measure
 from jacfunc.compare._results import Result
 
@@ -79,7 +79,7 @@ class Case:
         device: torch.device,
         without: Sequence[str] = (),
         on_step: Callable[[str], None] = lambda _: None,
-        place: Together | None = None,
+        place: Place | None = None,
     ) -> list[Result]:
         """Everyone but those ``without`` whom it is to go; see :func:`measure`."""
         problem, place = self.setup(device), place or Together()

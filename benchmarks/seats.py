@@ -12,13 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing import connection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.processes import ALIKE, aside, child, end_alike, end_with_parent, received
 from jacfunc.compare._measuring import Check, Entry
 from jacfunc.compare._results import Result
+
+
+class Place(Protocol):
+    """Where entries take their steps, and where their answers are judged."""
+
+    def seat(self, entry: Entry) -> Entry:
+        """The entry, wherever its steps are taken."""
+        ...
+
+    def judge(self, make: Callable[[], Check]) -> Check:
+        """The check that is made, wherever it is made and whenever it is asked."""
+        ...
 
 
 class Together:
@@ -31,7 +43,7 @@ class Together:
         return make()
 
 
-class Apart(Together):
+class Apart:
     """A process for each contestant, and one for every judgement."""
 
     def __init__(self, processes: ExitStack) -> None:
@@ -69,7 +81,7 @@ class _Distant(Entry):
 
 
 @contextmanager
-def seats(device: torch.device) -> Iterator[Together]:
+def seats(device: torch.device) -> Iterator[Place]:
     """Where the entries of a case take their steps."""
     with ExitStack() as processes:
         yield Apart(processes) if device.type == "cpu" else Together()
