@@ -14,8 +14,8 @@ from jacfunc._factors import Factors
 from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
 
-SHARE, LEAST, MOST = 8, 6 * 2**20, 2**25
-"""Cotangents that are swept at once, unless told otherwise: an eighth of the result's bytes, but
+SHARE, LEAST, MOST = 5, 6 * 2**20, 2**25
+"""Cotangents that are swept at once, unless told otherwise: a fifth of the result's bytes, but
 so many that they are worth a sweep, and so few that their memory is that of the piece before. More
 than the heap keeps would be asked for anew, page by page, in every call."""
 
