@@ -71,7 +71,9 @@ class Whole:
         return found
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
-        return self._pulling.again().pushforward(tangents)
+        # without a graph, which nobody would look at
+        primals = tuple(primal.detach() for primal in self._pulling.primals)
+        return self._pulling.again(primals).pushforward(tangents)
 
     def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
         return self._transposed.pullback(tangents)
