@@ -11,7 +11,7 @@ from torch.func import jacrev
 import jacfunc
 from benchmarks.cases import Case, Question, Wanted
 from benchmarks.contestants import by_recipe, by_recipe_and_concatenation
-from benchmarks.networks import CLASSES, LARGE, LENET, SHORT, Problem
+from benchmarks.networks import CLASSES, LARGE, LENET, SHORT, WIDE, Problem
 from benchmarks.reference import case_of
 from benchmarks.rivals import by_opacus
 from jacfunc.compare._clock import Run
@@ -68,5 +68,6 @@ QUESTION = Question(
         _case(LENET, 1.8),
         _case("transformer", 1.4),
         _case(SHORT, 1.4),
+        _case(WIDE, 1.4),
     ),
 )

@@ -208,7 +208,8 @@ class VisionTransformer(nn.Module):
         return scores
 
 
-LARGE, LENET, SHORT, RECURRENT = "mlp of 536k", "lenet", "transformer of 4 patches", "gru"
+LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"
+SHORT, WIDE = "transformer of 4 patches", "transformer of 606k"
 NETWORKS: dict[str, Network] = {
     "mlp": Network(mlp, 228_490),
     "cnn": Network(cnn, 212_542),
@@ -218,6 +219,7 @@ NETWORKS: dict[str, Network] = {
     LARGE: Network(perceptron, 535_818),
     LENET: Network(lenet, 61_706),
     SHORT: Network(partial(Transformer, PIXELS // 2), 99_586),
+    WIDE: Network(partial(Transformer, width=192), 605_962),
     RECURRENT: Network(Recurrent, 11_722),
 }
 
