@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import jacfunc
+from benchmarks import formulas
 from jacfunc._words import in_bytes
 from jacfunc.compare._clock import interleaved, peak_bytes
 
@@ -51,11 +52,7 @@ class Budgeted:
 
 def cases(device: torch.device) -> Iterator[Case]:
     """A transform each, on functions whose intermediate results dwarf the Jacobian."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
+    draw = formulas.numbers(torch.Generator().manual_seed(0), device, torch.float32)
     wide, tall, square = draw(1500, 30) / 6, draw(800, 1500) / 40, draw(1500, 200) / 14
     for name, derive, func, x in (
         ("jacrev", jacfunc.jacrev, lambda x: tall @ torch.tanh(torch.sin(wide @ x)), draw(30)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 import jacfunc
+from benchmarks import formulas
 from jacfunc.compare._clock import seconds
 from jacfunc.compare._results import Spread, spread
 
@@ -48,18 +48,12 @@ class Overhead:
 
 def pairs(device: torch.device) -> Iterator[Pair]:
     """Reverse mode of MLPs n - 64 - 64 - m, at the top level and vmapped over a batch."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
+    draw = formulas.numbers(torch.Generator().manual_seed(0), device, torch.float32)
     for inputs in SIZES:
         for outputs in SIZES:
-            sizes = (inputs, WIDTH, WIDTH, outputs)
-            weights = [draw(b, a) / a**0.5 for a, b in pairwise(sizes)]
-            func = _mlp(weights)
+            func, x = formulas.mlp(inputs, outputs, WIDTH, draw)
             ours, theirs = jacfunc.jacrev(func), torch.func.jacrev(func)
-            yield _pair("top level", draw(inputs), outputs, ours, theirs)
+            yield _pair("top level", x, outputs, ours, theirs)
             ours, theirs = torch.func.vmap(ours), torch.func.vmap(theirs)
             yield _pair("vmap", draw(BATCH, inputs), outputs, ours, theirs)
 
@@ -68,15 +62,6 @@ def _pair(
     level: str, x: Tensor, outputs: int, ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> Pair:
     return Pair(level, x.shape[-1], outputs, lambda: ours(x), lambda: theirs(x))
-
-
-def _mlp(weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    first, second, last = weights
-
-    def mlp(x: Tensor) -> Tensor:
-        return last @ torch.tanh(second @ torch.tanh(first @ x))
-
-    return mlp
 
 
 def measure(pair: Pair, cuda: bool, rounds: int = ROUNDS) -> Overhead:
