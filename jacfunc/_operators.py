@@ -42,12 +42,9 @@ class JacobianOperator:
             return known
         return known, levels(), tuple(below_transforms(primal).shape for primal in self.primals)
 
-    def again(self, primals: Leaves | None = None) -> JacobianOperator:
-        """The same function at the same point, not yet evaluated; it draws the same numbers.
-
-        ``primals`` are other tensors of the same values.
-        """
-        fresh = JacobianOperator(self.func, self.primals if primals is None else primals)
+    def again(self) -> JacobianOperator:
+        """The same function at the same point, not yet evaluated; it draws the same numbers."""
+        fresh = JacobianOperator(self.func, self.primals)
         fresh._draws = self._draws
         return fresh
 

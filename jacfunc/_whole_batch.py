@@ -71,9 +71,8 @@ class Whole:
         return found
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
-        # without a graph, which nobody would look at
-        primals = tuple(primal.detach() for primal in self._pulling.primals)
-        return self._pulling.again(primals).pushforward(tangents)
+        with torch.no_grad():  # results are detached
+            return self._pulling.again().pushforward(tangents)
 
     def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
         return self._transposed.pullback(tangents)
