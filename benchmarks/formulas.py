@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CPU = torch.device("cpu")
 
-def numbers(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Any:
-    """``draw(*shape)``: normal numbers, the same in every dtype but for their rounding."""
+
+def drawing(dtype: torch.dtype, device: torch.device = CPU) -> Any:
+    """``draw(*shape)``: normal numbers, always the same, and in every dtype but for rounding."""
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(size=shape, generator=generator, dtype=torch.float64).to(device, dtype)

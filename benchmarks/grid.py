@@ -48,18 +48,18 @@ class Case:
 
     name: str
     dtype: torch.dtype
-    setup: Callable[[torch.Generator, torch.device, torch.dtype], Problem]
+    setup: Callable[[torch.dtype, torch.device], Problem]
 
     def problem(self, device: torch.device) -> Problem:
         """The same numbers whenever it is asked."""
-        return self.setup(torch.Generator().manual_seed(0), device, self.dtype)
+        return self.setup(self.dtype, device)
 
 
 def of_function(make: Callable[[Any], tuple[Callable[..., Any], Tensor]]) -> Any:
     """A function of one tensor, given as ``make(draw) -> (func, x)``."""
 
-    def setup(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
-        func, x = make(formulas.numbers(generator, device, dtype))
+    def setup(dtype: torch.dtype, device: torch.device) -> Problem:
+        func, x = make(formulas.drawing(dtype, device))
 
         def derive(strategy: str | Strategy) -> Callable[[], Any]:
             compute = jacfunc.jacobian(func, strategy=strategy)
@@ -73,11 +73,11 @@ def of_function(make: Callable[[Any], tuple[Callable[..., Any], Tensor]]) -> Any
 def of_module(make: Callable[[], nn.Module], shape: tuple[int, ...], wrt: Any, batch: int) -> Any:
     """A module, per sample over a batch; with ``batch`` 0 as a whole, on one sample."""
 
-    def setup(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
+    def setup(dtype: torch.dtype, device: torch.device) -> Problem:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             module = make().to(device, dtype)
-        x = formulas.numbers(generator, device, dtype)(batch or 1, *shape)
+        x = formulas.drawing(dtype, device)(batch or 1, *shape)
 
         def derive(strategy: str | Strategy) -> Callable[[], Any]:
             compute = jacfunc.module_jacobian(module, wrt, per_sample=batch > 0, strategy=strategy)

@@ -86,11 +86,10 @@ def judge(problem: Problem) -> Check:
     tangents = dict(zip(params, pulled, strict=True))
     pushed = jvp(lambda point: functional_call(model, point, (images,)), (params,), (tangents,))
     expected = {kernels.KERNEL: pushed[1].detach()}
+    return partial(_error, vector, expected)
 
-    return partial(_pushed, vector, expected)
 
-
-def _pushed(vector: torch.Tensor, expected: Answer, answer: Answer) -> float:
+def _error(vector: torch.Tensor, expected: Answer, answer: Answer) -> float:
     kernel = answer[kernels.KERNEL].detach().to("cpu", torch.float64)
     return check({kernels.KERNEL: torch.einsum("nmab,mb->na", kernel, vector)}, expected)
 

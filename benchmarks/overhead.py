@@ -48,7 +48,7 @@ class Overhead:
 
 def pairs(device: torch.device) -> Iterator[Pair]:
     """Reverse mode of MLPs n - 64 - 64 - m, at the top level and vmapped over a batch."""
-    draw = formulas.numbers(torch.Generator().manual_seed(0), device, torch.float32)
+    draw = formulas.drawing(torch.float32, device)
     for inputs in SIZES:
         for outputs in SIZES:
             func, x = formulas.mlp(inputs, outputs, WIDTH, draw)

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 import jacfunc
-from benchmarks import formulas
+from benchmarks.formulas import CPU, drawing
 from benchmarks.reference import check
 from jacfunc.compare._clock import Run
 from jacfunc.compare._measuring import Check, Contestant
 from jacfunc.compare._results import WrongAnswerError
 
 Func = Callable[[Any], Any]
-CPU = torch.device("cpu")
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 TOLERANCE = {SINGLE: 1e-4, DOUBLE: 1e-8}
@@ -69,10 +68,6 @@ def set_up(function: Function, dtype: torch.dtype, calls: int, device: torch.dev
     draw = drawing(dtype, device)
     func, x = function.make(draw)
     return Problem(function, func, (x, *(draw(*x.shape) for _ in range(calls - 1))))
-
-
-def drawing(dtype: torch.dtype, device: torch.device = CPU) -> Any:
-    return formulas.numbers(torch.Generator().manual_seed(0), device, dtype)
 
 
 # --- the judge: the plainest loop there is, in float64, without jacfunc or torch.func ---

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import jacfunc
-from benchmarks import formulas, functions, loops, second_order, ways
+from benchmarks import formulas, functions, loops, second_order
 from benchmarks.cases import Case
 from benchmarks.functions import AUTO
 from benchmarks.ways import Function, Problem, judging, looped, plain, set_up
@@ -156,7 +156,7 @@ def test_forecasts_stand_beside_what_was_measured() -> None:
 
 def test_a_batch_gives_what_its_samples_give() -> None:
     function = functions.mlp(5, 3, 64)
-    draw = partial(ways.drawing, torch.float64)
+    draw = partial(formulas.drawing, torch.float64)
     func, x = function.make(draw())
     points = torch.stack([x, -x])
     expected = torch.stack([func(point) for point in points])
@@ -177,8 +177,8 @@ def test_a_batch_gives_what_its_samples_give() -> None:
 def test_both_worlds_have_the_same_function(make) -> None:
     import numpy as np
 
-    func, x = make(ways.drawing(torch.float64))
-    draw = ways.drawing(torch.float64)
+    func, x = make(formulas.drawing(torch.float64))
+    draw = formulas.drawing(torch.float64)
     # numpy's names and operators are those of jax.numpy
     other, _ = make(lambda *shape: draw(*shape).numpy(), np)
     assert other(x.numpy()) == pytest.approx(func(x).numpy())
