@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RIVALS := .venv-rivals
 ARGS ?=
+WORKERS ?= 2
 
 .PHONY: help bench suite report figures compare trust test check lint types overhead regret budget
 .PHONY: format clean
@@ -65,8 +66,9 @@ $(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt
 	$(RIVALS)/bin/python -m pip install --no-deps --requirement benchmarks/rivals.txt
 	@touch $@
 
+# Two processes at once, or as many as WORKERS says; 0 runs all tests in one.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 check: lint types
 

@@ -107,7 +107,9 @@ def test_looped_has_no_chunks(door: str) -> None:
 
 
 @NAMED
-@pytest.mark.parametrize("strategy", [jacfunc.Reverse, None, 3, torch.sin], ids=str)
+@pytest.mark.parametrize(
+    "strategy", [jacfunc.Reverse, None, 3, torch.sin], ids=["class", "None", "number", "function"]
+)
 def test_strategy_of_the_wrong_kind(door: str, strategy: Any) -> None:
     message = rf"^{door}: strategy must be a name or an object with materialize\(operator\), got"
     with pytest.raises(TypeError, match=message):
