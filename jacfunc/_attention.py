@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from threading import Lock
+from typing import Any, TypeAlias
 
 import torch
 from torch.backends import mha
 
 _C = torch._C  # torch.backends.cuda is the same with a Python call around each, felt in every sweep
 
+Switches: TypeAlias = tuple[bool, bool, bool, bool, bool]
+"""Flash, memory-efficient, cudnn, math, and the fast path of whole layers."""
+
+PLAIN: Switches = (False, False, False, True, False)
+
+
+class Entered:
+    """How many evaluations of all threads attend by the plain formula, and what was before."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.count = 0
+        self.before = PLAIN
+
+
+_ENTERED = Entered()
+
 
 class PlainAttention:
     """While it is entered, attention takes the math kernel, on every device.
+
+    Torch has these switches once for all threads: whoever enters first turns them, and whoever
+    leaves last turns them back. In between they stay where they are, unless the function that is
+    evaluated has turned them itself.
 
     The fused kernels have no batching rule (torch then loops over the batch), no forward mode and
     no second derivative. The same as ``sdpa_kernel(MATH)``, at a tenth of its cost, which every
@@ -20,22 +42,39 @@ class PlainAttention:
     """
 
     def __enter__(self) -> None:
-        self._before = (
-            _C._get_flash_sdp_enabled(),
-            _C._get_mem_efficient_sdp_enabled(),
-            _C._get_cudnn_sdp_enabled(),
-            _C._get_math_sdp_enabled(),
-            mha._is_fastpath_enabled,
-        )
-        _choose(False, False, False, True, False)
+        with _ENTERED.lock:
+            self._seen = _now()
+            self._is_first = not _ENTERED.count
+            if self._is_first:
+                _ENTERED.before = self._seen
+            if self._seen != PLAIN:
+                _choose(*PLAIN)
+            _ENTERED.count += 1
 
     def __exit__(self, *_: object) -> None:
-        _choose(*self._before)
+        with _ENTERED.lock:
+            _ENTERED.count -= 1
+            if self._is_first and not _ENTERED.count:
+                _choose(*_ENTERED.before)
+            elif not self._is_first and self._seen != PLAIN:
+                _choose(*self._seen)
+            elif not _ENTERED.count and _now() == PLAIN:  # or another thread has turned them since
+                _choose(*_ENTERED.before)
 
 
 def plain_attention() -> AbstractContextManager[Any]:
     """Compilers choose for themselves."""
     return nullcontext() if torch.compiler.is_compiling() else PlainAttention()
+
+
+def _now() -> Switches:
+    return (
+        _C._get_flash_sdp_enabled(),
+        _C._get_mem_efficient_sdp_enabled(),
+        _C._get_cudnn_sdp_enabled(),
+        _C._get_math_sdp_enabled(),
+        mha._is_fastpath_enabled,
+    )
 
 
 def _choose(flash: bool, mem_efficient: bool, cudnn: bool, math: bool, fastpath: bool) -> None:

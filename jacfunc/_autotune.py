@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from jacfunc._check import Refused, check_memory
 from jacfunc._chunks import Chunk
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
+from jacfunc._lock import alone
 from jacfunc._machine import seconds_of
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import carry_out, counted_costs
@@ -97,8 +99,9 @@ class Autotune:
         if torch.compiler.is_compiling():
             return by_sizes(operator, BOTH).materialize(operator)
         signature = operator.signature()
-        plan, _ = self.known.get(signature) or (self.plan(operator), None)
-        plan, blocks = carry_out(plan, operator)
+        with nullcontext() if signature in self.known else alone():
+            plan, _ = self.known.get(signature) or (self.plan(operator), None)
+            plan, blocks = carry_out(plan, operator)
         self.known[signature] = plan, None
         return blocks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from jacfunc._check import Refused, check_chunk_size, check_fallback, is_tensor
 from jacfunc._chunks import Chunk, in_chunks
 from jacfunc._draws import Draws
 from jacfunc._functorch import sweep_batch
+from jacfunc._lock import alone
 from jacfunc._trail import note
 from jacfunc._tree import Split, broadcast_prefix, flatten, stack_trees, unflatten
 from jacfunc._types import Leaves, Tree
@@ -142,17 +144,20 @@ def _vmapped_or_looped(
 ) -> Leaves:
     """Every sample at once; one by one, where torch can't or must not vmap the function."""
     try:
-        return sweep_batch(func, leaves, randomness, dims)[0]
+        with nullcontext() if randomness == "error" else alone():
+            return sweep_batch(func, leaves, randomness, dims)[0]
     except Exception as error:  # torch has no type for what it can't vmap
         if torch.compiler.is_compiling():
             raise
         if not isinstance(error, Refused):
             check_fallback(error)
         note("func does not run under vmap, samples go one by one: %s", error)
-    draws, each = Draws(leaves), []
-    for number in range(batch_size(leaves, dims)):
-        with draws.of_one(randomness):
-            each.append(func(one_sample(leaves, dims, number))[0])
+    each = []
+    with alone():
+        draws = Draws(leaves)
+        for number in range(batch_size(leaves, dims)):
+            with draws.of_one(randomness):
+                each.append(func(one_sample(leaves, dims, number))[0])
     stacked: Leaves = stack_trees(each)
     return stacked
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jacfunc._gauss_newton import GaussNewton
 from jacfunc._likelihoods import Likelihood, check_likelihood, drawn
+from jacfunc._lock import alone
 from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._points import Door, Outputs
 from jacfunc._select import Select
@@ -136,7 +137,8 @@ def fisher(
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
         point = door.at((args, kwargs))
         leaves, is_mean = point.outputs.leaves, reduction == "mean"
-        found = drawn("fisher", likelihood, leaves, draws, generator, is_mean)
+        with alone():
+            found = drawn("fisher", likelihood, leaves, draws, generator, is_mean)
         return GaussNewton(point, lambda outputs: found)
 
     return fisher_of

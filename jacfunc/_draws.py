@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,6 +12,42 @@ from jacfunc._check import RANDOM, Refused
 from jacfunc._types import Leaves
 
 State: TypeAlias = tuple[torch.Tensor, ...]
+
+_ALWAYS = (
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
+    *("bernoulli", "multinomial", "normal", "poisson", "binomial", "gumbel_softmax"),
+    *("bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_"),
+    *("log_normal_", "cauchy_", "fractional_max_pool2d", "fractional_max_pool3d"),
+)
+_TOLD = {
+    **dict.fromkeys(("dropout", "dropout_", "native_dropout", "alpha_dropout"), (1, 2)),
+    **dict.fromkeys(("feature_dropout", "feature_alpha_dropout"), (1, 2)),
+    **dict.fromkeys(("alpha_dropout_", "feature_dropout_", "feature_alpha_dropout_"), (1, 2)),
+    **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), (1, 2)),
+    **dict.fromkeys(("rrelu", "rrelu_"), (2, 3)),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), (5, 6)),
+    "scaled_dot_product_attention": (4, 4),
+    "multi_head_attention_forward": (10, 13),
+}
+"""Where they are told how likely a number is dropped, and whether it is training at all."""
+
+_PLACES = (torch, torch.nn.functional, torch.Tensor)
+DRAWING: dict[Callable[..., Any], tuple[int, int] | None] = {
+    function: _TOLD.get(name)
+    for name in (*_ALWAYS, *_TOLD)
+    for place in _PLACES
+    if callable(function := getattr(place, name, None))
+}
+"""Functions that draw from torch's default generators, if they are told to."""
+
+
+def may_draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Is it called so that it draws? Of packed sequences nobody asks, and it may."""
+    told = DRAWING[func]
+    if told is None:
+        return True
+    by_name = [kwargs[name] for name in ("p", "dropout_p", "training", "train") if name in kwargs]
+    return all((*by_name, *(args[position] for position in told if position < len(args))))
 
 
 class Draws:

@@ -137,7 +137,9 @@ def watched_once(
     with Watch() as watch:
         found = func(*primals)
     functions = getattr(call, "functions", (inner,))
-    if inner is not None and not watch.met and not any(map(_may_catch, functions)):
+    # modules are evaluated alone, and functions that draw must be watched for drawing alone
+    draws = watch.drew and inner is getattr(call, "func", None)
+    if inner is not None and not (watch.met or draws or any(map(_may_catch, functions))):
         unwatched().add(inner, kind)
     return found
 

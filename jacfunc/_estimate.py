@@ -11,6 +11,7 @@ from jacfunc._check import check_chunk_size
 from jacfunc._forecast import Forecast, Swept
 from jacfunc._foretell import Foreteller
 from jacfunc._functorch import inside_transform
+from jacfunc._lock import alone
 from jacfunc._types import Argnums, Tree
 from jacfunc._words import in_bytes, in_counts, in_digits, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse
@@ -70,8 +71,9 @@ def estimate(
             "derivative. Give the function that they transform."
         )
     strategies: tuple[Swept, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
-    found = Foreteller(API, func, argnums, has_aux, args, kwargs)
-    return Estimate(found.rows, found.columns, tuple(map(found.forecast, strategies)))
+    with alone():  # torch's fake tensors turn a switch of the process, too
+        found = Foreteller(API, func, argnums, has_aux, args, kwargs)
+        return Estimate(found.rows, found.columns, tuple(map(found.forecast, strategies)))
 
 
 @dataclass(frozen=True, repr=False)

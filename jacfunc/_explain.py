@@ -14,6 +14,7 @@ from jacfunc._counting import PeakBytes
 from jacfunc._derive import jacobian_by
 from jacfunc._flat import FlatCall
 from jacfunc._foretell import Foreteller
+from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import Plan
@@ -64,10 +65,11 @@ def plan(
     """
     chosen = resolve("plan", strategy, chunk_size, memory)
     call = FlatCall("plan", func, argnums, has_aux, args, kwargs)
-    found = _planned(chosen, JacobianOperator(call, call.primals))
-    if not isinstance(found.strategy, Reverse | Forward | Looped):
-        return found
-    foretold = Foreteller("plan", func, argnums, has_aux, args, kwargs).forecast(found.strategy)
+    with alone():
+        found = _planned(chosen, JacobianOperator(call, call.primals))
+        if not isinstance(found.strategy, Reverse | Forward | Looped):
+            return found
+        foretold = Foreteller("plan", func, argnums, has_aux, args, kwargs).forecast(found.strategy)
     return replace(found, forecast=foretold)
 
 

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
 
+from jacfunc._lock import holds_alone
 from jacfunc._types import Leaves
 
 
@@ -227,8 +228,15 @@ def _keys() -> list[TransformType]:
 
 
 def is_pushing() -> bool:
-    """Is forward mode active, functorch's or plain?"""
-    return forward_ad._current_level >= 0
+    """Is forward mode active in this thread, functorch's or plain?
+
+    Torch counts its level for all threads at once, and functorch's transforms for each.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling() or TransformType.Jvp in _keys():
+        return True
+    return holds_alone(lambda: forward_ad._current_level >= 0)
 
 
 def _tracked_below(tensor: Tensor) -> bool:

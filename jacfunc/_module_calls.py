@@ -17,6 +17,7 @@ from jacfunc._derive import Evaluation, evaluate
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost, is_pushing
 from jacfunc._inputs import Arguments, Choice, check_batch, sample_dims
+from jacfunc._lock import alone
 from jacfunc._module_checks import (
     check_call,
     check_inputs,
@@ -119,6 +120,7 @@ class ModuleCall:
         if self._differentiates("params"):
             check_parameters(self.api, state)
         with (
+            alone(),
             torch.random.fork_rng(devices=_cuda_devices(state)),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
             # checkpoints and hooks run parts of the module in the sweeps, too

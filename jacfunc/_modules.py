@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jacfunc._inputs import Choice, Key
 from jacfunc._into import sink_for
+from jacfunc._lock import alone
 from jacfunc._module_calls import ModuleCall, Wrt, argnums_of
 from jacfunc._module_checks import check_module
 from jacfunc._parameters import ModuleState
@@ -134,15 +135,16 @@ def module_jacobian(
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         nonlocal state
-        state = ModuleState.after(state, API, module, select)
         arguments = args, kwargs
-        choice = Choice.of(API, module, inputs, arguments)
-        call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)
-        sink = sink_for(API, out, flat, dtype, device)
-        if per_sample:
-            result = call.of_samples(chosen, sink, in_dims, randomness)
-        else:
-            result = call.of_all(chosen, sink)
+        with alone():  # while another thread lends it parameters, these are not its own
+            state = ModuleState.after(state, API, module, select)
+            choice = Choice.of(API, module, inputs, arguments)
+            sink = sink_for(API, out, flat, dtype, device)
+            call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)
+            if per_sample:
+                result = call.of_samples(chosen, sink, in_dims, randomness)
+            else:
+                result = call.of_all(chosen, sink)
         jacobian = result.blocks[0][0] if flat else result.jacobian()
         if not full_output:
             return jacobian
@@ -172,7 +174,9 @@ def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:
     """
     check_module("param_slices", module)
     slices, start = {}, 0
-    for name, param in ModuleState.of("param_slices", module, select).point.items():
+    with alone():
+        point = ModuleState.of("param_slices", module, select).point
+    for name, param in point.items():
         slices[name] = slice(start, start + param.numel())
         start += param.numel()
     return slices

@@ -12,6 +12,7 @@ from jacfunc._check import Refused, check_fallback, is_out_of_memory
 from jacfunc._draws import Draws
 from jacfunc._functorch import below_transforms, inside_transform, levels
 from jacfunc._linearization import EVERY, Linearization, one_by_one
+from jacfunc._lock import alone
 from jacfunc._sinks import Sink
 from jacfunc._trail import note
 from jacfunc._tree import kind_of
@@ -88,13 +89,14 @@ class JacobianOperator:
 
     def pushforward(self, tangents: Leaves) -> Leaves:
         """J ẋ: ``[*in]`` → ``[*out]``."""
-        self.repeat_draws()
         # a function that writes into its inputs writes into their tangents too
         copies = tuple(tangent.clone() for tangent in tangents)
-        outputs, products, extras = self.refusing(
-            "push tangents forward",
-            lambda: _engines.pushforward(self.func, self.primals, copies),
-        )
+        with alone():
+            self.repeat_draws()
+            outputs, products, extras = self.refusing(
+                "push tangents forward",
+                lambda: _engines.pushforward(self.func, self.primals, copies),
+            )
         self._image = (outputs, extras)
         return products
 
@@ -102,11 +104,12 @@ class JacobianOperator:
         """K pushforwards at once: ``[K, *in]`` → ``[K, *out]``."""
         if _is_empty(tangents):
             return _no_products(self.outputs)
-        self.repeat_draws()
         try:
-            outputs, products, extras = _engines.pushforward_batch(
-                self.func, self.primals, tangents, randomness
-            )
+            with alone():
+                self.repeat_draws()
+                outputs, products, extras = _engines.pushforward_batch(
+                    self.func, self.primals, tangents, randomness
+                )
         except Exception as error:  # as above
             check_fallback(error)
             note("tangents could not be pushed at once, columns go one by one: %s", error)
@@ -123,13 +126,17 @@ class JacobianOperator:
     @property
     def _linearized(self) -> Linearization:
         if self._linearization is None:
-            if self._draws is not None:
-                self.repeat_draws()
-            self._linearization = self.refusing(
-                "keep a graph", lambda: _engines.linearize(self.func, self.primals)
-            )
+            if self._draws is None:
+                self._linearization = self._linearize()
+            else:
+                with alone():
+                    self.repeat_draws()
+                    self._linearization = self._linearize()
             self._image = (self._linearization.outputs, self._linearization.extras)
         return self._linearization
+
+    def _linearize(self) -> Linearization:
+        return self.refusing("keep a graph", lambda: _engines.linearize(self.func, self.primals))
 
     def image(self) -> tuple[Leaves, Leaves]:
         """Outputs, and tensors that the function returned beside them."""

@@ -16,6 +16,7 @@ from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._functorch import is_pushing, uncompiled
+from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._plans import (
     Direction,
@@ -72,8 +73,9 @@ class Auto:
     def _first(self, operator: JacobianOperator, signature: Hashable) -> Blocks:
         """The first call of a kind; one function, transformed anew each time, is planned once."""
         shared = shared_plans().of(operator.func, self) if self.memory is None else {}
-        plan, _ = shared.get(signature) or (self.plan(operator), None)
-        plan, blocks = carry_out(plan, operator)
+        with alone():  # it is evaluated more than once, with the same random numbers
+            plan, _ = shared.get(signature) or (self.plan(operator), None)
+            plan, blocks = carry_out(plan, operator)
         self.known[signature] = plan, None
         if not is_bounded(plan):
             shared[signature] = plan, None

@@ -18,6 +18,7 @@ from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost
 from jacfunc._inputs import Arguments, Choice
+from jacfunc._lock import alone
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
 from jacfunc._parameters import ModuleState
@@ -63,9 +64,10 @@ class Door:
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
-        before = next(iter(self.states), None)
-        state = ModuleState.after(before, self.api, self.module, self.select)
-        self.states[:] = [state]
+        with alone():
+            before = next(iter(self.states), None)
+            state = ModuleState.after(before, self.api, self.module, self.select)
+            self.states[:] = [state]
         call = ModuleCall(
             self.api,
             state,

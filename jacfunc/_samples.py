@@ -19,6 +19,7 @@ from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost, sweep_batch
 from jacfunc._layerwise import LayerByLayer
+from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import Plan, Sampled, attempt
@@ -148,8 +149,9 @@ class Batch:
         met = strategy.known.setdefault(self.kind, Met())
         leaves = narrowed(self.leaves, self.dims, start, stop)
         samples = Samples(leaves, self.dims, self.randomness)
-        call, repeat = self._first(), Draws(self.leaves).repeat
-        return factored(self._of_params, call, call.primals, samples, met, repeat)
+        with alone():
+            call, repeat = self._first(), Draws(self.leaves).repeat
+            return factored(self._of_params, call, call.primals, samples, met, repeat)
 
     def operator(self) -> JacobianOperator:
         """All samples as one function on one graph: of primals ``[B, *in]``, each sample's own.

@@ -17,6 +17,7 @@ from jacfunc._chunks import Chunk, Pieces, in_chunks
 from jacfunc._functorch import inside_transform
 from jacfunc._inputs import Choice
 from jacfunc._linearization import EVERY
+from jacfunc._lock import alone
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
 from jacfunc._operators import JacobianOperator
@@ -92,7 +93,8 @@ def stream_jacobian(
                 f"{API}: blocks must be pulled back one after the other from a graph that is kept, "
                 "got a call inside a transform. Use module_jacobian there."
             )
-        state = ModuleState.of(API, module, select)
+        with alone():
+            state = ModuleState.of(API, module, select)
         call = ModuleCall(
             API,
             state,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as torch_pytree
 
 from jacfunc._check import is_differentiable
+from jacfunc._lock import alone
 from jacfunc._types import Tree
 
 NAMESPACE = "jacfunc"
@@ -37,8 +38,11 @@ def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
     foreign = {type(leaf) for leaf in leaves} & torch_pytree.SUPPORTED_NODES.keys()
     if not foreign:
         return leaves, spec
-    for kind in foreign:
-        _adopt(kind)
+    with alone():
+        # another thread may have adopted them while this one waited
+        known = {type(leaf) for leaf in optree.tree_leaves(tree, namespace=NAMESPACE)}
+        for kind in foreign & known:
+            _adopt(kind)
     return flatten(tree)
 
 

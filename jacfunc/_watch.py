@@ -7,7 +7,7 @@ Each entry is pinned by a test in ``tests/test_faults.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused, is_differentiable, is_tensor
+from jacfunc._draws import DRAWING, may_draw
 from jacfunc._functorch import (
     below_transforms,
     is_batched,
@@ -24,6 +25,7 @@ from jacfunc._functorch import (
     lacks_forward_rule,
 )
 from jacfunc._known import KnownKinds
+from jacfunc._lock import alone
 from jacfunc._tree import flatten
 
 _Args = tuple[Any, ...]
@@ -69,6 +71,12 @@ _TERMS = 11
 """Of the series, the last below the rounding of float64 in the second derivative, too."""
 
 
+def _draw(func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
+    """Not while another thread draws its numbers again, from the generator that all share."""
+    with alone() if may_draw(func, args, kwargs) else nullcontext():
+        return func(*args, **kwargs)
+
+
 def _is_tracked_now(tensor: Tensor) -> bool:
     """Compilers can't be asked."""
     if torch.compiler.is_compiling():
@@ -101,6 +109,7 @@ ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property
 RULES: dict[Callable[..., Any], _Rule] = {
     **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in _forms(f"special_{name}")},
     **dict.fromkeys((*_forms("sinc"), Tensor.sinc_), _sinc),
+    **dict.fromkeys(DRAWING, _draw),
     ASKING: _requires_grad,
 }
 """What is done instead of a call."""
@@ -117,6 +126,8 @@ class Watch(TorchFunctionMode):
     _caught: Any = None
     met = False
     """Was anything seen that has a rule?"""
+    drew = False
+    """Were random numbers drawn?"""
 
     def __enter__(self) -> Self:
         torch._C._push_on_torch_function_stack(self)  # as torch does, in fewer steps
@@ -133,7 +144,10 @@ class Watch(TorchFunctionMode):
         try:
             if func not in RULES:
                 return func(*args, **kwargs) if kwargs else func(*args)
-            self.met = True
+            if func not in DRAWING:
+                self.met = True
+            elif may_draw(func, args, kwargs or {}):
+                self.drew = True
             return RULES[func](func, args, kwargs or {})
         except (RuntimeError, IndexError) as error:
             self.remember(error, args, kwargs or {})

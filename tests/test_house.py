@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"_types", "_check", "_words", "_trail", "_known"},
+    {"_types", "_check", "_words", "_trail", "_known", "_lock"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
     | {"_counting", "_mapped", "_into", "_pages"}
     | {"_attention", "_draws", "_sinks", "_constants"},

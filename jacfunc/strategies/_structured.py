@@ -11,6 +11,7 @@ from jacfunc._chunks import Chunk, Within, in_chunks
 from jacfunc._factored import Met, factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._functorch import is_outermost
+from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks, Leaves
 from jacfunc.strategies._reverse import Reverse
@@ -74,11 +75,12 @@ class Structured:
 
         met = self.known.setdefault(operator.signature(), Met())
         whole = Samples((), ())
-        factors = operator.refusing(
-            "look into layers",
-            lambda: factored(
-                of_one, operator.func, operator.primals, whole, met, operator.repeat_draws
-            ),
-        )
+        with alone():
+            factors = operator.refusing(
+                "look into layers",
+                lambda: factored(
+                    of_one, operator.func, operator.primals, whole, met, operator.repeat_draws
+                ),
+            )
         operator.evaluated(factors.of_one, factors.extras_of_one)
         return factors
