@@ -7,7 +7,7 @@ torch.func.vjp can; :func:`linearize` is the one place that chooses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,20 +19,23 @@ from jacfunc._check import Refused
 from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
 from jacfunc._functorch import (
     inside_derivative,
+    is_derived_again,
     is_differentiated,
     is_outermost,
+    is_pushing,
     lacks_forward_rule,
     num_vmap_levels,
     off_graph,
     recording,
     sweep_batch,
 )
-from jacfunc._graphs import Anchor, Graph, anchored, on_graph
+from jacfunc._graphs import Anchor, Graph, anchored, derived_again, on_graph
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, batched_like
+from jacfunc._nested import NestedWatch
 from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import Watch, unwatched
+from jacfunc._watch import unwatched
 
 BY_ITSELF = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 """What a function calls to take derivatives of its own."""
@@ -114,27 +117,31 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         copies = [anchor.clone() for anchor in anchors]
         starts = {copy.grad_fn for copy in copies}
-        outputs, extras = watched_once(func, copies)
+        again = derived_again(primals, starts, wanted)
+        outputs, extras = watched_once(func, copies, again=again)
     graph = Graph.of((*outputs, *extras), starts)
     differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in primals))
     return on_graph(outputs, extras, list(map(Anchor.at, anchors)), graph, differentiated)
 
 
 def watched_once(
-    func: LeafFunction, primals: Sequence[Tensor], call: Any = None
+    func: LeafFunction,
+    primals: Sequence[Tensor],
+    call: Any = None,
+    again: Callable[[Tensor], bool] = is_derived_again,
 ) -> tuple[Leaves, Leaves]:
     """Evaluate; under a watch, unless it met nothing the last time it was called like this.
 
     A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
     but a function that may catch errors is watched at every call. ``call`` says what is called,
-    where ``func`` does not.
+    where ``func`` does not; ``again`` which derivatives are differentiated in turn.
     """
     keep_heap()
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
-    if inner is not None and unwatched().has(inner, kind):
+    if inner is not None and not is_pushing() and unwatched().has(inner, kind):
         return func(*primals)
-    with Watch() as watch:
+    with NestedWatch(again) as watch:
         found = func(*primals)
     functions = getattr(call, "functions", (inner,))
     # modules are evaluated alone, and functions that draw must be watched for drawing alone

@@ -14,7 +14,7 @@ from jacfunc._check import Refused
 from jacfunc._engines import linearize, watched_once
 from jacfunc._factors import Factors, OfOne, Samples
 from jacfunc._functorch import inside_derivative, inside_transform, recording
-from jacfunc._graphs import Anchor, Graph, anchored, on_graph
+from jacfunc._graphs import Anchor, Graph, anchored, derived_again, on_graph
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import unseen
 from jacfunc.layers import Touched, Use, Uses
@@ -112,7 +112,8 @@ def _evaluated(
         found: list[Use] = []
         uses_of = partial(Uses, samples.size, met.lent, touched)
         of_all = _recording(of_one, samples, others, twins, uses_of, found)
-        outputs, extras = watched_once(of_all, held, call)
+        again = derived_again(params, set(starts), wanted)
+        outputs, extras = watched_once(of_all, held, call, again)
     cut = set(starts).union(*(use.ends for use in found))
     graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in found)))
     if not all(use.is_all(graph) for use in found):

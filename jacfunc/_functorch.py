@@ -105,6 +105,30 @@ def is_tracked(tensor: Tensor) -> bool:
         return is_tracked(tensor)
 
 
+def num_derivatives(tensor: Tensor) -> int:
+    """Of how many levels does a derivative pass through it, plain autograd not counted?"""
+    top = _functorch.peek_interpreter_stack()
+    if top is None:
+        return int(is_pushing() and has_tangent(tensor))
+    tracks = top.key() == TransformType.Grad and tensor.requires_grad
+    tracks = tracks or (top.key() == TransformType.Jvp and has_tangent(tensor))
+    is_wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
+    if is_wrapped and _functorch.maybe_get_level(tensor) == top.level():
+        tensor = _functorch.get_unwrapped(tensor)
+    with pyfunctorch.temporarily_pop_interpreter_stack():
+        return tracks + num_derivatives(tensor)
+
+
+def is_derived_again(tensor: Tensor) -> bool:
+    """Is a derivative that passes through the tensor differentiated in turn, as far as it shows?"""
+    return num_derivatives(tensor) + below_transforms(tensor).requires_grad > 1
+
+
+def is_derived_twice(tensor: Tensor) -> bool:
+    """The same where no plain graph is kept."""
+    return num_derivatives(tensor) > 1
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Do its values, not its tangent alone, differ along a vmap outside?"""
     while _functorch.is_functorch_wrapped_tensor(tensor):
@@ -148,8 +172,6 @@ def is_second_order_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> boo
         return False
     if TransformType.Jvp in orders[1:]:
         return True
-    if orders[-1] != TransformType.Jvp:
-        return False
     return keeps_graph and any(_tracked_below(tensor) for tensor in tensors)
 
 

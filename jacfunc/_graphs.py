@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
-from jacfunc._functorch import run_backward
+from jacfunc._functorch import below_transforms, is_derived_again, is_tracked, run_backward
 from jacfunc._linearization import Linearization
 from jacfunc._types import Leaves
 
@@ -84,6 +84,29 @@ class Graph:
             pending += [(below, node) for below, _ in edges]
             outside = outside or (not edges and hasattr(node, "variable"))
         return cls(kinds, met, outside)
+
+
+def derived_again(
+    primals: Iterable[Tensor], starts: set[Any], wanted: bool
+) -> Callable[[Tensor], bool]:
+    """Of tensors of a call: is a derivative that passes through them differentiated in turn?"""
+    if not wanted:
+        return is_derived_again
+    seen: set[Any] = {None, *starts}
+    leads_out = any(primal.requires_grad for primal in primals)
+
+    def is_so(tensor: Tensor) -> bool:
+        nonlocal leads_out
+        pending: list[Any] = [below_transforms(tensor).grad_fn]
+        while pending and not leads_out:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending += [below for below, _ in node.next_functions]
+                leads_out = hasattr(node, "variable")
+        return (leads_out and is_tracked(tensor)) or is_derived_again(tensor)
+
+    return is_so
 
 
 def nodes_of_call(tensor: Tensor, ends: set[Any]) -> set[Any]:

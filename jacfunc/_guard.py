@@ -19,10 +19,13 @@ from jacfunc._functorch import (
     below_transforms,
     constant,
     has_tangent,
+    is_derived_again,
+    is_derived_twice,
     is_second_order_forward,
     is_tracked,
 )
-from jacfunc._watch import CONSTANT_TO_TORCH, RULES, Watch
+from jacfunc._norms import NORMS
+from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,8 @@ class ForwardGuard(Watch):
     """Watches a function while tangents pass through it; refuses what would come out wrong."""
 
     def __init__(self, around: Around) -> None:
-        super().__init__()
+        # grad mode may be on for the guard alone: then no plain graph is kept
+        super().__init__(is_derived_again if around.keeps_graph else is_derived_twice)
         self._around = around
         self._is_recording = torch.is_grad_enabled()
 
@@ -172,24 +176,49 @@ class ForwardGuard(Watch):
     def _pushed(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        # graphs of torch.fx and torch.export call overloads, decomposed ones under private names
-        name = getattr(func, "_opname", getattr(func, "__name__", "")).lstrip("_")
+        name = name_of(func)
         if name == "get__" and _asks_for_graph(func, args[0]):
             return True
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
-        for fault in FORWARD_FAULTS:
-            if name in fault.names and fault.applies(kwargs, args, self._around):
-                raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
-        if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
-            raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
-        rule = RULES.get(func)
-        result = rule(func, args, kwargs) if rule else func(*args, **kwargs)
+        check_push(func, name, args, kwargs, self._around)
+        result = self.by_rule(func, args, kwargs) if func in MET else func(*args, **kwargs)
         if self._is_recording and not torch.is_grad_enabled() and is_differentiable(result):
             return without_tangent(result, name, args)
-        if name in _DETERMINANTS and bool((below_transforms(result) == 0).any()):
-            raise Refused(f"torch's forward mode of {name} is zero at a singular matrix")
+        check_pushed(name, result)
         return result
+
+
+def check_push(
+    func: Callable[..., Any],
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    around: Around,
+) -> None:
+    """Refuse a call whose pushforward comes out wrong; what is done by a formula does not."""
+    if func in NORMS:
+        return
+    for fault in FORWARD_FAULTS:
+        if name in fault.names and fault.applies(kwargs, args, around):
+            raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
+    if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
+        raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
+
+
+def check_pushed(name: str, result: Any) -> None:
+    """Refuse a result whose tangent is wrong."""
+    if name in _DETERMINANTS and bool((below_transforms(result) == 0).any()):
+        raise Refused(f"torch's forward mode of {name} is zero at a singular matrix")
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """As the tables have it.
+
+    Graphs of torch.fx and torch.export call overloads, decomposed ones under private names.
+    """
+    name: str = getattr(func, "_opname", getattr(func, "__name__", ""))
+    return name.lstrip("_")
 
 
 def _asks_for_graph(getter: Any, tensor: torch.Tensor) -> bool:

@@ -20,12 +20,14 @@ from jacfunc._draws import DRAWING, may_draw
 from jacfunc._functorch import (
     below_transforms,
     is_batched,
+    is_derived_again,
     is_pushing,
     is_tracked,
     lacks_forward_rule,
 )
 from jacfunc._known import KnownKinds
 from jacfunc._lock import alone
+from jacfunc._norms import NORMS, by_formula
 from jacfunc._tree import flatten
 
 _Args = tuple[Any, ...]
@@ -33,7 +35,7 @@ _Rule = Callable[[Callable[..., Any], _Args, Mapping[str, Any]], Any]
 
 
 def _refuse_if_tracked(func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
-    if any(map(_is_tracked_now, _tensors(args, kwargs))):
+    if any(map(_is_tracked_now, tensors_in(args, kwargs))):
         name = getattr(func, "__name__", str(func)).removeprefix("special_").partition(".")[0]
         raise Refused(f"torch has no derivative of {name} and takes it for a constant")
     return func(*args, **kwargs)
@@ -84,7 +86,8 @@ def _is_tracked_now(tensor: Tensor) -> bool:
     return torch.is_grad_enabled() and is_tracked(tensor)
 
 
-def _tensors(args: _Args, kwargs: Mapping[str, Any]) -> list[Tensor]:
+def tensors_in(args: _Args, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What a call takes, at whatever depth."""
     return list(filter(is_tensor, flatten((args, dict(kwargs)))[0]))
 
 
@@ -113,6 +116,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     ASKING: _requires_grad,
 }
 """What is done instead of a call."""
+MET = frozenset(RULES) | frozenset(NORMS)
 
 _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
 
@@ -121,6 +125,9 @@ class Watch(TorchFunctionMode):
     """Watches a function while it runs, for what its graph does not show.
 
     What runs inside a ``torch.jit`` function, or compiled, can't be watched.
+
+    Args:
+        is_derived_again: is a derivative that passes through a tensor differentiated in turn?
     """
 
     _caught: Any = None
@@ -128,6 +135,10 @@ class Watch(TorchFunctionMode):
     """Was anything seen that has a rule?"""
     drew = False
     """Were random numbers drawn?"""
+
+    def __init__(self, is_derived_again: Callable[[Tensor], bool] = is_derived_again) -> None:
+        super().__init__()
+        self._is_derived_again = is_derived_again
 
     def __enter__(self) -> Self:
         torch._C._push_on_torch_function_stack(self)  # as torch does, in fewer steps
@@ -142,16 +153,36 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         # met by every operation: as short as it can be
         try:
-            if func not in RULES:
+            if is_pushing():
+                return self.pushed(func, args, kwargs or {})
+            if func not in MET:
                 return func(*args, **kwargs) if kwargs else func(*args)
-            if func not in DRAWING:
-                self.met = True
-            elif may_draw(func, args, kwargs or {}):
-                self.drew = True
-            return RULES[func](func, args, kwargs or {})
+            return self.by_rule(func, args, kwargs or {})
         except (RuntimeError, IndexError) as error:
             self.remember(error, args, kwargs or {})
             raise
+
+    def pushed(
+        self, func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A call while tangents pass through."""
+        if func not in MET:
+            return func(*args, **kwargs)
+        return self.by_rule(func, args, kwargs)
+
+    def by_rule(
+        self, func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What is done instead of a call that was met."""
+        if func not in DRAWING:
+            self.met = True
+        elif may_draw(func, args, kwargs):
+            self.drew = True
+        if func in RULES:
+            return RULES[func](func, args, kwargs)
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        return by_formula(func, args, kwargs, self._is_derived_again)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         torch._C._pop_torch_function_stack()
@@ -171,7 +202,7 @@ class Watch(TorchFunctionMode):
             return
         is_ours = isinstance(error, Refused) or lacks_forward_rule(error)
         is_ours = is_ours or any(words in str(error) for words in _OF_A_TRANSFORM)
-        if is_ours or any(map(is_batched, _tensors(args, kwargs))):
+        if is_ours or any(map(is_batched, tensors_in(args, kwargs))):
             self._caught = error
 
 

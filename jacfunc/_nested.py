@@ -1,0 +1,30 @@
+"""The watch of whoever pulls back or maps: torch's own forward mode may run inside and outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jacfunc._functorch import is_batched
+from jacfunc._guard import Around, check_push, check_pushed, name_of
+from jacfunc._watch import Watch, tensors_in
+
+
+class NestedWatch(Watch):
+    """Watches a function for what its graph does not show, and what is pushed by others for faults.
+
+    A push by :mod:`torch.func`, inside the function or outside of the derivative, meets the table
+    of forward mode here.
+    """
+
+    def pushed(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A call while tangents pass through."""
+        name = name_of(func)
+        # vmaps of tangents alone do no harm
+        is_mapped = any(map(is_batched, tensors_in(args, kwargs)))
+        check_push(func, name, args, kwargs, Around(int(is_mapped), keeps_graph=True))
+        result = super().pushed(func, args, kwargs)
+        check_pushed(name, result)
+        return result
