@@ -1,98 +1,210 @@
-"""Do samples of a batch depend on each other? Then a Jacobian of each alone would be wrong."""
+"""Does a sample of a batch change with the others? An exact comparison of two batches.
+
+Samples outside a random half are replaced by samples from inside, random numbers are drawn again,
+and one random cotangent, zero outside the half, is pulled back through both batches. Where samples
+are independent, both compute the half by the same operations on the same numbers, and zeros are
+added to the rest: the outputs of the half, the gradients in its inputs and those in all parameters
+agree to the last bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._batching import batch_size, narrowed
+from jacfunc._check import is_out_of_memory
+from jacfunc._compared import Evaluated, Half, Quantity, Subject, at, halves
 from jacfunc._draws import Draws
-from jacfunc._known import KnownKinds
+from jacfunc._functorch import uncompiled
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 
-FEW = 4
-"""Samples that make a batch: enough to depend on each other."""
-
 COARSE = 0.1
-"""Relative differences up to this may be another kernel's rounding, under autocast, say."""
+"""Relative difference between a sample alone and in its batch that is no rounding."""
 
 
-@cache
-def independent() -> KnownKinds:
-    """Modules whose samples were found not to depend on each other, in this process."""
-    return KnownKinds()
-
-
-Whole = Callable[[Leaves], Leaves]
-"""The outputs of a batch, from its tensors."""
-
-
-def check_coupling(api: str, whole: Whole, leaves: Leaves, dims: Sequence[int | None]) -> None:
-    """Compare a small batch with its samples alone.
-
-    Where they differ by what might be rounding, or draw random numbers, another batch decides: one
-    sample is changed, and the outputs of the others must stay.
-
-    Raises:
-        ValueError: if a sample's output is another one in the batch.
+@dataclass(frozen=True)
+class Found:
+    """What of a sample changes with the others, in words, if anything does; outputs of a sample,
+    and entries of all samples' Jacobians.
     """
-    few = min(FEW, batch_size(leaves, dims))
-    leaves = narrowed(tuple(leaf.detach() for leaf in leaves), dims, 0, few)
-    before = Draws(leaves)
-    try:
-        together = whole(leaves)
-    except Exception as error:  # a module may take one sample alone
-        note("the batch could not be evaluated as a whole, to see if samples depend: %s", error)
-        return
-    is_random = before.were_taken()
-    apart = 0.0 if is_random else _difference(together, _one_by_one(whole, leaves, dims))
-    if is_random or 0.0 < apart <= COARSE:
-        after = Draws(leaves)
-        before.repeat()
-        changed = whole(tuple(_changed(x, d) for x, d in zip(leaves, dims, strict=True)))
-        apart = _difference(_all_but_first(together), _all_but_first(changed))
-        if after.were_taken():
-            note("how much is drawn depends on the data: whether samples depend was not seen")
-            return
-    if apart:
-        raise ValueError(
-            f"{api}: per_sample needs samples that do not depend on each other, got a module whose "
-            f"outputs change by {apart:.2g} of their size with the other samples. "
-            "Use per_sample=False, which differentiates the batch as a whole."
-        )
+
+    what: str | None = None
+    rows: int = 0
+    entries: int = 0
 
 
-def _one_by_one(whole: Whole, leaves: Leaves, dims: Sequence[int | None]) -> Leaves:
-    numbers = range(batch_size(leaves, dims))
-    singles = [whole(narrowed(leaves, dims, number, number + 1)) for number in numbers]
-    # the loss of a sample has no batch in front: put together they are compared with nothing
-    return tuple(torch.cat([x.flatten(0, 0) for x in out]) for out in zip(*singles, strict=True))
+def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Found:
+    """Compare batches.
+
+    Args:
+        number: of the check; another one tries other halves.
+        thorough: several halves, and one sample alone.
+        at_once: samples of a batch; a random few if there are more. None for all.
+    """
+    generator, draws = torch.Generator().manual_seed(number), Draws(subject.leaves)
+    size = subject.size
+    count = min(size, at_once or size)
+    while True:
+        some = subject.of(torch.randperm(size, generator=generator)[:count].sort()[0])
+        try:
+            return _Search(some, draws, number).found(generator, thorough)
+        except Exception as error:
+            if not is_out_of_memory(error) or count < 4:
+                raise
+            note("whether samples depend is seen from fewer of them: %s", error)
+            count //= 2
+        finally:
+            draws.repeat()
 
 
-def _difference(outputs: Leaves, others: Leaves) -> float:
-    """The largest relative difference; 0 where all are equal to the rounding of their dtype."""
-    worst = 0.0
-    for out, other in zip(outputs, others, strict=True):
-        if out.shape != other.shape or not out.numel():  # a loss of the batch, not of samples
+def loss_coupling(gradient_of: Callable[[Leaves], Leaves], outputs: Leaves, number: int) -> Found:
+    """The gradient in some samples' outputs, as the others are replaced and their targets stay."""
+    size, draws = len(outputs[0]), Draws(outputs)
+    if size == 1:
+        return Found()
+    generator = torch.Generator().manual_seed(number)
+    half = next(halves(size, generator))
+
+    def rows(sources: Tensor, inside: Tensor) -> list[Quantity]:
+        draws.repeat()
+        leaves = gradient_of(tuple(at(out, sources, 0) for out in outputs))
+        return [Quantity("gradients", at(leaf, inside, 0)) for leaf in leaves]
+
+    as_it_is = torch.arange(size)
+    for some in (half, half.other(generator)):
+        mine, its = rows(as_it_is, some.inside), rows(some.sources, some.inside)
+        if all(one.agrees(two) for one, two in zip(mine, its, strict=True)):
             continue
-        apart, scale = (out - other).abs().nan_to_num(0.0).max(), other.abs().max()
-        if apart > torch.finfo(out.dtype).eps ** 0.5 * scale:
-            worst = max(worst, float(apart / scale) if scale else 1.0)
-    return worst
+        again = rows(as_it_is, some.inside)
+        for one, two, same in zip(mine, its, again, strict=True):
+            if one.is_same_as(same) or not one.agrees_roughly(two):
+                return Found("gradients")
+    draws.repeat()
+    return Found()
 
 
-def _all_but_first(outputs: Leaves) -> Leaves:
-    return tuple(out[1:] for out in outputs if out.dim())
+@dataclass(frozen=True)
+class _Search:
+    subject: Subject
+    draws: Draws
+    number: int
+
+    def found(self, generator: torch.Generator, thorough: bool) -> Found:
+        try:
+            outputs = self._base.outputs
+        except Exception as error:  # a module may take one sample alone
+            if is_out_of_memory(error):
+                raise
+            note("the batch could not be evaluated as a whole, to see if samples depend: %s", error)
+            return Found()
+        size = self.subject.size
+        for out in outputs:
+            if out.dim() and out.shape[0] != size:
+                return Found(f"an output of shape {tuple(out.shape)} for {size} samples")
+        numel = sum(out.numel() for out in outputs)
+        what = self._changes(generator, thorough) if size > 1 else None
+        return Found(what, numel // size, numel * self.subject.width)
+
+    def _changes(self, generator: torch.Generator, thorough: bool) -> str | None:
+        every = halves(self.subject.size, generator)
+        for half in every if thorough else [next(every)]:
+            if what := self._changed(half):
+                return f"{what} that change with the other samples"
+        if thorough and not self._is_random:
+            return self._alone(int(torch.randint(self.subject.size, (), generator=generator)))
+        return None
+
+    @cached_property
+    def _base(self) -> Evaluated:
+        return self.subject.evaluated(self.draws)
+
+    @cached_property
+    def _is_random(self) -> bool:
+        self.subject.evaluated(self.draws)
+        return self.draws.were_taken()
+
+    def _changed(self, half: Half) -> str | None:
+        cotangents: Leaves | None = half.cotangents(self._base.outputs, self.number)
+        try:
+            mine = self._base.seen_by(half, cotangents)
+        except Exception as error:  # torch has no type for what it can't differentiate
+            if is_out_of_memory(error):
+                raise
+            note("whether samples depend was seen from values alone: %s", error)
+            cotangents = None
+            mine = self._base.seen_by(half, None)
+        other = self.subject.of(half.sources)
+        found = other.evaluated(self.draws)
+        if any(x.shape != y.shape for x, y in zip(self._base.outputs, found.outputs, strict=True)):
+            return "shapes of outputs"
+        its = found.seen_by(half, cotangents)
+        pairs = zip(mine, its, strict=True)
+        if all(one.agrees(two) for one, two in pairs):
+            return None
+        again = self.subject.evaluated(self.draws).seen_by(half, cotangents)
+        for one, two, same in zip(mine, its, again, strict=True):
+            if not (one.agrees(two) or self._are_rounded(one, two, same, other)):
+                return one.what
+        return None
+
+    def _are_rounded(self, one: Quantity, two: Quantity, again: Quantity, other: Subject) -> bool:
+        """Bits differ, but may rounding differ as well?
+
+        It may where two evaluations of one batch do, as on accelerators; where the other batch
+        meets other operations or shapes, as mixtures of experts do; and in sums over samples whose
+        order is that of their indices.
+        """
+        if not one.agrees_roughly(two):
+            return False
+        if not one.is_same_as(again):
+            return True
+        work = self._work(self.subject)
+        is_sorted = any("embedding_bag" in str(func) for func, _ in work)
+        return (one.is_sum and is_sorted) or work != self._work(other)
+
+    def _work(self, subject: Subject) -> list[tuple[Any, Any]]:
+        recorded = _Recorded()
+        with uncompiled(), recorded:
+            subject.evaluated(self.draws)
+        return recorded.steps
+
+    def _alone(self, number: int) -> str | None:
+        try:
+            found = self.subject.of(torch.tensor([number])).evaluated(self.draws)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            note("a sample could not be evaluated alone, to see if samples depend: %s", error)
+            return None
+        for out, alone in zip(self._base.outputs, found.outputs, strict=True):
+            if not out.dim():
+                continue
+            row = out.detach()[number]
+            if row.numel() != alone.numel():
+                return "shapes of outputs that change with the number of samples"
+            one = alone.detach().reshape(row.shape)
+            apart, sizes = (row - one).abs(), torch.cat((row.flatten(), row.new_zeros(1))).abs()
+            is_off = apart.nan_to_num(0.0, 0.0) > COARSE * sizes.nan_to_num(0.0, 0.0).max()
+            if bool((is_off | (row.isnan() != one.isnan())).any()):
+                return "outputs that change with the number of samples"
+        return None
 
 
-def _changed(leaf: Tensor, dim: int | None) -> Tensor:
-    """The batch with its second sample twice."""
-    if dim is None or leaf.shape[dim] < 2:
-        return leaf
-    changed = leaf.clone()
-    changed.select(dim, 0).copy_(leaf.select(dim, 1))
-    return changed
+class _Recorded(TorchDispatchMode):
+    """Operations, and the shapes that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [x.shape for x in args if isinstance(x, Tensor)]
+        self.steps.append((func, shapes))
+        return func(*args, **(kwargs or {}))

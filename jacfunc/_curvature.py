@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._gauss_newton import GaussNewton
+from jacfunc._independence import Independence, Independent
 from jacfunc._likelihoods import Likelihood, check_likelihood, drawn
 from jacfunc._lock import alone
 from jacfunc._output_curvature import Loss, LossFunction
@@ -27,6 +28,7 @@ def ggn(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    independent: Independent = None,
 ) -> Callable[..., GaussNewton]:
     """The generalized Gauss-Newton matrix of a loss, from factors of layers and without J.
 
@@ -45,6 +47,8 @@ def ggn(
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`; the same numbers are
             drawn for all that is asked.
         chunk_size: samples taken at once; None takes all, evaluated only once.
+        independent: whether samples are taken not to depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs and, last among those by position, the targets. It
@@ -69,7 +73,8 @@ def ggn(
         >>> float((G @ v)["bias"].abs().max()) < 1e-6  # softmax does not see a shift of all classes
         True
     """
-    door = Door("ggn", module, select, in_dims, randomness, chunk_size)
+    looked = Independence.of("ggn", independent, chunk_size)
+    door = Door("ggn", module, select, in_dims, randomness, chunk_size, looked)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
         point, targets = door.with_targets(args, kwargs)
@@ -93,6 +98,7 @@ def fisher(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    independent: Independent = None,
 ) -> Callable[..., GaussNewton]:
     """The Fisher matrix by Monte Carlo: of gradients at targets that the module itself predicts.
 
@@ -111,6 +117,8 @@ def fisher(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
+        independent: whether samples are taken not to depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs, which draws and returns a
@@ -131,7 +139,8 @@ def fisher(
         >>> (F.diagonal()["bias"] - 1).abs().max() < 0.05
         tensor(True)
     """
-    door = Door("fisher", module, select, in_dims, randomness, chunk_size)
+    looked = Independence.of("fisher", independent, chunk_size, by_rows=False)
+    door = Door("fisher", module, select, in_dims, randomness, chunk_size, looked)
     check_likelihood("fisher", likelihood, draws, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
@@ -152,6 +161,7 @@ def gradient_norms(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    independent: Independent = None,
 ) -> Callable[..., Tensor]:
     """Norms of every sample's gradient, from factors of layers: no gradient is written out.
 
@@ -166,6 +176,8 @@ def gradient_norms(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all, evaluated only once.
+        independent: whether samples are taken not to depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs and, last among those by position, the targets. It
@@ -188,11 +200,14 @@ def gradient_norms(
         >>> torch.allclose(jacfunc.gradient_norms(model, loss)(x, y), expected)
         True
     """
-    door = Door("gradient_norms", module, select, in_dims, randomness, chunk_size)
+    looked = Independence.of("gradient_norms", independent, chunk_size, by_rows=False)
+    door = Door("gradient_norms", module, select, in_dims, randomness, chunk_size, looked)
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
         point, targets = door.with_targets(args, kwargs)
-        gradient = Loss("gradient_norms", loss, targets, point.outputs).gradient()
+        at_outputs = Loss("gradient_norms", loss, targets, point.outputs)
+        at_outputs.check_samples(door.independence)
+        gradient = at_outputs.gradient()
         found = []
         for some, factors in point.factors():
             cotangents = tuple(leaf[some].unsqueeze(0) for leaf in gradient)

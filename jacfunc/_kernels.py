@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from jacfunc._check import check_chunk_size
 from jacfunc._flat import FlatCall
+from jacfunc._independence import Independence, Independent
 from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._of_samples import OfCall, Sampled, samples_of
 from jacfunc._points import Door
@@ -31,6 +32,7 @@ def ntk(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    independent: Independent = None,
     progress: Progress | None = None,
 ) -> Tree:
     """Empirical neural tangent kernel: contracts the factors of layers, J is never formed.
@@ -49,6 +51,8 @@ def ntk(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.
+        independent: whether samples of a module are taken not to depend on each other, as in
+            :func:`jacfunc.module_jacobian`; a function is given one at a time.
         progress: wraps the sequence of blocks, to watch it: ``tqdm.tqdm``, or
             ``rich.progress.track``.
 
@@ -80,7 +84,8 @@ def ntk(
     check_chunk_size(API, chunk_size)
     door = None
     if isinstance(func, nn.Module):
-        door = Door(API, func, params, in_dims, randomness, chunk_size)
+        looked = Independence.of(API, independent, chunk_size)
+        door = Door(API, func, params, in_dims, randomness, chunk_size, looked)
 
     def sampled(args: tuple[Tree, ...]) -> Sampled:
         if door is not None:

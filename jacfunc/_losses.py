@@ -30,6 +30,11 @@ def known_root(loss: Any, outputs: Any, targets: Any) -> Tensor | None:
     return None
 
 
+def is_known(loss: Any) -> bool:
+    """Is it torch's own, which adds up what it finds of each sample?"""
+    return (type(loss) in MODULES and _is_plain(loss)) or any(loss is f for f, _ in FUNCTIONS)
+
+
 def _is_plain(loss: nn.Module) -> bool:
     """Without weights or hooks."""
     is_weighted = any(buffer is not None for buffer in loss._buffers.values())

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from jacfunc._batching import batch_size
 from jacfunc._check import is_differentiable, is_tensor
-from jacfunc._coupling import check_coupling, independent
+from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost, is_pushing
+from jacfunc._independence import Independence
 from jacfunc._inputs import Arguments, Choice, check_batch, sample_dims
 from jacfunc._lock import alone
 from jacfunc._module_checks import (
@@ -61,6 +63,7 @@ class ModuleCall:
     arguments: Arguments
     with_buffers: bool
     create_graph: bool
+    independence: Independence = field(default_factory=Independence)
 
     def of_all(self, strategy: Strategy, sink: Sink) -> Evaluation:
         """The Jacobian of the call as it is."""
@@ -73,9 +76,8 @@ class ModuleCall:
         """The Jacobian of every sample."""
         batch = self.batch(sink, in_dims, randomness)
         with self.undisturbed():
-            found = batch.run(strategy)
             self.check_independent(batch)
-        return found
+            return batch.run(strategy)
 
     def batch(self, sink: Sink, in_dims: Tree, randomness: Randomness) -> Batch:
         """The call as one of many samples."""
@@ -93,22 +95,39 @@ class ModuleCall:
         return Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink, has_layers)
 
     def check_independent(self, batch: Batch) -> None:
-        """Refuse samples that depend on each other; looked at once a kind of call."""
-        module = self.state.parts[""].module
-        kind = batch.kind, tuple(part.module.training for part in self.state.parts.values())
-        if not is_outermost():
-            return
-        if independent().has(module, kind):
-            return
-        split = Split.of(self.arguments, is_tensor)
+        """Refuse samples that depend on each other; inside a transform nothing can be compared."""
+        if is_outermost():
+            kind = batch.kind, self.argnums
+            self.independence.check(self.api, self.state, kind, lambda: self._subject(batch))
 
-        def whole(leaves: Leaves) -> Leaves:
-            call = self.flat_call(split.merge(leaves), None)
-            found, _ = call(*(primal.detach().clone() for primal in call.primals))
-            return tuple(out.detach() for out in found)
+    def _subject(self, batch: Batch) -> Subject:
+        """The module at the batch, in all its parameters but those of TorchScript."""
+        state, split = self.state, Split.of(self.arguments, is_tensor)
+        scripted = {
+            id(param)
+            for part in state.parts.values()
+            if part.is_scripted
+            for param in part.params.values()
+        }
+        values = {
+            name: state.point.get(name, param)
+            for name, param in state.params.items()
+            if is_differentiable(param) and id(param) not in scripted
+        }
 
-        check_coupling(self.api, whole, batch.leaves, batch.dims)
-        independent().add(module, kind)
+        def whole(params: Leaves, leaves: Leaves) -> Leaves:
+            args, kwargs = split.merge(leaves)
+            with state.lent(dict(zip(values, params, strict=True))):
+                output = state.parts[""].module(*args, **kwargs)
+            return tuple(filter(is_differentiable, flatten(output)[0]))
+
+        width = 0
+        if self._differentiates("params"):
+            width += sum(param.numel() for param in state.point.values())
+        if self._differentiates("inputs"):
+            chosen = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
+            width += sum(x.numel() for x in chosen) // batch_size(batch.leaves, batch.dims)
+        return Subject(whole, tuple(values.values()), batch.leaves, batch.dims, width)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

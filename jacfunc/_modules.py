@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from jacfunc._independence import FEW, Independence, Independent
 from jacfunc._inputs import Choice, Key
 from jacfunc._into import sink_for
 from jacfunc._lock import alone
@@ -62,6 +63,7 @@ def module_jacobian(
     memory: Memory = None,
     randomness: Randomness = "error",
     create_graph: bool = False,
+    independent: Independent = None,
 ) -> Callable[..., Any]:
     """Jacobians of a whole module: calls it with its parameters as arguments and differentiates.
 
@@ -99,6 +101,12 @@ def module_jacobian(
             generators.
         create_graph: keep the graph, so that the result is differentiable in parameters and
             inputs. By default it is detached.
+        independent: ``per_sample`` means each sample alone, as a batch of one. A module whose
+            samples depend on each other is refused: another batch, in which half of the samples
+            are others, must give the rest the same outputs and derivatives to the last bit. It is
+            looked at when the module or the kind of call is new, at the second, fourth, eighth, …
+            call, and at all calls beside which it costs little; ``"always"`` looks at every call,
+            True at none. What only global state switches on is seen when it is looked again.
 
     Returns:
         A function of the module's own inputs. For each output leaf: a dict of blocks
@@ -113,8 +121,9 @@ def module_jacobian(
         NotImplementedError: what torch refuses, and reentrant checkpoints.
 
     Cost:
-        That of the strategy; per sample one vectorized sweep over the whole batch, and at the
-        first call of a kind another evaluation, to see whether samples depend on each other.
+        That of the strategy; per sample one vectorized sweep over the whole batch. To see
+        whether samples depend on each other takes up to seven evaluations and twelve pullbacks of
+        the batch at the first call of a kind, later two and two.
         Parameters that it is not differentiated by are copied until the module is seen to read
         them alone, up to 64 MiB.
 
@@ -130,6 +139,7 @@ def module_jacobian(
     check_module(API, module)
     argnums = argnums_of(API, wrt)
     chosen = resolve(API, strategy, chunk_size, memory)
+    independence = Independence.of(API, independent, None if memory is None else FEW)
 
     state: ModuleState | None = None  # as the last call found it
 
@@ -140,7 +150,9 @@ def module_jacobian(
             state = ModuleState.after(state, API, module, select)
             choice = Choice.of(API, module, inputs, arguments)
             sink = sink_for(API, out, flat, dtype, device)
-            call = ModuleCall(API, state, argnums, choice, arguments, full_output, create_graph)
+            call = ModuleCall(
+                API, state, argnums, choice, arguments, full_output, create_graph, independence
+            )
             if per_sample:
                 result = call.of_samples(chosen, sink, in_dims, randomness)
             else:

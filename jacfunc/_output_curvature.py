@@ -14,7 +14,8 @@ from torch import Tensor
 from jacfunc._basis import shared_units
 from jacfunc._check import is_differentiable
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
-from jacfunc._losses import known_root
+from jacfunc._independence import Independence
+from jacfunc._losses import is_known, known_root
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, as_leaves, in_a_row
 from jacfunc._trail import note
@@ -62,6 +63,15 @@ class Loss:
         """In the outputs, ``[B, *out]``."""
         operator = JacobianOperator(self, self.outputs.leaves)
         return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
+
+    def check_samples(self, independence: Independence) -> None:
+        """Refuse a loss that is no sum over samples."""
+
+        def gradient_of(leaves: Leaves) -> Leaves:
+            return replace(self, outputs=replace(self.outputs, leaves=leaves)).gradient()
+
+        if not is_known(self.func):
+            independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """The same as a function, on the graph of whoever differentiates it."""

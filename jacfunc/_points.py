@@ -17,6 +17,7 @@ from jacfunc._draws import Draws
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost
+from jacfunc._independence import Independence
 from jacfunc._inputs import Arguments, Choice
 from jacfunc._lock import alone
 from jacfunc._module_calls import POSITIONS, ModuleCall
@@ -42,6 +43,7 @@ class Door:
     in_dims: Tree
     randomness: Randomness
     chunk_size: int | None
+    independence: Independence = field(default_factory=Independence)
     strategy: Structured = field(default_factory=Structured)
     """Remembers, from call to call, which parameters no rule covers."""
     states: list[ModuleState] = field(default_factory=list)
@@ -76,6 +78,7 @@ class Door:
             arguments,
             with_buffers=False,
             create_graph=False,
+            independence=self.independence,
         )
         batch = call.batch(Sink(), self.in_dims, self.randomness)
         data = (*batch.leaves, *Split.of(targets, is_tensor).leaves)
@@ -177,8 +180,9 @@ class Point:
     def between(self, start: int, stop: int) -> Factors:
         """Some of the samples, evaluated."""
         with self.undisturbed():
+            batch = self._independent
             try:
-                found = self.batch.factors(self.door.strategy, start, stop)
+                found = batch.factors(self.door.strategy, start, stop)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -191,8 +195,13 @@ class Point:
                     f"{str(error).rstrip('.')}. Use module_jacobian(per_sample=True), which can "
                     "take the samples one by one."
                 ) from error
-            self.call.check_independent(self.batch)
         return found
+
+    @cached_property
+    def _independent(self) -> Batch:
+        """The batch, looked at once, whatever is asked."""
+        self.call.check_independent(self.batch)
+        return self.batch
 
     @contextmanager
     def contracting(self) -> Iterator[None]:

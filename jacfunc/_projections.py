@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jacfunc._basis import shared_units
 from jacfunc._factors import Factors
+from jacfunc._independence import Independence, Independent
 from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._points import Door, Point
 from jacfunc._select import Select
@@ -35,6 +36,7 @@ def random_projection(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    independent: Independent = None,
 ) -> Callable[..., Any]:
     """Every sample's Jacobian times a fixed random matrix, which is never whole in memory.
 
@@ -52,6 +54,8 @@ def random_projection(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
+        independent: whether samples are taken not to depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs, which returns ``[B, *out, size]`` for each output
@@ -76,7 +80,8 @@ def random_projection(
         >>> bool(features[0, 0] @ features[1, 0] / 21 - 1 < 0.3)  # of J Jᵀ, which is 21
         True
     """
-    door = Door(API, module, select, in_dims, randomness, chunk_size)
+    looked = Independence.of(API, independent, chunk_size, by_rows=loss is None)
+    door = Door(API, module, select, in_dims, randomness, chunk_size, looked)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"{API}: size must be a positive number of columns, got {size!r}. "
@@ -87,7 +92,9 @@ def random_projection(
         if loss is None:
             return _of_jacobians(door.at((args, kwargs)), size, seed)
         point, targets = door.with_targets(args, kwargs)
-        gradient = Loss(API, loss, targets, point.outputs).gradient()
+        at_outputs = Loss(API, loss, targets, point.outputs)
+        at_outputs.check_samples(door.independence)
+        gradient = at_outputs.gradient()
         chunks = [
             _of_chunk(point, factors, tuple(x[some].unsqueeze(0) for x in gradient), size, seed)
             for some, factors in point.factors()

@@ -15,6 +15,7 @@ from jacfunc._blocks import rows_to_blocks, stack
 from jacfunc._check import check_chunk_size, is_tensor
 from jacfunc._chunks import Chunk, Pieces, in_chunks
 from jacfunc._functorch import inside_transform
+from jacfunc._independence import FEW, Independence, Independent
 from jacfunc._inputs import Choice
 from jacfunc._linearization import EVERY
 from jacfunc._lock import alone
@@ -44,6 +45,7 @@ def stream_jacobian(
     in_dims: Tree = 0,
     chunk_size: int | None = None,
     randomness: Randomness = "error",
+    independent: Independent = None,
 ) -> Callable[..., Items]:
     """A module's Jacobian in its parameters, block by block: to reduce what would not fit.
 
@@ -61,6 +63,8 @@ def stream_jacobian(
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
             16 MiB, or an eighth of all.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
+        independent: whether samples are taken not to depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs, which returns an iterator. The module is as it was
@@ -86,6 +90,8 @@ def stream_jacobian(
     check_module(API, module)
     check_chunk_size(API, chunk_size)
     _check_by(by, per_sample)
+    at_once = (chunk_size or FEW) if by == "samples" else None
+    independence = Independence.of(API, independent, at_once)
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
         if inside_transform():
@@ -103,6 +109,7 @@ def stream_jacobian(
             (args, kwargs),
             with_buffers=False,
             create_graph=False,
+            independence=independence,
         )
         batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
         chunk: Chunk = chunk_size or Pieces(PIECE)
@@ -185,9 +192,9 @@ class _Rows:
                 self._operator = JacobianOperator(self.flat, self.flat.primals)
                 self.outputs = self._operator.outputs
                 return
+            call.check_independent(batch)
             self._operator, self._size = batch.operator(), batch_size(batch.leaves, batch.dims)
             self.outputs = tuple(out[0] for out in self._operator.outputs)
-            call.check_independent(batch)
         self.flat = batch.seen[-1][0]
 
     def pulled(self, cotangents: Leaves, chosen: slice = EVERY) -> Leaves:

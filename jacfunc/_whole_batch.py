@@ -7,13 +7,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from jacfunc._check import Refused
+from jacfunc._batching import narrowed
+from jacfunc._check import Refused, is_tensor
 from jacfunc._draws import Draws
 from jacfunc._factors import Samples
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
 from jacfunc._trail import note
+from jacfunc._tree import Split
 from jacfunc._types import LeafFunction, Leaves
 
 
@@ -48,6 +50,7 @@ class Whole:
                     f"{tuple(out.shape)} for a batch of {point.size}. Use a module that transposes "
                     "it, or that returns other outputs alone."
                 )
+        _check_shapes(point, leaves)
         self.outputs = Outputs(leaves, extras, seen[-1])
 
     def pulled(self, cotangents: Leaves) -> Leaves:
@@ -85,6 +88,28 @@ class Whole:
             pulling.image()
         zeros = tuple(map(torch.zeros_like, self.outputs.leaves))
         return JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
+
+
+def _check_shapes(point: Point, outputs: Leaves) -> None:
+    """Refuse ``[B, B]``: such rows are no outputs of a sample."""
+    if point.size == 1 or not any(point.size in out.shape[1:] for out in outputs):
+        return
+    call, batch = point.call, point.batch
+    fewer = narrowed(batch.leaves, batch.dims, 0, point.size - 1)
+    flat = call.flat_call(Split.of(call.arguments, is_tensor).merge(fewer), None)
+    with point.undisturbed():
+        try:
+            found, _ = flat(*map(Tensor.clone, flat.primals))
+        except Exception as error:  # a module may take batches of one size
+            note("whether outputs have a dimension of other samples was not seen: %s", error)
+            return
+    for out, of_fewer in zip(outputs, found, strict=True):
+        if out.shape[1:] != of_fewer.shape[1:]:
+            raise ValueError(
+                f"{point.api}: outputs of a sample must have the same shape in every batch, got "
+                f"shape {tuple(out.shape)} for {point.size} samples and {tuple(of_fewer.shape)} "
+                f"for {point.size - 1}. Use a module that returns what belongs to each sample."
+            )
 
 
 def _mapped(point: Point, seen: list[FlatCall]) -> LeafFunction:

@@ -39,8 +39,9 @@ LAYERS = [
         "_foretell",
     },
     {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
-    | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select", "_coupling", "_streams"}
-    | {"_layerwise", "_of_samples", "_kernel_blocks", "_kernels"}
+    | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select"}
+    | {"_compared", "_coupling", "_independence"}
+    | {"_streams", "_layerwise", "_of_samples", "_kernel_blocks", "_kernels"}
     | {
         "_points",
         "_whole_batch",

@@ -1,0 +1,212 @@
+"""A batch evaluated twice, and what of some samples must be the same both times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+
+from jacfunc._batching import batch_size
+from jacfunc._check import is_differentiable
+from jacfunc._draws import Draws
+from jacfunc._functorch import recording
+from jacfunc._graphs import anchored
+from jacfunc._types import Leaves
+
+MOST_HALVES = 6
+"""Halves of one check: each ordered pair of up to 20 samples is parted by one of them."""
+
+Whole = Callable[[Leaves, Leaves], Leaves]
+"""The differentiable outputs of a batch, from parameters and the tensors of a call."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module at a batch, evaluated as a user would."""
+
+    whole: Whole
+    params: Leaves
+    leaves: Leaves
+    dims: Sequence[int | None]
+    width: int = 1
+    """Numbers that a sample is differentiated by."""
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return batch_size(self.leaves, self.dims)
+
+    def of(self, numbers: Tensor) -> Subject:
+        """Other samples, by their numbers."""
+        pairs = zip(self.leaves, self.dims, strict=True)
+        return replace(self, leaves=tuple(x if d is None else at(x, numbers, d) for x, d in pairs))
+
+    def evaluated(self, draws: Draws) -> Evaluated:
+        """On a graph that leads to all that is differentiable."""
+        draws.repeat()
+        with recording():
+            given = (*self.params, *self.leaves)
+            anchors = tuple(anchored(x, False) if is_differentiable(x) else x for x in given)
+            copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
+            count = len(self.params)
+            return Evaluated(self.whole(copies[:count], copies[count:]), anchors, count, self.dims)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Outputs on their graph, and the tensors that it leads to."""
+
+    outputs: Leaves
+    anchors: Leaves
+    num_params: int
+    dims: Sequence[int | None]
+
+    def pull(self, cotangents: Leaves) -> list[Tensor | None]:
+        """Gradients in the anchors; None where there is none."""
+        live = [i for i, out in enumerate(self.outputs) if out.requires_grad]
+        wanted = [x for x in self.anchors if x.requires_grad]
+        if not live or not wanted:
+            return [None] * len(self.anchors)
+        found = iter(
+            torch.autograd.grad(
+                [self.outputs[i] for i in live],
+                wanted,
+                [cotangents[i] for i in live],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
+        grads = (next(found) if x.requires_grad else None for x in self.anchors)
+        return [None if grad is None else grad.to_dense() for grad in grads]
+
+    def seen_by(self, half: Half, cotangents: Leaves | None) -> list[Quantity]:
+        """All that must not change with the samples outside the half; values alone without
+        cotangents.
+        """
+        found = [
+            Quantity("outputs", at(out.detach(), half.inside, 0))
+            for out in self.outputs
+            if out.dim()
+        ]
+        if cotangents is None:
+            return found
+        grads = [
+            torch.zeros_like(x) if grad is None and x.requires_grad else grad
+            for x, grad in zip(self.anchors, self.pull(cotangents), strict=True)
+        ]
+        own, of_leaves = grads[: self.num_params], grads[self.num_params :]
+        for grad, dim in zip(of_leaves, self.dims, strict=True):
+            if grad is not None and dim is not None:
+                found.append(Quantity("derivatives in inputs", at(grad, half.inside, dim)))
+                outside = at(grad, half.outside, dim)
+                found.append(Quantity("derivatives in inputs", outside, must_be_zero=True))
+        shared = [grad for grad, d in zip(of_leaves, self.dims, strict=True) if d is None]
+        sums = [grad for grad in (*own, *shared) if grad is not None]
+        return found + [Quantity("derivatives in parameters", grad, is_sum=True) for grad in sums]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something of a half of the samples.
+
+    Args:
+        is_sum: over samples, those outside with cotangents of zero: an infinite derivative of one
+            of them makes it nan.
+        must_be_zero: it belongs to the samples outside.
+    """
+
+    what: str
+    tensor: Tensor
+    is_sum: bool = False
+    must_be_zero: bool = False
+
+    def agrees(self, other: Quantity) -> bool:
+        """To the last bit, but for the sign of zero; nan agrees with nan."""
+        mine, its = self.tensor, self._right(other)
+        if torch.equal(mine, its):
+            return True
+        if mine.shape != its.shape or mine.dtype != its.dtype:
+            return False
+        nan, its_nan = mine.isnan(), its.isnan()
+        is_lost = self.is_sum or self.must_be_zero
+        same = (mine == its) | ((nan | its_nan) if is_lost else (nan & its_nan))
+        return bool(same.all())
+
+    def agrees_roughly(self, other: Quantity) -> bool:
+        """To the rounding of other operations."""
+        mine, its = self.tensor, self._right(other)
+        if mine.shape != its.shape:
+            return False
+        nan, its_nan = mine.isnan(), its.isnan()
+        is_lost = (nan | its_nan) if self.is_sum else (nan & its_nan)
+        apart, sizes = (mine - its).abs(), torch.cat((mine.flatten(), its.flatten())).abs()
+        rounding = torch.finfo(mine.dtype).eps ** (2 / 3) * sizes.nan_to_num(0.0, 0.0).max()
+        return bool(((apart <= rounding) | (mine == its) | is_lost).all())
+
+    def is_same_as(self, again: Quantity) -> bool:
+        """Does another evaluation give it, bit by bit?"""
+        return replace(self, must_be_zero=False).agrees(again)
+
+    def _right(self, other: Quantity) -> Tensor:
+        return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
+
+
+@dataclass(frozen=True)
+class Half:
+    """Numbers of the samples that stay, of those that do not, and of what takes each place."""
+
+    inside: Tensor
+    outside: Tensor
+    sources: Tensor
+
+    @classmethod
+    def of(cls, is_inside: Tensor, generator: torch.Generator) -> Half:
+        inside, outside = is_inside.nonzero()[:, 0], (~is_inside).nonzero()[:, 0]
+        sources = torch.arange(len(is_inside))
+        drawn = torch.randint(len(inside), outside.shape, generator=generator)
+        sources[outside] = inside[drawn]
+        return cls(inside, outside, sources)
+
+    def other(self, generator: torch.Generator) -> Half:
+        """The samples outside stay."""
+        is_inside = torch.ones(len(self.sources), dtype=torch.bool)
+        is_inside[self.inside] = False
+        return Half.of(is_inside, generator)
+
+    def cotangents(self, outputs: Leaves, number: int) -> Leaves:
+        """Random, and zero outside; of outputs that belong to no sample as well."""
+        found = []
+        for out in outputs:
+            seed = torch.zeros_like(out)
+            if out.dim():
+                generator = torch.Generator(out.device).manual_seed(number)
+                seed = torch.randn(
+                    out.shape, dtype=out.dtype, device=out.device, generator=generator
+                )
+                seed.index_fill_(0, self.outside.to(out.device), 0)
+            found.append(seed)
+        return tuple(found)
+
+
+def halves(size: int, generator: torch.Generator) -> Iterator[Half]:
+    """Random halves of the samples, of which for any two samples one holds the first alone.
+
+    Each sample is given another choice of half of the halves, and no such choice contains another
+    (Sperner 1928). Of more samples than there are choices, some get the same.
+    """
+    count = next(n for n in range(2, size + 2) if comb(n, n // 2) >= size or n == MOST_HALVES)
+    choices = list(combinations(range(count), count // 2))
+    order = torch.randperm(max(size, len(choices)), generator=generator)[:size] % len(choices)
+    chosen = [choices[i] for i in order.tolist()]
+    for number in range(count):
+        is_inside = torch.tensor([number in choice for choice in chosen])
+        if 0 < int(is_inside.sum()) < size:
+            yield Half.of(is_inside, generator)
+
+
+def at(leaf: Tensor, numbers: Tensor, dim: int) -> Tensor:
+    return leaf.index_select(dim, numbers.to(leaf.device))

@@ -1,0 +1,199 @@
+"""When to look whether samples depend on each other: whenever the answer may have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cache
+from operator import is_
+from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.weak import WeakIdKeyDictionary
+
+from jacfunc._compared import Subject
+from jacfunc._coupling import Found, coupling, loss_coupling
+from jacfunc._parameters import ModuleState, Part
+from jacfunc._types import Leaves
+
+Independent: TypeAlias = Literal[True, "always"] | None
+"""Whether samples depend on each other: looked at now and then, known not to, always looked at."""
+
+MOST_KINDS = 100
+"""Of calls of one module; the oldest are forgotten."""
+
+MANY, LARGE = 128, 2**24
+"""Outputs of a sample, and entries of all samples' Jacobians, from which on a check is a few
+hundredths of their cost."""
+
+FEW = 8
+"""Samples that are evaluated at once where memory is to be spared."""
+
+_SIMPLE = frozenset({bool, int, float, str, type(None)})
+
+
+@dataclass
+class Seen:
+    """Calls of one kind."""
+
+    calls: int = 0
+    is_large: bool = False
+
+
+@dataclass(frozen=True)
+class Independence:
+    """What a user says about samples, and what may be evaluated to see it."""
+
+    said: Independent = None
+    at_once: int | None = None
+    """Samples evaluated together, drawn at random; None for all."""
+    by_rows: bool = True
+    """Is every output of a sample swept?"""
+
+    @classmethod
+    def of(
+        cls, api: str, said: Any, at_once: int | None = None, by_rows: bool = True
+    ) -> Independence:
+        """Raises ValueError for anything else than None, True and "always"."""
+        if said is not None and said is not True and said != "always":
+            raise ValueError(
+                f"{api}: independent must be None, True or 'always', got {said!r}. "
+                "Pass True if you know that samples do not depend on each other."
+            )
+        return cls(said, None if at_once is None else max(FEW, at_once), by_rows)
+
+    def check(
+        self, api: str, state: ModuleState, kind: Hashable, subject_of: Callable[[], Subject]
+    ) -> None:
+        """Refuse samples that change with others.
+
+        Raises:
+            ValueError: if they do.
+        """
+
+        def look(number: int) -> Found:
+            return coupling(subject_of(), number, number == 1, self.at_once)
+
+        module = state.parts[""].module
+        if what := self._changing(module, lambda: _marks_of(state), kind, look):
+            raise ValueError(
+                f"{api}: per_sample needs samples that do not depend on each other, got a module "
+                f"with {what}. Use module_jacobian without per_sample, which differentiates the "
+                "batch as a whole, or pass independent=True to take each sample alone all the same."
+            )
+
+    def check_loss(
+        self, api: str, loss: Any, outputs: Leaves, gradient_of: Callable[[Leaves], Leaves]
+    ) -> None:
+        """Refuse a loss whose gradient in the outputs of a sample changes with those of others.
+
+        Raises:
+            ValueError: if it does.
+        """
+        kind = tuple((out.shape, out.dtype) for out in outputs)
+
+        def look(number: int) -> Found:
+            return loss_coupling(gradient_of, outputs, number)
+
+        if self._changing(loss, lambda: _marks_of_loss(loss), kind, look):
+            raise ValueError(
+                f"{api}: the loss must be a sum or mean over samples, got one whose gradient in "
+                "the outputs of a sample changes with those of others. Use a loss that adds up "
+                "what it finds of each sample, or pass independent=True to take it as it is."
+            )
+
+    def _changing(
+        self,
+        called: Any,
+        marks_of: Callable[[], list[Any]],
+        kind: Hashable,
+        look: Callable[[int], Found],
+    ) -> str | None:
+        """What changes with the other samples, where it is time to look.
+
+        That is at the first call of a kind of what is as it was; at the second, fourth, eighth, …,
+        as values that nobody sees may have changed; at every call where it costs little.
+        """
+        if self.said is True:
+            return None
+        kinds = _kinds_of(called, marks_of())
+        seen = kinds.pop(kind, None) or Seen()
+        calls = seen.calls + 1
+        is_due = calls & (calls - 1) == 0 or self.said == "always"
+        if is_due or (self.by_rows and seen.is_large):
+            found = look(calls)
+            if found.what:
+                return found.what
+            seen.is_large = found.rows >= MANY and found.entries >= LARGE
+        seen.calls = calls
+        kinds[kind] = seen
+        if len(kinds) > MOST_KINDS:
+            del kinds[next(iter(kinds))]
+        return None
+
+
+@dataclass
+class _Known:
+    """Kinds of calls of a module as its marks tell that it is."""
+
+    marks: list[Any]
+    kinds: dict[Hashable, Seen] = field(default_factory=dict)
+
+
+@cache
+def _known() -> WeakIdKeyDictionary:
+    """By modules, of which two may be equal and yet do something else."""
+    return WeakIdKeyDictionary()
+
+
+@cache
+def _marks() -> WeakKeyDictionary[ModuleState, list[Any]]:
+    return WeakKeyDictionary()
+
+
+def _kinds_of(called: Any, marks: list[Any]) -> dict[Hashable, Seen]:
+    """None are known of what has changed, or can't be referred to weakly."""
+    try:
+        known: _Known | None = _known().get(called)
+        if known is None or len(known.marks) != len(marks) or not all(map(is_, known.marks, marks)):
+            known = _known()[called] = _Known(marks)
+    except TypeError:
+        return {}
+    return known.kinds
+
+
+def _marks_of(state: ModuleState) -> list[Any]:
+    """What a module and its point are made of, and hooks of all modules."""
+    marks = _marks().get(state)
+    if marks is None:
+        marks = _marks()[state] = [mark for part in state.parts.values() for mark in _of(part)]
+        marks += [_mark(param) for param in state.point.values()]
+    return [*marks, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
+
+
+def _marks_of_loss(loss: Any) -> list[Any]:
+    parts = map(Part.of, loss.modules()) if isinstance(loss, nn.Module) else ()
+    return [mark for part in parts for mark in _of(part)]
+
+
+def _of(part: Part) -> list[Any]:
+    """What a part is made of, kept weakly: whoever remembers it must not keep it alive."""
+    own = {key: value for key, value in part.attributes.items() if type(value) is not dict}
+    filled = [some for _, some in part.filled]
+    marks: list[Any] = [ref(part.module), type(part.module).forward, len(own)]
+    for some in (own, part.params, part.buffers, part.plain, *filled):
+        for key, value in some.items():
+            marks += (key, _mark(value))
+    return marks
+
+
+def _mark(value: Any) -> Any:
+    """The same object for the same object, and for no other."""
+    if type(value) in _SIMPLE:
+        return value
+    try:
+        return ref(value)
+    except TypeError:
+        return value
