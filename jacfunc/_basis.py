@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from jacfunc._chunks import Chunk, in_chunks
+from jacfunc._chunks import Chunk, in_chunks, of_leaf
 from jacfunc._types import Leaves
 
 
@@ -35,6 +35,28 @@ def sweep(
         return products_of(unit_seeds(leaves, start, stop))
 
     return in_chunks(numel(leaves), chunk, products)
+
+
+def sweep_leaves(
+    products_of: Callable[[Leaves, slice], Leaves], leaves: Leaves, chunk: Chunk
+) -> Iterator[Leaves]:
+    """Products of the basis of one leaf after the other, each through that leaf alone.
+
+    A zero seed at another leaf is no help where that has an infinite derivative: 0 · ∞ is nan.
+    ``products_of(seeds, slice)`` gets the seeds of the leaves of the slice; no chunk has seeds of
+    two leaves.
+    """
+    if not leaves:
+        yield products_of((), slice(0, 0))
+    for number, leaf in enumerate(leaves):
+        yield from sweep(_through(number, products_of), (leaf,), of_leaf(chunk, number))
+
+
+def _through(
+    number: int, products_of: Callable[[Leaves, slice], Leaves]
+) -> Callable[[Leaves], Leaves]:
+    of = slice(number, number + 1)
+    return lambda seeds: products_of(seeds, of)
 
 
 def unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -46,6 +46,12 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
     return results
 
 
+def stack_leaves(chunks: Iterable[Leaves], leaves: Leaves) -> list[Leaves]:
+    """Rows of each output leaf in tensors of their own, from chunks that hold rows of one each."""
+    iterator = iter(chunks)
+    return [stack(_up_to(iterator, leaf.numel()), leaf.numel()) for leaf in leaves]
+
+
 def rows_to_blocks(
     rows: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
 ) -> Blocks:
@@ -69,6 +75,18 @@ def columns_to_blocks(
         )
         for i, out in enumerate(outputs)
     )
+
+
+def _up_to(chunks: Iterator[Leaves], total: int) -> Iterator[Leaves]:
+    """Those of the next ``total`` seeds."""
+    left = total
+    while True:
+        products = next(chunks)
+        left -= products[0].shape[0] if products else total
+        yield products
+        if left <= 0:
+            return
+        del products
 
 
 def _cut(products: Tensor, leaves: Leaves) -> Sequence[Tensor]:

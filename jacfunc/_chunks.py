@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -38,6 +38,8 @@ class Within:
     room: int
     at_most: int | None = None
     settled: list[int] = field(default_factory=list, repr=False, compare=False)
+    leaves: dict[int, Within] = field(default_factory=dict, repr=False, compare=False)
+    """By number of the output leaf, of which each has sweeps of a kind of its own."""
 
     def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
         """A chunk, and the bytes that its work took."""
@@ -73,6 +75,13 @@ class Pieces(Within):
 
 Chunk: TypeAlias = int | Within | None
 """Seeds (or samples) at once; None for all."""
+
+
+def of_leaf(chunk: Chunk, number: int) -> Chunk:
+    """The chunk for sweeps through one output leaf alone: the first shares it with others."""
+    if number == 0 or not isinstance(chunk, Within):
+        return chunk
+    return chunk.leaves.setdefault(number, replace(chunk, settled=[], leaves={}))
 
 
 def largest(chunk: Chunk, total: int) -> int:

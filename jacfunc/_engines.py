@@ -27,6 +27,7 @@ from jacfunc._functorch import (
     num_vmap_levels,
     off_graph,
     recording,
+    run_backward,
     sweep_batch,
 )
 from jacfunc._graphs import Anchor, Graph, anchored, derived_again, on_graph
@@ -159,6 +160,7 @@ def _may_catch(function: Any) -> bool:
 
 def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:
     found = {"differentiated": True, "batchable": True, "differentiable": True}
+    ends: list[tuple[Leaves, Leaves]] = []  # of torch's graph, as this level of it sees them
 
     def watched(*inner: Tensor) -> tuple[Leaves, Leaves]:
         copies = [primal.clone() for primal in inner]
@@ -166,6 +168,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
             return func(*copies)
         starts = {copy.grad_fn for copy in copies}
         outputs, extras = watched_once(func, copies)
+        ends[:] = [(inner, outputs)]
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         graph = Graph.of(outputs, starts)
         check_nodes(graph.nodes, found["differentiated"])
@@ -178,12 +181,31 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
     outputs, vjp, extras = linearized
 
-    def sweep(cotangents: Leaves, onto: slice) -> Leaves:
+    def through(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
+        if not ends:  # compilers know torch's own pullback alone, of all outputs
+            every = [torch.zeros_like(out) for out in outputs]
+            every[of] = cotangents
+            pulled: Leaves = vjp(tuple(every))
+            return pulled[onto]
+        inner, outer = ends[0]
+        pairs = zip(outer[of], cotangents, strict=True)
+        live = [(out, seed) for out, seed in pairs if out.requires_grad]
+        wanted_by = primals[onto]
+        if not live:
+            return tuple(map(torch.zeros_like, wanted_by))
+        targets, seeds = zip(*live, strict=True)
+        products = run_backward(targets, inner[onto], seeds, torch.is_grad_enabled())
+        return tuple(
+            torch.zeros_like(primal) if product is None else product
+            for product, primal in zip(products, wanted_by, strict=True)
+        )
+
+    def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
         grad_mode = torch.is_grad_enabled()
         forced = found["differentiable"] and not inside_derivative()
         # without an outer derivative torch may take its faster, fused backward formulas
         with torch.set_grad_enabled((grad_mode and found["differentiated"]) or forced):
-            products: Leaves = vjp(cotangents)[onto]
+            products = through(cotangents, onto, of)
         if grad_mode or not forced:
             return products
         return tuple(product.detach() for product in products)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacfunc._basis import shared_units
 from jacfunc._functorch import sweep_batch
-from jacfunc._linearization import Linearization
+from jacfunc._linearization import EVERY, Linearization
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc.layers import Part, Rows, Use, rows, together, write
 
@@ -121,10 +121,10 @@ class Factors:
         """What one sample's call returned beside them."""
         return tuple(extra[0] for extra in self.linearization.extras)
 
-    def rows(self, start: int, stop: int) -> Leaves:
-        """These rows of the Jacobian, ``[B, K, *param]``, all outputs in a row."""
+    def rows(self, start: int, stop: int, of: int) -> Leaves:
+        """These rows of the Jacobian of output leaf number ``of``, ``[B, K, *param]``."""
         lead = (self.samples.size, stop - start)
-        pairs = zip(self.params, self.of_rows(start, stop), strict=True)
+        pairs = zip(self.params, self.of_rows(start, stop, of), strict=True)
         with self.contracting():
             return tuple(
                 rows(parts, partial(param.new_zeros, (*lead, *param.shape)))
@@ -137,15 +137,16 @@ class Factors:
             for some, block in zip(parts, blocks, strict=True):
                 write(some, block)
 
-    def of_rows(self, start: int, stop: int) -> list[list[Part]]:
-        """What gives these rows of the Jacobian, all outputs in a row, by parameter."""
-        return self.of_cotangents(shared_units(self.outputs, start, stop))
+    def of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
+        """What gives these rows of the Jacobian of one output leaf, by parameter."""
+        alone = slice(of, of + 1)
+        return self.of_cotangents(shared_units(self.outputs[alone], start, stop), alone)
 
-    def of_cotangents(self, cotangents: Leaves) -> list[list[Part]]:
-        """The same of cotangents ``[K, B, *out]`` that need not be rows."""
+    def of_cotangents(self, cotangents: Leaves, of: slice = EVERY) -> list[list[Part]]:
+        """The same of cotangents ``[K, B, *out]`` that need not be rows, of some outputs or all."""
         if not cotangents or not len(cotangents[0]):
             return [[] for _ in self.params]
-        products = self.linearization.pull_batch(cotangents)
+        products = self.linearization.pull_batch(cotangents, EVERY, of)
         parts: list[list[Part]] = [[] for _ in self.params]
         with self.contracting():
             for use, product in zip(self.uses, products, strict=False):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from jacfunc._basis import numel
 from jacfunc._blocks import columns_to_blocks, rows_to_blocks
 from jacfunc._chunks import Chunk
 from jacfunc._costs import Costs, is_forward
 from jacfunc._counting import PeakBytes
+from jacfunc._linearization import EVERY
 from jacfunc._operators import JacobianOperator
+from jacfunc._replacing import Replacing
 from jacfunc._tree import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
 from jacfunc._work import Recorder
@@ -83,7 +80,7 @@ class Fakes:
     def evaluated(self, call: LeafFunction, primals: Leaves) -> tuple[Leaves, Costs | None]:
         """What the function returns, fakes that have shapes and dtypes; and what that costs."""
         operator = JacobianOperator(call, primals)
-        with self.mode, Recorder(primals) as recorder, _Replacing(self):
+        with self.mode, Recorder(primals) as recorder, Replacing(self.tree):
             outputs = operator.outputs
         return outputs, Costs.of(operator, recorder)
 
@@ -92,45 +89,10 @@ class Fakes:
         with ExitStack() as modes:
             modes.enter_context(self.mode)
             memory = modes.enter_context(PeakBytes())
-            work = modes.enter_context(_Replacing(self))  # before memory is counted
+            work = modes.enter_context(Replacing(self.tree))  # before memory is counted
             probe = _Probe(call, primals, memory, work)
             blocks = probe.materialized_by(strategy)
         return probe.forecast(strategy, blocks)
-
-
-class _Replacing(TorchDispatchMode):
-    """Replaces what the function closes over too, parameters say, and counts FLOPs.
-
-    FakeTensorMode replaces by itself, but below the counter of memory: a view of a parameter
-    would count as new. FlopCounterMode counts by the same formulas, but keeps seeds alive.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, fakes: Fakes) -> None:
-        super().__init__()
-        self._fakes = fakes
-        self.flops = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        given = {**(kwargs or {})}
-        if func is torch.ops.aten.lift_fresh.default:  # a literal: it keeps its value
-            return func(*args, **given)
-        if func is torch.ops.aten._local_scalar_dense.default and _is_real(args[0]):
-            with no_dispatch():  # a setting that a module holds in a buffer, not the data
-                return func(*args, **given)
-        args, given = self._fakes.tree((args, given))
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
-        result = func(*args, **given)
-        if formula is not None:
-            self.flops += int(formula(*args, **given, out_val=result))
-        return result
 
 
 @dataclass(frozen=True)
@@ -144,6 +106,15 @@ class _Reading:
     peak: int
 
 
+@dataclass
+class _Round:
+    """Sweeps that are alike: those through one output leaf, or all that push."""
+
+    readings: list[_Reading] = field(default_factory=list)
+    done: int = 0
+    skipped: int = 0
+
+
 class _Enough(Exception):  # noqa: N818 (no error: the sweeps that are left cost the same)
     """Raised out of a strategy once its first sweeps, and the last, have been counted."""
 
@@ -152,7 +123,7 @@ class _Probe(JacobianOperator):
     """An operator that reads the counters, and ends sweeps that cost what their neighbours do."""
 
     def __init__(
-        self, func: LeafFunction, primals: Leaves, memory: PeakBytes, work: _Replacing
+        self, func: LeafFunction, primals: Leaves, memory: PeakBytes, work: Replacing
     ) -> None:
         def counted(*primals: Tensor) -> tuple[Leaves, Leaves]:
             self._evaluations += 1
@@ -160,15 +131,23 @@ class _Probe(JacobianOperator):
 
         super().__init__(counted, primals)
         self._memory, self._work = memory, work
-        self._evaluations = self._done = self._skipped = 0
-        self._readings: list[_Reading] = []
+        self._evaluations = 0
+        self._only = EVERY
+        self._rounds: list[_Round] = []
         self._has_graph = False
 
-    def pullback_batch(self, cotangents: Leaves) -> Leaves:
-        return self._sample(super().pullback_batch, cotangents, self.outputs)
+    @property
+    def outputs(self) -> Leaves:
+        """Rows are swept leaf by leaf, and here one leaf after the other has a round of its own."""
+        return super().outputs[self._only]
 
-    def pullback_each(self, cotangents: Leaves) -> Leaves:
-        return self._sample(super().pullback_each, cotangents, self.outputs)
+    def pullback_batch(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+        pull = partial(super().pullback_batch, of=self._only)
+        return self._sample(pull, cotangents, self.outputs)
+
+    def pullback_each(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+        pull = partial(super().pullback_each, of=self._only)
+        return self._sample(pull, cotangents, self.outputs)
 
     def pushforward_batch(self, tangents: Leaves, randomness: str = "same") -> Leaves:
         push = partial(super().pushforward_batch, randomness=randomness)
@@ -179,6 +158,14 @@ class _Probe(JacobianOperator):
 
     def materialized_by(self, strategy: Swept) -> Blocks:
         """The strategy's blocks, the sweeps that are left out included."""
+        if not isinstance(strategy, Reverse | Looped) or is_forward(strategy):
+            return self._round(strategy, EVERY)
+        alone = [slice(number, number + 1) for number in range(len(self.outputs))]
+        return tuple(row for only in alone or [EVERY] for row in self._round(strategy, only))
+
+    def _round(self, strategy: Swept, only: slice) -> Blocks:
+        self._only = only
+        self._rounds.append(_Round())
         try:
             return strategy.materialize(self)
         except _Enough:
@@ -192,35 +179,40 @@ class _Probe(JacobianOperator):
     def forecast(self, strategy: Swept, blocks: Blocks) -> Forecast:
         """What was counted, and the same again for the sweeps that were left out."""
         evaluations, flops, peak = self._evaluations, self._work.flops, self._memory.peak
-        run, result, skipped = len(self._readings), sum(map(_bytes, blocks)), self._skipped
-        if skipped:
-            before, after, last = self._readings[-3:]
-            evaluations += skipped * (after.evaluations - before.evaluations)
-            flops += skipped * (after.flops - before.flops)
+        result, kept = sum(map(_bytes, blocks)), 0
+        run = sum(len(each.readings) for each in self._rounds)
+        skipped = sum(each.skipped for each in self._rounds)
+        for each in self._rounds:
+            if not each.skipped:
+                continue
+            before, after, last = each.readings[-3:]
+            evaluations += each.skipped * (after.evaluations - before.evaluations)
+            flops += each.skipped * (after.flops - before.flops)
             if self._has_graph:  # all products and their graphs are kept, to be concatenated
-                kept = skipped * (after.live - before.live)
+                kept += each.skipped * (after.live - before.live)
                 peak = max(peak, last.peak + kept, last.live + kept + result)
         reason = f"{run} of {run + skipped} sweeps counted on fakes"
         return Forecast(strategy, evaluations, run + skipped, flops, result, peak, reason)
 
     def _sample(self, sweep: Callable[[Leaves], Leaves], seeds: Leaves, swept: Leaves) -> Leaves:
         """The products, unless two sweeps like this have been run: then of the last one alone."""
-        if self._done == numel(swept) and self._readings:
+        this = self._rounds[-1]
+        if this.done == numel(swept) and this.readings:
             raise _Enough
         size = seeds[0].shape[0] if seeds else 0
         if size * _bytes(swept) > MAX_BYTES:
             raise NotImplementedError("the seeds of one sweep have no size in 64 bits")
-        if size and [reading.seeds for reading in self._readings[-2:]] == [size, size]:
-            left = numel(swept) - self._done
+        if size and [reading.seeds for reading in this.readings[-2:]] == [size, size]:
+            left = numel(swept) - this.done
             last = left % size or size
-            self._skipped = (left - last) // size
-            self._done += left - last
+            this.skipped = (left - last) // size
+            this.done += left - last
             seeds = tuple(seed[:last] for seed in seeds)
             size = last
         products = sweep(seeds)
-        self._done += size
+        this.done += size
         memory = self._memory
-        self._readings.append(
+        this.readings.append(
             _Reading(size, self._evaluations, self._work.flops, memory.live, memory.peak)
         )
         self._has_graph = any(product.requires_grad for product in products)
@@ -229,7 +221,3 @@ class _Probe(JacobianOperator):
 
 def _bytes(leaves: Iterable[Tensor]) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)

@@ -133,14 +133,13 @@ def on_graph(
     differentiated: bool,
 ) -> Linearization:
     """A plain graph from the anchors to the outputs, as a map of cotangents."""
-    live = [i for i, out in enumerate(outputs) if out.requires_grad] if anchors else []
-    targets = tuple(outputs[i] for i in live)
 
-    def sweep(cotangents: Leaves, onto: slice) -> Leaves:
-        wanted_by = anchors[onto]
+    def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
+        wanted_by, some = anchors[onto], outputs[of]
+        live = [i for i, out in enumerate(some) if out.requires_grad] if anchors else []
         if not live:
             return tuple(anchor.zeros() for anchor in wanted_by)
-        chosen = tuple(cotangents[i] for i in live)
+        targets, chosen = tuple([some[i] for i in live]), tuple([cotangents[i] for i in live])
         edges = tuple(anchor.edge for anchor in wanted_by)
         products = run_backward(targets, edges, chosen, differentiated or forced)
         return tuple(

@@ -142,17 +142,12 @@ def _ranges(side: Sequence[Chunk]) -> list[slice]:
 
 
 def _pulled(factors: Factors, number: int, wanted: Contracted) -> Pulled:
-    one = factors.of_one
-    out, size = one[number], factors.samples.size
+    out, size = factors.of_one[number], factors.samples.size
     orders = wanted.ordered(out.dim())
     order = torch.arange(out.numel(), device=out.device).view(out.shape)
     order = order.permute([axis for axes in orders for axis in axes]).flatten()
     seeds = torch.eye(out.numel(), dtype=out.dtype, device=out.device)[order]
-    cotangents = tuple(
-        seeds.view(-1, 1, *out.shape).expand(-1, size, *out.shape)
-        if i == number
-        else o.new_zeros(()).expand(len(seeds), size, *o.shape)
-        for i, o in enumerate(one)
-    )
+    cotangents = seeds.view(-1, 1, *out.shape).expand(-1, size, *out.shape)
+    parts = factors.of_cotangents((cotangents,), slice(number, number + 1))
     shapes = [tuple(out.shape[axis] for axis in axes) for axes in orders]
-    return Pulled(factors.of_cotangents(cotangents), factors.params, size, shapes, out)
+    return Pulled(parts, factors.params, size, shapes, out)

@@ -50,24 +50,22 @@ class LayerByLayer:
 
     def _blocks(self, factors: Factors) -> Leaves:
         """New tensors, which carry a graph."""
-        rows = factors.rows(0, sum(self.grid().rows))
-        parts = [block.split(self.grid().rows, 1) for block in rows]
         return tuple(
-            parts[j][i].unflatten(1, out.shape) if out.dim() else parts[j][i].squeeze(1)
-            for i, out in enumerate(factors.of_one)
-            for j in range(len(rows))
+            block.unflatten(1, out.shape) if out.dim() else block.squeeze(1)
+            for number, out in enumerate(factors.of_one)
+            for block in factors.rows(0, out.numel(), number)
         )
 
     def _write(self, factors: Factors, start: int, total: int, chunk: Chunk) -> None:
         """Into the samples from ``start`` on."""
-        grid, first = self.grid(), 0
+        grid = self.grid()
         result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
         at_once = min(max(result // SHARE, LEAST), MOST)
         samples = slice(start, start + factors.samples.size)
         for number, rows in enumerate(grid.rows):
 
-            def fill(begin: int, end: int, number: int = number, first: int = first) -> Leaves:
-                parts = factors.of_rows(first + begin, first + end)
+            def fill(begin: int, end: int, number: int = number) -> Leaves:
+                parts = factors.of_rows(begin, end, number)
                 # not before: what the sweep took for a while need not lie beside the result
                 blocks = self._places(factors, number, total)
                 factors.write(parts, [block[samples, begin:end] for block in blocks])
@@ -75,7 +73,6 @@ class LayerByLayer:
 
             for _ in in_chunks(rows, chunk or evenly(rows, factors.nbytes, at_once), fill):
                 pass
-            first += rows
 
     def _places(self, factors: Factors, number: int, total: int) -> Leaves:
         """Blocks of this output, ``[B, M, *param]``."""

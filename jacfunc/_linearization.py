@@ -13,7 +13,7 @@ from jacfunc._trail import note
 from jacfunc._types import Leaves
 
 EVERY = slice(None)
-"""All primals."""
+"""All primals, or all outputs."""
 
 
 @dataclass(slots=True)
@@ -22,30 +22,30 @@ class Linearization:
 
     outputs: Leaves
     extras: Leaves
-    sweep: Callable[[Leaves, slice], Leaves]
+    sweep: Callable[[Leaves, slice, slice], Leaves]
     batchable: bool
 
-    def pull(self, cotangents: Leaves, onto: slice = EVERY) -> Leaves:
-        """One cotangent: ``[*out]`` → ``[*in]``, onto some of the primals."""
-        return self.sweep(batched_like(cotangents, self.outputs), onto)
+    def pull(self, cotangents: Leaves, onto: slice = EVERY, of: slice = EVERY) -> Leaves:
+        """One cotangent: ``[*out]`` → ``[*in]``, onto some of the primals, of some outputs."""
+        return self.sweep(batched_like(cotangents, self.outputs[of]), onto, of)
 
-    def pull_batch(self, cotangents: Leaves, onto: slice = EVERY) -> Leaves:
+    def pull_batch(self, cotangents: Leaves, onto: slice = EVERY, of: slice = EVERY) -> Leaves:
         """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right.
 
         A single one is never vmapped, so that ``chunk_size=1`` is the plain loop of torch.func.
         """
         if not self.batchable:
-            return one_by_one(lambda seeds: self.pull(seeds, onto), cotangents)
+            return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
         try:
             if cotangents[0].shape[0] == 1:
                 # not batched by the vmaps outside, as the products of larger chunks are not
-                return one_by_one(lambda seeds: self.sweep(seeds, onto), cotangents)
-            products, _ = sweep_batch(lambda seeds: (self.sweep(seeds, onto), ()), cotangents)
+                return one_by_one(lambda seeds: self.sweep(seeds, onto, of), cotangents)
+            products, _ = sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), cotangents)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             note("the backward pass could not be batched, rows go one by one: %s", error)
-            return one_by_one(lambda seeds: self.pull(seeds, onto), cotangents)
+            return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
         return products
 
 

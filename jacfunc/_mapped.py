@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isnan
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch, _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+from jacfunc._functorch import below_transforms
 
 Level: TypeAlias = tuple[_functorch.TransformType, int] | None
 """A transform that is active; None where there is none."""
@@ -62,3 +66,16 @@ def at_once(
 
 def _is_mapped(value: Any, level: Level) -> bool:
     return isinstance(value, Tensor) and mapped(value, level)[1] is not None
+
+
+def holds_nan(tensor: Tensor) -> bool:
+    """Is one of its numbers nan, for whichever sample? False where nobody can look."""
+    if torch.compiler.is_compiling():
+        return False
+    tensor = below_transforms(tensor)
+    if type(tensor) is not Tensor or tensor.is_meta or _len_torch_dispatch_stack():
+        return False
+    with torch._C._DisableFuncTorch():
+        tensor = tensor.detach()
+        # a sum takes no memory, and is nan for infinities of both signs as well
+        return isnan(tensor.sum().item()) and bool(tensor.isnan().any())

@@ -13,6 +13,7 @@ from jacfunc._draws import Draws
 from jacfunc._functorch import below_transforms, inside_transform, levels
 from jacfunc._linearization import EVERY, Linearization, one_by_one
 from jacfunc._lock import alone
+from jacfunc._mapped import holds_nan
 from jacfunc._sinks import Sink
 from jacfunc._trail import note
 from jacfunc._tree import kind_of
@@ -56,36 +57,36 @@ class JacobianOperator:
     def from_columns(self, chunks: Iterable[Leaves]) -> Blocks:
         """The same of chunks of columns ``[K, *out_i]``."""
         self._linearization = None  # only pullbacks need a graph
-        return self.sink.columns(chunks, lambda: self.outputs, self.primals)
+        return self.sink.columns(map(numbers, chunks), lambda: self.outputs, self.primals)
 
     @property
     def outputs(self) -> Leaves:
         """f(primals), differentiable leaves only."""
         return self.image()[0]
 
-    def pullback(self, cotangents: Leaves) -> Leaves:
-        """Jᵀ ȳ: ``[*out]`` → ``[*in]``."""
+    def pullback(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+        """Jᵀ ȳ: ``[*out]`` → ``[*in]``; ``of`` some of the outputs alone."""
         linearized = self._linearized
-        return self.refusing("pull cotangents back", lambda: linearized.pull(cotangents))
+        return self.refusing("pull cotangents back", lambda: linearized.pull(cotangents, EVERY, of))
 
-    def pullback_batch(self, cotangents: Leaves) -> Leaves:
-        """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``."""
-        return self.pullback_onto(EVERY, cotangents)
+    def pullback_batch(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+        """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``; ``of`` some of the outputs alone."""
+        return self.pullback_onto(EVERY, cotangents, of)
 
-    def pullback_onto(self, chosen: slice, cotangents: Leaves) -> Leaves:
+    def pullback_onto(self, chosen: slice, cotangents: Leaves, of: slice = EVERY) -> Leaves:
         """The same onto some of the primals alone."""
         if _is_empty(cotangents):
             return _no_products(self.primals[chosen])
         linearized = self._linearized
         return self.refusing(
-            "pull cotangents back", lambda: linearized.pull_batch(cotangents, chosen)
+            "pull cotangents back", lambda: linearized.pull_batch(cotangents, chosen, of)
         )
 
-    def pullback_each(self, cotangents: Leaves) -> Leaves:
+    def pullback_each(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
         """K pullbacks one after the other, never vmapped: ``[K, *out]`` → ``[K, *in]``."""
         if _is_empty(cotangents):
             return _no_products(self.primals)
-        return one_by_one(self.pullback, cotangents)
+        return one_by_one(lambda seeds: self.pullback(seeds, of), cotangents)
 
     def pushforward(self, tangents: Leaves) -> Leaves:
         """J ẋ: ``[*in]`` → ``[*out]``."""
@@ -171,6 +172,21 @@ class JacobianOperator:
                 self.func(*(primal.clone() for primal in self.primals))
             reason = str(error).strip().split("\n")[0]
             raise Refused(f"torch can't {what} through it ({reason})") from error
+
+
+def numbers(products: Leaves) -> Leaves:
+    """Products of tangents, of which none is nan.
+
+    Raises:
+        Refused: if one is. A zero tangent that meets an infinite derivative gives nan, too, and
+            nobody can tell such a nan from one that the derivative has.
+    """
+    if any(map(holds_nan, products)):
+        raise Refused(
+            "forward mode gives nan, which zero tangents and infinite derivatives may have made; "
+            "use strategy=Reverse()"
+        )
+    return products
 
 
 def _is_empty(seeds: Leaves) -> bool:

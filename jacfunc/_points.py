@@ -19,6 +19,7 @@ from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost
 from jacfunc._independence import Independence
 from jacfunc._inputs import Arguments, Choice
+from jacfunc._linearization import EVERY
 from jacfunc._lock import alone
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
@@ -171,10 +172,14 @@ class Point:
     def _all_factors(self) -> Factors:
         return self.between(0, self.size)
 
-    def parts_of(self, factors: Factors, cotangents: Leaves) -> dict[str, list[Part]]:
-        """What cotangents ``[K, B, *out]`` pull back, by name; not of unused parameters."""
+    def parts_of(
+        self, factors: Factors, cotangents: Leaves, of: slice = EVERY
+    ) -> dict[str, list[Part]]:
+        """What cotangents ``[K, B, *out]`` of some outputs pull back, by name; not of unused
+        parameters.
+        """
         with self.undisturbed():
-            parts = factors.of_cotangents(cotangents)
+            parts = factors.of_cotangents(cotangents, of)
         return {name: some for name, some in zip(self.params, parts, strict=True) if some}
 
     def between(self, start: int, stop: int) -> Factors:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jacfunc._basis import shared_units
 from jacfunc._factors import Factors
 from jacfunc._independence import Independence, Independent
+from jacfunc._linearization import EVERY
 from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._points import Door, Point
 from jacfunc._select import Select
@@ -106,20 +107,29 @@ def random_projection(
 
 def _of_jacobians(point: Point, size: int, seed: int) -> Tree:
     """The tree of the outputs, of ``[B, *out, size]``."""
-    chunks = [
-        (_of_chunk(point, factors, shared_units(factors.outputs), size, seed), factors.of_one)
-        for _, factors in point.factors()
-    ]
-    every, of_one = torch.cat([chunk for chunk, _ in chunks]), chunks[-1][1]
-    blocks = every.split([leaf.numel() for leaf in of_one], 1)
-    pairs = zip(blocks, of_one, strict=True)
-    shaped = [block.reshape(len(every), *leaf.shape, size) for block, leaf in pairs]
-    return point.last_call.output_tree(shaped)
+    chunks: list[Leaves] = []
+    for _, factors in point.factors():
+        alone = [slice(number, number + 1) for number in range(len(factors.outputs))]
+        units = [shared_units(factors.outputs[of]) for of in alone]
+        rows = [
+            _of_chunk(point, factors, seeds, size, seed, of)
+            for seeds, of in zip(units, alone, strict=True)
+        ]
+        pairs = zip(rows, factors.of_one, strict=True)
+        chunks.append(tuple(x.reshape(len(x), *leaf.shape, size) for x, leaf in pairs))
+    return point.last_call.output_tree([torch.cat(leaf) for leaf in zip(*chunks, strict=True)])
 
 
-def _of_chunk(point: Point, factors: Factors, cotangents: Leaves, size: int, seed: int) -> Tensor:
-    """Of what cotangents ``[K, B, *out]`` pull back, ``[B, K, size]``."""
-    every = point.parts_of(factors, cotangents)
+def _of_chunk(
+    point: Point,
+    factors: Factors,
+    cotangents: Leaves,
+    size: int,
+    seed: int,
+    of: slice = EVERY,
+) -> Tensor:
+    """Of what cotangents ``[K, B, *out]`` of some outputs pull back, ``[B, K, size]``."""
+    every = point.parts_of(factors, cotangents, of)
     leaves = (*cotangents, *point.params.values())
     dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
     num_seeds, num_samples = cotangents[0].shape[:2]

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from jacfunc._basis import numel
-from jacfunc._blocks import Allocate, allocated, columns_to_blocks, rows_to_blocks, stack
+from jacfunc._blocks import (
+    Allocate,
+    allocated,
+    columns_to_blocks,
+    rows_to_blocks,
+    stack,
+    stack_leaves,
+)
 from jacfunc._chunks import Chunk, Pieces, evenly
 from jacfunc._pages import empty
 from jacfunc._types import Blocks, Leaves
@@ -66,9 +73,12 @@ class Sink:
 
     def rows(self, chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from chunks of rows ``[K, *in_j]``."""
-        into = self.into_rows(Grid.of(outputs, primals)) if self.copies else allocated
-        rows = stack(chunks, numel(outputs), into)
-        return rows_to_blocks(rows, outputs, primals, self.dtype)
+        if self.copies or len(outputs) < 2:
+            into = self.into_rows(Grid.of(outputs, primals)) if self.copies else allocated
+            rows = stack(chunks, numel(outputs), into)
+            return rows_to_blocks(rows, outputs, primals, self.dtype)
+        pairs = zip(stack_leaves(chunks, outputs), outputs, strict=True)
+        return tuple(rows_to_blocks(rows, (out,), primals)[0] for rows, out in pairs)
 
     def columns(
         self, chunks: Iterable[Leaves], outputs: Callable[[], Leaves], primals: Leaves

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from jacfunc._basis import numel, sweep
+from jacfunc._basis import sweep_leaves
 from jacfunc._batching import batch_size, narrowed
-from jacfunc._blocks import rows_to_blocks, stack
+from jacfunc._blocks import rows_to_blocks, stack_leaves
 from jacfunc._check import check_chunk_size, is_tensor
 from jacfunc._chunks import Chunk, Pieces, in_chunks
 from jacfunc._functorch import inside_transform
@@ -154,7 +154,7 @@ def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree) -> 
 
 def _by_rows(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
     rows = _Rows(call, batch)
-    for part, products in _placed(sweep(rows.pulled, rows.outputs, chunk)):
+    for part, products in _placed(sweep_leaves(rows.pulled, rows.outputs, chunk)):
         blocks = products if batch is None else [product.movedim(1, 0) for product in products]
         yield part, rows.flat.input_tree(blocks)
 
@@ -172,8 +172,13 @@ def _by_params(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
     rows = _Rows(call, batch)
     for number, name in enumerate(call.state.point):
         onto = partial(rows.pulled, chosen=slice(number, number + 1))
-        (whole,) = stack(sweep(onto, rows.outputs, chunk), numel(rows.outputs))
-        blocks = [row[0] for row in rows_to_blocks((whole,), rows.outputs, (whole[0],))]
+        chunks = sweep_leaves(onto, rows.outputs, chunk)
+        wholes = [whole for (whole,) in stack_leaves(chunks, rows.outputs)]
+        every = zip(wholes, rows.outputs, strict=True)
+        blocks = [
+            rows_to_blocks((whole,), (out,), (whole.new_empty(()).expand(whole.shape[1:]),))[0][0]
+            for whole, out in every
+        ]
         if batch is not None:  # ``[*out, B, *param]``
             pairs = zip(blocks, rows.outputs, strict=True)
             blocks = [block.movedim(out.dim(), 0) for block, out in pairs]
@@ -197,7 +202,7 @@ class _Rows:
             self.outputs = tuple(out[0] for out in self._operator.outputs)
         self.flat = batch.seen[-1][0]
 
-    def pulled(self, cotangents: Leaves, chosen: slice = EVERY) -> Leaves:
+    def pulled(self, cotangents: Leaves, of: slice, chosen: slice = EVERY) -> Leaves:
         """Rows of the Jacobian, ``[K, *param]``, or of every sample's, ``[K, B, *param]``."""
         if self._size is not None:
             cotangents = tuple(
@@ -205,4 +210,4 @@ class _Rows:
                 for seed in cotangents
             )
         with self._call.undisturbed():
-            return self._operator.pullback_onto(chosen, cotangents)
+            return self._operator.pullback_onto(chosen, cotangents, of)

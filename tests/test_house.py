@@ -24,7 +24,7 @@ LAYERS = [
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
     | {"_counting", "_mapped", "_into", "_pages"}
     | {"_attention", "_draws", "_sinks", "_constants"},
-    {"_work", "_engines", "_linearization", "_operators", "_fingerprint"}
+    {"_work", "_replacing", "_engines", "_linearization", "_operators", "_fingerprint"}
     | {"_graphs", "layers", "_factors", "_factored"},
     {"_flat", "strategies", "_machine"},
     {

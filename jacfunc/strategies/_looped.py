@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jacfunc._basis import basis
+from jacfunc._basis import basis, sweep_leaves
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks
 
@@ -50,4 +50,4 @@ class Looped:
         if self.over == "columns":
             columns = map(operator.pushforward_each, basis(operator.primals, 1))
             return operator.from_columns(columns)
-        return operator.from_rows(map(operator.pullback_each, basis(operator.outputs, 1)))
+        return operator.from_rows(sweep_leaves(operator.pullback_each, operator.outputs, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jacfunc._basis import sweep
+from jacfunc._basis import sweep_leaves
 from jacfunc._check import check_chunk_size
 from jacfunc._chunks import Chunk, Within
 from jacfunc._operators import JacobianOperator
@@ -43,4 +43,4 @@ class Reverse:
         """Blocks ``[*out_i, *in_j]``, from rows."""
         outputs = operator.outputs
         chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
-        return operator.from_rows(sweep(operator.pullback_batch, outputs, chunk))
+        return operator.from_rows(sweep_leaves(operator.pullback_batch, outputs, chunk))

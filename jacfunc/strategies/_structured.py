@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
-from jacfunc._basis import numel
 from jacfunc._check import check_chunk_size
-from jacfunc._chunks import Chunk, Within, in_chunks
+from jacfunc._chunks import Chunk, Within, in_chunks, of_leaf
 from jacfunc._factored import Met, factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._functorch import is_outermost
@@ -61,11 +61,16 @@ class Structured:
             return Reverse(self.chunk_size).materialize(operator)
         factors = self.factors(operator)
 
-        def of_rows(start: int, stop: int) -> Leaves:
-            return tuple(rows[0] for rows in factors.rows(start, stop))
+        outputs = factors.of_one
 
-        chunk = operator.sink.rows_at_once(self.chunk_size, factors.of_one, operator.primals)
-        return operator.from_rows(in_chunks(numel(factors.of_one), chunk, of_rows))
+        def of_rows(number: int) -> Iterator[Leaves]:
+            def rows(start: int, stop: int) -> Leaves:
+                return tuple(row[0] for row in factors.rows(start, stop, number))
+
+            return in_chunks(outputs[number].numel(), of_leaf(chunk, number), rows)
+
+        chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
+        return operator.from_rows(chain.from_iterable(map(of_rows, range(len(outputs)))))
 
     def factors(self, operator: JacobianOperator) -> Factors:
         """The operator evaluated, its Jacobian kept as factors."""
