@@ -64,9 +64,12 @@ class GaussNewton:
 
         Raises:
             TypeError, ValueError: names, shapes or dtypes that are not those of the parameters.
+            NotImplementedError: what torch refuses; a backward pass that is not the transpose of
+                what a tangent takes, by hooks or by a rule of its own.
 
         Cost:
-            At first one evaluation of the batch, one with a tangent and one pullback; at the second
+            At first one evaluation of the batch, one with a tangent and two pullbacks, one of them
+            to see whether the products with J and Jᵀ are each other's transpose; at the second
             product one more evaluation and pullback, both kept, and from then on two pullbacks
             each. The loss comes on top.
 

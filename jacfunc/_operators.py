@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from jacfunc import _engines
+from jacfunc._agreement import check_agreement
 from jacfunc._check import Refused, check_fallback, is_out_of_memory
 from jacfunc._draws import Draws
 from jacfunc._functorch import below_transforms, inside_transform, levels
@@ -25,7 +26,8 @@ Result = TypeVar("Result")
 class JacobianOperator:
     """f at a point as a linear map, evaluated lazily: who only pushes never pays for a graph.
 
-    Every evaluation draws the same random numbers, so that dropout has one mask in all sweeps.
+    Every evaluation draws the same random numbers, so that dropout has one mask in all sweeps; and
+    all must return the same outputs, whatever else the function draws or keeps.
     """
 
     def __init__(self, func: LeafFunction, primals: Leaves, sink: Sink | None = None) -> None:
@@ -34,6 +36,7 @@ class JacobianOperator:
         self.sink = sink or Sink()
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
+        self._was_pushed = False
         self._draws: Draws | None = None
 
     def signature(self) -> Hashable:
@@ -56,7 +59,8 @@ class JacobianOperator:
 
     def from_columns(self, chunks: Iterable[Leaves]) -> Blocks:
         """The same of chunks of columns ``[K, *out_i]``."""
-        self._linearization = None  # only pullbacks need a graph
+        # only pullbacks need a graph; and what was evaluated to plan is no part of the result
+        self._linearization = self._image = None
         return self.sink.columns(map(numbers, chunks), lambda: self.outputs, self.primals)
 
     @property
@@ -98,7 +102,7 @@ class JacobianOperator:
                 "push tangents forward",
                 lambda: _engines.pushforward(self.func, self.primals, copies),
             )
-        self._image = (outputs, extras)
+        self._keep(outputs, extras, was_pushed=True)
         return products
 
     def pushforward_batch(self, tangents: Leaves, randomness: str = "same") -> Leaves:
@@ -115,7 +119,7 @@ class JacobianOperator:
             check_fallback(error)
             note("tangents could not be pushed at once, columns go one by one: %s", error)
             return one_by_one(self.pushforward, tangents)
-        self._image = (outputs, extras)
+        self._keep(outputs, extras, was_pushed=True)
         return products
 
     def pushforward_each(self, tangents: Leaves) -> Leaves:
@@ -128,16 +132,26 @@ class JacobianOperator:
     def _linearized(self) -> Linearization:
         if self._linearization is None:
             if self._draws is None:
-                self._linearization = self._linearize()
+                linearized = self._linearize()
             else:
                 with alone():
                     self.repeat_draws()
-                    self._linearization = self._linearize()
-            self._image = (self._linearization.outputs, self._linearization.extras)
+                    linearized = self._linearize()
+            self._keep(linearized.outputs, linearized.extras, was_pushed=False)
+            self._linearization = linearized
         return self._linearization
 
     def _linearize(self) -> Linearization:
         return self.refusing("keep a graph", lambda: _engines.linearize(self.func, self.primals))
+
+    def _keep(self, outputs: Leaves, extras: Leaves, was_pushed: bool) -> None:
+        """What the first evaluation returned; whatever a later one returns must agree with it."""
+        if self._image is None:
+            self._image, self._was_pushed = (outputs, extras), was_pushed
+            return
+        first, self._image = self._image, None  # another strategy begins anew
+        check_agreement(first[0], outputs, was_pushed == self._was_pushed)
+        self._image = first
 
     def image(self) -> tuple[Leaves, Leaves]:
         """Outputs, and tensors that the function returned beside them."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from jacfunc._agreement import check_agreement
 from jacfunc._batching import narrowed
 from jacfunc._check import Refused, is_tensor
 from jacfunc._draws import Draws
@@ -18,12 +21,21 @@ from jacfunc._trail import note
 from jacfunc._tree import Split
 from jacfunc._types import LeafFunction, Leaves
 
+ROUNDING = 0.4
+"""Power of a dtype's precision: relative to its terms, an inner product errs by less."""
+
+EXACT = torch.float32
+"""In no less are terms added up."""
+
 
 class Whole:
     """``J v`` and ``Jᵀ u`` of all outputs of the batch.
 
     The first ``J v`` pushes forward. For all others the graph of ``Jᵀ u`` is kept, which is linear
     in u: its own pullback saves the evaluation that a pushforward makes every time.
+
+    A backward pass of the user's own, or one with hooks, need not be the transpose of the forward
+    pass, nor differentiable in u: each ``J v`` must be that of ``Jᵀ u`` for a random u.
     """
 
     def __init__(self, point: Point) -> None:
@@ -36,7 +48,8 @@ class Whole:
             func, tuple(primal.detach().requires_grad_() for primal in flat.primals)
         )
         self._point = point
-        self._ways = [self._pushed_forward, self._pushed_on_graph]
+        # no bound methods: these would be a cycle, and keep the module and the batch
+        self._ways = [Whole._pushed_forward, Whole._pushed_on_graph]
         with point.undisturbed():
             self._pulling.repeat_draws()
             before = Draws(point.batch.leaves)
@@ -55,27 +68,59 @@ class Whole:
 
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
-        with self._point.undisturbed():
+        with self._point.undisturbed(), self._in_words():
             return self._pulling.pullback(cotangents)
 
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
-        with self._point.undisturbed():
+        with self._point.undisturbed(), self._in_words():
             try:
-                found = self._ways[0](tangents)
+                found = self._checked(self._ways[0](self, tangents), tangents)
             except Refused as refusal:
                 if len(self._ways) == 1:
                     raise
                 note("J v takes the other way: %s", refusal)
                 self._ways = self._ways[1:]
-                return self._ways[0](tangents)
+                return self._checked(self._ways[0](self, tangents), tangents)
         if len(self._ways) > 1:
-            self._ways = [self._pushed_on_graph, self._pushed_forward]
+            self._ways = [Whole._pushed_on_graph, Whole._pushed_forward]
         return found
 
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Refusals say which door was called, and what it needs."""
+        try:
+            yield
+        except Refused as refusal:
+            raise Refused(
+                f"{self._point.api}: products need a module whose J v and Jᵀ u torch can take, got "
+                f"a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no J v."
+            ) from refusal
+
+    def _checked(self, products: Leaves, tangents: Leaves) -> Leaves:
+        """``J v``, where ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩`` for the random u."""
+        cotangents, pulled = self._trial
+        left, right = _terms(cotangents, products), _terms(pulled, tangents)
+        scale = float(left.norm() + right.norm())
+        if abs(float(left.sum() - right.sum())) > scale * _precision(products) ** ROUNDING:
+            raise Refused(
+                "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own "
+                "changes one of them alone"
+            )
+        return products
+
+    @cached_property
+    def _trial(self) -> tuple[Leaves, Leaves]:
+        """A random u, and ``Jᵀ u``."""
+        drawn = tuple(map(_random_like, self.outputs.leaves))
+        return drawn, self._pulling.pullback(drawn)
+
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
+        pushing = self._pulling.again()
         with torch.no_grad():  # results are detached
-            return self._pulling.again().pushforward(tangents)
+            products = pushing.pushforward(tangents)
+        check_agreement(self.outputs.leaves, pushing.outputs)
+        return products
 
     def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
         return self._transposed.pullback(tangents)
@@ -86,6 +131,7 @@ class Whole:
         pulling = self._pulling.again()
         with torch.enable_grad():
             pulling.image()
+        check_agreement(self.outputs.leaves, pulling.outputs)
         zeros = tuple(map(torch.zeros_like, self.outputs.leaves))
         return JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
 
@@ -110,6 +156,27 @@ def _check_shapes(point: Point, outputs: Leaves) -> None:
                 f"shape {tuple(out.shape)} for {point.size} samples and {tuple(of_fewer.shape)} "
                 f"for {point.size - 1}. Use a module that returns what belongs to each sample."
             )
+
+
+def _random_like(leaf: Tensor) -> Tensor:
+    """Normal numbers from a generator of their own: nobody else's draws change."""
+    own = torch.Generator(leaf.device).manual_seed(0)
+    return torch.randn(leaf.shape, generator=own, dtype=leaf.dtype, device=leaf.device)
+
+
+def _terms(lefts: Leaves, rights: Leaves) -> Tensor:
+    """Of an inner product, to be added up."""
+    pairs = zip(lefts, rights, strict=True)
+    return torch.cat([(x.to(torch.promote_types(x.dtype, EXACT)) * y).flatten() for x, y in pairs])
+
+
+def _precision(leaves: Leaves) -> float:
+    """Of the numbers that are computed with."""
+    dtypes = {leaf.dtype for leaf in leaves}
+    for device in {leaf.device.type for leaf in leaves}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _mapped(point: Point, seen: list[FlatCall]) -> LeafFunction:

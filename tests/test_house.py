@@ -23,7 +23,7 @@ LAYERS = [
     {"_types", "_check", "_words", "_trail", "_known", "_lock"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
     | {"_counting", "_mapped", "_into", "_pages"}
-    | {"_attention", "_draws", "_sinks", "_constants"},
+    | {"_attention", "_draws", "_sinks", "_constants", "_agreement"},
     {"_work", "_replacing", "_engines", "_linearization", "_operators", "_fingerprint"}
     | {"_graphs", "layers", "_factors", "_factored"},
     {"_flat", "strategies", "_machine"},

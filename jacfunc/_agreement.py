@@ -1,0 +1,71 @@
+"""Do several evaluations of one function return the same numbers? Else they are not of one point."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jacfunc._check import Refused
+from jacfunc._functorch import below_transforms, has_modes, inside_transform, outside_transforms
+from jacfunc._types import Leaves
+from jacfunc._watch import unseen
+
+CHANGING = (
+    "its outputs change from one evaluation to the next, by random numbers that do not come from "
+    "torch's default generators or by what it keeps from call to call, and it was evaluated "
+    "several times for one result"
+)
+
+ROUNDING = 0.75
+"""Power of a dtype's precision: up to that, relative to the largest output, evaluations may differ
+where kernels add up in whichever order threads come, or where they are not the same kernels.
+"""
+
+
+def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> None:
+    """Compare the outputs of two evaluations at one point.
+
+    On a CPU, in float64, they must be equal to the last bit if they were evaluated in one way: a
+    deterministic function is. Inside transforms all samples and levels of vmap are compared.
+
+    Raises:
+        Refused: if they differ.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not inside_transform() and not has_modes():
+        is_same = _agree(outputs, others, same_way)
+    else:
+        with outside_transforms():
+            is_same = _agree(outputs, others, same_way)
+    if not is_same:
+        raise Refused(CHANGING)
+
+
+def _agree(outputs: Leaves, others: Leaves, same_way: bool) -> bool:
+    if len(outputs) != len(others):
+        return False
+    with unseen():
+        return all(_are_near(x, y, same_way) for x, y in zip(outputs, others, strict=True))
+
+
+def _are_near(output: Tensor, other: Tensor, same_way: bool) -> bool:
+    if output.shape != other.shape or output.dtype != other.dtype:
+        return False
+    x, y = below_transforms(output), below_transforms(other)
+    if x.shape != y.shape or not (_has_numbers(x) and _has_numbers(y)):
+        return True  # a vmap holds them in other places, or there is nothing to compare
+    if torch.equal(x, y):
+        return True
+    is_equal = (x == y) | (x.isnan() & y.isnan())
+    if not (same_way and x.dtype == torch.float64 and x.device.type == "cpu"):
+        scale = torch.where(x.isfinite(), x, 0).abs().max()
+        is_equal |= (x - y).abs() <= scale * torch.finfo(x.dtype).eps ** ROUNDING
+    return bool(is_equal.all())
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Can they be read? Not on fakes, nor while a graph of a device is recorded."""
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
