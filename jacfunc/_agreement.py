@@ -1,4 +1,4 @@
-"""Do several evaluations of one function return the same numbers? Else they are not of one point."""
+"""Do several evaluations of one function return the same numbers, as at one point they must?"""
 
 from __future__ import annotations
 

@@ -15,23 +15,24 @@ from typing import Any
 
 import torch
 
+from jacfunc._budgets import bounded, bounded_samples, fewer_rows
 from jacfunc._check import Refused, check_memory
 from jacfunc._chunks import Chunk
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
+from jacfunc._known import Remembered
 from jacfunc._lock import alone
 from jacfunc._machine import seconds_of
 from jacfunc._operators import JacobianOperator
-from jacfunc._planner import carry_out, counted_costs
+from jacfunc._planner import Planned, carry_out, counted_costs
 from jacfunc._plans import (
     Plan,
     Sampled,
-    bounded,
-    bounded_samples,
     by_sizes,
     candidates,
     fastest,
-    fewer_rows,
+    others,
+    rows_first,
 )
 from jacfunc._trail import note
 from jacfunc._types import Blocks
@@ -51,6 +52,7 @@ SETTING_UP, SLOW_START = 0.5, 8
 fastest: torch sets something up, or the system looks for memory that nobody had before.
 """
 
+MEASURED = "it was the fastest when measured"
 BOTH = (Reverse(), Forward())
 BY_LAYERS = Structured()
 FEW = 16
@@ -87,8 +89,8 @@ class Autotune:
 
     cache: str | Path | None = None
     memory: int | str | None = None
-    known: dict[Hashable, tuple[Plan, Chunk]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
+    known: Remembered[Planned] = field(
+        default_factory=Remembered, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -98,12 +100,23 @@ class Autotune:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""
         if torch.compiler.is_compiling():
             return by_sizes(operator, BOTH).materialize(operator)
-        signature = operator.signature()
-        with nullcontext() if signature in self.known else alone():
-            plan, _ = self.known.get(signature) or (self.plan(operator), None)
-            plan, blocks = carry_out(plan, operator)
-        self.known[signature] = plan, None
+        called, signature = operator.called, operator.signature()
+        known = self.recall(called, signature)
+        # a first call evaluates more than once, with the same random numbers
+        with alone() if known is None else nullcontext():
+            before = self.plan(operator) if known is None else known[0]
+            plan, blocks = carry_out(before, operator)
+        if known is None or plan is not before:
+            self.remember(called, signature, (plan, None))
         return blocks
+
+    def recall(self, called: Any, kind: Hashable) -> Planned | None:
+        """What was done before."""
+        return self.known.get(called, kind)
+
+    def remember(self, called: Any, kind: Hashable, planned: Planned) -> None:
+        """For later calls."""
+        self.known.put(called, kind, planned)
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The winner, measured where it is not known."""
@@ -117,7 +130,7 @@ class Autotune:
             run = partial(_materialized, operator)
             won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW), run)
         operator.repeat_draws()  # as if nothing had been evaluated
-        plan = Plan(won, "it was the fastest when measured", None, BOTH)
+        plan = Plan(won, MEASURED, None, others(won, BOTH, costs.rows, costs.columns))
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
     def plan_samples(
@@ -127,10 +140,11 @@ class Autotune:
         costs = counted_costs(operator)
         operator.repeat_draws()  # the samples draw as if none had been evaluated before
         if costs is None:
-            return by_sizes(operator, BOTH), None
+            return rows_first(by_sizes(operator, BOTH), operator), None
         memory, size = check_memory("Autotune", self.memory), samples.size
         every, ways = costs.times(size, samples.are_copied), samples.ways(BOTH, BY_LAYERS)
-        plan, chunk = bounded_samples(fastest(every, ways), costs, size, memory)
+        forecast = rows_first(fastest(every, ways), operator)
+        plan, chunk = bounded_samples(forecast, costs, size, memory)
         if chunk is not None:  # memory decides, not time
             return plan, chunk
         key = f"{_key(operator)} × {size}{' copied' * samples.are_copied}"
@@ -142,7 +156,8 @@ class Autotune:
             except Refused:  # all of them are: whoever runs the plan goes on from there
                 return plan, chunk
         operator.repeat_draws()
-        return Plan(won, "it was the fastest when measured", None, ways), None
+        plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
+        return rows_first(plan, operator), None
 
     def _won(self, operator: JacobianOperator, key: str) -> Swept | None:
         return winners(self._file()).get(_device(operator), key)

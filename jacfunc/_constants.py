@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from jacfunc._functorch import below_transforms, outside_transforms
+from jacfunc._known import Remembered
 
 MOST = 2**26
 """Bytes of constants that are copied; of more, a write is seen too late, and told."""
@@ -72,16 +72,17 @@ class Constants:
 
 
 @cache
-def _seen() -> WeakKeyDictionary[nn.Module, Constants]:
-    return WeakKeyDictionary()
+def _seen() -> Remembered[Constants]:
+    return Remembered()
 
 
 def constants_of(module: nn.Module) -> Constants:
-    """The same at every call; always new, where the module can't be a key."""
-    try:
-        return _seen().setdefault(module, Constants())
-    except TypeError:
-        return Constants()
+    """Those of earlier calls, where there were some."""
+    constants = _seen().get(module, None)
+    if constants is None:
+        constants = Constants()
+        _seen().put(module, None, constants)
+    return constants
 
 
 def _version(param: Tensor) -> int:

@@ -58,6 +58,9 @@ def _parts(thing: Any, depth: int) -> Iterator[str]:
         yield from _each(dict(thing.named_parameters()), depth)
         yield from _each(dict(thing.named_buffers()), depth)
         yield repr(thing) + str([part.training for part in thing.modules()])
+        # two local classes of one name may do different things
+        kinds = dict.fromkeys(type(part) for part in thing.modules())
+        yield from _each([getattr(kind.forward, "__code__", None) for kind in kinds], depth)
     elif isinstance(thing, Mapping):
         yield from _each(thing, depth)
         yield from _each(thing.values(), depth)

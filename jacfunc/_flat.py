@@ -60,6 +60,11 @@ class FlatCall:
         return None, None
 
     @property
+    def called(self) -> Any:
+        """The function or the module: what is found out about this call is remembered of it."""
+        return self.func if self._called is None else self._called.module
+
+    @property
     def functions(self) -> list[Any]:
         """What is run when it is called, as far as it is known."""
         return [self.func] if self._called is None else self._called.functions

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jacfunc._check import is_out_of_memory
+from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._functorch import inside_transform, sweep_batch
 from jacfunc._trail import note
 from jacfunc._types import Leaves
@@ -41,8 +41,8 @@ class Linearization:
                 # not batched by the vmaps outside, as the products of larger chunks are not
                 return one_by_one(lambda seeds: self.sweep(seeds, onto, of), cotangents)
             products, _ = sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), cotangents)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
+        except Exception as error:  # a backward pass of the user's own may raise anything
+            if isinstance(error, Refused) or is_out_of_memory(error):
                 raise
             note("the backward pass could not be batched, rows go one by one: %s", error)
             return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)

@@ -90,9 +90,10 @@ class ModuleCall:
         def call_of(leaves: Leaves) -> FlatCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
-        kind = kinds_of(self.arguments), tuple(dims)
-        has_layers = not self._differentiates("inputs")
-        return Batch(self.api, call_of, split.leaves, dims, kind, randomness, sink, has_layers)
+        module, point = self.state.module, tuple(self.state.point)
+        kind = self.argnums, point, kinds_of(self.arguments), tuple(dims)
+        leaves, has_layers = split.leaves, not self._differentiates("inputs")
+        return Batch(self.api, call_of, leaves, dims, module, kind, randomness, sink, has_layers)
 
     def check_independent(self, batch: Batch) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""

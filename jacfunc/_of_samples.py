@@ -110,5 +110,6 @@ def samples_of(
         return FlatCall(api, func, 0, False, (params, *inner), {})
 
     kind = kinds_of((params, args)), tuple(dims)
-    batch = Batch(api, call_of, split.leaves, dims, kind, randomness, Sink(), has_layers=True)
+    sink = Sink()
+    batch = Batch(api, call_of, split.leaves, dims, func, kind, randomness, sink, has_layers=True)
     return OfSamples(batch, strategy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,6 +38,11 @@ class JacobianOperator:
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
         self._draws: Draws | None = None
+
+    @property
+    def called(self) -> Any:
+        """What is called: a user's function or module, where there is one below."""
+        return getattr(self.func, "called", self.func)
 
     def signature(self) -> Hashable:
         """Equal for operators that cost the same; a function may know more about itself."""

@@ -156,6 +156,11 @@ class ModuleState:
         return before if _are_same(point, before.point) else replace(before, point=point)
 
     @property
+    def module(self) -> nn.Module:
+        """The whole."""
+        return self.parts[""].module
+
+    @property
     def functions(self) -> list[Any]:
         """All that torch calls when the module is called: its parts, and hooks before and after."""
         modules = [part.module for part in self.parts.values()]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
-from jacfunc._chunks import Chunk
+from jacfunc._budgets import bounded, bounded_samples, is_bounded, spared
+from jacfunc._chunks import Chunk, Within
 from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._functorch import is_pushing, uncompiled
+from jacfunc._known import MOST_KINDS, Recent, Remembered
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._plans import (
@@ -23,12 +26,9 @@ from jacfunc._plans import (
     Plan,
     Sampled,
     attempt,
-    bounded,
-    bounded_samples,
     by_sizes,
     fastest,
-    is_bounded,
-    spared,
+    rows_first,
 )
 from jacfunc._trail import is_heard, note
 from jacfunc._types import Blocks
@@ -37,6 +37,10 @@ from jacfunc._work import Recorder, Unrecordable
 from jacfunc.strategies import Forward, Reverse, Structured
 
 MOST_FUNCTIONS = 1000
+"""Whose plans are kept by their fingerprints."""
+
+Planned = tuple[Plan, Chunk]
+"""What to do, and with how many samples at once."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +57,37 @@ class Auto:
     directions: tuple[Direction, ...] = (Reverse(), Forward())
     memory: int | None = None
     by_layers: Structured | None = None
-    known: dict[Hashable, tuple[Plan, Chunk]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    known: Remembered[Planned] = field(default_factory=Remembered, repr=False, compare=False)
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""
         if torch.compiler.is_compiling():
             return by_sizes(operator, self.directions).materialize(operator)
-        signature = operator.signature()
-        known = self.known.get(signature)
-        if known is None:
-            return self._first(operator, signature)
-        plan, blocks = carry_out(known[0], operator)
-        if plan is not known[0]:
-            self.known[signature] = plan, None
+        called, signature = operator.called, operator.signature()
+        known = self.recall(called, signature)
+        # a first call evaluates more than once, with the same random numbers
+        with alone() if known is None else nullcontext():
+            before = self.plan(operator) if known is None else known[0]
+            plan, blocks = carry_out(before, operator)
+        if known is None or plan is not before:
+            self.remember(called, signature, (plan, None))
         return blocks
 
-    def _first(self, operator: JacobianOperator, signature: Hashable) -> Blocks:
-        """The first call of a kind; one function, transformed anew each time, is planned once."""
-        shared = shared_plans().of(operator.func, self) if self.memory is None else {}
-        with alone():  # it is evaluated more than once, with the same random numbers
-            plan, _ = shared.get(signature) or (self.plan(operator), None)
-            plan, blocks = carry_out(plan, operator)
-        self.known[signature] = plan, None
-        if not is_bounded(plan):
-            shared[signature] = plan, None
-        return blocks
+    def recall(self, called: Any, kind: Hashable) -> Planned | None:
+        """What was done before, by this strategy or by another one that is equal to it."""
+        found = self.known.get(called, kind)
+        if found is None and self.memory is None:
+            found = shared_plans().get(called, (self, kind))
+            if found is not None:
+                self.known.put(called, kind, found)
+        return found
+
+    def remember(self, called: Any, kind: Hashable, planned: Planned) -> None:
+        """For later calls; for those of other transforms where it was not this one's budget."""
+        self.known.put(called, kind, planned)
+        plan, chunk = planned
+        if self.memory is None and not is_bounded(plan) and not isinstance(chunk, Within):
+            shared_plans().put(called, (self, kind), planned)
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """What to do with this operator, which is evaluated."""
@@ -96,31 +104,50 @@ class Auto:
         operator.repeat_draws()  # the samples draw as if none had been evaluated before
         directions = samples.ways(self.directions, self.by_layers)
         if costs is None:
-            return by_sizes(operator, self.directions), None
+            return rows_first(by_sizes(operator, self.directions), operator), None
         every = costs.times(samples.size, samples.are_copied)
-        plan = spared(fastest(every, directions), every)
+        plan = rows_first(spared(fastest(every, directions), every), operator)
         return bounded_samples(plan, costs, samples.size, self.memory)
 
 
 class SharedPlans:
-    """Plans by function, for as long as it lives; by its fingerprint, where it is made anew."""
+    """Plans of all transforms, by what is called and the kind of call.
+
+    A function may be made anew at every call: those with one fingerprint have one plan. A module
+    may do anything with what it keeps: another one is planned anew.
+    """
 
     def __init__(self) -> None:
-        self._prints: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-        self._plans: dict[Hashable, dict[Hashable, tuple[Plan, Chunk]]] = {}
+        self._plans: Remembered[Planned] = Remembered()
+        self._prints: Remembered[str] = Remembered()
+        self._by_print: Recent[Recent[Planned]] = Recent(MOST_FUNCTIONS)
 
-    def of(self, call: Any, strategy: Hashable) -> dict[Hashable, tuple[Plan, Chunk]]:
-        """By kind of call."""
-        func = getattr(call, "func", call)
-        try:
-            found = self._prints.get(func)
-            if found is None:
-                found = self._prints.setdefault(func, fingerprint(func))
-        except TypeError:  # neither hashed nor referred to weakly
+    def get(self, called: Any, kind: Hashable) -> Planned | None:
+        """The plan, if there is one."""
+        found = self._plans.get(called, kind)
+        if found is None and not isinstance(called, nn.Module):
+            kinds = self._by_print.get(self._print(called))
+            found = None if kinds is None else kinds.get(kind)
+        return found
+
+    def put(self, called: Any, kind: Hashable, planned: Planned) -> None:
+        """Keep a plan."""
+        self._plans.put(called, kind, planned)
+        if isinstance(called, nn.Module):
+            return
+        found = self._print(called)
+        kinds = self._by_print.get(found)
+        if kinds is None:
+            kinds = Recent(MOST_KINDS)
+            self._by_print.put(found, kinds)
+        kinds.put(kind, planned)
+
+    def _print(self, func: Any) -> str:
+        found = self._prints.get(func, None)
+        if found is None:
             found = fingerprint(func)
-        if len(self._plans) > MOST_FUNCTIONS:
-            self._plans.clear()
-        return self._plans.setdefault((found, strategy), {})
+            self._prints.put(func, None, found)
+        return found
 
 
 @cache

@@ -8,14 +8,12 @@ from typing import TypeVar
 
 from jacfunc._basis import numel
 from jacfunc._check import Refused
-from jacfunc._chunks import Chunk, Within, evenly
 from jacfunc._costs import Costs, is_forward
 from jacfunc._forecast import Forecast, Swept
-from jacfunc._machine import free_bytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._trail import note
 from jacfunc._types import Blocks
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._words import in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 CHUNKS = (512, 128)
@@ -28,13 +26,8 @@ FORWARD_FROM_RATIO = 4
 MODEST = 2**26
 """Bytes that are taken without asking how many are free."""
 
-SHARE = 0.5
-"""Of the free memory: the budget where none is given."""
-
-CROWDED, SPARE = 2**24, 2**23
-"""Bytes of all rows of all samples at one operation, from which on a heap does not keep what a
-sweep leaves; and those that it is given then.
-"""
+NUMBER = 8
+"""Bytes of one number of a seed, at most."""
 
 Direction = Reverse | Forward | Structured
 Result = TypeVar("Result")
@@ -116,7 +109,7 @@ def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Pla
     wanted = Forward if rows > FORWARD_FROM_RATIO * columns else Reverse
     chosen = next((d for d in directions if isinstance(d, wanted)), directions[0])
     reason = f"by sizes alone: {rows} outputs, {columns} inputs"
-    return Plan(chosen, reason, None, _others(chosen, directions))
+    return Plan(chosen, reason, None, others(chosen, directions, rows, columns))
 
 
 def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
@@ -125,22 +118,56 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     sizes = f"{costs.rows} outputs, {costs.columns} inputs"
     if len(possible) == 1:
         reason = f"{sizes}: nothing else comes into question"
-        return Plan(possible[0], reason, None, _others(possible[0], directions))
+        best = possible[0]
+        return Plan(best, reason, None, others(best, directions, costs.rows, costs.columns))
     seconds = {s: costs.seconds(s) for s in possible if not is_forward(s)}
     if not seconds or min(seconds.values()) > costs.least_push():
         seconds |= {s: costs.seconds(s) for s in possible if is_forward(s)}
     possible = list(seconds)
     best = min(possible, key=lambda s: seconds[s] * _reluctance(s, costs))
-    others = [s for s in possible if type(s) is not type(best)]
+    rivals = [s for s in possible if type(s) is not type(best)]
     reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
-    if others:
-        second = min(others, key=seconds.__getitem__)
+    if rivals:
+        second = min(rivals, key=seconds.__getitem__)
         reason += f", {in_seconds(seconds[second])} by {second}"
-    return Plan(best, reason, seconds[best], _others(best, directions))
+    following = others(best, directions, costs.rows, costs.columns)
+    return Plan(best, reason, seconds[best], following)
 
 
-def _others(chosen: Strategy, directions: Sequence[Direction]) -> tuple[Direction, ...]:
-    return tuple(direction for direction in directions if type(direction) is not type(chosen))
+def others(
+    chosen: Strategy, directions: Sequence[Direction], rows: int, columns: int
+) -> tuple[Direction, ...]:
+    """What is tried where the chosen strategy is refused, the cheaper ways first.
+
+    Nobody has asked for these: the seeds of a chunk must not take more memory than the result.
+    """
+    left = [direction for direction in directions if type(direction) is not type(chosen)]
+    # a refusal may come late, and whoever pushes more tangents than there are rows pays for it
+    left.sort(key=lambda direction: is_forward(direction) and columns > rows)
+    return tuple(_with_few_seeds(direction, rows, columns) for direction in left)
+
+
+def _with_few_seeds(direction: Direction, rows: int, columns: int) -> Direction:
+    """The strategy in chunks whose seeds take no more memory than the result, or little.
+
+    A chunk that was given stays as it is.
+    """
+    if isinstance(direction, Structured) or direction.chunk_size is not None:
+        return direction
+    if is_forward(direction):
+        return direction if columns <= rows else replace(direction, chunk_size=max(rows, 1))
+    most = max(columns, MODEST // NUMBER // max(rows, 1), 1)
+    return direction if rows <= most else replace(direction, chunk_size=most)
+
+
+def rows_first(plan: Plan, one: JacobianOperator) -> Plan:
+    """The plan for samples, of which this is one: they are looped before many tangents are pushed.
+
+    With more columns than rows that is the cheaper way, and it needs no seed for each column.
+    """
+    if numel(one.primals) <= numel(one.outputs):
+        return plan
+    return replace(plan, otherwise=tuple(d for d in plan.otherwise if not is_forward(d)))
 
 
 def candidates(
@@ -153,8 +180,10 @@ def candidates(
     """
     for direction in directions:
         total = costs.seeds(direction)
-        if is_forward(direction) and len(directions) > 1 and total > reach * costs.rows:
-            continue
+        if is_forward(direction) and len(directions) > 1:
+            if total > reach * costs.rows:
+                continue
+            direction = _with_few_seeds(direction, costs.rows, costs.columns)
         if total > 1 or not is_forward(direction):
             yield direction
         if direction.chunk_size is None and not isinstance(direction, Structured):
@@ -172,77 +201,3 @@ def _reluctance(strategy: Swept, costs: Costs) -> float:
         return 1.0 if costs.reuses_pages else RELUCTANCE["layers"]
     chunked = RELUCTANCE["chunked"] if getattr(strategy, "chunk_size", None) else 1.0
     return chunked * (RELUCTANCE["forward"] if is_forward(strategy) else 1.0)
-
-
-def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
-    """The plan in chunks that keep to the budget, where one sweep might not."""
-    strategy = plan.strategy
-    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, costs, memory):
-        return plan
-    budget = _budget(costs, memory)
-    if costs.most_bytes(strategy) <= budget:
-        return plan
-    kept = costs.kept if isinstance(strategy, Reverse) else costs.outputs
-    room = _room(budget, costs.result + kept, strict=memory is not None)
-    chunk = Within(room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None)
-    reason = f"{plan.reason}; chunks within {in_bytes(budget)}"
-    return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
-
-
-def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
-    """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
-    strategy, every = plan.strategy, one.times(batch)
-    if not isinstance(strategy, Direction) or not _is_scarce(strategy, every, memory):
-        return plan, None
-    budget = _budget(every, memory)
-    if every.most_bytes(strategy) <= budget:
-        return plan, None
-    room = _room(budget, every.result, strict=memory is not None)
-    plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
-    if one.most_bytes(strategy) <= room:
-        return plan, Within(room)
-    rows = replace(strategy, chunk_size=Within(max(room - one.result - one.kept, 1)))
-    return replace(plan, strategy=rows), 1
-
-
-def fewer_rows(every: Costs) -> Reverse:
-    """Reverse mode of all samples, a few rows at once where each sweep of all would get new memory.
-
-    Samples fill a vector without that; where the result is the larger part, it stays one write.
-    """
-    crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
-    if not has_heap or crowd <= max(CROWDED, every.result):
-        return Reverse()
-    return Reverse(evenly(every.rows, every.widest, SPARE))
-
-
-def spared(plan: Plan, every: Costs) -> Plan:
-    """The plan with fewer rows at once, where it is reverse mode of all and that is too much."""
-    fewer = fewer_rows(every)
-    if plan.strategy != Reverse() or fewer == Reverse():
-        return plan
-    reason = f"{plan.reason}; {fewer.chunk_size} at once, whose memory is kept for the next"
-    return replace(plan, strategy=fewer, reason=reason)
-
-
-def is_bounded(plan: Plan) -> bool:
-    """Does its chunk follow a budget, which is this call's alone?"""
-    return isinstance(getattr(plan.strategy, "chunk_size", None), Within)
-
-
-def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
-    return memory is not None or costs.most_bytes(strategy) > MODEST
-
-
-def _budget(costs: Costs, memory: int | None) -> int:
-    return memory if memory is not None else int(SHARE * free_bytes(costs.speeds.device))
-
-
-def _room(budget: int, taken: int, strict: bool) -> int:
-    """What is left for the sweeps."""
-    if strict and taken >= budget:
-        raise ValueError(
-            f"memory: it must hold the Jacobian and what is kept for it, {in_bytes(taken)}, "
-            f"got {in_bytes(budget)}. Give more, or use products (jvp, vjp) instead."
-        )
-    return max(budget - taken, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -14,10 +15,10 @@ from jacfunc._check import Refused, is_out_of_memory
 from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._draws import Draws
-from jacfunc._factored import Met, factored
+from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import is_outermost, sweep_batch
+from jacfunc._functorch import is_outermost, levels, sweep_batch
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
@@ -38,14 +39,15 @@ UNMAPPED = 0
 class Batch:
     """Samples of one call: tensors, and the dimension in which each holds them, if it does.
 
-    ``call_of(leaves)`` is the call of a single sample; ``kind`` is equal for calls that cost the
-    same.
+    ``call_of(leaves)`` is the call of a single sample. ``called`` is the function or module, and
+    ``kind`` is equal for those of its calls that cost the same.
     """
 
     api: str
     call_of: Callable[[Leaves], FlatCall]
     leaves: Leaves
     dims: Dims
+    called: Any
     kind: Hashable
     randomness: Randomness
     sink: Sink
@@ -117,7 +119,9 @@ class Batch:
             draws.repeat()  # what was tried before has drawn
             return self._refusable(plan.strategy, chunk)
 
-        known = strategy.known.get(self.kind)
+        # one strategy may plan for several doors, which want different things of one module
+        kind = self.kind, self.randomness, self.sink.copies, self.has_layers, levels()
+        known = strategy.recall(self.called, kind)
         plan, chunk = known or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
@@ -126,11 +130,11 @@ class Batch:
             plan, result = attempt(plan, run)
         except Refused as refusal:
             note("samples go one by one: %s", refusal)
-            strategy.known[self.kind] = plan, UNMAPPED
+            strategy.remember(self.called, kind, (plan, UNMAPPED))
             draws.repeat()
             return self.looped(strategy)
         if known is None or plan is not known[0]:
-            strategy.known[self.kind] = plan, chunk
+            strategy.remember(self.called, kind, (plan, chunk))
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
 
@@ -146,7 +150,7 @@ class Batch:
                 f"{self.api}: per_sample, strategy 'structured' must be for parameters alone, got "
                 "inputs, of which every sample has its own. Use strategy='auto'."
             )
-        met = strategy.known.setdefault(self.kind, Met())
+        met = strategy.met(self.called, self.kind)
         leaves = narrowed(self.leaves, self.dims, start, stop)
         samples = Samples(leaves, self.dims, self.randomness)
         with alone():

@@ -162,17 +162,13 @@ class Watch(TorchFunctionMode):
             self.remember(error, args, kwargs or {})
             raise
 
-    def pushed(
-        self, func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]
-    ) -> Any:
+    def pushed(self, func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
         """A call while tangents pass through."""
         if func not in MET:
             return func(*args, **kwargs)
         return self.by_rule(func, args, kwargs)
 
-    def by_rule(
-        self, func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]
-    ) -> Any:
+    def by_rule(self, func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
         """What is done instead of a call that was met."""
         if func not in DRAWING:
             self.met = True

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 
 from jacfunc._forecast import Swept
+from jacfunc._known import Recent
 from jacfunc.strategies import Forward, Looped, Reverse
 
 KINDS: dict[str, type[Swept]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
+
+MOST = 1000
+"""Winners that are kept in memory."""
 
 
 class Winners:
@@ -22,22 +26,24 @@ class Winners:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._found: dict[tuple[str, str], Swept] = {}
+        self._found: Recent[Swept] = Recent(MOST)
 
     def get(self, device: torch.device, key: str) -> Swept | None:
         """The strategy that won before."""
         where = _where(device)
-        if (where, key) not in self._found:
+        found = self._found.get((where, key))
+        if found is None:
             kept = self._read().get(where, {}).get(key)
             if kept is None:
                 return None
-            self._found[where, key] = KINDS[kept["strategy"]](**kept["options"])
-        return self._found[where, key]
+            found = KINDS[kept["strategy"]](**kept["options"])
+            self._found.put((where, key), found)
+        return found
 
     def put(self, device: torch.device, key: str, strategy: Swept, seconds: float) -> None:
         """Remember a strategy; a file keeps what others have written to it meanwhile."""
         where = _where(device)
-        self._found[where, key] = strategy
+        self._found.put((where, key), strategy)
         if self._path is None:
             return
         everything = self._read()

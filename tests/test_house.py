@@ -30,6 +30,7 @@ LAYERS = [
     {
         "_costs",
         "_plans",
+        "_budgets",
         "_winners",
         "_planner",
         "_autotune",

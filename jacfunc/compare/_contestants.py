@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from jacfunc._batching import one_sample
+from jacfunc._budgets import SHARE
 from jacfunc._chunks import largest
 from jacfunc._costs import Costs, is_forward
 from jacfunc._draws import Draws
@@ -18,7 +19,6 @@ from jacfunc._foretell import Foreteller
 from jacfunc._machine import free_bytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import counted_costs
-from jacfunc._plans import SHARE
 from jacfunc._resolve import Memory, resolve
 from jacfunc._sinks import Sink
 from jacfunc._trail import note

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from jacfunc._check import check_chunk_size
 from jacfunc._chunks import Chunk, Within, in_chunks, of_leaf
 from jacfunc._factored import Met, factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._functorch import is_outermost
+from jacfunc._known import Remembered
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks, Leaves
@@ -48,8 +50,10 @@ class Structured:
     """
 
     chunk_size: Chunk = None
-    known: dict[Hashable, Met] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What parameters meet, by kind of call."""
+    known: Remembered[Met] = field(
+        default_factory=Remembered, init=False, repr=False, compare=False
+    )
+    """What parameters meet, by what is called and the kind of call."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.chunk_size, Within):
@@ -72,13 +76,21 @@ class Structured:
         chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
         return operator.from_rows(chain.from_iterable(map(of_rows, range(len(outputs)))))
 
+    def met(self, called: Any, kind: Hashable) -> Met:
+        """What is known of its parameters, to be completed by whoever evaluates it."""
+        met = self.known.get(called, kind)
+        if met is None:
+            met = Met()
+            self.known.put(called, kind, met)
+        return met
+
     def factors(self, operator: JacobianOperator) -> Factors:
         """The operator evaluated, its Jacobian kept as factors."""
 
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
             return operator.func(*params)
 
-        met = self.known.setdefault(operator.signature(), Met())
+        met = self.met(operator.called, operator.signature())
         whole = Samples((), ())
         with alone():
             factors = operator.refusing(

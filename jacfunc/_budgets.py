@@ -1,0 +1,94 @@
+"""Plans that keep to the memory: in chunks, where one sweep might take too much."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jacfunc._chunks import Chunk, Within, evenly
+from jacfunc._costs import Costs
+from jacfunc._machine import free_bytes
+from jacfunc._plans import MODEST, Direction, Plan
+from jacfunc._words import in_bytes
+from jacfunc.strategies import Forward, Reverse
+
+SHARE = 0.5
+"""Of the free memory: the budget where none is given."""
+
+CROWDED, SPARE = 2**24, 2**23
+"""Bytes of all rows of all samples at one operation, from which on a heap does not keep what a
+sweep leaves; and those that it is given then.
+"""
+
+
+def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
+    """The plan in chunks that keep to the budget, where one sweep might not."""
+    strategy = plan.strategy
+    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, costs, memory):
+        return plan
+    budget = _budget(costs, memory)
+    if costs.most_bytes(strategy) <= budget:
+        return plan
+    kept = costs.kept if isinstance(strategy, Reverse) else costs.outputs
+    room = _room(budget, costs.result + kept, strict=memory is not None)
+    chunk = Within(room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None)
+    reason = f"{plan.reason}; chunks within {in_bytes(budget)}"
+    return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
+
+
+def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
+    """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
+    strategy, every = plan.strategy, one.times(batch)
+    if not isinstance(strategy, Direction) or not _is_scarce(strategy, every, memory):
+        return plan, None
+    budget = _budget(every, memory)
+    if every.most_bytes(strategy) <= budget:
+        return plan, None
+    room = _room(budget, every.result, strict=memory is not None)
+    plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
+    if one.most_bytes(strategy) <= room:
+        return plan, Within(room)
+    rows = replace(strategy, chunk_size=Within(max(room - one.result - one.kept, 1)))
+    return replace(plan, strategy=rows), 1
+
+
+def fewer_rows(every: Costs) -> Reverse:
+    """Reverse mode of all samples, a few rows at once where each sweep of all would get new memory.
+
+    Samples fill a vector without that; where the result is the larger part, it stays one write.
+    """
+    crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
+    if not has_heap or crowd <= max(CROWDED, every.result):
+        return Reverse()
+    return Reverse(evenly(every.rows, every.widest, SPARE))
+
+
+def spared(plan: Plan, every: Costs) -> Plan:
+    """The plan with fewer rows at once, where it is reverse mode of all and that is too much."""
+    fewer = fewer_rows(every)
+    if plan.strategy != Reverse() or fewer == Reverse():
+        return plan
+    reason = f"{plan.reason}; {fewer.chunk_size} at once, whose memory is kept for the next"
+    return replace(plan, strategy=fewer, reason=reason)
+
+
+def is_bounded(plan: Plan) -> bool:
+    """Does its chunk follow a budget, which is this call's alone?"""
+    return isinstance(getattr(plan.strategy, "chunk_size", None), Within)
+
+
+def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
+    return memory is not None or costs.most_bytes(strategy) > MODEST
+
+
+def _budget(costs: Costs, memory: int | None) -> int:
+    return memory if memory is not None else int(SHARE * free_bytes(costs.speeds.device))
+
+
+def _room(budget: int, taken: int, strict: bool) -> int:
+    """What is left for the sweeps."""
+    if strict and taken >= budget:
+        raise ValueError(
+            f"memory: it must hold the Jacobian and what is kept for it, {in_bytes(taken)}, "
+            f"got {in_bytes(budget)}. Give more, or use products (jvp, vjp) instead."
+        )
+    return max(budget - taken, 1)
