@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._functorch import TransformType
-from torch._functorch import pyfunctorch
+from torch._functorch import eager_transforms, pyfunctorch
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
@@ -263,7 +263,7 @@ def is_pushing() -> bool:
         return False
     if torch.compiler.is_compiling() or TransformType.Jvp in _keys():
         return True
-    return holds_alone(lambda: forward_ad._current_level >= 0)
+    return holds_alone(lambda: forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING)
 
 
 def _tracked_below(tensor: Tensor) -> bool:

@@ -28,12 +28,14 @@ def alone() -> AbstractContextManager[Any]:
         return nullcontext()
     if not _C._is_key_in_tls(_THREAD):
         _C._stash_obj_in_tls(_THREAD, get_ident())
-    return nullcontext() if _is_held_for_us() else _LOCK
+    elif _is_held_for_us():
+        return nullcontext()
+    return _LOCK
 
 
 def holds_alone(question: Callable[[], bool]) -> bool:
     """Is it so, asked while no other thread can change it? Not if another thread is in there."""
-    if _is_held_for_us():
+    if _C._is_key_in_tls(_THREAD) and _is_held_for_us():
         return question()
     if not _LOCK.acquire(blocking=False):
         return False
@@ -50,8 +52,6 @@ def _is_held_for_us() -> bool:
     keeps for the thread that called it, the name of that thread among it. To wait for a lock that
     it has would be to wait for ever.
     """
-    if not _C._is_key_in_tls(_THREAD):
-        return False
-    caller = _C._get_obj_in_tls(_THREAD)
+    caller: int = _C._get_obj_in_tls(_THREAD)
     # a lock tells in nothing but its repr which thread has it
-    return bool(caller != get_ident()) and f"owner={caller} " in repr(_LOCK)
+    return caller != get_ident() and f"owner={caller} " in repr(_LOCK)
