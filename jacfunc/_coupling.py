@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jacfunc._check import is_out_of_memory
 from jacfunc._compared import Evaluated, Half, Quantity, Subject, at, halves
+from jacfunc._compiled import uncompiled
 from jacfunc._draws import Draws
-from jacfunc._functorch import uncompiled
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 

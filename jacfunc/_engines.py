@@ -24,6 +24,7 @@ from jacfunc._functorch import (
     is_outermost,
     is_pushing,
     lacks_forward_rule,
+    newer_transforms,
     num_vmap_levels,
     off_graph,
     recording,
@@ -161,6 +162,8 @@ def _may_catch(function: Any) -> bool:
 def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:
     found = {"differentiated": True, "batchable": True, "differentiable": True}
     ends: list[tuple[Leaves, Leaves]] = []  # of torch's graph, as this level of it sees them
+    nodes: set[Any] = set()
+    depth = len(newer_transforms(0))
 
     def watched(*inner: Tensor) -> tuple[Leaves, Leaves]:
         copies = [primal.clone() for primal in inner]
@@ -172,6 +175,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         graph = Graph.of(outputs, starts)
         check_nodes(graph.nodes, found["differentiated"])
+        nodes.update(graph.nodes)
         names = graph.names
         found["batchable"] = can_be_batched(names, found["differentiated"])
         found["differentiable"] = must_be_differentiable(names, in_functorch=True)
@@ -203,11 +207,20 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
     def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
         grad_mode = torch.is_grad_enabled()
         forced = found["differentiable"] and not inside_derivative()
+        differentiated = found["differentiated"]
+        if (
+            grad_mode
+            and not differentiated
+            and any(seed.requires_grad or is_differentiated(seed) for seed in cotangents)
+        ):
+            check_nodes(nodes, True)
+            differentiated = True
         # without an outer derivative torch may take its faster, fused backward formulas
-        with torch.set_grad_enabled((grad_mode and found["differentiated"]) or forced):
+        with torch.set_grad_enabled((grad_mode and differentiated) or forced):
             products = through(cotangents, onto, of)
         if grad_mode or not forced:
             return products
         return tuple(product.detach() for product in products)
 
-    return Linearization(outputs, extras, sweep, found["batchable"])
+    names = {node.__name__ for node in nodes}
+    return Linearization(outputs, extras, sweep, found["batchable"], names, depth)

@@ -7,6 +7,7 @@ which is right, or refuse. Each entry is pinned by a test in ``tests/test_faults
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from jacfunc._check import Refused
@@ -81,6 +82,16 @@ def can_be_batched(nodes: set[str], differentiated: bool) -> bool:
     if nodes & NEVER_BATCHED:
         return False
     return not (differentiated and nodes & NOT_BATCHED_IF_DIFFERENTIATED)
+
+
+def can_be_pushed(nodes: Set[str]) -> bool:
+    """Is forward mode through a pullback right, at whatever order and under whatever vmap?
+
+    Forward formulas take saved statistics and LU factors for constants.
+    """
+    if nodes & NOT_BATCHED_IF_DIFFERENTIATED:
+        return False
+    return not any(name.startswith("Linalg") for name in nodes)
 
 
 def must_be_differentiable(nodes: set[str], in_functorch: bool) -> bool:

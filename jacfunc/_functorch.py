@@ -6,7 +6,6 @@ cost as much as the whole Jacobian of a small function.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -46,24 +45,6 @@ def outside_transforms() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Whatever torch.compile would compile runs as it is: under a dispatch mode it breaks.
-
-    A compiler that is not loaded yet, which takes a second, is not loaded for this.
-    """
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        return
-    try:
-        yield
-    except BaseException:
-        if "torch._dynamo" in sys.modules:  # loaded inside: nobody else's code is forgotten
-            torch.compiler.reset()
-        raise
-
-
 def recording() -> AbstractContextManager[Any]:
     """Autograd on, whatever the caller's mode."""
     if torch.is_inference_mode_enabled():
@@ -86,6 +67,11 @@ def memory_of(tensor: Tensor) -> int:
 def levels() -> tuple[object, ...]:
     """What is active outside, for telling one situation from another."""
     return (*_keys(), is_pushing())
+
+
+def newer_transforms(number: int) -> list[str]:
+    """Kinds of the active ones but for so many that are outermost: Vmap, Grad, Jvp and others."""
+    return [key.name for key in _keys()[number:]]
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -9,9 +9,13 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from jacfunc._check import check_like
+from jacfunc._check import Refused, check_like
+from jacfunc._functorch import is_pushing
+from jacfunc._linear import LinearMap, is_followed
+from jacfunc._linearization import one_by_one
 from jacfunc._output_curvature import OutputCurvature
 from jacfunc._points import Outputs, Point
+from jacfunc._types import Leaves
 from jacfunc._whole_batch import Whole
 from jacfunc.layers import Part, rows
 from jacfunc.layers._squares import Sums, squared, written
@@ -24,7 +28,7 @@ class GaussNewton:
     ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
     of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. What
     was evaluated is kept for the next question, so drop the object to free it. Results are
-    detached.
+    detached from the parameters; a product is differentiable by its vector, in reverse mode.
 
     Args:
         point: the module, its parameters and a batch.
@@ -64,8 +68,8 @@ class GaussNewton:
 
         Raises:
             TypeError, ValueError: names, shapes or dtypes that are not those of the parameters.
-            NotImplementedError: what torch refuses; a backward pass that is not the transpose of
-                what a tangent takes, by hooks or by a rule of its own.
+            NotImplementedError: what torch refuses, and inside forward mode; a backward pass that
+                is not the transpose of what a tangent takes, by hooks or by a rule of its own.
 
         Cost:
             At first one evaluation of the batch, one with a tangent and two pullbacks, one of them
@@ -89,9 +93,14 @@ class GaussNewton:
             )
         tangents = tuple(vector[name] for name in params)
         check_like(api, "vector", tangents, tuple(params.values()))
-        whole = self._whole
-        found = whole.pulled(self._of_whole.times(whole.pushed(tangents)))
-        return dict(zip(params, found, strict=True))
+        if is_pushing():
+            raise Refused(
+                f"{api}: products must be differentiated in reverse mode, got one inside forward "
+                "mode. The matrix is symmetric and constant: its product with a tangent is the "
+                "derivative."
+            )
+        product = self._as_map() if is_followed(tangents) else self._times
+        return dict(zip(params, product(tangents), strict=True))
 
     __matmul__ = product
 
@@ -197,6 +206,14 @@ class GaussNewton:
                 flat = torch.cat([block.reshape(lead.numel(), -1) for block in every], 1)
                 total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
         return total
+
+    def _times(self, tangents: Leaves) -> Leaves:
+        whole = self._whole
+        return whole.pulled(self._of_whole.times(whole.pushed(tangents)))
+
+    def _as_map(self) -> LinearMap:
+        """For whoever differentiates by the vector; the matrix is symmetric."""
+        return LinearMap(self._times, partial(one_by_one, self._times), self._as_map)
 
     def _parts(self) -> Iterator[tuple[torch.Size, dict[str, list[Part]]]]:
         """Of the columns of ``Jᵀ S``, some samples at a time: ``[b, R]``, and parts by name."""

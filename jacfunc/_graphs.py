@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from jacfunc._check import Refused
 from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
-from jacfunc._functorch import below_transforms, is_derived_again, is_tracked, run_backward
-from jacfunc._linearization import Linearization
+from jacfunc._functorch import (
+    below_transforms,
+    is_derived_again,
+    is_tracked,
+    outside_transforms,
+    recording,
+    run_backward,
+)
+from jacfunc._linearization import EVERY, Linearization
 from jacfunc._types import Leaves
 
 
@@ -125,6 +133,40 @@ def nodes_of_call(tensor: Tensor, ends: set[Any]) -> set[Any]:
     return found
 
 
+def _transposed(outputs: Leaves, sweep: Callable[[Leaves], Leaves]) -> Linearization:
+    """The map of tangents: the pullback of the pullback, which is linear in its cotangents.
+
+    Raises:
+        Refused: if a backward pass is no differentiable function of its cotangents.
+    """
+    with outside_transforms(), recording():
+        seeds = tuple(_noise(out).requires_grad_() for out in outputs)
+        products = sweep(seeds)
+        graph = Graph.of(products, set())
+        pushed = on_graph(products, (), list(map(Anchor.at, seeds)), graph, False)
+        _check_adjoint(seeds, products, pushed.pull(tuple(x.detach() for x in products)))
+    return pushed
+
+
+def _noise(like: Tensor) -> Tensor:
+    """The same every time, and nobody else's numbers."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    noise = torch.randn(like.shape, generator=generator, device=like.device)
+    return noise.to(like.dtype)
+
+
+def _check_adjoint(seeds: Leaves, products: Leaves, pushed: Leaves) -> None:
+    """``⟨u, J Jᵀ u⟩ = ⟨Jᵀ u, Jᵀ u⟩`` for the seeds u and the products ``Jᵀ u``."""
+    with torch.no_grad():
+        terms = [u.double() * v.double() for u, v in zip(seeds, pushed, strict=True)]
+        squares = sum(float(x.double().square().sum()) for x in products)
+    apart = abs(sum(float(x.sum()) for x in terms) - squares)
+    scale = max(squares, sum(float(x.abs().sum()) for x in terms))
+    rounding = max(torch.finfo(x.dtype).eps for x in (*seeds, *products))
+    if apart > rounding**0.5 * scale:
+        raise Refused("it detaches its cotangent, as a hook or an autograd.Function may do")
+
+
 def on_graph(
     outputs: Leaves,
     extras: Leaves,
@@ -134,18 +176,28 @@ def on_graph(
 ) -> Linearization:
     """A plain graph from the anchors to the outputs, as a map of cotangents."""
 
-    def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
+    def swept(cotangents: Leaves, onto: slice, of: slice, keeps: bool) -> Leaves:
         wanted_by, some = anchors[onto], outputs[of]
         live = [i for i, out in enumerate(some) if out.requires_grad] if anchors else []
         if not live:
             return tuple(anchor.zeros() for anchor in wanted_by)
         targets, chosen = tuple([some[i] for i in live]), tuple([cotangents[i] for i in live])
         edges = tuple(anchor.edge for anchor in wanted_by)
-        products = run_backward(targets, edges, chosen, differentiated or forced)
-        return tuple(
-            anchor.zeros() if product is None else product.detach() if forced else product
+        products = run_backward(targets, edges, chosen, keeps or forced)
+        every: Leaves = tuple(
+            anchor.zeros() if product is None else product
             for product, anchor in zip(products, wanted_by, strict=True)
         )
+        if keeps:
+            return every
+        return tuple([product.detach() if product.requires_grad else product for product in every])
+
+    def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
+        return swept(cotangents, onto, of, differentiated and torch.is_grad_enabled())
+
+    def transpose() -> Linearization:
+        check_nodes(graph.nodes, True)
+        return _transposed(outputs, partial(swept, onto=EVERY, of=EVERY, keeps=True))
 
     def released(leaves: Leaves) -> Leaves:
         return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
@@ -153,5 +205,6 @@ def on_graph(
     check_nodes(graph.nodes, differentiated)
     names = graph.names
     batchable = can_be_batched(names, differentiated)
-    forced = must_be_differentiable(names, in_functorch=False) and not differentiated
-    return Linearization(released(outputs), released(extras), sweep, batchable)
+    forced = must_be_differentiable(names, in_functorch=False)
+    found = released(outputs), released(extras)
+    return Linearization(*found, sweep, batchable, names, 0, differentiated, transpose)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from jacfunc._check import Refused, is_out_of_memory
-from jacfunc._functorch import inside_transform, sweep_batch
+from jacfunc._faults import can_be_pushed
+from jacfunc._functorch import inside_transform, newer_transforms, sweep_batch
+from jacfunc._linear import LinearMap, is_followed
+from jacfunc._mapped import below_vmap
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 
@@ -24,10 +28,59 @@ class Linearization:
     extras: Leaves
     sweep: Callable[[Leaves, slice, slice], Leaves]
     batchable: bool
+    names: Set[str] = frozenset()
+    """Of the autograd nodes."""
+    depth: int = 0
+    """How many transforms were active."""
+    differentiated: bool = True
+    """Is the graph of a sweep kept where grad mode is on?"""
+    transpose: Callable[[], Linearization] | None = None
+    """Makes the map of tangents, if sweeps are of a plain graph."""
+    _transposed: Linearization | None = None
 
     def pull(self, cotangents: Leaves, onto: slice = EVERY, of: slice = EVERY) -> Leaves:
-        """One cotangent: ``[*out]`` → ``[*in]``, onto some of the primals, of some outputs."""
+        """One cotangent: ``[*out]`` → ``[*in]``, onto some of the primals, of some outputs.
+
+        It may be one that a transform, or plain autograd, differentiates by.
+        """
+        if self.transpose is not None:
+            if not is_followed(cotangents):
+                return self.sweep(cotangents, onto, of)
+            if not (self.differentiated and torch.is_grad_enabled()):
+                return self._as_map()(self._of_all(cotangents, of))[onto]
+        newer = newer_transforms(self.depth)
+        if "Jvp" in newer and not can_be_pushed(self.names):
+            raise Refused(
+                "torch's forward mode through its backward pass is wrong; use reverse mode"
+            )
+        if "Vmap" in newer and not self.batchable:
+            return below_vmap(partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents)
         return self.sweep(batched_like(cotangents, self.outputs[of]), onto, of)
+
+    def _of_all(self, cotangents: Leaves, of: slice) -> Leaves:
+        """Cotangents of some outputs as cotangents of all, zero for the others."""
+        every = [torch.zeros_like(out) for out in self.outputs]
+        every[of] = cotangents
+        return tuple(every)
+
+    def _as_map(self) -> LinearMap:
+        """For whoever differentiates by cotangents alone; nothing else is known to its graph."""
+        sweep = self.sweep
+        return LinearMap(lambda u: sweep(u, EVERY, EVERY), self.pull_batch, self._map_of_tangents)
+
+    def _map_of_tangents(self) -> LinearMap:
+        if self._transposed is None:
+            assert self.transpose is not None
+            try:
+                self._transposed = self.transpose()
+            except RuntimeError as error:
+                raise Refused(
+                    "vjp: the pullback must be a differentiable function of its cotangent, got a "
+                    f"backward pass that is none: {str(error).rstrip('.')}. Use forward mode, or "
+                    "write func in other operations."
+                ) from error
+        sweep, sweep_batch = self._transposed.sweep, self._transposed.pull_batch
+        return LinearMap(lambda v: sweep(v, EVERY, EVERY), sweep_batch, self._as_map)
 
     def pull_batch(self, cotangents: Leaves, onto: slice = EVERY, of: slice = EVERY) -> Leaves:
         """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right.

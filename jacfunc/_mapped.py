@@ -11,7 +11,9 @@ from torch import Tensor
 from torch._C import _functorch, _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
+from jacfunc._check import Refused
 from jacfunc._functorch import below_transforms
+from jacfunc._types import Leaves
 
 Level: TypeAlias = tuple[_functorch.TransformType, int] | None
 """A transform that is active; None where there is none."""
@@ -62,6 +64,27 @@ def at_once(
         # a write into a view would go by where it came out, which it is differentiated by
         out = out.clone() if out._is_view() else out
     return _functorch._add_batch_dim(out, 0, level[1])
+
+
+def below_vmap(func: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
+    """A function of the leaves ``[B, *shape]`` of all samples, from inside the vmap over them.
+
+    Raises:
+        Refused: where vmap is not the innermost transform, or some leaf does not see it.
+    """
+    level = innermost()
+    dims = [mapped(leaf, level)[1] for leaf in leaves]
+    if level is None or all(dim is None for dim in dims):
+        raise Refused("torch's backward pass of it is wrong inside vmap")
+    size = next(
+        _functorch.get_unwrapped(leaf).shape[dim]
+        for leaf, dim in zip(leaves, dims, strict=True)
+        if dim is not None
+    )
+    every = tuple(of_samples(leaf, size, level) for leaf in leaves)
+    with temporarily_pop_interpreter_stack():
+        found = func(every)
+    return tuple(_functorch._add_batch_dim(x, 0, level[1]) for x in found)
 
 
 def _is_mapped(value: Any, level: Level) -> bool:

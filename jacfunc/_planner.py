@@ -14,10 +14,11 @@ from torch import nn
 
 from jacfunc._budgets import bounded, bounded_samples, is_bounded, spared
 from jacfunc._chunks import Chunk, Within
+from jacfunc._compiled import uncompiled
 from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
-from jacfunc._functorch import is_pushing, uncompiled
+from jacfunc._functorch import is_pushing
 from jacfunc._known import MOST_KINDS, Recent, Remembered
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator

@@ -88,11 +88,12 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
     """
     call = FlatCall("vjp", func, tuple(range(len(primals))), has_aux, primals, {})
     operator = JacobianOperator(call, call.primals)
-    value, aux = call.value(*operator.image())
+    value, aux = call.value(*in_words_of("vjp", operator.image))
 
     def pullback(cotangents: Tree) -> Tree:
         given, _ = flatten(cotangents)
         check_like("vjp", "cotangents", given, operator.outputs)
-        return call.input_tree(operator.pullback(tuple(given)))
+        products = in_words_of("vjp", lambda: operator.pullback(tuple(given)))
+        return call.input_tree(products)
 
     return (value, pullback, aux) if has_aux else (value, pullback)

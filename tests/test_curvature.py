@@ -703,7 +703,11 @@ def test_products_where_forward_mode_has_no_rule() -> None:
     found = jacfunc.ggn(model, case.loss)(inputs, targets)
     for _ in range(2):
         vector = dict(model.named_parameters())  # which require gradients
-        assert_close(flat(found @ vector), true.matrix @ flat(vector).detach())
+        product = flat(found @ vector)
+        assert_close(product.detach(), true.matrix @ flat(vector).detach())
+        gradients = torch.autograd.grad(product.square().sum(), tuple(vector.values()))
+        twice = true.matrix @ true.matrix @ flat(vector).detach()
+        assert_close(torch.cat([g.flatten() for g in gradients]), 2 * twice)
 
 
 def test_products_where_graphs_are_not_differentiated_again(

@@ -22,9 +22,9 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = [
     {"_types", "_check", "_words", "_trail", "_known", "_lock"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
-    | {"_counting", "_mapped", "_into", "_pages"}
+    | {"_counting", "_mapped", "_into", "_pages", "_compiled"}
     | {"_attention", "_draws", "_sinks", "_constants", "_agreement"},
-    {"_work", "_replacing", "_engines", "_linearization", "_operators", "_fingerprint"}
+    {"_work", "_replacing", "_engines", "_linear", "_linearization", "_operators", "_fingerprint"}
     | {"_graphs", "layers", "_factors", "_factored"},
     {"_flat", "strategies", "_machine"},
     {

@@ -1,0 +1,87 @@
+"""Linear maps that torch differentiates by their seeds, in every mode and at every nesting.
+
+The derivative of a linear map is the map itself for tangents, and its transpose for cotangents:
+no graph of how it is computed is needed, nor one that leads to anything but the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._functorch import inside_transform
+from jacfunc._types import Leaves
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LinearMap:
+    """From seeds to products.
+
+    Args:
+        one: takes one seed, ``[*shape]``.
+        many: takes K seeds at once, ``[K, *shape]``.
+        transpose: makes the transposed map, when it is needed.
+    """
+
+    one: Callable[[Leaves], Leaves]
+    many: Callable[[Leaves], Leaves]
+    transpose: Callable[[], LinearMap]
+
+    def __call__(self, seeds: Leaves) -> Leaves:
+        """The products, as a differentiable function of the seeds alone."""
+        # watches of ours would take it for a function of the user's
+        with torch._C.DisableTorchFunction():
+            products: Leaves = _Product.apply(self, 0, *seeds)
+        return products
+
+    def swept(self, seeds: Leaves, depth: int) -> Leaves:
+        """Seeds with so many dimensions of batches in front."""
+        if depth == 0:
+            return self.one(seeds)
+        lead = seeds[0].shape[:depth]
+        products = self.many(tuple(seed.flatten(0, depth - 1) for seed in seeds))
+        return tuple(product.unflatten(0, lead) for product in products)
+
+
+def is_followed(seeds: Leaves) -> bool:
+    """Could a transform, or plain autograd, follow what becomes of the seeds?"""
+    if inside_transform():
+        return True
+    return torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
+
+
+class _Product(torch.autograd.Function):
+    """A linear map at seeds that have batches in front."""
+
+    @staticmethod
+    def forward(linear: LinearMap, depth: int, *seeds: Tensor) -> Leaves:
+        return linear.swept(seeds, depth)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:
+        ctx.linear, ctx.depth = inputs[:2]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        return None, None, *_Product.apply(ctx.linear.transpose(), ctx.depth, *cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, _linear: None, _depth: None, *tangents: Tensor) -> Leaves:
+        products: Leaves = _Product.apply(ctx.linear, ctx.depth, *tangents)
+        return products
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], linear: LinearMap, depth: int, *seeds: Tensor
+    ) -> tuple[Leaves, tuple[int, ...]]:
+        pairs = zip(seeds, in_dims[2:], strict=True)
+        every = [
+            seed.expand(info.batch_size, *seed.shape) if dim is None else seed.movedim(dim, 0)
+            for seed, dim in pairs
+        ]
+        products: Leaves = _Product.apply(linear, depth + 1, *every)
+        return products, (0,) * len(products)
