@@ -185,25 +185,6 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
     outputs, vjp, extras = linearized
 
-    def through(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
-        if not ends:  # compilers know torch's own pullback alone, of all outputs
-            every = [torch.zeros_like(out) for out in outputs]
-            every[of] = cotangents
-            pulled: Leaves = vjp(tuple(every))
-            return pulled[onto]
-        inner, outer = ends[0]
-        pairs = zip(outer[of], cotangents, strict=True)
-        live = [(out, seed) for out, seed in pairs if out.requires_grad]
-        wanted_by = primals[onto]
-        if not live:
-            return tuple(map(torch.zeros_like, wanted_by))
-        targets, seeds = zip(*live, strict=True)
-        products = run_backward(targets, inner[onto], seeds, torch.is_grad_enabled())
-        return tuple(
-            torch.zeros_like(primal) if product is None else product
-            for product, primal in zip(products, wanted_by, strict=True)
-        )
-
     def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
         grad_mode = torch.is_grad_enabled()
         forced = found["differentiable"] and not inside_derivative()
@@ -217,10 +198,34 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
             differentiated = True
         # without an outer derivative torch may take its faster, fused backward formulas
         with torch.set_grad_enabled((grad_mode and differentiated) or forced):
-            products = through(cotangents, onto, of)
+            if ends:
+                products = _pulled_inside(*ends[0], primals, cotangents, onto, of)
+            else:  # compilers know torch's own pullback alone, of all outputs
+                every = list(map(torch.zeros_like, outputs))
+                every[of] = cotangents
+                products = vjp(tuple(every))[onto]
         if grad_mode or not forced:
             return products
         return tuple(product.detach() for product in products)
 
     names = {node.__name__ for node in nodes}
     return Linearization(outputs, extras, sweep, found["batchable"], names, depth)
+
+
+def _pulled_inside(
+    inner: Leaves, outer: Leaves, primals: Leaves, cotangents: Leaves, onto: slice, of: slice
+) -> Leaves:
+    """Cotangents of some outputs, pulled back through these alone, as torch pulls all of them.
+
+    ``inner`` and ``outer`` are the primals and the outputs as a level of functorch sees them.
+    """
+    pairs = zip(outer[of], cotangents, strict=True)
+    live = [(out, seed) for out, seed in pairs if out.requires_grad]
+    if not live:
+        return tuple(map(torch.zeros_like, primals[onto]))
+    targets, seeds = zip(*live, strict=True)
+    products = run_backward(targets, inner[onto], seeds, torch.is_grad_enabled())
+    return tuple(
+        torch.zeros_like(primal) if product is None else product
+        for product, primal in zip(products, primals[onto], strict=True)
+    )

@@ -25,7 +25,7 @@ from jacfunc._functorch import (
     is_tracked,
 )
 from jacfunc._norms import NORMS
-from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch
+from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch, lookup
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,10 @@ def _with_options(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Arou
 def _with_gradient_convention(
     kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around
 ) -> bool:
-    given = dict(zip(_EMBEDDING_ARGUMENTS, args, strict=False)) | dict(kwargs)
-    padding = given.get("padding_idx")
-    if padding is not None and _occurs(padding, given["input"], len(given["weight"])):
-        return True
-    return bool(given.get("scale_grad_by_freq"))
-
-
-def _occurs(padding: int, indices: torch.Tensor, size: int) -> bool:
-    return bool((below_transforms(indices) == padding % size).any())
+    found = lookup(args, kwargs)
+    if found is None:
+        return False
+    return found.by_frequency or bool(below_transforms(found.is_padding).any())
 
 
 def _under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
@@ -84,10 +79,6 @@ def _at_second_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: A
     return is_second_order_forward(tensors, around.keeps_graph)
 
 
-_EMBEDDING_ARGUMENTS = (
-    *("input", "weight", "padding_idx"),
-    *("max_norm", "norm_type", "scale_grad_by_freq"),
-)
 _LU_SOLVES = frozenset(
     f"{prefix}{name}"
     for prefix in ("", "linalg_")

@@ -54,7 +54,9 @@ class Linearization:
                 "torch's forward mode through its backward pass is wrong; use reverse mode"
             )
         if "Vmap" in newer and not self.batchable:
-            return below_vmap(partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents)
+            return below_vmap(
+                partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents
+            )
         return self.sweep(batched_like(cotangents, self.outputs[of]), onto, of)
 
     def _of_all(self, cotangents: Leaves, of: slice) -> Leaves:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import isnan
 from typing import Any, TypeAlias
 
@@ -89,6 +89,14 @@ def below_vmap(func: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
 
 def _is_mapped(value: Any, level: Level) -> bool:
     return isinstance(value, Tensor) and mapped(value, level)[1] is not None
+
+
+def every_level(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as each level outside sees it, the innermost first."""
+    yield tensor
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+        yield tensor
 
 
 def holds_nan(tensor: Tensor) -> bool:

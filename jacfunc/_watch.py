@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused, is_differentiable, is_tensor
@@ -69,6 +70,62 @@ def sinc(x: Tensor) -> Tensor:
     return torch.where(is_near, series, far.sin() / far)
 
 
+class Lookup(NamedTuple):
+    """A lookup in a table whose gradient is not that of any lookup."""
+
+    table: Tensor
+    indices: Tensor
+    padding: int | None
+    """Its row gets no gradient."""
+    by_frequency: bool
+    """Is a row's gradient divided by how often it is looked up?"""
+    named: dict[str, Any]
+    """All arguments but the padding, by name."""
+
+    @property
+    def is_padding(self) -> Tensor:
+        """Which entries of the index look the padding up."""
+        assert self.padding is not None
+        return self.indices == self.padding % self.table.shape[0]
+
+
+def lookup(args: _Args, kwargs: Mapping[str, Any]) -> Lookup | None:
+    """From the arguments of torch.nn.functional.embedding, or of torch.embedding below it."""
+    is_below = "indices" in kwargs or is_differentiable(args[0] if args else None)
+    named = dict(zip(_BELOW if is_below else _ABOVE, args, strict=False)) | dict(kwargs)
+    padding = named.pop("padding_idx", None)
+    if is_below and padding is not None and padding < 0:  # there it means that there is none
+        padding = None
+    by_frequency = bool(named.get("scale_grad_by_freq"))
+    if padding is None and not by_frequency:
+        return None
+    indices = named["indices" if is_below else "input"]
+    return Lookup(named["weight"], indices, padding, by_frequency, named)
+
+
+def _embedding(func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
+    """Under vmap by what vmap is right in: its own rule puts all lookups into one.
+
+    Then one row of all samples' tables is the padding, and rows are counted over all samples.
+    """
+    found = lookup(args, kwargs)
+    if found is None or not (is_batched(found.indices) and _is_tracked_now(found.table)):
+        return func(*args, **kwargs)
+    if not is_batched(found.table):
+        if found.by_frequency:
+            raise Refused("under vmap torch counts how often all samples look a row up")
+        return func(*args, **kwargs)
+    rows = func(**found.named)
+    if found.padding is None:
+        return rows
+    return torch.where(found.is_padding.unsqueeze(-1), rows.detach(), rows)
+
+
+_ABOVE = (
+    *("input", "weight", "padding_idx"),
+    *("max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+)
+_BELOW = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
 _TERMS = 11
 """Of the series, the last below the rounding of float64 in the second derivative, too."""
 
@@ -108,11 +165,13 @@ CONSTANT_TO_TORCH = (
     *("hermite_polynomial_h", "hermite_polynomial_he"),
     *("laguerre_polynomial_l", "legendre_polynomial_p"),
 )
+LOOKUPS = frozenset({F.embedding, *_forms("embedding")})
 ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
 RULES: dict[Callable[..., Any], _Rule] = {
     **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in _forms(f"special_{name}")},
     **dict.fromkeys((*_forms("sinc"), Tensor.sinc_), _sinc),
     **dict.fromkeys(DRAWING, _draw),
+    **dict.fromkeys(LOOKUPS, _embedding),
     ASKING: _requires_grad,
 }
 """What is done instead of a call."""
@@ -170,10 +229,10 @@ class Watch(TorchFunctionMode):
 
     def by_rule(self, func: Callable[..., Any], args: _Args, kwargs: Mapping[str, Any]) -> Any:
         """What is done instead of a call that was met."""
-        if func not in DRAWING:
-            self.met = True
-        elif may_draw(func, args, kwargs):
-            self.drew = True
+        if func in DRAWING:
+            self.drew |= may_draw(func, args, kwargs)
+        else:
+            self.met |= func not in LOOKUPS or lookup(args, kwargs) is not None
         if func in RULES:
             return RULES[func](func, args, kwargs)
         if torch.compiler.is_compiling():
