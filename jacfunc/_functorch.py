@@ -54,7 +54,19 @@ def recording() -> AbstractContextManager[Any]:
 
 def lacks_forward_rule(error: Exception) -> bool:
     """Is it torch's own error for an operation without a forward rule?"""
-    return any(words in str(error) for words in ("forward AD", "forward-mode AD", "jvp"))
+    return any(words in str(error) for words in _NO_FORWARD_RULE)
+
+
+_NO_FORWARD_RULE = (
+    "Trying to use forward AD with",
+    "You must implement the jvp function",
+    "jvp is not implemented for the c++ API",
+)
+
+
+def writes_outside(error: Exception) -> bool:
+    """Is it torch's own error for a write into a tensor that a derivative has not wrapped?"""
+    return "would mutate a captured Tensor" in str(error)
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -138,6 +150,12 @@ def constant(tensor: Tensor) -> Tensor:
 def num_vmap_levels() -> int:
     """How many vmaps are active."""
     return sum(key == TransformType.Vmap for key in _keys())
+
+
+def num_forward_levels() -> int:
+    """How many pushforwards are active, functorch's or plain."""
+    plain = forward_ad._current_level + 1
+    return max(plain, sum(key == TransformType.Jvp for key in _keys()))
 
 
 def inside_derivative() -> bool:

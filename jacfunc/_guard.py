@@ -23,6 +23,7 @@ from jacfunc._functorch import (
     is_derived_twice,
     is_second_order_forward,
     is_tracked,
+    num_forward_levels,
 )
 from jacfunc._norms import NORMS
 from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch, lookup
@@ -79,12 +80,16 @@ def _at_second_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: A
     return is_second_order_forward(tensors, around.keeps_graph)
 
 
+def _inside_forward(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+    return num_forward_levels() > 1
+
+
 _LU_SOLVES = frozenset(
     f"{prefix}{name}"
     for prefix in ("", "linalg_")
     for name in ("det", "slogdet", "logdet", "solve", "solve_ex", "tensorsolve")
 )
-_WATCHERS = frozenset({"jacfunc._faults", __name__})
+_WATCHERS = frozenset({Watch.__module__, __name__})
 _DETERMINANTS = frozenset({"det", "linalg_det"})
 _KEEPS_STATISTICS = frozenset(
     {
@@ -96,7 +101,6 @@ _KEEPS_STATISTICS = frozenset(
         "native_batch_norm_legit_functional",
         "batch_norm_with_update",
         "instance_norm",
-        "custom_function_call",  # an autograd.Function with a jvp of its own
     }
 )
 
@@ -137,6 +141,11 @@ FORWARD_FAULTS = (
         _at_second_order,
         "its forward derivative keeps saved factors or statistics constant, "
         "so derivatives of it are wrong",
+    ),
+    ForwardFault(
+        frozenset({"custom_function_call"}),
+        _inside_forward,
+        "inside another forward derivative torch takes what its jvp has saved for constants",
     ),
 )
 
