@@ -15,6 +15,10 @@ class Refused(NotImplementedError):  # noqa: N818 (a refusal is no error while a
     """Torch could not, or must not, carry out a sweep: another strategy may."""
 
 
+class Stale(ValueError):  # noqa: N818 (what it is about, no kind of error)
+    """The function does not compute what is asked of it: no other way is tried."""
+
+
 RANDOM = (
     "it is random, under randomness='error'. Pass randomness='same', to draw the same numbers for "
     "all, or 'different', to draw others for each"
@@ -34,7 +38,7 @@ def check_fallback(error: Exception) -> None:
     Raises:
         Exception: the error itself, in clearer words where it is about random functions.
     """
-    if isinstance(error, Refused) or is_out_of_memory(error):
+    if isinstance(error, Refused | Stale) or is_out_of_memory(error):
         raise error
     if "randomness" in str(error):
         raise Refused(RANDOM) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,61 +15,83 @@ from jacfunc._known import Remembered
 
 MOST = 2**26
 """Bytes of constants that are copied; of more, a write is seen too late, and told."""
+KEPT = 2**16
+"""Bytes of parameters of which each call keeps a copy to compare them with afterwards."""
+SEEN = 16
+"""Numbers of each larger one that are compared."""
 
 
 class Constants:
     """What a module does with them, as far as it has been seen.
 
-    To copy them all for each call would take the memory of the module once more, and a tenth of
-    a small one's time. So they are copied until an evaluation has left a copy as it was, and again
-    when their values have changed.
+    To copy them all for each evaluation would take the memory of the module once more, and a
+    tenth of a small one's time. So they are copied until an evaluation has left a copy as it was,
+    and again when their values have changed.
     """
 
     def __init__(self) -> None:
-        self._only_read: dict[int, Hashable] = {}
-        """In which mode and version, by identity."""
-        self._lent: dict[int, Tensor] = {}
+        self._only_read: dict[str, Hashable] = {}
+        """In which mode and version, by name."""
+        self._aliases: dict[int, Tensor] = {}
 
     @contextmanager
-    def lent(self, params: Mapping[str, Tensor], mode: bool) -> Iterator[dict[int, Tensor]]:
-        """By identity, what the module gets for each; inside, an evaluation gets what is lent.
+    def guarded(
+        self, api: str, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Around evaluations: what was written into is put back where it can be, and told.
 
         Raises:
-            RuntimeError: if the module wrote into one that is not a copy.
+            RuntimeError: if the module wrote into one that was no copy.
         """
-        outer, is_evaluation = self._lent, bool(self._lent)
-        copied = self._copied(params, mode)
-        lent = {id(p): p.detach().clone() for p in copied}
-        addresses = {key: below_transforms(copy).data_ptr() for key, copy in lent.items()}
-        read = {name: p for name, p in params.items() if id(p) not in lent}
-        versions = {} if is_evaluation else {name: _version(p) for name, p in read.items()}
+        if torch.compiler.is_compiling():
+            yield
+            return
         # detached inside a transform they would be wrapped, and so would all that comes of them
-        lent |= {id(p): outer[id(p)] if id(p) in outer else p.detach() for p in read.values()}
-        self._lent = lent
+        outer, self._aliases = self._aliases, {id(p): p.detach() for p in constants.values()}
+        before = _Before.of(params, constants, self._aliases)
         try:
-            yield lent
+            yield
+        except BaseException:
+            before.put_back()
+            raise
         finally:
-            self._lent = outer
-        for name, version in versions.items():
-            _check_unwritten(name, version, read[name])
-        if is_evaluation and copied:
-            with outside_transforms():
-                for p in copied:
-                    now = below_transforms(lent[id(p)])
-                    if now.data_ptr() == addresses[id(p)] and torch.equal(now, p):
-                        self._only_read[id(p)] = mode, _version(p)
+            self._aliases = outer
+        for name, is_back in before.put_back().items():
+            self._only_read.pop(name, None)
+            raise RuntimeError(
+                f"{api}: a parameter must be read alone, or written into from the first call on, "
+                f"got a write into {name!r}, which "
+                f"{'was undone' if is_back else 'has changed it'}. "
+                "Keep in a buffer what the module changes itself."
+            )
 
-    def _copied(self, params: Mapping[str, Tensor], mode: bool) -> list[Tensor]:
+    @contextmanager
+    def lent(self, params: Mapping[str, Tensor], mode: bool) -> Iterator[dict[str, Tensor]]:
+        """By name, what one evaluation gets for each."""
+        copied = self._copied(params, mode)
+        lent = {name: p.detach().clone() for name, p in copied.items()}
+        addresses = {name: below_transforms(copy).data_ptr() for name, copy in lent.items()}
+        lent |= {
+            name: self._aliases[id(p)] if id(p) in self._aliases else p.detach()
+            for name, p in params.items()
+            if name not in copied
+        }
+        yield lent
+        if copied:
+            with outside_transforms():
+                for name, p in copied.items():
+                    now = below_transforms(lent[name])
+                    if now.data_ptr() == addresses[name] and torch.equal(now, p):
+                        self._only_read[name] = mode, id(p), _version(p)
+
+    def _copied(self, params: Mapping[str, Tensor], mode: bool) -> dict[str, Tensor]:
         """None where nothing could tell whether it was written into."""
         if torch.compiler.is_compiling():
-            return []
-        unseen = [p for p in params.values() if self._only_read.get(id(p)) != (mode, _version(p))]
-        plain: list[Tensor] = [
-            p
-            for p in unseen
-            if type(p) is nn.Parameter and below_transforms(p) is p and not p.is_meta
-        ]
-        return plain if sum(p.nbytes for p in plain) <= MOST else []
+            return {}
+        known = self._only_read
+        unseen = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
+        plain = {name: p for name, p in unseen.items() if _is_plain(p) and not p.is_meta}
+        return plain if sum(p.nbytes for p in plain.values()) <= MOST else {}
 
 
 @cache
@@ -85,14 +108,61 @@ def constants_of(module: nn.Module) -> Constants:
     return constants
 
 
+def _is_plain(param: Tensor) -> bool:
+    return type(param) in (nn.Parameter, Tensor) and below_transforms(param) is param
+
+
 def _version(param: Tensor) -> int:
     return 0 if param.is_inference() else param._version
 
 
-def _check_unwritten(name: str, version: int, param: Tensor) -> None:
-    if _version(param) != version:
-        raise RuntimeError(
-            "a parameter that the module is not differentiated by must be read alone, or written "
-            f"into from the first call on, got a write into {name!r}, which has changed it. "
-            "Keep in a buffer what the module changes itself."
-        )
+@dataclass(slots=True)
+class _Before:
+    """What parameters were before a call."""
+
+    params: Mapping[str, Tensor]
+    versions: list[int]
+    """Raised by operations of torch."""
+    numbers: list[tuple[str, Tensor, Tensor]]
+    """By name, of what is lent and no copy: these tell of all other writes."""
+
+    @classmethod
+    def of(
+        cls,
+        params: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        aliases: Mapping[int, Tensor],
+    ) -> _Before:
+        left, numbers = KEPT, []
+        for name, param in constants.items():
+            if param.device.type == "cpu" and _is_plain(param):
+                alias, is_small = aliases[id(param)], param.nbytes <= left
+                left -= param.nbytes if is_small else 0
+                some = alias if is_small else _some(alias)
+                numbers.append((name, some, some.clone()))
+        return cls(params, [_version(p) for p in params.values()], numbers)
+
+    def put_back(self) -> dict[str, bool]:
+        """Which have changed, and could they be put back as they were?"""
+        changed = {}
+        for name, now, before in self.numbers:
+            if not torch.equal(now, before) and not _are_same_bits(now, before):
+                changed[name] = now.shape == self.params[name].shape
+                now.copy_(before)
+        for version, (name, param) in zip(self.versions, self.params.items(), strict=True):
+            if version != _version(param):
+                changed.setdefault(name, False)
+        return changed
+
+
+def _some(param: Tensor) -> Tensor:
+    """A few numbers of a large parameter."""
+    if not param.is_contiguous():
+        return param[:0]
+    return param.view(-1)[:: max(1, param.numel() // SEEN)]
+
+
+def _are_same_bits(numbers: Tensor, others: Tensor) -> bool:
+    """For nan, which is not equal to itself."""
+    pair = [x.contiguous().view(-1).view(torch.uint8) for x in (numbers, others)]
+    return torch.equal(*pair)

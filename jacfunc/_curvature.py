@@ -77,7 +77,7 @@ def ggn(
     door = Door("ggn", module, select, in_dims, randomness, chunk_size, looked)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
-        point, targets = door.with_targets(args, kwargs)
+        point, targets = door.with_targets(args, kwargs, is_held=True)
 
         def curvature_of(outputs: Outputs) -> Loss:
             return Loss("ggn", loss, targets, outputs)
@@ -144,7 +144,7 @@ def fisher(
     check_likelihood("fisher", likelihood, draws, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
-        point = door.at((args, kwargs))
+        point = door.at((args, kwargs), is_held=True)
         leaves, is_mean = point.outputs.leaves, reduction == "mean"
         with alone():
             found = drawn("fisher", likelihood, leaves, draws, generator, is_mean)

@@ -121,9 +121,14 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         starts = {copy.grad_fn for copy in copies}
         again = derived_again(primals, starts, wanted)
         outputs, extras = watched_once(func, copies, again=again)
+    state = getattr(func, "state", None)
+    as_evaluated = None if state is None else state.as_evaluated()
     graph = Graph.of((*outputs, *extras), starts)
+    if graph.leads_out and state is not None:
+        state.check_fresh(outputs)
     differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in primals))
-    return on_graph(outputs, extras, list(map(Anchor.at, anchors)), graph, differentiated)
+    targets = list(map(Anchor.at, anchors))
+    return on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
 
 
 def watched_once(

@@ -115,12 +115,16 @@ def _evaluated(
         again = derived_again(params, set(starts), wanted)
         outputs, extras = watched_once(of_all, held, call, again)
     cut = set(starts).union(*(use.ends for use in found))
+    state = getattr(call, "state", None)
+    as_evaluated = None if state is None else state.as_evaluated()
     graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in found)))
     if not all(use.is_all(graph) for use in found):
         raise Refused("a parameter is used in a derivative that the function takes itself")
+    if graph.leads_out and state is not None:
+        state.check_fresh(outputs)
     differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in params))
     targets = [*(use.anchor for use in found), *behind]
-    linearization = on_graph(outputs, extras, targets, graph, differentiated)
+    linearization = on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
     used = {i for i, node in enumerate(starts) if node in graph.met}
     return Factors(samples, found, others, params, linearization), used
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,18 @@ from torch import Tensor
 
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
 from jacfunc._tree import Split, flatten, kind_of, kinds_of, paths
-from jacfunc._types import Argnums, Blocks, Leaves, Tree
+from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
+
+
+@dataclass(frozen=True)
+class OfCalls:
+    """A function that makes calls of a module, whose ``state`` it knows."""
+
+    func: LeafFunction
+    state: Any
+
+    def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
+        return self.func(*primals)
 
 
 class FlatCall:
@@ -63,6 +75,11 @@ class FlatCall:
     def called(self) -> Any:
         """The function or the module: what is found out about this call is remembered of it."""
         return self.func if self._called is None else self._called.module
+
+    @property
+    def state(self) -> Any:
+        """The state of the module that is called; None of a function."""
+        return self._called
 
     @property
     def functions(self) -> list[Any]:

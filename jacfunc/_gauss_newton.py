@@ -27,15 +27,17 @@ class GaussNewton:
 
     ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
     of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. What
-    was evaluated is kept for the next question, so drop the object to free it. Results are
-    detached from the parameters; a product is differentiable by its vector, in reverse mode.
+    was evaluated is kept for the next question, so drop the object to free it. All answers are
+    those of the point at which it was made, whatever became of the module and its data since:
+    it keeps copies of parameters, buffers and the batch, modes and hooks. Results are detached
+    from the parameters; a product is differentiable by its vector, in reverse mode.
 
     Args:
         point: the module, its parameters and a batch.
         curvature_of: gives ``H`` at outputs of the module.
 
     Raises:
-        ValueError: when asked after parameters, buffers, data or modes were changed.
+        ValueError: when asked after tensors that the loss closes over were changed.
 
     Cost:
         See the methods.

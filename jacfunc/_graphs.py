@@ -208,8 +208,12 @@ def on_graph(
     anchors: Sequence[Anchor],
     graph: Graph,
     differentiated: bool,
+    as_evaluated: Callable[[], None] | None = None,
 ) -> Linearization:
-    """A plain graph from the anchors to the outputs, as a map of cotangents."""
+    """A plain graph from the anchors to the outputs, as a map of cotangents.
+
+    ``as_evaluated`` is called before each pullback: backward passes may run a module again.
+    """
 
     def swept(cotangents: Leaves, onto: slice, of: slice, keeps: bool) -> Leaves:
         wanted_by, some = anchors[onto], outputs[of]
@@ -218,6 +222,8 @@ def on_graph(
             return tuple(anchor.zeros() for anchor in wanted_by)
         targets, chosen = tuple([some[i] for i in live]), tuple([cotangents[i] for i in live])
         edges = tuple(anchor.edge for anchor in wanted_by)
+        if as_evaluated is not None:
+            as_evaluated()
         products = run_backward(targets, edges, chosen, keeps or forced)
         every: Leaves = tuple(
             anchor.zeros() if product is None else product

@@ -15,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._compared import Subject
 from jacfunc._coupling import Found, coupling, loss_coupling
-from jacfunc._parameters import ModuleState, Part
+from jacfunc._parameters import ModuleState
+from jacfunc._parts import Part
 from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None

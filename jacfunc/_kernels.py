@@ -85,7 +85,9 @@ def ntk(
     door = None
     if isinstance(func, nn.Module):
         looked = Independence.of(API, independent, chunk_size)
-        door = Door(API, func, params, in_dims, randomness, chunk_size, looked)
+        # who iterates, or watches, may change the module, or the batch, from block to block
+        is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
+        door = Door(API, func, params, in_dims, randomness, chunk_size, looked, is_held=is_watched)
 
     def sampled(args: tuple[Tree, ...]) -> Sampled:
         if door is not None:
@@ -144,5 +146,8 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
 
 def _batches(x: Any) -> Iterable[Any]:
     """A tree is one batch; what else can be iterated over holds several."""
-    is_tree = isinstance(x, Tensor | tuple | list | dict) or not isinstance(x, Iterable)
-    return [x] if is_tree else x
+    return [x] if _is_tree(x) else x
+
+
+def _is_tree(x: Any) -> bool:
+    return isinstance(x, Tensor | tuple | list | dict) or not isinstance(x, Iterable)

@@ -16,7 +16,7 @@ from jacfunc._check import is_differentiable, is_tensor
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import is_outermost, is_pushing
+from jacfunc._functorch import inside_derivative, is_outermost, is_pushing
 from jacfunc._independence import Independence
 from jacfunc._inputs import Arguments, Choice, check_batch, sample_dims
 from jacfunc._lock import alone
@@ -143,8 +143,7 @@ class ModuleCall:
             alone(),
             torch.random.fork_rng(devices=_cuda_devices(state)),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
-            # checkpoints and hooks run parts of the module in the sweeps, too
-            state.lent(self._point()),
+            state.kept(self._point(), self.api),
             reentrant_checkpoints_refused(self.api),
         ):
             yield
@@ -158,8 +157,10 @@ class ModuleCall:
             args, kwargs = self._renewed(chosen, arguments, dims)
             if is_pushing():
                 state.check_forward()
-            with state.lent(params or point):
+            with state.lent(params or point, (args, kwargs) if params else None):
                 output = module(*args, **kwargs)
+                if inside_derivative():  # where no graph is looked at
+                    state.check_fresh(flatten(output)[0])
                 if dims is not None:
                     output = map_tensors(self._of_one, output)
                 return (output, state.buffers_now()) if self.with_buffers else output

@@ -9,7 +9,7 @@ import torch
 
 from jacfunc import _engines
 from jacfunc._agreement import check_agreement
-from jacfunc._check import Refused, check_fallback, is_out_of_memory
+from jacfunc._check import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._draws import Draws
 from jacfunc._functorch import below_transforms, inside_transform, levels
 from jacfunc._linearization import EVERY, Linearization, one_by_one
@@ -183,7 +183,7 @@ class JacobianOperator:
         try:
             return run()
         except Exception as error:  # torch has no type for what it can't do
-            if isinstance(error, Refused) or is_out_of_memory(error):
+            if isinstance(error, Refused | Stale) or is_out_of_memory(error):
                 raise
             if torch.compiler.is_compiling():
                 raise

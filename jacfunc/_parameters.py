@@ -2,121 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from operator import is_
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from jacfunc._attributes import objects_in
 from jacfunc._check import Refused
 from jacfunc._constants import Constants, constants_of
+from jacfunc._functorch import recording
 from jacfunc._guard import check_scripted
+from jacfunc._lost import check_fresh
+from jacfunc._parts import Part, are_same, put_back
 from jacfunc._select import Select, chosen
-from jacfunc._tree import flatten, unflatten
-
-_TABLES = (nn.Embedding, nn.EmbeddingBag)
-_OWN = frozenset(vars(nn.Module()))
-_TORCHS = tuple(
-    key
-    for key in vars(nn.Module())
-    if "_hooks" in key or key in ("_modules", "_non_persistent_buffers_set")
-)
-_SIMPLE = frozenset({bool, int, float, str, type(None)})
-_KEEPS = (Tensor, torch.Generator, list, tuple, dict, deque)
-_FEW = 1000
-"""Containers with more entries than this are taken for tables of words, which hold no tensors."""
-
-
-@dataclass(slots=True)
-class Part:
-    """One of the modules inside, and what it is at first."""
-
-    module: nn.Module
-    attributes: dict[str, Any]
-    params: dict[str, Tensor | None]
-    buffers: dict[str, Tensor | None]
-    plain: dict[str, Any]  # attributes of its own that hold state
-    filled: list[tuple[Any, Any]]  # hooks by kind, parts, and so on, and as they are at first
-    empty: list[Any]  # those of which there are none
-    is_scripted: bool
-    is_table: bool
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Part:
-        own, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
-        plain = {
-            key: value
-            for key, value in own.items()
-            if type(value) not in _SIMPLE and key not in _OWN and _keeps(value)
-        }
-        torchs = [] if is_scripted else [own[key] for key in _TORCHS]
-        return cls(
-            module,
-            own.copy(),
-            dict(module._parameters),
-            dict(module._buffers),
-            plain,
-            [(some, some.copy()) for some in torchs if some],
-            [none for none in torchs if not none],
-            is_scripted,
-            isinstance(module, _TABLES),
-        )
-
-    def is_as_at_first(self) -> bool:
-        """Has nobody put anything else in the place of what it is made of?"""
-        return (
-            not self.is_scripted
-            and _are_same(vars(self.module), self.attributes)
-            and _are_same(self.module._parameters, self.params)
-            and _are_same(self.module._buffers, self.buffers)
-            and not any(self.empty)
-            and all(mine == first for mine, first in self.filled)
-        )
-
-    def lend(self, new: dict[int, Any]) -> None:
-        """Put what is new, by the identity of the old, in its place."""
-        params, buffers = _replaced(self.params, new), _replaced(self.buffers, new)
-        if self.is_scripted:
-            self.put(params, buffers)
-            return
-        own = vars(self.module)
-        # dicts of their own, because a module may register more while it runs
-        own["_parameters"], own["_buffers"] = params, buffers
-        if self.plain:
-            own.update({key: _renewed(value, new) for key, value in self.plain.items()})
-        if self.is_table:
-            own["sparse"] = False  # torch can't batch sparse gradients, and blocks are dense
-
-    def give_back(self, attributes: dict[str, Any]) -> None:
-        """All attributes as they were."""
-        own = vars(self.module)
-        # models of HuggingFace set hooks when they first run
-        for mine in self.empty if any(self.empty) else ():
-            mine.clear()
-        for mine, first in self.filled:
-            if mine != first:
-                mine.clear()
-                mine.update(first)
-        if not self.is_scripted:
-            own["_parameters"], own["_buffers"] = attributes["_parameters"], attributes["_buffers"]
-        # refilled only where it must be: python is slower with a dict that was
-        if not _are_same(own, attributes):
-            own.clear()
-            own.update(attributes)
-        if self.is_scripted:
-            self.put(self.params, self.buffers)
-
-    def put(self, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
-        """Into a scripted module: it has no dicts, but takes its tensors one by one."""
-        for key, tensor in params.items():
-            self.module._parameters[key] = tensor
-        for key, tensor in buffers.items():
-            self.module._buffers[key] = tensor
+from jacfunc._stays import Lease, Stay
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +30,15 @@ class ModuleState:
     point: dict[str, Tensor]  # the chosen parameters, with the values to differentiate at
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    beside: list[Part]
+    """Objects that the module keeps, and modules that are none of its parts."""
     constants: Constants
+    copies: Mapping[int, Tensor] = field(default_factory=dict)
+    """Of parameters and buffers as they were, by identity, where these may change."""
+    is_held: bool = False
+    """Does it answer from what the module was when it was made, whatever became of it?"""
+    stays: list[Stay] = field(default_factory=list)
+    """The last is the innermost."""
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
@@ -140,7 +51,8 @@ class ModuleState:
                     f"{api}: the module must know its shapes, got {name}, which is not initialized "
                     "yet. Call the module once before."
                 )
-        return cls(parts, chosen(api, params, select), params, buffers, constants_of(module))
+        point, beside = chosen(api, params, select), _beside(list(parts.values()))
+        return cls(parts, point, params, buffers, beside, constants_of(module))
 
     @classmethod
     def after(
@@ -150,15 +62,38 @@ class ModuleState:
 
         To look takes a third of what it takes to make it.
         """
-        if before is None or not all(map(Part.is_as_at_first, before.parts.values())):
+        if before is None or not all(map(Part.is_as_at_first, before.every_part)):
             return cls.of(api, module, select)
         point = chosen(api, before.params, select)
-        return before if _are_same(point, before.point) else replace(before, point=point)
+        return before if are_same(point, before.point) else replace(before, point=point)
+
+    def held(self) -> ModuleState:
+        """With copies of all values, for evaluations after these may have changed."""
+        if self.is_held:
+            return self
+        known = {id(x): x for x in (*self.params.values(), *self.buffers.values())}
+        new = dict(known)
+        with recording():  # graphs of attributes tell what was computed before
+            return replace(
+                self,
+                parts={name: part.held(new) for name, part in self.parts.items()},
+                beside=[part.held(new) for part in self.beside],
+                point={name: param.detach().clone() for name, param in self.point.items()},
+                copies={key: x.detach().clone() for key, x in known.items()},
+                is_held=True,
+                stays=[],
+            )
+
+    @property
+    def every_part(self) -> list[Part]:
+        """Objects and modules beside it among them."""
+        return [*self.parts.values(), *self.beside]
 
     @property
     def module(self) -> nn.Module:
         """The whole."""
-        return self.parts[""].module
+        module: nn.Module = self.parts[""].module
+        return module
 
     @property
     def functions(self) -> list[Any]:
@@ -182,37 +117,91 @@ class ModuleState:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
     @contextmanager
-    def lent(self, given: Mapping[str, Tensor]) -> Iterator[None]:
-        """The module with parameters given anew, the others constant; then all is as it was.
+    def _at_first(self) -> Iterator[None]:
+        """Modes, hooks, parts and attributes as they were when this was made; then as they are."""
+        changed = [p for p in self.every_part if not p.is_scripted and not p.is_as_at_first()]
+        now = [tables for part in changed for tables in part.as_now()]
+        try:
+            for part in changed:
+                part.give_back(part.attributes)
+            yield
+        finally:
+            put_back(now)
 
-        What it writes into meanwhile are copies: of its buffers, and of the tensors, generators
-        and containers that it keeps as plain attributes. Parameters are found in these too.
+    @contextmanager
+    def kept(self, given: Container[str] = (), api: str = "jacfunc") -> Iterator[None]:
+        """Whatever evaluations inside do to the module, afterwards it is as it was.
+
+        ``given`` are the names of parameters that evaluations are given anew.
+
+        Raises:
+            RuntimeError: if a parameter was written into that was no copy.
         """
-        new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
-        new |= {id(buffer): buffer.clone() for buffer in self.buffers.values()}
-        before = [(part, dict(vars(part.module))) for part in self.parts.values()]
-        others = {name: param for name, param in self.params.items() if name not in given}
-        with self.constants.lent(others, self.parts[""].module.training) as constants:
-            new |= constants
+        sources = {name: self.copies.get(id(p), p) for name, p in self.params.items()}
+        constants = {name: p for name, p in sources.items() if name not in given}
+        with (
+            self._at_first() if self.is_held else nullcontext(),
+            self.constants.guarded(api, sources, constants),
+        ):
+            parts = self.every_part
+            stay = Stay(api, parts, [part.now() for part in parts])
+            self.stays.append(stay)
             try:
-                for part, _ in before:
-                    part.lend(new)
                 yield
             finally:
-                for part, attributes in before:
-                    part.give_back(attributes)
+                self.stays.pop()
+                stay.clear()
 
+    @contextmanager
+    def lent(self, given: Mapping[str, Tensor], arguments: Any = None) -> Iterator[None]:
+        """One evaluation, with parameters given anew and the others constant.
 
-def _are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
-    """The same objects, under the same names in the same order."""
-    if not these and not those:
-        return True
-    are_same = len(these) == len(those) and all(map(is_, these.values(), those.values()))
-    return are_same and list(these) == list(those)
+        What it writes into meanwhile are copies: of its buffers, and of the tensors, generators
+        and containers that it keeps as plain attributes. Parameters are found in these too. What
+        it was given stays in place for backward passes that run the module again, until the next
+        evaluation or, outside :meth:`kept`, until the end. ``arguments`` are those of the call,
+        if it is differentiated by what is given.
+        """
+        with ExitStack() as stack:
+            if not self.stays:
+                stack.enter_context(self.kept(given))
+            stay = self.stays[-1]
+            if stay.lease is not None:
+                stay.clear()
+            new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
+            new |= {id(x): self.copies.get(id(x), x).clone() for x in self.buffers.values()}
+            others = {name: p for name, p in self.params.items() if name not in given}
+            sources = {name: self.copies.get(id(p), p) for name, p in others.items()}
+            with self.constants.lent(sources, self.parts[""].module.training) as constants:
+                new |= {id(others[name]): constant for name, constant in constants.items()}
+                stay.lease = Lease(given.values(), arguments)
+                try:
+                    for part in stay.parts:
+                        part.lend(new)
+                    yield
+                except BaseException:
+                    stay.clear()
+                    raise
 
+    def check_fresh(self, outputs: Sequence[Any]) -> None:
+        """Refuse outputs of the last evaluation that lead past what it was given.
 
-def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:
-    return {key: new.get(id(x), x) for key, x in tensors.items()} if tensors else {}
+        Raises:
+            Stale: if there are some.
+        """
+        stay = self.stays[-1]
+        if stay.lease is not None and stay.lease.arguments is not None:
+            chosen = {id(self.params[name]): name for name in self.point}
+            check_fresh(stay.api, outputs, stay.lease.given, stay.lease.arguments, chosen)
+
+    def as_evaluated(self) -> Callable[[], None]:
+        """Puts in place what the last evaluation was given, for its pullbacks."""
+        lease = self.stays[-1].lease if self.stays else None
+        return partial(self._renew, lease)
+
+    def _renew(self, lease: Lease | None) -> None:
+        if lease is not None and self.stays:
+            self.stays[-1].renew(lease)
 
 
 def _by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
@@ -225,23 +214,8 @@ def _by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[s
     return dict(first.values())
 
 
-def _keeps(value: object) -> bool:
-    """Could writing into it, drawing from it, or reading a parameter there make a difference?"""
-    if not isinstance(value, _KEEPS):
-        return False
-    if isinstance(value, Tensor | torch.Generator):
-        return True
-    if len(value) > _FEW:
-        return False
-    return not isinstance(value, tuple) or any(map(_keeps, value))
-
-
-def _renewed(value: Any, new: dict[int, Any]) -> Any:
-    """A copy, in which what is known is replaced and what is not is cloned, once."""
-    leaves, spec = flatten(value)
-    for leaf in leaves:
-        if id(leaf) not in new and isinstance(leaf, Tensor):
-            new[id(leaf)] = leaf.clone()
-        elif id(leaf) not in new and isinstance(leaf, torch.Generator):
-            new[id(leaf)] = leaf.clone_state()
-    return unflatten(spec, [new.get(id(leaf), leaf) for leaf in leaves])
+def _beside(parts: list[Part]) -> list[Part]:
+    seen = {id(part.module) for part in parts}
+    return [
+        Part.of(some) for part in parts for value in part.own for some in objects_in(value, seen)
+    ]

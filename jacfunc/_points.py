@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jacfunc._attributes import held
 from jacfunc._batching import batch_size
-from jacfunc._check import Refused, check_chunk_size, is_out_of_memory, is_tensor
+from jacfunc._check import Refused, check_chunk_size, is_out_of_memory
 from jacfunc._draws import Draws
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
@@ -27,7 +27,6 @@ from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._sinks import Sink
-from jacfunc._tree import Split
 from jacfunc._types import Leaves, Tree
 from jacfunc.layers import Part
 from jacfunc.strategies import Structured
@@ -45,6 +44,8 @@ class Door:
     randomness: Randomness
     chunk_size: int | None
     independence: Independence = field(default_factory=Independence)
+    is_held: bool = False
+    """Are all calls made at the point of the first?"""
     strategy: Structured = field(default_factory=Structured)
     """Remembers, from call to call, which parameters no rule covers."""
     states: list[ModuleState] = field(default_factory=list)
@@ -60,16 +61,18 @@ class Door:
                 "it out, or use randomness='same'."
             )
 
-    def at(self, arguments: Arguments, targets: Tree = None) -> Point:
-        """One call of the module, and what its outputs are compared with."""
+    def at(self, arguments: Arguments, is_held: bool = False) -> Point:
+        """One call of the module; to be held, if it is evaluated after the door has answered."""
         if not is_outermost():
             raise NotImplementedError(
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
         with alone():
-            before = next(iter(self.states), None)
-            state = ModuleState.after(before, self.api, self.module, self.select)
+            state = self._state()
+        if is_held or self.is_held:
+            state, arguments = state.held(), held(arguments)
+        if not is_held:
             self.states[:] = [state]
         call = ModuleCall(
             self.api,
@@ -82,17 +85,25 @@ class Door:
             independence=self.independence,
         )
         batch = call.batch(Sink(), self.in_dims, self.randomness)
-        data = (*batch.leaves, *Split.of(targets, is_tensor).leaves)
-        return Point(self, call, batch, Draws(batch.leaves), data, _version(state, data))
+        return Point(self, call, batch, Draws(batch.leaves))
 
-    def with_targets(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> tuple[Point, Tree]:
+    def _state(self) -> ModuleState:
+        before = next(iter(self.states), None)
+        if before is not None and before.is_held:
+            return before
+        return ModuleState.after(before, self.api, self.module, self.select)
+
+    def with_targets(
+        self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_held: bool = False
+    ) -> tuple[Point, Tree]:
         """The call of all but the last of the positional arguments, and that."""
         if not args:
             raise TypeError(
                 f"{self.api}: the last positional argument must be the targets of the loss, got "
                 "none. Call it as (inputs, targets)."
             )
-        return self.at((args[:-1], kwargs), args[-1]), args[-1]
+        point = self.at((args[:-1], kwargs), is_held)
+        return point, held(args[-1]) if is_held else args[-1]
 
 
 @dataclass(frozen=True)
@@ -128,9 +139,6 @@ class Point:
     call: ModuleCall
     batch: Batch
     draws: Draws
-    data: Leaves
-    """All tensors that were given."""
-    version: Any
 
     @property
     def api(self) -> str:
@@ -149,11 +157,6 @@ class Point:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Nothing outside is changed, and every evaluation draws the same random numbers."""
-        if _version(self.call.state, self.data) != self.version:
-            raise ValueError(
-                f"{self.api}: parameters, buffers, data and modes must stay as they were at the "
-                "call, got some that were changed since. Call it again, at the new point."
-            )
         with self.call.undisturbed():
             self.draws.repeat()
             yield
@@ -237,10 +240,3 @@ class Point:
         return Outputs(
             tuple(map(torch.cat, leaves)), tuple(map(torch.cat, extras)), chunks[-1].call
         )
-
-
-def _version(state: ModuleState, data: Leaves) -> Any:
-    """What changes when something is written into tensors, or a mode is switched."""
-    tensors = (*state.point.values(), *state.params.values(), *state.buffers.values(), *data)
-    modes = [part.module.training for part in state.parts.values()]
-    return [(id(x), x._version) for x in tensors if not x.is_inference()], modes

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from jacfunc._autotune import Autotune
 from jacfunc._batching import Dims, batch_size, narrowed, one_sample, sample_chunks
-from jacfunc._check import Refused, is_out_of_memory
+from jacfunc._check import Refused, Stale, is_out_of_memory
 from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._draws import Draws
 from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
-from jacfunc._flat import FlatCall
+from jacfunc._flat import FlatCall, OfCalls
 from jacfunc._functorch import is_outermost, levels, sweep_batch
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._lock import alone
@@ -163,7 +163,9 @@ class Batch:
         Its Jacobian holds a block a sample, so that one cotangent serves all of them.
         """
         samples = Samples(self.leaves, self.dims, self.randomness)
-        return JacobianOperator(*samples.apart(self._of_params, self._first().primals))
+        first = self._first()
+        of_all, params = samples.apart(self._of_params, first.primals)
+        return JacobianOperator(OfCalls(of_all, first.state), params)
 
     def check_randomness(self, error: Exception) -> None:
         """Was it that a random module was not to draw?"""
@@ -191,7 +193,7 @@ class Batch:
         try:
             return self._at_once(strategy, chunk)
         except theirs as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, Stale):
                 raise
             self.check_randomness(error)  # no plan is better in this
             raise Refused(f"the samples do not run under vmap: {error}") from error

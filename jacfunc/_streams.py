@@ -9,11 +9,13 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from jacfunc._attributes import held
 from jacfunc._basis import sweep_leaves
 from jacfunc._batching import batch_size, narrowed
 from jacfunc._blocks import rows_to_blocks, stack_leaves
 from jacfunc._check import check_chunk_size, is_tensor
 from jacfunc._chunks import Chunk, Pieces, in_chunks
+from jacfunc._draws import Draws
 from jacfunc._functorch import inside_transform
 from jacfunc._independence import FEW, Independence, Independent
 from jacfunc._inputs import Choice
@@ -68,7 +70,8 @@ def stream_jacobian(
 
     Returns:
         A function of the module's own inputs, which returns an iterator. The module is as it was
-        whenever a block has been handed out.
+        whenever a block has been handed out. All blocks are those of the point at which the
+        function was called, of which copies are kept: module and data may change meanwhile.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -76,7 +79,8 @@ def stream_jacobian(
 
     Cost:
         One evaluation and, by rows, the pullbacks of a whole Jacobian; by parameters the part of
-        these that leads to the parameter, for each anew. Memory of one evaluation and one block.
+        these that leads to the parameter, for each anew. Memory of one evaluation, one
+        block, and a copy of the module and the batch.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:
@@ -99,8 +103,10 @@ def stream_jacobian(
                 f"{API}: blocks must be pulled back one after the other from a graph that is kept, "
                 "got a call inside a transform. Use module_jacobian there."
             )
-        with alone():
-            state = ModuleState.of(API, module, select)
+        with alone():  # it answers later: of the module and the batch as they are now
+            state = ModuleState.of(API, module, select).held()
+        args, kwargs = held((args, kwargs))
+        draws = Draws(tuple(filter(is_tensor, flatten((args, kwargs))[0])))
         call = ModuleCall(
             API,
             state,
@@ -114,8 +120,9 @@ def stream_jacobian(
         batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
         chunk: Chunk = chunk_size or Pieces(PIECE)
         if batch is not None and by == "samples":
-            return _by_samples(call, batch, chunk, in_dims)
-        return _by_rows(call, batch, chunk) if by == "rows" else _by_params(call, batch, chunk)
+            return _by_samples(call, batch, chunk, in_dims, draws)
+        rows = partial(_Rows, call, batch, draws)
+        return _by_rows(rows, chunk) if by == "rows" else _by_params(rows, chunk)
 
     return stream_jacobian_of
 
@@ -133,16 +140,18 @@ def _check_by(by: object, per_sample: bool) -> None:
         )
 
 
-def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree) -> Items:
+def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree, draws: Draws) -> Items:
     split, strategy = Split.of(call.arguments, is_tensor), Auto()
     structure: list[Any] = []
     with call.undisturbed():
+        draws.repeat()
         call.check_independent(batch)
 
     def take(start: int, stop: int) -> Leaves:
         part = split.merge(narrowed(batch.leaves, batch.dims, start, stop))
         some = replace(call, arguments=part)
         with some.undisturbed():
+            draws.repeat()
             found = some.batch(Sink(), in_dims, batch.randomness).run(strategy)
         leaves, spec = flatten(found.jacobian())
         structure[:] = [spec]
@@ -152,10 +161,10 @@ def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree) -> 
         yield part, unflatten(structure[0], leaves)
 
 
-def _by_rows(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
-    rows = _Rows(call, batch)
+def _by_rows(evaluated: Callable[[], _Rows], chunk: Chunk) -> Items:
+    rows = evaluated()
     for part, products in _placed(sweep_leaves(rows.pulled, rows.outputs, chunk)):
-        blocks = products if batch is None else [product.movedim(1, 0) for product in products]
+        blocks = [product.movedim(1, 0) for product in products] if rows.is_sampled else products
         yield part, rows.flat.input_tree(blocks)
 
 
@@ -168,9 +177,9 @@ def _placed(chunks: Iterator[Leaves]) -> Iterator[tuple[slice, Leaves]]:
         start = stop
 
 
-def _by_params(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
-    rows = _Rows(call, batch)
-    for number, name in enumerate(call.state.point):
+def _by_params(evaluated: Callable[[], _Rows], chunk: Chunk) -> Items:
+    rows = evaluated()
+    for number, name in enumerate(rows.names):
         onto = partial(rows.pulled, chosen=slice(number, number + 1))
         chunks = sweep_leaves(onto, rows.outputs, chunk)
         wholes = [whole for (whole,) in stack_leaves(chunks, rows.outputs)]
@@ -179,7 +188,7 @@ def _by_params(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
             rows_to_blocks((whole,), (out,), (whole.new_empty(()).expand(whole.shape[1:]),))[0][0]
             for whole, out in every
         ]
-        if batch is not None:  # ``[*out, B, *param]``
+        if rows.is_sampled:  # ``[*out, B, *param]``
             pairs = zip(blocks, rows.outputs, strict=True)
             blocks = [block.movedim(out.dim(), 0) for block, out in pairs]
         yield name, rows.flat.output_tree(blocks)
@@ -188,10 +197,12 @@ def _by_params(call: ModuleCall, batch: Batch | None, chunk: Chunk) -> Items:
 class _Rows:
     """A module evaluated once, from which rows are pulled back as they are asked for."""
 
-    def __init__(self, call: ModuleCall, batch: Batch | None) -> None:
-        self._call = call
+    def __init__(self, call: ModuleCall, batch: Batch | None, draws: Draws) -> None:
+        self._call, self._draws = call, draws
+        self.names, self.is_sampled = tuple(call.state.point), batch is not None
         self._size: int | None = None
         with call.undisturbed():
+            draws.repeat()
             if batch is None:
                 self.flat = call.flat_call(call.arguments, None)
                 self._operator = JacobianOperator(self.flat, self.flat.primals)
@@ -210,4 +221,5 @@ class _Rows:
                 for seed in cotangents
             )
         with self._call.undisturbed():
+            self._draws.repeat()
             return self._operator.pullback_onto(chosen, cotangents, of)

@@ -14,7 +14,7 @@ from jacfunc._batching import narrowed
 from jacfunc._check import Refused, is_tensor
 from jacfunc._draws import Draws
 from jacfunc._factors import Samples
-from jacfunc._flat import FlatCall
+from jacfunc._flat import FlatCall, OfCalls
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
 from jacfunc._trail import note
@@ -42,7 +42,7 @@ class Whole:
         flat = point.call.flat_call(point.call.arguments, None)
         seen: list[FlatCall] = [flat]
         is_strict = point.batch.randomness == "error"
-        func = flat if is_strict else _mapped(point, seen)
+        func = flat if is_strict else OfCalls(_mapped(point, seen), flat.state)
         # they require gradients for the graph of Jᵀ u alone
         self._pulling = JacobianOperator(
             func, tuple(primal.detach().requires_grad_() for primal in flat.primals)

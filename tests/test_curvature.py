@@ -625,7 +625,7 @@ def test_refusals_of_losses() -> None:
         jacfunc.ggn(mlp(), F.cross_entropy)(input=x)
 
 
-def test_refusals_of_vectors_and_later_changes() -> None:
+def test_refusals_of_vectors() -> None:
     model, x, y = mlp(), torch.randn(5, 4), classes()
     found = jacfunc.ggn(model, F.cross_entropy)(x, y)
     with pytest.raises(ValueError, match=r"ggn: vector must name the chosen parameters, got 0\.w"):
@@ -634,17 +634,6 @@ def test_refusals_of_vectors_and_later_changes() -> None:
     with pytest.raises(ValueError, match="ggn: vector must match in shape"):
         found @ {**vector, "0.bias": torch.ones(5)}
     found @ vector
-    other = jacfunc.ggn(model, F.cross_entropy)(x, y)
-    y.fill_(1)
-    with pytest.raises(ValueError, match="ggn: parameters, buffers, data and modes must stay"):
-        other.diagonal()
-    found = jacfunc.ggn(model, F.cross_entropy)(x, y)
-    with torch.no_grad():
-        model[0].weight.mul_(2.0)
-    with pytest.raises(ValueError, match="ggn: parameters, buffers, data and modes must stay"):
-        found.diagonal()
-    with pytest.raises(ValueError, match="ggn: parameters, buffers, data and modes must stay"):
-        found @ vector
 
 
 def test_refusals_of_modules() -> None:

@@ -23,7 +23,7 @@ LAYERS = [
     {"_types", "_check", "_words", "_trail", "_known", "_lock"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
     | {"_counting", "_mapped", "_into", "_pages", "_compiled"}
-    | {"_attention", "_draws", "_sinks", "_constants", "_agreement"},
+    | {"_attention", "_draws", "_sinks", "_constants", "_agreement", "_attributes"},
     {"_work", "_replacing", "_engines", "_linear", "_linearization", "_operators", "_fingerprint"}
     | {"_graphs", "layers", "_factors", "_factored"},
     {"_flat", "strategies", "_machine"},
@@ -43,6 +43,7 @@ LAYERS = [
     | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select"}
     | {"_compared", "_coupling", "_independence"}
     | {"_streams", "_layerwise", "_of_samples", "_kernel_blocks", "_kernels"}
+    | {"_lost", "_parts", "_stays"}
     | {
         "_points",
         "_whole_batch",
