@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from operator import is_
@@ -185,8 +185,9 @@ def _of(part: Part) -> list[Any]:
     filled = [some for _, some in part.filled]
     marks: list[Any] = [ref(part.module), type(part.module).forward, len(own)]
     for some in (own, part.params, part.buffers, part.plain, *filled):
-        for key, value in some.items():
-            marks += (key, _mark(value))
+        for key in some:
+            # a set holds names alone
+            marks += (key, _mark(some[key]) if isinstance(some, Mapping) else True)
     return marks
 
 
