@@ -31,7 +31,7 @@ from jacfunc._functorch import (
     run_backward,
     sweep_batch,
 )
-from jacfunc._graphs import Anchor, Graph, anchored, derived_again, on_graph
+from jacfunc._graphs import Anchor, Graph, anchored, copied, derived_again, on_graph
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, batched_like
 from jacfunc._nested import NestedWatch
@@ -75,8 +75,10 @@ def _push(
     released = not torch.is_grad_enabled() and not inside_derivative()
     grad_mode = torch.enable_grad() if released else nullcontext()
     try:
-        with grad_mode, ForwardGuard(Around(outer_vmaps, not released)), plain_attention():
+        around = Around(outer_vmaps, not released)
+        with grad_mode, ForwardGuard(around) as guard, plain_attention():
             pushed = _jvp(func, copies, tangents)
+        guard.check_copies(primals)
     except Refused:
         raise
     except RuntimeError as error:
@@ -117,10 +119,10 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     with recording(), plain_attention():
         anchors = tuple(anchored(primal, wanted) for primal in primals)
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
-        copies = [anchor.clone() for anchor in anchors]
+        copies = list(map(copied, anchors))
         starts = {copy.grad_fn for copy in copies}
         again = derived_again(primals, starts, wanted)
-        outputs, extras = watched_once(func, copies, again=again)
+        outputs, extras = watched_once(func, copies, primals, again=again)
     state = getattr(func, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
     graph = Graph.of((*outputs, *extras), starts)
@@ -133,11 +135,12 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
 
 def watched_once(
     func: LeafFunction,
-    primals: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    primals: Leaves,
     call: Any = None,
     again: Callable[[Tensor], bool] = is_derived_again,
 ) -> tuple[Leaves, Leaves]:
-    """Evaluate; under a watch, unless it met nothing the last time it was called like this.
+    """Evaluate at copies of the primals; watched, unless it met nothing when last called so.
 
     A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
     but a function that may catch errors is watched at every call. ``call`` says what is called,
@@ -147,9 +150,10 @@ def watched_once(
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
     if inner is not None and not is_pushing() and unwatched().has(inner, kind):
-        return func(*primals)
+        return func(*copies)
     with NestedWatch(again) as watch:
-        found = func(*primals)
+        found = func(*copies)
+    watch.check_copies(primals)
     functions = getattr(call, "functions", (inner,))
     # modules are evaluated alone, and functions that draw must be watched for drawing alone
     draws = watch.drew and inner is getattr(call, "func", None)
@@ -175,7 +179,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         if torch.compiler.is_compiling():  # where no graph can be looked at
             return func(*copies)
         starts = {copy.grad_fn for copy in copies}
-        outputs, extras = watched_once(func, copies)
+        outputs, extras = watched_once(func, copies, primals)
         ends[:] = [(inner, outputs)]
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         graph = Graph.of(outputs, starts)

@@ -14,7 +14,7 @@ from jacfunc._check import Refused
 from jacfunc._engines import linearize, watched_once
 from jacfunc._factors import Factors, OfOne, Samples
 from jacfunc._functorch import inside_derivative, inside_transform, recording
-from jacfunc._graphs import Anchor, Graph, anchored, derived_again, on_graph
+from jacfunc._graphs import Anchor, Graph, anchored, copied, derived_again, on_graph
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import unseen
 from jacfunc.layers import Touched, Use, Uses
@@ -45,7 +45,7 @@ class Met:
         if number in self.lent:
             return anchor.view_as(anchor)
         own = samples.each(anchor) if number in self.others else anchor
-        return own if number in self.others - self.written else own.clone()
+        return own if number in self.others - self.written else copied(own)
 
     def learn(self, count: int, others: set[int], touched: Touched) -> bool:
         """From an evaluation of so many parameters; should it have got others?"""
@@ -113,7 +113,7 @@ def _evaluated(
         uses_of = partial(Uses, samples.size, met.lent, touched)
         of_all = _recording(of_one, samples, others, twins, uses_of, found)
         again = derived_again(params, set(starts), wanted)
-        outputs, extras = watched_once(of_all, held, call, again)
+        outputs, extras = watched_once(of_all, held, params, call, again)
     cut = set(starts).union(*(use.ends for use in found))
     state = getattr(call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()

@@ -102,7 +102,16 @@ class GaussNewton:
                 "derivative."
             )
         product = self._as_map() if is_followed(tangents) else self._times
-        return dict(zip(params, product(tangents), strict=True))
+        try:
+            found = product(tangents)
+        except Refused as refusal:
+            if str(refusal).startswith(f"{api}: "):
+                raise
+            raise Refused(
+                f"{api}: the product must be one that torch can take, got a refusal: {refusal}. "
+                "Use diagonal(), blocks() or matrix(), which take the samples apart."
+            ) from refusal
+        return dict(zip(params, found, strict=True))
 
     __matmul__ = product
 

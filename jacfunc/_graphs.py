@@ -52,6 +52,17 @@ def anchored(primal: Tensor, wanted: bool) -> Tensor:
     return own.requires_grad_()
 
 
+def copied(anchor: Tensor) -> Tensor:
+    """A clone for the function to write into, in which each sample lies as the anchor does."""
+    if anchor.is_contiguous() or 0 not in anchor.stride():
+        return anchor.clone()
+    # torch's own clone puts what was expanded, the samples, innermost
+    strides = anchor.stride()
+    order = sorted(range(anchor.dim()), key=lambda d: (strides[d] > 0, -strides[d]))
+    clone = anchor.permute(order).clone(memory_format=torch.contiguous_format)
+    return clone.permute([order.index(d) for d in range(anchor.dim())])
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
     """From tensors back to where it is cut off.

@@ -25,8 +25,9 @@ from jacfunc._functorch import (
     is_tracked,
     num_forward_levels,
 )
+from jacfunc._misread import lookup
 from jacfunc._norms import NORMS
-from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch, lookup
+from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch
 
 
 @dataclass(frozen=True)

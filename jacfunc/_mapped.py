@@ -99,6 +99,17 @@ def every_level(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """Does a vmap outside map it, whose samples do not lie one after the other, each in a row?"""
+    is_mapped = False
+    for seen in every_level(tensor):
+        if _functorch.is_batchedtensor(seen):
+            is_mapped = True
+            if _functorch.maybe_get_bdim(seen):
+                return True
+    return is_mapped and not below_transforms(tensor).is_contiguous()
+
+
 def holds_nan(tensor: Tensor) -> bool:
     """Is one of its numbers nan, for whichever sample? False where nobody can look."""
     if torch.compiler.is_compiling():

@@ -7,7 +7,8 @@ from typing import Any
 
 from jacfunc._functorch import is_batched
 from jacfunc._guard import Around, check_push, check_pushed, name_of
-from jacfunc._watch import Watch, tensors_in
+from jacfunc._misread import tensors_of
+from jacfunc._watch import Watch
 
 
 class NestedWatch(Watch):
@@ -23,7 +24,7 @@ class NestedWatch(Watch):
         """A call while tangents pass through."""
         name = name_of(func)
         # vmaps of tangents alone do no harm
-        is_mapped = any(map(is_batched, tensors_in(args, kwargs)))
+        is_mapped = any(map(is_batched, tensors_of(args, kwargs)))
         check_push(func, name, args, kwargs, Around(int(is_mapped), keeps_graph=True))
         result = super().pushed(func, args, kwargs)
         check_pushed(name, result)

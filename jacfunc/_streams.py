@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ from jacfunc._attributes import held
 from jacfunc._basis import sweep_leaves
 from jacfunc._batching import batch_size, narrowed
 from jacfunc._blocks import rows_to_blocks, stack_leaves
-from jacfunc._check import check_chunk_size, is_tensor
+from jacfunc._check import Refused, check_chunk_size, is_tensor
 from jacfunc._chunks import Chunk, Pieces, in_chunks
 from jacfunc._draws import Draws
 from jacfunc._functorch import inside_transform
@@ -194,6 +195,18 @@ def _by_params(evaluated: Callable[[], _Rows], chunk: Chunk) -> Items:
         yield name, rows.flat.output_tree(blocks)
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """What torch refused, in the words of the door."""
+    try:
+        yield
+    except Refused as refusal:
+        raise Refused(
+            f"{API}: the module must be one whose rows can be pulled back from one graph, got a "
+            f"refusal: {refusal}. Use module_jacobian, which knows other ways."
+        ) from refusal
+
+
 class _Rows:
     """A module evaluated once, from which rows are pulled back as they are asked for."""
 
@@ -201,7 +214,7 @@ class _Rows:
         self._call, self._draws = call, draws
         self.names, self.is_sampled = tuple(call.state.point), batch is not None
         self._size: int | None = None
-        with call.undisturbed():
+        with call.undisturbed(), _in_words():
             draws.repeat()
             if batch is None:
                 self.flat = call.flat_call(call.arguments, None)
@@ -220,6 +233,6 @@ class _Rows:
                 seed.unsqueeze(1).expand(seed.shape[0], self._size, *seed.shape[1:])
                 for seed in cotangents
             )
-        with self._call.undisturbed():
+        with self._call.undisturbed(), _in_words():
             self._draws.repeat()
             return self._operator.pullback_onto(chosen, cotangents, of)

@@ -100,7 +100,7 @@ class Gram:
         form, num_seeds = parts[0].form, self.axes.diagonal * self.axes.kept * self.axes.traced
         if step is None or not isinstance(form, Outer):
             zeros = partial(param.new_zeros, (size, num_seeds, *param.shape))
-            yield rows(parts, zeros).flatten(2)
+            yield rows(parts, zeros).reshape(size, num_seeds, -1)
             return
         for g in range(form.groups):
             inputs = form.inputs[:, g].to(form.cotangents.dtype)
