@@ -1,12 +1,14 @@
-"""Do several evaluations of one function return the same numbers, as at one point they must?"""
+"""Do several evaluations of one function at one point return the same numbers?"""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
 from jacfunc._check import Refused
-from jacfunc._functorch import below_transforms, has_modes, inside_transform, outside_transforms
+from jacfunc._functorch import below_transforms, inside_transform, outside_transforms
 from jacfunc._types import Leaves
 from jacfunc._watch import unseen
 
@@ -33,13 +35,37 @@ def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> 
     """
     if torch.compiler.is_compiling():
         return
-    if not inside_transform() and not has_modes():
+    if not (inside_transform() or torch._C._len_torch_dispatch_stack()):
         is_same = _agree(outputs, others, same_way)
     else:
         with outside_transforms():
             is_same = _agree(outputs, others, same_way)
     if not is_same:
         raise Refused(CHANGING)
+
+
+class Evaluated:
+    """Outputs of what is evaluated more than once, by what it is."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[Hashable, Leaves] = {}
+
+    def check(self, what: Hashable, outputs: Leaves) -> None:
+        """Compare with those of the first time.
+
+        Raises:
+            Refused: if they differ.
+        """
+        first = self._outputs.get(what)
+        if first is None:
+            self._outputs[what] = detached(outputs)
+        else:
+            check_agreement(first, outputs)
+
+
+def detached(leaves: Leaves) -> Leaves:
+    """Without the graph that they carry."""
+    return tuple(leaf.detach() for leaf in leaves)
 
 
 def _agree(outputs: Leaves, others: Leaves, same_way: bool) -> bool:

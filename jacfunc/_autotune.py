@@ -20,7 +20,7 @@ from jacfunc._check import Refused, check_memory
 from jacfunc._chunks import Chunk
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
-from jacfunc._known import Remembered
+from jacfunc._known import Remembered, nothing_yet
 from jacfunc._lock import alone
 from jacfunc._machine import seconds_of
 from jacfunc._operators import JacobianOperator
@@ -90,7 +90,7 @@ class Autotune:
     cache: str | Path | None = None
     memory: int | str | None = None
     known: Remembered[Planned] = field(
-        default_factory=Remembered, init=False, repr=False, compare=False
+        default_factory=nothing_yet, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:

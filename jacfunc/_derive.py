@@ -95,7 +95,8 @@ def in_words_of(api: str, sweep: Callable[[], Result]) -> Result:
     try:
         return sweep()
     except Refused as refusal:
-        if isinstance(refusal.__cause__, Refused):  # an inner door has said it already
+        is_said = isinstance(refusal.__cause__, Refused)  # by an inner door
+        if is_said or str(refusal).startswith(f"{api}: "):
             raise
         raise Refused(
             f"{api}: the function must be one that this strategy can sweep, got a refusal: "

@@ -106,6 +106,17 @@ class _Reading:
     peak: int
 
 
+class _Counted:
+    """A function that knows how often it was called, and nobody who calls it: no cycle."""
+
+    def __init__(self, func: LeafFunction) -> None:
+        self._func, self.calls = func, 0
+
+    def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
+        self.calls += 1
+        return self._func(*primals)
+
+
 @dataclass
 class _Round:
     """Sweeps that are alike: those through one output leaf, or all that push."""
@@ -125,13 +136,9 @@ class _Probe(JacobianOperator):
     def __init__(
         self, func: LeafFunction, primals: Leaves, memory: PeakBytes, work: Replacing
     ) -> None:
-        def counted(*primals: Tensor) -> tuple[Leaves, Leaves]:
-            self._evaluations += 1
-            return func(*primals)
-
-        super().__init__(counted, primals)
+        self._counted = _Counted(func)
+        super().__init__(self._counted, primals)
         self._memory, self._work = memory, work
-        self._evaluations = 0
         self._only = EVERY
         self._rounds: list[_Round] = []
         self._has_graph = False
@@ -178,7 +185,7 @@ class _Probe(JacobianOperator):
 
     def forecast(self, strategy: Swept, blocks: Blocks) -> Forecast:
         """What was counted, and the same again for the sweeps that were left out."""
-        evaluations, flops, peak = self._evaluations, self._work.flops, self._memory.peak
+        evaluations, flops, peak = self._counted.calls, self._work.flops, self._memory.peak
         result, kept = sum(map(_bytes, blocks)), 0
         run = sum(len(each.readings) for each in self._rounds)
         skipped = sum(each.skipped for each in self._rounds)
@@ -213,7 +220,7 @@ class _Probe(JacobianOperator):
         this.done += size
         memory = self._memory
         this.readings.append(
-            _Reading(size, self._evaluations, self._work.flops, memory.live, memory.peak)
+            _Reading(size, self._counted.calls, self._work.flops, memory.live, memory.peak)
         )
         self._has_graph = any(product.requires_grad for product in products)
         return products

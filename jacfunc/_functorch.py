@@ -33,11 +33,6 @@ def is_outermost() -> bool:
     return not (inside_transform() or torch.compiler.is_compiling())
 
 
-def has_modes() -> bool:
-    """Does a dispatch mode look at every operation?"""
-    return bool(torch._C._len_torch_dispatch_stack())
-
-
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """As at the top level, whatever transforms and dispatch modes are active outside."""

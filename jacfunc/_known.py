@@ -100,6 +100,11 @@ class Remembered(Generic[Value]):
         return ref(called, forget)
 
 
+def nothing_yet() -> Remembered[Any]:
+    """An empty memory, as a default of dataclasses: the compiler calls functions there alone."""
+    return Remembered()
+
+
 class KnownKinds:
     """Kinds of calls that need not be looked at again, by what is called.
 

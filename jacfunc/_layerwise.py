@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacfunc._again import first_again
 from jacfunc._blocks import stack
 from jacfunc._chunks import Chunk, evenly, in_chunks
 from jacfunc._factors import Factors
@@ -45,7 +46,16 @@ class LayerByLayer:
             self._write(factors, start, total, rows)
             return beside
 
-        found = stack(in_chunks(total, samples, take), total)
+        def again(size: int) -> Leaves:
+            return self.factors_of(0, size).outputs
+
+        def outputs_of(leaves: Leaves) -> Leaves:
+            count = len(self.grid().rows)
+            start = 0 if self.places is not None else count * len(self.grid().columns)
+            return leaves[start : start + count]
+
+        chunks = first_again(in_chunks(total, samples, take), outputs_of, again)
+        found = stack(chunks, total)
         return found if self.places is None else (*self.places, *found)
 
     def _blocks(self, factors: Factors) -> Leaves:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from jacfunc._agreement import Evaluated
 from jacfunc._batching import batch_size
 from jacfunc._check import is_tensor
+from jacfunc._derive import in_words_of
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
 from jacfunc._inputs import check_batch, sample_dims
@@ -51,6 +53,7 @@ class OfSamples:
 
     batch: Batch
     strategy: Structured
+    seen: Evaluated = field(default_factory=Evaluated)
 
     @property
     def size(self) -> int:
@@ -62,13 +65,18 @@ class OfSamples:
 
     def between(self, start: int, stop: int) -> Factors:
         try:
-            return self.batch.factors(self.strategy, start, stop)
+            return in_words_of(self.batch.api, lambda: self._evaluated(start, stop))
         except RuntimeError as error:
             self.batch.check_randomness(error)
             raise
 
     def undisturbed(self) -> AbstractContextManager[Any]:
         return torch.no_grad()
+
+    def _evaluated(self, start: int, stop: int) -> Factors:
+        found = self.batch.factors(self.strategy, start, stop)
+        self.seen.check((start, stop), found.outputs)
+        return found
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Loss:
 
     @cached_property
     def _of_gradient(self) -> JacobianOperator:
-        return JacobianOperator(self._gradient, self.outputs.leaves)
+        # not of itself: that would be a cycle, which keeps the module and the batch
+        return JacobianOperator(replace(self)._gradient, self.outputs.leaves)
 
     def times(self, tangents: Leaves) -> Leaves:
         """The Hessian is symmetric: its products are pullbacks."""

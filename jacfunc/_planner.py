@@ -18,8 +18,8 @@ from jacfunc._compiled import uncompiled
 from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
-from jacfunc._functorch import is_pushing
-from jacfunc._known import MOST_KINDS, Recent, Remembered
+from jacfunc._functorch import is_pushing, uncompiled
+from jacfunc._known import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._plans import (
@@ -58,7 +58,7 @@ class Auto:
     directions: tuple[Direction, ...] = (Reverse(), Forward())
     memory: int | None = None
     by_layers: Structured | None = None
-    known: Remembered[Planned] = field(default_factory=Remembered, repr=False, compare=False)
+    known: Remembered[Planned] = field(default_factory=nothing_yet, repr=False, compare=False)
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""

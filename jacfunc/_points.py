@@ -10,9 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from jacfunc._agreement import Evaluated
 from jacfunc._attributes import held
 from jacfunc._batching import batch_size
 from jacfunc._check import Refused, check_chunk_size, is_out_of_memory
+from jacfunc._derive import in_words_of
 from jacfunc._draws import Draws
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
@@ -203,6 +205,7 @@ class Point:
                     f"{str(error).rstrip('.')}. Use module_jacobian(per_sample=True), which can "
                     "take the samples one by one."
                 ) from error
+            in_words_of(self.api, lambda: self._evaluated.check((start, stop), found.outputs))
         return found
 
     @cached_property
@@ -210,6 +213,10 @@ class Point:
         """The batch, looked at once, whatever is asked."""
         self.call.check_independent(self.batch)
         return self.batch
+
+    @cached_property
+    def _evaluated(self) -> Evaluated:
+        return Evaluated()
 
     @contextmanager
     def contracting(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jacfunc._again import FirstSamples, first_again
 from jacfunc._autotune import Autotune
 from jacfunc._batching import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._check import Refused, Stale, is_out_of_memory
@@ -62,7 +63,7 @@ class Batch:
         Only what plans may take the samples one by one unasked; others say how to ask.
         """
         try:
-            return self._sorted(self._run(strategy))
+            return in_words_of(self.api, lambda: self._sorted(self._run(strategy)))
         except RuntimeError as error:
             self.check_randomness(error)
             raise
@@ -96,7 +97,9 @@ class Batch:
         def take(leaves: Leaves, dims: Dims) -> Leaves:
             return sweep_batch(of_one, leaves, self.randomness, dims)[0]
 
+        first = self._first_samples(Draws(self.leaves))
         chunks = sample_chunks(take, self.leaves, self.dims, self.sink.at_once(chunk))
+        chunks = first_again(chunks, self._outputs_in, first.outputs)
         return self.sink.samples(chunks, self._size(), self._grid)
 
     def looped(self, strategy: Strategy) -> Leaves:
@@ -109,7 +112,8 @@ class Batch:
                     products = self._of_one(one_sample(self.leaves, self.dims, number), strategy)
                 yield tuple(product.unsqueeze(0) for product in products)
 
-        return self.sink.samples(each(), self._size(), self._grid)
+        chunks = first_again(each(), self._outputs_in, self._first_samples(draws).output)
+        return self.sink.samples(chunks, self._size(), self._grid)
 
     def planned(self, strategy: Auto | Autotune) -> Leaves:
         """As the strategy plans for calls of this kind; looped where torch vmaps no plan."""
@@ -230,8 +234,16 @@ class Batch:
         blocks = self.sink.finished(blocks, grid, (size,))
         return Evaluation(call, blocks, lambda: (beside[:num_outputs], beside[num_outputs:]))
 
+    def _outputs_in(self, leaves: Leaves) -> Leaves:
+        """Of what :meth:`_of_one` lined up."""
+        start = len(self._grid().rows) * len(self._grid().columns)
+        return leaves[start : start + len(self._grid().rows)]
+
     def _grid(self) -> Grid:
         return self.seen[-1][1]
+
+    def _first_samples(self, draws: Draws) -> FirstSamples:
+        return FirstSamples(self.call_of, self.leaves, self.dims, self.randomness, draws)
 
     def _first(self) -> FlatCall:
         return self.call_of(one_sample(self.leaves, self.dims, 0))

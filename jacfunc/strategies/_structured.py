@@ -12,7 +12,7 @@ from jacfunc._chunks import Chunk, Within, in_chunks, of_leaf
 from jacfunc._factored import Met, factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._functorch import is_outermost
-from jacfunc._known import Remembered
+from jacfunc._known import Remembered, nothing_yet
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks, Leaves
@@ -51,7 +51,7 @@ class Structured:
 
     chunk_size: Chunk = None
     known: Remembered[Met] = field(
-        default_factory=Remembered, init=False, repr=False, compare=False
+        default_factory=nothing_yet, init=False, repr=False, compare=False
     )
     """What parameters meet, by what is called and the kind of call."""
 
