@@ -16,7 +16,13 @@ from torch import Tensor
 
 from jacfunc._attention import plain_attention
 from jacfunc._check import Refused
-from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
+from jacfunc._faults import (
+    can_be_batched,
+    check_nodes,
+    must_be_differentiable,
+    once_alone,
+    wrong_second_derivative,
+)
 from jacfunc._functorch import (
     inside_derivative,
     is_derived_again,
@@ -92,9 +98,17 @@ def _push(
 
 
 def _jvp(func: LeafFunction, primals: Leaves, tangents: Leaves) -> tuple[Leaves, Leaves, Leaves]:
-    pushed: Any = torch.func.jvp(func, primals, tangents, has_aux=True)
+    num_outputs = 0
+
+    def with_some_output(*inner: Tensor) -> tuple[Leaves, Leaves]:
+        nonlocal num_outputs
+        outputs, extras = func(*inner)
+        num_outputs = len(outputs)
+        return outputs or inner[:1], extras  # torch refuses to push nothing
+
+    pushed: Any = torch.func.jvp(with_some_output, primals, tangents, has_aux=True)
     outputs, products, extras = pushed
-    return outputs, products, extras
+    return outputs[:num_outputs], products[:num_outputs], extras
 
 
 def pushforward_batch(
@@ -173,8 +187,10 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
     ends: list[tuple[Leaves, Leaves]] = []  # of torch's graph, as this level of it sees them
     nodes: set[Any] = set()
     depth = len(newer_transforms(0))
+    is_inside, reason = inside_derivative(), None
 
     def watched(*inner: Tensor) -> tuple[Leaves, Leaves]:
+        nonlocal reason
         copies = [primal.clone() for primal in inner]
         if torch.compiler.is_compiling():  # where no graph can be looked at
             return func(*copies)
@@ -183,7 +199,9 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         ends[:] = [(inner, outputs)]
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         graph = Graph.of(outputs, starts)
-        check_nodes(graph.nodes, found["differentiated"])
+        check_nodes(graph.nodes, found["differentiated"] and is_inside)
+        if found["differentiated"] and (reason := wrong_second_derivative(graph.nodes)):
+            found["differentiated"] = False
         nodes.update(graph.nodes)
         names = graph.names
         found["batchable"] = can_be_batched(names, found["differentiated"])
@@ -213,6 +231,8 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
                 every = list(map(torch.zeros_like, outputs))
                 every[of] = cotangents
                 products = vjp(tuple(every))[onto]
+        if reason and grad_mode:
+            return tuple([once_alone(product, outputs[0], reason) for product in products])
         if grad_mode or not forced:
             return products
         return tuple(product.detach() for product in products)

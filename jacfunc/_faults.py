@@ -8,7 +8,11 @@ which is right, or refuse. Each entry is pinned by a test in ``tests/test_faults
 from __future__ import annotations
 
 from collections.abc import Set
+from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from jacfunc._check import Refused
 from jacfunc._functorch import num_vmap_levels
@@ -62,19 +66,73 @@ def check_nodes(nodes: set[Any], differentiated: bool) -> None:
             reason = WRONG_INSIDE_VMAP[name]
         if reason:
             raise Refused(f"torch's backward pass of {name} is wrong here ({reason})")
-        if differentiated and _is_once_differentiable(node):
-            reason = "its backward is marked once_differentiable"
-        elif differentiated:
-            reason = WRONG_SECOND_DERIVATIVE.get(name)
+        if once := getattr(getattr(node, "_forward_cls", None), "once_alone", None):
+            raise Refused(once)
+    if differentiated and (reason := wrong_second_derivative(nodes)):
+        raise Refused(reason)
+
+
+def wrong_second_derivative(nodes: set[Any]) -> str | None:
+    """Why no second derivative may be taken through these nodes, if that is so."""
+    for node in nodes:
+        name = node.__name__
+        reason = WRONG_SECOND_DERIVATIVE.get(name)
+        if _is_once_differentiable(getattr(node, "_forward_cls", None)):
+            reason = "its backward is marked with @once_differentiable"
         if reason:
-            raise Refused(f"torch's second derivative through {name} is wrong ({reason})")
+            return f"torch's second derivative through {name} is wrong ({reason})"
+    return None
 
 
-def _is_once_differentiable(node: Any) -> bool:
+def once_alone(product: Tensor, output: Tensor, reason: str) -> Tensor:
+    """A first derivative without its graph, which raises where it is differentiated again.
+
+    It seems to depend on what the output, which requires a gradient, depends on.
+    """
+    marked: Tensor = _once_alone(reason).apply(product, output)
+    return marked
+
+
+@cache
+def _once_alone(reason: str) -> Any:
+    """The autograd function, whose backward pass raises, one a reason."""
+
+    class OnceAlone(torch.autograd.Function):
+        once_alone = reason
+
+        @staticmethod
+        def forward(product: Tensor, output: Tensor) -> Tensor:
+            return product.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            """Nothing is saved."""
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            raise Refused(
+                "backward: a Jacobian must not be differentiated where torch has no second "
+                f"derivative, got one such ({reason}). Detach the Jacobian."
+            )
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, product: Tensor, output: Tensor) -> Any:
+            return OnceAlone.apply(product, output), in_dims[0]
+
+    return OnceAlone
+
+
+def _is_once_differentiable(function: Any) -> bool:
     """Torch raises where it notices, and returns zeros where the cotangent carries no graph."""
-    function = getattr(node, "_forward_cls", None)
-    code = getattr(getattr(function, "backward", None), "__code__", None)
-    return code is not None and code.co_qualname.startswith("once_differentiable.")
+    backward = getattr(function, "backward", None)
+    code = getattr(backward, "__code__", None)
+    if code is None:
+        return False
+    # functorch makes classes of its own, whose backward calls that of the function
+    if "autograd_function" in code.co_freevars:
+        place = code.co_freevars.index("autograd_function")
+        return _is_once_differentiable(backward.__closure__[place].cell_contents)
+    return bool(code.co_qualname.startswith("once_differentiable."))
 
 
 def can_be_batched(nodes: set[str], differentiated: bool) -> bool:

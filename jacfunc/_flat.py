@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
-from jacfunc._tree import Split, flatten, kind_of, kinds_of, paths
+from jacfunc._functorch import writes_outside
+from jacfunc._tree import Split, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
 
 
@@ -101,7 +102,13 @@ class FlatCall:
         parts = self._cut(primals)
         for n, split, part in zip(self._positions, self._splits, parts, strict=True):
             args[n] = split.merge(part)
-        output, aux = self.func(*args, **self._kwargs), None
+        try:
+            output, aux = self.func(*args, **self._kwargs), None
+        except RuntimeError as error:
+            if not writes_outside(error):
+                raise
+            error.is_answered = True  # type: ignore[attr-defined]
+            output, aux = self._on_copies(args, primals), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
         self._output = Split.of(output)
@@ -110,6 +117,12 @@ class FlatCall:
         if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
             check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
         return self._output.leaves, self._beside.leaves if self._beside else ()
+
+    def _on_copies(self, args: list[Tree], primals: Sequence[Tensor]) -> Tree:
+        """Call with copies of what is not differentiated, which a derivative lets nobody write."""
+        own = {id(primal) for primal in primals}
+        args, kwargs = map_tensors(lambda x: x if id(x) in own else x.clone(), (args, self._kwargs))
+        return self.func(*args, **kwargs)
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
         """The function's own ``(output, aux)``, from the leaves that an engine hands back."""

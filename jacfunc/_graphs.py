@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from jacfunc._check import Refused
-from jacfunc._faults import can_be_batched, check_nodes, must_be_differentiable
+from jacfunc._faults import (
+    can_be_batched,
+    check_nodes,
+    must_be_differentiable,
+    once_alone,
+    wrong_second_derivative,
+)
 from jacfunc._functorch import (
     below_transforms,
     is_derived_again,
@@ -242,10 +248,13 @@ def on_graph(
         )
         if keeps:
             return every
-        return tuple([product.detach() if product.requires_grad else product for product in every])
+        every = tuple([product.detach() if product.requires_grad else product for product in every])
+        if reason is None or not torch.is_grad_enabled():
+            return every
+        return tuple([once_alone(product, targets[0], reason) for product in every])
 
     def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
-        return swept(cotangents, onto, of, differentiated and torch.is_grad_enabled())
+        return swept(cotangents, onto, of, keeps_graph and torch.is_grad_enabled())
 
     def transpose() -> Linearization:
         check_nodes(graph.nodes, True)
@@ -254,9 +263,11 @@ def on_graph(
     def released(leaves: Leaves) -> Leaves:
         return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
 
-    check_nodes(graph.nodes, differentiated)
+    check_nodes(graph.nodes, differentiated=False)
+    reason = wrong_second_derivative(graph.nodes) if differentiated else None
+    keeps_graph = differentiated and reason is None
     names = graph.names
-    batchable = can_be_batched(names, differentiated)
+    batchable = can_be_batched(names, keeps_graph)
     forced = must_be_differentiable(names, in_functorch=False)
     found = released(outputs), released(extras)
-    return Linearization(*found, sweep, batchable, names, 0, differentiated, transpose)
+    return Linearization(*found, sweep, batchable, names, 0, keeps_graph, transpose)

@@ -154,6 +154,8 @@ FORWARD_FAULTS = (
 class ForwardGuard(Watch):
     """Watches a function while tangents pass through it; refuses what would come out wrong."""
 
+    pushes = True
+
     def __init__(self, around: Around) -> None:
         # grad mode may be on for the guard alone: then no plain graph is kept
         super().__init__(is_derived_again if around.keeps_graph else is_derived_twice)

@@ -18,7 +18,7 @@ from jacfunc._compiled import uncompiled
 from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
-from jacfunc._functorch import is_pushing, uncompiled
+from jacfunc._functorch import is_pushing
 from jacfunc._known import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator

@@ -7,7 +7,7 @@ torch's own pytree (HuggingFace's ``ModelOutput``, say) are adopted when they ar
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import optree
@@ -105,7 +105,7 @@ def _adopt(kind: type) -> None:
 
     def put_together(context: Any, children: Any) -> Tree:
         values = list(children)
-        if not issubclass(kind, dict):
+        if not (issubclass(kind, dict) and is_dataclass(kind)):
             return node.unflatten_fn(values, context)
         # filled when it is made: HuggingFace's ModelOutput takes a lone dict for its own fields
         slots = [None if value is None else object() for value in values]

@@ -23,6 +23,7 @@ from jacfunc._functorch import (
     is_derived_again,
     is_pushing,
     lacks_forward_rule,
+    writes_outside,
 )
 from jacfunc._known import KnownKinds
 from jacfunc._lock import alone
@@ -53,7 +54,10 @@ def _refuse_if_tracked(func: Callable[..., Any], args: Args, kwargs: Mapping[str
 
 def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> bool:
     """As it is below vmap, which hides the graph: functions set hooks where there is one."""
-    return func(*args) or (not is_pushing() and below_transforms(args[0]).requires_grad)
+    if func(*args):
+        return True
+    with unseen():  # watches outside have been asked already
+        return not is_pushing() and below_transforms(args[0]).requires_grad
 
 
 def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
@@ -128,6 +132,8 @@ class Watch(TorchFunctionMode):
     """Were random numbers drawn?"""
     strides = False
     """Was memory read by strides?"""
+    pushes = False
+    """Do tangents pass through the function?"""
 
     def __init__(self, is_derived_again: Callable[[Tensor], bool] = is_derived_again) -> None:
         super().__init__()
@@ -177,7 +183,7 @@ class Watch(TorchFunctionMode):
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         torch._C._pop_torch_function_stack()
         caught, self._caught = error or self._caught, None
-        if caught is None:
+        if caught is None or hasattr(caught, "is_answered"):
             return
         # a watch outside has seen it, too, but what is done about it is no longer the function's
         caught.left_a_watch = True
@@ -199,9 +205,13 @@ class Watch(TorchFunctionMode):
         """Errors that a sample alone, without our transforms, may not have raised."""
         if torch.compiler.is_compiling() or hasattr(error, "left_a_watch"):
             return
-        is_ours = isinstance(error, Refused) or lacks_forward_rule(error)
-        is_ours = is_ours or any(words in str(error) for words in _OF_A_TRANSFORM)
-        if is_ours or any(map(is_batched, tensors_of(args, kwargs))):
+        if lacks_forward_rule(error) or writes_outside(error):
+            is_ours = self.pushes  # else it is of a derivative that the function takes itself
+        else:
+            is_ours = isinstance(error, Refused)
+            is_ours = is_ours or any(words in str(error) for words in _OF_A_TRANSFORM)
+            is_ours = is_ours or any(map(is_batched, tensors_of(args, kwargs)))
+        if is_ours:
             self._caught = error
 
 
