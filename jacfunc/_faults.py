@@ -124,7 +124,7 @@ def _once_alone(reason: str) -> Any:
 
 def _is_once_differentiable(function: Any) -> bool:
     """Torch raises where it notices, and returns zeros where the cotangent carries no graph."""
-    backward = getattr(function, "backward", None)
+    backward: Any = getattr(function, "backward", None)
     code = getattr(backward, "__code__", None)
     if code is None:
         return False
