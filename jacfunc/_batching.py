@@ -15,12 +15,11 @@ from jacfunc._check import Refused, check_chunk_size, check_fallback, is_tensor
 from jacfunc._chunks import Chunk, in_chunks
 from jacfunc._draws import Draws
 from jacfunc._functorch import sweep_batch
-from jacfunc._graphs import confuses_lookups
 from jacfunc._lock import alone
+from jacfunc._nested import NestedWatch
 from jacfunc._trail import note
 from jacfunc._tree import Split, broadcast_prefix, flatten, stack_trees, unflatten
 from jacfunc._types import Leaves, Tree
-from jacfunc._watch import Watch
 from jacfunc.strategies._forward import Randomness
 
 OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
@@ -146,12 +145,8 @@ def _vmapped_or_looped(
 ) -> Leaves:
     """Every sample at once; one by one, where torch can't or must not vmap the function."""
     try:
-        with nullcontext() if randomness == "error" else alone():
-            outputs = sweep_batch(func, leaves, randomness, dims)[0]
-            if not torch.compiler.is_compiling() and confuses_lookups(outputs, leaves):
-                with Watch():  # which costs too much where nobody needs it
-                    outputs = sweep_batch(func, leaves, randomness, dims)[0]
-        return outputs
+        with NestedWatch(), nullcontext() if randomness == "error" else alone():
+            return sweep_batch(func, leaves, randomness, dims)[0]
     except Exception as error:  # torch has no type for what it can't vmap
         if torch.compiler.is_compiling():
             raise
@@ -162,7 +157,7 @@ def _vmapped_or_looped(
     with alone():
         draws = Draws(leaves)
         for number in range(batch_size(leaves, dims)):
-            with draws.of_one(randomness):
+            with draws.of_one(randomness), NestedWatch():
                 each.append(func(one_sample(leaves, dims, number))[0])
     stacked: Leaves = stack_trees(each)
     return stacked

@@ -7,7 +7,7 @@ torch.func.vjp can; :func:`linearize` is the one place that chooses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,8 +24,8 @@ from jacfunc._faults import (
     wrong_second_derivative,
 )
 from jacfunc._functorch import (
+    innermost_level,
     inside_derivative,
-    is_derived_again,
     is_differentiated,
     is_outermost,
     is_pushing,
@@ -37,13 +37,13 @@ from jacfunc._functorch import (
     run_backward,
     sweep_batch,
 )
-from jacfunc._graphs import Anchor, Graph, anchored, copied, derived_again, on_graph
+from jacfunc._graphs import Anchor, Graph, anchored, copied, leading_out, on_graph
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, batched_like
 from jacfunc._nested import NestedWatch
 from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import unwatched
+from jacfunc._watch import Pull, unwatched
 
 BY_ITSELF = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 """What a function calls to take derivatives of its own."""
@@ -135,8 +135,8 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         copies = list(map(copied, anchors))
         starts = {copy.grad_fn for copy in copies}
-        again = derived_again(primals, starts, wanted)
-        outputs, extras = watched_once(func, copies, primals, again=again)
+        pull = Pull(None, leading_out(primals, starts, wanted))
+        outputs, extras = watched_once(func, copies, primals, pull)
     state = getattr(func, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
     graph = Graph.of((*outputs, *extras), starts)
@@ -151,21 +151,21 @@ def watched_once(
     func: LeafFunction,
     copies: Sequence[Tensor],
     primals: Leaves,
+    pull: Pull,
     call: Any = None,
-    again: Callable[[Tensor], bool] = is_derived_again,
 ) -> tuple[Leaves, Leaves]:
     """Evaluate at copies of the primals; watched, unless it met nothing when last called so.
 
     A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
     but a function that may catch errors is watched at every call. ``call`` says what is called,
-    where ``func`` does not; ``again`` which derivatives are differentiated in turn.
+    where ``func`` does not.
     """
     keep_heap()
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
     if inner is not None and not is_pushing() and unwatched().has(inner, kind):
         return func(*copies)
-    with NestedWatch(again) as watch:
+    with NestedWatch(pull) as watch:
         found = func(*copies)
     watch.check_copies(primals)
     functions = getattr(call, "functions", (inner,))
@@ -195,7 +195,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         if torch.compiler.is_compiling():  # where no graph can be looked at
             return func(*copies)
         starts = {copy.grad_fn for copy in copies}
-        outputs, extras = watched_once(func, copies, primals)
+        outputs, extras = watched_once(func, copies, primals, Pull(innermost_level()))
         ends[:] = [(inner, outputs)]
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         graph = Graph.of(outputs, starts)

@@ -14,9 +14,9 @@ from jacfunc._check import Refused
 from jacfunc._engines import linearize, watched_once
 from jacfunc._factors import Factors, OfOne, Samples
 from jacfunc._functorch import inside_derivative, inside_transform, recording
-from jacfunc._graphs import Anchor, Graph, anchored, copied, derived_again, on_graph
+from jacfunc._graphs import Anchor, Graph, anchored, copied, leading_out, on_graph
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import unseen
+from jacfunc._watch import Pull, unseen
 from jacfunc.layers import Touched, Use, Uses
 
 
@@ -112,8 +112,8 @@ def _evaluated(
         found: list[Use] = []
         uses_of = partial(Uses, samples.size, met.lent, touched)
         of_all = _recording(of_one, samples, others, twins, uses_of, found)
-        again = derived_again(params, set(starts), wanted)
-        outputs, extras = watched_once(of_all, held, params, call, again)
+        pull = Pull(None, leading_out(params, set(starts), wanted))
+        outputs, extras = watched_once(of_all, held, params, pull, call)
     cut = set(starts).union(*(use.ends for use in found))
     state = getattr(call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()

@@ -103,6 +103,12 @@ def is_tracked(tensor: Tensor) -> bool:
         return is_tracked(tensor)
 
 
+def innermost_level() -> int | None:
+    """Of the transform that sees operations first."""
+    top = _functorch.peek_interpreter_stack()
+    return None if top is None else int(top.level())
+
+
 def num_derivatives(tensor: Tensor) -> int:
     """Of how many levels does a derivative pass through it, plain autograd not counted?"""
     top = _functorch.peek_interpreter_stack()
@@ -117,14 +123,19 @@ def num_derivatives(tensor: Tensor) -> int:
         return tracks + num_derivatives(tensor)
 
 
-def is_derived_again(tensor: Tensor) -> bool:
-    """Is a derivative that passes through the tensor differentiated in turn, as far as it shows?"""
-    return num_derivatives(tensor) + below_transforms(tensor).requires_grad > 1
+def is_right_twice(level: int | None) -> bool:
+    """Is a pullback of ours, at this level of functorch or on a plain graph, the innermost?
 
-
-def is_derived_twice(tensor: Tensor) -> bool:
-    """The same where no plain graph is kept."""
-    return num_derivatives(tensor) > 1
+    It loops where torch's second derivative is wrong under vmap; a vmap between it and the
+    derivative outside does not.
+    """
+    stack = _functorch.get_interpreter_stack() or []
+    if level is None or not stack:
+        return level is None and not stack
+    keys = [interpreter.key() for interpreter in stack]
+    first = next(i for i, key in enumerate(keys) if key != TransformType.Vmap)
+    is_ours = keys[-1] == TransformType.Grad and stack[-1].level() == level
+    return is_ours and TransformType.Vmap not in keys[first:]
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -21,8 +21,6 @@ from jacfunc._faults import (
 )
 from jacfunc._functorch import (
     below_transforms,
-    is_derived_again,
-    is_tracked,
     outside_transforms,
     recording,
     run_backward,
@@ -112,27 +110,25 @@ class Graph:
         return cls(kinds, met, outside)
 
 
-def derived_again(
+def leading_out(
     primals: Iterable[Tensor], starts: set[Any], wanted: bool
 ) -> Callable[[Tensor], bool]:
-    """Of tensors of a call: is a derivative that passes through them differentiated in turn?"""
-    if not wanted:
-        return is_derived_again
+    """Of tensors of a call: does a derivative that is kept lead to what is outside?"""
     seen: set[Any] = {None, *starts}
-    leads_out = any(primal.requires_grad for primal in primals)
+    found = wanted and any(primal.requires_grad for primal in primals)
 
-    def is_so(tensor: Tensor) -> bool:
-        nonlocal leads_out
-        pending: list[Any] = [below_transforms(tensor).grad_fn]
-        while pending and not leads_out:
+    def leads_out(tensor: Tensor) -> bool:
+        nonlocal found
+        pending: list[Any] = [below_transforms(tensor).grad_fn] if wanted else []
+        while pending and not found:
             node = pending.pop()
             if node not in seen:
                 seen.add(node)
                 pending += [below for below, _ in node.next_functions]
-                leads_out = hasattr(node, "variable")
-        return (leads_out and is_tracked(tensor)) or is_derived_again(tensor)
+                found = hasattr(node, "variable")
+        return found
 
-    return is_so
+    return leads_out
 
 
 def nodes_of_call(tensor: Tensor, ends: set[Any]) -> set[Any]:

@@ -15,18 +15,16 @@ from typing import Any
 import torch
 
 from jacfunc._check import Refused, is_differentiable
+from jacfunc._formulas import FORMULAS
 from jacfunc._functorch import (
     below_transforms,
     constant,
     has_tangent,
-    is_derived_again,
-    is_derived_twice,
     is_second_order_forward,
     is_tracked,
     num_forward_levels,
 )
 from jacfunc._misread import lookup
-from jacfunc._norms import NORMS
 from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch
 
 
@@ -158,7 +156,7 @@ class ForwardGuard(Watch):
 
     def __init__(self, around: Around) -> None:
         # grad mode may be on for the guard alone: then no plain graph is kept
-        super().__init__(is_derived_again if around.keeps_graph else is_derived_twice)
+        super().__init__(keeps_graph=around.keeps_graph)
         self._around = around
         self._is_recording = torch.is_grad_enabled()
 
@@ -200,7 +198,7 @@ def check_push(
     around: Around,
 ) -> None:
     """Refuse a call whose pushforward comes out wrong; what is done by a formula does not."""
-    if func in NORMS:
+    if func in FORMULAS and name in _KEEPS_STATISTICS:
         return
     for fault in FORWARD_FAULTS:
         if name in fault.names and fault.applies(kwargs, args, around):

@@ -6,9 +6,10 @@ Each entry is pinned by a test in ``tests/test_faults.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -17,12 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from jacfunc._check import Refused, is_differentiable
 from jacfunc._draws import DRAWING, may_draw
+from jacfunc._formulas import FORMULAS, by_formula
 from jacfunc._functorch import (
     below_transforms,
     is_batched,
-    is_derived_again,
     is_pushing,
+    is_right_twice,
     lacks_forward_rule,
+    num_derivatives,
     writes_outside,
 )
 from jacfunc._known import KnownKinds
@@ -39,7 +42,6 @@ from jacfunc._misread import (
     lookup,
     tensors_of,
 )
-from jacfunc._norms import NORMS, by_formula
 from jacfunc._types import Leaves
 
 _Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
@@ -49,6 +51,13 @@ def _refuse_if_tracked(func: Callable[..., Any], args: Args, kwargs: Mapping[str
     if any(map(is_tracked_now, tensors_of(args, kwargs))):
         name = getattr(func, "__name__", str(func)).removeprefix("special_").partition(".")[0]
         raise Refused(f"torch has no derivative of {name} and takes it for a constant")
+    return func(*args, **kwargs)
+
+
+def _refuse_if_derived(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    if any(map(is_tracked_now, tensors_of(args, kwargs))):
+        name = getattr(func, "__name__", str(func)).partition(".")[0]
+        raise Refused(f"torch's backward pass of {name} is wrong (it keeps what is overwritten)")
     return func(*args, **kwargs)
 
 
@@ -108,12 +117,26 @@ RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys(DRAWING, _draw),
     **dict.fromkeys(LOOKUPS, embedding),
     **dict.fromkeys(STRIDING, as_strided),
+    **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
     ASKING: _requires_grad,
 }
 """What is done instead of a call."""
-MET = frozenset(RULES) | frozenset(NORMS)
+MET = frozenset(RULES) | frozenset(FORMULAS)
 
 _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What is watched for: a pullback of ours.
+
+    Args:
+        level: of functorch; None on a plain graph.
+        leads_out: of a plain graph: is what leads to a tensor differentiated further outside?
+    """
+
+    level: int | None
+    leads_out: Callable[[Tensor], bool] | None = None
 
 
 class Watch(TorchFunctionMode):
@@ -122,7 +145,8 @@ class Watch(TorchFunctionMode):
     What runs inside a ``torch.jit`` function, or compiled, can't be watched.
 
     Args:
-        is_derived_again: is a derivative that passes through a tensor differentiated in turn?
+        pull: what follows, if it is a pullback.
+        keeps_graph: may plain graphs be kept of what comes out?
     """
 
     _caught: Any = None
@@ -135,9 +159,10 @@ class Watch(TorchFunctionMode):
     pushes = False
     """Do tangents pass through the function?"""
 
-    def __init__(self, is_derived_again: Callable[[Tensor], bool] = is_derived_again) -> None:
+    def __init__(self, pull: Pull | None = None, keeps_graph: bool = True) -> None:
         super().__init__()
-        self._is_derived_again = is_derived_again
+        self._pull = pull
+        self._keeps_graph = keeps_graph
 
     def __enter__(self) -> Self:
         torch._C._push_on_torch_function_stack(self)  # as torch does, in fewer steps
@@ -178,7 +203,24 @@ class Watch(TorchFunctionMode):
             return RULES[func](func, args, kwargs)
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        return by_formula(func, args, kwargs, self._is_derived_again)
+        outer = [mode for mode in _modes() if isinstance(mode, Watch)]
+        for watch in outer:  # they meet the parts of a formula alone
+            watch.met = True
+        return by_formula(func, args, kwargs, partial(self._is_derived_again, outer))
+
+    def _is_derived_again(self, outer: Sequence[Watch], tensor: Tensor) -> bool:
+        """May a derivative through the tensor be wrong, as it is differentiated in turn?
+
+        The second is right, where a pullback of ours takes the first row by row; the third is not.
+        """
+        order, leads_out = num_derivatives(tensor), False
+        if self._keeps_graph and below_transforms(tensor).requires_grad:
+            pulls = [w._pull.leads_out for w in (self, *outer) if w._pull and w._pull.leads_out]
+            order += len(pulls)
+            leads_out = pulls[-1](tensor) if pulls else order > 0
+        if leads_out or order != 2:
+            return leads_out or order > 2
+        return self._pull is None or not is_right_twice(self._pull.level)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         torch._C._pop_torch_function_stack()
@@ -213,6 +255,12 @@ class Watch(TorchFunctionMode):
             is_ours = is_ours or any(map(is_batched, tensors_of(args, kwargs)))
         if is_ours:
             self._caught = error
+
+
+def _modes() -> list[Any]:
+    """Those outside, the nearest first."""
+    count: int = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
 
 
 @cache

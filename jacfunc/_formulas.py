@@ -1,7 +1,8 @@
-"""Normalization by plain formulas, which are right at every order and under every transform.
+"""Plain formulas, right at every order and under every transform, for kernels that are not.
 
-Torch's fused kernels keep the statistics of their input. To derivatives of derivatives these are
-constants under vmap, in forward mode, and from the third order on.
+Torch's fused normalizations keep the statistics of their input: to derivatives of derivatives these
+are constants under vmap, in forward mode, and from the third order on. Each entry is pinned by a
+test in ``tests/test_nesting.py``.
 """
 
 from __future__ import annotations
@@ -9,19 +10,51 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacfunc._functorch import below_transforms, is_pushing, num_derivatives, num_vmap_levels
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Formula(Protocol):
+    """One call of a kernel, as its arguments were read."""
+
+    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+        """Would the kernel's derivatives be wrong here?"""
+
+    def result(self, kernel: Callable[[], Any]) -> Any:
+        """What the kernel returns, by the formula."""
+
+
+def by_formula(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    is_derived_again: Callable[[Tensor], bool],
+) -> Any:
+    """What ``func`` returns; its derivatives are those of a formula, where they must be."""
+
+    def kernel() -> Any:
+        return func(*args, **kwargs)
+
+    try:
+        formula = FORMULAS[func](*args, **kwargs)
+    except TypeError:  # torch says what is wrong with the arguments
+        return kernel()
+    return formula.result(kernel) if formula.is_needed(is_derived_again) else kernel()
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """One call of a fused kernel.
+    """A normalization.
 
     Args:
-        dims: what is averaged over.
+        dims: what is averaged over; nothing, where torch refuses the call.
         shape: of weight, bias and running statistics, as they lie beside the input.
         mean, variance: running statistics.
         is_learning: are the statistics those of the input?
@@ -37,25 +70,26 @@ class Norm:
     variance: Tensor | None = None
     is_learning: bool = True
 
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the statistics depend on."""
-        return (self.input,)
+    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+        """The statistics depend on the input alone."""
+        return is_derived_again(self.input)
 
-    def is_regular(self) -> bool:
-        """Can the formula take the call? Of one value the kernels make what it would not."""
+    def result(self, kernel: Callable[[], Any]) -> Any:
+        """Beside the value, the kernel's own: statistics, and what it writes."""
+        if not self._is_regular():
+            return kernel()
+        found = kernel()
+        if isinstance(found, Tensor):
+            return self._value(found.dtype)
+        return (self._value(found[0].dtype), *found[1:])
+
+    def _is_regular(self) -> bool:
+        """Of one value the kernels make what the formula would not, and they check shapes."""
         if not self.is_learning:
             return self.mean is not None and self.variance is not None
-        affine = [x.numel() for x in (self.weight, self.bias) if x is not None]
-        return prod(self.input.shape[d] for d in self.dims) > 1 and set(affine) <= {
-            prod(self.shape)
-        }
+        return prod(self.input.shape[d] for d in self.dims) > 1
 
-    def writes(self) -> bool:
-        """Does the kernel write into running statistics?"""
-        return self.is_learning and self.mean is not None
-
-    def value(self, dtype: torch.dtype) -> Tensor:
+    def _value(self, dtype: torch.dtype) -> Tensor:
         """By elementary operations: of half precision in single precision, as torch does it."""
         x = self.input.float() if self.input.dtype in _HALVES else self.input
         if self.is_learning:
@@ -77,52 +111,62 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class WeightNorm:
-    """``g · v / ‖v‖``, whose fused backward pass torch differentiates by a wrong formula."""
+    """``g · v / ‖v‖``: torch's second derivative is wrong, and the kernel can't be batched."""
 
     v: Tensor
     g: Tensor
     dim: int = 0
 
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the derivative depends on."""
-        return self.v, self.g
+    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+        """Always: inside transforms the first derivative is refused already."""
+        return True
 
-    def value(self) -> Tensor:
-        """By elementary operations, as torch does it where it has no fused kernel."""
-        over = [d for d in range(self.v.dim()) if d != self.dim % self.v.dim()]
-        square = self.v.square().sum(over if self.dim != -1 else None, keepdim=True)
+    def result(self, kernel: Callable[[], Any]) -> Tensor:
+        """As torch does it where it has no kernel."""
+        dims = [d for d in range(self.v.dim()) if d != self.dim % self.v.dim()]
+        square = self.v.square().sum(None if self.dim == -1 else dims, keepdim=True)
         return self.v * (self.g / square.sqrt())
 
 
-_HALVES = (torch.float16, torch.bfloat16)
+@dataclass(frozen=True, slots=True)
+class Determinant:
+    """``sign · exp(log |det|)``: third derivatives of det are nan or wrong inside transforms."""
+
+    A: Tensor
+
+    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+        """The first derivative is right."""
+        return is_derived_again(self.A)
+
+    def result(self, kernel: Callable[[], Any]) -> Any:
+        """By the kernel where the matrix, of some sample, is singular."""
+        found = kernel()
+        if bool((below_transforms(found) == 0).any()):
+            return found
+        sign, logarithm = torch.linalg.slogdet(self.A)
+        return sign * logarithm.exp()
 
 
-def by_formula(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    is_wanted: Callable[[Tensor], bool],
-) -> Any:
-    """What the kernel returns; its derivatives are those of the formula, where that is wanted."""
-    try:
-        norm = NORMS[func](*args, **kwargs)
-    except TypeError:  # torch says what is wrong with the arguments
-        return func(*args, **kwargs)
-    if not any(map(is_wanted, norm.inputs)):
-        return func(*args, **kwargs)
-    if isinstance(norm, WeightNorm):
-        return norm.value()
-    is_plain = norm.is_regular() and not (norm.writes() or torch.is_autocast_enabled())
-    if is_plain and func in _ALONE:
-        return norm.value(norm.input.dtype)
-    # for what it writes and returns beside the value, for its dtype, and for its errors
-    found = func(*args, **kwargs)
-    if not norm.is_regular():
-        return found
-    if isinstance(found, Tensor):
-        return norm.value(found.dtype)
-    return (norm.value(found[0].dtype), *found[1:])
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """Norms of differences: the pullback of cdist is wrong under vmap."""
+
+    x1: Tensor
+    x2: Tensor
+    p: float = 2.0
+    compute_mode: str | int | None = None
+
+    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+        """In forward mode it is refused by torch."""
+        if is_pushing() or not num_vmap_levels():
+            return False
+        return any(num_derivatives(x) > 0 for x in (self.x1, self.x2))
+
+    def result(self, kernel: Callable[[], Any]) -> Tensor:
+        """Of all pairs."""
+        difference = self.x1.unsqueeze(-2) - self.x2.unsqueeze(-3)
+        distances: Tensor = torch.linalg.vector_norm(difference, self.p, -1)
+        return distances
 
 
 def _of_layers(
@@ -223,21 +267,20 @@ def _forms(name: str, *overloads: str) -> list[Callable[..., Any]]:
     return [packet, *(getattr(packet, o) for o in overloads or ("default",)), *named]
 
 
-_ALONE: dict[Any, Callable[..., Norm]] = {
+FORMULAS: dict[Any, Callable[..., Formula]] = {
     **dict.fromkeys((F.layer_norm, *_forms("layer_norm")), _of_layers),
+    **dict.fromkeys(_forms("native_layer_norm"), _of_layers),
     F.batch_norm: _of_batches,
     **dict.fromkeys(_forms("batch_norm"), _of_batches_in_torch),
-    F.instance_norm: _of_instances,
-    **dict.fromkeys(_forms("instance_norm"), _of_instances_in_torch),
-}
-"""Kernels that return the value alone."""
-NORMS: dict[Any, Callable[..., Norm | WeightNorm]] = {
-    **_ALONE,
-    **dict.fromkeys(_forms("native_layer_norm"), _of_layers),
     **dict.fromkeys(_forms("native_batch_norm"), _of_batches_in_torch),
     **dict.fromkeys(_forms("_native_batch_norm_legit"), _of_batches_in_torch),
     **dict.fromkeys(_forms("_native_batch_norm_legit_functional"), _of_batches_in_torch),
     _aten._native_batch_norm_legit.no_stats: _of_batches_alone,
+    F.instance_norm: _of_instances,
+    **dict.fromkeys(_forms("instance_norm"), _of_instances_in_torch),
     **dict.fromkeys(_forms("_weight_norm"), WeightNorm),
+    **dict.fromkeys((*_forms("det"), *_forms("linalg_det"), torch.linalg.det), Determinant),
+    **dict.fromkeys((Tensor.det,), Determinant),
+    **dict.fromkeys((torch.cdist, _aten.cdist.default, _aten.cdist), Distances),
 }
-"""How their arguments are read."""
+"""How the arguments of a call are read."""
