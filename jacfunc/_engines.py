@@ -208,9 +208,15 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         found["differentiable"] = must_be_differentiable(names, in_functorch=True)
         return outputs, extras
 
-    with plain_attention():
-        linearized: Any = torch.func.vjp(watched, *primals, has_aux=True)
+    # a module's outputs are looked at below functorch, too: who keeps no graph records only
+    # what leads to tensors of before the call
+    looks = getattr(func, "called", None) is not None and not torch.is_grad_enabled()
+    with plain_attention(), torch.enable_grad() if looks else nullcontext():
+        cut = off_graph(primals) if looks else primals
+        linearized: Any = torch.func.vjp(watched, *cut, has_aux=True)
     outputs, vjp, extras = linearized
+    if looks:
+        outputs, extras = off_graph(outputs), off_graph(extras)
 
     def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
         grad_mode = torch.is_grad_enabled()

@@ -32,6 +32,7 @@ from jacfunc._samples import Batch
 from jacfunc._sinks import Sink
 from jacfunc._tree import Split, flatten, kinds_of, map_tensors, unflatten
 from jacfunc._types import Argnums, Leaves, Tree
+from jacfunc._watch import unseen
 from jacfunc.strategies import Strategy
 from jacfunc.strategies._forward import Randomness
 
@@ -160,7 +161,8 @@ class ModuleCall:
             with state.lent(params or point, (args, kwargs) if params else None):
                 output = module(*args, **kwargs)
                 if inside_derivative():  # where no graph is looked at
-                    state.check_fresh(flatten(output)[0])
+                    with unseen():
+                        state.check_fresh(flatten(output)[0])
                 if dims is not None:
                     output = map_tensors(self._of_one, output)
                 return (output, state.buffers_now()) if self.with_buffers else output
