@@ -23,9 +23,14 @@ from jacfunc._lock import holds_alone
 from jacfunc._types import Leaves
 
 
+def inside_functorch() -> bool:
+    """Is a functorch transform active?"""
+    return _functorch.peek_interpreter_stack() is not None
+
+
 def inside_transform() -> bool:
     """Is a functorch transform active, or plain forward mode? Only functorch nests in these."""
-    return _functorch.peek_interpreter_stack() is not None or is_pushing()
+    return inside_functorch() or is_pushing()
 
 
 def is_outermost() -> bool:

@@ -21,6 +21,7 @@ from jacfunc._draws import DRAWING, may_draw
 from jacfunc._formulas import FORMULAS, by_formula
 from jacfunc._functorch import (
     below_transforms,
+    inside_functorch,
     is_batched,
     is_pushing,
     is_right_twice,
@@ -58,6 +59,13 @@ def _refuse_if_derived(func: Callable[..., Any], args: Args, kwargs: Mapping[str
     if any(map(is_tracked_now, tensors_of(args, kwargs))):
         name = getattr(func, "__name__", str(func)).partition(".")[0]
         raise Refused(f"torch's backward pass of {name} is wrong (it keeps what is overwritten)")
+    return func(*args, **kwargs)
+
+
+def _set_data(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """Refused inside transforms, whose tensors torch leaves there when their level has ended."""
+    if inside_functorch():
+        raise Refused("it sets the data of a tensor, which torch does wrong inside a transform")
     return func(*args, **kwargs)
 
 
@@ -111,6 +119,7 @@ CONSTANT_TO_TORCH = (
     *("laguerre_polynomial_l", "legendre_polynomial_p"),
 )
 ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
+SETTING: Any = getattr(Tensor.data, "__set__")  # noqa: B009
 RULES: dict[Callable[..., Any], _Rule] = {
     **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in forms(f"special_{name}")},
     **dict.fromkeys((*forms("sinc"), Tensor.sinc_), _sinc),
@@ -119,6 +128,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys(STRIDING, as_strided),
     **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
     ASKING: _requires_grad,
+    SETTING: _set_data,
 }
 """What is done instead of a call."""
 MET = frozenset(RULES) | frozenset(FORMULAS)
