@@ -13,6 +13,7 @@ from torch import Tensor
 from jacfunc._blocks import stack
 from jacfunc._check import Refused, check_chunk_size, check_fallback, is_tensor
 from jacfunc._chunks import Chunk, in_chunks
+from jacfunc._compiled import as_written
 from jacfunc._draws import Draws
 from jacfunc._functorch import sweep_batch
 from jacfunc._lock import alone
@@ -75,7 +76,8 @@ def vmap(
 
         def on_leaves(leaves: Leaves) -> tuple[Leaves, Leaves]:
             inner_args, inner_kwargs = split.merge(leaves)
-            outputs, spec = flatten(func(*inner_args, **inner_kwargs))
+            with as_written():
+                outputs, spec = flatten(func(*inner_args, **inner_kwargs))
             _check_all_tensors(outputs)
             structure[:] = [spec]
             return tuple(outputs), ()

@@ -1,27 +1,87 @@
-"""What torch.compile has compiled, and its originals."""
+"""What torch.compile has compiled runs as it was written, wherever it is differentiated.
+
+Compiled code is kept from call to call, and what it is kept by leaves out which transforms are
+active: what was compiled for tangents is run again for a plain graph, and returns other numbers.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 
 
+class _Depth(threading.local):
+    """How many evaluations of ours this thread is inside of."""
+
+    inside = 0
+
+
+class _Stance:
+    """A stance of torch's compiler: eager for threads inside of an evaluation, else what it was.
+
+    ``torch.compiler.set_stance`` is made for one thread: it turns the compiler off in all of them,
+    and two that leave it in another order than they came leave it off for good.
+    """
+
+    def __init__(self, before: Any, depth: _Depth) -> None:
+        self._before, self._depth = before, depth
+
+    @property
+    def stance(self) -> Any:
+        """Asked whenever something compiled is called."""
+        return "force_eager" if self._depth.inside else self._before.stance
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._before, name)
+
+
+class _AsWritten:
+    """Inside of it, this thread's calls of what was compiled run the original."""
+
+    def __init__(self) -> None:
+        self._compiler: Any = sys.modules["torch._dynamo.eval_frame"]
+        self._depth = _Depth()
+
+    def __enter__(self) -> None:
+        self._depth.inside += 1
+        # it stays, since another thread may be inside when this one leaves
+        if type(self._compiler._stance) is not _Stance:
+            self._compiler._stance = _Stance(self._compiler._stance, self._depth)
+
+    def __exit__(self, *error: object) -> None:
+        self._depth.inside -= 1
+
+
+@cache
+def _as_written() -> _AsWritten:
+    """One for the process, as the compiler has one stance."""
+    return _AsWritten()
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Whatever torch.compile has compiled runs as it was written, in this thread.
+
+    Nothing is compiled as long as the compiler, which takes a second to load, is not loaded.
+    """
+    if torch.compiler.is_compiling() or "torch._dynamo.eval_frame" not in sys.modules:
+        return nullcontext()
+    return _as_written()
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Whatever torch.compile would compile runs as it is: under a dispatch mode it breaks.
-
-    A compiler that is not loaded yet, which takes a second, is not loaded for this.
-    """
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        return
+    """As it was written, and where the compiler is loaded inside and fails, it forgets that."""
+    was_loaded = "torch._dynamo" in sys.modules
     try:
-        yield
+        with as_written():
+            yield
     except BaseException:
-        if "torch._dynamo" in sys.modules:  # loaded inside: nobody else's code is forgotten
+        if not was_loaded and "torch._dynamo" in sys.modules:  # nobody else's code is forgotten
             torch.compiler.reset()
         raise

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jacfunc._attention import plain_attention
 from jacfunc._check import Refused
+from jacfunc._compiled import as_written
 from jacfunc._faults import (
     can_be_batched,
     check_nodes,
@@ -230,7 +231,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
             check_nodes(nodes, True)
             differentiated = True
         # without an outer derivative torch may take its faster, fused backward formulas
-        with torch.set_grad_enabled((grad_mode and differentiated) or forced):
+        with torch.set_grad_enabled((grad_mode and differentiated) or forced), as_written():
             if ends:
                 products = _pulled_inside(*ends[0], primals, cotangents, onto, of)
             else:  # compilers know torch's own pullback alone, of all outputs

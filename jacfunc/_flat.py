@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
+from jacfunc._compiled import as_written
 from jacfunc._functorch import writes_outside
 from jacfunc._tree import Split, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
@@ -103,12 +104,14 @@ class FlatCall:
         for n, split, part in zip(self._positions, self._splits, parts, strict=True):
             args[n] = split.merge(part)
         try:
-            output, aux = self.func(*args, **self._kwargs), None
+            with as_written():
+                output, aux = self.func(*args, **self._kwargs), None
         except RuntimeError as error:
             if not writes_outside(error):
                 raise
             error.is_answered = True  # type: ignore[attr-defined]
-            output, aux = self._on_copies(args, primals), None
+            with as_written():
+                output, aux = self._on_copies(args, primals), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
         self._output = Split.of(output)

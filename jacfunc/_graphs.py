@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from jacfunc._check import Refused
+from jacfunc._compiled import as_written
 from jacfunc._faults import (
     can_be_batched,
     check_nodes,
@@ -237,7 +238,8 @@ def on_graph(
         edges = tuple(anchor.edge for anchor in wanted_by)
         if as_evaluated is not None:
             as_evaluated()
-        products = run_backward(targets, edges, chosen, keeps or forced)
+        with as_written():  # checkpoints run parts of the function again
+            products = run_backward(targets, edges, chosen, keeps or forced)
         every: Leaves = tuple(
             anchor.zeros() if product is None else product
             for product, anchor in zip(products, wanted_by, strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jacfunc._basis import shared_units
 from jacfunc._check import is_differentiable
+from jacfunc._compiled import as_written
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._independence import Independence
 from jacfunc._losses import is_known, known_root
@@ -50,7 +51,8 @@ class Loss:
 
     def __call__(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """As a function of the leaves of the outputs."""
-        value: Any = self.func(self.outputs.tree(leaves), self.targets)
+        with as_written():
+            value: Any = self.func(self.outputs.tree(leaves), self.targets)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
             raise ValueError(

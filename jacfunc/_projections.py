@@ -137,7 +137,9 @@ def _of_chunk(
     with point.contracting():
         for name, parts in every.items():
             zeros = partial(total.new_zeros, (*total.shape[:2], *point.params[name].shape))
-            total += _projected(parts, zeros, Signs(f"{seed}:{name}", size, total))
+            # compiled or not, it is the same parameter
+            drawn_by = name.replace("_orig_mod.", "")
+            total += _projected(parts, zeros, Signs(f"{seed}:{drawn_by}", size, total))
     return total
 
 
