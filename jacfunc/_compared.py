@@ -13,7 +13,7 @@ from torch import Tensor
 from jacfunc._batching import batch_size
 from jacfunc._check import is_differentiable
 from jacfunc._draws import Draws
-from jacfunc._functorch import recording
+from jacfunc._functorch import recording, run_backward
 from jacfunc._graphs import anchored
 from jacfunc._types import Leaves
 
@@ -71,15 +71,8 @@ class Evaluated:
         wanted = [x for x in self.anchors if x.requires_grad]
         if not live or not wanted:
             return [None] * len(self.anchors)
-        found = iter(
-            torch.autograd.grad(
-                [self.outputs[i] for i in live],
-                wanted,
-                [cotangents[i] for i in live],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        )
+        seeds = tuple(cotangents[i] for i in live)
+        found = iter(run_backward(tuple(self.outputs[i] for i in live), wanted, seeds, False))
         grads = (next(found) if x.requires_grad else None for x in self.anchors)
         return [None if grad is None else grad.to_dense() for grad in grads]
 

@@ -160,8 +160,7 @@ def module_jacobian(
         jacobian = result.blocks[0][0] if flat else result.jacobian()
         if not full_output:
             return jacobian
-        outputs, buffers = result.value_and_aux()
-        return ModuleResult(jacobian, outputs, buffers)
+        return ModuleResult(jacobian, *result.value_and_aux())
 
     return module_jacobian_of
 

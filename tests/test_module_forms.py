@@ -134,10 +134,10 @@ calls: list[int] = []
 def test_full_output_takes_no_other_evaluation(per_sample):
     inner, x = case("batch norm")
     module = Count(inner)
-    plain = jacfunc.module_jacobian(module, per_sample=per_sample, strategy="reverse")
-    full = jacfunc.module_jacobian(
-        module, per_sample=per_sample, strategy="reverse", full_output=True
-    )
+    # at the second and fourth call it is looked at whether samples depend on each other
+    ways = {"per_sample": per_sample, "strategy": "reverse", "independent": True}
+    plain = jacfunc.module_jacobian(module, **ways)
+    full = jacfunc.module_jacobian(module, **ways, full_output=True)
     plain(x), full(x)
     calls.clear()
     want = plain(x)
@@ -410,7 +410,7 @@ def test_a_small_flat_result_is_swept_at_once(monkeypatch, strategy):
 
 def test_samples_of_a_small_flat_result_are_taken_at_once_from_the_second_call_on():
     inner, x = case("batch norm")
-    derive = jacfunc.module_jacobian(Count(inner), per_sample=True, flat=True)
+    derive = jacfunc.module_jacobian(Count(inner), per_sample=True, flat=True, independent=True)
     derive(x)
     calls.clear()
     derive(x)
