@@ -68,7 +68,7 @@ class Evaluated:
     def pull(self, cotangents: Leaves) -> list[Tensor | None]:
         """Gradients in the anchors; None where there is none."""
         live = [i for i, out in enumerate(self.outputs) if out.requires_grad]
-        wanted = [x for x in self.anchors if x.requires_grad]
+        wanted = tuple(x for x in self.anchors if x.requires_grad)
         if not live or not wanted:
             return [None] * len(self.anchors)
         seeds = tuple(cotangents[i] for i in live)
