@@ -21,6 +21,7 @@ from jacfunc._nested import NestedWatch
 from jacfunc._trail import note
 from jacfunc._tree import Split, broadcast_prefix, flatten, stack_trees, unflatten
 from jacfunc._types import Leaves, Tree
+from jacfunc._watch import handled
 from jacfunc.strategies._forward import Randomness
 
 OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
@@ -155,6 +156,7 @@ def _vmapped_or_looped(
         if not isinstance(error, Refused):
             check_fallback(error)
         note("func does not run under vmap, samples go one by one: %s", error)
+        handled(error)
     each = []
     with alone():
         draws = Draws(leaves)

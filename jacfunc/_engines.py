@@ -40,7 +40,7 @@ from jacfunc._functorch import (
 )
 from jacfunc._graphs import Anchor, Graph, anchored, copied, leading_out, on_graph
 from jacfunc._guard import Around, ForwardGuard
-from jacfunc._linearization import Linearization, batched_like
+from jacfunc._linearization import Linearization, Some, batched_like, some_of
 from jacfunc._nested import NestedWatch
 from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
@@ -219,7 +219,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
     if looks:
         outputs, extras = off_graph(outputs), off_graph(extras)
 
-    def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
+    def sweep(cotangents: Leaves, onto: slice, of: Some) -> Leaves:
         grad_mode = torch.is_grad_enabled()
         forced = found["differentiable"] and not inside_derivative()
         differentiated = found["differentiated"]
@@ -236,7 +236,9 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
                 products = _pulled_inside(*ends[0], primals, cotangents, onto, of)
             else:  # compilers know torch's own pullback alone, of all outputs
                 every = list(map(torch.zeros_like, outputs))
-                every[of] = cotangents
+                numbers = range(len(every))[of] if isinstance(of, slice) else of
+                for number, seed in zip(numbers, cotangents, strict=True):
+                    every[number] = seed
                 products = vjp(tuple(every))[onto]
         if reason and grad_mode:
             return tuple([once_alone(product, outputs[0], reason) for product in products])
@@ -249,13 +251,13 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
 
 
 def _pulled_inside(
-    inner: Leaves, outer: Leaves, primals: Leaves, cotangents: Leaves, onto: slice, of: slice
+    inner: Leaves, outer: Leaves, primals: Leaves, cotangents: Leaves, onto: slice, of: Some
 ) -> Leaves:
     """Cotangents of some outputs, pulled back through these alone, as torch pulls all of them.
 
     ``inner`` and ``outer`` are the primals and the outputs as a level of functorch sees them.
     """
-    pairs = zip(outer[of], cotangents, strict=True)
+    pairs = zip(some_of(outer, of), cotangents, strict=True)
     live = [(out, seed) for out, seed in pairs if out.requires_grad]
     if not live:
         return tuple(map(torch.zeros_like, primals[onto]))

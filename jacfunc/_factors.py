@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacfunc._basis import shared_units
 from jacfunc._functorch import sweep_batch
-from jacfunc._linearization import EVERY, Linearization
+from jacfunc._linearization import EVERY, Linearization, Some
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc.layers import Part, Rows, Use, rows, together, write
 
@@ -142,7 +142,7 @@ class Factors:
         alone = slice(of, of + 1)
         return self.of_cotangents(shared_units(self.outputs[alone], start, stop), alone)
 
-    def of_cotangents(self, cotangents: Leaves, of: slice = EVERY) -> list[list[Part]]:
+    def of_cotangents(self, cotangents: Leaves, of: Some = EVERY) -> list[list[Part]]:
         """The same of cotangents ``[K, B, *out]`` that need not be rows, of some outputs or all."""
         if not cotangents or not len(cotangents[0]):
             return [[] for _ in self.params]

@@ -15,6 +15,7 @@ from jacfunc._compiled import as_written
 from jacfunc._functorch import writes_outside
 from jacfunc._tree import Split, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
+from jacfunc._watch import handled
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class FlatCall:
         except RuntimeError as error:
             if not writes_outside(error):
                 raise
-            error.is_answered = True  # type: ignore[attr-defined]
+            handled(error)
             with as_written():
                 output, aux = self._on_copies(args, primals), None
         if self._has_aux:

@@ -15,7 +15,7 @@ from jacfunc._blocks import columns_to_blocks, rows_to_blocks
 from jacfunc._chunks import Chunk
 from jacfunc._costs import Costs, is_forward
 from jacfunc._counting import PeakBytes
-from jacfunc._linearization import EVERY
+from jacfunc._linearization import EVERY, Some
 from jacfunc._operators import JacobianOperator
 from jacfunc._replacing import Replacing
 from jacfunc._tree import flatten, map_tensors
@@ -148,11 +148,11 @@ class _Probe(JacobianOperator):
         """Rows are swept leaf by leaf, and here one leaf after the other has a round of its own."""
         return super().outputs[self._only]
 
-    def pullback_batch(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+    def pullback_batch(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
         pull = partial(super().pullback_batch, of=self._only)
         return self._sample(pull, cotangents, self.outputs)
 
-    def pullback_each(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+    def pullback_each(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
         pull = partial(super().pullback_each, of=self._only)
         return self._sample(pull, cotangents, self.outputs)
 

@@ -26,7 +26,7 @@ from jacfunc._functorch import (
     recording,
     run_backward,
 )
-from jacfunc._linearization import EVERY, Linearization
+from jacfunc._linearization import EVERY, Linearization, Some, some_of
 from jacfunc._mapped import every_level
 from jacfunc._types import Leaves
 
@@ -229,8 +229,8 @@ def on_graph(
     ``as_evaluated`` is called before each pullback: backward passes may run a module again.
     """
 
-    def swept(cotangents: Leaves, onto: slice, of: slice, keeps: bool) -> Leaves:
-        wanted_by, some = anchors[onto], outputs[of]
+    def swept(cotangents: Leaves, onto: slice, of: Some, keeps: bool) -> Leaves:
+        wanted_by, some = anchors[onto], some_of(outputs, of)
         live = [i for i, out in enumerate(some) if out.requires_grad] if anchors else []
         if not live:
             return tuple(anchor.zeros() for anchor in wanted_by)
@@ -251,7 +251,7 @@ def on_graph(
             return every
         return tuple([once_alone(product, targets[0], reason) for product in every])
 
-    def sweep(cotangents: Leaves, onto: slice, of: slice) -> Leaves:
+    def sweep(cotangents: Leaves, onto: slice, of: Some) -> Leaves:
         return swept(cotangents, onto, of, keeps_graph and torch.is_grad_enabled())
 
     def transpose() -> Linearization:

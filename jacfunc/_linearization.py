@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -19,6 +20,24 @@ from jacfunc._types import Leaves
 EVERY = slice(None)
 """All primals, or all outputs."""
 
+Some: TypeAlias = slice | Sequence[int]
+"""Numbers of some leaves, in order."""
+
+
+def some_of(leaves: Leaves, of: Some) -> Leaves:
+    """Those leaves."""
+    return leaves[of] if isinstance(of, slice) else tuple([leaves[number] for number in of])
+
+
+def live(cotangents: Leaves) -> Some:
+    """Numbers of those that are not zero everywhere: 0 · ∞ of the others would spoil products.
+
+    A single one is not looked at.
+    """
+    if len(cotangents) == 1:
+        return EVERY
+    return [number for number, seeds in enumerate(cotangents) if seeds.any()]
+
 
 @dataclass(slots=True)
 class Linearization:
@@ -26,7 +45,7 @@ class Linearization:
 
     outputs: Leaves
     extras: Leaves
-    sweep: Callable[[Leaves, slice, slice], Leaves]
+    sweep: Callable[[Leaves, slice, Some], Leaves]
     batchable: bool
     names: Set[str] = frozenset()
     """Of the autograd nodes."""
@@ -38,7 +57,7 @@ class Linearization:
     """Makes the map of tangents, if sweeps are of a plain graph."""
     _transposed: Linearization | None = None
 
-    def pull(self, cotangents: Leaves, onto: slice = EVERY, of: slice = EVERY) -> Leaves:
+    def pull(self, cotangents: Leaves, onto: slice = EVERY, of: Some = EVERY) -> Leaves:
         """One cotangent: ``[*out]`` → ``[*in]``, onto some of the primals, of some outputs.
 
         It may be one that a transform, or plain autograd, differentiates by.
@@ -57,12 +76,14 @@ class Linearization:
             return below_vmap(
                 partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents
             )
-        return self.sweep(batched_like(cotangents, self.outputs[of]), onto, of)
+        return self.sweep(batched_like(cotangents, some_of(self.outputs, of)), onto, of)
 
-    def _of_all(self, cotangents: Leaves, of: slice) -> Leaves:
+    def _of_all(self, cotangents: Leaves, of: Some) -> Leaves:
         """Cotangents of some outputs as cotangents of all, zero for the others."""
         every = [torch.zeros_like(out) for out in self.outputs]
-        every[of] = cotangents
+        numbers = range(len(every))[of] if isinstance(of, slice) else of
+        for number, cotangent in zip(numbers, cotangents, strict=True):
+            every[number] = cotangent
         return tuple(every)
 
     def _as_map(self) -> LinearMap:
@@ -84,7 +105,7 @@ class Linearization:
         sweep, sweep_batch = self._transposed.sweep, self._transposed.pull_batch
         return LinearMap(lambda v: sweep(v, EVERY, EVERY), sweep_batch, self._as_map)
 
-    def pull_batch(self, cotangents: Leaves, onto: slice = EVERY, of: slice = EVERY) -> Leaves:
+    def pull_batch(self, cotangents: Leaves, onto: slice = EVERY, of: Some = EVERY) -> Leaves:
         """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right.
 
         A single one is never vmapped, so that ``chunk_size=1`` is the plain loop of torch.func.

@@ -12,7 +12,7 @@ from jacfunc._agreement import check_agreement
 from jacfunc._check import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._draws import Draws
 from jacfunc._functorch import below_transforms, inside_transform, levels
-from jacfunc._linearization import EVERY, Linearization, one_by_one
+from jacfunc._linearization import EVERY, Linearization, Some, one_by_one
 from jacfunc._lock import alone
 from jacfunc._mapped import holds_nan
 from jacfunc._sinks import Sink
@@ -73,16 +73,16 @@ class JacobianOperator:
         """f(primals), differentiable leaves only."""
         return self.image()[0]
 
-    def pullback(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+    def pullback(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
         """Jᵀ ȳ: ``[*out]`` → ``[*in]``; ``of`` some of the outputs alone."""
         linearized = self._linearized
         return self.refusing("pull cotangents back", lambda: linearized.pull(cotangents, EVERY, of))
 
-    def pullback_batch(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+    def pullback_batch(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
         """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``; ``of`` some of the outputs alone."""
         return self.pullback_onto(EVERY, cotangents, of)
 
-    def pullback_onto(self, chosen: slice, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+    def pullback_onto(self, chosen: slice, cotangents: Leaves, of: Some = EVERY) -> Leaves:
         """The same onto some of the primals alone."""
         if _is_empty(cotangents):
             return _no_products(self.primals[chosen])
@@ -91,7 +91,7 @@ class JacobianOperator:
             "pull cotangents back", lambda: linearized.pull_batch(cotangents, chosen, of)
         )
 
-    def pullback_each(self, cotangents: Leaves, of: slice = EVERY) -> Leaves:
+    def pullback_each(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
         """K pullbacks one after the other, never vmapped: ``[K, *out]`` → ``[K, *in]``."""
         if _is_empty(cotangents):
             return _no_products(self.primals)

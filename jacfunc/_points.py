@@ -21,7 +21,7 @@ from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost
 from jacfunc._independence import Independence
 from jacfunc._inputs import Arguments, Choice
-from jacfunc._linearization import EVERY
+from jacfunc._linearization import Some, live, some_of
 from jacfunc._lock import alone
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
@@ -178,11 +178,15 @@ class Point:
         return self.between(0, self.size)
 
     def parts_of(
-        self, factors: Factors, cotangents: Leaves, of: slice = EVERY
+        self, factors: Factors, cotangents: Leaves, of: Some | None = None
     ) -> dict[str, list[Part]]:
-        """What cotangents ``[K, B, *out]`` of some outputs pull back, by name; not of unused
-        parameters.
+        """What cotangents ``[K, B, *out]`` pull back, by name; not of unused parameters.
+
+        They are those of some outputs, or of all, of which a loss may not use every one.
         """
+        if of is None:
+            of = live(cotangents)
+            cotangents = some_of(cotangents, of)
         with self.undisturbed():
             parts = factors.of_cotangents(cotangents, of)
         return {name: some for name, some in zip(self.params, parts, strict=True) if some}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jacfunc._basis import shared_units
 from jacfunc._factors import Factors
 from jacfunc._independence import Independence, Independent
-from jacfunc._linearization import EVERY
+from jacfunc._linearization import Some
 from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._points import Door, Point
 from jacfunc._select import Select
@@ -126,7 +126,7 @@ def _of_chunk(
     cotangents: Leaves,
     size: int,
     seed: int,
-    of: slice = EVERY,
+    of: Some | None = None,
 ) -> Tensor:
     """Of what cotangents ``[K, B, *out]`` of some outputs pull back, ``[B, K, size]``."""
     every = point.parts_of(factors, cotangents, of)

@@ -235,7 +235,7 @@ class Watch(TorchFunctionMode):
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         torch._C._pop_torch_function_stack()
         caught, self._caught = error or self._caught, None
-        if caught is None or hasattr(caught, "is_answered"):
+        if caught is None or (error is None and was_handled(caught)):
             return
         # a watch outside has seen it, too, but what is done about it is no longer the function's
         caught.left_a_watch = True
@@ -263,8 +263,17 @@ class Watch(TorchFunctionMode):
             is_ours = isinstance(error, Refused)
             is_ours = is_ours or any(words in str(error) for words in _OF_A_TRANSFORM)
             is_ours = is_ours or any(map(is_batched, tensors_of(args, kwargs)))
-        if is_ours:
+        if is_ours and (self._caught is None or was_handled(self._caught)):
             self._caught = error
+
+
+def handled(error: Exception) -> None:
+    """An inner door goes on in another way, and the function never hears of it."""
+    error.was_handled = True  # type: ignore[attr-defined]
+
+
+def was_handled(error: Exception) -> bool:
+    return hasattr(error, "was_handled")
 
 
 def _modes() -> list[Any]:

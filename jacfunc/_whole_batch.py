@@ -15,6 +15,7 @@ from jacfunc._check import Refused, is_tensor
 from jacfunc._draws import Draws
 from jacfunc._factors import Samples
 from jacfunc._flat import FlatCall, OfCalls
+from jacfunc._linearization import live, some_of
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
 from jacfunc._trail import note
@@ -69,7 +70,8 @@ class Whole:
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
         with self._point.undisturbed(), self._in_words():
-            return self._pulling.pullback(cotangents)
+            of = live(cotangents)
+            return self._pulling.pullback(some_of(cotangents, of), of)
 
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
