@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import partial
 from random import Random
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -74,6 +74,31 @@ def _objects_in(value: object, seen: set[int]) -> Iterator[Any]:
         if not isinstance(some, MethodType) and type(own := _own(some)) is dict and own:
             yield some
             pending += own.values()
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Those that a function closes over, a module has, or objects keep, at any depth."""
+    pending, seen, found = [value], set[int](), list[Tensor]()
+    while pending and len(seen) <= FEW:
+        some = pending.pop()
+        if type(some) in SIMPLE or id(some) in seen:
+            continue
+        seen.add(id(some))
+        if isinstance(some, Tensor):
+            found.append(some)
+        elif isinstance(some, _SHALLOW):
+            pending += some.values() if isinstance(some, dict) else some
+        elif isinstance(some, FunctionType):
+            cells = [cell for cell in some.__closure__ or () if cell != CellType()]
+            pending += [cell.cell_contents for cell in cells]
+            pending += [some.__defaults__, some.__kwdefaults__]
+        elif isinstance(some, MethodType):
+            pending.append(some.__self__)
+        elif isinstance(some, partial):
+            pending += [some.func, some.args, some.keywords]
+        elif not isinstance(some, type | ModuleType) and type(own := _own(some)) is dict:
+            pending += own.values()
+    return found
 
 
 def _own(some: object) -> object:

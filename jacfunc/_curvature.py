@@ -12,7 +12,7 @@ from jacfunc._gauss_newton import GaussNewton
 from jacfunc._independence import Independence, Independent
 from jacfunc._likelihoods import Likelihood, check_likelihood, drawn
 from jacfunc._lock import alone
-from jacfunc._output_curvature import Loss, LossFunction
+from jacfunc._output_curvature import Captured, Loss, LossFunction
 from jacfunc._points import Door, Outputs
 from jacfunc._select import Select
 from jacfunc._types import Tree
@@ -79,8 +79,10 @@ def ggn(
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
         point, targets = door.with_targets(args, kwargs, is_held=True)
 
+        captured = Captured.of(loss)
+
         def curvature_of(outputs: Outputs) -> Loss:
-            return Loss("ggn", loss, targets, outputs)
+            return Loss("ggn", loss, targets, outputs, captured)
 
         return GaussNewton(point, curvature_of)
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._attributes import tensors_in
 from jacfunc._basis import shared_units
 from jacfunc._check import is_differentiable
 from jacfunc._compiled import as_written
@@ -41,6 +42,31 @@ class OutputCurvature(Protocol):
 
 
 @dataclass(frozen=True)
+class Captured:
+    """Tensors that a loss closes over, and what they were at the call."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, func: LossFunction) -> Captured:
+        return cls([(x, x.detach().clone()) for x in tensors_in(func)])
+
+    def check(self, api: str) -> None:
+        """Refuse a loss that is another one by now.
+
+        Raises:
+            ValueError: if one of the tensors has changed.
+        """
+        for now, before in self.pairs:
+            if not torch.equal(now.nan_to_num(), before.nan_to_num()):
+                raise ValueError(
+                    f"{api}: what the loss closes over must stay as it was at the call, got a "
+                    f"tensor of shape {tuple(now.shape)} that was changed since. Call it again, "
+                    "at the new point."
+                )
+
+
+@dataclass(frozen=True)
 class Loss:
     """A loss at the outputs of a batch."""
 
@@ -48,6 +74,8 @@ class Loss:
     func: LossFunction
     targets: Tree
     outputs: Outputs
+    captured: Captured | None = None
+    """What it closes over, where it is asked later."""
 
     def __call__(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """As a function of the leaves of the outputs."""
@@ -92,8 +120,13 @@ class Loss:
 
     def times(self, tangents: Leaves) -> Leaves:
         """The Hessian is symmetric: its products are pullbacks."""
+        self._check_captured()
         with torch.no_grad():
             return self._of_gradient.pullback(tangents)
+
+    def _check_captured(self) -> None:
+        if self.captured is not None:
+            self.captured.check(self.api)
 
     @property
     def precise(self) -> Loss:
@@ -107,6 +140,7 @@ class Loss:
     @cached_property
     def roots(self) -> Leaves:
         """As many as some sample needs: of each the largest, where there are more."""
+        self._check_captured()
         columns, dead = self._known() or self._computed()
         squares = columns.square().sum(1)
         live = max(1, int((squares > dead).sum(1).max()))  # a sweep needs at least one
