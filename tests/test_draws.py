@@ -1,0 +1,276 @@
+"""One result is of one draw: what changes between evaluations is refused, whatever draws it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+from jacfunc import Forward, Looped
+
+CHANGING = "its outputs change from one evaluation to the next"
+
+
+class Counter:
+    """A number that is another one at every call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return float(self.calls)
+
+
+class Private:
+    """Draws from a generator that nobody else knows."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self) -> float:
+        return float(torch.rand((), generator=self.generator)) + 0.5
+
+
+class Alternating:
+    """Switches with each call."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+
+    def __call__(self) -> float:
+        self.is_on = not self.is_on
+        return 2.0 if self.is_on else 3.0
+
+
+STATES: dict[str, Callable[[], Callable[[], float]]] = {
+    "numpy": lambda: np.random.rand,
+    "python": lambda: random.random,
+    "generator": Private,
+    "counter": Counter,
+    "alternating": Alternating,
+}
+EVERY_STATE = pytest.mark.parametrize("state", STATES)
+
+
+def point(*shape: int) -> Tensor:
+    return torch.linspace(0.5, 1.5, int(np.prod(shape)), dtype=torch.float64).view(shape)
+
+
+SEVERAL: dict[str, Callable[[Any, Tensor], Any]] = {
+    "columns in chunks": lambda f, x: jacfunc.jacfwd(f, chunk_size=1)(x),
+    "columns one by one": lambda f, x: jacfunc.jacobian(f, strategy=Looped("columns"))(x),
+    "value and columns": lambda f, x: jacfunc.value_and_jacobian(f, strategy=Forward(3))(x),
+    "hessian": lambda f, x: jacfunc.hessian(lambda x: f(x**3).sum(), strategy=Forward(1))(x),
+    "inside a derivative": lambda f, x: jacfunc.jacrev(
+        lambda x: jacfunc.jacfwd(f, chunk_size=3)(x).diagonal()
+    )(x),
+    "inside vmap": lambda f, x: torch.func.vmap(jacfunc.jacfwd(f, chunk_size=2))(x.expand(3, 4)),
+}
+
+
+@EVERY_STATE
+@pytest.mark.parametrize("way", SEVERAL)
+def test_columns_of_several_evaluations(way: str, state: str) -> None:
+    value = STATES[state]()
+    # a private generator is drawn from under vmap, which torch itself sees
+    with pytest.raises(NotImplementedError, match=f"{CHANGING}|it is random"):
+        SEVERAL[way](lambda x: x.sin() * value(), point(4))
+
+
+@EVERY_STATE
+@pytest.mark.parametrize("strategy", ["reverse", "looped", "auto", "forward"])
+def test_one_evaluation_is_of_one_draw(strategy: str, state: str) -> None:
+    value, x = STATES[state](), point(4)
+    y, jac = jacfunc.value_and_jacobian(lambda x: x * value(), strategy=strategy)(x)
+    factor = y[0] / x[0]
+    torch.testing.assert_close(jac, factor * torch.eye(4, dtype=torch.float64))
+
+
+@EVERY_STATE
+def test_another_way_that_evaluates_once_goes_on(state: str) -> None:
+    value, x = STATES[state](), point(4)
+    plan = jacfunc.Plan(Forward(1), "made up", otherwise=(jacfunc.Reverse(),))
+    jac = jacfunc.jacobian(lambda x: x * value(), strategy=plan)(x)
+    assert len(jac.diagonal().unique()) == 1
+
+
+@pytest.mark.parametrize("way", SEVERAL)
+def test_the_same_numbers_are_not_refused(way: str) -> None:
+    """nan and infinities are themselves."""
+
+    def func(x: Tensor) -> Tensor:
+        return torch.where(x < 0.9, x / 0, x.sin() * (x - x.amax()).log() * (x - 1).sqrt())
+
+    SEVERAL[way](func, point(4))
+
+
+def test_the_same_masks_are_not_refused() -> None:
+    def func(x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+    jac = jacfunc.jacobian(func, strategy=Forward(2))(point(40))
+    assert set(jac.diagonal().tolist()) == {0.0, 2.0}
+
+
+class Scaled(nn.Module):
+    """A layer, times a number from outside."""
+
+    def __init__(self, value: Callable[[], float]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=torch.float64)
+        self.__dict__["value"] = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x).tanh() * self.value()
+        return out
+
+
+def half(out: Tensor, target: Tensor) -> Tensor:
+    return (out - target).square().sum() / 2
+
+
+def ones(module: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.ones_like(p) for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("state", ["numpy", "python", "generator", "counter"])
+def test_samples_one_by_one(state: str) -> None:
+    module = Scaled(STATES[state]())
+    for strategy in ("looped", Looped("columns")):
+        derive = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
+        with pytest.raises(NotImplementedError, match=f"^module_jacobian: .*{CHANGING}"):
+            derive(point(5, 3))
+
+
+@pytest.mark.parametrize("state", ["numpy", "python", "generator", "counter"])
+def test_products_of_a_batch(state: str) -> None:
+    module = Scaled(STATES[state]())
+    G = jacfunc.ggn(module, half)(point(4, 3), point(4, 2))
+    with pytest.raises(NotImplementedError, match=f"^ggn: .*{CHANGING}"):
+        G @ ones(module)
+
+
+@pytest.mark.parametrize("state", ["numpy", "python", "counter"])
+def test_kernels_over_chunks(state: str) -> None:
+    value = STATES[state]()
+
+    def func(params: Tensor, x: Tensor) -> Tensor:
+        return (params * x).tanh() * value()
+
+    with pytest.raises(NotImplementedError, match=f"^ntk: .*{CHANGING}"):
+        jacfunc.ntk(func, point(3), point(6, 3), chunk_size=2)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("strategy", ["looped", "auto", "reverse", "structured", "forward"])
+def test_masks_of_torch_are_repeated(strategy: str, randomness: Any) -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Tanh(), nn.Linear(4, 2)).double()
+    memory = None if strategy in ("looped", "structured") else 4000
+    derive = jacfunc.module_jacobian(
+        module, per_sample=True, strategy=strategy, randomness=randomness, memory=memory
+    )
+    assert derive(point(5, 3))["0.weight"].shape == (5, 2, 4, 3)
+
+
+# --- J v is the transpose of Jᵀ u ---
+
+
+class Hooked(nn.Linear):
+    """Triples what comes back by a hook, which takes a gradient of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            z = y.detach().requires_grad_()
+            w = 3 * z
+            y.register_hook(lambda g: torch.autograd.grad(w, z, g, retain_graph=True)[0])
+        return y
+
+
+class Detached(torch.autograd.Function):
+    """A backward pass whose derivative in the cotangent is lost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * g.detach()
+
+
+class ByNumpy(torch.autograd.Function):
+    """A backward pass outside of torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.from_numpy(3 * g.detach().numpy())
+
+
+class Through(nn.Linear):
+    """One of the two outputs through a function of its own, the other as it is."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(3, 2)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.cat([self.function.apply(y[:, :1]), y[:, 1:]], 1)
+
+
+class Scaling(nn.Linear):
+    """A hook that is differentiable: the graph of the pullback shows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(lambda g: 3 * g)
+        return y
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "hook": lambda: Hooked(3, 2),
+    "detached": lambda: Through(Detached),
+    "numpy": lambda: Through(ByNumpy),
+    "differentiable hook": lambda: Scaling(3, 2),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_products_are_those_of_the_backward_pass_or_refused(name: str) -> None:
+    module, x = MODULES[name]().double(), point(4, 3)
+    params, out = list(module.parameters()), module(x)
+    rows = [torch.autograd.grad(o, params, retain_graph=True) for o in out.flatten()]
+    jac = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    expected = jac.T @ jac.sum(1)
+    G = jacfunc.ggn(module, half)(x, point(4, 2))
+    for _ in range(3):
+        if name != "differentiable hook":
+            with pytest.raises(
+                NotImplementedError, match=r"^ggn: products need a module whose J v"
+            ):
+                G @ ones(module)
+            continue
+        found = torch.cat([part.flatten() for part in (G @ ones(module)).values()])
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_of_a_deep_network_are_not_refused(dtype: torch.dtype) -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh()) for _ in range(12)]
+    module = nn.Sequential(*layers).to(dtype)
+    G = jacfunc.ggn(module, half)(point(6, 8).to(dtype), point(6, 8).to(dtype))
+    for _ in range(2):
+        assert all(part.isfinite().all() for part in (G @ ones(module)).values())

@@ -1,0 +1,300 @@
+"""What is found out is kept by function or module and kind of call, and keeps nothing alive."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+from jacfunc import Forward, Looped, Reverse, Structured
+from jacfunc._constants import constants_of
+from jacfunc._known import MOST_KINDS, KnownKinds, Recent, Remembered
+from jacfunc._planner import Auto, shared_plans
+from jacfunc._plans import others
+from jacfunc._trail import trail
+from jacfunc._winners import Winners
+
+
+class AllEqual(nn.Module):
+    """Equal to every other one, and of one hash."""
+
+    def __init__(self, is_read: bool = False) -> None:
+        super().__init__()
+        self.layer, self.is_read = nn.Linear(3, 2), is_read
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out * (2 if self.is_read and out.sum().item() > 0 else 3)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AllEqual)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def points(count: int = 5) -> Tensor:
+    return torch.linspace(-1, 1, 3 * count).view(count, 3)
+
+
+# --- the memory itself ---
+
+
+def test_by_identity_and_kind() -> None:
+    memory: Remembered[int] = Remembered()
+    one, other = AllEqual(), AllEqual()
+    memory.put(one, "kind", 1)
+    assert (memory.get(one, "kind"), memory.get(one, "other")) == (1, None)
+    assert memory.get(other, "kind") is None
+    known = KnownKinds()
+    known.add(one, "kind")
+    assert known.has(one, "kind")
+    assert not known.has(other, "kind")
+    assert constants_of(one) is constants_of(one)
+    assert constants_of(one) is not constants_of(other)
+
+
+def test_what_has_no_hash_is_remembered_and_what_has_no_weak_reference_is_not() -> None:
+    class NoHash:
+        __hash__ = None  # type: ignore[assignment]
+
+    memory: Remembered[int] = Remembered()
+    unhashable, number = NoHash(), 10**9
+    memory.put(unhashable, "kind", 1)
+    memory.put(number, "kind", 2)
+    assert memory.get(unhashable, "kind") == 1
+    assert memory.get(number, "kind") is None
+
+
+def test_it_ends_with_what_is_called() -> None:
+    memory: Remembered[int] = Remembered()
+    one = AllEqual()
+    memory.put(one, "kind", 1)
+    assert len(memory) == 1
+    del one
+    assert len(memory) == 0
+
+
+def test_the_oldest_kinds_are_forgotten() -> None:
+    memory, one = Remembered[int](3), AllEqual()
+    for number in range(5):
+        memory.put(one, number, number)
+    assert memory.values() == [2, 3, 4]
+    recent = Recent[int](2)
+    for number in (1, 2, 1, 3):
+        recent.put(number, number)
+    assert list(recent) == [2, 3]
+
+
+@pytest.mark.parametrize("strategy", [Auto(), jacfunc.Autotune(), Structured(), Auto(memory=10**9)])
+def test_copies_of_strategies_remember_nothing(strategy: Any) -> None:
+    module = nn.Linear(3, 2)
+    jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(points())
+    assert len(strategy.known)
+    for copied in (copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
+        assert copied == strategy
+        assert not len(copied.known)
+        jacfunc.module_jacobian(module, per_sample=True, strategy=copied)(points())
+
+
+# --- plans ---
+
+
+def test_as_many_plans_as_are_kept() -> None:
+    auto = Auto()
+    jac = jacfunc.jacobian(torch.tanh, strategy=auto)
+    for size in range(1, MOST_KINDS + 20):
+        jac(torch.zeros(size))
+    assert len(auto.known) == MOST_KINDS
+
+
+def test_many_functions_of_one_code_are_planned_once() -> None:
+    def made() -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.sin(x.expand(300, 3))
+
+    plans = [jacfunc._planner.Auto() for _ in range(2)]
+    with trail() as steps:
+        for auto in plans:
+            jacfunc.jacobian(made(), strategy=auto)(torch.zeros(3))
+    first, second = (step.split(";")[0] for step in steps if " ran: " in step)
+    assert first == second
+    assert shared_plans()._by_print.most == 1000
+
+
+def test_a_shared_strategy_measures_each_function() -> None:
+    tune = jacfunc.Autotune()
+    matrix = torch.randn(2000, 2)
+    wide, narrow = jacfunc.jacobian, jacfunc.jacobian
+    with trail() as steps:
+        wide(lambda x: torch.sin(matrix @ x), strategy=tune)(torch.zeros(2))
+        narrow(lambda x: torch.sin(x).repeat(3), strategy=tune)(torch.zeros(2))
+    assert sum(step.startswith("measured: ") for step in steps) == 2
+
+
+@pytest.mark.parametrize("strategy", [Auto(by_layers=Structured()), jacfunc.Autotune()])
+def test_what_one_module_does_under_vmap_is_no_other_modules(strategy: Any) -> None:
+    for module, is_looped in ((AllEqual(is_read=True), True), (AllEqual(), False)):
+        derive = jacfunc.module_jacobian(module, "inputs", per_sample=True, strategy=strategy)
+        for _ in range(2):
+            try:
+                with trail() as steps:
+                    derive(points())
+            except ValueError:  # its samples depend on each other
+                assert is_looped
+            assert any("samples go one by one" in step for step in steps) == is_looped
+
+
+def test_one_strategy_for_several_doors_of_one_module() -> None:
+    module, x = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(),
+        points().double(),
+    )
+    for strategy in (Auto(by_layers=Structured()), jacfunc.Autotune(), Structured()):
+        for select in (None, "2.*", "0.weight", ["0.bias", "2.weight"]):
+            found = jacfunc.module_jacobian(
+                module, select=select, per_sample=True, strategy=strategy
+            )
+            plain = jacfunc.module_jacobian(
+                module, select=select, per_sample=True, strategy="looped"
+            )(x)
+            for blocks in (found(x), found(x)):
+                for name, block in plain.items():
+                    torch.testing.assert_close(blocks[name], block)
+
+
+def test_a_plan_serves_the_next_transform_of_a_module() -> None:
+    module = AllEqual(is_read=True)
+    for number in range(2):
+        with trail() as steps:
+            jacfunc.module_jacobian(module, "inputs", per_sample=True)(points().abs() * 0)
+        assert any("as none of the plans ran under vmap before" in s for s in steps) == bool(number)
+
+
+def test_winners_in_memory_are_the_latest() -> None:
+    winners, cpu = Winners(None), torch.device("cpu")
+    for number in range(1200):
+        winners.put(cpu, str(number), Reverse(), 1.0)
+    assert winners.get(cpu, "0") is None
+    assert winners.get(cpu, "1199") == Reverse()
+
+
+# --- nothing is kept alive ---
+
+
+def half(out: Tensor, target: Tensor) -> Tensor:
+    return (out - target).square().sum() / 2
+
+
+def vector(module: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.ones_like(p) for name, p in module.named_parameters()}
+
+
+def products(module: nn.Module, x: Tensor) -> Any:
+    G = jacfunc.ggn(module, half)(x, torch.zeros(len(x), 2))
+    return [G @ vector(module) for _ in range(3)]
+
+
+KEPT: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "products": products,
+    "diagonal": lambda m, x: jacfunc.ggn(m, half)(x, torch.zeros(len(x), 2)).diagonal(),
+    "plan": jacfunc.plan,
+    "explain": jacfunc.explain,
+    "estimate": jacfunc.estimate,
+    "autotune": lambda m, x: jacfunc.jacobian(m, strategy="autotune")(x),
+    "ntk": lambda m, x: jacfunc.ntk(m, None, x, chunk_size=2),
+    "gradient norms": lambda m, x: jacfunc.gradient_norms(m, half)(x, torch.zeros(len(x), 2)),
+    "samples": lambda m, x: jacfunc.module_jacobian(m, per_sample=True)(x),
+    "whole": lambda m, x: jacfunc.module_jacobian(m)(x),
+    "stream": lambda m, x: list(jacfunc.stream_jacobian(m, per_sample=True)(x)),
+    "hessian": lambda m, x: jacfunc.hessian(lambda x: m(x).sum())(x),
+}
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_modules_and_batches_end_with_the_last_reference(what: str, uncollected: None) -> None:
+    KEPT[what](AllEqual(), points())  # what is set up at the first call is nobody's
+    module, x = AllEqual(), points()
+    alive = weakref.ref(module), weakref.ref(x), weakref.ref(module.layer.weight)
+    KEPT[what](module, x)
+    del module, x
+    assert [reference() for reference in alive] == [None, None, None]
+
+
+# --- what is tried where a way is refused ---
+
+
+def test_the_seeds_of_what_is_tried_take_no_more_than_the_result() -> None:
+    both = (Reverse(), Forward())
+    assert others(Reverse(), both, 10, 10) == (Forward(),)
+    assert others(Reverse(), both, 2, 200_000) == (Forward(2),)
+    assert others(Forward(), both, 80_000, 1) == (Reverse(104),)
+    assert others(Forward(), both, 100, 10) == (Reverse(),)
+    assert others(Looped("rows"), (*both, Structured()), 2, 50) == (
+        Reverse(),
+        Structured(),
+        Forward(2),
+    )
+    assert others(Reverse(7), (Reverse(7), Forward(7)), 2, 50) == (Forward(7),)
+
+
+class Read(nn.Module):
+    """Its course depends on numbers, which nothing vmapped has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(60, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x)
+        return h[:, :2] * (2 if h.isfinite().all().item() else 3)
+
+
+class Raising(torch.autograd.Function):
+    """A backward pass that takes one cotangent at a time, and says so in its own way."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 3 * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError("one at a time")
+        return 3 * g
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autotune"])
+def test_samples_that_are_not_vmapped_go_by_rows(strategy: str) -> None:
+    with trail() as steps:
+        jacfunc.module_jacobian(Read(), per_sample=True, strategy=strategy)(torch.ones(2, 60))
+    assert any("samples go one by one" in step for step in steps)
+    assert not any("Forward" in step for step in steps)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autotune", "reverse"])
+def test_a_backward_pass_that_raises_under_vmap_goes_by_rows(strategy: str) -> None:
+    x = torch.ones(500)
+    with trail() as steps:
+        jac = jacfunc.jacobian(lambda x: Raising.apply(x)[:3], strategy=strategy)(x)
+    torch.testing.assert_close(jac, 3 * torch.eye(500)[:3])
+    assert not any("Forward" in step for step in steps)
