@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,40 @@ def is_tensor(leaf: object) -> bool:
 def is_differentiable(leaf: object) -> bool:
     """Floating and complex tensors carry derivatives; every other leaf is a constant."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def check_plain(tensors: Iterable[torch.Tensor]) -> None:
+    """Torch's transforms wrap tensors, and the wrapper forgets what class they are of.
+
+    Raises:
+        Refused: if there is one whose class has a ``__torch_function__`` of its own.
+    """
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and _means_more(type(tensor)):
+            raise Refused(
+                f"torch's transforms pass by the __torch_function__ of {type(tensor).__name__}"
+            )
+
+
+def check_kept(tensors: Iterable[torch.Tensor], copies: Iterable[torch.Tensor]) -> None:
+    """A copy that stands for a tensor must do as it does.
+
+    Raises:
+        Refused: if a class that has a ``__torch_function__`` of its own was lost.
+    """
+    for tensor, copy in zip(tensors, copies, strict=True):
+        if type(tensor) is not type(copy) and _means_more(type(tensor)):
+            raise Refused(
+                f"a copy of {type(tensor).__name__} is no longer one, and would pass by its "
+                "__torch_function__"
+            )
+
+
+def _means_more(kind: Any) -> bool:
+    """Has a class of tensors a ``__torch_function__`` that does what torch's does not?"""
+    plain = (torch.Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
+    its = kind.__torch_function__
+    return getattr(its, "__func__", its) not in plain
 
 
 def wrap_argnums(api: str, argnums: Argnums, num_args: int) -> tuple[int, ...]:

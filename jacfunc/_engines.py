@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._attention import plain_attention
-from jacfunc._check import Refused
+from jacfunc._check import Refused, check_kept, check_plain
 from jacfunc._compiled import as_written
 from jacfunc._faults import (
     can_be_batched,
@@ -74,6 +74,7 @@ def pushforward(
 def _push(
     func: LeafFunction, primals: Leaves, tangents: Leaves, outer_vmaps: int
 ) -> tuple[Leaves, Leaves, Leaves]:
+    check_plain(primals)
     copies = tuple(primal.clone() for primal in primals)
     if torch.compiler.is_compiling():
         return _jvp(func, copies, tangents)
@@ -135,6 +136,7 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         anchors = tuple(anchored(primal, wanted) for primal in primals)
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         copies = list(map(copied, anchors))
+        check_kept(primals, copies)
         starts = {copy.grad_fn for copy in copies}
         pull = Pull(None, leading_out(primals, starts, wanted))
         outputs, extras = watched_once(func, copies, primals, pull)
@@ -189,6 +191,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
     nodes: set[Any] = set()
     depth = len(newer_transforms(0))
     is_inside, reason = inside_derivative(), None
+    check_plain(primals)
 
     def watched(*inner: Tensor) -> tuple[Leaves, Leaves]:
         nonlocal reason

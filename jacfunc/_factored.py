@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._attention import plain_attention
-from jacfunc._check import Refused
+from jacfunc._check import Refused, check_plain
 from jacfunc._engines import linearize, watched_once
 from jacfunc._factors import Factors, OfOne, Samples
 from jacfunc._functorch import inside_derivative, inside_transform, recording
@@ -104,6 +104,7 @@ def _evaluated(
     """The factors, and which parameters are used where no rule sees it."""
     wanted, others = torch.is_grad_enabled(), sorted(met.others)
     with recording(), plain_attention():
+        check_plain(params)
         anchors = [anchored(param, wanted) for param in params]
         twins = [anchor.view_as(anchor) for anchor in anchors]
         held = [met.copy(anchor, i, samples) for i, anchor in enumerate(anchors)]

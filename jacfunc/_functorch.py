@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
 
+from jacfunc._check import check_plain
 from jacfunc._lock import holds_alone
 from jacfunc._types import Leaves
 
@@ -207,6 +208,7 @@ def sweep_batch(
     no seed should change, as it was for the first seed.
     """
     dims = (0,) * len(seeds) if dims is None else dims
+    check_plain(seeds)
     if torch.compiler.is_compiling():
         return _sweep_batch_traceably(sweep, seeds, randomness, dims)
     size = next(s.shape[d] for s, d in zip(seeds, dims, strict=True) if d is not None)

@@ -25,7 +25,6 @@ from jacfunc._module_checks import (
     check_inputs,
     check_parameters,
     check_samples,
-    reentrant_checkpoints_refused,
 )
 from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
@@ -145,7 +144,6 @@ class ModuleCall:
             torch.random.fork_rng(devices=_cuda_devices(state)),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
             state.kept(self._point(), self.api),
-            reentrant_checkpoints_refused(self.api),
         ):
             yield
 
@@ -153,11 +151,20 @@ class ModuleCall:
         """As a function of leaves; of one sample where there are dims, which it then lacks."""
         # plans go by what this closes over, the module above all
         state, module, point = self.state, self.state.parts[""].module, self._point()
+        hooks = state.hooks() if point else {}
+        if hooks and self.create_graph:
+            raise NotImplementedError(
+                f"{self.api}: with create_graph=True parameters must have no hooks, which would "
+                f"change second derivatives twice, got some on {', '.join(hooks)}. Remove them."
+            )
 
         def call(params: dict[str, Tensor], chosen: Tree, arguments: Arguments) -> Tree:
             args, kwargs = self._renewed(chosen, arguments, dims)
             if is_pushing():
                 state.check_forward()
+            for name, some in hooks.items() if params else ():
+                for hook in some if params[name].requires_grad else ():
+                    params[name].register_hook(hook)
             with state.lent(params or point, (args, kwargs) if params else None):
                 output = module(*args, **kwargs)
                 if inside_derivative():  # where no graph is looked at

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import checkpoint
 
 from jacfunc._check import is_differentiable
 from jacfunc._functorch import inside_derivative
 from jacfunc._parameters import ModuleState
 from jacfunc._tree import flatten
 from jacfunc._types import Tree
-
-_NO_GRADIENTS = "None of the inputs have requires_grad"
 
 
 def check_module(api: str, module: object) -> None:
@@ -86,26 +77,3 @@ def check_samples(api: str, state: ModuleState) -> None:
             f"{api}: per_sample needs a module with the batch in front, got batch_first=False. "
             "Use batch_first=True, or leave per_sample out."
         )
-
-
-@contextmanager
-def reentrant_checkpoints_refused(api: str) -> Iterator[None]:
-    """Torch would give zeros for the parameters inside, and warn; or fail in the sweeps."""
-    filters: Any = warnings.filters
-    refusal = ("error", re.compile(_NO_GRADIENTS), UserWarning, None, 0)
-    # not catch_warnings, after which all warnings that were shown once would be shown again
-    filters.insert(0, refusal)
-    shown = vars(checkpoint).get("__warningregistry__", {})
-    for key in [key for key in shown if _NO_GRADIENTS in str(key)]:
-        del shown[key]
-    try:
-        yield
-    except (UserWarning, RuntimeError) as error:
-        if _NO_GRADIENTS in str(error) or "use_reentrant=True" in str(error):
-            raise NotImplementedError(
-                f"{api}: checkpoints must not be reentrant, got one that is, whose gradients torch "
-                "gives to backward() alone. Pass use_reentrant=False to checkpoint."
-            ) from error
-        raise
-    finally:
-        filters.remove(refusal)

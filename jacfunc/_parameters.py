@@ -103,6 +103,11 @@ class ModuleState:
         hooks = [(*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in modules]
         return calls + [hook for some in hooks for hook in some]
 
+    def hooks(self) -> dict[str, list[Any]]:
+        """What a user has set on chosen parameters, to change or to look at their gradients."""
+        hooks = {name: self.params[name]._backward_hooks for name in self.point}
+        return {name: list(some.values()) for name, some in hooks.items() if some}
+
     def buffers_now(self) -> dict[str, Tensor]:
         """As the module has left them, while it is lent."""
         return dict(self.parts[""].module.named_buffers())

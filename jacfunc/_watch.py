@@ -6,6 +6,7 @@ Each entry is pinned by a test in ``tests/test_faults.py``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from jacfunc._check import Refused, is_differentiable
 from jacfunc._draws import DRAWING, may_draw
@@ -22,6 +24,7 @@ from jacfunc._formulas import FORMULAS, by_formula
 from jacfunc._functorch import (
     below_transforms,
     inside_functorch,
+    inside_transform,
     is_batched,
     is_pushing,
     is_right_twice,
@@ -77,6 +80,52 @@ def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, An
         return not is_pushing() and below_transforms(args[0]).requires_grad
 
 
+def _require_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """Torch refuses it in a transform, where it is needed for derivatives inside alone.
+
+    Those of ``torch.autograd.functional`` would be zero without it.
+    """
+    wanted = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+    if not wanted or not inside_transform() or _asker() == _FUNCTIONAL:
+        return func(*args, **kwargs)
+    return args[0]
+
+
+def _refuse_in_checkpoint(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """A reentrant checkpoint switches gradients off, and leaves no trace of what runs inside."""
+    if _asking_frame().f_code is CheckpointFunction.forward.__code__:
+        raise Refused(REENTRANT)
+    return func(*args, **kwargs)
+
+
+def _asking_frame() -> Any:
+    """Of whoever called the operation: neither a watch nor what torch wraps around it."""
+    frame: Any = sys._getframe(1)
+    while _module_of(frame) in _BETWEEN or _module_of(frame).startswith(f"{__package__}."):
+        frame = frame.f_back
+    return frame
+
+
+def _module_of(frame: Any) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _asker() -> str:
+    """The module whose code called the operation."""
+    return _module_of(_asking_frame())
+
+
+_BETWEEN = frozenset(
+    {"torch.autograd", "torch.autograd.grad_mode", "torch.overrides", "torch._tensor"}
+    | {"torch.utils._contextlib"}
+)
+_FUNCTIONAL = torch.autograd.functional.__name__
+REENTRANT = (
+    "checkpoints must not be reentrant, got one that is, whose gradients torch gives to backward() "
+    "alone. Pass use_reentrant=False to checkpoint"
+)
+
+
 def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
     """By a formula of our own where it is differentiated: torch's has a pole of its own at 0."""
     x = args[0] if args else kwargs.get("input", kwargs.get("self"))
@@ -118,6 +167,7 @@ CONSTANT_TO_TORCH = (
     *("hermite_polynomial_h", "hermite_polynomial_he"),
     *("laguerre_polynomial_l", "legendre_polynomial_p"),
 )
+_SWITCH: Any = torch._C._set_grad_enabled
 ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
 SETTING: Any = getattr(Tensor.data, "__set__")  # noqa: B009
 RULES: dict[Callable[..., Any], _Rule] = {
@@ -129,6 +179,8 @@ RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
     ASKING: _requires_grad,
     SETTING: _set_data,
+    Tensor.requires_grad_: _require_grad,
+    _SWITCH: _refuse_in_checkpoint,
 }
 """What is done instead of a call."""
 MET = frozenset(RULES) | frozenset(FORMULAS)
@@ -208,7 +260,8 @@ class Watch(TorchFunctionMode):
             self.drew |= may_draw(func, args, kwargs)
         else:
             self.strides |= func in STRIDING
-            self.met |= func not in LOOKUPS or lookup(args, kwargs) is not None
+            is_plain = func is _SWITCH or (func in LOOKUPS and lookup(args, kwargs) is None)
+            self.met |= not is_plain
         if func in RULES:
             return RULES[func](func, args, kwargs)
         if torch.compiler.is_compiling():

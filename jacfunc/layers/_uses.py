@@ -85,6 +85,8 @@ class Uses(TorchFunctionMode):
             return self._view(func, args, kwargs)
         if is_used and func in self._rules:
             return self._use(self._rules[func], func, args, kwargs)
+        if is_held and func is Tensor.register_hook:
+            raise Refused("a parameter has a hook, which layers' factors pass by")
         if is_held and func not in LOOKS:
             self._touch((*args, *kwargs.values()), func in BARES)
         return func(*args, **kwargs)
