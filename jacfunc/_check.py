@@ -83,7 +83,8 @@ def check_kept(tensors: Iterable[torch.Tensor], copies: Iterable[torch.Tensor]) 
 
 def _means_more(kind: Any) -> bool:
     """Has a class of tensors a ``__torch_function__`` that does what torch's does not?"""
-    plain = (torch.Tensor.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
+    base: Any = torch.Tensor
+    plain = (base.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
     its = kind.__torch_function__
     return getattr(its, "__func__", its) not in plain
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._attention import plain_attention
+from jacfunc._callers import CUT_OFF, TAKES_DERIVATIVES
 from jacfunc._check import Refused, check_kept, check_plain
 from jacfunc._compiled import as_written
 from jacfunc._faults import (
@@ -46,7 +47,7 @@ from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import Pull, unwatched
 
-BY_ITSELF = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+BY_ITSELF = frozenset(TAKES_DERIVATIVES)
 """What a function calls to take derivatives of its own."""
 
 
@@ -168,9 +169,11 @@ def watched_once(
     inner, kind = getattr(call, "kind_of_call", (None, None))
     if inner is not None and not is_pushing() and unwatched().has(inner, kind):
         return func(*copies)
-    with NestedWatch(pull) as watch:
+    with NestedWatch(pull, primals=copies) as watch:
         found = func(*copies)
     watch.check_copies(primals)
+    if watch.has_cut_off and not all(out.requires_grad for out in found[0]):
+        raise Refused(CUT_OFF)
     functions = getattr(call, "functions", (inner,))
     # modules are evaluated alone, and functions that draw must be watched for drawing alone
     draws = watch.drew and inner is getattr(call, "func", None)
@@ -214,7 +217,7 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
 
     # a module's outputs are looked at below functorch, too: who keeps no graph records only
     # what leads to tensors of before the call
-    looks = getattr(func, "called", None) is not None and not torch.is_grad_enabled()
+    looks = getattr(func, "state", None) is not None and not torch.is_grad_enabled()
     with plain_attention(), torch.enable_grad() if looks else nullcontext():
         cut = off_graph(primals) if looks else primals
         linearized: Any = torch.func.vjp(watched, *cut, has_aux=True)

@@ -41,8 +41,8 @@ NOT_BATCHED_IF_DIFFERENTIATED = frozenset(
 WRONG_BACKWARD = {
     "CrossMapLRN2dBackward": "it leaves out the other channels",
     "AsStridedScatterBackward0": "it keeps what is overwritten",
-    "CheckpointFunctionBackward": "checkpoints must not be reentrant: torch gives their gradients to "
-    "backward() alone. Pass use_reentrant=False to checkpoint",
+    "CheckpointFunctionBackward": "checkpoints must not be reentrant: torch gives their gradients "
+    "to backward() alone. Pass use_reentrant=False to checkpoint",
 }
 WRONG_INSIDE_VMAP = {
     "LinalgLuSolveBackward0": "inside an outer vmap it misreads memory",

@@ -25,7 +25,8 @@ from jacfunc._functorch import (
     num_forward_levels,
 )
 from jacfunc._misread import lookup
-from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch
+from jacfunc._operations import CONSTANT_TO_TORCH, MET
+from jacfunc._watch import Watch
 
 
 @dataclass(frozen=True)

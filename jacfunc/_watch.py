@@ -1,14 +1,12 @@
-"""What no graph shows, in one table: seen while the function runs, and refused or done right.
+"""The watch of a function while it runs: what it calls is looked up in the tables of faults.
 
-Functions that torch takes for constants, formulas that break down, errors that a function catches.
-Each entry is pinned by a test in ``tests/test_faults.py``.
+Errors that a function catches are seen as well. ``tests/test_faults.py`` pins each of these.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Self
@@ -16,15 +14,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 
-from jacfunc._check import Refused, is_differentiable
+from jacfunc._callers import BY_CALLER, TAKES_DERIVATIVES, cuts_off
+from jacfunc._check import Refused
 from jacfunc._draws import DRAWING, may_draw
-from jacfunc._formulas import FORMULAS, by_formula
+from jacfunc._formulas import by_formula
 from jacfunc._functorch import (
     below_transforms,
-    inside_functorch,
-    inside_transform,
     is_batched,
     is_pushing,
     is_right_twice,
@@ -33,157 +29,9 @@ from jacfunc._functorch import (
     writes_outside,
 )
 from jacfunc._known import KnownKinds
-from jacfunc._lock import alone
-from jacfunc._misread import (
-    LOOKUPS,
-    STRIDING,
-    Args,
-    as_strided,
-    embedding,
-    forms,
-    is_tracked_now,
-    lies_alone,
-    lookup,
-    tensors_of,
-)
+from jacfunc._misread import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
+from jacfunc._operations import MET, RULES
 from jacfunc._types import Leaves
-
-_Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
-
-
-def _refuse_if_tracked(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    if any(map(is_tracked_now, tensors_of(args, kwargs))):
-        name = getattr(func, "__name__", str(func)).removeprefix("special_").partition(".")[0]
-        raise Refused(f"torch has no derivative of {name} and takes it for a constant")
-    return func(*args, **kwargs)
-
-
-def _refuse_if_derived(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    if any(map(is_tracked_now, tensors_of(args, kwargs))):
-        name = getattr(func, "__name__", str(func)).partition(".")[0]
-        raise Refused(f"torch's backward pass of {name} is wrong (it keeps what is overwritten)")
-    return func(*args, **kwargs)
-
-
-def _set_data(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """Refused inside transforms, whose tensors torch leaves there when their level has ended."""
-    if inside_functorch():
-        raise Refused("it sets the data of a tensor, which torch does wrong inside a transform")
-    return func(*args, **kwargs)
-
-
-def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> bool:
-    """As it is below vmap, which hides the graph: functions set hooks where there is one."""
-    if func(*args):
-        return True
-    with unseen():  # watches outside have been asked already
-        return not is_pushing() and below_transforms(args[0]).requires_grad
-
-
-def _require_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """Torch refuses it in a transform, where it is needed for derivatives inside alone.
-
-    Those of ``torch.autograd.functional`` would be zero without it.
-    """
-    wanted = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-    if not wanted or not inside_transform() or _asker() == _FUNCTIONAL:
-        return func(*args, **kwargs)
-    return args[0]
-
-
-def _refuse_in_checkpoint(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """A reentrant checkpoint switches gradients off, and leaves no trace of what runs inside."""
-    if _asking_frame().f_code is CheckpointFunction.forward.__code__:
-        raise Refused(REENTRANT)
-    return func(*args, **kwargs)
-
-
-def _asking_frame() -> Any:
-    """Of whoever called the operation: neither a watch nor what torch wraps around it."""
-    frame: Any = sys._getframe(1)
-    while _module_of(frame) in _BETWEEN or _module_of(frame).startswith(f"{__package__}."):
-        frame = frame.f_back
-    return frame
-
-
-def _module_of(frame: Any) -> str:
-    return str(frame.f_globals.get("__name__", ""))
-
-
-def _asker() -> str:
-    """The module whose code called the operation."""
-    return _module_of(_asking_frame())
-
-
-_BETWEEN = frozenset(
-    {"torch.autograd", "torch.autograd.grad_mode", "torch.overrides", "torch._tensor"}
-    | {"torch.utils._contextlib"}
-)
-_FUNCTIONAL = torch.autograd.functional.__name__
-REENTRANT = (
-    "checkpoints must not be reentrant, got one that is, whose gradients torch gives to backward() "
-    "alone. Pass use_reentrant=False to checkpoint"
-)
-
-
-def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """By a formula of our own where it is differentiated: torch's has a pole of its own at 0."""
-    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
-    if "out" in kwargs or not is_differentiable(x) or x.is_complex() or not is_tracked_now(x):
-        return func(*args, **kwargs)
-    # torch rounds half precision once, at the end
-    value = sinc(x if x.dtype in (torch.float32, torch.float64) else x.float()).to(x.dtype)
-    return x.copy_(value) if func is Tensor.sinc_ else value
-
-
-def sinc(x: Tensor) -> Tensor:
-    """``sin(πx) / πx``, by its power series near 0: there the quotient cancels once derived."""
-    angle = torch.pi * x
-    is_near = angle.abs() < 1
-    # outside its own half each branch gets what can't spoil the derivatives of the other
-    square = torch.where(is_near, angle, 0.0).square()
-    far = torch.where(is_near, 1.0, angle)
-    series = torch.ones_like(x)
-    for n in range(_TERMS, 0, -1):
-        series = 1 - square / (2 * n * (2 * n + 1)) * series
-    return torch.where(is_near, series, far.sin() / far)
-
-
-_TERMS = 11
-"""Of the series, the last below the rounding of float64 in the second derivative, too."""
-
-
-def _draw(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """Not while another thread draws its numbers again, from the generator that all share."""
-    with alone() if may_draw(func, args, kwargs) else nullcontext():
-        return func(*args, **kwargs)
-
-
-CONSTANT_TO_TORCH = (
-    *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
-    *(f"modified_bessel_{kind}" for kind in ("i0", "i1", "k0", "k1")),
-    *(f"scaled_modified_bessel_{kind}" for kind in ("k0", "k1")),
-    *(f"{shifted}chebyshev_polynomial_{k}" for shifted in ("", "shifted_") for k in "tuvw"),
-    *("hermite_polynomial_h", "hermite_polynomial_he"),
-    *("laguerre_polynomial_l", "legendre_polynomial_p"),
-)
-_SWITCH: Any = torch._C._set_grad_enabled
-ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
-SETTING: Any = getattr(Tensor.data, "__set__")  # noqa: B009
-RULES: dict[Callable[..., Any], _Rule] = {
-    **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in forms(f"special_{name}")},
-    **dict.fromkeys((*forms("sinc"), Tensor.sinc_), _sinc),
-    **dict.fromkeys(DRAWING, _draw),
-    **dict.fromkeys(LOOKUPS, embedding),
-    **dict.fromkeys(STRIDING, as_strided),
-    **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
-    ASKING: _requires_grad,
-    SETTING: _set_data,
-    Tensor.requires_grad_: _require_grad,
-    _SWITCH: _refuse_in_checkpoint,
-}
-"""What is done instead of a call."""
-MET = frozenset(RULES) | frozenset(FORMULAS)
 
 _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
 
@@ -209,6 +57,7 @@ class Watch(TorchFunctionMode):
     Args:
         pull: what follows, if it is a pullback.
         keeps_graph: may plain graphs be kept of what comes out?
+        primals: what the function is differentiated by.
     """
 
     _caught: Any = None
@@ -220,9 +69,17 @@ class Watch(TorchFunctionMode):
     """Was memory read by strides?"""
     pushes = False
     """Do tangents pass through the function?"""
+    has_cut_off = False
+    """Has the function taken a derivative that keeps no graph, of what it is differentiated by?"""
 
-    def __init__(self, pull: Pull | None = None, keeps_graph: bool = True) -> None:
+    def __init__(
+        self,
+        pull: Pull | None = None,
+        keeps_graph: bool = True,
+        primals: Sequence[Tensor] = (),
+    ) -> None:
         super().__init__()
+        self._primals = primals
         self._pull = pull
         self._keeps_graph = keeps_graph
 
@@ -260,8 +117,10 @@ class Watch(TorchFunctionMode):
             self.drew |= may_draw(func, args, kwargs)
         else:
             self.strides |= func in STRIDING
-            is_plain = func is _SWITCH or (func in LOOKUPS and lookup(args, kwargs) is None)
+            is_plain = func in BY_CALLER or (func in LOOKUPS and lookup(args, kwargs) is None)
             self.met |= not is_plain
+        if func is Tensor.detach or func in TAKES_DERIVATIVES:
+            self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)
         if func in RULES:
             return RULES[func](func, args, kwargs)
         if torch.compiler.is_compiling():

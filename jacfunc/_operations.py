@@ -1,0 +1,129 @@
+"""What no graph shows, in one table by operation: refused, or done right, while a function runs.
+
+Functions that torch takes for constants, formulas that break down, calls that a transform does
+wrong. Each entry is pinned by a test in ``tests/test_faults.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._callers import (
+    SWITCH,
+    TAKES_DERIVATIVES,
+    as_it_is,
+    refuse_in_checkpoint,
+    require_grad,
+)
+from jacfunc._check import Refused, is_differentiable
+from jacfunc._draws import DRAWING, may_draw
+from jacfunc._formulas import FORMULAS
+from jacfunc._functorch import below_transforms, inside_functorch, is_pushing
+from jacfunc._lock import alone
+from jacfunc._misread import (
+    LOOKUPS,
+    STRIDING,
+    Args,
+    as_strided,
+    embedding,
+    forms,
+    is_tracked_now,
+    tensors_of,
+)
+
+_Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
+
+
+def _refuse_if_tracked(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    if any(map(is_tracked_now, tensors_of(args, kwargs))):
+        name = getattr(func, "__name__", str(func)).removeprefix("special_").partition(".")[0]
+        raise Refused(f"torch has no derivative of {name} and takes it for a constant")
+    return func(*args, **kwargs)
+
+
+def _refuse_if_derived(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    if any(map(is_tracked_now, tensors_of(args, kwargs))):
+        name = getattr(func, "__name__", str(func)).partition(".")[0]
+        raise Refused(f"torch's backward pass of {name} is wrong (it keeps what is overwritten)")
+    return func(*args, **kwargs)
+
+
+def _set_data(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """Refused inside transforms, whose tensors torch leaves there when their level has ended."""
+    if inside_functorch():
+        raise Refused("it sets the data of a tensor, which torch does wrong inside a transform")
+    return func(*args, **kwargs)
+
+
+def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> bool:
+    """As it is below vmap, which hides the graph: functions set hooks where there is one."""
+    if func(*args):
+        return True
+    with torch._C.DisableTorchFunction():  # watches outside have been asked already
+        return not is_pushing() and below_transforms(args[0]).requires_grad
+
+
+def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """By a formula of our own where it is differentiated: torch's has a pole of its own at 0."""
+    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    if "out" in kwargs or not is_differentiable(x) or x.is_complex() or not is_tracked_now(x):
+        return func(*args, **kwargs)
+    # torch rounds half precision once, at the end
+    value = sinc(x if x.dtype in (torch.float32, torch.float64) else x.float()).to(x.dtype)
+    return x.copy_(value) if func is Tensor.sinc_ else value
+
+
+def sinc(x: Tensor) -> Tensor:
+    """``sin(πx) / πx``, by its power series near 0: there the quotient cancels once derived."""
+    angle = torch.pi * x
+    is_near = angle.abs() < 1
+    # outside its own half each branch gets what can't spoil the derivatives of the other
+    square = torch.where(is_near, angle, 0.0).square()
+    far = torch.where(is_near, 1.0, angle)
+    series = torch.ones_like(x)
+    for n in range(_TERMS, 0, -1):
+        series = 1 - square / (2 * n * (2 * n + 1)) * series
+    return torch.where(is_near, series, far.sin() / far)
+
+
+_TERMS = 11
+"""Of the series, the last below the rounding of float64 in the second derivative, too."""
+
+
+def _draw(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """Not while another thread draws its numbers again, from the generator that all share."""
+    with alone() if may_draw(func, args, kwargs) else nullcontext():
+        return func(*args, **kwargs)
+
+
+CONSTANT_TO_TORCH = (
+    *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
+    *(f"modified_bessel_{kind}" for kind in ("i0", "i1", "k0", "k1")),
+    *(f"scaled_modified_bessel_{kind}" for kind in ("k0", "k1")),
+    *(f"{shifted}chebyshev_polynomial_{k}" for shifted in ("", "shifted_") for k in "tuvw"),
+    *("hermite_polynomial_h", "hermite_polynomial_he"),
+    *("laguerre_polynomial_l", "legendre_polynomial_p"),
+)
+ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
+SETTING: Any = getattr(Tensor.data, "__set__")  # noqa: B009
+RULES: dict[Callable[..., Any], _Rule] = {
+    **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in forms(f"special_{name}")},
+    **dict.fromkeys((*forms("sinc"), Tensor.sinc_), _sinc),
+    **dict.fromkeys(DRAWING, _draw),
+    **dict.fromkeys(LOOKUPS, embedding),
+    **dict.fromkeys(STRIDING, as_strided),
+    **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
+    ASKING: _requires_grad,
+    SETTING: _set_data,
+    Tensor.requires_grad_: require_grad,
+    Tensor.detach: as_it_is,
+    **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),
+    SWITCH: refuse_in_checkpoint,
+}
+"""What is done instead of a call."""
+MET = frozenset(RULES) | frozenset(FORMULAS)
