@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from jacfunc._draws import Draws
 from jacfunc._functorch import sweep_batch
 from jacfunc._lock import alone
 from jacfunc._nested import NestedWatch
+from jacfunc._reach import reaches_module
 from jacfunc._trail import note
 from jacfunc._tree import Split, broadcast_prefix, flatten, stack_trees, unflatten
 from jacfunc._types import Leaves, Tree
@@ -74,6 +75,7 @@ def vmap(
         every_dim = zip(_leaf_dims(in_dims, args, kwargs), split.is_chosen, strict=True)
         dims = _checked_dims([dim for dim, is_leaf in every_dim if is_leaf], split.leaves)
         structure: list[Any] = []
+        turn = _turn_of(func, randomness)
 
         def on_leaves(leaves: Leaves) -> tuple[Leaves, Leaves]:
             inner_args, inner_kwargs = split.merge(leaves)
@@ -85,7 +87,7 @@ def vmap(
 
         def one_chunk(leaves: Leaves, dims: Dims) -> Leaves:
             try:
-                return _vmapped_or_looped(on_leaves, leaves, randomness, dims)
+                return _vmapped_or_looped(on_leaves, leaves, randomness, dims, turn)
             except Refused as refusal:
                 if isinstance(refusal.__cause__, Refused):  # an inner door has said it already
                     raise
@@ -144,11 +146,15 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
 
 
 def _vmapped_or_looped(
-    func: OnLeaves, leaves: Leaves, randomness: Randomness, dims: Dims
+    func: OnLeaves,
+    leaves: Leaves,
+    randomness: Randomness,
+    dims: Dims,
+    turn: AbstractContextManager[Any],
 ) -> Leaves:
     """Every sample at once; one by one, where torch can't or must not vmap the function."""
     try:
-        with NestedWatch(), nullcontext() if randomness == "error" else alone():
+        with NestedWatch(), turn:
             return sweep_batch(func, leaves, randomness, dims)[0]
     except Exception as error:  # torch has no type for what it can't vmap
         if torch.compiler.is_compiling():
@@ -165,6 +171,13 @@ def _vmapped_or_looped(
                 each.append(func(one_sample(leaves, dims, number))[0])
     stacked: Leaves = stack_trees(each)
     return stacked
+
+
+def _turn_of(func: Callable[..., Any], randomness: Randomness) -> AbstractContextManager[Any]:
+    """Alone, if it draws or calls a module; others are mapped side by side."""
+    if torch.compiler.is_compiling() or (randomness == "error" and not reaches_module(func)):
+        return nullcontext()
+    return alone()
 
 
 def narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:

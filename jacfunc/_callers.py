@@ -44,10 +44,10 @@ REENTRANT = (
 def require_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
     """Torch refuses it in a transform, where it is needed for derivatives inside alone.
 
-    Those of ``torch.autograd.functional`` would be zero without it.
+    Those that torch's own code takes would be zero without it.
     """
     wanted = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-    if not wanted or not inside_transform() or asker() == FUNCTIONAL:
+    if not wanted or not inside_transform() or asker().startswith("torch."):
         return func(*args, **kwargs)
     return args[0]
 

@@ -42,6 +42,7 @@ from jacfunc._functorch import (
 from jacfunc._graphs import Anchor, Graph, anchored, copied, leading_out, on_graph
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, Some, batched_like, some_of
+from jacfunc._lock import alone
 from jacfunc._nested import NestedWatch
 from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
@@ -167,18 +168,21 @@ def watched_once(
     keep_heap()
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
-    if inner is not None and not is_pushing() and unwatched().has(inner, kind):
-        return func(*copies)
-    with NestedWatch(pull, primals=copies) as watch:
+    known = None if inner is None or is_pushing() else unwatched().get(inner, kind)
+    if known is not None:
+        with alone() if known else nullcontext():
+            return func(*copies)
+    shares = bool(getattr(call, "may_share_module", False))
+    with alone() if shares else nullcontext(), NestedWatch(pull, primals=copies) as watch:
         found = func(*copies)
     watch.check_copies(primals)
     if watch.has_cut_off and not all(out.requires_grad for out in found[0]):
         raise Refused(CUT_OFF)
     functions = getattr(call, "functions", (inner,))
-    # modules are evaluated alone, and functions that draw must be watched for drawing alone
+    # modules are evaluated alone, and other functions that draw are watched, to draw alone
     draws = watch.drew and inner is getattr(call, "func", None)
     if inner is not None and not (watch.met or draws or any(map(_may_catch, functions))):
-        unwatched().add(inner, kind)
+        unwatched().put(inner, kind, shares)
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
 from jacfunc._compiled import as_written
 from jacfunc._functorch import writes_outside
+from jacfunc._reach import reaches_module
 from jacfunc._tree import Split, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
 from jacfunc._watch import handled
@@ -88,6 +89,11 @@ class FlatCall:
     def functions(self) -> list[Any]:
         """What is run when it is called, as far as it is known."""
         return [self.func] if self._called is None else self._called.functions
+
+    @property
+    def may_share_module(self) -> bool:
+        """Is it a function that may call a module, which another thread may be lending?"""
+        return self._called is None and reaches_module(self.func)
 
     def signature(self) -> Hashable:
         """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings.

@@ -103,27 +103,3 @@ class Remembered(Generic[Value]):
 def nothing_yet() -> Remembered[Any]:
     """An empty memory, as a default of dataclasses: the compiler calls functions there alone."""
     return Remembered()
-
-
-class KnownKinds:
-    """Kinds of calls that need not be looked at again, by what is called.
-
-    Example:
-        >>> from jacfunc._known import KnownKinds
-        >>> known = KnownKinds()
-        >>> def f(x): return x
-        >>> known.add(f, "small")
-        >>> known.has(f, "small"), known.has(f, "large")
-        (True, False)
-    """
-
-    def __init__(self) -> None:
-        self._kinds: Remembered[bool] = Remembered()
-
-    def has(self, called: Any, kind: Hashable) -> bool:
-        """Has it been looked at?"""
-        return self._kinds.get(called, kind) is not None
-
-    def add(self, called: Any, kind: Hashable) -> None:
-        """It has; where it can't be referred to weakly, it will be again."""
-        self._kinds.put(called, kind, True)

@@ -28,7 +28,7 @@ from jacfunc._functorch import (
     num_derivatives,
     writes_outside,
 )
-from jacfunc._known import KnownKinds
+from jacfunc._known import Remembered
 from jacfunc._misread import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
 from jacfunc._operations import MET, RULES
 from jacfunc._types import Leaves
@@ -195,9 +195,9 @@ def _modes() -> list[Any]:
 
 
 @cache
-def unwatched() -> KnownKinds:
-    """Functions that met nothing when they were watched, in this process."""
-    return KnownKinds()
+def unwatched() -> Remembered[bool]:
+    """Functions that met nothing when they were watched; are they called alone, for a module?"""
+    return Remembered()
 
 
 def unseen() -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ LAYERS = [
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
     | {"_misread", "_callers", "_operations"}
     | {"_counting", "_mapped", "_into", "_pages", "_compiled"}
-    | {"_attention", "_draws", "_sinks", "_constants", "_agreement", "_attributes"},
+    | {"_attention", "_draws", "_sinks", "_constants", "_agreement", "_attributes", "_reach"},
     {"_work", "_replacing", "_engines", "_linear", "_linearization", "_operators", "_fingerprint"}
     | {"_graphs", "layers", "_factors", "_factored"},
     {"_flat", "strategies", "_machine"},

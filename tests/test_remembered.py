@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
 from jacfunc._constants import constants_of
-from jacfunc._known import MOST_KINDS, KnownKinds, Recent, Remembered
+from jacfunc._known import MOST_KINDS, Recent, Remembered
 from jacfunc._planner import Auto, shared_plans
 from jacfunc._plans import others
 from jacfunc._trail import trail
@@ -54,10 +54,6 @@ def test_by_identity_and_kind() -> None:
     memory.put(one, "kind", 1)
     assert (memory.get(one, "kind"), memory.get(one, "other")) == (1, None)
     assert memory.get(other, "kind") is None
-    known = KnownKinds()
-    known.add(one, "kind")
-    assert known.has(one, "kind")
-    assert not known.has(other, "kind")
     assert constants_of(one) is constants_of(one)
     assert constants_of(one) is not constants_of(other)
 
