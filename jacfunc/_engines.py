@@ -21,6 +21,7 @@ from jacfunc._compiled import as_written
 from jacfunc._faults import (
     can_be_batched,
     check_nodes,
+    check_statistics,
     must_be_differentiable,
     once_alone,
     wrong_second_derivative,
@@ -31,7 +32,9 @@ from jacfunc._functorch import (
     is_differentiated,
     is_outermost,
     is_pushing,
+    is_right_twice,
     lacks_forward_rule,
+    levels,
     newer_transforms,
     num_vmap_levels,
     off_graph,
@@ -140,7 +143,8 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         copies = list(map(copied, anchors))
         check_kept(primals, copies)
         starts = {copy.grad_fn for copy in copies}
-        pull = Pull(None, leading_out(primals, starts, wanted))
+        further = wanted and any(primal.requires_grad for primal in primals)
+        pull = Pull(None, (wanted, further), leading_out(starts, wanted, further))
         outputs, extras = watched_once(func, copies, primals, pull)
     state = getattr(func, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
@@ -168,6 +172,7 @@ def watched_once(
     keep_heap()
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
+    kind = (kind, pull.around)
     known = None if inner is None or is_pushing() else unwatched().get(inner, kind)
     if known is not None:
         with alone() if known else nullcontext():
@@ -193,6 +198,7 @@ def _may_catch(function: Any) -> bool:
 
 
 def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearization:
+    around = torch.is_grad_enabled(), levels()
     found = {"differentiated": True, "batchable": True, "differentiable": True}
     ends: list[tuple[Leaves, Leaves]] = []  # of torch's graph, as this level of it sees them
     nodes: set[Any] = set()
@@ -206,7 +212,8 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
         if torch.compiler.is_compiling():  # where no graph can be looked at
             return func(*copies)
         starts = {copy.grad_fn for copy in copies}
-        outputs, extras = watched_once(func, copies, primals, Pull(innermost_level()))
+        pull = Pull(innermost_level(), around)
+        outputs, extras = watched_once(func, copies, primals, pull)
         ends[:] = [(inner, outputs)]
         found["differentiated"] = any(is_differentiated(out) for out in outputs)
         graph = Graph.of(outputs, starts)
@@ -215,6 +222,8 @@ def _linearize_in_functorch(func: LeafFunction, primals: Leaves) -> Linearizatio
             found["differentiated"] = False
         nodes.update(graph.nodes)
         names = graph.names
+        if found["differentiated"] and not is_right_twice(innermost_level()):
+            check_statistics(names)
         found["batchable"] = can_be_batched(names, found["differentiated"])
         found["differentiable"] = must_be_differentiable(names, in_functorch=True)
         return outputs, extras

@@ -113,7 +113,8 @@ def _evaluated(
         found: list[Use] = []
         uses_of = partial(Uses, samples.size, met.lent, touched)
         of_all = _recording(of_one, samples, others, twins, uses_of, found)
-        pull = Pull(None, leading_out(params, set(starts), wanted))
+        further = wanted and any(param.requires_grad for param in params)
+        pull = Pull(None, (wanted, further), leading_out(set(starts), wanted, further))
         outputs, extras = watched_once(of_all, held, params, pull, call)
     cut = set(starts).union(*(use.ends for use in found))
     state = getattr(call, "state", None)

@@ -87,6 +87,19 @@ def wrong_second_derivative(nodes: set[Any]) -> str | None:
     return None
 
 
+def check_statistics(names: set[str]) -> None:
+    """Refuse kernels that a vmap between two derivatives makes wrong.
+
+    Raises:
+        Refused: if there is one, which no watch has replaced by its formula.
+    """
+    for name in names & NOT_BATCHED_IF_DIFFERENTIATED - {"LinalgDetBackward0"}:
+        raise Refused(
+            f"torch's derivatives of {name} under vmap keep saved statistics constant, so "
+            "derivatives of them are wrong"
+        )
+
+
 def once_alone(product: Tensor, output: Tensor, reason: str) -> Tensor:
     """A first derivative without its graph, which raises where it is differentiated again.
 

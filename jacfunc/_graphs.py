@@ -111,12 +111,15 @@ class Graph:
         return cls(kinds, met, outside)
 
 
-def leading_out(
-    primals: Iterable[Tensor], starts: set[Any], wanted: bool
-) -> Callable[[Tensor], bool]:
-    """Of tensors of a call: does a derivative that is kept lead to what is outside?"""
+def leading_out(starts: set[Any], wanted: bool, further: bool) -> Callable[[Tensor], bool]:
+    """Of tensors of a call: does a derivative that is kept lead to what is outside?
+
+    Args:
+        wanted: is a graph kept of what comes out?
+        further: do the primals themselves lead further?
+    """
     seen: set[Any] = {None, *starts}
-    found = wanted and any(primal.requires_grad for primal in primals)
+    found = further
 
     def leads_out(tensor: Tensor) -> bool:
         nonlocal found

@@ -5,10 +5,10 @@ Errors that a function catches are seen as well. ``tests/test_faults.py`` pins e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -42,10 +42,12 @@ class Pull:
 
     Args:
         level: of functorch; None on a plain graph.
+        around: what tells whether it is differentiated further.
         leads_out: of a plain graph: is what leads to a tensor differentiated further outside?
     """
 
     level: int | None
+    around: Hashable
     leads_out: Callable[[Tensor], bool] | None = None
 
 
@@ -113,35 +115,42 @@ class Watch(TorchFunctionMode):
 
     def by_rule(self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
         """What is done instead of a call that was met."""
-        if func in DRAWING:
-            self.drew |= may_draw(func, args, kwargs)
-        else:
-            self.strides |= func in STRIDING
-            is_plain = func in BY_CALLER or (func in LOOKUPS and lookup(args, kwargs) is None)
-            self.met |= not is_plain
-        if func is Tensor.detach or func in TAKES_DERIVATIVES:
-            self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)
         if func in RULES:
+            self._note(func, args, kwargs)
             return RULES[func](func, args, kwargs)
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        outer = [mode for mode in _modes() if isinstance(mode, Watch)]
-        for watch in outer:  # they meet the parts of a formula alone
-            watch.met = True
-        return by_formula(func, args, kwargs, partial(self._is_derived_again, outer))
+        return by_formula(func, args, kwargs, self._is_derived_again)
 
-    def _is_derived_again(self, outer: Sequence[Watch], tensor: Tensor) -> bool:
+    def _note(self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> None:
+        """What a call that has a rule tells of the function."""
+        if func in DRAWING:
+            self.drew |= may_draw(func, args, kwargs)
+            return
+        self.strides |= func in STRIDING
+        is_plain = func in BY_CALLER or (func in LOOKUPS and lookup(args, kwargs) is None)
+        self.met |= not is_plain
+        if func is Tensor.detach or func in TAKES_DERIVATIVES:
+            self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)
+
+    def _is_derived_again(self, tensor: Tensor) -> bool:
         """May a derivative through the tensor be wrong, as it is differentiated in turn?
 
         The second is right, where a pullback of ours takes the first row by row; the third is not.
         """
         order, leads_out = num_derivatives(tensor), False
         if self._keeps_graph and below_transforms(tensor).requires_grad:
-            pulls = [w._pull.leads_out for w in (self, *outer) if w._pull and w._pull.leads_out]
+            watches = [w for w in (self, *_modes()) if isinstance(w, Watch) and w._pull]
+            pulls = [w._pull.leads_out for w in watches if w._pull and w._pull.leads_out]
             order += len(pulls)
             leads_out = pulls[-1](tensor) if pulls else order > 0
-        if leads_out or order != 2:
-            return leads_out or order > 2
+        if order < 2 and not leads_out:
+            return False
+        for watch in (self, *_modes()):  # those outside meet the parts of a formula alone
+            if isinstance(watch, Watch):
+                watch.met = True
+        if leads_out or order > 2:
+            return True
         return self._pull is None or not is_right_twice(self._pull.level)
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
