@@ -14,6 +14,7 @@ from jacfunc._blocks import stack
 from jacfunc._check import Refused, check_chunk_size, check_fallback, is_tensor
 from jacfunc._chunks import Chunk, in_chunks
 from jacfunc._compiled import as_written
+from jacfunc._derive import watches_itself
 from jacfunc._draws import Draws
 from jacfunc._functorch import sweep_batch
 from jacfunc._lock import alone
@@ -76,6 +77,7 @@ def vmap(
         dims = _checked_dims([dim for dim, is_leaf in every_dim if is_leaf], split.leaves)
         structure: list[Any] = []
         turn = _turn_of(func, randomness)
+        watching = nullcontext if watches_itself(func) else NestedWatch
 
         def on_leaves(leaves: Leaves) -> tuple[Leaves, Leaves]:
             inner_args, inner_kwargs = split.merge(leaves)
@@ -87,7 +89,7 @@ def vmap(
 
         def one_chunk(leaves: Leaves, dims: Dims) -> Leaves:
             try:
-                return _vmapped_or_looped(on_leaves, leaves, randomness, dims, turn)
+                return _vmapped_or_looped(on_leaves, leaves, randomness, dims, watching, turn)
             except Refused as refusal:
                 if isinstance(refusal.__cause__, Refused):  # an inner door has said it already
                     raise
@@ -150,11 +152,12 @@ def _vmapped_or_looped(
     leaves: Leaves,
     randomness: Randomness,
     dims: Dims,
+    watching: Callable[[], AbstractContextManager[Any]],
     turn: AbstractContextManager[Any],
 ) -> Leaves:
     """Every sample at once; one by one, where torch can't or must not vmap the function."""
     try:
-        with NestedWatch(), turn:
+        with watching(), turn:
             return sweep_batch(func, leaves, randomness, dims)[0]
     except Exception as error:  # torch has no type for what it can't vmap
         if torch.compiler.is_compiling():
@@ -167,7 +170,7 @@ def _vmapped_or_looped(
     with alone():
         draws = Draws(leaves)
         for number in range(batch_size(leaves, dims)):
-            with draws.of_one(randomness), NestedWatch():
+            with draws.of_one(randomness), watching():
                 each.append(func(one_sample(leaves, dims, number))[0])
     stacked: Leaves = stack_trees(each)
     return stacked

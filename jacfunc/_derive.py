@@ -71,6 +71,11 @@ def deriving(
     return derived
 
 
+def watches_itself(func: Any) -> bool:
+    """Is it a derivative of ours, which watches what it derives?"""
+    return getattr(func, "__globals__", None) is globals()
+
+
 def jacobian_by(
     api: str,
     func: Callable[..., Any],

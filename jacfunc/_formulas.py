@@ -76,9 +76,9 @@ class Norm:
 
     def result(self, kernel: Callable[[], Any]) -> Any:
         """Beside the value, the kernel's own: statistics, and what it writes."""
-        if not self._is_regular():
-            return kernel()
         found = kernel()
+        if not self._is_regular():
+            return found
         if isinstance(found, Tensor):
             return self._value(found.dtype)
         return (self._value(found[0].dtype), *found[1:])

@@ -150,6 +150,10 @@ FORWARD_FAULTS = (
 )
 
 
+FAULTY = _DETERMINANTS.union(*(fault.names for fault in FORWARD_FAULTS))
+"""All names in the table."""
+
+
 class ForwardGuard(Watch):
     """Watches a function while tangents pass through it; refuses what would come out wrong."""
 
@@ -199,9 +203,8 @@ def check_push(
     around: Around,
 ) -> None:
     """Refuse a call whose pushforward comes out wrong; what is done by a formula does not."""
-    if func in FORMULAS and name in _KEEPS_STATISTICS:
-        return
-    for fault in FORWARD_FAULTS:
+    is_mended = func in FORMULAS and name in _KEEPS_STATISTICS
+    for fault in () if is_mended or name not in FAULTY else FORWARD_FAULTS:
         if name in fault.names and fault.applies(kwargs, args, around):
             raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
     if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
@@ -267,7 +270,7 @@ def check_scripted(module: torch.nn.Module) -> None:
         raise Refused("torch's forward mode is zero in TorchScript that it has optimized")
     if type(module) is traced:
         return  # a part, whose operations the whole shows
-    faulty = _DETERMINANTS.union(CONSTANT_TO_TORCH, *(fault.names for fault in FORWARD_FAULTS))
+    faulty = FAULTY.union(CONSTANT_TO_TORCH)
     graph: Any = module.inlined_graph
     for space, _, name in (kind.partition("::") for kind in _kinds(graph)):
         if space not in {"aten", "prim"} or name.removeprefix("special_").lstrip("_") in faulty:

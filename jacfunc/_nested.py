@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch._ops import OpOverload
+
 from jacfunc._functorch import is_batched
-from jacfunc._guard import Around, check_push, check_pushed, name_of
+from jacfunc._guard import FAULTY, Around, check_push, check_pushed, name_of
 from jacfunc._misread import tensors_of
 from jacfunc._watch import Watch
 
@@ -23,6 +25,8 @@ class NestedWatch(Watch):
     ) -> Any:
         """A call while tangents pass through."""
         name = name_of(func)
+        if name not in FAULTY and not isinstance(func, OpOverload):
+            return super().pushed(func, args, kwargs)
         # vmaps of tangents alone do no harm
         is_mapped = any(map(is_batched, tensors_of(args, kwargs)))
         check_push(func, name, args, kwargs, Around(int(is_mapped), keeps_graph=True))
