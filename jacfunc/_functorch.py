@@ -196,6 +196,16 @@ def is_second_order_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> boo
     return keeps_graph and any(_tracked_below(tensor) for tensor in tensors)
 
 
+def is_reverse_of_second_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> bool:
+    """Does a reverse level surround two others, a forward level among them?"""
+    orders = [key for key in _keys() if key in (TransformType.Jvp, TransformType.Grad)]
+    if TransformType.Jvp not in orders or len(orders) < 2:
+        return False
+    if orders[0] == TransformType.Grad:
+        return len(orders) > 2
+    return keeps_graph and any(_tracked_below(tensor) for tensor in tensors)
+
+
 def sweep_batch(
     sweep: Callable[[Leaves], tuple[Leaves, Leaves]],
     seeds: Leaves,

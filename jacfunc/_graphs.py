@@ -27,7 +27,6 @@ from jacfunc._functorch import (
     run_backward,
 )
 from jacfunc._linearization import EVERY, Linearization, Some, some_of
-from jacfunc._mapped import every_level
 from jacfunc._types import Leaves
 
 
@@ -183,40 +182,6 @@ def _check_adjoint(seeds: Leaves, products: Leaves, pushed: Leaves) -> None:
     rounding = max(torch.finfo(x.dtype).eps for x in (*seeds, *products))
     if apart > rounding**0.5 * scale:
         raise Refused("it detaches its cotangent, as a hook or an autograd.Function may do")
-
-
-def confuses_lookups(outputs: Leaves, leaves: Leaves) -> bool:
-    """Of what a vmap returns: did it put lookups of several samples into one, and is that derived?
-
-    Then one row of all samples' tables is the padding, and rows are counted over all samples. A
-    table of which each sample has its own goes into the lookup by a view.
-    """
-    seen = {None, *_nodes_of(leaves)}
-    pending = _nodes_of(outputs)
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        below = [edge[0] for edge in node.next_functions]
-        if node.name() == "EmbeddingBackward0":
-            is_padded = node._saved_padding_idx < node._saved_weight_sym_argsize_0
-            if node._saved_scale_grad_by_freq or (is_padded and _is_view(below[0])):
-                return True
-        pending += below
-    return False
-
-
-def _nodes_of(tensors: Leaves) -> list[Any]:
-    """Where tensors came out, at each level of the transforms outside."""
-    nodes: list[Any] = []
-    for level in tensors:
-        nodes += [seen.grad_fn for seen in every_level(level) if seen.grad_fn is not None]
-    return nodes
-
-
-def _is_view(node: Any) -> bool:
-    return node is not None and any(word in node.name() for word in ("View", "Reshape"))
 
 
 def on_graph(

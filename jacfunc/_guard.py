@@ -20,13 +20,14 @@ from jacfunc._functorch import (
     below_transforms,
     constant,
     has_tangent,
+    is_reverse_of_second_forward,
     is_second_order_forward,
     is_tracked,
     num_forward_levels,
 )
 from jacfunc._misread import lookup
 from jacfunc._operations import CONSTANT_TO_TORCH, MET
-from jacfunc._watch import Watch
+from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch, tensors_in
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def _drops_under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: 
 
 
 def _at_second_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
-    tensors = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor))
-    return is_second_order_forward(tensors, around.keeps_graph)
+    return is_second_order_forward(tensors_in(args, kwargs), around.keeps_graph)
+
+
+def _at_third_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+    return is_reverse_of_second_forward(tensors_in(args, kwargs), around.keeps_graph)
 
 
 def _inside_forward(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
@@ -146,6 +150,11 @@ FORWARD_FAULTS = (
         frozenset({"custom_function_call"}),
         _inside_forward,
         "inside another forward derivative torch takes what its jvp has saved for constants",
+    ),
+    ForwardFault(
+        frozenset({"linalg_eigh", "linalg_eigvalsh"}),
+        _at_third_order,
+        "the gradient of its second forward derivative is nan",
     ),
 )
 
