@@ -27,12 +27,10 @@ from jacfunc._faults import (
     wrong_second_derivative,
 )
 from jacfunc._functorch import (
-    innermost_level,
     inside_derivative,
     is_differentiated,
     is_outermost,
     is_pushing,
-    is_right_twice,
     lacks_forward_rule,
     levels,
     newer_transforms,
@@ -47,9 +45,10 @@ from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import Linearization, Some, batched_like, some_of
 from jacfunc._lock import alone
 from jacfunc._nested import NestedWatch
+from jacfunc._orders import Pull, innermost_level, is_right_twice
 from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import Pull, unwatched
+from jacfunc._watch import unwatched
 
 BY_ITSELF = frozenset(TAKES_DERIVATIVES)
 """What a function calls to take derivatives of its own."""

@@ -15,8 +15,9 @@ from jacfunc._engines import linearize, watched_once
 from jacfunc._factors import Factors, OfOne, Samples
 from jacfunc._functorch import inside_derivative, inside_transform, recording
 from jacfunc._graphs import Anchor, Graph, anchored, copied, leading_out, on_graph
+from jacfunc._orders import Pull
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import Pull, unseen
+from jacfunc._watch import unseen
 from jacfunc.layers import Touched, Use, Uses
 
 

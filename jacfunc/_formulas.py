@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._functorch import below_transforms, is_pushing, num_derivatives, num_vmap_levels
+from jacfunc._functorch import below_transforms, is_pushing, num_vmap_levels
+from jacfunc._orders import num_derivatives
 
 _HALVES = (torch.float16, torch.bfloat16)
 

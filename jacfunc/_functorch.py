@@ -6,7 +6,7 @@ cost as much as the whole Jacobian of a small function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -79,12 +79,12 @@ def memory_of(tensor: Tensor) -> int:
 
 def levels() -> tuple[object, ...]:
     """What is active outside, for telling one situation from another."""
-    return (*_keys(), is_pushing())
+    return (*active(), is_pushing())
 
 
 def newer_transforms(number: int) -> list[str]:
     """Kinds of the active ones but for so many that are outermost: Vmap, Grad, Jvp and others."""
-    return [key.name for key in _keys()[number:]]
+    return [key.name for key in active()[number:]]
 
 
 def has_tangent(tensor: Tensor) -> bool:
@@ -109,41 +109,6 @@ def is_tracked(tensor: Tensor) -> bool:
         return is_tracked(tensor)
 
 
-def innermost_level() -> int | None:
-    """Of the transform that sees operations first."""
-    top = _functorch.peek_interpreter_stack()
-    return None if top is None else int(top.level())
-
-
-def num_derivatives(tensor: Tensor) -> int:
-    """Of how many levels does a derivative pass through it, plain autograd not counted?"""
-    top = _functorch.peek_interpreter_stack()
-    if top is None:
-        return int(is_pushing() and has_tangent(tensor))
-    tracks = top.key() == TransformType.Grad and tensor.requires_grad
-    tracks = tracks or (top.key() == TransformType.Jvp and has_tangent(tensor))
-    is_wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
-    if is_wrapped and _functorch.maybe_get_level(tensor) == top.level():
-        tensor = _functorch.get_unwrapped(tensor)
-    with pyfunctorch.temporarily_pop_interpreter_stack():
-        return tracks + num_derivatives(tensor)
-
-
-def is_right_twice(level: int | None) -> bool:
-    """Is a pullback of ours, at this level of functorch or on a plain graph, the innermost?
-
-    It loops where torch's second derivative is wrong under vmap; a vmap between it and the
-    derivative outside does not.
-    """
-    stack = _functorch.get_interpreter_stack() or []
-    if level is None or not stack:
-        return level is None and not stack
-    keys = [interpreter.key() for interpreter in stack]
-    first = next(i for i, key in enumerate(keys) if key != TransformType.Vmap)
-    is_ours = keys[-1] == TransformType.Grad and stack[-1].level() == level
-    return is_ours and TransformType.Vmap not in keys[first:]
-
-
 def is_batched(tensor: Tensor) -> bool:
     """Do its values, not its tangent alone, differ along a vmap outside?"""
     while _functorch.is_functorch_wrapped_tensor(tensor):
@@ -161,18 +126,18 @@ def constant(tensor: Tensor) -> Tensor:
 
 def num_vmap_levels() -> int:
     """How many vmaps are active."""
-    return sum(key == TransformType.Vmap for key in _keys())
+    return sum(key == TransformType.Vmap for key in active())
 
 
 def num_forward_levels() -> int:
     """How many pushforwards are active, functorch's or plain."""
     plain = forward_ad._current_level + 1
-    return max(plain, sum(key == TransformType.Jvp for key in _keys()))
+    return max(plain, sum(key == TransformType.Jvp for key in active()))
 
 
 def inside_derivative() -> bool:
     """Is something active that differentiates what happens inside it, beside plain autograd?"""
-    return is_pushing() or TransformType.Grad in _keys()
+    return is_pushing() or TransformType.Grad in active()
 
 
 def is_differentiated(tensor: Tensor) -> bool:
@@ -184,26 +149,6 @@ def is_differentiated(tensor: Tensor) -> bool:
         if tensor.requires_grad:
             return True
     return False
-
-
-def is_second_order_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> bool:
-    """Is a forward level inside another derivative, a level of functorch or a plain graph?"""
-    orders = [key for key in _keys() if key in (TransformType.Jvp, TransformType.Grad)]
-    if TransformType.Jvp not in orders:
-        return False
-    if TransformType.Jvp in orders[1:]:
-        return True
-    return keeps_graph and any(_tracked_below(tensor) for tensor in tensors)
-
-
-def is_reverse_of_second_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> bool:
-    """Does a reverse level surround two others, a forward level among them?"""
-    orders = [key for key in _keys() if key in (TransformType.Jvp, TransformType.Grad)]
-    if TransformType.Jvp not in orders or len(orders) < 2:
-        return False
-    if orders[0] == TransformType.Grad:
-        return len(orders) > 2
-    return keeps_graph and any(_tracked_below(tensor) for tensor in tensors)
 
 
 def sweep_batch(
@@ -273,7 +218,7 @@ def _is_batched(tensor: Tensor, level: int) -> bool:
     return is_wrapped and _functorch.maybe_get_level(tensor) == level
 
 
-def _keys() -> list[TransformType]:
+def active() -> list[TransformType]:
     """The active transforms, outermost first."""
     if torch.compiler.is_compiling():
         return []
@@ -288,14 +233,9 @@ def is_pushing() -> bool:
     """
     if forward_ad._current_level < 0:
         return False
-    if torch.compiler.is_compiling() or TransformType.Jvp in _keys():
+    if torch.compiler.is_compiling() or TransformType.Jvp in active():
         return True
     return holds_alone(lambda: forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING)
-
-
-def _tracked_below(tensor: Tensor) -> bool:
-    """Does plain autograd, below all levels, track the tensor?"""
-    return below_transforms(tensor).requires_grad and torch.is_grad_enabled()
 
 
 def below_transforms(tensor: Tensor) -> Tensor:
@@ -308,3 +248,12 @@ def below_transforms(tensor: Tensor) -> Tensor:
 def off_graph(leaves: Leaves) -> Leaves:
     """Without plain graphs, which lead to what a function closes over; most leaves have none."""
     return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
+
+
+def lacks_forward_kernel(op: torch._ops.OpOverload) -> bool:
+    """Operators of ``torch.library.custom_op`` register a backward alone."""
+    if op.namespace in {"aten", "prim", "prims", "profiler"}:
+        return False
+    name = op._schema.name
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return not has_kernel(name, "CompositeImplicitAutograd")

@@ -20,14 +20,14 @@ from jacfunc._functorch import (
     below_transforms,
     constant,
     has_tangent,
-    is_reverse_of_second_forward,
-    is_second_order_forward,
     is_tracked,
+    lacks_forward_kernel,
     num_forward_levels,
 )
-from jacfunc._misread import lookup
-from jacfunc._operations import CONSTANT_TO_TORCH, MET
-from jacfunc._watch import CONSTANT_TO_TORCH, MET, Watch, tensors_in
+from jacfunc._misread import lookup, tensors_of
+from jacfunc._operations import MET
+from jacfunc._orders import is_reverse_of_second_forward, is_second_order_forward
+from jacfunc._watch import Watch, name_of
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def _drops_under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: 
 
 
 def _at_second_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
-    return is_second_order_forward(tensors_in(args, kwargs), around.keeps_graph)
+    return is_second_order_forward(tensors_of(args, kwargs), around.keeps_graph)
 
 
 def _at_third_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
-    return is_reverse_of_second_forward(tensors_in(args, kwargs), around.keeps_graph)
+    return is_reverse_of_second_forward(tensors_of(args, kwargs), around.keeps_graph)
 
 
 def _inside_forward(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
@@ -216,7 +216,7 @@ def check_push(
     for fault in () if is_mended or name not in FAULTY else FORWARD_FAULTS:
         if name in fault.names and fault.applies(kwargs, args, around):
             raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
-    if isinstance(func, torch._ops.OpOverload) and _lacks_forward_rule(func):
+    if isinstance(func, torch._ops.OpOverload) and lacks_forward_kernel(func):
         raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
 
 
@@ -224,15 +224,6 @@ def check_pushed(name: str, result: Any) -> None:
     """Refuse a result whose tangent is wrong."""
     if name in _DETERMINANTS and bool((below_transforms(result) == 0).any()):
         raise Refused(f"torch's forward mode of {name} is zero at a singular matrix")
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """As the tables have it.
-
-    Graphs of torch.fx and torch.export call overloads, decomposed ones under private names.
-    """
-    name: str = getattr(func, "_opname", getattr(func, "__name__", ""))
-    return name.lstrip("_")
 
 
 def _asks_for_graph(getter: Any, tensor: torch.Tensor) -> bool:
@@ -254,40 +245,3 @@ def without_tangent(result: torch.Tensor, name: str, args: tuple[Any, ...]) -> t
     if name.endswith("_") and not name.endswith("__") and has_tangent(args[0]):
         raise Refused(f"torch's forward mode goes on through torch.no_grad(), here through {name}")
     return constant(result)
-
-
-def _lacks_forward_rule(op: torch._ops.OpOverload) -> bool:
-    """Operators of ``torch.library.custom_op`` register a backward alone."""
-    if op.namespace in {"aten", "prim", "prims", "profiler"}:
-        return False
-    name = op._schema.name
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return not has_kernel(name, "CompositeImplicitAutograd")
-
-
-def check_scripted(module: torch.nn.Module) -> None:
-    """Refuse TorchScript that forward mode is wrong in, or may be: nothing is watched inside.
-
-    What torch has traced it runs as it is; what it has compiled from source, or loaded from a file,
-    is optimized for reverse mode once it has run, which drops the tangents.
-
-    Raises:
-        Refused: if the module is such.
-    """
-    traced: Any = torch.jit.TracedModule  # type: ignore[attr-defined]
-    if not isinstance(module, traced):
-        raise Refused("torch's forward mode is zero in TorchScript that it has optimized")
-    if type(module) is traced:
-        return  # a part, whose operations the whole shows
-    faulty = FAULTY.union(CONSTANT_TO_TORCH)
-    graph: Any = module.inlined_graph
-    for space, _, name in (kind.partition("::") for kind in _kinds(graph)):
-        if space not in {"aten", "prim"} or name.removeprefix("special_").lstrip("_") in faulty:
-            raise Refused(f"forward mode can't be watched through {name} inside TorchScript")
-
-
-def _kinds(block: Any) -> set[str]:
-    """Kinds of the nodes of a graph, at whatever depth."""
-    nodes = list(block.nodes())
-    inside = (_kinds(inner) for node in nodes for inner in node.blocks())
-    return {node.kind() for node in nodes}.union(*inside)

@@ -8,9 +8,9 @@ from typing import Any
 from torch._ops import OpOverload
 
 from jacfunc._functorch import is_batched
-from jacfunc._guard import FAULTY, Around, check_push, check_pushed, name_of
+from jacfunc._guard import FAULTY, Around, check_push, check_pushed
 from jacfunc._misread import tensors_of
-from jacfunc._watch import Watch
+from jacfunc._watch import Watch, name_of
 
 
 class NestedWatch(Watch):

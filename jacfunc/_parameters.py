@@ -15,9 +15,9 @@ from jacfunc._attributes import objects_in
 from jacfunc._check import Refused
 from jacfunc._constants import Constants, constants_of
 from jacfunc._functorch import recording
-from jacfunc._guard import check_scripted
 from jacfunc._lost import check_fresh
 from jacfunc._parts import Part, are_same, put_back
+from jacfunc._scripted import check_scripted
 from jacfunc._select import Select, chosen
 from jacfunc._stays import Lease, Stay
 

@@ -5,9 +5,8 @@ Errors that a function catches are seen as well. ``tests/test_faults.py`` pins e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
@@ -23,32 +22,16 @@ from jacfunc._functorch import (
     below_transforms,
     is_batched,
     is_pushing,
-    is_right_twice,
     lacks_forward_rule,
-    num_derivatives,
     writes_outside,
 )
 from jacfunc._known import Remembered
 from jacfunc._misread import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
 from jacfunc._operations import MET, RULES
+from jacfunc._orders import Pull, is_right_twice, num_derivatives
 from jacfunc._types import Leaves
 
 _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """What is watched for: a pullback of ours.
-
-    Args:
-        level: of functorch; None on a plain graph.
-        around: what tells whether it is differentiated further.
-        leads_out: of a plain graph: is what leads to a tensor differentiated further outside?
-    """
-
-    level: int | None
-    around: Hashable
-    leads_out: Callable[[Tensor], bool] | None = None
 
 
 class Watch(TorchFunctionMode):
@@ -214,3 +197,12 @@ def unseen() -> AbstractContextManager[Any]:
     which took a tenth of a small network's evaluation.
     """
     return torch._C.DisableTorchFunction()
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """As the tables have it.
+
+    Graphs of torch.fx and torch.export call overloads, decomposed ones under private names.
+    """
+    name: str = getattr(func, "_opname", getattr(func, "__name__", ""))
+    return name.lstrip("_")

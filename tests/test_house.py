@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = [
     {"_types", "_check", "_words", "_trail", "_known", "_lock"},
     {"_tree", "_chunks", "_basis", "_blocks", "_functorch", "_faults", "_guard", "_watch"}
-    | {"_misread", "_callers", "_operations", "_formulas", "_nested"}
+    | {"_misread", "_callers", "_operations", "_formulas", "_nested", "_orders", "_scripted"}
     | {"_counting", "_mapped", "_into", "_pages", "_compiled"}
     | {"_attention", "_draws", "_sinks", "_constants", "_agreement", "_attributes", "_reach"},
     {"_work", "_replacing", "_engines", "_linear", "_linearization", "_operators", "_fingerprint"}

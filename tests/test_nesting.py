@@ -289,7 +289,8 @@ def test_other_kernels_are_right_or_refused(name, nesting, expected):
     except NotImplementedError:
         return
     except RuntimeError as error:  # where all that is swept by vmap is torch's own
-        assert "vmap:" in str(error)
+        if "vmap:" not in str(error):
+            raise
         return
     torch.testing.assert_close(actual, expected(name, nesting), rtol=1e-8, atol=1e-8)
 
@@ -308,14 +309,13 @@ def plain_net(x):
 @pytest.mark.parametrize("strategy", ["reverse", "forward", "looped"])
 def test_gradients_of_results_at_points_that_require_grad(strategy):
     """How often a result is differentiated, nobody knows when it is made."""
-    for times, transform in enumerate((jacfunc.jacobian, jacfunc.hessian), 1):
-        at = looped(lambda x, shift: plain_net(x), times + 2)(SHIFTS[0])
-        x = POINT.clone().requires_grad_()
+    third = looped(lambda x, shift: plain_net(x), 3)(SHIFTS[0])
+    x = POINT.clone().requires_grad_()
+    for later, transform in enumerate((jacfunc.hessian, jacfunc.jacobian), 1):
         found = transform(norm_net, strategy=strategy)(x)
-        for _ in range(2):
+        for _ in range(later):
             (found,) = torch.autograd.grad(found.sum(), x, create_graph=True)
-        wanted = at.flatten(0, -3).sum(0)
-        torch.testing.assert_close(found, wanted.sum(0), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found, third.sum((0, 1, 2)), rtol=1e-8, atol=1e-8)
 
 
 def test_gradients_of_results_through_what_a_function_closes_over():
