@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +21,15 @@ from jacfunc._lock import alone
 from jacfunc._nested import NestedWatch
 from jacfunc._reach import reaches_module
 from jacfunc._trail import note
-from jacfunc._tree import Split, broadcast_prefix, flatten, stack_trees, unflatten
+from jacfunc._tree import (
+    Split,
+    StructureError,
+    aligned,
+    broadcast_prefix,
+    flatten,
+    stack_trees,
+    unflatten,
+)
 from jacfunc._types import Leaves, Tree
 from jacfunc._watch import handled
 from jacfunc.strategies._forward import Randomness
@@ -82,9 +90,11 @@ def vmap(
         def on_leaves(leaves: Leaves) -> tuple[Leaves, Leaves]:
             inner_args, inner_kwargs = split.merge(leaves)
             with as_written():
-                outputs, spec = flatten(func(*inner_args, **inner_kwargs))
+                output = func(*inner_args, **inner_kwargs)
+            if not structure:
+                structure.append(flatten(output)[1])
+            outputs = _in_words(lambda: aligned(structure[0], output, "output"), "func's output")
             _check_all_tensors(outputs)
-            structure[:] = [spec]
             return tuple(outputs), ()
 
         def one_chunk(leaves: Leaves, dims: Dims) -> Leaves:
@@ -100,7 +110,7 @@ def vmap(
         chunks = sample_chunks(one_chunk, split.leaves, dims, chunk_size)
         outputs = stack(chunks, batch_size(split.leaves, dims))
         tree = unflatten(structure[0], outputs)
-        targets = broadcast_prefix(out_dims, tree)
+        targets = _in_words(lambda: broadcast_prefix(out_dims, tree, "out_dims"), "out_dims")
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
         return unflatten(structure[0], moved)
 
@@ -205,9 +215,20 @@ def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) ->
             f"got {len(per_argument)}. Use None for an argument that is not mapped."
         )
     dims: list[Any] = []
-    for prefix, arg in zip(per_argument, args, strict=True):
-        dims.extend(broadcast_prefix(prefix, arg))
+    for number, (prefix, arg) in enumerate(zip(per_argument, args, strict=True)):
+        spread = partial(broadcast_prefix, prefix, arg, f"args[{number}]")
+        dims.extend(_in_words(spread, "in_dims"))
     return dims + broadcast_prefix(0, kwargs)
+
+
+def _in_words(align: Callable[[], list[Any]], what: str) -> list[Any]:
+    try:
+        return align()
+    except StructureError as error:
+        raise ValueError(
+            f"vmap: {what} must have one structure, that of the tree it belongs to, got one where "
+            f"{error}. Give dicts the same keys."
+        ) from error
 
 
 def _check_all_tensors(outputs: list[Any]) -> None:

@@ -26,6 +26,8 @@ class Evaluation:
     blocks: Blocks
     image: Callable[[], tuple[Leaves, Leaves]]
     """Outputs and extras."""
+    sink: Sink | None = None
+    """Where the blocks went."""
 
     @property
     def outputs(self) -> Leaves:
@@ -38,7 +40,8 @@ class Evaluation:
 
     def jacobian(self) -> Tree:
         """Output tree of input trees of blocks."""
-        return self.call.jacobian(self.blocks)
+        tree = self.call.jacobian(self.blocks)
+        return tree if self.sink is None else self.sink.placed(tree)
 
 
 def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = None) -> Evaluation:
@@ -47,7 +50,7 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = N
     blocks = in_words_of(api, lambda: strategy.materialize(operator))
     if sink is not None and sink.copies:
         blocks = sink.finished(blocks, Grid.of(operator.outputs, operator.primals), ())
-    return Evaluation(call, blocks, operator.image)
+    return Evaluation(call, blocks, operator.image, sink)
 
 
 def deriving(

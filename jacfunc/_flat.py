@@ -14,7 +14,7 @@ from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tenso
 from jacfunc._compiled import as_written
 from jacfunc._functorch import writes_outside
 from jacfunc._reach import reaches_module
-from jacfunc._tree import Split, flatten, kind_of, kinds_of, map_tensors, paths
+from jacfunc._tree import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
 from jacfunc._watch import handled
 
@@ -154,6 +154,36 @@ class FlatCall:
         parts = self._cut(values)
         trees = tuple(s.place(part) for s, part in zip(self._splits, parts, strict=True))
         return trees[0] if self._is_single else trees
+
+    def aligned_inputs(self, name: str, trees: Sequence[Tree]) -> Leaves:
+        """Values at the primals from trees like the chosen arguments, by key."""
+        if not isinstance(trees, tuple | list) or len(trees) != len(self._splits):
+            came = f"{len(trees)}" if isinstance(trees, tuple | list) else type(trees).__name__
+            raise TypeError(
+                f"{self._api}: {name} must be a tuple of {len(self._splits)}, as the primals are, "
+                f"got {came}. Write (x,) for the only one."
+            )
+        pairs = enumerate(zip(self._splits, trees, strict=True))
+        return tuple(
+            value
+            for n, (split, tree) in pairs
+            for value in self._align(split, tree, f"{name}[{n}]")
+        )
+
+    def aligned_outputs(self, name: str, tree: Tree) -> Leaves:
+        """Values at the outputs from a tree like the output, by key."""
+        assert self._output is not None
+        return tuple(self._align(self._output, tree, name))
+
+    def _align(self, split: Split, tree: Tree, path: str) -> list[Any]:
+        try:
+            return split.align(tree, path)
+        except StructureError as error:
+            name = path.partition("[")[0]
+            raise ValueError(
+                f"{self._api}: {name} must have the structure of what they belong to, got one "
+                f"where {error}. Give dicts the same keys, and None for what is not differentiated."
+            ) from error
 
     def input_paths(self) -> list[str]:
         """The primals in words: ``args[0]['weight']``."""

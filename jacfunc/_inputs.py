@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from jacfunc._tree import broadcast_prefix, flatten, paths, unflatten
+from jacfunc._tree import StructureError, broadcast_prefix, flatten, paths, unflatten
 from jacfunc._types import Tree
 
 Key: TypeAlias = int | str
@@ -161,8 +161,15 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | Non
     positional = in_dims if isinstance(in_dims, tuple | list) else [entire] * len(args)
     prefixes = [*positional, *(by_name.get(name, entire) for name in kwargs)]
     dims: list[Any] = []
-    for prefix, tree in zip(prefixes, (*args, *kwargs.values()), strict=True):
-        dims += broadcast_prefix(prefix, tree)
+    names = [*range(len(args)), *kwargs]
+    for name, prefix, tree in zip(names, prefixes, (*args, *kwargs.values()), strict=True):
+        try:
+            dims += broadcast_prefix(prefix, tree, f"input {name!r}")
+        except StructureError as error:
+            raise ValueError(
+                f"{api}: in_dims must have the structure of the inputs, got one where {error}. "
+                "Give dicts the same keys."
+            ) from error
     leaves = flatten(arguments)[0]
     return [d if isinstance(x, Tensor) else None for x, d in zip(leaves, dims, strict=True)]
 

@@ -11,7 +11,7 @@ from jacfunc._blocks import Allocate
 from jacfunc._check import is_tensor
 from jacfunc._functorch import inside_transform
 from jacfunc._sinks import Grid, MatrixSink, Sink
-from jacfunc._tree import flatten
+from jacfunc._tree import StructureError, aligned, flatten
 from jacfunc._types import Blocks, Leaves, Tree
 
 
@@ -46,7 +46,7 @@ def sink_for(
             f"{api}: out must be plain tensors outside all transforms, got one that requires grad "
             "or a call inside a transform. Leave out= away there."
         )
-    return IntoMatrix(api, out) if flat else IntoBlocks(api, tensors)
+    return IntoMatrix(api, out) if flat else IntoBlocks(api, out, tensors)
 
 
 class IntoBlocks(Sink):
@@ -54,10 +54,28 @@ class IntoBlocks(Sink):
 
     copies = True
 
-    def __init__(self, api: str, out: Sequence[Tensor]) -> None:
+    def __init__(self, api: str, tree: Tree, out: Sequence[Tensor]) -> None:
         super().__init__()
         self.api = api
+        self.tree = tree
         self.out = out
+
+    def placed(self, tree: Tree) -> Tree:
+        """By key: the caller's dicts may have another order than the result's."""
+        leaves, spec = flatten(tree)
+        try:
+            places = aligned(spec, self.tree, "out")
+        except StructureError as error:
+            raise ValueError(
+                f"{self.api}: out must have the structure of the result, got one where {error}. "
+                "Pass what an earlier call returned."
+            ) from error
+        if all(place is leaf for place, leaf in zip(places, leaves, strict=True)):
+            return tree
+        blocks = [leaf.clone() for leaf in leaves]
+        for place, block in zip(places, blocks, strict=True):
+            place.copy_(block)
+        return self.tree
 
     def into_rows(self, grid: Grid) -> Allocate:
         def allocate(first: Leaves, total: int) -> Leaves:

@@ -9,7 +9,6 @@ from jacfunc._check import check_like
 from jacfunc._derive import in_words_of
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
-from jacfunc._tree import flatten
 from jacfunc._types import Tree
 
 
@@ -27,7 +26,8 @@ def jvp(
     Args:
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         primals: the arguments, all differentiated.
-        tangents: trees like ``primals``.
+        tangents: trees like ``primals``; dicts are matched by key, and None stands for what is not
+            floating.
         has_aux: ``func`` returns ``(output, aux)``.
 
     Returns:
@@ -48,9 +48,9 @@ def jvp(
     """
     call = FlatCall("jvp", func, tuple(range(len(primals))), has_aux, primals, {})
     operator = JacobianOperator(call, call.primals)
-    given, _ = flatten(tangents)
+    given = call.aligned_inputs("tangents", tangents)
     check_like("jvp", "tangents", given, call.primals)
-    products = in_words_of("jvp", lambda: operator.pushforward(tuple(given)))
+    products = in_words_of("jvp", lambda: operator.pushforward(given))
     value, aux = call.value(*operator.image())
     pushed = call.output_tree(products)
     return (value, pushed, aux) if has_aux else (value, pushed)
@@ -91,9 +91,9 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
     value, aux = call.value(*in_words_of("vjp", operator.image))
 
     def pullback(cotangents: Tree) -> Tree:
-        given, _ = flatten(cotangents)
+        given = call.aligned_outputs("cotangents", cotangents)
         check_like("vjp", "cotangents", given, operator.outputs)
-        products = in_words_of("vjp", lambda: operator.pullback(tuple(given)))
+        products = in_words_of("vjp", lambda: operator.pullback(given))
         return call.input_tree(products)
 
     return (value, pullback, aux) if has_aux else (value, pullback)

@@ -232,7 +232,8 @@ class Batch:
         blocks = tuple(leaves[i * width : (i + 1) * width] for i in range(num_outputs))
         beside = leaves[num_outputs * width :]
         blocks = self.sink.finished(blocks, grid, (size,))
-        return Evaluation(call, blocks, lambda: (beside[:num_outputs], beside[num_outputs:]))
+        image = (beside[:num_outputs], beside[num_outputs:])
+        return Evaluation(call, blocks, lambda: image, self.sink)
 
     def _outputs_in(self, leaves: Leaves) -> Leaves:
         """Of what :meth:`_of_one` lined up."""

@@ -20,7 +20,7 @@ from jacfunc._blocks import (
 )
 from jacfunc._chunks import Chunk, Pieces, evenly
 from jacfunc._pages import empty
-from jacfunc._types import Blocks, Leaves
+from jacfunc._types import Blocks, Leaves, Tree
 
 PIECE = 2**24
 """Bytes that wait to be written elsewhere: so few that the allocator keeps their memory, and the
@@ -59,6 +59,10 @@ class Sink:
     def copies(self) -> bool:
         """Are products written elsewhere, rather than being the result themselves?"""
         return self.dtype is not None or self.device is not None
+
+    def placed(self, tree: Tree) -> Tree:
+        """The finished blocks, as the tree that is returned."""
+        return tree
 
     def at_once(self, chunk: Chunk) -> Chunk:
         """Seeds, or samples, of one sweep: not all, where their products are copied."""

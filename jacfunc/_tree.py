@@ -6,7 +6,7 @@ torch's own pytree (HuggingFace's ``ModelOutput``, say) are adopted when they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -56,23 +56,80 @@ def paths(tree: Tree, root: str) -> list[str]:
     return Split.of(tree, lambda _: True).paths(root)
 
 
-def broadcast_prefix(prefix: Tree, tree: Tree) -> list[Any]:
-    """A prefix tree (``in_dims``), where None is a value, spread over the leaves of the tree."""
+class StructureError(ValueError):
+    """Two trees whose structures differ, in words that begin with the place."""
+
+
+def aligned(spec: optree.PyTreeSpec, tree: Tree, root: str) -> list[Any]:
+    """What lies in a tree where another has its leaves: by key in dicts, whatever their order.
+
+    Raises:
+        StructureError: if it has other keys, another length or another kind of node somewhere.
+    """
+    if spec.num_leaves == 1 and spec.num_nodes == 1:
+        return [tree]
+    flatten(tree)  # adopts node types that are met for the first time
+    try:
+        return list(spec.flatten_up_to(tree))
+    except ValueError as error:
+        raise StructureError(_mismatch(spec, tree, root)) from error
+
+
+def _mismatch(spec: optree.PyTreeSpec, tree: Tree, root: str) -> str:
+    """The outermost place where the structures differ."""
+    level = spec.one_level()
+    assert level is not None, "whatever is there fits a leaf"
+    try:
+        parts = level.flatten_up_to(tree)
+    except ValueError:
+        return f"{root} is {_node(tree)}, not {_like(spec)}"
+    for part, below, accessor in zip(parts, spec.children(), level.accessors(), strict=True):
+        try:
+            below.flatten_up_to(part)
+        except ValueError:
+            return _mismatch(below, part, accessor.codify(root))
+    return f"{root} has another structure"
+
+
+def _like(spec: optree.PyTreeSpec) -> str:
+    """A node of a structure in words."""
+    return _node(optree.tree_unflatten(spec, [None] * spec.num_leaves))
+
+
+def _node(tree: Tree) -> str:
+    kind = type(tree).__name__
+    if isinstance(tree, Mapping):
+        return f"a {kind} of {', '.join(map(repr, tree)) or 'nothing'}"
+    return f"a {kind} of {len(tree)}" if isinstance(tree, tuple | list) else kind
+
+
+def broadcast_prefix(prefix: Tree, tree: Tree, root: str = "dims") -> list[Any]:
+    """A prefix tree (``in_dims``), where None is a value, spread over the leaves of the tree.
+
+    Raises:
+        StructureError: if it is no prefix.
+    """
     if isinstance(prefix, int):
         return [prefix] * len(flatten(tree)[0])
     leaf = object()
     full = optree.tree_map(lambda _: leaf, tree, namespace=NAMESPACE)
     # None is structure in the tree and a value in the prefix: count it in both, drop it after
-    spread = optree.broadcast_prefix(prefix, full, none_is_leaf=True, namespace=NAMESPACE)
-    slots = optree.tree_leaves(full, none_is_leaf=True, namespace=NAMESPACE)
+    values, spec = optree.tree_flatten(prefix, none_is_leaf=True, namespace=NAMESPACE)
+    slots, whole = optree.tree_flatten(full, none_is_leaf=True, namespace=NAMESPACE)
+    below = [
+        optree.tree_map(lambda _, v=value: v, part, none_is_leaf=True, namespace=NAMESPACE)
+        for value, part in zip(values, aligned(spec, full, root), strict=True)
+    ]
+    # in the order of the tree: dicts of the prefix may have another
+    spread = aligned(whole, optree.tree_unflatten(spec, below), root)
     return [value for value, slot in zip(spread, slots, strict=True) if slot is leaf]
 
 
 def stack_trees(trees: Sequence[Tree]) -> Tree:
     """Trees of one structure as a tree of leaves ``[len(trees), *shape]``."""
-    flat = [flatten(tree) for tree in trees]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return unflatten(flat[0][1], [torch.stack(column) for column in columns])
+    first, spec = flatten(trees[0])
+    rest = [aligned(spec, tree, "output") for tree in trees[1:]]
+    return unflatten(spec, [torch.stack(column) for column in zip(first, *rest, strict=True)])
 
 
 def map_tensors(func: Callable[[Tensor], Any], tree: Tree) -> Tree:
@@ -147,6 +204,22 @@ class Split:
     def place(self, values: Sequence[Any]) -> Tree:
         """The tree of results: a value at each chosen leaf, None at each constant."""
         return self.merge(values, [None] * len(self.constants))
+
+    def align(self, tree: Tree, root: str) -> list[Any]:
+        """What another tree has where the chosen leaves are; None at the constants.
+
+        Raises:
+            StructureError: if the structures differ, or it has a tensor in a constant's place.
+        """
+        values = aligned(self.spec, tree, root)
+        if not self.constants:
+            return values
+        for value, yes, accessor in zip(values, self.is_chosen, self.spec.accessors(), strict=True):
+            if isinstance(value, Tensor) and not yes:
+                raise StructureError(
+                    f"{accessor.codify(root)} is a tensor, not None as for a constant"
+                )
+        return [value for value, yes in zip(values, self.is_chosen, strict=True) if yes]
 
     def paths(self, root: str) -> list[str]:
         """Paths of the chosen leaves as code."""
