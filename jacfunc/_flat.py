@@ -158,10 +158,12 @@ class FlatCall:
     def aligned_inputs(self, name: str, trees: Sequence[Tree]) -> Leaves:
         """Values at the primals from trees like the chosen arguments, by key."""
         if not isinstance(trees, tuple | list) or len(trees) != len(self._splits):
-            came = f"{len(trees)}" if isinstance(trees, tuple | list) else type(trees).__name__
+            leaves = flatten(trees)[0]
+            if len(leaves) != len(self.primals):
+                return tuple(leaves)  # refused for their number
             raise TypeError(
                 f"{self._api}: {name} must be a tuple of {len(self._splits)}, as the primals are, "
-                f"got {came}. Write (x,) for the only one."
+                f"got {type(trees).__name__}. Write (x,) for the only one."
             )
         pairs = enumerate(zip(self._splits, trees, strict=True))
         return tuple(
@@ -173,6 +175,9 @@ class FlatCall:
     def aligned_outputs(self, name: str, tree: Tree) -> Leaves:
         """Values at the outputs from a tree like the output, by key."""
         assert self._output is not None
+        leaves = flatten(tree)[0]
+        if self._output.is_bare and len(leaves) != 1:
+            return tuple(leaves)  # refused for their number
         return tuple(self._align(self._output, tree, name))
 
     def _align(self, split: Split, tree: Tree, path: str) -> list[Any]:

@@ -66,13 +66,17 @@ def aligned(spec: optree.PyTreeSpec, tree: Tree, root: str) -> list[Any]:
     Raises:
         StructureError: if it has other keys, another length or another kind of node somewhere.
     """
-    if spec.num_leaves == 1 and spec.num_nodes == 1:
+    if _is_leaf(spec):
         return [tree]
     flatten(tree)  # adopts node types that are met for the first time
     try:
         return list(spec.flatten_up_to(tree))
     except ValueError as error:
         raise StructureError(_mismatch(spec, tree, root)) from error
+
+
+def _is_leaf(spec: optree.PyTreeSpec) -> bool:
+    return spec.num_leaves == 1 and spec.num_nodes == 1
 
 
 def _mismatch(spec: optree.PyTreeSpec, tree: Tree, root: str) -> str:
@@ -204,6 +208,11 @@ class Split:
     def place(self, values: Sequence[Any]) -> Tree:
         """The tree of results: a value at each chosen leaf, None at each constant."""
         return self.merge(values, [None] * len(self.constants))
+
+    @property
+    def is_bare(self) -> bool:
+        """Is it one leaf, in no container?"""
+        return _is_leaf(self.spec)
 
     def align(self, tree: Tree, root: str) -> list[Any]:
         """What another tree has where the chosen leaves are; None at the constants.

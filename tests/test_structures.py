@@ -92,8 +92,8 @@ def test_the_place_is_named() -> None:
         jacfunc.jvp(lambda x, tree: x, primals, (ONE, {"x": [{"b": ONE}]}))
     with pytest.raises(TypeError, match=r"jvp: tangents must be a tuple of 1, .* got Tensor"):
         jacfunc.jvp(torch.sin, (ONE,), ONE)
-    with pytest.raises(TypeError, match=r"jvp: tangents must be a tuple of 1, .* got 2"):
-        jacfunc.jvp(torch.sin, (ONE,), (ONE, ONE))
+    with pytest.raises(TypeError, match=r"jvp: tangents must be a tuple of 1, .* got tuple"):
+        jacfunc.jvp(weighted, ({"a": ONE, "b": ONE},), (ONE, ONE))
 
 
 def test_constants_have_none_in_their_place() -> None:
