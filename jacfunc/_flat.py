@@ -175,9 +175,9 @@ class FlatCall:
     def aligned_outputs(self, name: str, tree: Tree) -> Leaves:
         """Values at the outputs from a tree like the output, by key."""
         assert self._output is not None
-        leaves = flatten(tree)[0]
-        if self._output.is_bare and len(leaves) != 1:
-            return tuple(leaves)  # refused for their number
+        if self._output.is_bare:
+            leaves = flatten(tree)[0]
+            return (tree,) if len(leaves) == 1 else tuple(leaves)  # refused for their number
         return tuple(self._align(self._output, tree, name))
 
     def _align(self, split: Split, tree: Tree, path: str) -> list[Any]:

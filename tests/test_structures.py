@@ -96,6 +96,14 @@ def test_the_place_is_named() -> None:
         jacfunc.jvp(weighted, ({"a": ONE, "b": ONE},), (ONE, ONE))
 
 
+def test_a_container_is_no_tensor() -> None:
+    _, pull = jacfunc.vjp(torch.sin, ONE)
+    with pytest.raises(ValueError, match=r"^vjp: cotangents must match in shape, .* got list"):
+        pull([ONE])
+    with pytest.raises(ValueError, match=r"^jvp: tangents must match in shape, .* got list"):
+        jacfunc.jvp(torch.sin, (ONE,), ([ONE],))
+
+
 def test_constants_have_none_in_their_place() -> None:
     def func(tree: Any) -> dict[str, Tensor]:
         return {"count": torch.tensor(3), "y": tree["x"] * tree["n"]}
