@@ -113,9 +113,12 @@ class _Search:
         return Found(what, numel // size, numel * self.subject.width)
 
     def _changes(self, generator: torch.Generator, thorough: bool) -> str | None:
-        every = halves(self.subject.size, generator)
-        for half in every if thorough else [next(every)]:
+        every = list(halves(self.subject.size, generator))
+        for half in every if thorough else every[:1]:
             if what := self._changed(half):
+                if self._is_random and any(map(self._draws_otherwise, every)):
+                    note("how much is drawn depends on the data: whether samples depend was unseen")
+                    return None
                 return f"{what} that change with the other samples"
         if thorough and not self._is_random:
             return self._alone(int(torch.randint(self.subject.size, (), generator=generator)))
@@ -129,6 +132,13 @@ class _Search:
     def _is_random(self) -> bool:
         self.subject.evaluated(self.draws)
         return self.draws.were_taken()
+
+    def _draws_otherwise(self, half: Half) -> bool:
+        """Are more or fewer random numbers drawn with other samples?"""
+        self.subject.evaluated(self.draws)
+        after = Draws(self.subject.leaves)
+        self.subject.of(half.sources).evaluated(self.draws)
+        return after.were_taken()
 
     def _changed(self, half: Half) -> str | None:
         cotangents: Leaves | None = half.cotangents(self._base.outputs, self.number)

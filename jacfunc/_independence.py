@@ -78,6 +78,7 @@ class Independence:
             return coupling(subject_of(), number, number == 1, self.at_once)
 
         module = state.parts[""].module
+        kind = kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
         if what := self._changing(module, lambda: _marks_of(state), kind, look):
             raise ValueError(
                 f"{api}: per_sample needs samples that do not depend on each other, got a module "
@@ -158,20 +159,21 @@ def _kinds_of(called: Any, marks: list[Any]) -> dict[Hashable, Seen]:
     """None are known of what has changed, or can't be referred to weakly."""
     try:
         known: _Known | None = _known().get(called)
-        if known is None or len(known.marks) != len(marks) or not all(map(is_, known.marks, marks)):
+        if known is None or not (known.marks is marks or _are_same(known.marks, marks)):
             known = _known()[called] = _Known(marks)
+        known.marks = marks  # one list is compared sooner
     except TypeError:
         return {}
     return known.kinds
 
 
 def _marks_of(state: ModuleState) -> list[Any]:
-    """What a module and its point are made of, and hooks of all modules."""
+    """What a module and its point are made of; one list for one state."""
     marks = _marks().get(state)
     if marks is None:
         marks = _marks()[state] = [mark for part in state.parts.values() for mark in _of(part)]
         marks += [_mark(param) for param in state.point.values()]
-    return [*marks, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
+    return marks
 
 
 def _marks_of_loss(loss: Any) -> list[Any]:
@@ -179,11 +181,15 @@ def _marks_of_loss(loss: Any) -> list[Any]:
     return [mark for part in parts for mark in _of(part)]
 
 
+def _are_same(these: list[Any], those: list[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
 def _of(part: Part) -> list[Any]:
     """What a part is made of, kept weakly: whoever remembers it must not keep it alive."""
     own = {key: value for key, value in part.attributes.items() if type(value) is not dict}
-    filled = [some for _, some in part.filled]
-    marks: list[Any] = [ref(part.module), type(part.module).forward, len(own)]
+    filled = [some for _, some in part.filled if isinstance(some, dict)]
+    marks: list[Any] = [ref(part.module), getattr(type(part.module), "forward", None), len(own)]
     for some in (own, part.params, part.buffers, part.plain, *filled):
         for key in some:
             # a set holds names alone
