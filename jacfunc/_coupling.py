@@ -38,6 +38,7 @@ class Found:
     what: str | None = None
     rows: int = 0
     entries: int = 0
+    was_evaluated: bool = True
 
 
 def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Found:
@@ -54,7 +55,10 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
     while True:
         some = subject.of(torch.randperm(size, generator=generator)[:count].sort()[0])
         try:
-            return _Search(some, draws, number).found(generator, thorough)
+            found = _Search(some, draws, number).found(generator, thorough)
+            if found.was_evaluated or count == size:
+                return found
+            count = size  # a module may take batches of one size
         except Exception as error:
             if not is_out_of_memory(error) or count < 4:
                 raise
@@ -103,7 +107,7 @@ class _Search:
             if is_out_of_memory(error):
                 raise
             note("the batch could not be evaluated as a whole, to see if samples depend: %s", error)
-            return Found()
+            return Found(was_evaluated=False)
         size = self.subject.size
         for out in outputs:
             if out.dim() and out.shape[0] != size:

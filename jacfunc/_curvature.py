@@ -47,8 +47,8 @@ def ggn(
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`; the same numbers are
             drawn for all that is asked.
         chunk_size: samples taken at once; None takes all, evaluated only once.
-        independent: whether samples are taken not to depend on each other, as in
-            :func:`jacfunc.module_jacobian`.
+        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
+            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs and, last among those by position, the targets. It
@@ -119,8 +119,8 @@ def fisher(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
-        independent: whether samples are taken not to depend on each other, as in
-            :func:`jacfunc.module_jacobian`.
+        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
+            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs, which draws and returns a
@@ -178,15 +178,16 @@ def gradient_norms(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all, evaluated only once.
-        independent: whether samples are taken not to depend on each other, as in
-            :func:`jacfunc.module_jacobian`.
+        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
+            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs and, last among those by position, the targets. It
         returns ``[B]``.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, a module that couples samples.
+        TypeError, ValueError: arguments that do not fit, a module that couples samples, a loss
+            whose gradient in one sample's outputs changes with those of others.
         NotImplementedError: inside a transform, and a module that does not run under vmap.
 
     Cost:

@@ -51,8 +51,9 @@ def ntk(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.
-        independent: whether samples of a module are taken not to depend on each other, as in
-            :func:`jacfunc.module_jacobian`; a function is given one at a time.
+        independent: each sample of a module is taken alone, as a batch of one; True skips,
+            ``"always"`` insists on looking whether others change it, as in
+            :func:`jacfunc.module_jacobian`. A function is given one sample at a time.
         progress: wraps the sequence of blocks, to watch it: ``tqdm.tqdm``, or
             ``rich.progress.track``.
 

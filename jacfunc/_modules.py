@@ -106,7 +106,8 @@ def module_jacobian(
             are others, must give the rest the same outputs and derivatives to the last bit. It is
             looked at when the module or the kind of call is new, at the second, fourth, eighth, …
             call, and at all calls beside which it costs little; ``"always"`` looks at every call,
-            True at none. What only global state switches on is seen when it is looked again.
+            True at none. What only global state switches on is seen when it is looked again. An
+            output of no dimension, such as a loss, is that of the sample alone.
 
     Returns:
         A function of the module's own inputs. For each output leaf: a dict of blocks

@@ -55,8 +55,8 @@ def random_projection(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
-        independent: whether samples are taken not to depend on each other, as in
-            :func:`jacfunc.module_jacobian`.
+        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
+            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs, which returns ``[B, *out, size]`` for each output
@@ -64,7 +64,7 @@ def random_projection(
         ``[B, size]``.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, a module that couples samples.
+        TypeError, ValueError: arguments that do not fit, a module or a loss that couples samples.
         NotImplementedError: inside a transform, and a module that does not run under vmap.
 
     Cost:

@@ -66,8 +66,8 @@ def stream_jacobian(
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
             16 MiB, or an eighth of all.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
-        independent: whether samples are taken not to depend on each other, as in
-            :func:`jacfunc.module_jacobian`.
+        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
+            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
     Returns:
         A function of the module's own inputs, which returns an iterator. The module is as it was

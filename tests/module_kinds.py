@@ -472,7 +472,7 @@ EMBEDDINGS = (
         "Embedding by frequency",
         embedding(scale_grad_by_freq=True),
         inputs=ids(2),
-        refusals=(WRONG_EMBEDDING,),
+        refusals=(WRONG_EMBEDDING, coupled("gradients are divided by counts of the whole batch")),
     ),
     kind("Embedding sparse", embedding(sparse=True), inputs=ids(2)),
     kind(

@@ -576,3 +576,11 @@ def test_products_of_as_many_outputs_as_samples() -> None:
     vector = {name: torch.ones_like(param) for name, param in model.named_parameters()}
     found = jacfunc.ggn(model, half_square)(x, TARGETS) @ vector
     torch.testing.assert_close(found["bias"], (x.sum(1) + 1).sum().expand(B))
+
+
+def test_a_module_for_batches_of_one_size_is_seen_whole() -> None:
+    """Though few samples at once are to be evaluated."""
+    model = Mixing(lambda m, h: h + m.w - h.mean(0), w=torch.zeros(20, 4)).double()
+    norms = jacfunc.gradient_norms(model, half_square, chunk_size=2)
+    with pytest.raises(ValueError, match=MIXED):
+        norms(batch(20), TARGETS)
