@@ -61,10 +61,13 @@ def copied(anchor: Tensor) -> Tensor:
     if anchor.is_contiguous() or 0 not in anchor.stride():
         return anchor.clone()
     # torch's own clone puts what was expanded, the samples, innermost
-    strides = anchor.stride()
-    order = sorted(range(anchor.dim()), key=lambda d: (strides[d] > 0, -strides[d]))
-    clone = anchor.permute(order).clone(memory_format=torch.contiguous_format)
-    return clone.permute([order.index(d) for d in range(anchor.dim())])
+    strides = list(anchor.stride())
+    step = 1
+    for dim in sorted(range(anchor.dim()), key=lambda d: (strides[d] == 0, strides[d])):
+        strides[dim], step = step, step * anchor.shape[dim]
+    # no view: a write into one would go by the node that it came out of
+    own = torch.empty_strided(anchor.shape, strides, dtype=anchor.dtype, device=anchor.device)
+    return own.copy_(anchor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,12 +99,6 @@ def every_level(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
 
 
-def level_of(tensor: Tensor) -> int:
-    """Of the transform that has wrapped it; -1 where none has."""
-    is_wrapped = _functorch.is_functorch_wrapped_tensor(tensor)
-    return _functorch.maybe_get_level(tensor) if is_wrapped else -1
-
-
 def is_spread(tensor: Tensor) -> bool:
     """Does a vmap outside map it, whose samples do not lie one after the other, each in a row?"""
     is_mapped = False

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from jacfunc._check import Refused, is_differentiable, is_tensor
 from jacfunc._functorch import below_transforms, is_batched, is_tracked
-from jacfunc._mapped import every_level, is_spread, level_of
+from jacfunc._mapped import is_spread
 from jacfunc._tree import flatten
 
 Args: TypeAlias = tuple[Any, ...]
@@ -58,20 +58,16 @@ def embedding(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -
     found = lookup(args, kwargs)
     if found is None or not (is_tracked_now(found.table) and is_batched(found.indices)):
         return func(*args, **kwargs)
+    named = found.named
     if not is_batched(found.table):
-        if found.by_frequency and _is_tracked_outside(found.table, found.indices):
-            raise Refused("under vmap torch counts how often all samples look a row up")
-        return func(*args, **kwargs)
-    rows = func(**found.named)
+        if not found.by_frequency:
+            return func(*args, **kwargs)
+        apart = (found.indices.sum() * 0).to(found.table.dtype)
+        named = {**named, "weight": found.table + apart}  # of each sample its own
+    rows = func(**named)
     if found.padding is None:
         return rows
     return torch.where(found.is_padding.unsqueeze(-1), rows.detach(), rows)
-
-
-def _is_tracked_outside(table: Tensor, indices: Tensor) -> bool:
-    """Does a derivative outside the vmap of the indices pass through the table?"""
-    vmapped = max(level_of(seen) for seen in every_level(indices) if is_batched(seen))
-    return any(seen.requires_grad for seen in every_level(table) if level_of(seen) < vmapped)
 
 
 def as_strided(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
