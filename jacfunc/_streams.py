@@ -58,8 +58,9 @@ def stream_jacobian(
     Args:
         module: any ``nn.Module``.
         by: ``"params"`` gives ``(name, block)``, one parameter at a time; ``"rows"`` gives
-            ``(slice, {name: [K, *param]})``, the outputs of all leaves in a row; ``"samples"``
-            gives ``(slice, J)`` of some samples, as :func:`jacfunc.module_jacobian` would.
+            ``(slice, {name: [K, *param]})``, the outputs of all leaves in a row, no slice with two
+            leaves; ``"samples"`` gives ``(slice, J)`` of some samples, as
+            :func:`jacfunc.module_jacobian` would.
         select: which parameters, as in :func:`jacfunc.module_jacobian`.
         per_sample: each sample on its own: blocks have the batch in front.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.

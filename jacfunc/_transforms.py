@@ -46,7 +46,8 @@ def jacrev(
             a backward pass that can't be vmapped.
 
     Cost:
-        One evaluation, M/K sweeps of K pullbacks for M outputs and chunks of K.
+        One evaluation, M/K sweeps of K pullbacks for M outputs and chunks of K. Each output leaf
+        has sweeps of its own, so that an infinite derivative of one spoils no row of another.
 
     Example:
         >>> import torch, jacfunc
@@ -88,8 +89,9 @@ def jacfwd(
         A function of the same arguments; blocks ``[*out, *in]`` as in :func:`jacrev`.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors, or
-            operations whose forward mode torch lacks or gets wrong.
+        TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors,
+            operations whose forward mode torch lacks or gets wrong, or a column with a nan, which
+            a zero tangent may have made that met an infinite derivative.
 
     Cost:
         N/K evaluations with K tangents each, for N inputs and chunks of K. Keeps no graph.

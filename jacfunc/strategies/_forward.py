@@ -28,6 +28,7 @@ class Forward:
 
     Raises:
         TypeError, ValueError: if ``chunk_size`` is no positive integer, or ``randomness`` unknown.
+        NotImplementedError: when it sweeps, if a column holds a nan.
 
     Cost:
         N/K evaluations, each with K tangents; memory of the result and one chunk.
