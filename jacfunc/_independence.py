@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from operator import is_
@@ -31,6 +31,9 @@ hundredths of their cost."""
 
 FEW = 8
 """Samples that are evaluated at once where memory is to be spared."""
+
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+"""What parts hold beside attributes of their own."""
 
 _SIMPLE = frozenset({bool, int, float, str, type(None)})
 
@@ -77,9 +80,8 @@ class Independence:
         def look(number: int) -> Found:
             return coupling(subject_of(), number, number == 1, self.at_once)
 
-        module = state.parts[""].module
         kind = kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
-        if what := self._changing(module, lambda: _marks_of(state), kind, look):
+        if what := self._changing(lambda: _kinds_of_state(state), kind, look):
             raise ValueError(
                 f"{api}: per_sample needs samples that do not depend on each other, got a module "
                 f"with {what}. Use module_jacobian without per_sample, which differentiates the "
@@ -99,7 +101,7 @@ class Independence:
         def look(number: int) -> Found:
             return loss_coupling(gradient_of, outputs, number)
 
-        if self._changing(loss, lambda: _marks_of_loss(loss), kind, look):
+        if self._changing(lambda: _kinds_of_loss(loss), kind, look):
             raise ValueError(
                 f"{api}: the loss must be a sum or mean over samples, got one whose gradient in "
                 "the outputs of a sample changes with those of others. Use a loss that adds up "
@@ -108,8 +110,7 @@ class Independence:
 
     def _changing(
         self,
-        called: Any,
-        marks_of: Callable[[], list[Any]],
+        kinds_of: Callable[[], dict[Hashable, Seen]],
         kind: Hashable,
         look: Callable[[int], Found],
     ) -> str | None:
@@ -120,7 +121,7 @@ class Independence:
         """
         if self.said is True:
             return None
-        kinds = _kinds_of(called, marks_of())
+        kinds = kinds_of()
         seen = kinds.pop(kind, None) or Seen()
         calls = seen.calls + 1
         is_due = calls & (calls - 1) == 0 or self.said == "always"
@@ -151,7 +152,8 @@ def _known() -> WeakIdKeyDictionary:
 
 
 @cache
-def _marks() -> WeakKeyDictionary[ModuleState, list[Any]]:
+def _by_state() -> WeakKeyDictionary[ModuleState, dict[Hashable, Seen]]:
+    """The kinds of calls, found sooner: of a module that has changed there is another state."""
     return WeakKeyDictionary()
 
 
@@ -159,26 +161,26 @@ def _kinds_of(called: Any, marks: list[Any]) -> dict[Hashable, Seen]:
     """None are known of what has changed, or can't be referred to weakly."""
     try:
         known: _Known | None = _known().get(called)
-        if known is None or not (known.marks is marks or _are_same(known.marks, marks)):
+        if known is None or not _are_same(known.marks, marks):
             known = _known()[called] = _Known(marks)
-        known.marks = marks  # one list is compared sooner
     except TypeError:
         return {}
     return known.kinds
 
 
-def _marks_of(state: ModuleState) -> list[Any]:
-    """What a module and its point are made of; one list for one state."""
-    marks = _marks().get(state)
-    if marks is None:
-        marks = _marks()[state] = [mark for part in state.parts.values() for mark in _of(part)]
+def _kinds_of_state(state: ModuleState) -> dict[Hashable, Seen]:
+    """Of a module and its point."""
+    kinds = _by_state().get(state)
+    if kinds is None:
+        marks = [mark for part in state.parts.values() for mark in _of(part)]
         marks += [_mark(param) for param in state.point.values()]
-    return marks
+        kinds = _by_state()[state] = _kinds_of(state.parts[""].module, marks)
+    return kinds
 
 
-def _marks_of_loss(loss: Any) -> list[Any]:
+def _kinds_of_loss(loss: Any) -> dict[Hashable, Seen]:
     parts = map(Part.of, loss.modules()) if isinstance(loss, nn.Module) else ()
-    return [mark for part in parts for mark in _of(part)]
+    return _kinds_of(loss, [mark for part in parts for mark in _of(part)])
 
 
 def _are_same(these: list[Any], those: list[Any]) -> bool:
@@ -187,13 +189,12 @@ def _are_same(these: list[Any], those: list[Any]) -> bool:
 
 def _of(part: Part) -> list[Any]:
     """What a part is made of, kept weakly: whoever remembers it must not keep it alive."""
-    own = {key: value for key, value in part.attributes.items() if type(value) is not dict}
+    own = {key: x for key, x in part.attributes.items() if key not in _TORCHS}
     filled = [some for _, some in part.filled if isinstance(some, dict)]
     marks: list[Any] = [ref(part.module), getattr(type(part.module), "forward", None), len(own)]
-    for some in (own, part.params, part.buffers, part.plain, *filled):
-        for key in some:
-            # a set holds names alone
-            marks += (key, _mark(some[key]) if isinstance(some, Mapping) else True)
+    for some in (own, part.params, part.buffers, *filled):
+        for key, value in some.items():
+            marks += (key, _mark(value))
     return marks
 
 
