@@ -32,6 +32,8 @@ class ModuleState:
     buffers: dict[str, Tensor]
     beside: list[Part]
     """Objects that the module keeps, and modules that are none of its parts."""
+    hidden: dict[str, Tensor]
+    """Parameters of these."""
     constants: Constants
     copies: Mapping[int, Tensor] = field(default_factory=dict)
     """Of parameters and buffers as they were, by identity, where these may change."""
@@ -51,8 +53,15 @@ class ModuleState:
                     f"{api}: the module must know its shapes, got {name}, which is not initialized "
                     "yet. Call the module once before."
                 )
-        point, beside = chosen(api, params, select), _beside(list(parts.values()))
-        return cls(parts, point, params, buffers, beside, constants_of(module))
+        beside = _beside(list(parts.values()))
+        hidden = {f"(object {number})": part for number, part in enumerate(beside)}
+        own = {id(x) for x in (*params.values(), *buffers.values())}
+        found = _by_first_name({name: part.params for name, part in hidden.items()})
+        constants = {name: param for name, param in found.items() if id(param) not in own}
+        # after the module's own, of which names are shown
+        buffers |= _by_first_name({name: part.buffers for name, part in hidden.items()})
+        point = chosen(api, params, select)
+        return cls(parts, point, params, buffers, beside, constants, constants_of(module))
 
     @classmethod
     def after(
@@ -71,7 +80,8 @@ class ModuleState:
         """With copies of all values, for evaluations after these may have changed."""
         if self.is_held:
             return self
-        known = {id(x): x for x in (*self.params.values(), *self.buffers.values())}
+        every = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
+        known = {id(x): x for x in every}
         new = dict(known)
         with recording():  # graphs of attributes tell what was computed before
             return replace(
@@ -142,7 +152,8 @@ class ModuleState:
         Raises:
             RuntimeError: if a parameter was written into that was no copy.
         """
-        sources = {name: self.copies.get(id(p), p) for name, p in self.params.items()}
+        params = self.params | self.hidden if self.hidden else self.params
+        sources = {name: self.copies.get(id(p), p) for name, p in params.items()}
         constants = {name: p for name, p in sources.items() if name not in given}
         with (
             self._at_first() if self.is_held else nullcontext(),
@@ -176,6 +187,7 @@ class ModuleState:
             new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
             new |= {id(x): self.copies.get(id(x), x).clone() for x in self.buffers.values()}
             others = {name: p for name, p in self.params.items() if name not in given}
+            others |= self.hidden
             sources = {name: self.copies.get(id(p), p) for name, p in others.items()}
             with self.constants.lent(sources, self.parts[""].module.training) as constants:
                 new |= {id(others[name]): constant for name, constant in constants.items()}
