@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -34,36 +34,19 @@ class Constants:
         """In which mode and version, by name."""
         self._aliases: dict[int, Tensor] = {}
 
-    @contextmanager
-    def guarded(
-        self, api: str, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
-    ) -> Iterator[None]:
-        """Around evaluations: what was written into is put back where it can be, and told.
-
-        Raises:
-            RuntimeError: if the module wrote into one that was no copy.
-        """
-        if torch.compiler.is_compiling():
-            yield
-            return
+    def before(self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Before:
+        """A call begins, to be ended by :meth:`end`."""
         # detached inside a transform they would be wrapped, and so would all that comes of them
-        outer, self._aliases = self._aliases, {id(p): p.detach() for p in constants.values()}
-        before = _Before.of(params, constants, self._aliases)
-        try:
-            yield
-        except BaseException:
-            before.put_back()
-            raise
-        finally:
-            self._aliases = outer
-        for name, is_back in before.put_back().items():
-            self._only_read.pop(name, None)
-            raise RuntimeError(
-                f"{api}: a parameter must be read alone, or written into from the first call on, "
-                f"got a write into {name!r}, which "
-                f"{'was undone' if is_back else 'has changed it'}. "
-                "Keep in a buffer what the module changes itself."
-            )
+        aliases = {id(p): p.detach() for p in constants.values()}
+        before = Before(params, self._aliases, self._only_read)
+        if not torch.compiler.is_compiling():
+            before.look(constants, aliases)
+        self._aliases = aliases
+        return before
+
+    def end(self, before: Before) -> None:
+        """What was in place before the call is so again."""
+        self._aliases = before.outer
 
     @contextmanager
     def lent(self, params: Mapping[str, Tensor], mode: bool) -> Iterator[dict[str, Tensor]]:
@@ -117,30 +100,42 @@ def _version(param: Tensor) -> int:
 
 
 @dataclass(slots=True)
-class _Before:
+class Before:
     """What parameters were before a call."""
 
     params: Mapping[str, Tensor]
-    versions: list[int]
+    outer: dict[int, Tensor]
+    only_read: dict[str, Hashable]
+    versions: list[int] = field(default_factory=list)
     """Raised by operations of torch."""
-    numbers: list[tuple[str, Tensor, Tensor]]
+    numbers: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     """By name, of what is lent and no copy: these tell of all other writes."""
 
-    @classmethod
-    def of(
-        cls,
-        params: Mapping[str, Tensor],
-        constants: Mapping[str, Tensor],
-        aliases: Mapping[int, Tensor],
-    ) -> _Before:
-        left, numbers = KEPT, []
+    def look(self, constants: Mapping[str, Tensor], aliases: Mapping[int, Tensor]) -> None:
+        """Copies of small parameters, some numbers of large ones."""
+        self.versions = [0 if p.is_inference() else p._version for p in self.params.values()]
+        left = KEPT
         for name, param in constants.items():
             if param.device.type == "cpu" and _is_plain(param):
                 alias, is_small = aliases[id(param)], param.nbytes <= left
                 left -= param.nbytes if is_small else 0
                 some = alias if is_small else _some(alias)
-                numbers.append((name, some, some.clone()))
-        return cls(params, [_version(p) for p in params.values()], numbers)
+                self.numbers.append((name, some, some.clone()))
+
+    def check(self, api: str) -> None:
+        """Put back what was written into.
+
+        Raises:
+            RuntimeError: if there was something.
+        """
+        for name, is_back in self.put_back().items():
+            self.only_read.pop(name, None)
+            raise RuntimeError(
+                f"{api}: a parameter must be read alone, or written into from the first call on, "
+                f"got a write into {name!r}, which "
+                f"{'was undone' if is_back else 'has changed it'}. "
+                "Keep in a buffer what the module changes itself."
+            )
 
     def put_back(self) -> dict[str, bool]:
         """Which have changed, and could they be put back as they were?"""
@@ -149,7 +144,8 @@ class _Before:
             if not torch.equal(now, before) and not _are_same_bits(now, before):
                 changed[name] = now.shape == self.params[name].shape
                 now.copy_(before)
-        for version, (name, param) in zip(self.versions, self.params.items(), strict=True):
+        # none, where the call was compiled
+        for version, (name, param) in zip(self.versions, self.params.items(), strict=False):
             if version != _version(param):
                 changed.setdefault(name, False)
         return changed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -152,21 +152,33 @@ class ModuleState:
         Raises:
             RuntimeError: if a parameter was written into that was no copy.
         """
-        params = self.params | self.hidden if self.hidden else self.params
-        sources = {name: self.copies.get(id(p), p) for name, p in params.items()}
-        constants = {name: p for name, p in sources.items() if name not in given}
-        with (
-            self._at_first() if self.is_held else nullcontext(),
-            self.constants.guarded(api, sources, constants),
-        ):
-            parts = self.every_part
-            stay = Stay(api, parts, [part.now() for part in parts])
-            self.stays.append(stay)
-            try:
+        if self.is_held:
+            with self._at_first(), self._kept(given, api):
                 yield
-            finally:
-                self.stays.pop()
-                stay.clear()
+            return
+        with self._kept(given, api):
+            yield
+
+    @contextmanager
+    def _kept(self, given: Container[str], api: str) -> Iterator[None]:
+        every = self.params | self.hidden if self.hidden else self.params
+        if self.copies:
+            every = {name: self.copies[id(p)] for name, p in every.items()}
+        constants = {name: p for name, p in every.items() if name not in given}
+        before = self.constants.before(every, constants)
+        parts = self.every_part
+        stay = Stay(api, parts, [part.now() for part in parts])
+        self.stays.append(stay)
+        try:
+            yield
+        except BaseException:
+            before.put_back()
+            raise
+        finally:
+            self.stays.pop()
+            stay.clear()
+            self.constants.end(before)
+        before.check(api)
 
     @contextmanager
     def lent(self, given: Mapping[str, Tensor], arguments: Any = None) -> Iterator[None]:
@@ -178,27 +190,29 @@ class ModuleState:
         evaluation or, outside :meth:`kept`, until the end. ``arguments`` are those of the call,
         if it is differentiated by what is given.
         """
-        with ExitStack() as stack:
-            if not self.stays:
-                stack.enter_context(self.kept(given))
-            stay = self.stays[-1]
-            if stay.lease is not None:
+        if not self.stays:
+            with self.kept(given), self.lent(given, arguments):
+                yield
+            return
+        stay, copies = self.stays[-1], self.copies
+        if stay.lease is not None:
+            stay.clear()
+        new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
+        for buffer in self.buffers.values():
+            new[id(buffer)] = copies.get(id(buffer), buffer).clone()
+        others = {name: p for name, p in self.params.items() if name not in given} | self.hidden
+        constants = {name: copies.get(id(p), p) for name, p in others.items()}
+        with self.constants.lent(constants, self.parts[""].module.training) as lent:
+            for name, param in others.items():
+                new[id(param)] = lent[name]
+            stay.lease = Lease(given.values(), arguments)
+            try:
+                for part in stay.parts:
+                    part.lend(new)
+                yield
+            except BaseException:
                 stay.clear()
-            new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
-            new |= {id(x): self.copies.get(id(x), x).clone() for x in self.buffers.values()}
-            others = {name: p for name, p in self.params.items() if name not in given}
-            others |= self.hidden
-            sources = {name: self.copies.get(id(p), p) for name, p in others.items()}
-            with self.constants.lent(sources, self.parts[""].module.training) as constants:
-                new |= {id(others[name]): constant for name, constant in constants.items()}
-                stay.lease = Lease(given.values(), arguments)
-                try:
-                    for part in stay.parts:
-                        part.lend(new)
-                    yield
-                except BaseException:
-                    stay.clear()
-                    raise
+                raise
 
     def check_fresh(self, outputs: Sequence[Any]) -> None:
         """Refuse outputs of the last evaluation that lead past what it was given.
