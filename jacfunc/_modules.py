@@ -117,7 +117,8 @@ def module_jacobian(
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a name that matches nothing, parameters
-            of TorchScript; per sample a module that couples the samples (batch normalization in
+            of TorchScript, outputs that depend on parameters by what was computed before the call
+            and kept with its graph (kept without, it is a constant); per sample a module that couples the samples (batch normalization in
             train mode, say), or an output without the batch in front.
         NotImplementedError: what torch refuses, and reentrant checkpoints.
 
@@ -126,7 +127,8 @@ def module_jacobian(
         whether samples depend on each other takes up to seven evaluations and twelve pullbacks of
         the batch at the first call of a kind, later two and two.
         Parameters that it is not differentiated by are copied until the module is seen to read
-        them alone, up to 64 MiB.
+        them alone, up to 64 MiB. A later write is undone and refused: by any way in parameters of
+        64 KiB together, of larger ones it is told if it is torch's own, or shows in some numbers.
 
     Example:
         >>> import torch, jacfunc
