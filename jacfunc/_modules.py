@@ -118,8 +118,9 @@ def module_jacobian(
     Raises:
         TypeError, ValueError: arguments that do not fit, a name that matches nothing, parameters
             of TorchScript, outputs that depend on parameters by what was computed before the call
-            and kept with its graph (kept without, it is a constant); per sample a module that couples the samples (batch normalization in
-            train mode, say), or an output without the batch in front.
+            and kept with its graph (kept without, it is a constant); per sample a module that
+            couples the samples (batch normalization in train mode, say), or an output without the
+            batch in front.
         NotImplementedError: what torch refuses, and reentrant checkpoints.
 
     Cost:

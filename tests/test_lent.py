@@ -138,15 +138,9 @@ def test_streams_run_it_too(function: Any) -> None:
 def test_factors_are_right_or_refused(function: Any, door: str) -> None:
     torch.manual_seed(0)
     module, x, y = Implicit(function).double(), floats(3, 2), floats(3, 2)
-    jacobian = torch.cat(
-        [
-            block.reshape(3, 2, 3, -1)
-            if False
-            else torch.stack([looped(module, row[None])[name][0].reshape(2, -1) for row in x])
-            for name, block in looped(module, x).items()
-        ],
-        2,
-    )
+    alone = [looped(module, row[None]) for row in x]
+    blocks = [torch.stack([one[name][0].reshape(2, -1) for one in alone]) for name in alone[0]]
+    jacobian = torch.cat(blocks, 2)
     gradients = torch.einsum("bm,bmp->bp", module(x).detach() - y, jacobian)
     half = lambda out, y: 0.5 * (out - y).square().sum()  # noqa: E731
     asked: dict[str, tuple[Callable[[], Any], Tensor]] = {
