@@ -74,10 +74,10 @@ class GaussNewton:
                 is not the transpose of what a tangent takes, by hooks or by a rule of its own.
 
         Cost:
-            At first one evaluation of the batch, one with a tangent and two pullbacks, one of them
-            to see whether the products with J and Jᵀ are each other's transpose; at the second
+            At first one evaluation of the batch, one with a tangent and one pullback; at the second
             product one more evaluation and pullback, both kept, and from then on two pullbacks
-            each. The loss comes on top.
+            each. The loss comes on top, and at each of the first two products a pullback that
+            tells whether the products with J and Jᵀ are each other's transpose.
 
         Example:
             >>> import torch, jacfunc

@@ -36,7 +36,8 @@ class Whole:
     in u: its own pullback saves the evaluation that a pushforward makes every time.
 
     A backward pass of the user's own, or one with hooks, need not be the transpose of the forward
-    pass, nor differentiable in u: each ``J v`` must be that of ``Jᵀ u`` for a random u.
+    pass, nor differentiable in u. So what is pushed forward must be that of ``Jᵀ u`` for a random
+    u, and the graph for a random v, too, when it is made.
     """
 
     def __init__(self, point: Point) -> None:
@@ -77,13 +78,13 @@ class Whole:
         """``J v``, ``[B, *out]``."""
         with self._point.undisturbed(), self._in_words():
             try:
-                found = self._checked(self._ways[0](self, tangents), tangents)
+                found = self._ways[0](self, tangents)
             except Refused as refusal:
                 if len(self._ways) == 1:
                     raise
                 note("J v takes the other way: %s", refusal)
                 self._ways = self._ways[1:]
-                return self._checked(self._ways[0](self, tangents), tangents)
+                return self._ways[0](self, tangents)
         if len(self._ways) > 1:
             self._ways = [Whole._pushed_on_graph, Whole._pushed_forward]
         return found
@@ -99,22 +100,22 @@ class Whole:
                 f"a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no J v."
             ) from refusal
 
-    def _checked(self, products: Leaves, tangents: Leaves) -> Leaves:
-        """``J v``, where ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩`` for the random u."""
+    def _check(self, products: Leaves, tangents: Leaves) -> None:
+        """``⟨u, J v⟩ = ⟨Jᵀ u, v⟩`` for the random u."""
         cotangents, pulled = self._trial
         left, right = _terms(cotangents, products), _terms(pulled, tangents)
         scale = float(left.norm() + right.norm())
-        if abs(float(left.sum() - right.sum())) > scale * _precision(products) ** ROUNDING:
+        error = abs(float(left.sum() - right.sum()))
+        if error > scale * _precision((*products, *tangents)) ** ROUNDING:
             raise Refused(
                 "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own "
                 "changes one of them alone"
             )
-        return products
 
     @cached_property
     def _trial(self) -> tuple[Leaves, Leaves]:
         """A random u, and ``Jᵀ u``."""
-        drawn = tuple(map(_random_like, self.outputs.leaves))
+        drawn = _random_like(self.outputs.leaves, seed=1)
         return drawn, self._pulling.pullback(drawn)
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
@@ -122,6 +123,7 @@ class Whole:
         with torch.no_grad():  # results are detached
             products = pushing.pushforward(tangents)
         check_agreement(self.outputs.leaves, pushing.outputs)
+        self._check(products, tangents)
         return products
 
     def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
@@ -135,7 +137,10 @@ class Whole:
             pulling.image()
         check_agreement(self.outputs.leaves, pulling.outputs)
         zeros = tuple(map(torch.zeros_like, self.outputs.leaves))
-        return JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
+        transposed = JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
+        drawn = _random_like(self._pulling.primals, seed=2)
+        self._check(transposed.pullback(drawn), drawn)
+        return transposed
 
 
 def _check_shapes(point: Point, outputs: Leaves) -> None:
@@ -160,10 +165,11 @@ def _check_shapes(point: Point, outputs: Leaves) -> None:
             )
 
 
-def _random_like(leaf: Tensor) -> Tensor:
+def _random_like(leaves: Leaves, seed: int) -> Leaves:
     """Normal numbers from a generator of their own: nobody else's draws change."""
-    own = torch.Generator(leaf.device).manual_seed(0)
-    return torch.randn(leaf.shape, generator=own, dtype=leaf.dtype, device=leaf.device)
+    own = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(x.shape, generator=own, device="cpu") for x in leaves]
+    return tuple(x.to(like.device, like.dtype) for x, like in zip(drawn, leaves, strict=True))
 
 
 def _terms(lefts: Leaves, rights: Leaves) -> Tensor:
