@@ -39,7 +39,10 @@ def check_fallback(error: Exception) -> None:
         Exception: the error itself, in clearer words where it is about random functions.
     """
     if isinstance(error, Refused | Stale) or is_out_of_memory(error):
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # a traceback that holds its own error is a cycle
     if "randomness" in str(error):
         raise Refused(RANDOM) from error
 

@@ -65,10 +65,7 @@ class Plan:
         return attempt(self, lambda plan: plan.strategy.materialize(operator))[1]
 
     def instead(self, refusal: Refused) -> Plan:
-        """The next plan; the refusal, where there is none."""
-        note("%s was refused: %s", self.strategy, refusal)
-        if not self.otherwise:
-            raise refusal
+        """The next plan, where there is one."""
         reason = f"{type(self.strategy).__name__} was refused: {refusal}"
         return Plan(self.otherwise[0], reason, None, self.otherwise[1:])
 
@@ -100,6 +97,9 @@ def attempt(plan: Plan, run: Callable[[Plan], Result]) -> tuple[Plan, Result]:
         try:
             return plan, run(plan)
         except Refused as refusal:
+            note("%s was refused: %s", plan.strategy, refusal)
+            if not plan.otherwise:
+                raise  # here: who raises an argument of its own is kept alive by it, in a cycle
             plan = plan.instead(refusal)
 
 

@@ -198,9 +198,15 @@ def products(module: nn.Module, x: Tensor) -> Any:
     return [G @ vector(module) for _ in range(3)]
 
 
+def refused_under_vmap(module: Any, x: Tensor) -> Any:
+    module.is_read = True
+    return jacfunc.module_jacobian(module, "inputs", per_sample=True)(x * 0)
+
+
 KEPT: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "products": products,
     "diagonal": lambda m, x: jacfunc.ggn(m, half)(x, torch.zeros(len(x), 2)).diagonal(),
+    "refused under vmap": refused_under_vmap,
     "plan": jacfunc.plan,
     "explain": jacfunc.explain,
     "estimate": jacfunc.estimate,
