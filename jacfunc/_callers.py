@@ -47,7 +47,7 @@ def require_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     Those that torch's own code takes would be zero without it.
     """
     wanted = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-    if not wanted or not inside_transform() or asker().startswith("torch."):
+    if not wanted or not inside_transform() or f"{asker()}.".startswith("torch."):
         return func(*args, **kwargs)
     return args[0]
 

@@ -468,7 +468,7 @@ def test_what_vmap_cannot_push_goes_column_by_column(caplog):
 
 def test_what_torch_cannot_do_is_said_with_what_would_work():
     def func(x):
-        inner = x.clone().requires_grad_()
+        inner = x.detach().clone().requires_grad_()
         (grad,) = torch.autograd.grad(inner.square().sum(), inner)
         return grad
 
