@@ -374,7 +374,7 @@ def test_functions_of_a_module_that_is_lent_meanwhile() -> None:
 
 
 def everything_at_once() -> None:
-    """Each thread goes through half of all doors, from another on, at modules of its own too."""
+    """Each thread goes through half of all doors, each from another one on."""
     shared = [Problem(make) for make in MAKERS.values()]
     own = [Problem(perceptron) for _ in range(THREADS)]
     doors = [*FUNCTIONS.values(), *SLOW.values()]
