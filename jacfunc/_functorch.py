@@ -1,7 +1,6 @@
 """functorch and autograd from below: with ``_mapped`` the only importers of their private parts.
 
-Which transforms are we inside; a vmap without trees, an ``autograd.grad`` without its checks: these
-cost as much as the whole Jacobian of a small function.
+Which transforms are active; a vmap and an ``autograd.grad`` without their checks, which are slow.
 """
 
 from __future__ import annotations
@@ -227,13 +226,10 @@ def active() -> list[TransformType]:
 
 
 def is_pushing() -> bool:
-    """Is forward mode active in this thread, functorch's or plain?
-
-    Torch counts its level for all threads at once, and functorch's transforms for each.
-    """
-    if forward_ad._current_level < 0:
-        return False
-    if torch.compiler.is_compiling() or TransformType.Jvp in active():
+    """Is forward mode active in this thread? Torch counts its level for all threads at once."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return forward_ad._current_level >= 0
+    if TransformType.Jvp in active():
         return True
     return holds_alone(lambda: forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING)
 

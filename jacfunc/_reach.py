@@ -27,7 +27,7 @@ def reaches_module(func: Any) -> bool:
         >>> import torch
         >>> from jacfunc._reach import reaches_module
         >>> model = torch.nn.Linear(1, 1)
-        >>> reaches_module(lambda x: torch.sin(x)), reaches_module(lambda x: model(x).sin())
+        >>> reaches_module(torch.sin), reaches_module(model.forward)
         (False, True)
     """
     reaches = _known().get(func, None)
