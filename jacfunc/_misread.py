@@ -112,7 +112,5 @@ _ABOVE = (
 _BELOW = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
 
 LOOKUPS = frozenset({F.embedding, *forms("embedding")})
-STRIDING = frozenset(
-    form for end in ("", "_", "_copy", "_scatter") for form in forms(f"as_strided{end}")
-)
+STRIDING = frozenset(form for end in ("", "_", "_copy") for form in forms(f"as_strided{end}"))
 """What reads memory wherever it lies, be it beside a tensor's own entries."""

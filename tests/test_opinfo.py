@@ -104,7 +104,10 @@ REFUSED = {
 # Refused by us where torch.func is right.
 _CHUNKED = "zero unless torch falls back to the unchunked form, which it does for soft targets"
 _TRIANGLE = "right only where the tangents are triangular too"
+_POWER = "nan at negative bases, where nobody can tell whose it is"
 OURS = {
+    ("__rpow__", "jacfwd"): _POWER,
+    ("__rpow__", "vmap jacfwd"): _POWER,
     ("nn.functional.linear_cross_entropy.chunked", "jacfwd"): _CHUNKED,
     ("nn.functional.linear_cross_entropy.chunked", "vmap jacfwd"): _CHUNKED,
     ("nn.functional.linear_cross_entropy.chunked_none", "jacfwd"): _CHUNKED,
