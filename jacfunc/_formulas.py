@@ -64,8 +64,8 @@ class WeightNorm:
     dim: int = 0
 
     def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """Always: inside transforms the first derivative is refused already."""
-        return True
+        """A single push is refused by torch."""
+        return not is_pushing() or any(map(is_derived_again, (self.v, self.g)))
 
     def result(self, kernel: Callable[[], Any]) -> Tensor:
         """As torch does it where it has no kernel."""

@@ -99,12 +99,12 @@ MENDED = {
         lambda x: F.rms_norm(x.sin(), (4,), x, 1e-5),
         lambda x: x.sin() / (x.sin().square().mean() + 1e-5).sqrt() * x,
     ),
+}
+GUARDED = {
     "weight norm": (
         lambda x: torch._weight_norm(x.view(2, 2).sin(), x[:2, None], 0),
         lambda x: (v := x.view(2, 2).sin()) * x[:2, None] / v.square().sum(1, True).sqrt(),
     ),
-}
-GUARDED = {
     "det": (lambda x: torch.linalg.det(square(x)), lambda x: determinant(square(x))),
     "logdet": (lambda x: square(x).logdet(), lambda x: determinant(square(x)).log()),
     "solve": (
