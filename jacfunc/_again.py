@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from jacfunc._agreement import check_agreement, detached
-from jacfunc._batching import Dims, narrowed, one_sample
+from jacfunc._dims import Dims, narrowed, one_sample
 from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import sweep_batch

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._functorch import below_transforms, inside_transform, outside_transforms
 from jacfunc._types import Leaves
 from jacfunc._watch import unseen

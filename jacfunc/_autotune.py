@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from jacfunc._budgets import bounded, bounded_samples, fewer_rows
-from jacfunc._check import Refused, check_memory
+from jacfunc._check import check_memory
 from jacfunc._chunks import Chunk
+from jacfunc._errors import Refused
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._known import Remembered, nothing_yet

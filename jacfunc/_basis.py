@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from jacfunc._chunks import Chunk, in_chunks, of_leaf
 from jacfunc._types import Leaves
@@ -81,3 +82,15 @@ def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Lea
     seeds = unit_seeds(of_one, start, numel(of_one) if stop is None else stop)
     pairs = zip(seeds, leaves, strict=True)
     return tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
+
+
+def in_a_row(leaves: Leaves) -> Tensor:
+    """``[R, B, *out]`` of all leaves as ``[R, B, M]``."""
+    return torch.cat([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], 2)
+
+
+def as_leaves(columns: Tensor, leaves: Leaves) -> Leaves:
+    """``[R, B, M]`` as ``[R, B, *out]``, in the dtypes of the leaves ``[B, *out]``."""
+    parts = columns.split([leaf[0].numel() for leaf in leaves], 2)
+    pairs = zip(parts, leaves, strict=True)
+    return tuple(part.reshape(len(columns), *x.shape).to(x.dtype) for part, x in pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, TypeAlias
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from jacfunc._blocks import stack
-from jacfunc._check import Refused, check_chunk_size, check_fallback, is_tensor
-from jacfunc._chunks import Chunk, in_chunks
+from jacfunc._check import check_chunk_size, is_tensor
 from jacfunc._compiled import as_written
 from jacfunc._derive import watches_itself
+from jacfunc._dims import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._draws import Draws
+from jacfunc._errors import Refused, check_fallback
 from jacfunc._functorch import sweep_batch
 from jacfunc._lock import alone
 from jacfunc._nested import NestedWatch
@@ -35,7 +36,6 @@ from jacfunc._watch import handled
 from jacfunc.strategies._forward import Randomness
 
 OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
-Dims: TypeAlias = Sequence[int | None]
 
 
 def vmap(
@@ -98,17 +98,11 @@ def vmap(
             return tuple(outputs), ()
 
         def one_chunk(leaves: Leaves, dims: Dims) -> Leaves:
-            try:
-                return _vmapped_or_looped(on_leaves, leaves, randomness, dims, watching, turn)
-            except Refused as refusal:
-                if isinstance(refusal.__cause__, Refused):  # an inner door has said it already
-                    raise
-                raise Refused(
-                    f"vmap: func must be one to map, got a refusal: {refusal}."
-                ) from refusal
+            return _vmapped_or_looped(on_leaves, leaves, randomness, dims, watching, turn)
 
         chunks = sample_chunks(one_chunk, split.leaves, dims, chunk_size)
-        outputs = stack(chunks, batch_size(split.leaves, dims))
+        with _refusing():
+            outputs = stack(chunks, batch_size(split.leaves, dims))
         tree = unflatten(structure[0], outputs)
         targets = _in_words(lambda: broadcast_prefix(out_dims, tree, "out_dims"), "out_dims")
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
@@ -117,26 +111,15 @@ def vmap(
     return mapped
 
 
-def sample_chunks(
-    take: Callable[[Leaves, Dims], Leaves], leaves: Leaves, dims: Dims, chunk: Chunk
-) -> Iterator[Leaves]:
-    """``take`` of the samples, a chunk at a time."""
-
-    def between(start: int, stop: int) -> Leaves:
-        return take(narrowed(leaves, dims, start, stop), dims)
-
-    return in_chunks(batch_size(leaves, dims), chunk, between)
-
-
-def batch_size(leaves: Leaves, dims: Dims) -> int:
-    """How many samples there are."""
-    return next(x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None)
-
-
-def one_sample(leaves: Leaves, dims: Dims, number: int) -> Leaves:
-    """The leaves of one sample; what all share as it is."""
-    pairs = zip(leaves, dims, strict=True)
-    return tuple(x if d is None else x.select(d, number) for x, d in pairs)
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Refusals in the words of the door, unless an inner door has said it already."""
+    try:
+        yield
+    except Refused as refusal:
+        if isinstance(refusal.__cause__, Refused):
+            raise
+        raise Refused(f"vmap: func must be one to map, got a refusal: {refusal}.") from refusal
 
 
 def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:
@@ -191,14 +174,6 @@ def _turn_of(func: Callable[..., Any], randomness: Randomness) -> AbstractContex
     if torch.compiler.is_compiling() or (randomness == "error" and not reaches_module(func)):
         return nullcontext()
     return alone()
-
-
-def narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:
-    """The samples from start to stop."""
-    return tuple(
-        x if d is None or (start, stop) == (0, x.shape[d]) else x.narrow(d, start, stop - start)
-        for x, d in zip(leaves, dims, strict=True)
-    )
 
 
 def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._functorch import inside_transform
 from jacfunc._misread import Args, tensors_of
 

@@ -8,43 +8,8 @@ from typing import Any
 
 import torch
 
+from jacfunc._errors import Refused
 from jacfunc._types import Argnums
-
-
-class Refused(NotImplementedError):  # noqa: N818 (a refusal is no error while another strategy is left)
-    """Torch could not, or must not, carry out a sweep: another strategy may."""
-
-
-class Stale(ValueError):  # noqa: N818 (what it is about, no kind of error)
-    """The function does not compute what is asked of it: no other way is tried."""
-
-
-RANDOM = (
-    "it is random, under randomness='error'. Pass randomness='same', to draw the same numbers for "
-    "all, or 'different', to draw others for each"
-)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Did an allocation fail, on an accelerator or on the CPU, which has no type for that?"""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
-
-
-def check_fallback(error: Exception) -> None:
-    """May what failed at once go on one by one? Not when memory ran out, nor as a way to refuse.
-
-    Raises:
-        Exception: the error itself, in clearer words where it is about random functions.
-    """
-    if isinstance(error, Refused | Stale) or is_out_of_memory(error):
-        try:
-            raise error
-        finally:
-            del error  # a traceback that holds its own error is a cycle
-    if "randomness" in str(error):
-        raise Refused(RANDOM) from error
 
 
 def is_tensor(leaf: object) -> bool:

@@ -8,8 +8,8 @@ from typing import ClassVar, TypeAlias
 
 import torch
 
-from jacfunc._check import is_out_of_memory
 from jacfunc._counting import PeakBytes
+from jacfunc._errors import is_out_of_memory
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 

@@ -10,8 +10,8 @@ from math import comb
 import torch
 from torch import Tensor
 
-from jacfunc._batching import batch_size
 from jacfunc._check import is_differentiable
+from jacfunc._dims import batch_size
 from jacfunc._draws import Draws
 from jacfunc._functorch import recording, run_backward
 from jacfunc._graphs import anchored

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._check import is_out_of_memory
 from jacfunc._compared import Evaluated, Half, Quantity, Subject, at, halves
 from jacfunc._compiled import uncompiled
 from jacfunc._draws import Draws
+from jacfunc._errors import is_out_of_memory
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._flat import FlatCall
 from jacfunc._into import sink_for
 from jacfunc._operators import JacobianOperator

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from jacfunc._check import RANDOM, Refused
+from jacfunc._errors import RANDOM, Refused
 from jacfunc._types import Leaves
 
 State: TypeAlias = tuple[torch.Tensor, ...]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from jacfunc._attention import plain_attention
-from jacfunc._check import Refused, check_plain
-from jacfunc._engines import linearize, watched_once
+from jacfunc._check import check_plain
+from jacfunc._engines import linearize
+from jacfunc._errors import Refused
 from jacfunc._factors import Factors, OfOne, Samples
 from jacfunc._functorch import inside_derivative, inside_transform, recording
 from jacfunc._graphs import Anchor, Graph, anchored, copied, leading_out, on_graph
+from jacfunc._nested import watched_once
 from jacfunc._orders import Pull
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._watch import unseen

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._functorch import num_vmap_levels
+from jacfunc._types import Leaves
 
 NEVER_BATCHED = frozenset(
     {
@@ -100,13 +101,15 @@ def check_statistics(names: set[str]) -> None:
         )
 
 
-def once_alone(product: Tensor, output: Tensor, reason: str) -> Tensor:
-    """A first derivative without its graph, which raises where it is differentiated again.
+def once(products: Leaves, outputs: Leaves, reason: str | None) -> Leaves:
+    """First derivatives, which raise where they are differentiated again, if there is a reason.
 
-    It seems to depend on what the output, which requires a gradient, depends on.
+    They have no graph, and seem to depend on what an output that requires a gradient depends on.
     """
-    marked: Tensor = _once_alone(reason).apply(product, output)
-    return marked
+    if reason is None or not torch.is_grad_enabled():
+        return products
+    output = next((out for out in outputs if out.requires_grad), outputs[0])
+    return tuple([_once_alone(reason).apply(product, output) for product in products])
 
 
 @cache

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
 from jacfunc._compiled import as_written
-from jacfunc._functorch import writes_outside
+from jacfunc._errors import writes_outside
 from jacfunc._reach import reaches_module
 from jacfunc._tree import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree

@@ -52,23 +52,6 @@ def recording() -> AbstractContextManager[Any]:
     return nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
 
 
-def lacks_forward_rule(error: Exception) -> bool:
-    """Is it torch's own error for an operation without a forward rule?"""
-    return any(words in str(error) for words in _NO_FORWARD_RULE)
-
-
-_NO_FORWARD_RULE = (
-    "Trying to use forward AD with",
-    "You must implement the jvp function",
-    "jvp is not implemented for the c++ API",
-)
-
-
-def writes_outside(error: Exception) -> bool:
-    """Is it torch's own error for a write into a tensor that a derivative has not wrapped?"""
-    return "would mutate a captured Tensor" in str(error)
-
-
 def memory_of(tensor: Tensor) -> int:
     """Equal for tensors of which writing into one writes into the other."""
     if torch.compiler.is_compiling():  # compiled code is functional: nobody writes

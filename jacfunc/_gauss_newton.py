@@ -9,7 +9,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from jacfunc._check import Refused, check_like
+from jacfunc._check import check_like
+from jacfunc._errors import Refused
 from jacfunc._functorch import is_pushing
 from jacfunc._linear import LinearMap, is_followed
 from jacfunc._linearization import one_by_one

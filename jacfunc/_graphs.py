@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from jacfunc._check import Refused
 from jacfunc._compiled import as_written
+from jacfunc._errors import Refused
 from jacfunc._faults import (
     can_be_batched,
     check_nodes,
     must_be_differentiable,
-    once_alone,
+    once,
     wrong_second_derivative,
 )
 from jacfunc._functorch import (
@@ -211,16 +211,11 @@ def on_graph(
             as_evaluated()
         with as_written():  # checkpoints run parts of the function again
             products = run_backward(targets, edges, chosen, keeps or forced)
-        every: Leaves = tuple(
-            anchor.zeros() if product is None else product
-            for product, anchor in zip(products, wanted_by, strict=True)
-        )
+        pairs = zip(products, wanted_by, strict=True)
+        every = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
             return every
-        every = tuple([product.detach() if product.requires_grad else product for product in every])
-        if reason is None or not torch.is_grad_enabled():
-            return every
-        return tuple([once_alone(product, targets[0], reason) for product in every])
+        return once(tuple([x.detach() if x.requires_grad else x for x in every]), some, reason)
 
     def sweep(cotangents: Leaves, onto: slice, of: Some) -> Leaves:
         return swept(cotangents, onto, of, keeps_graph and torch.is_grad_enabled())

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from jacfunc._check import Refused, is_differentiable
+from jacfunc._check import is_differentiable
+from jacfunc._errors import Refused
 from jacfunc._formulas import FORMULAS
 from jacfunc._functorch import (
     below_transforms,

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from jacfunc._points import in_a_row
+from jacfunc._basis import in_a_row
 from jacfunc._types import Leaves
 
 Likelihood = Literal["categorical", "gaussian"]

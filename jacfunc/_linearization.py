@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from jacfunc._check import Refused, is_out_of_memory
+from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._faults import can_be_pushed
 from jacfunc._functorch import inside_transform, newer_transforms, sweep_batch
 from jacfunc._linear import LinearMap, is_followed
@@ -66,7 +66,7 @@ class Linearization:
             if not is_followed(cotangents):
                 return self.sweep(cotangents, onto, of)
             if not (self.differentiated and torch.is_grad_enabled()):
-                return self._as_map()(self._of_all(cotangents, of))[onto]
+                return self._as_map()(spread(cotangents, self.outputs, of))[onto]
         newer = newer_transforms(self.depth)
         if "Jvp" in newer and not can_be_pushed(self.names):
             raise Refused(
@@ -77,14 +77,6 @@ class Linearization:
                 partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents
             )
         return self.sweep(batched_like(cotangents, some_of(self.outputs, of)), onto, of)
-
-    def _of_all(self, cotangents: Leaves, of: Some) -> Leaves:
-        """Cotangents of some outputs as cotangents of all, zero for the others."""
-        every = [torch.zeros_like(out) for out in self.outputs]
-        numbers = range(len(every))[of] if isinstance(of, slice) else of
-        for number, cotangent in zip(numbers, cotangents, strict=True):
-            every[number] = cotangent
-        return tuple(every)
 
     def _as_map(self) -> LinearMap:
         """For whoever differentiates by cotangents alone; nothing else is known to its graph."""
@@ -123,6 +115,15 @@ class Linearization:
             note("the backward pass could not be batched, rows go one by one: %s", error)
             return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
         return products
+
+
+def spread(cotangents: Leaves, outputs: Leaves, of: Some) -> Leaves:
+    """Cotangents of some outputs as cotangents of all, zero for the others."""
+    every = [torch.zeros_like(out) for out in outputs]
+    numbers = range(len(every))[of] if isinstance(of, slice) else of
+    for number, cotangent in zip(numbers, cotangents, strict=True):
+        every[number] = cotangent
+    return tuple(every)
 
 
 def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._check import Stale
+from jacfunc._errors import Stale
 from jacfunc._functorch import below_transforms
 from jacfunc._tree import flatten
 from jacfunc._types import Tree

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _functorch, _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._functorch import below_transforms
 from jacfunc._types import Leaves
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._check import Refused, is_differentiable, is_tensor
+from jacfunc._check import is_differentiable, is_tensor
+from jacfunc._errors import Refused
 from jacfunc._functorch import below_transforms, is_batched, is_tracked
 from jacfunc._mapped import is_spread
 from jacfunc._tree import flatten

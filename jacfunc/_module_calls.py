@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._batching import batch_size
 from jacfunc._check import is_differentiable, is_tensor
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
+from jacfunc._dims import batch_size
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import inside_derivative, is_outermost, is_pushing
 from jacfunc._independence import Independence

@@ -162,9 +162,7 @@ def module_jacobian(
             else:
                 result = call.of_all(chosen, sink)
         jacobian = result.blocks[0][0] if flat else result.jacobian()
-        if not full_output:
-            return jacobian
-        return ModuleResult(jacobian, *result.value_and_aux())
+        return ModuleResult(jacobian, *result.value_and_aux()) if full_output else jacobian
 
     return module_jacobian_of
 

@@ -1,16 +1,24 @@
-"""The watch of whoever pulls back or maps: torch's own forward mode may run inside and outside."""
+"""The watch of whoever pulls back or maps, and an evaluation under it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+from torch import Tensor
 from torch._ops import OpOverload
 
-from jacfunc._functorch import is_batched
+from jacfunc._callers import CUT_OFF
+from jacfunc._errors import Refused
+from jacfunc._functorch import is_batched, is_pushing
 from jacfunc._guard import FAULTY, Around, check_push, check_pushed
+from jacfunc._lock import alone
 from jacfunc._misread import tensors_of
-from jacfunc._watch import Watch, name_of
+from jacfunc._orders import Pull
+from jacfunc._pages import keep_heap
+from jacfunc._types import LeafFunction, Leaves
+from jacfunc._watch import Watch, name_of, unwatched
 
 
 class NestedWatch(Watch):
@@ -33,3 +41,44 @@ class NestedWatch(Watch):
         result = super().pushed(func, args, kwargs)
         check_pushed(name, result)
         return result
+
+
+def watched_once(
+    func: LeafFunction,
+    copies: Sequence[Tensor],
+    primals: Leaves,
+    pull: Pull,
+    call: Any = None,
+) -> tuple[Leaves, Leaves]:
+    """Evaluate at copies of the primals; watched, unless it met nothing when last called so.
+
+    A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
+    but a function that may catch errors is watched at every call. ``call`` says what is called,
+    where ``func`` does not.
+    """
+    keep_heap()
+    call = func if call is None else call
+    inner, kind = getattr(call, "kind_of_call", (None, None))
+    kind = (kind, pull.around)
+    known = None if inner is None or is_pushing() else unwatched().get(inner, kind)
+    if known is not None:
+        with alone() if known else nullcontext():
+            return func(*copies)
+    shares = bool(getattr(call, "may_share_module", False))
+    with alone() if shares else nullcontext(), NestedWatch(pull, primals=copies) as watch:
+        found = func(*copies)
+    watch.check_copies(primals)
+    if watch.has_cut_off and not all(out.requires_grad for out in found[0]):
+        raise Refused(CUT_OFF)
+    functions = getattr(call, "functions", (inner,))
+    # modules are evaluated alone, and other functions that draw are watched, to draw alone
+    draws = watch.drew and inner is getattr(call, "func", None)
+    if inner is not None and not (watch.met or draws or any(map(_may_catch, functions))):
+        unwatched().put(inner, kind, shares)
+    return found
+
+
+def _may_catch(function: Any) -> bool:
+    """Could it catch an error? Of what is not Python's nobody knows."""
+    code = getattr(function, "__code__", None)
+    return code is None or bool(code.co_exceptiontable)

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from jacfunc._agreement import Evaluated
-from jacfunc._batching import batch_size
 from jacfunc._check import is_tensor
 from jacfunc._derive import in_words_of
+from jacfunc._dims import batch_size
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
 from jacfunc._inputs import check_batch, sample_dims

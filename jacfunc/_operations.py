@@ -20,8 +20,9 @@ from jacfunc._callers import (
     refuse_in_checkpoint,
     require_grad,
 )
-from jacfunc._check import Refused, is_differentiable
+from jacfunc._check import is_differentiable
 from jacfunc._draws import DRAWING, may_draw
+from jacfunc._errors import Refused
 from jacfunc._formulas import FORMULAS
 from jacfunc._functorch import below_transforms, inside_functorch, is_pushing
 from jacfunc._lock import alone

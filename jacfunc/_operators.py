@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from jacfunc import _engines
 from jacfunc._agreement import check_agreement
-from jacfunc._check import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._draws import Draws
+from jacfunc._engines import linearize
+from jacfunc._errors import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._functorch import below_transforms, inside_transform, levels
 from jacfunc._linearization import EVERY, Linearization, Some, one_by_one
 from jacfunc._lock import alone
 from jacfunc._mapped import holds_nan
+from jacfunc._push import pushforward, pushforward_batch
 from jacfunc._sinks import Sink
 from jacfunc._trail import note
 from jacfunc._tree import kind_of
@@ -105,7 +106,7 @@ class JacobianOperator:
             self.repeat_draws()
             outputs, products, extras = self.refusing(
                 "push tangents forward",
-                lambda: _engines.pushforward(self.func, self.primals, copies),
+                lambda: pushforward(self.func, self.primals, copies),
             )
         self._keep(outputs, extras, was_pushed=True)
         return products
@@ -117,7 +118,7 @@ class JacobianOperator:
         try:
             with alone():
                 self.repeat_draws()
-                outputs, products, extras = _engines.pushforward_batch(
+                outputs, products, extras = pushforward_batch(
                     self.func, self.primals, tangents, randomness
                 )
         except Exception as error:  # as above
@@ -147,7 +148,7 @@ class JacobianOperator:
         return self._linearization
 
     def _linearize(self) -> Linearization:
-        return self.refusing("keep a graph", lambda: _engines.linearize(self.func, self.primals))
+        return self.refusing("keep a graph", lambda: linearize(self.func, self.primals))
 
     def _keep(self, outputs: Leaves, extras: Leaves, was_pushed: bool) -> None:
         """What the first evaluation returned; whatever a later one returns must agree with it."""

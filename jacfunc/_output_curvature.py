@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from jacfunc._attributes import tensors_in
-from jacfunc._basis import shared_units
+from jacfunc._basis import as_leaves, in_a_row, shared_units
 from jacfunc._check import is_differentiable
 from jacfunc._compiled import as_written
 from jacfunc._graphs import Anchor, Graph, anchored, on_graph
 from jacfunc._independence import Independence
 from jacfunc._losses import is_known, known_root
 from jacfunc._operators import JacobianOperator
-from jacfunc._points import Outputs, as_leaves, in_a_row
+from jacfunc._points import Outputs
 from jacfunc._trail import note
 from jacfunc._tree import map_tensors
 from jacfunc._types import Leaves, Tree

@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from jacfunc._attributes import objects_in
-from jacfunc._check import Refused
 from jacfunc._constants import Constants, constants_of
+from jacfunc._errors import Refused
 from jacfunc._functorch import recording
 from jacfunc._lost import check_fresh
-from jacfunc._parts import Part, are_same, put_back
+from jacfunc._parts import Part, are_same, by_first_name, parts_beside, put_back
 from jacfunc._scripted import check_scripted
 from jacfunc._select import Select, chosen
 from jacfunc._stays import Lease, Stay
@@ -45,21 +44,21 @@ class ModuleState:
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
         parts = {name: Part.of(part) for name, part in module.named_modules()}
-        params = _by_first_name({name: part.params for name, part in parts.items()})
-        buffers = _by_first_name({name: part.buffers for name, part in parts.items()})
+        params = by_first_name({name: part.params for name, part in parts.items()})
+        buffers = by_first_name({name: part.buffers for name, part in parts.items()})
         for name, tensor in (*params.items(), *buffers.items()):
             if type(tensor) is not nn.Parameter and is_lazy(tensor):
                 raise ValueError(
                     f"{api}: the module must know its shapes, got {name}, which is not initialized "
                     "yet. Call the module once before."
                 )
-        beside = _beside(list(parts.values()))
+        beside = parts_beside(list(parts.values()))
         hidden = {f"(object {number})": part for number, part in enumerate(beside)}
         own = {id(x) for x in (*params.values(), *buffers.values())}
-        found = _by_first_name({name: part.params for name, part in hidden.items()})
+        found = by_first_name({name: part.params for name, part in hidden.items()})
         constants = {name: param for name, param in found.items() if id(param) not in own}
         # after the module's own, of which names are shown
-        buffers |= _by_first_name({name: part.buffers for name, part in hidden.items()})
+        buffers |= by_first_name({name: part.buffers for name, part in hidden.items()})
         point = chosen(api, params, select)
         return cls(parts, point, params, buffers, beside, constants, constants_of(module))
 
@@ -233,20 +232,3 @@ class ModuleState:
     def _renew(self, lease: Lease | None) -> None:
         if lease is not None and self.stays:
             self.stays[-1].renew(lease)
-
-
-def _by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
-    """Each tensor once: tied ones count under the first of their names."""
-    first: dict[int, tuple[str, Tensor]] = {}
-    for prefix, named in tensors.items():
-        for key, tensor in named.items():
-            if tensor is not None:
-                first.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, tensor))
-    return dict(first.values())
-
-
-def _beside(parts: list[Part]) -> list[Part]:
-    seen = {id(part.module) for part in parts}
-    return [
-        Part.of(some) for part in parts for value in part.own for some in objects_in(value, seen)
-    ]

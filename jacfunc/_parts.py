@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from jacfunc._attributes import SIMPLE, keeps, renewed
+from jacfunc._attributes import SIMPLE, keeps, objects_in, renewed
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _OWN = frozenset(vars(nn.Module()))
@@ -156,3 +156,20 @@ def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
 
 def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:
     return {key: new.get(id(x), x) for key, x in tensors.items()} if tensors else {}
+
+
+def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
+    """Each tensor once: tied ones count under the first of their names."""
+    first: dict[int, tuple[str, Tensor]] = {}
+    for prefix, named in tensors.items():
+        for key, tensor in named.items():
+            if tensor is not None:
+                first.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, tensor))
+    return dict(first.values())
+
+
+def parts_beside(parts: list[Part]) -> list[Part]:
+    seen = {id(part.module) for part in parts}
+    return [
+        Part.of(some) for part in parts for value in part.own for some in objects_in(value, seen)
+    ]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from jacfunc._basis import numel
-from jacfunc._check import Refused
 from jacfunc._costs import Costs, is_forward
+from jacfunc._errors import Refused
 from jacfunc._forecast import Forecast, Swept
 from jacfunc._operators import JacobianOperator
 from jacfunc._trail import note
@@ -31,6 +31,9 @@ NUMBER = 8
 
 Direction = Reverse | Forward | Structured
 Result = TypeVar("Result")
+
+UNMAPPED = 0
+"""Samples at once, where no plan runs under vmap."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from jacfunc._agreement import Evaluated
 from jacfunc._attributes import held
-from jacfunc._batching import batch_size
-from jacfunc._check import Refused, check_chunk_size, is_out_of_memory
+from jacfunc._check import check_chunk_size
 from jacfunc._derive import in_words_of
+from jacfunc._dims import batch_size
 from jacfunc._draws import Draws
+from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost
@@ -119,18 +120,6 @@ class Outputs:
     def tree(self, leaves: Leaves) -> Tree:
         """Other values in the place of the leaves."""
         return self.call.value(leaves, self.extras)[0]
-
-
-def in_a_row(leaves: Leaves) -> Tensor:
-    """``[R, B, *out]`` of all leaves as ``[R, B, M]``."""
-    return torch.cat([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], 2)
-
-
-def as_leaves(columns: Tensor, leaves: Leaves) -> Leaves:
-    """``[R, B, M]`` as ``[R, B, *out]``, in the dtypes of the leaves ``[B, *out]``."""
-    parts = columns.split([leaf[0].numel() for leaf in leaves], 2)
-    pairs = zip(parts, leaves, strict=True)
-    return tuple(part.reshape(len(columns), *x.shape).to(x.dtype) for part, x in pairs)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from jacfunc._again import FirstSamples, first_again
 from jacfunc._autotune import Autotune
-from jacfunc._batching import Dims, batch_size, narrowed, one_sample, sample_chunks
-from jacfunc._check import Refused, Stale, is_out_of_memory
 from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
+from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._draws import Draws
+from jacfunc._errors import Refused, Stale, is_out_of_memory
 from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall, OfCalls
@@ -24,16 +24,13 @@ from jacfunc._layerwise import LayerByLayer
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
-from jacfunc._plans import Plan, Sampled, attempt
+from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 from jacfunc._watch import unseen
 from jacfunc.strategies import Looped, Strategy, Structured
 from jacfunc.strategies._forward import Randomness
-
-UNMAPPED = 0
-"""Samples at once, where no plan runs under vmap."""
 
 
 @dataclass(frozen=True)

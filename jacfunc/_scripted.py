@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._guard import FAULTY
 from jacfunc._operations import CONSTANT_TO_TORCH
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from jacfunc._attributes import held
 from jacfunc._basis import sweep_leaves
-from jacfunc._batching import batch_size, narrowed
 from jacfunc._blocks import rows_to_blocks, stack_leaves
-from jacfunc._check import Refused, check_chunk_size, is_tensor
+from jacfunc._check import check_chunk_size, is_tensor
 from jacfunc._chunks import Chunk, Pieces, in_chunks
+from jacfunc._dims import batch_size, narrowed
 from jacfunc._draws import Draws
+from jacfunc._errors import Refused
 from jacfunc._functorch import inside_transform
 from jacfunc._independence import FEW, Independence, Independent
 from jacfunc._inputs import Choice

@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._callers import BY_CALLER, TAKES_DERIVATIVES, cuts_off
-from jacfunc._check import Refused
 from jacfunc._draws import DRAWING, may_draw
+from jacfunc._errors import Refused, lacks_forward_rule, writes_outside
 from jacfunc._formulas import by_formula
 from jacfunc._functorch import (
     below_transforms,
     is_batched,
     is_pushing,
-    lacks_forward_rule,
-    writes_outside,
 )
 from jacfunc._known import Remembered
 from jacfunc._misread import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of

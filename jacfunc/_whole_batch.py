@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from jacfunc._agreement import check_agreement
-from jacfunc._batching import narrowed
-from jacfunc._check import Refused, is_tensor
+from jacfunc._check import is_tensor
+from jacfunc._dims import narrowed
 from jacfunc._draws import Draws
+from jacfunc._errors import Refused
 from jacfunc._factors import Samples
 from jacfunc._flat import FlatCall, OfCalls
 from jacfunc._linearization import live, some_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
 from jacfunc._resolve import resolve

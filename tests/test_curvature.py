@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._projections import Signs
 from jacfunc._whole_batch import Whole
 from jacfunc.layers import Gather, Outer, Part, Rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import jacfunc
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from jacfunc._tree import flatten
 from tests.test_coverage import FUNCTIONS, bound, copied, first_point, reseed, seeded
 

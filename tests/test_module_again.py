@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc import _engines
-from jacfunc._watch import Watch
+from jacfunc import _nested
+from jacfunc._nested import NestedWatch
 from tests.oracles import assert_same
 
 
@@ -119,14 +119,14 @@ def test_what_torch_takes_for_a_constant_is_refused_at_a_later_call(per_sample: 
 def test_what_met_nothing_is_not_watched_again(
     make: Callable[[], nn.Module], most: int, per_sample: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watches: list[Watch] = []
+    watches: list[NestedWatch] = []
 
-    class Counted(Watch):
-        def __init__(self) -> None:
-            super().__init__()
+    class Counted(NestedWatch):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             watches.append(self)
 
-    monkeypatch.setattr(_engines, "Watch", Counted)
+    monkeypatch.setattr(_nested, "NestedWatch", Counted)
     module, x = make(), torch.rand(4, 3).double()
     derive = jacfunc.module_jacobian(module, per_sample=per_sample, strategy="reverse")
     for expected in (1, most):

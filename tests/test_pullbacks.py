@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import jacfunc
-from jacfunc._check import Refused
+from jacfunc._errors import Refused
 from tests.oracles import assert_same
 
 D = torch.float64

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from jacfunc._batching import one_sample
 from jacfunc._budgets import SHARE
 from jacfunc._chunks import largest
 from jacfunc._costs import Costs, is_forward
+from jacfunc._dims import one_sample
 from jacfunc._draws import Draws
 from jacfunc._forecast import Swept
 from jacfunc._foretell import Foreteller

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from jacfunc._check import is_out_of_memory
+from jacfunc._errors import is_out_of_memory
 
 WARM_UP = 0
 """The number of the round before those that count: it does where there is no other."""

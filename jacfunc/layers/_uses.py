@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._check import Refused
 from jacfunc._engines import BY_ITSELF
+from jacfunc._errors import Refused
 from jacfunc._functorch import below_transforms
 from jacfunc._graphs import Anchor, nodes_of_call
 from jacfunc._mapped import at_once, innermost, mapped, mapped_anyway, of_samples
