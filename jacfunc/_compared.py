@@ -34,6 +34,8 @@ class Subject:
     dims: Sequence[int | None]
     width: int = 1
     """Numbers that a sample is differentiated by."""
+    by_inputs: bool = True
+    """Are tensors of the call differentiated?"""
 
     @property
     def size(self) -> int:
@@ -49,8 +51,10 @@ class Subject:
         """On a graph that leads to all that is differentiable."""
         draws.repeat()
         with recording():
-            given = (*self.params, *self.leaves)
-            anchors = tuple(anchored(x, False) if is_differentiable(x) else x for x in given)
+            leaves = self.leaves if self.by_inputs else ()
+            followed = {id(x) for x in (*self.params, *leaves) if is_differentiable(x)}
+            every = (*self.params, *self.leaves)
+            anchors = tuple(anchored(x, False) if id(x) in followed else x for x in every)
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
             count = len(self.params)
             return Evaluated(self.whole(copies[:count], copies[count:]), anchors, count, self.dims)
@@ -159,14 +163,14 @@ class Half:
     @classmethod
     def of(cls, is_inside: Tensor, generator: torch.Generator) -> Half:
         inside, outside = is_inside.nonzero()[:, 0], (~is_inside).nonzero()[:, 0]
-        sources = torch.arange(len(is_inside))
-        drawn = torch.randint(len(inside), outside.shape, generator=generator)
+        sources = torch.arange(len(is_inside), device="cpu")
+        drawn = torch.randint(len(inside), outside.shape, generator=generator, device="cpu")
         sources[outside] = inside[drawn]
         return cls(inside, outside, sources)
 
     def other(self, generator: torch.Generator) -> Half:
         """The samples outside stay."""
-        is_inside = torch.ones(len(self.sources), dtype=torch.bool)
+        is_inside = torch.ones(len(self.sources), dtype=torch.bool, device="cpu")
         is_inside[self.inside] = False
         return Half.of(is_inside, generator)
 
@@ -193,10 +197,12 @@ def halves(size: int, generator: torch.Generator) -> Iterator[Half]:
     """
     count = next(n for n in range(2, size + 2) if comb(n, n // 2) >= size or n == MOST_HALVES)
     choices = list(combinations(range(count), count // 2))
-    order = torch.randperm(max(size, len(choices)), generator=generator)[:size] % len(choices)
+    order = torch.randperm(max(size, len(choices)), generator=generator, device="cpu")[:size] % len(
+        choices
+    )
     chosen = [choices[i] for i in order.tolist()]
     for number in range(count):
-        is_inside = torch.tensor([number in choice for choice in chosen])
+        is_inside = torch.tensor([number in choice for choice in chosen], device="cpu")
         if 0 < int(is_inside.sum()) < size:
             yield Half.of(is_inside, generator)
 

@@ -53,7 +53,7 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
     size = subject.size
     count = min(size, at_once or size)
     while True:
-        some = subject.of(torch.randperm(size, generator=generator)[:count].sort()[0])
+        some = subject.of(torch.randperm(size, generator=generator, device="cpu")[:count].sort()[0])
         try:
             found = _Search(some, draws, number).found(generator, thorough)
             if found.was_evaluated or count == size:
@@ -81,7 +81,7 @@ def loss_coupling(gradient_of: Callable[[Leaves], Leaves], outputs: Leaves, numb
         leaves = gradient_of(tuple(at(out, sources, 0) for out in outputs))
         return [Quantity("gradients", at(leaf, inside, 0)) for leaf in leaves]
 
-    as_it_is = torch.arange(size)
+    as_it_is = torch.arange(size, device="cpu")
     for some in (half, half.other(generator)):
         mine, its = rows(as_it_is, some.inside), rows(some.sources, some.inside)
         if all(one.agrees(two) for one, two in zip(mine, its, strict=True)):
@@ -125,7 +125,9 @@ class _Search:
                     return None
                 return f"{what} that change with the other samples"
         if thorough and not self._is_random:
-            return self._alone(int(torch.randint(self.subject.size, (), generator=generator)))
+            return self._alone(
+                int(torch.randint(self.subject.size, (), generator=generator, device="cpu"))
+            )
         return None
 
     @cached_property
@@ -191,7 +193,7 @@ class _Search:
 
     def _alone(self, number: int) -> str | None:
         try:
-            found = self.subject.of(torch.tensor([number])).evaluated(self.draws)
+            found = self.subject.of(torch.tensor([number], device="cpu")).evaluated(self.draws)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

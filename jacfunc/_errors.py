@@ -53,6 +53,11 @@ _NO_FORWARD_RULE = (
 )
 
 
+def hooks_what_is_saved(error: Exception) -> bool:
+    """Is it torch's own error for checkpoints and other hooks of saved tensors in a transform?"""
+    return "saved tensor hooks" in str(error)
+
+
 def writes_outside(error: Exception) -> bool:
     """Is it torch's own error for a write into a tensor that a derivative has not wrapped?"""
     return "would mutate a captured Tensor" in str(error)

@@ -170,6 +170,7 @@ def _kinds_of(called: Any, marks: list[Any]) -> dict[Hashable, Seen]:
 
 def _kinds_of_state(state: ModuleState) -> dict[Hashable, Seen]:
     """Of a module and its point."""
+    state = state.origin or state
     kinds = _by_state().get(state)
     if kinds is None:
         marks = [mark for part in state.parts.values() for mark in _of(part)]

@@ -68,7 +68,7 @@ class Chunk:
     def pulled(self, wanted: Contracted) -> list[Pulled]:
         """All rows of each output leaf."""
         factors = self.samples.between(self.start, self.stop)
-        with self.samples.undisturbed():
+        with self.samples.undisturbed(), self.samples.factored():
             return [_pulled(factors, number, wanted) for number in range(len(factors.outputs))]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._check import check_chunk_size
+from jacfunc._derive import in_words_of
 from jacfunc._flat import FlatCall
 from jacfunc._independence import Independence, Independent
 from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
@@ -43,8 +44,8 @@ def ntk(
         func: a module, or ``func(params, *inputs)`` of a single sample.
         params: of a function, the tree that it is differentiated by. Of a module, which of its
             parameters, as ``select`` of :func:`jacfunc.module_jacobian`: None for all.
-        x1: a batch: a tensor or a tree, or a tuple of positional inputs; or an iterable of
-            batches, such as a ``DataLoader``.
+        x1: a batch: a tensor, a dict or another tree, or a tuple of positional inputs; or a list
+            or another iterable of batches, such as a ``DataLoader``.
         x2: another one; None for the kernel of the first with itself, of which half is computed.
         trace_axes: axes of a sample's output along which ``i = j`` is summed over.
         diagonal_axes: axes along which only ``i = j`` is wanted.
@@ -139,7 +140,7 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
         call = FlatCall("gram", func, argnums, False, args, kwargs)
         whole = [Chunk(OfCall(call, strategy), 0, 1)]
-        kernels = product_of(whole, whole, Contracted((), ()), None)
+        kernels = in_words_of("gram", lambda: product_of(whole, whole, Contracted((), ()), None))
         return map_tensors(lambda kernel: kernel[0, 0], kernels)
 
     return gram_of
@@ -151,4 +152,4 @@ def _batches(x: Any) -> Iterable[Any]:
 
 
 def _is_tree(x: Any) -> bool:
-    return isinstance(x, Tensor | tuple | list | dict) or not isinstance(x, Iterable)
+    return isinstance(x, Tensor | tuple | dict) or not isinstance(x, Iterable)

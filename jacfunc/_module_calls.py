@@ -128,7 +128,8 @@ class ModuleCall:
         if self._differentiates("inputs"):
             chosen = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
             width += sum(x.numel() for x in chosen) // batch_size(batch.leaves, batch.dims)
-        return Subject(whole, tuple(values.values()), batch.leaves, batch.dims, width)
+        by_inputs = self._differentiates("inputs")
+        return Subject(whole, tuple(values.values()), batch.leaves, batch.dims, width, by_inputs)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

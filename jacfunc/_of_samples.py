@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +11,6 @@ import torch
 
 from jacfunc._agreement import Evaluated
 from jacfunc._check import is_tensor
-from jacfunc._derive import in_words_of
 from jacfunc._dims import batch_size
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
@@ -46,6 +45,10 @@ class Sampled(Protocol):
         """What must hold around pullbacks."""
         ...
 
+    def factored(self) -> AbstractContextManager[Any]:
+        """Refusals of what is done under vmap, in words of the door."""
+        ...
+
 
 @dataclass(frozen=True)
 class OfSamples:
@@ -64,11 +67,11 @@ class OfSamples:
         return self.batch.seen[-1][0]
 
     def between(self, start: int, stop: int) -> Factors:
-        try:
-            return in_words_of(self.batch.api, lambda: self._evaluated(start, stop))
-        except RuntimeError as error:
-            self.batch.check_randomness(error)
-            raise
+        with self.factored():
+            return self._evaluated(start, stop)
+
+    def factored(self) -> AbstractContextManager[Any]:
+        return self.batch.under_vmap("per-sample factors need", "Write func in other operations")
 
     def undisturbed(self) -> AbstractContextManager[Any]:
         return torch.no_grad()
@@ -89,6 +92,9 @@ class OfCall:
 
     def between(self, start: int, stop: int) -> Factors:
         return self.strategy.factors(JacobianOperator(self.last_call, self.last_call.primals))
+
+    def factored(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def undisturbed(self) -> AbstractContextManager[Any]:
         return torch.no_grad()

@@ -38,6 +38,8 @@ class ModuleState:
     """Of parameters and buffers as they were, by identity, where these may change."""
     is_held: bool = False
     """Does it answer from what the module was when it was made, whatever became of it?"""
+    origin: ModuleState | None = None
+    """What a held state was made from: it tells what is known of the module."""
     stays: list[Stay] = field(default_factory=list)
     """The last is the innermost."""
 
@@ -90,6 +92,7 @@ class ModuleState:
                 point={name: param.detach().clone() for name, param in self.point.items()},
                 copies={key: x.detach().clone() for key, x in known.items()},
                 is_held=True,
+                origin=self,
                 stays=[],
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +16,6 @@ from jacfunc._check import check_chunk_size
 from jacfunc._derive import in_words_of
 from jacfunc._dims import batch_size
 from jacfunc._draws import Draws
-from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost
@@ -73,9 +72,10 @@ class Door:
             )
         with alone():
             state = self._state()
+        self.states[:] = [state]
         if is_held or self.is_held:
             state, arguments = state.held(), held(arguments)
-        if not is_held:
+        if self.is_held:
             self.states[:] = [state]
         call = ModuleCall(
             self.api,
@@ -176,28 +176,21 @@ class Point:
         if of is None:
             of = live(cotangents)
             cotangents = some_of(cotangents, of)
-        with self.undisturbed():
+        with self.undisturbed(), self.factored():
             parts = factors.of_cotangents(cotangents, of)
         return {name: some for name, some in zip(self.params, parts, strict=True) if some}
+
+    def factored(self) -> AbstractContextManager[None]:
+        """Around what is done under vmap: refusals in words of the door."""
+        way_out = "Use module_jacobian(per_sample=True), which can take the samples one by one"
+        return self.batch.under_vmap("per-sample factors need", way_out)
 
     def between(self, start: int, stop: int) -> Factors:
         """Some of the samples, evaluated."""
         with self.undisturbed():
             batch = self._independent
-            try:
+            with self.factored():
                 found = batch.factors(self.door.strategy, start, stop)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                self.batch.check_randomness(error)
-                # what fails without vmap, too, is not the fault of vmap
-                call = self.call.flat_call(self.call.arguments, None)
-                call(*map(Tensor.clone, call.primals))
-                raise Refused(
-                    f"{self.api}: per-sample factors need a module that runs under vmap, got: "
-                    f"{str(error).rstrip('.')}. Use module_jacobian(per_sample=True), which can "
-                    "take the samples one by one."
-                ) from error
             in_words_of(self.api, lambda: self._evaluated.check((start, stop), found.outputs))
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._draws import Draws
-from jacfunc._errors import Refused, Stale, is_out_of_memory
+from jacfunc._errors import Refused, Stale, hooks_what_is_saved, is_out_of_memory
 from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall, OfCalls
@@ -57,7 +58,8 @@ class Batch:
     def run(self, strategy: Strategy) -> Evaluation:
         """Of all samples: every leaf has the batch in front.
 
-        Only what plans may take the samples one by one unasked; others say how to ask.
+        Only what plans may take the samples one by one unasked, and whoever meets checkpoints,
+        which no transform knows; others say how to ask.
         """
         try:
             return in_words_of(self.api, lambda: self._sorted(self._run(strategy)))
@@ -70,19 +72,38 @@ class Batch:
             return self.looped(strategy)
         if isinstance(strategy, Auto | Autotune):
             return self.planned(strategy)
+        draws, way_out = (
+            Draws(self.leaves),
+            "Use strategy='looped', which takes the samples one by one",
+        )
         try:
-            return self._at_once(strategy, None)
+            with self.under_vmap("per_sample needs", way_out):
+                return self._at_once(strategy, None)
+        except Refused as refusal:
+            if not hooks_what_is_saved(refusal):
+                raise
+            note("samples go one by one, as no transform knows checkpoints")
+        draws.repeat()
+        return self.looped(strategy)
+
+    @contextmanager
+    def under_vmap(self, needs: str, way_out: str) -> Iterator[None]:
+        """What fails under vmap alone is refused; what fails for one sample is its own error.
+
+        Raises:
+            Refused: in words of the door, which begin with what ``needs`` it.
+        """
+        try:
+            yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or str(error).startswith(f"{self.api}: samples"):
                 raise
             self.check_randomness(error)
-            # what fails for one sample is not the fault of vmap
             call = self._first()
             call(*map(Tensor.clone, call.primals))
             raise Refused(
-                f"{self.api}: per_sample needs a module that runs under vmap, got: "
-                f"{str(error).rstrip('.')}. "
-                "Use strategy='looped', which takes the samples one by one."
+                f"{self.api}: {needs} a module that runs under vmap, got: "
+                f"{str(error).rstrip('.')}. {way_out}."
             ) from error
 
     def vmapped(self, strategy: Strategy, chunk: Chunk = None) -> Leaves:
