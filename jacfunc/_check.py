@@ -22,6 +22,9 @@ def is_differentiable(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
 def check_plain(tensors: Iterable[torch.Tensor]) -> None:
     """Torch's transforms wrap tensors, and the wrapper forgets what class they are of.
 
@@ -29,7 +32,7 @@ def check_plain(tensors: Iterable[torch.Tensor]) -> None:
         Refused: if there is one whose class has a ``__torch_function__`` of its own.
     """
     for tensor in tensors:
-        if type(tensor) is not torch.Tensor and _means_more(type(tensor)):
+        if type(tensor) not in _PLAIN and _means_more(type(tensor)):
             raise Refused(
                 f"torch's transforms pass by the __torch_function__ of {type(tensor).__name__}"
             )
@@ -42,7 +45,8 @@ def check_kept(tensors: Iterable[torch.Tensor], copies: Iterable[torch.Tensor]) 
         Refused: if a class that has a ``__torch_function__`` of its own was lost.
     """
     for tensor, copy in zip(tensors, copies, strict=True):
-        if type(tensor) is not type(copy) and _means_more(type(tensor)):
+        kind = type(tensor)
+        if kind not in _PLAIN and kind is not type(copy) and _means_more(kind):
             raise Refused(
                 f"a copy of {type(tensor).__name__} is no longer one, and would pass by its "
                 "__torch_function__"

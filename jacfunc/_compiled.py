@@ -69,9 +69,12 @@ def as_written() -> AbstractContextManager[Any]:
 
     Nothing is compiled as long as the compiler, which takes a second to load, is not loaded.
     """
-    if torch.compiler.is_compiling() or "torch._dynamo.eval_frame" not in sys.modules:
-        return nullcontext()
+    if "torch._dynamo.eval_frame" not in sys.modules or torch.compiler.is_compiling():
+        return _NOTHING
     return _as_written()
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager

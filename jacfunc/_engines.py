@@ -41,7 +41,7 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
         outputs, extras = watched_once(func, copies, primals, pull)
     state = getattr(func, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
-    graph = Graph.of((*outputs, *extras), starts)
+    graph = Graph.back_to(starts, (*outputs, *extras))
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
     differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in primals))

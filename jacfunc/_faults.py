@@ -65,15 +65,26 @@ def check_nodes(nodes: set[Any], differentiated: bool) -> None:
     """
     for node in nodes:
         name = node.__name__
-        reason = WRONG_BACKWARD.get(name)
-        if name in WRONG_INSIDE_VMAP and num_vmap_levels():
-            reason = WRONG_INSIDE_VMAP[name]
-        if reason:
-            raise Refused(f"torch's backward pass of {name} is wrong here ({reason})")
-        if once := getattr(getattr(node, "_forward_cls", None), "once_alone", None):
-            raise Refused(once)
+        # those of Python's functions end so, too
+        if name in WRONG_INSIDE_VMAP or name.endswith("Backward"):
+            _check_node(node, name)
+        elif name in WRONG_BACKWARD:
+            raise Refused(_wrong(name, WRONG_BACKWARD[name]))
     if differentiated and (reason := wrong_second_derivative(nodes)):
         raise Refused(reason)
+
+
+def _check_node(node: Any, name: str) -> None:
+    if name in WRONG_INSIDE_VMAP and num_vmap_levels():
+        raise Refused(_wrong(name, WRONG_INSIDE_VMAP[name]))
+    if name in WRONG_BACKWARD:
+        raise Refused(_wrong(name, WRONG_BACKWARD[name]))
+    if once := getattr(getattr(node, "_forward_cls", None), "once_alone", None):
+        raise Refused(once)
+
+
+def _wrong(name: str, reason: str) -> str:
+    return f"torch's backward pass of {name} is wrong here ({reason})"
 
 
 def wrong_second_derivative(nodes: set[Any]) -> str | None:

@@ -91,6 +91,24 @@ class Graph:
         return {node.__name__ for node in self.nodes}
 
     @classmethod
+    def back_to(cls, starts: set[Any], tensors: Iterable[Tensor]) -> Graph:
+        """Without the starts that are met: of these nobody asks, and it takes half the time."""
+        seen: set[Any] = {None, *starts}
+        kinds, outside = set(), False
+        pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            kinds.add(type(node))
+            if edges := node.next_functions:
+                pending += [below for below, _ in edges]
+            elif not outside:
+                outside = hasattr(node, "variable")
+        return cls(kinds, {}, outside)
+
+    @classmethod
     def of(
         cls, tensors: Iterable[Tensor], starts: set[Any], sought: Set[Any] = frozenset()
     ) -> Graph:
@@ -120,11 +138,12 @@ def leading_out(starts: set[Any], wanted: bool, further: bool) -> Callable[[Tens
         wanted: is a graph kept of what comes out?
         further: do the primals themselves lead further?
     """
-    seen: set[Any] = {None, *starts}
+    seen: set[Any] = set()
     found = further
 
     def leads_out(tensor: Tensor) -> bool:
         nonlocal found
+        seen.update(starts, [None])
         pending: list[Any] = [below_transforms(tensor).grad_fn] if wanted else []
         while pending and not found:
             node = pending.pop()

@@ -100,7 +100,7 @@ class _Seen:
         pull = Pull(innermost_level(), self.around)
         outputs, extras = watched_once(self.func, copies, self.primals, pull)
         self.ends = inner, outputs
-        self._look(outputs, Graph.of(outputs, starts))
+        self._look(outputs, Graph.back_to(starts, outputs))
         return outputs, extras
 
     def _look(self, outputs: Leaves, graph: Graph) -> None:
