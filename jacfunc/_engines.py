@@ -12,12 +12,13 @@ from jacfunc._attention import plain_attention
 from jacfunc._callers import TAKES_DERIVATIVES
 from jacfunc._check import check_kept
 from jacfunc._functorch import is_outermost, recording
-from jacfunc._graphs import Anchor, Graph, anchored, copied, leading_out, on_graph
+from jacfunc._graphs import Anchor, anchored, copied, on_graph
 from jacfunc._inside import linearize_inside
 from jacfunc._linearization import Linearization
 from jacfunc._nested import watched_once
 from jacfunc._orders import Pull
 from jacfunc._types import LeafFunction, Leaves
+from jacfunc._walks import Graph, leading_out
 
 BY_ITSELF = frozenset(TAKES_DERIVATIVES)
 """What a function calls to take derivatives of its own."""

@@ -29,11 +29,11 @@ from jacfunc._functorch import (
     off_graph,
     run_backward,
 )
-from jacfunc._graphs import Graph
 from jacfunc._linearization import Linearization, Some, some_of, spread
 from jacfunc._nested import watched_once
 from jacfunc._orders import Pull, innermost_level, is_right_twice
 from jacfunc._types import LeafFunction, Leaves
+from jacfunc._walks import Graph
 
 
 def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:

@@ -45,7 +45,7 @@ LAYERS = [
         "_operators",
         "_fingerprint",
     }
-    | {"_graphs", "layers", "_factors", "_factored"},
+    | {"_graphs", "_walks", "layers", "_factors", "_factored"},
     {"_flat", "strategies", "_machine"},
     {
         "_costs",

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._graphs import Anchor, Graph
+from jacfunc._graphs import Anchor
+from jacfunc._walks import Graph
 from jacfunc.layers._rules import FormOf
 from jacfunc.layers._views import Path
 

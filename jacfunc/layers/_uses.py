@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 from jacfunc._engines import BY_ITSELF
 from jacfunc._errors import Refused
 from jacfunc._functorch import below_transforms
-from jacfunc._graphs import Anchor, nodes_of_call
+from jacfunc._graphs import Anchor
 from jacfunc._mapped import at_once, innermost, mapped, mapped_anyway, of_samples
+from jacfunc._walks import nodes_of_call
 from jacfunc._watch import unseen
 from jacfunc.layers._edges import Use
 from jacfunc.layers._rules import FormOf, Rule, table
