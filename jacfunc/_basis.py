@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,25 +40,19 @@ def sweep(
 
 
 def sweep_leaves(
-    products_of: Callable[[Leaves, slice], Leaves], leaves: Leaves, chunk: Chunk
+    products_of: Callable[..., Leaves], leaves: Leaves, chunk: Chunk
 ) -> Iterator[Leaves]:
     """Products of the basis of one leaf after the other, each through that leaf alone.
 
     A zero seed at another leaf is no help where that has an infinite derivative: 0 · ∞ is nan.
-    ``products_of(seeds, slice)`` gets the seeds of the leaves of the slice; no chunk has seeds of
-    two leaves.
+    ``products_of(seeds, of=slice)`` gets the seeds of the leaves of the slice; no chunk has seeds
+    of two leaves.
     """
     if not leaves:
-        yield products_of((), slice(0, 0))
+        yield products_of((), of=slice(0, 0))
     for number, leaf in enumerate(leaves):
-        yield from sweep(_through(number, products_of), (leaf,), of_leaf(chunk, number))
-
-
-def _through(
-    number: int, products_of: Callable[[Leaves, slice], Leaves]
-) -> Callable[[Leaves], Leaves]:
-    of = slice(number, number + 1)
-    return lambda seeds: products_of(seeds, of)
+        through = partial(products_of, of=slice(number, number + 1))
+        yield from sweep(through, (leaf,), of_leaf(chunk, number))
 
 
 def unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:

@@ -45,6 +45,6 @@ def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     graph = Graph.back_to(starts, (*outputs, *extras))
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
-    differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in primals))
+    differentiated = further or (wanted and graph.leads_out)
     targets = list(map(Anchor.at, anchors))
     return on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)

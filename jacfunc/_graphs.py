@@ -131,7 +131,8 @@ def on_graph(
         every = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
             return every
-        return once(tuple([x.detach() if x.requires_grad else x for x in every]), some, reason)
+        cut = tuple([x.detach() if x.requires_grad else x for x in every])
+        return cut if reason is None else once(cut, some, reason)
 
     def sweep(cotangents: Leaves, onto: slice, of: Some) -> Leaves:
         return swept(cotangents, onto, of, keeps_graph and torch.is_grad_enabled())

@@ -62,7 +62,9 @@ def watched_once(
     kind = (kind, pull.around)
     known = None if inner is None or is_pushing() else unwatched().get(inner, kind)
     if known is not None:
-        with alone() if known else nullcontext():
+        if not known:
+            return func(*copies)
+        with alone():
             return func(*copies)
     shares = bool(getattr(call, "may_share_module", False))
     with alone() if shares else nullcontext(), NestedWatch(pull, primals=copies) as watch:

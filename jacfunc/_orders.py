@@ -74,7 +74,7 @@ def _tracked_below(tensor: Tensor) -> bool:
     return below_transforms(tensor).requires_grad and torch.is_grad_enabled()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pull:
     """What is watched for: a pullback of ours.
 
