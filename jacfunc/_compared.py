@@ -84,11 +84,8 @@ class Evaluated:
         """All that must not change with the samples outside the half; values alone without
         cotangents.
         """
-        found = [
-            Quantity("outputs", at(out.detach(), half.inside, 0))
-            for out in self.outputs
-            if out.dim()
-        ]
+        rows = (half.rows(out.detach()) for out in self.outputs)
+        found = [Quantity("outputs", out) for out in rows if out is not None]
         if cotangents is None:
             return found
         grads = [
@@ -159,6 +156,8 @@ class Half:
     inside: Tensor
     outside: Tensor
     sources: Tensor
+    sees_apart: bool = False
+    """Are outputs compared that have no batch in front, instead of those that have one?"""
 
     @classmethod
     def of(cls, is_inside: Tensor, generator: torch.Generator) -> Half:
@@ -172,18 +171,28 @@ class Half:
         """The samples outside stay."""
         is_inside = torch.ones(len(self.sources), dtype=torch.bool, device="cpu")
         is_inside[self.inside] = False
-        return Half.of(is_inside, generator)
+        return replace(Half.of(is_inside, generator), sees_apart=self.sees_apart)
+
+    def sees(self, out: Tensor) -> bool:
+        """Is it compared? What is one number for the whole batch is not."""
+        return out.dim() > 0 and has_batch(out, len(self.sources)) != self.sees_apart
+
+    def rows(self, out: Tensor) -> Tensor | None:
+        """What is compared of an output, if anything is."""
+        if not self.sees(out):
+            return None
+        return out if self.sees_apart else at(out, self.inside, 0)
 
     def cotangents(self, outputs: Leaves, number: int) -> Leaves:
-        """Random, and zero outside; of outputs that belong to no sample as well."""
+        """Random, and zero for what is not compared."""
         found = []
         for out in outputs:
-            seed = torch.zeros_like(out)
-            if out.dim():
-                generator = torch.Generator(out.device).manual_seed(number)
-                seed = torch.randn(
-                    out.shape, dtype=out.dtype, device=out.device, generator=generator
-                )
+            if not self.sees(out):
+                found.append(torch.zeros_like(out))
+                continue
+            generator = torch.Generator(out.device).manual_seed(number)
+            seed = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
+            if not self.sees_apart:
                 seed.index_fill_(0, self.outside.to(out.device), 0)
             found.append(seed)
         return tuple(found)
@@ -205,6 +214,11 @@ def halves(size: int, generator: torch.Generator) -> Iterator[Half]:
         is_inside = torch.tensor([number in choice for choice in chosen], device="cpu")
         if 0 < int(is_inside.sum()) < size:
             yield Half.of(is_inside, generator)
+
+
+def has_batch(out: Tensor, size: int) -> bool:
+    """Is there a row for each sample?"""
+    return out.dim() > 0 and out.shape[0] == size
 
 
 def at(leaf: Tensor, numbers: Tensor, dim: int) -> Tensor:

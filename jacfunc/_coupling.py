@@ -10,7 +10,7 @@ agree to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._compared import Evaluated, Half, Quantity, Subject, at, halves
+from jacfunc._compared import Evaluated, Half, Quantity, Subject, at, halves, has_batch
 from jacfunc._compiled import uncompiled
 from jacfunc._draws import Draws
 from jacfunc._errors import is_out_of_memory
@@ -109,9 +109,6 @@ class _Search:
             note("the batch could not be evaluated as a whole, to see if samples depend: %s", error)
             return Found(was_evaluated=False)
         size = self.subject.size
-        for out in outputs:
-            if out.dim() and out.shape[0] != size:
-                return Found(f"an output of shape {tuple(out.shape)} for {size} samples")
         numel = sum(out.numel() for out in outputs)
         what = self._changes(generator, thorough) if size > 1 else None
         return Found(what, numel // size, numel * self.subject.width)
@@ -119,7 +116,7 @@ class _Search:
     def _changes(self, generator: torch.Generator, thorough: bool) -> str | None:
         every = list(halves(self.subject.size, generator))
         for half in every if thorough else every[:1]:
-            if what := self._changed(half):
+            if what := self._changed(half) or self._mixed(half, generator):
                 if self._is_random and any(map(self._draws_otherwise, every)):
                     note("how much is drawn depends on the data: whether samples depend was unseen")
                     return None
@@ -129,6 +126,29 @@ class _Search:
                 int(torch.randint(self.subject.size, (), generator=generator, device="cpu"))
             )
         return None
+
+    def _mixed(self, half: Half, generator: torch.Generator) -> str | None:
+        """Outputs without the batch in front must be those of one sample: inside or outside.
+
+        Modules that are made for one sample alone may take the first of a batch. Where one sample
+        gives an output of more or fewer dimensions, they take a batch for something else, and it
+        says nothing of samples.
+        """
+        size = self.subject.size
+        if all(has_batch(out, size) or not out.dim() for out in self._base.outputs):
+            return None
+        mine = replace(half, sees_apart=True)
+        if not (self._changed(mine) and self._changed(mine.other(generator))):
+            return None
+        alone = self._outputs_of(0) or self._base.outputs
+        shapes = [
+            str(tuple(out.shape))
+            for out, one in zip(self._base.outputs, alone, strict=True)
+            if mine.sees(out) and out.dim() == one.dim()
+        ]
+        if not shapes:
+            return None
+        return f"outputs of shape {', '.join(shapes)}, without the batch of {size} in front,"
 
     @cached_property
     def _base(self) -> Evaluated:
@@ -191,16 +211,22 @@ class _Search:
             subject.evaluated(self.draws)
         return recorded.steps
 
-    def _alone(self, number: int) -> str | None:
+    def _outputs_of(self, number: int) -> Leaves | None:
+        """Of a sample alone, if it can be evaluated."""
         try:
-            found = self.subject.of(torch.tensor([number], device="cpu")).evaluated(self.draws)
+            return self.subject.of(torch.tensor([number], device="cpu")).evaluated(self.draws).outputs
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             note("a sample could not be evaluated alone, to see if samples depend: %s", error)
             return None
-        for out, alone in zip(self._base.outputs, found.outputs, strict=True):
-            if not out.dim():
+
+    def _alone(self, number: int) -> str | None:
+        found = self._outputs_of(number)
+        if found is None:
+            return None
+        for out, alone in zip(self._base.outputs, found, strict=True):
+            if not has_batch(out, self.subject.size):
                 continue
             row = out.detach()[number]
             if row.numel() != alone.numel():

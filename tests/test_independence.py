@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
 
 import jacfunc
 
@@ -86,6 +87,9 @@ MIXES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
     "behind nan": (lambda m, h: torch.cat([h.detach() * torch.nan, h - h.mean(0)], 1), {}),
     "by the size": (lambda m, h: h * len(h), {}),
     "no batch in front": (lambda m, h: h.mean(0, keepdim=True), {}),
+    "two samples in one row": (lambda m, h: h[1:2] * h[4:5], {}),
+    "gate behind the first": (lambda m, h: h[:1] + m.gate * h[-1:], {"gate": torch.zeros(())}),
+    "a row of pairs": (lambda m, h: (h @ h.T).view(1, -1), {}),
 }
 
 
@@ -172,7 +176,32 @@ def test_what_is_frozen_or_not_chosen_couples_too() -> None:
 
 def test_equal_samples_show_it_by_their_derivatives() -> None:
     with pytest.raises(ValueError, match="derivatives in inputs"):
-        DOORS["params"](mixing("mean"), batch(1).expand(4, 3))
+        DOORS["inputs"](mixing("mean"), batch(1).expand(4, 3))
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("door", ["params", "inputs", "looped", "stream by params"])
+def test_modules_for_one_sample_take_each_alone(door: str, number: int, size: int) -> None:
+    """Of a batch they return one row, that of one of its samples."""
+    model, x = Mixing(lambda m, h: h[number].sin()[None]).double(), batch(size)
+    rowwise = Mixing(lambda m, h: h.sin()).double()
+    rowwise.load_state_dict(model.state_dict())
+    found, wanted = (DOORS[door](m, x, independent="always") for m in (model, rowwise))
+    for mine, its in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        if isinstance(mine, Tensor):
+            torch.testing.assert_close(mine, its, rtol=0, atol=1e-14)
+
+
+def test_modules_that_take_a_batch_for_a_sequence_take_each_alone() -> None:
+    """A sample has fewer dimensions than what they are made of."""
+    gru = nn.GRU(4, 3).double()
+    model = Mixing(lambda m, h: gru(h.squeeze(0))[0].unsqueeze(0)).double()
+    x = torch.randn(3, 5, 3).double()
+    found = jacfunc.module_jacobian(model, "inputs", per_sample=True)(x)
+    for block, one in zip(found, x, strict=True):
+        wanted = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], one)
+        torch.testing.assert_close(block, wanted, rtol=0, atol=1e-14)
 
 
 # --- looked at again ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -40,12 +40,15 @@ class Case:
     """A module, and the shape of one sample, or what makes a batch of them.
 
     ``others``: how many parameters no rule covers, of which there is some use in the module.
+    ``independent``: True where the gradients of a sample change with the others of a batch, and
+    each sample is to be taken alone all the same.
     """
 
     name: str
     build: Callable[[], nn.Module]
     sample: Sequence[int] | Callable[[], Tensor]
     others: int = 0
+    independent: Literal[True] | None = None
 
     def module(self, dtype: torch.dtype) -> nn.Module:
         """The same values in every dtype, none of them the neutral ones that torch starts with."""
@@ -238,7 +241,8 @@ CASES = [
         "Embedding by frequency",
         lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
         indices(5, 6),
-        1,
+        others=1,
+        independent=True,
     ),
     # together
     calls(
@@ -315,7 +319,9 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 def test_samples(case: Case, dtype: torch.dtype) -> None:
     strategy = Structured()
     module, inputs = case.module(dtype), case.inputs(dtype)
-    jacobian = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
+    jacobian = jacfunc.module_jacobian(
+        module, per_sample=True, strategy=strategy, independent=case.independent
+    )
     wanted = judged(case, dtype)
     for jac in (jacobian(inputs), jacobian(inputs)):  # the second without copies of parameters
         assert jac.keys() == wanted.keys()
@@ -330,7 +336,9 @@ def test_samples(case: Case, dtype: torch.dtype) -> None:
 @EVERY_CASE
 def test_flat(case: Case, dtype: torch.dtype) -> None:
     module, inputs = case.module(dtype), case.inputs(dtype)
-    flat = jacfunc.module_jacobian(module, per_sample=True, flat=True, strategy="structured")
+    flat = jacfunc.module_jacobian(
+        module, per_sample=True, flat=True, strategy="structured", independent=case.independent
+    )
     blocks = judged(case, dtype).items()
     sizes = {name: param.numel() for name, param in module.named_parameters()}
     wanted = torch.cat([block.reshape(B, -1, sizes[name]) for name, block in blocks], -1)
@@ -355,7 +363,11 @@ def test_differentiated(case: Case) -> None:
     """A Jacobian inside a loss trains."""
     module, inputs = case.module(torch.float64), case.inputs(torch.float64)
     jac_of = jacfunc.module_jacobian(
-        module, per_sample=True, strategy="structured", create_graph=True
+        module,
+        per_sample=True,
+        strategy="structured",
+        create_graph=True,
+        independent=case.independent,
     )
     params = [*module.parameters()]
     found, wanted = (
