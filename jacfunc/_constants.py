@@ -15,7 +15,7 @@ from jacfunc._known import Remembered
 
 MOST = 2**26
 """Bytes of constants that are copied; of more, a write is seen too late, and told."""
-KEPT = 2**16
+KEPT = 2**13
 """Bytes of parameters of which each call keeps a copy to compare them with afterwards."""
 SEEN = 16
 """Numbers of each larger one that are compared."""

@@ -9,7 +9,6 @@ agree to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._compared import Evaluated, Half, Quantity, Subject, at, halves, has_batch
+from jacfunc._compared import Evaluated, Half, Quantity, Subject, halves, has_batch
 from jacfunc._compiled import uncompiled
 from jacfunc._draws import Draws
 from jacfunc._errors import is_out_of_memory
@@ -66,32 +65,6 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
             count //= 2
         finally:
             draws.repeat()
-
-
-def loss_coupling(gradient_of: Callable[[Leaves], Leaves], outputs: Leaves, number: int) -> Found:
-    """The gradient in some samples' outputs, as the others are replaced and their targets stay."""
-    size, draws = len(outputs[0]), Draws(outputs)
-    if size == 1:
-        return Found()
-    generator = torch.Generator().manual_seed(number)
-    half = next(halves(size, generator))
-
-    def rows(sources: Tensor, inside: Tensor) -> list[Quantity]:
-        draws.repeat()
-        leaves = gradient_of(tuple(at(out, sources, 0) for out in outputs))
-        return [Quantity("gradients", at(leaf, inside, 0)) for leaf in leaves]
-
-    as_it_is = torch.arange(size, device="cpu")
-    for some in (half, half.other(generator)):
-        mine, its = rows(as_it_is, some.inside), rows(some.sources, some.inside)
-        if all(one.agrees(two) for one, two in zip(mine, its, strict=True)):
-            continue
-        again = rows(as_it_is, some.inside)
-        for one, two, same in zip(mine, its, again, strict=True):
-            if one.is_same_as(same) or not one.agrees_roughly(two):
-                return Found("gradients")
-    draws.repeat()
-    return Found()
 
 
 @dataclass(frozen=True)
@@ -213,8 +186,9 @@ class _Search:
 
     def _outputs_of(self, number: int) -> Leaves | None:
         """Of a sample alone, if it can be evaluated."""
+        one = self.subject.of(torch.tensor([number], device="cpu"))
         try:
-            return self.subject.of(torch.tensor([number], device="cpu")).evaluated(self.draws).outputs
+            return one.evaluated(self.draws).outputs
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -14,7 +14,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._compared import Subject
-from jacfunc._coupling import Found, coupling, loss_coupling
+from jacfunc._coupled_losses import loss_coupling
+from jacfunc._coupling import Found, coupling
 from jacfunc._parameters import ModuleState
 from jacfunc._parts import Part
 from jacfunc._types import Leaves

@@ -129,7 +129,7 @@ def module_jacobian(
         the batch at the first call of a kind, later two and two.
         Parameters that it is not differentiated by are copied until the module is seen to read
         them alone, up to 64 MiB. A later write is undone and refused: by any way in parameters of
-        64 KiB together, of larger ones it is told if it is torch's own, or shows in some numbers.
+        8 KiB together, of larger ones it is told if it is torch's own, or shows in some numbers.
 
     Example:
         >>> import torch, jacfunc

@@ -161,7 +161,8 @@ class Copies(TorchDispatchMode):
 def test_parameters_that_rules_alone_are_given_are_copied_once() -> None:
     module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 3))
     sizes = {param.numel() for param in module.parameters()}
-    norms = jacfunc.gradient_norms(module, F.cross_entropy)  # answers at once: keeps no copies
+    # answers at once: keeps no copies; to see whether samples depend would copy them again
+    norms = jacfunc.gradient_norms(module, F.cross_entropy, independent=True)
     found = []
     for _ in range(3):
         with Copies() as copies:

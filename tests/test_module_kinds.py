@@ -224,36 +224,8 @@ def fail(*_: Any) -> None:
 # --- every kind ---
 
 
-class Failing(NamedTuple):
-    """Calls that should work, or be refused in clear words, and are not yet."""
-
-    reason: str
-    names: tuple[str, ...]
-    wrt: tuple[str, ...] = WRT
-    modes: tuple[str, ...] = MODES
-    strategies: tuple[str, ...] = STRATEGIES
-
-
 NOT_BY_LAYERS = ("tensor hook", "autograd.grad inside")
 """What reverse mode does and layers do not."""
-
-FAILING = (
-    Failing(
-        "torch resizes an output of log_sigmoid under two vmaps, and warns",
-        ("mlp LogSigmoid",),
-        modes=("per sample",),
-        strategies=("reverse",),
-    ),
-)
-
-
-def marks(*case: str) -> list[pytest.MarkDecorator]:
-    name, mode, wrt, strategy = case
-    return [
-        pytest.mark.xfail(strict=True, reason=f.reason)
-        for f in FAILING
-        if name in f.names and mode in f.modes and wrt in f.wrt and strategy in f.strategies
-    ]
 
 
 def is_judged(name: str, mode: str, wrt: str, strategy: str) -> bool:
@@ -264,7 +236,7 @@ def is_judged(name: str, mode: str, wrt: str, strategy: str) -> bool:
 
 
 CASES = [
-    pytest.param(*case, id="-".join(case), marks=marks(*case))
+    pytest.param(*case, id="-".join(case))
     for case in product(KINDS, MODES, WRT, STRATEGIES)
     if is_judged(*case)
 ]
