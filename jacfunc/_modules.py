@@ -107,7 +107,8 @@ def module_jacobian(
             looked at when the module or the kind of call is new, at the second, fourth, eighth, …
             call, and at all calls beside which it costs little; ``"always"`` looks at every call,
             True at none. What only global state switches on is seen when it is looked again. An
-            output of no dimension, such as a loss, is that of the sample alone.
+            output of no dimension, such as a loss, is that of the sample alone. A module that is
+            made for one sample may return for a batch what it returns for one of its samples.
 
     Returns:
         A function of the module's own inputs. For each output leaf: a dict of blocks
