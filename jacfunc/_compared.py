@@ -36,6 +36,8 @@ class Subject:
     """Numbers that a sample is differentiated by."""
     by_inputs: bool = True
     """Are tensors of the call differentiated?"""
+    as_evaluated: Callable[[], Callable[[], None]] | None = None
+    """After an evaluation it returns what its pullbacks need called before them."""
 
     @property
     def size(self) -> int:
@@ -57,7 +59,9 @@ class Subject:
             anchors = tuple(anchored(x, False) if id(x) in followed else x for x in every)
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
             count = len(self.params)
-            return Evaluated(self.whole(copies[:count], copies[count:]), anchors, count, self.dims)
+            outputs = self.whole(copies[:count], copies[count:])
+            renew = self.as_evaluated() if self.as_evaluated is not None else None
+            return Evaluated(outputs, anchors, count, self.dims, renew)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class Evaluated:
     anchors: Leaves
     num_params: int
     dims: Sequence[int | None]
+    renew: Callable[[], None] | None = None
+    """Puts back what was evaluated: a backward pass may run the module again."""
 
     def pull(self, cotangents: Leaves) -> list[Tensor | None]:
         """Gradients in the anchors; None where there is none."""
@@ -76,6 +82,8 @@ class Evaluated:
         if not live or not wanted:
             return [None] * len(self.anchors)
         seeds = tuple(cotangents[i] for i in live)
+        if self.renew is not None:
+            self.renew()
         found = iter(run_backward(tuple(self.outputs[i] for i in live), wanted, seeds, False))
         grads = (next(found) if x.requires_grad else None for x in self.anchors)
         return [None if grad is None else grad.to_dense() for grad in grads]

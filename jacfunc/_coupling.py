@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from jacfunc._agreement import CHANGING
 from jacfunc._compared import Evaluated, Half, Quantity, Subject, halves, has_batch
 from jacfunc._compiled import uncompiled
 from jacfunc._draws import Draws
-from jacfunc._errors import is_out_of_memory
+from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._trail import note
 from jacfunc._types import Leaves
 
@@ -158,6 +159,8 @@ class _Search:
         if all(one.agrees(two) for one, two in pairs):
             return None
         again = self.subject.evaluated(self.draws).seen_by(half, cotangents)
+        if not all(one.agrees_roughly(same) for one, same in zip(mine, again, strict=True)):
+            raise Refused(CHANGING)
         for one, two, same in zip(mine, its, again, strict=True):
             if not (one.agrees(two) or self._are_rounded(one, two, same, other)):
                 return one.what

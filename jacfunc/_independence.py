@@ -15,7 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._compared import Subject
 from jacfunc._coupled_losses import loss_coupling
-from jacfunc._coupling import Found, coupling
+from jacfunc._coupling import Found, coupling, loss_coupling
+from jacfunc._errors import Refused
 from jacfunc._parameters import ModuleState
 from jacfunc._parts import Part
 from jacfunc._types import Leaves
@@ -76,10 +77,18 @@ class Independence:
 
         Raises:
             ValueError: if they do.
+            Refused: if the module returns other numbers each time.
         """
 
         def look(number: int) -> Found:
-            return coupling(subject_of(), number, number == 1, self.at_once)
+            try:
+                return coupling(subject_of(), number, number == 1, self.at_once)
+            except Refused as refusal:
+                raise Refused(
+                    f"{api}: per_sample needs samples that can be compared with those of another "
+                    f"batch, got a module that can't be: {refusal}. Draw from torch's default "
+                    "generators, or pass independent=True to take each sample alone."
+                ) from refusal
 
         kind = kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
         if what := self._changing(lambda: _kinds_of_state(state), kind, look):

@@ -86,6 +86,19 @@ def lies_alone(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.nbytes and 0 not in tensor.stride()
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """A copy without a graph, which lies alone only if the tensor does.
+
+    A function that reads memory by strides would read the right entries of a copy in the wrong
+    order: it is refused where it meets a tensor that does not lie alone.
+    """
+    copy = tensor.detach().clone()
+    if lies_alone(tensor):
+        return copy
+    spare = copy.new_empty(copy.numel() + 1)  # larger than the copy: it does not lie alone
+    return spare.as_strided(copy.shape, copy.stride()).copy_(copy)
+
+
 def is_tracked_now(tensor: Tensor) -> bool:
     """Compilers can't be asked."""
     if torch.compiler.is_compiling():

@@ -129,7 +129,8 @@ class ModuleCall:
             chosen = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
             width += sum(x.numel() for x in chosen) // batch_size(batch.leaves, batch.dims)
         by_inputs = self._differentiates("inputs")
-        return Subject(whole, tuple(values.values()), batch.leaves, batch.dims, width, by_inputs)
+        params, renewing = tuple(values.values()), state.as_evaluated
+        return Subject(whole, params, batch.leaves, batch.dims, width, by_inputs, renewing)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

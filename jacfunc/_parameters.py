@@ -15,6 +15,7 @@ from jacfunc._constants import Constants, constants_of
 from jacfunc._errors import Refused
 from jacfunc._functorch import recording
 from jacfunc._lost import check_fresh
+from jacfunc._misread import apart
 from jacfunc._parts import Part, are_same, by_first_name, parts_beside, put_back
 from jacfunc._scripted import check_scripted
 from jacfunc._select import Select, chosen
@@ -89,8 +90,8 @@ class ModuleState:
                 self,
                 parts={name: part.held(new) for name, part in self.parts.items()},
                 beside=[part.held(new) for part in self.beside],
-                point={name: param.detach().clone() for name, param in self.point.items()},
-                copies={key: x.detach().clone() for key, x in known.items()},
+                point={name: apart(param) for name, param in self.point.items()},
+                copies={key: apart(x) for key, x in known.items()},
                 is_held=True,
                 origin=self,
                 stays=[],
