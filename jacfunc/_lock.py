@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from threading import RLock, get_ident
+from threading import RLock, get_ident, main_thread
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 _C = torch._C
 _LOCK = RLock()
 _THREAD = "jacfunc: the Python thread"
+_MAIN = main_thread().ident
 
 
 def alone() -> AbstractContextManager[Any]:
@@ -27,7 +28,9 @@ def alone() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling():  # which can't trace a lock
         return nullcontext()
     if not _C._is_key_in_tls(_THREAD):
-        _C._stash_obj_in_tls(_THREAD, get_ident())
+        if get_ident() == _MAIN or torch.cuda.is_initialized():
+            # a thread that ends drops it, which crashes while Python ends: kept where it is needed
+            _C._stash_obj_in_tls(_THREAD, get_ident())
     elif _is_held_for_us():
         return nullcontext()
     return _LOCK

@@ -203,6 +203,8 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except Refused as refusal:
+        if str(refusal).startswith(f"{API}:"):
+            raise
         raise Refused(
             f"{API}: the module must be one whose rows can be pulled back from one graph, got a "
             f"refusal: {refusal}. Use module_jacobian, which knows other ways."
@@ -225,7 +227,8 @@ class _Rows:
                 return
             call.check_independent(batch)
             self._operator, self._size = batch.operator(), batch_size(batch.leaves, batch.dims)
-            self.outputs = tuple(out[0] for out in self._operator.outputs)
+            with batch.under_vmap("rows of every sample need", "Use by='samples'"):
+                self.outputs = tuple(out[0] for out in self._operator.outputs)
         self.flat = batch.seen[-1][0]
 
     def pulled(self, cotangents: Leaves, of: slice, chosen: slice = EVERY) -> Leaves:
