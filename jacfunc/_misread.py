@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from jacfunc._check import is_differentiable, is_tensor
 from jacfunc._errors import Refused
-from jacfunc._functorch import below_transforms, is_batched, is_tracked
+from jacfunc._functorch import below_transforms, inside_transform, is_batched, is_tracked
 from jacfunc._mapped import is_spread
 from jacfunc._tree import flatten
 
@@ -75,6 +75,8 @@ def as_strided(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) 
     """Refused under vmap, where a sample may not lie as it would alone: in a row."""
     if not torch.compiler.is_compiling() and any(map(is_spread, tensors_of(args, kwargs))):
         raise Refused("it reads memory by strides, which are others under vmap")
+    if func in _RESHAPING and inside_transform():
+        raise Refused("it changes the strides of a tensor in place, which transforms do not see")
     return func(*args, **kwargs)
 
 
@@ -126,5 +128,6 @@ _ABOVE = (
 _BELOW = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
 
 LOOKUPS = frozenset({F.embedding, *forms("embedding")})
+_RESHAPING = frozenset(forms("as_strided_"))
 STRIDING = frozenset(form for end in ("", "_", "_copy") for form in forms(f"as_strided{end}"))
 """What reads memory wherever it lies, be it beside a tensor's own entries."""
