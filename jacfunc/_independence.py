@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._compared import Subject
 from jacfunc._coupled_losses import loss_coupling
-from jacfunc._coupling import Found, coupling, loss_coupling
+from jacfunc._coupling import Found, coupling
 from jacfunc._errors import Refused
 from jacfunc._parameters import ModuleState
 from jacfunc._parts import Part
