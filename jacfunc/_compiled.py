@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -20,6 +20,8 @@ class _Depth(threading.local):
     """How many evaluations of ours this thread is inside of."""
 
     inside = 0
+    recorded = 0
+    """How many of these are recorded: then torch.cond and its like are not compiled, either."""
 
 
 class _Stance:
@@ -35,10 +37,22 @@ class _Stance:
     @property
     def stance(self) -> Any:
         """Asked whenever something compiled is called."""
-        return "force_eager" if self._depth.inside else self._before.stance
+        depth = self._depth
+        if depth.recorded or (depth.inside and not _is_control_flow(sys._getframe(2))):
+            return "force_eager"
+        return self._before.stance
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._before, name)
+
+
+def _is_control_flow(caller: Any) -> bool:
+    """Does torch.cond, or its like, run its function? Its graph is that of the compiled one."""
+    frame = caller.f_back
+    return frame is not None and frame.f_globals.get("__name__") == _CONTROL_FLOW
+
+
+_CONTROL_FLOW = "torch._higher_order_ops.utils"
 
 
 class _AsWritten:
@@ -48,11 +62,21 @@ class _AsWritten:
         self._compiler: Any = sys.modules["torch._dynamo.eval_frame"]
         self._depth = _Depth()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Control flow raises, too: recorders would make its compiler fail in all later calls."""
+        self._depth.recorded += 1
+        try:
+            yield
+        finally:
+            self._depth.recorded -= 1
+
+    def __enter__(self) -> Self:
         self._depth.inside += 1
         # it stays, since another thread may be inside when this one leaves
         if type(self._compiler._stance) is not _Stance:
             self._compiler._stance = _Stance(self._compiler._stance, self._depth)
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._depth.inside -= 1
@@ -82,7 +106,7 @@ def uncompiled() -> Iterator[None]:
     """As it was written, and where the compiler is loaded inside and fails, it forgets that."""
     was_loaded = "torch._dynamo" in sys.modules
     try:
-        with as_written():
+        with as_written() as written, nullcontext() if written is None else written.recorded():
             yield
     except BaseException:
         if not was_loaded and "torch._dynamo" in sys.modules:  # nobody else's code is forgotten

@@ -53,6 +53,11 @@ _NO_FORWARD_RULE = (
 )
 
 
+def is_of_old_style(error: Exception) -> bool:
+    """Is it torch's own error for an ``autograd.Function`` that is made for plain graphs alone?"""
+    return "must override the setup_context" in str(error)
+
+
 def hooks_what_is_saved(error: Exception) -> bool:
     """Is it torch's own error for checkpoints and other hooks of saved tensors in a transform?"""
     return "saved tensor hooks" in str(error)

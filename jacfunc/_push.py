@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacfunc._attention import plain_attention
 from jacfunc._check import check_plain
-from jacfunc._errors import Refused, lacks_forward_rule
+from jacfunc._errors import Refused, is_of_old_style, lacks_forward_rule
 from jacfunc._functorch import (
     inside_derivative,
     num_vmap_levels,
@@ -56,7 +56,7 @@ def _push(
     except Refused:
         raise
     except RuntimeError as error:
-        if lacks_forward_rule(error):
+        if lacks_forward_rule(error) or is_of_old_style(error):
             raise Refused("torch has no forward mode for it; use strategy=Reverse()") from error
         raise
     if not released:
