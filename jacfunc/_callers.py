@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from jacfunc._errors import Refused
 from jacfunc._functorch import inside_transform
@@ -50,6 +50,15 @@ def require_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     if not wanted or not inside_transform() or f"{asker()}.".startswith("torch."):
         return func(*args, **kwargs)
     return args[0]
+
+
+def is_checked_for_checkpoint() -> bool:
+    """Does a reentrant checkpoint ask of its inputs, of which it warns, whether they are tracked?
+
+    It asks in a generator.
+    """
+    frame = asking_frame().f_back
+    return frame is not None and frame.f_code is check_backward_validity.__code__
 
 
 def refuse_in_checkpoint(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from jacfunc._callers import (
+    REENTRANT,
     SWITCH,
     TAKES_DERIVATIVES,
     as_it_is,
+    is_checked_for_checkpoint,
     refuse_in_checkpoint,
     require_grad,
 )
@@ -63,6 +65,8 @@ def _set_data(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -
 
 def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> bool:
     """As it is below vmap, which hides the graph: functions set hooks where there is one."""
+    if is_checked_for_checkpoint():
+        raise Refused(REENTRANT)
     if func(*args):
         return True
     with torch._C.DisableTorchFunction():  # watches outside have been asked already

@@ -29,7 +29,7 @@ from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
 from jacfunc._types import Leaves
-from jacfunc._watch import unseen
+from jacfunc._watch import Watch, unseen
 from jacfunc.strategies import Looped, Strategy, Structured
 from jacfunc.strategies._forward import Randomness
 
@@ -99,11 +99,14 @@ class Batch:
             if is_out_of_memory(error) or str(error).startswith(f"{self.api}: samples"):
                 raise
             self.check_randomness(error)
-            call = self._first()
-            call(*map(Tensor.clone, call.primals))
+            call, reason = self._first(), str(error).rstrip(".")
+            try:
+                with Watch():
+                    call(*map(Tensor.clone, call.primals))
+            except Refused as refusal:  # which says more than what torch says of vmap
+                reason = str(refusal)
             raise Refused(
-                f"{self.api}: {needs} a module that runs under vmap, got: "
-                f"{str(error).rstrip('.')}. {way_out}."
+                f"{self.api}: {needs} a module that runs under vmap, got: {reason}. {way_out}."
             ) from error
 
     def vmapped(self, strategy: Strategy, chunk: Chunk = None) -> Leaves:

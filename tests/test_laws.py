@@ -126,15 +126,12 @@ SMOOTH = [pytest.param(p, id=p.name) for p in PROBLEMS if "smooth" in p.stress]
 SMOOTH_MAPPED = [
     pytest.param(p, id=p.name) for p in PROBLEMS if {"smooth"} == p.stress & {"smooth", "no_vmap"}
 ]
-# torch's forward mode keeps their saved statistics or factors constant for an outer derivative
+# torch's forward mode keeps their saved factors constant for an outer derivative
 REFUSED_IF_DIFFERENTIATED = {
     "solve",
     "det",
     "batched_det",
     "slogdet",
-    "layer_norm",
-    "batch_norm_train",
-    "instance_norm",
 }
 
 

@@ -87,14 +87,17 @@ _NO_FORWARD = """
 
 # Refused, by torch, or by jacfunc in _faults.py and _guard.py; random operators inside vmap.
 REFUSED = {
+    "jacobian": "as_strided_scatter",
+    "jacrev": "as_strided_scatter",
     "jacfwd": _NO_FORWARD,
     "hessian": """
-        _segment_reduce.lengths _segment_reduce.offsets cdist nn.functional.ctc_loss
-        nn.functional.hardsigmoid nn.functional.multi_margin_loss
+        _segment_reduce.lengths _segment_reduce.offsets as_strided_scatter cdist
+        nn.functional.ctc_loss nn.functional.hardsigmoid nn.functional.multi_margin_loss
         nn.functional.multilabel_margin_loss nn.functional.pdist
     """,
     "vmap jacrev": """
-        bernoulli nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
+        as_strided_scatter bernoulli nn.functional.fractional_max_pool2d
+        nn.functional.fractional_max_pool3d
         nn.functional.multi_head_attention_forward normal normal.number_mean pca_lowrank
         svd_lowrank
     """,
@@ -105,7 +108,10 @@ REFUSED = {
 _CHUNKED = "zero unless torch falls back to the unchunked form, which it does for soft targets"
 _TRIANGLE = "right only where the tangents are triangular too"
 _POWER = "nan at negative bases, where nobody can tell whose it is"
+_OVERWRITTEN = "right only where what is overwritten has no gradient, or no sample overlaps"
 OURS = {
+    ("as_strided_scatter", "jacobian"): _OVERWRITTEN,
+    ("as_strided_scatter", "jacrev"): _OVERWRITTEN,
     ("__rpow__", "jacfwd"): _POWER,
     ("__rpow__", "vmap jacfwd"): _POWER,
     ("nn.functional.linear_cross_entropy.chunked", "jacfwd"): _CHUNKED,

@@ -271,7 +271,7 @@ class OnceExp(Exp):
 ONCE = {
     "once differentiable": (OnceExp.apply, torch.exp),
     "weight norm": (
-        lambda x: torch._weight_norm(x[None], torch.ones(1, 1).to(x), 0)[0],
+        lambda x: torch._weight_norm_interface(x[None], torch.ones(1, 1).to(x), 0)[0][0],
         lambda x: x / x.norm(),
     ),
 }
