@@ -16,6 +16,7 @@ from jacfunc._linear import LinearMap, is_followed
 from jacfunc._mapped import below_vmap
 from jacfunc._trail import note
 from jacfunc._types import Leaves
+from jacfunc._watch import handled
 
 EVERY = slice(None)
 """All primals, or all outputs."""
@@ -112,6 +113,7 @@ class Linearization:
         except Exception as error:  # a backward pass of the user's own may raise anything
             if isinstance(error, Refused) or is_out_of_memory(error):
                 raise
+            handled(error)
             note("the backward pass could not be batched, rows go one by one: %s", error)
             return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
         return products

@@ -20,6 +20,7 @@ from jacfunc._sinks import Sink
 from jacfunc._trail import note
 from jacfunc._tree import kind_of
 from jacfunc._types import Blocks, LeafFunction, Leaves
+from jacfunc._watch import Watch, handled
 
 Result = TypeVar("Result")
 
@@ -123,6 +124,7 @@ class JacobianOperator:
                 )
         except Exception as error:  # as above
             check_fallback(error)
+            handled(error)
             note("tangents could not be pushed at once, columns go one by one: %s", error)
             return one_by_one(self.pushforward, tangents)
         self._keep(outputs, extras, was_pushed=True)
@@ -188,7 +190,8 @@ class JacobianOperator:
                 raise
             if torch.compiler.is_compiling():
                 raise
-            with torch.enable_grad():  # the function may take gradients itself
+            # the function may take gradients itself
+            with torch.enable_grad(), Watch():
                 self.func(*(primal.clone() for primal in self.primals))
             reason = str(error).strip().split("\n")[0]
             raise Refused(f"torch can't {what} through it ({reason})") from error
