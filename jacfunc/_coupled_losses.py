@@ -1,39 +1,63 @@
-"""Does the gradient of a loss in the outputs of a sample change with those of others?"""
+"""Does the gradient of a loss in the outputs of a sample change with other samples?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from jacfunc._compared import Quantity, at, halves
+from jacfunc._compared import Half, Quantity, at, halves
 from jacfunc._coupling import Found
 from jacfunc._draws import Draws
 from jacfunc._types import Leaves
 
+GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
+"""In the outputs, of a batch made of the outputs of some samples and the targets of some."""
 
-def loss_coupling(gradient_of: Callable[[Leaves], Leaves], outputs: Leaves, number: int) -> Found:
-    """The gradient in some samples' outputs, as the others are replaced and their targets stay."""
+
+def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Found:
+    """The gradient in the outputs of some samples, as the others are replaced.
+
+    While the targets of the others stay, it must stay. When these are replaced, too, it may change
+    by a factor, as that of a mean over those targets that are not ignored.
+    """
     size, draws = len(outputs[0]), Draws(outputs)
     if size == 1:
         return Found()
     generator = torch.Generator().manual_seed(number)
-    half = next(halves(size, generator))
-
-    def rows(sources: Tensor, inside: Tensor) -> list[Quantity]:
-        draws.repeat()
-        leaves = gradient_of(tuple(at(out, sources, 0) for out in outputs))
-        return [Quantity("gradients", at(leaf, inside, 0)) for leaf in leaves]
-
     as_it_is = torch.arange(size, device="cpu")
-    for some in (half, half.other(generator)):
-        mine, its = rows(as_it_is, some.inside), rows(some.sources, some.inside)
+
+    def rows(whose_outputs: Tensor, whose_targets: Tensor, half: Half) -> list[Quantity]:
+        draws.repeat()
+        leaves = gradient_of(whose_outputs, whose_targets)
+        return [Quantity("gradients", at(leaf, half.inside, 0)) for leaf in leaves]
+
+    def changes(half: Half) -> bool:
+        mine, its = rows(as_it_is, as_it_is, half), rows(half.sources, as_it_is, half)
+        moved = rows(half.sources, half.sources, half)
+        if not all(map(_is_in_proportion, mine, moved)):
+            return True
         if all(one.agrees(two) for one, two in zip(mine, its, strict=True)):
-            continue
-        again = rows(as_it_is, some.inside)
-        for one, two, same in zip(mine, its, again, strict=True):
-            if one.is_same_as(same) or not one.agrees_roughly(two):
-                return Found("gradients")
+            return False
+        again = rows(as_it_is, as_it_is, half)
+        pairs = zip(mine, its, again, strict=True)
+        return any(a.is_same_as(c) or not a.agrees_roughly(b) for a, b, c in pairs)
+
+    # it costs little beside the module, so all halves are looked at: one sample may decide alone
+    for half in halves(size, generator):
+        if changes(half) or changes(half.other(generator)):
+            return Found("gradients")
     draws.repeat()
     return Found()
+
+
+def _is_in_proportion(mine: Quantity, its: Quantity) -> bool:
+    """Is one of them a multiple of the other, but for rounding, and zero only with the other?"""
+    one, two = mine.tensor, its.tensor
+    squares, product = one.square().sum(), (one * two).sum()
+    if not (squares.isfinite() and product.isfinite()):
+        return True  # no factor is to be had, and with the targets as they are it was compared
+    scaled = one * (product / squares) if squares > 0 else one
+    return Quantity(mine.what, scaled).agrees_roughly(its)

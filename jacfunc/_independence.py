@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._compared import Subject
-from jacfunc._coupled_losses import loss_coupling
+from jacfunc._coupled_losses import GradientOf, loss_coupling
 from jacfunc._coupling import Found, coupling
 from jacfunc._errors import Refused
 from jacfunc._parameters import ModuleState
@@ -98,9 +98,7 @@ class Independence:
                 "batch as a whole, or pass independent=True to take each sample alone all the same."
             )
 
-    def check_loss(
-        self, api: str, loss: Any, outputs: Leaves, gradient_of: Callable[[Leaves], Leaves]
-    ) -> None:
+    def check_loss(self, api: str, loss: Any, outputs: Leaves, gradient_of: GradientOf) -> None:
         """Refuse a loss whose gradient in the outputs of a sample changes with those of others.
 
         Raises:

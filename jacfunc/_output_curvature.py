@@ -14,6 +14,7 @@ from torch import Tensor
 from jacfunc._attributes import tensors_in
 from jacfunc._basis import as_leaves, in_a_row, shared_units
 from jacfunc._check import is_differentiable
+from jacfunc._compared import at, has_batch
 from jacfunc._compiled import as_written
 from jacfunc._graphs import Anchor, anchored, on_graph
 from jacfunc._independence import Independence
@@ -98,8 +99,15 @@ class Loss:
     def check_samples(self, independence: Independence) -> None:
         """Refuse a loss that is no sum over samples."""
 
-        def gradient_of(leaves: Leaves) -> Leaves:
-            return replace(self, outputs=replace(self.outputs, leaves=leaves)).gradient()
+        size = len(self.outputs.leaves[0])
+
+        def gradient_of(whose_outputs: Tensor, whose_targets: Tensor) -> Leaves:
+            leaves = tuple(at(out, whose_outputs, 0) for out in self.outputs.leaves)
+            targets = map_tensors(
+                lambda x: at(x, whose_targets, 0) if has_batch(x, size) else x, self.targets
+            )
+            outputs = replace(self.outputs, leaves=leaves)
+            return replace(self, outputs=outputs, targets=targets).gradient()
 
         if not is_known(self.func):
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
