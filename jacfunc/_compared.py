@@ -153,6 +153,10 @@ class Quantity:
         """Does another evaluation give it, bit by bit?"""
         return replace(self, must_be_zero=False).agrees(again)
 
+    def is_roughly(self, again: Quantity) -> bool:
+        """Does another evaluation give it, but for rounding?"""
+        return replace(self, must_be_zero=False).agrees_roughly(again)
+
     def _right(self, other: Quantity) -> Tensor:
         return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
 

@@ -159,7 +159,7 @@ class _Search:
         if all(one.agrees(two) for one, two in pairs):
             return None
         again = self.subject.evaluated(self.draws).seen_by(half, cotangents)
-        if not all(one.agrees_roughly(same) for one, same in zip(mine, again, strict=True)):
+        if not all(one.is_roughly(same) for one, same in zip(mine, again, strict=True)):
             raise Refused(CHANGING)
         for one, two, same in zip(mine, its, again, strict=True):
             if not (one.agrees(two) or self._are_rounded(one, two, same, other)):

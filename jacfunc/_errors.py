@@ -58,9 +58,13 @@ def is_of_old_style(error: Exception) -> bool:
     return "must override the setup_context" in str(error)
 
 
-def hooks_what_is_saved(error: Exception) -> bool:
-    """Is it torch's own error for checkpoints and other hooks of saved tensors in a transform?"""
-    return "saved tensor hooks" in str(error)
+def runs_again_below(error: Exception) -> bool:
+    """Is it torch's own error for checkpoints in a transform?
+
+    They are either not let in, or run again in a pullback, with tensors of a vmap that is over.
+    """
+    words = "saved tensor hooks", "escaped from inside a function being vmapped"
+    return any(each in str(error) for each in words)
 
 
 def writes_outside(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._draws import Draws
-from jacfunc._errors import Refused, Stale, hooks_what_is_saved, is_out_of_memory
+from jacfunc._errors import Refused, Stale, runs_again_below, is_out_of_memory
 from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall, OfCalls
@@ -80,7 +80,7 @@ class Batch:
             with self.under_vmap("per_sample needs", way_out):
                 return self._at_once(strategy, None)
         except Refused as refusal:
-            if not hooks_what_is_saved(refusal):
+            if not runs_again_below(refusal):
                 raise
             note("samples go one by one, as no transform knows checkpoints")
         draws.repeat()
