@@ -20,8 +20,8 @@ GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
 def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Found:
     """The gradient in the outputs of some samples, as the others are replaced.
 
-    While the targets of the others stay, it must stay. When these are replaced, too, it may change
-    by a factor, as that of a mean over those targets that are not ignored.
+    While the targets of the others stay, it must stay. When these are replaced, too, weights may
+    change, as those of a mean over the targets that are not ignored do; but what is zero, stays so.
     """
     size, draws = len(outputs[0]), Draws(outputs)
     if size == 1:
@@ -37,7 +37,7 @@ def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Foun
     def changes(half: Half) -> bool:
         mine, its = rows(as_it_is, as_it_is, half), rows(half.sources, as_it_is, half)
         moved = rows(half.sources, half.sources, half)
-        if not all(map(_is_in_proportion, mine, moved)):
+        if not all(map(_is_zero_where, mine, moved)):
             return True
         if all(one.agrees(two) for one, two in zip(mine, its, strict=True)):
             return False
@@ -53,11 +53,7 @@ def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Foun
     return Found()
 
 
-def _is_in_proportion(mine: Quantity, its: Quantity) -> bool:
-    """Is one of them a multiple of the other, but for rounding, and zero only with the other?"""
-    one, two = mine.tensor, its.tensor
-    squares, product = one.square().sum(), (one * two).sum()
-    if not (squares.isfinite() and product.isfinite()):
-        return True  # no factor is to be had, and with the targets as they are it was compared
-    scaled = one * (product / squares) if squares > 0 else one
-    return Quantity(mine.what, scaled).agrees_roughly(its)
+def _is_zero_where(mine: Quantity, its: Quantity) -> bool:
+    """Have the same samples a gradient?"""
+    one, two = [(x.tensor != 0).flatten(1).any(1) for x in (mine, its)]
+    return torch.equal(one, two)

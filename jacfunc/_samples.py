@@ -16,7 +16,7 @@ from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._draws import Draws
-from jacfunc._errors import Refused, Stale, runs_again_below, is_out_of_memory
+from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
 from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall, OfCalls

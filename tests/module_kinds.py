@@ -1275,11 +1275,6 @@ class Spectral(nn.Module):
         return self
 
 
-NO_BATCHED_CHECKPOINT = (
-    no_vmap("torch.func knows no hooks of saved tensors", strategies=("reverse",)),
-)
-
-
 def scripted() -> nn.Module:
     return torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double())
 
@@ -1356,7 +1351,7 @@ RUNNING = (
             coupled("the batch as a whole chooses the branch"),
         ),
     ),
-    kind("checkpoint", Checkpointed, (3,), refusals=NO_BATCHED_CHECKPOINT),
+    kind("checkpoint", Checkpointed, (3,)),
     kind(
         "checkpoint reentrant",
         lambda: Checkpointed(use_reentrant=True),
@@ -1366,7 +1361,7 @@ RUNNING = (
             Refusal("use_reentrant=False", "torch runs it under backward() alone"),
         ),
     ),
-    kind("checkpoint sequential", CheckpointedSequence, (3,), refusals=NO_BATCHED_CHECKPOINT),
+    kind("checkpoint sequential", CheckpointedSequence, (3,)),
     kind(
         "autograd function of old style", lambda: Applies(OldCube.apply), (3,), refusals=OLD_STYLE
     ),

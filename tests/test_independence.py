@@ -526,7 +526,7 @@ def test_without_parameters() -> None:
 def test_numbers_that_differ_from_one_evaluation_to_the_next() -> None:
     flips = iter(range(1000))
     model = Mixing(lambda m, h: h * (1 + next(flips))).double()
-    with pytest.raises(ValueError, match=MIXED):
+    with pytest.raises(NotImplementedError, match="outputs change from one evaluation to the next"):
         DOORS["params"](model, batch())
 
 
@@ -555,6 +555,17 @@ def test_losses_that_couple_outputs_are_refused(name: str, door: Callable[..., A
     with pytest.raises(ValueError, match="the loss must be a sum or mean over samples"):
         door(model, LOSSES[name], x, y)
     door(model, LOSSES[name], x, y, independent=True)
+
+
+@pytest.mark.parametrize("door", OF_LOSSES.values(), ids=OF_LOSSES)
+@pytest.mark.parametrize("worst", [0, B - 1])
+def test_targets_alone_may_tell_which_sample_is_the_worst(
+    worst: int, door: Callable[..., Any]
+) -> None:
+    model, y = nn.Linear(3, 4).double(), torch.zeros(B, 4).double()
+    y[worst] = 100
+    with pytest.raises(ValueError, match="the loss must be a sum or mean over samples"):
+        door(model, LOSSES["worst sample"], batch(), y)
 
 
 def test_a_loss_that_couples_later() -> None:

@@ -75,7 +75,7 @@ MODULES = {
 }
 # what torch has no forward mode, or no batching rule over samples, for
 NO_FORWARD = {"weight norm"}
-NO_VMAP = {"checkpoint", "gru"}
+NO_VMAP = {"gru"}
 
 
 def case(name):
