@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from jacfunc._again import FirstSamples, first_again
 from jacfunc._autotune import Autotune
@@ -29,7 +27,8 @@ from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
 from jacfunc._trail import note
 from jacfunc._types import Leaves
-from jacfunc._watch import Watch, unseen
+from jacfunc._unmapped import check_randomness, under_vmap
+from jacfunc._watch import unseen
 from jacfunc.strategies import Looped, Strategy, Structured
 from jacfunc.strategies._forward import Randomness
 
@@ -72,10 +71,8 @@ class Batch:
             return self.looped(strategy)
         if isinstance(strategy, Auto | Autotune):
             return self.planned(strategy)
-        draws, way_out = (
-            Draws(self.leaves),
-            "Use strategy='looped', which takes the samples one by one",
-        )
+        draws = Draws(self.leaves)
+        way_out = "Use strategy='looped', which takes the samples one by one"
         try:
             with self.under_vmap("per_sample needs", way_out):
                 return self._at_once(strategy, None)
@@ -86,28 +83,9 @@ class Batch:
         draws.repeat()
         return self.looped(strategy)
 
-    @contextmanager
-    def under_vmap(self, needs: str, way_out: str) -> Iterator[None]:
-        """What fails under vmap alone is refused; what fails for one sample is its own error.
-
-        Raises:
-            Refused: in words of the door, which begin with what ``needs`` it.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if is_out_of_memory(error) or str(error).startswith(f"{self.api}: samples"):
-                raise
-            self.check_randomness(error)
-            call, reason = self._first(), str(error).rstrip(".")
-            try:
-                with Watch():
-                    call(*map(Tensor.clone, call.primals))
-            except Refused as refusal:  # which says more than what torch says of vmap
-                reason = str(refusal)
-            raise Refused(
-                f"{self.api}: {needs} a module that runs under vmap, got: {reason}. {way_out}."
-            ) from error
+    def under_vmap(self, needs: str, way_out: str) -> AbstractContextManager[None]:
+        """What fails under vmap alone is refused, in words that begin with what ``needs`` it."""
+        return under_vmap(self.api, self.randomness, self._first, needs, way_out)
 
     def vmapped(self, strategy: Strategy, chunk: Chunk = None) -> Leaves:
         """All samples at once, or a chunk of them at a time."""
@@ -194,11 +172,7 @@ class Batch:
 
     def check_randomness(self, error: Exception) -> None:
         """Was it that a random module was not to draw?"""
-        if self.randomness == "error" and "randomness" in str(error):
-            raise NotImplementedError(
-                f"{self.api}: per_sample must know how samples draw random numbers, got a module "
-                "that draws and randomness='error'. Pass randomness='same' or 'different'."
-            ) from error
+        check_randomness(self.api, self.randomness, error)
 
     def _plan(self, strategy: Auto | Autotune) -> tuple[Plan, Chunk]:
         call = self._first()

@@ -59,10 +59,19 @@ LAYERS = [
         "_forecast",
         "_foretell",
     },
-    {"_transforms", "_products", "_batching", "_estimate", "_explain", "_parameters", "_samples"}
+    {
+        "_transforms",
+        "_products",
+        "_batching",
+        "_estimate",
+        "_explain",
+        "_parameters",
+        "_samples",
+        "_unmapped",
+    }
     | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select"}
     | {"_compared", "_coupled_losses", "_coupling", "_independence"}
-    | {"_streams", "_layerwise", "_again", "_of_samples", "_kernel_blocks", "_kernels"}
+    | {"_streams", "_unmapped", "_layerwise", "_again", "_of_samples", "_kernel_blocks", "_kernels"}
     | {"_lost", "_parts", "_stays"}
     | {
         "_points",
