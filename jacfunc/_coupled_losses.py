@@ -55,5 +55,5 @@ def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Foun
 
 def _is_zero_where(mine: Quantity, its: Quantity) -> bool:
     """Have the same samples a gradient?"""
-    one, two = [(x.tensor != 0).flatten(1).any(1) for x in (mine, its)]
+    one, two = [(x.tensor != 0).reshape(len(x.tensor), -1).any(1) for x in (mine, its)]
     return torch.equal(one, two)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import CheckpointError
 
+from jacfunc._attention import plain_attention
 from jacfunc._compiled import as_written
 from jacfunc._errors import Refused
 from jacfunc._faults import (
@@ -103,6 +105,21 @@ def _check_adjoint(seeds: Leaves, products: Leaves, pushed: Leaves) -> None:
         raise Refused("it detaches its cotangent, as a hook or an autograd.Function may do")
 
 
+def _run_backward(
+    outputs: Leaves,
+    edges: Sequence[Tensor | GradientEdge],
+    cotangents: Leaves,
+    create_graph: bool,
+) -> tuple[Tensor | None, ...]:
+    """A backward pass in which checkpoints run parts of the function again, as they ran before."""
+    with as_written():
+        try:
+            return run_backward(outputs, edges, cotangents, create_graph)
+        except CheckpointError:
+            with plain_attention():
+                return run_backward(outputs, edges, cotangents, create_graph)
+
+
 def on_graph(
     outputs: Leaves,
     extras: Leaves,
@@ -125,8 +142,7 @@ def on_graph(
         edges = tuple(anchor.edge for anchor in wanted_by)
         if as_evaluated is not None:
             as_evaluated()
-        with as_written():  # checkpoints run parts of the function again
-            products = run_backward(targets, edges, chosen, keeps or forced)
+        products = _run_backward(targets, edges, chosen, keeps or forced)
         pairs = zip(products, wanted_by, strict=True)
         every = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:

@@ -1146,6 +1146,21 @@ class Checkpointed(nn.Module):
         return self.outer(checkpoint(self.inner, x, use_reentrant=self.use_reentrant))
 
 
+class CheckpointedAttention(nn.Module):
+    """What is run again must attend by the same kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(3, 6), nn.Linear(2, 2)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.mix(x).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(checkpoint(self.attend, x, use_reentrant=False)).mean(1)
+
+
 class CheckpointedSequence(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1361,6 +1376,7 @@ RUNNING = (
             Refusal("use_reentrant=False", "torch runs it under backward() alone"),
         ),
     ),
+    kind("checkpointed attention", CheckpointedAttention, (4, 3)),
     kind("checkpoint sequential", CheckpointedSequence, (3,)),
     kind(
         "autograd function of old style", lambda: Applies(OldCube.apply), (3,), refusals=OLD_STYLE
