@@ -47,6 +47,11 @@ class Seen:
     calls: int = 0
     is_large: bool = False
 
+    @property
+    def is_due(self) -> bool:
+        """Is the last of them to be looked at?"""
+        return self.calls & (self.calls - 1) == 0
+
 
 @dataclass(frozen=True)
 class Independence:
@@ -131,18 +136,33 @@ class Independence:
             return None
         kinds = kinds_of()
         seen = kinds.pop(kind, None) or Seen()
-        calls = seen.calls + 1
-        is_due = calls & (calls - 1) == 0 or self.said == "always"
-        if is_due or (self.by_rows and seen.is_large):
-            found = look(calls)
+        seen.calls += 1
+        if seen.is_due or self.said == "always" or (self.by_rows and seen.is_large):
+            found = look(seen.calls)
             if found.what:
                 return found.what
             seen.is_large = found.rows >= MANY and found.entries >= LARGE
-        seen.calls = calls
-        kinds[kind] = seen
-        if len(kinds) > MOST_KINDS:
-            del kinds[next(iter(kinds))]
+        _keep(kinds, kind, seen)
         return None
+
+
+def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -> None:
+    """Look at a module as it is, at the first, second, fourth, eighth, … call of a kind.
+
+    After a look that raises, the next call is a first one.
+    """
+    kinds = _kinds_of_state(state)
+    seen = kinds.pop(kind, None) or Seen()
+    seen.calls += 1
+    if seen.is_due:
+        look()
+    _keep(kinds, kind, seen)
+
+
+def _keep(kinds: dict[Hashable, Seen], kind: Hashable, seen: Seen) -> None:
+    kinds[kind] = seen
+    if len(kinds) > MOST_KINDS:
+        del kinds[next(iter(kinds))]
 
 
 @dataclass

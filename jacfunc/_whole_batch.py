@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from jacfunc._draws import Draws
 from jacfunc._errors import Refused
 from jacfunc._factors import Samples
 from jacfunc._flat import FlatCall, OfCalls
+from jacfunc._independence import now_and_then
 from jacfunc._linearization import live, some_of
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
@@ -38,7 +39,7 @@ class Whole:
 
     A backward pass of the user's own, or one with hooks, need not be the transpose of the forward
     pass, nor differentiable in u. So what is pushed forward must be that of ``Jᵀ u`` for a random
-    u, and the graph for a random v, too, when it is made.
+    u, and the graph for a random v, too, when it is made: at the first points, and now and then.
     """
 
     def __init__(self, point: Point) -> None:
@@ -50,7 +51,7 @@ class Whole:
         self._pulling = JacobianOperator(
             func, tuple(primal.detach().requires_grad_() for primal in flat.primals)
         )
-        self._point = point
+        self._point, self._state = point, flat.state
         # no bound methods: these would be a cycle, and keep the module and the batch
         self._ways = [Whole._pushed_forward, Whole._pushed_on_graph]
         with point.undisturbed():
@@ -124,7 +125,7 @@ class Whole:
         with torch.no_grad():  # results are detached
             products = pushing.pushforward(tangents)
         check_agreement(self.outputs.leaves, pushing.outputs)
-        self._check(products, tangents)
+        self._now_and_then("forward", lambda: self._check(products, tangents))
         return products
 
     def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
@@ -139,9 +140,16 @@ class Whole:
         check_agreement(self.outputs.leaves, pulling.outputs)
         zeros = tuple(map(torch.zeros_like, self.outputs.leaves))
         transposed = JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
-        drawn = _random_like(self._pulling.primals, seed=2)
-        self._check(transposed.pullback(drawn), drawn)
+
+        def look() -> None:
+            drawn = _random_like(self._pulling.primals, seed=2)
+            self._check(transposed.pullback(drawn), drawn)
+
+        self._now_and_then("on graph", look)
         return transposed
+
+    def _now_and_then(self, way: str, look: Callable[[], None]) -> None:
+        now_and_then(self._state, ("J v", way, self._point.batch.kind), look)
 
 
 def _check_shapes(point: Point, outputs: Leaves) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped
+from jacfunc._whole_batch import Whole
 
 CHANGING = "its outputs change from one evaluation to the next"
 
@@ -294,6 +295,26 @@ def test_products_are_those_of_the_backward_pass_or_refused(name: str) -> None:
             continue
         found = torch.cat([part.flatten() for part in (G @ ones(module)).values()])
         torch.testing.assert_close(found, expected)
+
+
+def test_the_transpose_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first, the second and the fourth point, and anew where the module has another part."""
+    looks: list[int] = []
+    look = Whole._check
+    monkeypatch.setattr(Whole, "_check", lambda *args: (looks.append(1), look(*args))[1])
+    module, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), point(4, 3)
+    ggn = jacfunc.ggn(module, half)
+    counts = []
+    for _ in range(5):
+        looks.clear()
+        ggn(x, point(4, 2)) @ ones(module)
+        counts.append(len(looks))
+    assert counts == [1, 1, 0, 1, 0]
+    module[0].register_forward_hook(
+        lambda m, given, out: out.register_hook(lambda g: 3 * g.detach()) and None
+    )
+    with pytest.raises(NotImplementedError, match=r"^ggn: products need a module whose J v"):
+        ggn(x, point(4, 2)) @ ones(module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
