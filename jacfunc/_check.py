@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,28 +25,32 @@ def is_differentiable(leaf: object) -> bool:
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-def check_plain(tensors: Iterable[torch.Tensor]) -> None:
+def check_plain(tensors: Collection[torch.Tensor]) -> None:
     """Torch's transforms wrap tensors, and the wrapper forgets what class they are of.
 
     Raises:
         Refused: if there is one whose class has a ``__torch_function__`` of its own.
     """
+    if _PLAIN.issuperset(map(type, tensors)):
+        return
     for tensor in tensors:
-        if type(tensor) not in _PLAIN and _means_more(type(tensor)):
+        if _means_more(type(tensor)):
             raise Refused(
                 f"torch's transforms pass by the __torch_function__ of {type(tensor).__name__}"
             )
 
 
-def check_kept(tensors: Iterable[torch.Tensor], copies: Iterable[torch.Tensor]) -> None:
+def check_kept(tensors: Collection[torch.Tensor], copies: Collection[torch.Tensor]) -> None:
     """A copy that stands for a tensor must do as it does.
 
     Raises:
         Refused: if a class that has a ``__torch_function__`` of its own was lost.
     """
+    if _PLAIN.issuperset(map(type, tensors)):
+        return
     for tensor, copy in zip(tensors, copies, strict=True):
         kind = type(tensor)
-        if kind not in _PLAIN and kind is not type(copy) and _means_more(kind):
+        if kind is not type(copy) and _means_more(kind):
             raise Refused(
                 f"a copy of {type(tensor).__name__} is no longer one, and would pass by its "
                 "__torch_function__"

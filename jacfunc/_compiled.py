@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 class _Depth(threading.local):
@@ -99,6 +101,15 @@ def as_written() -> AbstractContextManager[Any]:
 
 
 _NOTHING = nullcontext()
+
+
+def run_as_written(func: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """A call as it was written; of small calls a context that does nothing is felt."""
+    context = as_written()
+    if context is _NOTHING:
+        return func(*args, **kwargs)
+    with context:
+        return func(*args, **kwargs)
 
 
 @contextmanager

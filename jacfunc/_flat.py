@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
-from jacfunc._compiled import as_written
+from jacfunc._compiled import run_as_written
 from jacfunc._errors import writes_outside
 from jacfunc._reach import reaches_module
 from jacfunc._tree import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
@@ -111,14 +111,12 @@ class FlatCall:
         for n, split, part in zip(self._positions, self._splits, parts, strict=True):
             args[n] = split.merge(part)
         try:
-            with as_written():
-                output, aux = self.func(*args, **self._kwargs), None
+            output, aux = run_as_written(self.func, *args, **self._kwargs), None
         except RuntimeError as error:
             if not writes_outside(error):
                 raise
             handled(error)
-            with as_written():
-                output, aux = self._on_copies(args, primals), None
+            output, aux = run_as_written(self._on_copies, args, primals), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
         self._output = Split.of(output)
@@ -176,6 +174,8 @@ class FlatCall:
         """Values at the outputs from a tree like the output, by key."""
         assert self._output is not None
         if self._output.is_bare:
+            if isinstance(tree, Tensor):
+                return (tree,)
             leaves = flatten(tree)[0]
             return (tree,) if len(leaves) == 1 else tuple(leaves)  # refused for their number
         return tuple(self._align(self._output, tree, name))

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from jacfunc._attention import plain_attention
-from jacfunc._compiled import as_written
+from jacfunc._compiled import run_as_written
 from jacfunc._errors import Refused
 from jacfunc._faults import (
     can_be_batched,
@@ -112,12 +112,11 @@ def _run_backward(
     create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
     """A backward pass in which checkpoints run parts of the function again, as they ran before."""
-    with as_written():
-        try:
-            return run_backward(outputs, edges, cotangents, create_graph)
-        except CheckpointError:
-            with plain_attention():
-                return run_backward(outputs, edges, cotangents, create_graph)
+    try:
+        return run_as_written(run_backward, outputs, edges, cotangents, create_graph)
+    except CheckpointError:
+        with plain_attention():
+            return run_as_written(run_backward, outputs, edges, cotangents, create_graph)
 
 
 def on_graph(

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from jacfunc._callers import CUT_OFF
 from jacfunc._errors import Refused
-from jacfunc._functorch import is_batched, is_pushing
+from jacfunc._functorch import is_batched
 from jacfunc._guard import FAULTY, Around, check_push, check_pushed
 from jacfunc._lock import alone
 from jacfunc._misread import tensors_of
@@ -60,7 +60,7 @@ def watched_once(
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
     kind = (kind, pull.around)
-    known = None if inner is None or is_pushing() else unwatched().get(inner, kind)
+    known = None if inner is None or pull.is_pushed() else unwatched().get(inner, kind)
     if known is not None:
         if not known:
             return func(*copies)

@@ -11,7 +11,7 @@ from torch import Tensor
 from jacfunc._functorch import below_transforms
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Graph:
     """From tensors back to where it is cut off.
 
@@ -43,10 +43,10 @@ class Graph:
                 continue
             seen.add(node)
             kinds.add(type(node))
-            if edges := node.next_functions:
-                pending += [below for below, _ in edges]
-            elif not outside:
-                outside = hasattr(node, "variable")
+            edges = node.next_functions
+            for below, _ in edges:
+                pending.append(below)
+            outside = outside or (not edges and hasattr(node, "variable"))
         return cls(kinds, {}, outside)
 
     @classmethod
