@@ -10,6 +10,7 @@ from math import comb
 import torch
 from torch import Tensor
 
+from jacfunc._attention import plain_attention
 from jacfunc._check import is_differentiable
 from jacfunc._dims import batch_size
 from jacfunc._draws import Draws
@@ -52,7 +53,8 @@ class Subject:
     def evaluated(self, draws: Draws) -> Evaluated:
         """On a graph that leads to all that is differentiable."""
         draws.repeat()
-        with recording():
+        # other threads may have chosen the plain formula, and leave it between two evaluations
+        with recording(), plain_attention():
             leaves = self.leaves if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *leaves) if is_differentiable(x)}
             every = (*self.params, *self.leaves)

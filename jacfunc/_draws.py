@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,10 @@ from jacfunc._errors import RANDOM, Refused
 from jacfunc._types import Leaves
 
 State: TypeAlias = tuple[torch.Tensor, ...]
+
+# a thread that reads a generator's state in torch holds the generator while Python may run another
+# thread, as in a garbage collection; if that one asks for the generator, both wait for ever
+_STATES = RLock()
 
 _ALWAYS = (
     *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
@@ -61,8 +66,17 @@ class Draws:
 
     def repeat(self) -> None:
         """Back to where they stood."""
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
+        with _STATES:
+            for generator, state in zip(self._generators, self._states, strict=True):
+                generator.set_state(state)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever is drawn inside, the generators stand where they stood afterwards."""
+        try:
+            yield
+        finally:
+            self.repeat()
 
     def were_taken(self) -> bool:
         """Has a generator moved on since this was made?"""
@@ -79,4 +93,5 @@ class Draws:
             raise Refused(RANDOM)
 
     def _now(self) -> State:
-        return tuple(generator.get_state() for generator in self._generators)
+        with _STATES:
+            return tuple([generator.get_state() for generator in self._generators])

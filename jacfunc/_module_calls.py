@@ -15,6 +15,7 @@ from jacfunc._check import is_differentiable, is_tensor
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._dims import batch_size
+from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import inside_derivative, is_outermost, is_pushing
 from jacfunc._independence import Independence
@@ -143,7 +144,7 @@ class ModuleCall:
             check_parameters(self.api, state)
         with (
             alone(),
-            torch.random.fork_rng(devices=_cuda_devices(state)),
+            Draws(_tensors_of(state)).kept(),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
             state.kept(self._point(), self.api),
         ):
@@ -222,6 +223,5 @@ class ModuleCall:
         return output.squeeze(0)
 
 
-def _cuda_devices(state: ModuleState) -> list[int]:
-    tensors = (*state.point.values(), *state.params.values(), *state.buffers.values())
-    return sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+def _tensors_of(state: ModuleState) -> Leaves:
+    return (*state.point.values(), *state.params.values(), *state.buffers.values())

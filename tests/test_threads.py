@@ -397,6 +397,33 @@ def test_all_doors_at_once() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+READS_OF_GENERATORS = """
+import gc, sys, threading, torch
+from jacfunc._draws import Draws
+
+sys.setswitchinterval(1e-6)
+gc.set_threshold(1)
+gc.callbacks.append(lambda phase, info: sum(range(100)) + sum(n for n in range(2000)))
+
+def read():
+    for _ in range(50):
+        draws = Draws((torch.zeros(1),))
+        draws.repeat()
+        assert not draws.were_taken()
+
+threads = [threading.Thread(target=read) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_collections_of_garbage_while_generators_are_read() -> None:
+    """In torch alone two threads that read a generator may wait for each other for ever."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", READS_OF_GENERATORS]
+    assert subprocess.run(command, timeout=100, cwd=root).returncode == 0
+
+
 def test_errors_leave_no_trace_either() -> None:
     module = perceptron().double()
 
