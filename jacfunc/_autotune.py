@@ -7,7 +7,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,9 @@ from jacfunc._errors import Refused
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._known import Remembered, nothing_yet
-from jacfunc._lock import alone
 from jacfunc._machine import seconds_of
 from jacfunc._operators import JacobianOperator
-from jacfunc._planner import Planned, carry_out, counted_costs
+from jacfunc._planner import Planned, by_plan, counted_costs
 from jacfunc._plans import (
     Plan,
     Sampled,
@@ -99,17 +97,7 @@ class Autotune:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""
-        if torch.compiler.is_compiling():
-            return by_sizes(operator, BOTH).materialize(operator)
-        called, signature = operator.called, operator.signature()
-        known = self.recall(called, signature)
-        # a first call evaluates more than once, with the same random numbers
-        with alone() if known is None else nullcontext():
-            before = self.plan(operator) if known is None else known[0]
-            plan, blocks = carry_out(before, operator)
-        if known is None or plan is not before:
-            self.remember(called, signature, (plan, None))
-        return blocks
+        return by_plan(self, operator, BOTH)
 
     def recall(self, called: Any, kind: Hashable) -> Planned | None:
         """What was done before."""

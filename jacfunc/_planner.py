@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -62,17 +62,7 @@ class Auto:
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""
-        if torch.compiler.is_compiling():
-            return by_sizes(operator, self.directions).materialize(operator)
-        called, signature = operator.called, operator.signature()
-        known = self.recall(called, signature)
-        # a first call evaluates more than once, with the same random numbers
-        with alone() if known is None else nullcontext():
-            before = self.plan(operator) if known is None else known[0]
-            plan, blocks = carry_out(before, operator)
-        if known is None or plan is not before:
-            self.remember(called, signature, (plan, None))
-        return blocks
+        return by_plan(self, operator, self.directions)
 
     def recall(self, called: Any, kind: Hashable) -> Planned | None:
         """What was done before, by this strategy or by another one that is equal to it."""
@@ -109,6 +99,33 @@ class Auto:
         every = costs.times(samples.size, samples.are_copied)
         plan = rows_first(spared(fastest(every, directions), every), operator)
         return bounded_samples(plan, costs, samples.size, self.memory)
+
+
+class Planning(Protocol):
+    """What makes plans, and remembers them by what is called and the kind of call."""
+
+    def recall(self, called: Any, kind: Hashable) -> Planned | None: ...
+
+    def remember(self, called: Any, kind: Hashable, planned: Planned) -> None: ...
+
+    def plan(self, operator: JacobianOperator) -> Plan: ...
+
+
+def by_plan(
+    strategy: Planning, operator: JacobianOperator, directions: Sequence[Direction]
+) -> Blocks:
+    """Blocks by the plan that is remembered for calls of this kind, or made now."""
+    if torch.compiler.is_compiling():
+        return by_sizes(operator, directions).materialize(operator)
+    called, signature = operator.called, operator.signature()
+    known = strategy.recall(called, signature)
+    # a first call evaluates more than once, with the same random numbers
+    with alone() if known is None else nullcontext():
+        before = strategy.plan(operator) if known is None else known[0]
+        plan, blocks = carry_out(before, operator)
+    if known is None or plan is not before:
+        strategy.remember(called, signature, (plan, None))
+    return blocks
 
 
 class SharedPlans:
