@@ -49,7 +49,10 @@ def recording() -> AbstractContextManager[Any]:
     """Autograd on, whatever the caller's mode."""
     if torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
-    return nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
+    return _NOTHING if torch.is_grad_enabled() else torch.enable_grad()
+
+
+_NOTHING = nullcontext()
 
 
 def memory_of(tensor: Tensor) -> int:

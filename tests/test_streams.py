@@ -13,7 +13,8 @@ from jacfunc._counting import PeakBytes
 from tests.test_modules import MODULES, NO_VMAP, case, per_sample_reference, reference
 
 NAMES = sorted(MODULES)
-VMAPPED = [name for name in NAMES if name not in NO_VMAP]
+# under vmap a checkpoint would run again with the tensors of a vmap that is over
+VMAPPED = [name for name in NAMES if name not in NO_VMAP | {"checkpoint"}]
 CHUNKS = (None, 1, 2)
 
 
