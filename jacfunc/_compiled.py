@@ -105,10 +105,9 @@ _NOTHING = nullcontext()
 
 def run_as_written(func: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     """A call as it was written; of small calls a context that does nothing is felt."""
-    context = as_written()
-    if context is _NOTHING:
+    if "torch._dynamo.eval_frame" not in sys.modules:
         return func(*args, **kwargs)
-    with context:
+    with as_written():
         return func(*args, **kwargs)
 
 

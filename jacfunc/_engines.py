@@ -32,7 +32,7 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
 def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     wanted = torch.is_grad_enabled()
     with recording(), plain_attention():
-        anchors = tuple(anchored(primal, wanted) for primal in primals)
+        anchors = [anchored(primal, wanted) for primal in primals]
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         copies = list(map(copied, anchors))
         check_kept(primals, copies)

@@ -105,20 +105,6 @@ def _check_adjoint(seeds: Leaves, products: Leaves, pushed: Leaves) -> None:
         raise Refused("it detaches its cotangent, as a hook or an autograd.Function may do")
 
 
-def _run_backward(
-    outputs: Leaves,
-    edges: Sequence[Tensor | GradientEdge],
-    cotangents: Leaves,
-    create_graph: bool,
-) -> tuple[Tensor | None, ...]:
-    """A backward pass in which checkpoints run parts of the function again, as they ran before."""
-    try:
-        return run_as_written(run_backward, outputs, edges, cotangents, create_graph)
-    except CheckpointError:
-        with plain_attention():
-            return run_as_written(run_backward, outputs, edges, cotangents, create_graph)
-
-
 def on_graph(
     outputs: Leaves,
     extras: Leaves,
@@ -138,10 +124,15 @@ def on_graph(
         if not live:
             return tuple(anchor.zeros() for anchor in wanted_by)
         targets, chosen = tuple([some[i] for i in live]), tuple([cotangents[i] for i in live])
-        edges = tuple(anchor.edge for anchor in wanted_by)
+        edges = tuple([anchor.edge for anchor in wanted_by])
         if as_evaluated is not None:
             as_evaluated()
-        products = _run_backward(targets, edges, chosen, keeps or forced)
+        task = targets, edges, chosen, keeps or forced
+        try:
+            products = run_as_written(run_backward, *task)
+        except CheckpointError:  # what runs again must attend as it did
+            with plain_attention():
+                products = run_as_written(run_backward, *task)
         pairs = zip(products, wanted_by, strict=True)
         every = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
@@ -157,7 +148,7 @@ def on_graph(
         return _transposed(outputs, partial(swept, onto=EVERY, of=EVERY, keeps=True))
 
     def released(leaves: Leaves) -> Leaves:
-        return leaves if differentiated else tuple(leaf.detach() for leaf in leaves)
+        return leaves if differentiated else tuple([leaf.detach() for leaf in leaves])
 
     check_nodes(graph.nodes, differentiated=False)
     reason = wrong_second_derivative(graph.nodes) if differentiated else None

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from jacfunc._callers import CUT_OFF
 from jacfunc._errors import Refused
-from jacfunc._functorch import is_batched
+from jacfunc._functorch import is_batched, is_pushing
 from jacfunc._guard import FAULTY, Around, check_push, check_pushed
 from jacfunc._lock import alone
 from jacfunc._misread import tensors_of
@@ -54,13 +54,14 @@ def watched_once(
 
     A watch costs a tenth of a small Jacobian, and what it looks for hardly depends on numbers;
     but a function that may catch errors is watched at every call. ``call`` says what is called,
-    where ``func`` does not.
+    where ``func`` does not. Outside of what is pulled back on a plain graph nothing is pushed.
     """
     keep_heap()
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
     kind = (kind, pull.around)
-    known = None if inner is None or pull.is_pushed() else unwatched().get(inner, kind)
+    is_pushed = pull.level is not None and is_pushing()
+    known = None if inner is None or is_pushed else unwatched().get(inner, kind)
     if known is not None:
         if not known:
             return func(*copies)

@@ -140,17 +140,17 @@ class JacobianOperator:
     def _linearized(self) -> Linearization:
         if self._linearization is None:
             if self._draws is None:
-                linearized = self._linearize()
+                linearized = self.refusing("keep a graph", self._linearize)
             else:
                 with alone():
                     self.repeat_draws()
-                    linearized = self._linearize()
+                    linearized = self.refusing("keep a graph", self._linearize)
             self._keep(linearized.outputs, linearized.extras, was_pushed=False)
             self._linearization = linearized
         return self._linearization
 
     def _linearize(self) -> Linearization:
-        return self.refusing("keep a graph", lambda: linearize(self.func, self.primals))
+        return linearize(self.func, self.primals)
 
     def _keep(self, outputs: Leaves, extras: Leaves, was_pushed: bool) -> None:
         """What the first evaluation returned; whatever a later one returns must agree with it."""

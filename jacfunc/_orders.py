@@ -87,7 +87,3 @@ class Pull:
     level: int | None
     around: Hashable
     leads_out: Callable[[Tensor], bool] | None = None
-
-    def is_pushed(self) -> bool:
-        """Is it inside forward mode? Nothing is outside of what is pulled back on a plain graph."""
-        return self.level is not None and is_pushing()
