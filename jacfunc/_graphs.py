@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,15 @@ def _check_adjoint(seeds: Leaves, products: Leaves, pushed: Leaves) -> None:
         raise Refused("it detaches its cotangent, as a hook or an autograd.Function may do")
 
 
+def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
+    """A backward pass in which checkpoints run parts of the function again, as they ran before."""
+    try:
+        return run_as_written(run_backward, *task)
+    except CheckpointError:
+        with plain_attention():
+            return run_as_written(run_backward, *task)
+
+
 def on_graph(
     outputs: Leaves,
     extras: Leaves,
@@ -127,12 +136,7 @@ def on_graph(
         edges = tuple([anchor.edge for anchor in wanted_by])
         if as_evaluated is not None:
             as_evaluated()
-        task = targets, edges, chosen, keeps or forced
-        try:
-            products = run_as_written(run_backward, *task)
-        except CheckpointError:  # what runs again must attend as it did
-            with plain_attention():
-                products = run_as_written(run_backward, *task)
+        products = _run_backward(targets, edges, chosen, keeps or forced)
         pairs = zip(products, wanted_by, strict=True)
         every = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
