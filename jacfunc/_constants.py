@@ -113,7 +113,7 @@ class Before:
 
     def look(self, constants: Mapping[str, Tensor], aliases: Mapping[int, Tensor]) -> None:
         """Copies of small parameters, some numbers of large ones."""
-        self.versions = [0 if p.is_inference() else p._version for p in self.params.values()]
+        self.versions = list(map(_version, self.params.values()))
         left = KEPT
         for name, param in constants.items():
             if param.device.type == "cpu" and _is_plain(param):

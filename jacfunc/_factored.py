@@ -128,7 +128,7 @@ def _evaluated(
         raise Refused("a parameter is used in a derivative that the function takes itself")
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
-    differentiated = wanted and (graph.leads_out or any(p.requires_grad for p in params))
+    differentiated = further or (wanted and graph.leads_out)
     targets = [*(use.anchor for use in found), *behind]
     linearization = on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
     used = {i for i, node in enumerate(starts) if node in graph.met}

@@ -13,19 +13,18 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.weak import WeakIdKeyDictionary
 
+from jacfunc._attributes import SIMPLE
 from jacfunc._compared import Subject
 from jacfunc._coupled_losses import GradientOf, loss_coupling
 from jacfunc._coupling import Found, coupling
 from jacfunc._errors import Refused
+from jacfunc._known import MOST_KINDS, Recent
 from jacfunc._parameters import ModuleState
 from jacfunc._parts import Part
 from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None
 """Whether samples depend on each other: looked at now and then, known not to, always looked at."""
-
-MOST_KINDS = 100
-"""Of calls of one module; the oldest are forgotten."""
 
 MANY, LARGE = 128, 2**24
 """Outputs of a sample, and entries of all samples' Jacobians, from which on a check is a few
@@ -36,8 +35,6 @@ FEW = 8
 
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 """What parts hold beside attributes of their own."""
-
-_SIMPLE = frozenset({bool, int, float, str, type(None)})
 
 
 @dataclass
@@ -123,7 +120,7 @@ class Independence:
 
     def _changing(
         self,
-        kinds_of: Callable[[], dict[Hashable, Seen]],
+        kinds_of: Callable[[], Recent[Seen]],
         kind: Hashable,
         look: Callable[[int], Found],
     ) -> str | None:
@@ -142,7 +139,7 @@ class Independence:
             if found.what:
                 return found.what
             seen.is_large = found.rows >= MANY and found.entries >= LARGE
-        _keep(kinds, kind, seen)
+        kinds.put(kind, seen)
         return None
 
 
@@ -156,13 +153,7 @@ def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -
     seen.calls += 1
     if seen.is_due:
         look()
-    _keep(kinds, kind, seen)
-
-
-def _keep(kinds: dict[Hashable, Seen], kind: Hashable, seen: Seen) -> None:
-    kinds[kind] = seen
-    if len(kinds) > MOST_KINDS:
-        del kinds[next(iter(kinds))]
+    kinds.put(kind, seen)
 
 
 @dataclass
@@ -170,7 +161,7 @@ class _Known:
     """Kinds of calls of a module as its marks tell that it is."""
 
     marks: list[Any]
-    kinds: dict[Hashable, Seen] = field(default_factory=dict)
+    kinds: Recent[Seen] = field(default_factory=lambda: Recent(MOST_KINDS))
 
 
 @cache
@@ -180,23 +171,23 @@ def _known() -> WeakIdKeyDictionary:
 
 
 @cache
-def _by_state() -> WeakKeyDictionary[ModuleState, dict[Hashable, Seen]]:
+def _by_state() -> WeakKeyDictionary[ModuleState, Recent[Seen]]:
     """The kinds of calls, found sooner: of a module that has changed there is another state."""
     return WeakKeyDictionary()
 
 
-def _kinds_of(called: Any, marks: list[Any]) -> dict[Hashable, Seen]:
+def _kinds_of(called: Any, marks: list[Any]) -> Recent[Seen]:
     """None are known of what has changed, or can't be referred to weakly."""
     try:
         known: _Known | None = _known().get(called)
         if known is None or not _are_same(known.marks, marks):
             known = _known()[called] = _Known(marks)
     except TypeError:
-        return {}
+        return Recent(MOST_KINDS)
     return known.kinds
 
 
-def _kinds_of_state(state: ModuleState) -> dict[Hashable, Seen]:
+def _kinds_of_state(state: ModuleState) -> Recent[Seen]:
     """Of a module and its point."""
     state = state.origin or state
     kinds = _by_state().get(state)
@@ -207,7 +198,7 @@ def _kinds_of_state(state: ModuleState) -> dict[Hashable, Seen]:
     return kinds
 
 
-def _kinds_of_loss(loss: Any) -> dict[Hashable, Seen]:
+def _kinds_of_loss(loss: Any) -> Recent[Seen]:
     parts = map(Part.of, loss.modules()) if isinstance(loss, nn.Module) else ()
     return _kinds_of(loss, [mark for part in parts for mark in _of(part)])
 
@@ -229,7 +220,7 @@ def _of(part: Part) -> list[Any]:
 
 def _mark(value: Any) -> Any:
     """The same object for the same object, and for no other."""
-    if type(value) in _SIMPLE:
+    if type(value) in SIMPLE:
         return value
     try:
         return ref(value)
