@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from benchmarks import formulas
-from jacfunc._words import in_bytes
+from jacfunc._units import in_bytes
 from jacfunc.compare._clock import interleaved, peak_bytes
 
 CHUNKS = (8, 16, 32, 64, 128, 256)

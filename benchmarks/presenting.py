@@ -18,7 +18,7 @@ from rich.text import Text
 from benchmarks.environment import Environment
 from benchmarks.records import Record, replace
 from benchmarks.verdicts import BOUND, counted_rounds, winners
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._results import Spread, spread
 
 LOG_WIDTH = 140

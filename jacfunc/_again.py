@@ -13,8 +13,7 @@ from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import sweep_batch
 from jacfunc._operators import JacobianOperator
-from jacfunc._types import Leaves
-from jacfunc.strategies._forward import Randomness
+from jacfunc._types import Leaves, Randomness
 
 
 def first_again(

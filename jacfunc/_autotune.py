@@ -14,29 +14,21 @@ from typing import Any
 
 import torch
 
+from jacfunc._arguments import check_memory
 from jacfunc._budgets import bounded, bounded_samples, fewer_rows
-from jacfunc._check import check_memory
 from jacfunc._chunks import Chunk
 from jacfunc._errors import Refused
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
-from jacfunc._known import Remembered, nothing_yet
+from jacfunc._log import note
 from jacfunc._machine import seconds_of
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Planned, by_plan, counted_costs
-from jacfunc._plans import (
-    Plan,
-    Sampled,
-    by_sizes,
-    candidates,
-    fastest,
-    others,
-    rows_first,
-)
-from jacfunc._trail import note
+from jacfunc._plans import Plan, Sampled, by_sizes, candidates, fastest, others, rows_first
+from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._types import Blocks
+from jacfunc._units import in_seconds
 from jacfunc._winners import winners
-from jacfunc._words import in_seconds
 from jacfunc.strategies import Forward, Reverse, Structured
 
 ROUNDS, FEWEST = 25, 5

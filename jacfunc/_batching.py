@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import check_chunk_size
 from jacfunc._blocks import stack
-from jacfunc._check import check_chunk_size, is_tensor
 from jacfunc._compiled import as_written
 from jacfunc._derive import watches_itself
 from jacfunc._dims import Dims, batch_size, one_sample, sample_chunks
@@ -19,9 +19,9 @@ from jacfunc._draws import Draws
 from jacfunc._errors import Refused, check_fallback
 from jacfunc._functorch import sweep_batch
 from jacfunc._lock import alone
+from jacfunc._log import note
 from jacfunc._nested import NestedWatch
 from jacfunc._reach import reaches_module
-from jacfunc._trail import note
 from jacfunc._tree import (
     Split,
     StructureError,
@@ -31,9 +31,8 @@ from jacfunc._tree import (
     stack_trees,
     unflatten,
 )
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc._watch import handled
-from jacfunc.strategies._forward import Randomness
 
 OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
 

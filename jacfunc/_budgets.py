@@ -8,7 +8,7 @@ from jacfunc._chunks import Chunk, Within, evenly
 from jacfunc._costs import Costs
 from jacfunc._machine import free_bytes
 from jacfunc._plans import MODEST, Direction, Plan
-from jacfunc._words import in_bytes
+from jacfunc._units import in_bytes
 from jacfunc.strategies import Forward, Reverse
 
 SHARE = 0.5

@@ -10,7 +10,7 @@ import torch
 
 from jacfunc._counting import PeakBytes
 from jacfunc._errors import is_out_of_memory
-from jacfunc._trail import note
+from jacfunc._log import note
 from jacfunc._types import Leaves
 
 GROWTH = 1.25

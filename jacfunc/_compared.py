@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from jacfunc._attention import plain_attention
-from jacfunc._check import is_differentiable
 from jacfunc._dims import batch_size
 from jacfunc._draws import Draws
 from jacfunc._functorch import recording, run_backward
 from jacfunc._graphs import anchored
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, is_differentiable
 
 MOST_HALVES = 6
 """Halves of one check: each ordered pair of up to 20 samples is parted by one of them."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._functorch import below_transforms, outside_transforms
-from jacfunc._known import Remembered
+from jacfunc._remembered import Remembered
 
 MOST = 2**26
 """Bytes of constants that are copied; of more, a write is seen too late, and told."""

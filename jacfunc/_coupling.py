@@ -22,7 +22,7 @@ from jacfunc._compared import Evaluated, Half, Quantity, Subject, halves, has_ba
 from jacfunc._compiled import uncompiled
 from jacfunc._draws import Draws
 from jacfunc._errors import Refused, is_out_of_memory
-from jacfunc._trail import note
+from jacfunc._log import note
 from jacfunc._types import Leaves
 
 COARSE = 0.1

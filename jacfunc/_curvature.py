@@ -15,9 +15,8 @@ from jacfunc._lock import alone
 from jacfunc._output_curvature import Captured, Loss, LossFunction
 from jacfunc._points import Door, Outputs
 from jacfunc._select import Select
-from jacfunc._types import Tree
-from jacfunc.layers._squares import norms
-from jacfunc.strategies._forward import Randomness
+from jacfunc._types import Randomness, Tree
+from jacfunc.layers import norms
 
 
 def ggn(

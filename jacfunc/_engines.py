@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from jacfunc._arguments import check_kept
 from jacfunc._attention import plain_attention
 from jacfunc._callers import TAKES_DERIVATIVES
-from jacfunc._check import check_kept
 from jacfunc._functorch import is_outermost, recording
 from jacfunc._graphs import Anchor, anchored, copied, on_graph
 from jacfunc._inside import linearize_inside

@@ -15,13 +15,13 @@ from jacfunc._derive import jacobian_by
 from jacfunc._flat import FlatCall
 from jacfunc._foretell import Foreteller
 from jacfunc._lock import alone
+from jacfunc._log import trail
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import Plan
-from jacfunc._resolve import Memory, resolve
-from jacfunc._trail import trail
-from jacfunc._types import Argnums, Tree
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._resolve import resolve
+from jacfunc._types import Argnums, Memory, Tree
+from jacfunc._units import in_bytes, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy
 
 

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import check_plain
 from jacfunc._attention import plain_attention
-from jacfunc._check import check_plain
 from jacfunc._engines import linearize
 from jacfunc._errors import Refused
 from jacfunc._factors import Factors, OfOne, Samples

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._check import check_aux_pair, check_inputs, check_outputs, is_tensor, wrap_argnums
+from jacfunc._arguments import check_aux_pair, check_inputs, check_outputs, wrap_argnums
 from jacfunc._compiled import run_as_written
 from jacfunc._errors import writes_outside
 from jacfunc._reach import reaches_module
 from jacfunc._tree import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
-from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
+from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree, is_tensor
 from jacfunc._watch import handled
 
 

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
 
-from jacfunc._check import check_plain
+from jacfunc._arguments import check_plain
 from jacfunc._lock import holds_alone
 from jacfunc._types import Leaves
 

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from jacfunc._check import check_like
+from jacfunc._arguments import check_like
 from jacfunc._errors import Refused
 from jacfunc._functorch import is_pushing
 from jacfunc._linear import LinearMap, is_followed
@@ -18,8 +18,7 @@ from jacfunc._output_curvature import OutputCurvature
 from jacfunc._points import Outputs, Point
 from jacfunc._types import Leaves
 from jacfunc._whole_batch import Whole
-from jacfunc.layers import Part, rows
-from jacfunc.layers._squares import Sums, squared, written
+from jacfunc.layers import Part, Sums, rows, squared, written
 
 
 @dataclass(frozen=True, eq=False)

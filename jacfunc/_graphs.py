@@ -21,11 +21,7 @@ from jacfunc._faults import (
     once,
     wrong_second_derivative,
 )
-from jacfunc._functorch import (
-    outside_transforms,
-    recording,
-    run_backward,
-)
+from jacfunc._functorch import outside_transforms, recording, run_backward
 from jacfunc._linearization import EVERY, Linearization, Some, some_of
 from jacfunc._types import Leaves
 from jacfunc._walks import Graph

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from jacfunc._check import is_differentiable
 from jacfunc._errors import Refused
 from jacfunc._formulas import FORMULAS
 from jacfunc._functorch import (
@@ -28,6 +27,7 @@ from jacfunc._functorch import (
 from jacfunc._misread import lookup, tensors_of
 from jacfunc._operations import MET
 from jacfunc._orders import is_reverse_of_second_forward, is_second_order_forward
+from jacfunc._types import is_differentiable
 from jacfunc._watch import Watch, name_of
 
 

@@ -18,9 +18,9 @@ from jacfunc._compared import Subject
 from jacfunc._coupled_losses import GradientOf, loss_coupling
 from jacfunc._coupling import Found, coupling
 from jacfunc._errors import Refused
-from jacfunc._known import MOST_KINDS, Recent
 from jacfunc._parameters import ModuleState
 from jacfunc._parts import Part
+from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None

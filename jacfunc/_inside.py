@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import check_plain
 from jacfunc._attention import plain_attention
-from jacfunc._check import check_plain
 from jacfunc._compiled import as_written
 from jacfunc._faults import (
     can_be_batched,

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from jacfunc._blocks import Allocate
-from jacfunc._check import is_tensor
 from jacfunc._functorch import inside_transform
 from jacfunc._sinks import Grid, MatrixSink, Sink
 from jacfunc._tree import StructureError, aligned, flatten
-from jacfunc._types import Blocks, Leaves, Tree
+from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 
 
 def sink_for(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jacfunc._check import check_chunk_size
+from jacfunc._arguments import check_chunk_size
 from jacfunc._derive import in_words_of
 from jacfunc._flat import FlatCall
 from jacfunc._independence import Independence, Independent
@@ -15,9 +15,8 @@ from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._of_samples import OfCall, Sampled, samples_of
 from jacfunc._points import Door
 from jacfunc._tree import map_tensors
-from jacfunc._types import Argnums, Tree
+from jacfunc._types import Argnums, Randomness, Tree
 from jacfunc.strategies import Structured
-from jacfunc.strategies._forward import Randomness
 
 API = "ntk"
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._check import is_differentiable, is_tensor
 from jacfunc._errors import Refused
 from jacfunc._functorch import below_transforms, inside_transform, is_batched, is_tracked
 from jacfunc._mapped import is_spread
 from jacfunc._tree import flatten
+from jacfunc._types import is_differentiable, is_tensor
 
 Args: TypeAlias = tuple[Any, ...]
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._check import is_differentiable, is_tensor
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._dims import batch_size
@@ -21,20 +20,14 @@ from jacfunc._functorch import inside_derivative, is_outermost, is_pushing
 from jacfunc._independence import Independence
 from jacfunc._inputs import Arguments, Choice, check_batch, sample_dims
 from jacfunc._lock import alone
-from jacfunc._module_checks import (
-    check_call,
-    check_inputs,
-    check_parameters,
-    check_samples,
-)
+from jacfunc._module_checks import check_call, check_inputs, check_parameters, check_samples
 from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._sinks import Sink
 from jacfunc._tree import Split, flatten, kinds_of, map_tensors, unflatten
-from jacfunc._types import Argnums, Leaves, Tree
+from jacfunc._types import Argnums, Leaves, Randomness, Tree, is_differentiable, is_tensor
 from jacfunc._watch import unseen
 from jacfunc.strategies import Strategy
-from jacfunc.strategies._forward import Randomness
 
 Wrt: TypeAlias = Literal["params", "inputs"]
 POSITIONS = {"params": 0, "inputs": 1}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jacfunc._check import is_differentiable
 from jacfunc._functorch import inside_derivative
 from jacfunc._parameters import ModuleState
 from jacfunc._tree import flatten
-from jacfunc._types import Tree
+from jacfunc._types import Tree, is_differentiable
 
 
 def check_module(api: str, module: object) -> None:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from jacfunc._agreement import Evaluated
-from jacfunc._check import is_tensor
 from jacfunc._dims import batch_size
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
@@ -19,9 +18,8 @@ from jacfunc._operators import JacobianOperator
 from jacfunc._samples import Batch
 from jacfunc._sinks import Sink
 from jacfunc._tree import Split, kinds_of
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured
-from jacfunc.strategies._forward import Randomness
 
 
 class Sampled(Protocol):

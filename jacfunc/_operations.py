@@ -22,7 +22,6 @@ from jacfunc._callers import (
     refuse_in_checkpoint,
     require_grad,
 )
-from jacfunc._check import is_differentiable
 from jacfunc._draws import DRAWING, may_draw
 from jacfunc._errors import Refused
 from jacfunc._formulas import FORMULAS
@@ -38,6 +37,7 @@ from jacfunc._misread import (
     is_tracked_now,
     tensors_of,
 )
+from jacfunc._types import is_differentiable
 
 _Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
 

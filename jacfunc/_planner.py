@@ -19,21 +19,13 @@ from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._functorch import is_pushing
-from jacfunc._known import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._lock import alone
+from jacfunc._log import is_heard, note
 from jacfunc._operators import JacobianOperator
-from jacfunc._plans import (
-    Direction,
-    Plan,
-    Sampled,
-    attempt,
-    by_sizes,
-    fastest,
-    rows_first,
-)
-from jacfunc._trail import is_heard, note
+from jacfunc._plans import Direction, Plan, Sampled, attempt, by_sizes, fastest, rows_first
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._types import Blocks
-from jacfunc._words import in_seconds
+from jacfunc._units import in_seconds
 from jacfunc._work import Recorder, Unrecordable
 from jacfunc.strategies import Forward, Reverse, Structured
 

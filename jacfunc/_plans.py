@@ -10,10 +10,10 @@ from jacfunc._basis import numel
 from jacfunc._costs import Costs, is_forward
 from jacfunc._errors import Refused
 from jacfunc._forecast import Forecast, Swept
+from jacfunc._log import note
 from jacfunc._operators import JacobianOperator
-from jacfunc._trail import note
 from jacfunc._types import Blocks
-from jacfunc._words import in_seconds
+from jacfunc._units import in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 CHUNKS = (512, 128)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._agreement import Evaluated
+from jacfunc._arguments import check_chunk_size
 from jacfunc._attributes import held
-from jacfunc._check import check_chunk_size
 from jacfunc._derive import in_words_of
 from jacfunc._dims import batch_size
 from jacfunc._draws import Draws
@@ -29,10 +29,9 @@ from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._sinks import Sink
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Randomness, Tree
 from jacfunc.layers import Part
 from jacfunc.strategies import Structured
-from jacfunc.strategies._forward import Randomness
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jacfunc._check import check_like
+from jacfunc._arguments import check_like
 from jacfunc._derive import in_words_of
 from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator

@@ -18,9 +18,8 @@ from jacfunc._linearization import Some
 from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._points import Door, Point
 from jacfunc._select import Select
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Randomness, Tree
 from jacfunc.layers import Outer, Part, rows
-from jacfunc.strategies._forward import Randomness
 
 API = "random_projection"
 PIECE = 2**24

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jacfunc._known import Remembered
+from jacfunc._remembered import Remembered
 
 DEEPEST, MOST = 6, 300
 """Steps from the function, and things that are looked at in all."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._autotune import Autotune
-from jacfunc._check import check_chunk_size, check_memory
 from jacfunc._planner import Auto
 from jacfunc._plans import Direction
+from jacfunc._types import Memory
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 NAMES = ("auto", "autotune", "reverse", "forward", "looped", "structured")
-Memory = int | str | None
-"""Bytes, as a number or in words (``"2 GiB"``)."""
 
 
 def resolve(

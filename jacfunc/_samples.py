@@ -21,16 +21,15 @@ from jacfunc._flat import FlatCall, OfCalls
 from jacfunc._functorch import is_outermost, levels, sweep_batch
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._lock import alone
+from jacfunc._log import note
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
-from jacfunc._trail import note
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, Randomness
 from jacfunc._unmapped import check_randomness, under_vmap
 from jacfunc._watch import unseen
 from jacfunc.strategies import Looped, Strategy, Structured
-from jacfunc.strategies._forward import Randomness
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from jacfunc._check import is_differentiable
+from jacfunc._types import is_differentiable
 
 Select: TypeAlias = (
     str | Sequence[str] | Callable[[str, Tensor], bool] | Mapping[str, Tensor] | None

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from jacfunc._arguments import check_chunk_size
 from jacfunc._attributes import held
 from jacfunc._basis import sweep_leaves
 from jacfunc._blocks import rows_to_blocks, stack_leaves
-from jacfunc._check import check_chunk_size, is_tensor
 from jacfunc._chunks import Chunk, Pieces, in_chunks
 from jacfunc._dims import batch_size, narrowed
 from jacfunc._draws import Draws
@@ -32,8 +32,7 @@ from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._sinks import PIECE, Sink
 from jacfunc._tree import Split, flatten, unflatten
-from jacfunc._types import Leaves, Tree
-from jacfunc.strategies._forward import Randomness
+from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 
 API = "stream_jacobian"
 By = Literal["params", "rows", "samples"]

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jacfunc._derive import Evaluation, deriving, jacobian_by
-from jacfunc._resolve import Memory, directed, resolve
-from jacfunc._types import Argnums, Tree
+from jacfunc._resolve import directed, resolve
+from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Forward, Reverse, Strategy
-from jacfunc.strategies._forward import Randomness
 
 
 def jacrev(

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as torch_pytree
 
-from jacfunc._check import is_differentiable
 from jacfunc._lock import alone
-from jacfunc._types import Tree
+from jacfunc._types import Tree, is_differentiable
 
 NAMESPACE = "jacfunc"
 """Register a node type with optree globally or in this namespace, and jacfunc sees through it."""
@@ -25,6 +24,7 @@ NAMESPACE = "jacfunc"
 # Entered for the life of the process, and for our namespace alone: a Jacobian's columns follow
 # named_parameters(), whose order optree's default (sorted keys) would lose.
 _INSERTION_ORDER = optree.dict_insertion_ordered(True, namespace=NAMESPACE)
+
 _INSERTION_ORDER.__enter__()
 
 _LEAF = optree.treespec_leaf(namespace=NAMESPACE)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from jacfunc._agreement import check_agreement
-from jacfunc._check import is_tensor
 from jacfunc._dims import narrowed
 from jacfunc._draws import Draws
 from jacfunc._errors import Refused
@@ -18,11 +17,11 @@ from jacfunc._factors import Samples
 from jacfunc._flat import FlatCall, OfCalls
 from jacfunc._independence import now_and_then
 from jacfunc._linearization import live, some_of
+from jacfunc._log import note
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
-from jacfunc._trail import note
 from jacfunc._tree import Split
-from jacfunc._types import LeafFunction, Leaves
+from jacfunc._types import LeafFunction, Leaves, is_tensor
 
 ROUNDING = 0.4
 """Power of a dtype's precision: relative to its terms, an inner product errs by less."""

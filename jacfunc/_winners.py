@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from jacfunc._forecast import Swept
-from jacfunc._known import Recent
+from jacfunc._remembered import Recent
 from jacfunc.strategies import Forward, Looped, Reverse
 
 KINDS: dict[str, type[Swept]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}

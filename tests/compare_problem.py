@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from jacfunc.compare import Problem
+from jacfunc.compare._problem import Problem
 
 WEIGHT = torch.tensor([[1.0, 2.0, -1.0], [0.5, -0.5, 0.25]])
 

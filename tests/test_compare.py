@@ -23,14 +23,16 @@ from torch import nn
 
 import jacfunc
 from jacfunc._tree import flatten
-from jacfunc.compare import Comparison, Problem, compare
+from jacfunc.compare import compare
 from jacfunc.compare._advice import Advice
 from jacfunc.compare._command import load, main, with_options
 from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants
 from jacfunc.compare._judge import Judge, precision_of
+from jacfunc.compare._problem import Problem
 from jacfunc.compare._reference import plain_of
 from jacfunc.compare._results import Result, Spread, WrongAnswerError
-from jacfunc.strategies import Reverse
+from jacfunc.compare._table import Comparison
+from jacfunc.strategies._reverse import Reverse
 from tests import compare_problem
 from tests.oracles import float_leaves, looped_jacobian
 

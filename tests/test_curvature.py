@@ -16,7 +16,8 @@ import jacfunc
 from jacfunc._errors import Refused
 from jacfunc._projections import Signs
 from jacfunc._whole_batch import Whole
-from jacfunc.layers import Gather, Outer, Part, Rows
+from jacfunc.layers._forms import Gather, Outer, Rows
+from jacfunc.layers._parts import Part
 from jacfunc.layers._squares import Sums, norms, squared
 
 

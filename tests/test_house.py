@@ -20,71 +20,59 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"_types", "_errors", "_check", "_words", "_trail", "_known", "_lock"},
-    {"_tree", "_chunks", "_basis", "_blocks", "_dims", "_functorch", "_faults", "_guard", "_watch"}
-    | {
-        "_misread",
-        "_callers",
-        "_operations",
-        "_formulas",
-        "_norms",
-        "_nested",
-        "_orders",
-        "_scripted",
-    }
-    | {"_counting", "_mapped", "_into", "_pages", "_compiled"}
-    | {"_attention", "_draws", "_sinks", "_constants", "_agreement", "_attributes", "_reach"},
     {
-        "_work",
-        "_replacing",
-        "_engines",
-        "_inside",
-        "_push",
-        "_linear",
-        "_linearization",
-        "_operators",
+        "_attention",
+        "_compiled",
+        "_counting",
+        "_errors",
         "_fingerprint",
-    }
-    | {"_graphs", "_walks", "layers", "_factors", "_factored"},
-    {"_flat", "strategies", "_machine"},
-    {
-        "_costs",
-        "_plans",
-        "_budgets",
-        "_winners",
-        "_planner",
-        "_autotune",
-        "_resolve",
-        "_derive",
-        "_forecast",
-        "_foretell",
-    },
-    {
-        "_transforms",
-        "_products",
-        "_batching",
-        "_estimate",
-        "_explain",
-        "_parameters",
-        "_samples",
-        "_unmapped",
-    }
-    | {"_modules", "_module_calls", "_module_checks", "_inputs", "_select"}
-    | {"_compared", "_coupled_losses", "_coupling", "_independence"}
-    | {"_streams", "_unmapped", "_layerwise", "_again", "_of_samples", "_kernel_blocks", "_kernels"}
-    | {"_lost", "_parts", "_stays"}
-    | {
-        "_points",
-        "_whole_batch",
-        "_output_curvature",
+        "_lock",
+        "_log",
         "_losses",
+        "_norms",
+        "_remembered",
+        "_types",
+        "_units",
+    },
+    {"_arguments", "_chunks", "_draws", "_reach", "_replacing", "_select", "_tree"},
+    {"_basis", "_dims", "_functorch", "_inputs"},
+    {
+        "_attributes",
+        "_constants",
+        "_faults",
         "_likelihoods",
-        "_gauss_newton",
-        "_curvature",
-    }
-    | {"_projections"}
-    | {"testing", "compare"},
-    {"__main__"},
+        "_linear",
+        "_lost",
+        "_mapped",
+        "_orders",
+        "_pages",
+        "_walks",
+        "_work",
+    },
+    {"_blocks", "_formulas", "_misread", "_parts"},
+    {"_callers", "_sinks", "_stays"},
+    {"_into", "_operations"},
+    {"_watch"},
+    {"_agreement", "_flat", "_guard", "_linearization"},
+    {"_graphs", "_nested", "_push", "_scripted", "_unmapped"},
+    {"_compared", "_inside", "_parameters"},
+    {"_coupling", "_engines", "_module_checks"},
+    {"_coupled_losses", "_operators", "layers"},
+    {"_again", "_factors", "_independence", "_machine"},
+    {"_factored", "_layerwise"},
+    {"strategies"},
+    {"_costs", "_derive"},
+    {"_batching", "_forecast", "_products"},
+    {"_foretell", "_plans", "_winners"},
+    {"_budgets", "_estimate"},
+    {"_planner"},
+    {"_autotune"},
+    {"_resolve", "_samples"},
+    {"_explain", "_module_calls", "_of_samples", "_transforms", "testing"},
+    {"_kernel_blocks", "_modules", "_points", "_streams"},
+    {"_kernels", "_output_curvature", "_whole_batch", "compare"},
+    {"__main__", "_gauss_newton", "_projections"},
+    {"_curvature"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import jacfunc
-from jacfunc.strategies import Structured
+from jacfunc.strategies._structured import Structured
 
 B = 3
 # of a copy that torch makes

@@ -12,9 +12,10 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import jacfunc
-from jacfunc.layers import Part, Rows, rows, write
+from jacfunc.layers._forms import Rows
+from jacfunc.layers._parts import Part, rows, write
 from jacfunc.layers._views import View
-from jacfunc.strategies import Structured
+from jacfunc.strategies._structured import Structured
 
 
 class Model(nn.Module):

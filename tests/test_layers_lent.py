@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacfunc
-from jacfunc.layers import Outer, positions, rule, visible
-from jacfunc.strategies import Structured
+from jacfunc.layers._forms import Outer
+from jacfunc.layers._linear import positions
+from jacfunc.layers._rules import rule, visible
+from jacfunc.strategies._structured import Structured
 
 B = 4
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc._counting import PeakBytes
-from jacfunc._trail import trail
+from jacfunc._log import trail
 from tests.test_kernels import written_out
 
 

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacfunc
 from jacfunc import _autotune
+from jacfunc._arguments import check_memory
 from jacfunc._basis import basis
-from jacfunc._check import check_memory
 from jacfunc._chunks import Within, in_chunks
 from jacfunc._counting import PeakBytes
+from jacfunc._log import trail
 from jacfunc._operators import JacobianOperator
-from jacfunc._trail import trail
 
 ROWS, COLUMNS = 512, 256
 SLACK = 4 * 4 * (ROWS + COLUMNS)  # a few vectors: the point, its image, one seed more

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import jacfunc
 from jacfunc import Forward, Looped, Plan, Reverse, Structured
 from jacfunc._costs import Costs
+from jacfunc._log import trail
 from jacfunc._machine import LARGEST
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import fastest
-from jacfunc._trail import trail
 from jacfunc._work import Operation, Recorder
 from tests.oracles import looped_jacobian
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
 from jacfunc._constants import constants_of
-from jacfunc._known import MOST_KINDS, Recent, Remembered
+from jacfunc._log import trail
 from jacfunc._planner import Auto, shared_plans
 from jacfunc._plans import others
-from jacfunc._trail import trail
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._winners import Winners
 
 

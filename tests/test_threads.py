@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.backends import cuda, mha
 
 import jacfunc
-from jacfunc import _lock
+from jacfunc import _lock as _lock
 
 THREADS, ROUNDS = 8, 15
 EAGER = 5e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jacfunc._words import in_bytes, in_counts, in_seconds
+from jacfunc._units import in_bytes, in_counts, in_seconds
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.tables import Table, spread
-from jacfunc._words import in_bytes
+from jacfunc._units import in_bytes
 
 Found = Mapping[str, Any]
 

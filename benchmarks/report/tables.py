@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.records import Run
 from benchmarks.sentences import sentence
 from benchmarks.verdicts import Record, beside, counted_rounds, number, winners
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._results import WARM_UP
 
 ABSENT = "not measured"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jacfunc._check import check_memory
-from jacfunc._resolve import Memory, resolve
+from jacfunc._arguments import check_memory
+from jacfunc._resolve import resolve
+from jacfunc._types import Memory
 from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, name_of
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._measuring import Effort, measure

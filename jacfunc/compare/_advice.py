@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jacfunc._check import check_memory
-from jacfunc._resolve import Memory
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._arguments import check_memory
+from jacfunc._types import Memory
+from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._contestants import PLANNED
 from jacfunc.compare._problem import API
 from jacfunc.compare._results import Result, Spread, spread

@@ -16,13 +16,14 @@ from jacfunc._dims import one_sample
 from jacfunc._draws import Draws
 from jacfunc._forecast import Swept
 from jacfunc._foretell import Foreteller
+from jacfunc._log import note
 from jacfunc._machine import free_bytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import counted_costs
-from jacfunc._resolve import Memory, resolve
+from jacfunc._resolve import resolve
 from jacfunc._sinks import Sink
-from jacfunc._trail import note
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._types import Memory
+from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._clock import Run
 from jacfunc.compare._measuring import Contestant
 from jacfunc.compare._problem import API, Problem

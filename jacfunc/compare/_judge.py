@@ -10,9 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from jacfunc._check import is_tensor
 from jacfunc._tree import flatten
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Tree, is_tensor
 from jacfunc.compare._problem import Problem
 from jacfunc.compare._reference import Plain
 from jacfunc.compare._results import WrongAnswerError

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._drawing import (
     LIGHT,
     MUTED,

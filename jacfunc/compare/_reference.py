@@ -13,12 +13,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from jacfunc._check import check_outputs, is_differentiable, wrap_argnums
+from jacfunc._arguments import check_outputs, wrap_argnums
 from jacfunc._draws import Draws
+from jacfunc._log import note
 from jacfunc._parameters import ModuleState
-from jacfunc._trail import note
 from jacfunc._tree import Split, flatten, paths
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Tree, is_differentiable
 from jacfunc.compare._problem import API, Problem
 
 MOST_ROWS = 10_000

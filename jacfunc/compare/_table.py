@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jacfunc._resolve import Memory
-from jacfunc._words import in_bytes, in_seconds
+from jacfunc._types import Memory
+from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._advice import Advice
 from jacfunc.compare._pareto import Point, pareto_svg
 from jacfunc.compare._problem import API

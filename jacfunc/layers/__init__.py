@@ -16,6 +16,7 @@ from jacfunc.layers._gram import Axes, Gram
 from jacfunc.layers._linear import positions
 from jacfunc.layers._parts import Part, rows, together, write
 from jacfunc.layers._rules import opening, rule, visible
+from jacfunc.layers._squares import Sums, norms, squared, written
 from jacfunc.layers._tracked import Touched
 from jacfunc.layers._uses import Uses
 
@@ -27,15 +28,19 @@ __all__ = [
     "Outer",
     "Part",
     "Rows",
+    "Sums",
     "Touched",
     "Use",
     "Uses",
+    "norms",
     "opening",
     "positions",
     "rows",
     "rule",
+    "squared",
     "summed",
     "together",
     "visible",
     "write",
+    "written",
 ]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
+from jacfunc._arguments import check_chunk_size
 from jacfunc._basis import sweep
-from jacfunc._check import check_chunk_size
 from jacfunc._chunks import Chunk, Within
 from jacfunc._operators import JacobianOperator
-from jacfunc._types import Blocks
-
-Randomness = Literal["error", "same", "different"]
+from jacfunc._types import Blocks, Randomness
 
 
 @dataclass(frozen=True)

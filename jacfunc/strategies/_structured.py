@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from jacfunc._check import check_chunk_size
+from jacfunc._arguments import check_chunk_size
 from jacfunc._chunks import Chunk, Within, in_chunks, of_leaf
 from jacfunc._factored import Met, factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._functorch import is_outermost
-from jacfunc._known import Remembered, nothing_yet
 from jacfunc._lock import alone
 from jacfunc._operators import JacobianOperator
+from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._types import Blocks, Leaves
 from jacfunc.strategies._reverse import Reverse
 

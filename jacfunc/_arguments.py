@@ -9,18 +9,7 @@ from typing import Any
 import torch
 
 from jacfunc._errors import Refused
-from jacfunc._types import Argnums
-
-
-def is_tensor(leaf: object) -> bool:
-    """Everything else rides along as it is."""
-    return isinstance(leaf, torch.Tensor)
-
-
-def is_differentiable(leaf: object) -> bool:
-    """Floating and complex tensors carry derivatives; every other leaf is a constant."""
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
+from jacfunc._types import Argnums, is_differentiable
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
