@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import jacfunc
-from jacfunc._machine import free_bytes
+from jacfunc._memory.available import free_bytes
 
 Environment = dict[str, str | int | float | list[float] | None]
 

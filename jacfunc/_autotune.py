@@ -16,12 +16,12 @@ import torch
 
 from jacfunc._arguments import check_memory
 from jacfunc._budgets import bounded, bounded_samples, fewer_rows
-from jacfunc._chunks import Chunk
 from jacfunc._errors import Refused
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._log import note
 from jacfunc._machine import seconds_of
+from jacfunc._memory import Chunk
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Planned, by_plan, counted_costs
 from jacfunc._plans import Plan, Sampled, by_sizes, candidates, fastest, others, rows_first

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from jacfunc._chunks import Chunk, in_chunks, of_leaf
+from jacfunc._memory import Chunk, in_chunks, of_leaf
 from jacfunc._types import Leaves
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jacfunc._chunks import Chunk, Within, evenly
 from jacfunc._costs import Costs
-from jacfunc._machine import free_bytes
+from jacfunc._memory import Chunk, Within, evenly, free_bytes
 from jacfunc._plans import MODEST, Direction, Plan
 from jacfunc._units import in_bytes
 from jacfunc.strategies import Forward, Reverse

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from jacfunc._chunks import Chunk, in_chunks
+from jacfunc._memory import Chunk, in_chunks
 from jacfunc._types import Leaves
 
 Dims: TypeAlias = Sequence[int | None]

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 from jacfunc._autotune import Autotune
-from jacfunc._counting import PeakBytes
 from jacfunc._derive import jacobian_by
 from jacfunc._flat import FlatCall
 from jacfunc._foretell import Foreteller
 from jacfunc._lock import alone
 from jacfunc._log import trail
+from jacfunc._memory import PeakBytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import Plan

@@ -12,10 +12,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from jacfunc._basis import numel
 from jacfunc._blocks import columns_to_blocks, rows_to_blocks
-from jacfunc._chunks import Chunk
 from jacfunc._costs import Costs, is_forward
-from jacfunc._counting import PeakBytes
 from jacfunc._linearization import EVERY, Some
+from jacfunc._memory import Chunk, PeakBytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._replacing import Replacing
 from jacfunc._tree import flatten, map_tensors

@@ -11,10 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from jacfunc._basis import numel
-from jacfunc._chunks import largest
 from jacfunc._costs import Costs, is_forward
 from jacfunc._flat import FlatCall
 from jacfunc._forecast import Fakes, Forecast, Swept
+from jacfunc._memory import largest
 from jacfunc._types import Argnums, Tree
 from jacfunc.strategies import Looped
 

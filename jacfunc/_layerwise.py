@@ -10,8 +10,8 @@ from torch import Tensor
 
 from jacfunc._again import first_again
 from jacfunc._blocks import stack
-from jacfunc._chunks import Chunk, evenly, in_chunks
 from jacfunc._factors import Factors
+from jacfunc._memory import Chunk, evenly, in_chunks
 from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,11 +15,10 @@ from torch import Tensor
 
 from jacfunc._basis import basis
 from jacfunc._functorch import outside_transforms
+from jacfunc._memory import LARGE
 from jacfunc._operators import JacobianOperator
-from jacfunc._pages import LARGE
 from jacfunc._types import Leaves
 
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 REPEATS, ENOUGH = 5, 0.05
 SHORT, LONG = 2, 12
 """Links of two chains of tiny operations; their difference is the cost of the links between."""
@@ -188,21 +184,3 @@ def power_of_four(number: float, least: int, most: int) -> int:
     """The nearest one within bounds: what is measured once for all sizes near it."""
     nearest = 4 ** round(math.log(max(number, 1), 4))
     return int(min(max(least, nearest), most))
-
-
-def free_bytes(device: torch.device) -> int:
-    """What can be allocated without anyone swapping, or a container's limit being met."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if not MEMINFO.exists():  # no Linux: half of all there is, as nobody says how much is free
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-    lines = MEMINFO.read_text().splitlines()
-    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return min(1024 * int(available), _free_in_container())
-
-
-def _free_in_container() -> int:
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if not limit.exists() or limit.read_text().strip() == "max":
-        return sys.maxsize
-    return max(int(limit.read_text()) - int(used.read_text()), 0)

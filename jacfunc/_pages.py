@@ -7,21 +7,14 @@ import mmap
 import weakref
 from collections import deque
 from contextlib import suppress
-from functools import cache
 from threading import Lock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from jacfunc._counting import PeakBytes
 from jacfunc._functorch import is_outermost
-
-LARGE = 2**25
-"""Bytes up to which a heap keeps what is freed and hands it out again."""
-
-KEPT = LARGE - 2**16
-"""Bytes of the largest block that a heap keeps, with what it adds to it."""
+from jacfunc._memory import LARGE, PeakBytes
 
 HUGE, POPULATE = 14, 23
 """Linux's ``MADV_HUGEPAGE``, a fault for 2 MiB at once where it has them side by side, and, since
@@ -112,18 +105,6 @@ def _new(nbytes: int) -> mmap.mmap:
 
 
 _PAGES = Pages()
-
-
-@cache
-def keep_heap() -> None:
-    """From here on what a call frees stays in the heap, for the next one.
-
-    glibc gives back what is free at the end of the heap, beyond twice the largest block that has
-    been freed so far (``M_TRIM_THRESHOLD`` in mallopt(3)). In a young process that is so little
-    that a network of a megabyte asks for the same pages in each call. One block is enough, which
-    nothing is written into; where somebody has set the threshold, it stays as it is.
-    """
-    torch.UntypedStorage(KEPT)  # no operation, which modes and transforms would see
 
 
 def empty_cache() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from jacfunc._again import FirstSamples, first_again
 from jacfunc._autotune import Autotune
-from jacfunc._chunks import Chunk
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._draws import Draws
@@ -22,6 +21,7 @@ from jacfunc._functorch import is_outermost, levels, sweep_batch
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._lock import alone
 from jacfunc._log import note
+from jacfunc._memory import Chunk
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt

@@ -18,13 +18,9 @@ from jacfunc._blocks import (
     stack,
     stack_leaves,
 )
-from jacfunc._chunks import Chunk, Pieces, evenly
+from jacfunc._memory import PIECE, Chunk, Pieces, evenly
 from jacfunc._pages import empty
 from jacfunc._types import Blocks, Leaves, Tree
-
-PIECE = 2**24
-"""Bytes that wait to be written elsewhere: so few that the allocator keeps their memory, and the
-next piece is made in it."""
 
 
 @dataclass(frozen=True)

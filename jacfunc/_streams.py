@@ -14,7 +14,6 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._attributes import held
 from jacfunc._basis import sweep_leaves
 from jacfunc._blocks import rows_to_blocks, stack_leaves
-from jacfunc._chunks import Chunk, Pieces, in_chunks
 from jacfunc._dims import batch_size, narrowed
 from jacfunc._draws import Draws
 from jacfunc._errors import Refused
@@ -23,6 +22,7 @@ from jacfunc._independence import FEW, Independence, Independent
 from jacfunc._inputs import Choice
 from jacfunc._linearization import EVERY
 from jacfunc._lock import alone
+from jacfunc._memory import PIECE, Chunk, Pieces, in_chunks
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
 from jacfunc._operators import JacobianOperator
@@ -30,7 +30,7 @@ from jacfunc._parameters import ModuleState
 from jacfunc._planner import Auto
 from jacfunc._samples import Batch
 from jacfunc._select import Select
-from jacfunc._sinks import PIECE, Sink
+from jacfunc._sinks import Sink
 from jacfunc._tree import Split, flatten, unflatten
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Case, Question, Wanted
-from jacfunc._machine import free_bytes
+from jacfunc._memory.available import free_bytes
 from jacfunc.compare._measuring import Contestant, Effort
 from jacfunc.compare._results import WrongAnswerError
 

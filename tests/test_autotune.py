@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Autotune, Forward, Looped, Reverse
-from jacfunc._counting import PeakBytes
 from jacfunc._fingerprint import fingerprint
 from jacfunc._log import trail
+from jacfunc._memory.counting import PeakBytes
 from jacfunc._winners import Winners, winners
 
 MATRIX = torch.linspace(-1, 1, 600).view(300, 2)

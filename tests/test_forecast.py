@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jacfunc
 from jacfunc import Estimate, estimate
-from jacfunc._counting import PeakBytes
 from jacfunc._forecast import Forecast
 from jacfunc._foretell import Foreteller
+from jacfunc._memory.counting import PeakBytes
 from jacfunc._work import Recorder
 from tests.problems import PROBLEMS, Problem
 

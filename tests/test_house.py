@@ -23,7 +23,6 @@ LAYERS = [
     {
         "_attention",
         "_compiled",
-        "_counting",
         "_errors",
         "_fingerprint",
         "_lock",
@@ -34,7 +33,7 @@ LAYERS = [
         "_types",
         "_units",
     },
-    {"_arguments", "_chunks", "_draws", "_reach", "_replacing", "_select", "_tree"},
+    {"_arguments", "_draws", "_memory", "_reach", "_replacing", "_select", "_tree"},
     {"_basis", "_dims", "_functorch", "_inputs"},
     {
         "_attributes",

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import jacfunc
-from jacfunc._counting import PeakBytes
+from jacfunc._memory.counting import PeakBytes
 from jacfunc.layers import _gram
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc._counting import PeakBytes
 from jacfunc._log import trail
+from jacfunc._memory.counting import PeakBytes
 from tests.test_kernels import written_out
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from jacfunc import _machine
-from jacfunc._counting import PeakBytes
-from jacfunc._machine import Machine, free_bytes, machine, power_of_four
+from jacfunc._machine import Machine, machine, power_of_four
+from jacfunc._memory.available import free_bytes
+from jacfunc._memory.counting import PeakBytes
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ import jacfunc
 from jacfunc import _autotune
 from jacfunc._arguments import check_memory
 from jacfunc._basis import basis
-from jacfunc._chunks import Within, in_chunks
-from jacfunc._counting import PeakBytes
 from jacfunc._log import trail
+from jacfunc._memory.chunks import Within, in_chunks
+from jacfunc._memory.counting import PeakBytes
 from jacfunc._operators import JacobianOperator
 
 ROWS, COLUMNS = 512, 256

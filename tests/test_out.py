@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import _layerwise
-from jacfunc._counting import PeakBytes
+from jacfunc._memory.counting import PeakBytes
 
 STRATEGIES = ("auto", "reverse", "forward", "looped", "structured")
 

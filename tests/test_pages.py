@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import jacfunc
 from jacfunc import _pages
-from jacfunc._counting import PeakBytes
+from jacfunc._memory.counting import PeakBytes
 from jacfunc._pages import Pages
 
 pytestmark = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import jacfunc
-from jacfunc._counting import PeakBytes
+from jacfunc._memory.counting import PeakBytes
 from tests.test_modules import MODULES, NO_VMAP, case, per_sample_reference, reference
 
 NAMES = sorted(MODULES)

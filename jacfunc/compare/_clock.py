@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from jacfunc._counting import PeakBytes
 from jacfunc._machine import seconds_of
+from jacfunc._memory import PeakBytes
 
 Name = TypeVar("Name")
 Run = Callable[[], Any]

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from jacfunc._budgets import SHARE
-from jacfunc._chunks import largest
 from jacfunc._costs import Costs, is_forward
 from jacfunc._dims import one_sample
 from jacfunc._draws import Draws
 from jacfunc._forecast import Swept
 from jacfunc._foretell import Foreteller
 from jacfunc._log import note
-from jacfunc._machine import free_bytes
+from jacfunc._memory import free_bytes, largest
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import counted_costs
 from jacfunc._resolve import resolve

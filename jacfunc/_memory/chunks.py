@@ -8,9 +8,9 @@ from typing import ClassVar, TypeAlias
 
 import torch
 
-from jacfunc._counting import PeakBytes
 from jacfunc._errors import is_out_of_memory
 from jacfunc._log import note
+from jacfunc._memory.counting import PeakBytes
 from jacfunc._types import Leaves
 
 GROWTH = 1.25

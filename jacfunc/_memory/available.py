@@ -1,0 +1,29 @@
+"""How many bytes are free."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can be allocated without anyone swapping, or a container's limit being met."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not MEMINFO.exists():  # no Linux: half of all there is, as nobody says how much is free
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+    lines = MEMINFO.read_text().splitlines()
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return min(1024 * int(available), _free_in_container())
+
+
+def _free_in_container() -> int:
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return sys.maxsize
+    return max(int(limit.read_text()) - int(used.read_text()), 0)
