@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.grid import Case, Problem
-from jacfunc._tree import flatten
+from jacfunc._trees.tree import flatten
 from jacfunc.compare._clock import interleaved, seconds
 
 Run = Callable[[], Any]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._functorch import recording
-from jacfunc._tree import flatten, unflatten
+from jacfunc._trees import flatten, unflatten
 
 SIMPLE = frozenset({bool, int, float, str, type(None)})
 FEW = 1000

@@ -22,7 +22,7 @@ from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._nested import NestedWatch
 from jacfunc._reach import reaches_module
-from jacfunc._tree import (
+from jacfunc._trees import (
     Split,
     StructureError,
     aligned,

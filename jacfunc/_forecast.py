@@ -17,7 +17,7 @@ from jacfunc._linearization import EVERY, Some
 from jacfunc._memory import Chunk, PeakBytes
 from jacfunc._operators import JacobianOperator
 from jacfunc._replacing import Replacing
-from jacfunc._tree import flatten, map_tensors
+from jacfunc._trees import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
 from jacfunc._work import Recorder
 from jacfunc.strategies import Forward, Looped, Reverse, Structured

@@ -14,7 +14,7 @@ from jacfunc._independence import Independence, Independent
 from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._of_samples import OfCall, Sampled, samples_of
 from jacfunc._points import Door
-from jacfunc._tree import map_tensors
+from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Randomness, Tree
 from jacfunc.strategies import Structured
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jacfunc._errors import Stale
 from jacfunc._functorch import below_transforms
-from jacfunc._tree import flatten
+from jacfunc._trees import flatten
 from jacfunc._types import Tree
 
 

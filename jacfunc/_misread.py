@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from jacfunc._errors import Refused
 from jacfunc._functorch import below_transforms, inside_transform, is_batched, is_tracked
 from jacfunc._mapped import is_spread
-from jacfunc._tree import flatten
+from jacfunc._trees import flatten
 from jacfunc._types import is_differentiable, is_tensor
 
 Args: TypeAlias = tuple[Any, ...]

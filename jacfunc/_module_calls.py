@@ -18,13 +18,22 @@ from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import inside_derivative, is_outermost, is_pushing
 from jacfunc._independence import Independence
-from jacfunc._inputs import Arguments, Choice, check_batch, sample_dims
+from jacfunc._inputs import Choice
 from jacfunc._lock import alone
 from jacfunc._module_checks import check_call, check_inputs, check_parameters, check_samples
 from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._sinks import Sink
-from jacfunc._tree import Split, flatten, kinds_of, map_tensors, unflatten
+from jacfunc._trees import (
+    Arguments,
+    Split,
+    check_batch,
+    flatten,
+    kinds_of,
+    map_tensors,
+    sample_dims,
+    unflatten,
+)
 from jacfunc._types import Argnums, Leaves, Randomness, Tree, is_differentiable, is_tensor
 from jacfunc._watch import unseen
 from jacfunc.strategies import Strategy

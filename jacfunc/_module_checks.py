@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._functorch import inside_derivative
 from jacfunc._parameters import ModuleState
-from jacfunc._tree import flatten
+from jacfunc._trees import flatten
 from jacfunc._types import Tree, is_differentiable
 
 

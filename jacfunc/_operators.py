@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._mapped import holds_nan
 from jacfunc._push import pushforward, pushforward_batch
 from jacfunc._sinks import Sink
-from jacfunc._tree import kind_of
+from jacfunc._trees import kind_of
 from jacfunc._types import Blocks, LeafFunction, Leaves
 from jacfunc._watch import Watch, handled
 

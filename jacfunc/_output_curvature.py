@@ -21,7 +21,7 @@ from jacfunc._log import note
 from jacfunc._losses import is_known, known_root
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs
-from jacfunc._tree import map_tensors
+from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable
 from jacfunc._walks import Graph
 

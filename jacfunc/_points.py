@@ -20,7 +20,7 @@ from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
 from jacfunc._functorch import is_outermost
 from jacfunc._independence import Independence
-from jacfunc._inputs import Arguments, Choice
+from jacfunc._inputs import Choice
 from jacfunc._linearization import Some, live, some_of
 from jacfunc._lock import alone
 from jacfunc._module_calls import POSITIONS, ModuleCall
@@ -29,6 +29,7 @@ from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._sinks import Sink
+from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree
 from jacfunc.layers import Part
 from jacfunc.strategies import Structured

@@ -31,7 +31,7 @@ from jacfunc._planner import Auto
 from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._sinks import Sink
-from jacfunc._tree import Split, flatten, unflatten
+from jacfunc._trees import Split, flatten, unflatten
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 
 API = "stream_jacobian"

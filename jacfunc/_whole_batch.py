@@ -20,7 +20,7 @@ from jacfunc._linearization import live, some_of
 from jacfunc._log import note
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
-from jacfunc._tree import Split
+from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, is_tensor
 
 ROUNDING = 0.4

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import jacfunc
-from jacfunc._tree import flatten
+from jacfunc._trees.tree import flatten
 from jacfunc.compare import compare
 from jacfunc.compare._advice import Advice
 from jacfunc.compare._command import load, main, with_options

@@ -7,7 +7,7 @@ import torch
 
 import jacfunc
 from jacfunc._errors import Refused
-from jacfunc._tree import flatten
+from jacfunc._trees.tree import flatten
 from tests.test_coverage import FUNCTIONS, bound, copied, first_point, reseed, seeded
 
 REFUSED = {

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from jacfunc._tree import flatten
+from jacfunc._trees import flatten
 from jacfunc._types import Leaves, Tree, is_tensor
 from jacfunc.compare._problem import Problem
 from jacfunc.compare._reference import Plain

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from jacfunc._tree import map_tensors
+from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Leaves, Tree
 from jacfunc.compare._clock import Run
 from jacfunc.compare._problem import Problem

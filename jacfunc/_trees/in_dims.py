@@ -1,0 +1,75 @@
+"""Where inputs have the batch: ``in_dims`` as a dimension of every leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from jacfunc._trees.tree import StructureError, broadcast_prefix, flatten
+from jacfunc._types import Tree
+
+Arguments: TypeAlias = tuple[tuple[Tree, ...], dict[str, Tree]]
+"""``(args, kwargs)`` of a call."""
+
+
+def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | None]:
+    """The dimension of samples of every leaf of the arguments, left to right.
+
+    Raises:
+        ValueError, TypeError: if they do not fit the arguments.
+    """
+    args, kwargs = arguments
+    by_name = in_dims if isinstance(in_dims, Mapping) else {}
+    if unknown := by_name.keys() - kwargs.keys():
+        raise ValueError(
+            f"{api}: in_dims must name inputs that are given by keyword, got "
+            f"{', '.join(map(repr, sorted(unknown)))}. Give a tuple for positional ones."
+        )
+    if not isinstance(in_dims, int | tuple | list | Mapping):
+        raise TypeError(
+            f"{api}: in_dims must be an int, a tuple with an entry an input, or a dict by "
+            f"keyword, got {in_dims!r}. Write (0, None) where the second input is shared."
+        )
+    if isinstance(in_dims, tuple | list) and len(in_dims) != len(args):
+        raise ValueError(
+            f"{api}: in_dims must have one entry for each of the {len(args)} inputs, got "
+            f"{len(in_dims)}. Use None for what all samples share."
+        )
+    entire = in_dims if isinstance(in_dims, int) else 0
+    positional = in_dims if isinstance(in_dims, tuple | list) else [entire] * len(args)
+    prefixes = [*positional, *(by_name.get(name, entire) for name in kwargs)]
+    dims: list[Any] = []
+    names = [*range(len(args)), *kwargs]
+    for name, prefix, tree in zip(names, prefixes, (*args, *kwargs.values()), strict=True):
+        try:
+            dims += broadcast_prefix(prefix, tree, f"input {name!r}")
+        except StructureError as error:
+            raise ValueError(
+                f"{api}: in_dims must have the structure of the inputs, got one where {error}. "
+                "Give dicts the same keys."
+            ) from error
+    leaves = flatten(arguments)[0]
+    return [d if isinstance(x, Tensor) else None for x, d in zip(leaves, dims, strict=True)]
+
+
+def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) -> None:
+    """All tensors that have samples have equally many, and at least one."""
+    for leaf, dim in zip(leaves, dims, strict=True):
+        if dim is not None and not -leaf.dim() <= dim < leaf.dim():
+            raise ValueError(
+                f"{api}: with per_sample every input tensor must have the batch in its dimension "
+                f"{dim}, got shape {tuple(leaf.shape)}. Say in in_dims what all samples share."
+            )
+    sizes = {x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{api}: with per_sample every input tensor must have the same batch, got "
+            f"{sorted(sizes) or 'none'}. Say in in_dims what all samples share, and where."
+        )
+    if sizes == {0}:
+        raise ValueError(
+            f"{api}: per_sample needs at least one sample, got an empty batch. "
+            "Pass inputs with samples, or leave per_sample out."
+        )
