@@ -9,10 +9,9 @@ import torch
 
 from jacfunc._agreement import check_agreement, detached
 from jacfunc._dims import Dims, narrowed, one_sample
-from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import sweep_batch
 from jacfunc._operators import JacobianOperator
+from jacfunc._torch import Draws, sweep_batch
 from jacfunc._types import Leaves, Randomness
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
-from jacfunc._functorch import below_transforms, inside_transform, outside_transforms
+from jacfunc._torch import below_transforms, inside_transform, outside_transforms
 from jacfunc._types import Leaves
 from jacfunc._watch import unseen
 

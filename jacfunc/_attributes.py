@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._functorch import recording
+from jacfunc._torch import recording
 from jacfunc._trees import flatten, unflatten
 
 SIMPLE = frozenset({bool, int, float, str, type(None)})

@@ -12,16 +12,14 @@ from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._blocks import stack
-from jacfunc._compiled import as_written
 from jacfunc._derive import watches_itself
 from jacfunc._dims import Dims, batch_size, one_sample, sample_chunks
-from jacfunc._draws import Draws
 from jacfunc._errors import Refused, check_fallback
-from jacfunc._functorch import sweep_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._nested import NestedWatch
 from jacfunc._reach import reaches_module
+from jacfunc._torch import Draws, as_written, sweep_batch
 from jacfunc._trees import (
     Split,
     StructureError,

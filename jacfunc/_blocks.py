@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._functorch import memory_of
 from jacfunc._pages import empty
+from jacfunc._torch import memory_of
 from jacfunc._types import Blocks, Leaves
 
 Allocate: TypeAlias = Callable[[Leaves, int], Leaves]

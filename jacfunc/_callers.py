@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from jacfunc._errors import Refused
-from jacfunc._functorch import inside_transform
 from jacfunc._misread import Args, tensors_of
+from jacfunc._torch import inside_transform
 
 FUNCTIONAL = torch.autograd.functional.__name__
 _BETWEEN = frozenset(

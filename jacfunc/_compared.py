@@ -10,11 +10,9 @@ from math import comb
 import torch
 from torch import Tensor
 
-from jacfunc._attention import plain_attention
 from jacfunc._dims import batch_size
-from jacfunc._draws import Draws
-from jacfunc._functorch import recording, run_backward
 from jacfunc._graphs import anchored
+from jacfunc._torch import Draws, plain_attention, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
 MOST_HALVES = 6

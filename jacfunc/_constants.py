@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from jacfunc._functorch import below_transforms, outside_transforms
 from jacfunc._remembered import Remembered
+from jacfunc._torch import below_transforms, outside_transforms
 
 MOST = 2**26
 """Bytes of constants that are copied; of more, a write is seen too late, and told."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._basis import numel
-from jacfunc._functorch import below_transforms
 from jacfunc._machine import LARGEST, Cost, Machine, is_here, machine
 from jacfunc._memory import LARGE, largest
 from jacfunc._operators import JacobianOperator
+from jacfunc._torch import below_transforms
 from jacfunc._work import Operation, Recorder
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 

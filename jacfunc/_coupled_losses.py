@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacfunc._compared import Half, Quantity, at, halves
 from jacfunc._coupling import Found
-from jacfunc._draws import Draws
+from jacfunc._torch import Draws
 from jacfunc._types import Leaves
 
 GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]

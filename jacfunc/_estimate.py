@@ -10,8 +10,8 @@ from typing import Any
 from jacfunc._arguments import check_chunk_size
 from jacfunc._forecast import Forecast, Swept
 from jacfunc._foretell import Foreteller
-from jacfunc._functorch import inside_transform
 from jacfunc._lock import alone
+from jacfunc._torch import inside_transform
 from jacfunc._types import Argnums, Tree
 from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_plain
-from jacfunc._attention import plain_attention
 from jacfunc._engines import linearize
 from jacfunc._errors import Refused
 from jacfunc._factors import Factors, OfOne, Samples
-from jacfunc._functorch import inside_derivative, inside_transform, recording
 from jacfunc._graphs import Anchor, anchored, copied, on_graph
 from jacfunc._nested import watched_once
-from jacfunc._orders import Pull
+from jacfunc._torch import Pull, inside_derivative, inside_transform, plain_attention, recording
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._walks import Graph, leading_out
 from jacfunc._watch import unseen

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._basis import shared_units
-from jacfunc._functorch import sweep_batch
 from jacfunc._linearization import EVERY, Linearization, Some
+from jacfunc._torch import sweep_batch
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc.layers import Part, Rows, Use, rows, together, write
 

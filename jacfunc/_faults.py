@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
-from jacfunc._functorch import num_vmap_levels
+from jacfunc._torch import num_vmap_levels
 from jacfunc._types import Leaves
 
 NEVER_BATCHED = frozenset(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._functorch import below_transforms, is_pushing, num_vmap_levels
 from jacfunc._norms import (
     of_batches,
     of_batches_alone,
@@ -24,7 +23,7 @@ from jacfunc._norms import (
     of_instances_in_torch,
     of_layers,
 )
-from jacfunc._orders import num_derivatives
+from jacfunc._torch import below_transforms, is_pushing, num_derivatives, num_vmap_levels
 
 
 class Formula(Protocol):

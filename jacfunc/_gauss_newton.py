@@ -11,11 +11,11 @@ from torch import Tensor
 
 from jacfunc._arguments import check_like
 from jacfunc._errors import Refused
-from jacfunc._functorch import is_pushing
 from jacfunc._linear import LinearMap, is_followed
 from jacfunc._linearization import one_by_one
 from jacfunc._output_curvature import OutputCurvature
 from jacfunc._points import Outputs, Point
+from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves
 from jacfunc._whole_batch import Whole
 from jacfunc.layers import Part, Sums, rows, squared, written

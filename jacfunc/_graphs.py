@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
-from jacfunc._attention import plain_attention
-from jacfunc._compiled import run_as_written
 from jacfunc._errors import Refused
 from jacfunc._faults import (
     can_be_batched,
@@ -21,8 +19,14 @@ from jacfunc._faults import (
     once,
     wrong_second_derivative,
 )
-from jacfunc._functorch import outside_transforms, recording, run_backward
 from jacfunc._linearization import EVERY, Linearization, Some, some_of
+from jacfunc._torch import (
+    outside_transforms,
+    plain_attention,
+    recording,
+    run_as_written,
+    run_backward,
+)
 from jacfunc._types import Leaves
 from jacfunc._walks import Graph
 

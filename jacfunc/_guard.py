@@ -16,17 +16,18 @@ import torch
 
 from jacfunc._errors import Refused
 from jacfunc._formulas import FORMULAS
-from jacfunc._functorch import (
+from jacfunc._misread import lookup, tensors_of
+from jacfunc._operations import MET
+from jacfunc._torch import (
     below_transforms,
     constant,
     has_tangent,
+    is_reverse_of_second_forward,
+    is_second_order_forward,
     is_tracked,
     lacks_forward_kernel,
     num_forward_levels,
 )
-from jacfunc._misread import lookup, tensors_of
-from jacfunc._operations import MET
-from jacfunc._orders import is_reverse_of_second_forward, is_second_order_forward
 from jacfunc._types import is_differentiable
 from jacfunc._watch import Watch, name_of
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_plain
-from jacfunc._attention import plain_attention
-from jacfunc._compiled import as_written
 from jacfunc._faults import (
     can_be_batched,
     check_nodes,
@@ -21,17 +19,21 @@ from jacfunc._faults import (
     once,
     wrong_second_derivative,
 )
-from jacfunc._functorch import (
+from jacfunc._linearization import Linearization, Some, some_of, spread
+from jacfunc._nested import watched_once
+from jacfunc._torch import (
+    Pull,
+    as_written,
+    innermost_level,
     inside_derivative,
     is_differentiated,
+    is_right_twice,
     levels,
     newer_transforms,
     off_graph,
+    plain_attention,
     run_backward,
 )
-from jacfunc._linearization import Linearization, Some, some_of, spread
-from jacfunc._nested import watched_once
-from jacfunc._orders import Pull, innermost_level, is_right_twice
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._walks import Graph
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._blocks import Allocate
-from jacfunc._functorch import inside_transform
 from jacfunc._sinks import Grid, MatrixSink, Sink
+from jacfunc._torch import inside_transform
 from jacfunc._trees import StructureError, aligned, flatten
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 

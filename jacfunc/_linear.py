@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._functorch import inside_transform
+from jacfunc._torch import inside_transform
 from jacfunc._types import Leaves
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from jacfunc._errors import Stale
-from jacfunc._functorch import below_transforms
+from jacfunc._torch import below_transforms
 from jacfunc._trees import flatten
 from jacfunc._types import Tree
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jacfunc._basis import basis
-from jacfunc._functorch import outside_transforms
 from jacfunc._memory import LARGE
 from jacfunc._operators import JacobianOperator
+from jacfunc._torch import outside_transforms
 from jacfunc._types import Leaves
 
 REPEATS, ENOUGH = 5, 0.05

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacfunc._errors import Refused
-from jacfunc._functorch import below_transforms, inside_transform, is_batched, is_tracked
-from jacfunc._mapped import is_spread
+from jacfunc._torch import below_transforms, inside_transform, is_batched, is_spread, is_tracked
 from jacfunc._trees import flatten
 from jacfunc._types import is_differentiable, is_tensor
 

@@ -14,9 +14,7 @@ from torch import Tensor
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._dims import batch_size
-from jacfunc._draws import Draws
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import inside_derivative, is_outermost, is_pushing
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
 from jacfunc._lock import alone
@@ -24,6 +22,7 @@ from jacfunc._module_checks import check_call, check_inputs, check_parameters, c
 from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._sinks import Sink
+from jacfunc._torch import Draws, inside_derivative, is_outermost, is_pushing
 from jacfunc._trees import (
     Arguments,
     Split,

@@ -22,10 +22,8 @@ from jacfunc._callers import (
     refuse_in_checkpoint,
     require_grad,
 )
-from jacfunc._draws import DRAWING, may_draw
 from jacfunc._errors import Refused
 from jacfunc._formulas import FORMULAS
-from jacfunc._functorch import below_transforms, inside_functorch, is_pushing
 from jacfunc._lock import alone
 from jacfunc._misread import (
     LOOKUPS,
@@ -37,6 +35,7 @@ from jacfunc._misread import (
     is_tracked_now,
     tensors_of,
 )
+from jacfunc._torch import DRAWING, below_transforms, inside_functorch, is_pushing, may_draw
 from jacfunc._types import is_differentiable
 
 _Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]

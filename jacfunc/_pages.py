@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from jacfunc._functorch import is_outermost
 from jacfunc._memory import LARGE, PeakBytes
+from jacfunc._torch import is_outermost
 
 HUGE, POPULATE = 14, 23
 """Linux's ``MADV_HUGEPAGE``, a fault for 2 MiB at once where it has them side by side, and, since

@@ -13,17 +13,16 @@ import torch
 from torch import nn
 
 from jacfunc._budgets import bounded, bounded_samples, is_bounded, spared
-from jacfunc._compiled import uncompiled
 from jacfunc._costs import Costs
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
-from jacfunc._functorch import is_pushing
 from jacfunc._lock import alone
 from jacfunc._log import is_heard, note
 from jacfunc._memory import Chunk, Within
 from jacfunc._operators import JacobianOperator
 from jacfunc._plans import Direction, Plan, Sampled, attempt, by_sizes, fastest, rows_first
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered, nothing_yet
+from jacfunc._torch import is_pushing, uncompiled
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
 from jacfunc._work import Recorder, Unrecordable

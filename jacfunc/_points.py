@@ -15,10 +15,8 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._attributes import held
 from jacfunc._derive import in_words_of
 from jacfunc._dims import batch_size
-from jacfunc._draws import Draws
 from jacfunc._factors import Factors
 from jacfunc._flat import FlatCall
-from jacfunc._functorch import is_outermost
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
 from jacfunc._linearization import Some, live, some_of
@@ -29,6 +27,7 @@ from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._sinks import Sink
+from jacfunc._torch import Draws, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree
 from jacfunc.layers import Part

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_plain
-from jacfunc._attention import plain_attention
 from jacfunc._errors import Refused, is_of_old_style, lacks_forward_rule
-from jacfunc._functorch import inside_derivative, num_vmap_levels, off_graph, sweep_batch
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import batched_like
 from jacfunc._memory import keep_heap
+from jacfunc._torch import (
+    inside_derivative,
+    num_vmap_levels,
+    off_graph,
+    plain_attention,
+    sweep_batch,
+)
 from jacfunc._types import LeafFunction, Leaves
 
 

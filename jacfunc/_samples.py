@@ -12,12 +12,10 @@ from jacfunc._again import FirstSamples, first_again
 from jacfunc._autotune import Autotune
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
-from jacfunc._draws import Draws
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
 from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
 from jacfunc._flat import FlatCall, OfCalls
-from jacfunc._functorch import is_outermost, levels, sweep_batch
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._lock import alone
 from jacfunc._log import note
@@ -26,6 +24,7 @@ from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
 from jacfunc._sinks import Grid, Sink
+from jacfunc._torch import Draws, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
 from jacfunc._unmapped import check_randomness, under_vmap
 from jacfunc._watch import unseen

@@ -15,9 +15,7 @@ from jacfunc._attributes import held
 from jacfunc._basis import sweep_leaves
 from jacfunc._blocks import rows_to_blocks, stack_leaves
 from jacfunc._dims import batch_size, narrowed
-from jacfunc._draws import Draws
 from jacfunc._errors import Refused
-from jacfunc._functorch import inside_transform
 from jacfunc._independence import FEW, Independence, Independent
 from jacfunc._inputs import Choice
 from jacfunc._linearization import EVERY
@@ -31,6 +29,7 @@ from jacfunc._planner import Auto
 from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._sinks import Sink
+from jacfunc._torch import Draws, inside_transform
 from jacfunc._trees import Split, flatten, unflatten
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 

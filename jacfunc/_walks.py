@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._functorch import below_transforms
+from jacfunc._torch import below_transforms
 
 
 @dataclass(slots=True)

@@ -15,14 +15,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._callers import BY_CALLER, TAKES_DERIVATIVES, cuts_off
-from jacfunc._draws import DRAWING, may_draw
 from jacfunc._errors import Refused, lacks_forward_rule, writes_outside
 from jacfunc._formulas import by_formula
-from jacfunc._functorch import below_transforms, is_batched, is_pushing
 from jacfunc._misread import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
 from jacfunc._operations import MET, RULES
-from jacfunc._orders import Pull, is_right_twice, num_derivatives
 from jacfunc._remembered import Remembered
+from jacfunc._torch import (
+    DRAWING,
+    Pull,
+    below_transforms,
+    is_batched,
+    is_pushing,
+    is_right_twice,
+    may_draw,
+    num_derivatives,
+)
 from jacfunc._types import Leaves
 
 _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from jacfunc._agreement import check_agreement
 from jacfunc._dims import narrowed
-from jacfunc._draws import Draws
 from jacfunc._errors import Refused
 from jacfunc._factors import Samples
 from jacfunc._flat import FlatCall, OfCalls
@@ -20,6 +19,7 @@ from jacfunc._linearization import live, some_of
 from jacfunc._log import note
 from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
+from jacfunc._torch import Draws
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, is_tensor
 

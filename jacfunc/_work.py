@@ -10,8 +10,8 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import flop_registry
 
-from jacfunc._functorch import memory_of
 from jacfunc._memory import PeakBytes, dense_tensors
+from jacfunc._torch import memory_of
 from jacfunc._types import Leaves
 
 aten = torch.ops.aten

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc._functorch import run_backward
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._torch.autograd import run_backward
 from tests.test_modules import MODULES, case, per_sample_reference, reference
 
 STRATEGIES = ("auto", "reverse", "looped", "forward")

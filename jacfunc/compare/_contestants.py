@@ -12,7 +12,6 @@ import torch
 from jacfunc._budgets import SHARE
 from jacfunc._costs import Costs, is_forward
 from jacfunc._dims import one_sample
-from jacfunc._draws import Draws
 from jacfunc._forecast import Swept
 from jacfunc._foretell import Foreteller
 from jacfunc._log import note
@@ -21,6 +20,7 @@ from jacfunc._operators import JacobianOperator
 from jacfunc._planner import counted_costs
 from jacfunc._resolve import resolve
 from jacfunc._sinks import Sink
+from jacfunc._torch import Draws
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._clock import Run

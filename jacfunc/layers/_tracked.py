@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from jacfunc._functorch import below_transforms
+from jacfunc._torch import below_transforms
 from jacfunc.layers._views import Path
 
 UNSEEN_WRITE = (

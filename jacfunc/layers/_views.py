@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._functorch import below_transforms
+from jacfunc._torch import below_transforms
 
 _BOTH = (
     *("t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"),

@@ -11,7 +11,8 @@ from torch._C import _functorch
 from torch._C._functorch import TransformType
 from torch._functorch import pyfunctorch
 
-from jacfunc._functorch import active, below_transforms, has_tangent, is_pushing
+from jacfunc._torch.autograd import has_tangent
+from jacfunc._torch.levels import active, below_transforms, is_pushing
 
 
 def innermost_level() -> int | None:

@@ -1,0 +1,119 @@
+"""functorch and autograd from below: with ``_mapped`` the only importers of their private parts.
+
+Which transforms are active; a vmap and an ``autograd.grad`` without their checks, which are slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._C._functorch import TransformType
+from torch._functorch import eager_transforms, pyfunctorch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+from jacfunc._lock import holds_alone
+
+
+def inside_functorch() -> bool:
+    """Is a functorch transform active?"""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def inside_transform() -> bool:
+    """Is a functorch transform active, or plain forward mode? Only functorch nests in these."""
+    return inside_functorch() or is_pushing()
+
+
+def is_outermost() -> bool:
+    """Is neither a transform active nor a compiler? Then plain graphs can be looked into."""
+    return not (inside_transform() or torch.compiler.is_compiling())
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """As at the top level, whatever transforms and dispatch modes are active outside."""
+    with pyfunctorch.temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
+
+
+NOTHING = nullcontext()
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Equal for tensors of which writing into one writes into the other."""
+    if torch.compiler.is_compiling():  # compiled code is functional: nobody writes
+        return id(tensor)
+    return int(below_transforms(tensor).untyped_storage()._cdata)
+
+
+def levels() -> tuple[object, ...]:
+    """What is active outside, for telling one situation from another."""
+    return (*active(), is_pushing())
+
+
+def newer_transforms(number: int) -> list[str]:
+    """Kinds of the active ones but for so many that are outermost: Vmap, Grad, Jvp and others."""
+    return [key.name for key in active()[number:]]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Do its values, not its tangent alone, differ along a vmap outside?"""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
+
+
+def num_vmap_levels() -> int:
+    """How many vmaps are active."""
+    return sum(key == TransformType.Vmap for key in active())
+
+
+def num_forward_levels() -> int:
+    """How many pushforwards are active, functorch's or plain."""
+    plain = forward_ad._current_level + 1
+    return max(plain, sum(key == TransformType.Jvp for key in active()))
+
+
+def inside_derivative() -> bool:
+    """Is something active that differentiates what happens inside it, beside plain autograd?"""
+    return is_pushing() or TransformType.Grad in active()
+
+
+def active() -> list[TransformType]:
+    """The active transforms, outermost first."""
+    if torch.compiler.is_compiling():
+        return []
+    stack = _functorch.get_interpreter_stack()
+    return [interpreter.key() for interpreter in stack] if stack else []
+
+
+def is_pushing() -> bool:
+    """Is forward mode active in this thread? Torch counts its level for all threads at once."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return forward_ad._current_level >= 0
+    if TransformType.Jvp in active():
+        return True
+    return holds_alone(lambda: forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING)
+
+
+def below_transforms(tensor: Tensor) -> Tensor:
+    """The tensor below all levels, where the dimensions of the vmaps outside are seen."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def lacks_forward_kernel(op: torch._ops.OpOverload) -> bool:
+    """Operators of ``torch.library.custom_op`` register a backward alone."""
+    if op.namespace in {"aten", "prim", "prims", "profiler"}:
+        return False
+    name = op._schema.name
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return not has_kernel(name, "CompositeImplicitAutograd")
