@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
+from jacfunc._faults import unseen
 from jacfunc._torch import below_transforms, inside_transform, outside_transforms
 from jacfunc._types import Leaves
-from jacfunc._watch import unseen
 
 CHANGING = (
     "its outputs change from one evaluation to the next, by random numbers that do not come from "

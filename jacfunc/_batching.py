@@ -15,9 +15,9 @@ from jacfunc._blocks import stack
 from jacfunc._derive import watches_itself
 from jacfunc._dims import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._errors import Refused, check_fallback
+from jacfunc._faults import NestedWatch, handled
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._nested import NestedWatch
 from jacfunc._reach import reaches_module
 from jacfunc._torch import Draws, as_written, sweep_batch
 from jacfunc._trees import (
@@ -30,7 +30,6 @@ from jacfunc._trees import (
     unflatten,
 )
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
-from jacfunc._watch import handled
 
 OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
 

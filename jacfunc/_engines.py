@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 
 from jacfunc._arguments import check_kept
-from jacfunc._callers import TAKES_DERIVATIVES
+from jacfunc._faults import TAKES_DERIVATIVES, watched_once
 from jacfunc._graphs import Anchor, anchored, copied, on_graph
 from jacfunc._inside import linearize_inside
 from jacfunc._linearization import Linearization
-from jacfunc._nested import watched_once
 from jacfunc._torch import Pull, is_outermost, plain_attention, recording
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._walks import Graph, leading_out

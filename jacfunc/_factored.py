@@ -13,12 +13,11 @@ from jacfunc._arguments import check_plain
 from jacfunc._engines import linearize
 from jacfunc._errors import Refused
 from jacfunc._factors import Factors, OfOne, Samples
+from jacfunc._faults import unseen, watched_once
 from jacfunc._graphs import Anchor, anchored, copied, on_graph
-from jacfunc._nested import watched_once
 from jacfunc._torch import Pull, inside_derivative, inside_transform, plain_attention, recording
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._walks import Graph, leading_out
-from jacfunc._watch import unseen
 from jacfunc.layers import Touched, Use, Uses
 
 

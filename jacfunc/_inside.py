@@ -17,10 +17,10 @@ from jacfunc._faults import (
     check_statistics,
     must_be_differentiable,
     once,
+    watched_once,
     wrong_second_derivative,
 )
 from jacfunc._linearization import Linearization, Some, some_of, spread
-from jacfunc._nested import watched_once
 from jacfunc._torch import (
     Pull,
     as_written,

@@ -14,6 +14,7 @@ from torch import Tensor
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._dims import batch_size
+from jacfunc._faults import unseen
 from jacfunc._flat import FlatCall
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
@@ -34,7 +35,6 @@ from jacfunc._trees import (
     unflatten,
 )
 from jacfunc._types import Argnums, Leaves, Randomness, Tree, is_differentiable, is_tensor
-from jacfunc._watch import unseen
 from jacfunc.strategies import Strategy
 
 Wrt: TypeAlias = Literal["params", "inputs"]

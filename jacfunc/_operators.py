@@ -10,6 +10,7 @@ import torch
 from jacfunc._agreement import check_agreement
 from jacfunc._engines import linearize
 from jacfunc._errors import Refused, Stale, check_fallback, is_out_of_memory
+from jacfunc._faults import Watch, handled
 from jacfunc._linearization import EVERY, Linearization, Some, one_by_one
 from jacfunc._lock import alone
 from jacfunc._log import note
@@ -18,7 +19,6 @@ from jacfunc._sinks import Sink
 from jacfunc._torch import Draws, below_transforms, holds_nan, inside_transform, levels
 from jacfunc._trees import kind_of
 from jacfunc._types import Blocks, LeafFunction, Leaves
-from jacfunc._watch import Watch, handled
 
 Result = TypeVar("Result")
 

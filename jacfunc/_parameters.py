@@ -13,10 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from jacfunc._constants import Constants, constants_of
 from jacfunc._errors import Refused
+from jacfunc._faults import apart, check_scripted
 from jacfunc._lost import check_fresh
-from jacfunc._misread import apart
 from jacfunc._parts import Part, are_same, by_first_name, parts_beside, put_back
-from jacfunc._scripted import check_scripted
 from jacfunc._select import Select, chosen
 from jacfunc._stays import Lease, Stay
 from jacfunc._torch import recording

@@ -15,6 +15,7 @@ from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
 from jacfunc._factored import factored
 from jacfunc._factors import Factors, Samples
+from jacfunc._faults import unseen
 from jacfunc._flat import FlatCall, OfCalls
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._lock import alone
@@ -27,7 +28,6 @@ from jacfunc._sinks import Grid, Sink
 from jacfunc._torch import Draws, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
 from jacfunc._unmapped import check_randomness, under_vmap
-from jacfunc._watch import unseen
 from jacfunc.strategies import Looped, Strategy, Structured
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from jacfunc._errors import Refused, is_out_of_memory
+from jacfunc._faults import Watch
 from jacfunc._flat import FlatCall
-from jacfunc._watch import Watch
 
 
 @contextmanager

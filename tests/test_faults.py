@@ -1,6 +1,6 @@
 """Each place where torch is silently wrong: that it still is, and that jacfunc is not.
 
-When torch mends one of these, its pin fails: then its entry in ``_faults.py`` or ``_guard.py`` can
+When torch mends one of these, its pin fails: then its entry in ``_faults/`` can
 go.
 """
 

@@ -20,42 +20,26 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {
-        "_errors",
-        "_fingerprint",
-        "_lock",
-        "_log",
-        "_losses",
-        "_norms",
-        "_remembered",
-        "_types",
-        "_units",
-    },
+    {"_errors", "_fingerprint", "_lock", "_log", "_losses", "_remembered", "_types", "_units"},
     {"_arguments", "_memory", "_reach", "_replacing", "_select", "_trees"},
     {"_basis", "_dims", "_inputs", "_torch"},
     {
         "_attributes",
         "_constants",
         "_faults",
-        "_formulas",
         "_likelihoods",
         "_linear",
         "_lost",
-        "_misread",
         "_pages",
         "_walks",
         "_work",
     },
-    {"_blocks", "_callers", "_parts"},
-    {"_operations", "_sinks", "_stays"},
-    {"_into", "_watch"},
-    {"_agreement", "_flat", "_guard", "_linearization"},
-    {"_graphs", "_nested", "_push", "_scripted", "_unmapped"},
-    {"_compared", "_inside", "_parameters"},
-    {"_coupling", "_engines", "_module_checks"},
-    {"_coupled_losses", "_operators", "layers"},
-    {"_again", "_factors", "_independence", "_machine"},
-    {"_factored", "_layerwise"},
+    {"_agreement", "_blocks", "_flat", "_linearization", "_parts"},
+    {"_graphs", "_inside", "_push", "_sinks", "_stays", "_unmapped"},
+    {"_compared", "_engines", "_into", "_parameters"},
+    {"_coupling", "_module_checks", "_operators", "layers"},
+    {"_again", "_coupled_losses", "_factors", "_machine"},
+    {"_factored", "_independence", "_layerwise"},
     {"strategies"},
     {"_costs", "_derive"},
     {"_batching", "_forecast", "_products"},
@@ -235,7 +219,7 @@ JUDGES = {"jacfunc.compare._reference", "jacfunc.compare._recipe"}
 """What jacfunc is compared with must not be jacfunc's: the reference, and torch's own recipe."""
 
 
-WATCHERS = {"jacfunc._callers"}
+WATCHERS = {"jacfunc._faults.callers"}
 """These name derivatives that a function takes itself, to know them when they see them."""
 
 

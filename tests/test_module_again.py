@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc import _nested
-from jacfunc._nested import NestedWatch
+from jacfunc._faults import nested as _nested
+from jacfunc._faults.nested import NestedWatch
 from tests.oracles import assert_same
 
 

@@ -85,7 +85,7 @@ _NO_FORWARD = """
         to_sparse triangular_solve
 """
 
-# Refused, by torch, or by jacfunc in _faults.py and _guard.py; random operators inside vmap.
+# Refused, by torch, or by jacfunc in _faults/; random operators inside vmap.
 REFUSED = {
     "jacobian": "as_strided_scatter",
     "jacrev": "as_strided_scatter",

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from jacfunc._errors import Refused
-from jacfunc._formulas import FORMULAS
-from jacfunc._misread import lookup, tensors_of
-from jacfunc._operations import MET
+from jacfunc._faults.formulas import FORMULAS
+from jacfunc._faults.lookups import lookup, tensors_of
+from jacfunc._faults.operations import MET
+from jacfunc._faults.watch import Watch, name_of
 from jacfunc._torch import (
     below_transforms,
     constant,
@@ -29,7 +30,6 @@ from jacfunc._torch import (
     num_forward_levels,
 )
 from jacfunc._types import is_differentiable
-from jacfunc._watch import Watch, name_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from jacfunc._errors import Refused
-from jacfunc._guard import FAULTY
-from jacfunc._operations import CONSTANT_TO_TORCH
+from jacfunc._faults.forward import FAULTY
+from jacfunc._faults.operations import CONSTANT_TO_TORCH
 
 
 def check_scripted(module: torch.nn.Module) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
-from jacfunc._callers import CUT_OFF
 from jacfunc._errors import Refused
-from jacfunc._guard import FAULTY, Around, check_push, check_pushed
+from jacfunc._faults.callers import CUT_OFF
+from jacfunc._faults.forward import FAULTY, Around, check_push, check_pushed
+from jacfunc._faults.lookups import tensors_of
+from jacfunc._faults.watch import Watch, name_of, unwatched
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
-from jacfunc._misread import tensors_of
 from jacfunc._torch import Pull, is_batched, is_pushing
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import Watch, name_of, unwatched
 
 
 class NestedWatch(Watch):

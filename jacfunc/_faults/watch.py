@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._callers import BY_CALLER, TAKES_DERIVATIVES, cuts_off
 from jacfunc._errors import Refused, lacks_forward_rule, writes_outside
-from jacfunc._formulas import by_formula
-from jacfunc._misread import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
-from jacfunc._operations import MET, RULES
+from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, cuts_off
+from jacfunc._faults.formulas import by_formula
+from jacfunc._faults.lookups import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
+from jacfunc._faults.operations import MET, RULES
 from jacfunc._remembered import Remembered
 from jacfunc._torch import (
     DRAWING,

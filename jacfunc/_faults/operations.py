@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._callers import (
+from jacfunc._errors import Refused
+from jacfunc._faults.callers import (
     REENTRANT,
     SWITCH,
     TAKES_DERIVATIVES,
@@ -22,10 +23,8 @@ from jacfunc._callers import (
     refuse_in_checkpoint,
     require_grad,
 )
-from jacfunc._errors import Refused
-from jacfunc._formulas import FORMULAS
-from jacfunc._lock import alone
-from jacfunc._misread import (
+from jacfunc._faults.formulas import FORMULAS
+from jacfunc._faults.lookups import (
     LOOKUPS,
     STRIDING,
     Args,
@@ -35,6 +34,7 @@ from jacfunc._misread import (
     is_tracked_now,
     tensors_of,
 )
+from jacfunc._lock import alone
 from jacfunc._torch import DRAWING, below_transforms, inside_functorch, is_pushing, may_draw
 from jacfunc._types import is_differentiable
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from jacfunc._errors import Refused
-from jacfunc._misread import Args, tensors_of
+from jacfunc._faults.lookups import Args, tensors_of
 from jacfunc._torch import inside_transform
 
 FUNCTIONAL = torch.autograd.functional.__name__

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._norms import (
+from jacfunc._faults.normalization import (
     of_batches,
     of_batches_alone,
     of_batches_in_torch,

@@ -1,0 +1,17 @@
+"""Where torch is wrong: tables of its faults, and the watch that reads them."""
+
+from jacfunc._faults.backward import (
+    can_be_batched,
+    can_be_pushed,
+    check_nodes,
+    check_statistics,
+    must_be_differentiable,
+    once,
+    wrong_second_derivative,
+)
+from jacfunc._faults.callers import TAKES_DERIVATIVES
+from jacfunc._faults.forward import Around, ForwardGuard
+from jacfunc._faults.lookups import apart
+from jacfunc._faults.nested import NestedWatch, watched_once
+from jacfunc._faults.torchscript import check_scripted
+from jacfunc._faults.watch import Watch, handled, unseen
