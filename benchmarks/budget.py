@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import jacfunc
 from benchmarks import formulas
+from jacfunc._measuring.clock import interleaved, peak_bytes
 from jacfunc._units import in_bytes
-from jacfunc.compare._clock import interleaved, peak_bytes
 
 CHUNKS = (8, 16, 32, 64, 128, 256)
 SHARE = 10

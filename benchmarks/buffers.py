@@ -14,8 +14,8 @@ from benchmarks.contestants import by_recipe, by_recipe_and_concatenation
 from benchmarks.networks import CLASSES, LARGE, LENET, SHORT, WIDE, Problem
 from benchmarks.reference import case_of
 from benchmarks.rivals import by_opacus
-from jacfunc.compare._clock import Run
-from jacfunc.compare._measuring import Contestant
+from jacfunc._measuring.clock import Run
+from jacfunc._measuring.rounds import Contestant
 
 OURS, FILL, RECIPE = "jacfunc, out=", "fill_, warm", "vmap(jacrev)"
 BATCH = 64

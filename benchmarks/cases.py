@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.seats import Place, Together
-from jacfunc.compare._measuring import Check, Contestant, Effort, measure
-from jacfunc.compare._results import Result
+from jacfunc._measuring.results import Result
+from jacfunc._measuring.rounds import Check, Contestant, Effort, measure
 
 ANSWER = "bytes of the answer"
 """The size that peaks are compared with where no contestant is named."""

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from benchmarks.networks import CLASSES, Problem
 from benchmarks.reference import Answer
-from jacfunc.compare._clock import Run
+from jacfunc._measuring.clock import Run
 
 
 def by_recipe(transform: Callable[..., Any], problem: Problem) -> Run:

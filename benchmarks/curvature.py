@@ -16,8 +16,8 @@ from benchmarks.cases import Case, Question, Wanted
 from benchmarks.contestants import by_recipe
 from benchmarks.networks import LARGE, LENET, Problem
 from benchmarks.reference import Answer, case_of, reference
-from jacfunc.compare._clock import Run
-from jacfunc.compare._measuring import Contestant
+from jacfunc._measuring.clock import Run
+from jacfunc._measuring.rounds import Contestant
 
 OURS, AGAIN = "jacfunc", "jacfunc, same point"
 BACKPACK, CURVLINOPS = "BackPACK", "curvlinops"

@@ -29,8 +29,8 @@ from benchmarks.ways import (
     set_up,
 )
 from jacfunc import Strategy
-from jacfunc.compare._measuring import Contestant, Effort
-from jacfunc.compare._results import Forecast
+from jacfunc._measuring.results import Forecast
+from jacfunc._measuring.rounds import Contestant, Effort
 
 AUTO, BASELINE = "jacfunc auto", "torch.func jacrev"
 BY_HAND = ("jacfunc reverse", "jacfunc forward", "jacfunc looped")

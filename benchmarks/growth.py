@@ -17,7 +17,7 @@ from benchmarks import kernels
 from benchmarks.cases import ANSWER, Case, Question
 from benchmarks.networks import PIXELS, Problem
 from benchmarks.reference import Answer, check
-from jacfunc.compare._measuring import Check, Contestant, Effort
+from jacfunc._measuring.rounds import Check, Contestant, Effort
 
 EFFORT = Effort(rounds=10, seconds=1.5, fewest=3, patience=10.0)
 BATCH, WIDTH, CLASSES = 32, 256, 10

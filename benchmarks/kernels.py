@@ -15,8 +15,8 @@ from benchmarks.cases import ANSWER, Case, Question, Wanted
 from benchmarks.contestants import by_recipe
 from benchmarks.networks import CLASSES, LARGE, LENET, RECURRENT, SHORT, Problem
 from benchmarks.reference import Answer, case_of, reference
-from jacfunc.compare._clock import Run
-from jacfunc.compare._measuring import Contestant, Effort
+from jacfunc._measuring.clock import Run
+from jacfunc._measuring.rounds import Contestant, Effort
 
 KERNEL = "ntk"
 MOST_BYTES = 2e9

@@ -13,7 +13,7 @@ from benchmarks import formulas, functions
 from benchmarks.cases import Case, Question
 from benchmarks.functions import AUTO, BASELINE, case, mlp, portable
 from benchmarks.ways import Func, Function
-from jacfunc.compare._measuring import Effort
+from jacfunc._measuring.rounds import Effort
 
 CALLS = 50
 """Of one run, each at another point."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import jacfunc
 from benchmarks import formulas
-from jacfunc.compare._clock import seconds
-from jacfunc.compare._results import Spread, spread
+from jacfunc._measuring.clock import seconds
+from jacfunc._measuring.results import Spread, spread
 
 SIZES = (4, 16, 64, 256)
 WIDTH = 64

@@ -18,8 +18,8 @@ from rich.text import Text
 from benchmarks.environment import Environment
 from benchmarks.records import Record, replace
 from benchmarks.verdicts import BOUND, counted_rounds, winners
+from jacfunc._measuring.results import Spread, spread
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.compare._results import Spread, spread
 
 LOG_WIDTH = 140
 """A log has no width of its own, and the usual 80 columns break the tables."""

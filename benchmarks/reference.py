@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.networks import Problem, Wrt, noisy, sizes
-from jacfunc.compare._measuring import Check, Contestant
-from jacfunc.compare._results import WrongAnswerError
+from jacfunc._measuring.results import WrongAnswerError
+from jacfunc._measuring.rounds import Check, Contestant
 
 Answer = dict[str, Tensor]
 """Blocks ``[B, C, *param]`` by parameter name, or ``{"input": [B, C, *image]}``."""

@@ -11,8 +11,8 @@ import torch
 from rich.table import Table
 
 from benchmarks.grid import Case, Problem
+from jacfunc._measuring.clock import interleaved, seconds
 from jacfunc._trees.tree import flatten
-from jacfunc.compare._clock import interleaved, seconds
 
 Run = Callable[[], Any]
 

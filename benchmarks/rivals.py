@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import CLASSES, Problem
 from benchmarks.reference import Answer
-from jacfunc.compare._clock import Run
+from jacfunc._measuring.clock import Run
 
 PACKAGES = (
     "backpack-for-pytorch",

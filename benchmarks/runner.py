@@ -17,7 +17,7 @@ from benchmarks.presenting import Watch
 from benchmarks.processes import ANEW, cause, child, received
 from benchmarks.records import Run
 from benchmarks.worker import Task, attempt, questions, tell_environment
-from jacfunc.compare._results import Result, pooled
+from jacfunc._measuring.results import Result, pooled
 
 TABLE = "benchmarks.questions:QUESTIONS"
 

@@ -14,9 +14,9 @@ from benchmarks.cases import Case, Question, Wanted
 from benchmarks.networks import Problem
 from benchmarks.reference import case_of
 from jacfunc import Strategy
-from jacfunc.compare._clock import Run
-from jacfunc.compare._measuring import Contestant, Effort
-from jacfunc.compare._results import Forecast
+from jacfunc._measuring.clock import Run
+from jacfunc._measuring.results import Forecast
+from jacfunc._measuring.rounds import Contestant, Effort
 
 OURS, FLAT, REUSED = "jacfunc auto", "jacfunc auto, flat", "jacfunc auto, flat, out="
 RECIPE, CONCATENATED = "vmap(jacrev)", "vmap(jacrev) + cat"

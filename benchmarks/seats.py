@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.processes import ALIKE, aside, child, end_alike, end_with_parent, received
-from jacfunc.compare._measuring import Check, Entry
-from jacfunc.compare._results import Result
+from jacfunc._measuring.results import Result
+from jacfunc._measuring.rounds import Check, Entry
 
 
 class Place(Protocol):

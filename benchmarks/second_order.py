@@ -25,7 +25,7 @@ from benchmarks.ways import (
     looped,
     plain,
 )
-from jacfunc.compare._measuring import Contestant
+from jacfunc._measuring.rounds import Contestant
 
 AUTO, BASELINE = "jacfunc hessian", "torch.func hessian"
 LABEL = 3

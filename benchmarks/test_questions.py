@@ -14,9 +14,9 @@ import pytest
 from benchmarks.cases import Case, by_key
 from benchmarks.environment import default_device, pin
 from benchmarks.questions import QUESTIONS
-from jacfunc.compare._clock import peak_bytes
-from jacfunc.compare._measuring import Check, Contestant
-from jacfunc.compare._results import Result, recording
+from jacfunc._measuring.clock import peak_bytes
+from jacfunc._measuring.results import Result, recording
+from jacfunc._measuring.rounds import Check, Contestant
 
 pin()
 DEVICE = default_device()

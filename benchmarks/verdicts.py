@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jacfunc.compare._results import counted
+from jacfunc._measuring.results import counted
 
 Record = Mapping[str, Any]
 Verdict = Literal["faster", "slower", "tie"]

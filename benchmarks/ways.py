@@ -14,9 +14,9 @@ from torch.utils.dlpack import from_dlpack
 import jacfunc
 from benchmarks.formulas import CPU, drawing
 from benchmarks.reference import check
-from jacfunc.compare._clock import Run
-from jacfunc.compare._measuring import Check, Contestant
-from jacfunc.compare._results import WrongAnswerError
+from jacfunc._measuring.clock import Run
+from jacfunc._measuring.results import WrongAnswerError
+from jacfunc._measuring.rounds import Check, Contestant
 
 Func = Callable[[Any], Any]
 

@@ -23,11 +23,10 @@ from benchmarks.cases import Case, Question
 from benchmarks.environment import environment, pin
 from benchmarks.processes import ANEW, DEVICE_LOST, cause, child, end_with_parent, received
 from benchmarks.seats import seats
-from jacfunc._machine import seconds_of
+from jacfunc._measuring.clock import Run, seconds_of
+from jacfunc._measuring.results import Result, recording
+from jacfunc._measuring.rounds import Contestant, Effort
 from jacfunc._memory.available import free_bytes
-from jacfunc.compare._clock import Run
-from jacfunc.compare._measuring import Contestant, Effort
-from jacfunc.compare._results import Result, recording
 
 SHARE = 0.8
 """Of the memory that is available, what a case may have on the CPU."""

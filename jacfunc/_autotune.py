@@ -20,7 +20,7 @@ from jacfunc._errors import Refused
 from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._log import note
-from jacfunc._machine import seconds_of
+from jacfunc._measuring import seconds_of
 from jacfunc._memory import Chunk
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Planned, by_plan, counted_costs

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._basis import numel
-from jacfunc._machine import LARGEST, Cost, Machine, is_here, machine
+from jacfunc._machine import LARGEST, Cost, Machine, machine
+from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest
 from jacfunc._operators import JacobianOperator
 from jacfunc._torch import below_transforms

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jacfunc._basis import basis
+from jacfunc._measuring import seconds_of
 from jacfunc._memory import LARGE
 from jacfunc._operators import JacobianOperator
 from jacfunc._torch import outside_transforms
@@ -157,27 +157,6 @@ def _push_batch(operator: JacobianOperator, seeds: int | None = None) -> Callabl
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """The one that all plans of this process share."""
     return Machine(device, dtype)
-
-
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """One call, to the end of what it launches; its result is freed after the clock has stopped."""
-    _synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    _synchronize(device)
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def is_here(device: torch.device) -> bool:
-    """Can it be measured, which no fake of an absent device can?"""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
 
 
 def power_of_four(number: float, least: int, most: int) -> int:

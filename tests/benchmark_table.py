@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import Case, Question, Wanted
+from jacfunc._measuring.results import WrongAnswerError
+from jacfunc._measuring.rounds import Contestant, Effort
 from jacfunc._memory.available import free_bytes
-from jacfunc.compare._measuring import Contestant, Effort
-from jacfunc.compare._results import WrongAnswerError
 
 TRACE = "JACFUNC_TEST_TRACE"
 """Names the file where every case that is set up leaves a line, its name and its process, and in

@@ -6,8 +6,8 @@ import random
 
 from benchmarks.cases import ANSWER, Case, Question, Wanted, as_record
 from benchmarks.records import Run
-from jacfunc.compare._measuring import Contestant
-from jacfunc.compare._results import Forecast, Result, summarize
+from jacfunc._measuring.results import Forecast, Result, summarize
+from jacfunc._measuring.rounds import Contestant
 
 AUTO, REVERSE, FORWARD = "jacfunc auto", "jacfunc reverse", "jacfunc forward"
 JACREV, LOOP, WRITE = "torch.func jacrev", "autograd looped by hand", "a bare write"

@@ -17,8 +17,8 @@ from benchmarks import formulas, functions, loops, second_order
 from benchmarks.cases import Case
 from benchmarks.functions import AUTO
 from benchmarks.ways import Function, Problem, judging, looped, plain, set_up
-from jacfunc.compare._measuring import Effort
-from jacfunc.compare._results import Result, WrongAnswerError
+from jacfunc._measuring.results import Result, WrongAnswerError
+from jacfunc._measuring.rounds import Effort
 
 QUESTIONS = (*functions.QUESTIONS, second_order.QUESTION, loops.QUESTION)
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}

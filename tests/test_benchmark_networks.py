@@ -22,8 +22,8 @@ from benchmarks.cases import ANSWER, Case
 from benchmarks.growth import Point
 from benchmarks.networks import CLASSES, NETWORKS, PIXELS, Problem, build, noisy
 from benchmarks.reference import reference
-from jacfunc.compare._measuring import Contestant, Effort
-from jacfunc.compare._results import Result
+from jacfunc._measuring.results import Result
+from jacfunc._measuring.rounds import Contestant, Effort
 
 QUESTIONS = (
     *samples.QUESTIONS,

@@ -27,8 +27,8 @@ from benchmarks.processes import DEVICE_LOST
 from benchmarks.records import Run
 from benchmarks.runner import CannotRunError, Order
 from benchmarks.worker import Task
-from jacfunc.compare._measuring import Contestant, Effort, Entry
-from jacfunc.compare._results import WARM_UP, Result, WrongAnswerError, pooled, summarize
+from jacfunc._measuring.results import WARM_UP, Result, WrongAnswerError, pooled, summarize
+from jacfunc._measuring.rounds import Contestant, Effort, Entry
 from tests import benchmark_table
 from tests.benchmark_table import TRACE, error
 
@@ -371,7 +371,7 @@ def test_whoever_is_ended_aside_ends_who_asked():
 
 @pytest.mark.parametrize(("brief", "calls"), [(1.0, 2), (0.0, 1)])
 def test_a_brief_call_is_timed_after_an_untimed_one(monkeypatch, brief, calls):
-    monkeypatch.setattr("jacfunc.compare._measuring.BRIEF", brief)
+    monkeypatch.setattr("jacfunc._measuring.rounds.BRIEF", brief)
     made = []
     entry = Entry(made, Contestant("c", "", lambda m: lambda: m.append(0)), lambda a: 0.0, 1, False)
     entry.prepare()

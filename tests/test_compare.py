@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import jacfunc
+from jacfunc._measuring.results import Result, Spread, WrongAnswerError
 from jacfunc._trees.tree import flatten
 from jacfunc.compare import compare
 from jacfunc.compare._advice import Advice
@@ -30,7 +31,6 @@ from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import Problem
 from jacfunc.compare._reference import plain_of
-from jacfunc.compare._results import Result, Spread, WrongAnswerError
 from jacfunc.compare._table import Comparison
 from jacfunc.strategies._reverse import Reverse
 from tests import compare_problem

@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = [
     {"_errors", "_fingerprint", "_lock", "_log", "_losses", "_remembered", "_types", "_units"},
     {"_arguments", "_memory", "_reach", "_replacing", "_select", "_trees"},
-    {"_basis", "_dims", "_inputs", "_torch"},
+    {"_basis", "_dims", "_inputs", "_measuring", "_torch"},
     {
         "_attributes",
         "_constants",

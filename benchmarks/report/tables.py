@@ -9,8 +9,8 @@ from typing import Any, Literal
 from benchmarks.records import Run
 from benchmarks.sentences import sentence
 from benchmarks.verdicts import Record, beside, counted_rounds, number, winners
+from jacfunc._measuring.results import WARM_UP
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.compare._results import WARM_UP
 
 ABSENT = "not measured"
 NOTHING = "–"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from jacfunc._arguments import check_memory
+from jacfunc._measuring import Effort, measure
 from jacfunc._resolve import resolve
 from jacfunc._types import Memory
 from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, name_of
 from jacfunc.compare._judge import Judge, precision_of
-from jacfunc.compare._measuring import Effort, measure
 from jacfunc.compare._problem import API, Problem
 from jacfunc.compare._recipe import baseline_of
 from jacfunc.compare._reference import plain_of

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jacfunc._arguments import check_memory
+from jacfunc._measuring import Result, Spread, spread
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._contestants import PLANNED
 from jacfunc.compare._problem import API
-from jacfunc.compare._results import Result, Spread, spread
 
 TIE = 1.05
 """Up to so many times the shortest time is as fast."""

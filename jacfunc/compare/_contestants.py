@@ -15,6 +15,7 @@ from jacfunc._dims import one_sample
 from jacfunc._forecast import Swept
 from jacfunc._foretell import Foreteller
 from jacfunc._log import note
+from jacfunc._measuring import Contestant, Forecast, Result, Run
 from jacfunc._memory import free_bytes, largest
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import counted_costs
@@ -23,12 +24,9 @@ from jacfunc._sinks import Sink
 from jacfunc._torch import Draws
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.compare._clock import Run
-from jacfunc.compare._measuring import Contestant
 from jacfunc.compare._problem import API, Problem
 from jacfunc.compare._recipe import baseline_of, by_recipe
 from jacfunc.compare._reference import Plain
-from jacfunc.compare._results import Forecast, Result
 from jacfunc.strategies import Looped, Reverse, Strategy, Structured
 
 STRATEGIES: tuple[str | Strategy, ...] = (

@@ -10,11 +10,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from jacfunc._measuring import WrongAnswerError
 from jacfunc._trees import flatten
 from jacfunc._types import Leaves, Tree, is_tensor
 from jacfunc.compare._problem import Problem
 from jacfunc.compare._reference import Plain
-from jacfunc.compare._results import WrongAnswerError
 
 PATIENCE, MOST_BYTES = 10.0, 2**28
 """Seconds that the loop may take, and bytes of its rows; those that it does not reach are left."""

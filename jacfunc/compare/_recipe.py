@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from jacfunc._measuring import Run
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Leaves, Tree
-from jacfunc.compare._clock import Run
 from jacfunc.compare._problem import Problem
 
 

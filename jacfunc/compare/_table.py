@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jacfunc._measuring import Forecast, Result, spread
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._advice import Advice
 from jacfunc.compare._pareto import Point, pareto_svg
 from jacfunc.compare._problem import API
-from jacfunc.compare._results import Forecast, Result, spread
 
 if TYPE_CHECKING:
     from rich.progress import Progress

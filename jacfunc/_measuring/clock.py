@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
-from jacfunc._machine import seconds_of
 from jacfunc._memory import PeakBytes
 
 Name = TypeVar("Name")
@@ -68,3 +68,24 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """One call, to the end of what it launches; its result is freed after the clock has stopped."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def is_here(device: torch.device) -> bool:
+    """Can it be measured, which no fake of an absent device can?"""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())

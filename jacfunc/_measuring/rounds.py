@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from jacfunc.compare._clock import Run, peak_bytes, seconds, timed
-from jacfunc.compare._results import WARM_UP, Forecast, Result, recording, summarize
+from jacfunc._measuring.clock import Run, peak_bytes, seconds, timed
+from jacfunc._measuring.results import WARM_UP, Forecast, Result, recording, summarize
 
 Problem = TypeVar("Problem", contravariant=True)
 Check = Callable[[Any], float]
