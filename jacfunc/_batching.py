@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._blocks import stack
+from jacfunc._assembly import stack
 from jacfunc._derive import watches_itself
 from jacfunc._dims import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._errors import Refused, check_fallback

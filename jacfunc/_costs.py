@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from jacfunc._basis import numel
+from jacfunc._assembly import numel
 from jacfunc._machine import LARGEST, Cost, Machine, machine
 from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest

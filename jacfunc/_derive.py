@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
+from jacfunc._assembly import Grid, Sink, sink_for
 from jacfunc._errors import Refused
 from jacfunc._flat import FlatCall
-from jacfunc._into import sink_for
 from jacfunc._operators import JacobianOperator
-from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Argnums, Blocks, Leaves, Tree
 from jacfunc.strategies import Strategy
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._basis import shared_units
+from jacfunc._assembly import shared_units
 from jacfunc._linearization import EVERY, Linearization, Some
 from jacfunc._torch import sweep_batch
 from jacfunc._types import LeafFunction, Leaves

@@ -10,8 +10,7 @@ from functools import partial
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from jacfunc._basis import numel
-from jacfunc._blocks import columns_to_blocks, rows_to_blocks
+from jacfunc._assembly import columns_to_blocks, numel, rows_to_blocks
 from jacfunc._costs import Costs, is_forward
 from jacfunc._linearization import EVERY, Some
 from jacfunc._memory import Chunk, PeakBytes

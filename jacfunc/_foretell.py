@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from jacfunc._basis import numel
+from jacfunc._assembly import numel
 from jacfunc._costs import Costs, is_forward
 from jacfunc._flat import FlatCall
 from jacfunc._forecast import Fakes, Forecast, Swept

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._assembly import empty
 from jacfunc._factors import Factors
 from jacfunc._of_samples import Sampled
-from jacfunc._pages import empty
 from jacfunc._types import Leaves, Tree
 from jacfunc.layers import Axes, Gram, Part
 

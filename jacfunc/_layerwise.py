@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._again import first_again
-from jacfunc._blocks import stack
+from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factors import Factors
 from jacfunc._memory import Chunk, evenly, in_chunks
-from jacfunc._sinks import Grid, Sink
 from jacfunc._types import Leaves
 
 SHARE, LEAST, MOST = 5, 6 * 2**20, 2**25

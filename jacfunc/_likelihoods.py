@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from jacfunc._basis import in_a_row
+from jacfunc._assembly import in_a_row
 from jacfunc._types import Leaves
 
 Likelihood = Literal["categorical", "gaussian"]

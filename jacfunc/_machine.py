@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jacfunc._basis import basis
+from jacfunc._assembly import basis
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import LARGE
 from jacfunc._operators import JacobianOperator

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._assembly import Sink
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._dims import batch_size
@@ -22,7 +23,6 @@ from jacfunc._lock import alone
 from jacfunc._module_checks import check_call, check_inputs, check_parameters, check_samples
 from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
-from jacfunc._sinks import Sink
 from jacfunc._torch import Draws, inside_derivative, is_outermost, is_pushing
 from jacfunc._trees import (
     Arguments,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from jacfunc._assembly import sink_for
 from jacfunc._independence import FEW, Independence, Independent
 from jacfunc._inputs import Choice, Key
-from jacfunc._into import sink_for
 from jacfunc._lock import alone
 from jacfunc._module_calls import ModuleCall, Wrt, argnums_of
 from jacfunc._module_checks import check_module

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._assembly import as_leaves, in_a_row, shared_units
 from jacfunc._attributes import tensors_in
-from jacfunc._basis import as_leaves, in_a_row, shared_units
 from jacfunc._compared import at, has_batch
 from jacfunc._graphs import Anchor, anchored, on_graph
 from jacfunc._independence import Independence

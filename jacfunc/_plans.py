@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from jacfunc._basis import numel
+from jacfunc._assembly import numel
 from jacfunc._costs import Costs, is_forward
 from jacfunc._errors import Refused
 from jacfunc._forecast import Forecast, Swept

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jacfunc._agreement import Evaluated
 from jacfunc._arguments import check_chunk_size
+from jacfunc._assembly import Sink
 from jacfunc._attributes import held
 from jacfunc._derive import in_words_of
 from jacfunc._dims import batch_size
@@ -26,7 +27,6 @@ from jacfunc._module_checks import check_module
 from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._select import Select
-from jacfunc._sinks import Sink
 from jacfunc._torch import Draws, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree

@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from jacfunc._basis import shared_units
+from jacfunc._assembly import shared_units
 from jacfunc._factors import Factors
 from jacfunc._independence import Independence, Independent
 from jacfunc._linearization import Some

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from jacfunc._again import FirstSamples, first_again
+from jacfunc._assembly import Grid, Sink
 from jacfunc._autotune import Autotune
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
@@ -24,7 +25,6 @@ from jacfunc._memory import Chunk
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
-from jacfunc._sinks import Grid, Sink
 from jacfunc._torch import Draws, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
 from jacfunc._unmapped import check_randomness, under_vmap

@@ -11,9 +11,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from jacfunc._arguments import check_chunk_size
+from jacfunc._assembly import Sink, rows_to_blocks, stack_leaves, sweep_leaves
 from jacfunc._attributes import held
-from jacfunc._basis import sweep_leaves
-from jacfunc._blocks import rows_to_blocks, stack_leaves
 from jacfunc._dims import batch_size, narrowed
 from jacfunc._errors import Refused
 from jacfunc._independence import FEW, Independence, Independent
@@ -28,7 +27,6 @@ from jacfunc._parameters import ModuleState
 from jacfunc._planner import Auto
 from jacfunc._samples import Batch
 from jacfunc._select import Select
-from jacfunc._sinks import Sink
 from jacfunc._torch import Draws, inside_transform
 from jacfunc._trees import Split, flatten, unflatten
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor

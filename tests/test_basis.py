@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jacfunc._basis import basis, numel
+from jacfunc._assembly.basis import basis, numel
 
 SHAPES = {
     "one_vector": [(4,)],

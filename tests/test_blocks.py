@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import jacfunc
-from jacfunc._blocks import columns_to_blocks, rows_to_blocks, stack
+from jacfunc._assembly.blocks import columns_to_blocks, rows_to_blocks, stack
 
 OUT_SHAPES = [(2, 2), (), (3,), (0,)]
 IN_SHAPES = [(), (4,), (1, 2), (0, 2)]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import jacfunc
 from jacfunc import _autotune
 from jacfunc._arguments import check_memory
-from jacfunc._basis import basis
+from jacfunc._assembly.basis import basis
 from jacfunc._log import trail
 from jacfunc._memory.chunks import Within, in_chunks
 from jacfunc._memory.counting import PeakBytes

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import jacfunc
-from jacfunc import _pages
+from jacfunc._assembly import pages as _pages
+from jacfunc._assembly.pages import Pages
 from jacfunc._memory.counting import PeakBytes
-from jacfunc._pages import Pages
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mmap, "MADV_FREE"), reason="this system knows no pages that it may take back"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from jacfunc._assembly import Sink
 from jacfunc._budgets import SHARE
 from jacfunc._costs import Costs, is_forward
 from jacfunc._dims import one_sample
@@ -20,7 +21,6 @@ from jacfunc._memory import free_bytes, largest
 from jacfunc._operators import JacobianOperator
 from jacfunc._planner import counted_costs
 from jacfunc._resolve import resolve
-from jacfunc._sinks import Sink
 from jacfunc._torch import Draws
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._basis import sweep
+from jacfunc._assembly import sweep
 from jacfunc._memory import Chunk, Within
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks, Randomness

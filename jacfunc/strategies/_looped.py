@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jacfunc._basis import basis, sweep_leaves
+from jacfunc._assembly import basis, sweep_leaves
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._basis import sweep_leaves
+from jacfunc._assembly import sweep_leaves
 from jacfunc._memory import Chunk, Within
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jacfunc._blocks import Allocate
-from jacfunc._sinks import Grid, MatrixSink, Sink
+from jacfunc._assembly.blocks import Allocate
+from jacfunc._assembly.sinks import Grid, MatrixSink, Sink
 from jacfunc._torch import inside_transform
 from jacfunc._trees import StructureError, aligned, flatten
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor

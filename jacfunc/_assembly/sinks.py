@@ -9,8 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from jacfunc._basis import numel
-from jacfunc._blocks import (
+from jacfunc._assembly.basis import numel
+from jacfunc._assembly.blocks import (
     Allocate,
     allocated,
     columns_to_blocks,
@@ -18,8 +18,8 @@ from jacfunc._blocks import (
     stack,
     stack_leaves,
 )
+from jacfunc._assembly.pages import empty
 from jacfunc._memory import PIECE, Chunk, Pieces, evenly
-from jacfunc._pages import empty
 from jacfunc._types import Blocks, Leaves, Tree
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._pages import empty
+from jacfunc._assembly.pages import empty
 from jacfunc._torch import memory_of
 from jacfunc._types import Blocks, Leaves
 

@@ -1,0 +1,15 @@
+"""Seeds that are swept, and blocks that products are put together to."""
+
+from jacfunc._assembly.basis import (
+    as_leaves,
+    basis,
+    in_a_row,
+    numel,
+    shared_units,
+    sweep,
+    sweep_leaves,
+)
+from jacfunc._assembly.blocks import columns_to_blocks, rows_to_blocks, stack, stack_leaves
+from jacfunc._assembly.out import sink_for
+from jacfunc._assembly.pages import empty, empty_cache
+from jacfunc._assembly.sinks import Grid, Sink
