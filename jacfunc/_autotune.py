@@ -16,8 +16,8 @@ import torch
 
 from jacfunc._arguments import check_memory
 from jacfunc._budgets import bounded, bounded_samples, fewer_rows
+from jacfunc._calls import fingerprint
 from jacfunc._errors import Refused
-from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from jacfunc._autotune import Autotune
+from jacfunc._calls import FlatCall
 from jacfunc._derive import jacobian_by
-from jacfunc._flat import FlatCall
 from jacfunc._foretell import Foreteller
 from jacfunc._lock import alone
 from jacfunc._log import trail

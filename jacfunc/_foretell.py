@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from jacfunc._assembly import numel
+from jacfunc._calls import FlatCall
 from jacfunc._costs import Costs, is_forward
-from jacfunc._flat import FlatCall
 from jacfunc._forecast import Fakes, Forecast, Swept
 from jacfunc._memory import largest
 from jacfunc._types import Argnums, Tree

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size
+from jacfunc._calls import FlatCall
 from jacfunc._derive import in_words_of
-from jacfunc._flat import FlatCall
 from jacfunc._independence import Independence, Independent
 from jacfunc._kernel_blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._of_samples import OfCall, Sampled, samples_of

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import Sink
+from jacfunc._calls import FlatCall
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
 from jacfunc._dims import batch_size
 from jacfunc._faults import unseen
-from jacfunc._flat import FlatCall
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
 from jacfunc._lock import alone

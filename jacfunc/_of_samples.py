@@ -11,9 +11,9 @@ import torch
 
 from jacfunc._agreement import Evaluated
 from jacfunc._assembly import Sink
+from jacfunc._calls import FlatCall
 from jacfunc._dims import batch_size
 from jacfunc._factors import Factors
-from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
 from jacfunc._samples import Batch
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from jacfunc._budgets import bounded, bounded_samples, is_bounded, spared
+from jacfunc._calls import fingerprint
 from jacfunc._costs import Costs
-from jacfunc._fingerprint import fingerprint
 from jacfunc._forecast import Swept
 from jacfunc._lock import alone
 from jacfunc._log import is_heard, note

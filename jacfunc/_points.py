@@ -14,10 +14,10 @@ from jacfunc._agreement import Evaluated
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink
 from jacfunc._attributes import held
+from jacfunc._calls import FlatCall
 from jacfunc._derive import in_words_of
 from jacfunc._dims import batch_size
 from jacfunc._factors import Factors
-from jacfunc._flat import FlatCall
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
 from jacfunc._linearization import Some, live, some_of

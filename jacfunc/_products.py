@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jacfunc._arguments import check_like
+from jacfunc._calls import FlatCall
 from jacfunc._derive import in_words_of
-from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
 from jacfunc._types import Tree
 

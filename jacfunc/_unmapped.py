@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._faults import Watch
-from jacfunc._flat import FlatCall
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from jacfunc._agreement import check_agreement
+from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._dims import narrowed
 from jacfunc._errors import Refused
 from jacfunc._factors import Samples
-from jacfunc._flat import FlatCall, OfCalls
 from jacfunc._independence import now_and_then
 from jacfunc._linearization import live, some_of
 from jacfunc._log import note

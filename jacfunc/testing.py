@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused
-from jacfunc._flat import FlatCall
 from jacfunc._operators import JacobianOperator
 from jacfunc._resolve import resolve
 from jacfunc._types import Argnums, Blocks, Leaves

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Autotune, Forward, Looped, Reverse
-from jacfunc._fingerprint import fingerprint
+from jacfunc._calls.fingerprint import fingerprint
 from jacfunc._log import trail
 from jacfunc._memory.counting import PeakBytes
 from jacfunc._winners import Winners, winners

@@ -20,11 +20,11 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"_errors", "_fingerprint", "_lock", "_log", "_losses", "_remembered", "_types", "_units"},
-    {"_arguments", "_memory", "_reach", "_replacing", "_select", "_trees"},
+    {"_errors", "_lock", "_log", "_losses", "_remembered", "_types", "_units"},
+    {"_arguments", "_memory", "_replacing", "_select", "_trees"},
     {"_dims", "_inputs", "_measuring", "_torch"},
     {"_assembly", "_attributes", "_constants", "_faults", "_linear", "_lost", "_walks", "_work"},
-    {"_agreement", "_flat", "_likelihoods", "_linearization", "_parts"},
+    {"_agreement", "_calls", "_likelihoods", "_linearization", "_parts"},
     {"_graphs", "_inside", "_push", "_stays", "_unmapped"},
     {"_compared", "_engines", "_parameters"},
     {"_coupling", "_module_checks", "_operators", "layers"},

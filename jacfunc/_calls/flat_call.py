@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_aux_pair, check_inputs, check_outputs, wrap_argnums
+from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
-from jacfunc._reach import reaches_module
 from jacfunc._torch import run_as_written
 from jacfunc._trees import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree, is_tensor

@@ -1,0 +1,5 @@
+"""A user's call: its trees taken off, and what tells one function from another."""
+
+from jacfunc._calls.fingerprint import fingerprint
+from jacfunc._calls.flat_call import FlatCall, OfCalls
+from jacfunc._calls.reach import reaches_module
