@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from jacfunc._agreement import check_agreement, detached
 from jacfunc._calls import FlatCall
-from jacfunc._dims import Dims, narrowed, one_sample
-from jacfunc._operators import JacobianOperator
+from jacfunc._linear_map import (
+    Dims,
+    JacobianOperator,
+    check_agreement,
+    detached,
+    narrowed,
+    one_sample,
+)
 from jacfunc._torch import Draws, sweep_batch
 from jacfunc._types import Leaves, Randomness
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import stack
 from jacfunc._calls import reaches_module
 from jacfunc._derive import watches_itself
-from jacfunc._dims import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._errors import Refused, check_fallback
 from jacfunc._faults import NestedWatch, handled
+from jacfunc._linear_map import Dims, OnLeaves, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._torch import Draws, as_written, sweep_batch
@@ -30,8 +30,6 @@ from jacfunc._trees import (
     unflatten,
 )
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
-
-OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
 
 
 def vmap(

@@ -10,8 +10,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from jacfunc._dims import batch_size
-from jacfunc._graphs import anchored
+from jacfunc._linear_map import anchored, batch_size
 from jacfunc._torch import Draws, plain_attention, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._assembly import numel
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._machine import LARGEST, Cost, Machine, machine
 from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest
-from jacfunc._operators import JacobianOperator
 from jacfunc._torch import below_transforms
 from jacfunc._work import Operation, Recorder
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from jacfunc._assembly import Grid, Sink, sink_for
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused
-from jacfunc._operators import JacobianOperator
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Argnums, Blocks, Leaves, Tree
 from jacfunc.strategies import Strategy
 

@@ -13,10 +13,10 @@ from jacfunc._autotune import Autotune
 from jacfunc._calls import FlatCall
 from jacfunc._derive import jacobian_by
 from jacfunc._foretell import Foreteller
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._log import trail
 from jacfunc._memory import PeakBytes
-from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import Plan
 from jacfunc._resolve import resolve

@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_plain
-from jacfunc._engines import linearize
 from jacfunc._errors import Refused
-from jacfunc._factors import Factors, OfOne, Samples
+from jacfunc._factors import Factors
 from jacfunc._faults import unseen, watched_once
-from jacfunc._graphs import Anchor, anchored, copied, on_graph
+from jacfunc._linear_map import (
+    Anchor,
+    Graph,
+    OfOne,
+    Samples,
+    anchored,
+    copied,
+    leading_out,
+    linearize,
+    on_graph,
+)
 from jacfunc._torch import Pull, inside_derivative, inside_transform, plain_attention, recording
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._walks import Graph, leading_out
 from jacfunc.layers import Touched, Use, Uses
 
 

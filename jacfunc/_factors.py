@@ -2,82 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import shared_units
-from jacfunc._linearization import EVERY, Linearization, Some
-from jacfunc._torch import sweep_batch
-from jacfunc._types import LeafFunction, Leaves
+from jacfunc._linear_map import EVERY, Linearization, Samples, Some
+from jacfunc._types import Leaves
 from jacfunc.layers import Part, Rows, Use, rows, together, write
-
-OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
-"""``of_one(params, data) -> (outputs, extras)`` of a single sample."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Tensors of a batch, and the dimension in which each holds its samples, if it does.
-
-    Without any such dimension the call as a whole is the only sample.
-    """
-
-    leaves: Leaves
-    dims: Sequence[int | None]
-    randomness: str = "same"
-
-    @property
-    def is_mapped(self) -> bool:
-        """Are there samples, rather than one call?"""
-        return any(dim is not None for dim in self.dims)
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        sizes = (x.shape[d] for x, d in zip(self.leaves, self.dims, strict=True) if d is not None)
-        return next(sizes, 1)
-
-    def each(self, param: Tensor) -> Tensor:
-        """A parameter as one of each sample."""
-        return param.expand(self.size, *param.shape) if self.is_mapped else param.clone()
-
-    def map(
-        self,
-        of_one: OfOne,
-        params: Leaves,
-        dims: Sequence[int | None],
-    ) -> tuple[Leaves, Leaves]:
-        """``of_one(params, leaves)`` of all samples: outputs and extras as ``[B, *shape]``."""
-        count, num_outputs = len(params), 0
-
-        def in_a_row(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            nonlocal num_outputs
-            outputs, extras = of_one(leaves[:count], leaves[count:])
-            num_outputs = len(outputs)
-            return (*outputs, *extras), ()
-
-        every = (*params, *self.leaves)
-        if self.is_mapped:
-            found, _ = sweep_batch(in_a_row, every, self.randomness, (*dims, *self.dims))
-        else:
-            found = tuple(out.unsqueeze(0) for out in in_a_row(every)[0])
-        return found[:num_outputs], found[num_outputs:]
-
-    def apart(self, of_one: OfOne, params: Leaves) -> tuple[LeafFunction, Leaves]:
-        """All samples as a function of parameters ``[B, *param]``, each sample's own, and these:
-        one cotangent then serves all samples.
-        """
-
-        def of_all(*own: Tensor) -> tuple[Leaves, Leaves]:
-            return self.map(of_one, own, [0] * len(own))
-
-        return of_all, tuple(map(self.each, params))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from jacfunc._assembly import columns_to_blocks, numel, rows_to_blocks
 from jacfunc._costs import Costs, is_forward
-from jacfunc._linearization import EVERY, Some
+from jacfunc._linear_map import EVERY, JacobianOperator, Some
 from jacfunc._memory import Chunk, PeakBytes
-from jacfunc._operators import JacobianOperator
 from jacfunc._replacing import Replacing
 from jacfunc._trees import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree

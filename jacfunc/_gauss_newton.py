@@ -11,8 +11,7 @@ from torch import Tensor
 
 from jacfunc._arguments import check_like
 from jacfunc._errors import Refused
-from jacfunc._linear import LinearMap, is_followed
-from jacfunc._linearization import one_by_one
+from jacfunc._linear_map import LinearMap, is_followed, one_by_one
 from jacfunc._output_curvature import OutputCurvature
 from jacfunc._points import Outputs, Point
 from jacfunc._torch import is_pushing

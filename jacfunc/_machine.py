@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jacfunc._assembly import basis
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import LARGE
-from jacfunc._operators import JacobianOperator
 from jacfunc._torch import outside_transforms
 from jacfunc._types import Leaves
 

@@ -15,10 +15,10 @@ from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._compared import Subject
 from jacfunc._derive import Evaluation, evaluate
-from jacfunc._dims import batch_size
 from jacfunc._faults import unseen
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
+from jacfunc._linear_map import batch_size
 from jacfunc._lock import alone
 from jacfunc._module_checks import check_call, check_inputs, check_parameters, check_samples
 from jacfunc._parameters import ModuleState

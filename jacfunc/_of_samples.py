@@ -9,12 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from jacfunc._agreement import Evaluated
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
-from jacfunc._dims import batch_size
 from jacfunc._factors import Factors
-from jacfunc._operators import JacobianOperator
+from jacfunc._linear_map import Evaluated, JacobianOperator, batch_size
 from jacfunc._samples import Batch
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor

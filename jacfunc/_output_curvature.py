@@ -14,16 +14,14 @@ from torch import Tensor
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
 from jacfunc._attributes import tensors_in
 from jacfunc._compared import at, has_batch
-from jacfunc._graphs import Anchor, anchored, on_graph
 from jacfunc._independence import Independence
+from jacfunc._linear_map import Anchor, Graph, JacobianOperator, anchored, on_graph
 from jacfunc._log import note
 from jacfunc._losses import is_known, known_root
-from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs
 from jacfunc._torch import as_written
 from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable
-from jacfunc._walks import Graph
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(outputs, targets)`` of a batch, as in training."""

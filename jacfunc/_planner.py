@@ -16,10 +16,10 @@ from jacfunc._budgets import bounded, bounded_samples, is_bounded, spared
 from jacfunc._calls import fingerprint
 from jacfunc._costs import Costs
 from jacfunc._forecast import Swept
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._log import is_heard, note
 from jacfunc._memory import Chunk, Within
-from jacfunc._operators import JacobianOperator
 from jacfunc._plans import Direction, Plan, Sampled, attempt, by_sizes, fastest, rows_first
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._torch import is_pushing, uncompiled

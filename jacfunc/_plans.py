@@ -10,8 +10,8 @@ from jacfunc._assembly import numel
 from jacfunc._costs import Costs, is_forward
 from jacfunc._errors import Refused
 from jacfunc._forecast import Forecast, Swept
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
-from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured

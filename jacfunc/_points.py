@@ -10,17 +10,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from jacfunc._agreement import Evaluated
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink
 from jacfunc._attributes import held
 from jacfunc._calls import FlatCall
 from jacfunc._derive import in_words_of
-from jacfunc._dims import batch_size
 from jacfunc._factors import Factors
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
-from jacfunc._linearization import Some, live, some_of
+from jacfunc._linear_map import Evaluated, Some, batch_size, live, some_of
 from jacfunc._lock import alone
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jacfunc._assembly import shared_units
 from jacfunc._factors import Factors
 from jacfunc._independence import Independence, Independent
-from jacfunc._linearization import Some
+from jacfunc._linear_map import Some
 from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._points import Door, Point
 from jacfunc._select import Select

@@ -13,16 +13,23 @@ from jacfunc._assembly import Grid, Sink
 from jacfunc._autotune import Autotune
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._derive import Evaluation, evaluate, in_words_of
-from jacfunc._dims import Dims, batch_size, narrowed, one_sample, sample_chunks
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
 from jacfunc._factored import factored
-from jacfunc._factors import Factors, Samples
+from jacfunc._factors import Factors
 from jacfunc._faults import unseen
 from jacfunc._layerwise import LayerByLayer
+from jacfunc._linear_map import (
+    Dims,
+    JacobianOperator,
+    Samples,
+    batch_size,
+    narrowed,
+    one_sample,
+    sample_chunks,
+)
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk
-from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
 from jacfunc._torch import Draws, is_outermost, levels, sweep_batch

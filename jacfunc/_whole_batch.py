@@ -9,15 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from jacfunc._agreement import check_agreement
 from jacfunc._calls import FlatCall, OfCalls
-from jacfunc._dims import narrowed
 from jacfunc._errors import Refused
-from jacfunc._factors import Samples
 from jacfunc._independence import now_and_then
-from jacfunc._linearization import live, some_of
+from jacfunc._linear_map import JacobianOperator, Samples, check_agreement, live, narrowed, some_of
 from jacfunc._log import note
-from jacfunc._operators import JacobianOperator
 from jacfunc._points import Outputs, Point
 from jacfunc._torch import Draws
 from jacfunc._trees import Split

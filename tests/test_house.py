@@ -22,15 +22,13 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 LAYERS = [
     {"_errors", "_lock", "_log", "_losses", "_remembered", "_types", "_units"},
     {"_arguments", "_memory", "_replacing", "_select", "_trees"},
-    {"_dims", "_inputs", "_measuring", "_torch"},
-    {"_assembly", "_attributes", "_constants", "_faults", "_linear", "_lost", "_walks", "_work"},
-    {"_agreement", "_calls", "_likelihoods", "_linearization", "_parts"},
-    {"_graphs", "_inside", "_push", "_stays", "_unmapped"},
-    {"_compared", "_engines", "_parameters"},
-    {"_coupling", "_module_checks", "_operators", "layers"},
-    {"_again", "_coupled_losses", "_factors", "_machine"},
-    {"_factored", "_independence", "_layerwise"},
-    {"strategies"},
+    {"_inputs", "_measuring", "_torch"},
+    {"_assembly", "_attributes", "_constants", "_faults", "_lost", "_work"},
+    {"_calls", "_likelihoods", "_linear_map", "_parts"},
+    {"_again", "_compared", "_machine", "_stays", "_unmapped", "layers"},
+    {"_coupling", "_factors", "_parameters"},
+    {"_coupled_losses", "_factored", "_layerwise", "_module_checks"},
+    {"_independence", "strategies"},
     {"_costs", "_derive"},
     {"_batching", "_forecast", "_products"},
     {"_foretell", "_plans", "_winners"},
@@ -214,9 +212,12 @@ WATCHERS = {"jacfunc._faults.callers"}
 
 
 def test_torchs_derivatives_are_driven_from_two_rooms() -> None:
-    assert users_of(*DERIVATIVES) - JUDGES - WATCHERS <= {"jacfunc._inside", "jacfunc._push"}
-    assert users_of("torch.func.jvp") == {"jacfunc._push"}
-    assert users_of("torch.func.vjp") == {"jacfunc._inside"}
+    assert users_of(*DERIVATIVES) - JUDGES - WATCHERS <= {
+        "jacfunc._linear_map.inside",
+        "jacfunc._linear_map.push",
+    }
+    assert users_of("torch.func.jvp") == {"jacfunc._linear_map.push"}
+    assert users_of("torch.func.vjp") == {"jacfunc._linear_map.inside"}
 
 
 def test_functorchs_private_parts_are_touched_in_one_package() -> None:

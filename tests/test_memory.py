@@ -12,10 +12,10 @@ import jacfunc
 from jacfunc import _autotune
 from jacfunc._arguments import check_memory
 from jacfunc._assembly.basis import basis
+from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._memory.chunks import Within, in_chunks
 from jacfunc._memory.counting import PeakBytes
-from jacfunc._operators import JacobianOperator
 
 ROWS, COLUMNS = 512, 256
 SLACK = 4 * 4 * (ROWS + COLUMNS)  # a few vectors: the point, its image, one seed more

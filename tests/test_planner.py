@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import jacfunc
 from jacfunc import Forward, Looped, Plan, Reverse, Structured
 from jacfunc._costs import Costs
+from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._machine import LARGEST
-from jacfunc._operators import JacobianOperator
 from jacfunc._planner import Auto
 from jacfunc._plans import fastest
 from jacfunc._work import Operation, Recorder

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._graphs import Anchor
-from jacfunc._walks import Graph
+from jacfunc._linear_map import Anchor, Graph
 from jacfunc.layers._rules import FormOf
 from jacfunc.layers._views import Path
 

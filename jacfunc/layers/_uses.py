@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._engines import BY_ITSELF
 from jacfunc._errors import Refused
 from jacfunc._faults import unseen
-from jacfunc._graphs import Anchor
+from jacfunc._linear_map import BY_ITSELF, Anchor, nodes_of_call
 from jacfunc._torch import at_once, below_transforms, innermost, mapped, mapped_anyway, of_samples
-from jacfunc._walks import nodes_of_call
 from jacfunc.layers._edges import Use
 from jacfunc.layers._rules import FormOf, Rule, table
 from jacfunc.layers._tracked import UNSEEN_WRITE, Touched, Tracked

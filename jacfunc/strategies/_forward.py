@@ -7,8 +7,8 @@ from functools import partial
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import sweep
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, Within
-from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks, Randomness
 
 

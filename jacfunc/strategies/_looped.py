@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jacfunc._assembly import basis, sweep_leaves
-from jacfunc._operators import JacobianOperator
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import sweep_leaves
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, Within
-from jacfunc._operators import JacobianOperator
 from jacfunc._types import Blocks
 
 

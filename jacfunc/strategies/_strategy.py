@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from jacfunc._operators import JacobianOperator
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks
 
 

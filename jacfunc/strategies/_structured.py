@@ -9,10 +9,10 @@ from typing import Any
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._factored import Met, factored
-from jacfunc._factors import Factors, Samples
+from jacfunc._factors import Factors
+from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, Within, in_chunks, of_leaf
-from jacfunc._operators import JacobianOperator
 from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._torch import is_outermost
 from jacfunc._types import Blocks, Leaves

@@ -20,7 +20,8 @@ from jacfunc._faults import (
     watched_once,
     wrong_second_derivative,
 )
-from jacfunc._linearization import Linearization, Some, some_of, spread
+from jacfunc._linear_map.linearization import Linearization, Some, some_of, spread
+from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
     Pull,
     as_written,
@@ -35,7 +36,6 @@ from jacfunc._torch import (
     run_backward,
 )
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._walks import Graph
 
 
 def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:

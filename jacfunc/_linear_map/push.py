@@ -11,7 +11,7 @@ from torch import Tensor
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, is_of_old_style, lacks_forward_rule
 from jacfunc._faults import Around, ForwardGuard
-from jacfunc._linearization import batched_like
+from jacfunc._linear_map.linearization import batched_like
 from jacfunc._memory import keep_heap
 from jacfunc._torch import (
     inside_derivative,

@@ -10,12 +10,12 @@ import torch
 
 from jacfunc._arguments import check_kept
 from jacfunc._faults import TAKES_DERIVATIVES, watched_once
-from jacfunc._graphs import Anchor, anchored, copied, on_graph
-from jacfunc._inside import linearize_inside
-from jacfunc._linearization import Linearization
+from jacfunc._linear_map.graph import Anchor, anchored, copied, on_graph
+from jacfunc._linear_map.inside import linearize_inside
+from jacfunc._linear_map.linearization import Linearization
+from jacfunc._linear_map.walks import Graph, leading_out
 from jacfunc._torch import Pull, is_outermost, plain_attention, recording
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._walks import Graph, leading_out
 
 BY_ITSELF = frozenset(TAKES_DERIVATIVES)
 """What a function calls to take derivatives of its own."""

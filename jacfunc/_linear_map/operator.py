@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from jacfunc._agreement import check_agreement
 from jacfunc._assembly import Sink
-from jacfunc._engines import linearize
 from jacfunc._errors import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._faults import Watch, handled
-from jacfunc._linearization import EVERY, Linearization, Some, one_by_one
+from jacfunc._linear_map.agreement import check_agreement
+from jacfunc._linear_map.linearization import EVERY, Linearization, Some, one_by_one
+from jacfunc._linear_map.pull import linearize
+from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._push import pushforward, pushforward_batch
 from jacfunc._torch import Draws, below_transforms, holds_nan, inside_transform, levels
 from jacfunc._trees import kind_of
 from jacfunc._types import Blocks, LeafFunction, Leaves

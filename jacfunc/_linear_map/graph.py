@@ -19,7 +19,8 @@ from jacfunc._faults import (
     once,
     wrong_second_derivative,
 )
-from jacfunc._linearization import EVERY, Linearization, Some, some_of
+from jacfunc._linear_map.linearization import EVERY, Linearization, Some, some_of
+from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
     outside_transforms,
     plain_attention,
@@ -28,7 +29,6 @@ from jacfunc._torch import (
     run_backward,
 )
 from jacfunc._types import Leaves
-from jacfunc._walks import Graph
 
 
 class Anchor(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._faults import can_be_pushed, handled
-from jacfunc._linear import LinearMap, is_followed
+from jacfunc._linear_map.seeded import LinearMap, is_followed
 from jacfunc._log import note
 from jacfunc._torch import below_vmap, inside_transform, newer_transforms, sweep_batch
 from jacfunc._types import Leaves

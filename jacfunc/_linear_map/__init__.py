@@ -1,0 +1,19 @@
+"""A function at a point as a linear map: push tangents forward, pull cotangents back."""
+
+from jacfunc._linear_map.agreement import CHANGING, Evaluated, check_agreement, detached
+from jacfunc._linear_map.graph import Anchor, anchored, copied, on_graph
+from jacfunc._linear_map.linearization import EVERY, Linearization, Some, live, one_by_one, some_of
+from jacfunc._linear_map.operator import JacobianOperator
+from jacfunc._linear_map.pull import BY_ITSELF, linearize
+from jacfunc._linear_map.samples import (
+    Dims,
+    OfOne,
+    OnLeaves,
+    Samples,
+    batch_size,
+    narrowed,
+    one_sample,
+    sample_chunks,
+)
+from jacfunc._linear_map.seeded import LinearMap, is_followed
+from jacfunc._linear_map.walks import Graph, leading_out, nodes_of_call
