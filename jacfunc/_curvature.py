@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jacfunc._factored import norms
 from jacfunc._gauss_newton import GaussNewton
 from jacfunc._independence import Independence, Independent
 from jacfunc._likelihoods import Likelihood, check_likelihood, drawn
@@ -16,7 +17,6 @@ from jacfunc._output_curvature import Captured, Loss, LossFunction
 from jacfunc._points import Door, Outputs
 from jacfunc._select import Select
 from jacfunc._types import Randomness, Tree
-from jacfunc.layers import norms
 
 
 def ggn(

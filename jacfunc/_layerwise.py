@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacfunc._again import first_again
 from jacfunc._assembly import Grid, Sink, stack
-from jacfunc._factors import Factors
+from jacfunc._factored import Factors
 from jacfunc._memory import Chunk, evenly, in_chunks
 from jacfunc._types import Leaves
 

@@ -15,7 +15,7 @@ from jacfunc._assembly import Sink
 from jacfunc._attributes import held
 from jacfunc._calls import FlatCall
 from jacfunc._derive import in_words_of
-from jacfunc._factors import Factors
+from jacfunc._factored import Factors, Part
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
 from jacfunc._linear_map import Evaluated, Some, batch_size, live, some_of
@@ -28,7 +28,6 @@ from jacfunc._select import Select
 from jacfunc._torch import Draws, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree
-from jacfunc.layers import Part
 from jacfunc.strategies import Structured
 
 

@@ -14,8 +14,7 @@ from jacfunc._autotune import Autotune
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
-from jacfunc._factored import factored
-from jacfunc._factors import Factors
+from jacfunc._factored import Factors, factored
 from jacfunc._faults import unseen
 from jacfunc._layerwise import LayerByLayer
 from jacfunc._linear_map import (

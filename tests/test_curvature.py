@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import jacfunc
 from jacfunc._errors import Refused
-from jacfunc._projections import Signs
+from jacfunc._factored.parts import Part
+from jacfunc._factored.projection import Signs
+from jacfunc._factored.squares import Sums, norms, squared
 from jacfunc._whole_batch import Whole
 from jacfunc.layers._forms import Gather, Outer, Rows
-from jacfunc.layers._parts import Part
-from jacfunc.layers._squares import Sums, norms, squared
 
 
 class Encoder(nn.Module):
@@ -311,7 +311,7 @@ def random_matrix(model: nn.Module, size: int, seed: int = 0) -> Tensor:
 def test_projections_are_products_with_one_matrix(
     name: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jacfunc._projections.PIECE", 2**13)  # several draws a parameter
+    monkeypatch.setattr("jacfunc._factored.projection.PIECE", 2**13)  # several draws a parameter
     model, case, inputs, targets, true = posed(name)
     matrix = random_matrix(model, 70)
     assert matrix.abs().min() == matrix.abs().max() == torch.tensor(70.0).double().rsqrt()
@@ -589,7 +589,7 @@ def written(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
 def test_squares_of_outer_products(
     positions: int, groups: int, is_turned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jacfunc.layers._squares.PIECE", 2**10)  # several chunks of samples
+    monkeypatch.setattr("jacfunc._factored.squares.PIECE", 2**10)  # several chunks of samples
     inputs = torch.randn(7, groups, positions, 4).double()
     cotangents = torch.randn(6, 7, groups, positions, 5).double()
     shape = (groups, 4, 5) if is_turned else (groups * 5, 4)

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import jacfunc
+from jacfunc._kernels import gram as _gram
 from jacfunc._memory.counting import PeakBytes
-from jacfunc.layers import _gram
 
 
 class Mixed(nn.Module):

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import jacfunc
+from jacfunc._factored.parts import Part, rows, write
+from jacfunc._factored.views import View
 from jacfunc.layers._forms import Rows
-from jacfunc.layers._parts import Part, rows, write
-from jacfunc.layers._views import View
 from jacfunc.strategies._structured import Structured
 
 

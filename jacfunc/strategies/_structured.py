@@ -8,8 +8,7 @@ from itertools import chain
 from typing import Any
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._factored import Met, factored
-from jacfunc._factors import Factors
+from jacfunc._factored import Factors, Met, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, Within, in_chunks, of_leaf

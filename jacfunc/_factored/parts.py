@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacfunc.layers._forms import Form, Outer, Rows
-from jacfunc.layers._views import Path, shares_memory
+from jacfunc._factored.views import Path, shares_memory
+from jacfunc.layers import Form, Outer, Rows
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
-from jacfunc._factors import Factors
+from jacfunc._factored import Factors
 from jacfunc._linear_map import Evaluated, JacobianOperator, batch_size
 from jacfunc._samples import Batch
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims

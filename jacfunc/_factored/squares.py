@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc.layers._forms import Form, Gather, Outer, Rows
-from jacfunc.layers._parts import Part, rows
+from jacfunc._factored.parts import Part, rows
+from jacfunc.layers import Form, Gather, Outer, Rows
 
 PIECE = 2**22
 """Bytes that are written out at once: so few that they are still in the cache when squared."""

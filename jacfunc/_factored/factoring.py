@@ -11,7 +11,10 @@ from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused
-from jacfunc._factors import Factors
+from jacfunc._factored.factored_jacobian import Factors
+from jacfunc._factored.tracked import Touched
+from jacfunc._factored.tracking import Uses
+from jacfunc._factored.use import Use
 from jacfunc._faults import unseen, watched_once
 from jacfunc._linear_map import (
     Anchor,
@@ -26,7 +29,6 @@ from jacfunc._linear_map import (
 )
 from jacfunc._torch import Pull, inside_derivative, inside_transform, plain_attention, recording
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc.layers import Touched, Use, Uses
 
 
 @dataclass

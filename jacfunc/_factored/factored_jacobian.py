@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import shared_units
+from jacfunc._factored.parts import Part, rows, together, write
+from jacfunc._factored.use import Use
 from jacfunc._linear_map import EVERY, Linearization, Samples, Some
 from jacfunc._types import Leaves
-from jacfunc.layers import Part, Rows, Use, rows, together, write
+from jacfunc.layers import Rows
 
 
 @dataclass(frozen=True)

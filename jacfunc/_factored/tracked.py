@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from jacfunc._factored.views import Path
 from jacfunc._torch import below_transforms
-from jacfunc.layers._views import Path
 
 UNSEEN_WRITE = (
     "a parameter must be written into by operations that Python sees, or from the first call on, "

@@ -18,8 +18,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc.layers._forms import Gather, Outer
-from jacfunc.layers._parts import Part, rows
+from jacfunc._factored import Part, rows
+from jacfunc.layers import Gather, Outer
 
 PIECE = 2**23
 """Bytes of rows, or of products of positions, that are made at once: they stay in the cache."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from jacfunc._factored.views import Path
 from jacfunc._linear_map import Anchor, Graph
-from jacfunc.layers._rules import FormOf
-from jacfunc.layers._views import Path
+from jacfunc.layers import FormOf
 
 
 @dataclass(frozen=True)

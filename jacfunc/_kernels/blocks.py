@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import empty
-from jacfunc._factors import Factors
-from jacfunc._of_samples import Sampled
+from jacfunc._factored import Factors, Part
+from jacfunc._kernels.gram import Axes, Gram
+from jacfunc._kernels.sampled_function import Sampled
 from jacfunc._types import Leaves, Tree
-from jacfunc.layers import Axes, Gram, Part
 
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps a sequence, to watch it being worked off."""

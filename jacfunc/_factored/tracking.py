@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused
+from jacfunc._factored.tracked import UNSEEN_WRITE, Touched, Tracked
+from jacfunc._factored.use import Use
+from jacfunc._factored.views import BARES, LOOKS, VIEWS, Path, View, is_part
 from jacfunc._faults import unseen
 from jacfunc._linear_map import BY_ITSELF, Anchor, nodes_of_call
 from jacfunc._torch import at_once, below_transforms, innermost, mapped, mapped_anyway, of_samples
-from jacfunc.layers._edges import Use
-from jacfunc.layers._rules import FormOf, Rule, table
-from jacfunc.layers._tracked import UNSEEN_WRITE, Touched, Tracked
-from jacfunc.layers._views import BARES, LOOKS, VIEWS, Path, View, is_part
+from jacfunc.layers import FormOf, Rule, table
 
 MOST_PARTS = 32
 """Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""

@@ -1,0 +1,79 @@
+"""Random projections of factored Jacobians."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from jacfunc._factored.parts import Part, rows
+from jacfunc.layers import Outer
+
+PIECE = 2**24
+"""Bytes of the random matrix that exist at a time."""
+
+
+class Signs:
+    """Rows of the random matrix of one parameter, drawn one after the other."""
+
+    def __init__(self, key: str, size: int, like: Tensor) -> None:
+        self.size = size
+        # on the CPU, so that every device gets the same; a seed there has 32 bits
+        self._generator = torch.Generator().manual_seed(crc32(key.encode()))
+        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+        self.dtype = like.dtype
+        self._of_byte = (2 * bits - 1).to(like) / math.sqrt(size)
+
+    def rows(self, count: int) -> Tensor:
+        """The next ones, ``[count, size]``."""
+        words = torch.empty((count, -(-self.size // 64)), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=self._generator)
+        numbers = words.view(torch.uint8).flatten().to(self._of_byte.device, torch.int32)
+        return self._of_byte.index_select(0, numbers).view(count, -1)[:, : self.size]
+
+
+def _projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: Signs) -> Tensor:
+    """``[B, K, size]``, by the cheaper way."""
+    form = parts[0].form
+    if len(parts) == 1 and isinstance(form, Outer) and not parts[0].path and not form.is_turned:
+        num_seeds, _, _, positions, outs = form.cotangents.shape
+        ins = form.inputs.shape[-1]
+        by_factors = positions * outs * signs.size * (ins + num_seeds)
+        if by_factors <= num_seeds * outs * ins * (positions + signs.size):
+            return _projected_by_factors(form, signs)
+    return _projected_by_rows(rows(parts, zeros), signs)
+
+
+def _projected_by_factors(form: Outer, signs: Signs) -> Tensor:
+    """What went in times R, and then what came back times that."""
+    left = form.cotangents.to(signs.dtype).permute(2, 1, 0, 3, 4)
+    groups, size, num_seeds, positions, outs = left.shape
+    right = form.inputs.to(left.dtype).transpose(0, 1).flatten(1, 2)
+    ins, total = right.shape[-1], left.new_zeros((size, num_seeds, signs.size))
+    step = _at_once(signs, total, max(ins, size * positions))
+    for group in range(groups):
+        for start in range(0, outs, step):
+            some = left[group, ..., start : start + step]
+            count = some.shape[-1]
+            table = signs.rows(count * ins).view(count, ins, -1).transpose(0, 1).flatten(1)
+            through = (right[group] @ table).view(size, positions * count, -1)
+            total.baddbmm_(some.reshape(size, num_seeds, positions * count), through)
+    return total
+
+
+def _projected_by_rows(block: Tensor, signs: Signs) -> Tensor:
+    """Rows ``[B, K, *param]`` times R."""
+    flat = block.reshape(block.shape[:2].numel(), -1).to(signs.dtype)
+    total = flat.new_zeros((len(flat), signs.size))
+    step = _at_once(signs, total, 1)
+    for start in range(0, flat.shape[1], step):
+        some = flat[:, start : start + step]
+        total.addmm_(some, signs.rows(some.shape[1]))
+    return total.view(*block.shape[:2], -1)
+
+
+def _at_once(signs: Signs, like: Tensor, width: int) -> int:
+    return max(1, PIECE // (signs.size * width * like.element_size()))
