@@ -14,7 +14,6 @@ from torch import Tensor
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._compared import Subject
-from jacfunc._derive import Evaluation, evaluate
 from jacfunc._faults import unseen
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
@@ -35,7 +34,7 @@ from jacfunc._trees import (
     unflatten,
 )
 from jacfunc._types import Argnums, Leaves, Randomness, Tree, is_differentiable, is_tensor
-from jacfunc.strategies import Strategy
+from jacfunc.strategies import Evaluation, Strategy, evaluate
 
 Wrt: TypeAlias = Literal["params", "inputs"]
 POSITIONS = {"params": 0, "inputs": 1}

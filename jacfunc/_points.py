@@ -14,7 +14,6 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink
 from jacfunc._attributes import held
 from jacfunc._calls import FlatCall
-from jacfunc._derive import in_words_of
 from jacfunc._factored import Factors, Part
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
@@ -28,7 +27,7 @@ from jacfunc._select import Select
 from jacfunc._torch import Draws, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree
-from jacfunc.strategies import Structured
+from jacfunc.strategies import Structured, in_words_of
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from jacfunc._arguments import check_like
 from jacfunc._calls import FlatCall
-from jacfunc._derive import in_words_of
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Tree
+from jacfunc.strategies import in_words_of
 
 
 def jvp(

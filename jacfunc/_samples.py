@@ -12,7 +12,6 @@ from jacfunc._again import FirstSamples, first_again
 from jacfunc._assembly import Grid, Sink
 from jacfunc._autotune import Autotune
 from jacfunc._calls import FlatCall, OfCalls
-from jacfunc._derive import Evaluation, evaluate, in_words_of
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
 from jacfunc._factored import Factors, factored
 from jacfunc._faults import unseen
@@ -34,7 +33,7 @@ from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
 from jacfunc._torch import Draws, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
 from jacfunc._unmapped import check_randomness, under_vmap
-from jacfunc.strategies import Looped, Strategy, Structured
+from jacfunc.strategies import Evaluation, Looped, Strategy, Structured, evaluate, in_words_of
 
 
 @dataclass(frozen=True)

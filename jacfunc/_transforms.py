@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jacfunc._derive import Evaluation, deriving, jacobian_by
+from jacfunc._derive import deriving, jacobian_by
 from jacfunc._resolve import directed, resolve
 from jacfunc._types import Argnums, Memory, Randomness, Tree
-from jacfunc.strategies import Forward, Reverse, Strategy
+from jacfunc.strategies import Evaluation, Forward, Reverse, Strategy
 
 
 def jacrev(

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import FlatCall
-from jacfunc._derive import in_words_of
 from jacfunc._independence import Independence, Independent
 from jacfunc._kernels.blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._kernels.sampled_function import OfCall, Sampled, samples_of
 from jacfunc._points import Door
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Randomness, Tree
-from jacfunc.strategies import Structured
+from jacfunc.strategies import Structured, in_words_of
 
 API = "ntk"
 

@@ -1,9 +1,19 @@
 """Ways to make a Jacobian explicit, one a file: each sweeps the operator with its own seeds."""
 
+from jacfunc.strategies._evaluation import Evaluation, evaluate, in_words_of
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._strategy import Strategy
 from jacfunc.strategies._structured import Structured
 
-__all__ = ["Forward", "Looped", "Reverse", "Strategy", "Structured"]
+__all__ = [
+    "Evaluation",
+    "Forward",
+    "Looped",
+    "Reverse",
+    "Strategy",
+    "Structured",
+    "evaluate",
+    "in_words_of",
+]
