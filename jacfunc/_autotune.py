@@ -18,12 +18,12 @@ from jacfunc._arguments import check_memory
 from jacfunc._budgets import bounded, bounded_samples, fewer_rows
 from jacfunc._calls import fingerprint
 from jacfunc._errors import Refused
-from jacfunc._forecast import Swept
+from jacfunc._forecasting import Swept, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import Chunk
-from jacfunc._planner import Planned, by_plan, counted_costs
+from jacfunc._planner import Planned, by_plan
 from jacfunc._plans import Plan, Sampled, by_sizes, candidates, fastest, others, rows_first
 from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._types import Blocks

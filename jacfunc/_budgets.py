@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jacfunc._costs import Costs
+from jacfunc._forecasting import Costs
 from jacfunc._memory import Chunk, Within, evenly, free_bytes
 from jacfunc._plans import MODEST, Direction, Plan
 from jacfunc._units import in_bytes

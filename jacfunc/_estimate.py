@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._forecast import Forecast, Swept
-from jacfunc._foretell import Foreteller
+from jacfunc._forecasting import Forecast, Foreteller, Swept
 from jacfunc._lock import alone
 from jacfunc._torch import inside_transform
 from jacfunc._types import Argnums, Tree

@@ -12,7 +12,7 @@ from typing import Any
 from jacfunc._autotune import Autotune
 from jacfunc._calls import FlatCall
 from jacfunc._derive import jacobian_by
-from jacfunc._foretell import Foreteller
+from jacfunc._forecasting import Foreteller
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._log import trail

@@ -14,18 +14,15 @@ from torch import nn
 
 from jacfunc._budgets import bounded, bounded_samples, is_bounded, spared
 from jacfunc._calls import fingerprint
-from jacfunc._costs import Costs
-from jacfunc._forecast import Swept
+from jacfunc._forecasting import Swept, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._log import is_heard, note
 from jacfunc._memory import Chunk, Within
 from jacfunc._plans import Direction, Plan, Sampled, attempt, by_sizes, fastest, rows_first
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered, nothing_yet
-from jacfunc._torch import is_pushing, uncompiled
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
-from jacfunc._work import Recorder, Unrecordable
 from jacfunc.strategies import Forward, Reverse, Structured
 
 MOST_FUNCTIONS = 1000
@@ -163,20 +160,6 @@ class SharedPlans:
 def shared_plans() -> SharedPlans:
     """Those of this process."""
     return SharedPlans()
-
-
-def counted_costs(operator: JacobianOperator) -> Costs | None:
-    """From a recorded evaluation; None where there is nothing to forecast from."""
-    operator.repeat_draws()
-    if is_pushing():  # torch has one level of forward mode: no machine can be measured inside it
-        return None
-    try:
-        with uncompiled(), Recorder(operator.primals) as recorder:
-            operator.outputs  # noqa: B018 (evaluates)
-    except Unrecordable:
-        operator.repeat_draws()
-        return None
-    return Costs.of(operator, recorder)
 
 
 def carry_out(plan: Plan, operator: JacobianOperator) -> tuple[Plan, Blocks]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from jacfunc._assembly import numel
-from jacfunc._costs import Costs, is_forward
 from jacfunc._errors import Refused
-from jacfunc._forecast import Forecast, Swept
+from jacfunc._forecasting import Costs, Forecast, Swept, is_forward
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._types import Blocks

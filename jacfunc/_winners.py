@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jacfunc._forecast import Swept
+from jacfunc._forecasting import Swept
 from jacfunc._remembered import Recent
 from jacfunc.strategies import Forward, Looped, Reverse
 

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jacfunc
 from jacfunc import Estimate, estimate
-from jacfunc._forecast import Forecast
-from jacfunc._foretell import Foreteller
+from jacfunc._forecasting.call_forecast import Foreteller
+from jacfunc._forecasting.on_fakes import Forecast
+from jacfunc._forecasting.recording import Recorder
 from jacfunc._memory.counting import PeakBytes
-from jacfunc._work import Recorder
 from tests.problems import PROBLEMS, Problem
 
 TOLERANCE = 0.05

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jacfunc import _machine
-from jacfunc._machine import Machine, machine, power_of_four
+from jacfunc._forecasting import machine as _machine
+from jacfunc._forecasting.machine import Machine, machine, power_of_four
 from jacfunc._memory.available import free_bytes
 from jacfunc._memory.counting import PeakBytes
 

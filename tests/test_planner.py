@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped, Plan, Reverse, Structured
-from jacfunc._costs import Costs
+from jacfunc._forecasting.costs import Costs
+from jacfunc._forecasting.machine import LARGEST
+from jacfunc._forecasting.recording import Operation, Recorder
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
-from jacfunc._machine import LARGEST
 from jacfunc._planner import Auto
 from jacfunc._plans import fastest
-from jacfunc._work import Operation, Recorder
 from tests.oracles import looped_jacobian
 
 FEW_TO_MANY = torch.randn(20_000, 2)

@@ -11,14 +11,11 @@ import torch
 
 from jacfunc._assembly import Sink
 from jacfunc._budgets import SHARE
-from jacfunc._costs import Costs, is_forward
-from jacfunc._forecast import Swept
-from jacfunc._foretell import Foreteller
+from jacfunc._forecasting import Costs, Foreteller, Swept, counted_costs, is_forward
 from jacfunc._linear_map import JacobianOperator, one_sample
 from jacfunc._log import note
 from jacfunc._measuring import Contestant, Forecast, Result, Run
 from jacfunc._memory import free_bytes, largest
-from jacfunc._planner import counted_costs
 from jacfunc._resolve import resolve
 from jacfunc._torch import Draws
 from jacfunc._types import Memory

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from jacfunc._assembly import columns_to_blocks, numel, rows_to_blocks
-from jacfunc._costs import Costs, is_forward
+from jacfunc._forecasting.costs import Costs, is_forward
+from jacfunc._forecasting.recording import Recorder
+from jacfunc._forecasting.replacing import Replacing
 from jacfunc._linear_map import EVERY, JacobianOperator, Some
 from jacfunc._memory import Chunk, PeakBytes
-from jacfunc._replacing import Replacing
 from jacfunc._trees import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
-from jacfunc._work import Recorder
 from jacfunc.strategies import Forward, Looped, Reverse, Structured
 
 MAX_BYTES = 2**63 - 1

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from jacfunc._assembly import numel
 from jacfunc._calls import FlatCall
-from jacfunc._costs import Costs, is_forward
-from jacfunc._forecast import Fakes, Forecast, Swept
+from jacfunc._forecasting.costs import Costs, is_forward
+from jacfunc._forecasting.on_fakes import Fakes, Forecast, Swept
 from jacfunc._memory import largest
 from jacfunc._types import Argnums, Tree
 from jacfunc.strategies import Looped

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._assembly import numel
+from jacfunc._forecasting.machine import LARGEST, Cost, Machine, machine
+from jacfunc._forecasting.recording import Operation, Recorder, Unrecordable
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._machine import LARGEST, Cost, Machine, machine
 from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest
-from jacfunc._torch import below_transforms
-from jacfunc._work import Operation, Recorder
+from jacfunc._torch import below_transforms, is_pushing, uncompiled
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 COLUMN_LOOP = Looped("columns")
@@ -199,3 +199,17 @@ class Costs:
 def _copies(tensor: torch.Tensor) -> int:
     """How many the vmaps outside make of a tensor."""
     return below_transforms(tensor).numel() // max(tensor.numel(), 1)
+
+
+def counted_costs(operator: JacobianOperator) -> Costs | None:
+    """From a recorded evaluation; None where there is nothing to forecast from."""
+    operator.repeat_draws()
+    if is_pushing():  # torch has one level of forward mode: no machine can be measured inside it
+        return None
+    try:
+        with uncompiled(), Recorder(operator.primals) as recorder:
+            operator.outputs  # noqa: B018 (evaluates)
+    except Unrecordable:
+        operator.repeat_draws()
+        return None
+    return Costs.of(operator, recorder)
