@@ -1,7 +1,6 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch."""
 
 from jacfunc._assembly import empty_cache
-from jacfunc._autotune import Autotune
 from jacfunc._batching import vmap
 from jacfunc._curvature import fisher, ggn, gradient_norms
 from jacfunc._estimate import Estimate, estimate
@@ -9,7 +8,7 @@ from jacfunc._explain import Explanation, explain, plan
 from jacfunc._gauss_newton import GaussNewton
 from jacfunc._kernels import gram, ntk
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
-from jacfunc._plans import Plan
+from jacfunc._planning import Autotune, Plan
 from jacfunc._products import jvp, vjp
 from jacfunc._projections import random_projection
 from jacfunc._streams import stream_jacobian

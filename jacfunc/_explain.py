@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jacfunc._autotune import Autotune
 from jacfunc._calls import FlatCall
 from jacfunc._derive import jacobian_by
 from jacfunc._forecasting import Foreteller
@@ -17,9 +16,7 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._log import trail
 from jacfunc._memory import PeakBytes
-from jacfunc._planner import Auto
-from jacfunc._plans import Plan
-from jacfunc._resolve import resolve
+from jacfunc._planning import Auto, Autotune, Plan, resolve
 from jacfunc._types import Argnums, Memory, Tree
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy

@@ -15,7 +15,7 @@ from jacfunc._lock import alone
 from jacfunc._module_calls import ModuleCall, Wrt, argnums_of
 from jacfunc._module_checks import check_module
 from jacfunc._parameters import ModuleState
-from jacfunc._resolve import resolve
+from jacfunc._planning import resolve
 from jacfunc._select import Select
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy

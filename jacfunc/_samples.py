@@ -10,7 +10,6 @@ from typing import Any
 
 from jacfunc._again import FirstSamples, first_again
 from jacfunc._assembly import Grid, Sink
-from jacfunc._autotune import Autotune
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
 from jacfunc._factored import Factors, factored
@@ -28,8 +27,7 @@ from jacfunc._linear_map import (
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk
-from jacfunc._planner import Auto
-from jacfunc._plans import UNMAPPED, Plan, Sampled, attempt
+from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, Sampled, attempt
 from jacfunc._torch import Draws, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
 from jacfunc._unmapped import check_randomness, under_vmap

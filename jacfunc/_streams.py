@@ -22,7 +22,7 @@ from jacfunc._memory import PIECE, Chunk, Pieces, in_chunks
 from jacfunc._module_calls import POSITIONS, ModuleCall
 from jacfunc._module_checks import check_module
 from jacfunc._parameters import ModuleState
-from jacfunc._planner import Auto
+from jacfunc._planning import Auto
 from jacfunc._samples import Batch
 from jacfunc._select import Select
 from jacfunc._torch import Draws, inside_transform

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jacfunc._derive import deriving, jacobian_by
-from jacfunc._resolve import directed, resolve
+from jacfunc._planning import directed, resolve
 from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Evaluation, Forward, Reverse, Strategy
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._resolve import resolve
+from jacfunc._planning import resolve
 from jacfunc._types import Argnums, Blocks, Leaves
 from jacfunc.strategies import Strategy
 

@@ -18,7 +18,7 @@ from jacfunc import Autotune, Forward, Looped, Reverse
 from jacfunc._calls.fingerprint import fingerprint
 from jacfunc._log import trail
 from jacfunc._memory.counting import PeakBytes
-from jacfunc._winners import Winners, winners
+from jacfunc._planning.tuning_cache import Winners, winners
 
 MATRIX = torch.linspace(-1, 1, 600).view(300, 2)
 
@@ -71,7 +71,7 @@ def test_what_torch_sets_up_in_a_first_call_is_nobodys_cost(monkeypatch: Any) ->
     def scripted(run: Any, device: torch.device) -> float:
         return forward.pop() if isinstance(run.args[-1], Forward) else 0.003
 
-    monkeypatch.setattr("jacfunc._autotune.seconds_of", scripted)
+    monkeypatch.setattr("jacfunc._planning.autotune.seconds_of", scripted)
     with trail() as steps:
         jacfunc.jacobian(lambda x: torch.erf(MATRIX.to(x) @ x), strategy=Autotune())(torch.ones(2))
     (told,) = [step for step in steps if step.startswith("measured: ")]

@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacfunc
-from jacfunc import _autotune
 from jacfunc._arguments import check_memory
 from jacfunc._assembly.basis import basis
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._memory.chunks import Within, in_chunks
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._planning import autotune as _autotune
 
 ROWS, COLUMNS = 512, 256
 SLACK = 4 * 4 * (ROWS + COLUMNS)  # a few vectors: the point, its image, one seed more

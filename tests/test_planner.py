@@ -16,8 +16,8 @@ from jacfunc._forecasting.machine import LARGEST
 from jacfunc._forecasting.recording import Operation, Recorder
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
-from jacfunc._planner import Auto
-from jacfunc._plans import fastest
+from jacfunc._planning.auto import Auto
+from jacfunc._planning.choice import fastest
 from tests.oracles import looped_jacobian
 
 FEW_TO_MANY = torch.randn(20_000, 2)

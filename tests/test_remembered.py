@@ -17,10 +17,10 @@ import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
 from jacfunc._constants import constants_of
 from jacfunc._log import trail
-from jacfunc._planner import Auto, shared_plans
-from jacfunc._plans import others
+from jacfunc._planning.auto import Auto, shared_plans
+from jacfunc._planning.plan import others
+from jacfunc._planning.tuning_cache import Winners
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
-from jacfunc._winners import Winners
 
 
 class AllEqual(nn.Module):

@@ -13,7 +13,7 @@ import torch
 
 from jacfunc._arguments import check_memory
 from jacfunc._measuring import Effort, measure
-from jacfunc._resolve import resolve
+from jacfunc._planning import resolve
 from jacfunc._types import Memory
 from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, name_of
 from jacfunc.compare._judge import Judge, precision_of

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from jacfunc._assembly import Sink
-from jacfunc._budgets import SHARE
 from jacfunc._forecasting import Costs, Foreteller, Swept, counted_costs, is_forward
 from jacfunc._linear_map import JacobianOperator, one_sample
 from jacfunc._log import note
 from jacfunc._measuring import Contestant, Forecast, Result, Run
 from jacfunc._memory import free_bytes, largest
-from jacfunc._resolve import resolve
+from jacfunc._planning import SHARE, resolve
 from jacfunc._torch import Draws
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from jacfunc._forecasting import Costs
 from jacfunc._memory import Chunk, Within, evenly, free_bytes
-from jacfunc._plans import MODEST, Direction, Plan
+from jacfunc._planning.plan import MODEST, Direction, Plan
 from jacfunc._units import in_bytes
 from jacfunc.strategies import Forward, Reverse
 

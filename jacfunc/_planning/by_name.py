@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from jacfunc._arguments import check_chunk_size, check_memory
-from jacfunc._autotune import Autotune
-from jacfunc._planner import Auto
-from jacfunc._plans import Direction
+from jacfunc._planning.auto import Auto
+from jacfunc._planning.autotune import Autotune
+from jacfunc._planning.plan import Direction
 from jacfunc._types import Memory
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 

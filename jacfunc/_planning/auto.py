@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,17 +11,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from jacfunc._budgets import bounded, bounded_samples, is_bounded, spared
 from jacfunc._calls import fingerprint
 from jacfunc._forecasting import Swept, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
-from jacfunc._log import is_heard, note
 from jacfunc._memory import Chunk, Within
-from jacfunc._plans import Direction, Plan, Sampled, attempt, by_sizes, fastest, rows_first
+from jacfunc._planning.budget import bounded, bounded_samples, is_bounded, spared
+from jacfunc._planning.choice import Sampled, by_sizes, fastest
+from jacfunc._planning.plan import Direction, Plan, carry_out, rows_first
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._types import Blocks
-from jacfunc._units import in_seconds
 from jacfunc.strategies import Forward, Reverse, Structured
 
 MOST_FUNCTIONS = 1000
@@ -160,19 +158,3 @@ class SharedPlans:
 def shared_plans() -> SharedPlans:
     """Those of this process."""
     return SharedPlans()
-
-
-def carry_out(plan: Plan, operator: JacobianOperator) -> tuple[Plan, Blocks]:
-    """Run a plan, or what it says to try otherwise; which it was, and what came out."""
-    if is_heard():
-        return attempt(plan, lambda plan: _told(plan, operator))
-    return attempt(plan, lambda plan: plan.strategy.materialize(operator))
-
-
-def _told(plan: Plan, operator: JacobianOperator) -> Blocks:
-    """Run; say at INFO what ran, why, and how long it took beside the forecast."""
-    start = time.perf_counter()
-    blocks = plan.strategy.materialize(operator)
-    took = in_seconds(time.perf_counter() - start)
-    note("%s ran: %s; took %s", plan.strategy, plan.reason, took)
-    return blocks

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from jacfunc._arguments import check_memory
-from jacfunc._budgets import bounded, bounded_samples, fewer_rows
 from jacfunc._calls import fingerprint
 from jacfunc._errors import Refused
 from jacfunc._forecasting import Swept, counted_costs
@@ -23,12 +22,14 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import Chunk
-from jacfunc._planner import Planned, by_plan
-from jacfunc._plans import Plan, Sampled, by_sizes, candidates, fastest, others, rows_first
+from jacfunc._planning.auto import Planned, by_plan
+from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
+from jacfunc._planning.choice import Sampled, by_sizes, candidates, fastest
+from jacfunc._planning.plan import Plan, others, rows_first
+from jacfunc._planning.tuning_cache import winners
 from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
-from jacfunc._winners import winners
 from jacfunc.strategies import Forward, Reverse, Structured
 
 ROUNDS, FEWEST = 25, 5

@@ -1,0 +1,105 @@
+"""Which strategy is the fastest by its forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from jacfunc._assembly import numel
+from jacfunc._forecasting import Costs, Swept, is_forward
+from jacfunc._linear_map import JacobianOperator
+from jacfunc._planning.plan import Direction, Plan, others, with_few_seeds
+from jacfunc._units import in_seconds
+from jacfunc.strategies import Forward, Looped, Reverse, Structured
+
+CHUNKS = (512, 128)
+RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.75}
+"""Forecasts err: what is far slower when they do must promise so much to be taken."""
+
+FORWARD_FROM_RATIO = 4
+"""By sizes alone: forward wins only where outputs far outnumber inputs."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A batch whose samples are differentiated each on its own.
+
+    Args:
+        size: how many there are.
+        has_layers: by parameters alone, which layers are made of.
+        are_copied: their Jacobians are put together elsewhere.
+    """
+
+    size: int
+    has_layers: bool
+    are_copied: bool
+
+    def ways(
+        self, directions: tuple[Direction, ...], by_layers: Structured | None
+    ) -> tuple[Direction, ...]:
+        """What there is to choose from."""
+        return (*directions, by_layers) if self.has_layers and by_layers else directions
+
+
+def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Plan:
+    """Where there is nothing to forecast from."""
+    rows, columns = numel(operator.outputs), numel(operator.primals)
+    wanted = Forward if rows > FORWARD_FROM_RATIO * columns else Reverse
+    chosen = next((d for d in directions if isinstance(d, wanted)), directions[0])
+    reason = f"by sizes alone: {rows} outputs, {columns} inputs"
+    return Plan(chosen, reason, None, others(chosen, directions, rows, columns))
+
+
+def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
+    """The least seconds by forecast, with some reluctance towards what could be far slower."""
+    possible = list(candidates(costs, directions))
+    sizes = f"{costs.rows} outputs, {costs.columns} inputs"
+    if len(possible) == 1:
+        reason = f"{sizes}: nothing else comes into question"
+        best = possible[0]
+        return Plan(best, reason, None, others(best, directions, costs.rows, costs.columns))
+    seconds = {s: costs.seconds(s) for s in possible if not is_forward(s)}
+    if not seconds or min(seconds.values()) > costs.least_push():
+        seconds |= {s: costs.seconds(s) for s in possible if is_forward(s)}
+    possible = list(seconds)
+    best = min(possible, key=lambda s: seconds[s] * _reluctance(s, costs))
+    rivals = [s for s in possible if type(s) is not type(best)]
+    reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
+    if rivals:
+        second = min(rivals, key=seconds.__getitem__)
+        reason += f", {in_seconds(seconds[second])} by {second}"
+    following = others(best, directions, costs.rows, costs.columns)
+    return Plan(best, reason, seconds[best], following)
+
+
+def candidates(
+    costs: Costs, directions: Sequence[Direction], reach: float = 1.0, most_loops: int = 1
+) -> Iterator[Swept]:
+    """What may be fastest.
+
+    Forward mode only up to ``reach`` times as many inputs as outputs: with more it hardly ever
+    wins. Loops over up to ``most_loops`` seeds; a single one is swept without vmap.
+    """
+    for direction in directions:
+        total = costs.seeds(direction)
+        if is_forward(direction) and len(directions) > 1:
+            if total > reach * costs.rows:
+                continue
+            direction = with_few_seeds(direction, costs.rows, costs.columns)
+        if total > 1 or not is_forward(direction):
+            yield direction
+        if direction.chunk_size is None and not isinstance(direction, Structured):
+            yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
+        if is_forward(direction) and total <= most_loops:
+            yield Looped("columns")
+        if isinstance(direction, Reverse) and 1 < total <= most_loops:
+            yield Looped("rows")
+        if direction == Reverse() and total == 1:
+            return  # nothing beats a single pullback
+
+
+def _reluctance(strategy: Swept, costs: Costs) -> float:
+    if isinstance(strategy, Structured):
+        return 1.0 if costs.reuses_pages else RELUCTANCE["layers"]
+    chunked = RELUCTANCE["chunked"] if getattr(strategy, "chunk_size", None) else 1.0
+    return chunked * (RELUCTANCE["forward"] if is_forward(strategy) else 1.0)
