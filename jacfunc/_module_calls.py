@@ -17,10 +17,10 @@ from jacfunc._compared import Subject
 from jacfunc._faults import unseen
 from jacfunc._independence import Independence
 from jacfunc._inputs import Choice
+from jacfunc._lending import ModuleState
 from jacfunc._linear_map import batch_size
 from jacfunc._lock import alone
 from jacfunc._module_checks import check_call, check_inputs, check_parameters, check_samples
-from jacfunc._parameters import ModuleState
 from jacfunc._samples import Batch
 from jacfunc._torch import Draws, inside_derivative, is_outermost, is_pushing
 from jacfunc._trees import (

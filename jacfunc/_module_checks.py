@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jacfunc._parameters import ModuleState
+from jacfunc._lending import ModuleState
 from jacfunc._torch import inside_derivative
 from jacfunc._trees import flatten
 from jacfunc._types import Tree, is_differentiable

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc import _constants
-from jacfunc._constants import Constants
+from jacfunc._lending import constants as _constants
+from jacfunc._lending.constants import Constants
 from tests.module_kinds import floats
 
 STRATEGIES = ("reverse", "forward", "looped", "auto")

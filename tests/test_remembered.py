@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
-from jacfunc._constants import constants_of
+from jacfunc._lending.constants import constants_of
 from jacfunc._log import trail
 from jacfunc._planning.auto import Auto, shared_plans
 from jacfunc._planning.plan import others

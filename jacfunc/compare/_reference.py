@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_outputs, wrap_argnums
+from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._parameters import ModuleState
 from jacfunc._torch import Draws
 from jacfunc._trees import Split, flatten, paths
 from jacfunc._types import Leaves, Tree, is_differentiable

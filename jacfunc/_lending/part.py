@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from jacfunc._attributes import SIMPLE, keeps, objects_in, renewed
+from jacfunc._lending.attributes import SIMPLE, keeps, objects_in, renewed
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _OWN = frozenset(vars(nn.Module()))

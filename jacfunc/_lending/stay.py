@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._parts import Attributes, Part
+from jacfunc._lending.part import Attributes, Part
 
 
 @dataclass(eq=False, slots=True)

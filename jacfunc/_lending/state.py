@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from jacfunc._constants import Constants, constants_of
 from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
-from jacfunc._lost import check_fresh
-from jacfunc._parts import Part, are_same, by_first_name, parts_beside, put_back
-from jacfunc._select import Select, chosen
-from jacfunc._stays import Lease, Stay
+from jacfunc._lending.constants import Constants, constants_of
+from jacfunc._lending.lost import check_fresh
+from jacfunc._lending.part import Part, are_same, by_first_name, parts_beside, put_back
+from jacfunc._lending.select import Select, chosen
+from jacfunc._lending.stay import Lease, Stay
 from jacfunc._torch import recording
 
 
