@@ -1,18 +1,28 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch."""
 
 from jacfunc._assembly import empty_cache
-from jacfunc._batching import vmap
 from jacfunc._curvature import fisher, ggn, gradient_norms
-from jacfunc._estimate import Estimate, estimate
-from jacfunc._explain import Explanation, explain, plan
+from jacfunc._functions import (
+    Estimate,
+    Explanation,
+    estimate,
+    explain,
+    hessian,
+    jacfwd,
+    jacobian,
+    jacrev,
+    jvp,
+    plan,
+    value_and_jacobian,
+    vjp,
+    vmap,
+)
 from jacfunc._gauss_newton import GaussNewton
 from jacfunc._kernels import gram, ntk
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._planning import Autotune, Plan
-from jacfunc._products import jvp, vjp
 from jacfunc._projections import random_projection
 from jacfunc._streams import stream_jacobian
-from jacfunc._transforms import hessian, jacfwd, jacobian, jacrev, value_and_jacobian
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [

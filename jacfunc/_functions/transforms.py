@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jacfunc._derive import deriving, jacobian_by
+from jacfunc._functions.derive import deriving, jacobian_by
 from jacfunc._planning import directed, resolve
 from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Evaluation, Forward, Reverse, Strategy

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from jacfunc._calls import FlatCall
-from jacfunc._derive import jacobian_by
 from jacfunc._forecasting import Foreteller
+from jacfunc._functions.derive import jacobian_by
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._log import trail

@@ -13,9 +13,9 @@ from torch import Tensor
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import stack
 from jacfunc._calls import reaches_module
-from jacfunc._derive import watches_itself
 from jacfunc._errors import Refused, check_fallback
 from jacfunc._faults import NestedWatch, handled
+from jacfunc._functions.derive import watches_itself
 from jacfunc._linear_map import Dims, OnLeaves, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
