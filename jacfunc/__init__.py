@@ -19,10 +19,9 @@ from jacfunc._functions import (
 )
 from jacfunc._gauss_newton import GaussNewton
 from jacfunc._kernels import gram, ntk
-from jacfunc._modules import ModuleResult, module_jacobian, param_slices
+from jacfunc._modules import ModuleResult, module_jacobian, param_slices, stream_jacobian
 from jacfunc._planning import Autotune, Plan
 from jacfunc._projections import random_projection
-from jacfunc._streams import stream_jacobian
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
-from jacfunc._compared import at, has_batch
-from jacfunc._independence import Independence
 from jacfunc._lending import tensors_in
 from jacfunc._linear_map import Anchor, Graph, JacobianOperator, anchored, on_graph
 from jacfunc._log import note
 from jacfunc._losses import is_known, known_root
-from jacfunc._points import Outputs
+from jacfunc._modules import Independence, Outputs
+from jacfunc._samples import at, has_batch
 from jacfunc._torch import as_written
 from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from jacfunc._assembly import shared_units
 from jacfunc._factored import Factors, Signs, _projected
-from jacfunc._independence import Independence, Independent
 from jacfunc._lending import Select
 from jacfunc._linear_map import Some
+from jacfunc._modules import Door, Independence, Independent, Point
 from jacfunc._output_curvature import Loss, LossFunction
-from jacfunc._points import Door, Point
 from jacfunc._types import Leaves, Randomness, Tree
 
 API = "random_projection"

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused
-from jacfunc._independence import now_and_then
 from jacfunc._linear_map import JacobianOperator, Samples, check_agreement, live, narrowed, some_of
 from jacfunc._log import note
-from jacfunc._points import Outputs, Point
+from jacfunc._modules import Outputs, Point, now_and_then
 from jacfunc._torch import Draws
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, is_tensor

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc import _layerwise
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._samples import writing as _layerwise
 
 STRATEGIES = ("auto", "reverse", "forward", "looped", "structured")
 

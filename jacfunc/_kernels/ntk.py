@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import FlatCall
-from jacfunc._independence import Independence, Independent
 from jacfunc._kernels.blocks import Chunk, Contracted, Progress, product_of
 from jacfunc._kernels.sampled_function import OfCall, Sampled, samples_of
-from jacfunc._points import Door
+from jacfunc._modules import Door, Independence, Independent
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of

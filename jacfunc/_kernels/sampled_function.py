@@ -13,7 +13,7 @@ from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._factored import Factors
 from jacfunc._linear_map import Evaluated, JacobianOperator, batch_size
-from jacfunc._samples import Batch
+from jacfunc._modules import Batch
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured

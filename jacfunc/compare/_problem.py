@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from jacfunc._arguments import wrap_argnums
 from jacfunc._assembly import Sink
 from jacfunc._functions import jacobian
-from jacfunc._inputs import Choice
 from jacfunc._lending import ModuleState
 from jacfunc._measuring import Run, is_here
-from jacfunc._module_calls import ModuleCall, Wrt, argnums_of
-from jacfunc._modules import module_jacobian
+from jacfunc._modules import Choice, ModuleCall, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
 from jacfunc._types import Argnums, Memory, Randomness, Tree, is_tensor
 from jacfunc.strategies import Strategy

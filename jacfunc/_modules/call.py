@@ -13,15 +13,15 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
-from jacfunc._compared import Subject
 from jacfunc._faults import unseen
-from jacfunc._independence import Independence
-from jacfunc._inputs import Choice
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import batch_size
 from jacfunc._lock import alone
-from jacfunc._module_checks import check_call, check_inputs, check_parameters, check_samples
-from jacfunc._samples import Batch
+from jacfunc._modules.batch import Batch
+from jacfunc._modules.checks import check_call, check_inputs, check_parameters, check_samples
+from jacfunc._modules.independence import Independence
+from jacfunc._modules.inputs import Choice
+from jacfunc._samples import Subject
 from jacfunc._torch import Draws, inside_derivative, is_outermost, is_pushing
 from jacfunc._trees import (
     Arguments,

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from jacfunc._again import FirstSamples, first_again
 from jacfunc._assembly import Grid, Sink
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
 from jacfunc._factored import Factors, factored
 from jacfunc._faults import unseen
-from jacfunc._layerwise import LayerByLayer
 from jacfunc._linear_map import (
     Dims,
     JacobianOperator,
@@ -28,9 +26,9 @@ from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk
 from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, Sampled, attempt
+from jacfunc._samples import FirstSamples, LayerByLayer, check_randomness, first_again, under_vmap
 from jacfunc._torch import Draws, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
-from jacfunc._unmapped import check_randomness, under_vmap
 from jacfunc.strategies import Evaluation, Looped, Strategy, Structured, evaluate, in_words_of
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._compared import Evaluated, Half, Quantity, Subject, halves, has_batch
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._linear_map import CHANGING
 from jacfunc._log import note
+from jacfunc._samples.comparing import Evaluated, Half, Quantity, Subject, halves, has_batch
 from jacfunc._torch import Draws, uncompiled
 from jacfunc._types import Leaves
 

@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._compared import Half, Quantity, at, halves
-from jacfunc._coupling import Found
+from jacfunc._samples.comparing import Half, Quantity, at, halves
+from jacfunc._samples.coupling import Found
 from jacfunc._torch import Draws
 from jacfunc._types import Leaves
 

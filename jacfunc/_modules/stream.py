@@ -13,16 +13,16 @@ from torch import nn
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink, rows_to_blocks, stack_leaves, sweep_leaves
 from jacfunc._errors import Refused
-from jacfunc._independence import FEW, Independence, Independent
-from jacfunc._inputs import Choice
 from jacfunc._lending import ModuleState, Select, held
 from jacfunc._linear_map import EVERY, JacobianOperator, batch_size, narrowed
 from jacfunc._lock import alone
 from jacfunc._memory import PIECE, Chunk, Pieces, in_chunks
-from jacfunc._module_calls import POSITIONS, ModuleCall
-from jacfunc._module_checks import check_module
+from jacfunc._modules.batch import Batch
+from jacfunc._modules.call import POSITIONS, ModuleCall
+from jacfunc._modules.checks import check_module
+from jacfunc._modules.independence import FEW, Independence, Independent
+from jacfunc._modules.inputs import Choice
 from jacfunc._planning import Auto
-from jacfunc._samples import Batch
 from jacfunc._torch import Draws, inside_transform
 from jacfunc._trees import Split, flatten, unflatten
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor

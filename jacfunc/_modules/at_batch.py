@@ -14,14 +14,14 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._factored import Factors, Part
-from jacfunc._independence import Independence
-from jacfunc._inputs import Choice
 from jacfunc._lending import ModuleState, Select, held
 from jacfunc._linear_map import Evaluated, Some, batch_size, live, some_of
 from jacfunc._lock import alone
-from jacfunc._module_calls import POSITIONS, ModuleCall
-from jacfunc._module_checks import check_module
-from jacfunc._samples import Batch
+from jacfunc._modules.batch import Batch
+from jacfunc._modules.call import POSITIONS, ModuleCall
+from jacfunc._modules.checks import check_module
+from jacfunc._modules.independence import Independence
+from jacfunc._modules.inputs import Choice
 from jacfunc._torch import Draws, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree

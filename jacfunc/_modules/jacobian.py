@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import sink_for
-from jacfunc._independence import FEW, Independence, Independent
-from jacfunc._inputs import Choice, Key
 from jacfunc._lending import ModuleState, Select
 from jacfunc._lock import alone
-from jacfunc._module_calls import ModuleCall, Wrt, argnums_of
-from jacfunc._module_checks import check_module
+from jacfunc._modules.call import ModuleCall, Wrt, argnums_of
+from jacfunc._modules.checks import check_module
+from jacfunc._modules.independence import FEW, Independence, Independent
+from jacfunc._modules.inputs import Choice, Key
 from jacfunc._planning import resolve
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy

@@ -13,12 +13,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.weak import WeakIdKeyDictionary
 
-from jacfunc._compared import Subject
-from jacfunc._coupled_losses import GradientOf, loss_coupling
-from jacfunc._coupling import Found, coupling
 from jacfunc._errors import Refused
 from jacfunc._lending import SIMPLE, ModuleState, Part
 from jacfunc._remembered import MOST_KINDS, Recent
+from jacfunc._samples import Found, GradientOf, Subject, coupling, loss_coupling
 from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None

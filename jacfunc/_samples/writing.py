@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacfunc._again import first_again
 from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factored import Factors
 from jacfunc._memory import Chunk, evenly, in_chunks
+from jacfunc._samples.again import first_again
 from jacfunc._types import Leaves
 
 SHARE, LEAST, MOST = 5, 6 * 2**20, 2**25
