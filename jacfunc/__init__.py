@@ -1,7 +1,7 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch."""
 
 from jacfunc._assembly import empty_cache
-from jacfunc._curvature import fisher, ggn, gradient_norms
+from jacfunc._curvature import GaussNewton, fisher, ggn, gradient_norms, random_projection
 from jacfunc._functions import (
     Estimate,
     Explanation,
@@ -17,11 +17,9 @@ from jacfunc._functions import (
     vjp,
     vmap,
 )
-from jacfunc._gauss_newton import GaussNewton
 from jacfunc._kernels import gram, ntk
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices, stream_jacobian
 from jacfunc._planning import Autotune, Plan
-from jacfunc._projections import random_projection
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
+from jacfunc._curvature.products import Whole
 from jacfunc._errors import Refused
 from jacfunc._factored.parts import Part
 from jacfunc._factored.projection import Signs
 from jacfunc._factored.squares import Sums, norms, squared
-from jacfunc._whole_batch import Whole
 from jacfunc.layers._forms import Gather, Outer, Rows
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped
-from jacfunc._whole_batch import Whole
+from jacfunc._curvature.products import Whole
 
 CHANGING = "its outputs change from one evaluation to the next"
 

@@ -20,19 +20,18 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 # From the ground up; a module imports from its own layer and from those below.
 LAYERS = [
-    {"_errors", "_lock", "_log", "_losses", "_remembered", "_types", "_units", "layers"},
+    {"_errors", "_lock", "_log", "_remembered", "_types", "_units", "layers"},
     {"_arguments", "_memory", "_trees"},
     {"_measuring", "_torch"},
     {"_assembly", "_faults"},
-    {"_calls", "_lending", "_likelihoods", "_linear_map"},
+    {"_calls", "_lending", "_linear_map"},
     {"_factored"},
     {"_samples", "strategies"},
     {"_forecasting"},
     {"_planning"},
     {"_functions", "_modules", "testing"},
-    {"_kernels", "_output_curvature", "_whole_batch", "compare"},
-    {"__main__", "_gauss_newton", "_projections"},
-    {"_curvature"},
+    {"_curvature", "_kernels", "compare"},
+    {"__main__"},
 ]
 ROOF = len(LAYERS)
 MAX_FILE, MAX_FUNCTION = 250, 45

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
 import jacfunc
-from jacfunc._losses import known_root
+from jacfunc._curvature.known_losses import known_root
 
 CLASSES = torch.tensor([0, 3, 2, -100, 1])
 

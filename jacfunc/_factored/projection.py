@@ -35,7 +35,7 @@ class Signs:
         return self._of_byte.index_select(0, numbers).view(count, -1)[:, : self.size]
 
 
-def _projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: Signs) -> Tensor:
+def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: Signs) -> Tensor:
     """``[B, K, size]``, by the cheaper way."""
     form = parts[0].form
     if len(parts) == 1 and isinstance(form, Outer) and not parts[0].path and not form.is_turned:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from jacfunc._curvature.gauss_newton import GaussNewton
+from jacfunc._curvature.likelihoods import Likelihood, check_likelihood, drawn
+from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._factored import norms
-from jacfunc._gauss_newton import GaussNewton
 from jacfunc._lending import Select
-from jacfunc._likelihoods import Likelihood, check_likelihood, drawn
 from jacfunc._lock import alone
 from jacfunc._modules import Door, Independence, Independent, Outputs
-from jacfunc._output_curvature import Captured, Loss, LossFunction
 from jacfunc._types import Randomness, Tree
 
 

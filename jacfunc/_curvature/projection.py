@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import shared_units
-from jacfunc._factored import Factors, Signs, _projected
+from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._factored import Factors, Signs, projected
 from jacfunc._lending import Select
 from jacfunc._linear_map import Some
 from jacfunc._modules import Door, Independence, Independent, Point
-from jacfunc._output_curvature import Loss, LossFunction
 from jacfunc._types import Leaves, Randomness, Tree
 
 API = "random_projection"
@@ -132,5 +132,5 @@ def _of_chunk(
             zeros = partial(total.new_zeros, (*total.shape[:2], *point.params[name].shape))
             # compiled or not, it is the same parameter
             drawn_by = name.replace("_orig_mod.", "")
-            total += _projected(parts, zeros, Signs(f"{seed}:{drawn_by}", size, total))
+            total += projected(parts, zeros, Signs(f"{seed}:{drawn_by}", size, total))
     return total

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
+from jacfunc._curvature.known_losses import is_known, known_root
 from jacfunc._lending import tensors_in
 from jacfunc._linear_map import Anchor, Graph, JacobianOperator, anchored, on_graph
 from jacfunc._log import note
-from jacfunc._losses import is_known, known_root
 from jacfunc._modules import Independence, Outputs
 from jacfunc._samples import at, has_batch
 from jacfunc._torch import as_written

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_like
+from jacfunc._curvature.loss import OutputCurvature
+from jacfunc._curvature.products import Whole
 from jacfunc._errors import Refused
 from jacfunc._factored import Part, Sums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
 from jacfunc._modules import Outputs, Point
-from jacfunc._output_curvature import OutputCurvature
 from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves
-from jacfunc._whole_batch import Whole
 
 
 @dataclass(frozen=True, eq=False)
