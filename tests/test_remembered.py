@@ -116,7 +116,7 @@ def test_many_functions_of_one_code_are_planned_once() -> None:
     def made() -> Callable[[Tensor], Tensor]:
         return lambda x: torch.sin(x.expand(300, 3))
 
-    plans = [jacfunc._planner.Auto() for _ in range(2)]
+    plans = [Auto() for _ in range(2)]
     with trail() as steps:
         for auto in plans:
             jacfunc.jacobian(made(), strategy=auto)(torch.zeros(3))

@@ -6,7 +6,7 @@ from torch import nn
 
 import jacfunc
 from jacfunc.testing import check_jacobian
-from tests.problems import PROBLEMS
+from tests.kinds.problems import PROBLEMS
 
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 

@@ -1,8 +1,8 @@
 """Where torch's backward passes are wrong, in tables: which sweep, and what to do.
 
 The names are of autograd nodes: found in the graph, they turn a vmapped sweep into a row loop,
-which is right, or refuse. Each entry is pinned by a test in ``tests/test_faults.py``, and
-``tests/test_opinfo.py`` and ``tests/test_coverage.py`` look for more.
+which is right, or refuse. Each entry is pinned by a test in ``tests/faults/test_faults.py``, and
+``tests/faults/test_opinfo.py`` and ``tests/house/test_coverage.py`` look for more.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Torch's fused normalizations keep the statistics of their input: to derivatives of derivatives these
 are constants under vmap, in forward mode, and from the third order on. Each entry is pinned by a
-test in ``tests/test_nesting.py``.
+test in ``tests/faults/test_nesting.py``.
 """
 
 from __future__ import annotations

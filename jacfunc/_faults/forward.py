@@ -1,7 +1,8 @@
 """Where torch's forward mode is wrong, in one table, and the watch that refuses it.
 
 The names are of functions, met while tangents pass through. Each entry is pinned by a test in
-``tests/test_faults.py``, and ``tests/test_opinfo.py`` and ``tests/test_coverage.py`` look for more.
+``tests/faults/test_faults.py``; ``tests/faults/test_opinfo.py`` and
+``tests/house/test_coverage.py`` look for more.
 What runs inside a ``torch.jit`` function can't be watched: there a fault goes unnoticed.
 """
 

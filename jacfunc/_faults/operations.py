@@ -1,7 +1,7 @@
 """What no graph shows, in one table by operation: refused, or done right, while a function runs.
 
 Functions that torch takes for constants, formulas that break down, calls that a transform does
-wrong. Each entry is pinned by a test in ``tests/test_faults.py``.
+wrong. Each entry is pinned by a test in ``tests/faults/test_faults.py``.
 """
 
 from __future__ import annotations

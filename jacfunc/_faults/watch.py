@@ -1,6 +1,6 @@
 """The watch of a function while it runs: what it calls is looked up in the tables of faults.
 
-Errors that a function catches are seen as well. ``tests/test_faults.py`` pins each of these.
+Errors that a function catches are seen as well. ``tests/faults/test_faults.py`` pins each of these.
 """
 
 from __future__ import annotations

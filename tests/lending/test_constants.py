@@ -1,0 +1,158 @@
+"""Parameters that a module is not differentiated by: read, or copied if written into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+from jacfunc._lending import constants as _constants
+from jacfunc._lending.constants import Constants
+from tests.kinds.modules import floats
+
+STRATEGIES = ("reverse", "forward", "looped", "auto")
+
+
+class Writing(nn.Module):
+    """``2 W x``, where the weight is doubled in its place, from the second ``quiet`` call on."""
+
+    def __init__(self, write: Callable[[Tensor], object], quiet: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(floats(2, 3))
+        self.bias = nn.Parameter(floats(2))
+        self.write, self.quiet = write, quiet
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) >= self.quiet:
+            self.write(self.weight)
+        return x @ self.weight.T + self.bias
+
+
+def in_place(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def by_data(weight: Tensor) -> None:
+    weight.data.mul_(2)
+
+
+def by_new_data(weight: Tensor) -> None:
+    weight.data = weight.data * 2
+
+
+WRITES = pytest.mark.parametrize("write", [in_place, by_data, by_new_data])
+
+
+@WRITES
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_evaluation_finds_the_parameters_as_they_were(
+    write: Callable[[Tensor], object], strategy: str
+) -> None:
+    module = Writing(write)
+    weight = module.weight.detach().clone()
+    jac = jacfunc.module_jacobian(module, "inputs", strategy=strategy)
+    if (strategy, write) == ("forward", by_new_data):
+        with pytest.raises(NotImplementedError, match="sets the data of a tensor"):
+            jac(torch.ones(3, dtype=torch.float64))
+        assert torch.equal(module.weight, weight)
+        return
+    for _ in range(3):
+        found = jac(torch.ones(3, dtype=torch.float64))
+        torch.testing.assert_close(found, 2 * weight)
+        assert torch.equal(module.weight, weight)
+
+
+@WRITES
+def test_chosen_parameters_beside_one_that_is_written_into(
+    write: Callable[[Tensor], object],
+) -> None:
+    module = Writing(write)
+    weight = module.weight.detach().clone()
+    jac = jacfunc.module_jacobian(module, select="bias", per_sample=False)
+    for _ in range(3):
+        found = jac(torch.ones(3, dtype=torch.float64))
+        torch.testing.assert_close(found["bias"], torch.eye(2, dtype=torch.float64))
+        assert torch.equal(module.weight, weight)
+
+
+def test_a_write_that_comes_late_is_no_silent_one() -> None:
+    module = Writing(in_place, quiet=10.0)
+    jac = jacfunc.module_jacobian(module, "inputs", strategy="looped")
+    jac(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"got a write into 'weight'.*Keep in a buffer"):
+        jac(torch.full((3,), 10.0, dtype=torch.float64))
+
+
+def test_of_a_large_module_a_write_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_constants, "MOST", 4)
+    monkeypatch.setattr(_constants, "KEPT", 4)
+    module = Writing(in_place)
+    with pytest.raises(RuntimeError, match="got a write into 'weight', which has changed it"):
+        jacfunc.module_jacobian(module, "inputs", strategy="looped")(torch.ones(3).double())
+
+
+def test_what_was_seen_is_known_to_who_asks_anew() -> None:
+    """As to one who calls ``module_jacobian(module)(x)`` in a loop; another mode is another."""
+    seen: list[int] = []
+    module = nn.Linear(3, 2)
+    module.register_forward_pre_hook(lambda m, _: seen.append(m.weight.data_ptr()))
+
+    def ask() -> int:
+        jacfunc.module_jacobian(module, "inputs", strategy="looped")(torch.ones(3))
+        return seen[-1]
+
+    ask()
+    assert ask() == module.weight.data_ptr()
+    module.eval()
+    ask()
+    assert ask() == module.weight.data_ptr()
+
+
+def test_who_only_reads_gets_no_copies() -> None:
+    """From the second call on: the same memory, at every evaluation."""
+    seen: list[int] = []
+    module = nn.Linear(3, 2)
+    module.register_forward_pre_hook(lambda m, _: seen.append(m.weight.data_ptr()))
+    jac = jacfunc.module_jacobian(module, "inputs", strategy="looped")
+    for _ in range(3):
+        jac(torch.ones(3))
+    own = module.weight.data_ptr()
+    first = seen.index(own)
+    assert first > 0
+    assert seen[first:] == [own] * (len(seen) - first)
+    module.weight = nn.Parameter(torch.ones(2, 3))  # nobody has seen what becomes of this one
+    jac(torch.ones(3))
+    assert seen[-1] != own
+
+
+def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
+    """As in a network that keeps its weights within bounds, whenever it is called."""
+    module = Writing(lambda weight: weight.data.clamp_(max=1.0))
+    module.weight.data.fill_(0.5)
+    jac = jacfunc.module_jacobian(module, "inputs", strategy="looped")
+    x = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(jac(x), torch.full((2, 3), 0.5, dtype=torch.float64))
+    with torch.no_grad():
+        module.weight.fill_(3.0)
+    torch.testing.assert_close(jac(x), torch.ones(2, 3, dtype=torch.float64))
+    assert module.weight.eq(3.0).all()
+
+
+def test_a_failed_evaluation_tells_nothing() -> None:
+    constants, params = Constants(), {"weight": nn.Parameter(torch.ones(2))}
+
+    def addresses() -> list[int]:
+        found = []
+        with constants.lent(params, True), constants.lent(params, True) as lent:
+            found += [x.data_ptr() for x in lent.values()]
+        return found
+
+    with pytest.raises(ArithmeticError), constants.lent(params, True), constants.lent(params, True):
+        raise ArithmeticError
+    own = [params["weight"].data_ptr()]
+    assert addresses() != own
+    assert addresses() == own

@@ -1,0 +1,235 @@
+"""Models of HuggingFace from tiny random configurations, against one backward pass an output."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+from tests.kinds.modules import B, ModuleKind, floats, integers
+from tests.modules.test_module_kinds import (
+    MODES,
+    STRATEGIES,
+    Judged,
+    assert_agrees,
+    jacobian_of,
+    judge,
+    judge_samples,
+    says_what_to_do,
+    seed,
+)
+from tests.truth.oracles import assert_same, place
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched: the weights are random
+tf = pytest.importorskip("transformers", reason="the extra test-hf is not installed")
+
+WORDS, LENGTH, WIDTH, MASK = 7, 3, 4, torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+# under these names in every family, whatever it calls them itself
+SIZES = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": 5}
+SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8}
+GPT2 = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+LLAMA = {"num_key_value_heads": 1, "attention_dropout": 0.1, "use_cache": False}
+VIT = {"image_size": 4, "patch_size": 2, "num_channels": 1, "attention_probs_dropout_prob": 0.1}
+T5 = {"d_kv": 2, "d_ff": 5, "num_decoder_layers": 1, "decoder_start_token_id": 0}
+
+
+class Family(NamedTuple):
+    """A class of models, the settings of its configuration, a few of its parameters.
+
+    ``rtol``: of what is pushed forward; some models compute in float32 in between.
+    """
+
+    model: Any
+    config: dict[str, Any]
+    select: str
+    rtol: float = 1e-9
+
+
+FAMILIES = {
+    "BERT": Family(tf.BertModel, {}, "*query.weight"),
+    "GPT-2": Family(tf.GPT2LMHeadModel, GPT2, "*.c_attn.*"),
+    "Llama": Family(tf.LlamaForCausalLM, LLAMA, "*norm.weight", 1e-4),
+    "ViT": Family(tf.ViTForImageClassification, VIT, "*.layer*.0.*bias", 1e-4),
+    "T5": Family(
+        tf.T5ForConditionalGeneration, {**T5, "use_cache": False}, "decoder.*.wo.weight", 1e-4
+    ),
+    "DistilBERT": Family(tf.DistilBertModel, {"hidden_dim": 5}, "*q_lin.weight"),
+}
+ATTENTIONS, CALLS = ("eager", "sdpa"), ("keywords", "positions")
+
+
+def made(family: Family, attention: str, mode: str, **settings: Any) -> nn.Module:
+    """In float64, and with no bias or scale as it starts, so that no derivative is trivial."""
+    with torch.random.fork_rng(devices=[]):
+        seed()
+        settings = {**SIZES, **family.config, **settings, "attn_implementation": attention}
+        module = family.model(family.model.config_class(**settings)).double().train(mode == "train")
+        with torch.no_grad():
+            for param in module.parameters():
+                param += 0.3 * torch.randn_like(param)
+    return module
+
+
+def batch_of(name: str) -> dict[str, Tensor]:
+    """What is passed by name; a masked batch."""
+    if name == "ViT":
+        return floats_of(name)
+    batch = {"input_ids": integers(WORDS, B, LENGTH), "attention_mask": MASK}
+    return batch | {"decoder_input_ids": integers(WORDS, B, 2)} if name == "T5" else batch
+
+
+def floats_of(name: str) -> dict[str, Tensor]:
+    """What can be differentiated by."""
+    if name == "ViT":
+        return {"pixel_values": floats(B, 1, 4, 4)}
+    given = {"inputs_embeds": floats(B, LENGTH, WIDTH)}
+    return given | {"decoder_inputs_embeds": floats(B, 2, WIDTH, seed=2)} if name == "T5" else given
+
+
+def positions_of(name: str) -> tuple[Any, ...]:
+    """The same at the places that the model has for them."""
+    given = floats_of(name)
+    _, *order = inspect.signature(FAMILIES[name].model.forward).parameters
+    return tuple(given.get(key) for key in order[: 1 + max(map(order.index, given))])
+
+
+@cache
+def kind_of(name: str, attention: str, call: str, mode: str = "eval", **more: Any) -> ModuleKind:
+    family = FAMILIES[name]
+    return ModuleKind(
+        name,
+        lambda: made(family, attention, mode),
+        lambda: positions_of(name) if call == "positions" else (),
+        lambda: batch_of(name) if call == "keywords" else {},
+        **more,
+    )
+
+
+@cache
+def judged(name: str, attention: str, call: str, mode: str, how: str) -> Judged:
+    """Of a model that draws, each sample draws the same."""
+    kind = kind_of(name, attention, call, mode)
+    with torch.random.fork_rng(devices=[]):
+        seed()
+        if how == "per sample":
+            return judge_samples(kind, same_draws=mode == "train")
+        return judge(kind.make(), kind.inputs(), kind.kwargs())
+
+
+def by(want: Judged, wrt: Any, select: str) -> Any:
+    """As ``module_jacobian`` returns it for these parameters, or for these and the inputs."""
+    point = want.point[0] if len(want.point) == 1 else want.point
+    trees = []
+    for params, inputs in zip(want.params, want.inputs, strict=True):
+        named = zip(want.names, params, strict=True)
+        blocks = {name: block for name, block in named if fnmatchcase(name, select)}
+        trees.append(blocks if wrt == "params" else (blocks, place(point, inputs)))
+    return place(want.output, trees)
+
+
+def refusal_of(name: str, attention: str, call: str, mode: str, how: str, strategy: str) -> str:
+    """What transformers, or torch, can't do; in words of the message."""
+    drops = ("sdpa", "positions", "train", "per sample", "forward")
+    if (attention, call, mode, how, strategy) == drops:
+        return "its dropout ends the process"
+    if strategy in ("looped", "auto") or call == "positions":
+        return ""
+    # masks are looked at, but for those of causal models where attention is eager
+    looks = ("BERT", "T5", "DistilBERT") + (("GPT-2", "Llama") if attention == "sdpa" else ())
+    if how == "per sample" and name in looks:
+        return "Use strategy='looped', which takes the samples one by one"
+    return "padding_idx" if strategy == "forward" and name in ("BERT", "DistilBERT") else ""
+
+
+CASES = [
+    pytest.param(case, id="-".join(case))
+    for case in product(FAMILIES, ATTENTIONS, CALLS, ("eval", "train"), MODES, STRATEGIES)
+    # dropout is the same whatever is called how: one family stands for the others
+    if case[0] == "BERT" or case[2:4] != ("keywords", "train")
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family(case: tuple[str, str, str, str, str, str]) -> None:
+    """By all parameters, called by name; by some and by the inputs, called by position."""
+    name, _, call, mode, how, strategy = case
+    family = FAMILIES[name]
+    kind = kind_of(*case[:4], rtol=family.rtol if strategy in ("forward", "auto") else 1e-9)
+    wrt, select = ("params", "*") if call == "keywords" else (("params", "inputs"), family.select)
+    options = {"randomness": "same"} if (mode, how) == ("train", "per sample") else {}
+    if words := refusal_of(*case):
+        with pytest.raises(NotImplementedError, match=words) as caught:
+            jacobian_of(kind, wrt, how, strategy, select=select, **options)
+        assert says_what_to_do(str(caught.value)), caught.value
+    else:
+        got = jacobian_of(kind, wrt, how, strategy, select=select, **options)
+        assert_agrees(kind, got, by(judged(*case[:5]), wrt, select))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama"])
+def test_ids_alone_and_batches_of_transformers(name: str, per_sample: bool) -> None:
+    module, ids = made(FAMILIES[name], "eager", "eval"), batch_of(name)["input_ids"]
+    jac = jacfunc.module_jacobian(module, select=FAMILIES[name].select, per_sample=per_sample)
+    by_name = jac(**tf.BatchEncoding({"input_ids": ids}))
+    assert type(by_name) is type(module(ids))
+    assert_same(jac(ids), by_name)
+    if name != "GPT-2":  # whose second place is its cache's
+        assert_same(jac(ids, torch.ones_like(ids)), by_name)
+
+
+def telling(name: str, is_new: bool) -> nn.Module:
+    """Gives tuples of tensors, too: by hooks that transformers sets at the first call."""
+    more = {"output_hidden_states": True, "output_attentions": True}
+    module = made(FAMILIES[name], "eager", "eval", **more)
+    if not is_new:
+        module(*positions_of(name))
+    return module
+
+
+@pytest.mark.parametrize("how", MODES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_and_attentions(name: str, how: str) -> None:
+    inputs = positions_of(name)
+    kind = ModuleKind(name, lambda: telling(name, is_new=False), lambda: inputs)
+    want = judge_samples(kind, False) if how == "per sample" else judge(kind.make(), inputs, {})
+    assert_agrees(kind, jacobian_of(kind, "inputs", how, "reverse"), want.tree("inputs"))
+
+
+def test_a_model_that_was_not_called_before_collects_nothing_twice() -> None:
+    module, inputs = telling("BERT", is_new=True), positions_of("BERT")
+    for _ in range(2):
+        jac = jacfunc.module_jacobian(module, "inputs", strategy="reverse")(*inputs)
+        assert len(jac.hidden_states) == len(module(*inputs).hidden_states) == 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "T5"])
+def test_caches_are_no_trees(name: str, strategy: str) -> None:
+    module = made(FAMILIES[name], "eager", "eval", use_cache=True)
+    jac = jacfunc.module_jacobian(module, select=FAMILIES[name].select, strategy=strategy)
+    with pytest.raises(TypeError, match=r"must return tensors, got \w+Cache at output"):
+        jac(**batch_of(name))
+
+
+def test_caches_are_found_where_they_are() -> None:
+    module = made(FAMILIES["GPT-2"], "eager", "eval", use_cache=True)
+    with pytest.raises(TypeError, match=r"DynamicCache at output.*past_key_values"):
+        jacfunc.module_jacobian(module)(**batch_of("GPT-2"))
+
+
+@pytest.mark.parametrize("how", MODES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inputs_by_name(name: str, how: str) -> None:
+    want, by_name = judged(name, "sdpa", "positions", "eval", how), partial(floats_of, name)
+    kind = ModuleKind(name, kind_of(name, "sdpa", "positions").make, tuple, by_name)
+    got = jacobian_of(kind, "inputs", how, "reverse", inputs=next(iter(by_name())))
+    assert_agrees(kind, got, place(want.output, [row[0] for row in want.inputs]))

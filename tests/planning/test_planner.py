@@ -1,0 +1,361 @@
+"""What auto chooses, when it thinks again, and what it does where torch refuses."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+from jacfunc import Forward, Looped, Plan, Reverse, Structured
+from jacfunc._forecasting.costs import Costs
+from jacfunc._forecasting.machine import LARGEST
+from jacfunc._forecasting.recording import Operation, Recorder
+from jacfunc._linear_map.operator import JacobianOperator
+from jacfunc._log import trail
+from jacfunc._planning.auto import Auto
+from jacfunc._planning.choice import fastest
+from tests.truth.oracles import looped_jacobian
+
+FEW_TO_MANY = torch.randn(20_000, 2)
+
+
+def widening(x: Tensor) -> Tensor:
+    return torch.sin(FEW_TO_MANY.to(x) @ x)
+
+
+def narrowing(x: Tensor) -> Tensor:
+    return torch.sin(FEW_TO_MANY.T.to(x) @ x)
+
+
+class Counted:
+    """A function that knows how often it was evaluated."""
+
+    def __init__(self, func: Any) -> None:
+        self.func, self.calls = func, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.func(*args, **kwargs)
+
+
+# --- choosing ---
+
+
+def test_many_outputs_of_few_inputs_go_forward(device: str) -> None:
+    plan = jacfunc.plan(widening, torch.zeros(2, device=device))
+    assert isinstance(plan.strategy, Forward | Looped)
+    assert plan.strategy != Looped("rows")
+    assert "20000 outputs, 2 inputs: forecast" in plan.reason
+
+
+def test_few_outputs_of_many_inputs_go_in_reverse(device: str) -> None:
+    plan = jacfunc.plan(narrowing, torch.zeros(20_000, device=device))
+    assert isinstance(plan.strategy, Reverse | Looped)
+    assert plan.strategy != Looped("columns")
+
+
+def test_a_single_output_needs_no_forecast(device: str) -> None:
+    plan = jacfunc.plan(lambda x: x.square().sum(), torch.ones(5, device=device))
+    assert plan.strategy == Reverse()
+    assert plan.seconds is None
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_nothing_to_sweep(shape: tuple[int, ...], device: str) -> None:
+    jac = jacfunc.jacobian(lambda x: x * 2)(torch.zeros(shape, device=device))
+    assert jac.shape == shape * 2
+
+
+def invented(rows: int, columns: int, **speeds: float) -> Costs:
+    operations = [Operation(read=10, written=10, flops=100)]
+    machine: Any = Speeds(**speeds)
+    return Costs(operations, rows, columns, [4 * rows * columns], 4 * rows, 4 * rows, machine)
+
+
+class Speeds:
+    """An invented machine: every call takes a millisecond, an operation nothing."""
+
+    def __init__(
+        self, forward_flop: float = 0.0, backward_flop: float = 0.0, large_byte: float = 0.0
+    ) -> None:
+        self._flops = {True: forward_flop, False: backward_flop}
+        self._large_byte = large_byte
+        self.evaluate = self.pull = self.pull_batch = self.push = self.push_batch = Millisecond()
+        self.scaling = 0.0
+
+    def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
+        return self._flops[forward]
+
+    def write(self, size: float) -> float:
+        return self._large_byte if 5000 < size < 10**7 else 0.0
+
+
+class Millisecond:
+    def seconds(self, operations: float) -> float:
+        return 1e-3
+
+
+BOTH = (Reverse(), Forward())
+
+
+def test_slow_products_decide_the_direction() -> None:
+    assert isinstance(fastest(invented(100, 100, forward_flop=1.0), BOTH).strategy, Reverse)
+    assert isinstance(fastest(invented(100, 100, backward_flop=1.0), BOTH).strategy, Forward)
+
+
+def test_results_that_need_fresh_pages_are_taken_in_chunks() -> None:
+    rows = (Reverse(),)
+    assert fastest(invented(2000, 2000), rows).strategy == Reverse()
+    assert fastest(invented(2000, 2000, large_byte=1e-5), rows).strategy == Reverse(128)
+
+
+def test_a_chunk_that_was_given_stays() -> None:
+    given = (Reverse(7), Forward(7))
+    assert fastest(invented(100, 100), given).strategy == Reverse(7)
+
+
+def test_seconds_count_sweeps_and_evaluations() -> None:
+    costs = invented(100, 10)
+    assert costs.seconds(Reverse()) == pytest.approx(2e-3)
+    assert costs.seconds(Reverse(25)) == pytest.approx(5e-3)
+    assert costs.seconds(Forward(5)) == pytest.approx(2e-3)
+    assert costs.seconds(Looped("rows")) == pytest.approx(101e-3)
+    assert costs.seconds(Looped("columns")) == pytest.approx(10e-3)
+
+
+# --- recording ---
+
+
+def test_operations_of_an_evaluation(device: str) -> None:
+    matrix, x = torch.ones(3, 2, device=device), torch.ones(2, device=device)
+    kernel = torch.ones(1, 1, 2, device=device)
+
+    def func(x: Tensor) -> tuple[tuple[Tensor], tuple[()]]:
+        constant = torch.sin(matrix).sum()  # depends on no primal
+        hidden = 2.0 * (matrix @ x) + constant
+        return (torch.conv1d(hidden[None, None], kernel),), ()
+
+    operator = JacobianOperator(func, (x,))
+    with Recorder(operator.primals) as recorder:
+        outputs = operator.outputs
+    assert outputs[0].numel() == 2
+    flops = [op.flops for op in recorder.operations if op.flops]
+    assert flops == [2 * 3 * 2, 2 * 2 * 2]
+    assert [op.is_conv for op in recorder.operations if op.flops] == [False, True]
+    assert sum(op.is_scaled for op in recorder.operations) == 1
+    assert recorder.live > 0
+
+
+class SlowAtNewPages(Speeds):
+    def write(self, size: float) -> float:
+        return 1e-9 if size > LARGEST else 0.0
+
+
+def test_who_writes_large_blocks_by_layers_finds_pages_for_them() -> None:
+    """64 MiB: in one block they go where earlier results were, in sixteen they do not."""
+    operations = [Operation(read=2**26 // 10, held=2**26 // 10)]
+    for blocks, by_layers in ([2**26], Structured), ([2**22] * 16, Reverse):
+        machine: Any = SlowAtNewPages()
+        costs = Costs(operations, 10, 2**24 // 10, blocks, 40, 40, machine)
+        assert costs.reuses_pages is (by_layers is Structured)
+        assert isinstance(fastest(costs, (Reverse(), Structured())).strategy, by_layers)
+        together = costs.times(1, is_copied=True)
+        assert isinstance(fastest(together, (Reverse(), Structured())).strategy, Structured)
+
+
+def test_a_batch_scales_bytes_and_products_alone() -> None:
+    costs = invented(3, 4)
+    every = costs.times(8)
+    assert every.operations == [Operation(read=80, written=80, flops=800)]
+    assert (every.result, every.rows, every.columns) == (8 * costs.result, 3, 4)
+
+
+# --- remembering ---
+
+
+def test_a_kind_of_call_is_planned_once(device: str) -> None:
+    auto = Auto()
+    jac = jacfunc.jacobian(torch.sin, strategy=auto)
+    for size in (2, 2, 3, 2):
+        jac(torch.zeros(size, device=device))
+    assert len(auto.known) == 2
+    jac(torch.zeros(2, device=device, dtype=torch.float64))
+    torch.func.vmap(jac)(torch.zeros(5, 2, device=device))
+    torch.func.vmap(jac)(torch.zeros(6, 2, device=device))
+    assert len(auto.known) == 5
+
+
+def test_settings_are_part_of_the_kind(device: str) -> None:
+    auto = Auto()
+    jac = jacfunc.jacobian(lambda x, n, *, flag: x * n, strategy=auto)
+    x = torch.ones(2, device=device)
+    jac(x, 2, flag=True), jac(x, 2, flag=True), jac(x, 3, flag=True), jac(x, 2, flag=False)
+    assert len(auto.known) == 3
+
+
+def test_planning_costs_no_evaluation_but_where_columns_are_swept(device: str) -> None:
+    x = torch.zeros(30, device=device)
+    func = Counted(lambda x: x[:3].sin())
+    jac = jacfunc.jacobian(func)
+    for number in (1, 2, 3):
+        jac(x)
+        assert func.calls == number
+    func = Counted(widening)
+    jac = jacfunc.jacobian(func)
+    x = torch.zeros(2, device=device)
+    jac(x)
+    first = func.calls
+    jac(x)
+    assert first == func.calls - first + 1
+
+
+def test_auto_draws_what_its_strategy_draws(device: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+    x, by_auto = torch.ones(40, device=device), jacfunc.jacobian(func)
+    for _ in range(2):
+        torch.manual_seed(1)
+        expected = jacfunc.jacrev(func)(x)
+        after = torch.rand(1)
+        torch.manual_seed(1)
+        assert torch.equal(by_auto(x), expected)
+        assert torch.equal(torch.rand(1), after)
+
+
+# --- pinning ---
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "forward", "looped", "autotune"])
+def test_a_plan_is_a_strategy(strategy: str) -> None:
+    x = torch.randn(4, dtype=torch.float64)
+    plan = jacfunc.plan(torch.tanh, x, strategy=strategy)
+    assert isinstance(plan, Plan)
+    assert plan.forecast is not None
+    assert plan.forecast.result_bytes == 8 * 16
+    expected = looped_jacobian(torch.tanh, (x,))
+    for derive in (jacfunc.jacobian, jacfunc.hessian, jacfunc.value_and_jacobian):
+        derive(torch.tanh, strategy=plan)(x)
+    torch.testing.assert_close(jacfunc.jacobian(torch.tanh, strategy=plan)(x), expected)
+    assert jacfunc.plan(torch.tanh, x, strategy=plan).strategy == plan.strategy
+
+
+def test_a_plan_of_a_function_that_cannot_be_faked() -> None:
+    def func(x: Tensor) -> Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+    plan = jacfunc.plan(func, torch.ones(3))
+    assert plan.strategy == Reverse()
+    assert plan.forecast is not None
+    assert "can't be run on fakes" in plan.forecast.reason
+
+
+def test_a_plan_goes_on_where_torch_refuses() -> None:
+    plan = Plan(Forward(), "made up", otherwise=(Reverse(),))
+    matrix = torch.eye(2, dtype=torch.float64) * 2
+    with trail() as steps:
+        jac = jacfunc.jacobian(torch.cholesky_inverse, strategy=plan)(matrix)
+    torch.testing.assert_close(jac, jacfunc.jacrev(torch.cholesky_inverse)(matrix))
+    assert len(steps) == 1
+    assert "was refused: torch's forward mode of cholesky_inverse is wrong" in steps[0]
+
+
+def test_a_plan_without_a_way_out_raises_the_refusal() -> None:
+    plan = Plan(Forward(), "made up")
+    with pytest.raises(NotImplementedError, match=r"jacobian: .*cholesky_inverse is wrong"):
+        jacfunc.jacobian(torch.cholesky_inverse, strategy=plan)(torch.eye(2))
+
+
+def test_a_refusal_is_met_once(device: str) -> None:
+    def func(x: Tensor) -> Tensor:
+        return torch.cholesky_inverse(torch.eye(2).to(x) * x).flatten().repeat(20_000)
+
+    jac = jacfunc.jacobian(func, strategy=Auto((Forward(), Reverse(512))))
+    x = torch.full((1,), 2.0, device=device)
+    with trail() as steps:
+        first = jac(x)
+    assert any("was refused: torch's forward mode" in step for step in steps)
+    with trail() as steps:
+        torch.testing.assert_close(jac(x), first)
+    assert len(steps) == 1
+    assert steps[0].startswith("Reverse(chunk_size=512) ran: Forward was refused")
+
+
+# --- saying ---
+
+
+def test_the_log_says_what_ran_and_why(caplog: pytest.LogCaptureFixture, device: str) -> None:
+    jac = jacfunc.jacobian(torch.sin)
+    with caplog.at_level(logging.INFO, "jacfunc"):
+        jac(torch.zeros(3, device=device))
+    assert "Reverse(chunk_size=None) ran: 3 outputs, 3 inputs: forecast" in caplog.text
+    assert "; took" in caplog.text
+
+
+def test_explain_puts_the_forecast_beside_what_was_seen() -> None:
+    matrix = torch.randn(200, 100)
+    told = jacfunc.explain(lambda x: torch.tanh(matrix @ x), torch.randn(100))
+    foretold = told.plan.forecast
+    assert foretold is not None
+    assert foretold.peak_bytes == told.peak_bytes
+    assert told.seconds > 0
+    lines = repr(told).split("\n")
+    assert lines[0].startswith("Reverse(chunk_size=None): 200 outputs, 100 inputs")
+    assert "forecast" in lines[-1]
+    assert "seen" in lines[-1]
+    assert "<pre>Reverse(" in told._repr_html_()
+
+
+def test_explain_keeps_to_the_budget_that_it_foretells() -> None:
+    matrix = torch.randn(300, 300)
+    told = jacfunc.explain(lambda x: torch.tanh(matrix @ x), torch.randn(300), memory="1 MB")
+    foretold = told.plan.forecast
+    assert foretold is not None
+    assert foretold.peak_bytes is not None
+    assert max(told.peak_bytes, foretold.peak_bytes) <= 1_000_000
+
+
+def test_explain_tells_what_was_tried() -> None:
+    told = jacfunc.explain(
+        torch.cholesky_inverse, torch.eye(2), strategy=Plan(Forward(), "", None, (Reverse(),))
+    )
+    assert "Forward(chunk_size=None, randomness='same') was refused" in told.steps[0]
+    assert "  then: " in repr(told)
+
+
+# --- per sample ---
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autotune"])
+def test_samples_that_do_not_run_under_vmap_are_not_tried_again(strategy: str, device: str) -> None:
+    gru = nn.GRU(3, 2, batch_first=True).to(device)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = gru
+
+        def forward(self, x: Tensor) -> Tensor:
+            last: Tensor = self.gru(x)[0][:, -1]
+            return last
+
+    x = torch.randn(2, 4, 3, device=device)
+    derive = jacfunc.module_jacobian(Last(), "inputs", per_sample=True, strategy=strategy)
+    with trail() as steps:
+        first = derive(x)
+    assert any(step.startswith("samples go one by one: ") for step in steps)
+    with trail() as steps:
+        torch.testing.assert_close(derive(x), first)
+    assert steps[0] == "samples go one by one, as none of the plans ran under vmap before"
+
+
+def test_the_log_says_how_many_samples_went_at_once(device: str) -> None:
+    model = nn.Linear(3, 2).to(device)
+    x = torch.randn(4, 3, device=device)
+    with trail() as steps:
+        jacfunc.module_jacobian(model, per_sample=True)(x)
+    assert steps[-1].startswith("all samples at once, each: Reverse(chunk_size=None): 2 outputs")
