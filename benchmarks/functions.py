@@ -29,7 +29,7 @@ from benchmarks.ways import (
     set_up,
 )
 from jacfunc import Strategy
-from jacfunc._measuring.results import Forecast
+from jacfunc._measuring.results import Expected
 from jacfunc._measuring.rounds import Contestant, Effort
 
 AUTO, BASELINE = "jacfunc auto", "torch.func jacrev"
@@ -40,17 +40,17 @@ EFFORT = Effort(rounds=40, seconds=0.4, fewest=5, patience=0.4)
 # --- who takes part ---
 
 
-def estimated(strategy: str, problem: Problem) -> Forecast:
+def estimated(strategy: str, problem: Problem) -> Expected:
     row = problem.costs[strategy]
-    return Forecast(row.seconds, row.peak_bytes)
+    return Expected(row.seconds, row.peak_bytes)
 
 
-def planned(problem: Problem) -> Forecast:
+def planned(problem: Problem) -> Expected:
     """What auto's plan says; where it had no choice, it forecast no seconds to choose by."""
     plan = jacfunc.plan(problem.func, problem.x)
     foretold = plan.forecast
     seconds = foretold.seconds if plan.seconds is None and foretold else plan.seconds
-    return Forecast(seconds, foretold.peak_bytes if foretold else None)
+    return Expected(seconds, foretold.peak_bytes if foretold else None)
 
 
 def ours(name: str, strategy: str | Strategy, forecast: Any = None) -> Contestant[Problem]:

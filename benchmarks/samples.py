@@ -15,7 +15,7 @@ from benchmarks.networks import Problem
 from benchmarks.reference import case_of
 from jacfunc import Strategy
 from jacfunc._measuring.clock import Run
-from jacfunc._measuring.results import Forecast
+from jacfunc._measuring.results import Expected
 from jacfunc._measuring.rounds import Contestant, Effort
 
 OURS, FLAT, REUSED = "jacfunc auto", "jacfunc auto, flat", "jacfunc auto, flat, out="
@@ -66,7 +66,7 @@ def by_reusing(problem: Problem) -> Run:
     return compute(out=compute()())
 
 
-def forecast(strategy: str | Strategy, problem: Problem) -> Forecast | None:
+def forecast(strategy: str | Strategy, problem: Problem) -> Expected | None:
     """What jacfunc says of one call, the parameters being an argument."""
     params = {name: param.detach() for name, param in problem.model.named_parameters()}
 
@@ -74,7 +74,7 @@ def forecast(strategy: str | Strategy, problem: Problem) -> Forecast | None:
         return functional_call(problem.model, params, (problem.images,))
 
     found = jacfunc.plan(scores, params, strategy=strategy).forecast
-    return None if found is None else Forecast(found.seconds, found.peak_bytes)
+    return None if found is None else Expected(found.seconds, found.peak_bytes)
 
 
 def _ours(strategies: Mapping[str, str | Strategy]) -> tuple[Contestant[Problem], ...]:

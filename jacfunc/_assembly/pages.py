@@ -22,7 +22,7 @@ HUGE, POPULATE = 14, 23
 """
 
 
-class Pages:
+class FreedPages:
     """Pages of results that nobody holds any longer: the next results are written into them.
 
     They are the system's while they wait (``MADV_FREE``): short of memory it takes them back, and
@@ -104,7 +104,7 @@ def _new(nbytes: int) -> mmap.mmap:
     return pages
 
 
-_PAGES = Pages()
+_PAGES = FreedPages()
 
 
 def empty_cache() -> None:

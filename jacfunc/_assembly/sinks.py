@@ -19,7 +19,7 @@ from jacfunc._assembly.blocks import (
     stack_leaves,
 )
 from jacfunc._assembly.pages import empty
-from jacfunc._memory import PIECE, Chunk, Pieces, evenly
+from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, evenly
 from jacfunc._types import Blocks, Leaves, Tree
 
 
@@ -62,14 +62,14 @@ class Sink:
 
     def at_once(self, chunk: Chunk) -> Chunk:
         """Seeds, or samples, of one sweep: not all, where their products are copied."""
-        return Pieces(PIECE) if chunk is None and self.copies else chunk
+        return Pieces(STAGED_BYTES) if chunk is None and self.copies else chunk
 
     def rows_at_once(self, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Chunk:
         """Of rows it is known beforehand how large they are."""
         if chunk is not None or not self.copies:
             return chunk
         total, each = numel(outputs), sum(primal.nbytes for primal in primals)
-        return max(1, evenly(total, each, max(PIECE, total * each // 8)))
+        return max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
 
     def rows(self, chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from chunks of rows ``[K, *in_j]``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 DEEPEST = 8
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
+PLAIN_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
 
 
 def fingerprint(func: object) -> str:
@@ -39,7 +39,7 @@ def _parts(thing: Any, depth: int) -> Iterator[str]:
     yield type(thing).__qualname__
     if depth > DEEPEST:
         return
-    if thing is None or isinstance(thing, PLAIN):
+    if thing is None or isinstance(thing, PLAIN_VALUES):
         yield repr(thing)
     elif isinstance(thing, Tensor):
         yield f"{tuple(thing.shape)} {thing.dtype} {thing.device} {thing.requires_grad}"

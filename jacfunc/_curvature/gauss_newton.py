@@ -11,11 +11,11 @@ from torch import Tensor
 
 from jacfunc._arguments import check_like
 from jacfunc._curvature.loss import OutputCurvature
-from jacfunc._curvature.products import Whole
+from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import Refused
-from jacfunc._factored import Part, Sums, rows, squared, written
+from jacfunc._factored import Part, SquaredSums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
-from jacfunc._modules import Outputs, Point
+from jacfunc._modules import BatchOutputs, ModuleAtBatch
 from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves
 
@@ -55,8 +55,8 @@ class GaussNewton:
         True
     """
 
-    point: Point
-    curvature_of: Callable[[Outputs], OutputCurvature]
+    point: ModuleAtBatch
+    curvature_of: Callable[[BatchOutputs], OutputCurvature]
 
     def product(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``G v``, by one product with J, one with H and one with Jᵀ; samples may be coupled.
@@ -143,7 +143,7 @@ class GaussNewton:
         params = self.point.params
         totals: dict[str, Tensor] = {}
         for _, parts in self._parts():
-            sums = Sums()
+            sums = SquaredSums()
             with self.point.contracting():
                 for name, some in parts.items():
                     found = squared(some, params[name], sums)
@@ -234,8 +234,8 @@ class GaussNewton:
             yield torch.Size((size, num_roots)), self.point.parts_of(factors, cotangents)
 
     @cached_property
-    def _whole(self) -> Whole:
-        return Whole(self.point)
+    def _whole(self) -> BatchProducts:
+        return BatchProducts(self.point)
 
     @cached_property
     def _of_whole(self) -> OutputCurvature:

@@ -14,7 +14,7 @@ from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._factored import norms
 from jacfunc._lending import Select
 from jacfunc._lock import alone
-from jacfunc._modules import Door, Independence, Independent, Outputs
+from jacfunc._modules import BatchOptions, BatchOutputs, Independence, Independent
 from jacfunc._types import Randomness, Tree
 
 
@@ -72,14 +72,14 @@ def ggn(
         True
     """
     looked = Independence.of("ggn", independent, chunk_size)
-    door = Door("ggn", module, select, in_dims, randomness, chunk_size, looked)
+    door = BatchOptions("ggn", module, select, in_dims, randomness, chunk_size, looked)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
         point, targets = door.with_targets(args, kwargs, is_held=True)
 
         captured = Captured.of(loss)
 
-        def curvature_of(outputs: Outputs) -> Loss:
+        def curvature_of(outputs: BatchOutputs) -> Loss:
             return Loss("ggn", loss, targets, outputs, captured)
 
         return GaussNewton(point, curvature_of)
@@ -140,7 +140,7 @@ def fisher(
         tensor(True)
     """
     looked = Independence.of("fisher", independent, chunk_size, by_rows=False)
-    door = Door("fisher", module, select, in_dims, randomness, chunk_size, looked)
+    door = BatchOptions("fisher", module, select, in_dims, randomness, chunk_size, looked)
     check_likelihood("fisher", likelihood, draws, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
@@ -202,7 +202,7 @@ def gradient_norms(
         True
     """
     looked = Independence.of("gradient_norms", independent, chunk_size, by_rows=False)
-    door = Door("gradient_norms", module, select, in_dims, randomness, chunk_size, looked)
+    door = BatchOptions("gradient_norms", module, select, in_dims, randomness, chunk_size, looked)
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
         point, targets = door.with_targets(args, kwargs)

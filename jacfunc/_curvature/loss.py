@@ -16,7 +16,7 @@ from jacfunc._curvature.known_losses import is_known, known_root
 from jacfunc._lending import tensors_in
 from jacfunc._linear_map import Anchor, Graph, JacobianOperator, anchored, on_graph
 from jacfunc._log import note
-from jacfunc._modules import Independence, Outputs
+from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
 from jacfunc._torch import as_written
 from jacfunc._trees import map_tensors
@@ -71,7 +71,7 @@ class Loss:
     api: str
     func: LossFunction
     targets: Tree
-    outputs: Outputs
+    outputs: BatchOutputs
     captured: Captured | None = None
     """What it closes over, where it is asked later."""
 

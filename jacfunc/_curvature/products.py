@@ -13,19 +13,19 @@ from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator, Samples, check_agreement, live, narrowed, some_of
 from jacfunc._log import note
-from jacfunc._modules import Outputs, Point, now_and_then
-from jacfunc._torch import Draws
+from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
+from jacfunc._torch import RandomState
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, is_tensor
 
-ROUNDING = 0.4
+ADJOINT_ROUNDING = 0.4
 """Power of a dtype's precision: relative to its terms, an inner product errs by less."""
 
 EXACT = torch.float32
 """In no less are terms added up."""
 
 
-class Whole:
+class BatchProducts:
     """``J v`` and ``Jᵀ u`` of all outputs of the batch.
 
     The first ``J v`` pushes forward. For all others the graph of ``Jᵀ u`` is kept, which is linear
@@ -36,7 +36,7 @@ class Whole:
     u, and the graph for a random v, too, when it is made: at the first points, and now and then.
     """
 
-    def __init__(self, point: Point) -> None:
+    def __init__(self, point: ModuleAtBatch) -> None:
         flat = point.call.flat_call(point.call.arguments, None)
         seen: list[FlatCall] = [flat]
         is_strict = point.batch.randomness == "error"
@@ -47,10 +47,10 @@ class Whole:
         )
         self._point, self._state = point, flat.state
         # no bound methods: these would be a cycle, and keep the module and the batch
-        self._ways = [Whole._pushed_forward, Whole._pushed_on_graph]
+        self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
         with point.undisturbed():
             self._pulling.repeat_draws()
-            before = Draws(point.batch.leaves)
+            before = RandomState(point.batch.leaves)
             leaves, extras = self._pulling.image()
             if is_strict and before.were_taken():
                 point.batch.check_randomness(RuntimeError("randomness"))
@@ -62,7 +62,7 @@ class Whole:
                     "it, or that returns other outputs alone."
                 )
         _check_shapes(point, leaves)
-        self.outputs = Outputs(leaves, extras, seen[-1])
+        self.outputs = BatchOutputs(leaves, extras, seen[-1])
 
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
@@ -82,7 +82,7 @@ class Whole:
                 self._ways = self._ways[1:]
                 return self._ways[0](self, tangents)
         if len(self._ways) > 1:
-            self._ways = [Whole._pushed_on_graph, Whole._pushed_forward]
+            self._ways = [BatchProducts._pushed_on_graph, BatchProducts._pushed_forward]
         return found
 
     @contextmanager
@@ -102,7 +102,7 @@ class Whole:
         left, right = _terms(cotangents, products), _terms(pulled, tangents)
         scale = float(left.norm() + right.norm())
         error = abs(float(left.sum() - right.sum()))
-        if error > scale * _precision((*products, *tangents)) ** ROUNDING:
+        if error > scale * _precision((*products, *tangents)) ** ADJOINT_ROUNDING:
             raise Refused(
                 "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own "
                 "changes one of them alone"
@@ -146,7 +146,7 @@ class Whole:
         now_and_then(self._state, ("J v", way, self._point.batch.kind), look)
 
 
-def _check_shapes(point: Point, outputs: Leaves) -> None:
+def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
     """Refuse ``[B, B]``: such rows are no outputs of a sample."""
     if point.size == 1 or not any(point.size in out.shape[1:] for out in outputs):
         return
@@ -190,7 +190,7 @@ def _precision(leaves: Leaves) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _mapped(point: Point, seen: list[FlatCall]) -> LeafFunction:
+def _mapped(point: ModuleAtBatch, seen: list[FlatCall]) -> LeafFunction:
     """The module of each sample, as random numbers are to be drawn; parameters are shared."""
     batch = point.batch
     samples = Samples(batch.leaves, batch.dims, batch.randomness)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from jacfunc._assembly import shared_units
 from jacfunc._curvature.loss import Loss, LossFunction
-from jacfunc._factored import Factors, Signs, projected
+from jacfunc._factored import FactoredJacobian, SignMatrix, projected
 from jacfunc._lending import Select
 from jacfunc._linear_map import Some
-from jacfunc._modules import Door, Independence, Independent, Point
+from jacfunc._modules import BatchOptions, Independence, Independent, ModuleAtBatch
 from jacfunc._types import Leaves, Randomness, Tree
 
 API = "random_projection"
@@ -75,7 +75,7 @@ def random_projection(
         True
     """
     looked = Independence.of(API, independent, chunk_size, by_rows=loss is None)
-    door = Door(API, module, select, in_dims, randomness, chunk_size, looked)
+    door = BatchOptions(API, module, select, in_dims, randomness, chunk_size, looked)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"{API}: size must be a positive number of columns, got {size!r}. "
@@ -98,7 +98,7 @@ def random_projection(
     return random_projection_of
 
 
-def _of_jacobians(point: Point, size: int, seed: int) -> Tree:
+def _of_jacobians(point: ModuleAtBatch, size: int, seed: int) -> Tree:
     """The tree of the outputs, of ``[B, *out, size]``."""
     chunks: list[Leaves] = []
     for _, factors in point.factors():
@@ -114,8 +114,8 @@ def _of_jacobians(point: Point, size: int, seed: int) -> Tree:
 
 
 def _of_chunk(
-    point: Point,
-    factors: Factors,
+    point: ModuleAtBatch,
+    factors: FactoredJacobian,
     cotangents: Leaves,
     size: int,
     seed: int,
@@ -132,5 +132,5 @@ def _of_chunk(
             zeros = partial(total.new_zeros, (*total.shape[:2], *point.params[name].shape))
             # compiled or not, it is the same parameter
             drawn_by = name.replace("_orig_mod.", "")
-            total += projected(parts, zeros, Signs(f"{seed}:{drawn_by}", size, total))
+            total += projected(parts, zeros, SignMatrix(f"{seed}:{drawn_by}", size, total))
     return total

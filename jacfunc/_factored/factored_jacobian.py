@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import shared_units
-from jacfunc._factored.parts import Part, rows, together, write
+from jacfunc._factored.parts import Part, merged, rows, write
 from jacfunc._factored.use import Use
 from jacfunc._linear_map import EVERY, Linearization, Samples, Some
 from jacfunc._types import Leaves
@@ -20,7 +20,7 @@ from jacfunc.layers import Rows
 
 
 @dataclass(frozen=True)
-class Factors:
+class FactoredJacobian:
     """An evaluation of all samples, to pull cotangents back from onto the uses of parameters.
 
     Args:
@@ -95,7 +95,7 @@ class Factors:
             for number, product in zip(self.others, products[len(self.uses) :], strict=True):
                 rows = product if self.samples.is_mapped else product.unsqueeze(1)
                 parts[number].append(Part((), Rows(rows)))
-            return [together(found) for found in parts]
+            return [merged(found) for found in parts]
 
     def contracting(self) -> AbstractContextManager[Any]:
         """What went into layers leads to parameters, whether anyone goes on from there or not."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused
-from jacfunc._factored.factored_jacobian import Factors
-from jacfunc._factored.tracked import Touched
-from jacfunc._factored.tracking import Uses
+from jacfunc._factored.factored_jacobian import FactoredJacobian
+from jacfunc._factored.tracked import UnruledUse
+from jacfunc._factored.tracking import UseRecorder
 from jacfunc._factored.use import Use
-from jacfunc._faults import unseen, watched_once
+from jacfunc._faults import untracked, watched_once
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -27,12 +27,12 @@ from jacfunc._linear_map import (
     linearize,
     on_graph,
 )
-from jacfunc._torch import Pull, inside_derivative, inside_transform, plain_attention, recording
+from jacfunc._torch import Pull, inside_derivative, inside_transform, math_attention, recording
 from jacfunc._types import LeafFunction, Leaves
 
 
 @dataclass
-class Met:
+class LearnedUses:
     """What parameters of one kind of call meet, by their numbers.
 
     Args:
@@ -58,7 +58,7 @@ class Met:
         own = samples.each(anchor) if number in self.others else anchor
         return own if number in self.others - self.written else copied(own)
 
-    def learn(self, count: int, others: set[int], touched: Touched) -> bool:
+    def learn(self, count: int, others: set[int], touched: UnruledUse) -> bool:
         """From an evaluation of so many parameters; should it have got others?"""
         shared = self.others - self.written
         was_wrong = self.lent & touched.given or shared & touched.written or others - self.others
@@ -73,9 +73,9 @@ def factored(
     call: LeafFunction,
     params: Leaves,
     samples: Samples,
-    met: Met,
+    met: LearnedUses,
     repeat_draws: Callable[[], None],
-) -> Factors:
+) -> FactoredJacobian:
     """Evaluate and find the uses; what the parameters ``met`` is remembered.
 
     ``call`` is one of a sample, which may say of what kind it is.
@@ -89,10 +89,10 @@ def factored(
         repeat_draws()
         # vmap shows no graph: parameters are differentiated as they are
         unfactored = linearize(*samples.apart(of_one, params))
-        return Factors(samples, (), range(len(params)), params, unfactored)
+        return FactoredJacobian(samples, (), range(len(params)), params, unfactored)
     while True:
         repeat_draws()
-        touched = Touched()
+        touched = UnruledUse()
         try:
             found, others = _evaluated(of_one, call, params, samples, met, touched)
         except Exception:
@@ -109,12 +109,12 @@ def _evaluated(
     call: LeafFunction,
     params: Leaves,
     samples: Samples,
-    met: Met,
-    touched: Touched,
-) -> tuple[Factors, set[int]]:
+    met: LearnedUses,
+    touched: UnruledUse,
+) -> tuple[FactoredJacobian, set[int]]:
     """The factors, and which parameters are used where no rule sees it."""
     wanted, others = torch.is_grad_enabled(), sorted(met.others)
-    with recording(), plain_attention():
+    with recording(), math_attention():
         check_plain(params)
         anchors = [anchored(param, wanted) for param in params]
         twins = [anchor.view_as(anchor) for anchor in anchors]
@@ -122,7 +122,7 @@ def _evaluated(
         behind = [Anchor.behind(held[i]) for i in others]  # of_one may write into them
         starts = [handle.grad_fn for handle in held]
         found: list[Use] = []
-        uses_of = partial(Uses, samples.size, met.lent, touched)
+        uses_of = partial(UseRecorder, samples.size, met.lent, touched)
         of_all = _recording(of_one, samples, others, twins, uses_of, found)
         further = wanted and any(param.requires_grad for param in params)
         pull = Pull(None, (wanted, further), leading_out(set(starts), wanted, further))
@@ -139,7 +139,7 @@ def _evaluated(
     targets = [*(use.anchor for use in found), *behind]
     linearization = on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
     used = {i for i, node in enumerate(starts) if node in graph.met}
-    return Factors(samples, found, others, params, linearization), used
+    return FactoredJacobian(samples, found, others, params, linearization), used
 
 
 def _recording(
@@ -147,14 +147,14 @@ def _recording(
     samples: Samples,
     others: Sequence[int],
     twins: Sequence[Tensor],
-    uses_of: Callable[[], Uses],
+    uses_of: Callable[[], UseRecorder],
     found: list[Use],
 ) -> Callable[..., tuple[Leaves, Leaves]]:
     """Of all samples at once: a function of the parameters that writes down their uses."""
     dims = [0 if i in others else None for i in range(len(twins))]
 
     def recorded(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
-        with unseen():
+        with untracked():
             uses = uses_of()
             for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
                 uses.track(number, param, twin)

@@ -40,7 +40,7 @@ class Part:
         return mask[0, 0]
 
 
-def together(parts: Sequence[Part]) -> list[Part]:
+def merged(parts: Sequence[Part]) -> list[Part]:
     """Forms that are of the same matrix as one, outer products with all their positions."""
     groups: list[list[Part]] = []
     for part in parts:

@@ -12,11 +12,11 @@ from torch import Tensor
 from jacfunc._factored.parts import Part, rows
 from jacfunc.layers import Outer
 
-PIECE = 2**24
+DRAWN_BYTES = 2**24
 """Bytes of the random matrix that exist at a time."""
 
 
-class Signs:
+class SignMatrix:
     """Rows of the random matrix of one parameter, drawn one after the other."""
 
     def __init__(self, key: str, size: int, like: Tensor) -> None:
@@ -35,7 +35,7 @@ class Signs:
         return self._of_byte.index_select(0, numbers).view(count, -1)[:, : self.size]
 
 
-def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: Signs) -> Tensor:
+def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: SignMatrix) -> Tensor:
     """``[B, K, size]``, by the cheaper way."""
     form = parts[0].form
     if len(parts) == 1 and isinstance(form, Outer) and not parts[0].path and not form.is_turned:
@@ -47,7 +47,7 @@ def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: Signs) 
     return _projected_by_rows(rows(parts, zeros), signs)
 
 
-def _projected_by_factors(form: Outer, signs: Signs) -> Tensor:
+def _projected_by_factors(form: Outer, signs: SignMatrix) -> Tensor:
     """What went in times R, and then what came back times that."""
     left = form.cotangents.to(signs.dtype).permute(2, 1, 0, 3, 4)
     groups, size, num_seeds, positions, outs = left.shape
@@ -64,7 +64,7 @@ def _projected_by_factors(form: Outer, signs: Signs) -> Tensor:
     return total
 
 
-def _projected_by_rows(block: Tensor, signs: Signs) -> Tensor:
+def _projected_by_rows(block: Tensor, signs: SignMatrix) -> Tensor:
     """Rows ``[B, K, *param]`` times R."""
     flat = block.reshape(block.shape[:2].numel(), -1).to(signs.dtype)
     total = flat.new_zeros((len(flat), signs.size))
@@ -75,5 +75,5 @@ def _projected_by_rows(block: Tensor, signs: Signs) -> Tensor:
     return total.view(*block.shape[:2], -1)
 
 
-def _at_once(signs: Signs, like: Tensor, width: int) -> int:
-    return max(1, PIECE // (signs.size * width * like.element_size()))
+def _at_once(signs: SignMatrix, like: Tensor, width: int) -> int:
+    return max(1, DRAWN_BYTES // (signs.size * width * like.element_size()))

@@ -12,13 +12,13 @@ from torch import Tensor
 from jacfunc._factored.parts import Part, rows
 from jacfunc.layers import Form, Gather, Outer, Rows
 
-PIECE = 2**22
+SQUARED_BYTES = 2**22
 """Bytes that are written out at once: so few that they are still in the cache when squared."""
 
 Known: TypeAlias = Outer | Gather | Rows
 
 
-class Sums:
+class SquaredSums:
     """``Σₖ Gₖ²`` of cotangents, which the weight and the bias of a layer have in common."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Sums:
         return self._known[place][1].view(left.shape[1:])
 
 
-def squared(parts: Sequence[Part], param: Tensor, sums: Sums) -> Tensor:
+def squared(parts: Sequence[Part], param: Tensor, sums: SquaredSums) -> Tensor:
     """``Σ_{b,k} J[b, k]²`` of one parameter, ``[*param]``."""
     if len(parts) == 1 and not parts[0].path:
         return _squared(_known(parts[0].form, param), sums).view(param.shape)
@@ -87,7 +87,7 @@ def _are_apart(parts: Sequence[Part], param: Tensor) -> bool:
     return bool((entries.sum(0) <= 1).all())
 
 
-def _squared(form: Known, sums: Sums) -> Tensor:
+def _squared(form: Known, sums: SquaredSums) -> Tensor:
     """``Σ_{b,k}`` of a form's squared entries, in its own shape."""
     if isinstance(form, Gather):
         return _squared_gather(form)
@@ -101,7 +101,7 @@ def _squared(form: Known, sums: Sums) -> Tensor:
     return (found.mT if form.is_turned else found).reshape(form.shape)
 
 
-def _squared_by_pairs(form: Outer, sums: Sums) -> Tensor:
+def _squared_by_pairs(form: Outer, sums: SquaredSums) -> Tensor:
     """``Σ_{t,s} (G_t · G_s) ⊗ (A_t · A_s)``, each pair of positions once: ``[groups, O, I]``."""
     left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
     positions = left.shape[3]
@@ -218,4 +218,4 @@ def _some(form: Known, start: int, stop: int) -> Known:
 
 
 def _samples_at_once(bytes_of_one: int) -> int:
-    return max(1, PIECE // max(1, bytes_of_one))
+    return max(1, SQUARED_BYTES // max(1, bytes_of_one))

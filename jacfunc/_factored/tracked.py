@@ -16,7 +16,7 @@ UNSEEN_WRITE = (
 
 
 @dataclass(frozen=True)
-class Tracked:
+class TrackedParameter:
     """A parameter, or a view of one, that a function holds."""
 
     number: int
@@ -33,7 +33,7 @@ class Tracked:
 
 
 @dataclass(frozen=True)
-class Touched:
+class UnruledUse:
     """Parameters, by number, that an operation without a rule was given, or would have been."""
 
     given: set[int] = field(default_factory=set)

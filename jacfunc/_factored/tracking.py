@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused
-from jacfunc._factored.tracked import UNSEEN_WRITE, Touched, Tracked
+from jacfunc._factored.tracked import UNSEEN_WRITE, TrackedParameter, UnruledUse
 from jacfunc._factored.use import Use
-from jacfunc._factored.views import BARES, LOOKS, VIEWS, Path, View, is_part
-from jacfunc._faults import unseen
+from jacfunc._factored.views import METADATA, RAW_MEMORY, VIEWS, Path, View, is_part
+from jacfunc._faults import untracked
 from jacfunc._linear_map import BY_ITSELF, Anchor, nodes_of_call
 from jacfunc._torch import at_once, below_transforms, innermost, mapped, mapped_anyway, of_samples
 from jacfunc.layers import FormOf, Rule, table
@@ -22,7 +22,7 @@ MOST_PARTS = 32
 """Of so many pieces of a parameter each is looked at; of more, the ordinary engine is faster."""
 
 
-class Uses(TorchFunctionMode):
+class UseRecorder(TorchFunctionMode):
     """While it is entered, every use of a tracked parameter that has a rule is recorded.
 
     Args:
@@ -31,13 +31,13 @@ class Uses(TorchFunctionMode):
         touched: what is noticed of the others.
     """
 
-    def __init__(self, size: int, lent: Set[int], touched: Touched) -> None:
+    def __init__(self, size: int, lent: Set[int], touched: UnruledUse) -> None:
         super().__init__()
         self._lent, self._touched = lent, touched
         self._found: list[Use] = []
         self._kept: list[tuple[Tensor, int]] = []
         self._size = size
-        self._tracked: dict[int, Tracked] = {}
+        self._tracked: dict[int, TrackedParameter] = {}
         self._level = innermost()
         self._rules, self._opened = table().rules, table().opened
 
@@ -48,7 +48,7 @@ class Uses(TorchFunctionMode):
             Refused: if what went into one was written into later, as autograd does.
             RuntimeError: if a parameter that is no copy was written into where nobody sees it.
         """
-        with unseen():
+        with untracked():
             if any(x._version != version for x, version in self._kept):
                 raise Refused("what went into a layer was written into after it")
             written = {t.number for t in self._tracked.values() if not t.is_intact}
@@ -61,7 +61,7 @@ class Uses(TorchFunctionMode):
     def track(self, number: int, held: Tensor, twin: Tensor, path: Path = ()) -> None:
         """From here on, ``held`` is parameter ``number``, or the part of it that the path is."""
         version = below_transforms(held)._version
-        self._tracked[id(held)] = Tracked(number, held, twin, path, version)
+        self._tracked[id(held)] = TrackedParameter(number, held, twin, path, version)
 
     def __torch_function__(
         self,
@@ -85,8 +85,8 @@ class Uses(TorchFunctionMode):
             return self._use(self._rules[func], func, args, kwargs)
         if is_held and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
-        if is_held and func not in LOOKS:
-            self._touch((*args, *kwargs.values()), func in BARES)
+        if is_held and func not in METADATA:
+            self._touch((*args, *kwargs.values()), func in RAW_MEMORY)
         return func(*args, **kwargs)
 
     def _holds(self, values: Iterable[Any]) -> bool:
@@ -121,7 +121,7 @@ class Uses(TorchFunctionMode):
         """Under vmap, what is made of other operations runs where it may not as a whole."""
         return self._level is not None and innermost() == self._level
 
-    def _find(self, value: Any) -> Tracked | None:
+    def _find(self, value: Any) -> TrackedParameter | None:
         found = self._tracked.get(id(value))
         if found is None or not found.is_intact or found.number in self._touched.written:
             return None
@@ -152,7 +152,7 @@ class Uses(TorchFunctionMode):
                 is_one = held is parts
                 view = View(func, options, named, None if is_one else item)
                 twin = twins if is_one else twins[item]
-                with unseen():
+                with untracked():
                     self.track(found.number, held, twin, (*found.path, view))
         return parts
 
@@ -160,7 +160,7 @@ class Uses(TorchFunctionMode):
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         named = rule.named(args, kwargs) or {}
-        with unseen():
+        with untracked():
             forms = self._forms(rule, named) if named else {}
             found = {name: self._find(named[name]) for name in forms}
             covered = {name: tracked for name, tracked in found.items() if tracked is not None}
@@ -176,7 +176,7 @@ class Uses(TorchFunctionMode):
             out = at_once(func, args, kwargs, self._level)
         else:
             out = func(*args, **kwargs)
-        with unseen():
+        with untracked():
             parts = [(t.number, t.path, forms[name]) for name, t in covered.items()]
             return self._recorded(out, parts, twins.values(), named.values())
 

@@ -35,7 +35,7 @@ _COUNTED = (
     *("storage_offset", "is_contiguous", "is_floating_point", "is_complex", "__len__"),
 )
 
-LOOKS: frozenset[Callable[..., Any]] = frozenset(
+METADATA: frozenset[Callable[..., Any]] = frozenset(
     [
         *(getattr(Tensor, name).__get__ for name in _ASKED),
         *(getattr(Tensor, name) for name in _COUNTED),
@@ -45,7 +45,7 @@ LOOKS: frozenset[Callable[..., Any]] = frozenset(
 """What tells something of a tensor, and has nothing to do with its entries."""
 
 _DATA: Any = Tensor.data
-BARES: frozenset[Callable[..., Any]] = frozenset(
+RAW_MEMORY: frozenset[Callable[..., Any]] = frozenset(
     [
         *(_DATA.__get__, _DATA.__set__),
         *(Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr),

@@ -10,8 +10,8 @@ from jacfunc._faults.backward import (
     wrong_second_derivative,
 )
 from jacfunc._faults.callers import TAKES_DERIVATIVES
-from jacfunc._faults.forward import Around, ForwardGuard
+from jacfunc._faults.forward import ForwardWatch, PushContext
 from jacfunc._faults.lookups import apart
 from jacfunc._faults.nested import NestedWatch, watched_once
 from jacfunc._faults.torchscript import check_scripted
-from jacfunc._faults.watch import Watch, handled, unseen
+from jacfunc._faults.watch import Watch, handled, untracked

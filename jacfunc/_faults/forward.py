@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from jacfunc._errors import Refused
 from jacfunc._faults.formulas import FORMULAS
-from jacfunc._faults.lookups import lookup, tensors_of
+from jacfunc._faults.lookups import Args, lookup, tensors_of
 from jacfunc._faults.operations import MET
 from jacfunc._faults.watch import Watch, name_of
 from jacfunc._torch import (
@@ -32,9 +32,11 @@ from jacfunc._torch import (
 )
 from jacfunc._types import is_differentiable
 
+Kwargs: TypeAlias = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
-class Around:
+class PushContext:
     """What a push is done in: so many vmaps; is a plain graph kept of what comes out?"""
 
     num_vmaps: int
@@ -46,48 +48,46 @@ class ForwardFault:
     """Functions whose pushforward is wrong, when, and why."""
 
     names: frozenset[str]
-    applies: Callable[[Mapping[str, Any], tuple[Any, ...], Around], bool]
+    applies: Callable[[Kwargs, Args, PushContext], bool]
     reason: str
 
 
-def _with_prod(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _with_prod(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return "prod" in args or kwargs.get("reduce") == "prod"
 
 
-def _always(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _always(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return True
 
 
-def _with_options(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _with_options(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return kwargs.get("options") is not None
 
 
-def _with_gradient_convention(
-    kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around
-) -> bool:
+def _with_gradient_convention(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     found = lookup(args, kwargs)
     if found is None:
         return False
     return found.by_frequency or bool(below_transforms(found.is_padding).any())
 
 
-def _under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _under_vmap(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return around.num_vmaps > 0
 
 
-def _drops_under_vmap(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _drops_under_vmap(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return around.num_vmaps > 0 and kwargs.get("dropout_p", args[4] if len(args) > 4 else 0) > 0
 
 
-def _at_second_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _at_second_order(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return is_second_order_forward(tensors_of(args, kwargs), around.keeps_graph)
 
 
-def _at_third_order(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _at_third_order(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return is_reverse_of_second_forward(tensors_of(args, kwargs), around.keeps_graph)
 
 
-def _inside_forward(kwargs: Mapping[str, Any], args: tuple[Any, ...], around: Around) -> bool:
+def _inside_forward(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
     return num_forward_levels() > 1
 
 
@@ -166,12 +166,12 @@ FAULTY = _DETERMINANTS.union(*(fault.names for fault in FORWARD_FAULTS))
 """All names in the table."""
 
 
-class ForwardGuard(Watch):
+class ForwardWatch(Watch):
     """Watches a function while tangents pass through it; refuses what would come out wrong."""
 
     pushes = True
 
-    def __init__(self, around: Around) -> None:
+    def __init__(self, around: PushContext) -> None:
         # grad mode may be on for the guard alone: then no plain graph is kept
         super().__init__(keeps_graph=around.keeps_graph)
         self._around = around
@@ -212,7 +212,7 @@ def check_push(
     name: str,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    around: Around,
+    around: PushContext,
 ) -> None:
     """Refuse a call whose pushforward comes out wrong; what is done by a formula does not."""
     is_mended = func in FORMULAS and name in _KEEPS_STATISTICS

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from jacfunc._errors import Refused
 from jacfunc._faults.callers import CUT_OFF
-from jacfunc._faults.forward import FAULTY, Around, check_push, check_pushed
+from jacfunc._faults.forward import FAULTY, PushContext, check_push, check_pushed
 from jacfunc._faults.lookups import tensors_of
 from jacfunc._faults.watch import Watch, name_of, unwatched
 from jacfunc._lock import alone
@@ -36,7 +36,7 @@ class NestedWatch(Watch):
             return super().pushed(func, args, kwargs)
         # vmaps of tangents alone do no harm
         is_mapped = any(map(is_batched, tensors_of(args, kwargs)))
-        check_push(func, name, args, kwargs, Around(int(is_mapped), keeps_graph=True))
+        check_push(func, name, args, kwargs, PushContext(int(is_mapped), keeps_graph=True))
         result = super().pushed(func, args, kwargs)
         check_pushed(name, result)
         return result

@@ -193,7 +193,7 @@ def unwatched() -> Remembered[bool]:
     return Remembered()
 
 
-def unseen() -> AbstractContextManager[Any]:
+def untracked() -> AbstractContextManager[Any]:
     """Our own bookkeeping is no operation of the function: modes outside would look at each step,
     which took a tenth of a small network's evaluation.
     """

@@ -19,7 +19,7 @@ from jacfunc._types import Argnums, Tree
 from jacfunc.strategies import Looped
 
 
-class Foreteller:
+class CallForecast:
     """A call on fakes: its sizes, and what each strategy would cost.
 
     Sizes are None where the function does not run on fakes.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._forecasting import Forecast, Foreteller, Swept
+from jacfunc._forecasting import CallForecast, Forecast, Swept
 from jacfunc._lock import alone
 from jacfunc._torch import inside_transform
 from jacfunc._types import Argnums, Tree
@@ -71,7 +71,7 @@ def estimate(
         )
     strategies: tuple[Swept, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
     with alone():  # torch's fake tensors turn a switch of the process, too
-        found = Foreteller(API, func, argnums, has_aux, args, kwargs)
+        found = CallForecast(API, func, argnums, has_aux, args, kwargs)
         return Estimate(found.rows, found.columns, tuple(map(found.forecast, strategies)))
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from jacfunc._calls import FlatCall
-from jacfunc._forecasting import Foreteller
+from jacfunc._forecasting import CallForecast
 from jacfunc._functions.derive import jacobian_by
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
@@ -66,7 +66,9 @@ def plan(
         found = _planned(chosen, JacobianOperator(call, call.primals))
         if not isinstance(found.strategy, Reverse | Forward | Looped):
             return found
-        foretold = Foreteller("plan", func, argnums, has_aux, args, kwargs).forecast(found.strategy)
+        foretold = CallForecast("plan", func, argnums, has_aux, args, kwargs).forecast(
+            found.strategy
+        )
     return replace(found, forecast=foretold)
 
 

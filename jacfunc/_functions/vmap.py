@@ -19,7 +19,7 @@ from jacfunc._functions.derive import watches_itself
 from jacfunc._linear_map import Dims, OnLeaves, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._torch import Draws, as_written, sweep_batch
+from jacfunc._torch import RandomState, as_written, sweep_batch
 from jacfunc._trees import (
     Split,
     StructureError,
@@ -155,7 +155,7 @@ def _vmapped_or_looped(
         handled(error)
     each = []
     with alone():
-        draws = Draws(leaves)
+        draws = RandomState(leaves)
         for number in range(batch_size(leaves, dims)):
             with draws.of_one(randomness), watching():
                 each.append(func(one_sample(leaves, dims, number))[0])

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import empty
-from jacfunc._factored import Factors, Part
+from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._kernels.gram import Axes, Gram
-from jacfunc._kernels.sampled_function import Sampled
+from jacfunc._kernels.sampled_function import KernelSamples
 from jacfunc._types import Leaves, Tree
 
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
@@ -22,7 +22,7 @@ Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
-class Contracted:
+class KeptAxes:
     """Which axes of a sample's output are not kept twice.
 
     Args:
@@ -34,7 +34,7 @@ class Contracted:
     diagonal: tuple[int, ...]
 
     @classmethod
-    def of(cls, traced: int | Sequence[int], diagonal: int | Sequence[int]) -> Contracted:
+    def of(cls, traced: int | Sequence[int], diagonal: int | Sequence[int]) -> KeptAxes:
         return cls(
             (traced,) if isinstance(traced, int) else tuple(traced),
             (diagonal,) if isinstance(diagonal, int) else tuple(diagonal),
@@ -58,14 +58,14 @@ class Contracted:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class SampleRange:
     """Some samples of a batch."""
 
-    samples: Sampled
+    samples: KernelSamples
     start: int
     stop: int
 
-    def pulled(self, wanted: Contracted) -> list[Pulled]:
+    def pulled(self, wanted: KeptAxes) -> list[LeafRows]:
         """All rows of each output leaf."""
         factors = self.samples.between(self.start, self.stop)
         with self.samples.undisturbed(), self.samples.factored():
@@ -73,7 +73,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Pulled:
+class LeafRows:
     """The rows of one output leaf, as factors: in the order diagonal, kept, traced."""
 
     parts: list[list[Part]]
@@ -87,7 +87,7 @@ class Pulled:
     def axes(self) -> Axes:
         return Axes(*(prod(shape) for shape in self.shapes))
 
-    def times(self, other: Pulled) -> Tensor:
+    def times(self, other: LeafRows) -> Tensor:
         """``[B1, B2, *diagonal, *kept, *kept]``."""
         gram = Gram(self.like, (self.size, other.size), self.axes, other is self)
         for mine, theirs, param in zip(self.parts, other.parts, self.params, strict=True):
@@ -105,9 +105,9 @@ class Pulled:
 
 @torch.no_grad()
 def product_of(
-    first: Sequence[Chunk],
-    second: Sequence[Chunk],
-    wanted: Contracted,
+    first: Sequence[SampleRange],
+    second: Sequence[SampleRange],
+    wanted: KeptAxes,
     progress: Progress | None,
 ) -> Tree:
     """``J₁ J₂ᵀ`` of all chunks, a kernel for each output leaf; half of it, where both are one."""
@@ -117,7 +117,7 @@ def product_of(
         (i, j) for i in range(len(rows)) for j in range(i + 1 if is_symmetric else len(columns))
     ]
     results: list[Tensor] = []
-    row, mine = -1, list[Pulled]()
+    row, mine = -1, list[LeafRows]()
     for i, j in progress(pairs) if progress else pairs:
         if row != i:
             row, mine = i, first[i].pulled(wanted)
@@ -135,13 +135,13 @@ def product_of(
     return first[0].samples.last_call.output_tree(results)
 
 
-def _ranges(side: Sequence[Chunk]) -> list[slice]:
+def _ranges(side: Sequence[SampleRange]) -> list[slice]:
     """Where the samples of each chunk are, among all."""
     stops = list(accumulate(chunk.stop - chunk.start for chunk in side))
     return [slice(start, stop) for start, stop in pairwise([0, *stops])]
 
 
-def _pulled(factors: Factors, number: int, wanted: Contracted) -> Pulled:
+def _pulled(factors: FactoredJacobian, number: int, wanted: KeptAxes) -> LeafRows:
     out, size = factors.of_one[number], factors.samples.size
     orders = wanted.ordered(out.dim())
     order = torch.arange(out.numel(), device=out.device).view(out.shape)
@@ -150,4 +150,4 @@ def _pulled(factors: Factors, number: int, wanted: Contracted) -> Pulled:
     cotangents = seeds.view(-1, 1, *out.shape).expand(-1, size, *out.shape)
     parts = factors.of_cotangents((cotangents,), slice(number, number + 1))
     shapes = [tuple(out.shape[axis] for axis in axes) for axes in orders]
-    return Pulled(parts, factors.params, size, shapes, out)
+    return LeafRows(parts, factors.params, size, shapes, out)

@@ -21,7 +21,7 @@ from torch import Tensor
 from jacfunc._factored import Part, rows
 from jacfunc.layers import Gather, Outer
 
-PIECE = 2**23
+BLOCK_BYTES = 2**23
 """Bytes of rows, or of products of positions, that are made at once: they stay in the cache."""
 
 BLOCKS = 4
@@ -88,7 +88,7 @@ class Gram:
         mine = self._as_matrices(left)
         theirs = mine if self.is_symmetric else self._as_matrices(right)
         kept = self.axes.kept
-        for start, stop in self._ranges(PIECE):
+        for start, stop in self._ranges(BLOCK_BYTES):
             end = stop if self.is_symmetric else theirs.shape[1] // kept
             products = mine[:, start * kept : stop * kept] @ theirs[:, : end * kept].mT
             self._part(start, stop, end).add_(products.view_as(self._part(start, stop, end)))
@@ -111,7 +111,9 @@ class Gram:
     def _few_outputs(self, form: Positional) -> int:
         """Outputs of a layer of which the rows are one piece."""
         seeds = _seeds(form)
-        return max(1, PIECE // (seeds.shape[:2].numel() * _width(form) * seeds.element_size()))
+        return max(
+            1, BLOCK_BYTES // (seeds.shape[:2].numel() * _width(form) * seeds.element_size())
+        )
 
     def _as_matrices(self, rows: Tensor) -> Tensor:
         """``[B, K, P]`` as ``[D, B·F, S·P]``."""
@@ -123,7 +125,7 @@ class Gram:
         alike = _similarity(left, right)  # [g, B₁, T₁, B₂, T₂]
         (_, groups, _, kept, places, _), others = mine.shape, theirs.shape[4]
         one = self.axes.diagonal * groups * kept * places * theirs[0, 0, ..., 0].numel()
-        for start, stop in self._ranges(PIECE // (one * mine.element_size())):
+        for start, stop in self._ranges(BLOCK_BYTES // (one * mine.element_size())):
             end = stop if self.is_symmetric else theirs.shape[2]
             some = mine[:, :, start:stop].flatten(2, 4)
             products = some @ theirs[:, :, :end].flatten(2, 4).mT

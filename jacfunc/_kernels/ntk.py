@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import FlatCall
-from jacfunc._kernels.blocks import Chunk, Contracted, Progress, product_of
-from jacfunc._kernels.sampled_function import OfCall, Sampled, samples_of
-from jacfunc._modules import Door, Independence, Independent
+from jacfunc._kernels.blocks import KeptAxes, Progress, SampleRange, product_of
+from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
+from jacfunc._modules import BatchOptions, Independence, Independent
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
@@ -79,26 +79,28 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
-    wanted, strategy = Contracted.of(trace_axes, diagonal_axes), Structured()
+    wanted, strategy = KeptAxes.of(trace_axes, diagonal_axes), Structured()
     check_chunk_size(API, chunk_size)
     door = None
     if isinstance(func, nn.Module):
         looked = Independence.of(API, independent, chunk_size)
         # who iterates, or watches, may change the module, or the batch, from block to block
         is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
-        door = Door(API, func, params, in_dims, randomness, chunk_size, looked, is_held=is_watched)
+        door = BatchOptions(
+            API, func, params, in_dims, randomness, chunk_size, looked, is_held=is_watched
+        )
 
-    def sampled(args: tuple[Tree, ...]) -> Sampled:
+    def sampled(args: tuple[Tree, ...]) -> KernelSamples:
         if door is not None:
             return door.at((args, {}))
         return samples_of(API, func, params, args, in_dims, randomness, strategy)
 
-    def chunks(x: Any) -> list[Chunk]:
-        found: list[Chunk] = []
+    def chunks(x: Any) -> list[SampleRange]:
+        found: list[SampleRange] = []
         for batch in _batches(x):
             samples = sampled(batch if isinstance(batch, tuple) else (batch,))
             size, step = samples.size, chunk_size or samples.size
-            found += [Chunk(samples, n, min(n + step, size)) for n in range(0, size, step)]
+            found += [SampleRange(samples, n, min(n + step, size)) for n in range(0, size, step)]
         return found
 
     first = chunks(x1)
@@ -136,8 +138,8 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
 
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
         call = FlatCall("gram", func, argnums, False, args, kwargs)
-        whole = [Chunk(OfCall(call, strategy), 0, 1)]
-        kernels = in_words_of("gram", lambda: product_of(whole, whole, Contracted((), ()), None))
+        whole = [SampleRange(SingleCall(call, strategy), 0, 1)]
+        kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None))
         return map_tensors(lambda kernel: kernel[0, 0], kernels)
 
     return gram_of

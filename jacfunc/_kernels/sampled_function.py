@@ -11,15 +11,15 @@ import torch
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
-from jacfunc._factored import Factors
-from jacfunc._linear_map import Evaluated, JacobianOperator, batch_size
-from jacfunc._modules import Batch
+from jacfunc._factored import FactoredJacobian
+from jacfunc._linear_map import Evaluations, JacobianOperator, batch_size
+from jacfunc._modules import SampledCall
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured
 
 
-class Sampled(Protocol):
+class KernelSamples(Protocol):
     """Samples, of a module (:class:`jacfunc._points.Point`) or a function."""
 
     @property
@@ -32,7 +32,7 @@ class Sampled(Protocol):
         """Of a sample that was evaluated."""
         ...
 
-    def between(self, start: int, stop: int) -> Factors:
+    def between(self, start: int, stop: int) -> FactoredJacobian:
         """Some of the samples, evaluated."""
         ...
 
@@ -46,12 +46,12 @@ class Sampled(Protocol):
 
 
 @dataclass(frozen=True)
-class OfSamples:
+class FunctionSamples:
     """A function of parameters and one sample, at a batch."""
 
-    batch: Batch
+    batch: SampledCall
     strategy: Structured
-    seen: Evaluated = field(default_factory=Evaluated)
+    seen: Evaluations = field(default_factory=Evaluations)
 
     @property
     def size(self) -> int:
@@ -61,7 +61,7 @@ class OfSamples:
     def last_call(self) -> FlatCall:
         return self.batch.seen[-1][0]
 
-    def between(self, start: int, stop: int) -> Factors:
+    def between(self, start: int, stop: int) -> FactoredJacobian:
         with self.factored():
             return self._evaluated(start, stop)
 
@@ -71,21 +71,21 @@ class OfSamples:
     def undisturbed(self) -> AbstractContextManager[Any]:
         return torch.no_grad()
 
-    def _evaluated(self, start: int, stop: int) -> Factors:
+    def _evaluated(self, start: int, stop: int) -> FactoredJacobian:
         found = self.batch.factors(self.strategy, start, stop)
         self.seen.check((start, stop), found.outputs)
         return found
 
 
 @dataclass(frozen=True)
-class OfCall:
+class SingleCall:
     """One call, which is its only sample."""
 
     last_call: FlatCall
     strategy: Structured
     size: int = 1
 
-    def between(self, start: int, stop: int) -> Factors:
+    def between(self, start: int, stop: int) -> FactoredJacobian:
         return self.strategy.factors(JacobianOperator(self.last_call, self.last_call.primals))
 
     def factored(self) -> AbstractContextManager[Any]:
@@ -103,7 +103,7 @@ def samples_of(
     in_dims: Tree,
     randomness: Randomness,
     strategy: Structured,
-) -> OfSamples:
+) -> FunctionSamples:
     """``func(params, *inputs)`` at a batch of inputs.
 
     Raises:
@@ -120,5 +120,7 @@ def samples_of(
 
     kind = kinds_of((params, args)), tuple(dims)
     sink = Sink()
-    batch = Batch(api, call_of, split.leaves, dims, func, kind, randomness, sink, has_layers=True)
-    return OfSamples(batch, strategy)
+    batch = SampledCall(
+        api, call_of, split.leaves, dims, func, kind, randomness, sink, has_layers=True
+    )
+    return FunctionSamples(batch, strategy)

@@ -19,7 +19,7 @@ from jacfunc._torch import recording
 from jacfunc._trees import flatten, unflatten
 
 SIMPLE = frozenset({bool, int, float, str, type(None)})
-FEW = 1000
+FEW_ENTRIES = 1000
 """Containers with more entries than this are taken for tables of words, which hold no tensors;
 an attribute that leads to more objects than this is taken for a program, and left alone."""
 
@@ -38,7 +38,7 @@ def keeps(value: object) -> bool:
         return _is_of_numpy(value)
     if not isinstance(value, _SHALLOW):
         return True
-    if len(value) > FEW:
+    if len(value) > FEW_ENTRIES:
         return False
     return not isinstance(value, tuple) or any(map(keeps, value))
 
@@ -51,7 +51,7 @@ def objects_in(value: object, seen: set[int]) -> list[Any]:
     found, inside = [], set(seen)
     for some in _objects_in(value, inside):
         found.append(some)
-        if len(inside) > FEW + len(seen):
+        if len(inside) > FEW_ENTRIES + len(seen):
             return []
     seen |= inside
     return found
@@ -65,7 +65,7 @@ def _objects_in(value: object, seen: set[int]) -> Iterator[Any]:
             continue
         seen.add(id(some))
         if isinstance(some, _SHALLOW):
-            if len(some) <= FEW:
+            if len(some) <= FEW_ENTRIES:
                 pending += some.values() if isinstance(some, dict) else some
         elif isinstance(some, MethodType):
             pending.append(some.__self__)
@@ -79,7 +79,7 @@ def _objects_in(value: object, seen: set[int]) -> Iterator[Any]:
 def tensors_in(value: object) -> list[Tensor]:
     """Those that a function closes over, a module has, or objects keep, at any depth."""
     pending, seen, found = [value], set[int](), list[Tensor]()
-    while pending and len(seen) <= FEW:
+    while pending and len(seen) <= FEW_ENTRIES:
         some = pending.pop()
         if type(some) in SIMPLE or id(some) in seen:
             continue
@@ -142,7 +142,7 @@ def _renewed_leaf(leaf: Any, new: dict[int, Any]) -> Any:
         new[key] = copy.copy(leaf)
     elif isinstance(leaf, Random) or _is_of_numpy(leaf):
         new[key] = copy.deepcopy(leaf)
-    elif isinstance(leaf, dict | list | deque) and len(leaf) <= FEW:
+    elif isinstance(leaf, dict | list | deque) and len(leaf) <= FEW_ENTRIES:
         new[key] = _refilled(copy.copy(leaf), new)
     else:
         return leaf

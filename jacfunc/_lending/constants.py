@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, outside_transforms
 
-MOST = 2**26
+MOST_BYTES = 2**26
 """Bytes of constants that are copied; of more, a write is seen too late, and told."""
-KEPT = 2**13
+COPIED_BYTES = 2**13
 """Bytes of parameters of which each call keeps a copy to compare them with afterwards."""
-SEEN = 16
+COMPARED_NUMBERS = 16
 """Numbers of each larger one that are compared."""
 
 
@@ -34,17 +34,19 @@ class Constants:
         """In which mode and version, by name."""
         self._aliases: dict[int, Tensor] = {}
 
-    def before(self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Before:
+    def before(
+        self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    ) -> ParametersBefore:
         """A call begins, to be ended by :meth:`end`."""
         # detached inside a transform they would be wrapped, and so would all that comes of them
         aliases = {id(p): p.detach() for p in constants.values()}
-        before = Before(params, self._aliases, self._only_read)
+        before = ParametersBefore(params, self._aliases, self._only_read)
         if not torch.compiler.is_compiling():
             before.look(constants, aliases)
         self._aliases = aliases
         return before
 
-    def end(self, before: Before) -> None:
+    def end(self, before: ParametersBefore) -> None:
         """What was in place before the call is so again."""
         self._aliases = before.outer
 
@@ -74,7 +76,7 @@ class Constants:
         known = self._only_read
         unseen = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
         plain = {name: p for name, p in unseen.items() if _is_plain(p) and not p.is_meta}
-        return plain if sum(p.nbytes for p in plain.values()) <= MOST else {}
+        return plain if sum(p.nbytes for p in plain.values()) <= MOST_BYTES else {}
 
 
 @cache
@@ -100,7 +102,7 @@ def _version(param: Tensor) -> int:
 
 
 @dataclass(slots=True)
-class Before:
+class ParametersBefore:
     """What parameters were before a call."""
 
     params: Mapping[str, Tensor]
@@ -114,7 +116,7 @@ class Before:
     def look(self, constants: Mapping[str, Tensor], aliases: Mapping[int, Tensor]) -> None:
         """Copies of small parameters, some numbers of large ones."""
         self.versions = list(map(_version, self.params.values()))
-        left = KEPT
+        left = COPIED_BYTES
         for name, param in constants.items():
             if param.device.type == "cpu" and _is_plain(param):
                 alias, is_small = aliases[id(param)], param.nbytes <= left
@@ -155,7 +157,7 @@ def _some(param: Tensor) -> Tensor:
     """A few numbers of a large parameter."""
     if not param.is_contiguous():
         return param[:0]
-    return param.view(-1)[:: max(1, param.numel() // SEEN)]
+    return param.view(-1)[:: max(1, param.numel() // COMPARED_NUMBERS)]
 
 
 def _are_same_bits(numbers: Tensor, others: Tensor) -> bool:

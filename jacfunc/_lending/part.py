@@ -23,7 +23,7 @@ Attributes: TypeAlias = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Part:
+class ModulePart:
     """One of the modules inside, or an object that one keeps, and what it is at first."""
 
     module: Any
@@ -38,7 +38,7 @@ class Part:
     is_table: bool
 
     @classmethod
-    def of(cls, module: Any) -> Part:
+    def of(cls, module: Any) -> ModulePart:
         own, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
         plain = {
             key: value
@@ -66,7 +66,7 @@ class Part:
         pairs = self.attributes.items()
         return [x for key, x in pairs if type(x) not in SIMPLE and key not in _OWN]
 
-    def held(self, new: dict[int, Any]) -> Part:
+    def held(self, new: dict[int, Any]) -> ModulePart:
         """With copies of all that it keeps: it stays what it is at first."""
         return replace(self, plain={key: renewed(value, new) for key, value in self.plain.items()})
 
@@ -140,7 +140,7 @@ class Part:
 
 
 def put_back(tables: list[tuple[Any, Any]]) -> None:
-    """What :meth:`Part.as_now` has copied, where it was."""
+    """What :meth:`ModulePart.as_now` has copied, where it was."""
     for table, before in tables:
         table.clear()
         table.update(before)
@@ -168,8 +168,11 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
     return dict(first.values())
 
 
-def parts_beside(parts: list[Part]) -> list[Part]:
+def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:
     seen = {id(part.module) for part in parts}
     return [
-        Part.of(some) for part in parts for value in part.own for some in objects_in(value, seen)
+        ModulePart.of(some)
+        for part in parts
+        for value in part.own
+        for some in objects_in(value, seen)
     ]

@@ -15,7 +15,7 @@ from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
 from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.lost import check_fresh
-from jacfunc._lending.part import Part, are_same, by_first_name, parts_beside, put_back
+from jacfunc._lending.part import ModulePart, are_same, by_first_name, parts_beside, put_back
 from jacfunc._lending.select import Select, chosen
 from jacfunc._lending.stay import Lease, Stay
 from jacfunc._torch import recording
@@ -25,11 +25,11 @@ from jacfunc._torch import recording
 class ModuleState:
     """Parameters and buffers of a module: those that are differentiated, and the constants."""
 
-    parts: dict[str, Part]  # each once, under its first name
+    parts: dict[str, ModulePart]  # each once, under its first name
     point: dict[str, Tensor]  # the chosen parameters, with the values to differentiate at
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    beside: list[Part]
+    beside: list[ModulePart]
     """Objects that the module keeps, and modules that are none of its parts."""
     hidden: dict[str, Tensor]
     """Parameters of these."""
@@ -45,7 +45,7 @@ class ModuleState:
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
-        parts = {name: Part.of(part) for name, part in module.named_modules()}
+        parts = {name: ModulePart.of(part) for name, part in module.named_modules()}
         params = by_first_name({name: part.params for name, part in parts.items()})
         buffers = by_first_name({name: part.buffers for name, part in parts.items()})
         for name, tensor in (*params.items(), *buffers.items()):
@@ -72,7 +72,7 @@ class ModuleState:
 
         To look takes a third of what it takes to make it.
         """
-        if before is None or not all(map(Part.is_as_at_first, before.every_part)):
+        if before is None or not all(map(ModulePart.is_as_at_first, before.every_part)):
             return cls.of(api, module, select)
         point = chosen(api, before.params, select)
         return before if are_same(point, before.point) else replace(before, point=point)
@@ -97,7 +97,7 @@ class ModuleState:
             )
 
     @property
-    def every_part(self) -> list[Part]:
+    def every_part(self) -> list[ModulePart]:
         """Objects and modules beside it among them."""
         return [*self.parts.values(), *self.beside]
 

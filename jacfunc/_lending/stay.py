@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._lending.part import Attributes, Part
+from jacfunc._lending.part import Attributes, ModulePart
 
 
 @dataclass(eq=False, slots=True)
@@ -25,7 +25,7 @@ class Stay:
     """From when a module is first lent until all is as it was."""
 
     api: str
-    parts: list[Part]
+    parts: list[ModulePart]
     before: list[Attributes]
     lease: Lease | None = None
     """Of the evaluation whose tensors are in place."""

@@ -1,6 +1,6 @@
 """A function at a point as a linear map: push tangents forward, pull cotangents back."""
 
-from jacfunc._linear_map.agreement import CHANGING, Evaluated, check_agreement, detached
+from jacfunc._linear_map.agreement import CHANGING, Evaluations, check_agreement, detached
 from jacfunc._linear_map.graph import Anchor, anchored, copied, on_graph
 from jacfunc._linear_map.linearization import EVERY, Linearization, Some, live, one_by_one, some_of
 from jacfunc._linear_map.operator import JacobianOperator

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
-from jacfunc._faults import unseen
+from jacfunc._faults import untracked
 from jacfunc._torch import below_transforms, inside_transform, outside_transforms
 from jacfunc._types import Leaves
 
@@ -44,7 +44,7 @@ def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> 
         raise Refused(CHANGING)
 
 
-class Evaluated:
+class Evaluations:
     """Outputs of what is evaluated more than once, by what it is."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def detached(leaves: Leaves) -> Leaves:
 def _agree(outputs: Leaves, others: Leaves, same_way: bool) -> bool:
     if len(outputs) != len(others):
         return False
-    with unseen():
+    with untracked():
         return all(_are_near(x, y, same_way) for x, y in zip(outputs, others, strict=True))
 
 

@@ -22,8 +22,8 @@ from jacfunc._faults import (
 from jacfunc._linear_map.linearization import EVERY, Linearization, Some, some_of
 from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
+    math_attention,
     outside_transforms,
-    plain_attention,
     recording,
     run_as_written,
     run_backward,
@@ -110,7 +110,7 @@ def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
     try:
         return run_as_written(run_backward, *task)
     except CheckpointError:
-        with plain_attention():
+        with math_attention():
             return run_as_written(run_backward, *task)
 
 

@@ -30,9 +30,9 @@ from jacfunc._torch import (
     is_differentiated,
     is_right_twice,
     levels,
+    math_attention,
     newer_transforms,
     off_graph,
-    plain_attention,
     run_backward,
 )
 from jacfunc._types import LeafFunction, Leaves
@@ -45,7 +45,7 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
     # a module's outputs are looked at below functorch, too: who keeps no graph records only
     # what leads to tensors of before the call
     looks = getattr(func, "state", None) is not None and not torch.is_grad_enabled()
-    with plain_attention(), torch.enable_grad() if looks else nullcontext():
+    with math_attention(), torch.enable_grad() if looks else nullcontext():
         cut = off_graph(primals) if looks else primals
         linearized: Any = torch.func.vjp(seen.evaluated, *cut, has_aux=True)
     outputs, vjp, extras = linearized

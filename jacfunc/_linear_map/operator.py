@@ -16,7 +16,7 @@ from jacfunc._linear_map.pull import linearize
 from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._torch import Draws, below_transforms, holds_nan, inside_transform, levels
+from jacfunc._torch import RandomState, below_transforms, holds_nan, inside_transform, levels
 from jacfunc._trees import kind_of
 from jacfunc._types import Blocks, LeafFunction, Leaves
 
@@ -37,7 +37,7 @@ class JacobianOperator:
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
-        self._draws: Draws | None = None
+        self._draws: RandomState | None = None
 
     @property
     def called(self) -> Any:
@@ -175,7 +175,7 @@ class JacobianOperator:
         if torch.compiler.is_compiling():
             return
         if self._draws is None:
-            self._draws = Draws(self.primals)
+            self._draws = RandomState(self.primals)
         else:
             self._draws.repeat()
 

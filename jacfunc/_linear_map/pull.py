@@ -14,7 +14,7 @@ from jacfunc._linear_map.graph import Anchor, anchored, copied, on_graph
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import Linearization
 from jacfunc._linear_map.walks import Graph, leading_out
-from jacfunc._torch import Pull, is_outermost, plain_attention, recording
+from jacfunc._torch import Pull, is_outermost, math_attention, recording
 from jacfunc._types import LeafFunction, Leaves
 
 BY_ITSELF = frozenset(TAKES_DERIVATIVES)
@@ -28,7 +28,7 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
 
 def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     wanted = torch.is_grad_enabled()
-    with recording(), plain_attention():
+    with recording(), math_attention():
         anchors = [anchored(primal, wanted) for primal in primals]
         # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
         copies = list(map(copied, anchors))

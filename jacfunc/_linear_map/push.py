@@ -10,14 +10,14 @@ from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, is_of_old_style, lacks_forward_rule
-from jacfunc._faults import Around, ForwardGuard
+from jacfunc._faults import ForwardWatch, PushContext
 from jacfunc._linear_map.linearization import batched_like
 from jacfunc._memory import keep_heap
 from jacfunc._torch import (
     inside_derivative,
+    math_attention,
     num_vmap_levels,
     off_graph,
-    plain_attention,
     sweep_batch,
 )
 from jacfunc._types import LeafFunction, Leaves
@@ -49,8 +49,8 @@ def _push(
     released = not torch.is_grad_enabled() and not inside_derivative()
     grad_mode = torch.enable_grad() if released else nullcontext()
     try:
-        around = Around(outer_vmaps, not released)
-        with grad_mode, ForwardGuard(around) as guard, plain_attention():
+        around = PushContext(outer_vmaps, not released)
+        with grad_mode, ForwardWatch(around) as guard, math_attention():
             pushed = _jvp(func, copies, tangents)
         guard.check_copies(primals)
     except Refused:

@@ -18,7 +18,7 @@ class WrongAnswerError(Exception):
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Expected:
     """What was expected before anything ran."""
 
     seconds: float | None
@@ -68,7 +68,7 @@ class Result:
     ratio: Spread | None = None
     """To the baseline, round by round."""
     peak_bytes: int | None = None
-    forecast: Forecast | None = None
+    forecast: Expected | None = None
     work: float | None = None
 
     @property

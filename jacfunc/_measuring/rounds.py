@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from jacfunc._measuring.clock import Run, peak_bytes, seconds, timed
-from jacfunc._measuring.results import WARM_UP, Forecast, Result, recording, summarize
+from jacfunc._measuring.results import WARM_UP, Expected, Result, recording, summarize
 
 Problem = TypeVar("Problem", contravariant=True)
 Check = Callable[[Any], float]
@@ -35,7 +35,7 @@ class Contestant(Generic[Problem]):
     prepare: Callable[[Problem], Run]
     answers: bool = True
     counted: bool = True
-    forecast: Callable[[Problem], Forecast | None] | None = None
+    forecast: Callable[[Problem], Expected | None] | None = None
     work: Callable[[Problem], float] | None = None
 
 

@@ -25,7 +25,7 @@ Take: TypeAlias = Callable[[int, int], Leaves]
 
 
 @dataclass(frozen=True)
-class Within:
+class FittedChunks:
     """Chunks whose work, counted as it runs, stays within ``room`` bytes.
 
     The first chunk is small. Where k seeds take b bytes, n·k seeds take at most n·b, so the next
@@ -38,7 +38,7 @@ class Within:
     room: int
     at_most: int | None = None
     settled: list[int] = field(default_factory=list, repr=False, compare=False)
-    leaves: dict[int, Within] = field(default_factory=dict, repr=False, compare=False)
+    leaves: dict[int, FittedChunks] = field(default_factory=dict, repr=False, compare=False)
     """By number of the output leaf, of which each has sweeps of a kind of its own."""
 
     def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
@@ -57,14 +57,14 @@ class Within:
         return fitting
 
 
-class Pieces(Within):
+class Pieces(FittedChunks):
     """Chunks whose products go elsewhere at once: few bytes, or a small share of all products."""
 
     first = 1
 
     def next(self, size: int, peak: int, most: int) -> int:
         """An eighth of all, if that is more than the room."""
-        share = Within(max(self.room, peak * most // (8 * size)), settled=self.settled)
+        share = FittedChunks(max(self.room, peak * most // (8 * size)), settled=self.settled)
         return share.next(size, peak, most)
 
     def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
@@ -73,20 +73,20 @@ class Pieces(Within):
         return taken, sum(product.nbytes for product in taken)
 
 
-Chunk: TypeAlias = int | Within | None
+Chunk: TypeAlias = int | FittedChunks | None
 """Seeds (or samples) at once; None for all."""
 
 
 def of_leaf(chunk: Chunk, number: int) -> Chunk:
     """The chunk for sweeps through one output leaf alone: the first shares it with others."""
-    if number == 0 or not isinstance(chunk, Within):
+    if number == 0 or not isinstance(chunk, FittedChunks):
         return chunk
     return chunk.leaves.setdefault(number, replace(chunk, settled=[], leaves={}))
 
 
 def largest(chunk: Chunk, total: int) -> int:
     """The most seeds of one sweep."""
-    size = chunk.at_most if isinstance(chunk, Within) else chunk
+    size = chunk.at_most if isinstance(chunk, FittedChunks) else chunk
     return max(1, min(size or total, total))
 
 
@@ -101,7 +101,9 @@ def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:
 
     Out of memory, the chunk is halved and taken again; what was yielded before stays.
     """
-    within = chunk if isinstance(chunk, Within) and not torch.compiler.is_compiling() else None
+    within = (
+        chunk if isinstance(chunk, FittedChunks) and not torch.compiler.is_compiling() else None
+    )
     most, start = largest(chunk, total), 0
     step = most if within is None else within.settled[-1] if within.settled else within.first
     while start < max(total, 1):

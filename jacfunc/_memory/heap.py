@@ -8,7 +8,7 @@ import torch
 
 from jacfunc._memory.limits import LARGE
 
-KEPT = LARGE - 2**16
+KEPT_BYTES = LARGE - 2**16
 """Bytes of the largest block that a heap keeps, with what it adds to it."""
 
 
@@ -21,4 +21,4 @@ def keep_heap() -> None:
     that a network of a megabyte asks for the same pages in each call. One block is enough, which
     nothing is written into; where somebody has set the threshold, it stays as it is.
     """
-    torch.UntypedStorage(KEPT)  # no operation, which modes and transforms would see
+    torch.UntypedStorage(KEPT_BYTES)  # no operation, which modes and transforms would see

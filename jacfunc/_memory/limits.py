@@ -6,6 +6,6 @@ LARGE = 2**25
 """Bytes up to which a heap keeps what is freed and hands it out again."""
 
 
-PIECE = 2**24
+STAGED_BYTES = 2**24
 """Bytes that wait to be written elsewhere: so few that the allocator keeps their memory, and the
 next piece is made in it."""

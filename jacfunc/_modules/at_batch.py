@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
-from jacfunc._factored import Factors, Part
+from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import ModuleState, Select, held
-from jacfunc._linear_map import Evaluated, Some, batch_size, live, some_of
+from jacfunc._linear_map import Evaluations, Some, batch_size, live, some_of
 from jacfunc._lock import alone
-from jacfunc._modules.batch import Batch
+from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import POSITIONS, ModuleCall
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import Choice
-from jacfunc._torch import Draws, is_outermost
+from jacfunc._modules.inputs import InputChoice
+from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
 
 @dataclass(frozen=True)
-class Door:
+class BatchOptions:
     """What a user said about all calls of a module."""
 
     api: str
@@ -56,7 +56,7 @@ class Door:
                 "it out, or use randomness='same'."
             )
 
-    def at(self, arguments: Arguments, is_held: bool = False) -> Point:
+    def at(self, arguments: Arguments, is_held: bool = False) -> ModuleAtBatch:
         """One call of the module; to be held, if it is evaluated after the door has answered."""
         if not is_outermost():
             raise NotImplementedError(
@@ -74,14 +74,14 @@ class Door:
             self.api,
             state,
             POSITIONS["params"],
-            Choice(),
+            InputChoice(),
             arguments,
             with_buffers=False,
             create_graph=False,
             independence=self.independence,
         )
         batch = call.batch(Sink(), self.in_dims, self.randomness)
-        return Point(self, call, batch, Draws(batch.leaves))
+        return ModuleAtBatch(self, call, batch, RandomState(batch.leaves))
 
     def _state(self) -> ModuleState:
         before = next(iter(self.states), None)
@@ -91,7 +91,7 @@ class Door:
 
     def with_targets(
         self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_held: bool = False
-    ) -> tuple[Point, Tree]:
+    ) -> tuple[ModuleAtBatch, Tree]:
         """The call of all but the last of the positional arguments, and that."""
         if not args:
             raise TypeError(
@@ -103,7 +103,7 @@ class Door:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class BatchOutputs:
     """What the module returned for all samples: leaves ``[B, *out]``, and how they are a tree."""
 
     leaves: Leaves
@@ -116,13 +116,13 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Point:
+class ModuleAtBatch:
     """A module at its parameters and a batch."""
 
-    door: Door
+    door: BatchOptions
     call: ModuleCall
-    batch: Batch
-    draws: Draws
+    batch: SampledCall
+    draws: RandomState
 
     @property
     def api(self) -> str:
@@ -145,7 +145,7 @@ class Point:
             self.draws.repeat()
             yield
 
-    def factors(self) -> Iterator[tuple[slice, Factors]]:
+    def factors(self) -> Iterator[tuple[slice, FactoredJacobian]]:
         """Chunk by chunk of the samples, each parameter's Jacobian as factors."""
         step = self.door.chunk_size or self.size
         if step >= self.size:
@@ -156,11 +156,11 @@ class Point:
             yield slice(start, stop), self.between(start, stop)
 
     @cached_property
-    def _all_factors(self) -> Factors:
+    def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
     def parts_of(
-        self, factors: Factors, cotangents: Leaves, of: Some | None = None
+        self, factors: FactoredJacobian, cotangents: Leaves, of: Some | None = None
     ) -> dict[str, list[Part]]:
         """What cotangents ``[K, B, *out]`` pull back, by name; not of unused parameters.
 
@@ -178,7 +178,7 @@ class Point:
         way_out = "Use module_jacobian(per_sample=True), which can take the samples one by one"
         return self.batch.under_vmap("per-sample factors need", way_out)
 
-    def between(self, start: int, stop: int) -> Factors:
+    def between(self, start: int, stop: int) -> FactoredJacobian:
         """Some of the samples, evaluated."""
         with self.undisturbed():
             batch = self._independent
@@ -188,14 +188,14 @@ class Point:
         return found
 
     @cached_property
-    def _independent(self) -> Batch:
+    def _independent(self) -> SampledCall:
         """The batch, looked at once, whatever is asked."""
         self.call.check_independent(self.batch)
         return self.batch
 
     @cached_property
-    def _evaluated(self) -> Evaluated:
-        return Evaluated()
+    def _evaluated(self) -> Evaluations:
+        return Evaluations()
 
     @contextmanager
     def contracting(self) -> Iterator[None]:
@@ -206,9 +206,9 @@ class Point:
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
-    def outputs_of(self, factors: Factors) -> Outputs:
+    def outputs_of(self, factors: FactoredJacobian) -> BatchOutputs:
         """Of the samples that were just evaluated."""
-        return Outputs(factors.outputs, factors.linearization.extras, self.last_call)
+        return BatchOutputs(factors.outputs, factors.linearization.extras, self.last_call)
 
     @property
     def last_call(self) -> FlatCall:
@@ -216,13 +216,13 @@ class Point:
         return self.batch.seen[-1][0]
 
     @cached_property
-    def outputs(self) -> Outputs:
+    def outputs(self) -> BatchOutputs:
         """Of all samples, evaluated chunk by chunk."""
         chunks = [self.outputs_of(factors) for _, factors in self.factors()]
         if len(chunks) == 1:
             return chunks[0]
         leaves = zip(*(chunk.leaves for chunk in chunks), strict=True)
         extras = zip(*(chunk.extras for chunk in chunks), strict=True)
-        return Outputs(
+        return BatchOutputs(
             tuple(map(torch.cat, leaves)), tuple(map(torch.cat, extras)), chunks[-1].call
         )

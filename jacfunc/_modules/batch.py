@@ -11,8 +11,8 @@ from typing import Any
 from jacfunc._assembly import Grid, Sink
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
-from jacfunc._factored import Factors, factored
-from jacfunc._faults import unseen
+from jacfunc._factored import FactoredJacobian, factored
+from jacfunc._faults import untracked
 from jacfunc._linear_map import (
     Dims,
     JacobianOperator,
@@ -25,15 +25,15 @@ from jacfunc._linear_map import (
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk
-from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, Sampled, attempt
-from jacfunc._samples import FirstSamples, LayerByLayer, check_randomness, first_again, under_vmap
-from jacfunc._torch import Draws, is_outermost, levels, sweep_batch
+from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, SampledWays, attempt
+from jacfunc._samples import FirstSamples, SampleWriter, check_randomness, first_again, under_vmap
+from jacfunc._torch import RandomState, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
 from jacfunc.strategies import Evaluation, Looped, Strategy, Structured, evaluate, in_words_of
 
 
 @dataclass(frozen=True)
-class Batch:
+class SampledCall:
     """Samples of one call: tensors, and the dimension in which each holds them, if it does.
 
     ``call_of(leaves)`` is the call of a single sample. ``called`` is the function or module, and
@@ -70,7 +70,7 @@ class Batch:
             return self.looped(strategy)
         if isinstance(strategy, Auto | Autotune):
             return self.planned(strategy)
-        draws = Draws(self.leaves)
+        draws = RandomState(self.leaves)
         way_out = "Use strategy='looped', which takes the samples one by one"
         try:
             with self.under_vmap("per_sample needs", way_out):
@@ -95,14 +95,14 @@ class Batch:
         def take(leaves: Leaves, dims: Dims) -> Leaves:
             return sweep_batch(of_one, leaves, self.randomness, dims)[0]
 
-        first = self._first_samples(Draws(self.leaves))
+        first = self._first_samples(RandomState(self.leaves))
         chunks = sample_chunks(take, self.leaves, self.dims, self.sink.at_once(chunk))
         chunks = first_again(chunks, self._outputs_in, first.outputs)
         return self.sink.samples(chunks, self._size(), self._grid)
 
     def looped(self, strategy: Strategy) -> Leaves:
         """One sample after the other, without vmap."""
-        draws = Draws(self.leaves)
+        draws = RandomState(self.leaves)
 
         def each() -> Iterator[Leaves]:
             for number in range(self._size()):
@@ -115,7 +115,7 @@ class Batch:
 
     def planned(self, strategy: Auto | Autotune) -> Leaves:
         """As the strategy plans for calls of this kind; looped where torch vmaps no plan."""
-        draws = Draws(self.leaves)
+        draws = RandomState(self.leaves)
 
         def run(plan: Plan) -> Leaves:
             draws.repeat()  # what was tried before has drawn
@@ -142,10 +142,10 @@ class Batch:
 
     def structured(self, strategy: Structured, chunk: Chunk = None) -> Leaves:
         """Layer by layer, a chunk of samples at a time, each written where it belongs."""
-        layers = LayerByLayer(partial(self.factors, strategy), self.sink, self._grid)
+        layers = SampleWriter(partial(self.factors, strategy), self.sink, self._grid)
         return layers.leaves(self._size(), chunk, strategy.chunk_size)
 
-    def factors(self, strategy: Structured, start: int, stop: int) -> Factors:
+    def factors(self, strategy: Structured, start: int, stop: int) -> FactoredJacobian:
         """Some samples evaluated, each parameter's Jacobian kept as factors."""
         if not self.has_layers:
             raise NotImplementedError(
@@ -156,7 +156,7 @@ class Batch:
         leaves = narrowed(self.leaves, self.dims, start, stop)
         samples = Samples(leaves, self.dims, self.randomness)
         with alone():
-            call, repeat = self._first(), Draws(self.leaves).repeat
+            call, repeat = self._first(), RandomState(self.leaves).repeat
             return factored(self._of_params, call, call.primals, samples, met, repeat)
 
     def operator(self) -> JacobianOperator:
@@ -176,7 +176,7 @@ class Batch:
     def _plan(self, strategy: Auto | Autotune) -> tuple[Plan, Chunk]:
         call = self._first()
         operator = JacobianOperator(call, call.primals)
-        samples = Sampled(self._size(), self.has_layers and is_outermost(), self.sink.copies)
+        samples = SampledWays(self._size(), self.has_layers and is_outermost(), self.sink.copies)
         plan, chunk = in_words_of(
             self.api, lambda: strategy.plan_samples(operator, samples, self._refusable)
         )
@@ -212,10 +212,10 @@ class Batch:
 
     def _of_params(self, params: Leaves, leaves: Leaves) -> tuple[Leaves, Leaves]:
         """Outputs and extras of one sample."""
-        with unseen():
+        with untracked():
             call = self.call_of(leaves)
         outputs, extras = call(*params)
-        with unseen():
+        with untracked():
             self.seen[:] = [(call, Grid.of(outputs, call.primals))]
         return outputs, extras
 
@@ -237,7 +237,7 @@ class Batch:
     def _grid(self) -> Grid:
         return self.seen[-1][1]
 
-    def _first_samples(self, draws: Draws) -> FirstSamples:
+    def _first_samples(self, draws: RandomState) -> FirstSamples:
         return FirstSamples(self.call_of, self.leaves, self.dims, self.randomness, draws)
 
     def _first(self) -> FlatCall:

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
-from jacfunc._faults import unseen
+from jacfunc._faults import untracked
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import batch_size
 from jacfunc._lock import alone
-from jacfunc._modules.batch import Batch
-from jacfunc._modules.checks import check_call, check_inputs, check_parameters, check_samples
+from jacfunc._modules.batch import SampledCall
+from jacfunc._modules.checks import check_call, check_module_inputs, check_parameters, check_samples
 from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import Choice
+from jacfunc._modules.inputs import InputChoice
 from jacfunc._samples import Subject
-from jacfunc._torch import Draws, inside_derivative, is_outermost, is_pushing
+from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing
 from jacfunc._trees import (
     Arguments,
     Split,
@@ -60,7 +60,7 @@ class ModuleCall:
     api: str
     state: ModuleState
     argnums: Argnums
-    choice: Choice
+    choice: InputChoice
     arguments: Arguments
     with_buffers: bool
     create_graph: bool
@@ -80,7 +80,7 @@ class ModuleCall:
             self.check_independent(batch)
             return batch.run(strategy)
 
-    def batch(self, sink: Sink, in_dims: Tree, randomness: Randomness) -> Batch:
+    def batch(self, sink: Sink, in_dims: Tree, randomness: Randomness) -> SampledCall:
         """The call as one of many samples."""
         check_samples(self.api, self.state)
         every_dim = sample_dims(self.api, in_dims, self.arguments)
@@ -94,15 +94,17 @@ class ModuleCall:
         module, point = self.state.module, tuple(self.state.point)
         kind = self.argnums, point, kinds_of(self.arguments), tuple(dims)
         leaves, has_layers = split.leaves, not self._differentiates("inputs")
-        return Batch(self.api, call_of, leaves, dims, module, kind, randomness, sink, has_layers)
+        return SampledCall(
+            self.api, call_of, leaves, dims, module, kind, randomness, sink, has_layers
+        )
 
-    def check_independent(self, batch: Batch) -> None:
+    def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost():
             kind = batch.kind, self.argnums
             self.independence.check(self.api, self.state, kind, lambda: self._subject(batch))
 
-    def _subject(self, batch: Batch) -> Subject:
+    def _subject(self, batch: SampledCall) -> Subject:
         """The module at the batch, in all its parameters but those of TorchScript."""
         state, split = self.state, Split.of(self.arguments, is_tensor)
         scripted = {
@@ -139,12 +141,12 @@ class ModuleCall:
         state = self.state
         check_call(self.api, state, self.create_graph)
         if self._differentiates("inputs"):
-            check_inputs(self.api, self.choice.split(self.arguments))
+            check_module_inputs(self.api, self.choice.split(self.arguments))
         if self._differentiates("params"):
             check_parameters(self.api, state)
         with (
             alone(),
-            Draws(_tensors_of(state)).kept(),
+            RandomState(_tensors_of(state)).kept(),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
             state.kept(self._point(), self.api),
         ):
@@ -171,7 +173,7 @@ class ModuleCall:
             with state.lent(params or point, (args, kwargs) if params else None):
                 output = module(*args, **kwargs)
                 if inside_derivative():  # where no graph is looked at
-                    with unseen():
+                    with untracked():
                         state.check_fresh(flatten(output)[0])
                 if dims is not None:
                     output = map_tensors(self._of_one, output)

@@ -36,7 +36,7 @@ def check_call(api: str, state: ModuleState, create_graph: bool) -> None:
             )
 
 
-def check_inputs(api: str, point: Tree) -> None:
+def check_module_inputs(api: str, point: Tree) -> None:
     """Inputs to differentiate by."""
     leaves = flatten(point)[0]
     if leaves and not any(map(is_differentiable, leaves)):

@@ -14,9 +14,9 @@ from torch.nn.modules import module as torch_module
 from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._errors import Refused
-from jacfunc._lending import SIMPLE, ModuleState, Part
+from jacfunc._lending import SIMPLE, ModulePart, ModuleState
 from jacfunc._remembered import MOST_KINDS, Recent
-from jacfunc._samples import Found, GradientOf, Subject, coupling, loss_coupling
+from jacfunc._samples import Coupling, GradientOf, Subject, coupling, loss_coupling
 from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None
@@ -26,7 +26,7 @@ MANY, LARGE = 128, 2**24
 """Outputs of a sample, and entries of all samples' Jacobians, from which on a check is a few
 hundredths of their cost."""
 
-FEW = 8
+FEW_CALLS = 8
 """Samples that are evaluated at once where memory is to be spared."""
 
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
@@ -34,7 +34,7 @@ _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 
 
 @dataclass
-class Seen:
+class KnownCalls:
     """Calls of one kind."""
 
     calls: int = 0
@@ -66,7 +66,7 @@ class Independence:
                 f"{api}: independent must be None, True or 'always', got {said!r}. "
                 "Pass True if you know that samples do not depend on each other."
             )
-        return cls(said, None if at_once is None else max(FEW, at_once), by_rows)
+        return cls(said, None if at_once is None else max(FEW_CALLS, at_once), by_rows)
 
     def check(
         self, api: str, state: ModuleState, kind: Hashable, subject_of: Callable[[], Subject]
@@ -78,7 +78,7 @@ class Independence:
             Refused: if the module returns other numbers each time.
         """
 
-        def look(number: int) -> Found:
+        def look(number: int) -> Coupling:
             try:
                 return coupling(subject_of(), number, number == 1, self.at_once)
             except Refused as refusal:
@@ -104,7 +104,7 @@ class Independence:
         """
         kind = tuple((out.shape, out.dtype) for out in outputs)
 
-        def look(number: int) -> Found:
+        def look(number: int) -> Coupling:
             return loss_coupling(gradient_of, outputs, number)
 
         if self._changing(lambda: _kinds_of_loss(loss), kind, look):
@@ -116,9 +116,9 @@ class Independence:
 
     def _changing(
         self,
-        kinds_of: Callable[[], Recent[Seen]],
+        kinds_of: Callable[[], Recent[KnownCalls]],
         kind: Hashable,
-        look: Callable[[int], Found],
+        look: Callable[[int], Coupling],
     ) -> str | None:
         """What changes with the other samples, where it is time to look.
 
@@ -128,7 +128,7 @@ class Independence:
         if self.said is True:
             return None
         kinds = kinds_of()
-        seen = kinds.pop(kind, None) or Seen()
+        seen = kinds.pop(kind, None) or KnownCalls()
         seen.calls += 1
         if seen.is_due or self.said == "always" or (self.by_rows and seen.is_large):
             found = look(seen.calls)
@@ -145,7 +145,7 @@ def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -
     After a look that raises, the next call is a first one.
     """
     kinds = _kinds_of_state(state)
-    seen = kinds.pop(kind, None) or Seen()
+    seen = kinds.pop(kind, None) or KnownCalls()
     seen.calls += 1
     if seen.is_due:
         look()
@@ -157,7 +157,7 @@ class _Known:
     """Kinds of calls of a module as its marks tell that it is."""
 
     marks: list[Any]
-    kinds: Recent[Seen] = field(default_factory=lambda: Recent(MOST_KINDS))
+    kinds: Recent[KnownCalls] = field(default_factory=lambda: Recent(MOST_KINDS))
 
 
 @cache
@@ -167,12 +167,12 @@ def _known() -> WeakIdKeyDictionary:
 
 
 @cache
-def _by_state() -> WeakKeyDictionary[ModuleState, Recent[Seen]]:
+def _by_state() -> WeakKeyDictionary[ModuleState, Recent[KnownCalls]]:
     """The kinds of calls, found sooner: of a module that has changed there is another state."""
     return WeakKeyDictionary()
 
 
-def _kinds_of(called: Any, marks: list[Any]) -> Recent[Seen]:
+def _kinds_of(called: Any, marks: list[Any]) -> Recent[KnownCalls]:
     """None are known of what has changed, or can't be referred to weakly."""
     try:
         known: _Known | None = _known().get(called)
@@ -183,7 +183,7 @@ def _kinds_of(called: Any, marks: list[Any]) -> Recent[Seen]:
     return known.kinds
 
 
-def _kinds_of_state(state: ModuleState) -> Recent[Seen]:
+def _kinds_of_state(state: ModuleState) -> Recent[KnownCalls]:
     """Of a module and its point."""
     state = state.origin or state
     kinds = _by_state().get(state)
@@ -194,8 +194,8 @@ def _kinds_of_state(state: ModuleState) -> Recent[Seen]:
     return kinds
 
 
-def _kinds_of_loss(loss: Any) -> Recent[Seen]:
-    parts = map(Part.of, loss.modules()) if isinstance(loss, nn.Module) else ()
+def _kinds_of_loss(loss: Any) -> Recent[KnownCalls]:
+    parts = map(ModulePart.of, loss.modules()) if isinstance(loss, nn.Module) else ()
     return _kinds_of(loss, [mark for part in parts for mark in _of(part)])
 
 
@@ -203,7 +203,7 @@ def _are_same(these: list[Any], those: list[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
 
 
-def _of(part: Part) -> list[Any]:
+def _of(part: ModulePart) -> list[Any]:
     """What a part is made of, kept weakly: whoever remembers it must not keep it alive."""
     own = {key: x for key, x in part.attributes.items() if key not in _TORCHS}
     filled = [some for _, some in part.filled if isinstance(some, dict)]

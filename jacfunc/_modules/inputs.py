@@ -17,14 +17,14 @@ Key: TypeAlias = int | str
 
 
 @dataclass(frozen=True)
-class Held:
+class ConstantInput:
     """An input that stays constant, hidden from whoever differentiates every tensor."""
 
     tensor: Tensor
 
 
 @dataclass(frozen=True)
-class Pick:
+class InputPick:
     """An argument of one call, by position or name, or those of its leaves that a path fits."""
 
     key: Key
@@ -47,16 +47,16 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Choice:
+class InputChoice:
     """What is differentiated of one call's arguments: the picks, or whatever there is."""
 
-    picks: tuple[Pick, ...] = ()
+    picks: tuple[InputPick, ...] = ()
     is_single: bool = False
 
     @classmethod
     def of(
         cls, api: str, module: nn.Module, inputs: Key | Sequence[Key] | None, arguments: Arguments
-    ) -> Choice:
+    ) -> InputChoice:
         """From positions, names and paths: ``0``, ``"mask"``, ``"batch['image']"``.
 
         Raises:
@@ -90,7 +90,7 @@ class Choice:
         return tuple(left), named
 
 
-def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> Pick:
+def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputPick:
     """Positional arguments have names too: those of ``forward``."""
     args, kwargs = arguments
     name, path = (key, "") if isinstance(key, int) else _parted(key)
@@ -105,7 +105,7 @@ def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> Pick:
             f"{api}: inputs must be positions or names of this call's inputs, got {key!r}. "
             f"There are {', '.join(map(repr, known))}."
         )
-    pick = Pick(name, path)
+    pick = InputPick(name, path)
     tree = args[name] if isinstance(name, int) else kwargs[name]
     if path and not any(map(pick.fits, paths(tree, ""))):
         raise ValueError(
@@ -122,11 +122,11 @@ def _parted(key: str) -> tuple[str, str]:
 
 
 def _held(leaf: Any) -> Any:
-    return Held(leaf) if isinstance(leaf, Tensor) else leaf
+    return ConstantInput(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _laid_over(given: Tree, tree: Tree) -> Tree:
     """The new leaves where they are not held, those given before elsewhere."""
     new, spec = flatten(tree)
     pairs = zip(new, flatten(given)[0], strict=True)
-    return unflatten(spec, [old if isinstance(x, Held) else x for x, old in pairs])
+    return unflatten(spec, [old if isinstance(x, ConstantInput) else x for x, old in pairs])

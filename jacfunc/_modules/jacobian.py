@@ -13,8 +13,8 @@ from jacfunc._lending import ModuleState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall, Wrt, argnums_of
 from jacfunc._modules.checks import check_module
-from jacfunc._modules.independence import FEW, Independence, Independent
-from jacfunc._modules.inputs import Choice, Key
+from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
+from jacfunc._modules.inputs import InputChoice, Key
 from jacfunc._planning import resolve
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
@@ -142,7 +142,7 @@ def module_jacobian(
     check_module(API, module)
     argnums = argnums_of(API, wrt)
     chosen = resolve(API, strategy, chunk_size, memory)
-    independence = Independence.of(API, independent, None if memory is None else FEW)
+    independence = Independence.of(API, independent, None if memory is None else FEW_CALLS)
 
     state: ModuleState | None = None  # as the last call found it
 
@@ -151,7 +151,7 @@ def module_jacobian(
         arguments = args, kwargs
         with alone():  # while another thread lends it parameters, these are not its own
             state = ModuleState.after(state, API, module, select)
-            choice = Choice.of(API, module, inputs, arguments)
+            choice = InputChoice.of(API, module, inputs, arguments)
             sink = sink_for(API, out, flat, dtype, device)
             call = ModuleCall(
                 API, state, argnums, choice, arguments, full_output, create_graph, independence

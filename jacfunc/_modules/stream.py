@@ -16,14 +16,14 @@ from jacfunc._errors import Refused
 from jacfunc._lending import ModuleState, Select, held
 from jacfunc._linear_map import EVERY, JacobianOperator, batch_size, narrowed
 from jacfunc._lock import alone
-from jacfunc._memory import PIECE, Chunk, Pieces, in_chunks
-from jacfunc._modules.batch import Batch
+from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, in_chunks
+from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import POSITIONS, ModuleCall
 from jacfunc._modules.checks import check_module
-from jacfunc._modules.independence import FEW, Independence, Independent
-from jacfunc._modules.inputs import Choice
+from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
+from jacfunc._modules.inputs import InputChoice
 from jacfunc._planning import Auto
-from jacfunc._torch import Draws, inside_transform
+from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import Split, flatten, unflatten
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 
@@ -89,7 +89,7 @@ def stream_jacobian(
     check_module(API, module)
     check_chunk_size(API, chunk_size)
     _check_by(by, per_sample)
-    at_once = (chunk_size or FEW) if by == "samples" else None
+    at_once = (chunk_size or FEW_CALLS) if by == "samples" else None
     independence = Independence.of(API, independent, at_once)
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
@@ -101,19 +101,19 @@ def stream_jacobian(
         with alone():  # it answers later: of the module and the batch as they are now
             state = ModuleState.of(API, module, select).held()
         args, kwargs = held((args, kwargs))
-        draws = Draws(tuple(filter(is_tensor, flatten((args, kwargs))[0])))
+        draws = RandomState(tuple(filter(is_tensor, flatten((args, kwargs))[0])))
         call = ModuleCall(
             API,
             state,
             POSITIONS["params"],
-            Choice(),
+            InputChoice(),
             (args, kwargs),
             with_buffers=False,
             create_graph=False,
             independence=independence,
         )
         batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
-        chunk: Chunk = chunk_size or Pieces(PIECE)
+        chunk: Chunk = chunk_size or Pieces(STAGED_BYTES)
         if batch is not None and by == "samples":
             return _by_samples(call, batch, chunk, in_dims, draws)
         rows = partial(_Rows, call, batch, draws)
@@ -135,7 +135,9 @@ def _check_by(by: object, per_sample: bool) -> None:
         )
 
 
-def _by_samples(call: ModuleCall, batch: Batch, chunk: Chunk, in_dims: Tree, draws: Draws) -> Items:
+def _by_samples(
+    call: ModuleCall, batch: SampledCall, chunk: Chunk, in_dims: Tree, draws: RandomState
+) -> Items:
     split, strategy = Split.of(call.arguments, is_tensor), Auto()
     structure: list[Any] = []
     with call.undisturbed():
@@ -206,7 +208,7 @@ def _in_words() -> Iterator[None]:
 class _Rows:
     """A module evaluated once, from which rows are pulled back as they are asked for."""
 
-    def __init__(self, call: ModuleCall, batch: Batch | None, draws: Draws) -> None:
+    def __init__(self, call: ModuleCall, batch: SampledCall | None, draws: RandomState) -> None:
         self._call, self._draws = call, draws
         self.names, self.is_sampled = tuple(call.state.point), batch is not None
         self._size: int | None = None

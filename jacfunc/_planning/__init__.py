@@ -4,5 +4,5 @@ from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
 from jacfunc._planning.budget import SHARE
 from jacfunc._planning.by_name import directed, resolve
-from jacfunc._planning.choice import Sampled
+from jacfunc._planning.choice import SampledWays
 from jacfunc._planning.plan import UNMAPPED, Plan, attempt

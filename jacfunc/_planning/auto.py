@@ -15,9 +15,9 @@ from jacfunc._calls import fingerprint
 from jacfunc._forecasting import Swept, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
-from jacfunc._memory import Chunk, Within
+from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._planning.budget import bounded, bounded_samples, is_bounded, spared
-from jacfunc._planning.choice import Sampled, by_sizes, fastest
+from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, carry_out, rows_first
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._types import Blocks
@@ -63,7 +63,7 @@ class Auto:
         """For later calls; for those of other transforms where it was not this one's budget."""
         self.known.put(called, kind, planned)
         plan, chunk = planned
-        if self.memory is None and not is_bounded(plan) and not isinstance(chunk, Within):
+        if self.memory is None and not is_bounded(plan) and not isinstance(chunk, FittedChunks):
             shared_plans().put(called, (self, kind), planned)
 
     def plan(self, operator: JacobianOperator) -> Plan:
@@ -74,7 +74,7 @@ class Auto:
         return bounded(fastest(costs, self.directions), costs, self.memory)
 
     def plan_samples(
-        self, operator: JacobianOperator, samples: Sampled, run: Callable[[Swept, Chunk], Any]
+        self, operator: JacobianOperator, samples: SampledWays, run: Callable[[Swept, Chunk], Any]
     ) -> tuple[Plan, Chunk]:
         """What to do with each of a batch of samples, one of which this is; how many at once."""
         costs = counted_costs(operator)

@@ -24,7 +24,7 @@ from jacfunc._measuring import seconds_of
 from jacfunc._memory import Chunk
 from jacfunc._planning.auto import Planned, by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
-from jacfunc._planning.choice import Sampled, by_sizes, candidates, fastest
+from jacfunc._planning.choice import SampledWays, by_sizes, candidates, fastest
 from jacfunc._planning.plan import Plan, others, rows_first
 from jacfunc._planning.tuning_cache import winners
 from jacfunc._remembered import Remembered, nothing_yet
@@ -47,7 +47,7 @@ fastest: torch sets something up, or the system looks for memory that nobody had
 MEASURED = "it was the fastest when measured"
 BOTH = (Reverse(), Forward())
 BY_LAYERS = Structured()
-FEW = 16
+FEW_SEEDS = 16
 """Seeds up to which a loop without vmap is worth a try."""
 
 REACH = 8
@@ -110,13 +110,13 @@ class Autotune:
             return by_sizes(operator, BOTH)
         if won is None:
             run = partial(_materialized, operator)
-            won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW), run)
+            won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW_SEEDS), run)
         operator.repeat_draws()  # as if nothing had been evaluated
         plan = Plan(won, MEASURED, None, others(won, BOTH, costs.rows, costs.columns))
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
     def plan_samples(
-        self, operator: JacobianOperator, samples: Sampled, run: Callable[[Swept, Chunk], Any]
+        self, operator: JacobianOperator, samples: SampledWays, run: Callable[[Swept, Chunk], Any]
     ) -> tuple[Plan, Chunk]:
         """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
         costs = counted_costs(operator)
@@ -132,7 +132,9 @@ class Autotune:
         key = f"{_key(operator)} × {size}{' copied' * samples.are_copied}"
         won, device = self._won(operator, key), _device(operator)
         if won is None:
-            possible = dict.fromkeys((*candidates(every, ways, REACH, FEW), fewer_rows(every)))
+            possible = dict.fromkeys(
+                (*candidates(every, ways, REACH, FEW_SEEDS), fewer_rows(every))
+            )
             try:
                 won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
             except Refused:  # all of them are: whoever runs the plan goes on from there

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jacfunc._forecasting import Costs
-from jacfunc._memory import Chunk, Within, evenly, free_bytes
+from jacfunc._memory import Chunk, FittedChunks, evenly, free_bytes
 from jacfunc._planning.plan import MODEST, Direction, Plan
 from jacfunc._units import in_bytes
 from jacfunc.strategies import Forward, Reverse
@@ -29,7 +29,9 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
         return plan
     kept = costs.kept if isinstance(strategy, Reverse) else costs.outputs
     room = _room(budget, costs.result + kept, strict=memory is not None)
-    chunk = Within(room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None)
+    chunk = FittedChunks(
+        room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None
+    )
     reason = f"{plan.reason}; chunks within {in_bytes(budget)}"
     return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
 
@@ -45,8 +47,8 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
     room = _room(budget, every.result, strict=memory is not None)
     plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
     if one.most_bytes(strategy) <= room:
-        return plan, Within(room)
-    rows = replace(strategy, chunk_size=Within(max(room - one.result - one.kept, 1)))
+        return plan, FittedChunks(room)
+    rows = replace(strategy, chunk_size=FittedChunks(max(room - one.result - one.kept, 1)))
     return replace(plan, strategy=rows), 1
 
 
@@ -72,7 +74,7 @@ def spared(plan: Plan, every: Costs) -> Plan:
 
 def is_bounded(plan: Plan) -> bool:
     """Does its chunk follow a budget, which is this call's alone?"""
-    return isinstance(getattr(plan.strategy, "chunk_size", None), Within)
+    return isinstance(getattr(plan.strategy, "chunk_size", None), FittedChunks)
 
 
 def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:

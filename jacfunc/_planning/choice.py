@@ -21,7 +21,7 @@ FORWARD_FROM_RATIO = 4
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledWays:
     """A batch whose samples are differentiated each on its own.
 
     Args:

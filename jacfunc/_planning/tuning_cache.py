@@ -17,7 +17,7 @@ from jacfunc.strategies import Forward, Looped, Reverse
 
 KINDS: dict[str, type[Swept]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
 
-MOST = 1000
+MOST_ENTRIES = 1000
 """Winners that are kept in memory."""
 
 
@@ -26,7 +26,7 @@ class Winners:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._found: Recent[Swept] = Recent(MOST)
+        self._found: Recent[Swept] = Recent(MOST_ENTRIES)
 
     def get(self, device: torch.device, key: str) -> Swept | None:
         """The strategy that won before."""

@@ -16,7 +16,7 @@ from jacfunc._linear_map import (
     narrowed,
     one_sample,
 )
-from jacfunc._torch import Draws, sweep_batch
+from jacfunc._torch import RandomState, sweep_batch
 from jacfunc._types import Leaves, Randomness
 
 
@@ -57,7 +57,7 @@ class FirstSamples:
     leaves: Leaves
     dims: Dims
     randomness: Randomness
-    draws: Draws
+    draws: RandomState
 
     def outputs(self, size: int) -> Leaves:
         """Of so many, vmapped."""

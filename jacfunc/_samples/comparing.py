@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from jacfunc._linear_map import anchored, batch_size
-from jacfunc._torch import Draws, plain_attention, recording, run_backward
+from jacfunc._torch import RandomState, math_attention, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
 MOST_HALVES = 6
 """Halves of one check: each ordered pair of up to 20 samples is parted by one of them."""
 
-Whole = Callable[[Leaves, Leaves], Leaves]
+WholeBatch = Callable[[Leaves, Leaves], Leaves]
 """The differentiable outputs of a batch, from parameters and the tensors of a call."""
 
 
@@ -25,7 +25,7 @@ Whole = Callable[[Leaves, Leaves], Leaves]
 class Subject:
     """A module at a batch, evaluated as a user would."""
 
-    whole: Whole
+    whole: WholeBatch
     params: Leaves
     leaves: Leaves
     dims: Sequence[int | None]
@@ -46,11 +46,11 @@ class Subject:
         pairs = zip(self.leaves, self.dims, strict=True)
         return replace(self, leaves=tuple(x if d is None else at(x, numbers, d) for x, d in pairs))
 
-    def evaluated(self, draws: Draws) -> Evaluated:
+    def evaluated(self, draws: RandomState) -> BatchGraph:
         """On a graph that leads to all that is differentiable."""
         draws.repeat()
         # other threads may have chosen the plain formula, and leave it between two evaluations
-        with recording(), plain_attention():
+        with recording(), math_attention():
             leaves = self.leaves if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *leaves) if is_differentiable(x)}
             every = (*self.params, *self.leaves)
@@ -59,11 +59,11 @@ class Subject:
             count = len(self.params)
             outputs = self.whole(copies[:count], copies[count:])
             renew = self.as_evaluated() if self.as_evaluated is not None else None
-            return Evaluated(outputs, anchors, count, self.dims, renew)
+            return BatchGraph(outputs, anchors, count, self.dims, renew)
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class BatchGraph:
     """Outputs on their graph, and the tensors that it leads to."""
 
     outputs: Leaves

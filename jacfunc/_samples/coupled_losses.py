@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from jacfunc._samples.comparing import Half, Quantity, at, halves
-from jacfunc._samples.coupling import Found
-from jacfunc._torch import Draws
+from jacfunc._samples.coupling import Coupling
+from jacfunc._torch import RandomState
 from jacfunc._types import Leaves
 
 GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
 """In the outputs, of a batch made of the outputs of some samples and the targets of some."""
 
 
-def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Found:
+def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Coupling:
     """The gradient in the outputs of some samples, as the others are replaced.
 
     While the targets of the others stay, it must stay. When these are replaced, too, weights may
     change, as those of a mean over the targets that are not ignored do; but what is zero, stays so.
     """
-    size, draws = len(outputs[0]), Draws(outputs)
+    size, draws = len(outputs[0]), RandomState(outputs)
     if size == 1:
-        return Found()
+        return Coupling()
     generator = torch.Generator().manual_seed(number)
     as_it_is = torch.arange(size, device="cpu")
 
@@ -48,9 +48,9 @@ def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Foun
     # it costs little beside the module, so all halves are looked at: one sample may decide alone
     for half in halves(size, generator):
         if changes(half) or changes(half.other(generator)):
-            return Found("gradients")
+            return Coupling("gradients")
     draws.repeat()
-    return Found()
+    return Coupling()
 
 
 def _is_zero_where(mine: Quantity, its: Quantity) -> bool:

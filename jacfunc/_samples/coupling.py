@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._linear_map import CHANGING
 from jacfunc._log import note
-from jacfunc._samples.comparing import Evaluated, Half, Quantity, Subject, halves, has_batch
-from jacfunc._torch import Draws, uncompiled
+from jacfunc._samples.comparing import BatchGraph, Half, Quantity, Subject, halves, has_batch
+from jacfunc._torch import RandomState, uncompiled
 from jacfunc._types import Leaves
 
 COARSE = 0.1
@@ -29,7 +29,7 @@ COARSE = 0.1
 
 
 @dataclass(frozen=True)
-class Found:
+class Coupling:
     """What of a sample changes with the others, in words, if anything does; outputs of a sample,
     and entries of all samples' Jacobians.
     """
@@ -40,7 +40,7 @@ class Found:
     was_evaluated: bool = True
 
 
-def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Found:
+def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Coupling:
     """Compare batches.
 
     Args:
@@ -48,7 +48,7 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
         thorough: several halves, and one sample alone.
         at_once: samples of a batch; a random few if there are more. None for all.
     """
-    generator, draws = torch.Generator().manual_seed(number), Draws(subject.leaves)
+    generator, draws = torch.Generator().manual_seed(number), RandomState(subject.leaves)
     size = subject.size
     count = min(size, at_once or size)
     while True:
@@ -70,21 +70,21 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
 @dataclass(frozen=True)
 class _Search:
     subject: Subject
-    draws: Draws
+    draws: RandomState
     number: int
 
-    def found(self, generator: torch.Generator, thorough: bool) -> Found:
+    def found(self, generator: torch.Generator, thorough: bool) -> Coupling:
         try:
             outputs = self._base.outputs
         except Exception as error:  # a module may take one sample alone
             if is_out_of_memory(error):
                 raise
             note("the batch could not be evaluated as a whole, to see if samples depend: %s", error)
-            return Found(was_evaluated=False)
+            return Coupling(was_evaluated=False)
         size = self.subject.size
         numel = sum(out.numel() for out in outputs)
         what = self._changes(generator, thorough) if size > 1 else None
-        return Found(what, numel // size, numel * self.subject.width)
+        return Coupling(what, numel // size, numel * self.subject.width)
 
     def _changes(self, generator: torch.Generator, thorough: bool) -> str | None:
         every = list(halves(self.subject.size, generator))
@@ -124,7 +124,7 @@ class _Search:
         return f"outputs of shape {', '.join(shapes)}, without the batch of {size} in front,"
 
     @cached_property
-    def _base(self) -> Evaluated:
+    def _base(self) -> BatchGraph:
         return self.subject.evaluated(self.draws)
 
     @cached_property
@@ -135,7 +135,7 @@ class _Search:
     def _draws_otherwise(self, half: Half) -> bool:
         """Are more or fewer random numbers drawn with other samples?"""
         self.subject.evaluated(self.draws)
-        after = Draws(self.subject.leaves)
+        after = RandomState(self.subject.leaves)
         self.subject.of(half.sources).evaluated(self.draws)
         return after.were_taken()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import Grid, Sink, stack
-from jacfunc._factored import Factors
+from jacfunc._factored import FactoredJacobian
 from jacfunc._memory import Chunk, evenly, in_chunks
 from jacfunc._samples.again import first_again
 from jacfunc._types import Leaves
@@ -21,7 +21,7 @@ than the heap keeps would be asked for anew, page by page, in every call."""
 
 
 @dataclass
-class LayerByLayer:
+class SampleWriter:
     """Chunks of samples, written into the places that the sink gives.
 
     Args:
@@ -29,7 +29,7 @@ class LayerByLayer:
         grid: sizes of a sample's leaves, once one has been seen.
     """
 
-    factors_of: Callable[[int, int], Factors]
+    factors_of: Callable[[int, int], FactoredJacobian]
     sink: Sink
     grid: Callable[[], Grid]
     places: Leaves | None = None
@@ -57,7 +57,7 @@ class LayerByLayer:
         found = stack(chunks, total)
         return found if self.places is None else (*self.places, *found)
 
-    def _blocks(self, factors: Factors) -> Leaves:
+    def _blocks(self, factors: FactoredJacobian) -> Leaves:
         """New tensors, which carry a graph."""
         return tuple(
             block.unflatten(1, out.shape) if out.dim() else block.squeeze(1)
@@ -65,7 +65,7 @@ class LayerByLayer:
             for block in factors.rows(0, out.numel(), number)
         )
 
-    def _write(self, factors: Factors, start: int, total: int, chunk: Chunk) -> None:
+    def _write(self, factors: FactoredJacobian, start: int, total: int, chunk: Chunk) -> None:
         """Into the samples from ``start`` on."""
         grid = self.grid()
         result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
@@ -83,7 +83,7 @@ class LayerByLayer:
             for _ in in_chunks(rows, chunk or evenly(rows, factors.nbytes, at_once), fill):
                 pass
 
-    def _places(self, factors: Factors, number: int, total: int) -> Leaves:
+    def _places(self, factors: FactoredJacobian, number: int, total: int) -> Leaves:
         """Blocks of this output, ``[B, M, *param]``."""
         params, grid = factors.params, self.grid()
         if self.places is None:

@@ -1,6 +1,6 @@
 """Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
-from jacfunc._torch.attention import plain_attention
+from jacfunc._torch.attention import math_attention
 from jacfunc._torch.autograd import (
     constant,
     has_tangent,
@@ -35,7 +35,7 @@ from jacfunc._torch.orders import (
     is_second_order_forward,
     num_derivatives,
 )
-from jacfunc._torch.random import DRAWING, Draws, may_draw
+from jacfunc._torch.random import DRAWING, RandomState, may_draw
 from jacfunc._torch.vmap import (
     at_once,
     below_vmap,

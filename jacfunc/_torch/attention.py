@@ -14,21 +14,21 @@ _C = torch._C  # torch.backends.cuda is the same with a Python call around each,
 Switches: TypeAlias = tuple[bool, bool, bool, bool, bool]
 """Flash, memory-efficient, cudnn, math, and the fast path of whole layers."""
 
-PLAIN: Switches = (False, False, False, True, False)
+MATH_ONLY: Switches = (False, False, False, True, False)
 
 
-class Entered:
+class AttentionSwitch:
     """How many evaluations of all threads attend by the plain formula, and what was before."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.before = PLAIN
+        self.before = MATH_ONLY
 
 
-_ENTERED, _LOCK = Entered(), Lock()
+_ENTERED, _LOCK = AttentionSwitch(), Lock()
 
 
-class PlainAttention:
+class MathAttention:
     """While it is entered, attention takes the math kernel, on every device.
 
     The fused kernels have no batching rule (torch then loops over the batch), no forward mode and
@@ -48,8 +48,8 @@ class PlainAttention:
             self._is_first = not _ENTERED.count
             if self._is_first:
                 _ENTERED.before = seen
-            if seen != PLAIN:
-                _choose(*PLAIN)
+            if seen != MATH_ONLY:
+                _choose(*MATH_ONLY)
             _ENTERED.count += 1
 
     def __exit__(self, *_: object) -> None:
@@ -58,15 +58,15 @@ class PlainAttention:
             if self._is_first:
                 if not _ENTERED.count:
                     _choose(*_ENTERED.before)
-            elif self._seen != PLAIN:
+            elif self._seen != MATH_ONLY:
                 _choose(*self._seen)
-            elif not _ENTERED.count and _now() == PLAIN:  # nobody has turned them since
+            elif not _ENTERED.count and _now() == MATH_ONLY:  # nobody has turned them since
                 _choose(*_ENTERED.before)
 
 
-def plain_attention() -> AbstractContextManager[Any]:
+def math_attention() -> AbstractContextManager[Any]:
     """Compilers choose for themselves."""
-    return nullcontext() if torch.compiler.is_compiling() else PlainAttention()
+    return nullcontext() if torch.compiler.is_compiling() else MathAttention()
 
 
 def _now() -> Switches:

@@ -12,7 +12,7 @@ import torch
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._types import Leaves
 
-State: TypeAlias = tuple[torch.Tensor, ...]
+GeneratorState: TypeAlias = tuple[torch.Tensor, ...]
 
 # a thread that reads a generator's state in torch holds the generator while Python may run another
 # thread, as in a garbage collection; if that one asks for the generator, both wait for ever
@@ -55,7 +55,7 @@ def may_draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     return all((*by_name, *(args[position] for position in told if position < len(args))))
 
 
-class Draws:
+class RandomState:
     """The generators of the devices that leaves are on, as they stood when this was made."""
 
     def __init__(self, leaves: Leaves) -> None:
@@ -92,6 +92,6 @@ class Draws:
         if randomness == "error" and not all(map(torch.equal, before, self._now())):
             raise Refused(RANDOM)
 
-    def _now(self) -> State:
+    def _now(self) -> GeneratorState:
         with _STATES:
             return tuple([generator.get_state() for generator in self._generators])

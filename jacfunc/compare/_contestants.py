@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from jacfunc._assembly import Sink
-from jacfunc._forecasting import Costs, Foreteller, Swept, counted_costs, is_forward
+from jacfunc._forecasting import CallForecast, Costs, Swept, counted_costs, is_forward
 from jacfunc._linear_map import JacobianOperator, one_sample
 from jacfunc._log import note
-from jacfunc._measuring import Contestant, Forecast, Result, Run
+from jacfunc._measuring import Contestant, Expected, Result, Run
 from jacfunc._memory import free_bytes, largest
 from jacfunc._planning import SHARE, resolve
-from jacfunc._torch import Draws
+from jacfunc._torch import RandomState
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._problem import API, Problem
@@ -87,7 +87,7 @@ def by_jacfunc(strategy: str | Strategy, memory: Memory, problem: Problem) -> Ru
     return problem.jacobian(strategy, memory if strategy in PLANNED else None)
 
 
-def repeating(draws: Draws, prepare: Callable[[Problem], Run], problem: Problem) -> Run:
+def repeating(draws: RandomState, prepare: Callable[[Problem], Run], problem: Problem) -> Run:
     """Every call draws the same random numbers, those of the reference."""
     run = prepare(problem)
 
@@ -106,7 +106,7 @@ def contestants(
     is_random: bool,
 ) -> tuple[list[Contestant[Problem]], list[Result]]:
     """Those who take part, and those who can't, with the reason."""
-    draws, outlook = Draws(problem.samples()[0].leaves), Outlook(problem, sizes)
+    draws, outlook = RandomState(problem.samples()[0].leaves), Outlook(problem, sizes)
     chosen = [strategy for strategy in strategies if _concerns(strategy, problem, sizes)]
     told = {name_of(strategy): outlook.of(strategy) for strategy in chosen}
     shortest = min((f.seconds for f in told.values() if f and f.seconds), default=0.0)
@@ -134,7 +134,7 @@ def _ours(memory: Memory) -> Callable[[str | Strategy], Way]:
     return way
 
 
-def _known(forecast: Forecast | None, _: Problem) -> Forecast | None:
+def _known(forecast: Expected | None, _: Problem) -> Expected | None:
     return forecast
 
 
@@ -154,34 +154,34 @@ class Outlook:
 
     def __init__(self, problem: Problem, sizes: Sizes) -> None:
         self._sizes, self._device = sizes, problem.device
-        self._teller: Foreteller | None = None
+        self._teller: CallForecast | None = None
         self._one: Costs | None = None
         try:
             if problem.module is None:
                 args, kwargs = problem.args, dict(problem.kwargs)
                 func, argnums = problem.target, problem.argnums
-                self._teller = Foreteller(API, func, argnums, False, args, kwargs)
+                self._teller = CallForecast(API, func, argnums, False, args, kwargs)
             else:
                 self._one = _costs_of_one(problem)
         except Exception as error:  # the measured rows will say what is wrong; there is no forecast
             note("nothing is forecast: %s", error)
 
-    def of(self, strategy: str | Strategy) -> Forecast | None:
+    def of(self, strategy: str | Strategy) -> Expected | None:
         """Seconds and peak bytes; of auto and autotune nothing."""
         swept = resolve(API, strategy, None)
         if not isinstance(swept, Swept):
             return None
         if self._teller is not None:
             told = self._teller.forecast(swept)
-            return Forecast(told.seconds, told.peak_bytes)
+            return Expected(told.seconds, told.peak_bytes)
         if self._one is None:
             return None
         if isinstance(swept, Looped):
-            return Forecast(self._sizes.samples * self._one.seconds(swept), None)
-        return Forecast(self._one.times(self._sizes.samples).seconds(swept), None)
+            return Expected(self._sizes.samples * self._one.seconds(swept), None)
+        return Expected(self._one.times(self._sizes.samples).seconds(swept), None)
 
     def obstacle(
-        self, strategy: str | Strategy, told: Forecast | None, shortest: float
+        self, strategy: str | Strategy, told: Expected | None, shortest: float
     ) -> str | None:
         """Why it should not be tried: a process that is killed has no table."""
         swept, free = resolve(API, strategy, None), free_bytes(self._device)

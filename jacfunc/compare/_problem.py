@@ -16,7 +16,7 @@ from jacfunc._assembly import Sink
 from jacfunc._functions import jacobian
 from jacfunc._lending import ModuleState
 from jacfunc._measuring import Run, is_here
-from jacfunc._modules import Choice, ModuleCall, Wrt, argnums_of, module_jacobian
+from jacfunc._modules import InputChoice, ModuleCall, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
 from jacfunc._types import Argnums, Memory, Randomness, Tree, is_tensor
 from jacfunc.strategies import Strategy
@@ -166,7 +166,7 @@ class Problem:
         assert self.module is not None
         state, arguments = ModuleState.of(API, self.module, None), (self.args, dict(self.kwargs))
         argnums = argnums_of(API, self.wrt)
-        return ModuleCall(API, state, argnums, Choice(), arguments, False, False)
+        return ModuleCall(API, state, argnums, InputChoice(), arguments, False, False)
 
     def check_independent(self) -> None:
         """Refuse samples that depend on each other: there is no Jacobian of each alone."""

@@ -32,7 +32,7 @@ def by_recipe(problem: Problem) -> Run:
 
 
 @dataclass(frozen=True)
-class Form:
+class PlainFunction:
     """A problem as a plain function, of one sample where these are differentiated alone.
 
     Args:
@@ -46,12 +46,12 @@ class Form:
     dims: tuple[int | None, ...]
 
 
-def form_of(problem: Problem) -> Form:
+def form_of(problem: Problem) -> PlainFunction:
     """By torch's ``functional_call``, as its tutorial writes it."""
     module = problem.module
     if module is None:
         func = partial(problem.target, **problem.kwargs)
-        return Form(func, problem.args, problem.argnums, (None,) * len(problem.args))
+        return PlainFunction(func, problem.args, problem.argnums, (None,) * len(problem.args))
     tensors, dims = problem.samples()
     # detached, as in the tutorial: with parameters that require grad the result keeps its graph
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
@@ -62,9 +62,9 @@ def form_of(problem: Problem) -> Form:
         return map_tensors(lambda x: x.squeeze(0), output) if problem.is_sampled else output
 
     if problem.by_params:
-        return Form(call, (params, *tensors.leaves), 0, (None, *dims))
+        return PlainFunction(call, (params, *tensors.leaves), 0, (None, *dims))
     floating = tuple(n for n, x in enumerate(tensors.leaves) if x.is_floating_point())
-    return Form(partial(call, params), tensors.leaves, floating, tuple(dims))
+    return PlainFunction(partial(call, params), tensors.leaves, floating, tuple(dims))
 
 
 def as_batch(leaves: Leaves, dims: list[int | None]) -> Leaves:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_outputs, wrap_argnums
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._torch import Draws
+from jacfunc._torch import RandomState
 from jacfunc._trees import Split, flatten, paths
 from jacfunc._types import Leaves, Tree, is_differentiable
 from jacfunc.compare._problem import API, Problem
@@ -51,7 +51,7 @@ class Plain:
             state = ModuleState.of(API, module, None)
             point = {name: p.detach().requires_grad_() for name, p in state.point.items()}
             self._lend, self._params = partial(state.lent, point), tuple(point.values())
-        self._draws = Draws(self.problem.samples()[0].leaves)
+        self._draws = RandomState(self.problem.samples()[0].leaves)
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jacfunc._measuring import Forecast, Result, spread
+from jacfunc._measuring import Expected, Result, spread
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._advice import Advice
@@ -150,7 +150,7 @@ def _cells(result: Result) -> tuple[str, ...]:
     return ratio, time, in_bytes(result.peak_bytes), error, _estimate(result.forecast)
 
 
-def _estimate(forecast: Forecast | None) -> str:
+def _estimate(forecast: Expected | None) -> str:
     if forecast is None or forecast.seconds is None:
         return "-"
     peak = "" if forecast.peak_bytes is None else f", {in_bytes(forecast.peak_bytes)}"

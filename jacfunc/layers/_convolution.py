@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from jacfunc.layers._forms import Outer, Rows, summed
 from jacfunc.layers._rules import FormOf, rule
 
-Sizes: TypeAlias = int | Sequence[int]
+Ints: TypeAlias = int | Sequence[int]
 
-PIECE = 2**22
+UNFOLDED_BYTES = 2**22
 """Bytes that are unfolded and multiplied at once."""
 
 
@@ -32,7 +32,7 @@ class Windows:
 
     @classmethod
     def of(
-        cls, kernel: Sequence[int], stride: Sizes, padding: Sizes | str, dilation: Sizes
+        cls, kernel: Sequence[int], stride: Ints, padding: Ints | str, dilation: Ints
     ) -> Windows:
         count = len(kernel)
         steps = _for_each(dilation, count)
@@ -119,7 +119,7 @@ class Convolution(Outer):
         kernel = prod(self.windows.kernel)
         images, seeds = self.images[0].numel(), self.seeds[:, 0].numel()
         unfolded = images + kernel * seeds if self.is_turned else kernel * images + seeds
-        step = max(1, PIECE // (block.element_size() * (unfolded + block[0].numel())))
+        step = max(1, UNFOLDED_BYTES // (block.element_size() * (unfolded + block[0].numel())))
         for start in range(0, len(block), step):
             some = slice(start, start + step)
             block[some].copy_(self.of_samples(some).rows())
@@ -142,9 +142,9 @@ def convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
     groups: int = 1,
 ) -> Mapping[str, FormOf]:
     """``z[o, t] = Σᵢₛ input[i, stride · t + dilation · s] weight[o, i, s] + bias[o]``."""
@@ -157,11 +157,11 @@ def transposed(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Sizes = 1,
-    padding: Sizes = 0,
-    output_padding: Sizes = 0,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
     groups: int = 1,
-    dilation: Sizes = 1,
+    dilation: Ints = 1,
 ) -> Mapping[str, FormOf]:
     """``z[o, stride · t + dilation · s] += Σᵢ input[i, t] weight[i, o, s]``, plus ``bias[o]``."""
     windows = Windows.of(weight.shape[3:], stride, padding, dilation)
@@ -195,7 +195,7 @@ def _batched(images: Tensor, lead: int, count: int) -> Tensor:
     return images.unsqueeze(lead) if images.dim() == lead + 1 + count else images
 
 
-def _for_each(sizes: Sizes, count: int) -> Sequence[int]:
+def _for_each(sizes: Ints, count: int) -> Sequence[int]:
     """A size for each dimension, where one may be given for all."""
     values = (sizes,) if isinstance(sizes, int) else tuple(sizes)
     return values * count if len(values) == 1 else values

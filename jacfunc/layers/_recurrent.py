@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from jacfunc.layers._rules import opening
 
-State: TypeAlias = tuple[Tensor, ...]
+HiddenState: TypeAlias = tuple[Tensor, ...]
 """The hidden state ``[N, H]``, and the cell's, where it has one."""
 
-Step: TypeAlias = Callable[[Tensor, Tensor, State], State]
+Step: TypeAlias = Callable[[Tensor, Tensor, HiddenState], HiddenState]
 """The next state from the projected input, the projected hidden state, and the state."""
 
 PADDED = (
@@ -29,25 +29,25 @@ PADDED = (
 PACKED = ("data", "batch_sizes", *PADDED[1:-1])
 
 
-def lstm_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+def lstm_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
     """A memory beside the state, and gates to write, keep and read it."""
     entry, forget, cell, output = (inputs + hidden).chunk(4, -1)
     memory = forget.sigmoid() * state[1] + entry.sigmoid() * cell.tanh()
     return output.sigmoid() * memory.tanh(), memory
 
 
-def gru_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+def gru_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
     """The reset gate acts on the projected state, its bias included."""
     resets, updates, news = zip(inputs.chunk(3, -1), hidden.chunk(3, -1), strict=True)
     new = (news[0] + (resets[0] + resets[1]).sigmoid() * news[1]).tanh()
     return (new + (updates[0] + updates[1]).sigmoid() * (state[0] - new),)
 
 
-def tanh_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+def tanh_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
     return ((inputs + hidden).tanh(),)
 
 
-def relu_step(inputs: Tensor, hidden: Tensor, state: State) -> State:
+def relu_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
     return ((inputs + hidden).relu(),)
 
 
@@ -67,7 +67,7 @@ class Weights:
         biases = params[2:4] if has_biases else (None, None)
         return cls(*params[:2], *biases, *params[4 if has_biases else 2 :])
 
-    def next(self, step: Step, projected: Tensor, state: State) -> State:
+    def next(self, step: Step, projected: Tensor, state: HiddenState) -> HiddenState:
         """The state after a step, whose input is projected already."""
         new = step(projected, F.linear(state[0], self.hidden, self.hidden_bias), state)
         return new if self.projection is None else (F.linear(new[0], self.projection), *new[1:])
@@ -85,15 +85,15 @@ class Layers:
     bidirectional: bool
 
     def run(
-        self, step: Step, values: Tensor, sizes: Sequence[int], first: State
-    ) -> tuple[Tensor, State]:
+        self, step: Step, values: Tensor, sizes: Sequence[int], first: HiddenState
+    ) -> tuple[Tensor, HiddenState]:
         """All hidden states of the last layer, and the last states of all layers.
 
         ``values[Σ sizes, I]`` are steps of several sequences, at each those that still run.
         """
         directions = 2 if self.bidirectional else 1
         each = len(self.params) // (self.num_layers * directions)
-        last: list[State] = []
+        last: list[HiddenState] = []
         for layer in range(self.num_layers):
             if layer and self.dropout and self.train:
                 values = F.dropout(values, self.dropout)
@@ -115,13 +115,13 @@ def _one_direction(
     weights: Weights,
     values: Tensor,
     sizes: Sequence[int],
-    first: State,
+    first: HiddenState,
     is_backward: bool,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, HiddenState]:
     """All hidden states, and the last state of each sequence, from their first states."""
     steps = F.linear(values, weights.inputs, weights.input_bias).split(list(sizes))
     outputs: list[Tensor] = []
-    ended: list[State] = []
+    ended: list[HiddenState] = []
     order = list(zip(steps, sizes, strict=True))[:: -1 if is_backward else 1]
     state = tuple(x[: order[0][1]] for x in first)
     for projected, size in order:
@@ -170,7 +170,7 @@ def cell(
     return new if len(new) > 1 else new[0]
 
 
-def _states(hx: Tensor | Sequence[Tensor]) -> State:
+def _states(hx: Tensor | Sequence[Tensor]) -> HiddenState:
     return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import sweep
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._memory import Chunk, Within
+from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._types import Blocks, Randomness
 
 
@@ -41,7 +41,7 @@ class Forward:
     randomness: Randomness = "same"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk_size, Within):
+        if not isinstance(self.chunk_size, FittedChunks):
             check_chunk_size("Forward", self.chunk_size)
         if self.randomness not in ("error", "same", "different"):
             raise ValueError(

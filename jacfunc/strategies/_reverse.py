@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import sweep_leaves
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._memory import Chunk, Within
+from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._types import Blocks
 
 
@@ -36,7 +36,7 @@ class Reverse:
     chunk_size: Chunk = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk_size, Within):
+        if not isinstance(self.chunk_size, FittedChunks):
             check_chunk_size("Reverse", self.chunk_size)
 
     def materialize(self, operator: JacobianOperator) -> Blocks:

@@ -8,10 +8,10 @@ from itertools import chain
 from typing import Any
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._factored import Factors, Met, factored
+from jacfunc._factored import FactoredJacobian, LearnedUses, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
-from jacfunc._memory import Chunk, Within, in_chunks, of_leaf
+from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
 from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._torch import is_outermost
 from jacfunc._types import Blocks, Leaves
@@ -49,13 +49,13 @@ class Structured:
     """
 
     chunk_size: Chunk = None
-    known: Remembered[Met] = field(
+    known: Remembered[LearnedUses] = field(
         default_factory=nothing_yet, init=False, repr=False, compare=False
     )
     """What parameters meet, by what is called and the kind of call."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk_size, Within):
+        if not isinstance(self.chunk_size, FittedChunks):
             check_chunk_size("Structured", self.chunk_size)
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
@@ -75,15 +75,15 @@ class Structured:
         chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
         return operator.from_rows(chain.from_iterable(map(of_rows, range(len(outputs)))))
 
-    def met(self, called: Any, kind: Hashable) -> Met:
+    def met(self, called: Any, kind: Hashable) -> LearnedUses:
         """What is known of its parameters, to be completed by whoever evaluates it."""
         met = self.known.get(called, kind)
         if met is None:
-            met = Met()
+            met = LearnedUses()
             self.known.put(called, kind, met)
         return met
 
-    def factors(self, operator: JacobianOperator) -> Factors:
+    def factors(self, operator: JacobianOperator) -> FactoredJacobian:
         """The operator evaluated, its Jacobian kept as factors."""
 
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:

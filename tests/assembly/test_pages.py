@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import jacfunc
 from jacfunc._assembly import pages as _pages
-from jacfunc._assembly.pages import Pages
+from jacfunc._assembly.pages import FreedPages
 from jacfunc._memory.counting import PeakBytes
 
 pytestmark = pytest.mark.skipif(
@@ -31,9 +31,9 @@ HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pages]:
+def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[FreedPages]:
     """Of this test alone, and for tensors from 1 KiB on."""
-    mine = Pages()
+    mine = FreedPages()
     monkeypatch.setattr(_pages, "_PAGES", mine)
     monkeypatch.setattr(_pages, "LARGE", 2**10)
     yield mine
@@ -59,7 +59,7 @@ VIEWS: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_nothing_is_written_over_while_anybody_holds_it(
-    pages: Pages, view: Callable[[Tensor], object]
+    pages: FreedPages, view: Callable[[Tensor], object]
 ) -> None:
     first = made(1.0)
     held, address = view(first), first.data_ptr()
@@ -73,7 +73,7 @@ def test_nothing_is_written_over_while_anybody_holds_it(
     assert third.eq(3.0).all()
 
 
-def test_a_loop_that_holds_the_last_result_goes_back_and_forth(pages: Pages) -> None:
+def test_a_loop_that_holds_the_last_result_goes_back_and_forth(pages: FreedPages) -> None:
     addresses, result = [], None
     for step in range(6):
         result = made(float(step))
@@ -83,7 +83,7 @@ def test_a_loop_that_holds_the_last_result_goes_back_and_forth(pages: Pages) -> 
     assert pages.most == 2 * SIZE
 
 
-def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: Pages) -> None:
+def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: FreedPages) -> None:
     generator = torch.Generator().manual_seed(0)
     held: list[Tensor] = []
     most = 0
@@ -98,7 +98,7 @@ def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: Pages) ->
         assert pages.taken + pages.kept <= pages.most
 
 
-def test_emptied_it_keeps_nothing(pages: Pages) -> None:
+def test_emptied_it_keeps_nothing(pages: FreedPages) -> None:
     held = made(1.0)
     made(2.0)
     assert pages.kept == SIZE
@@ -110,7 +110,7 @@ def test_emptied_it_keeps_nothing(pages: Pages) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
-def test_it_is_as_any_new_tensor(pages: Pages, dtype: torch.dtype) -> None:
+def test_it_is_as_any_new_tensor(pages: FreedPages, dtype: torch.dtype) -> None:
     found = _pages.empty(LIKE, (30, 1, 50), dtype)
     assert pages.taken == found.nbytes
     expected = LIKE.new_empty((30, 1, 50), dtype=dtype)
@@ -121,7 +121,7 @@ def test_it_is_as_any_new_tensor(pages: Pages, dtype: torch.dtype) -> None:
     assert found.fill_(2).eq(2).all()
 
 
-def test_it_is_copied_sent_and_shared_as_any_other(pages: Pages) -> None:
+def test_it_is_copied_sent_and_shared_as_any_other(pages: FreedPages) -> None:
     found = made(5.0)
     for copied in (copy.deepcopy(found), pickle.loads(pickle.dumps(found)), found.clone()):
         assert copied.data_ptr() != found.data_ptr()
@@ -133,7 +133,7 @@ def test_it_is_copied_sent_and_shared_as_any_other(pages: Pages) -> None:
     assert found.eq(5.0).all()
 
 
-def test_small_ones_and_those_of_transforms_are_torchs_own(pages: Pages) -> None:
+def test_small_ones_and_those_of_transforms_are_torchs_own(pages: FreedPages) -> None:
     _pages.empty(LIKE, (2**10 // 4 - 1,))
     torch.func.vmap(lambda x: _pages.empty(x, (SIZE,)).zero_() + x)(torch.ones(4))
     traced = make_fx(lambda x: _pages.empty(x, (SIZE,)).copy_(x.expand(SIZE)))(torch.ones(1))
@@ -142,7 +142,7 @@ def test_small_ones_and_those_of_transforms_are_torchs_own(pages: Pages) -> None
     torch.testing.assert_close(traced(torch.full((1,), 3.0)), torch.full((SIZE,), 3.0))
 
 
-def test_it_is_counted_like_any_other_memory(pages: Pages) -> None:
+def test_it_is_counted_like_any_other_memory(pages: FreedPages) -> None:
     for _ in range(2):  # new pages, and old ones
         with PeakBytes() as counter:
             held = made(1.0)
@@ -154,7 +154,7 @@ def test_it_is_counted_like_any_other_memory(pages: Pages) -> None:
 @pytest.mark.skipif(
     not HUGE.exists() or "[never]" in HUGE.read_text(), reason="this system has small pages alone"
 )
-def test_large_ones_lie_in_large_pages(pages: Pages) -> None:
+def test_large_ones_lie_in_large_pages(pages: FreedPages) -> None:
     """A fault for each small one took most of the time of a result in new pages."""
     result = made(1.0, 2**26)
     assert _bytes_in_huge_pages(result.data_ptr()) >= 2**25  # a system short of memory has fewer
@@ -172,13 +172,13 @@ def _bytes_in_huge_pages(address: int) -> int:
     raise AssertionError("no mapping holds this address")
 
 
-def test_without_memory_torch_says_so(pages: Pages) -> None:
+def test_without_memory_torch_says_so(pages: FreedPages) -> None:
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         _pages.empty(LIKE, (2**60,))
     assert pages.taken == pages.kept == pages.most == 0
 
 
-def test_many_threads_get_memory_of_their_own(pages: Pages) -> None:
+def test_many_threads_get_memory_of_their_own(pages: FreedPages) -> None:
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -198,7 +198,7 @@ def test_many_threads_get_memory_of_their_own(pages: Pages) -> None:
 
 @pytest.mark.parametrize("strategy", ["auto", "reverse", "structured"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_results_of_a_loop_are_right(pages: Pages, strategy: str, flat: bool) -> None:
+def test_results_of_a_loop_are_right(pages: FreedPages, strategy: str, flat: bool) -> None:
     """Of a linear layer: each output's gradient is the input."""
     model = nn.Linear(16, 4, bias=False)
     jac = jacfunc.module_jacobian(model, per_sample=True, strategy=strategy, flat=flat)
@@ -213,7 +213,7 @@ def test_results_of_a_loop_are_right(pages: Pages, strategy: str, flat: bool) ->
         held = held[-2:]
 
 
-def test_memory_comes_from_earlier_results(pages: Pages) -> None:
+def test_memory_comes_from_earlier_results(pages: FreedPages) -> None:
     model = nn.Linear(16, 4)
     jac = jacfunc.module_jacobian(model, per_sample=True, flat=True)
     addresses = {jac(torch.randn(8, 16)).data_ptr() for _ in range(5)}

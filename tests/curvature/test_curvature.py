@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
-from jacfunc._curvature.products import Whole
+from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import Refused
 from jacfunc._factored.parts import Part
-from jacfunc._factored.projection import Signs
-from jacfunc._factored.squares import Sums, norms, squared
+from jacfunc._factored.projection import SignMatrix
+from jacfunc._factored.squares import SquaredSums, norms, squared
 from jacfunc.layers._forms import Gather, Outer, Rows
 
 
@@ -303,7 +303,7 @@ def test_gradient_norms_are_exact(name: str, chunk_size: int | None) -> None:
 def random_matrix(model: nn.Module, size: int, seed: int = 0) -> Tensor:
     like = torch.zeros((), dtype=torch.float64)
     named = model.named_parameters()
-    return torch.cat([Signs(f"{seed}:{n}", size, like).rows(p.numel()) for n, p in named])
+    return torch.cat([SignMatrix(f"{seed}:{n}", size, like).rows(p.numel()) for n, p in named])
 
 
 @EVERY_CASE
@@ -311,7 +311,9 @@ def random_matrix(model: nn.Module, size: int, seed: int = 0) -> Tensor:
 def test_projections_are_products_with_one_matrix(
     name: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jacfunc._factored.projection.PIECE", 2**13)  # several draws a parameter
+    monkeypatch.setattr(
+        "jacfunc._factored.projection.DRAWN_BYTES", 2**13
+    )  # several draws a parameter
     model, case, inputs, targets, true = posed(name)
     matrix = random_matrix(model, 70)
     assert matrix.abs().min() == matrix.abs().max() == torch.tensor(70.0).double().rsqrt()
@@ -572,7 +574,7 @@ class Own(NamedTuple):
 def test_squares_of_other_forms() -> None:
     block, param = torch.randn(7, 6, 3, 4).double(), torch.zeros(3, 4).double()
     parts = [Part((), Own(block))]
-    assert_close(squared(parts, param, Sums()), block.square().sum((0, 1)))
+    assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
     assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
 
 
@@ -589,17 +591,19 @@ def written(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
 def test_squares_of_outer_products(
     positions: int, groups: int, is_turned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jacfunc._factored.squares.PIECE", 2**10)  # several chunks of samples
+    monkeypatch.setattr(
+        "jacfunc._factored.squares.SQUARED_BYTES", 2**10
+    )  # several chunks of samples
     inputs = torch.randn(7, groups, positions, 4).double()
     cotangents = torch.randn(6, 7, groups, positions, 5).double()
     shape = (groups, 4, 5) if is_turned else (groups * 5, 4)
     parts = [Part((), Outer(inputs, cotangents, torch.Size(shape), is_turned))]
     param = torch.zeros(shape, dtype=torch.float64)
     block = written(parts, (7, 6, *shape))
-    assert_close(squared(parts, param, Sums()), block.square().sum((0, 1)))
+    assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
     assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
     again = [*parts, Part((), Rows(block.transpose(0, 1).clone()))]
-    assert_close(squared(again, param, Sums()), (2 * block).square().sum((0, 1)))
+    assert_close(squared(again, param, SquaredSums()), (2 * block).square().sum((0, 1)))
     assert_close(norms(again, param), (2 * block).square().flatten(2).sum(2).T)
 
 
@@ -607,7 +611,7 @@ def test_squares_of_lookups() -> None:
     index = torch.tensor([[0, 1, 1, 1], [2, 0, 2, 3]])
     parts = [Part((), Gather(index, torch.randn(3, 2, 4, 5).double(), torch.Size((6, 5))))]
     param, block = torch.zeros(6, 5).double(), written(parts, (2, 3, 6, 5))
-    assert_close(squared(parts, param, Sums()), block.square().sum((0, 1)))
+    assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
     assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
 
 
@@ -703,16 +707,16 @@ def test_products_where_forward_mode_has_no_rule() -> None:
 def test_products_where_graphs_are_not_differentiated_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refused(self: Whole, tangents: Any) -> Any:
+    def refused(self: BatchProducts, tangents: Any) -> Any:
         raise Refused("for once")
 
-    monkeypatch.setattr(Whole, "_pushed_on_graph", refused)
+    monkeypatch.setattr(BatchProducts, "_pushed_on_graph", refused)
     model, case, inputs, targets, true = posed("mlp")
     found = jacfunc.ggn(model, case.loss)(inputs, targets)
     vector = {key: torch.randn_like(param) for key, param in model.named_parameters()}
     for _ in range(3):
         assert_close(flat(found @ vector), true.matrix @ flat(vector))
-    monkeypatch.setattr(Whole, "_pushed_forward", refused)
+    monkeypatch.setattr(BatchProducts, "_pushed_forward", refused)
     with pytest.raises(Refused, match="for once"):
         jacfunc.ggn(model, case.loss)(inputs, targets) @ vector
 

@@ -122,7 +122,7 @@ def test_pieces_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyP
     model, x1, x2 = case(name)
     expected = jacfunc.ntk(model, None, x1), jacfunc.ntk(model, None, x1, x2)
     for piece in (1, 500, 3000):
-        monkeypatch.setattr(_gram, "PIECE", piece)
+        monkeypatch.setattr(_gram, "BLOCK_BYTES", piece)
         assert_close(jacfunc.ntk(model, None, x1), expected[0])
         assert_close(jacfunc.ntk(model, None, x1, x2), expected[1])
     monkeypatch.setattr(_gram, "BLOCKS", 2)

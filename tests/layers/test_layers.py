@@ -382,7 +382,7 @@ def test_differentiated(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["network", "transposed conv of one image"])
 def test_a_sample_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jacfunc.layers._convolution.PIECE", 1)
+    monkeypatch.setattr("jacfunc.layers._convolution.UNFOLDED_BYTES", 1)
     test_samples(BY_NAME[name], torch.float64)
 
 

@@ -88,8 +88,8 @@ def test_a_write_that_comes_late_is_no_silent_one() -> None:
 
 
 def test_of_a_large_module_a_write_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_constants, "MOST", 4)
-    monkeypatch.setattr(_constants, "KEPT", 4)
+    monkeypatch.setattr(_constants, "MOST_BYTES", 4)
+    monkeypatch.setattr(_constants, "COPIED_BYTES", 4)
     module = Writing(in_place)
     with pytest.raises(RuntimeError, match="got a write into 'weight', which has changed it"):
         jacfunc.module_jacobian(module, "inputs", strategy="looped")(torch.ones(3).double())

@@ -13,7 +13,7 @@ from jacfunc._arguments import check_memory
 from jacfunc._assembly.basis import basis
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
-from jacfunc._memory.chunks import Within, in_chunks
+from jacfunc._memory.chunks import FittedChunks, in_chunks
 from jacfunc._memory.counting import PeakBytes
 from jacfunc._planning import autotune as _autotune
 
@@ -293,14 +293,14 @@ def sizes_taken(total, chunk, bytes_of=lambda size: 0):
 
 
 def test_chunks_grow_to_what_fits_and_stay():
-    within = Within(4000)
+    within = FittedChunks(4000)
     assert sizes_taken(200, within, lambda size: 40 * size) == [2, 96, 96, 6]
     assert within.settled == [96]
     assert sizes_taken(100, within, lambda size: 40 * size) == [96, 4]
 
 
 def test_a_constant_that_hides_the_growth_is_not_trusted():
-    assert sizes_taken(100, Within(1000), lambda size: 300 + 20 * size) == [
+    assert sizes_taken(100, FittedChunks(1000), lambda size: 300 + 20 * size) == [
         2,
         5,
         12,
@@ -311,12 +311,12 @@ def test_a_constant_that_hides_the_growth_is_not_trusted():
         16,
         1,
     ]
-    taken = sizes_taken(3000, Within(1000), lambda size: max(300, 20 * size))
+    taken = sizes_taken(3000, FittedChunks(1000), lambda size: max(300, 20 * size))
     assert max(taken) <= 50
 
 
 def test_chunks_have_a_limit():
-    assert sizes_taken(20, Within(10**9, at_most=8), lambda size: size) == [2, 8, 8, 2]
-    assert sizes_taken(20, Within(10**9), lambda size: size) == [2, 18]
-    assert sizes_taken(3, Within(1), lambda size: 10 * size) == [2, 1]
-    assert sizes_taken(0, Within(1)) == [0]
+    assert sizes_taken(20, FittedChunks(10**9, at_most=8), lambda size: size) == [2, 8, 8, 2]
+    assert sizes_taken(20, FittedChunks(10**9), lambda size: size) == [2, 18]
+    assert sizes_taken(3, FittedChunks(1), lambda size: 10 * size) == [2, 1]
+    assert sizes_taken(0, FittedChunks(1)) == [0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped
-from jacfunc._curvature.products import Whole
+from jacfunc._curvature.products import BatchProducts
 
 CHANGING = "its outputs change from one evaluation to the next"
 
@@ -300,8 +300,8 @@ def test_products_are_those_of_the_backward_pass_or_refused(name: str) -> None:
 def test_the_transpose_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first, the second and the fourth point, and anew where the module has another part."""
     looks: list[int] = []
-    look = Whole._check
-    monkeypatch.setattr(Whole, "_check", lambda *args: (looks.append(1), look(*args))[1])
+    look = BatchProducts._check
+    monkeypatch.setattr(BatchProducts, "_check", lambda *args: (looks.append(1), look(*args))[1])
     module, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), point(4, 3)
     ggn = jacfunc.ggn(module, half)
     counts = []
