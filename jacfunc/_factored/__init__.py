@@ -2,9 +2,6 @@
 
 from jacfunc._factored.factored_jacobian import FactoredJacobian
 from jacfunc._factored.factoring import LearnedUses, factored
-from jacfunc._factored.parts import Part, merged, rows, write
+from jacfunc._factored.parts import Part, rows
 from jacfunc._factored.projection import SignMatrix, projected
 from jacfunc._factored.squares import SquaredSums, norms, squared, written
-from jacfunc._factored.tracked import UnruledUse
-from jacfunc._factored.tracking import UseRecorder
-from jacfunc._factored.use import Use

@@ -24,8 +24,8 @@ from jacfunc._torch import (
     below_transforms,
     constant,
     has_tangent,
-    is_reverse_of_second_forward,
     is_second_order_forward,
+    is_third_order,
     is_tracked,
     lacks_forward_kernel,
     num_forward_levels,
@@ -84,7 +84,7 @@ def _at_second_order(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
 
 
 def _at_third_order(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
-    return is_reverse_of_second_forward(tensors_of(args, kwargs), around.keeps_graph)
+    return is_third_order(tensors_of(args, kwargs), around.keeps_graph)
 
 
 def _inside_forward(kwargs: Kwargs, args: Args, around: PushContext) -> bool:

@@ -1,4 +1,3 @@
 """Products ``J Jᵀ``, without the Jacobian."""
 
-from jacfunc._kernels.gram import Axes, Gram
 from jacfunc._kernels.ntk import gram, ntk

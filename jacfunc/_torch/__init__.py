@@ -1,16 +1,9 @@
 """Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
 from jacfunc._torch.attention import math_attention
-from jacfunc._torch.autograd import (
-    constant,
-    has_tangent,
-    is_differentiated,
-    is_tracked,
-    off_graph,
-    recording,
-    run_backward,
-)
+from jacfunc._torch.autograd import off_graph, recording, run_backward
 from jacfunc._torch.compiled import as_written, run_as_written, uncompiled
+from jacfunc._torch.derivatives import constant, has_tangent, is_differentiated, is_tracked
 from jacfunc._torch.levels import (
     below_transforms,
     inside_derivative,
@@ -27,14 +20,8 @@ from jacfunc._torch.levels import (
     num_vmap_levels,
     outside_transforms,
 )
-from jacfunc._torch.orders import (
-    Pull,
-    innermost_level,
-    is_reverse_of_second_forward,
-    is_right_twice,
-    is_second_order_forward,
-    num_derivatives,
-)
+from jacfunc._torch.orders import is_second_order_forward, is_third_order, num_derivatives
+from jacfunc._torch.pullback import Pull, innermost_level, is_right_twice
 from jacfunc._torch.random import DRAWING, RandomState, may_draw
 from jacfunc._torch.vmap import (
     at_once,

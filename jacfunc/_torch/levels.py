@@ -1,7 +1,4 @@
-"""functorch and autograd from below: with ``_mapped`` the only importers of their private parts.
-
-Which transforms are active; a vmap and an ``autograd.grad`` without their checks, which are slow.
-"""
+"""Which transforms are active, and which of them a tensor belongs to: functorch from below."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,14 +10,8 @@ from torch._C import _functorch
 from torch._C._functorch import TransformType
 from torch._functorch import pyfunctorch
 
-from jacfunc._torch.autograd import has_tangent
+from jacfunc._torch.derivatives import has_tangent
 from jacfunc._torch.levels import active, below_transforms, is_pushing
-
-
-def innermost_level() -> int | None:
-    """Of the transform that sees operations first."""
-    top = _functorch.peek_interpreter_stack()
-    return None if top is None else int(top.level())
 
 
 def num_derivatives(tensor: Tensor) -> int:
@@ -35,21 +28,6 @@ def num_derivatives(tensor: Tensor) -> int:
         return tracks + num_derivatives(tensor)
 
 
-def is_right_twice(level: int | None) -> bool:
-    """Is a pullback of ours, at this level of functorch or on a plain graph, the innermost?
-
-    It loops where torch's second derivative is wrong under vmap; a vmap between it and the
-    derivative outside does not.
-    """
-    stack = _functorch.get_interpreter_stack() or []
-    if level is None or not stack:
-        return level is None and not stack
-    keys = [interpreter.key() for interpreter in stack]
-    first = next(i for i, key in enumerate(keys) if key != TransformType.Vmap)
-    is_ours = keys[-1] == TransformType.Grad and stack[-1].level() == level
-    return is_ours and TransformType.Vmap not in keys[first:]
-
-
 def is_second_order_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> bool:
     """Is a forward level inside another derivative, a level of functorch or a plain graph?"""
     orders = [key for key in active() if key in (TransformType.Jvp, TransformType.Grad)]
@@ -60,7 +38,7 @@ def is_second_order_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> boo
     return keeps_graph and any(_tracked_below(tensor) for tensor in tensors)
 
 
-def is_reverse_of_second_forward(tensors: Iterable[Tensor], keeps_graph: bool) -> bool:
+def is_third_order(tensors: Iterable[Tensor], keeps_graph: bool) -> bool:
     """Does a reverse level surround two others, a forward level among them?"""
     orders = [key for key in active() if key in (TransformType.Jvp, TransformType.Grad)]
     if TransformType.Jvp not in orders or len(orders) < 2:
@@ -73,18 +51,3 @@ def is_reverse_of_second_forward(tensors: Iterable[Tensor], keeps_graph: bool) -
 def _tracked_below(tensor: Tensor) -> bool:
     """Does plain autograd, below all levels, track the tensor?"""
     return below_transforms(tensor).requires_grad and torch.is_grad_enabled()
-
-
-@dataclass(slots=True)
-class Pull:
-    """What is watched for: a pullback of ours.
-
-    Args:
-        level: of functorch; None on a plain graph.
-        around: what tells whether it is differentiated further.
-        leads_out: of a plain graph: is what leads to a tensor differentiated further outside?
-    """
-
-    level: int | None
-    around: Hashable
-    leads_out: Callable[[Tensor], bool] | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,37 +20,34 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-# From the ground up; a module imports from its own layer and from those below.
-LAYERS = [
-    {"_errors", "_lock", "_log", "_remembered", "_types", "_units", "layers"},
-    {"_arguments", "_memory", "_trees"},
-    {"_measuring", "_torch"},
-    {"_assembly", "_faults"},
-    {"_calls", "_lending", "_linear_map"},
-    {"_factored"},
-    {"_samples", "strategies"},
-    {"_forecasting"},
-    {"_planning"},
-    {"_functions", "_modules", "testing"},
-    {"_curvature", "_kernels", "compare"},
-    {"__main__"},
-]
-ROOF = len(LAYERS)
-MAX_FILE, MAX_FUNCTION = 250, 45
+GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+FLOORS = {
+    room: int(row.group(1))
+    for row in re.finditer(r"^\| (\d+) \| ([^|]+) \|", GUIDE.read_text(), re.MULTILINE)
+    for room in re.findall(r"`(\w+)`", row.group(2))
+}
+"""On which floor a package is, or a file beside the packages: the guide's table."""
+
+ROOF = {"__init__", "__main__", "testing"}
+"""Files that may import from every floor."""
+
+MOST_FILES, MOST_ROOMS, MOST_FLOORS, LONGEST_FACE = 12, 10, 9, 40
+LONGEST_FILE, LONGEST_FUNCTION = 250, 45
 
 EVERY_MODULE = pytest.mark.parametrize("name", FILES)
 INNER_MODULES = pytest.mark.parametrize("name", [name for name in FILES if name != "jacfunc"])
+PACKAGES = [path.parent.name for path in sorted(ROOT.glob("*/__init__.py"))]
+EVERY_PACKAGE = pytest.mark.parametrize("package", PACKAGES)
 
 
-def layer_of(module: str) -> int:
-    """The package's own ``__init__`` is the roof; a package of modules is one room."""
-    if module == "jacfunc":
-        return ROOF
-    room = module.split(".")[1]
-    for number, rooms in enumerate(LAYERS):
-        if room in rooms:
-            return number
-    raise AssertionError(f"{module} has no layer: give it one in LAYERS")
+def home_of(module: str) -> str:
+    """The package that a module lies in, or the file beside the packages that it is."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def is_face(module: str) -> bool:
+    """Is it the ``__init__`` of a package, or a file beside the packages?"""
+    return module.count(".") <= 1
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
@@ -68,14 +67,22 @@ def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
             yield node.module or "", alias.name
 
 
+@cache
+def imported_names(module: str) -> set[str]:
+    """Names that a module imports, under whatever name it uses them."""
+    return {name for _, name in imported(TREES[module])}
+
+
+@cache
 def own_imports(name: str) -> set[str]:
-    """The modules of jacfunc that a module imports."""
+    """The modules of jacfunc that a module imports; a name that a face hands on is of the face."""
     found = set()
     for module, attribute in imported(TREES[name]):
         if module == "jacfunc" or module.startswith("jacfunc."):
             deeper = f"{module}.{attribute}"
-            found.add(deeper if deeper in FILES else module)
-    return found
+            is_room = deeper in FILES and attribute not in imported_names(module)
+            found.add(deeper if is_room else module)
+    return found - {name}
 
 
 def dotted(node: ast.AST) -> str:
@@ -122,9 +129,44 @@ def users_of(*prefixes: str) -> set[str]:
 
 
 @INNER_MODULES
-def test_imports_go_down_or_stay(name: str) -> None:
+def test_imports_go_down(name: str) -> None:
+    home = home_of(name)
+    if home in ROOF:
+        return
     for other in own_imports(name):
-        assert layer_of(other) <= layer_of(name), f"{name} reaches up to {other}"
+        below = home_of(other)
+        # files on the ground may import each other; no circle, as the next test holds
+        is_near = below == home or FLOORS[below] == FLOORS[home] == 0
+        assert is_near or FLOORS[below] < FLOORS[home], f"{name} reaches up to {other}"
+
+
+@INNER_MODULES
+def test_packages_are_entered_by_their_faces(name: str) -> None:
+    for other in own_imports(name):
+        is_inside = home_of(other) == home_of(name) and not is_face(name)
+        is_own_face = other.startswith(f"{name}.")
+        assert is_face(other) or is_inside or is_own_face, f"{name} goes past the face of {other}"
+
+
+def handed_on(package: str) -> set[str]:
+    """Names that the face of a package imports from its rooms."""
+    tree = TREES[f"jacfunc.{package}"]
+    return {name for module, name in imported(tree) if module.startswith(f"jacfunc.{package}.")}
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name.startswith("_")])
+def test_faces_hand_on_what_others_use(package: str) -> None:
+    used = {
+        attribute
+        for name, tree in TREES.items()
+        for module, attribute in imported(tree)
+        if module == f"jacfunc.{package}" and home_of(name) != package
+    }
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    for path in benchmarks.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        used |= {name for module, name in imported(tree) if module == f"jacfunc.{package}"}
+    assert handed_on(package) <= used
 
 
 def test_no_import_cycles() -> None:
@@ -141,10 +183,21 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
-def test_every_room_is_in_one_layer() -> None:
-    rooms = [room for layer in LAYERS for room in layer]
-    assert len(rooms) == len(set(rooms))
-    assert set(rooms) == {name.split(".")[1] for name in FILES if name != "jacfunc"}
+def test_the_guide_names_every_package_and_no_other() -> None:
+    there = {home_of(name) for name in FILES} - ROOF
+    assert set(FLOORS) == there
+    assert len({FLOORS[package] for package in PACKAGES}) <= MOST_FLOORS
+
+
+def test_there_are_few_files_beside_the_packages() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= MOST_FILES
+
+
+@EVERY_PACKAGE
+def test_packages_are_small(package: str) -> None:
+    rooms = [path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py"]
+    assert len(rooms) <= MOST_ROOMS
+    assert len((ROOT / package / "__init__.py").read_text().splitlines()) <= LONGEST_FACE
 
 
 EXTRA = {"rich", "matplotlib"}
@@ -294,13 +347,13 @@ def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 @EVERY_MODULE
 def test_files_are_short(name: str) -> None:
-    assert len(FILES[name].read_text().splitlines()) <= MAX_FILE
+    assert len(FILES[name].read_text().splitlines()) <= LONGEST_FILE
 
 
 @EVERY_MODULE
 def test_functions_are_short(name: str) -> None:
     long = {f.name: lines_of_code(f) for f in functions(TREES[name])}
-    long = {name: lines for name, lines in long.items() if lines > MAX_FUNCTION}
+    long = {name: lines for name, lines in long.items() if lines > LONGEST_FUNCTION}
     assert not long
 
 

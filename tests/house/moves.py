@@ -1,0 +1,70 @@
+"""How often a call moves from one file of jacfunc to another: ``python -m tests.house.moves``.
+
+Counted at the second call of a small problem, when what is learned once is known.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+import jacfunc
+
+HOUSE = str(Path(jacfunc.__file__).parent)
+
+
+def moves_of(call: Callable[[], Any]) -> tuple[int, int]:
+    """How many files a call visits, and how often it enters a file from another one."""
+    call()
+    stack: list[str] = []
+    visited: set[str] = set()
+    moves = 0
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal moves
+        name = frame.f_code.co_filename
+        if not name.startswith(HOUSE):
+            return
+        if event == "call":
+            moves += not stack or stack[-1] != name
+            stack.append(name)
+            visited.add(name)
+        elif event == "return" and stack:
+            stack.pop()
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return len(visited), moves
+
+
+def problems() -> dict[str, Callable[[], Any]]:
+    """A small problem for each of the ways through the house."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    jacrev = jacfunc.jacrev(torch.tanh)
+    per_sample = jacfunc.module_jacobian(model, per_sample=True, strategy="reverse")
+    by_layers = jacfunc.module_jacobian(model, per_sample=True, strategy="structured")
+    ggn = jacfunc.ggn(model, nn.functional.mse_loss)
+    return {
+        "jacrev": lambda: jacrev(x[0]),
+        "module_jacobian, per sample": lambda: per_sample(x),
+        "module_jacobian, by layers": lambda: by_layers(x),
+        "ntk": lambda: jacfunc.ntk(model, None, x),
+        "ggn, diagonal": lambda: ggn(x, y).diagonal(),
+    }
+
+
+if __name__ == "__main__":
+    for name, call in problems().items():
+        files, moves = moves_of(call)
+        print(f"{name:28} {files:3} files {moves:4} moves")
