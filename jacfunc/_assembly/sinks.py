@@ -131,6 +131,9 @@ class Sink:
         )
 
 
+NEW_TENSORS = Sink()
+
+
 class MatrixSink(Sink):
     """All blocks as parts of one matrix ``[*batch, M, N]``: it is the single block at the end."""
 

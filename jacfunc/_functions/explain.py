@@ -19,7 +19,7 @@ from jacfunc._memory import PeakBytes
 from jacfunc._planning import Auto, Autotune, Plan, resolve
 from jacfunc._types import Argnums, Memory, Tree
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+from jacfunc.strategies import Strategy, Sweeping
 
 
 def plan(
@@ -64,7 +64,7 @@ def plan(
     call = FlatCall("plan", func, argnums, has_aux, args, kwargs)
     with alone():
         found = _planned(chosen, JacobianOperator(call, call.primals))
-        if not isinstance(found.strategy, Reverse | Forward | Looped):
+        if not isinstance(found.strategy, Sweeping) or found.strategy.sweeps.by_layers:
             return found
         foretold = CallForecast("plan", func, argnums, has_aux, args, kwargs).forecast(
             found.strategy

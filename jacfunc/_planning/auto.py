@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from jacfunc._assembly import Sink
 from jacfunc._calls import fingerprint
-from jacfunc._forecasting import Swept, counted_costs
+from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, FittedChunks
@@ -21,7 +22,7 @@ from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, carry_out, rows_first
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered, nothing_yet
 from jacfunc._types import Blocks
-from jacfunc.strategies import Forward, Reverse, Structured
+from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
 
 MOST_FUNCTIONS = 1000
 """Whose plans are kept by their fingerprints."""
@@ -31,7 +32,7 @@ Planned = tuple[Plan, Chunk]
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Streaming):
     """Chooses by forecast, once for each kind of call, and goes on where torch refuses.
 
     Args:
@@ -46,9 +47,9 @@ class Auto:
     by_layers: Structured | None = None
     known: Remembered[Planned] = field(default_factory=nothing_yet, repr=False, compare=False)
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""
-        return by_plan(self, operator, self.directions)
+        return by_plan(self, sink, operator, self.directions)
 
     def recall(self, called: Any, kind: Hashable) -> Planned | None:
         """What was done before, by this strategy or by another one that is equal to it."""
@@ -74,7 +75,10 @@ class Auto:
         return bounded(fastest(costs, self.directions), costs, self.memory)
 
     def plan_samples(
-        self, operator: JacobianOperator, samples: SampledWays, run: Callable[[Swept, Chunk], Any]
+        self,
+        operator: JacobianOperator,
+        samples: SampledWays,
+        run: Callable[[Sweeping, Chunk], Any],
     ) -> tuple[Plan, Chunk]:
         """What to do with each of a batch of samples, one of which this is; how many at once."""
         costs = counted_costs(operator)
@@ -98,17 +102,17 @@ class Planning(Protocol):
 
 
 def by_plan(
-    strategy: Planning, operator: JacobianOperator, directions: Sequence[Direction]
+    strategy: Planning, sink: Sink, operator: JacobianOperator, directions: Sequence[Direction]
 ) -> Blocks:
     """Blocks by the plan that is remembered for calls of this kind, or made now."""
     if torch.compiler.is_compiling():
-        return by_sizes(operator, directions).materialize(operator)
+        return by_sizes(operator, directions).into(sink, operator)
     called, signature = operator.called, operator.signature()
     known = strategy.recall(called, signature)
     # a first call evaluates more than once, with the same random numbers
     with alone() if known is None else nullcontext():
         before = strategy.plan(operator) if known is None else known[0]
-        plan, blocks = carry_out(before, operator)
+        plan, blocks = carry_out(before, sink, operator)
     if known is None or plan is not before:
         strategy.remember(called, signature, (plan, None))
     return blocks

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jacfunc._forecasting import machine as _machine
+from jacfunc._memory import available
 from jacfunc._forecasting.machine import Machine, machine, power_of_four
 from jacfunc._memory.available import free_bytes
 from jacfunc._memory.counting import PeakBytes
@@ -60,7 +60,7 @@ def test_free_memory_is_some_and_not_all() -> None:
 
 
 def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(available, "CGROUP", tmp_path)
     whole = free_bytes(CPU)
     (tmp_path / "memory.max").write_text("max\n")
     assert free_bytes(CPU) > whole / 2
@@ -72,5 +72,5 @@ def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_where_nobody_says_how_much_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_machine, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(available, "MEMINFO", tmp_path / "none")
     assert 0 < free_bytes(CPU) < 2**50
