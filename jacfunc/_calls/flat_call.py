@@ -49,7 +49,9 @@ class FlatCall:
         called: Any = None,
     ) -> None:
         self.func = func
-        self._kind, self._called = kind, called
+        self.state = called
+        """The state of the module that is called; None of a function."""
+        self._kind = kind
         self._api, self._has_aux = api, has_aux
         self._args, self._kwargs = args, kwargs
         self._positions = wrap_argnums(api, argnums, len(args))
@@ -58,19 +60,16 @@ class FlatCall:
         for n, split in zip(self._positions, self._splits, strict=True):
             if split.constants or any(map(torch.is_complex, split.leaves)):
                 check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        self.primals: Leaves = tuple([leaf for split in self._splits for leaf in split.leaves])
+        """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
         self._beside: Split | None = None
 
     @property
-    def primals(self) -> Leaves:
-        """The point: the differentiable leaves of the chosen arguments."""
-        return tuple(leaf for split in self._splits for leaf in split.leaves)
-
-    @property
     def kind_of_call(self) -> tuple[Any, Hashable]:
         """What is called, and the kind of call; of functions those of one tensor and no more."""
-        if self._called is not None:
-            return self._called, self.signature()
+        if self.state is not None:
+            return self.state, self.signature()
         if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
             return self.func, kind_of(self._args[0])
         return None, None
@@ -78,22 +77,17 @@ class FlatCall:
     @property
     def called(self) -> Any:
         """The function or the module: what is found out about this call is remembered of it."""
-        return self.func if self._called is None else self._called.module
-
-    @property
-    def state(self) -> Any:
-        """The state of the module that is called; None of a function."""
-        return self._called
+        return self.func if self.state is None else self.state.module
 
     @property
     def functions(self) -> list[Any]:
         """What is run when it is called, as far as it is known."""
-        return [self.func] if self._called is None else self._called.functions
+        return [self.func] if self.state is None else self.state.functions
 
     @property
     def may_share_module(self) -> bool:
         """Is it a function that may call a module, which another thread may be lending?"""
-        return self._called is None and reaches_module(self.func)
+        return self.state is None and reaches_module(self.func)
 
     def signature(self) -> Hashable:
         """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings.

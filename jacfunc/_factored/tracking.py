@@ -13,8 +13,8 @@ from jacfunc._errors import Refused
 from jacfunc._factored.tracked import UNSEEN_WRITE, TrackedParameter, UnruledUse
 from jacfunc._factored.use import Use
 from jacfunc._factored.views import METADATA, RAW_MEMORY, VIEWS, Path, View, is_part
-from jacfunc._faults import untracked
-from jacfunc._linear_map import BY_ITSELF, Anchor, nodes_of_call
+from jacfunc._faults import TAKES_DERIVATIVES, untracked
+from jacfunc._linear_map import Anchor, nodes_of_call
 from jacfunc._torch import at_once, below_transforms, innermost, mapped, mapped_anyway, of_samples
 from jacfunc.layers import FormOf, Rule, table
 
@@ -72,7 +72,7 @@ class UseRecorder(TorchFunctionMode):
     ) -> Any:
         # met by every operation: as short as it can be
         kwargs = kwargs or {}
-        if func in BY_ITSELF and self._sees():
+        if func in TAKES_DERIVATIVES and self._sees():
             raise Refused("the function takes a derivative itself, of what may stand for others")
         is_held = self._holds(args) or self._holds(kwargs.values())
         is_used = is_held and self._sees()

@@ -10,8 +10,8 @@ import torch
 from jacfunc._errors import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._faults import Watch, handled
 from jacfunc._linear_map.agreement import check_agreement
+from jacfunc._linear_map.graph import linearize
 from jacfunc._linear_map.linearization import EVERY, Linearization, Some, one_by_one
-from jacfunc._linear_map.pull import linearize
 from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note

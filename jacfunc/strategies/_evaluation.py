@@ -38,7 +38,8 @@ class Evaluation:
 
     def jacobian(self) -> Tree:
         """Output tree of input trees of blocks."""
-        return self.sink.placed(self.call.jacobian(self.blocks))
+        tree = self.call.jacobian(self.blocks)
+        return self.sink.placed(tree) if self.sink.copies else tree
 
 
 def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENSORS) -> Evaluation:

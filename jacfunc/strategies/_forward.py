@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import sweep
+from jacfunc._assembly import Sweep, sweep
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._types import Randomness
-from jacfunc.strategies._strategy import Products, Sweeping, Sweeps
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Forward(Sweeping):
         """Over columns."""
         return Sweeps("columns", self.chunk_size)
 
-    def products(self, operator: JacobianOperator) -> Products:
+    def products(self, operator: JacobianOperator) -> Sweep:
         """Columns, from vmapped pushforwards."""
         push = partial(operator.pushforward_batch, randomness=self.randomness)
         return partial(sweep, push, operator.primals)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from jacfunc._assembly import sweep, sweep_leaves
+from jacfunc._assembly import Sweep, sweep, sweep_leaves
 from jacfunc._linear_map import JacobianOperator
-from jacfunc.strategies._strategy import Products, Sweeping, Sweeps
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Looped(Sweeping):
         """Over rows or columns, one after the other."""
         return Sweeps(self.over, 1, is_vmapped=False)
 
-    def products(self, operator: JacobianOperator) -> Products:
+    def products(self, operator: JacobianOperator) -> Sweep:
         """Rows or columns, from single pullbacks or pushforwards."""
         if self.over == "columns":
             return partial(sweep, operator.pushforward_each, operator.primals)

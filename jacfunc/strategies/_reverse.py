@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import sweep_leaves
+from jacfunc._assembly import Sweep, sweep_leaves
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, FittedChunks
-from jacfunc.strategies._strategy import Products, Sweeping, Sweeps
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,6 @@ class Reverse(Sweeping):
         """Over rows."""
         return Sweeps("rows", self.chunk_size)
 
-    def products(self, operator: JacobianOperator) -> Products:
+    def products(self, operator: JacobianOperator) -> Sweep:
         """Rows, from vmapped pullbacks."""
         return partial(sweep_leaves, operator.pullback_batch, operator.outputs)

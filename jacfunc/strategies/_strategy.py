@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from jacfunc._assembly import NEW_TENSORS, Sink
+from jacfunc._assembly import NEW_TENSORS, Sink, Sweep
 from jacfunc._linear_map import JacobianOperator, check_numbers
 from jacfunc._memory import Chunk
-from jacfunc._types import Blocks, Leaves
+from jacfunc._types import Blocks
 
 
 @runtime_checkable
@@ -47,10 +46,6 @@ class Streaming(ABC):
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, each a new tensor."""
         return self.into(NEW_TENSORS, operator)
-
-
-Products: TypeAlias = Callable[[Chunk], Iterator[Leaves]]
-"""From the number of seeds at once to rows ``[K, *in_j]`` or columns ``[K, *out_i]``."""
 
 
 class Sweeps(NamedTuple):
@@ -104,18 +99,20 @@ class Sweeping(Streaming):
         """Which seeds it sweeps, and how many at once."""
 
     @abstractmethod
-    def products(self, operator: JacobianOperator) -> Products:
-        """Evaluates what rows need; what comes back sweeps, a chunk of seeds after the other."""
+    def products(self, operator: JacobianOperator) -> Sweep:
+        """A sweep that gives rows ``[K, *in_j]``, of which it knows the graph, or columns."""
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         sweeps, products = self.sweeps, self.products(operator)
         if sweeps.over == "columns":
             operator.forget()  # what was evaluated to plan is no part of the result
-            columns = map(check_numbers, products(sink.at_once(sweeps.chunk_size)))
-            return sink.columns(columns, lambda: operator.outputs, operator.primals)
-        outputs, primals = operator.outputs, operator.primals
-        rows = products(sink.rows_at_once(sweeps.chunk_size, outputs, primals))
-        return sink.rows(rows, outputs, primals)
+            return sink.columns(
+                lambda chunk: map(check_numbers, products(chunk)),
+                sweeps.chunk_size,
+                lambda: operator.outputs,
+                operator.primals,
+            )
+        return sink.rows(products, sweeps.chunk_size, operator.outputs, operator.primals)
 
 
 def blocks_into(sink: Sink, strategy: Strategy, operator: JacobianOperator) -> Blocks:

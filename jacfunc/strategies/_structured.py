@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from jacfunc._arguments import check_chunk_size
+from jacfunc._assembly import Sweep
 from jacfunc._factored import FactoredJacobian, LearnedUses, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
@@ -16,7 +17,7 @@ from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._torch import is_outermost
 from jacfunc._types import Leaves
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._strategy import Products, Sweeping, Sweeps
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Structured(Sweeping):
         """Over rows, as far as the outputs of layers."""
         return Sweeps("rows", self.chunk_size, by_layers=True)
 
-    def products(self, operator: JacobianOperator) -> Products:
+    def products(self, operator: JacobianOperator) -> Sweep:
         """Rows from factors; the whole call is one sample."""
         if not is_outermost():
             return Reverse(self.chunk_size).products(operator)

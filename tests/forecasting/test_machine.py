@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jacfunc._memory import available
 from jacfunc._forecasting.machine import Machine, machine, power_of_four
+from jacfunc._memory import available
 from jacfunc._memory.available import free_bytes
 from jacfunc._memory.counting import PeakBytes
 
