@@ -19,7 +19,7 @@ from jacfunc._assembly.blocks import (
     stack_leaves,
 )
 from jacfunc._assembly.pages import empty
-from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, evenly
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, evenly
 from jacfunc._types import Blocks, Leaves, Tree
 
 
@@ -62,7 +62,7 @@ class Sink:
 
     def at_once(self, chunk: Chunk) -> Chunk:
         """Seeds, or samples, of one sweep: not all, where their products are copied."""
-        return Pieces(STAGED_BYTES) if chunk is None and self.copies else chunk
+        return FittedChunks.by_share(STAGED_BYTES) if chunk is None and self.copies else chunk
 
     def rows_at_once(self, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Chunk:
         """Of rows it is known beforehand how large they are."""
