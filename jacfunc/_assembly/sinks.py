@@ -20,7 +20,7 @@ from jacfunc._assembly.blocks import (
     stacked_rows,
 )
 from jacfunc._assembly.pages import empty
-from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, evenly
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, evenly
 from jacfunc._types import Blocks, Leaves, Tree
 
 Sweep: TypeAlias = Callable[[Chunk], Iterable[Leaves]]
@@ -66,7 +66,7 @@ class Sink:
 
     def at_once(self, chunk: Chunk) -> Chunk:
         """How many seeds, or samples, of one sweep: not all, where their products are copied."""
-        return Pieces(STAGED_BYTES) if chunk is None and self.copies else chunk
+        return FittedChunks.by_share(STAGED_BYTES) if chunk is None and self.copies else chunk
 
     def rows(self, sweep: Sweep, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from a sweep that gives chunks of rows ``[K, *in_j]``."""

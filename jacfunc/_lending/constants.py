@@ -10,13 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, outside_transforms
 
-MOST_BYTES = 2**26
-"""Bytes of constants that are copied; of more, a write is seen too late, and told."""
-COPIED_BYTES = 2**13
-"""Bytes of parameters of which each call keeps a copy to compare them with afterwards."""
 COMPARED_NUMBERS = 16
 """Numbers of each larger one that are compared."""
 
@@ -27,9 +24,16 @@ class Constants:
     To copy them all for each evaluation would take the memory of the module once more, and a
     tenth of a small one's time. So they are copied until an evaluation has left a copy as it was,
     and again when their values have changed.
+
+    Args:
+        most_copied: bytes of constants that are copied; of more, a write is only reported.
+        compared: bytes of parameters that each call copies, to compare them afterwards.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, most_copied: int = MOST_COPIED_BYTES, compared: int = COMPARED_BYTES
+    ) -> None:
+        self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
         """In which mode and version, by name."""
         self._aliases: dict[int, Tensor] = {}
@@ -42,7 +46,7 @@ class Constants:
         aliases = {id(p): p.detach() for p in constants.values()}
         before = ParametersBefore(params, self._aliases, self._only_read)
         if not torch.compiler.is_compiling():
-            before.look(constants, aliases)
+            before.look(constants, aliases, self.compared)
         self._aliases = aliases
         return before
 
@@ -76,7 +80,7 @@ class Constants:
         known = self._only_read
         unseen = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
         plain = {name: p for name, p in unseen.items() if _is_plain(p) and not p.is_meta}
-        return plain if sum(p.nbytes for p in plain.values()) <= MOST_BYTES else {}
+        return plain if sum(p.nbytes for p in plain.values()) <= self.most_copied else {}
 
 
 @cache
@@ -113,10 +117,12 @@ class ParametersBefore:
     numbers: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     """By name, of what is lent and no copy: these tell of all other writes."""
 
-    def look(self, constants: Mapping[str, Tensor], aliases: Mapping[int, Tensor]) -> None:
+    def look(
+        self, constants: Mapping[str, Tensor], aliases: Mapping[int, Tensor], compared: int
+    ) -> None:
         """Copies of small parameters, some numbers of large ones."""
         self.versions = list(map(_version, self.params.values()))
-        left = COPIED_BYTES
+        left = compared
         for name, param in constants.items():
             if param.device.type == "cpu" and _is_plain(param):
                 alias, is_small = aliases[id(param)], param.nbytes <= left

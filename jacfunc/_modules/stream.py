@@ -16,7 +16,7 @@ from jacfunc._errors import Refused
 from jacfunc._lending import ModuleState, Select, held
 from jacfunc._linear_map import EVERY, JacobianOperator, batch_size, narrowed
 from jacfunc._lock import alone
-from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, in_chunks
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, in_chunks
 from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import POSITIONS, ModuleCall
 from jacfunc._modules.checks import check_module
@@ -113,7 +113,7 @@ def stream_jacobian(
             independence=independence,
         )
         batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
-        chunk: Chunk = chunk_size or Pieces(STAGED_BYTES)
+        chunk: Chunk = chunk_size or FittedChunks.by_share(STAGED_BYTES)
         if batch is not None and by == "samples":
             return _by_samples(call, batch, chunk, in_dims, draws)
         rows = partial(_Rows, call, batch, draws)

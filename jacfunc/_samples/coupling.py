@@ -130,14 +130,14 @@ class _Search:
     @cached_property
     def _is_random(self) -> bool:
         self.subject.evaluated(self.draws)
-        return self.draws.were_taken()
+        return self.draws.has_changed()
 
     def _draws_otherwise(self, half: Half) -> bool:
         """Are more or fewer random numbers drawn with other samples?"""
         self.subject.evaluated(self.draws)
         after = RandomState(self.subject.leaves)
         self.subject.of(half.sources).evaluated(self.draws)
-        return after.were_taken()
+        return after.has_changed()
 
     def _changed(self, half: Half) -> str | None:
         cotangents: Leaves | None = half.cotangents(self._base.outputs, self.number)
