@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from jacfunc._remembered import Recent
-from jacfunc.strategies import Forward, Looped, Reverse, Sweeping
+from jacfunc.strategies import Forward, Looped, Reverse, Structured, Sweeping
 
-KINDS: dict[str, type[Sweeping]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
+KINDS: dict[str, type[Sweeping]] = {
+    kind.__name__: kind for kind in (Reverse, Forward, Looped, Structured)
+}
 
 MOST_ENTRIES = 1000
 """Winners that are kept in memory."""
