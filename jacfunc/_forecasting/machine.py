@@ -70,7 +70,7 @@ class Machine:
     @cached_property
     def evaluate(self) -> Cost:
         """An evaluation that keeps its graph."""
-        return self._cost(lambda operator: lambda: operator.again().outputs)
+        return self._cost(lambda operator: lambda: operator.unevaluated().outputs)
 
     @cached_property
     def pull(self) -> Cost:

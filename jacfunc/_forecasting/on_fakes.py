@@ -14,7 +14,7 @@ from jacfunc._assembly import columns_to_blocks, numel, rows_to_blocks
 from jacfunc._forecasting.costs import Costs
 from jacfunc._forecasting.recording import Recorder
 from jacfunc._forecasting.replacing import Replacing
-from jacfunc._linear_map import EVERY, JacobianOperator, Some
+from jacfunc._linear_map import EVERY, JacobianOperator, LeafNumbers
 from jacfunc._memory import Chunk, PeakBytes
 from jacfunc._trees import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
@@ -143,11 +143,11 @@ class _Probe(JacobianOperator):
         """Rows are swept leaf by leaf, and here one leaf after the other has a round of its own."""
         return super().outputs[self._only]
 
-    def pullback_batch(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
+    def pullback_batch(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
         pull = partial(super().pullback_batch, of=self._only)
         return self._sample(pull, cotangents, self.outputs)
 
-    def pullback_each(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
+    def pullback_each(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
         pull = partial(super().pullback_each, of=self._only)
         return self._sample(pull, cotangents, self.outputs)
 

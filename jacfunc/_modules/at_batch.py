@@ -15,7 +15,7 @@ from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import ModuleState, Select, held
-from jacfunc._linear_map import Evaluations, Some, batch_size, live, some_of
+from jacfunc._linear_map import Evaluations, LeafNumbers, batch_size, chosen_leaves, nonzero_numbers
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import POSITIONS, ModuleCall
@@ -160,15 +160,15 @@ class ModuleAtBatch:
         return self.between(0, self.size)
 
     def parts_of(
-        self, factors: FactoredJacobian, cotangents: Leaves, of: Some | None = None
+        self, factors: FactoredJacobian, cotangents: Leaves, of: LeafNumbers | None = None
     ) -> dict[str, list[Part]]:
         """What cotangents ``[K, B, *out]`` pull back, by name; not of unused parameters.
 
         They are those of some outputs, or of all, of which a loss may not use every one.
         """
         if of is None:
-            of = live(cotangents)
-            cotangents = some_of(cotangents, of)
+            of = nonzero_numbers(cotangents)
+            cotangents = chosen_leaves(cotangents, of)
         with self.undisturbed(), self.factored():
             parts = factors.of_cotangents(cotangents, of)
         return {name: some for name, some in zip(self.params, parts, strict=True) if some}

@@ -173,7 +173,7 @@ class SampledCall:
         """
         samples = Samples(self.leaves, self.dims, self.randomness)
         first = self._first()
-        of_all, params = samples.apart(self._of_params, first.primals)
+        of_all, params = samples.with_own_params(self._of_params, first.primals)
         return JacobianOperator(OfCalls(of_all, first.state), params)
 
     def check_randomness(self, error: Exception) -> None:

@@ -94,7 +94,7 @@ class Autotune(Streaming):
         key = _key(operator)
         won, device = self._won(operator, key), _device(operator)
         operator.repeat_draws()
-        costs = counted_costs(operator.again())
+        costs = counted_costs(operator.unevaluated())
         if costs is None:
             return by_sizes(operator, BOTH)
         if won is None:
@@ -166,7 +166,7 @@ def _device(operator: JacobianOperator) -> torch.device:
 
 
 def _materialized(operator: JacobianOperator, strategy: Sweeping) -> Blocks:
-    fresh = operator.again()
+    fresh = operator.unevaluated()
     fresh.repeat_draws()
     return strategy.materialize(fresh)
 

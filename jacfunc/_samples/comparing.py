@@ -10,7 +10,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from jacfunc._linear_map import anchored, batch_size
+from jacfunc._linear_map import batch_size, differentiable_alias
 from jacfunc._torch import RandomState, math_attention, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
@@ -54,7 +54,9 @@ class Subject:
             leaves = self.leaves if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *leaves) if is_differentiable(x)}
             every = (*self.params, *self.leaves)
-            anchors = tuple(anchored(x, False) if id(x) in followed else x for x in every)
+            anchors = tuple(
+                differentiable_alias(x, False) if id(x) in followed else x for x in every
+            )
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
             count = len(self.params)
             outputs = self.whole(copies[:count], copies[count:])

@@ -89,5 +89,5 @@ class Structured(Sweeping):
                     of_one, operator.func, operator.primals, whole, met, operator.repeat_draws
                 ),
             )
-        operator.evaluated(factors.of_one, factors.extras_of_one)
+        operator.keep_image(factors.of_one, factors.extras_of_one)
         return factors
