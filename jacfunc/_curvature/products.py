@@ -56,7 +56,7 @@ class BatchProducts:
         # no bound methods: these would be a cycle, and keep the module and the batch
         self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
         with point.undisturbed():
-            self._pulling.repeat_draws()
+            self._pulling.rewind_generators()
             before = RandomState(point.batch.leaves)
             leaves, extras = self._pulling.image()
             if is_strict and before.has_changed():

@@ -195,13 +195,13 @@ def _copies(tensor: torch.Tensor) -> int:
 
 def counted_costs(operator: JacobianOperator) -> Costs | None:
     """Costs from an evaluation that is recorded; None where there is nothing to forecast from."""
-    operator.repeat_draws()
+    operator.rewind_generators()
     if is_pushing():  # torch has one level of forward mode: no machine can be measured inside it
         return None
     try:
         with uncompiled(), Recorder(operator.primals) as recorder:
             operator.outputs  # noqa: B018 (evaluates)
     except Unrecordable:
-        operator.repeat_draws()
+        operator.rewind_generators()
         return None
     return Costs.of(operator, recorder)

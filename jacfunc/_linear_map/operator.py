@@ -93,7 +93,7 @@ class JacobianOperator:
         # a function that writes into its inputs writes into their tangents too
         copies = tuple(tangent.clone() for tangent in tangents)
         with alone():
-            self.repeat_draws()
+            self.rewind_generators()
             outputs, products, extras = self.refusing(
                 "push tangents forward",
                 lambda: pushforward(self.func, self.primals, copies),
@@ -107,7 +107,7 @@ class JacobianOperator:
             return _no_products(self.outputs)
         try:
             with alone():
-                self.repeat_draws()
+                self.rewind_generators()
                 outputs, products, extras = pushforward_batch(
                     self.func, self.primals, tangents, randomness
                 )
@@ -132,7 +132,7 @@ class JacobianOperator:
                 linearized = self.refusing("keep a graph", self._linearize)
             else:
                 with alone():
-                    self.repeat_draws()
+                    self.rewind_generators()
                     linearized = self.refusing("keep a graph", self._linearize)
             self._keep(linearized.outputs, linearized.extras, was_pushed=False)
             self._linearization = linearized
@@ -161,7 +161,7 @@ class JacobianOperator:
         """Take outputs and extras of an evaluation that was made elsewhere."""
         self._image = (outputs, extras)
 
-    def repeat_draws(self) -> None:
+    def rewind_generators(self) -> None:
         """Set the generators back to where they were before the first evaluation.
 
         It is called before each of several evaluations, so that all draw the same numbers.

@@ -93,14 +93,14 @@ class Autotune(Streaming):
         """The winner, measured where it is not known."""
         key = _key(operator)
         won, device = self._won(operator, key), _device(operator)
-        operator.repeat_draws()
+        operator.rewind_generators()
         costs = counted_costs(operator.unevaluated())
         if costs is None:
             return by_sizes(operator, BOTH)
         if won is None:
             run = partial(_materialized, operator)
             won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW_SEEDS), run)
-        operator.repeat_draws()  # as if nothing had been evaluated
+        operator.rewind_generators()  # as if nothing had been evaluated
         plan = Plan(won, MEASURED, None, others(won, BOTH, costs.rows, costs.columns))
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
@@ -112,7 +112,7 @@ class Autotune(Streaming):
     ) -> tuple[Plan, Chunk]:
         """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
         costs = counted_costs(operator)
-        operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        operator.rewind_generators()  # the samples draw as if none had been evaluated before
         if costs is None:
             return rows_first(by_sizes(operator, BOTH), operator), None
         memory, size = check_memory("Autotune", self.memory), samples.size
@@ -131,7 +131,7 @@ class Autotune(Streaming):
                 won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
             except Refused:  # all of them are: whoever runs the plan goes on from there
                 return plan, chunk
-        operator.repeat_draws()
+        operator.rewind_generators()
         plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
         return rows_first(plan, operator), None
 
@@ -167,7 +167,7 @@ def _device(operator: JacobianOperator) -> torch.device:
 
 def _materialized(operator: JacobianOperator, strategy: Sweeping) -> Blocks:
     fresh = operator.unevaluated()
-    fresh.repeat_draws()
+    fresh.rewind_generators()
     return strategy.materialize(fresh)
 
 

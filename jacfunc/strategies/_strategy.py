@@ -116,7 +116,7 @@ class Sweeping(Streaming):
 
 
 def blocks_into(sink: Sink, strategy: Strategy, operator: JacobianOperator) -> Blocks:
-    """Blocks ``[*out_i, *in_j]`` by any strategy; only a streaming one hands products to the sink."""
+    """Blocks ``[*out_i, *in_j]`` by any strategy; one that streams hands products to the sink."""
     if isinstance(strategy, Streaming):
         return strategy.into(sink, operator)
     return strategy.materialize(operator)

@@ -23,7 +23,7 @@ class Structured(Sweeping):
     """Pulls rows back onto the outputs of layers, and multiplies these with the layers' inputs.
 
     The block of a layer's weight is an outer product of the two, written where it belongs without
-    a pass through autograd. An operation that no rule in ``jacfunc.layers`` covers is differentiated
+    a pass through autograd. Operations that no rule in ``jacfunc.layers`` covers are differentiated
     by autograd, and the two parts are added.
 
     Best for Jacobians of every sample in a network's parameters. Inside another transform, which
@@ -75,18 +75,18 @@ class Structured(Sweeping):
         return rows
 
     def factors(self, operator: JacobianOperator) -> FactoredJacobian:
-        """The operator's Jacobian as factors, from an evaluation that finds where parameters are used."""
+        """The operator's Jacobian as factors, from an evaluation that finds uses of parameters."""
 
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
             return operator.func(*params)
 
-        met = LearnedUses.of(operator.call_kind)
+        uses = LearnedUses.of(operator.call_kind)
         whole = Samples((), ())
         with alone():
             factors = operator.refusing(
                 "look into layers",
                 lambda: factored(
-                    of_one, operator.func, operator.primals, whole, met, operator.repeat_draws
+                    of_one, operator.func, operator.primals, whole, uses, operator.rewind_generators
                 ),
             )
         operator.keep_image(factors.of_one, factors.extras_of_one)
