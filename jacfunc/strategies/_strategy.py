@@ -100,7 +100,10 @@ class Sweeping(Streaming):
 
     @abstractmethod
     def products(self, operator: JacobianOperator) -> Sweep:
-        """The sweep that returns chunks of rows ``[K, *in_j]``, or of columns ``[K, *out_i]``."""
+        """The sweep that returns chunks of columns ``[K, *out_i]``, or of rows ``[K, *in_j]``.
+
+        A chunk of rows holds rows of one output leaf.
+        """
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         sweeps, products = self.sweeps, self.products(operator)
