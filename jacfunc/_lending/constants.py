@@ -79,17 +79,26 @@ class Constants:
 
 
 @cache
-def _known_constants() -> Remembered[Constants]:
+@cache
+def _constants() -> Remembered[Constants]:
     return Remembered()
 
 
 def constants_of(module: nn.Module) -> Constants:
     """What earlier calls have found out about the module; nothing at first."""
-    constants = _known_constants().get(module, None)
-    if constants is None:
-        constants = Constants()
-        _known_constants().put(module, None, constants)
-    return constants
+    return _constants().get_or_make(module, None, Constants)
+    return Remembered()
+
+
+def constants_of(module: nn.Module) -> Constants:
+@cache
+def _constants() -> Remembered[Constants]:
+    return Remembered()
+
+
+def constants_of(module: nn.Module) -> Constants:
+    """What earlier calls have found out about the module; nothing at first."""
+    return _constants().get_or_make(module, None, Constants)
 
 
 def _is_plain(param: Tensor) -> bool:
