@@ -27,9 +27,13 @@ class FreedPages:
 
     They are the system's while they wait (``MADV_FREE``): short of memory it takes them back, and
     they read as new. Never more are mapped than results have taken at the same time.
+
+    Args:
+        least: bytes of the smallest tensor that is put into such pages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = LARGE) -> None:
+        self.least = least
         self._given = 0
         self.most = 0
         self._waiting: list[mmap.mmap] = []
@@ -104,7 +108,8 @@ def _new(nbytes: int) -> mmap.mmap:
     return pages
 
 
-_PAGES = FreedPages()
+PAGES = FreedPages()
+"""Those of this process."""
 
 
 def empty_cache() -> None:
@@ -125,7 +130,7 @@ def empty_cache() -> None:
         40040000
         >>> jacfunc.empty_cache()
     """
-    _PAGES.clear()
+    PAGES.clear()
 
 
 def empty(
@@ -133,14 +138,15 @@ def empty(
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    pages: FreedPages = PAGES,
 ) -> Tensor:
     """``like.new_empty``; a large one in pages that earlier results have left, if any wait."""
     dtype = dtype or like.dtype
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < LARGE or torch.device(device or like.device).type != "cpu" or _is_seen(like):
+    if nbytes < pages.least or torch.device(device or like.device).type != "cpu" or _is_seen(like):
         return like.new_empty(shape, dtype=dtype, device=device)
     try:
-        memory = _PAGES.take(nbytes)
+        memory = pages.take(nbytes)
     except OSError:  # torch says in its own words that there is none
         return like.new_empty(shape, dtype=dtype, device=device)
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()

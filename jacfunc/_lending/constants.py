@@ -13,13 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, outside_transforms
 
-MOST_BYTES = 2**26
-"""Bytes of constants that are copied; of more, a write is seen too late, and told."""
-COPIED_BYTES = 2**13
-"""Bytes of parameters of which each call keeps a copy to compare them with afterwards."""
 COMPARED_NUMBERS = 16
 """Numbers of each larger parameter that are compared."""
 
@@ -30,9 +27,16 @@ class Constants:
     To copy them all for each evaluation would take the memory of the module once more, and a
     tenth of a small one's time. So they are copied until an evaluation has left a copy as it was,
     and again when their values have changed.
+
+    Args:
+        most_copied: bytes of constants that are copied; of more, a write is only reported.
+        compared: bytes of parameters that each call copies, to compare them afterwards.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, most_copied: int = MOST_COPIED_BYTES, compared: int = COMPARED_BYTES
+    ) -> None:
+        self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
         """By name: mode, identity and version in which a parameter was only read."""
 
@@ -44,7 +48,7 @@ class Constants:
         aliases = {id(p): p.detach() for p in constants.values()}
         watch = ParameterWatch(params, aliases, self._only_read)
         if not torch.compiler.is_compiling():
-            watch.look(constants)
+            watch.look(constants, self.compared)
         return watch
 
     @contextmanager
@@ -75,22 +79,9 @@ class Constants:
         known = self._only_read
         unknown = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
         plain = {name: p for name, p in unknown.items() if _is_plain(p) and not p.is_meta}
-        return plain if sum(p.nbytes for p in plain.values()) <= MOST_BYTES else {}
+        return plain if sum(p.nbytes for p in plain.values()) <= self.most_copied else {}
 
 
-@cache
-@cache
-def _constants() -> Remembered[Constants]:
-    return Remembered()
-
-
-def constants_of(module: nn.Module) -> Constants:
-    """What earlier calls have found out about the module; nothing at first."""
-    return _constants().get_or_make(module, None, Constants)
-    return Remembered()
-
-
-def constants_of(module: nn.Module) -> Constants:
 @cache
 def _constants() -> Remembered[Constants]:
     return Remembered()
@@ -123,10 +114,10 @@ class ParameterWatch:
     """Name, numbers of a parameter that is lent without a copy, and copies of these numbers: they
     tell of writes that raise no version."""
 
-    def look(self, constants: Mapping[str, Tensor]) -> None:
-        """Keep versions, copies of small constants, and some numbers of large ones."""
+    def look(self, constants: Mapping[str, Tensor], compared: int) -> None:
+        """Keep versions, copies of constants of so many bytes, and some numbers of the others."""
         self.versions = list(map(_version, self.params.values()))
-        left = COPIED_BYTES
+        left = compared
         for name, param in constants.items():
             if param.device.type == "cpu" and _is_plain(param):
                 alias, is_small = self.aliases[id(param)], param.nbytes <= left

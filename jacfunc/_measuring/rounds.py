@@ -71,10 +71,11 @@ class Entry:
         check: Check,
         patience: float,
         cuda: bool,
+        brief: float = BRIEF,
     ) -> None:
         self.result = Result(contestant.name, contestant.family)
         self._problem, self._contestant, self._check = problem, contestant, check
-        self._patience, self._cuda = patience, cuda
+        self._patience, self._cuda, self._brief = patience, cuda, brief
 
     @property
     def name(self) -> str:
@@ -105,7 +106,7 @@ class Entry:
     def time(self, number: int) -> None:
         """The call of one round, after an untimed one where caches would be much of it."""
         with recording(self.result):
-            if self.result.seconds[WARM_UP] < BRIEF:
+            if self.result.seconds[WARM_UP] < self._brief:
                 self._run()
             began = time.process_time()
             self.result.seconds[number] = seconds(self._run, self._cuda)

@@ -21,7 +21,7 @@ class PeakBytes(TorchDispatchMode):
 
     Example:
         >>> import torch
-        >>> from jacfunc._counting import PeakBytes
+        >>> from jacfunc._memory import PeakBytes
         >>> with PeakBytes() as counter:
         ...     a = torch.empty(1000)
         ...     del a

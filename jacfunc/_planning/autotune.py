@@ -141,7 +141,7 @@ class Autotune:
         strategies: Iterable[Swept],
         run: Callable[[Swept], Any],
     ) -> Swept:
-        times = _measured(list(strategies), run, device)
+        times = medians(list(strategies), run, device)
         best = min(times, key=times.__getitem__)
         winners(self._file()).put(device, key, best, times[best])
         note("measured: %s", ", ".join(f"{s} {in_seconds(t)}" for s, t in times.items()))
@@ -167,14 +167,17 @@ def _materialized(operator: JacobianOperator, strategy: Swept) -> Blocks:
     return strategy.materialize(fresh)
 
 
-def _measured(
-    strategies: Sequence[Swept], run: Callable[[Swept], Any], device: torch.device
+def medians(
+    strategies: Sequence[Swept],
+    run: Callable[[Swept], Any],
+    device: torch.device,
+    clock: Callable[[Callable[[], Any], torch.device], float] = seconds_of,
 ) -> dict[Swept, float]:
     """Median seconds of those that held out to the last round."""
     first: dict[Swept, float] = {}
     for strategy in strategies:  # what torch sets up on first use is nobody's cost
         try:
-            first[strategy] = seconds_of(partial(run, strategy), device)
+            first[strategy] = clock(partial(run, strategy), device)
         except Refused as refusal:
             note("%s was refused: %s", strategy, refusal)
             if strategy == strategies[-1] and not first:
@@ -186,7 +189,7 @@ def _measured(
     order, start = random.Random(0), time.perf_counter()
     for number in range(ROUNDS):
         for strategy in order.sample(list(times), len(times)):
-            times[strategy].append(seconds_of(partial(run, strategy), device))
+            times[strategy].append(clock(partial(run, strategy), device))
         least = min(map(min, times.values()))
         times = {s: found for s, found in times.items() if min(found) <= HOPELESS * least}
         if number + 1 >= FEWEST and time.perf_counter() - start > SECONDS:

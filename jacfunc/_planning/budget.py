@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jacfunc._forecasting import Costs
-from jacfunc._memory import Chunk, FittedChunks, evenly, free_bytes
-from jacfunc._planning.plan import MODEST, Direction, Plan
+from jacfunc._memory import (
+    CROWDED_BYTES,
+    MODEST_BYTES,
+    SPARE_BYTES,
+    Chunk,
+    FittedChunks,
+    evenly,
+    free_bytes,
+)
+from jacfunc._planning.plan import Direction, Plan
 from jacfunc._units import in_bytes
 from jacfunc.strategies import Forward, Reverse
 
 SHARE = 0.5
 """Of the free memory: the budget where none is given."""
-
-CROWDED, SPARE = 2**24, 2**23
-"""Bytes of all rows of all samples at one operation, from which on a heap does not keep what a
-sweep leaves; and those that it is given then.
-"""
 
 
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
@@ -58,9 +61,9 @@ def fewer_rows(every: Costs) -> Reverse:
     Samples fill a vector without that; where the result is the larger part, it stays one write.
     """
     crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
-    if not has_heap or crowd <= max(CROWDED, every.result):
+    if not has_heap or crowd <= max(CROWDED_BYTES, every.result):
         return Reverse()
-    return Reverse(evenly(every.rows, every.widest, SPARE))
+    return Reverse(evenly(every.rows, every.widest, SPARE_BYTES))
 
 
 def spared(plan: Plan, every: Costs) -> Plan:
@@ -78,7 +81,7 @@ def is_bounded(plan: Plan) -> bool:
 
 
 def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
-    return memory is not None or costs.most_bytes(strategy) > MODEST
+    return memory is not None or costs.most_bytes(strategy) > MODEST_BYTES
 
 
 def _budget(costs: Costs, memory: int | None) -> int:

@@ -12,12 +12,10 @@ from jacfunc._errors import Refused
 from jacfunc._forecasting import Forecast, is_forward
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import is_heard, note
+from jacfunc._memory import MODEST_BYTES
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
 from jacfunc.strategies import Forward, Reverse, Strategy, Structured
-
-MODEST = 2**26
-"""Bytes that are taken without asking how many are free."""
 
 NUMBER = 8
 """Bytes of one number of a seed, at most."""
@@ -100,7 +98,7 @@ def with_few_seeds(direction: Direction, rows: int, columns: int) -> Direction:
         return direction
     if is_forward(direction):
         return direction if columns <= rows else replace(direction, chunk_size=max(rows, 1))
-    most = max(columns, MODEST // NUMBER // max(rows, 1), 1)
+    most = max(columns, MODEST_BYTES // NUMBER // max(rows, 1), 1)
     return direction if rows <= most else replace(direction, chunk_size=most)
 
 

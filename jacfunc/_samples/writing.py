@@ -10,14 +10,12 @@ from torch import Tensor
 
 from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factored import FactoredJacobian
-from jacfunc._memory import Chunk, evenly, in_chunks
+from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
 from jacfunc._samples.again import first_again
 from jacfunc._types import Leaves
 
-SHARE, LEAST, MOST = 5, 6 * 2**20, 2**25
-"""Cotangents that are swept at once, unless told otherwise: a fifth of the result's bytes, but
-so many that they are worth a sweep, and so few that their memory is that of the piece before. More
-than the heap keeps would be asked for anew, page by page, in every call."""
+SHARE = 5
+"""The bytes of cotangents that are swept at once are a fifth of the result's, within limits."""
 
 
 @dataclass
@@ -27,12 +25,14 @@ class SampleWriter:
     Args:
         factors_of: an evaluation of the samples from start to stop.
         grid: sizes of a sample's leaves, once one has been seen.
+        most_swept: bytes of cotangents that are swept at once, at most.
     """
 
     factors_of: Callable[[int, int], FactoredJacobian]
     sink: Sink
     grid: Callable[[], Grid]
     places: Leaves | None = None
+    most_swept: int = MOST_SWEPT_BYTES
 
     def leaves(self, total: int, samples: Chunk, rows: Chunk) -> Leaves:
         """Blocks ``[B, *out, *param]`` row by row, outputs and extras of all samples."""
@@ -69,7 +69,7 @@ class SampleWriter:
         """Into the samples from ``start`` on."""
         grid = self.grid()
         result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
-        at_once = min(max(result // SHARE, LEAST), MOST)
+        at_once = min(max(result // SHARE, LEAST_SWEPT_BYTES), self.most_swept)
         samples = slice(start, start + factors.samples.size)
         for number, rows in enumerate(grid.rows):
 
