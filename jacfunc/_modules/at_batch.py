@@ -14,7 +14,7 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
-from jacfunc._lending import ModuleState, Select, held
+from jacfunc._lending import ModuleState, Select, detached_copy
 from jacfunc._linear_map import Evaluations, LeafNumbers, batch_size, chosen_leaves, nonzero_numbers
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledCall
@@ -67,7 +67,7 @@ class BatchOptions:
             state = self._state()
         self.states[:] = [state]
         if is_held or self.is_held:
-            state, arguments = state.held(), held(arguments)
+            state, arguments = state.copied(), detached_copy(arguments)
         if self.is_held:
             self.states[:] = [state]
         call = ModuleCall(
@@ -85,7 +85,7 @@ class BatchOptions:
 
     def _state(self) -> ModuleState:
         before = next(iter(self.states), None)
-        if before is not None and before.is_held:
+        if before is not None and before.is_copy:
             return before
         return ModuleState.after(before, self.api, self.module, self.select)
 
@@ -99,7 +99,7 @@ class BatchOptions:
                 "none. Call it as (inputs, targets)."
             )
         point = self.at((args[:-1], kwargs), is_held)
-        return point, held(args[-1]) if is_held else args[-1]
+        return point, detached_copy(args[-1]) if is_held else args[-1]
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class ModuleCall:
 
         def whole(params: Leaves, leaves: Leaves) -> Leaves:
             args, kwargs = split.merge(leaves)
-            with state.lent(dict(zip(values, params, strict=True))):
+            with state.lent_for_evaluation(dict(zip(values, params, strict=True))):
                 output = state.parts[""].module(*args, **kwargs)
             return tuple(filter(is_differentiable, flatten(output)[0]))
 
@@ -147,7 +147,7 @@ class ModuleCall:
             alone(),
             RandomState(_tensors_of(state)).kept(),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
-            state.kept(self._point(), self.api),
+            state.lent_for_call(self.api, self._point()),
         ):
             yield
 
@@ -169,7 +169,7 @@ class ModuleCall:
             for name, some in hooks.items() if params else ():
                 for hook in some if params[name].requires_grad else ():
                     params[name].register_hook(hook)
-            with state.lent(params or point, (args, kwargs) if params else None):
+            with state.lent_for_evaluation(params or point, (args, kwargs) if params else None):
                 output = module(*args, **kwargs)
                 if inside_derivative():  # where no graph is looked at
                     with untracked():

@@ -13,7 +13,7 @@ from torch import nn
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink, rows_to_blocks, stack_leaves, sweep_leaves
 from jacfunc._errors import Refused
-from jacfunc._lending import ModuleState, Select, held
+from jacfunc._lending import ModuleState, Select, detached_copy
 from jacfunc._linear_map import EVERY, JacobianOperator, batch_size, narrowed
 from jacfunc._lock import alone
 from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, in_chunks
@@ -99,8 +99,8 @@ def stream_jacobian(
                 "got a call inside a transform. Use module_jacobian there."
             )
         with alone():  # it answers later: of the module and the batch as they are now
-            state = ModuleState.of(API, module, select).held()
-        args, kwargs = held((args, kwargs))
+            state = ModuleState.of(API, module, select).copied()
+        args, kwargs = detached_copy((args, kwargs))
         draws = RandomState(tuple(filter(is_tensor, flatten((args, kwargs))[0])))
         call = ModuleCall(
             API,

@@ -50,7 +50,7 @@ class Plain:
             # what could not be copied must be left as it was
             state = ModuleState.of(API, module, None)
             point = {name: p.detach().requires_grad_() for name, p in state.point.items()}
-            self._lend, self._params = partial(state.lent, point), tuple(point.values())
+            self._lend, self._params = partial(_lent, state, point), tuple(point.values())
         self._draws = RandomState(self.problem.samples()[0].leaves)
 
     @contextmanager
@@ -120,6 +120,13 @@ class Plain:
         if problem.is_sampled:
             outputs = tuple(out.squeeze(0) for out in outputs)
         return Sample(outputs, targets, tuple(shapes))
+
+
+@contextmanager
+def _lent(state: ModuleState, params: dict[str, Tensor]) -> Iterator[None]:
+    """A module lent for many evaluations, all with these parameters."""
+    with state.lent_for_call(API, params), state.lent_for_evaluation(params):
+        yield
 
 
 def plain_of(problem: Problem) -> Plain:
