@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -30,17 +30,23 @@ def timed(run: Run, cuda: bool) -> tuple[float, Any]:
 
 
 def interleaved(runs: Mapping[Name, Run], rounds: int, cuda: bool) -> dict[Name, list[float]]:
-    """Seconds of every run in every round; the rounds go in shuffled order.
+    """Seconds of every run in every round."""
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    for turns in shuffled(runs, rounds):
+        for name in turns:
+            times[name].append(seconds(runs[name], cuda))
+    return times
+
+
+def shuffled(racing: Collection[Name], rounds: int) -> Iterator[list[Name]]:
+    """All that race, in another order each round; who leaves between rounds has no more turns.
 
     Rotating would leave everyone behind the same neighbour, and what a neighbour leaves in the
     caches moved a ratio by a tenth.
     """
-    times: dict[Name, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
     for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
-            times[name].append(seconds(runs[name], cuda))
-    return times
+        yield order.sample(list(racing), len(racing))
 
 
 def peak_bytes(run: Run, cuda: bool) -> int:

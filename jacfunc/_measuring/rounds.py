@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from jacfunc._measuring.clock import Run, peak_bytes, seconds, timed
+from jacfunc._measuring.clock import Run, peak_bytes, seconds, shuffled, timed
 from jacfunc._measuring.results import WARM_UP, Expected, Result, recording, summarize
 
 Problem = TypeVar("Problem", contravariant=True)
@@ -161,9 +160,8 @@ def _time(
         wanted[baseline] = total
     on_rounds(sum(wanted.values()))
     racing = [entry for entry in entries if entry.name in wanted]
-    order = random.Random(0)
-    for number in range(total):
-        for entry in order.sample(racing, len(racing)):
+    for number, turns in enumerate(shuffled(racing, total)):
+        for entry in turns:
             if entry.result.ok and takes_part(number, wanted[entry.name], total):
                 on_step(entry.name)
                 entry.time(number + 1)

@@ -56,7 +56,12 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENS
     return Evaluation(call, blocks, operator.image, sink)
 
 
-def in_words_of(api: str, sweep: Callable[[], Result]) -> Result:
+def in_words_of(
+    api: str,
+    sweep: Callable[[], Result],
+    must: str = "the function must be one that this strategy can sweep",
+    instead: str = " Let jacobian(strategy='auto') choose, or name another strategy.",
+) -> Result:
     """The result of a sweep.
 
     Raises:
@@ -68,7 +73,4 @@ def in_words_of(api: str, sweep: Callable[[], Result]) -> Result:
         is_worded = isinstance(refusal.__cause__, Refused)  # by a public function inside
         if is_worded or str(refusal).startswith(f"{api}: "):
             raise
-        raise Refused(
-            f"{api}: the function must be one that this strategy can sweep, got a refusal: "
-            f"{refusal}. Let jacobian(strategy='auto') choose, or name another strategy."
-        ) from refusal
+        raise Refused(f"{api}: {must}, got a refusal: {refusal}.{instead}") from refusal
