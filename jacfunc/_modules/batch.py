@@ -58,12 +58,8 @@ class SampledCall:
         Plans may take the samples one by one where vmap fails, and every strategy does so where
         the module has checkpoints, which no transform knows. Otherwise a refusal says how to ask.
         """
-
-        def blocks() -> Evaluation:
-            return self._run(strategy).evaluation(self.sink, self.samples.size)
-
         try:
-            return in_words_of(self.api, blocks)
+            return in_words_of(self.api, lambda: self._run(strategy).evaluation(self.sink))
         except RuntimeError as error:
             self.check_randomness(error)
             raise
@@ -101,16 +97,16 @@ class SampledCall:
 
         first = FirstSamples(self.call_of, samples, self._random_state())
         chunks = sample_chunks(take, samples.leaves, samples.dims, self.sink.at_once(chunk))
-        chunks = first_again(chunks, one.outputs_in, first.outputs)
-        return SampleBlocks(self.sink.samples(chunks, samples.size, one.grid), one)
+        chunks, size = first_again(chunks, one.outputs_in, first.outputs), samples.size
+        return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
 
     def looped(self, strategy: Strategy) -> SampleBlocks:
         """Blocks of one sample after the other, without vmap."""
         samples, one = self.samples, OneSample(self.api, self.call_of)
-        random_state = self._random_state()
+        random_state, size = self._random_state(), samples.size
 
         def each() -> Iterator[Leaves]:
-            for number in range(samples.size):
+            for number in range(size):
                 with random_state.of_one(samples.randomness):
                     leaves = one_sample(samples.leaves, samples.dims, number)
                     blocks = one.blocks(leaves, strategy)
@@ -118,13 +114,13 @@ class SampledCall:
 
         first = FirstSamples(self.call_of, samples, random_state)
         chunks = first_again(each(), one.outputs_in, first.output)
-        return SampleBlocks(self.sink.samples(chunks, samples.size, one.grid), one)
+        return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
 
     def structured(self, strategy: Structured, chunk: Chunk = None) -> SampleBlocks:
         """Blocks layer by layer, a chunk of samples at a time, each written where it belongs."""
-        one = OneSample(self.api, self.call_of)
+        one, size = OneSample(self.api, self.call_of), self.samples.size
         writer = SampleWriter(partial(self._factors, one), self.sink, one.grid)
-        return SampleBlocks(writer.leaves(self.samples.size, chunk, strategy.chunk_size), one)
+        return SampleBlocks(writer.leaves(size, chunk, strategy.chunk_size), size, one)
 
     def planned(self, strategy: Auto | Autotune) -> SampleBlocks:
         """Blocks by the plan for calls of this kind; one by one where no plan runs under vmap."""

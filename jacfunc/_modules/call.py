@@ -123,6 +123,7 @@ class ModuleCall:
     def _subject(self, batch: SampledCall) -> Subject:
         """The module at the batch, in all its parameters but those of TorchScript."""
         state, split = self.state, Split.of(self.arguments, is_tensor)
+        module = state.module
         scripted = {
             id(param)
             for part in state.parts.values()
@@ -138,7 +139,7 @@ class ModuleCall:
         def whole(params: Leaves, leaves: Leaves) -> Leaves:
             args, kwargs = split.merge(leaves)
             with state.lent_for_evaluation(dict(zip(values, params, strict=True))):
-                output = state.module(*args, **kwargs)
+                output = module(*args, **kwargs)
             return tuple(filter(is_differentiable, flatten(output)[0]))
 
         by_inputs, width = self._differentiates("inputs"), 0

@@ -56,17 +56,19 @@ class OneSample:
 class SampleBlocks:
     """Blocks, outputs and extras of all samples, one after the other, each with the batch in front.
 
-    ``one`` is the sample that they were taken from.
+    ``size`` is the number of samples, and ``one`` the call that they were taken from.
     """
 
     leaves: Leaves
+    size: int
     one: OneSample
 
-    def evaluation(self, sink: Sink, size: int) -> Evaluation:
-        """The finished Jacobian of so many samples, and what the call returned."""
+    def evaluation(self, sink: Sink) -> Evaluation:
+        """The finished Jacobian, and what the call returned."""
         grid = self.one.grid()
         count, width = len(grid.rows), len(grid.columns)
         blocks = tuple(self.leaves[i * width : (i + 1) * width] for i in range(count))
         beside = self.leaves[count * width :]
         image = beside[:count], beside[count:]
-        return Evaluation(self.one.call, sink.finished(blocks, grid, (size,)), lambda: image, sink)
+        blocks = sink.finished(blocks, grid, (self.size,))
+        return Evaluation(self.one.call, blocks, lambda: image, sink)

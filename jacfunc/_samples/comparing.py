@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from math import comb
 
@@ -17,28 +18,27 @@ from jacfunc._types import Leaves, is_differentiable
 MOST_HALVES = 6
 """Halves of one check. Of up to 20 samples, for each ordered pair one half has the first alone."""
 
-WholeBatch = Callable[[Leaves, Leaves], Leaves]
-"""``whole(params, leaves)``: the differentiable outputs of a batch."""
-
 
 @dataclass(frozen=True)
 class Subject:
     """A module at a batch, whose samples may depend on each other.
 
     Args:
+        whole: ``whole(params, leaves)`` returns the differentiable outputs of a batch.
+        params: tensors that are differentiable.
         width: numbers that each sample is differentiated by.
         by_inputs: are tensors of the batch differentiated?
         as_evaluated: returns, after an evaluation, a function for its pullbacks to call first.
     """
 
-    whole: WholeBatch
+    whole: Callable[[Leaves, Leaves], Leaves]
     params: Leaves
     samples: Samples
     width: int
     by_inputs: bool
     as_evaluated: Callable[[], Callable[[], None]]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many samples there are."""
         return self.samples.size
@@ -54,8 +54,8 @@ class Subject:
         random_state.repeat()
         # other threads may have chosen the plain formula, and leave it between two evaluations
         with recording(), math_attention():
-            inputs = self.samples.leaves if self.by_inputs else ()
-            followed = {id(x) for x in (*self.params, *inputs) if is_differentiable(x)}
+            inputs = filter(is_differentiable, self.samples.leaves) if self.by_inputs else ()
+            followed = {id(x) for x in (*self.params, *inputs)}
             every = (*self.params, *self.samples.leaves)
             anchors = tuple(anchored(x, False) if id(x) in followed else x for x in every)
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
@@ -66,9 +66,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class BatchGraph:
-    """Outputs of a batch on their graph, and the anchors that it leads to: parameters, then inputs.
+    """Outputs of a batch on their graph, which leads to anchors: parameters, then inputs.
 
-    ``renew`` puts back what was evaluated, as a backward pass may run the module again.
+    ``renew`` puts back what was evaluated: a backward pass may run the module again.
     """
 
     outputs: Leaves
@@ -105,13 +105,13 @@ class BatchGraph:
         own, of_leaves = grads[: self.num_params], grads[self.num_params :]
         for grad, dim in zip(of_leaves, self.dims, strict=True):
             if grad is not None and dim is not None:
-                inside, outside = at(grad, half.inside, dim), at(grad, half.outside, dim)
-                quantities.append(Quantity("derivatives in inputs", inside))
-                quantities.append(Quantity("derivatives in inputs", outside, must_be_zero=True))
+                what, outside = "derivatives in inputs", at(grad, half.outside, dim)
+                quantities.append(Quantity(what, at(grad, half.inside, dim)))
+                quantities.append(Quantity(what, outside, must_be_zero=True))
         shared = [grad for grad, d in zip(of_leaves, self.dims, strict=True) if d is None]
         sums = [grad for grad in (*own, *shared) if grad is not None]
-        quantities += [Quantity("derivatives in parameters", x, is_sum=True) for x in sums]
-        return quantities
+        of_params = [Quantity("derivatives in parameters", x, is_sum=True) for x in sums]
+        return quantities + of_params
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Half:
         return tuple(seeds)
 
 
-def halves(size: int, generator: torch.Generator) -> Iterator[Half]:
+def halves(size: int, generator: torch.Generator) -> list[Half]:
     """Random halves of the samples: for any two samples, one half has the first without the second.
 
     Each sample lies in half of the halves, and each in other ones: no such choice of halves
@@ -232,14 +232,11 @@ def halves(size: int, generator: torch.Generator) -> Iterator[Half]:
     """
     count = next(n for n in range(2, size + 2) if comb(n, n // 2) >= size or n == MOST_HALVES)
     choices = list(combinations(range(count), count // 2))
-    order = torch.randperm(max(size, len(choices)), generator=generator, device="cpu")[:size] % len(
-        choices
-    )
-    chosen = [choices[i] for i in order.tolist()]
-    for number in range(count):
-        is_inside = torch.tensor([number in choice for choice in chosen], device="cpu")
-        if 0 < int(is_inside.sum()) < size:
-            yield Half.of(is_inside, generator)
+    total = len(choices)
+    order = torch.randperm(max(size, total), generator=generator, device="cpu")[:size] % total
+    own = [choices[i] for i in order.tolist()]
+    every = [torch.tensor([n in choice for choice in own], device="cpu") for n in range(count)]
+    return [Half.of(x, generator) for x in every if 0 < int(x.sum()) < size]
 
 
 def has_batch(out: Tensor, size: int) -> bool:

@@ -97,7 +97,7 @@ class _Comparison:
 
     def _what_changes(self, generator: torch.Generator, thorough: bool) -> str | None:
         """What changes with the other samples, in words; None if nothing does."""
-        every = list(halves(self.subject.size, generator))
+        every = halves(self.subject.size, generator)
         for half in every if thorough else every[:1]:
             if what := self._changed(half) or self._unbatched(half, generator):
                 if self._is_random and any(map(self._draws_otherwise, every)):
