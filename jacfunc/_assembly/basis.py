@@ -52,7 +52,7 @@ def sweep_leaves(
         yield products_of((), of=slice(0, 0))
     for number, leaf in enumerate(leaves):
         through = partial(products_of, of=slice(number, number + 1))
-        yield from sweep(through, (leaf,), of_leaf(chunk, number))
+        yield from sweep(through, (leaf,), of_leaf(chunk, number) if number else chunk)
 
 
 def unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:

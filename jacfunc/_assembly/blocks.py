@@ -52,6 +52,12 @@ def stack_leaves(chunks: Iterable[Leaves], leaves: Leaves) -> list[Leaves]:
     return [stack(_up_to(iterator, leaf.numel()), leaf.numel()) for leaf in leaves]
 
 
+def stacked_rows(chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
+    """Blocks ``[*out_i, *in_j]`` from chunks that hold rows of one output leaf each."""
+    pairs = zip(stack_leaves(chunks, outputs), outputs, strict=True)
+    return tuple([rows_to_blocks(rows, (out,), primals)[0] for rows, out in pairs])
+
+
 def rows_to_blocks(
     rows: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
 ) -> Blocks:
@@ -107,6 +113,8 @@ def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | N
 
 def _owned(products: Leaves) -> Leaves:
     """Products in memory of their own: autograd hands out expanded views, and one tensor twice."""
+    if len(products) == 1:
+        return (products[0].clone(),) if 0 in products[0].stride() else products
     owned: list[Tensor] = []
     seen: set[int] = set()
     for product in products:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from jacfunc._assembly.blocks import (
     columns_to_blocks,
     rows_to_blocks,
     stack,
-    stack_leaves,
+    stacked_rows,
 )
 from jacfunc._assembly.pages import empty
-from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, evenly
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, evenly
 from jacfunc._types import Blocks, Leaves, Tree
+
+Sweep: TypeAlias = Callable[[Chunk], Iterable[Leaves]]
+"""From the number of seeds at once to the products of all seeds, chunk by chunk."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,16 @@ class Grid:
 class Sink:
     """A tensor a block; of another dtype or on another device, where one is named."""
 
+    copies = False
+    """Are products written elsewhere, rather than being the result themselves?"""
+
     def __init__(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         self.dtype = dtype
         self.device = device
-
-    @property
-    def copies(self) -> bool:
-        """Are products written elsewhere, rather than being the result themselves?"""
-        return self.dtype is not None or self.device is not None
+        if dtype is not None or device is not None:
+            self.copies = True
 
     def placed(self, tree: Tree) -> Tree:
         """The finished blocks, as the tree that is returned."""
@@ -62,32 +66,30 @@ class Sink:
 
     def at_once(self, chunk: Chunk) -> Chunk:
         """Seeds, or samples, of one sweep: not all, where their products are copied."""
-        return Pieces(STAGED_BYTES) if chunk is None and self.copies else chunk
+        return FittedChunks.by_share(STAGED_BYTES) if chunk is None and self.copies else chunk
 
-    def rows_at_once(self, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Chunk:
-        """Of rows it is known beforehand how large they are."""
-        if chunk is not None or not self.copies:
-            return chunk
+    def rows(self, sweep: Sweep, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Blocks:
+        """Blocks ``[*out_i, *in_j]`` from a sweep that gives chunks of rows ``[K, *in_j]``."""
+        if not self.copies:
+            return stacked_rows(sweep(chunk), outputs, primals)
         total, each = numel(outputs), sum(primal.nbytes for primal in primals)
-        return max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
-
-    def rows(self, chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
-        """Blocks ``[*out_i, *in_j]`` from chunks of rows ``[K, *in_j]``."""
-        if self.copies or len(outputs) < 2:
-            into = self.into_rows(Grid.of(outputs, primals)) if self.copies else allocated
-            rows = stack(chunks, numel(outputs), into)
-            return rows_to_blocks(rows, outputs, primals, self.dtype)
-        pairs = zip(stack_leaves(chunks, outputs), outputs, strict=True)
-        return tuple(rows_to_blocks(rows, (out,), primals)[0] for rows, out in pairs)
+        if chunk is None:  # how large rows are is known before the first
+            chunk = max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
+        rows = stack(sweep(chunk), total, self.into_rows(Grid.of(outputs, primals)))
+        return rows_to_blocks(rows, outputs, primals, self.dtype)
 
     def columns(
-        self, chunks: Iterable[Leaves], outputs: Callable[[], Leaves], primals: Leaves
+        self, sweep: Sweep, chunk: Chunk, outputs: Callable[[], Leaves], primals: Leaves
     ) -> Blocks:
-        """The same from chunks of columns ``[K, *out_i]``; outputs are known after the first."""
+        """Blocks ``[*out_i, *in_j]`` from a sweep that gives chunks of columns ``[K, *out_i]``.
+
+        The outputs are known after the first chunk.
+        """
 
         def into(first: Leaves, total: int) -> Leaves:
             return self.into_columns(Grid.of(outputs(), primals))(first, total)
 
+        chunks = sweep(self.at_once(chunk))
         columns = stack(chunks, numel(primals), into if self.copies else allocated)
         return columns_to_blocks(columns, outputs(), primals, self.dtype)
 
@@ -129,6 +131,9 @@ class Sink:
             empty(product, (total, *product.shape[1:]), self.dtype, self.device)
             for product in first
         )
+
+
+NEW_TENSORS = Sink()
 
 
 class MatrixSink(Sink):

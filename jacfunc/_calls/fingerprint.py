@@ -21,7 +21,7 @@ def fingerprint(func: object) -> str:
     Numbers in tensors, and what a function finds in globals, do not count.
 
     Example:
-        >>> from jacfunc._fingerprint import fingerprint
+        >>> from jacfunc._calls.fingerprint import fingerprint
         >>> def power(n):
         ...     return lambda x: x ** n
         >>> fingerprint(power(2)) == fingerprint(power(2)) != fingerprint(power(3))

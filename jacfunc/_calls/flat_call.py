@@ -69,13 +69,10 @@ class FlatCall:
         for n, split in zip(self._positions, self._splits, strict=True):
             if split.constants or any(map(torch.is_complex, split.leaves)):
                 check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        self.primals: Leaves = tuple([leaf for split in self._splits for leaf in split.leaves])
+        """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
         self._beside: Split | None = None
-
-    @property
-    def primals(self) -> Leaves:
-        """The point: the differentiable leaves of the chosen arguments."""
-        return tuple(leaf for split in self._splits for leaf in split.leaves)
 
     @cached_property
     def call_kind(self) -> CallKind:

@@ -52,7 +52,7 @@ class BatchProducts:
             self._pulling.repeat_draws()
             before = RandomState(point.batch.samples.leaves)
             leaves, extras = self._pulling.image()
-            if is_strict and before.were_taken():
+            if is_strict and before.has_changed():
                 point.batch.check_randomness(RuntimeError("randomness"))
         for out in leaves:
             if not out.dim() or out.shape[0] != point.size:

@@ -20,6 +20,7 @@ _BETWEEN = frozenset(
     | {"torch.utils._contextlib"}
 )
 
+_OURS = f"{__name__.partition('.')[0]}."
 
 SWITCH: Any = torch._C._set_grad_enabled
 BY_CALLER = frozenset({SWITCH, Tensor.detach})
@@ -99,7 +100,7 @@ def cuts_off(
 def asking_frame() -> Any:
     """Of whoever called the operation: neither a watch nor what torch wraps around it."""
     frame: Any = sys._getframe(1)
-    while module_of(frame) in _BETWEEN or module_of(frame).startswith(f"{__package__}."):
+    while module_of(frame) in _BETWEEN or module_of(frame).startswith(_OURS):
         frame = frame.f_back
     return frame
 

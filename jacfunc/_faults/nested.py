@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import BuiltinFunctionType
 from typing import Any
 
 from torch import Tensor
@@ -84,6 +85,10 @@ def watched_once(
 
 
 def _may_catch(function: Any) -> bool:
-    """Could it catch an error? Of what is not Python's nobody knows."""
+    """Could it catch an error? Torch's own in C++ do not; of others that are not Python's nobody
+    knows.
+    """
+    if type(function) is BuiltinFunctionType and function.__module__ == "torch":
+        return False
     code = getattr(function, "__code__", None)
     return code is None or bool(code.co_exceptiontable)

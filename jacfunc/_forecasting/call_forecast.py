@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from jacfunc._assembly import numel
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._forecasting.costs import Costs, is_forward
-from jacfunc._forecasting.on_fakes import Fakes, Forecast, Swept
+from jacfunc._forecasting.costs import Costs
+from jacfunc._forecasting.on_fakes import Fakes, Forecast
 from jacfunc._memory import largest
 from jacfunc._types import Tree
-from jacfunc.strategies import Looped
+from jacfunc.strategies import Sweeping
 
 
 class CallForecast:
@@ -50,7 +50,7 @@ class CallForecast:
             o.numel() * p.numel() * dtype(o.dtype, p.dtype).itemsize for o, p in pairs
         )
 
-    def forecast(self, strategy: Swept) -> Forecast:
+    def forecast(self, strategy: Sweeping) -> Forecast:
         """What the strategy would cost; what can't be known is None, with the reason."""
         try:
             with _countable():
@@ -62,13 +62,13 @@ class CallForecast:
             return self._by_sizes(strategy, error)
         return replace(found, seconds=self._costs.seconds(strategy) if self._costs else None)
 
-    def _by_sizes(self, strategy: Swept, error: Exception) -> Forecast:
-        seeds = self.columns if is_forward(strategy) else self.rows
-        chunk = 1 if isinstance(strategy, Looped) else strategy.chunk_size
-        sweeps = None if seeds is None else -(-seeds // largest(chunk, seeds))
-        evaluations = sweeps if is_forward(strategy) else 1
+    def _by_sizes(self, strategy: Sweeping, error: Exception) -> Forecast:
+        pushes, chunk = strategy.sweeps.are_pushes, strategy.sweeps.chunk_size
+        seeds = self.columns if pushes else self.rows
+        count = None if seeds is None else -(-seeds // largest(chunk, seeds))
+        evaluations = count if pushes else 1
         reason = f"by sizes alone, can't be run on fakes: {_in_words(error)}"
-        return Forecast(strategy, evaluations, sweeps, None, self._result, None, reason)
+        return Forecast(strategy, evaluations, count, None, self._result, None, reason)
 
 
 def _in_words(error: Exception) -> str:

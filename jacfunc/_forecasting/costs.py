@@ -14,17 +14,10 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest
 from jacfunc._torch import below_transforms, is_pushing, uncompiled
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
-
-COLUMN_LOOP = Looped("columns")
+from jacfunc.strategies import Sweeping
 
 LOOKING = 8.0
 """Evaluations of overhead alone that it takes to look for the uses of parameters."""
-
-
-def is_forward(strategy: Strategy) -> bool:
-    """Does it push tangents?"""
-    return isinstance(strategy, Forward) or strategy == COLUMN_LOOP
 
 
 @dataclass(frozen=True)
@@ -113,31 +106,30 @@ class Costs:
             is_copied=is_copied,
         )
 
-    def seeds(self, strategy: Reverse | Forward | Looped | Structured) -> int:
+    def seeds(self, strategy: Sweeping) -> int:
         """How many the strategy sweeps in all."""
-        return self.columns if is_forward(strategy) else self.rows
+        return self.columns if strategy.sweeps.are_pushes else self.rows
 
-    def most_bytes(self, strategy: Reverse | Forward | Structured) -> int:
+    def most_bytes(self, strategy: Sweeping) -> int:
         """At most that, swept in one chunk: as if nothing were freed before the end."""
         moved = sum(op.read + op.written for op in self.operations)
         results = 2
-        if isinstance(strategy, Structured):  # no gradient of a parameter is ever there
+        if strategy.sweeps.by_layers:  # no gradient of a parameter is ever there
             moved, results = moved - sum(op.held for op in self.operations), 1
         return self.kept + results * self.result + 2 * self.seeds(strategy) * moved
 
-    def seconds(self, strategy: Reverse | Forward | Looped | Structured) -> float:
+    def seconds(self, strategy: Sweeping) -> float:
         """All sweeps of the strategy, and the evaluations that they need."""
-        if isinstance(strategy, Structured):
+        sweeps, total = strategy.sweeps, self.seeds(strategy)
+        if sweeps.by_layers:
             return self._by_layers()
-        total = self.seeds(strategy)
-        is_looped = isinstance(strategy, Looped)
-        chunk = 1 if isinstance(strategy, Looped) else largest(strategy.chunk_size, total)
-        sweeps = -(-total // chunk)
-        copies = self._write_blocks() if sweeps > 1 or self.is_copied else 0.0
-        if is_forward(strategy):
-            cost = self.speeds.push if is_looped else self.speeds.push_batch
-            return sweeps * self._push(chunk, cost) + copies
-        return self._evaluation() + sweeps * self._pull(chunk) + copies
+        chunk = largest(sweeps.chunk_size, total)
+        count = -(-total // chunk)
+        copies = self._write_blocks() if count > 1 or self.is_copied else 0.0
+        if sweeps.are_pushes:
+            cost = self.speeds.push_batch if sweeps.is_vmapped else self.speeds.push
+            return count * self._push(chunk, cost) + copies
+        return self._evaluation() + count * self._pull(chunk) + copies
 
     def _by_layers(self) -> float:
         """Every operation is looked at; no gradient of a parameter is made but the result."""

@@ -11,18 +11,16 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from jacfunc._assembly import columns_to_blocks, numel, rows_to_blocks
-from jacfunc._forecasting.costs import Costs, is_forward
+from jacfunc._forecasting.costs import Costs
 from jacfunc._forecasting.recording import Recorder
 from jacfunc._forecasting.replacing import Replacing
 from jacfunc._linear_map import EVERY, JacobianOperator, Some
 from jacfunc._memory import Chunk, PeakBytes
 from jacfunc._trees import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
-from jacfunc.strategies import Forward, Looped, Reverse, Structured
+from jacfunc.strategies import Sweeping
 
 MAX_BYTES = 2**63 - 1
-
-Swept = Reverse | Forward | Looped | Structured
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Forecast:
         seconds: on this machine.
     """
 
-    strategy: Swept
+    strategy: Sweeping
     evaluations: int | None
     sweeps: int | None
     flops: int | None
@@ -57,7 +55,7 @@ class Forecast:
     @property
     def chunk_size(self) -> Chunk:
         """Seeds a sweep; None for all at once."""
-        return 1 if isinstance(self.strategy, Looped) else self.strategy.chunk_size
+        return self.strategy.sweeps.chunk_size
 
 
 class Fakes:
@@ -81,7 +79,7 @@ class Fakes:
             outputs = operator.outputs
         return outputs, Costs.of(operator, recorder)
 
-    def forecast(self, strategy: Swept, call: LeafFunction, primals: Leaves) -> Forecast:
+    def forecast(self, strategy: Sweeping, call: LeafFunction, primals: Leaves) -> Forecast:
         """Carry the strategy out and count."""
         with ExitStack() as modes:
             modes.enter_context(self.mode)
@@ -160,27 +158,27 @@ class _Probe(JacobianOperator):
     def pushforward_each(self, tangents: Leaves) -> Leaves:
         return self._sample(super().pushforward_each, tangents, self.primals)
 
-    def materialized_by(self, strategy: Swept) -> Blocks:
+    def materialized_by(self, strategy: Sweeping) -> Blocks:
         """The strategy's blocks, the sweeps that are left out included."""
-        if not isinstance(strategy, Reverse | Looped) or is_forward(strategy):
+        if strategy.sweeps.are_pushes or strategy.sweeps.by_layers:
             return self._round(strategy, EVERY)
         alone = [slice(number, number + 1) for number in range(len(self.outputs))]
         return tuple(row for only in alone or [EVERY] for row in self._round(strategy, only))
 
-    def _round(self, strategy: Swept, only: slice) -> Blocks:
+    def _round(self, strategy: Sweeping, only: slice) -> Blocks:
         self._only = only
         self._rounds.append(_Round())
         try:
             return strategy.materialize(self)
         except _Enough:
             pass  # what the sweeps left behind is freed before the result is taken
-        pushes = is_forward(strategy)
+        pushes = strategy.sweeps.are_pushes
         swept, produced = (self.primals, self.outputs)[:: 1 if pushes else -1]
         products = tuple(leaf.new_empty((numel(swept), *leaf.shape)) for leaf in produced)
         assemble = columns_to_blocks if pushes else rows_to_blocks
         return assemble(products, self.outputs, self.primals)
 
-    def forecast(self, strategy: Swept, blocks: Blocks) -> Forecast:
+    def forecast(self, strategy: Sweeping, blocks: Blocks) -> Forecast:
         """What was counted, and the same again for the sweeps that were left out."""
         evaluations, flops, peak = self._counted.calls, self._work.flops, self._memory.peak
         result, kept = sum(map(_bytes, blocks)), 0

@@ -54,7 +54,7 @@ class Recorder(PeakBytes):
 
     Example:
         >>> import torch
-        >>> from jacfunc._work import Recorder
+        >>> from jacfunc._forecasting.recording import Recorder
         >>> A, x = torch.ones(3, 2), torch.ones(2)
         >>> with Recorder((x,)) as recorder:
         ...     y = torch.tanh(A @ x)

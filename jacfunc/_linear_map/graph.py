@@ -1,4 +1,8 @@
-"""Plain autograd graphs as linear maps: cotangents are pulled back through them."""
+"""A function at a point, linearized: evaluated once, its graph kept as a map of cotangents.
+
+Plain autograd keeps one graph and sweeps it with vmap: half the time of torch.func at small sizes,
+and wider coverage. Inside another transform of functorch only torch.func.vjp can pull back.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,27 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
+from jacfunc._arguments import check_kept
 from jacfunc._errors import Refused
 from jacfunc._faults import (
-    can_be_batched,
     check_nodes,
-    must_be_differentiable,
     once,
-    wrong_second_derivative,
+    pullback_rules,
+    watched_once,
 )
+from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, Linearization, Some, some_of
-from jacfunc._linear_map.walks import Graph
+from jacfunc._linear_map.walks import Graph, leading_out
 from jacfunc._torch import (
+    Pull,
+    is_outermost,
     math_attention,
     outside_transforms,
     recording,
     run_as_written,
     run_backward,
 )
-from jacfunc._types import Leaves
+from jacfunc._types import LeafFunction, Leaves
 
 
 class Anchor(NamedTuple):
@@ -69,6 +76,30 @@ def copied(anchor: Tensor) -> Tensor:
     # no view: a write into one would go by the node that it came out of
     own = torch.empty_strided(anchor.shape, strides, dtype=anchor.dtype, device=anchor.device)
     return own.copy_(anchor)
+
+
+def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
+    """Evaluate once and keep what a pullback needs."""
+    if not is_outermost():
+        return linearize_inside(func, primals)
+    wanted = torch.is_grad_enabled()
+    with recording(), math_attention():
+        anchors = [anchored(primal, wanted) for primal in primals]
+        # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
+        copies = list(map(copied, anchors))
+        check_kept(primals, copies)
+        starts = {copy.grad_fn for copy in copies}
+        further = wanted and any(primal.requires_grad for primal in primals)
+        pull = Pull(None, (wanted, further), leading_out(starts, wanted, further))
+        outputs, extras = watched_once(func, copies, primals, pull)
+    state = getattr(func, "state", None)
+    as_evaluated = None if state is None else state.as_evaluated()
+    graph = Graph.back_to(starts, (*outputs, *extras))
+    if graph.leads_out and state is not None:
+        state.check_fresh(outputs)
+    differentiated = further or (wanted and graph.leads_out)
+    targets = list(map(Anchor.at, anchors))
+    return on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
 
 
 def _transposed(outputs: Leaves, sweep: Callable[[Leaves], Leaves]) -> Linearization:
@@ -136,16 +167,16 @@ def on_graph(
         edges = tuple([anchor.edge for anchor in wanted_by])
         if as_evaluated is not None:
             as_evaluated()
-        products = _run_backward(targets, edges, chosen, keeps or forced)
+        products = _run_backward(targets, edges, chosen, keeps or rules.is_forced)
         pairs = zip(products, wanted_by, strict=True)
         every = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
             return every
         cut = tuple([x.detach() if x.requires_grad else x for x in every])
-        return cut if reason is None else once(cut, some, reason)
+        return cut if rules.reason is None else once(cut, some, rules.reason)
 
     def sweep(cotangents: Leaves, onto: slice, of: Some) -> Leaves:
-        return swept(cotangents, onto, of, keeps_graph and torch.is_grad_enabled())
+        return swept(cotangents, onto, of, rules.keeps_graph and torch.is_grad_enabled())
 
     def transpose() -> Linearization:
         check_nodes(graph.nodes, True)
@@ -154,11 +185,13 @@ def on_graph(
     def released(leaves: Leaves) -> Leaves:
         return leaves if differentiated else tuple([leaf.detach() for leaf in leaves])
 
-    check_nodes(graph.nodes, differentiated=False)
-    reason = wrong_second_derivative(graph.nodes) if differentiated else None
-    keeps_graph = differentiated and reason is None
-    names = graph.names
-    batchable = can_be_batched(names, keeps_graph)
-    forced = must_be_differentiable(names, in_functorch=False)
-    found = released(outputs), released(extras)
-    return Linearization(*found, sweep, batchable, names, 0, keeps_graph, transpose)
+    rules = pullback_rules(graph.nodes, differentiated)
+    return Linearization(
+        released(outputs),
+        released(extras),
+        sweep,
+        rules.is_batchable,
+        rules.names,
+        differentiated=rules.keeps_graph,
+        transpose=transpose,
+    )

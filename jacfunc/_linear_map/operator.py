@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from jacfunc._assembly import Sink
 from jacfunc._errors import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._faults import Watch, handled
 from jacfunc._linear_map.agreement import check_agreement
+from jacfunc._linear_map.graph import linearize
 from jacfunc._linear_map.linearization import EVERY, Linearization, Some, one_by_one
-from jacfunc._linear_map.pull import linearize
 from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
 from jacfunc._torch import RandomState, below_transforms, holds_nan, inside_transform, levels
 from jacfunc._trees import kind_of
-from jacfunc._types import Blocks, LeafFunction, Leaves
+from jacfunc._types import LeafFunction, Leaves
 
 Result = TypeVar("Result")
 
@@ -31,10 +30,9 @@ class JacobianOperator:
     all must return the same outputs, whatever else the function draws or keeps.
     """
 
-    def __init__(self, func: LeafFunction, primals: Leaves, sink: Sink | None = None) -> None:
+    def __init__(self, func: LeafFunction, primals: Leaves) -> None:
         self.primals = primals
         self.func = func
-        self.sink = sink or Sink()
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
@@ -56,15 +54,9 @@ class JacobianOperator:
         fresh._draws = self._draws
         return fresh
 
-    def from_rows(self, chunks: Iterable[Leaves]) -> Blocks:
-        """Blocks ``[*out_i, *in_j]`` of chunks of rows ``[K, *in_j]``, where the sink puts them."""
-        return self.sink.rows(chunks, self.outputs, self.primals)
-
-    def from_columns(self, chunks: Iterable[Leaves]) -> Blocks:
-        """The same of chunks of columns ``[K, *out_i]``."""
-        # only pullbacks need a graph; and what was evaluated to plan is no part of the result
+    def forget(self) -> None:
+        """Drop what was evaluated, and its graph, which only pullbacks need."""
         self._linearization = self._image = None
-        return self.sink.columns(map(numbers, chunks), lambda: self.outputs, self.primals)
 
     @property
     def outputs(self) -> Leaves:
@@ -193,7 +185,7 @@ class JacobianOperator:
             raise Refused(f"torch can't {what} through it ({reason})") from error
 
 
-def numbers(products: Leaves) -> Leaves:
+def check_numbers(products: Leaves) -> Leaves:
     """Products of tangents, of which none is nan.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How many bytes are free."""
+"""How many bytes of memory are free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
     """Bytes that can be allocated before the system swaps, or a container meets its limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if not meminfo.exists():  # no Linux: half of all there is, as nobody says how much is free
+    if not meminfo.exists():  # not Linux: half of all memory, as nothing says how much is free
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
     lines = meminfo.read_text().splitlines()
     (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
@@ -24,6 +24,7 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
 
 
 def _free_in_container(cgroup: Path) -> int:
+    """Bytes up to the limit of the container; without a limit, the largest number."""
     limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if not limit.exists() or limit.read_text().strip() == "max":
         return sys.maxsize

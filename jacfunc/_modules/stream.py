@@ -16,7 +16,7 @@ from jacfunc._errors import Refused
 from jacfunc._lending import ModuleState, Select, detached_copy
 from jacfunc._linear_map import EVERY, JacobianOperator, narrowed
 from jacfunc._lock import alone
-from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, in_chunks
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, in_chunks
 from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
@@ -104,7 +104,7 @@ def stream_jacobian(
         call = ModuleCall(API, state, arguments, independence=independence)
         batching = Batching(in_dims, randomness) if per_sample else None
         batch = None if batching is None else call.batch(batching)
-        chunk: Chunk = chunk_size or Pieces(STAGED_BYTES)
+        chunk: Chunk = chunk_size or FittedChunks.by_share(STAGED_BYTES)
         if batch is not None and batching is not None and by == "samples":
             return _by_samples(call, batch, batching, chunk, random_state)
         evaluate = partial(EvaluatedModule, call, batch, random_state)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from jacfunc._arguments import check_memory
+from jacfunc._assembly import Sink
 from jacfunc._calls import fingerprint
 from jacfunc._errors import Refused
-from jacfunc._forecasting import Swept, counted_costs
+from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of
@@ -29,7 +30,7 @@ from jacfunc._planning.plan import Plan, others, rows_first
 from jacfunc._planning.tuning_cache import winners
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Forward, Reverse, Structured
+from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
 
 ROUNDS, FEWEST = 25, 5
 SECONDS = 1.0
@@ -54,7 +55,7 @@ REACH = 8
 
 
 @dataclass(frozen=True)
-class Autotune:
+class Autotune(Streaming):
     """Measures the candidates on first use, in interleaved rounds, and takes the fastest.
 
     The winner is remembered for the function's code, the shapes, dtypes and devices of all
@@ -84,9 +85,9 @@ class Autotune:
     def __post_init__(self) -> None:
         check_memory("Autotune", self.memory)
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""
-        return by_plan(self, operator, BOTH)
+        return by_plan(self, sink, operator, BOTH)
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The winner, measured where it is not known."""
@@ -104,7 +105,10 @@ class Autotune:
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
     def plan_samples(
-        self, operator: JacobianOperator, samples: SampledWays, run: Callable[[Swept, Chunk], Any]
+        self,
+        operator: JacobianOperator,
+        samples: SampledWays,
+        run: Callable[[Sweeping, Chunk], Any],
     ) -> tuple[Plan, Chunk]:
         """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
         costs = counted_costs(operator)
@@ -131,16 +135,16 @@ class Autotune:
         plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
         return rows_first(plan, operator), None
 
-    def _won(self, operator: JacobianOperator, key: str) -> Swept | None:
+    def _won(self, operator: JacobianOperator, key: str) -> Sweeping | None:
         return winners(self._file()).get(_device(operator), key)
 
     def _measure(
         self,
         device: torch.device,
         key: str,
-        strategies: Iterable[Swept],
-        run: Callable[[Swept], Any],
-    ) -> Swept:
+        strategies: Iterable[Sweeping],
+        run: Callable[[Sweeping], Any],
+    ) -> Sweeping:
         times = medians(list(strategies), run, device)
         best = min(times, key=times.__getitem__)
         winners(self._file()).put(device, key, best, times[best])
@@ -161,20 +165,20 @@ def _device(operator: JacobianOperator) -> torch.device:
     return operator.primals[0].device if operator.primals else torch.device("cpu")
 
 
-def _materialized(operator: JacobianOperator, strategy: Swept) -> Blocks:
+def _materialized(operator: JacobianOperator, strategy: Sweeping) -> Blocks:
     fresh = operator.again()
     fresh.repeat_draws()
     return strategy.materialize(fresh)
 
 
 def medians(
-    strategies: Sequence[Swept],
-    run: Callable[[Swept], Any],
+    strategies: Sequence[Sweeping],
+    run: Callable[[Sweeping], Any],
     device: torch.device,
     clock: Callable[[Callable[[], Any], torch.device], float] = seconds_of,
-) -> dict[Swept, float]:
+) -> dict[Sweeping, float]:
     """Median seconds of those that held out to the last round."""
-    first: dict[Swept, float] = {}
+    first: dict[Sweeping, float] = {}
     for strategy in strategies:  # what torch sets up on first use is nobody's cost
         try:
             first[strategy] = clock(partial(run, strategy), device)
@@ -183,7 +187,7 @@ def medians(
             if strategy == strategies[-1] and not first:
                 raise
     least = min(first.values())
-    times: dict[Swept, list[float]] = {
+    times: dict[Sweeping, list[float]] = {
         s: [] for s, took in first.items() if took <= max(SLOW_START * least, SETTING_UP)
     }
     order, start = random.Random(0), time.perf_counter()

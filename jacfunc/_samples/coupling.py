@@ -139,14 +139,14 @@ class _Comparison:
     @cached_property
     def _is_random(self) -> bool:
         self.subject.evaluated(self.random_state)
-        return self.random_state.were_taken()
+        return self.random_state.has_changed()
 
     def _draws_otherwise(self, half: Half) -> bool:
         """Are more or fewer random numbers drawn with other samples?"""
         self.subject.evaluated(self.random_state)
         after = RandomState(self.subject.samples.leaves)
         self.subject.of(half.sources).evaluated(self.random_state)
-        return after.were_taken()
+        return after.has_changed()
 
     def _changed(self, half: Half) -> str | None:
         """What of a half changes when the samples outside are replaced, in words."""

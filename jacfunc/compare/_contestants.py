@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from jacfunc._calls import Derivation
-from jacfunc._forecasting import CallForecast, Costs, Swept, counted_costs, is_forward
+from jacfunc._forecasting import CallForecast, Costs, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import Contestant, Expected, Result, Run
@@ -22,7 +22,7 @@ from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._problem import API, Problem
 from jacfunc.compare._recipe import baseline_of, by_recipe
 from jacfunc.compare._reference import Plain
-from jacfunc.strategies import Looped, Reverse, Strategy, Structured
+from jacfunc.strategies import Reverse, Strategy, Sweeping
 
 STRATEGIES: tuple[str | Strategy, ...] = (
     "auto",
@@ -169,14 +169,14 @@ class Outlook:
     def of(self, strategy: str | Strategy) -> Expected | None:
         """Seconds and peak bytes; of auto and autotune nothing."""
         swept = resolve(API, strategy, None)
-        if not isinstance(swept, Swept):
+        if not isinstance(swept, Sweeping):
             return None
         if self._teller is not None:
             told = self._teller.forecast(swept)
             return Expected(told.seconds, told.peak_bytes)
         if self._one is None:
             return None
-        if isinstance(swept, Looped):
+        if not swept.sweeps.is_vmapped:
             return Expected(self._sizes.samples * self._one.seconds(swept), None)
         return Expected(self._one.times(self._sizes.samples).seconds(swept), None)
 
@@ -185,7 +185,7 @@ class Outlook:
     ) -> str | None:
         """Why it should not be tried: a process that is killed has no table."""
         swept, free = resolve(API, strategy, None), free_bytes(self._device)
-        if told is None or not isinstance(swept, Swept):
+        if told is None or not isinstance(swept, Sweeping):
             return None
         if told.peak_bytes is not None and told.peak_bytes > free:
             return f"out of memory: forecast {in_bytes(told.peak_bytes)}, {in_bytes(free)} free"
@@ -196,16 +196,16 @@ class Outlook:
             return f"out of time: forecast {in_seconds(told.seconds)} a call"
         return None
 
-    def _least_bytes(self, swept: Swept) -> int:
+    def _least_bytes(self, swept: Sweeping) -> int:
         """The products of a module's largest operation with all seeds of a sweep."""
-        if self._one is None or isinstance(swept, Looped):
+        if self._one is None or not swept.sweeps.is_vmapped:
             return 0
         every = self._one.times(self._sizes.samples)
-        seeds = largest(swept.chunk_size, every.seeds(swept))
-        if is_forward(swept):
+        seeds = largest(swept.sweeps.chunk_size, every.seeds(swept))
+        if swept.sweeps.are_pushes:
             sizes = [op.written for op in every.operations]
         else:
-            layers = isinstance(swept, Structured)
+            layers = swept.sweeps.by_layers
             sizes = [op.read - op.held if layers else op.read for op in every.operations]
         return seeds * max(sizes, default=0)
 

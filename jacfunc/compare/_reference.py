@@ -66,7 +66,7 @@ class Plain:
         module = self.problem.module
         with torch.enable_grad():
             found = self._of_function() if module is None else self._of_module(module, number)
-        self.is_random = self._draws.were_taken()
+        self.is_random = self._draws.has_changed()
         return found
 
     def try_out(self) -> Sample:

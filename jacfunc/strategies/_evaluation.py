@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from jacfunc._assembly import Grid, Sink
+from jacfunc._assembly import NEW_TENSORS, Grid, Sink
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks, Leaves, Tree
-from jacfunc.strategies._strategy import Strategy
+from jacfunc.strategies._strategy import Strategy, blocks_into
 
 Result = TypeVar("Result")
 
@@ -24,7 +24,7 @@ class Evaluation:
     blocks: Blocks
     image: Callable[[], tuple[Leaves, Leaves]]
     """Outputs and extras."""
-    sink: Sink | None = None
+    sink: Sink
     """Where the blocks went."""
 
     @property
@@ -39,14 +39,14 @@ class Evaluation:
     def jacobian(self) -> Tree:
         """Output tree of input trees of blocks."""
         tree = self.call.jacobian(self.blocks)
-        return tree if self.sink is None else self.sink.placed(tree)
+        return self.sink.placed(tree) if self.sink.copies else tree
 
 
-def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = None) -> Evaluation:
+def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENSORS) -> Evaluation:
     """One call's Jacobian by a strategy, with all that comes beside it."""
-    operator = JacobianOperator(call, call.primals, sink)
-    blocks = in_words_of(api, lambda: strategy.materialize(operator))
-    if sink is not None and sink.copies:
+    operator = JacobianOperator(call, call.primals)
+    blocks = in_words_of(api, lambda: blocks_into(sink, strategy, operator))
+    if sink.copies:
         blocks = sink.finished(blocks, Grid.of(operator.outputs, operator.primals), ())
     return Evaluation(call, blocks, operator.image, sink)
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 
 from jacfunc._arguments import check_chunk_size
+from jacfunc._assembly import Sweep
 from jacfunc._factored import FactoredJacobian, LearnedUses, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
 from jacfunc._torch import is_outermost
-from jacfunc._types import Blocks, Leaves
+from jacfunc._types import Leaves
 from jacfunc.strategies._reverse import Reverse
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
-class Structured:
+class Structured(Sweeping):
     """Pulls rows back onto what comes out of layers, and multiplies with what went in.
 
     The block of a layer's weight is an outer product of these two, written where it belongs
@@ -52,22 +54,25 @@ class Structured:
         if not isinstance(self.chunk_size, FittedChunks):
             check_chunk_size("Structured", self.chunk_size)
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]``; the whole call is one sample."""
+    @property
+    def sweeps(self) -> Sweeps:
+        """Over rows, as far as the outputs of layers."""
+        return Sweeps("rows", self.chunk_size, by_layers=True)
+
+    def products(self, operator: JacobianOperator) -> Sweep:
+        """Rows from factors; the whole call is one sample."""
         if not is_outermost():
-            return Reverse(self.chunk_size).materialize(operator)
+            return Reverse(self.chunk_size).products(operator)
         factors = self.factors(operator)
 
-        outputs = factors.of_one
+        def rows(chunk: Chunk) -> Iterator[Leaves]:
+            for number, out in enumerate(factors.of_one):
+                yield from in_chunks(out.numel(), of_leaf(chunk, number), partial(rows_of, number))
 
-        def of_rows(number: int) -> Iterator[Leaves]:
-            def rows(start: int, stop: int) -> Leaves:
-                return tuple(row[0] for row in factors.rows(start, stop, number))
+        def rows_of(number: int, start: int, stop: int) -> Leaves:
+            return tuple(row[0] for row in factors.rows(start, stop, number))
 
-            return in_chunks(outputs[number].numel(), of_leaf(chunk, number), rows)
-
-        chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
-        return operator.from_rows(chain.from_iterable(map(of_rows, range(len(outputs)))))
+        return rows
 
     def factors(self, operator: JacobianOperator) -> FactoredJacobian:
         """The operator evaluated, its Jacobian kept as factors."""

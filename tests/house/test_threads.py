@@ -411,7 +411,7 @@ def read():
     for _ in range(50):
         state = RandomState((torch.zeros(1),))
         state.repeat()
-        assert not state.were_taken()
+        assert not state.has_changed()
 
 threads = [threading.Thread(target=read) for _ in range(4)]
 for thread in threads: thread.start()

@@ -282,14 +282,14 @@ def test_memory_that_is_none(words):
 
 
 def sizes_taken(total, chunk, bytes_of=lambda size: 0):
-    taken = []
+    sizes = []
 
     def take(start, stop):
-        taken.append(stop - start)
+        sizes.append(stop - start)
         return (torch.empty(bytes_of(stop - start), dtype=torch.uint8),)
 
     list(in_chunks(total, chunk, take))
-    return taken
+    return sizes
 
 
 def test_chunks_grow_to_what_fits_and_stay():
@@ -320,3 +320,17 @@ def test_chunks_have_a_limit():
     assert sizes_taken(20, FittedChunks(10**9), lambda size: size) == [2, 18]
     assert sizes_taken(3, FittedChunks(1), lambda size: 10 * size) == [2, 1]
     assert sizes_taken(0, FittedChunks(1)) == [0]
+
+
+def test_chunks_that_are_copied_grow_to_a_share_of_all_products():
+    assert sizes_taken(80, FittedChunks.by_share(1), lambda size: 100 * size) == [1] + [10] * 7 + [
+        9
+    ]
+    assert sizes_taken(80, FittedChunks.by_share(2000), lambda size: 100 * size) == [
+        1,
+        16,
+        16,
+        16,
+        16,
+        15,
+    ]
