@@ -13,7 +13,6 @@ from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused
 from jacfunc._linear_map import (
     JacobianOperator,
-    Samples,
     check_agreement,
     chosen_leaves,
     narrowed,
@@ -46,7 +45,7 @@ class BatchProducts:
     def __init__(self, point: ModuleAtBatch) -> None:
         flat = point.call.flat_call(point.call.arguments, None)
         seen: list[FlatCall] = [flat]
-        is_strict = point.batch.randomness == "error"
+        is_strict = point.batch.samples.randomness == "error"
         func = flat if is_strict else OfCalls(_mapped(point, seen), flat.state)
         # they require gradients for the graph of Jᵀ u alone
         self._pulling = JacobianOperator(
@@ -57,7 +56,7 @@ class BatchProducts:
         self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
         with point.undisturbed():
             self._pulling.rewind_generators()
-            before = RandomState(point.batch.leaves)
+            before = RandomState(point.batch.samples.leaves)
             leaves, extras = self._pulling.image()
             if is_strict and before.has_changed():
                 point.batch.check_randomness(RuntimeError("randomness"))
@@ -158,7 +157,7 @@ def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
     if point.size == 1 or not any(point.size in out.shape[1:] for out in outputs):
         return
     call, batch = point.call, point.batch
-    fewer = narrowed(batch.leaves, batch.dims, 0, point.size - 1)
+    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, point.size - 1)
     flat = call.flat_call(Split.of(call.arguments, is_tensor).merge(fewer), None)
     with point.undisturbed():
         try:
@@ -200,7 +199,6 @@ def _precision(leaves: Leaves) -> float:
 def _mapped(point: ModuleAtBatch, seen: list[FlatCall]) -> LeafFunction:
     """The module of each sample, as random numbers are to be drawn; parameters are shared."""
     batch = point.batch
-    samples = Samples(batch.leaves, batch.dims, batch.randomness)
 
     def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
         call = batch.call_of(data)
@@ -209,6 +207,6 @@ def _mapped(point: ModuleAtBatch, seen: list[FlatCall]) -> LeafFunction:
         return found
 
     def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
-        return samples.map(of_one, params, [None] * len(params))
+        return batch.samples.map(of_one, params, [None] * len(params))
 
     return of_all

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation
 from jacfunc._forecasting import CallForecast, Costs, counted_costs
-from jacfunc._linear_map import JacobianOperator, one_sample
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import Contestant, Expected, Result, Run
 from jacfunc._memory import free_bytes, largest
@@ -216,8 +215,7 @@ def _costs_of_one(problem: Problem) -> Costs | None:
     call = problem.call()
     with call.undisturbed():
         if problem.is_sampled:
-            batch = call.batch(Sink(), problem.in_dims, problem.randomness)
-            flat = batch.call_of(one_sample(batch.leaves, batch.dims, 0))
+            flat = call.batch(problem.batching).first_call()
         else:
-            flat = call.flat_call(call.arguments, None)
+            flat = call.flat_call(call.arguments)
         return counted_costs(JacobianOperator(flat, flat.primals))
