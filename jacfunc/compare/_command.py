@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jacfunc.compare import compare
+from jacfunc.compare._compare import compare
 from jacfunc.compare._problem import API, Problem
 from jacfunc.compare._table import check_extra, check_picture
 

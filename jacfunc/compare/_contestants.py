@@ -20,8 +20,7 @@ from jacfunc._torch import RandomState
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._problem import API, Problem
-from jacfunc.compare._recipe import baseline_of, by_recipe
-from jacfunc.compare._reference import Plain
+from jacfunc.compare._reference import Plain, baseline_of, by_recipe
 from jacfunc.strategies import Looped, Reverse, Strategy, Structured
 
 STRATEGIES: tuple[str | Strategy, ...] = (
