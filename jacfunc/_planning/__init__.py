@@ -6,3 +6,4 @@ from jacfunc._planning.budget import SHARE
 from jacfunc._planning.by_name import directed, resolve
 from jacfunc._planning.choice import SampledWays
 from jacfunc._planning.plan import UNMAPPED, Plan, attempt
+from jacfunc._planning.recall import recall, remember

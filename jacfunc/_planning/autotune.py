@@ -6,8 +6,8 @@ import hashlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,11 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import Chunk
-from jacfunc._planning.auto import Planned, by_plan
+from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, candidates, fastest
 from jacfunc._planning.plan import Plan, others, rows_first
 from jacfunc._planning.tuning_cache import winners
-from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
 from jacfunc.strategies import Forward, Reverse, Structured
@@ -81,9 +80,6 @@ class Autotune:
 
     cache: str | Path | None = None
     memory: int | str | None = None
-    known: Remembered[Planned] = field(
-        default_factory=nothing_yet, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         check_memory("Autotune", self.memory)
@@ -91,14 +87,6 @@ class Autotune:
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""
         return by_plan(self, operator, BOTH)
-
-    def recall(self, called: Any, kind: Hashable) -> Planned | None:
-        """What was done before."""
-        return self.known.get(called, kind)
-
-    def remember(self, called: Any, kind: Hashable, planned: Planned) -> None:
-        """For later calls."""
-        self.known.put(called, kind, planned)
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The winner, measured where it is not known."""
@@ -164,7 +152,8 @@ class Autotune:
 
 
 def _key(operator: JacobianOperator) -> str:
-    about = fingerprint(operator.func), operator.signature()
+    call = operator.call_kind
+    about = fingerprint(operator.func), call.kind
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 

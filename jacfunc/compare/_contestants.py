@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from jacfunc._assembly import Sink
+from jacfunc._calls import Derivation
 from jacfunc._forecasting import CallForecast, Costs, Swept, counted_costs, is_forward
 from jacfunc._linear_map import JacobianOperator, one_sample
 from jacfunc._log import note
@@ -158,8 +159,8 @@ class Outlook:
         try:
             if problem.module is None:
                 args, kwargs = problem.args, dict(problem.kwargs)
-                func, argnums = problem.target, problem.argnums
-                self._teller = CallForecast(API, func, argnums, False, args, kwargs)
+                derivation = Derivation(API, problem.target, problem.argnums)
+                self._teller = CallForecast(derivation, args, kwargs)
             else:
                 self._one = _costs_of_one(problem)
         except Exception as error:  # the measured rows will say what is wrong; there is no forecast
