@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from jacfunc._arguments import check_memory
-from jacfunc._measuring import Effort, measure
+from jacfunc._measuring import Effort, Entry, measure
 from jacfunc._planning import resolve
 from jacfunc._types import Memory
 from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, name_of
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import API, Problem
-from jacfunc.compare._reference import baseline_of, plain_of
-from jacfunc.compare._table import Comparison, check_extra, progress_bar
+from jacfunc.compare._reference import baseline_of, reference_of
+from jacfunc.compare._table import Comparison, check_extra
 from jacfunc.strategies import Strategy
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 
 def compare(
@@ -35,16 +32,17 @@ def compare(
     """Measures every strategy on a problem of yours: answers, then peaks, then times in rounds.
 
     Each answer is compared with rows of the Jacobian that a plain loop of ``torch.autograd.grad``
-    gives, in float64 on the CPU where the problem runs there. What is refused, wrong or out of
-    memory stays as a row with its reason. Times are ratios to torch's own way, round by round.
+    gives, in float64 on the CPU where the problem runs there. A strategy that is refused, wrong or
+    out of memory stays as a row with its reason. Times are ratios to torch's own recipe, round by
+    round.
 
     Args:
         problem: ``(module, *inputs)``, ``(func, *args)``, or a :class:`jacfunc.compare.Problem`.
-            Of a module, Jacobians of each sample in its parameters are taken, of a function
-            :func:`jacfunc.jacobian` in the first argument, unless a Problem says otherwise.
+            A module is differentiated by its parameters, each sample alone, and a function by its
+            first argument, unless a Problem says otherwise.
         strategies: names and objects, as for :func:`jacfunc.jacobian`.
-        device: to measure there, on a copy; by default where the problem is.
-        seconds: of timing for each strategy; checks come on top.
+        device: where a copy is measured; by default the problem itself, where it is.
+        seconds: the time that each strategy is timed for; checks come on top.
         memory: bytes that auto and autotune are to keep to, as a number or in words (``"2 GiB"``).
         progress: show a bar with the time left.
 
@@ -54,7 +52,8 @@ def compare(
 
     Raises:
         TypeError, ValueError: a problem or options that do not fit; a problem that does not run,
-            or whose Jacobian would not fit in memory. ModuleNotFoundError: without the extra.
+            or whose Jacobian would not fit in memory.
+        ModuleNotFoundError: the extra ``bench`` is not installed.
 
     Cost:
         About ``seconds`` a strategy, three calls of each before, and up to ten seconds of checks.
@@ -63,9 +62,9 @@ def compare(
         >>> import torch
         >>> from jacfunc.compare import compare
         >>> model = torch.nn.Linear(3, 2)
-        >>> found = compare((model, torch.ones(4, 3)), strategies=["auto", "looped"], seconds=0.01)
-        >>> [(result.contestant, result.status) for result in found.results]
-        [('vmap(torch.func.jacrev)', 'ok'), ('auto', 'ok'), ('looped', 'ok')]
+        >>> comparison = compare((model, torch.ones(4, 3)), strategies=["auto"], seconds=0.01)
+        >>> [(result.contestant, result.status) for result in comparison.results]
+        [('vmap(torch.func.jacrev)', 'ok'), ('auto', 'ok')]
     """
     check_extra()
     check_memory(API, memory)
@@ -75,18 +74,14 @@ def compare(
         raise ValueError(
             f"{API}: seconds must be positive, got {seconds}. It is the time for each strategy."
         )
-    posed = Problem.of(problem)
+    subject = Problem.of(problem)
     if device is not None:
-        posed = posed.to(device)
-    devices = [posed.device] if posed.device.type == "cuda" else []
-    with (
-        progress_bar(progress) as bar,
-        torch.random.fork_rng(devices=devices),
-        warnings.catch_warnings(),
-    ):
+        subject = subject.to(device)
+    devices = [subject.device] if subject.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # missing batching rules are warned about; what they cost is in the table
         warnings.simplefilter("ignore")
-        return _compared(posed, strategies, Effort(seconds=seconds), memory, bar)
+        return _compared(subject, strategies, Effort(seconds=seconds), memory, progress)
 
 
 def _compared(
@@ -94,27 +89,18 @@ def _compared(
     strategies: Sequence[str | Strategy],
     effort: Effort,
     memory: Memory,
-    bar: Progress,
+    progress: bool,
 ) -> Comparison:
-    task = bar.add_task("reference", total=None)
-    plain, baseline = plain_of(problem), baseline_of(problem)
-    sizes = Sizes.of(problem, plain)
-    sizes.check(problem.device)
-    problem.check_independent()
-    judge = Judge.of(plain, precision_of(problem))
-    entrants, absent = contestants(problem, sizes, strategies, memory, plain.is_random)
-    before = 2 * len(entrants)
-    bar.reset(task, total=before + effort.rounds * len(entrants))
-    measured = measure(
-        problem,
-        entrants,
-        judge,
-        effort,
-        baseline=baseline,
-        cuda=problem.device.type == "cuda",
-        on_step=lambda name: bar.update(task, description=name, advance=1),
-        on_rounds=lambda calls: bar.update(task, total=before + calls),
-    )
+    with _progress_bar(progress) as on_step:
+        on_step("reference", None)
+        reference, baseline = reference_of(problem), baseline_of(problem)
+        sizes = Sizes.of(problem, reference)
+        sizes.check(problem.device)
+        problem.check_independent()
+        judge = Judge(reference, precision_of(problem))
+        entrants, absent = contestants(problem, sizes, strategies, memory, reference.is_random)
+        entries = [Entry(problem, e, judge, effort.patience, problem.device) for e in entrants]
+        measured = measure(entries, effort, baseline, on_step)
     by_name = {result.contestant: result for result in (*measured, *absent)}
     names = [baseline, *map(name_of, strategies)]
     results = tuple(by_name[name] for name in names if name in by_name)
@@ -122,11 +108,30 @@ def _compared(
     return Comparison(title, results, baseline, judge.says, memory)
 
 
+@contextmanager
+def _progress_bar(is_shown: bool) -> Iterator[Callable[[str, int | None], None]]:
+    """What tells a bar of every step: with its name and the number of all steps."""
+    from rich import console, progress
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left:"),
+        progress.TimeRemainingColumn(),
+    )
+    terminal = console.Console(stderr=True)
+    with progress.Progress(*columns, console=terminal, transient=True, disable=not is_shown) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, total: bar.update(task, description=name, total=total, advance=1)
+
+
 def _where(problem: Problem) -> str:
+    """The dtypes of a problem, its device, and the version of torch."""
     dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in problem.dtypes))
     if problem.device.type == "cuda":
-        there = torch.cuda.get_device_name(problem.device)
+        device = torch.cuda.get_device_name(problem.device)
     else:
         threads = torch.get_num_threads()
-        there = f"the CPU, {threads} {'thread' if threads == 1 else 'threads'}"
-    return f"{dtypes} on {there}, torch {torch.__version__}"
+        device = f"the CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{dtypes} on {device}, torch {torch.__version__}"
