@@ -22,11 +22,11 @@ BRIEF = 0.05
 
 @dataclass(frozen=True)
 class Contestant(Generic[Problem]):
-    """One way to the answer: ``prepare`` does once what a user would do once.
+    """One way to the answer: ``prepare`` does what a user does once, and gives the call to measure.
 
     Args:
         answers: False for what only bounds the time, such as a bare write.
-        counted: False where memory is not torch's, and cannot be counted.
+        counted: False where memory is not torch's, so that it cannot be counted.
         forecast: seconds and peak bytes that jacfunc expects; None for what it cannot say.
         work: floating-point operations that theory counts.
     """
@@ -124,12 +124,14 @@ def measure(
 ) -> list[Result]:
     """Results of all entries, in their order, with ratios to the baseline.
 
-    ``on_step`` is called before each step, with the name of the entry and the number of all steps.
+    An entry whose result has failed takes no step. ``on_step`` is called before each step, with the
+    name of the entry and the number of all steps.
     """
     total = (2 + effort.rounds) * len(entries)
     for entry in entries:
-        on_step(entry.name, total)
-        entry.prepare()
+        if entry.result.ok:
+            on_step(entry.name, total)
+            entry.prepare()
     for entry in entries:
         if entry.result.ok:
             on_step(entry.name, total)
@@ -151,5 +153,5 @@ def measure(
 
 
 def _takes_part(number: int, share: int, rounds: int) -> bool:
-    """Whether a contestant with a share of all rounds, spread evenly, is in the one of a number."""
+    """Whether a contestant that has a share of the rounds, spread evenly, takes part in this one."""
     return number * share // rounds > (number - 1) * share // rounds

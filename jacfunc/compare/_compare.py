@@ -12,7 +12,8 @@ from jacfunc._arguments import check_memory
 from jacfunc._measuring import Effort, Entry, measure
 from jacfunc._planning import resolve
 from jacfunc._types import Memory
-from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, name_of
+from jacfunc.compare._contestants import STRATEGIES, Sizes, concerns, contestants, name_of
+from jacfunc.compare._forecasts import foretell
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import API, Problem
 from jacfunc.compare._reference import baseline_of, reference_of
@@ -98,14 +99,17 @@ def _compared(
         sizes.check(problem.device)
         problem.check_independent()
         judge = Judge(reference, precision_of(problem))
-        entrants, absent = contestants(problem, sizes, strategies, memory, reference.is_random)
-        entries = [Entry(problem, e, judge, effort.patience, problem.device) for e in entrants]
-        measured = measure(entries, effort, baseline, on_step)
-    by_name = {result.contestant: result for result in (*measured, *absent)}
-    names = [baseline, *map(name_of, strategies)]
-    results = tuple(by_name[name] for name in names if name in by_name)
+        chosen = {name_of(s): s for s in strategies if concerns(s, problem, sizes)}
+        entries = [
+            Entry(problem, contestant, judge, effort.patience, problem.device)
+            for contestant in contestants(
+                problem, list(chosen.values()), memory, reference.is_random
+            )
+        ]
+        foretell(problem, chosen, [entry.result for entry in entries])
+        results = measure(entries, effort, baseline, on_step)
     title = f"{problem.describe()}; {sizes}; {_where(problem)}"
-    return Comparison(title, results, baseline, judge.says, memory)
+    return Comparison(title, tuple(results), baseline, judge.says, memory)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Who takes part: every strategy, and torch's own recipe; and who need not try."""
+"""Who takes part in a comparison: every strategy, and torch's own recipe."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from jacfunc._measuring import Contestant, Result, Run
+from jacfunc._measuring import Contestant, Run
 from jacfunc._memory import free_bytes
 from jacfunc._torch import RandomState
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes
-from jacfunc.compare._forecasts import UNKNOWN, needs_of, obstacle
 from jacfunc.compare._problem import API, Problem
 from jacfunc.compare._reference import Reference, baseline_of, by_recipe
 from jacfunc.strategies import Reverse, Strategy
@@ -75,54 +74,35 @@ def name_of(strategy: str | Strategy) -> str:
     return strategy if isinstance(strategy, str) else repr(strategy)
 
 
+def concerns(strategy: str | Strategy, problem: Problem, sizes: Sizes) -> bool:
+    """Whether a strategy differs from others here: layers have parameters, chunks fewer rows."""
+    chunk = getattr(strategy, "chunk_size", None)
+    is_chunked = not isinstance(chunk, int) or chunk < sizes.rows
+    return is_chunked and (strategy != "structured" or problem.by_params)
+
+
 def contestants(
-    problem: Problem,
-    sizes: Sizes,
-    strategies: Sequence[str | Strategy],
-    memory: Memory,
-    is_random: bool,
-) -> tuple[list[Contestant[Problem]], list[Result]]:
-    """Who takes part; and results of those who need not try, with the reason."""
-    chosen = {name_of(s): s for s in strategies if _concerns(s, problem, sizes)}
-    needs = dict(zip(chosen, needs_of(problem, [*chosen.values()]), strict=True))
-    shortest = min((seconds for seconds, _, _ in needs.values() if seconds), default=0.0)
+    problem: Problem, strategies: Sequence[str | Strategy], memory: Memory, is_random: bool
+) -> list[Contestant[Problem]]:
+    """Torch's own recipe, then the strategies, each with the random numbers of the reference."""
     random_state = RandomState(problem.samples()[0].leaves)
-    entrants, absent = [], []
-    for name in (baseline := baseline_of(problem), *chosen):
-        is_baseline = name == baseline
-        family = "torch.func" if is_baseline else "jacfunc"
-        prepare = by_recipe if is_baseline else partial(by_jacfunc, chosen[name], memory)
-        seconds, peak, _ = needs.get(name, UNKNOWN)
-        # torch's own recipe is a reverse sweep, too
-        reason = obstacle(needs.get("reverse" if is_baseline else name, UNKNOWN), problem, shortest)
-        if reason is not None:
-            absent.append(
-                Result(name, family, reason, forecast_seconds=seconds, forecast_bytes=peak)
-            )
-            continue
-        if is_random:
-            prepare = partial(repeating, random_state, prepare)
-        entrants.append(
-            Contestant(name, family, prepare, forecast=partial(_known, (seconds, peak)))
-        )
-    return entrants, absent
-
-
-def _known(
-    expected: tuple[float | None, int | None], problem: Problem
-) -> tuple[float | None, int | None]:
-    return expected
+    ways = [(baseline_of(problem), "torch.func", by_recipe)]
+    ways += [(name_of(s), "jacfunc", partial(by_jacfunc, s, memory)) for s in strategies]
+    return [
+        Contestant(name, family, partial(repeating, random_state, way) if is_random else way)
+        for name, family, way in ways
+    ]
 
 
 def by_jacfunc(strategy: str | Strategy, memory: Memory, problem: Problem) -> Run:
-    """The call by jacfunc; the memory is for strategies that plan."""
+    """A call of jacfunc by a strategy; the memory is for strategies that plan."""
     return problem.jacobian(strategy, memory if strategy in PLANNED else None)
 
 
 def repeating(
     random_state: RandomState, prepare: Callable[[Problem], Run], problem: Problem
 ) -> Run:
-    """A run of which every call draws the random numbers of the reference."""
+    """A run of which every call draws the same random numbers."""
     run = prepare(problem)
 
     def repeated() -> Any:
@@ -130,10 +110,3 @@ def repeating(
         return run()
 
     return repeated
-
-
-def _concerns(strategy: str | Strategy, problem: Problem, sizes: Sizes) -> bool:
-    """Layers hold parameters; a chunk of all rows is no chunk."""
-    chunk = getattr(strategy, "chunk_size", None)
-    fits = not isinstance(chunk, int) or chunk < sizes.rows
-    return fits and (strategy != "structured" or problem.by_params)

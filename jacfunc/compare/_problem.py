@@ -136,13 +136,13 @@ class Problem:
                 f"It has {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}."
             )
 
-        def there(x: Tensor) -> Tensor:
+        def copied(x: Tensor) -> Tensor:
             return x.detach().to(device, dtype if x.is_floating_point() else None)
 
         target = self.target
         if isinstance(target, nn.Module):
             target = copy.deepcopy(target).to(device, dtype)
-        args, kwargs = map_tensors(there, (self.args, dict(self.kwargs)))
+        args, kwargs = map_tensors(copied, (self.args, dict(self.kwargs)))
         return replace(self, target=target, args=args, kwargs=kwargs)
 
     def jacobian(self, strategy: str | Strategy, memory: Memory = None) -> Run:
