@@ -153,5 +153,5 @@ def measure(
 
 
 def _takes_part(number: int, share: int, rounds: int) -> bool:
-    """Whether a contestant that has a share of the rounds, spread evenly, takes part in this one."""
+    """Whether a contestant with a share of all rounds, spread evenly, takes part in this one."""
     return number * share // rounds > (number - 1) * share // rounds
