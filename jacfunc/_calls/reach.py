@@ -25,7 +25,7 @@ def reaches_module(func: Any) -> bool:
 
     Example:
         >>> import torch
-        >>> from jacfunc._reach import reaches_module
+        >>> from jacfunc._calls.reach import reaches_module
         >>> model = torch.nn.Linear(1, 1)
         >>> reaches_module(torch.sin), reaches_module(model.forward)
         (False, True)

@@ -1,13 +1,6 @@
 """Calls on the clock, in interleaved rounds; the benchmarks use it, too."""
 
-from jacfunc._measuring.clock import (
-    Run,
-    interleaved,
-    is_here,
-    peak_bytes,
-    seconds_in_rounds,
-    seconds_of,
-)
+from jacfunc._measuring.clock import Run, interleaved, is_here, peak_bytes, seconds_of, shuffled
 from jacfunc._measuring.results import (
     WARM_UP,
     Result,

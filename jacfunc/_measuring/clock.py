@@ -38,25 +38,25 @@ def seconds_of(run: Run, device: torch.device) -> float:
             gc.enable()
 
 
-def interleaved(calls: Collection[Name], rounds: int) -> Iterator[tuple[int, Name]]:
-    """Whose turn it is, and in which round, from 1 on: each call once a round, in shuffled order.
+def shuffled(calls: Collection[Name], rounds: int) -> Iterator[list[Name]]:
+    """The calls in another order for each round; a call that is removed has no more turns.
 
     Rotating would leave every call behind the same neighbour, and what a neighbour leaves in the
     caches moved a ratio by a tenth.
     """
     order = random.Random(0)
-    for number in range(1, rounds + 1):
-        for call in order.sample(list(calls), len(calls)):
-            yield number, call
+    for _ in range(rounds):
+        yield order.sample(list(calls), len(calls))
 
 
-def seconds_in_rounds(
+def interleaved(
     runs: Mapping[Name, Run], rounds: int, device: torch.device
 ) -> dict[Name, list[float]]:
     """Seconds of every run in every round."""
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
-    for _, name in interleaved(runs, rounds):
-        seconds[name].append(seconds_of(runs[name], device))
+    for turns in shuffled(runs, rounds):
+        for name in turns:
+            seconds[name].append(seconds_of(runs[name], device))
     return seconds
 
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from jacfunc._measuring.clock import Run, interleaved, peak_bytes, seconds_of
+from jacfunc._measuring.clock import Run, peak_bytes, seconds_of, shuffled
 from jacfunc._measuring.results import WARM_UP, Result, recording, summarize
 
 Problem = TypeVar("Problem", contravariant=True)
@@ -143,10 +143,12 @@ def measure(
         # a ratio needs both times of one round
         shares[baseline] = rounds
     total = 2 * len(entries) + sum(shares.values())
-    for number, entry in interleaved([e for e in entries if e.name in shares], rounds):
-        if entry.result.ok and _takes_part(number, shares[entry.name], rounds):
-            on_step(entry.name, total)
-            entry.time(number)
+    racing = [entry for entry in entries if entry.name in shares]
+    for number, turns in enumerate(shuffled(racing, rounds), 1):
+        for entry in turns:
+            if entry.result.ok and _takes_part(number, shares[entry.name], rounds):
+                on_step(entry.name, total)
+                entry.time(number)
     results = [entry.result for entry in entries]
     summarize({result.contestant: result for result in results}, baseline)
     return results

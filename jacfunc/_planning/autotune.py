@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from jacfunc._arguments import check_memory
 from jacfunc._calls import fingerprint
@@ -20,7 +20,7 @@ from jacfunc._errors import Refused
 from jacfunc._forecasting import Swept, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
-from jacfunc._measuring import seconds_of
+from jacfunc._measuring import seconds_of, shuffled
 from jacfunc._memory import Chunk
 from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
@@ -152,8 +152,9 @@ class Autotune:
 
 
 def _key(operator: JacobianOperator) -> str:
-    call = operator.call_kind
-    about = fingerprint(operator.func), call.kind
+    called, kind, _ = operator.call_kind
+    # a module is called through functions of ours, whose code may change with each version
+    about = fingerprint(called if isinstance(called, nn.Module) else operator.func), kind
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 
@@ -183,12 +184,14 @@ def _measured(
     times: dict[Swept, list[float]] = {
         s: [] for s, took in first.items() if took <= max(SLOW_START * least, SETTING_UP)
     }
-    order, start = random.Random(0), time.perf_counter()
-    for number in range(ROUNDS):
-        for strategy in order.sample(list(times), len(times)):
+    start = time.perf_counter()
+    for number, turns in enumerate(shuffled(times, ROUNDS), 1):
+        for strategy in turns:
             times[strategy].append(seconds_of(partial(run, strategy), device))
         least = min(map(min, times.values()))
-        times = {s: found for s, found in times.items() if min(found) <= HOPELESS * least}
-        if number + 1 >= FEWEST and time.perf_counter() - start > SECONDS:
+        for strategy in turns:
+            if min(times[strategy]) > HOPELESS * least:
+                del times[strategy]
+        if number >= FEWEST and time.perf_counter() - start > SECONDS:
             break
-    return {strategy: statistics.median(found) for strategy, found in times.items()}
+    return {strategy: statistics.median(seconds) for strategy, seconds in times.items()}
