@@ -185,16 +185,17 @@ class Problem:
         return tensors, [d for d, yes in zip(every, tensors.is_chosen, strict=True) if yes]
 
     def varied(self) -> list[int]:
-        """Which of the tensors among the arguments are differentiated, as numbers, in order."""
-        if self.by_params:
-            return []
+        """The numbers of those tensors among the arguments that are differentiated, in order."""
         leaves = self.samples()[0].leaves
-        varied = [n for n, x in enumerate(leaves) if is_differentiable(x)]
         if self.module is not None:
-            return varied
+            return [n for n, x in enumerate(leaves) if is_differentiable(x) and not self.by_params]
         owners = [n for n, arg in enumerate(self.args) for x in flatten(arg)[0] if is_tensor(x)]
-        positions = wrap_argnums(API, self.argnums, len(self.args))
-        return [n for position in positions for n in varied if owners[n : n + 1] == [position]]
+        return [
+            n
+            for position in wrap_argnums(API, self.argnums, len(self.args))
+            for n, owner in enumerate(owners)
+            if owner == position and is_differentiable(leaves[n])
+        ]
 
     def size(self) -> int:
         """The number of samples; 1 where the batch is not taken apart."""

@@ -27,7 +27,7 @@ from jacfunc._trees.tree import flatten
 from jacfunc.compare import compare
 from jacfunc.compare._advice import Advice
 from jacfunc.compare._command import load, main, with_options
-from jacfunc.compare._contestants import STRATEGIES, Sizes, concerns, contestants, name_of
+from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, strategies_for
 from jacfunc.compare._forecasts import foretell
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import Problem
@@ -160,8 +160,8 @@ def test_the_answers_of_ok_rows_are_the_oracles(name):
     reference = reference_of(problem)
     judge = Judge(reference, precision_of(problem))
     sizes = Sizes.of(problem, reference)
-    chosen = {name_of(s): s for s in STRATEGIES if concerns(s, problem, sizes)}
-    entrants = contestants(problem, list(chosen.values()), None, False)
+    chosen = strategies_for(problem, sizes, STRATEGIES)
+    entrants = contestants(problem, chosen, None, False)
     results = [Result(entrant.name, entrant.family) for entrant in entrants]
     foretell(problem, chosen, results)
     assert all(result.ok for result in results)
@@ -448,6 +448,22 @@ def test_the_table_and_the_picture_hold_every_row(tmp_path):
     drawn = "".join(root.itertext())
     assert "auto" in drawn
     assert "forward" not in drawn
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 15])
+def test_every_point_has_a_number_and_a_name_in_the_key(tmp_path, count):
+    rows = tuple(row(f"way {n} & co.", 0.01 * 1.01**n, 2**20 + n) for n in range(count))
+    failed = Result("failed", "jacfunc", "out of memory")
+    comparison = Comparison("a title", (*rows, failed), "torch.func.jacrev", "")
+    for name in ("once.svg", "again.svg"):
+        comparison.picture(tmp_path / name)
+    assert (tmp_path / "once.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    root = ElementTree.parse(tmp_path / "once.svg").getroot()
+    texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    for n, result in enumerate(rows):
+        assert texts.count(str(n + 1)) == 1
+        assert texts.count(f"{n + 1}  {result.contestant}") == 1
+    assert not any("failed" in text for text in texts)
 
 
 # --- what is refused ---
