@@ -118,6 +118,15 @@ class Costs:
             moved, results = moved - sum(op.held for op in self.operations), 1
         return self.kept + results * self.result + 2 * self.seeds(strategy) * moved
 
+    def least_bytes(self, strategy: Sweeping) -> int:
+        """Bytes that a sweep takes at least: products of the largest operation with its seeds."""
+        sweeps = strategy.sweeps
+        if sweeps.are_pushes:
+            sizes = [op.written for op in self.operations]
+        else:  # by layers, gradients of parameters are not swept
+            sizes = [op.read - op.held * sweeps.by_layers for op in self.operations]
+        return largest(sweeps.chunk_size, self.seeds(strategy)) * max(sizes, default=0)
+
     def seconds(self, strategy: Sweeping) -> float:
         """Seconds of all sweeps of the strategy, and of the evaluations that they need."""
         sweeps, total = strategy.sweeps, self.seeds(strategy)
