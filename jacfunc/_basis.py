@@ -48,6 +48,14 @@ def sweep_leaves(
     ``products_of(seeds, of=slice)`` gets the seeds of the leaves of the slice; no chunk has seeds
     of two leaves.
     """
+    if len(leaves) == 1:
+        return sweep(partial(products_of, of=slice(0, 1)), leaves, chunk)
+    return _leaf_by_leaf(products_of, leaves, chunk)
+
+
+def _leaf_by_leaf(
+    products_of: Callable[..., Leaves], leaves: Leaves, chunk: Chunk
+) -> Iterator[Leaves]:
     if not leaves:
         yield products_of((), of=slice(0, 0))
     for number, leaf in enumerate(leaves):

@@ -56,6 +56,8 @@ def rows_to_blocks(
     rows: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
 ) -> Blocks:
     """Rows ``[M, *in_j]``, one a leaf of the input, cut into ``[*out_i, *in_j]``."""
+    if len(outputs) == len(primals) == 1:  # the generators below cost as much as a small operation
+        return ((_block(rows[0], outputs[0], primals[0], dtype),),)
     by_input = [_cut(row, outputs) for row in rows]
     return tuple(
         tuple(_block(by_input[j][i], out, primal, dtype) for j, primal in enumerate(primals))
@@ -107,6 +109,8 @@ def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | N
 
 def _owned(products: Leaves) -> Leaves:
     """Products in memory of their own: autograd hands out expanded views, and one tensor twice."""
+    if len(products) == 1:
+        return (products[0].clone(),) if 0 in products[0].stride() else products
     owned: list[Tensor] = []
     seen: set[int] = set()
     for product in products:

@@ -179,7 +179,7 @@ def _adopt(kind: type) -> None:
     optree.register_pytree_node(kind, take_apart, put_together, namespace=NAMESPACE)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Split:
     """A tree as its chosen leaves, by default the differentiable ones, among the constants."""
 
@@ -190,6 +190,8 @@ class Split:
 
     @classmethod
     def of(cls, tree: Tree, chosen: Callable[[object], bool] = is_differentiable) -> Split:
+        if type(tree) is Tensor and chosen(tree):
+            return cls(_LEAF, (True,), (tree,), ())
         everything, spec = flatten(tree)
         is_chosen = tuple(map(chosen, everything))
         if all(is_chosen):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jacfunc._faults import suspects
 from jacfunc._functorch import below_transforms
 
 
@@ -16,7 +17,7 @@ class Graph:
     """From tensors back to where it is cut off.
 
     Args:
-        nodes: kinds of the autograd nodes.
+        nodes: kinds of the autograd nodes that may be wrong.
         met: those of the starts, and of what is looked for, that a path leads to, and from where;
             None is a tensor itself.
         leads_out: does a path lead to a leaf beside them?
@@ -47,7 +48,7 @@ class Graph:
             for below, _ in edges:
                 pending.append(below)
             outside = outside or (not edges and hasattr(node, "variable"))
-        return cls(kinds, {}, outside)
+        return cls(suspects(kinds), {}, outside)
 
     @classmethod
     def of(
@@ -69,7 +70,7 @@ class Graph:
             edges = node.next_functions
             pending += [(below, node) for below, _ in edges]
             outside = outside or (not edges and hasattr(node, "variable"))
-        return cls(kinds, met, outside)
+        return cls(suspects(kinds), met, outside)
 
 
 def leading_out(starts: set[Any], wanted: bool, further: bool) -> Callable[[Tensor], bool]:
