@@ -152,7 +152,8 @@ def sweep_batch(
     if torch.compiler.is_compiling():
         return _sweep_batch_traceably(sweep, seeds, randomness, dims)
     pairs = [*zip(seeds, dims, strict=True)]
-    size = [s.shape[d] for s, d in pairs if d is not None][0]
+    sizes = [s.shape[d] for s, d in pairs if d is not None]
+    size = sizes[0]
     level = _functorch._vmap_increment_nesting(size, randomness)
     wrap, unwrap = _functorch._add_batch_dim, _functorch._remove_batch_dim
     try:

@@ -31,7 +31,7 @@ from jacfunc._functorch import (
 )
 from jacfunc._linearization import Linearization, Some, some_of, spread
 from jacfunc._nested import watched_once
-from jacfunc._orders import Pull, innermost_level, is_right_twice
+from jacfunc._orders import Pull, at_reverse_level, innermost_level, is_right_twice
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._walks import Graph
 
@@ -45,8 +45,7 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
     looks = getattr(func, "state", None) is not None and not torch.is_grad_enabled()
     with plain_attention(), torch.enable_grad() if looks else nullcontext():
         cut = off_graph(primals) if looks else primals
-        linearized: Any = torch.func.vjp(seen.evaluated, *cut, has_aux=True)
-    outputs, vjp, extras = linearized
+        outputs, vjp, extras = _evaluated(seen, cut)
     if looks:
         outputs, extras = off_graph(outputs), off_graph(extras)
 
@@ -58,7 +57,7 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
         with torch.set_grad_enabled(keeps or forced), as_written():
             if seen.ends is not None:
                 products = seen.pulled(cotangents, onto, of)
-            else:  # compilers know torch's own pullback alone, of all outputs
+            else:  # of all outputs
                 products = vjp(spread(cotangents, outputs, of))[onto]
         if grad_mode or not forced:
             return once(products, outputs, seen.reason)
@@ -67,6 +66,16 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
     names = {node.__name__ for node in seen.nodes}
     depth = len(newer_transforms(0))
     return Linearization(outputs, extras, sweep, seen.batchable, names, depth)
+
+
+def _evaluated(seen: _Seen, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
+    """Compilers know torch's own pullback alone."""
+    if torch.compiler.is_compiling():
+        linearized: Any = torch.func.vjp(seen.evaluated, *primals, has_aux=True)
+        outputs, vjp, extras = linearized
+        return outputs, vjp, extras
+    outputs, extras = at_reverse_level(seen.evaluated, primals)
+    return outputs, None, extras
 
 
 @dataclass(slots=True)

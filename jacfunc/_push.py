@@ -19,6 +19,7 @@ from jacfunc._functorch import (
 )
 from jacfunc._guard import Around, ForwardGuard
 from jacfunc._linearization import batched_like
+from jacfunc._orders import at_forward_level
 from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
 
@@ -74,7 +75,10 @@ def _jvp(func: LeafFunction, primals: Leaves, tangents: Leaves) -> tuple[Leaves,
         num_outputs = len(outputs)
         return outputs or inner[:1], extras  # torch refuses to push nothing
 
-    pushed: Any = torch.func.jvp(with_some_output, primals, tangents, has_aux=True)
+    if torch.compiler.is_compiling():
+        pushed: Any = torch.func.jvp(with_some_output, primals, tangents, has_aux=True)
+    else:
+        pushed = at_forward_level(with_some_output, primals, tangents)
     outputs, products, extras = pushed
     return outputs[:num_outputs], products[:num_outputs], extras
 
