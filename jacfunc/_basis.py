@@ -65,6 +65,11 @@ def _leaf_by_leaf(
 
 def unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
     """Seeds number start to stop; each is one in a single entry of a single leaf."""
+    with torch._C.DisableTorchFunction():  # a watch outside would look at every step
+        return _unit_seeds(leaves, start, stop)
+
+
+def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
     seeds, first = [], start
     for leaf in leaves:  # `first`: the leaf's entry that seed number start stands for
         shape = (stop - start, leaf.numel())

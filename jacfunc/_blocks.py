@@ -100,9 +100,12 @@ def _cut(products: Tensor, leaves: Leaves) -> Sequence[Tensor]:
 
 def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | None) -> Tensor:
     """One block ``[*out, *in]``, in the dtype that it has whichever side its products came from."""
-    shape = out.shape + primal.shape
-    block = products if products.shape == shape else products.view(shape)
-    if dtype is None and out.dtype == primal.dtype == block.dtype:
+    with torch._C.DisableTorchFunction():  # a watch outside would look at every attribute
+        shape = out.shape + primal.shape
+        is_shaped = products.shape == shape
+        is_typed = dtype is None and out.dtype == primal.dtype == products.dtype
+    block = products if is_shaped else products.view(shape)
+    if is_typed:
         return block
     return block.to(dtype or torch.promote_types(out.dtype, primal.dtype))
 

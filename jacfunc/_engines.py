@@ -6,11 +6,13 @@ and wider coverage. Inside another functorch transform only torch.func.vjp can.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from jacfunc._attention import plain_attention
 from jacfunc._callers import TAKES_DERIVATIVES
-from jacfunc._check import check_kept
+from jacfunc._check import are_plain, check_kept
 from jacfunc._functorch import is_outermost, recording
 from jacfunc._graphs import Anchor, anchored, copied, on_graph
 from jacfunc._inside import linearize_inside
@@ -19,6 +21,7 @@ from jacfunc._nested import watched_once
 from jacfunc._orders import Pull
 from jacfunc._types import LeafFunction, Leaves
 from jacfunc._walks import Graph, leading_out
+from jacfunc._watch import unseen
 
 BY_ITSELF = frozenset(TAKES_DERIVATIVES)
 """What a function calls to take derivatives of its own."""
@@ -32,12 +35,14 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
 def _linearize_on_graph(func: LeafFunction, primals: Leaves) -> Linearization:
     wanted = torch.is_grad_enabled()
     with recording(), plain_attention():
-        anchors = [anchored(primal, wanted) for primal in primals]
-        # func sees clones: it may write into its inputs, and the caller's tensors stay as they are
-        copies = list(map(copied, anchors))
+        # a clone of another class would be a plain tensor where nothing sees its __torch_function__
+        with unseen() if are_plain(primals) else nullcontext():
+            anchors = [anchored(primal, wanted) for primal in primals]
+            # func sees clones: it may write into its inputs, and the caller's stay as they are
+            copies = list(map(copied, anchors))
+            starts = {copy.grad_fn for copy in copies}
+            further = wanted and any(primal.requires_grad for primal in primals)
         check_kept(primals, copies)
-        starts = {copy.grad_fn for copy in copies}
-        further = wanted and any(primal.requires_grad for primal in primals)
         pull = Pull(None, (wanted, further), leading_out(starts, wanted, further))
         outputs, extras = watched_once(func, copies, primals, pull)
     state = getattr(func, "state", None)

@@ -16,7 +16,7 @@ from jacfunc._errors import writes_outside
 from jacfunc._reach import reaches_module
 from jacfunc._tree import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree
-from jacfunc._watch import handled
+from jacfunc._watch import handled, unseen
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class FlatCall:
         self._args, self._kwargs = args, kwargs
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
-        self._splits = [Split.of(args[n]) for n in self._positions]
-        for n, split in zip(self._positions, self._splits, strict=True):
-            if split.constants or any(map(torch.is_complex, split.leaves)):
-                check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        with unseen():
+            self._splits = [Split.of(args[n]) for n in self._positions]
+            for n, split in zip(self._positions, self._splits, strict=True):
+                if split.constants or any(map(torch.is_complex, split.leaves)):
+                    check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
         self._output: Split | None = None
         self._beside: Split | None = None
 
@@ -72,7 +73,8 @@ class FlatCall:
         if self._called is not None:
             return self._called, self.signature()
         if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
-            return self.func, kind_of(self._args[0])
+            with unseen():
+                return self.func, kind_of(self._args[0])
         return None, None
 
     @property
@@ -119,11 +121,12 @@ class FlatCall:
             output, aux = run_as_written(self._on_copies, args, primals), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
-        self._output = Split.of(output)
-        if self._has_aux or self._output.constants:
-            self._beside = Split.of((self._output.constants, aux), is_tensor)
-        if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
-            check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
+        with unseen():
+            self._output = Split.of(output)
+            if self._has_aux or self._output.constants:
+                self._beside = Split.of((self._output.constants, aux), is_tensor)
+            if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
+                check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
         return self._output.leaves, self._beside.leaves if self._beside else ()
 
     def _on_copies(self, args: list[Tree], primals: Sequence[Tensor]) -> Tree:

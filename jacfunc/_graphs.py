@@ -29,6 +29,7 @@ from jacfunc._functorch import (
 from jacfunc._linearization import EVERY, Linearization, Some, some_of
 from jacfunc._types import Leaves
 from jacfunc._walks import Graph
+from jacfunc._watch import unseen
 
 
 class Anchor(NamedTuple):
@@ -114,6 +115,17 @@ def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
             return run_as_written(run_backward, *task)
 
 
+def _tracked(leaves: Leaves) -> list[int]:
+    """Numbers of those that have a graph: a watch outside would look for who asks."""
+    with unseen():
+        return [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
+
+
+def _untracked(leaves: Leaves) -> Leaves:
+    with unseen():
+        return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
+
+
 def on_graph(
     outputs: Leaves,
     extras: Leaves,
@@ -129,7 +141,7 @@ def on_graph(
 
     def swept(cotangents: Leaves, onto: slice, of: Some, keeps: bool) -> Leaves:
         wanted_by, some = anchors[onto], some_of(outputs, of)
-        live = [i for i, out in enumerate(some) if out.requires_grad] if anchors else []
+        live = _tracked(some) if anchors else []
         if not live:
             return tuple(anchor.zeros() for anchor in wanted_by)
         targets, chosen = tuple([some[i] for i in live]), tuple([cotangents[i] for i in live])
@@ -141,7 +153,7 @@ def on_graph(
         every = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
             return every
-        cut = tuple([x.detach() if x.requires_grad else x for x in every])
+        cut = _untracked(every)
         return cut if reason is None else once(cut, some, reason)
 
     def sweep(cotangents: Leaves, onto: slice, of: Some) -> Leaves:

@@ -18,7 +18,7 @@ from jacfunc._misread import tensors_of
 from jacfunc._orders import Pull
 from jacfunc._pages import keep_heap
 from jacfunc._types import LeafFunction, Leaves
-from jacfunc._watch import Watch, name_of, unwatched
+from jacfunc._watch import Watch, name_of, unwatched, watch_on
 
 
 class NestedWatch(Watch):
@@ -57,6 +57,7 @@ def watched_once(
     where ``func`` does not. Outside of what is pulled back on a plain graph nothing is pushed.
     """
     keep_heap()
+    watch_on()
     call = func if call is None else call
     inner, kind = getattr(call, "kind_of_call", (None, None))
     kind = (kind, pull.around)

@@ -127,9 +127,8 @@ class Watch(TorchFunctionMode):
             leads_out = pulls[-1](tensor) if pulls else order > 0
         if order < 2 and not leads_out:
             return False
-        for watch in (self, *_modes()):  # those outside meet the parts of a formula alone
-            if isinstance(watch, Watch):
-                watch.met = True
+        self.met = True
+        watch_on()  # those outside meet the parts of a formula alone
         if leads_out or order > 2:
             return True
         return self._pull is None or not is_right_twice(self._pull.level)
@@ -182,6 +181,13 @@ def _modes() -> list[Any]:
     """Those outside, the nearest first."""
     count: int = torch._C._len_torch_function_stack()
     return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
+
+
+def watch_on() -> None:
+    """Whoever takes derivatives of derivatives is watched at every call: watches count orders."""
+    for watch in _modes() if torch._C._len_torch_function_stack() else ():
+        if isinstance(watch, Watch):
+            watch.met = True
 
 
 @cache
