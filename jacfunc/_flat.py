@@ -65,6 +65,8 @@ class FlatCall:
     @property
     def primals(self) -> Leaves:
         """The point: the differentiable leaves of the chosen arguments."""
+        if len(self._splits) == 1:
+            return self._splits[0].leaves
         return tuple(leaf for split in self._splits for leaf in split.leaves)
 
     @property

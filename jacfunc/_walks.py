@@ -37,16 +37,16 @@ class Graph:
         """Without the starts that are met: of these nobody asks, and it takes half the time."""
         seen: set[Any] = {None, *starts}
         kinds, outside = set(), False
-        pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+        pending: list[Any] = list({tensor.grad_fn for tensor in tensors} - seen)
+        seen.update(pending)
         while pending:
             node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
             kinds.add(type(node))
             edges = node.next_functions
             for below, _ in edges:
-                pending.append(below)
+                if below not in seen:
+                    seen.add(below)
+                    pending.append(below)
             outside = outside or (not edges and hasattr(node, "variable"))
         return cls(suspects(kinds), {}, outside)
 
