@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class FlatCall:
         self.func = derivation.func
         self._api, self._has_aux = api, derivation.has_aux
         self._args, self._kwargs, self._origin = args, kwargs, origin
+        self._has_one_tensor = len(args) == 1 and type(args[0]) is Tensor and not kwargs
+        self._call_kind: CallKind | None = None
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
         self._splits = [Split.of(args[n]) for n in self._positions]
@@ -77,9 +79,14 @@ class FlatCall:
         """The point: the differentiable leaves of the chosen arguments."""
         return tuple(leaf for split in self._splits for leaf in split.leaves)
 
-    @cached_property
+    @property
     def call_kind(self) -> CallKind:
-        """By what this call is known again: plans and the like are remembered by it."""
+        """The identity of this call, by which plans and the like are remembered."""
+        if self._call_kind is None:
+            self._call_kind = self._identity()
+        return self._call_kind
+
+    def _identity(self) -> CallKind:
         if self._origin is not None:
             state = self._origin.state
             return CallKind(state.module, self._origin.kind(), state.origin or state)
@@ -95,10 +102,6 @@ class FlatCall:
         Of functions that holds for those of one tensor: of other objects a kind has the type alone.
         """
         return self._origin is not None or self._has_one_tensor
-
-    @property
-    def _has_one_tensor(self) -> bool:
-        return len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs
 
     @property
     def state(self) -> Any:

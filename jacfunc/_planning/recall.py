@@ -34,18 +34,21 @@ class Code:
 
 def recall(strategy: Planner, call: CallKind) -> Planned | None:
     """The plan of an earlier call of this kind, by this strategy or by an equal one."""
-    own = own_plans().get(strategy, None)
-    planned = None if own is None else own.get(call.callable, call.kind)
-    return planned or shared_plans().get(_owner(call.callable), (strategy, call.kind))
+    own = own_plans().get_or_make(strategy, None, Remembered)
+    planned = own.get(call.callable, call.kind)
+    if planned is None:
+        planned = shared_plans().get(_owner(call.callable), (strategy, call.kind))
+        if planned is not None:
+            own.put(call.callable, call.kind, planned)
+    return planned
 
 
 def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:
     """Keep a plan. One that fits the memory that is free now is of no use to other strategies."""
+    own_plans().get_or_make(strategy, None, Remembered).put(call.callable, call.kind, planned)
     plan, chunk = planned
-    if strategy.memory is None and (is_bounded(plan) or isinstance(chunk, FittedChunks)):
-        own = own_plans().get_or_make(strategy, None, Remembered)
-        own.put(call.callable, call.kind, planned)
-    else:
+    fits_free_memory = is_bounded(plan) or isinstance(chunk, FittedChunks)
+    if strategy.memory is not None or not fits_free_memory:
         shared_plans().put(_owner(call.callable), (strategy, call.kind), planned)
 
 
@@ -57,7 +60,7 @@ def shared_plans() -> Remembered[Planned]:
 
 @cache
 def own_plans() -> Remembered[Remembered[Planned]]:
-    """By strategy object, then by function or module and kind of call."""
+    """By strategy object, then by function or module and kind of call: looked up faster."""
     return Remembered()
 
 
