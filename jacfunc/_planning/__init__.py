@@ -1,4 +1,4 @@
-"""Which strategy runs, in which chunks, and why."""
+"""Chooses the strategy that runs and its chunks, and says why."""
 
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune

@@ -1,4 +1,4 @@
-"""``strategy="autotune"``: measures the candidates once, and remembers the winner."""
+"""``strategy="autotune"``: the fastest strategy, measured once and remembered."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from jacfunc.strategies import Forward, Reverse, Structured
 
 ROUNDS, FEWEST = 25, 5
 SECONDS = 1.0
-"""That long a tuning goes on with further rounds."""
+"""Seconds after which a tuning makes no further round, once it has made the fewest."""
 
 HOPELESS = 1.5
-"""A candidate slower than the best by this factor is out."""
+"""A candidate that is slower than the best by this factor is measured no more."""
 
 SETTING_UP, SLOW_START = 0.5, 8
-"""Seconds that a first call may take before it tells of later ones, and how many times that of the
-fastest: torch sets something up, or the system looks for memory that nobody had before.
+"""A candidate is out when its first call took more seconds than the first, and more than the second
+times those of the fastest. In a first call torch sets things up, and the system looks for memory.
 """
 
 MEASURED = "it was the fastest when measured"
 BOTH = (Reverse(), Forward())
 BY_LAYERS = Structured()
 FEW_SEEDS = 16
-"""Seeds up to which a loop without vmap is worth a try."""
+"""Up to so many seeds a loop without vmap is measured, too."""
 
 REACH = 8
-"""Forward mode is measured where inputs are up to so many times the outputs."""
+"""Forward mode is measured where there are at most this many times more inputs than outputs."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Autotune:
         return by_plan(self, operator, BOTH)
 
     def plan(self, operator: JacobianOperator) -> Plan:
-        """The winner, measured where it is not known."""
+        """The plan with the winner, which is measured unless it is known."""
         key = _key(operator)
         won, device = self._won(operator, key), _device(operator)
         operator.repeat_draws()
@@ -106,7 +106,10 @@ class Autotune:
     def plan_samples(
         self, operator: JacobianOperator, samples: SampledWays, run: Callable[[Swept, Chunk], Any]
     ) -> tuple[Plan, Chunk]:
-        """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
+        """The plan for each sample of a batch, and how many samples to take at once.
+
+        ``operator`` is the one of a single sample; ``run`` takes all samples by a strategy.
+        """
         costs = counted_costs(operator)
         operator.repeat_draws()  # the samples draw as if none had been evaluated before
         if costs is None:
@@ -125,7 +128,7 @@ class Autotune:
             )
             try:
                 won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
-            except Refused:  # all of them are: whoever runs the plan goes on from there
+            except Refused:  # every candidate was: who runs the plan falls back to a loop
                 return plan, chunk
         operator.repeat_draws()
         plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
@@ -153,7 +156,7 @@ class Autotune:
 
 def _key(operator: JacobianOperator) -> str:
     called, kind, _ = operator.call_kind
-    # a module is called through functions of ours, whose code may change with each version
+    # jacfunc's own function around a module may have other code in the next version
     about = fingerprint(called if isinstance(called, nn.Module) else operator.func), kind
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
@@ -163,17 +166,17 @@ def _device(operator: JacobianOperator) -> torch.device:
 
 
 def _materialized(operator: JacobianOperator, strategy: Swept) -> Blocks:
-    fresh = operator.again()
-    fresh.repeat_draws()
-    return strategy.materialize(fresh)
+    operator = operator.again()
+    operator.repeat_draws()
+    return strategy.materialize(operator)
 
 
 def _measured(
     strategies: Sequence[Swept], run: Callable[[Swept], Any], device: torch.device
 ) -> dict[Swept, float]:
-    """Median seconds of those that held out to the last round."""
+    """Median seconds of the strategies that are left in the last round."""
     first: dict[Swept, float] = {}
-    for strategy in strategies:  # what torch sets up on first use is nobody's cost
+    for strategy in strategies:  # untimed later: torch sets things up on first use
         try:
             first[strategy] = seconds_of(partial(run, strategy), device)
         except Refused as refusal:

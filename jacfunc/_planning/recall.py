@@ -36,7 +36,7 @@ def recall(strategy: Planner, call: CallKind) -> Planned | None:
     """The plan of an earlier call of this kind, by this strategy or by an equal one."""
     own = own_plans().get_or_make(strategy, None, Remembered)
     planned = own.get(call.callable, call.kind)
-    if planned is None:
+    if planned is None and strategy.memory is None:
         planned = shared_plans().get(_owner(call.callable), (strategy, call.kind))
         if planned is not None:
             own.put(call.callable, call.kind, planned)
@@ -44,11 +44,15 @@ def recall(strategy: Planner, call: CallKind) -> Planned | None:
 
 
 def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:
-    """Keep a plan. One that fits the memory that is free now is of no use to other strategies."""
+    """Keep a plan: for equal strategies, too, unless it keeps to a budget.
+
+    A budget may be what was free when the plan was made; and functions of one code may differ in
+    what they take, by what they find in globals.
+    """
     own_plans().get_or_make(strategy, None, Remembered).put(call.callable, call.kind, planned)
     plan, chunk = planned
-    fits_free_memory = is_bounded(plan) or isinstance(chunk, FittedChunks)
-    if strategy.memory is not None or not fits_free_memory:
+    is_fitted = is_bounded(plan) or isinstance(chunk, FittedChunks)
+    if strategy.memory is None and not is_fitted:
         shared_plans().put(_owner(call.callable), (strategy, call.kind), planned)
 
 
