@@ -1,7 +1,7 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
 Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``vmap``.
-Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn``, ``fisher``.
+Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
 

@@ -119,8 +119,8 @@ class _Trial:
     def _compare(self, name: str, block: Tensor, reference: Tensor, i: int, j: int) -> None:
         if block.shape != reference.shape:
             raise AssertionError(
-                f"{API}: {name} must give blocks [*out, *in] of shape {tuple(reference.shape)}, got "
-                f"{tuple(block.shape)}. Its materialize is wrong."
+                f"{API}: {name} must give blocks [*out, *in] of shape {tuple(reference.shape)}, "
+                f"got {tuple(block.shape)}. Its materialize is wrong."
             )
         if block.numel() == 0:
             return
