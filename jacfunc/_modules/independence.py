@@ -37,13 +37,13 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 class KnownCalls:
     """What is known of the calls of one kind: how many there were, and whether they are large."""
 
-    calls: int = 0
+    count: int = 0
     is_large: bool = False
 
     @property
     def is_due(self) -> bool:
         """Is the last call the first, the second, the fourth, the eighth, …?"""
-        return self.calls & (self.calls - 1) == 0
+        return self.count & (self.count - 1) == 0
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ class Independence:
         if self.independent is True:
             return None
         kinds = kinds_of()
-        known = kinds.pop(kind, None) or KnownCalls()
-        known.calls += 1
-        if known.is_due or self.independent == "always" or (self.by_rows and known.is_large):
-            coupled = compare(known.calls)
+        calls = kinds.pop(kind, None) or KnownCalls()
+        calls.count += 1
+        if calls.is_due or self.independent == "always" or (self.by_rows and calls.is_large):
+            coupled = compare(calls.count)
             if coupled.what:
                 return coupled.what
-            known.is_large = coupled.rows >= MANY and coupled.entries >= LARGE
-        kinds.put(kind, known)
+            calls.is_large = coupled.rows >= MANY and coupled.entries >= LARGE
+        kinds.put(kind, calls)
         return None
 
 
@@ -149,11 +149,11 @@ def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -
     Where it raises, or the module has changed, the next call is a first one.
     """
     kinds = _kinds_of_state(state)
-    known = kinds.pop(kind, None) or KnownCalls()
-    known.calls += 1
-    if known.is_due:
+    calls = kinds.pop(kind, None) or KnownCalls()
+    calls.count += 1
+    if calls.is_due:
         look()
-    kinds.put(kind, known)
+    kinds.put(kind, calls)
 
 
 @dataclass
