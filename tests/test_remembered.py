@@ -226,6 +226,30 @@ def test_winners_in_memory_are_the_latest() -> None:
     assert winners.get(cpu, "1199") == Reverse()
 
 
+# --- what parameters meet ---
+
+
+def test_a_module_that_begins_to_write_does_not_write_into_its_parameters() -> None:
+    """They are lent as they are to one that has only read them, by any strategy that is equal."""
+    module, x = nn.Linear(3, 2), points()
+
+    def transform() -> Callable[..., Any]:
+        return jacfunc.module_jacobian(module, per_sample=True, strategy=Structured())
+
+    first = transform()
+    expected = first(x)
+
+    def write(module: nn.Module, args: Any) -> None:
+        with torch.no_grad():
+            module.weight.mul_(2.0)
+
+    module.register_forward_pre_hook(write)
+    before = module.weight.detach().clone()
+    for jac in (first, transform()):
+        torch.testing.assert_close(jac(x)["bias"], expected["bias"])
+        assert torch.equal(module.weight, before)
+
+
 # --- nothing is kept alive ---
 
 

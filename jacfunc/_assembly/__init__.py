@@ -1,4 +1,4 @@
-"""Seeds that are swept, and blocks that products are put together to."""
+"""Seeds of a sweep, and sinks that assemble its products into the blocks of a Jacobian."""
 
 from jacfunc._assembly.basis import (
     as_leaves,

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused
-from jacfunc._linear_map import JacobianOperator, check_agreement, live, narrowed, some_of
+from jacfunc._linear_map import (
+    JacobianOperator,
+    check_agreement,
+    chosen_leaves,
+    narrowed,
+    nonzero_numbers,
+)
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
 from jacfunc._torch import RandomState
@@ -49,7 +55,7 @@ class BatchProducts:
         # no bound methods: these would be a cycle, and keep the module and the batch
         self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
         with point.undisturbed():
-            self._pulling.repeat_draws()
+            self._pulling.rewind_generators()
             before = RandomState(point.batch.samples.leaves)
             leaves, extras = self._pulling.image()
             if is_strict and before.has_changed():
@@ -67,8 +73,8 @@ class BatchProducts:
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
         with self._point.undisturbed(), self._in_words():
-            of = live(cotangents)
-            return self._pulling.pullback(some_of(cotangents, of), of)
+            of = nonzero_numbers(cotangents)
+            return self._pulling.pullback(chosen_leaves(cotangents, of), of)
 
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
@@ -115,7 +121,7 @@ class BatchProducts:
         return drawn, self._pulling.pullback(drawn)
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
-        pushing = self._pulling.again()
+        pushing = self._pulling.unevaluated()
         with torch.no_grad():  # results are detached
             products = pushing.pushforward(tangents)
         check_agreement(self.outputs.leaves, pushing.outputs)
@@ -128,7 +134,7 @@ class BatchProducts:
     @cached_property
     def _transposed(self) -> JacobianOperator:
         """``Jᵀ u`` as a function of u."""
-        pulling = self._pulling.again()
+        pulling = self._pulling.unevaluated()
         with torch.enable_grad():
             pulling.image()
         check_agreement(self.outputs.leaves, pulling.outputs)

@@ -19,6 +19,8 @@ _BETWEEN = frozenset(
     {"torch.autograd", "torch.autograd.grad_mode", "torch.overrides", "torch._tensor"}
     | {"torch.utils._contextlib"}
 )
+_OURS = f"{__name__.partition('.')[0]}."
+"""What modules of jacfunc have in front of their names."""
 
 _OURS = f"{__name__.partition('.')[0]}."
 

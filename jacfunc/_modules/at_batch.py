@@ -14,7 +14,7 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import CurrentState, Select, detached_copy
-from jacfunc._linear_map import Evaluations, Some, live, some_of
+from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
@@ -148,7 +148,7 @@ class ModuleAtBatch:
         return self.between(0, self.size)
 
     def parts_of(
-        self, factors: FactoredJacobian, cotangents: Leaves, of: Some | None = None
+        self, factors: FactoredJacobian, cotangents: Leaves, of: LeafNumbers | None = None
     ) -> dict[str, list[Part]]:
         """What cotangents ``[K, B, *out]`` pull back to parameters, by name; none if unused.
 
@@ -156,8 +156,8 @@ class ModuleAtBatch:
         a few.
         """
         if of is None:
-            of = live(cotangents)
-            cotangents = some_of(cotangents, of)
+            of = nonzero_numbers(cotangents)
+            cotangents = chosen_leaves(cotangents, of)
         with self.undisturbed(), self.factored():
             every = factors.of_cotangents(cotangents, of)
         return {name: parts for name, parts in zip(self.params, every, strict=True) if parts}

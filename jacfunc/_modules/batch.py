@@ -174,7 +174,7 @@ class SampledCall:
         one cotangent serves all of them.
         """
         one, first = OneSample(self.api, self.call_of), self.first_call()
-        of_all, params = self.samples.apart(one.of_params, first.primals)
+        of_all, params = self.samples.with_own_params(one.of_params, first.primals)
         return JacobianOperator(OfCalls(of_all, first.state), params), one
 
     def first_call(self) -> FlatCall:

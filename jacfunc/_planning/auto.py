@@ -56,7 +56,7 @@ class Auto(Streaming):
     ) -> tuple[Plan, Chunk]:
         """What to do with each of a batch of samples, one of which this is; how many at once."""
         costs = counted_costs(operator)
-        operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        operator.rewind_generators()  # the samples draw as if none had been evaluated before
         directions = samples.ways(self.directions, self.by_layers)
         if costs is None:
             return rows_first(by_sizes(operator, self.directions), operator), None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from jacfunc._arguments import check_memory
 from jacfunc._assembly import Sink
@@ -21,7 +21,7 @@ from jacfunc._errors import Refused
 from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
-from jacfunc._measuring import seconds_of
+from jacfunc._measuring import seconds_of, shuffled
 from jacfunc._memory import Chunk
 from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
@@ -93,14 +93,14 @@ class Autotune(Streaming):
         """The winner, measured where it is not known."""
         key = _key(operator)
         won, device = self._won(operator, key), _device(operator)
-        operator.repeat_draws()
-        costs = counted_costs(operator.again())
+        operator.rewind_generators()
+        costs = counted_costs(operator.unevaluated())
         if costs is None:
             return by_sizes(operator, BOTH)
         if won is None:
             run = partial(_materialized, operator)
             won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW_SEEDS), run)
-        operator.repeat_draws()  # as if nothing had been evaluated
+        operator.rewind_generators()  # as if nothing had been evaluated
         plan = Plan(won, MEASURED, None, others(won, BOTH, costs.rows, costs.columns))
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
@@ -112,7 +112,7 @@ class Autotune(Streaming):
     ) -> tuple[Plan, Chunk]:
         """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
         costs = counted_costs(operator)
-        operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        operator.rewind_generators()  # the samples draw as if none had been evaluated before
         if costs is None:
             return rows_first(by_sizes(operator, BOTH), operator), None
         memory, size = check_memory("Autotune", self.memory), samples.size
@@ -131,7 +131,7 @@ class Autotune(Streaming):
                 won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
             except Refused:  # all of them are: whoever runs the plan goes on from there
                 return plan, chunk
-        operator.repeat_draws()
+        operator.rewind_generators()
         plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
         return rows_first(plan, operator), None
 
@@ -156,8 +156,9 @@ class Autotune(Streaming):
 
 
 def _key(operator: JacobianOperator) -> str:
-    call = operator.call_kind
-    about = fingerprint(operator.func), call.kind
+    called, kind, _ = operator.call_kind
+    # a module is called through functions of ours, whose code may change with each version
+    about = fingerprint(called if isinstance(called, nn.Module) else operator.func), kind
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 
@@ -166,8 +167,8 @@ def _device(operator: JacobianOperator) -> torch.device:
 
 
 def _materialized(operator: JacobianOperator, strategy: Sweeping) -> Blocks:
-    fresh = operator.again()
-    fresh.repeat_draws()
+    fresh = operator.unevaluated()
+    fresh.rewind_generators()
     return strategy.materialize(fresh)
 
 
@@ -190,12 +191,14 @@ def medians(
     times: dict[Sweeping, list[float]] = {
         s: [] for s, took in first.items() if took <= max(SLOW_START * least, SETTING_UP)
     }
-    order, start = random.Random(0), time.perf_counter()
-    for number in range(ROUNDS):
-        for strategy in order.sample(list(times), len(times)):
+    start = time.perf_counter()
+    for number, turns in enumerate(shuffled(times, ROUNDS), 1):
+        for strategy in turns:
             times[strategy].append(clock(partial(run, strategy), device))
         least = min(map(min, times.values()))
-        times = {s: found for s, found in times.items() if min(found) <= HOPELESS * least}
-        if number + 1 >= FEWEST and time.perf_counter() - start > SECONDS:
+        for strategy in turns:
+            if min(times[strategy]) > HOPELESS * least:
+                del times[strategy]
+        if number >= FEWEST and time.perf_counter() - start > SECONDS:
             break
-    return {strategy: statistics.median(found) for strategy, found in times.items()}
+    return {strategy: statistics.median(seconds) for strategy, seconds in times.items()}

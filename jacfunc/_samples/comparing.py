@@ -11,7 +11,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from jacfunc._linear_map import Dims, Samples, anchored
+from jacfunc._linear_map import Dims, Samples, differentiable_alias
 from jacfunc._torch import RandomState, math_attention, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
@@ -57,7 +57,9 @@ class Subject:
             inputs = filter(is_differentiable, self.samples.leaves) if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *inputs)}
             every = (*self.params, *self.samples.leaves)
-            anchors = tuple(anchored(x, False) if id(x) in followed else x for x in every)
+            anchors = tuple(
+                differentiable_alias(x, False) if id(x) in followed else x for x in every
+            )
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
             count = len(self.params)
             outputs = self.whole(copies[:count], copies[count:])

@@ -1,4 +1,4 @@
-"""Ways to make a Jacobian explicit, one a file: each sweeps the operator with its own seeds."""
+"""Strategies, which make a Jacobian explicit: each file is one way to sweep a linear map."""
 
 from jacfunc.strategies._evaluation import Evaluation, evaluate, in_words_of
 from jacfunc.strategies._forward import Forward

@@ -1,4 +1,4 @@
-"""Column by column, many columns at once."""
+"""The strategy that pushes columns of the Jacobian forward, many at once."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Forward(Sweeping):
 
     @property
     def sweeps(self) -> Sweeps:
-        """Over columns."""
+        """Columns, as many at once as the chunk says."""
         return Sweeps("columns", self.chunk_size)
 
     def products(self, operator: JacobianOperator) -> Sweep:
-        """Columns, from vmapped pushforwards."""
+        """Columns, by vmapped pushforwards."""
         push = partial(operator.pushforward_batch, randomness=self.randomness)
         return partial(sweep, push, operator.primals)

@@ -1,4 +1,4 @@
-"""One seed at a time, without vmap."""
+"""The strategy that sweeps rows or columns one at a time, without vmap."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Looped(Sweeping):
 
     @property
     def sweeps(self) -> Sweeps:
-        """Over rows or columns, one after the other."""
+        """Rows or columns, one at a time."""
         return Sweeps(self.over, 1, is_vmapped=False)
 
     def products(self, operator: JacobianOperator) -> Sweep:
-        """Rows or columns, from single pullbacks or pushforwards."""
+        """Rows or columns, by single pullbacks or pushforwards."""
         if self.over == "columns":
             return partial(sweep, operator.pushforward_each, operator.primals)
         return partial(sweep_leaves, operator.pullback_each, operator.outputs)

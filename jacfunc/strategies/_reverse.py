@@ -1,4 +1,4 @@
-"""Row by row, many rows at once."""
+"""The strategy that pulls rows of the Jacobian back, many at once."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Reverse(Sweeping):
 
     @property
     def sweeps(self) -> Sweeps:
-        """Over rows."""
+        """Rows, as many at once as the chunk says."""
         return Sweeps("rows", self.chunk_size)
 
     def products(self, operator: JacobianOperator) -> Sweep:
-        """Rows, from vmapped pullbacks."""
+        """Rows, by vmapped pullbacks."""
         return partial(sweep_leaves, operator.pullback_batch, operator.outputs)

@@ -37,11 +37,11 @@ class Strategy(Protocol):
 
 
 class Streaming(ABC):
-    """A strategy that can write its products into a sink while it goes on."""
+    """A strategy that hands its products to a sink as they come, instead of returning blocks."""
 
     @abstractmethod
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]``, where the sink puts them."""
+        """Sweep the operator, and return blocks ``[*out_i, *in_j]`` from the sink."""
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, each a new tensor."""
@@ -49,14 +49,14 @@ class Streaming(ABC):
 
 
 class Sweeps(NamedTuple):
-    """How a strategy goes through its seeds: all that costs and forecasts ask of it.
+    """How a strategy sweeps its seeds. Costs and forecasts ask no more of a strategy.
 
     Args:
         over: ``"rows"`` pulls cotangents of the outputs back, ``"columns"`` pushes tangents of the
             inputs forward.
         chunk_size: seeds at once; None for all.
         is_vmapped: do the seeds of a chunk share a sweep?
-        by_layers: does a sweep end at the outputs of layers, whose rules give the products?
+        by_layers: do sweeps end at the outputs of layers, where rules for layers take over?
 
     Example:
         >>> import jacfunc
@@ -71,12 +71,12 @@ class Sweeps(NamedTuple):
 
     @property
     def are_pushes(self) -> bool:
-        """Do tangents go forward?"""
+        """Does it push tangents forward, rather than pull cotangents back?"""
         return self.over == "columns"
 
 
 class Sweeping(Streaming):
-    """A strategy that sweeps the seeds of one side; costs and forecasts know it by its sweeps.
+    """A strategy that sweeps all rows, or all columns, and describes how it does.
 
     Example:
         A strategy of your own, here one that pulls the unit cotangents back one by one:
@@ -96,11 +96,14 @@ class Sweeping(Streaming):
     @property
     @abstractmethod
     def sweeps(self) -> Sweeps:
-        """Which seeds it sweeps, and how many at once."""
+        """Which seeds are swept, how many at once, and how."""
 
     @abstractmethod
     def products(self, operator: JacobianOperator) -> Sweep:
-        """A sweep that gives rows ``[K, *in_j]``, of which it knows the graph, or columns."""
+        """The sweep that returns chunks of columns ``[K, *out_i]``, or of rows ``[K, *in_j]``.
+
+        A chunk of rows holds rows of one output leaf.
+        """
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         sweeps, products = self.sweeps, self.products(operator)
@@ -116,7 +119,7 @@ class Sweeping(Streaming):
 
 
 def blocks_into(sink: Sink, strategy: Strategy, operator: JacobianOperator) -> Blocks:
-    """Blocks ``[*out_i, *in_j]`` by a strategy, in the sink if the strategy can write there."""
+    """Blocks ``[*out_i, *in_j]`` by any strategy; one that streams hands products to the sink."""
     if isinstance(strategy, Streaming):
         return strategy.into(sink, operator)
     return strategy.materialize(operator)

@@ -1,4 +1,4 @@
-"""Layer by layer: what reaches an operation from behind, times what went into it."""
+"""The strategy by layers: cotangents of a layer's outputs, times the layer's inputs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 @dataclass(frozen=True)
 class Structured(Sweeping):
-    """Pulls rows back onto what comes out of layers, and multiplies with what went in.
+    """Pulls rows back onto the outputs of layers, and multiplies these with the layers' inputs.
 
-    The block of a layer's weight is an outer product of these two, written where it belongs
-    without a pass through autograd. What no rule in ``jacfunc.layers`` covers is differentiated
-    as ever, and the two parts add up.
+    The block of a layer's weight is an outer product of the two, written where it belongs without
+    a pass through autograd. Operations that no rule in ``jacfunc.layers`` covers are differentiated
+    by autograd, and the two parts are added.
 
     Best for Jacobians of every sample in a network's parameters. Inside another transform, which
     keeps no graph to look into, rows are pulled back as by :class:`Reverse`.
@@ -56,11 +56,11 @@ class Structured(Sweeping):
 
     @property
     def sweeps(self) -> Sweeps:
-        """Over rows, as far as the outputs of layers."""
+        """Rows, pulled back as far as the outputs of layers."""
         return Sweeps("rows", self.chunk_size, by_layers=True)
 
     def products(self, operator: JacobianOperator) -> Sweep:
-        """Rows from factors; the whole call is one sample."""
+        """Rows, by products of factors; the whole call is one sample."""
         if not is_outermost():
             return Reverse(self.chunk_size).products(operator)
         factors = self.factors(operator)
@@ -75,19 +75,19 @@ class Structured(Sweeping):
         return rows
 
     def factors(self, operator: JacobianOperator) -> FactoredJacobian:
-        """The operator evaluated, its Jacobian kept as factors."""
+        """The operator's Jacobian as factors, from an evaluation that finds uses of parameters."""
 
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
             return operator.func(*params)
 
-        met = LearnedUses.of(operator.call_kind)
+        uses = LearnedUses.of(operator.call_kind)
         whole = Samples((), ())
         with alone():
             factors = operator.refusing(
                 "look into layers",
                 lambda: factored(
-                    of_one, operator.func, operator.primals, whole, met, operator.repeat_draws
+                    of_one, operator.func, operator.primals, whole, uses, operator.rewind_generators
                 ),
             )
-        operator.evaluated(factors.of_one, factors.extras_of_one)
+        operator.keep_image(factors.of_one, factors.extras_of_one)
         return factors
