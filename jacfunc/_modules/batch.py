@@ -124,8 +124,8 @@ class SampledCall:
         # one strategy may plan for several doors, which want different things of one module
         randomness, copies = self.samples.randomness, self.sink.copies
         kind = self.kind.among(randomness, copies, self.has_layers, levels())
-        known = recall(strategy, kind)
-        plan, chunk = known or self._plan(strategy)
+        memory = recall(strategy, kind)
+        plan, chunk = memory or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
             return self.looped(strategy)
@@ -136,7 +136,7 @@ class SampledCall:
             remember(strategy, kind, (plan, UNMAPPED))
             random_state.repeat()
             return self.looped(strategy)
-        if known is None or plan is not known[0]:
+        if memory is None or plan is not memory[0]:
             remember(strategy, kind, (plan, chunk))
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
