@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning import resolve
@@ -61,7 +61,7 @@ def check_jacobian(
         >>> check_jacobian(torch.sin, torch.ones(3, dtype=torch.float64))
         {'reverse': 'agrees', 'forward': 'agrees', 'looped': 'agrees'}
     """
-    call = FlatCall(API, func, argnums, False, args, kwargs)
+    call = FlatCall(Derivation(API, func, argnums), args, kwargs)
     for primal in call.primals:
         if primal.dtype != torch.float64:
             raise TypeError(
@@ -70,7 +70,7 @@ def check_jacobian(
             )
     with torch.no_grad():
         trial = _Trial(call, JacobianOperator(call, call.primals), rtol, atol)
-        trial.operator.repeat_draws()
+        trial.operator.rewind_generators()
         expected = _finite_differences(call, trial.operator)
         verdicts = {}
         for strategy in strategies:
@@ -155,7 +155,7 @@ def _shifted(call: FlatCall, operator: JacobianOperator, j: int, n: int, step: f
     """The outputs with entry n of leaf j moved by a step."""
     primals = [primal.clone(memory_format=torch.contiguous_format) for primal in operator.primals]
     primals[j].view(-1)[n] += step
-    operator.repeat_draws()
+    operator.rewind_generators()
     outputs, _ = call(*primals)
     return outputs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ from jacfunc._faults import untracked, watched_once
 from jacfunc._linear_map import (
     Anchor,
     Graph,
-    OfOne,
+    SampleFunction,
     Samples,
-    anchored,
-    copied,
+    differentiable_alias,
     leading_out,
     linearize,
-    on_graph,
+    map_of_graph,
+    writable_copy,
 )
+from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import Pull, inside_derivative, inside_transform, math_attention, recording
 from jacfunc._types import LeafFunction, Leaves
 
@@ -46,6 +47,11 @@ class LearnedUses:
     written: set[int] = field(default_factory=set)
     ruled: set[int] | None = None
 
+    @classmethod
+    def of(cls, kind: CallKind) -> LearnedUses:
+        """What is known of the parameters, to be completed by whoever evaluates the call."""
+        return learned_uses().get_or_make(kind.version, kind.kind, cls)
+
     @property
     def lent(self) -> set[int]:
         """Parameters that the function gets without a copy."""
@@ -56,7 +62,7 @@ class LearnedUses:
         if number in self.lent:
             return anchor.view_as(anchor)
         own = samples.each(anchor) if number in self.others else anchor
-        return own if number in self.others - self.written else copied(own)
+        return own if number in self.others - self.written else writable_copy(own)
 
     def learn(self, count: int, others: set[int], unruled: UnruledUse) -> bool:
         """Take in what one evaluation of ``count`` parameters showed.
@@ -72,8 +78,14 @@ class LearnedUses:
         return bool(is_void)
 
 
+@cache
+def learned_uses() -> Remembered[LearnedUses]:
+    """By functions, and modules as they are: one that was changed may write into parameters."""
+    return Remembered()
+
+
 def factored(
-    of_one: OfOne,
+    of_one: SampleFunction,
     call: LeafFunction,
     params: Leaves,
     samples: Samples,
@@ -96,7 +108,7 @@ def factored(
     if inside_transform():
         repeat_draws()
         # vmap shows no graph: every parameter is differentiated as it is
-        unfactored = linearize(*samples.apart(of_one, params))
+        unfactored = linearize(*samples.with_own_params(of_one, params))
         return FactoredJacobian(samples, (), range(len(params)), params, unfactored)
     while True:
         repeat_draws()
@@ -113,7 +125,7 @@ def factored(
 
 
 def _evaluated(
-    of_one: OfOne,
+    of_one: SampleFunction,
     call: LeafFunction,
     params: Leaves,
     samples: Samples,
@@ -124,7 +136,7 @@ def _evaluated(
     grad_mode, others = torch.is_grad_enabled(), sorted(learned.others)
     with recording(), math_attention():
         check_plain(params)
-        anchors = [anchored(param, grad_mode) for param in params]
+        anchors = [differentiable_alias(param, grad_mode) for param in params]
         twins = [anchor.view_as(anchor) for anchor in anchors]
         handles = [learned.handle(anchor, i, samples) for i, anchor in enumerate(anchors)]
         behind = [Anchor.behind(handles[i]) for i in others]  # of_one may write into them
@@ -145,13 +157,13 @@ def _evaluated(
         state.check_fresh(outputs)
     differentiated = further or (grad_mode and graph.leads_out)
     targets = [*(use.anchor for use in uses), *behind]
-    linearization = on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
+    linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
     unruled_numbers = {i for i, node in enumerate(starts) if node in graph.met}
     return FactoredJacobian(samples, uses, others, params, linearization), unruled_numbers
 
 
 def _recording(
-    of_one: OfOne,
+    of_one: SampleFunction,
     samples: Samples,
     others: Sequence[int],
     twins: Sequence[Tensor],

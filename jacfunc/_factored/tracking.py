@@ -13,8 +13,8 @@ from jacfunc._errors import Refused
 from jacfunc._factored.tracked import UNSEEN_WRITE, TrackedParameter, UnruledUse
 from jacfunc._factored.use import Use
 from jacfunc._factored.views import METADATA, RAW_MEMORY, VIEWS, Path, View, is_part
-from jacfunc._faults import untracked
-from jacfunc._linear_map import BY_ITSELF, Anchor, nodes_of_call
+from jacfunc._faults import TAKES_DERIVATIVES, untracked
+from jacfunc._linear_map import Anchor, nodes_of_call
 from jacfunc._torch import (
     batched,
     below_transforms,
@@ -84,7 +84,7 @@ class UseRecorder(TorchFunctionMode):
     ) -> Any:
         # called for every operation: as short as it can be
         kwargs = kwargs or {}
-        if func in BY_ITSELF and self._is_at_own_level():
+        if func in TAKES_DERIVATIVES and self._is_at_own_level():
             raise Refused("the function takes a derivative itself, of what may stand for others")
         has_parameter = self._has_tracked(args) or self._has_tracked(kwargs.values())
         is_used = has_parameter and self._is_at_own_level()

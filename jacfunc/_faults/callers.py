@@ -22,6 +22,7 @@ _BETWEEN = frozenset(
 _OURS = f"{__name__.partition('.')[0]}."
 """What modules of jacfunc have in front of their names."""
 
+_OURS = f"{__name__.partition('.')[0]}."
 
 SWITCH: Any = torch._C._set_grad_enabled
 BY_CALLER = frozenset({SWITCH, Tensor.detach})

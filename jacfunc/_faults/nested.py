@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import BuiltinFunctionType
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from jacfunc._faults.lookups import tensors_of
 from jacfunc._faults.watch import Watch, name_of, unwatched
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
+from jacfunc._remembered import CallKind
 from jacfunc._torch import Pull, is_batched, is_pushing
 from jacfunc._types import LeafFunction, Leaves
 
@@ -64,12 +66,13 @@ def watched_once(
     """
     keep_heap()
     call = func if call is None else call
-    inner, kind = getattr(call, "kind_of_call", (None, None))
-    kind = (kind, pull.around)
+    kind: CallKind | None = call.call_kind if getattr(call, "is_told_by_kind", False) else None
     is_pushed = pull.level is not None and is_pushing()
-    known = None if inner is None or is_pushed else unwatched().get(inner, kind)
-    if known is not None:
-        if not known:
+    runs_alone = None
+    if kind is not None and not is_pushed:
+        runs_alone = unwatched().get(kind.version, (kind.kind, pull.around))
+    if runs_alone is not None:
+        if not runs_alone:
             return func(*copies)
         with alone():
             return func(*copies)
@@ -79,15 +82,21 @@ def watched_once(
     watch.check_copies(primals)
     if watch.has_cut_off and not all(out.requires_grad for out in outputs):
         raise Refused(CUT_OFF)
-    functions = getattr(call, "functions", (inner,))
+    if kind is None:
+        return outputs, extras
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
-    draws = watch.drew and inner is getattr(call, "func", None)
-    if inner is not None and not (watch.met or draws or any(map(_may_catch, functions))):
-        unwatched().put(inner, kind, shares)
+    draws = watch.drew and call.state is None
+    if not (watch.met or draws or any(map(_may_catch, call.functions))):
+        unwatched().put(kind.version, (kind.kind, pull.around), shares)
     return outputs, extras
 
 
 def _may_catch(function: Any) -> bool:
-    """May the function catch an error? Yes if it is not Python, where nothing tells."""
+    """May the function catch an error?
+
+    Torch's own functions in C++ do not. Of others that are not Python nothing tells, so they may.
+    """
+    if type(function) is BuiltinFunctionType and function.__module__ == "torch":
+        return False
     code = getattr(function, "__code__", None)
     return code is None or bool(code.co_exceptiontable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeGuard
 
 from jacfunc._forecasting import Costs
 from jacfunc._memory import (
@@ -16,7 +17,7 @@ from jacfunc._memory import (
 )
 from jacfunc._planning.plan import Direction, Plan
 from jacfunc._units import in_bytes
-from jacfunc.strategies import Forward, Reverse
+from jacfunc.strategies import Reverse, Strategy, Sweeping
 
 SHARE = 0.5
 """Of the free memory: the budget where none is given."""
@@ -25,12 +26,14 @@ SHARE = 0.5
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     """The plan in chunks that keep to the budget, where one sweep might not."""
     strategy = plan.strategy
-    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, costs, memory):
+    if not _has_chunks(strategy) or strategy.sweeps.by_layers:
+        return plan
+    if not _is_scarce(strategy, costs, memory):
         return plan
     budget = _budget(costs, memory)
     if costs.most_bytes(strategy) <= budget:
         return plan
-    kept = costs.kept if isinstance(strategy, Reverse) else costs.outputs
+    kept = costs.outputs if strategy.sweeps.are_pushes else costs.kept
     room = _room(budget, costs.result + kept, strict=memory is not None)
     chunk = FittedChunks(
         room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None
@@ -42,7 +45,7 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
 def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
     """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
     strategy, every = plan.strategy, one.times(batch)
-    if not isinstance(strategy, Direction) or not _is_scarce(strategy, every, memory):
+    if not _has_chunks(strategy) or not _is_scarce(strategy, every, memory):
         return plan, None
     budget = _budget(every, memory)
     if every.most_bytes(strategy) <= budget:
@@ -78,6 +81,11 @@ def spared(plan: Plan, every: Costs) -> Plan:
 def is_bounded(plan: Plan) -> bool:
     """Does its chunk follow a budget, which is this call's alone?"""
     return isinstance(getattr(plan.strategy, "chunk_size", None), FittedChunks)
+
+
+def _has_chunks(strategy: Strategy) -> TypeGuard[Direction]:
+    """Does it sweep several seeds at once, so that it can sweep fewer?"""
+    return isinstance(strategy, Sweeping) and strategy.sweeps.is_vmapped
 
 
 def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:

@@ -116,7 +116,7 @@ def run_as_written(func: Callable[..., Result], *args: Any, **kwargs: Any) -> Re
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """A context as :func:`as_written`; resets a compiler that is first loaded inside and fails."""
+    """Act as :func:`as_written`, and reset a compiler that is first loaded inside and fails."""
     was_loaded = "torch._dynamo" in sys.modules
     try:
         with as_written() as written, nullcontext() if written is None else written.recorded():

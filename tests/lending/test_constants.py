@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -143,14 +144,19 @@ def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
 
 def test_a_failed_evaluation_tells_nothing() -> None:
     constants, params = Constants(), {"weight": nn.Parameter(torch.ones(2))}
+    lending = partial(constants.lent, params, True, {})
 
     def addresses() -> list[int]:
         found = []
-        with constants.lent(params, True), constants.lent(params, True) as lent:
+        with lending(), lending() as lent:
             found += [x.data_ptr() for x in lent.values()]
         return found
 
-    with pytest.raises(ArithmeticError), constants.lent(params, True), constants.lent(params, True):
+    with (
+        pytest.raises(ArithmeticError),
+        constants.lent(params, True, {}),
+        constants.lent(params, True, {}),
+    ):
         raise ArithmeticError
     own = [params["weight"].data_ptr()]
     assert addresses() != own
