@@ -61,6 +61,8 @@ class FlatCall:
     ) -> None:
         api, argnums = derivation.api, derivation.argnums
         self.func = derivation.func
+        self.state: Any = None if origin is None else origin.state
+        """The state of the module that is called; None of a function."""
         self._api, self._has_aux = api, derivation.has_aux
         self._args, self._kwargs, self._origin = args, kwargs, origin
         self._positions = wrap_argnums(api, argnums, len(args))
@@ -69,13 +71,10 @@ class FlatCall:
         for n, split in zip(self._positions, self._splits, strict=True):
             if split.constants or any(map(torch.is_complex, split.leaves)):
                 check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        self.primals: Leaves = tuple([leaf for split in self._splits for leaf in split.leaves])
+        """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
         self._beside: Split | None = None
-
-    @property
-    def primals(self) -> Leaves:
-        """The point: the differentiable leaves of the chosen arguments."""
-        return tuple(leaf for split in self._splits for leaf in split.leaves)
 
     @cached_property
     def call_kind(self) -> CallKind:
@@ -99,11 +98,6 @@ class FlatCall:
     @property
     def _has_one_tensor(self) -> bool:
         return len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs
-
-    @property
-    def state(self) -> Any:
-        """The state of the module that is called; None of a function."""
-        return None if self._origin is None else self._origin.state
 
     @property
     def functions(self) -> list[Any]:

@@ -7,6 +7,7 @@ from jacfunc._faults.backward import (
     check_statistics,
     must_be_differentiable,
     once,
+    pullback_rules,
     wrong_second_derivative,
 )
 from jacfunc._faults.callers import TAKES_DERIVATIVES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import BuiltinFunctionType
 from typing import Any
 
 from torch import Tensor
@@ -58,11 +59,11 @@ def watched_once(
     """
     keep_heap()
     call = func if call is None else call
-    kind: CallKind | None = None
-    if getattr(call, "is_told_by_kind", False):
-        kind = call.call_kind.among(pull.around)
+    kind: CallKind | None = call.call_kind if getattr(call, "is_told_by_kind", False) else None
     is_pushed = pull.level is not None and is_pushing()
-    runs_alone = None if kind is None or is_pushed else unwatched().get(kind.version, kind.kind)
+    runs_alone = None
+    if kind is not None and not is_pushed:
+        runs_alone = unwatched().get(kind.version, (kind.kind, pull.around))
     if runs_alone is not None:
         if not runs_alone:
             return func(*copies)
@@ -79,11 +80,15 @@ def watched_once(
     # modules are evaluated alone, and other functions that draw are watched, to draw alone
     draws = watch.drew and call.state is None
     if not (watch.met or draws or any(map(_may_catch, call.functions))):
-        unwatched().put(kind.version, kind.kind, shares)
+        unwatched().put(kind.version, (kind.kind, pull.around), shares)
     return found
 
 
 def _may_catch(function: Any) -> bool:
-    """Could it catch an error? Of what is not Python's nobody knows."""
+    """Could it catch an error? Torch's own in C++ do not; of others that are not Python's nobody
+    knows.
+    """
+    if type(function) is BuiltinFunctionType and function.__module__ == "torch":
+        return False
     code = getattr(function, "__code__", None)
     return code is None or bool(code.co_exceptiontable)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation
-from jacfunc._forecasting import CallForecast, Costs, Swept, counted_costs
-from jacfunc._linear_map import JacobianOperator, one_sample
+from jacfunc._forecasting import CallForecast, Costs, counted_costs
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import Result
 from jacfunc._memory import free_bytes
 from jacfunc._planning import SHARE, resolve
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._problem import API, Problem
-from jacfunc.strategies import Looped, Strategy
+from jacfunc.strategies import Strategy, Sweeping
 
 LONG, FAR = 60.0, 20.0
 """A call is not tried that would take so many seconds, and so many times the shortest call."""
@@ -55,7 +54,7 @@ def _needs(problem: Problem, strategies: Mapping[str, str | Strategy]) -> dict[s
         note("nothing is forecast: %s", error)
         return {}
     resolved = {name: resolve(API, strategy, None) for name, strategy in strategies.items()}
-    return {name: forecast(s) for name, s in resolved.items() if isinstance(s, Swept)}
+    return {name: forecast(s) for name, s in resolved.items() if isinstance(s, Sweeping)}
 
 
 def _obstacle(needs: Needs, free: int, shortest: float) -> str | None:
@@ -70,24 +69,24 @@ def _obstacle(needs: Needs, free: int, shortest: float) -> str | None:
     return None
 
 
-def _of_function(problem: Problem) -> Callable[[Swept], Needs]:
+def _of_function(problem: Problem) -> Callable[[Sweeping], Needs]:
     derivation = Derivation(API, problem.target, problem.argnums)
     call = CallForecast(derivation, problem.args, dict(problem.kwargs))
 
-    def needs(strategy: Swept) -> Needs:
+    def needs(strategy: Sweeping) -> Needs:
         forecast = call.forecast(strategy)
         return forecast.seconds, forecast.peak_bytes, 0
 
     return needs
 
 
-def _of_module(problem: Problem) -> Callable[[Swept], Needs]:
+def _of_module(problem: Problem) -> Callable[[Sweeping], Needs]:
     costs, samples = _costs_of_sample(problem), problem.size()
 
-    def needs(strategy: Swept) -> Needs:
+    def needs(strategy: Sweeping) -> Needs:
         if costs is None:
             return UNKNOWN
-        if isinstance(strategy, Looped):
+        if not strategy.sweeps.is_vmapped:
             return samples * costs.seconds(strategy), None, 0
         batch = costs.times(samples)
         return batch.seconds(strategy), None, batch.least_bytes(strategy)
@@ -100,8 +99,7 @@ def _costs_of_sample(problem: Problem) -> Costs | None:
     call = problem.call()
     with call.undisturbed():
         if problem.is_sampled:
-            batch = call.batch(Sink(), problem.in_dims, problem.randomness)
-            flat = batch.call_of(one_sample(batch.leaves, batch.dims, 0))
+            flat = call.batch(problem.batching).first_call()
         else:
-            flat = call.flat_call(call.arguments, None)
+            flat = call.flat_call(call.arguments)
         return counted_costs(JacobianOperator(flat, flat.primals))

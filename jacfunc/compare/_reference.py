@@ -73,7 +73,7 @@ class Reference:
             # what could not be copied must be left as it was
             state = ModuleState.of(API, module, None)
             point = {name: p.detach().requires_grad_() for name, p in state.point.items()}
-            self._lend, self._params = partial(state.lent, point), tuple(point.values())
+            self._lend, self._params = partial(_lent, state, point), tuple(point.values())
         self._random_state = RandomState(self.problem.samples()[0].leaves)
 
     @contextmanager
@@ -105,7 +105,7 @@ class Reference:
             outputs = [out for out in outputs if is_differentiable(out)]
             if problem.is_sampled:
                 outputs = [out.squeeze(0) for out in outputs]
-        self.is_random = self._random_state.were_taken()
+        self.is_random = self._random_state.has_changed()
         return Sample(tuple(outputs), targets, tuple(shapes))
 
     def try_out(self) -> Sample:
@@ -126,6 +126,13 @@ class Reference:
                 leaf = bisect_right(ends, row)
                 entry = row - ends[leaf] + sizes[leaf]
                 yield leaf, number * sizes[leaf] + entry, sample.row(leaf, entry)
+
+
+@contextmanager
+def _lent(state: ModuleState, params: dict[str, Tensor]) -> Iterator[None]:
+    """A module lent for many evaluations, all with these parameters."""
+    with state.lent_for_call(API, params), state.lent_for_evaluation(params):
+        yield
 
 
 def reference_of(problem: Problem) -> Reference:
