@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from jacfunc._measuring import Contestant, Effort, Entry, interleaved, measure, shuffled
-from jacfunc._measuring.results import WARM_UP, WrongAnswerError
+from jacfunc._measuring.results import WARM_UP, Result, WrongAnswerError
+from jacfunc._measuring.rounds import BRIEF
 
 CPU = torch.device("cpu")
 
@@ -92,32 +94,57 @@ def test_whoever_fails_takes_no_further_step() -> None:
     assert all(results[name].ratio is None for name in ("wrong", "crashing", "later", "refused"))
 
 
+class Scripted(Entry):
+    """An entry whose calls take the seconds that the script says."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.result = Result(name, "rival")
+        self._seconds = seconds
+
+    def prepare(self) -> None:
+        self.time(WARM_UP)
+
+    def weigh(self) -> None:
+        self.result.peak_bytes = 1
+
+    def time(self, number: int) -> None:
+        self.result.seconds[number] = self._seconds
+
+
 @pytest.mark.parametrize("slow", [0.2, 0.3])
-def test_a_slow_contestant_sits_rounds_out_and_the_baseline_does_not(
-    monkeypatch: pytest.MonkeyPatch, slow: float
-) -> None:
-    now = {"slow": slow, "base": 0.1, "fast": 0.01}
-
-    def clock(run: Callable[[], Any], device: torch.device) -> float:
-        run()
-        return costs_of[-1]
-
-    costs_of: list[float] = []
-    monkeypatch.setattr("jacfunc._measuring.rounds.seconds_of", clock)
-
-    def run_of(name: str) -> Callable[[], int]:
-        def run() -> int:
-            costs_of.append(now[name])
-            return 1
-
-        return run
-
-    entries = [entry(name, run_of(name)) for name in now]
-    effort = Effort(rounds=40, seconds=1.5, fewest=5)
-    results = {r.contestant: r for r in measure(entries, effort, "base")}
-    rounds = {name: len(result.seconds) - 1 for name, result in results.items()}
-    assert rounds == {"slow": int(1.5 / slow), "base": 40, "fast": 40}
-    numbers = sorted(n for n in results["slow"].seconds if n != WARM_UP)
+def test_a_slow_contestant_sits_rounds_out_and_the_baseline_does_not(slow: float) -> None:
+    entries = [Scripted("slow", slow), Scripted("base", 0.1), Scripted("fast", 0.01)]
+    results = measure(entries, Effort(rounds=40, seconds=1.5, fewest=5, patience=20.0), "base")
+    rounds = [len(result.seconds) - 1 for result in results]
+    assert rounds == [int(1.5 / slow), 40, 40]
+    numbers = sorted(n for n in results[0].seconds if n != WARM_UP)
     gaps = [after - before for before, after in pairwise(numbers)]
     assert max(gaps) - min(gaps) <= 1
-    assert results["slow"].ratio.median == pytest.approx(slow / 0.1)
+    assert results[0].ratio is not None
+    assert results[0].ratio.median == pytest.approx(slow / 0.1)
+
+
+def test_a_call_that_takes_longer_than_anyone_waits_has_its_warm_up_alone() -> None:
+    entries = [Scripted("endless", 30.0), Scripted("base", 0.1)]
+    endless, base = measure(entries, Effort(), "base")
+    assert endless.seconds == {WARM_UP: 30.0}
+    assert endless.ratio is not None
+    assert endless.ratio.median == pytest.approx(300)
+    assert len(base.seconds) > 5
+
+
+@pytest.mark.parametrize(("pause", "calls"), [(0.0, 2), (2 * BRIEF, 1)])
+def test_a_brief_call_is_timed_after_an_untimed_one(pause: float, calls: int) -> None:
+    made: list[float] = []
+
+    def run() -> int:
+        time.sleep(pause)
+        made.append(pause)
+        return 1
+
+    brief = entry("brief", run)
+    brief.prepare()
+    assert len(made) == 2
+    brief.time(1)
+    assert len(made) == 2 + calls
+    assert sorted(brief.result.seconds) == [WARM_UP, 1]
