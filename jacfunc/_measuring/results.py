@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from jacfunc._errors import is_out_of_memory
 
 WARM_UP = 0
-"""The number of the round before those that count; it counts itself where there is no other."""
+"""The number of the warm-up among the rounds; it counts only where there is no other round."""
 
 
 class WrongAnswerError(Exception):
-    """The answer has other names, shapes or numbers than the reference."""
+    """An answer has other blocks, shapes or numbers than the reference."""
 
 
 @dataclass(frozen=True)

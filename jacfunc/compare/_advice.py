@@ -17,7 +17,7 @@ TIE = 1.05
 """A result is as fast as the fastest if it takes up to so many times its time."""
 
 LITTLE = 0.8
-"""Less memory is worth a word only below that share of the memory of the fastest."""
+"""A strategy is named for its memory only below this share of what the fastest takes."""
 
 NOT_ENOUGH = "jacfunc.stream_jacobian or products (jacfunc.jvp, vjp, ntk, ggn)"
 
@@ -107,7 +107,7 @@ def _code(result: Result, memory: Memory) -> str:
 
 
 def _duration(result: Result) -> Spread:
-    """The time in units of the baseline, whose rounds were as busy; in seconds, if that failed."""
+    """The time in units of the baseline's, or in seconds where the baseline has failed."""
     duration = result.ratio or result.time
     assert duration is not None
     return duration
