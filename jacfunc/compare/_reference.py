@@ -116,7 +116,7 @@ class Reference:
         return sample
 
     def rows(self) -> Iterator[tuple[int, int, Leaves]]:
-        """Rows in random order: the output leaf, the number among all samples, and the gradients."""
+        """Rows in random order: output leaf, number among the rows of all samples, gradients."""
         order = random.Random(0)
         for number in order.sample(range(self.size), self.size):
             sample = self.sample(number)
