@@ -20,7 +20,7 @@ def check_plain(tensors: Collection[torch.Tensor]) -> None:
     Raises:
         Refused: if there is one whose class has a ``__torch_function__`` of its own.
     """
-    if _PLAIN.issuperset(map(type, tensors)):
+    if are_plain(tensors):
         return
     for tensor in tensors:
         if _means_more(type(tensor)):
@@ -29,13 +29,18 @@ def check_plain(tensors: Collection[torch.Tensor]) -> None:
             )
 
 
+def are_plain(tensors: Collection[torch.Tensor]) -> bool:
+    """Has none a class of its own?"""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
 def check_kept(tensors: Collection[torch.Tensor], copies: Collection[torch.Tensor]) -> None:
     """A copy that stands for a tensor must do as it does.
 
     Raises:
         Refused: if a class that has a ``__torch_function__`` of its own was lost.
     """
-    if _PLAIN.issuperset(map(type, tensors)):
+    if are_plain(tensors):
         return
     for tensor, copy in zip(tensors, copies, strict=True):
         kind = type(tensor)

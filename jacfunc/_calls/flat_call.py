@@ -16,7 +16,7 @@ from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
 from jacfunc._remembered import CallKind
-from jacfunc._torch import run_as_written
+from jacfunc._torch import run_as_written, untracked
 from jacfunc._trees import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree, is_tensor
 
@@ -67,11 +67,15 @@ class FlatCall:
         self._args, self._kwargs, self._origin = args, kwargs, origin
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
-        self._splits = [Split.of(args[n]) for n in self._positions]
-        for n, split in zip(self._positions, self._splits, strict=True):
-            if split.constants or any(map(torch.is_complex, split.leaves)):
-                check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
-        self.primals: Leaves = tuple([leaf for split in self._splits for leaf in split.leaves])
+        with untracked():
+            self._splits = [Split.of(args[n]) for n in self._positions]
+            for n, split in zip(self._positions, self._splits, strict=True):
+                if split.constants or any(map(torch.is_complex, split.leaves)):
+                    check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        splits = self._splits
+        self.primals: Leaves = (
+            splits[0].leaves if len(splits) == 1 else tuple([x for s in splits for x in s.leaves])
+        )
         """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
         self._beside: Split | None = None
@@ -83,7 +87,8 @@ class FlatCall:
             state = self._origin.state
             return CallKind(state.module, self._origin.kind(), state.origin or state)
         if self._has_one_tensor:
-            return CallKind(self.func, kind_of(self._args[0]), self.func)
+            with untracked():
+                return CallKind(self.func, kind_of(self._args[0]), self.func)
         kind = self._positions, kinds_of((self._args, self._kwargs))
         return CallKind(self.func, kind, self.func)
 
@@ -123,11 +128,12 @@ class FlatCall:
             output, aux = run_as_written(self._on_copies, args, primals), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
-        self._output = Split.of(output)
-        if self._has_aux or self._output.constants:
-            self._beside = Split.of((self._output.constants, aux), is_tensor)
-        if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
-            check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
+        with untracked():
+            self._output = Split.of(output)
+            if self._has_aux or self._output.constants:
+                self._beside = Split.of((self._output.constants, aux), is_tensor)
+            if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
+                check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
         return self._output.leaves, self._beside.leaves if self._beside else ()
 
     def _on_copies(self, args: list[Tree], primals: Sequence[Tensor]) -> Tree:

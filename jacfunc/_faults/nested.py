@@ -14,7 +14,7 @@ from jacfunc._errors import Refused
 from jacfunc._faults.callers import CUT_OFF
 from jacfunc._faults.forward import FAULTY, PushContext, check_push, check_pushed
 from jacfunc._faults.lookups import tensors_of
-from jacfunc._faults.watch import Watch, name_of, unwatched
+from jacfunc._faults.watch import Watch, name_of, unwatched, watch_on
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
 from jacfunc._remembered import CallKind
@@ -58,6 +58,7 @@ def watched_once(
     where ``func`` does not. Outside of what is pulled back on a plain graph nothing is pushed.
     """
     keep_heap()
+    watch_on()
     call = func if call is None else call
     kind: CallKind | None = call.call_kind if getattr(call, "is_told_by_kind", False) else None
     is_pushed = pull.level is not None and is_pushing()
