@@ -22,7 +22,7 @@ def check_plain(tensors: Collection[torch.Tensor]) -> None:
     Raises:
         Refused: if a class has a ``__torch_function__`` of its own.
     """
-    if _PLAIN.issuperset(map(type, tensors)):
+    if are_plain(tensors):
         return
     for tensor in tensors:
         if _means_more(type(tensor)):
@@ -31,13 +31,18 @@ def check_plain(tensors: Collection[torch.Tensor]) -> None:
             )
 
 
+def are_plain(tensors: Collection[torch.Tensor]) -> bool:
+    """Has none a class of its own?"""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
 def check_kept(tensors: Collection[torch.Tensor], copies: Collection[torch.Tensor]) -> None:
     """Refuse copies that are no longer of the tensor's class, if that has behaviour of its own.
 
     Raises:
         Refused: if a copy lacks the ``__torch_function__`` of its original.
     """
-    if _PLAIN.issuperset(map(type, tensors)):
+    if are_plain(tensors):
         return
     for tensor, copy in zip(tensors, copies, strict=True):
         kind = type(tensor)

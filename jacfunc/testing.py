@@ -70,7 +70,7 @@ def check_jacobian(
             )
     with torch.no_grad():
         trial = _Trial(call, JacobianOperator(call, call.primals), rtol, atol)
-        trial.operator.repeat_draws()
+        trial.operator.rewind_generators()
         expected = _finite_differences(call, trial.operator)
         verdicts = {}
         for strategy in strategies:
@@ -159,7 +159,7 @@ def _shifted(call: FlatCall, operator: JacobianOperator, j: int, n: int, step: f
     """The outputs with entry n of leaf j moved by a step."""
     primals = [primal.clone(memory_format=torch.contiguous_format) for primal in operator.primals]
     primals[j].view(-1)[n] += step
-    operator.repeat_draws()
+    operator.rewind_generators()
     outputs, _ = call(*primals)
     return outputs
 

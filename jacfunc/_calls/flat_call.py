@@ -16,7 +16,7 @@ from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
 from jacfunc._remembered import CallKind
-from jacfunc._torch import run_as_written
+from jacfunc._torch import run_as_written, untracked
 from jacfunc._trees import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree, is_tensor
 
@@ -61,23 +61,26 @@ class FlatCall:
     ) -> None:
         api, argnums = derivation.api, derivation.argnums
         self.func = derivation.func
+        self.state: Any = None if origin is None else origin.state
+        """The state of the module that is called; None of a function."""
         self._api, self._has_aux = api, derivation.has_aux
         self._args, self._kwargs, self._origin = args, kwargs, origin
         self._has_one_tensor = len(args) == 1 and type(args[0]) is Tensor and not kwargs
         self._call_kind: CallKind | None = None
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
-        self._splits = [Split.of(args[n]) for n in self._positions]
-        for n, split in zip(self._positions, self._splits, strict=True):
-            if split.constants or any(map(torch.is_complex, split.leaves)):
-                check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        with untracked():
+            self._splits = [Split.of(args[n]) for n in self._positions]
+            for n, split in zip(self._positions, self._splits, strict=True):
+                if split.constants or any(map(torch.is_complex, split.leaves)):
+                    check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        splits = self._splits
+        self.primals: Leaves = (
+            splits[0].leaves if len(splits) == 1 else tuple([x for s in splits for x in s.leaves])
+        )
+        """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
         self._beside: Split | None = None
-
-    @property
-    def primals(self) -> Leaves:
-        """The point of linearization: the differentiable leaves of the chosen arguments."""
-        return tuple(leaf for split in self._splits for leaf in split.leaves)
 
     @property
     def call_kind(self) -> CallKind:
@@ -91,7 +94,8 @@ class FlatCall:
             state = self._origin.state
             return CallKind(state.module, self._origin.kind(), state.origin or state)
         if self._has_one_tensor:
-            return CallKind(self.func, kind_of(self._args[0]), self.func)
+            with untracked():
+                return CallKind(self.func, kind_of(self._args[0]), self.func)
         kind = self._positions, kinds_of((self._args, self._kwargs))
         return CallKind(self.func, kind, self.func)
 
@@ -105,10 +109,6 @@ class FlatCall:
         return self._origin is not None or self._has_one_tensor
 
     @property
-    def state(self) -> Any:
-        """The state of the module that is called; None of a function."""
-        return None if self._origin is None else self._origin.state
-
     @property
     def functions(self) -> list[Any]:
         """The functions that run when it is called, as far as they are known."""
@@ -133,11 +133,12 @@ class FlatCall:
             output, aux = run_as_written(self._on_copies, args, primals), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
-        self._output = Split.of(output)
-        if self._has_aux or self._output.constants:
-            self._beside = Split.of((self._output.constants, aux), is_tensor)
-        if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
-            check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
+        with untracked():
+            self._output = Split.of(output)
+            if self._has_aux or self._output.constants:
+                self._beside = Split.of((self._output.constants, aux), is_tensor)
+            if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
+                check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
         return self._output.leaves, self._beside.leaves if self._beside else ()
 
     def _on_copies(self, args: list[Tree], primals: Sequence[Tensor]) -> Tree:

@@ -14,7 +14,7 @@ from torch import Tensor
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
 from jacfunc._curvature.known_losses import is_known, known_root
 from jacfunc._lending import tensors_in
-from jacfunc._linear_map import Anchor, Graph, JacobianOperator, anchored, on_graph
+from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_alias, map_of_graph
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
@@ -110,12 +110,12 @@ class Loss:
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """The same as a function, on the graph of whoever differentiates it."""
-        anchors = [anchored(leaf, True) for leaf in leaves]
+        anchors = [differentiable_alias(leaf, True) for leaf in leaves]
         copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
         starts = {copy.grad_fn for copy in copies}
         value, _ = self(*copies)
         graph = Graph.of(value, starts)
-        found = on_graph(value, (), [Anchor.at(a) for a in anchors], graph, differentiated=True)
+        found = map_of_graph(value, (), [Anchor.at(a) for a in anchors], graph, differentiated=True)
         return found.pull(tuple(map(torch.ones_like, value))), ()
 
     @cached_property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,63 @@ WRONG_SECOND_DERIVATIVE = {
     "WeightNormInterfaceBackward0": "its formula is wrong",
     "SparseCooTensorWithDimsAndTensorsBackward0": "sparse tensors made from values drop it",
 }
+
+
+class PullbackRules(NamedTuple):
+    """What torch's faults allow of a pullback through a plain graph.
+
+    Args:
+        names: of the kinds of its nodes.
+        is_batchable: is a pullback right under vmap?
+        keeps_graph: may its products be differentiated?
+        reason: why they may not, where they were to be.
+        is_forced: must the backward formulas be the differentiable ones, whoever asks?
+    """
+
+    names: set[str]
+    is_batchable: bool
+    keeps_graph: bool
+    reason: str | None
+    is_forced: bool
+
+
+def pullback_rules(nodes: set[Any], differentiated: bool) -> PullbackRules:
+    """The rules for a graph of these nodes, whose pullback may be differentiated.
+
+    Raises:
+        Refused: if there is a node whose pullback comes out wrong, however it is swept.
+    """
+    check_nodes(nodes, differentiated=False)
+    names = {node.__name__ for node in nodes}
+    reason = wrong_second_derivative(nodes) if differentiated else None
+    keeps_graph = differentiated and reason is None
+    is_forced = must_be_differentiable(names, in_functorch=False)
+    return PullbackRules(names, can_be_batched(names, keeps_graph), keeps_graph, reason, is_forced)
+
+
+_NAMED = NEVER_BATCHED.union(
+    NOT_BATCHED_IF_DIFFERENTIATED, WRONG_BACKWARD, WRONG_INSIDE_VMAP, WRONG_SECOND_DERIVATIVE
+)
+
+
+def suspects(kinds: set[Any]) -> set[Any]:
+    """Kinds of nodes without those of torch's own that no table names, looked up once a process."""
+    unknown = kinds - _innocent()
+    if unknown:
+        _innocent().update(filter(_is_innocent, unknown))
+        unknown -= _innocent()
+    return unknown
+
+
+@cache
+def _innocent() -> set[Any]:
+    return set()
+
+
+def _is_innocent(kind: Any) -> bool:
+    name = kind.__name__
+    is_named = name in _NAMED or name.startswith("Linalg") or name.endswith("Backward")
+    return not (is_named or hasattr(kind, "_forward_cls"))
 
 
 def check_nodes(nodes: set[Any], differentiated: bool) -> None:

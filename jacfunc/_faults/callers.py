@@ -19,6 +19,8 @@ _BETWEEN = frozenset(
     {"torch.autograd", "torch.autograd.grad_mode", "torch.overrides", "torch._tensor"}
     | {"torch.utils._contextlib"}
 )
+_OURS = f"{__name__.partition('.')[0]}."
+"""What modules of jacfunc have in front of their names."""
 
 
 SWITCH: Any = torch._C._set_grad_enabled
@@ -99,7 +101,7 @@ def cuts_off(
 def asking_frame() -> Any:
     """Of whoever called the operation: neither a watch nor what torch wraps around it."""
     frame: Any = sys._getframe(1)
-    while module_of(frame) in _BETWEEN or module_of(frame).startswith(f"{__package__}."):
+    while (module := module_of(frame)) in _BETWEEN or module.startswith(_OURS):
         frame = frame.f_back
     return frame
 

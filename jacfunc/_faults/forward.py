@@ -96,7 +96,6 @@ _LU_SOLVES = frozenset(
     for prefix in ("", "linalg_")
     for name in ("det", "slogdet", "logdet", "solve", "solve_ex", "tensorsolve")
 )
-_WATCHERS = frozenset({Watch.__module__, __name__})
 _DETERMINANTS = frozenset({"det", "linalg_det"})
 _KEEPS_STATISTICS = frozenset(
     {
@@ -237,7 +236,7 @@ def _asks_for_graph(getter: Any, tensor: torch.Tensor) -> bool:
     if getattr(getter, "__self__", None) is not torch.Tensor.requires_grad:
         return False
     frame = sys._getframe(1)
-    while frame.f_globals["__name__"] in _WATCHERS and frame.f_back:
+    while frame.f_globals["__name__"].startswith(f"{__package__}.") and frame.f_back:
         frame = frame.f_back
     asks_itself = not f"{frame.f_globals['__name__']}.".startswith("torch.")
     return asks_itself and is_tracked(tensor)

@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacfunc._errors import Refused
-from jacfunc._torch import below_transforms, inside_transform, is_batched, is_spread, is_tracked
+from jacfunc._torch import (
+    below_transforms,
+    has_strided_samples,
+    inside_transform,
+    is_batched,
+    is_tracked,
+)
 from jacfunc._trees import flatten
 from jacfunc._types import is_differentiable, is_tensor
 
@@ -72,7 +78,9 @@ def embedding(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -
 
 def as_strided(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
     """Refused under vmap, where a sample may not lie as it would alone: in a row."""
-    if not torch.compiler.is_compiling() and any(map(is_spread, tensors_of(args, kwargs))):
+    if not torch.compiler.is_compiling() and any(
+        map(has_strided_samples, tensors_of(args, kwargs))
+    ):
         raise Refused("it reads memory by strides, which are others under vmap")
     if func in _RESHAPING and inside_transform():
         raise Refused("it changes the strides of a tensor in place, which transforms do not see")

@@ -9,12 +9,12 @@ from typing import Any
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import Derivation
-from jacfunc._forecasting import CallForecast, Forecast, Swept
+from jacfunc._forecasting import CallForecast, Forecast
 from jacfunc._lock import alone
 from jacfunc._torch import inside_transform
 from jacfunc._types import Argnums, Tree
 from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
-from jacfunc.strategies import Forward, Looped, Reverse
+from jacfunc.strategies import Forward, Looped, Reverse, Sweeping
 
 API = "estimate"
 HEADER = ("strategy", "chunk", "calls", "sweeps", "FLOPs", "result", "peak", "time", "how we know")
@@ -70,7 +70,7 @@ def estimate(
             f"{API}: it must be called outside of transforms, got a call inside vmap or a "
             "derivative. Give the function that they transform."
         )
-    strategies: tuple[Swept, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
+    strategies: tuple[Sweeping, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
     with alone():  # torch's fake tensors turn a switch of the process, too
         call = CallForecast(Derivation(API, func, argnums, has_aux), args, kwargs)
         return Estimate(call.rows, call.columns, tuple(map(call.forecast, strategies)))

@@ -19,7 +19,7 @@ from jacfunc._memory import PeakBytes
 from jacfunc._planning import Auto, Autotune, Plan, resolve
 from jacfunc._types import Argnums, Memory, Tree
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+from jacfunc.strategies import Strategy, Sweeping
 
 
 def plan(
@@ -65,7 +65,7 @@ def plan(
     call = FlatCall(derivation, args, kwargs)
     with alone():
         plan = _planned(chosen, JacobianOperator(call, call.primals))
-        if not isinstance(plan.strategy, Reverse | Forward | Looped):
+        if not isinstance(plan.strategy, Sweeping) or plan.strategy.sweeps.by_layers:
             return plan
         forecast = CallForecast(derivation, args, kwargs).forecast(plan.strategy)
     return replace(plan, forecast=forecast)

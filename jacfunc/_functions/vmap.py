@@ -16,7 +16,7 @@ from jacfunc._calls import reaches_module
 from jacfunc._errors import Refused, check_fallback
 from jacfunc._faults import NestedWatch, handled
 from jacfunc._functions.derive import watches_itself
-from jacfunc._linear_map import Dims, OnLeaves, batch_size, one_sample, sample_chunks
+from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._torch import RandomState, as_written, sweep_batch
@@ -129,7 +129,7 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
 
 
 def _vmapped_or_looped(
-    func: OnLeaves,
+    func: Callable[[Leaves], tuple[Leaves, Leaves]],
     leaves: Leaves,
     randomness: Randomness,
     dims: Dims,

@@ -2,8 +2,7 @@
 
 from jacfunc._modules.at_batch import BatchOptions, BatchOutputs, ModuleAtBatch
 from jacfunc._modules.batch import SampledCall
-from jacfunc._modules.call import ModuleCall, Wrt, argnums_of
+from jacfunc._modules.call import Batching, ModuleCall, Wrt, argnums_of
 from jacfunc._modules.independence import Independence, Independent, now_and_then
-from jacfunc._modules.inputs import InputChoice
 from jacfunc._modules.jacobian import ModuleResult, module_jacobian, param_slices
 from jacfunc._modules.stream import stream_jacobian

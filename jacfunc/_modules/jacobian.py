@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import sink_for
-from jacfunc._lending import ModuleState, Select
+from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._lock import alone
-from jacfunc._modules.call import ModuleCall, Wrt, argnums_of
+from jacfunc._modules.call import Batching, ModuleCall, Wrt, argnums_of
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
 from jacfunc._modules.inputs import InputChoice, Key
@@ -140,26 +140,21 @@ def module_jacobian(
         torch.Size([5, 2, 8])
     """
     check_module(API, module)
-    argnums = argnums_of(API, wrt)
-    chosen = resolve(API, strategy, chunk_size, memory)
+    argnums, current = argnums_of(API, wrt), CurrentState(API, module, select)
+    sweeps = resolve(API, strategy, chunk_size, memory)
     independence = Independence.of(API, independent, None if memory is None else FEW_CALLS)
-
-    state: ModuleState | None = None  # as the last call found it
+    batching = Batching(in_dims, randomness) if per_sample else None
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
-        nonlocal state
         arguments = args, kwargs
-        with alone():  # while another thread lends it parameters, these are not its own
-            state = ModuleState.after(state, API, module, select)
+        with alone():
+            state = current.now()
             choice = InputChoice.of(API, module, inputs, arguments)
             sink = sink_for(API, out, flat, dtype, device)
             call = ModuleCall(
-                API, state, argnums, choice, arguments, full_output, create_graph, independence
+                API, state, arguments, argnums, choice, full_output, create_graph, independence
             )
-            if per_sample:
-                result = call.of_samples(chosen, sink, in_dims, randomness)
-            else:
-                result = call.of_all(chosen, sink)
+            result = call.jacobian(sweeps, sink, batching)
         jacobian = result.blocks[0][0] if flat else result.jacobian()
         return ModuleResult(jacobian, *result.value_and_aux()) if full_output else jacobian
 

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeGuard
 
 from jacfunc._forecasting import Costs
-from jacfunc._memory import Chunk, FittedChunks, evenly, free_bytes
-from jacfunc._planning.plan import MODEST, Direction, Plan
+from jacfunc._memory import (
+    CROWDED_BYTES,
+    MODEST_BYTES,
+    SPARE_BYTES,
+    Chunk,
+    FittedChunks,
+    evenly,
+    free_bytes,
+)
+from jacfunc._planning.plan import Direction, Plan
 from jacfunc._units import in_bytes
-from jacfunc.strategies import Forward, Reverse
+from jacfunc.strategies import Reverse, Strategy, Sweeping
 
 SHARE = 0.5
 """Share of the free memory that is the budget, where the user gives none."""
-
-CROWDED, SPARE = 2**24, 2**23
-"""Bytes of all rows of all samples at one operation, from which on a heap does not keep what a
-sweep leaves; and those that it is given then.
-"""
 
 
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     """The plan in chunks that keep to the budget, where one sweep might not."""
     strategy = plan.strategy
-    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, costs, memory):
+    if not _has_chunks(strategy) or strategy.sweeps.by_layers:
+        return plan
+    if not _is_scarce(strategy, costs, memory):
         return plan
     budget = _budget(costs, memory)
     if costs.most_bytes(strategy) <= budget:
         return plan
-    kept = costs.kept if isinstance(strategy, Reverse) else costs.outputs
+    kept = costs.outputs if strategy.sweeps.are_pushes else costs.kept
     room = _room(budget, costs.result + kept, strict=memory is not None)
     chunk = FittedChunks(
         room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None
@@ -42,7 +48,7 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
     ``one`` are the costs of a sample.
     """
     strategy, every = plan.strategy, one.times(batch)
-    if not isinstance(strategy, Direction) or not _is_scarce(strategy, every, memory):
+    if not _has_chunks(strategy) or not _is_scarce(strategy, every, memory):
         return plan, None
     budget = _budget(every, memory)
     if every.most_bytes(strategy) <= budget:
@@ -62,9 +68,9 @@ def fewer_rows(every: Costs) -> Reverse:
     takes, all rows are swept at once, and it is written once.
     """
     crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
-    if not has_heap or crowd <= max(CROWDED, every.result):
+    if not has_heap or crowd <= max(CROWDED_BYTES, every.result):
         return Reverse()
-    return Reverse(evenly(every.rows, every.widest, SPARE))
+    return Reverse(evenly(every.rows, every.widest, SPARE_BYTES))
 
 
 def spared(plan: Plan, every: Costs) -> Plan:
@@ -81,8 +87,13 @@ def is_bounded(plan: Plan) -> bool:
     return isinstance(getattr(plan.strategy, "chunk_size", None), FittedChunks)
 
 
+def _has_chunks(strategy: Strategy) -> TypeGuard[Direction]:
+    """Does it sweep several seeds at once, so that it can sweep fewer?"""
+    return isinstance(strategy, Sweeping) and strategy.sweeps.is_vmapped
+
+
 def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
-    return memory is not None or costs.most_bytes(strategy) > MODEST
+    return memory is not None or costs.most_bytes(strategy) > MODEST_BYTES
 
 
 def _budget(costs: Costs, memory: int | None) -> int:

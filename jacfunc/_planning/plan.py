@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from jacfunc._assembly import numel
+from jacfunc._assembly import Sink, numel
 from jacfunc._errors import Refused
-from jacfunc._forecasting import Forecast, is_forward
+from jacfunc._forecasting import Forecast
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import is_heard, note
+from jacfunc._memory import MODEST_BYTES
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Forward, Reverse, Strategy, Structured
-
-MODEST = 2**26
-"""Bytes that are taken without asking how many are free."""
+from jacfunc.strategies import Forward, Reverse, Strategy, Streaming, Structured, blocks_into
 
 NUMBER = 8
 """Bytes of one number of a seed, at most."""
@@ -30,7 +28,7 @@ UNMAPPED = 0
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Streaming):
     """A chosen strategy, with the reason; it is a strategy itself, so that it can be used again.
 
     Args:
@@ -56,9 +54,9 @@ class Plan:
     otherwise: tuple[Direction, ...] = ()
     forecast: Forecast | None = None
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the first strategy that torch does not refuse."""
-        return attempt(self, lambda plan: plan.strategy.materialize(operator))[1]
+        return attempt(self, lambda plan: blocks_into(sink, plan.strategy, operator))[1]
 
     def instead(self, refusal: Refused) -> Plan:
         """The plan to try after a refusal."""
@@ -87,7 +85,7 @@ def others(
     """
     left = [direction for direction in directions if type(direction) is not type(chosen)]
     # a refusal may come late, after more tangents have been pushed than there are rows
-    left.sort(key=lambda direction: is_forward(direction) and columns > rows)
+    left.sort(key=lambda direction: direction.sweeps.are_pushes and columns > rows)
     return tuple(with_few_seeds(direction, rows, columns) for direction in left)
 
 
@@ -96,11 +94,12 @@ def with_few_seeds(direction: Direction, rows: int, columns: int) -> Direction:
 
     A chunk size that the user chose is not changed.
     """
-    if isinstance(direction, Structured) or direction.chunk_size is not None:
+    sweeps = direction.sweeps
+    if sweeps.by_layers or sweeps.chunk_size is not None:
         return direction
-    if is_forward(direction):
+    if sweeps.are_pushes:
         return direction if columns <= rows else replace(direction, chunk_size=max(rows, 1))
-    most = max(columns, MODEST // NUMBER // max(rows, 1), 1)
+    most = max(columns, MODEST_BYTES // NUMBER // max(rows, 1), 1)
     return direction if rows <= most else replace(direction, chunk_size=most)
 
 
@@ -111,20 +110,20 @@ def rows_first(plan: Plan, one: JacobianOperator) -> Plan:
     """
     if numel(one.primals) <= numel(one.outputs):
         return plan
-    return replace(plan, otherwise=tuple(d for d in plan.otherwise if not is_forward(d)))
+    return replace(plan, otherwise=tuple(d for d in plan.otherwise if not d.sweeps.are_pushes))
 
 
-def carry_out(plan: Plan, operator: JacobianOperator) -> tuple[Plan, Blocks]:
+def carry_out(plan: Plan, sink: Sink, operator: JacobianOperator) -> tuple[Plan, Blocks]:
     """The plan that ran, and the blocks; logged where someone listens."""
     if is_heard():
-        return attempt(plan, lambda plan: _logged(plan, operator))
-    return attempt(plan, lambda plan: plan.strategy.materialize(operator))
+        return attempt(plan, lambda plan: _logged(plan, sink, operator))
+    return attempt(plan, lambda plan: blocks_into(sink, plan.strategy, operator))
 
 
-def _logged(plan: Plan, operator: JacobianOperator) -> Blocks:
+def _logged(plan: Plan, sink: Sink, operator: JacobianOperator) -> Blocks:
     """Blocks by the plan's strategy; what ran, why and how long is logged at INFO."""
     start = time.perf_counter()
-    blocks = plan.strategy.materialize(operator)
+    blocks = blocks_into(sink, plan.strategy, operator)
     took = in_seconds(time.perf_counter() - start)
     note("%s ran: %s; took %s", plan.strategy, plan.reason, took)
     return blocks

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from jacfunc._forecasting import Swept
 from jacfunc._remembered import Recent
-from jacfunc.strategies import Forward, Looped, Reverse, Structured
+from jacfunc.strategies import Forward, Looped, Reverse, Structured, Sweeping
 
-KINDS: dict[str, type[Swept]] = {
+KINDS: dict[str, type[Sweeping]] = {
     kind.__name__: kind for kind in (Reverse, Forward, Looped, Structured)
 }
 
@@ -28,9 +27,9 @@ class Winners:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._strategies: Recent[Swept] = Recent(MOST_ENTRIES)
+        self._strategies: Recent[Sweeping] = Recent(MOST_ENTRIES)
 
-    def get(self, device: torch.device, key: str) -> Swept | None:
+    def get(self, device: torch.device, key: str) -> Sweeping | None:
         """The strategy that was the fastest, if it is known."""
         where = _where(device)
         strategy = self._strategies.get((where, key))
@@ -42,7 +41,7 @@ class Winners:
             self._strategies.put((where, key), strategy)
         return strategy
 
-    def put(self, device: torch.device, key: str, strategy: Swept, seconds: float) -> None:
+    def put(self, device: torch.device, key: str, strategy: Sweeping, seconds: float) -> None:
         """Remember a strategy; entries that others write into the file meanwhile stay there."""
         where = _where(device)
         self._strategies.put((where, key), strategy)

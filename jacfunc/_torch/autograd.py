@@ -1,4 +1,4 @@
-"""Plain autograd from below: a backward pass without its checks."""
+"""Plain autograd without the checks of its public functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jacfunc._types import Leaves
 
 
 def recording() -> AbstractContextManager[Any]:
-    """Autograd on, whatever the caller's mode."""
+    """A context in which autograd records, whatever mode the caller is in."""
     if torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
     return NOTHING if torch.is_grad_enabled() else torch.enable_grad()
@@ -27,7 +27,7 @@ def run_backward(
     cotangents: Leaves,
     create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
-    """``torch.autograd.grad`` with ``retain_graph`` and ``allow_unused``."""
+    """The products of ``torch.autograd.grad`` with ``retain_graph`` and ``allow_unused``."""
     products: tuple[Tensor | None, ...] = _engine_run_backward(
         outputs,
         cotangents,
@@ -41,5 +41,13 @@ def run_backward(
 
 
 def off_graph(leaves: Leaves) -> Leaves:
-    """Without plain graphs, which lead to what a function closes over; most leaves have none."""
+    """The leaves detached from plain graphs, which lead to what a function closes over."""
     return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
+
+
+def untracked() -> AbstractContextManager[Any]:
+    """A context in which no watch outside sees operations, for bookkeeping of jacfunc's own.
+
+    A watch that looked at each step of it took a tenth of a small network's evaluation.
+    """
+    return torch._C.DisableTorchFunction()

@@ -114,12 +114,12 @@ class Convolution(Outer):
         seeds = self.windows.on(self.seeds, self.places) if self.is_turned else self.seeds
         return self._by_position(seeds, 2)
 
-    def write(self, block: Tensor) -> None:
+    def write(self, block: Tensor, at_once: int = UNFOLDED_BYTES) -> None:
         """Some samples at a time: the unfolded ones stay in the cache and out of the peak."""
         kernel = prod(self.windows.kernel)
         images, seeds = self.images[0].numel(), self.seeds[:, 0].numel()
         unfolded = images + kernel * seeds if self.is_turned else kernel * images + seeds
-        step = max(1, UNFOLDED_BYTES // (block.element_size() * (unfolded + block[0].numel())))
+        step = max(1, at_once // (block.element_size() * (unfolded + block[0].numel())))
         for start in range(0, len(block), step):
             some = slice(start, start + step)
             block[some].copy_(self.of_samples(some).rows())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc._lending import constants as _constants
-from jacfunc._lending.constants import Constants
+from jacfunc._lending.constants import Constants, constants_of
 from tests.kinds.modules import floats
 
 STRATEGIES = ("reverse", "forward", "looped", "auto")
@@ -87,10 +87,10 @@ def test_a_write_that_comes_late_is_no_silent_one() -> None:
         jac(torch.full((3,), 10.0, dtype=torch.float64))
 
 
-def test_of_a_large_module_a_write_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_constants, "MOST_BYTES", 4)
-    monkeypatch.setattr(_constants, "COPIED_BYTES", 4)
+def test_of_a_large_module_a_write_is_told() -> None:
     module = Writing(in_place)
+    constants = constants_of(module)
+    constants.most_copied = constants.compared = 4
     with pytest.raises(RuntimeError, match="got a write into 'weight', which has changed it"):
         jacfunc.module_jacobian(module, "inputs", strategy="looped")(torch.ones(3).double())
 
@@ -144,14 +144,19 @@ def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
 
 def test_a_failed_evaluation_tells_nothing() -> None:
     constants, params = Constants(), {"weight": nn.Parameter(torch.ones(2))}
+    lending = partial(constants.lent, params, True, {})
 
     def addresses() -> list[int]:
         found = []
-        with constants.lent(params, True), constants.lent(params, True) as lent:
+        with lending(), lending() as lent:
             found += [x.data_ptr() for x in lent.values()]
         return found
 
-    with pytest.raises(ArithmeticError), constants.lent(params, True), constants.lent(params, True):
+    with (
+        pytest.raises(ArithmeticError),
+        constants.lent(params, True, {}),
+        constants.lent(params, True, {}),
+    ):
         raise ArithmeticError
     own = [params["weight"].data_ptr()]
     assert addresses() != own
