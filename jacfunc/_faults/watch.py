@@ -6,7 +6,6 @@ Errors that a function catches are seen as well. ``tests/faults/test_faults.py``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Self
 
@@ -130,9 +129,8 @@ class Watch(TorchFunctionMode):
             leads_out = pulls[-1](tensor) if pulls else order > 0
         if order < 2 and not leads_out:
             return False
-        for watch in (self, *_modes()):  # those outside meet the parts of a formula alone
-            if isinstance(watch, Watch):
-                watch.met = True
+        self.met = True
+        watch_on()  # those outside meet the parts of a formula alone
         if leads_out or order > 2:
             return True
         return self._pull is None or not is_right_twice(self._pull.level)
@@ -187,17 +185,17 @@ def _modes() -> list[Any]:
     return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
 
 
+def watch_on() -> None:
+    """Whoever takes derivatives of derivatives is watched at every call: watches count orders."""
+    for watch in _modes() if torch._C._len_torch_function_stack() else ():
+        if isinstance(watch, Watch):
+            watch.met = True
+
+
 @cache
 def unwatched() -> Remembered[bool]:
     """Functions that met nothing when they were watched; are they called alone, for a module?"""
     return Remembered()
-
-
-def untracked() -> AbstractContextManager[Any]:
-    """Our own bookkeeping is no operation of the function: modes outside would look at each step,
-    which took a tenth of a small network's evaluation.
-    """
-    return torch._C.DisableTorchFunction()
 
 
 def name_of(func: Callable[..., Any]) -> str:

@@ -16,16 +16,7 @@ from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk
 from jacfunc._modules.one_sample import OneSample, SampleBlocks
-from jacfunc._planning import (
-    UNMAPPED,
-    Auto,
-    Autotune,
-    Plan,
-    SampledWays,
-    attempt,
-    recall,
-    remember,
-)
+from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, SampledWays, attempt, recall, remember
 from jacfunc._remembered import CallKind
 from jacfunc._samples import FirstSamples, SampleWriter, check_randomness, first_again, under_vmap
 from jacfunc._torch import RandomState, is_outermost, levels, sweep_batch

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._faults import untracked
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
@@ -22,7 +21,7 @@ from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import InputChoice
 from jacfunc._remembered import CallKind
 from jacfunc._samples import Subject
-from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing
+from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
 from jacfunc._trees import (
     Arguments,
     Split,

@@ -57,9 +57,8 @@ class Subject:
             inputs = filter(is_differentiable, self.samples.leaves) if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *inputs)}
             every = (*self.params, *self.samples.leaves)
-            anchors = tuple(
-                differentiable_alias(x, False) if id(x) in followed else x for x in every
-            )
+            pairs = ((x, id(x) in followed) for x in every)
+            anchors = tuple(differentiable_alias(x, False) if yes else x for x, yes in pairs)
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
             count = len(self.params)
             outputs = self.whole(copies[:count], copies[count:])
