@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._memory import Chunk, in_chunks, of_leaf
+from jacfunc._torch import untracked
 from jacfunc._types import Leaves
 
 
@@ -47,6 +48,14 @@ def sweep_leaves(
     A zero seed at a leaf with an infinite derivative would spoil products, as 0 · ∞ is nan. So
     ``products_of(seeds, of=slice)`` gets the seeds of one leaf, and the slice that holds it.
     """
+    if len(leaves) == 1:
+        return sweep(partial(products_of, of=slice(0, 1)), leaves, chunk)
+    return _leaf_by_leaf(products_of, leaves, chunk)
+
+
+def _leaf_by_leaf(
+    products_of: Callable[..., Leaves], leaves: Leaves, chunk: Chunk
+) -> Iterator[Leaves]:
     if not leaves:
         yield products_of((), of=slice(0, 0))
     for number, leaf in enumerate(leaves):
@@ -56,6 +65,11 @@ def sweep_leaves(
 
 def unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
     """Seeds number start to stop of the basis; each is one at a single number of a single leaf."""
+    with untracked():
+        return _unit_seeds(leaves, start, stop)
+
+
+def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
     seeds, first = [], start
     for leaf in leaves:  # `first`: the number in this leaf at which seed `start` is one
         shape = (stop - start, leaf.numel())

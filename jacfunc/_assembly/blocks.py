@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly.pages import empty
-from jacfunc._torch import memory_of
+from jacfunc._torch import memory_of, untracked
 from jacfunc._types import Blocks, Leaves
 
 Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
@@ -62,6 +62,8 @@ def rows_to_blocks(
     rows: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
 ) -> Blocks:
     """Rows ``[M, *in_j]`` of all outputs, cut into blocks ``[*out_i, *in_j]``."""
+    if len(outputs) == len(primals) == 1:  # the generators below cost as much as a small operation
+        return ((_block(rows[0], outputs[0], primals[0], dtype),),)
     by_input = [_cut(row, outputs) for row in rows]
     return tuple(
         tuple(_block(by_input[j][i], out, primal, dtype) for j, primal in enumerate(primals))
@@ -104,9 +106,12 @@ def _cut(products: Tensor, leaves: Leaves) -> Sequence[Tensor]:
 
 def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | None) -> Tensor:
     """One block ``[*out, *in]``; its dtype is the same for rows and for columns."""
-    shape = out.shape + primal.shape
-    block = products if products.shape == shape else products.view(shape)
-    if dtype is None and out.dtype == primal.dtype == block.dtype:
+    with untracked():
+        shape = out.shape + primal.shape
+        is_shaped = products.shape == shape
+        is_typed = dtype is None and out.dtype == primal.dtype == products.dtype
+    block = products if is_shaped else products.view(shape)
+    if is_typed:
         return block
     return block.to(dtype or torch.promote_types(out.dtype, primal.dtype))
 

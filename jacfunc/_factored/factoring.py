@@ -15,7 +15,7 @@ from jacfunc._factored.factored_jacobian import FactoredJacobian
 from jacfunc._factored.tracked import UnruledUse
 from jacfunc._factored.tracking import UseRecorder
 from jacfunc._factored.use import Use
-from jacfunc._faults import untracked, watched_once
+from jacfunc._faults import watched_once
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -28,7 +28,14 @@ from jacfunc._linear_map import (
     writable_copy,
 )
 from jacfunc._remembered import CallKind, Remembered
-from jacfunc._torch import Pull, inside_derivative, inside_transform, math_attention, recording
+from jacfunc._torch import (
+    Pull,
+    inside_derivative,
+    inside_transform,
+    math_attention,
+    recording,
+    untracked,
+)
 from jacfunc._types import LeafFunction, Leaves
 
 

@@ -13,7 +13,7 @@ from jacfunc._errors import Refused
 from jacfunc._factored.tracked import UNSEEN_WRITE, TrackedParameter, UnruledUse
 from jacfunc._factored.use import Use
 from jacfunc._factored.views import METADATA, RAW_MEMORY, VIEWS, Path, View, is_part
-from jacfunc._faults import TAKES_DERIVATIVES, untracked
+from jacfunc._faults import TAKES_DERIVATIVES
 from jacfunc._linear_map import Anchor, nodes_of_call
 from jacfunc._torch import (
     batched,
@@ -22,6 +22,7 @@ from jacfunc._torch import (
     innermost,
     of_all_samples,
     unbatched,
+    untracked,
 )
 from jacfunc.layers import FormOf, Rule, table
 

@@ -8,6 +8,7 @@ from jacfunc._faults.backward import (
     must_be_differentiable,
     once,
     pullback_rules,
+    suspects,
     wrong_second_derivative,
 )
 from jacfunc._faults.callers import TAKES_DERIVATIVES
@@ -15,4 +16,4 @@ from jacfunc._faults.forward import ForwardWatch, PushContext
 from jacfunc._faults.lookups import apart
 from jacfunc._faults.nested import NestedWatch, watched_once
 from jacfunc._faults.torchscript import check_scripted
-from jacfunc._faults.watch import Watch, handled, untracked
+from jacfunc._faults.watch import Watch, handled

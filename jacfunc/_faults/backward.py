@@ -89,6 +89,31 @@ def pullback_rules(nodes: set[Any], differentiated: bool) -> PullbackRules:
     return PullbackRules(names, can_be_batched(names, keeps_graph), keeps_graph, reason, is_forced)
 
 
+_NAMED = NEVER_BATCHED.union(
+    NOT_BATCHED_IF_DIFFERENTIATED, WRONG_BACKWARD, WRONG_INSIDE_VMAP, WRONG_SECOND_DERIVATIVE
+)
+
+
+def suspects(kinds: set[Any]) -> set[Any]:
+    """Kinds of nodes without those of torch's own that no table names, looked up once a process."""
+    unknown = kinds - _innocent()
+    if unknown:
+        _innocent().update(filter(_is_innocent, unknown))
+        unknown -= _innocent()
+    return unknown
+
+
+@cache
+def _innocent() -> set[Any]:
+    return set()
+
+
+def _is_innocent(kind: Any) -> bool:
+    name = kind.__name__
+    is_named = name in _NAMED or name.startswith("Linalg") or name.endswith("Backward")
+    return not (is_named or hasattr(kind, "_forward_cls"))
+
+
 def check_nodes(nodes: set[Any], differentiated: bool) -> None:
     """Refuse a graph with a node whose backward pass is wrong even row by row.
 

@@ -22,7 +22,6 @@ _BETWEEN = frozenset(
 _OURS = f"{__name__.partition('.')[0]}."
 """What modules of jacfunc have in front of their names."""
 
-_OURS = f"{__name__.partition('.')[0]}."
 
 SWITCH: Any = torch._C._set_grad_enabled
 BY_CALLER = frozenset({SWITCH, Tensor.detach})
@@ -108,7 +107,7 @@ def cuts_off(
 def asking_frame() -> Any:
     """The frame that called the operation, without those of jacfunc and of torch's wrappers."""
     frame: Any = sys._getframe(1)
-    while module_of(frame) in _BETWEEN or module_of(frame).startswith(_OURS):
+    while (module := module_of(frame)) in _BETWEEN or module.startswith(_OURS):
         frame = frame.f_back
     return frame
 

@@ -14,10 +14,9 @@ from jacfunc._errors import Refused
 from jacfunc._faults.callers import CUT_OFF
 from jacfunc._faults.forward import FAULTY, PushContext, check_push, check_pushed
 from jacfunc._faults.lookups import tensors_of
-from jacfunc._faults.watch import Watch, name_of, unwatched
+from jacfunc._faults.watch import Watch, name_of, unwatched, watch_on
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
-from jacfunc._remembered import CallKind
 from jacfunc._torch import Pull, is_batched, is_pushing
 from jacfunc._types import LeafFunction, Leaves
 
@@ -65,12 +64,13 @@ def watched_once(
         call: says what is called and of what kind the call is, if ``func`` does not.
     """
     keep_heap()
+    watch_on()
     call = func if call is None else call
-    kind: CallKind | None = call.call_kind if getattr(call, "is_told_by_kind", False) else None
+    is_known = getattr(call, "is_told_by_kind", False)
+    _, kind, version = call.call_kind if is_known else (None, None, None)
+    kind = kind, pull.around
     is_pushed = pull.level is not None and is_pushing()
-    runs_alone = None
-    if kind is not None and not is_pushed:
-        runs_alone = unwatched().get(kind.version, (kind.kind, pull.around))
+    runs_alone = unwatched().get(version, kind) if is_known and not is_pushed else None
     if runs_alone is not None:
         if not runs_alone:
             return func(*copies)
@@ -82,12 +82,10 @@ def watched_once(
     watch.check_copies(primals)
     if watch.has_cut_off and not all(out.requires_grad for out in outputs):
         raise Refused(CUT_OFF)
-    if kind is None:
-        return outputs, extras
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
-    draws = watch.drew and call.state is None
-    if not (watch.met or draws or any(map(_may_catch, call.functions))):
-        unwatched().put(kind.version, (kind.kind, pull.around), shares)
+    draws = is_known and watch.drew and call.state is None
+    if is_known and not (watch.met or draws or any(map(_may_catch, call.functions))):
+        unwatched().put(version, kind, shares)
     return outputs, extras
 
 

@@ -6,7 +6,6 @@ A watch also sees errors that the function catches. ``tests/faults/test_faults.p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Self
 
@@ -131,9 +130,8 @@ class Watch(TorchFunctionMode):
             leads_out = pulls[-1](tensor) if pulls else order > 0
         if order < 2 and not leads_out:
             return False
-        for watch in (self, *_modes()):  # the outer watches see only the parts of a formula
-            if isinstance(watch, Watch):
-                watch.met = True
+        self.met = True
+        watch_on()  # the outer watches see only the parts of a formula
         if leads_out or order > 2:
             return True
         return self._pull is None or not is_right_twice(self._pull.level)
@@ -192,18 +190,17 @@ def _modes() -> list[Any]:
     return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
 
 
+def watch_on() -> None:
+    """Keep the outer watches: they count orders, so who takes derivatives inside stays watched."""
+    for watch in _modes() if torch._C._len_torch_function_stack() else ():
+        if isinstance(watch, Watch):
+            watch.met = True
+
+
 @cache
 def unwatched() -> Remembered[bool]:
     """Functions that need no watch any more; True for those that must run alone, for a module."""
     return Remembered()
-
-
-def untracked() -> AbstractContextManager[Any]:
-    """A context for jacfunc's own operations, which function modes do not see.
-
-    To look at them took a tenth of a small network's evaluation.
-    """
-    return torch._C.DisableTorchFunction()
 
 
 def name_of(func: Callable[..., Any]) -> str:

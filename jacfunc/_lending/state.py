@@ -25,7 +25,7 @@ from jacfunc._lending.part import (
     parts_beside,
     put_back,
 )
-from jacfunc._lending.select import Select, chosen
+from jacfunc._lending.select import Select, select_params
 from jacfunc._torch import recording
 
 
@@ -74,7 +74,7 @@ class ModuleState:
         constants = {name: param for name, param in kept.items() if id(param) not in own}
         # after the module's own, of which names are shown
         buffers |= by_first_name({name: part.buffers for name, part in hidden.items()})
-        point = chosen(api, params, select)
+        point = select_params(api, params, select)
         return cls(parts, point, params, buffers, beside, constants, constants_of(module))
 
     @classmethod
@@ -87,7 +87,7 @@ class ModuleState:
         """
         if before is None or not are_as_at_first(before.every_part):
             return cls.of(api, module, select)
-        point = chosen(api, before.params, select)
+        point = select_params(api, before.params, select)
         return before if are_same(point, before.point) else replace(before, point=point)
 
     def copied(self) -> ModuleState:

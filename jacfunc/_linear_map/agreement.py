@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
-from jacfunc._faults import untracked
-from jacfunc._torch import below_transforms, inside_transform, outside_transforms
+from jacfunc._torch import below_transforms, inside_transform, outside_transforms, untracked
 from jacfunc._types import Leaves
 
 CHANGING = (

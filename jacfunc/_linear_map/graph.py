@@ -7,6 +7,7 @@ and wider coverage. Inside another transform of functorch only torch.func.vjp ca
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
-from jacfunc._arguments import check_kept
+from jacfunc._arguments import are_plain, check_kept
 from jacfunc._faults import (
     check_nodes,
     once,
@@ -35,6 +36,7 @@ from jacfunc._torch import (
     recording,
     run_as_written,
     run_backward,
+    untracked,
 )
 from jacfunc._types import LeafFunction, Leaves
 
@@ -92,12 +94,14 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
         return linearize_inside(func, primals)
     grad_mode = torch.is_grad_enabled()
     with recording(), math_attention():
-        anchors = [differentiable_alias(primal, grad_mode) for primal in primals]
-        # func gets clones: it may write into its inputs, and the caller's tensors stay as they are
-        copies = list(map(writable_copy, anchors))
+        # a clone of another class would be a plain tensor where nothing sees its __torch_function__
+        with untracked() if are_plain(primals) else nullcontext():
+            anchors = [differentiable_alias(primal, grad_mode) for primal in primals]
+            # func gets clones: it may write into its inputs, and the caller's stay as they are
+            copies = list(map(writable_copy, anchors))
+            starts = {copy.grad_fn for copy in copies}
+            is_further = grad_mode and any(primal.requires_grad for primal in primals)
         check_kept(primals, copies)
-        starts = {copy.grad_fn for copy in copies}
-        is_further = grad_mode and any(primal.requires_grad for primal in primals)
         leads_out = leading_out(starts, grad_mode, is_further)
         pull = Pull(None, (grad_mode, is_further), leads_out)
         outputs, extras = watched_once(func, copies, primals, pull)
@@ -136,6 +140,17 @@ def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
             return run_as_written(run_backward, *task)
 
 
+def _with_graph(leaves: Leaves) -> list[int]:
+    """The numbers of the leaves that have a graph."""
+    with untracked():
+        return [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
+
+
+def _detached(leaves: Leaves) -> Leaves:
+    with untracked():
+        return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
+
+
 def map_of_graph(
     outputs: Leaves,
     extras: Leaves,
@@ -153,7 +168,7 @@ def map_of_graph(
 
     def swept(cotangents: Leaves, onto: slice, of: LeafNumbers, keeps: bool) -> Leaves:
         targets, sources = anchors[onto], chosen_leaves(outputs, of)
-        active = [i for i, out in enumerate(sources) if out.requires_grad] if anchors else []
+        active = _with_graph(sources) if anchors else []
         if not active:
             return tuple(anchor.zeros() for anchor in targets)
         seeds = tuple([cotangents[i] for i in active])
@@ -166,7 +181,7 @@ def map_of_graph(
         products = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
             return products
-        products = tuple([x.detach() if x.requires_grad else x for x in products])
+        products = _detached(products)
         return products if rules.reason is None else once(products, sources, rules.reason)
 
     def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:

@@ -25,6 +25,7 @@ from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
     Pull,
     as_written,
+    at_reverse_level,
     innermost_level,
     inside_derivative,
     is_differentiated,
@@ -49,8 +50,7 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
     records = getattr(func, "state", None) is not None and not torch.is_grad_enabled()
     with math_attention(), torch.enable_grad() if records else nullcontext():
         own = off_graph(primals) if records else primals
-        linearized: Any = torch.func.vjp(inner.evaluate, *own, has_aux=True)
-    outputs, vjp, extras = linearized
+        outputs, vjp, extras = _evaluated(inner, own)
     if records:
         outputs, extras = off_graph(outputs), off_graph(extras)
 
@@ -71,6 +71,16 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
     names = {node.__name__ for node in inner.nodes}
     depth = len(newer_transforms(0))
     return Linearization(outputs, extras, sweep, inner.batchable, names, depth)
+
+
+def _evaluated(inner: _InnerEvaluation, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
+    """Outputs, torch's own pullback for a compiler, which knows no other one, and extras."""
+    if torch.compiler.is_compiling():
+        linearized: Any = torch.func.vjp(inner.evaluate, *primals, has_aux=True)
+        outputs, vjp, extras = linearized
+        return outputs, vjp, extras
+    outputs, extras = at_reverse_level(inner.evaluate, primals)
+    return outputs, None, extras
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from jacfunc._faults import ForwardWatch, PushContext
 from jacfunc._linear_map.linearization import batched_like
 from jacfunc._memory import keep_heap
 from jacfunc._torch import (
+    at_forward_level,
     inside_derivative,
     math_attention,
     num_vmap_levels,
@@ -80,7 +81,10 @@ def _jvp(func: LeafFunction, primals: Leaves, tangents: Leaves) -> tuple[Leaves,
         num_outputs = len(outputs)
         return outputs or inner[:1], extras  # torch refuses to push nothing
 
-    pushed: Any = torch.func.jvp(with_an_output, primals, tangents, has_aux=True)
+    if torch.compiler.is_compiling():
+        pushed: Any = torch.func.jvp(with_an_output, primals, tangents, has_aux=True)
+    else:
+        pushed = at_forward_level(with_an_output, primals, tangents)
     outputs, products, extras = pushed
     return outputs[:num_outputs], products[:num_outputs], extras
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jacfunc._faults import suspects
 from jacfunc._torch import below_transforms
 
 
@@ -16,7 +17,7 @@ class Graph:
     """What a walk from tensors back to the start nodes of a call has met.
 
     Args:
-        nodes: kinds of the autograd nodes on the way.
+        nodes: kinds of the autograd nodes on the way that may be wrong.
         met: each start node, and each node that was looked for, that a path leads to; with the
             nodes that the paths come from, or None for a tensor itself.
         leads_out: does a path lead to a leaf outside of the call?
@@ -36,18 +37,18 @@ class Graph:
         """A walk that does not note which starts it meets, in half the time of :meth:`of`."""
         seen: set[Any] = {None, *starts}
         kinds, outside = set(), False
-        pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+        pending: list[Any] = list({tensor.grad_fn for tensor in tensors} - seen)
+        seen.update(pending)
         while pending:
             node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
             kinds.add(type(node))
             edges = node.next_functions
             for below, _ in edges:
-                pending.append(below)
+                if below not in seen:
+                    seen.add(below)
+                    pending.append(below)
             outside = outside or (not edges and hasattr(node, "variable"))
-        return cls(kinds, {}, outside)
+        return cls(suspects(kinds), {}, outside)
 
     @classmethod
     def of(
@@ -70,7 +71,7 @@ class Graph:
             edges = node.next_functions
             pending += [(below, node) for below, _ in edges]
             outside = outside or (not edges and hasattr(node, "variable"))
-        return cls(kinds, met, outside)
+        return cls(suspects(kinds), met, outside)
 
 
 def leading_out(starts: set[Any], grad_mode: bool, is_further: bool) -> Callable[[Tensor], bool]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jacfunc._assembly import Grid, Sink
 from jacfunc._calls import FlatCall
-from jacfunc._faults import untracked
+from jacfunc._torch import untracked
 from jacfunc._types import Leaves
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 

@@ -49,7 +49,7 @@ class Subject:
         leaves = tuple(x if d is None else at(x, numbers, d) for x, d in pairs)
         return replace(self, samples=replace(self.samples, leaves=leaves))
 
-    def evaluated(self, random_state: RandomState) -> BatchGraph:
+    def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
         random_state.repeat()
         # other threads may have chosen the plain formula, and leave it between two evaluations
@@ -57,9 +57,8 @@ class Subject:
             inputs = filter(is_differentiable, self.samples.leaves) if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *inputs)}
             every = (*self.params, *self.samples.leaves)
-            anchors = tuple(
-                differentiable_alias(x, False) if id(x) in followed else x for x in every
-            )
+            pairs = ((x, id(x) in followed) for x in every)
+            anchors = tuple(differentiable_alias(x, False) if yes else x for x, yes in pairs)
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
             count = len(self.params)
             outputs = self.whole(copies[:count], copies[count:])

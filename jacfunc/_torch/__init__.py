@@ -4,9 +4,10 @@ Torch's private names are used in this package alone.
 """
 
 from jacfunc._torch.attention import math_attention
-from jacfunc._torch.autograd import off_graph, recording, run_backward
+from jacfunc._torch.autograd import off_graph, recording, run_backward, untracked
 from jacfunc._torch.compiled import as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import constant, has_tangent, is_differentiated, is_tracked
+from jacfunc._torch.entering import at_forward_level, at_reverse_level
 from jacfunc._torch.levels import (
     below_transforms,
     inside_derivative,

@@ -143,11 +143,12 @@ def sweep_batch(
     check_plain(seeds)
     if torch.compiler.is_compiling():
         return _sweep_batch_traceably(sweep, seeds, randomness, dims)
-    size = next(s.shape[d] for s, d in zip(seeds, dims, strict=True) if d is not None)
+    pairs = [*zip(seeds, dims, strict=True)]
+    sizes = [s.shape[d] for s, d in pairs if d is not None]
+    size = sizes[0]
     level = _functorch._vmap_increment_nesting(size, randomness)
     wrap, unwrap = _functorch._add_batch_dim, _functorch._remove_batch_dim
     try:
-        pairs = zip(seeds, dims, strict=True)
         products, rest = sweep(tuple([s if d is None else wrap(s, d, level) for s, d in pairs]))
         return (
             tuple([unwrap(product, level, size, 0) for product in products]),

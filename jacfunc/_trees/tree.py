@@ -180,7 +180,7 @@ def _register(kind: type) -> None:
     optree.register_pytree_node(kind, take_apart, put_together, namespace=NAMESPACE)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Split:
     """A tree split into chosen leaves, by default the differentiable ones, and constants."""
 
@@ -192,6 +192,8 @@ class Split:
     @classmethod
     def of(cls, tree: Tree, chosen: Callable[[object], bool] = is_differentiable) -> Split:
         """Split a tree; ``chosen`` tells for each leaf whether it is one."""
+        if type(tree) is Tensor and chosen(tree):
+            return cls(_LEAF, (True,), (tree,), ())
         everything, spec = flatten(tree)
         is_chosen = tuple(map(chosen, everything))
         if all(is_chosen):
