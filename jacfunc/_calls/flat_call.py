@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class FlatCall:
         self._output: Split | None = None
         self._beside: Split | None = None
 
-    @cached_property
+    @property
     def call_kind(self) -> CallKind:
         """By what this call is known again: plans and the like are remembered by it."""
         if self._origin is not None:
