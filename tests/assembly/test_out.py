@@ -130,12 +130,12 @@ def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)), torch.randn(6, 3)
     expected = jacfunc.module_jacobian(model, per_sample=True, flat=True, strategy="looped")(x)
     factors = factors_of(model, x)
-    grid, sweeps = Grid.of(factors.of_one, factors.params), []
+    grid, sweeps = Grid.of(factors.sample_outputs, factors.params), []
 
     class Counted(FactoredJacobian):
-        def of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
+        def parts_of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
             sweeps.append(stop - start)
-            return super().of_rows(start, stop, of)
+            return super().parts_of_rows(start, stop, of)
 
     counted = Counted(**vars(factors))
     writer = SampleWriter(lambda *_: counted, Sink(), lambda: grid, most_swept=bytes_at_once)
