@@ -109,7 +109,6 @@ class FlatCall:
         return self._origin is not None or self._has_one_tensor
 
     @property
-    @property
     def functions(self) -> list[Any]:
         """The functions that run when it is called, as far as they are known."""
         return [self.func] if self._origin is None else self._origin.state.functions

@@ -32,15 +32,19 @@ class ModulePart:
     attributes: Attributes
     params: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
-    plain: Attributes  # attributes of its own that hold state
-    filled: list[tuple[Any, Any]]  # registries with entries, and copies of them
-    empty: list[Any]  # registries without entries
+    plain: Attributes
+    """Attributes, beside those of every module, of which each evaluation gets a copy."""
+    filled: list[tuple[Any, Any]]
+    """Registries with entries, and copies of them."""
+    empty: list[Any]
+    """Registries without entries."""
     is_module: bool
     is_scripted: bool
     is_table: bool
 
     @classmethod
     def of(cls, module: Any) -> ModulePart:
+        """The part as it is now."""
         own, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
         plain = {
             key: value
