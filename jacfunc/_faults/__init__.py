@@ -1,4 +1,4 @@
-"""Where torch is wrong: tables of its faults, and the watch that reads them."""
+"""Tables of torch's faults, and the watch that looks up in them what a function calls."""
 
 from jacfunc._faults.backward import (
     can_be_batched,

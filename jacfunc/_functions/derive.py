@@ -1,4 +1,4 @@
-"""The one way for data to flow: trees → leaves → linear map → strategy → blocks → trees."""
+"""The way of data through a Jacobian: trees → leaves → linear map → strategy → blocks → trees."""
 
 from __future__ import annotations
 

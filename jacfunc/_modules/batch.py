@@ -16,16 +16,7 @@ from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk
 from jacfunc._modules.one_sample import OneSample, SampleBlocks
-from jacfunc._planning import (
-    UNMAPPED,
-    Auto,
-    Autotune,
-    Plan,
-    SampledWays,
-    attempt,
-    recall,
-    remember,
-)
+from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, SampledWays, attempt, recall, remember
 from jacfunc._remembered import CallKind
 from jacfunc._samples import FirstSamples, SampleWriter, check_randomness, first_again, under_vmap
 from jacfunc._torch import RandomState, is_outermost, levels, sweep_batch
@@ -133,8 +124,8 @@ class SampledCall:
         # one strategy may plan for several doors, which want different things of one module
         randomness, copies = self.samples.randomness, self.sink.copies
         kind = self.kind.among(randomness, copies, self.has_layers, levels())
-        known = recall(strategy, kind)
-        plan, chunk = known or self._plan(strategy)
+        memory = recall(strategy, kind)
+        plan, chunk = memory or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
             return self.looped(strategy)
@@ -145,7 +136,7 @@ class SampledCall:
             remember(strategy, kind, (plan, UNMAPPED))
             random_state.repeat()
             return self.looped(strategy)
-        if known is None or plan is not known[0]:
+        if memory is None or plan is not memory[0]:
             remember(strategy, kind, (plan, chunk))
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result

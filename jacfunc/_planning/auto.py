@@ -1,4 +1,4 @@
-"""``strategy="auto"``: above the strategies that it picks from."""
+"""``strategy="auto"``: the strategy with the least forecast time, planned once a kind of call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
 
 @dataclass(frozen=True)
 class Auto(Streaming):
-    """Chooses by forecast, once for each kind of call, and goes on where torch refuses.
+    """Runs the strategy with the least forecast time; the next one where torch refuses it.
+
+    It plans once for each kind of call.
 
     Args:
         directions: strategies to choose from; where one has no chunk size, that is chosen too.
@@ -38,11 +40,11 @@ class Auto(Streaming):
     by_layers: Structured | None = None
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""
+        """Blocks ``[*out_i, *in_j]`` from the first strategy that torch does not refuse."""
         return by_plan(self, sink, operator, self.directions)
 
     def plan(self, operator: JacobianOperator) -> Plan:
-        """What to do with this operator, which is evaluated."""
+        """The plan for this operator, which is evaluated for it."""
         costs = counted_costs(operator)
         if costs is None:
             return by_sizes(operator, self.directions)
@@ -54,7 +56,10 @@ class Auto(Streaming):
         samples: SampledWays,
         run: Callable[[Sweeping, Chunk], Any],
     ) -> tuple[Plan, Chunk]:
-        """What to do with each of a batch of samples, one of which this is; how many at once."""
+        """The plan for each sample of a batch, and how many samples to take at once.
+
+        ``operator`` is the one of a single sample.
+        """
         costs = counted_costs(operator)
         operator.rewind_generators()  # the samples draw as if none had been evaluated before
         directions = samples.ways(self.directions, self.by_layers)
@@ -74,7 +79,7 @@ class Planning(Planner, Protocol):
 def by_plan(
     strategy: Planning, sink: Sink, operator: JacobianOperator, directions: Sequence[Direction]
 ) -> Blocks:
-    """Blocks by the plan that is remembered for calls of this kind, or made now."""
+    """Blocks ``[*out_i, *in_j]`` by the plan of an earlier call of this kind, or by a new one."""
     if torch.compiler.is_compiling():
         return by_sizes(operator, directions).into(sink, operator)
     kind = operator.call_kind

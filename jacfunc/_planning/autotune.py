@@ -1,4 +1,4 @@
-"""``strategy="autotune"``: measures the candidates once, and remembers the winner."""
+"""``strategy="autotune"``: the fastest strategy, measured once and remembered."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
 
 ROUNDS, FEWEST = 25, 5
 SECONDS = 1.0
-"""That long a tuning goes on with further rounds."""
+"""Seconds after which a tuning makes no further round, once it has made the fewest."""
 
 HOPELESS = 1.5
-"""A candidate slower than the best by this factor is out."""
+"""A candidate that is slower than the best by this factor is measured no more."""
 
 SETTING_UP, SLOW_START = 0.5, 8
-"""Seconds that a first call may take before it tells of later ones, and how many times that of the
-fastest: torch sets something up, or the system looks for memory that nobody had before.
+"""A candidate is out when its first call took more seconds than the first, and more than the second
+times those of the fastest. In a first call torch sets things up, and the system looks for memory.
 """
 
 MEASURED = "it was the fastest when measured"
 BOTH = (Reverse(), Forward())
 BY_LAYERS = Structured()
 FEW_SEEDS = 16
-"""Seeds up to which a loop without vmap is worth a try."""
+"""Up to so many seeds a loop without vmap is measured, too."""
 
 REACH = 8
-"""Forward mode is measured where inputs are up to so many times the outputs."""
+"""Forward mode is measured where there are at most this many times more inputs than outputs."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Autotune(Streaming):
         return by_plan(self, sink, operator, BOTH)
 
     def plan(self, operator: JacobianOperator) -> Plan:
-        """The winner, measured where it is not known."""
+        """The plan with the winner, which is measured unless it is known."""
         key = _key(operator)
         won, device = self._won(operator, key), _device(operator)
         operator.rewind_generators()
@@ -110,7 +110,10 @@ class Autotune(Streaming):
         samples: SampledWays,
         run: Callable[[Sweeping, Chunk], Any],
     ) -> tuple[Plan, Chunk]:
-        """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
+        """The plan for each sample of a batch, and how many samples to take at once.
+
+        ``operator`` is the one of a single sample; ``run`` takes all samples by a strategy.
+        """
         costs = counted_costs(operator)
         operator.rewind_generators()  # the samples draw as if none had been evaluated before
         if costs is None:
@@ -129,7 +132,7 @@ class Autotune(Streaming):
             )
             try:
                 won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
-            except Refused:  # all of them are: whoever runs the plan goes on from there
+            except Refused:  # every candidate was: who runs the plan falls back to a loop
                 return plan, chunk
         operator.rewind_generators()
         plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
@@ -157,7 +160,7 @@ class Autotune(Streaming):
 
 def _key(operator: JacobianOperator) -> str:
     called, kind, _ = operator.call_kind
-    # a module is called through functions of ours, whose code may change with each version
+    # jacfunc's own function around a module may have other code in the next version
     about = fingerprint(called if isinstance(called, nn.Module) else operator.func), kind
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
@@ -167,9 +170,9 @@ def _device(operator: JacobianOperator) -> torch.device:
 
 
 def _materialized(operator: JacobianOperator, strategy: Sweeping) -> Blocks:
-    fresh = operator.unevaluated()
-    fresh.rewind_generators()
-    return strategy.materialize(fresh)
+    operator = operator.unevaluated()
+    operator.rewind_generators()
+    return strategy.materialize(operator)
 
 
 def medians(
@@ -178,9 +181,9 @@ def medians(
     device: torch.device,
     clock: Callable[[Callable[[], Any], torch.device], float] = seconds_of,
 ) -> dict[Sweeping, float]:
-    """Median seconds of those that held out to the last round."""
+    """Median seconds of the strategies that are left in the last round."""
     first: dict[Sweeping, float] = {}
-    for strategy in strategies:  # what torch sets up on first use is nobody's cost
+    for strategy in strategies:  # untimed later: torch sets things up on first use
         try:
             first[strategy] = clock(partial(run, strategy), device)
         except Refused as refusal:

@@ -20,7 +20,7 @@ from jacfunc._units import in_bytes
 from jacfunc.strategies import Reverse, Strategy, Sweeping
 
 SHARE = 0.5
-"""Of the free memory: the budget where none is given."""
+"""Share of the free memory that is the budget, where the user gives none."""
 
 
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
@@ -43,7 +43,10 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
 
 
 def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
-    """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
+    """The plan for each sample of a vmapped batch, and how many samples at once keep to the budget.
+
+    ``one`` are the costs of a sample.
+    """
     strategy, every = plan.strategy, one.times(batch)
     if not _has_chunks(strategy) or not _is_scarce(strategy, every, memory):
         return plan, None
@@ -59,9 +62,10 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
 
 
 def fewer_rows(every: Costs) -> Reverse:
-    """Reverse mode of all samples, a few rows at once where each sweep of all would get new memory.
+    """Reverse mode of all samples: few rows at once where a sweep of all rows needs new memory.
 
-    Samples fill a vector without that; where the result is the larger part, it stays one write.
+    Vector units are busy with the samples alone. Where the result is larger than what a sweep
+    takes, all rows are swept at once, and it is written once.
     """
     crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
     if not has_heap or crowd <= max(CROWDED_BYTES, every.result):
@@ -70,7 +74,7 @@ def fewer_rows(every: Costs) -> Reverse:
 
 
 def spared(plan: Plan, every: Costs) -> Plan:
-    """The plan with fewer rows at once, where it is reverse mode of all and that is too much."""
+    """The plan; with fewer rows at once, where it is reverse mode and all rows are too many."""
     fewer = fewer_rows(every)
     if plan.strategy != Reverse() or fewer == Reverse():
         return plan
@@ -79,7 +83,7 @@ def spared(plan: Plan, every: Costs) -> Plan:
 
 
 def is_bounded(plan: Plan) -> bool:
-    """Does its chunk follow a budget, which is this call's alone?"""
+    """Do the plan's chunks keep to a budget?"""
     return isinstance(getattr(plan.strategy, "chunk_size", None), FittedChunks)
 
 
@@ -97,7 +101,7 @@ def _budget(costs: Costs, memory: int | None) -> int:
 
 
 def _room(budget: int, taken: int, strict: bool) -> int:
-    """What is left for the sweeps."""
+    """Bytes that the budget leaves for sweeps."""
     if strict and taken >= budget:
         raise ValueError(
             f"memory: it must hold the Jacobian and what is kept for it, {in_bytes(taken)}, "

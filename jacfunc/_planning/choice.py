@@ -1,4 +1,4 @@
-"""Which strategy is the fastest by its forecast."""
+"""Chooses the strategy with the least forecast time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jacfunc.strategies import Looped, Reverse, Structured, Sweeping
 
 CHUNKS = (512, 128)
 RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.75}
-"""Forecasts err: what is far slower when they do must promise so much to be taken."""
+"""Factors on forecast times of strategies that are far slower where the forecast errs."""
 
 FORWARD_FROM_RATIO = 4
 """By sizes alone: forward wins only where outputs far outnumber inputs."""
@@ -22,12 +22,12 @@ FORWARD_FROM_RATIO = 4
 
 @dataclass(frozen=True)
 class SampledWays:
-    """A batch whose samples are differentiated each on its own.
+    """A batch of samples, each of which has a Jacobian of its own.
 
     Args:
-        size: how many there are.
-        has_layers: by parameters alone, which layers are made of.
-        are_copied: their Jacobians are put together elsewhere.
+        size: the number of samples.
+        has_layers: they are differentiated by parameters alone, which layers use.
+        are_copied: their Jacobians are copied to another place, chunk by chunk.
     """
 
     size: int
@@ -37,12 +37,12 @@ class SampledWays:
     def ways(
         self, directions: tuple[Direction, ...], by_layers: Structured | None
     ) -> tuple[Direction, ...]:
-        """What there is to choose from."""
+        """The strategies to choose from."""
         return (*directions, by_layers) if self.has_layers and by_layers else directions
 
 
 def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Plan:
-    """Where there is nothing to forecast from."""
+    """The plan where nothing can be forecast: by the numbers of inputs and outputs."""
     rows, columns = numel(operator.outputs), numel(operator.primals)
     pushes = rows > FORWARD_FROM_RATIO * columns
     chosen = next((d for d in directions if d.sweeps.are_pushes == pushes), directions[0])
@@ -51,7 +51,7 @@ def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Pla
 
 
 def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
-    """The least seconds by forecast, with some reluctance towards what could be far slower."""
+    """The plan with the least forecast seconds, weighted by the reluctance to risk far more."""
     possible = list(candidates(costs, directions))
     sizes = f"{costs.rows} outputs, {costs.columns} inputs"
     if len(possible) == 1:
@@ -75,10 +75,10 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
 def candidates(
     costs: Costs, directions: Sequence[Direction], reach: float = 1.0, most_loops: int = 1
 ) -> Iterator[Sweeping]:
-    """What may be fastest.
+    """Strategies that may be the fastest.
 
-    Forward mode only up to ``reach`` times as many inputs as outputs: with more it hardly ever
-    wins. Loops over up to ``most_loops`` seeds; a single one is swept without vmap.
+    Forward mode is one only where there are at most ``reach`` times as many inputs as outputs: with
+    more it hardly ever wins. Loops are, for up to ``most_loops`` seeds: one seed needs no vmap.
     """
     for direction in directions:
         total = costs.seeds(direction)

@@ -161,7 +161,8 @@ def test_packages_are_entered_by_their_faces(name: str) -> None:
 def handed_on(package: str) -> set[str]:
     """Names that the face of a package imports from its rooms."""
     tree = TREES[f"jacfunc.{package}"]
-    return {name for module, name in imported(tree) if module.startswith(f"jacfunc.{package}.")}
+    inside = f"jacfunc.{package}."
+    return {name for module, name in imported(tree) if name and module.startswith(inside)}
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name.startswith("_")])
