@@ -6,7 +6,6 @@ from jacfunc._faults.backward import (
     check_nodes,
     check_statistics,
     must_be_differentiable,
-    once,
     pullback_rules,
     suspects,
     wrong_second_derivative,

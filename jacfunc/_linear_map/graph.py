@@ -19,13 +19,13 @@ from torch.utils.checkpoint import CheckpointError
 from jacfunc._arguments import are_plain, check_kept
 from jacfunc._faults import (
     check_nodes,
-    once,
     pullback_rules,
     watched_once,
 )
 from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
+from jacfunc._linear_map.once import once
 from jacfunc._linear_map.walks import Graph, leading_out
 from jacfunc._torch import (
     Pull,
@@ -146,6 +146,10 @@ def _with_graph(leaves: Leaves) -> list[int]:
         return [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
 
 
+def _released(leaves: Leaves) -> Leaves:
+    return tuple([leaf.detach() for leaf in leaves])
+
+
 def _detached(leaves: Leaves) -> Leaves:
     with untracked():
         return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
@@ -191,13 +195,10 @@ def map_of_graph(
         check_nodes(graph.nodes, True)
         return _transposed(outputs, partial(swept, onto=EVERY, of=EVERY, keeps=True))
 
-    def released(leaves: Leaves) -> Leaves:
-        return leaves if differentiated else tuple([leaf.detach() for leaf in leaves])
-
     rules = pullback_rules(graph.nodes, differentiated)
     return Linearization(
-        released(outputs),
-        released(extras),
+        outputs if differentiated else _released(outputs),
+        extras if differentiated else _released(extras),
         sweep,
         rules.is_batchable,
         rules.names,
