@@ -94,14 +94,16 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
         return linearize_inside(func, primals)
     grad_mode = torch.is_grad_enabled()
     with recording(), math_attention():
+        has_classes = not are_plain(primals)
         # a clone of another class would be a plain tensor where nothing sees its __torch_function__
-        with untracked() if are_plain(primals) else nullcontext():
+        with nullcontext() if has_classes else untracked():
             anchors = [differentiable_alias(primal, grad_mode) for primal in primals]
             # func gets clones: it may write into its inputs, and the caller's stay as they are
             copies = list(map(writable_copy, anchors))
             starts = {copy.grad_fn for copy in copies}
             is_further = grad_mode and any(primal.requires_grad for primal in primals)
-        check_kept(primals, copies)
+        if has_classes:
+            check_kept(primals, copies)
         leads_out = leading_out(starts, grad_mode, is_further)
         pull = Pull(None, (grad_mode, is_further), leads_out)
         outputs, extras = watched_once(func, copies, primals, pull)
@@ -147,10 +149,12 @@ def _with_graph(leaves: Leaves) -> list[int]:
 
 
 def _released(leaves: Leaves) -> Leaves:
+    """New tensors without a graph, which nothing can connect with the evaluation."""
     return tuple([leaf.detach() for leaf in leaves])
 
 
 def _detached(leaves: Leaves) -> Leaves:
+    """The leaves, and new tensors without a graph for those that have one."""
     with untracked():
         return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
 
