@@ -47,6 +47,13 @@ class OnlyBlocks:
         return jacfunc.Reverse().materialize(operator)
 
 
+class Twice(jacfunc.Reverse):
+    """A user's subclass, which changes the blocks."""
+
+    def materialize(self, operator: JacobianOperator):
+        return tuple(tuple(2 * block for block in row) for row in super().materialize(operator))
+
+
 BOTH = pytest.mark.parametrize("strategy", [InPairs("rows"), InPairs("columns")])
 EVERY = pytest.mark.parametrize("strategy", [InPairs("rows"), InPairs("columns"), OnlyBlocks()])
 
@@ -65,6 +72,12 @@ def test_it_writes_into_out(strategy) -> None:
     x, out = torch.linspace(-1, 1, 4), torch.empty(6, 4)
     assert jacfunc.jacobian(func, strategy=strategy, out=out)(x) is out
     torch.testing.assert_close(out, jacfunc.jacrev(func)(x))
+
+
+def test_a_subclass_with_a_materialize_of_its_own_is_asked_for_that() -> None:
+    x = torch.linspace(-1, 1, 4)
+    doubled = jacfunc.jacobian(func, strategy=Twice())(x)
+    torch.testing.assert_close(doubled, 2 * jacfunc.jacrev(func)(x))
 
 
 @BOTH
