@@ -152,7 +152,7 @@ def test_strategies_that_are_equal_plan_once_unless_in_a_budget(
 
 def test_a_plan_for_the_memory_that_was_free_serves_one_strategy(monkeypatch: Any) -> None:
     monkeypatch.setattr("jacfunc._planning.budget.free_bytes", lambda device: 2**20)
-    monkeypatch.setattr("jacfunc._planning.budget.MODEST", 2**10)
+    monkeypatch.setattr("jacfunc._planning.budget.MODEST_BYTES", 2**10)
     auto, plans = counting_auto()
     for strategy in (auto, auto, replace(auto)):
         jacfunc.jacobian(torch.exp2, strategy=strategy)(torch.zeros(400))
