@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
+from jacfunc._forecasting.costs import counted_costs
 from jacfunc._lending.constants import constants_of
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._planning.auto import Auto
+from jacfunc._planning.budget import bounded
 from jacfunc._planning.plan import Plan, alternatives
 from jacfunc._planning.recall import _codes
 from jacfunc._planning.tuning_cache import Winners
@@ -150,14 +152,21 @@ def test_strategies_that_are_equal_plan_once_unless_in_a_budget(
     assert len(plans) == count
 
 
-def test_a_plan_for_the_memory_that_was_free_serves_one_strategy(monkeypatch: Any) -> None:
-    monkeypatch.setattr("jacfunc._planning.budget.free_bytes", lambda device: 2**20)
-    monkeypatch.setattr("jacfunc._planning.budget.MODEST_BYTES", 2**10)
-    auto, plans = counting_auto()
+def test_a_plan_for_the_memory_that_was_free_serves_one_strategy() -> None:
+    plans: list[Plan] = []
+
+    class Scarce(Auto):
+        def plan(self, operator: JacobianOperator) -> Plan:
+            costs = counted_costs(operator.unevaluated())
+            assert costs is not None
+            plans.append(bounded(super().plan(operator), costs, 2**20))
+            return plans[-1]
+
+    auto = Scarce()
     for strategy in (auto, auto, replace(auto)):
         jacfunc.jacobian(torch.exp2, strategy=strategy)(torch.zeros(400))
     assert len(plans) == 2
-    assert all("chunks within 512 KiB" in plan.reason for plan in plans)
+    assert all("chunks within 1 MiB" in plan.reason for plan in plans)
 
 
 def test_many_functions_of_one_code_are_planned_once() -> None:

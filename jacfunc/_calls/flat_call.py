@@ -100,13 +100,13 @@ class FlatCall:
         return CallKind(self.func, kind, self.func)
 
     @property
-    def is_told_by_kind(self) -> bool:
-        """Do calls of one kind differ in nothing but the numbers in tensors?
+    def exact_kind(self) -> CallKind | None:
+        """:attr:`call_kind`, if calls of this kind differ in nothing but the numbers in tensors.
 
         Calls of a module do, and those of a function of one tensor. Of any other object the kind
         has the type alone.
         """
-        return self._origin is not None or self._has_one_tensor
+        return self.call_kind if self._origin is not None or self._has_one_tensor else None
 
     @property
     def functions(self) -> list[Any]:

@@ -18,7 +18,7 @@ from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
-from jacfunc._torch import as_written
+from jacfunc._torch import as_written, noise_like
 from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable
 
@@ -200,7 +200,7 @@ class Loss:
         One more cotangent, of noise, tells whether the Hessian is made of these blocks alone.
         """
         leaves = self.outputs.leaves
-        noise = tuple(map(_noise, leaves))
+        noise = noise_like(leaves)
         pairs = zip(shared_units(leaves), noise, strict=True)
         seeds = tuple(torch.cat((units, x.unsqueeze(0))) for units, x in pairs)
         with torch.no_grad():
@@ -234,10 +234,3 @@ def _triangles(blocks: Tensor, noise: float) -> Tensor | None:
     shift = noise * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     columns, failed = torch.linalg.cholesky_ex(blocks + shift)
     return None if failed.any() else columns
-
-
-def _noise(like: Tensor) -> Tensor:
-    """The same every time, and nobody else's numbers."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    noise = torch.randn(like.shape, generator=generator, device=like.device)
-    return noise.to(like.dtype)

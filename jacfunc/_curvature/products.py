@@ -14,21 +14,21 @@ from jacfunc._errors import Refused
 from jacfunc._linear_map import (
     JacobianOperator,
     check_agreement,
+    check_transpose,
     chosen_leaves,
     narrowed,
     nonzero_numbers,
 )
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
-from jacfunc._torch import RandomState
+from jacfunc._torch import RandomState, noise_like
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, is_tensor
 
-ADJOINT_ROUNDING = 0.4
-"""Power of a dtype's precision: relative to its terms, an inner product errs by less."""
-
-EXACT = torch.float32
-"""In no less are terms added up."""
+NOT_TRANSPOSED = (
+    "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
+    "them alone"
+)
 
 
 class BatchProducts:
@@ -105,20 +105,13 @@ class BatchProducts:
     def _check(self, products: Leaves, tangents: Leaves) -> None:
         """``⟨u, J v⟩ = ⟨Jᵀ u, v⟩`` for the random u."""
         cotangents, pulled = self._trial
-        left, right = _terms(cotangents, products), _terms(pulled, tangents)
-        scale = float(left.norm() + right.norm())
-        error = abs(float(left.sum() - right.sum()))
-        if error > scale * _precision((*products, *tangents)) ** ADJOINT_ROUNDING:
-            raise Refused(
-                "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own "
-                "changes one of them alone"
-            )
+        check_transpose(cotangents, products, pulled, tangents, NOT_TRANSPOSED)
 
     @cached_property
     def _trial(self) -> tuple[Leaves, Leaves]:
         """A random u, and ``Jᵀ u``."""
-        drawn = _random_like(self.outputs.leaves, seed=1)
-        return drawn, self._pulling.pullback(drawn)
+        cotangents = noise_like(self.outputs.leaves, seed=1)
+        return cotangents, self._pulling.pullback(cotangents)
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
         pushing = self._pulling.unevaluated()
@@ -142,8 +135,8 @@ class BatchProducts:
         transposed = JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
 
         def look() -> None:
-            drawn = _random_like(self._pulling.primals, seed=2)
-            self._check(transposed.pullback(drawn), drawn)
+            tangents = noise_like(self._pulling.primals, seed=2)
+            self._check(transposed.pullback(tangents), tangents)
 
         self._now_and_then("on graph", look)
         return transposed
@@ -172,28 +165,6 @@ def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
                 f"shape {tuple(out.shape)} for {point.size} samples and {tuple(of_fewer.shape)} "
                 f"for {point.size - 1}. Use a module that returns what belongs to each sample."
             )
-
-
-def _random_like(leaves: Leaves, seed: int) -> Leaves:
-    """Normal numbers from a generator of their own: nobody else's draws change."""
-    own = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(x.shape, generator=own, device="cpu") for x in leaves]
-    return tuple(x.to(like.device, like.dtype) for x, like in zip(drawn, leaves, strict=True))
-
-
-def _terms(lefts: Leaves, rights: Leaves) -> Tensor:
-    """Of an inner product, to be added up."""
-    pairs = zip(lefts, rights, strict=True)
-    return torch.cat([(x.to(torch.promote_types(x.dtype, EXACT)) * y).flatten() for x, y in pairs])
-
-
-def _precision(leaves: Leaves) -> float:
-    """Of the numbers that are computed with."""
-    dtypes = {leaf.dtype for leaf in leaves}
-    for device in {leaf.device.type for leaf in leaves}:
-        if torch.is_autocast_enabled(device):
-            dtypes.add(torch.get_autocast_dtype(device))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _mapped(point: ModuleAtBatch, seen: list[FlatCall]) -> LeafFunction:

@@ -52,7 +52,7 @@ class UseRecorder(TorchFunctionMode):
         self._size = size
         self._tracked: dict[int, TrackedParameter] = {}
         self._level = innermost()
-        self._rules, self._opened = table().rules, table().opened
+        self._rules, self._openings = table().rules, table().openings
 
     def uses(self) -> list[Use]:
         """The recorded operations, once the function has run.
@@ -89,9 +89,9 @@ class UseRecorder(TorchFunctionMode):
             raise Refused("the function takes a derivative itself, of what may stand for others")
         has_parameter = self._has_tracked(args) or self._has_tracked(kwargs.values())
         is_used = has_parameter and self._is_at_own_level()
-        if func in self._opened and (is_used or self._is_under_vmap()):
+        if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
-                return self._opened[func](*args, **kwargs)
+                return self._openings[func](*args, **kwargs)
         if is_used and func in VIEWS:
             return self._view(func, args, kwargs)
         if is_used and func in self._rules:

@@ -1,4 +1,4 @@
-"""Where torch is wrong: tables of its faults, and the watch that reads them."""
+"""Tables of torch's faults, and the watch that looks up in them what a function calls."""
 
 from jacfunc._faults.backward import (
     can_be_batched,
@@ -6,7 +6,6 @@ from jacfunc._faults.backward import (
     check_nodes,
     check_statistics,
     must_be_differentiable,
-    once,
     pullback_rules,
     suspects,
     wrong_second_derivative,

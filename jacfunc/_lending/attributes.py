@@ -47,27 +47,27 @@ def keeps(value: object) -> bool:
     return not isinstance(value, tuple) or any(map(keeps, value))
 
 
-def objects_in(value: object, seen: set[int]) -> list[Any]:
+def objects_in(value: object, visited: set[int]) -> list[Any]:
     """Objects with attributes that a value leads to, each once; none if there are many.
 
-    Objects whose identities are in ``seen`` are left out; those of the result are added to it.
+    Objects whose identities are in ``visited`` are left out; those of the result are added to it.
     """
-    objects, identities = [], set(seen)
+    objects, identities = [], set(visited)
     for item in _objects_in(value, identities):
         objects.append(item)
-        if len(identities) > FEW_ENTRIES + len(seen):
+        if len(identities) > FEW_ENTRIES + len(visited):
             return []
-    seen |= identities
+    visited |= identities
     return objects
 
 
-def _objects_in(value: object, seen: set[int]) -> Iterator[Any]:
+def _objects_in(value: object, visited: set[int]) -> Iterator[Any]:
     pending = [value]
     while pending:
         item = pending.pop()
-        if type(item) in SIMPLE or isinstance(item, _WITHOUT_OBJECTS) or id(item) in seen:
+        if type(item) in SIMPLE or isinstance(item, _WITHOUT_OBJECTS) or id(item) in visited:
             continue
-        seen.add(id(item))
+        visited.add(id(item))
         if isinstance(item, _SHALLOW):
             if len(item) <= FEW_ENTRIES:
                 pending += item.values() if isinstance(item, dict) else item
@@ -82,12 +82,12 @@ def _objects_in(value: object, seen: set[int]) -> Iterator[Any]:
 
 def tensors_in(value: object) -> list[Tensor]:
     """Tensors that a function closes over, that a module has, or that objects keep at any depth."""
-    pending, seen, tensors = [value], set[int](), list[Tensor]()
-    while pending and len(seen) <= FEW_ENTRIES:
+    pending, visited, tensors = [value], set[int](), list[Tensor]()
+    while pending and len(visited) <= FEW_ENTRIES:
         item = pending.pop()
-        if type(item) in SIMPLE or id(item) in seen:
+        if type(item) in SIMPLE or id(item) in visited:
             continue
-        seen.add(id(item))
+        visited.add(id(item))
         if isinstance(item, Tensor):
             tensors.append(item)
         elif isinstance(item, _SHALLOW):
@@ -122,20 +122,20 @@ def detached_copy(tree: Any) -> Any:
             for x in leaves
             if isinstance(x, Tensor)
         }
-        return unflatten(spec, [_renewed_leaf(leaf, copies) for leaf in leaves])
+        return unflatten(spec, [_leaf_with(leaf, copies) for leaf in leaves])
 
 
-def renewed(value: Any, new: dict[int, Any]) -> Any:
+def copy_with(value: Any, new: dict[int, Any]) -> Any:
     """A copy of a value; ``new`` has by identity what takes the place of tensors and containers.
 
     What ``new`` lacks is copied, and added to it. Objects stay the same: whoever lends the module
     copies their attributes, too.
     """
     leaves, spec = flatten(value)
-    return unflatten(spec, [_renewed_leaf(leaf, new) for leaf in leaves])
+    return unflatten(spec, [_leaf_with(leaf, new) for leaf in leaves])
 
 
-def _renewed_leaf(leaf: Any, new: dict[int, Any]) -> Any:
+def _leaf_with(leaf: Any, new: dict[int, Any]) -> Any:
     key = id(leaf)
     if key in new:
         return new[key]
@@ -148,18 +148,18 @@ def _renewed_leaf(leaf: Any, new: dict[int, Any]) -> Any:
     elif isinstance(leaf, Random) or _is_of_numpy(leaf):
         new[key] = copy.deepcopy(leaf)
     elif isinstance(leaf, dict | list | deque) and len(leaf) <= FEW_ENTRIES:
-        new[key] = _refilled(copy.copy(leaf), new)
+        new[key] = _container_with(copy.copy(leaf), new)
     else:
         return leaf
     return new[key]
 
 
-def _refilled(own: Any, new: dict[int, Any]) -> Any:
+def _container_with(own: Any, new: dict[int, Any]) -> Any:
     """A container of a class that is no tree, each of its values replaced by a copy."""
     pairs = own.items() if isinstance(own, Mapping) else enumerate(own)
     for key, value in list(pairs):
         if type(value) not in SIMPLE:
-            own[key] = renewed(value, new)
+            own[key] = copy_with(value, new)
     return own
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from jacfunc._lending.attributes import SIMPLE, keeps, objects_in, renewed
+from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _OWN = frozenset(vars(nn.Module()))
@@ -32,15 +32,19 @@ class ModulePart:
     attributes: Attributes
     params: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
-    plain: Attributes  # attributes of its own that hold state
-    filled: list[tuple[Any, Any]]  # registries with entries, and copies of them
-    empty: list[Any]  # registries without entries
+    plain: Attributes
+    """Attributes, beside those of every module, of which each evaluation gets a copy."""
+    filled: list[tuple[Any, Any]]
+    """Registries with entries, and copies of them."""
+    empty: list[Any]
+    """Registries without entries."""
     is_module: bool
     is_scripted: bool
     is_table: bool
 
     @classmethod
     def of(cls, module: Any) -> ModulePart:
+        """The part as it is now."""
         own, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
         plain = {
             key: value
@@ -70,7 +74,9 @@ class ModulePart:
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
         """A part that keeps copies of its state: later writes do not change what it lends."""
-        return replace(self, plain={key: renewed(value, new) for key, value in self.plain.items()})
+        return replace(
+            self, plain={key: copy_with(value, new) for key, value in self.plain.items()}
+        )
 
     def is_as_at_first(self) -> bool:
         """Are all attributes, tensors, hooks and submodules still the same objects?"""
@@ -96,7 +102,7 @@ class ModulePart:
             # dicts of their own, because a module may register more while it runs
             own["_parameters"], own["_buffers"] = params, buffers
         if self.plain:
-            own.update({key: renewed(value, new) for key, value in self.plain.items()})
+            own.update({key: copy_with(value, new) for key, value in self.plain.items()})
         if self.is_table:
             own["sparse"] = False  # torch can't batch sparse gradients, and blocks are dense
 
@@ -194,10 +200,10 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
 
 def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:
     """Objects that the parts keep as attributes, at any depth, without the parts themselves."""
-    seen = {id(part.module) for part in parts}
+    visited = {id(part.module) for part in parts}
     return [
         ModulePart.of(kept)
         for part in parts
         for value in part.own
-        for kept in objects_in(value, seen)
+        for kept in objects_in(value, visited)
     ]

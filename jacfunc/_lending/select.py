@@ -17,7 +17,7 @@ Select: TypeAlias = (
 """A glob or several, ``predicate(name, parameter)``, or parameters by name; None for all."""
 
 
-def chosen(api: str, params: Mapping[str, Tensor], select: Any) -> dict[str, Tensor]:
+def select_params(api: str, params: Mapping[str, Tensor], select: Any) -> dict[str, Tensor]:
     """The selected parameters, in the module's order, with the values to differentiate at.
 
     A parameter that requires no gradient is chosen only by a dict, which names each.

@@ -15,7 +15,6 @@ from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
 from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
-from jacfunc._lending.lost import check_fresh
 from jacfunc._lending.part import (
     ModulePart,
     are_as_at_first,
@@ -25,7 +24,8 @@ from jacfunc._lending.part import (
     parts_beside,
     put_back,
 )
-from jacfunc._lending.select import Select, chosen
+from jacfunc._lending.select import Select, select_params
+from jacfunc._lending.stale import check_fresh
 from jacfunc._torch import recording
 
 
@@ -38,14 +38,17 @@ class ModuleState:
     tensors of its own.
     """
 
-    parts: dict[str, ModulePart]  # the submodules, each once, under its first name
-    point: dict[str, Tensor]  # the chosen parameters, with the values to differentiate at
+    parts: dict[str, ModulePart]
+    """Submodules, the module itself among them, each once under its first name."""
+    point: dict[str, Tensor]
+    """The chosen parameters, with the values to differentiate at."""
     params: dict[str, Tensor]
+    """All parameters, each once under its first name."""
     buffers: dict[str, Tensor]
     beside: list[ModulePart]
-    """Objects that the module keeps, and modules that are no submodules."""
+    """Objects that the module keeps as attributes, modules that are no submodules among them."""
     hidden: dict[str, Tensor]
-    """Parameters of these."""
+    """Parameters of the objects beside."""
     constants: Constants
     copies: Mapping[int, Tensor] = field(default_factory=dict)
     """By identity of parameters and buffers: copies of these; empty unless ``is_copy``."""
@@ -54,10 +57,15 @@ class ModuleState:
     origin: ModuleState | None = None
     """The state that it is a copy of: what is known of the module is remembered of that one."""
     loans: list[Loan] = field(default_factory=list)
-    """Those of the calls that run, the innermost last."""
+    """The loans to calls that run, the innermost last."""
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
+        """The state of a module as it is now.
+
+        Raises:
+            ValueError: if a parameter has no shape yet, or nothing is selected.
+        """
         parts = {name: ModulePart.of(part) for name, part in module.named_modules()}
         params = by_first_name({name: part.params for name, part in parts.items()})
         buffers = by_first_name({name: part.buffers for name, part in parts.items()})
@@ -68,14 +76,14 @@ class ModuleState:
                     "yet. Call the module once before."
                 )
         beside = parts_beside(list(parts.values()))
-        hidden = {f"(object {number})": part for number, part in enumerate(beside)}
+        objects = {f"(object {number})": part for number, part in enumerate(beside)}
         own = {id(x) for x in (*params.values(), *buffers.values())}
-        kept = by_first_name({name: part.params for name, part in hidden.items()})
-        constants = {name: param for name, param in kept.items() if id(param) not in own}
+        of_objects = by_first_name({name: part.params for name, part in objects.items()})
+        hidden = {name: param for name, param in of_objects.items() if id(param) not in own}
         # after the module's own, of which names are shown
-        buffers |= by_first_name({name: part.buffers for name, part in hidden.items()})
-        point = chosen(api, params, select)
-        return cls(parts, point, params, buffers, beside, constants, constants_of(module))
+        buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
+        point = select_params(api, params, select)
+        return cls(parts, point, params, buffers, beside, hidden, constants_of(module))
 
     @classmethod
     def after(
@@ -87,7 +95,7 @@ class ModuleState:
         """
         if before is None or not are_as_at_first(before.every_part):
             return cls.of(api, module, select)
-        point = chosen(api, before.params, select)
+        point = select_params(api, before.params, select)
         return before if are_same(point, before.point) else replace(before, point=point)
 
     def copied(self) -> ModuleState:

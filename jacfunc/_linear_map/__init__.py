@@ -1,6 +1,12 @@
 """A function at a point as a linear map: push tangents forward, pull cotangents back."""
 
-from jacfunc._linear_map.agreement import CHANGING, Evaluations, check_agreement, detached
+from jacfunc._linear_map.agreement import (
+    CHANGING,
+    Evaluations,
+    check_agreement,
+    check_transpose,
+    detached,
+)
 from jacfunc._linear_map.graph import (
     Anchor,
     differentiable_alias,

@@ -1,4 +1,4 @@
-"""Whether several evaluations of one function at one point return the same numbers."""
+"""Checks that evaluations of one function agree, and that a product is another one's transpose."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ ROUNDING = 0.75
 """Evaluations may differ by this power of a dtype's precision, relative to the largest output: a
 kernel may add up in the order in which threads come, and two evaluations may use two kernels.
 """
+
+TRANSPOSE_ROUNDING = 0.4
+"""An inner product errs by less than this power of a dtype's precision, relative to its terms."""
 
 
 def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> None:
@@ -65,6 +68,43 @@ class Evaluations:
 def detached(leaves: Leaves) -> Leaves:
     """The leaves without the graphs that they carry."""
     return tuple(leaf.detach() for leaf in leaves)
+
+
+def check_transpose(
+    cotangents: Leaves, products: Leaves, pulled: Leaves, tangents: Leaves, refusal: str
+) -> None:
+    """Check ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, for cotangents u and tangents v.
+
+    Args:
+        products: ``J v``.
+        pulled: ``Jᵀ u``.
+        refusal: what is wrong if the products differ.
+
+    Raises:
+        Refused: if they do.
+    """
+    with torch.no_grad():
+        left, right = _terms(cotangents, products), _terms(pulled, tangents)
+        scale = float(left.norm() + right.norm())
+        error = abs(float(left.sum() - right.sum()))
+    if error > scale * _precision((*cotangents, *products, *tangents)) ** TRANSPOSE_ROUNDING:
+        raise Refused(refusal)
+
+
+def _terms(lefts: Leaves, rights: Leaves) -> Tensor:
+    """The terms of an inner product, in single precision at least."""
+    pairs = zip(lefts, rights, strict=True)
+    dtype = torch.float32
+    return torch.cat([(x.to(torch.promote_types(x.dtype, dtype)) * y).flatten() for x, y in pairs])
+
+
+def _precision(leaves: Leaves) -> float:
+    """The coarsest precision that is computed with, autocast included."""
+    dtypes = {leaf.dtype for leaf in leaves}
+    for device in {leaf.device.type for leaf in leaves}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _agree(outputs: Leaves, others: Leaves, same_way: bool) -> bool:

@@ -17,20 +17,21 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from jacfunc._arguments import are_plain, check_kept
-from jacfunc._errors import Refused
 from jacfunc._faults import (
     check_nodes,
-    once,
     pullback_rules,
     watched_once,
 )
+from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
+from jacfunc._linear_map.once import once
 from jacfunc._linear_map.walks import Graph, leading_out
 from jacfunc._torch import (
     Pull,
     is_outermost,
     math_attention,
+    noise_like,
     outside_transforms,
     recording,
     run_as_written,
@@ -38,6 +39,8 @@ from jacfunc._torch import (
     untracked,
 )
 from jacfunc._types import LeafFunction, Leaves
+
+DETACHES = "it detaches its cotangent, as a hook or an autograd.Function may do"
 
 
 class Anchor(NamedTuple):
@@ -91,14 +94,16 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
         return linearize_inside(func, primals)
     grad_mode = torch.is_grad_enabled()
     with recording(), math_attention():
+        is_plain = are_plain(primals)
         # a clone of another class would be a plain tensor where nothing sees its __torch_function__
-        with untracked() if are_plain(primals) else nullcontext():
+        with untracked() if is_plain else nullcontext():
             anchors = [differentiable_alias(primal, grad_mode) for primal in primals]
             # func gets clones: it may write into its inputs, and the caller's stay as they are
             copies = list(map(writable_copy, anchors))
             starts = {copy.grad_fn for copy in copies}
             is_further = grad_mode and any(primal.requires_grad for primal in primals)
-        check_kept(primals, copies)
+        if not is_plain:
+            check_kept(primals, copies)
         leads_out = leading_out(starts, grad_mode, is_further)
         pull = Pull(None, (grad_mode, is_further), leads_out)
         outputs, extras = watched_once(func, copies, primals, pull)
@@ -119,35 +124,13 @@ def _transposed(outputs: Leaves, sweep: Callable[[Leaves], Leaves]) -> Lineariza
         Refused: if a backward pass is no differentiable function of its cotangents.
     """
     with outside_transforms(), recording():
-        seeds = tuple(_noise(out).requires_grad_() for out in outputs)
+        seeds = tuple(x.requires_grad_() for x in noise_like(outputs))
         products = sweep(seeds)
         graph = Graph.of(products, set())
         pushed = map_of_graph(products, (), list(map(Anchor.at, seeds)), graph, False)
-        _check_adjoint(seeds, products, pushed.pull(tuple(x.detach() for x in products)))
+        tangents = tuple(x.detach() for x in products)
+        check_transpose(seeds, pushed.pull(tangents), tangents, tangents, DETACHES)
     return pushed
-
-
-def _noise(like: Tensor) -> Tensor:
-    """Normal numbers that are the same every time, and change no other random numbers."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    noise = torch.randn(like.shape, generator=generator, device=like.device)
-    return noise.to(like.dtype)
-
-
-def _check_adjoint(seeds: Leaves, products: Leaves, pushed: Leaves) -> None:
-    """Check ``⟨u, J Jᵀ u⟩ = ⟨Jᵀ u, Jᵀ u⟩`` for the seeds u and the products ``Jᵀ u``.
-
-    Raises:
-        Refused: if it does not hold.
-    """
-    with torch.no_grad():
-        terms = [u.double() * v.double() for u, v in zip(seeds, pushed, strict=True)]
-        squares = sum(float(x.double().square().sum()) for x in products)
-    apart = abs(sum(float(x.sum()) for x in terms) - squares)
-    scale = max(squares, sum(float(x.abs().sum()) for x in terms))
-    rounding = max(torch.finfo(x.dtype).eps for x in (*seeds, *products))
-    if apart > rounding**0.5 * scale:
-        raise Refused("it detaches its cotangent, as a hook or an autograd.Function may do")
 
 
 def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
@@ -163,6 +146,10 @@ def _with_graph(leaves: Leaves) -> list[int]:
     """The numbers of the leaves that have a graph."""
     with untracked():
         return [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
+
+
+def _released(leaves: Leaves) -> Leaves:
+    return tuple([leaf.detach() for leaf in leaves])
 
 
 def _detached(leaves: Leaves) -> Leaves:
@@ -210,13 +197,10 @@ def map_of_graph(
         check_nodes(graph.nodes, True)
         return _transposed(outputs, partial(swept, onto=EVERY, of=EVERY, keeps=True))
 
-    def released(leaves: Leaves) -> Leaves:
-        return leaves if differentiated else tuple([leaf.detach() for leaf in leaves])
-
     rules = pullback_rules(graph.nodes, differentiated)
     return Linearization(
-        released(outputs),
-        released(extras),
+        outputs if differentiated else _released(outputs),
+        extras if differentiated else _released(extras),
         sweep,
         rules.is_batchable,
         rules.names,

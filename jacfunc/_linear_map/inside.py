@@ -16,11 +16,11 @@ from jacfunc._faults import (
     check_nodes,
     check_statistics,
     must_be_differentiable,
-    once,
     watched_once,
     wrong_second_derivative,
 )
 from jacfunc._linear_map.linearization import LeafNumbers, Linearization, chosen_leaves, spread
+from jacfunc._linear_map.once import once
 from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
     Pull,

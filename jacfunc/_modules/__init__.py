@@ -1,4 +1,4 @@
-"""The doors for ``nn.Module``."""
+"""The doors for ``nn.Module``: Jacobians of a module, whole, per sample or block by block."""
 
 from jacfunc._modules.at_batch import BatchOptions, BatchOutputs, ModuleAtBatch
 from jacfunc._modules.batch import SampledCall

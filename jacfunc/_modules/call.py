@@ -183,7 +183,7 @@ class ModuleCall:
             )
 
         def call(params: dict[str, Tensor], chosen: Tree, arguments: Arguments) -> Tree:
-            args, kwargs = self._renewed(chosen, arguments, dims)
+            args, kwargs = self._arguments_with(chosen, arguments, dims)
             if is_pushing():
                 state.check_forward()
             for name, own in hooks.items() if params else ():
@@ -210,7 +210,7 @@ class ModuleCall:
         derivation = Derivation(self.api, call, self.argnums, self.with_buffers)
         return FlatCall(derivation, every, {}, ModuleOrigin(state, kind))
 
-    def _renewed(
+    def _arguments_with(
         self, chosen: Tree, arguments: Arguments, dims: Sequence[int | None] | None
     ) -> Arguments:
         """The arguments with the chosen ones, and copies of the rest: a module may write there."""
@@ -223,8 +223,8 @@ class ModuleCall:
         ]
         if dims is not None:
             copies = [x if d is None else x.unsqueeze(d) for x, d in zip(copies, dims, strict=True)]
-        renewed: Arguments = unflatten(spec, copies)
-        return renewed
+        with_copies: Arguments = unflatten(spec, copies)
+        return with_copies
 
     def _variables(self) -> dict[str, Tensor]:
         """Parameters for which evaluations get other tensors; all others are constants."""

@@ -1,4 +1,4 @@
-"""The door to Jacobians that are never whole: blocks one after the other, from one evaluation."""
+"""The door to Jacobians that are never whole: an iterator over blocks, from one evaluation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import nn
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import rows_to_blocks, stack_leaves, sweep_leaves
 from jacfunc._errors import Refused
-from jacfunc._lending import ModuleState, Select, detached_copy
+from jacfunc._lending import CurrentState, Select, detached_copy
 from jacfunc._linear_map import EVERY, JacobianOperator, narrowed
-from jacfunc._lock import alone
 from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, in_chunks
 from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import Batching, ModuleCall
@@ -42,39 +41,39 @@ def stream_jacobian(
     randomness: Randomness = "error",
     independent: Independent = None,
 ) -> Callable[..., Items]:
-    """A module's Jacobian in its parameters, block by block: to reduce what would not fit.
+    """A module's Jacobian in its parameters, a block at a time: to reduce one that would not fit.
 
-    The module is evaluated once, and each block pulled back from that evaluation when it is asked
-    for. Norms, projections, Gram matrices are sums over blocks.
+    The module is evaluated once, and each block is pulled back from that evaluation when the loop
+    asks for it. Norms, projections and Gram matrices are sums over blocks.
 
     Args:
         module: any ``nn.Module``.
-        by: ``"params"`` gives ``(name, block)``, one parameter at a time; ``"rows"`` gives
-            ``(slice, {name: [K, *param]})``, the outputs of all leaves in a row, no slice with two
-            leaves; ``"samples"`` gives ``(slice, J)`` of some samples, as
-            :func:`jacfunc.module_jacobian` would.
+        by: what a block is. ``"params"`` gives ``(name, block)``, one parameter at a time.
+            ``"rows"`` gives ``(slice, {name: [K, *param]})``: rows of the Jacobian, counted through
+            all output leaves; no block has rows of two leaves. ``"samples"`` gives ``(slice, J)``:
+            some samples, and what :func:`jacfunc.module_jacobian` returns for them.
         select: which parameters, as in :func:`jacfunc.module_jacobian`.
-        per_sample: each sample on its own: blocks have the batch in front.
-        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        per_sample: differentiate each sample on its own; blocks have the batch in front.
+        in_dims: the dimension of samples in the inputs, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
             16 MiB, or an eighth of all.
-        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
-        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
-            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+        randomness: how samples draw random numbers, as in :func:`jacfunc.module_jacobian`.
+        independent: when to compare batches to see whether samples depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
 
     Returns:
-        A function of the module's own inputs, which returns an iterator. The module is as it was
-        whenever a block has been handed out. All blocks are those of the point at which the
-        function was called, of which copies are kept: module and data may change meanwhile.
+        A function of the module's own inputs, which returns an iterator. Whenever it has handed out
+        a block, the module is as it was. All blocks are those of the point at which the function
+        was called, of which it keeps copies: module and data may change meanwhile.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
         NotImplementedError: what torch refuses; inside a transform, where no graph is kept.
 
     Cost:
-        One evaluation and, by rows, the pullbacks of a whole Jacobian; by parameters the part of
-        these that leads to the parameter, for each anew. Memory of one evaluation, one
-        block, and a copy of the module and the batch.
+        One evaluation. By rows, the pullbacks of a whole Jacobian; by parameters, for each one the
+        part of these pullbacks that leads to it. Memory of one evaluation, of one block, and of a
+        copy of the module and the batch.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:
@@ -97,15 +96,15 @@ def stream_jacobian(
                 f"{API}: blocks must be pulled back one after the other from a graph that is kept, "
                 "got a call inside a transform. Use module_jacobian there."
             )
-        with alone():  # it answers later: of the module and the batch as they are now
-            state = ModuleState.of(API, module, select).copied()
+        # blocks come later, and must be those of the module and the batch as they are now
+        state = CurrentState(API, module, select, stays=True).now()
         arguments = detached_copy((args, kwargs))
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(API, state, arguments, independence=independence)
-        batching = Batching(in_dims, randomness) if per_sample else None
-        batch = None if batching is None else call.batch(batching)
+        batching = Batching(in_dims, randomness)
+        batch = call.batch(batching) if per_sample else None
         chunk: Chunk = chunk_size or FittedChunks.by_share(STAGED_BYTES)
-        if batch is not None and batching is not None and by == "samples":
+        if batch is not None and by == "samples":
             return _by_samples(call, batch, batching, chunk, random_state)
         evaluate = partial(EvaluatedModule, call, batch, random_state)
         return _by_rows(evaluate, chunk) if by == "rows" else _by_params(evaluate, chunk)

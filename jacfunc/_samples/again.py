@@ -23,7 +23,7 @@ from jacfunc._types import Leaves
 def first_again(
     chunks: Iterable[Leaves],
     outputs_of: Callable[[Leaves], Leaves],
-    evaluated: Callable[[int], Leaves],
+    evaluate_first: Callable[[int], Leaves],
 ) -> Iterator[Leaves]:
     """The chunks of samples; after the last of several the first is evaluated again.
 
@@ -32,7 +32,7 @@ def first_again(
 
     Args:
         outputs_of: finds the outputs in a chunk.
-        evaluated: the outputs of the first samples, so many, by another evaluation.
+        evaluate_first: evaluates the first samples, so many, and returns their outputs.
 
     Raises:
         Refused: at the end, if that evaluation returns anything else.
@@ -45,7 +45,7 @@ def first_again(
         yield leaves
         del leaves  # or it would stay beside the next chunk
     if count > 1 and not torch.compiler.is_compiling():
-        check_agreement(first, evaluated(size))
+        check_agreement(first, evaluate_first(size))
 
 
 @dataclass(frozen=True)

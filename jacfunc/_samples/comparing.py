@@ -49,7 +49,7 @@ class Subject:
         leaves = tuple(x if d is None else at(x, numbers, d) for x, d in pairs)
         return replace(self, samples=replace(self.samples, leaves=leaves))
 
-    def evaluated(self, random_state: RandomState) -> BatchGraph:
+    def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
         random_state.repeat()
         # other threads may have chosen the plain formula, and leave it between two evaluations

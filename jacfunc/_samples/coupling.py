@@ -134,18 +134,18 @@ class _Comparison:
 
     @cached_property
     def _base(self) -> BatchGraph:
-        return self.subject.evaluated(self.random_state)
+        return self.subject.evaluate(self.random_state)
 
     @cached_property
     def _is_random(self) -> bool:
-        self.subject.evaluated(self.random_state)
+        self.subject.evaluate(self.random_state)
         return self.random_state.has_changed()
 
     def _draws_otherwise(self, half: Half) -> bool:
         """Are more or fewer random numbers drawn with other samples?"""
-        self.subject.evaluated(self.random_state)
+        self.subject.evaluate(self.random_state)
         after = RandomState(self.subject.samples.leaves)
-        self.subject.of(half.sources).evaluated(self.random_state)
+        self.subject.of(half.sources).evaluate(self.random_state)
         return after.has_changed()
 
     def _changed(self, half: Half) -> str | None:
@@ -160,13 +160,13 @@ class _Comparison:
             cotangents = None
             own = self._base.quantities(half, None)
         other = self.subject.of(half.sources)
-        graph = other.evaluated(self.random_state)
+        graph = other.evaluate(self.random_state)
         if any(x.shape != y.shape for x, y in zip(self._base.outputs, graph.outputs, strict=True)):
             return "shapes of outputs"
         others = graph.quantities(half, cotangents)
         if all(one.agrees(two) for one, two in zip(own, others, strict=True)):
             return None
-        again = self.subject.evaluated(self.random_state).quantities(half, cotangents)
+        again = self.subject.evaluate(self.random_state).quantities(half, cotangents)
         if not all(one.is_roughly(same) for one, same in zip(own, again, strict=True)):
             raise Refused(CHANGING)
         for one, two, same in zip(own, others, again, strict=True):
@@ -192,14 +192,14 @@ class _Comparison:
     def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:
         recorder = _OperationRecorder()
         with uncompiled(), recorder:
-            subject.evaluated(self.random_state)
+            subject.evaluate(self.random_state)
         return recorder.operations
 
     def _outputs_of(self, number: int) -> Leaves | None:
         """The outputs of a sample alone; None if it can't be evaluated."""
         one = self.subject.of(torch.tensor([number], device="cpu"))
         try:
-            return one.evaluated(self.random_state).outputs
+            return one.evaluate(self.random_state).outputs
         except Exception as error:
             if is_out_of_memory(error):
                 raise

@@ -55,6 +55,13 @@ def may_draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     return all((*by_name, *(args[position] for position in positions if position < len(args))))
 
 
+def noise_like(leaves: Leaves, seed: int = 0) -> Leaves:
+    """Normal numbers like the leaves: the same ones each time, from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(x.shape, generator=generator, device="cpu") for x in leaves]
+    return tuple(x.to(like.device, like.dtype) for x, like in zip(noise, leaves, strict=True))
+
+
 class RandomState:
     """The state of the generators of the leaves' devices, when this object was made."""
 

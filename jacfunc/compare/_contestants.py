@@ -29,10 +29,10 @@ STRATEGIES: tuple[str | Strategy, ...] = (
     "looped",
     "structured",
 )
-"""In the order of the table; of strategies that take as long the first is recommended."""
+"""What is compared, in the order of the table; of those as fast, the first is recommended."""
 
 PLANNED = ("auto", "autotune")
-"""Strategies that keep to a memory."""
+"""Strategies that plan, and so can keep to a memory budget."""
 
 
 @dataclass(frozen=True)

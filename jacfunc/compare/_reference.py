@@ -116,7 +116,7 @@ class Reference:
         return sample
 
     def rows(self) -> Iterator[tuple[int, int, Leaves]]:
-        """Output leaf, row among those of all samples, gradients by target; in random order."""
+        """Rows in random order: output leaf, number among the rows of all samples, gradients."""
         order = random.Random(0)
         for number in order.sample(range(self.size), self.size):
             sample = self.sample(number)

@@ -25,7 +25,7 @@ import jacfunc
 from jacfunc._measuring.results import Result, Spread, WrongAnswerError
 from jacfunc._trees.tree import flatten
 from jacfunc.compare import compare
-from jacfunc.compare._advice import Advice
+from jacfunc.compare._advice import best, front
 from jacfunc.compare._command import load, main, with_options
 from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, strategies_for
 from jacfunc.compare._forecasts import foretell
@@ -405,9 +405,9 @@ def test_the_sentence_says_what_to_take(rows, memory, sentence):
 
 def test_what_was_faster_in_a_quarter_of_the_rounds_ties():
     rows = [BASE, row("auto", 1.3, 4096, wide=0.4)]
-    assert Advice(rows, "torch.func.jacrev", None).best is rows[1]
+    assert best(rows) is rows[1]
     rows = [BASE, row("auto", 1.3, 4096, wide=0.2)]
-    assert Advice(rows, "torch.func.jacrev", None).best is BASE
+    assert best(rows) is BASE
 
 
 def test_failures_are_never_taken_and_are_grouped_by_reason():
@@ -426,7 +426,7 @@ def test_where_no_strategy_is_right_the_baseline_is_not_praised():
 
 def test_the_front_is_what_nobody_beats_at_both():
     rows = [row("a", 2.0, 50), row("b", 1.0, 100), row("c", 3.0, 50), row("d", 4.0, 10)]
-    assert [r.contestant for r in Advice(rows, "b", None).front] == ["b", "a", "d"]
+    assert [r.contestant for r in front(rows)] == ["b", "a", "d"]
 
 
 # --- what is shown ---

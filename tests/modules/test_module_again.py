@@ -1,4 +1,4 @@
-"""A module asked again: what became of it since the last call counts, no more is redone."""
+"""A module called again: changes since the last call count, and nothing else is computed anew."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def weight(module: Any) -> Tensor:
 
 
 def rename(module: Any) -> None:
-    """The same parts in the same order, one under another name."""
+    """Rename a submodule; submodules and their order stay."""
     parts = module.inner._modules
     parts["last"] = parts.pop("2")
 
@@ -108,11 +108,11 @@ def test_a_hook_that_is_gone_is_gone() -> None:
 
 
 def test_a_predicate_is_asked_at_every_call() -> None:
-    wanted, x = ["inner.0.bias"], torch.rand(4, 3).double()
-    derive = jacfunc.module_jacobian(Changing(), select=lambda name, _: name in wanted)
-    assert list(derive(x)) == wanted
-    wanted.append("inner.2.bias")
-    assert list(derive(x)) == wanted
+    names, x = ["inner.0.bias"], torch.rand(4, 3).double()
+    derive = jacfunc.module_jacobian(Changing(), select=lambda name, _: name in names)
+    assert list(derive(x)) == names
+    names.append("inner.2.bias")
+    assert list(derive(x)) == names
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

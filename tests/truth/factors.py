@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from jacfunc._factored import FactoredJacobian
@@ -14,7 +17,10 @@ def at_batch(module: nn.Module, *inputs: Tensor) -> ModuleAtBatch:
     return options.at((inputs, {}))
 
 
-def factors_of(module: nn.Module, *inputs: Tensor) -> FactoredJacobian:
-    """Factors of the Jacobians of all samples."""
-    ((_, factors),) = at_batch(module, *inputs).factors()
-    return factors
+@contextmanager
+def factors_of(module: nn.Module, *inputs: Tensor) -> Iterator[FactoredJacobian]:
+    """Factors of the Jacobians of all samples; the module is lent, so that they can be swept."""
+    module_at_batch = at_batch(module, *inputs)
+    with module_at_batch.undisturbed():
+        ((_, factors),) = module_at_batch.factors()
+        yield factors

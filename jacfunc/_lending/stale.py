@@ -58,13 +58,13 @@ def check_fresh(
 
 def _leaves(nodes: Iterable[Any], ends: set[Any]) -> list[Tensor]:
     """Leaves of the graph that paths from the nodes lead to, where no end is in between."""
-    pending, seen, leaves = list(nodes), set(ends), []
-    seen.add(None)
+    pending, visited, leaves = list(nodes), set(ends), []
+    visited.add(None)
     while pending:
         node = pending.pop()
-        if node in seen:
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         below = node.next_functions
         if below:
             pending += [edge[0] for edge in below]
