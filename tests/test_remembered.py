@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forecasting.costs import counted_costs
 from jacfunc._lending.constants import constants_of
 from jacfunc._linear_map.operator import JacobianOperator
@@ -111,6 +112,38 @@ def test_what_is_made_is_remembered() -> None:
     made = memory.get_or_make(one, "kind", list)
     assert memory.get_or_make(one, "kind", list) is made
     assert memory.get_or_make(one, "other", list) is not made
+
+
+# --- the identity of a call ---
+
+
+def flat(func: Any, *args: Any, **kwargs: Any) -> FlatCall:
+    return FlatCall(Derivation("test", func), args, kwargs)
+
+
+def test_an_operator_has_the_identity_of_the_call_below() -> None:
+    call = flat(torch.sin, torch.zeros(2))
+    operator = JacobianOperator(call, call.primals)
+    assert operator.call_kind is call.call_kind
+    assert call.call_kind == flat(torch.sin, torch.ones(2)).call_kind
+    inside: list[Any] = []
+    torch.func.vmap(lambda x: inside.append(operator.call_kind) or x)(torch.zeros(3))
+    assert inside[0] != call.call_kind
+    assert inside[0].callable is torch.sin
+
+
+def test_calls_that_cost_other_than_this_one_are_of_other_kinds() -> None:
+    x, double = torch.zeros(2), torch.zeros(2).double()
+    calls = [
+        flat(torch.sin, x),
+        flat(torch.cos, x),
+        flat(torch.sin, torch.zeros(3)),
+        flat(torch.sin, double),
+        flat(torch.sin, x, out=None),
+        flat(torch.pow, x, 2),
+        flat(torch.pow, x, 3),
+    ]
+    assert len({call.call_kind for call in calls}) == len(calls)
 
 
 # --- plans ---
