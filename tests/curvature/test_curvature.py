@@ -333,7 +333,7 @@ def test_projections_of_several_draws_a_parameter(name: str) -> None:
     ((_, factors),) = point.factors()
     total = torch.zeros_like(true.jacobian @ random_matrix(model, 70))
     start = 0
-    for number, leaf in enumerate(factors.of_one):
+    for number, leaf in enumerate(factors.sample_outputs):
         of = slice(number, number + 1)
         parts_by_name = point.parts_of(factors, shared_units(factors.outputs[of]), of)
         stop = start + leaf.numel()

@@ -390,7 +390,7 @@ def test_a_sample_at_a_time(name: str) -> None:
     module, inputs = case.module(torch.float64), case.inputs(torch.float64)
     judge, convolutions = judged(case, torch.float64), 0
     with factors_of(module, inputs) as factors:
-        rows = factors.of_rows(0, 3, 0)
+        rows = factors.parts_of_rows(0, 3, 0)
     for (param, block), parts in zip(judge.items(), rows, strict=True):
         for form in (part.form for part in parts if isinstance(part.form, Convolution)):
             result = torch.full_like(block, torch.nan)
