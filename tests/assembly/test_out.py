@@ -129,16 +129,17 @@ def test_inside_a_transform_it_is_refused() -> None:
 def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)), torch.randn(6, 3)
     expected = jacfunc.module_jacobian(model, per_sample=True, flat=True, strategy="looped")(x)
-    factors = factors_of(model, x)
-    grid, sweeps = Grid.of(factors.sample_outputs, factors.params), []
+    sweeps = []
 
     class Counted(FactoredJacobian):
         def parts_of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
             sweeps.append(stop - start)
             return super().parts_of_rows(start, stop, of)
 
-    counted = Counted(**vars(factors))
-    writer = SampleWriter(lambda *_: counted, Sink(), lambda: grid, most_swept=bytes_at_once)
-    blocks = writer.leaves(len(x), None, None)[: len(factors.params)]
+    with factors_of(model, x) as jacobian:
+        counted = Counted(**vars(jacobian))
+        grid = Grid.of(jacobian.sample_outputs, jacobian.params)
+        writer = SampleWriter(lambda *_: counted, Sink(), lambda: grid, most_swept=bytes_at_once)
+        blocks = writer.leaves(len(x), None, None)[: len(jacobian.params)]
     torch.testing.assert_close(torch.cat([block.flatten(2) for block in blocks], 2), expected)
     assert sweeps == {1: [1] * 5, 400: [2, 2, 1], 2**23: [5]}[bytes_at_once]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from jacfunc._factored import FactoredJacobian
@@ -14,7 +17,10 @@ def at_batch(module: nn.Module, *inputs: Tensor) -> ModuleAtBatch:
     return options.at((inputs, {}))
 
 
-def factors_of(module: nn.Module, *inputs: Tensor) -> FactoredJacobian:
-    """Factors of the Jacobians of all samples."""
-    ((_, factors),) = at_batch(module, *inputs).factors()
-    return factors
+@contextmanager
+def factors_of(module: nn.Module, *inputs: Tensor) -> Iterator[FactoredJacobian]:
+    """The Jacobians of all samples as factors, while the module is lent for pullbacks."""
+    point = at_batch(module, *inputs)
+    ((_, jacobian),) = point.factors()
+    with point.undisturbed():
+        yield jacobian
