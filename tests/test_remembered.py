@@ -22,7 +22,7 @@ from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.budget import bounded
-from jacfunc._planning.plan import Plan, others
+from jacfunc._planning.plan import Plan, alternatives
 from jacfunc._planning.recall import _codes
 from jacfunc._planning.tuning_cache import Winners
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
@@ -323,16 +323,16 @@ def test_modules_and_batches_end_with_the_last_reference(what: str, uncollected:
 
 def test_the_seeds_of_what_is_tried_take_no_more_than_the_result() -> None:
     both = (Reverse(), Forward())
-    assert others(Reverse(), both, 10, 10) == (Forward(),)
-    assert others(Reverse(), both, 2, 200_000) == (Forward(2),)
-    assert others(Forward(), both, 80_000, 1) == (Reverse(104),)
-    assert others(Forward(), both, 100, 10) == (Reverse(),)
-    assert others(Looped("rows"), (*both, Structured()), 2, 50) == (
+    assert alternatives(Reverse(), both, 10, 10) == (Forward(),)
+    assert alternatives(Reverse(), both, 2, 200_000) == (Forward(2),)
+    assert alternatives(Forward(), both, 80_000, 1) == (Reverse(104),)
+    assert alternatives(Forward(), both, 100, 10) == (Reverse(),)
+    assert alternatives(Looped("rows"), (*both, Structured()), 2, 50) == (
         Reverse(),
         Structured(),
         Forward(2),
     )
-    assert others(Reverse(7), (Reverse(7), Forward(7)), 2, 50) == (Forward(7),)
+    assert alternatives(Reverse(7), (Reverse(7), Forward(7)), 2, 50) == (Forward(7),)
 
 
 class Read(nn.Module):

@@ -66,9 +66,8 @@ def watched_once(
     keep_heap()
     watch_on()
     call = func if call is None else call
-    is_known = getattr(call, "is_told_by_kind", False)
-    _, kind, version = call.call_kind if is_known else (None, None, None)
-    kind = kind, pull.around
+    _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
+    is_known, kind = version is not None, (kind, pull.around)
     is_pushed = pull.level is not None and is_pushing()
     runs_alone = unwatched().get(version, kind) if is_known and not is_pushed else None
     if runs_alone is not None:

@@ -15,7 +15,6 @@ from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
 from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
-from jacfunc._lending.lost import check_fresh
 from jacfunc._lending.part import (
     ModulePart,
     are_as_at_first,
@@ -26,6 +25,7 @@ from jacfunc._lending.part import (
     put_back,
 )
 from jacfunc._lending.select import Select, select_params
+from jacfunc._lending.stale import check_fresh
 from jacfunc._torch import recording
 
 

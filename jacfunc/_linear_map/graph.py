@@ -94,14 +94,16 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
         return linearize_inside(func, primals)
     grad_mode = torch.is_grad_enabled()
     with recording(), math_attention():
+        is_plain = are_plain(primals)
         # a clone of another class would be a plain tensor where nothing sees its __torch_function__
-        with untracked() if are_plain(primals) else nullcontext():
+        with untracked() if is_plain else nullcontext():
             anchors = [differentiable_alias(primal, grad_mode) for primal in primals]
             # func gets clones: it may write into its inputs, and the caller's stay as they are
             copies = list(map(writable_copy, anchors))
             starts = {copy.grad_fn for copy in copies}
             is_further = grad_mode and any(primal.requires_grad for primal in primals)
-        check_kept(primals, copies)
+        if not is_plain:
+            check_kept(primals, copies)
         leads_out = leading_out(starts, grad_mode, is_further)
         pull = Pull(None, (grad_mode, is_further), leads_out)
         outputs, extras = watched_once(func, copies, primals, pull)

@@ -57,9 +57,9 @@ class SampledCall:
 
     def _run(self, strategy: Strategy) -> SampleBlocks:
         if isinstance(strategy, Looped):
-            return self.looped(strategy)
+            return self._looped(strategy)
         if isinstance(strategy, Auto | Autotune):
-            return self.planned(strategy)
+            return self._planned(strategy)
         random_state = self._random_state()
         way_out = "Use strategy='looped', which takes the samples one by one"
         try:
@@ -70,13 +70,13 @@ class SampledCall:
                 raise
             note("samples go one by one, as no transform knows checkpoints")
         random_state.repeat()
-        return self.looped(strategy)
+        return self._looped(strategy)
 
     def under_vmap(self, needs: str, way_out: str) -> AbstractContextManager[None]:
         """A context that refuses what fails under vmap alone; ``needs`` begins the message."""
         return under_vmap(self.api, self.samples.randomness, self.first_call, needs, way_out)
 
-    def vmapped(self, strategy: Strategy, chunk: Chunk = None) -> SampleBlocks:
+    def _vmapped(self, strategy: Strategy, chunk: Chunk) -> SampleBlocks:
         """Blocks of all samples, under vmap, a chunk of samples at a time."""
         samples, one = self.samples, OneSample(self.api, self.call_of)
 
@@ -91,7 +91,7 @@ class SampledCall:
         chunks, size = first_again(chunks, one.outputs_in, first.outputs), samples.size
         return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
 
-    def looped(self, strategy: Strategy) -> SampleBlocks:
+    def _looped(self, strategy: Strategy) -> SampleBlocks:
         """Blocks of one sample after the other, without vmap."""
         samples, one = self.samples, OneSample(self.api, self.call_of)
         random_state, size = self._random_state(), samples.size
@@ -107,13 +107,13 @@ class SampledCall:
         chunks = first_again(each(), one.outputs_in, first.output)
         return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
 
-    def structured(self, strategy: Structured, chunk: Chunk = None) -> SampleBlocks:
+    def _structured(self, strategy: Structured, chunk: Chunk) -> SampleBlocks:
         """Blocks layer by layer, a chunk of samples at a time, each written where it belongs."""
         one, size = OneSample(self.api, self.call_of), self.samples.size
         writer = SampleWriter(partial(self._factors, one), self.sink, one.grid)
         return SampleBlocks(writer.leaves(size, chunk, strategy.chunk_size), size, one)
 
-    def planned(self, strategy: Auto | Autotune) -> SampleBlocks:
+    def _planned(self, strategy: Auto | Autotune) -> SampleBlocks:
         """Blocks by the plan for calls of this kind; one by one where no plan runs under vmap."""
         random_state = self._random_state()
 
@@ -128,14 +128,14 @@ class SampledCall:
         plan, chunk = memory or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
-            return self.looped(strategy)
+            return self._looped(strategy)
         try:
             plan, result = attempt(plan, run)
         except Refused as refusal:
             note("samples go one by one: %s", refusal)
             remember(strategy, kind, (plan, UNMAPPED))
             random_state.repeat()
-            return self.looped(strategy)
+            return self._looped(strategy)
         if memory is None or plan is not memory[0]:
             remember(strategy, kind, (plan, chunk))
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
@@ -202,8 +202,8 @@ class SampledCall:
 
     def _at_once(self, strategy: Strategy, chunk: Chunk) -> SampleBlocks:
         if isinstance(strategy, Structured) and is_outermost():
-            return self.structured(strategy, chunk)
-        return self.vmapped(strategy, chunk)
+            return self._structured(strategy, chunk)
+        return self._vmapped(strategy, chunk)
 
     def _random_state(self) -> RandomState:
         return RandomState(self.samples.leaves)

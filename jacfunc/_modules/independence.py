@@ -22,7 +22,7 @@ Independent: TypeAlias = Literal[True, "always"] | None
 """None: compare batches now and then. True: samples are known to be independent. ``"always"``:
 compare at every call."""
 
-MANY, LARGE = 128, 2**24
+MANY_ROWS, MANY_ENTRIES = 128, 2**24
 """With so many outputs of a sample, and so many entries of all samples' Jacobians, a comparison
 takes a few hundredths of the time of these."""
 
@@ -138,7 +138,7 @@ class Independence:
             coupled = compare(calls.count)
             if coupled.what:
                 return coupled.what
-            calls.is_large = coupled.rows >= MANY and coupled.entries >= LARGE
+            calls.is_large = coupled.rows >= MANY_ROWS and coupled.entries >= MANY_ENTRIES
         kinds.put(kind, calls)
         return None
 

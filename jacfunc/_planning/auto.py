@@ -14,7 +14,7 @@ from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk
-from jacfunc._planning.budget import bounded, bounded_samples, spared
+from jacfunc._planning.budget import bounded, bounded_samples, with_fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, carry_out, rows_first
 from jacfunc._planning.recall import Planner, recall, remember
@@ -65,8 +65,8 @@ class Auto(Streaming):
         directions = samples.ways(self.directions, self.by_layers)
         if costs is None:
             return rows_first(by_sizes(operator, self.directions), operator), None
-        every = costs.times(samples.size, samples.are_copied)
-        plan = rows_first(spared(fastest(every, directions), every), operator)
+        batch_costs = costs.times(samples.size, samples.are_copied)
+        plan = rows_first(with_fewer_rows(fastest(batch_costs, directions), batch_costs), operator)
         return bounded_samples(plan, costs, samples.size, self.memory)
 
 

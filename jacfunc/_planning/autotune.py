@@ -26,7 +26,7 @@ from jacfunc._memory import Chunk
 from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, candidates, fastest
-from jacfunc._planning.plan import Plan, others, rows_first
+from jacfunc._planning.plan import Plan, alternatives, rows_first
 from jacfunc._planning.tuning_cache import winners
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
@@ -92,16 +92,16 @@ class Autotune(Streaming):
     def plan(self, operator: JacobianOperator) -> Plan:
         """The plan with the winner, which is measured unless it is known."""
         key = _key(operator)
-        won, device = self._won(operator, key), _device(operator)
+        winner, device = self._winner(operator, key), _device(operator)
         operator.rewind_generators()
         costs = counted_costs(operator.unevaluated())
         if costs is None:
             return by_sizes(operator, BOTH)
-        if won is None:
+        if winner is None:
             run = partial(_materialized, operator)
-            won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW_SEEDS), run)
+            winner = self._measure(device, key, candidates(costs, BOTH, REACH, FEW_SEEDS), run)
         operator.rewind_generators()  # as if nothing had been evaluated
-        plan = Plan(won, MEASURED, None, others(won, BOTH, costs.rows, costs.columns))
+        plan = Plan(winner, MEASURED, None, alternatives(winner, BOTH, costs.rows, costs.columns))
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
     def plan_samples(
@@ -119,26 +119,26 @@ class Autotune(Streaming):
         if costs is None:
             return rows_first(by_sizes(operator, BOTH), operator), None
         memory, size = check_memory("Autotune", self.memory), samples.size
-        every, ways = costs.times(size, samples.are_copied), samples.ways(BOTH, BY_LAYERS)
-        forecast = rows_first(fastest(every, ways), operator)
+        batch_costs, ways = costs.times(size, samples.are_copied), samples.ways(BOTH, BY_LAYERS)
+        forecast = rows_first(fastest(batch_costs, ways), operator)
         plan, chunk = bounded_samples(forecast, costs, size, memory)
         if chunk is not None:  # memory decides, not time
             return plan, chunk
         key = f"{_key(operator)} × {size}{' copied' * samples.are_copied}"
-        won, device = self._won(operator, key), _device(operator)
-        if won is None:
+        winner, device = self._winner(operator, key), _device(operator)
+        if winner is None:
             possible = dict.fromkeys(
-                (*candidates(every, ways, REACH, FEW_SEEDS), fewer_rows(every))
+                (*candidates(batch_costs, ways, REACH, FEW_SEEDS), fewer_rows(batch_costs))
             )
             try:
-                won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
+                winner = self._measure(device, key, possible, lambda strategy: run(strategy, None))
             except Refused:  # every candidate was: who runs the plan falls back to a loop
                 return plan, chunk
         operator.rewind_generators()
-        plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
+        plan = Plan(winner, MEASURED, None, alternatives(winner, ways, costs.rows, costs.columns))
         return rows_first(plan, operator), None
 
-    def _won(self, operator: JacobianOperator, key: str) -> Sweeping | None:
+    def _winner(self, operator: JacobianOperator, key: str) -> Sweeping | None:
         return winners(self._file()).get(_device(operator), key)
 
     def _measure(

@@ -47,13 +47,13 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
 
     ``one`` are the costs of a sample.
     """
-    strategy, every = plan.strategy, one.times(batch)
-    if not _has_chunks(strategy) or not _is_scarce(strategy, every, memory):
+    strategy, batch_costs = plan.strategy, one.times(batch)
+    if not _has_chunks(strategy) or not _is_scarce(strategy, batch_costs, memory):
         return plan, None
-    budget = _budget(every, memory)
-    if every.most_bytes(strategy) <= budget:
+    budget = _budget(batch_costs, memory)
+    if batch_costs.most_bytes(strategy) <= budget:
         return plan, None
-    room = _room(budget, every.result, strict=memory is not None)
+    room = _room(budget, batch_costs.result, strict=memory is not None)
     plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
     if one.most_bytes(strategy) <= room:
         return plan, FittedChunks(room)
@@ -61,21 +61,21 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
     return replace(plan, strategy=rows), 1
 
 
-def fewer_rows(every: Costs) -> Reverse:
+def fewer_rows(batch_costs: Costs) -> Reverse:
     """Reverse mode of all samples: few rows at once where a sweep of all rows needs new memory.
 
     Vector units are busy with the samples alone. Where the result is larger than what a sweep
     takes, all rows are swept at once, and it is written once.
     """
-    crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
-    if not has_heap or crowd <= max(CROWDED_BYTES, every.result):
+    crowd, has_heap = batch_costs.rows * batch_costs.widest, batch_costs.speeds.device.type == "cpu"
+    if not has_heap or crowd <= max(CROWDED_BYTES, batch_costs.result):
         return Reverse()
-    return Reverse(evenly(every.rows, every.widest, SPARE_BYTES))
+    return Reverse(evenly(batch_costs.rows, batch_costs.widest, SPARE_BYTES))
 
 
-def spared(plan: Plan, every: Costs) -> Plan:
+def with_fewer_rows(plan: Plan, batch_costs: Costs) -> Plan:
     """The plan; with fewer rows at once, where it is reverse mode and all rows are too many."""
-    fewer = fewer_rows(every)
+    fewer = fewer_rows(batch_costs)
     if plan.strategy != Reverse() or fewer == Reverse():
         return plan
     reason = f"{plan.reason}; {fewer.chunk_size} at once, whose memory is kept for the next"

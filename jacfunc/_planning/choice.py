@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from jacfunc._assembly import numel
 from jacfunc._forecasting import Costs
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._planning.plan import Direction, Plan, others, with_few_seeds
+from jacfunc._planning.plan import Direction, Plan, alternatives, with_few_seeds
 from jacfunc._units import in_seconds
 from jacfunc.strategies import Looped, Reverse, Structured, Sweeping
 
@@ -47,7 +47,7 @@ def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Pla
     pushes = rows > FORWARD_FROM_RATIO * columns
     chosen = next((d for d in directions if d.sweeps.are_pushes == pushes), directions[0])
     reason = f"by sizes alone: {rows} outputs, {columns} inputs"
-    return Plan(chosen, reason, None, others(chosen, directions, rows, columns))
+    return Plan(chosen, reason, None, alternatives(chosen, directions, rows, columns))
 
 
 def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
@@ -57,7 +57,7 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     if len(possible) == 1:
         reason = f"{sizes}: nothing else comes into question"
         best = possible[0]
-        return Plan(best, reason, None, others(best, directions, costs.rows, costs.columns))
+        return Plan(best, reason, None, alternatives(best, directions, costs.rows, costs.columns))
     seconds = {s: costs.seconds(s) for s in possible if not s.sweeps.are_pushes}
     if not seconds or min(seconds.values()) > costs.least_push():
         seconds |= {s: costs.seconds(s) for s in possible if s.sweeps.are_pushes}
@@ -68,7 +68,7 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     if rivals:
         second = min(rivals, key=seconds.__getitem__)
         reason += f", {in_seconds(seconds[second])} by {second}"
-    following = others(best, directions, costs.rows, costs.columns)
+    following = alternatives(best, directions, costs.rows, costs.columns)
     return Plan(best, reason, seconds[best], following)
 
 

@@ -76,7 +76,7 @@ def attempt(plan: Plan, run: Callable[[Plan], Result]) -> tuple[Plan, Result]:
             plan = plan.instead(refusal)
 
 
-def others(
+def alternatives(
     chosen: Strategy, directions: Sequence[Direction], rows: int, columns: int
 ) -> tuple[Direction, ...]:
     """The strategies to try where torch refuses the chosen one, the cheaper ones first.

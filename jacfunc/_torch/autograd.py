@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -45,9 +45,8 @@ def off_graph(leaves: Leaves) -> Leaves:
     return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
 
 
-def untracked() -> AbstractContextManager[Any]:
-    """A context in which no watch outside sees operations, for bookkeeping of jacfunc's own.
+untracked: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
+"""Makes a context in which no watch outside sees operations, for bookkeeping of jacfunc's own.
 
-    A watch that looked at each step of it took a tenth of a small network's evaluation.
-    """
-    return torch._C.DisableTorchFunction()
+A watch that looked at each step of it took a tenth of a small network's evaluation.
+"""
