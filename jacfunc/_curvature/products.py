@@ -99,7 +99,8 @@ class BatchProducts:
         except Refused as refusal:
             raise Refused(
                 f"{self._at_batch.api}: products need a module whose J v and Jᵀ u torch can take, "
-                f"got a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no J v."
+                f"got a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no "
+                "J v."
             ) from refusal
 
     def _check(self, products: Leaves, tangents: Leaves) -> None:
