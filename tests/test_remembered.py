@@ -27,6 +27,7 @@ from jacfunc._planning.plan import Plan, alternatives
 from jacfunc._planning.recall import _codes
 from jacfunc._planning.tuning_cache import Winners
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
+from tests.kinds.losses import half_square
 
 
 class AllEqual(nn.Module):
@@ -299,16 +300,12 @@ def test_a_module_that_begins_to_write_does_not_write_into_its_parameters() -> N
 # --- nothing is kept alive ---
 
 
-def half(out: Tensor, target: Tensor) -> Tensor:
-    return (out - target).square().sum() / 2
-
-
 def vector(module: nn.Module) -> dict[str, Tensor]:
     return {name: torch.ones_like(p) for name, p in module.named_parameters()}
 
 
 def products(module: nn.Module, x: Tensor) -> Any:
-    G = jacfunc.ggn(module, half)(x, torch.zeros(len(x), 2))
+    G = jacfunc.ggn(module, half_square)(x, torch.zeros(len(x), 2))
     return [G @ vector(module) for _ in range(3)]
 
 
@@ -319,14 +316,16 @@ def refused_under_vmap(module: Any, x: Tensor) -> Any:
 
 KEPT: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "products": products,
-    "diagonal": lambda m, x: jacfunc.ggn(m, half)(x, torch.zeros(len(x), 2)).diagonal(),
+    "diagonal": lambda m, x: jacfunc.ggn(m, half_square)(x, torch.zeros(len(x), 2)).diagonal(),
     "refused under vmap": refused_under_vmap,
     "plan": jacfunc.plan,
     "explain": jacfunc.explain,
     "estimate": jacfunc.estimate,
     "autotune": lambda m, x: jacfunc.jacobian(m, strategy="autotune")(x),
     "ntk": lambda m, x: jacfunc.ntk(m, None, x, chunk_size=2),
-    "gradient norms": lambda m, x: jacfunc.gradient_norms(m, half)(x, torch.zeros(len(x), 2)),
+    "gradient norms": lambda m, x: jacfunc.gradient_norms(m, half_square)(
+        x, torch.zeros(len(x), 2)
+    ),
     "samples": lambda m, x: jacfunc.module_jacobian(m, per_sample=True)(x),
     "whole": lambda m, x: jacfunc.module_jacobian(m)(x),
     "stream": lambda m, x: list(jacfunc.stream_jacobian(m, per_sample=True)(x)),

@@ -116,8 +116,9 @@ class Loss:
         starts = {copy.grad_fn for copy in copies}
         value, _ = self(*copies)
         graph = Graph.of(value, starts)
-        found = map_of_graph(value, (), [Anchor.at(a) for a in anchors], graph, differentiated=True)
-        return found.pull(tuple(map(torch.ones_like, value))), ()
+        targets = [Anchor.at(anchor) for anchor in anchors]
+        linear = map_of_graph(value, (), targets, graph, differentiated=True)
+        return linear.pull(tuple(map(torch.ones_like, value))), ()
 
     @cached_property
     def _of_gradient(self) -> JacobianOperator:

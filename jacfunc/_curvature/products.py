@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._calls import FlatCall, OfCalls
-from jacfunc._errors import Refused
+from jacfunc._errors import RANDOM, Refused
 from jacfunc._linear_map import (
     JacobianOperator,
     check_agreement,
@@ -42,43 +42,43 @@ class BatchProducts:
     first points and now and then; the graph also for a random v, when it is made.
     """
 
-    def __init__(self, point: ModuleAtBatch) -> None:
-        flat = point.call.flat_call(point.call.arguments, None)
+    def __init__(self, at_batch: ModuleAtBatch) -> None:
+        flat = at_batch.call.flat_call(at_batch.call.arguments, None)
         calls: list[FlatCall] = [flat]
-        is_strict = point.batch.samples.randomness == "error"
-        func = flat if is_strict else OfCalls(_by_samples(point, calls), flat.state)
+        is_strict = at_batch.batch.samples.randomness == "error"
+        func = flat if is_strict else OfCalls(_by_samples(at_batch, calls), flat.state)
         # primals require gradients for the graph of Jᵀ u alone
         self._pulling = JacobianOperator(
             func, tuple(primal.detach().requires_grad_() for primal in flat.primals)
         )
-        self._point, self._state = point, flat.state
+        self._at_batch, self._state = at_batch, flat.state
         # no bound methods: they would make a cycle, which keeps the module and the batch alive
         self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
-        with point.undisturbed():
+        with at_batch.undisturbed():
             self._pulling.rewind_generators()
-            before = RandomState(point.batch.samples.leaves)
+            before = RandomState(at_batch.batch.samples.leaves)
             leaves, extras = self._pulling.image()
             if is_strict and before.has_changed():
-                point.batch.check_randomness(RuntimeError("randomness"))
+                at_batch.batch.check_randomness(Refused(RANDOM))
         for out in leaves:
-            if not out.dim() or out.shape[0] != point.size:
+            if not out.dim() or out.shape[0] != at_batch.size:
                 raise ValueError(
-                    f"{point.api}: every output must have the batch in front, got shape "
-                    f"{tuple(out.shape)} for a batch of {point.size}. Use a module that transposes "
-                    "it, or that returns other outputs alone."
+                    f"{at_batch.api}: every output must have the batch in front, got shape "
+                    f"{tuple(out.shape)} for a batch of {at_batch.size}. Use a module that "
+                    "transposes it, or that returns other outputs alone."
                 )
-        _check_shapes(point, leaves)
+        _check_shapes(at_batch, leaves)
         self.outputs = BatchOutputs(leaves, extras, calls[-1])
 
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
-        with self._point.undisturbed(), self._in_words():
+        with self._at_batch.undisturbed(), self._in_words():
             of = nonzero_numbers(cotangents)
             return self._pulling.pullback(chosen_leaves(cotangents, of), of)
 
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
-        with self._point.undisturbed(), self._in_words():
+        with self._at_batch.undisturbed(), self._in_words():
             try:
                 products = self._ways[0](self, tangents)
             except Refused as refusal:
@@ -98,8 +98,9 @@ class BatchProducts:
             yield
         except Refused as refusal:
             raise Refused(
-                f"{self._point.api}: products need a module whose J v and Jᵀ u torch can take, got "
-                f"a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no J v."
+                f"{self._at_batch.api}: products need a module whose J v and Jᵀ u torch can take, "
+                f"got a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no "
+                "J v."
             ) from refusal
 
     def _check(self, products: Leaves, tangents: Leaves) -> None:
@@ -145,17 +146,17 @@ class BatchProducts:
 
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
         """Run a check at the first calls of this kind, and then at fewer and fewer."""
-        now_and_then(self._state, ("J v", way, self._point.batch.kind.kind), check)
+        now_and_then(self._state, ("J v", way, self._at_batch.batch.kind.kind), check)
 
 
-def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
+def _check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
     """Raise ValueError if the shape of a sample's outputs depends on the size of the batch."""
-    if point.size == 1 or not any(point.size in out.shape[1:] for out in outputs):
+    if at_batch.size == 1 or not any(at_batch.size in out.shape[1:] for out in outputs):
         return
-    call, batch = point.call, point.batch
-    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, point.size - 1)
+    call, batch = at_batch.call, at_batch.batch
+    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, at_batch.size - 1)
     flat = call.flat_call(Split.of(call.arguments, is_tensor).merge(fewer), None)
-    with point.undisturbed():
+    with at_batch.undisturbed():
         try:
             fewer_outputs, _ = flat(*map(Tensor.clone, flat.primals))
         except Exception as error:  # a module may take batches of one size
@@ -164,18 +165,18 @@ def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
     for out, smaller in zip(outputs, fewer_outputs, strict=True):
         if out.shape[1:] != smaller.shape[1:]:
             raise ValueError(
-                f"{point.api}: outputs of a sample must have the same shape in every batch, got "
-                f"shape {tuple(out.shape)} for {point.size} samples and {tuple(smaller.shape)} "
-                f"for {point.size - 1}. Use a module that returns what belongs to each sample."
+                f"{at_batch.api}: outputs of a sample must have the same shape in every batch, got "
+                f"shape {tuple(out.shape)} for {at_batch.size} samples and {tuple(smaller.shape)} "
+                f"for {at_batch.size - 1}. Use a module that returns what belongs to each sample."
             )
 
 
-def _by_samples(point: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
+def _by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
     """The module as a function of its parameters that calls it for each sample, under vmap.
 
     ``calls`` then holds the call of a sample.
     """
-    batch = point.batch
+    batch = at_batch.batch
 
     def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
         call = batch.call_of(data)

@@ -45,7 +45,7 @@ def ntk(
             or another iterable of batches, such as a ``DataLoader``.
         x2: another one; None for the kernel of the first with itself, of which half is computed.
         trace_axes: axes of a sample's output along which ``i = j`` is summed over.
-        diagonal_axes: axes along which only ``i = j`` is wanted.
+        diagonal_axes: axes along which only ``i = j`` is computed.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.

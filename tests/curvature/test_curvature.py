@@ -829,7 +829,7 @@ def test_losses_that_see_one_output_of_a_sample(ignored: int) -> None:
         return (values.square() * seen.to(values.dtype)).sum() / 2
 
     found = jacfunc.ggn(model, loss)(x, chosen)
-    roots = found._of_samples.roots
+    roots = found.curvature_of(found.point.outputs).roots
     assert [len(root) for root in roots] == [1]
     jacobian = jacfunc.module_jacobian(model, per_sample=True, flat=True)(x)
     rows = jacobian[torch.arange(5), chosen] * seen.unsqueeze(1)
