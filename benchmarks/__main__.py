@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 import benchmarks
-from benchmarks import commands, runner
-from benchmarks.environment import default_device
-from benchmarks.presenting import console
-from benchmarks.records import RESULTS
-from benchmarks.runner import CannotRunError, Order
+from benchmarks import commands
+from benchmarks.running import suite as runner
+from benchmarks.running.environment import default_device
+from benchmarks.running.progress import console
+from benchmarks.running.records import RESULTS
+from benchmarks.running.suite import CannotRunError, Order
 
 STOPPED, MISUSED = 130, 2
 

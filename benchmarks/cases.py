@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.seats import Place, Together
+from benchmarks.running.seats import Place, Together
 from jacfunc._measuring.results import Result
 from jacfunc._measuring.rounds import Check, Contestant, Effort, measure
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from rich.tree import Tree
 
-from benchmarks import budget, figures, grid, overhead, presenting, regret, trust
-from benchmarks.environment import Environment, environment, load_average, pin
-from benchmarks.presenting import console
-from benchmarks.records import ROOT, Run
-from benchmarks.runner import Order, run_suite
-from benchmarks.worker import questions
+from benchmarks.report import readme as figures
+from benchmarks.running import progress as presenting
+from benchmarks.running.environment import Environment, environment, load_average, pin
+from benchmarks.running.progress import console
+from benchmarks.running.records import ROOT, Run
+from benchmarks.running.suite import Order, run_suite
+from benchmarks.running.worker import questions
+from benchmarks.studies import budget, grid, overhead, regret
+from benchmarks.verdicts import trust
 
 
 def run(order: Order) -> None:
@@ -42,7 +45,7 @@ def report(stem: Path) -> None:
 
 def compare(before: Path, after: Path) -> bool:
     """Did anything become slower?"""
-    from benchmarks import comparing
+    from benchmarks.verdicts import comparing
 
     comparison = comparing.compare(Run.read(before), Run.read(after))
     console.print(comparison.table())

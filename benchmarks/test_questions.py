@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import Case, by_key
-from benchmarks.environment import default_device, pin
 from benchmarks.questions import QUESTIONS
+from benchmarks.running.environment import default_device, pin
 from jacfunc._measuring.clock import peak_bytes
 from jacfunc._measuring.results import Result, recording
 from jacfunc._measuring.rounds import Check, Contestant

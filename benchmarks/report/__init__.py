@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.records import Run, replace
 from benchmarks.report.headline import as_picture
 from benchmarks.report.markdown import as_markdown
 from benchmarks.report.older import summaries
 from benchmarks.report.page import as_html
+from benchmarks.running.records import Run, replace
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 

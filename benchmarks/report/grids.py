@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.report.grouping import sides, titled
-from benchmarks.verdicts import Record, beside, number, verdict, winners
+from benchmarks.verdicts.intervals import Record, beside, number, verdict, winners
 from jacfunc.compare._drawing import (
     INK,
     MUTED,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.cases import ANSWER
-from benchmarks.verdicts import Record
+from benchmarks.verdicts.intervals import Record
 
 SHOWN = 6
 """Panels of a kind that stand on the page at once; the rest are folded away."""

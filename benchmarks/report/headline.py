@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.records import Run
 from benchmarks.report.grids import drawn_crossover, drawn_overview
 from benchmarks.report.grouping import crossovers, titled
 from benchmarks.report.pictures import BRIGHT
 from benchmarks.report.tables import machine
-from benchmarks.verdicts import Record
+from benchmarks.running.records import Run
+from benchmarks.verdicts.intervals import Record
 from jacfunc.compare._drawing import as_svg, drawing
 
 WIDTH, HEIGHT = 11.0, 4.2

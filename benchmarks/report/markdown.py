@@ -9,8 +9,8 @@ from benchmarks.report import tables
 from benchmarks.report.older import Summary
 from benchmarks.report.page import ABOUT, SIGNS, Links
 from benchmarks.report.tables import Cell, Runs, Table
-from benchmarks.sentences import sentence
-from benchmarks.verdicts import Record
+from benchmarks.verdicts.intervals import Record
+from benchmarks.verdicts.sentences import sentence
 
 
 def as_markdown(stem: Path, runs: Runs, raw: Links, older: Sequence[Summary]) -> str:

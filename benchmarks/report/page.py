@@ -13,8 +13,8 @@ from benchmarks.report.grouping import crossovers, growths, kind, shown_first
 from benchmarks.report.older import Summary
 from benchmarks.report.pictures import BRIGHT, DARK, NAMES, PAGE
 from benchmarks.report.tables import Runs, Table
-from benchmarks.sentences import sentence
-from benchmarks.verdicts import Record
+from benchmarks.verdicts.intervals import Record
+from benchmarks.verdicts.sentences import sentence
 
 STYLE = Path(__file__).with_name("style.css")
 ABOUT = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.report.grids import CELLS, LIGHT_CELLS
-from benchmarks.verdicts import Record, exponent, slope
+from benchmarks.verdicts.intervals import Record, exponent, slope
 from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
 from jacfunc.compare._drawing import (
     GRID,

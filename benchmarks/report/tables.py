@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from benchmarks.records import Run
-from benchmarks.sentences import sentence
-from benchmarks.verdicts import Record, beside, counted_rounds, number, winners
+from benchmarks.running.records import Run
+from benchmarks.verdicts.intervals import Record, beside, counted_rounds, number, winners
+from benchmarks.verdicts.sentences import sentence
 from jacfunc._measuring.results import WARM_UP
 from jacfunc._units import in_bytes, in_seconds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from benchmarks.cases import ANSWER, Case, Question, Wanted, as_record
-from benchmarks.records import Run
+from benchmarks.running.records import Run
 from jacfunc._measuring.results import Expected, Result, summarize
 from jacfunc._measuring.rounds import Contestant
 

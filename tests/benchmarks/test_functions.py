@@ -13,10 +13,13 @@ import pytest
 import torch
 
 import jacfunc
-from benchmarks import formulas, functions, loops, second_order
 from benchmarks.cases import Case
-from benchmarks.functions import AUTO
-from benchmarks.ways import Function, Problem, judging, looped, plain, set_up
+from benchmarks.contestants.functions import Function, Problem, judging, looped, plain, set_up
+from benchmarks.problems import formulas
+from benchmarks.questions import crossover as functions
+from benchmarks.questions import hessians as second_order
+from benchmarks.questions import loops
+from benchmarks.questions.crossover import AUTO
 from jacfunc._measuring.results import Result, WrongAnswerError
 from jacfunc._measuring.rounds import Effort
 

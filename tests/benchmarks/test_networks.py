@@ -17,11 +17,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import buffers, curvature, growth, kernels, samples
 from benchmarks.cases import ANSWER, Case
-from benchmarks.growth import Point
-from benchmarks.networks import CLASSES, NETWORKS, PIXELS, Problem, build, noisy
-from benchmarks.reference import reference
+from benchmarks.problems.judge import reference
+from benchmarks.problems.networks import CLASSES, NETWORKS, PIXELS, Problem, build, noisy
+from benchmarks.questions import buffer as buffers
+from benchmarks.questions import ggn_diagonal as curvature
+from benchmarks.questions import growth
+from benchmarks.questions import ntk as kernels
+from benchmarks.questions import params as samples
+from benchmarks.questions.growth import Point
 from jacfunc._measuring.results import Result
 from jacfunc._measuring.rounds import Contestant, Effort
 

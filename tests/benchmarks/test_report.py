@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks.records import RESULTS, Run
 from benchmarks.report import grouping, older, tables, write_report
 from benchmarks.report.pictures import BRIGHT, DARK
-from benchmarks.sentences import sentence
-from benchmarks.verdicts import beside, number, winners
+from benchmarks.running.records import RESULTS, Run
+from benchmarks.verdicts.intervals import beside, number, winners
+from benchmarks.verdicts.sentences import sentence
 from jacfunc.compare._drawing import LIGHT
 from jacfunc.compare._pareto import Point, pareto_svg
 from tests.benchmarks.report_sample import FAILURES, JACREV, made_up

@@ -19,14 +19,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import presenting, processes, runner, trust, worker
 from benchmarks.__main__ import STOPPED, main
-from benchmarks.comparing import Change
-from benchmarks.presenting import Pace
-from benchmarks.processes import DEVICE_LOST
-from benchmarks.records import Run
-from benchmarks.runner import CannotRunError, Order
-from benchmarks.worker import Task
+from benchmarks.running import processes, worker
+from benchmarks.running import progress as presenting
+from benchmarks.running import suite as runner
+from benchmarks.running.processes import DEVICE_LOST
+from benchmarks.running.progress import Pace
+from benchmarks.running.records import Run
+from benchmarks.running.suite import CannotRunError, Order
+from benchmarks.running.worker import Task
+from benchmarks.verdicts import trust
+from benchmarks.verdicts.comparing import Change
 from jacfunc._measuring.results import WARM_UP, Result, WrongAnswerError, pooled, summarize
 from jacfunc._measuring.rounds import Contestant, Effort, Entry
 from tests.benchmarks import table as benchmark_table
@@ -363,9 +366,8 @@ def test_what_is_made_aside_comes_as_it_was():
 
 def test_whoever_is_ended_aside_ends_who_asked():
     """As a crash of a contestant is told to the runner, whoever took it there."""
-    ended = (
-        "import os; from benchmarks.processes import aside; aside(lambda: os.kill(os.getpid(), 11))"
-    )
+    ended = "import os; from benchmarks.running import processes as p; "
+    ended += "p.aside(lambda: os.kill(os.getpid(), 11))"
     assert subprocess.run([sys.executable, "-c", ended], cwd=ROOT).returncode == -signal.SIGSEGV
 
 

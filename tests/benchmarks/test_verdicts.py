@@ -10,10 +10,9 @@ from itertools import count
 import pytest
 import torch
 
-from benchmarks.comparing import compare, judge
-from benchmarks.records import Run
-from benchmarks.sentences import sentence
-from benchmarks.verdicts import (
+from benchmarks.running.records import Run
+from benchmarks.verdicts.comparing import compare, judge
+from benchmarks.verdicts.intervals import (
     Interval,
     against,
     beside,
@@ -24,6 +23,7 @@ from benchmarks.verdicts import (
     verdict,
     winners,
 )
+from benchmarks.verdicts.sentences import sentence
 
 ROUNDS, WITHIN, BETWEEN = 40, 0.13, 0.02
 BASE = "torch.func"

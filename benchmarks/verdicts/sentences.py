@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from benchmarks.verdicts import (
+from benchmarks.verdicts.intervals import (
     JAX,
     Record,
     beside,

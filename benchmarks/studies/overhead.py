@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 import jacfunc
-from benchmarks import formulas
+from benchmarks.problems import formulas
 from jacfunc._measuring.clock import seconds
 from jacfunc._measuring.results import Spread, spread
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch.func import functional_call, jacfwd, jacrev
 
 import jacfunc
-from benchmarks import contestants, rivals
 from benchmarks.cases import Case, Question, Wanted
-from benchmarks.networks import Problem
-from benchmarks.reference import case_of
+from benchmarks.contestants import per_sample as contestants
+from benchmarks.contestants import rivals
+from benchmarks.problems.judge import case_of
+from benchmarks.problems.networks import Problem
 from jacfunc import Strategy
 from jacfunc._measuring.clock import Run
 from jacfunc._measuring.results import Expected

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks import buffers, curvature, functions, growth, kernels, loops, samples, second_order
 from benchmarks.cases import Question
+from benchmarks.questions import buffer as buffers
+from benchmarks.questions import crossover as functions
+from benchmarks.questions import ggn_diagonal as curvature
+from benchmarks.questions import growth, loops
+from benchmarks.questions import hessians as second_order
+from benchmarks.questions import ntk as kernels
+from benchmarks.questions import params as samples
 
 QUESTIONS: tuple[Question, ...] = (
     *functions.QUESTIONS,

@@ -18,8 +18,8 @@ from typing import Literal
 
 from rich.table import Table
 
-from benchmarks.records import Record, Run
-from benchmarks.verdicts import (
+from benchmarks.running.records import Record, Run
+from benchmarks.verdicts.intervals import (
     Interval,
     beside,
     counted_rounds,

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp
 
-from benchmarks import kernels
 from benchmarks.cases import ANSWER, Case, Question
-from benchmarks.networks import PIXELS, Problem
-from benchmarks.reference import Answer, check
+from benchmarks.problems.judge import Answer, check
+from benchmarks.problems.networks import PIXELS, Problem
+from benchmarks.questions import ntk as kernels
 from jacfunc._measuring.rounds import Check, Contestant, Effort
 
 EFFORT = Effort(rounds=10, seconds=1.5, fewest=3, patience=10.0)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Record, Run
-from benchmarks.verdicts import is_contested, number, ratios, winners
+from benchmarks.running.records import Record, Run
+from benchmarks.verdicts.intervals import is_contested, number, ratios, winners
 
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RESULTS = "benchmarks/results"

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
 from benchmarks.cases import Case, Question, Wanted
-from benchmarks.contestants import by_recipe
-from benchmarks.networks import LARGE, LENET, Problem
-from benchmarks.reference import Answer, case_of, reference
+from benchmarks.contestants.per_sample import by_recipe
+from benchmarks.problems.judge import Answer, case_of, reference
+from benchmarks.problems.networks import LARGE, LENET, Problem
 from jacfunc._measuring.clock import Run
 from jacfunc._measuring.rounds import Contestant
 

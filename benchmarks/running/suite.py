@@ -10,18 +10,18 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rivals
 from benchmarks.cases import Case, Question, as_record, by_key
-from benchmarks.environment import LIBRARIES, load_average
-from benchmarks.presenting import Watch
-from benchmarks.processes import ANEW, cause, child, received
-from benchmarks.records import Run
-from benchmarks.worker import Task, attempt, questions, tell_environment
+from benchmarks.contestants import rivals
+from benchmarks.running.environment import LIBRARIES, load_average
+from benchmarks.running.processes import ANEW, cause, child, received
+from benchmarks.running.progress import Watch
+from benchmarks.running.records import Run
+from benchmarks.running.worker import Task, attempt, questions, tell_environment
 from jacfunc._measuring.results import Result, pooled
 
 TABLE = "benchmarks.questions:QUESTIONS"
 
-PRELOADED = ("benchmarks.worker", "torch._dynamo")
+PRELOADED = ("benchmarks.running.worker", "torch._dynamo")
 """Dynamo, for the first dispatch mode of a process imports it, which takes seconds."""
 
 SUITES = {"quick": 0.5, "full": 1.0}

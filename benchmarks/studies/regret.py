@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.grid import Case, Problem
+from benchmarks.studies.grid import Case, Problem
 from jacfunc._measuring.clock import interleaved, seconds
 from jacfunc._trees.tree import flatten
 

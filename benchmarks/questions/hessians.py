@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import jacfunc
-from benchmarks import formulas
 from benchmarks.cases import Case, Question
-from benchmarks.functions import case, portable
-from benchmarks.ways import (
+from benchmarks.contestants.functions import (
     DOUBLE,
     SINGLE,
     Func,
@@ -25,6 +23,8 @@ from benchmarks.ways import (
     looped,
     plain,
 )
+from benchmarks.problems import formulas
+from benchmarks.questions.crossover import case, portable
 from jacfunc._measuring.rounds import Contestant
 
 AUTO, BASELINE = "jacfunc hessian", "torch.func hessian"

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 import jacfunc
-from benchmarks.formulas import CPU, drawing
-from benchmarks.reference import check
+from benchmarks.problems.formulas import CPU, drawing
+from benchmarks.problems.judge import check
 from jacfunc._measuring.clock import Run
 from jacfunc._measuring.results import WrongAnswerError
 from jacfunc._measuring.rounds import Check, Contestant

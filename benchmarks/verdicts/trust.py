@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.comparing import SOUGHT, Change, compare
-from benchmarks.presenting import Watch
-from benchmarks.records import Run
-from benchmarks.runner import Order, run_suite
+from benchmarks.running.progress import Watch
+from benchmarks.running.records import Run
+from benchmarks.running.suite import Order, run_suite
+from benchmarks.verdicts.comparing import SOUGHT, Change, compare
 
 ONLY = "mlp 64, 16 →"
 """Cases of a few hundred microseconds to some ten milliseconds."""

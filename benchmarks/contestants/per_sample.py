@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.networks import CLASSES, Problem
-from benchmarks.reference import Answer
+from benchmarks.problems.judge import Answer
+from benchmarks.problems.networks import CLASSES, Problem
 from jacfunc._measuring.clock import Run
 
 

@@ -15,9 +15,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.environment import Environment
-from benchmarks.records import Record, replace
-from benchmarks.verdicts import BOUND, counted_rounds, winners
+from benchmarks.running.environment import Environment
+from benchmarks.running.records import Record, replace
+from benchmarks.verdicts.intervals import BOUND, counted_rounds, winners
 from jacfunc._measuring.results import Spread, spread
 from jacfunc._units import in_bytes, in_seconds
 

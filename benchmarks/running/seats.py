@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.processes import ALIKE, aside, child, end_alike, end_with_parent, received
+from benchmarks.running.processes import ALIKE, aside, child, end_alike, end_with_parent, received
 from jacfunc._measuring.results import Result
 from jacfunc._measuring.rounds import Check, Entry
 

@@ -10,10 +10,10 @@ from torch.func import jacrev
 
 import jacfunc
 from benchmarks.cases import Case, Question, Wanted
-from benchmarks.contestants import by_recipe, by_recipe_and_concatenation
-from benchmarks.networks import CLASSES, LARGE, LENET, SHORT, WIDE, Problem
-from benchmarks.reference import case_of
-from benchmarks.rivals import by_opacus
+from benchmarks.contestants.per_sample import by_recipe, by_recipe_and_concatenation
+from benchmarks.contestants.rivals import by_opacus
+from benchmarks.problems.judge import case_of
+from benchmarks.problems.networks import CLASSES, LARGE, LENET, SHORT, WIDE, Problem
 from jacfunc._measuring.clock import Run
 from jacfunc._measuring.rounds import Contestant
 

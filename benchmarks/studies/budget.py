@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import jacfunc
-from benchmarks import formulas
+from benchmarks.problems import formulas
 from jacfunc._measuring.clock import interleaved, peak_bytes
 from jacfunc._units import in_bytes
 

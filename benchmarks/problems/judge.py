@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.networks import Problem, Wrt, noisy, sizes
+from benchmarks.problems.networks import Problem, Wrt, noisy, sizes
 from jacfunc._measuring.results import WrongAnswerError
 from jacfunc._measuring.rounds import Check, Contestant
 

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
 from benchmarks.cases import ANSWER, Case, Question, Wanted
-from benchmarks.contestants import by_recipe
-from benchmarks.networks import CLASSES, LARGE, LENET, RECURRENT, SHORT, Problem
-from benchmarks.reference import Answer, case_of, reference
+from benchmarks.contestants.per_sample import by_recipe
+from benchmarks.problems.judge import Answer, case_of, reference
+from benchmarks.problems.networks import CLASSES, LARGE, LENET, RECURRENT, SHORT, Problem
 from jacfunc._measuring.clock import Run
 from jacfunc._measuring.rounds import Contestant, Effort
 
@@ -119,7 +119,7 @@ def by_neural_tangents(method: int, problem: Problem) -> Run:
         raise NotImplementedError("JAX takes part on the CPU alone")
     if TANGENTS[method - 1] != STRUCTURED and len(problem.images) > MOST_SAMPLES:
         raise NotImplementedError("up to minutes a call; see smaller batches")
-    from benchmarks.tangents import kernel
+    from benchmarks.contestants.neural_tangents import kernel
 
     found = kernel(problem.model, problem.images, method)
     # its first call compiles

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from benchmarks import formulas
+from benchmarks.problems import formulas
 from jacfunc import Strategy
 
 CHUNKS = (16, 128, 512)

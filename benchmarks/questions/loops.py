@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import formulas, functions
 from benchmarks.cases import Case, Question
-from benchmarks.functions import AUTO, BASELINE, case, mlp, portable
-from benchmarks.ways import Func, Function
+from benchmarks.contestants.functions import Func, Function
+from benchmarks.problems import formulas
+from benchmarks.questions import crossover as functions
+from benchmarks.questions.crossover import AUTO, BASELINE, case, mlp, portable
 from jacfunc._measuring.rounds import Effort
 
 CALLS = 50

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 import jacfunc
-from benchmarks import formulas
 from benchmarks.cases import Case, Question, Wanted
-from benchmarks.ways import (
+from benchmarks.contestants.functions import (
     DOUBLE,
     SINGLE,
     Func,
@@ -28,6 +27,7 @@ from benchmarks.ways import (
     plain,
     set_up,
 )
+from benchmarks.problems import formulas
 from jacfunc import Strategy
 from jacfunc._measuring.results import Expected
 from jacfunc._measuring.rounds import Contestant, Effort

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, Question
-from benchmarks.environment import environment, pin
-from benchmarks.processes import ANEW, DEVICE_LOST, cause, child, end_with_parent, received
-from benchmarks.seats import seats
+from benchmarks.running.environment import environment, pin
+from benchmarks.running.processes import ANEW, DEVICE_LOST, cause, child, end_with_parent, received
+from benchmarks.running.seats import seats
 from jacfunc._measuring.clock import Run, seconds_of
 from jacfunc._measuring.results import Result, recording
 from jacfunc._measuring.rounds import Contestant, Effort

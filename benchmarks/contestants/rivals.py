@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import CLASSES, Problem
-from benchmarks.reference import Answer
+from benchmarks.problems.judge import Answer
+from benchmarks.problems.networks import CLASSES, Problem
 from jacfunc._measuring.clock import Run
 
 PACKAGES = (
