@@ -10,14 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.running.seats import Place, Together
-from jacfunc._measuring.results import Result
-from jacfunc._measuring.rounds import Check, Contestant, Effort, measure
+from benchmarks.running.seats import Together
+from jacfunc._measuring import Check, Contestant, Effort, Result, measure
 
 ANSWER = "bytes of the answer"
 """The size that peaks are compared with where no contestant is named."""
-
-USUAL = Effort()
 
 
 @dataclass(frozen=True)
@@ -33,30 +30,15 @@ class Wanted:
     bound: float
     others: tuple[str, ...]
 
-    @property
-    def is_least(self) -> bool:
-        return self.kind == "times faster than"
-
-
-@dataclass(frozen=True)
-class Target:
-    """What was wanted of whom and what came out; nothing, where that cannot be said here."""
-
-    of: str
-    what: str
-    wanted: str
-    found: float | None
-    met: bool | None
-
 
 @dataclass(frozen=True)
 class Case:
     """One problem at one size, and who takes part.
 
     Args:
-        setup: the problem on a device, with the same numbers every time.
-        check: from the problem, what judges an answer.
-        baseline: whose time is 1.
+        setup: makes the problem on a device, with the same numbers every time.
+        check: makes from the problem what judges an answer.
+        baseline: the contestant whose time is 1.
         sizes: by name: inputs, outputs, batch, parameters, :data:`ANSWER`.
         axis: the size that grows from case to case, where exponents are fitted.
         is_quick: it is part of the quick suite.
@@ -70,7 +52,7 @@ class Case:
     dtype: str = "float32"
     sizes: Mapping[str, int] = field(default_factory=dict)
     axis: str = ""
-    effort: Effort = USUAL
+    effort: Effort = Effort()
     wanted: tuple[Wanted, ...] = ()
     is_quick: bool = False
 
@@ -79,9 +61,9 @@ class Case:
         device: torch.device,
         without: Sequence[str] = (),
         on_step: Callable[[str], None] = lambda _: None,
-        place: Place | None = None,
+        place: Together | None = None,
     ) -> list[Result]:
-        """Everyone but those ``without`` whom it is to go; see :func:`measure`."""
+        """Results of everyone but those ``without`` whom it is to go."""
         problem, place = self.setup(device), place or Together()
         with warnings.catch_warnings():
             # hooks and missing batching rules are warned about; what they cost is in the table
@@ -103,7 +85,7 @@ class Question:
     """What a reader wants to know, and the cases that answer it.
 
     Args:
-        asks: in one sentence.
+        asks: the question, in one sentence.
         ours: the contestant whom the verdict is about.
     """
 
@@ -119,52 +101,19 @@ def by_key(questions: Iterable[Question]) -> dict[str, tuple[Question, Case]]:
     Raises:
         ValueError: two cases have one name.
     """
-    found: dict[str, tuple[Question, Case]] = {}
+    cases: dict[str, tuple[Question, Case]] = {}
     for question in questions:
         for case in question.cases:
             key = f"{question.name}/{case.name}"
-            if key in found:
+            if key in cases:
                 raise ValueError(f"run: names of cases must differ, got {key!r} twice.")
-            found[key] = question, case
-    return found
-
-
-def targets(case: Case, results: Sequence[Result]) -> list[Target]:
-    """What was wanted in this case."""
-    by_name = {result.contestant: result for result in results}
-    return [_target(wanted, by_name, case.sizes) for wanted in case.wanted]
-
-
-def _target(wanted: Wanted, by_name: Mapping[str, Result], sizes: Mapping[str, int]) -> Target:
-    ours = by_name[wanted.of]
-    found, other = _found(wanted, ours, by_name, sizes)
-    met = None
-    if found is not None:
-        met = found >= wanted.bound if wanted.is_least else found <= wanted.bound
-    elif not ours.ok:
-        met = False
-    sign = "≥" if wanted.is_least else "≤"
-    return Target(wanted.of, f"{wanted.kind} {other}", f"{sign} {wanted.bound:g}", found, met)
-
-
-def _found(
-    wanted: Wanted, ours: Result, by_name: Mapping[str, Result], sizes: Mapping[str, int]
-) -> tuple[float | None, str]:
-    """The figure, and whom it compares with."""
-    if wanted.kind == "peak ÷":
-        (other,) = wanted.others
-        whole = sizes[ANSWER] if other == ANSWER else by_name[other].peak_bytes
-        return (ours.peak_bytes / whole if ours.peak_bytes and whole else None), other
-    times = {n: r.ratio.median for n in wanted.others if (r := by_name[n]).ok and r.ratio}
-    best = min(times, key=times.__getitem__, default="")
-    if not best or ours.ratio is None:
-        return None, " | ".join(wanted.others)
-    share = ours.ratio.median / times[best]
-    return (1 / share if wanted.is_least else share), best
+            cases[key] = question, case
+    return cases
 
 
 def as_record(question: Question, case: Case, results: Sequence[Result]) -> dict[str, Any]:
     """A case as plain data, times by round included so that runs can be compared later."""
+    by_name = {result.contestant: result for result in results}
     return {
         "question": question.name,
         "asks": question.asks,
@@ -174,13 +123,43 @@ def as_record(question: Question, case: Case, results: Sequence[Result]) -> dict
         "axis": case.axis,
         "baseline": case.baseline,
         "ours": question.ours,
-        "targets": [asdict(target) for target in targets(case, results)],
+        "targets": [_target(wanted, by_name, case.sizes) for wanted in case.wanted],
         "results": [_shortened(asdict(result)) for result in results],
     }
 
 
+def _target(
+    wanted: Wanted, results: Mapping[str, Result], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """What was wanted of whom, and what came out; None where that cannot be said here."""
+    ours, is_least = results[wanted.of], wanted.kind == "times faster than"
+    value, other = _value(wanted, ours, results, sizes)
+    met = None if ours.ok else False
+    if value is not None:
+        met = value >= wanted.bound if is_least else value <= wanted.bound
+    bound = f"{'≥' if is_least else '≤'} {wanted.bound:g}"
+    what = f"{wanted.kind} {other}"
+    return {"of": wanted.of, "what": what, "wanted": bound, "found": value, "met": met}
+
+
+def _value(
+    wanted: Wanted, ours: Result, results: Mapping[str, Result], sizes: Mapping[str, int]
+) -> tuple[float | None, str]:
+    """The ratio that a bound is on, and whom it compares with."""
+    if wanted.kind == "peak ÷":
+        (other,) = wanted.others
+        whole = sizes[ANSWER] if other == ANSWER else results[other].peak_bytes
+        return (ours.peak_bytes / whole if ours.peak_bytes and whole else None), other
+    times = {n: r.ratio.median for n in wanted.others if (r := results[n]).ok and r.ratio}
+    best = min(times, key=times.__getitem__, default="")
+    if not best or ours.ratio is None:
+        return None, " | ".join(wanted.others)
+    share = ours.ratio.median / times[best]
+    return (1 / share if wanted.kind == "times faster than" else share), best
+
+
 def _shortened(record: dict[str, Any]) -> dict[str, Any]:
-    """Four digits of a time are more than any machine repeats."""
+    """The record with four digits of each time: more is not repeated by any machine."""
     return record | {
         clock: {number: float(f"{took:.4g}") for number, took in record[clock].items()}
         for clock in ("seconds", "busy")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.tree import Tree
 
-from benchmarks.report import readme as figures
-from benchmarks.running import progress as presenting
-from benchmarks.running.environment import Environment, environment, load_average, pin
-from benchmarks.running.progress import console
-from benchmarks.running.records import ROOT, Run
-from benchmarks.running.suite import Order, run_suite
-from benchmarks.running.worker import questions
-from benchmarks.studies import budget, grid, overhead, regret
-from benchmarks.verdicts import trust
+from benchmarks.report import comparison, page, readme
+from benchmarks.report.progress import watching
+from benchmarks.report.tables import console
+from benchmarks.running.environment import environment, load_average, pin
+from benchmarks.running.order import Order, questions
+from benchmarks.running.records import ROOT, Run, replace
+from benchmarks.running.suite import run_suite
+from benchmarks.studies import STUDIES
+from benchmarks.verdicts.comparing import compare
 
 
 def run(order: Order) -> None:
@@ -27,53 +28,44 @@ def run(order: Order) -> None:
         KeyboardInterrupt: it was stopped.
     """
     try:
-        with presenting.watching() as watch:
-            found = run_suite(order, watch)
+        with watching() as watch:
+            measured = run_suite(order, watch)
     except KeyboardInterrupt:
         console.print(f"Stopped; what is finished is in {order.path}. Go on with --resume.")
         raise
-    _say_where({**found.environment, "load_after": load_average()}, [order.path])
+    _say_where({**measured.environment, "load_after": load_average()}, order.path)
+
+
+def study(kind: str, device: torch.device, output: Path, **options: Any) -> None:
+    """One of the studies beside the suite; a part of one is shown, not written."""
+    pin()
+    where = environment(device)
+    body = STUDIES[kind].measure(device, **options)
+    where["load_after"] = load_average()
+    for shown in STUDIES[kind].tables(body):
+        console.print(shown, "")
+    if not any(options.values()):
+        path = output / f"{kind}-{device.type}.json"
+        record = {"kind": kind, "environment": where, **body}
+        replace(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        _say_where(where, path)
 
 
 def report(stem: Path) -> None:
-    """The page, the Markdown and the picture of a suite, from its results files."""
-    from benchmarks.report import write_report
-
-    written = write_report(stem)
-    console.print(f"Wrote {', '.join(map(str, written))}", soft_wrap=True)
-
-
-def compare(before: Path, after: Path) -> bool:
-    """Did anything become slower?"""
-    from benchmarks.verdicts import comparing
-
-    comparison = comparing.compare(Run.read(before), Run.read(after))
-    console.print(comparison.table())
-    return bool(comparison.regressed)
+    """The Markdown and the picture of a suite, from its results files."""
+    _say_what(page.write_report(stem))
 
 
 def write_figures() -> None:
-    """Those of the README and the docs, from the results files."""
-    written = figures.main(ROOT)
-    console.print(f"Wrote {', '.join(map(str, written)) or 'nothing: all are up to date'}")
+    """The figures of the README and the docs, from the results files."""
+    _say_what(readme.main(ROOT))
 
 
-def run_trust(device: torch.device, output: Path) -> None:
-    """Two runs of the same code, and one of slower code, compared."""
-    where = _begin(device)
-    with presenting.watching() as watch:
-        shares = trust.measure(device.type, watch)
-    where["load_after"] = load_average()
-    console.print(trust.table(shares), "")
-    path = output / f"trust-{device.type}.json"
-    body = {
-        "wanted": trust.WANTED,
-        "cases": trust.ONLY,
-        "processes": trust.PROCESSES,
-        "shares": [{**asdict(share), "pairs": share.pairs} for share in shares],
-    }
-    presenting.write_json(path, "trust", where, body)
-    _say_where(where, [path])
+def is_slower(before: Path, after: Path) -> bool:
+    """Did anything become slower?"""
+    compared = compare(Run.read(before), Run.read(after))
+    console.print(comparison.table_of(compared))
+    return bool(compared.regressed)
 
 
 def list_table(table: str) -> None:
@@ -88,65 +80,13 @@ def list_table(table: str) -> None:
         console.print(tree)
 
 
-def run_overhead(device: torch.device, output: Path) -> None:
-    """Ratios of jacfunc's jacrev to torch.func's, at the top level and under vmap."""
-    where = _begin(device)
-    pairs = presenting.tracked(list(overhead.pairs(device)), "overhead")
-    results = [overhead.measure(pair, device.type == "cuda") for pair in pairs]
-    where["load_after"] = load_average()
-    for level in overhead.TARGETS:
-        found = [result for result in results if result.level == level]
-        console.print(overhead.table(level, found), "")
-    path = output / f"overhead-{device.type}.json"
-    body = {
-        "rounds": overhead.ROUNDS,
-        "width": overhead.WIDTH,
-        "batch": overhead.BATCH,
-        "targets": overhead.TARGETS,
-        "results": [asdict(result) for result in results],
-    }
-    presenting.write_json(path, "overhead", where, body)
-    _say_where(where, [path])
-
-
-def run_regret(device: torch.device, output: Path, only: str) -> None:
-    """By which factor auto and autotune miss the best strategy picked by hand, case by case."""
-    where = _begin(device)
-    chosen = [case for case in grid.cases() if only in case.name]
-    cases = presenting.tracked(chosen, "regret")
-    results = [regret.measure(case, device) for case in cases]
-    where["load_after"] = load_average()
-    console.print(regret.table(results), "")
-    if only:
-        return
-    path = output / f"regret-{device.type}.json"
-    body = {
-        "summary": regret.summary(results),
-        "results": [asdict(result) for result in results],
-    }
-    presenting.write_json(path, "regret", where, body)
-    _say_where(where, [path])
-
-
-def run_budget(device: torch.device, output: Path) -> None:
-    """Jacobians under a tenth of the memory that they would take."""
-    where = _begin(device)
-    results = [budget.measure(case, device) for case in budget.cases(device)]
-    where["load_after"] = load_average()
-    console.print(budget.table(results), "")
-    path = output / f"budget-{device.type}.json"
-    body = {"target": budget.TARGET, "results": [asdict(result) for result in results]}
-    presenting.write_json(path, "budget", where, body)
-    _say_where(where, [path])
-
-
-def _begin(device: torch.device) -> Environment:
-    pin()
-    return environment(device)
-
-
-def _say_where(where: Environment, paths: Sequence[Path]) -> None:
+def _say_where(where: Mapping[str, Any], path: Path) -> None:
     machine = f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}"
     load = f"load {where['load_before']} before, {where['load_after']} after"
     console.print(f"On {machine}; {load}.")
-    console.print(f"Wrote {', '.join(map(str, paths))}", soft_wrap=True)
+    _say_what([path])
+
+
+def _say_what(paths: list[Path]) -> None:
+    names = ", ".join(map(str, paths)) or "nothing: all are up to date"
+    console.print(f"Wrote {names}", soft_wrap=True)

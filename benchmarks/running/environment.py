@@ -8,13 +8,14 @@ import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import jacfunc
-from jacfunc._memory.available import free_bytes
+from jacfunc._memory import free_bytes
 
-Environment = dict[str, str | int | float | list[float] | None]
+Environment = dict[str, Any]
 
 LIBRARIES = {
     "OMP_NUM_THREADS": "1",
@@ -25,8 +26,8 @@ LIBRARIES = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""What libraries read: one thread each, no GPU memory taken beforehand, and looking whether there
-is a GPU does not touch it, for processes are forked after that."""
+"""Variables that libraries read: one thread each, no GPU memory taken beforehand, and looking for
+a GPU does not touch it, for processes are forked after that."""
 
 
 def pin(threads: int = 1) -> None:
@@ -42,7 +43,7 @@ def pin(threads: int = 1) -> None:
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one."""
+    """CUDA where there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

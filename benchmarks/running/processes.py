@@ -17,18 +17,16 @@ import torch
 T = TypeVar("T")
 
 ANEW = multiprocessing.get_context("forkserver")
-"""Children have the modules alone, and are told names: functions do not go through pipes."""
+"""Its children have the modules alone, and are told names: functions do not go through pipes."""
 
 ALIKE = multiprocessing.get_context("fork")
-"""Children have whatever is there."""
+"""Its children have whatever their parent has."""
 
 SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
-"""Where a file is memory, else it is one among others."""
+"""A folder whose files are memory, or None for the usual one of temporary files."""
 
 DEVICE_LOST = 86
 """Exit code of a child whose GPU takes no more work."""
-
-KILLED = "crashed: SIGKILL, probably for lack of memory"
 
 
 @contextmanager
@@ -65,23 +63,27 @@ def cause(code: int) -> str:
         return "crashed: the GPU takes no more work"
     if code >= 0:
         return f"crashed: exit code {code}"
-    return KILLED if -code == signal.SIGKILL else f"crashed: {signal.Signals(-code).name}"
+    hint = ", probably for lack of memory" if -code == signal.SIGKILL else ""
+    return f"crashed: {signal.Signals(-code).name}{hint}"
 
 
 def aside(function: Callable[[], T]) -> T:
-    """What a function gives or raises in a process alike: its work leaves nothing in this heap.
+    """The result of a function that runs in a process alike, so that this heap stays as it is.
 
-    Tensors of what it gives lie in memory of their own.
+    Tensors of the result lie in memory of their own.
+
+    Raises:
+        Exception: the one that the function raises.
     """
     with tempfile.NamedTemporaryFile(dir=SHARED) as file:
         with child(ALIKE, _keep, function, file.name) as (process, pipe):
-            found = received(process, pipe)
-        if isinstance(found, Exception):
-            raise found
-        if found is not None:
-            end_alike(found)
-        given: T = torch.load(file.name, mmap=True, weights_only=False)
-        return given
+            outcome = received(process, pipe)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is not None:
+            end_alike(outcome)
+        result: T = torch.load(file.name, mmap=True, weights_only=False)
+        return result
 
 
 def _keep(pipe: connection.Connection, function: Callable[[], Any], name: str) -> None:
@@ -89,14 +91,14 @@ def _keep(pipe: connection.Connection, function: Callable[[], Any], name: str) -
     try:
         torch.save(function(), name)
     except Exception as error:
-        # it is the caller's, who has asked for what failed
+        # it is raised where the result was asked for
         pipe.send(error)
     else:
         pipe.send(None)
 
 
 def end_alike(code: int) -> NoReturn:
-    """By how a process ends, whoever looks on is told how its child did."""
+    """End this process as its child ended, so that whoever looks on learns of it."""
     if code < 0:
         os.kill(os.getpid(), -code)
     os._exit(code)

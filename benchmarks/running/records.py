@@ -14,15 +14,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 2
 """Of the file; another one is not read."""
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
+"""What :func:`benchmarks.cases.as_record` gives, and how the case was measured."""
 
 
 @dataclass
 class Run:
     """A suite on a device: a record a case, by ``question/case``.
 
-    Each record is what :func:`benchmarks.cases.as_record` gives, with ``took`` (seconds of the
-    whole case), ``load`` (when it began) and ``commit``.
+    A record also has ``took`` (seconds of the whole case), ``load`` (when it began) and ``commit``.
     """
 
     suite: str
@@ -32,21 +32,21 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """From a file.
+        """The run that a file holds.
 
         Raises:
             ValueError: it is not such a file.
         """
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        body = read(path)
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError(
                 f"{path}: it must be a run of the suite in format {FORMAT}, got another file. "
                 "Make one: python -m benchmarks run."
             )
-        return cls(found["suite"], found["environment"], found["rivals"], found["cases"])
+        return cls(body["suite"], body["environment"], body["rivals"], body["cases"])
 
     def write(self, path: Path) -> None:
-        """At once: whoever is killed while writing leaves the file that was there."""
+        """Write the file at once: whoever is killed while writing leaves the file that was there."""
         head = {
             "format": FORMAT,
             "suite": self.suite,
@@ -59,12 +59,17 @@ class Run:
         replace(path, "{\n" + ",\n".join([*lines, f' "cases": {{\n{cases}\n }}\n}}\n']))
 
     def of(self, question: str) -> Iterator[Record]:
-        """Its cases, in the order of the table."""
+        """The cases of a question, in the order of the table."""
         return (case for case in self.cases.values() if case["question"] == question)
 
 
+def read(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def replace(path: Path, text: str) -> None:
-    """Beside the file first, then in its place."""
+    """Write a text beside the file first, then put it in the file's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partly")
     beside.write_text(text, encoding="utf-8")

@@ -1,9 +1,9 @@
 """Where contestants take their steps: each in a process whose heap is as its user's would be.
 
-What one contestant, or whoever judges it, leaves in a heap is a gift to the next: on a CPU fresh
-pages are most of what a large Jacobian costs, and whoever finds free ones beside him is twice as
-fast. A user sets up a problem and calls one way in a loop. On a GPU all stay in one process, for a
-device has one memory for all, and every process would open it anew.
+What one contestant, or the judge, leaves in a heap is a gift to the next: on a CPU fresh pages are
+most of what a large Jacobian costs, and whoever has free ones is twice as fast. A user sets up a
+problem and calls one way in a loop. On a GPU all stay in one process, for a device has one memory
+for all, and every process would open it anew.
 """
 
 from __future__ import annotations
@@ -12,38 +12,34 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from multiprocessing import connection
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from benchmarks.running.processes import ALIKE, aside, child, end_alike, end_with_parent, received
-from jacfunc._measuring.results import Result
-from jacfunc._measuring.rounds import Check, Entry
-
-
-class Place(Protocol):
-    """Where entries take their steps, and where their answers are judged."""
-
-    def seat(self, entry: Entry) -> Entry:
-        """The entry, wherever its steps are taken."""
-        ...
-
-    def judge(self, make: Callable[[], Check]) -> Check:
-        """The check that is made, wherever it is made and whenever it is asked."""
-        ...
+from benchmarks.running.processes import (
+    ALIKE,
+    aside,
+    child,
+    end_alike,
+    end_with_parent,
+    received,
+)
+from jacfunc._measuring import Check, Entry, Result
 
 
 class Together:
-    """One process for everyone."""
+    """One process for all contestants and the judge."""
 
     def seat(self, entry: Entry) -> Entry:
+        """The entry, wherever its steps are taken."""
         return entry
 
     def judge(self, make: Callable[[], Check]) -> Check:
+        """The check that ``make`` gives, wherever it is made and whenever it is asked."""
         return make()
 
 
-class Apart:
+class Apart(Together):
     """A process for each contestant, and one for every judgement."""
 
     def __init__(self, processes: ExitStack) -> None:
@@ -54,6 +50,13 @@ class Apart:
 
     def judge(self, make: Callable[[], Check]) -> Check:
         return partial(_judged, aside(make))
+
+
+@contextmanager
+def seats(device: torch.device) -> Iterator[Together]:
+    """Where the entries of a case take their steps."""
+    with ExitStack() as processes:
+        yield Apart(processes) if device.type == "cpu" else Together()
 
 
 class _Distant(Entry):
@@ -74,17 +77,10 @@ class _Distant(Entry):
 
     def _take(self, step: str, *arguments: int) -> None:
         self._pipe.send((step, arguments))
-        found = received(self._process, self._pipe)
-        if not isinstance(found, Result):
-            end_alike(found)
-        self.result = found
-
-
-@contextmanager
-def seats(device: torch.device) -> Iterator[Place]:
-    """Where the entries of a case take their steps."""
-    with ExitStack() as processes:
-        yield Apart(processes) if device.type == "cpu" else Together()
+        result = received(self._process, self._pipe)
+        if not isinstance(result, Result):
+            end_alike(result)
+        self.result = result
 
 
 def _serve(pipe: connection.Connection, entry: Entry) -> None:

@@ -1,12 +1,11 @@
 """One case in a child process: what it is told, what it does, and what becomes of it.
 
-A child looks up what the names of its task mean. Whose turn it is stands in memory that both see,
-for a message every round would wake the parent beside what is being timed.
+A child is told names, and looks up what they mean. Whose turn it is stands in memory that both
+processes see: a message every round would wake the parent beside what is being timed.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import signal
@@ -19,14 +18,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Question
+from benchmarks.cases import Case
 from benchmarks.running.environment import environment, pin
-from benchmarks.running.processes import ANEW, DEVICE_LOST, cause, child, end_with_parent, received
+from benchmarks.running.order import Order
+from benchmarks.running.processes import (
+    ANEW,
+    DEVICE_LOST,
+    cause,
+    child,
+    end_with_parent,
+    received,
+)
 from benchmarks.running.seats import seats
-from jacfunc._measuring.clock import Run, seconds_of
-from jacfunc._measuring.results import Result, recording
-from jacfunc._measuring.rounds import Contestant, Effort
-from jacfunc._memory.available import free_bytes
+from jacfunc._measuring import Contestant, Effort, Result, Run, recording, seconds_of
+from jacfunc._memory import free_bytes
 
 SHARE = 0.8
 """Of the memory that is available, what a case may have on the CPU."""
@@ -35,28 +40,8 @@ POLL = 0.25
 """Seconds between two looks at a child."""
 
 NOBODY = -1
-OUT_OF_TIME = "out of time"
 Turn = Any
 """An array that both processes see: the number of the contestant, and of the step."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Which case, how, and without whom.
-
-    Args:
-        table: where the questions are, ``module:NAME``.
-        effort: by which rounds and seconds are multiplied.
-        planted: by which jacfunc is made slower than it is.
-    """
-
-    table: str
-    question: str
-    case: str
-    device: str
-    effort: float = 1.0
-    planted: float = 1.0
-    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,22 +53,11 @@ class Outcome:
     whose: str | None = None
 
 
-# --- what names stand for ---
-
-
-def questions(table: str) -> tuple[Question, ...]:
-    """The questions at ``module:NAME``."""
-    module, _, name = table.partition(":")
-    found: tuple[Question, ...] = getattr(importlib.import_module(module), name)
-    return found
-
-
-def looked_up(task: Task) -> Case:
-    """The case of a task, with its effort and what is planted."""
-    (question,) = (q for q in questions(task.table) if q.name == task.question)
-    (case,) = (case for case in question.cases if case.name == task.case)
-    contestants = tuple(planted(c, task.planted, task.device) for c in case.contestants)
-    return replace(case, effort=scaled(case.effort, task.effort), contestants=contestants)
+def looked_up(order: Order, key: str) -> Case:
+    """The case of this name, with the order's effort and what is planted."""
+    _, case = order.chosen()[key]
+    contestants = tuple(planted(c, order.planted, order.device) for c in case.contestants)
+    return replace(case, effort=scaled(case.effort, order.effort), contestants=contestants)
 
 
 def scaled(effort: Effort, factor: float) -> Effort:
@@ -120,11 +94,13 @@ def planted(contestant: Contestant[Any], factor: float, device: str) -> Contesta
 # --- in the child ---
 
 
-def work(pipe: connection.Connection, task: Task, turn: Turn) -> None:
+def work(
+    pipe: connection.Connection, order: Order, key: str, without: Sequence[str], turn: Turn
+) -> None:
     """Measure the case that is named, and send what became of it."""
-    device = torch.device(task.device)
+    device = torch.device(order.device)
     settle(device)
-    case = looked_up(task)
+    case = looked_up(order, key)
     numbers = {contestant.name: n for n, contestant in enumerate(case.contestants)}
 
     def on_step(name: str) -> None:
@@ -133,20 +109,20 @@ def work(pipe: connection.Connection, task: Task, turn: Turn) -> None:
 
     setup, results = Result("", ""), None
     with recording(setup), seats(device) as place:
-        results = case.measure(device, task.without, on_step, place)
+        results = case.measure(device, without, on_step, place)
     _check(device)
     reason = setup.status.replace("unsupported: ", "unsupported: setup: ")
     pipe.send(Outcome(results, "" if setup.ok else reason))
 
 
 def tell_environment(pipe: connection.Connection, device: str) -> None:
-    """Where cases are measured: the parent leaves the device alone."""
+    """Send where cases are measured: the parent leaves the device alone."""
     settle(torch.device(device))
     pipe.send(environment(torch.device(device)))
 
 
 def settle(device: torch.device) -> None:
-    """Threads and precision, a bound on memory, and an end when the parent ends."""
+    """Set threads and precision, a bound on memory, and an end when the parent ends."""
     pin()
     for number in (signal.SIGINT, signal.SIGTERM):
         # they come to the whole group of processes, and the parent ends its child
@@ -159,7 +135,7 @@ def settle(device: torch.device) -> None:
 
 
 def _check(device: torch.device) -> None:
-    """After some faults a GPU fails whatever follows, which must not be blamed on the next."""
+    """End where a GPU fails whatever follows a fault: the next contestant is not to blame."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize()
@@ -170,23 +146,23 @@ def _check(device: torch.device) -> None:
 # --- in the parent ---
 
 
-def attempt(task: Task, limit: float, watch: Callable[[str | None], None]) -> Outcome:
-    """A case in a child that is ended where one step takes longer than ``limit`` seconds."""
-    names = [contestant.name for contestant in looked_up(task).contestants]
+def attempt(
+    order: Order, key: str, without: Sequence[str], watch: Callable[[str | None], None]
+) -> Outcome:
+    """A case in a child that is ended where one step takes longer than the order's limit."""
+    names = [contestant.name for contestant in order.chosen()[key][1].contestants]
     turn = ANEW.RawArray("q", (NOBODY, 0))
+
+    def whose() -> str | None:
+        return None if turn[0] == NOBODY else names[turn[0]]
+
     step, since = 0, time.monotonic()
-    with child(ANEW, work, task, turn) as (process, pipe):
+    with child(ANEW, work, order, key, tuple(without), turn) as (process, pipe):
         while not connection.wait([pipe, process.sentinel], POLL):
             if turn[1] != step:
                 step, since = turn[1], time.monotonic()
-            watch(_name(names, turn))
-            if time.monotonic() - since > limit:
-                return Outcome(None, OUT_OF_TIME, _name(names, turn))
-        found = received(process, pipe)
-        if isinstance(found, Outcome):
-            return found
-        return Outcome(None, cause(found), _name(names, turn))
-
-
-def _name(names: Sequence[str], turn: Turn) -> str | None:
-    return None if turn[0] == NOBODY else names[turn[0]]
+            watch(whose())
+            if time.monotonic() - since > order.limit:
+                return Outcome(None, "out of time", whose())
+        outcome = received(process, pipe)
+        return outcome if isinstance(outcome, Outcome) else Outcome(None, cause(outcome), whose())

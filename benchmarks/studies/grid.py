@@ -3,115 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import jacfunc
 from benchmarks.problems import formulas
-from jacfunc import Strategy
+from jacfunc.compare import Problem
 
-CHUNKS = (16, 128, 512)
-MOST_LOOPS = 256
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A case set up: ``derive(strategy)`` is a call that takes the Jacobian by it."""
-
-    rows: int
-    columns: int
-    derive: Callable[[str | Strategy], Callable[[], Any]]
-
-    def candidates(self) -> dict[str, str | Strategy]:
-        """What a careful person would try by hand."""
-        found: dict[str, str | Strategy] = {}
-        for name, make, total in (
-            ("reverse", jacfunc.Reverse, self.rows),
-            ("forward", jacfunc.Forward, self.columns),
-        ):
-            found[name] = make()
-            found |= {f"{name} {size}": make(size) for size in CHUNKS if size < total}
-        if self.rows <= MOST_LOOPS:
-            found["looped rows"] = jacfunc.Looped("rows")
-        if self.columns <= MOST_LOOPS:
-            found["looped columns"] = jacfunc.Looped("columns")
-        return found
+Setup = Callable[[torch.device], Problem]
+"""Makes a problem on a device, with the same numbers every time."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One Jacobian: a row of the regret table."""
-
-    name: str
-    dtype: torch.dtype
-    setup: Callable[[torch.dtype, torch.device], Problem]
-
-    def problem(self, device: torch.device) -> Problem:
-        """The same numbers whenever it is asked."""
-        return self.setup(self.dtype, device)
+def of_function(make: Callable[[Any], Any], dtype: torch.dtype, device: torch.device) -> Problem:
+    """A function of one tensor, as ``make(draw) -> (func, x)``."""
+    func, x = make(formulas.drawing(dtype, device))
+    return Problem(func, (x,))
 
 
-def of_function(make: Callable[[Any], tuple[Callable[..., Any], Tensor]]) -> Any:
-    """A function of one tensor, given as ``make(draw) -> (func, x)``."""
-
-    def setup(dtype: torch.dtype, device: torch.device) -> Problem:
-        func, x = make(formulas.drawing(dtype, device))
-
-        def derive(strategy: str | Strategy) -> Callable[[], Any]:
-            compute = jacfunc.jacobian(func, strategy=strategy)
-            return lambda: compute(x)
-
-        return Problem(func(x).numel(), x.numel(), derive)
-
-    return setup
-
-
-def of_module(make: Callable[[], nn.Module], shape: tuple[int, ...], wrt: Any, batch: int) -> Any:
+def of_module(
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    wrt: Any,
+    batch: int,
+    device: torch.device,
+) -> Problem:
     """A module, per sample over a batch; with ``batch`` 0 as a whole, on one sample."""
-
-    def setup(dtype: torch.dtype, device: torch.device) -> Problem:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            module = make().to(device, dtype)
-        x = formulas.drawing(dtype, device)(batch or 1, *shape)
-
-        def derive(strategy: str | Strategy) -> Callable[[], Any]:
-            compute = jacfunc.module_jacobian(module, wrt, per_sample=batch > 0, strategy=strategy)
-            return lambda: compute(x)
-
-        params = sum(param.numel() for param in module.parameters())
-        return Problem(module(x)[0].numel(), params if wrt == "params" else x[0].numel(), derive)
-
-    return setup
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = make().to(device)
+    x = formulas.drawing(torch.float32, device)(batch or 1, *shape)
+    return Problem(module, (x,), wrt=wrt, per_sample=batch > 0)
 
 
-# --- modules ---
-
-
-def mlp_module() -> nn.Module:
+def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+        *(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()), nn.Linear(64, 10)
     )
 
 
-def cnn_module() -> nn.Module:
+def cnn() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64, 10),
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(64, 10)),
     )
 
 
-def decoder_module() -> nn.Module:
+def decoder() -> nn.Module:
     """Few numbers in, an image out."""
     return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 256))
 
@@ -132,18 +72,29 @@ class Attention(nn.Module):
         return scores
 
 
-MLP_SIZES = (
-    (1, 1), (4, 4), (1, 64), (64, 1), (1, 4096), (4096, 1), (16, 256), (256, 16), (4, 1024),
-    (1024, 4), (64, 64), (256, 256), (64, 1024), (1024, 64), (16, 4096), (4096, 16), (1024, 1024),
-    (4096, 4096),
-)  # fmt: skip
+MLPS = {
+    64: (
+        (1, 1), (4, 4), (1, 64), (64, 1), (1, 4096), (4096, 1), (16, 256), (256, 16), (4, 1024),
+        (1024, 4), (64, 64), (256, 256), (64, 1024), (1024, 64), (16, 4096), (4096, 16),
+        (1024, 1024), (4096, 4096),
+    ),
+    512: ((8, 8), (512, 8), (8, 512), (512, 512)),
+}  # fmt: skip
+"""Inputs and outputs of perceptrons, by width."""
+
+MODULES: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...]], ...] = (
+    ("mlp", mlp, (64,)),
+    ("cnn", cnn, (1, 8, 8)),
+    ("attention", Attention, (8, 32)),
+    ("decoder", decoder, (4,)),
+)
 
 
 def _functions() -> Iterator[tuple[str, Any]]:
-    for inputs, outputs in MLP_SIZES:
-        yield f"mlp 64, {inputs} → {outputs}", partial(formulas.mlp, inputs, outputs, 64)
-    for inputs, outputs in ((8, 8), (512, 8), (8, 512), (512, 512)):
-        yield f"mlp 512, {inputs} → {outputs}", partial(formulas.mlp, inputs, outputs, 512)
+    for width, shapes in MLPS.items():
+        for inputs, outputs in shapes:
+            name = f"mlp {width}, {inputs} → {outputs}"
+            yield name, partial(formulas.mlp, inputs, outputs, width)
     for size in (16, 256, 2048):
         yield f"stencil, {size} → {size}", partial(formulas.stencil, size)
     for side in (8, 32):
@@ -159,23 +110,14 @@ def _functions() -> Iterator[tuple[str, Any]]:
     yield "curve, 1 → 4096", partial(formulas.curve, 4096)
 
 
-def _modules() -> Iterator[tuple[str, Any]]:
-    for batch in (0, 8, 32):
-        how = f"B = {batch}" if batch else "whole"
-        for name, make, shape in (
-            ("mlp", mlp_module, (64,)),
-            ("cnn", cnn_module, (1, 8, 8)),
-            ("attention", Attention, (8, 32)),
-            ("decoder", decoder_module, (4,)),
-        ):
-            for wrt in ("params", "inputs"):
-                yield f"{name} module, {wrt}, {how}", of_module(make, shape, wrt, batch)
-
-
-def cases() -> Iterator[Case]:
-    """Every function in both precisions, every module in single."""
+def cases() -> Iterator[tuple[str, Setup]]:
+    """Names and problems: every function in both precisions, every module in single."""
     for name, make in _functions():
         for dtype in (torch.float32, torch.float64):
-            yield Case(f"{name}, {str(dtype)[-2:]} bit", dtype, of_function(make))
-    for name, setup in _modules():
-        yield Case(f"{name}, 32 bit", torch.float32, setup)
+            yield f"{name}, {str(dtype)[-2:]} bit", partial(of_function, make, dtype)
+    for batch in (0, 8, 32):
+        how = f"B = {batch}" if batch else "whole"
+        for name, module, shape in MODULES:
+            for wrt in ("params", "inputs"):
+                case = f"{name} module, {wrt}, {how}, 32 bit"
+                yield case, partial(of_module, module, shape, wrt, batch)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optree
 import torch
+from rich.progress import track
 from rich.table import Table
 
-from benchmarks.studies.grid import Case, Problem
-from jacfunc._measuring.clock import interleaved, seconds
-from jacfunc._trees.tree import flatten
+import jacfunc
+from benchmarks.report.tables import add, console, in_seconds, table
+from benchmarks.studies.grid import cases
+from jacfunc import Strategy
+from jacfunc._measuring import Run, interleaved
+from jacfunc.compare import Problem
 
-Run = Callable[[], Any]
+CHUNKS = (16, 128, 512)
+MOST_LOOPS = 256
 
-CHOOSERS = ("auto", "autotune")
 TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
 """Largest wanted regret, and the share of cases in which it must hold."""
 
@@ -33,41 +37,65 @@ MIDDLING, PLANNINGS = 0.01, 5
 """Seconds of a call from which on what planning adds to the first one is looked at; how often."""
 
 
-@dataclass(frozen=True)
-class Regret:
-    """One case: median seconds of each strategy, and by which factor the choosers miss the best.
+def candidates(problem: Problem) -> dict[str, str | Strategy]:
+    """What a careful person would try by hand."""
+    (x,) = problem.args
+    out = problem.target(x)
+    if problem.module is not None:
+        out, x = out[0], x[0]
+    rows, columns = out.numel(), x.numel()
+    if problem.module is not None and problem.by_params:
+        columns = sum(param.numel() for param in problem.module.parameters())
+    strategies: dict[str, str | Strategy] = {}
+    for name, make, total in (
+        ("reverse", jacfunc.Reverse, rows),
+        ("forward", jacfunc.Forward, columns),
+    ):
+        strategies[name] = make()
+        strategies |= {f"{name} {size}": make(size) for size in CHUNKS if size < total}
+    if rows <= MOST_LOOPS:
+        strategies["looped rows"] = jacfunc.Looped("rows")
+    if columns <= MOST_LOOPS:
+        strategies["looped columns"] = jacfunc.Looped("columns")
+    return strategies
 
-    Ratios are of rounds after those that showed which is best; the best itself is among them.
+
+def measure(device: torch.device, only: str = "") -> dict[str, Any]:
+    """The body of the results file; ``only`` is part of the names of cases."""
+    chosen = [(name, setup) for name, setup in cases() if only in name]
+    every = track(chosen, "regret", console=console)
+    results = [measured(name, setup(device), device.type == "cuda") for name, setup in every]
+    return {"summary": summary(results), "results": results}
+
+
+def measured(name: str, problem: Problem, cuda: bool) -> dict[str, Any]:
+    """Seconds of each strategy, and by which factor the choosers miss the best.
+
+    Strategies picked by hand are weeded out by one call each, the rest is timed in rounds. Ratios
+    are of rounds after those that showed which is best; the best itself is among them.
     ``planning`` is what auto's first call takes more than a later one, as a share of that.
     """
-
-    case: str
-    best: str
-    seconds: Mapping[str, float]
-    regret: Mapping[str, float]
-    planning: float | None
-    failures: Mapping[str, str]
-
-
-def measure(case: Case, device: torch.device) -> Regret:
-    """Hand-picked strategies are weeded out by one call each, the rest is timed in rounds."""
-    problem, cuda = case.problem(device), device.type == "cuda"
     runs, first, failures = _first_calls(problem, cuda)
-    by_hand = [name for name in runs if name not in CHOOSERS]
+    by_hand = [name for name in runs if name not in TARGETS]
     least = min(first[name] for name in by_hand)
-    running = {n: r for n, r in runs.items() if n in CHOOSERS or first[n] <= HOPELESS * least}
+    running = {n: r for n, r in runs.items() if n in TARGETS or first[n] <= HOPELESS * least}
     rounds = max(5, min(ROUNDS, int(SECONDS / sum(first[name] for name in running))))
     times = interleaved(running, rounds, cuda)
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     best = min((name for name in by_hand if name in medians), key=medians.__getitem__)
-    choosers = {name: running[name] for name in CHOOSERS if name in running}
-    regret = _against(running[best], choosers, rounds, cuda)
-    planning = _planning(problem, cuda) if medians.get("auto", 0.0) >= MIDDLING else None
-    return Regret(case.name, best, {**first, **medians}, regret, planning, failures)
+    choosers = {name: running[name] for name in TARGETS if name in running}
+    return {
+        "case": name,
+        "best": best,
+        "seconds": {**first, **medians},
+        "regret": _against(running[best], choosers, rounds, cuda),
+        "planning": _planning(problem, cuda) if medians.get("auto", 0.0) >= MIDDLING else None,
+        "failures": failures,
+    }
 
 
 def _against(best: Run, choosers: Mapping[str, Run], rounds: int, cuda: bool) -> dict[str, float]:
-    """In rounds of their own: whoever was fastest before was lucky, too."""
+    """Ratios to the best in rounds of their own: whoever was fastest before was lucky, too."""
     times = interleaved({"best": best, AGAIN: best, **choosers}, 2 * rounds, cuda)
     return {
         name: statistics.median(a / b for a, b in zip(times[name], times["best"], strict=True))
@@ -78,10 +106,14 @@ def _against(best: Run, choosers: Mapping[str, Run], rounds: int, cuda: bool) ->
 def _planning(problem: Problem, cuda: bool) -> float:
     shares = []
     for _ in range(PLANNINGS):
-        run = problem.derive("auto")
-        first, later = seconds(run, cuda), seconds(run, cuda)
+        run = problem.jacobian("auto")
+        first, later = _seconds(run, cuda), _seconds(run, cuda)
         shares.append(first / later - 1)
     return statistics.median(shares)
+
+
+def _seconds(run: Run, cuda: bool) -> float:
+    return interleaved({"": run}, 1, cuda)[""][0]
 
 
 def _first_calls(
@@ -92,15 +124,15 @@ def _first_calls(
     first: dict[str, float] = {}
     failures: dict[str, str] = {}
     answer = None
-    for name, strategy in {**problem.candidates(), **{name: name for name in CHOOSERS}}.items():
+    for name, strategy in {**candidates(problem), **{name: name for name in TARGETS}}.items():
         try:
-            run = problem.derive(strategy)
-            first[name] = seconds(run, cuda)
-            if name in CHOOSERS or first[name] < 20 * min(first.values()):
-                given = run()
-                answer = given if answer is None else answer
-                _assert_equal(given, answer)
-                first[name] = seconds(run, cuda)
+            run = problem.jacobian(strategy)
+            first[name] = _seconds(run, cuda)
+            if name in TARGETS or first[name] < 20 * min(first.values()):
+                jacobian = run()
+                answer = jacobian if answer is None else answer
+                _assert_equal(jacobian, answer)
+                first[name] = _seconds(run, cuda)
         except Exception as error:  # a refusal is a result too
             failures[name] = f"{type(error).__name__}: {error}".split("\n")[0][:120]
         else:
@@ -108,62 +140,65 @@ def _first_calls(
     return runs, first, failures
 
 
-def _assert_equal(given: Any, expected: Any) -> None:
-    for mine, theirs in zip(flatten(given)[0], flatten(expected)[0], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+def _assert_equal(jacobian: Any, expected: Any) -> None:
+    for block, other in zip(*map(optree.tree_leaves, (jacobian, expected)), strict=True):
+        torch.testing.assert_close(block, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
-def summary(results: Sequence[Regret]) -> dict[str, dict[str, float]]:
+def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """By chooser: the share of cases within its target, the median and the worst regret."""
-    found = {}
+    by_chooser = {}
     for name, (bound, wanted) in TARGETS.items():
-        regrets = [result.regret[name] for result in results if name in result.regret]
-        found[name] = {
+        regrets = [result["regret"][name] for result in results if name in result["regret"]]
+        by_chooser[name] = {
             "target": bound,
             "wanted": wanted,
             "within": sum(r <= bound for r in regrets) / len(regrets),
             "median": statistics.median(regrets),
             "worst": max(regrets),
         }
-    return found
+    return by_chooser
 
 
-def table(results: Sequence[Regret]) -> Table:
-    """A row a case; what misses its target stands out."""
+def tables(body: Mapping[str, Any]) -> list[Table]:
+    """A row a case; what misses a target stands out."""
+    results = body["results"]
     lines = [
         f"{name}: within {s['target']:.2f}× of the best in {s['within']:.0%} of {len(results)} "
         f"cases (wanted {s['wanted']:.0%}), median {s['median']:.2f}×, worst {s['worst']:.2f}×"
-        for name, s in summary(results).items()
+        for name, s in body["summary"].items()
     ]
-    noise = [abs(result.regret[AGAIN] - 1) for result in results]
+    noise = [abs(result["regret"][AGAIN] - 1) for result in results]
     lines.append(
         f"noise: the best is within {statistics.median(noise):.1%} of itself (median), "
         f"at most {max(noise):.1%}"
     )
-    shares = [result.planning for result in results if result.planning is not None]
-    if shares:
+    if shares := [result["planning"] for result in results if result["planning"] is not None]:
         lines.append(
             f"planning: {statistics.median(shares):.1%} of a call (median), at most "
             f"{max(shares):.1%}, in the {len(shares)} cases of {MIDDLING * 1e3:.0f} ms or more"
         )
-    shown = Table(
-        title="Time ÷ that of the best strategy picked by hand",
-        caption="\n".join(lines),
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown.add_column("case", no_wrap=True)
-    shown.add_column("best by hand")
-    for heading in ("ms", *CHOOSERS):
-        shown.add_column(heading, justify="right")
+    title = "Time ÷ that of the best strategy picked by hand"
+    shown = table(title, "\n".join(lines), "case", "best by hand", "time", *TARGETS, words=2)
     for result in results:
-        cells = [_cell(name, result) for name in CHOOSERS]
-        shown.add_row(result.case, result.best, f"{result.seconds[result.best] * 1e3:.3g}", *cells)
-    return shown
+        best, regret = result["best"], result["regret"]
+        cells = [f"{regret[n]:.2f}" if n in regret else "refused" for n in TARGETS]
+        is_missed = any(regret.get(n, bound + 1) > bound for n, (bound, _) in TARGETS.items())
+        style = "red" if is_missed else ""
+        add(shown, result["case"], best, in_seconds(result["seconds"][best]), *cells, style=style)
+    return [shown]
 
 
-def _cell(name: str, result: Regret) -> str:
-    if name not in result.regret:
-        return f"[red]{result.failures.get(name, '?')[:30]}[/]"
-    regret = result.regret[name]
-    return f"[red]{regret:.2f}[/]" if regret > TARGETS[name][0] else f"{regret:.2f}"
+def says(body: Mapping[str, Any]) -> str:
+    """How near `auto` and `autotune` come to the best strategy picked by hand."""
+    cases = len(body["results"])
+    auto, autotune = (
+        (f"{part['target']:.2f}", f"in {round(part['within'] * cases)} of {cases} cases "
+         f"(median {part['median']:.2f}, worst {part['worst']:.2f})")
+        for part in (body["summary"][name] for name in TARGETS)
+    )
+    return (
+        f'The time that `"auto"` takes is at most {auto[0]} times that of the best strategy picked '
+        f'by hand {auto[1]}; that of `"autotune"` is at most {autotune[0]} {autotune[1]} '
+        "({source})."
+    )

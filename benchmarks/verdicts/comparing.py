@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
-
-from rich.table import Table
 
 from benchmarks.running.records import Record, Run
 from benchmarks.verdicts.intervals import (
@@ -39,18 +37,11 @@ CONDITIONS = ("device_name", "cpus", "system", "torch", "threads")
 Verdict = Literal[
     "regressed", "improved", "equivalent", "inconclusive", "broke", "mended", "fails", "baseline"
 ]
-STYLES: Mapping[Verdict, str] = {
-    "regressed": "red",
-    "broke": "bold red",
-    "improved": "green",
-    "mended": "green",
-    "inconclusive": "yellow",
-}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one contestant in one case.
+    """How one contestant differs in one case between two runs.
 
     Args:
         interval: time beside the baseline in the second run ÷ that in the first; of the baseline
@@ -81,32 +72,8 @@ class Comparison:
 
     @property
     def counts(self) -> Counter[str]:
-        """By verdict."""
+        """How many changes there are, by verdict."""
         return Counter(change.verdict for change in self.changes)
-
-    def table(self, everything: bool = False) -> Table:
-        """What is not equivalent, or all of it, and how much there is of each."""
-        quiet = () if everything else ("equivalent", "fails", "baseline")
-        counts = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items()))
-        missing = [
-            f"only in the {which}: {', '.join(names)}"
-            for which, names in (("first", self.only_first), ("second", self.only_second))
-            if names
-        ]
-        shown = Table(
-            title="Time beside the baseline, second run ÷ first",
-            caption="\n".join([counts, *missing, *filter(None, [self.warning])]),
-            title_justify="left",
-            caption_justify="left",
-        )
-        for heading in ("case", "contestant", "verdict"):
-            shown.add_column(heading)
-        shown.add_column("change (95 %)", justify="right")
-        for change in self.changes:
-            if change.verdict not in quiet:
-                cells = change.case, change.contestant, change.verdict, _cell(change)
-                shown.add_row(*cells, style=STYLES.get(change.verdict, ""))
-        return shown
 
 
 def compare(a: Run, b: Run) -> Comparison:
@@ -122,7 +89,7 @@ def compare(a: Run, b: Run) -> Comparison:
 
 
 def judge(change: Interval) -> Verdict:
-    """By where the middle is, and which of the two it could be."""
+    """The verdict on a change, by where its middle is and what its interval excludes."""
     size = abs(math.log(change.mid))
     if size > math.log(1 + MARGIN):
         if change.contains(1.0):
@@ -181,13 +148,13 @@ def _by_processor(record: Record) -> Record:
 
 
 def _lacking(run: Run, other: Run) -> Iterator[str]:
-    """What one run has alone: whole cases, and contestants of those that both have."""
+    """What the first run has alone: whole cases, and contestants of those that both have."""
     for key, record in run.cases.items():
         if key not in other.cases:
             yield key
             continue
-        theirs = _present(other.cases[key])
-        yield from (f"{key}: {name}" for name in _present(record) if name not in theirs)
+        present = _present(other.cases[key])
+        yield from (f"{key}: {name}" for name in _present(record) if name not in present)
 
 
 def _warning(a: Run, b: Run) -> str:
@@ -197,11 +164,3 @@ def _warning(a: Run, b: Run) -> str:
         if a.environment.get(name) != b.environment.get(name)
     ]
     return f"Not made alike: {'; '.join(differing)}." if differing else ""
-
-
-def _cell(change: Change) -> str:
-    if change.interval is not None:
-        low, middle, high = change.interval.low, change.interval.mid, change.interval.high
-        return f"{middle:.2f} ({low:.2f}–{high:.2f})"
-    before, after = change.statuses
-    return f"{before} → {after}" if before != after else before

@@ -1,0 +1,89 @@
+"""Can ``compare`` be trusted? The same code against itself, and against itself made slower."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks.report.progress import watching
+from benchmarks.report.tables import add, table
+from benchmarks.running.order import Order
+from benchmarks.running.suite import run_suite
+from benchmarks.verdicts.comparing import SOUGHT, Change, compare
+
+ONLY = "mlp 64, 16 →"
+"""Cases of a few hundred microseconds to some ten milliseconds."""
+
+PROCESSES, WANTED = 7, 0.95
+
+
+def measure(device: torch.device) -> dict[str, Any]:
+    """Three runs, one after the other; in the last jacfunc is slower by what must be found."""
+    with tempfile.TemporaryDirectory() as directory, watching() as watch:
+        order = Order("full", device.type, Path(directory), only=ONLY, processes=PROCESSES)
+        first, again = run_suite(order, watch), run_suite(order, watch)
+        slowed = run_suite(replace(order, planted=1.0 + SOUGHT), watch)
+    ours = {
+        (key, result["contestant"])
+        for key, record in first.cases.items()
+        for result in record["results"]
+        if result["family"] == "jacfunc"
+    }
+    planted = [c for c in compare(first, slowed).changes if (c.case, c.contestant) in ours]
+    shares = [
+        share("the same code", "equivalent", compare(first, again).changes),
+        share(f"{SOUGHT:.0%} slower", "regressed", planted),
+    ]
+    return {"wanted": WANTED, "cases": ONLY, "processes": PROCESSES, "shares": shares}
+
+
+def share(what: str, wanted: str, changes: Iterable[Change]) -> dict[str, Any]:
+    """How many pairs of results there are by verdict, and the verdict that is wanted of all.
+
+    Who has no answer, or is what others are compared with, is no pair.
+    """
+    verdicts = Counter(c.verdict for c in changes if c.verdict not in ("fails", "baseline"))
+    pairs = verdicts.total()
+    return {"what": what, "wanted": wanted, "verdicts": dict(verdicts), "pairs": pairs}
+
+
+def right(share: Mapping[str, Any]) -> int:
+    """Of how many pairs a comparison says what it should."""
+    count: int = share["verdicts"].get(share["wanted"], 0)
+    return count
+
+
+def is_met(share: Mapping[str, Any]) -> bool:
+    """Does a comparison say what it should of as many pairs as is wanted?"""
+    return right(share) >= WANTED * share["pairs"]
+
+
+def tables(body: Mapping[str, Any]) -> list[Table]:
+    """A row each for what should be found."""
+    heads = ("the second run is", "wanted", "all verdicts", "pairs", "found")
+    caption = f"Wanted: {body['wanted']:.0%} or more"
+    shown = table("What compare says of two runs", caption, *heads, words=3)
+    for each in body["shares"]:
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(each["verdicts"].items()))
+        cells = each["what"], each["wanted"], counts, str(each["pairs"])
+        style = "green" if is_met(each) else "red"
+        add(shown, *cells, f"{right(each) / each['pairs']:.1%}", style=style)
+    return [shown]
+
+
+def says(body: Mapping[str, Any]) -> str:
+    """What a comparison of two runs finds."""
+    same, slower = body["shares"]
+    return (
+        "`python -m benchmarks compare A.json B.json` says what became slower between two runs. Of "
+        f"two runs of the same code it calls {right(same)} of {same['pairs']} pairs "
+        f"{same['wanted']}; of code that was made {slower['what']}, it finds {right(slower)} of "
+        f"{slower['pairs']} pairs {slower['wanted']} ({{source}})."
+    )
