@@ -16,6 +16,8 @@ from jacfunc._measuring import Check, Contestant, Effort, Result, measure
 ANSWER = "bytes of the answer"
 """The size that peaks are compared with where no contestant is named."""
 
+USUAL = Effort()
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -52,7 +54,7 @@ class Case:
     dtype: str = "float32"
     sizes: Mapping[str, int] = field(default_factory=dict)
     axis: str = ""
-    effort: Effort = Effort()
+    effort: Effort = USUAL
     wanted: tuple[Wanted, ...] = ()
     is_quick: bool = False
 

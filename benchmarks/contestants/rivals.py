@@ -16,38 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.problems.judge import Answer
-from benchmarks.problems.networks import CLASSES, Problem
-from jacfunc._measuring.clock import Run
+from benchmarks.problems.networks import CLASSES, parts
+from jacfunc._measuring import Run
+from jacfunc.compare import Problem
 
 PACKAGES = (
-    "backpack-for-pytorch",
-    "curvlinops-for-pytorch",
-    "jax",
-    "laplace-torch",
-    "neural-tangents",
-    "opacus",
-    "torchjd",
-    "transformers",
+    *("backpack-for-pytorch", "curvlinops-for-pytorch", "jax", "laplace-torch"),
+    *("neural-tangents", "opacus", "torchjd", "transformers"),
 )
 
 
 def versions() -> dict[str, str | None]:
-    """Of the rivals; None for one that is not installed."""
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Versions of the rivals; None for one that is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def by_laplace(problem: Problem) -> Run:
     """Laplace's own call; the default backend, CurvlinopsGGN, inherits it from this class."""
     from laplace.curvature import CurvatureInterface
 
-    backend = CurvatureInterface(problem.model, "classification")
-    return lambda: backend.jacobians(problem.images)[0]
+    model, images = parts(problem)
+    backend = CurvatureInterface(model, "classification")
+    return lambda: backend.jacobians(images)[0]
 
 
 def by_opacus(problem: Problem) -> Run:
@@ -58,9 +55,10 @@ def by_opacus(problem: Problem) -> Run:
     """
     from opacus import GradSampleModule
 
-    own = copy.deepcopy(problem.model).train()
-    model = GradSampleModule(own, loss_reduction="sum")
-    return _class_by_class(own, model, problem.images, "grad_sample")
+    model, images = parts(problem)
+    own = copy.deepcopy(model).train()
+    hooked = GradSampleModule(own, loss_reduction="sum")
+    return _class_by_class(own, hooked, images, "grad_sample")
 
 
 def by_backpack(problem: Problem) -> Run:
@@ -71,8 +69,9 @@ def by_backpack(problem: Problem) -> Run:
     from backpack import backpack, extend
     from backpack.extensions import BatchGrad
 
-    model, sample = extend(copy.deepcopy(problem.model)), BatchGrad()
-    return _class_by_class(model, model, problem.images, "grad_batch", lambda: backpack(sample))
+    model, images = parts(problem)
+    own, sample = extend(copy.deepcopy(model)), BatchGrad()
+    return _class_by_class(own, own, images, "grad_batch", lambda: backpack(sample))
 
 
 def _class_by_class(
@@ -110,7 +109,7 @@ def by_torchjd(problem: Problem) -> Run:
     """The rows of the whole batch at once, each pulled back through all samples."""
     from torchjd.autojac import jac
 
-    model, images = problem.model, problem.images
+    model, images = parts(problem)
     names, params = zip(*model.named_parameters(), strict=True)
 
     def run() -> Answer:
@@ -125,7 +124,7 @@ def by_torchjd_looped(problem: Problem) -> Run:
     """Sample by sample."""
     from torchjd.autojac import jac
 
-    model, images = problem.model, problem.images
+    model, images = parts(problem)
     names, params = zip(*model.named_parameters(), strict=True)
 
     def run() -> Answer:

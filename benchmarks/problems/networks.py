@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.cases import ANSWER
+from benchmarks.cases import ANSWER, Case
+from benchmarks.problems.judge import Answer, judging, reference
+from jacfunc._measuring import Contestant
+from jacfunc.compare import Problem
 
-Wrt = Literal["params", "inputs"]
-
-CLASSES = 10
-PIXELS = 28
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network, images ``[B, 1, 28, 28]``, and what to differentiate by: what all are given."""
-
-    model: nn.Module
-    images: Tensor
-    wrt: Wrt = "params"
+CLASSES, PIXELS = 10, 28
 
 
 @dataclass(frozen=True)
@@ -36,45 +28,22 @@ class Network:
     parameters: int
 
 
-def mlp() -> nn.Module:
-    """A perceptron of 228,490 parameters, most of them in the first layer."""
+def perceptron(*widths: int) -> nn.Module:
+    """Linear layers of these widths with ReLU between them, from the pixels to scores."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise((PIXELS**2, *widths)):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def lenet(first: int, second: int, padding: int) -> nn.Module:
+    """LeNet with ReLU: two convolutions of so many channels, the second one with a padding."""
+    side = 5 + padding
     return nn.Sequential(
+        *(nn.Conv2d(1, first, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(first, second, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Flatten(),
-        *(nn.Linear(PIXELS**2, 224), nn.ReLU()),
-        *(nn.Linear(224, 224), nn.ReLU()),
-        nn.Linear(224, CLASSES),
-    )
-
-
-def cnn() -> nn.Module:
-    """LeNet with ReLU and as many channels as a whole batch of pullbacks has room for."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        nn.Flatten(),
-        *(nn.Linear(32 * 7 * 7, 120), nn.ReLU()),
-        *(nn.Linear(120, 84), nn.ReLU()),
-        nn.Linear(84, CLASSES),
-    )
-
-
-def perceptron() -> nn.Module:
-    """A perceptron of 535,818 parameters, whose Jacobian outgrows every cache."""
-    return nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(PIXELS**2, 512), nn.ReLU()),
-        *(nn.Linear(512, 256), nn.ReLU()),
-        nn.Linear(256, CLASSES),
-    )
-
-
-def lenet() -> nn.Module:
-    """LeNet-5 as it is taught: 61,706 parameters."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        nn.Flatten(),
-        *(nn.Linear(16 * 5 * 5, 120), nn.ReLU()),
+        *(nn.Linear(second * side**2, 120), nn.ReLU()),
         *(nn.Linear(120, 84), nn.ReLU()),
         nn.Linear(84, CLASSES),
     )
@@ -83,8 +52,8 @@ def lenet() -> nn.Module:
 def resnet() -> nn.Module:
     """Three residual blocks, two of which halve the image.
 
-    Smooth throughout: of so many activations one is so near to zero that float32 and float64 would
-    take different sides of a ReLU, and the judge would call right answers wrong.
+    It is smooth throughout: of so many activations one is so near to zero that float32 and float64
+    would take different sides of a ReLU, and the judge would call right answers wrong.
     """
     blocks = (_Block(16, 16), _Block(16, 32, stride=2), _Block(32, 64, stride=2))
     return nn.Sequential(
@@ -211,13 +180,16 @@ class VisionTransformer(nn.Module):
 LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"
 SHORT, WIDE = "transformer of 4 patches", "transformer of 606k"
 NETWORKS: dict[str, Network] = {
-    "mlp": Network(mlp, 228_490),
-    "cnn": Network(cnn, 212_542),
+    "mlp": Network(partial(perceptron, 224, 224, CLASSES), 228_490),
+    # as many channels as a whole batch of pullbacks has room for
+    "cnn": Network(partial(lenet, 16, 32, padding=2), 212_542),
     "resnet": Network(resnet, 77_658),
     "transformer": Network(Transformer, 89_002),
     "vit": Network(VisionTransformer, 41_482),
-    LARGE: Network(perceptron, 535_818),
-    LENET: Network(lenet, 61_706),
+    # its Jacobian outgrows every cache
+    LARGE: Network(partial(perceptron, 512, 256, CLASSES), 535_818),
+    # LeNet-5 as it is taught
+    LENET: Network(partial(lenet, 6, 16, padding=0), 61_706),
     SHORT: Network(partial(Transformer, PIXELS // 2), 99_586),
     WIDE: Network(partial(Transformer, width=192), 605_962),
     RECURRENT: Network(Recurrent, 11_722),
@@ -231,16 +203,43 @@ def build(name: str) -> nn.Module:
         return NETWORKS[name].make().eval()
 
 
-def sizes(network: str, batch: int, wrt: Wrt = "params") -> dict[str, int]:
-    """Of a case; the answer is the Jacobian of every sample, also where it is only contracted."""
+def noisy(
+    name: str, batch: int, wrt: Any, device: torch.device, per_sample: bool = True
+) -> Problem:
+    """A network with noise for images: no time depends on what is in them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
+    model = build(name).to(device)
+    return Problem(model, (images.to(device),), wrt=wrt, per_sample=per_sample)
+
+
+def parts(problem: Problem) -> tuple[nn.Module, Tensor]:
+    """The network and its images."""
+    assert problem.module is not None
+    return problem.module, problem.args[0]
+
+
+def case(
+    network: str,
+    batch: int,
+    contestants: tuple[Contestant[Problem], ...],
+    expected: Callable[[Problem], Answer] = reference,
+    wrt: str = "params",
+    per_sample: bool = True,
+    **options: Any,
+) -> Case:
+    """A network at one batch size, judged by what is ``expected``.
+
+    Its answer is the Jacobian of every sample, also where that is only contracted.
+    """
     parameters = NETWORKS[network].parameters
     width = parameters if wrt == "params" else PIXELS**2
     answer = batch * CLASSES * width * torch.float32.itemsize
-    return {"batch": batch, "parameters": parameters, "classes": CLASSES, ANSWER: answer}
-
-
-def noisy(name: str, batch: int, wrt: Wrt, device: torch.device) -> Problem:
-    """With noise for images: no time depends on what is in them."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
-    return Problem(build(name).to(device), images.to(device), wrt)
+    return Case(
+        name=f"{network}, B={batch}",
+        setup=partial(noisy, network, batch, wrt, per_sample=per_sample),
+        contestants=contestants,
+        check=partial(judging, expected),
+        sizes={"batch": batch, "parameters": parameters, "classes": CLASSES, ANSWER: answer},
+        **options,
+    )

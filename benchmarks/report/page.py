@@ -170,7 +170,7 @@ def _answered(records: Sequence[Record]) -> Iterator[str]:
     baselines = ", ".join(dict.fromkeys(record["baseline"] for record in records))
     yield escaped(f"Time ÷ that of {baselines}. {MARKS}")
     yield markdown(of_ratios(records))
-    failures, targets = table("", "", "case", "who failed", "why", words=3), table("", "", "target")
+    failures = table("", "", "case", "who failed", "why", words=3)
     targets = table("", "", "case", "target", "wanted", "found", "", words=5)
     for record in records:
         for result in record["results"]:
@@ -188,10 +188,13 @@ def _growths(records: Sequence[Record]) -> Iterator[str]:
     """Exponents of everyone along each axis, and those of the work that theory counts."""
     for axis in dict.fromkeys(record["axis"] for record in records if record["axis"]):
         along = [record for record in records if record["axis"] == axis]
-        powers = []
-        for name in dict.fromkeys(r["contestant"] for record in along for r in record["results"]):
-            if (power := exponent(along, name, axis)) is not None:
-                powers.append(f"{name}: {axis}^{power:.2f}{_work(along, name, axis)}")
+        names = dict.fromkeys(r["contestant"] for record in along for r in record["results"])
+        exponents = {name: exponent(along, name, axis) for name in names}
+        powers = [
+            f"{name}: {axis}^{power:.2f}{_work(along, name, axis)}"
+            for name, power in exponents.items()
+            if power is not None
+        ]
         yield f"Fitted exponents: {'; '.join(powers)}."
 
 

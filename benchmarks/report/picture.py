@@ -17,7 +17,7 @@ PANELS, ROWS, BATCH = 3, 6, 64
 FIRST = ("params", "ntk")
 """Questions with a panel each; where they were not asked, the first ones that were."""
 
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "jacfunc",
     "svg.fonttype": "none",
     "font.size": 8,

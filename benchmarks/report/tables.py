@@ -138,7 +138,12 @@ def of_target(target: Mapping[str, Any]) -> tuple[str, ...]:
     """Who, in what, what was wanted, what was found, and whether it is met."""
     value = "nothing" if target["found"] is None else number(target["found"])
     said = {True: "met", False: "missed", None: "not decided here"}[target["met"]]
-    return f"{target['of']} {target['what']}:", f"wanted {target['wanted']},", f"found {value}:", said
+    return (
+        f"{target['of']} {target['what']}:",
+        f"wanted {target['wanted']},",
+        f"found {value}:",
+        said,
+    )
 
 
 def of_ratios(records: Iterable[Record]) -> Table:

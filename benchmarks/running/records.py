@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 2
 """Of the file; another one is not read."""
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 """What :func:`benchmarks.cases.as_record` gives, and how the case was measured."""
 
 
@@ -46,7 +46,7 @@ class Run:
         return cls(body["suite"], body["environment"], body["rivals"], body["cases"])
 
     def write(self, path: Path) -> None:
-        """Write the file at once: whoever is killed while writing leaves the file that was there."""
+        """Write the file at once: a run that is killed meanwhile leaves the file that was there."""
         head = {
             "format": FORMAT,
             "suite": self.suite,

@@ -16,14 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.running.processes import (
-    ALIKE,
-    aside,
-    child,
-    end_alike,
-    end_with_parent,
-    received,
-)
+from benchmarks.running.processes import ALIKE, aside, child, end_alike, end_with_parent, received
 from jacfunc._measuring import Check, Entry, Result
 
 

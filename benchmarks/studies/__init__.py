@@ -1,7 +1,7 @@
-"""Studies beside the suite: what jacfunc's choices, budgets and Python cost, and if compare is right.
+"""Studies beside the suite: what jacfunc's choices, budgets and Python cost; is compare right?
 
-Each is a file with ``measure(device, ...)``, which gives the body of its results file, and with what
-is told of such a body: ``tables(body)``, and a sentence for the README, ``says(body)``.
+Each is a file with ``measure(device, ...)``, which gives the body of its results file, and with
+what is told of such a body: ``tables(body)``, and a sentence for the README, ``says(body)``.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def _of_function(derive: Any, func: Any, x: Tensor, **options: int | None) -> Ru
     return partial(derive(func, **options), x)
 
 
-def _of_samples(
-    model: nn.Module, x: Tensor, memory: int | None = None, chunk_size: int = 0
-) -> Run:
+def _of_samples(model: nn.Module, x: Tensor, memory: int | None = None, chunk_size: int = 0) -> Run:
     """Chunks are of samples."""
     derive = jacfunc.module_jacobian(
         model, "inputs", per_sample=True, strategy="reverse", memory=memory

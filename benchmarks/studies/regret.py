@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import optree
@@ -15,7 +17,8 @@ import jacfunc
 from benchmarks.report.tables import add, console, in_seconds, table
 from benchmarks.studies.grid import cases
 from jacfunc import Strategy
-from jacfunc._measuring import Run, interleaved
+from jacfunc._measuring import Contestant, Effort, Result, interleaved
+from jacfunc._measuring import measure as measure_all
 from jacfunc.compare import Problem
 
 CHUNKS = (16, 128, 512)
@@ -24,14 +27,14 @@ MOST_LOOPS = 256
 TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
 """Largest wanted regret, and the share of cases in which it must hold."""
 
-AGAIN = "best again"
+BEST, AGAIN = "best", "best again"
 """The best against itself: how far noise alone carries a ratio from 1."""
 
 HOPELESS = 3.0
 """A candidate that is slower than the best by this factor is not timed again."""
 
-ROUNDS, SECONDS = 300, 1.2
-"""At most, for all contestants of a case together."""
+WEEDING = Effort(rounds=5, seconds=0.05, fewest=1, patience=1.0)
+EFFORT = Effort(rounds=300, seconds=0.4, fewest=5, patience=60.0)
 
 MIDDLING, PLANNINGS = 0.01, 5
 """Seconds of a call from which on what planning adds to the first one is looked at; how often."""
@@ -71,78 +74,56 @@ def measure(device: torch.device, only: str = "") -> dict[str, Any]:
 def measured(name: str, problem: Problem, cuda: bool) -> dict[str, Any]:
     """Seconds of each strategy, and by which factor the choosers miss the best.
 
-    Strategies picked by hand are weeded out by one call each, the rest is timed in rounds. Ratios
-    are of rounds after those that showed which is best; the best itself is among them.
-    ``planning`` is what auto's first call takes more than a later one, as a share of that.
+    Ratios are of rounds after those that showed which is best; the best itself is among them: who
+    was the fastest before was lucky, too. ``planning`` is what auto's first call takes more than a
+    later one, as a share of that.
     """
-    runs, first, failures = _first_calls(problem, cuda)
-    by_hand = [name for name in runs if name not in TARGETS]
-    least = min(first[name] for name in by_hand)
-    running = {n: r for n, r in runs.items() if n in TARGETS or first[n] <= HOPELESS * least}
-    rounds = max(5, min(ROUNDS, int(SECONDS / sum(first[name] for name in running))))
-    times = interleaved(running, rounds, cuda)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    best = min((name for name in by_hand if name in medians), key=medians.__getitem__)
-    choosers = {name: running[name] for name in TARGETS if name in running}
+    by_hand, choosers = candidates(problem), {chooser: chooser for chooser in TARGETS}
+    every = timed(problem, {**by_hand, **choosers}, WEEDING, cuda)
+    seconds = {n: r.time.median for n, r in every.items() if r.ok and r.time}
+    least = min(seconds[n] for n in by_hand if n in seconds)
+    good = {n: s for n, s in by_hand.items() if seconds.get(n, math.inf) <= HOPELESS * least}
+    able = {n: s for n, s in choosers.items() if n in seconds}
+    again = timed(problem, {**good, **able}, EFFORT, cuda)
+    seconds |= {n: r.time.median for n, r in again.items() if r.time}
+    best = min(good, key=seconds.__getitem__)
+    ratios = timed(problem, {BEST: good[best], AGAIN: good[best], **able}, EFFORT, cuda)
     return {
         "case": name,
         "best": best,
-        "seconds": {**first, **medians},
-        "regret": _against(running[best], choosers, rounds, cuda),
-        "planning": _planning(problem, cuda) if medians.get("auto", 0.0) >= MIDDLING else None,
-        "failures": failures,
+        "seconds": seconds,
+        "regret": {n: r.ratio.median for n, r in ratios.items() if n != BEST and r.ratio},
+        "planning": planning(problem, cuda) if seconds.get("auto", 0.0) >= MIDDLING else None,
+        "failures": {n: r.status[:120] for n, r in every.items() if not r.ok},
     }
 
 
-def _against(best: Run, choosers: Mapping[str, Run], rounds: int, cuda: bool) -> dict[str, float]:
-    """Ratios to the best in rounds of their own: whoever was fastest before was lucky, too."""
-    times = interleaved({"best": best, AGAIN: best, **choosers}, 2 * rounds, cuda)
-    return {
-        name: statistics.median(a / b for a, b in zip(times[name], times["best"], strict=True))
-        for name in (AGAIN, *choosers)
-    }
+def timed(
+    problem: Problem, strategies: Mapping[str, str | Strategy], effort: Effort, cuda: bool
+) -> dict[str, Result]:
+    """Every strategy in rounds, its answer compared with that of reverse mode before."""
+    expected = optree.tree_leaves(problem.jacobian("reverse")())
+
+    def check(answer: Any) -> float:
+        for block, other in zip(optree.tree_leaves(answer), expected, strict=True):
+            bound = 1e-4 * float(other.abs().max())
+            torch.testing.assert_close(block, other, rtol=1e-3, atol=bound)
+        return 0.0
+
+    entrants = [
+        Contestant(name, "", partial(Problem.jacobian, strategy=strategy), counted=False)
+        for name, strategy in strategies.items()
+    ]
+    results = measure_all(problem, entrants, check, effort, baseline=BEST, cuda=cuda)
+    return {result.contestant: result for result in results}
 
 
-def _planning(problem: Problem, cuda: bool) -> float:
+def planning(problem: Problem, cuda: bool) -> float:
     shares = []
     for _ in range(PLANNINGS):
-        run = problem.jacobian("auto")
-        first, later = _seconds(run, cuda), _seconds(run, cuda)
+        first, later = interleaved({"": problem.jacobian("auto")}, 2, cuda)[""]
         shares.append(first / later - 1)
     return statistics.median(shares)
-
-
-def _seconds(run: Run, cuda: bool) -> float:
-    return interleaved({"": run}, 1, cuda)[""][0]
-
-
-def _first_calls(
-    problem: Problem, cuda: bool
-) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
-    """What runs, how long a second call takes (a first, where that is hopeless), what fails."""
-    runs: dict[str, Run] = {}
-    first: dict[str, float] = {}
-    failures: dict[str, str] = {}
-    answer = None
-    for name, strategy in {**candidates(problem), **{name: name for name in TARGETS}}.items():
-        try:
-            run = problem.jacobian(strategy)
-            first[name] = _seconds(run, cuda)
-            if name in TARGETS or first[name] < 20 * min(first.values()):
-                jacobian = run()
-                answer = jacobian if answer is None else answer
-                _assert_equal(jacobian, answer)
-                first[name] = _seconds(run, cuda)
-        except Exception as error:  # a refusal is a result too
-            failures[name] = f"{type(error).__name__}: {error}".split("\n")[0][:120]
-        else:
-            runs[name] = run
-    return runs, first, failures
-
-
-def _assert_equal(jacobian: Any, expected: Any) -> None:
-    for block, other in zip(*map(optree.tree_leaves, (jacobian, expected)), strict=True):
-        torch.testing.assert_close(block, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -193,8 +174,11 @@ def says(body: Mapping[str, Any]) -> str:
     """How near `auto` and `autotune` come to the best strategy picked by hand."""
     cases = len(body["results"])
     auto, autotune = (
-        (f"{part['target']:.2f}", f"in {round(part['within'] * cases)} of {cases} cases "
-         f"(median {part['median']:.2f}, worst {part['worst']:.2f})")
+        (
+            f"{part['target']:.2f}",
+            f"in {round(part['within'] * cases)} of {cases} cases "
+            f"(median {part['median']:.2f}, worst {part['worst']:.2f})",
+        )
         for part in (body["summary"][name] for name in TARGETS)
     )
     return (

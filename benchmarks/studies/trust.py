@@ -62,7 +62,7 @@ def right(share: Mapping[str, Any]) -> int:
 
 def is_met(share: Mapping[str, Any]) -> bool:
     """Does a comparison say what it should of as many pairs as is wanted?"""
-    return right(share) >= WANTED * share["pairs"]
+    return right(share) >= WANTED * int(share["pairs"])
 
 
 def tables(body: Mapping[str, Any]) -> list[Table]:

@@ -74,7 +74,7 @@ def _directions(records: Sequence[Record]) -> str:
 
 
 def _direction(record: Record) -> tuple[float, bool] | None:
-    """How many outputs there are an input, and whether jacfunc's best way forward beats its best in reverse."""
+    """Outputs by inputs, and whether jacfunc's best way forward beats its best in reverse."""
     sizes = record["sizes"]
     own = [r["contestant"] for r in record["results"] if r["family"] == "jacfunc" and r["time"]]
     forward, reverse = ([name for name in own if way in name] for way in ("forward", "reverse"))

@@ -14,16 +14,15 @@ import torch
 
 import jacfunc
 from benchmarks.cases import Case
-from benchmarks.contestants.functions import Function, Problem, judging, looped, plain, set_up
-from benchmarks.problems import formulas
-from benchmarks.questions import crossover as functions
-from benchmarks.questions import hessians as second_order
-from benchmarks.questions import loops
-from benchmarks.questions.crossover import AUTO
+from benchmarks.contestants.functions import AUTO, BY_HAND, plain
+from benchmarks.problems import formulas, functions
+from benchmarks.problems.functions import Function, FunctionAtPoints, judging, set_up
+from benchmarks.problems.judge import looped, looped_twice
+from benchmarks.questions import crossover, fields, hessians, loops
 from jacfunc._measuring.results import Result, WrongAnswerError
 from jacfunc._measuring.rounds import Effort
 
-QUESTIONS = (*functions.QUESTIONS, second_order.QUESTION, loops.QUESTION)
+QUESTIONS = tuple(file.QUESTION for file in (crossover, fields, hessians, loops))
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}
 SOME = (
     "crossover/mlp 64, 16 → 16, float64",
@@ -92,15 +91,15 @@ def test_a_case_has_the_same_numbers_every_time() -> None:
     assert not torch.equal(one.points[0], one.points[1])
 
 
-def twice(problem: Problem):
+def twice(problem: FunctionAtPoints):
     return lambda x: 2 * looped(problem.func, x)
 
 
-def transposed(problem: Problem):
+def transposed(problem: FunctionAtPoints):
     return lambda x: looped(problem.func, x).mT
 
 
-def undefined(problem: Problem):
+def undefined(problem: FunctionAtPoints):
     return lambda x: looped(problem.func, x) * torch.nan
 
 
@@ -135,7 +134,7 @@ def test_the_judge_knows_a_derivative_in_closed_form() -> None:
     assert judging(looped, problem)(torch.diag(3 * problem.x**2)) < 1e-6
     quartic = Function(lambda draw: (lambda x: (x**4).sum(), draw(5)))
     problem = set_up(quartic, torch.float32, 1, CPU)
-    assert judging(second_order.looped_twice, problem)(torch.diag(12 * problem.x**2)) < 1e-6
+    assert judging(looped_twice, problem)(torch.diag(12 * problem.x**2)) < 1e-6
 
 
 def test_a_loop_answers_with_its_last_point() -> None:
@@ -149,7 +148,7 @@ def test_a_loop_answers_with_its_last_point() -> None:
 
 def test_forecasts_stand_beside_what_was_measured() -> None:
     results = measured(CASES["crossover/mlp 64, 16 → 16"], "cpu")
-    for name in (*functions.BY_HAND, AUTO):
+    for name in (*BY_HAND, AUTO):
         forecast = results[name].forecast
         assert forecast is not None
         assert forecast.seconds is not None
@@ -173,7 +172,7 @@ def test_a_batch_gives_what_its_samples_give() -> None:
         partial(formulas.orbit, 3),
         partial(formulas.energy, 12),
         partial(formulas.curve, 12),
-        partial(second_order.rosenbrock, 12),
+        partial(hessians.rosenbrock, 12),
         loops.arm,
     ],
 )

@@ -1,0 +1,109 @@
+"""Functions of one tensor as problems: made from the same numbers in every dtype, and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import jacfunc
+from benchmarks.cases import Case
+from benchmarks.problems import formulas
+from benchmarks.problems.formulas import CPU, drawing
+from benchmarks.problems.judge import TOLERANCE, Func, compared_with, looped
+from jacfunc._measuring import Check, Effort
+
+SINGLE, DOUBLE = torch.float32, torch.float64
+EFFORT = Effort(rounds=40, seconds=0.4, fewest=5, patience=0.4)
+
+
+@dataclass(frozen=True)
+class Function:
+    """How a function of one tensor and a point are made from random numbers.
+
+    Args:
+        make: from ``draw(*shape)``, the function and a point.
+        batched: from the same numbers, the function of many points, the batch in front.
+        in_jax: ``make`` that takes JAX's numbers and the module ``jax.numpy``.
+    """
+
+    make: Callable[[Any], tuple[Func, Tensor]]
+    batched: Callable[[Any], Func] | None = None
+    in_jax: Callable[[Any, Any], tuple[Func, Any]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionAtPoints:
+    """A function on a device, and the points that one run takes its derivative at in turn."""
+
+    function: Function
+    func: Func
+    points: tuple[Tensor, ...]
+
+    @property
+    def x(self) -> Tensor:
+        """The point whose derivative is the answer."""
+        return self.points[-1]
+
+    @cached_property
+    def costs(self) -> jacfunc.Estimate:
+        """What jacfunc says beforehand of every strategy."""
+        return jacfunc.estimate(self.func, self.x)
+
+
+def set_up(
+    function: Function, dtype: torch.dtype, calls: int, device: torch.device
+) -> FunctionAtPoints:
+    """A function at as many points as there are calls, with the same numbers every time."""
+    draw = drawing(dtype, device)
+    func, x = function.make(draw)
+    return FunctionAtPoints(function, func, (x, *(draw(*x.shape) for _ in range(calls - 1))))
+
+
+def judging(derivative: Callable[[Func, Tensor], Tensor], problem: FunctionAtPoints) -> Check:
+    """What compares an answer with the derivative of the same function, taken in float64."""
+    dtype = problem.x.dtype
+    draw = drawing(dtype)
+    # rounded as the problem's numbers are: the judge is asked about the same function
+    func, _ = problem.function.make(lambda *shape: draw(*shape).double())
+    return compared_with(derivative(func, problem.x.to(CPU, DOUBLE)), TOLERANCE[dtype])
+
+
+def case(
+    name: str,
+    function: Function,
+    dtype: torch.dtype = SINGLE,
+    calls: int = 1,
+    derivative: Callable[[Func, Tensor], Tensor] = looped,
+    effort: Effort = EFFORT,
+    **options: Any,
+) -> Case:
+    """A function whose derivative is taken at so many points."""
+    return Case(
+        name if dtype == SINGLE else f"{name}, float64",
+        setup=partial(set_up, function, dtype, calls),
+        check=partial(judging, derivative),
+        dtype=str(dtype).removeprefix("torch."),
+        effort=effort,
+        **options,
+    )
+
+
+def mlp(inputs: int, outputs: int, width: int) -> Function:
+    """A perceptron that can be had for many points, and in JAX."""
+    make = partial(formulas.mlp, inputs, outputs, width)
+
+    def batched(draw: Any) -> Func:
+        first, second, last = (w.T for w in formulas.mlp_weights(inputs, outputs, width, draw))
+        return lambda x: torch.tanh(torch.tanh(x @ first) @ second) @ last
+
+    return Function(make, batched, in_jax=make)
+
+
+def portable(make: Any) -> Function:
+    """A function made by the same words from torch's numbers and from JAX's."""
+    return Function(make, in_jax=make)

@@ -1,0 +1,18 @@
+"""The Jacobian of one call of a network in its parameters."""
+
+from __future__ import annotations
+
+from benchmarks.cases import Question
+from benchmarks.contestants.per_sample import ONE_CALL, OURS, WHOLE
+from benchmarks.problems.networks import case
+from benchmarks.questions.params import COMPARED, EFFORT
+
+QUESTION = Question(
+    "whole",
+    "The Jacobian of one call of a network in its parameters: by which way, by which library?",
+    OURS,
+    tuple(
+        case(name, 1, WHOLE, per_sample=False, baseline=ONE_CALL, effort=EFFORT)
+        for name in COMPARED
+    ),
+)
