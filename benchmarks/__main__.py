@@ -1,7 +1,5 @@
 """The command line: ``python -m benchmarks [COMMAND]``; ``--help`` lists them."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

@@ -1,7 +1,5 @@
 """A question, its cases, and what is wanted in each: the rows of the benchmark."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """What the commands do: each measures, prints its table, and writes its file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

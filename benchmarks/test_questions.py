@@ -4,8 +4,6 @@ A contestant that fails is skipped with the reason: pytest-benchmark leaves out 
 fails. Nobody is run in a process of his own here.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Who takes the GGN of the mean cross-entropy: its exact diagonal, or its product with a vector."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Who takes Jacobians and Hessians of functions of one tensor: jacfunc, torch, autograd and JAX."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Who takes neural tangent kernels ``[B, B, C, C]`` of a batch with itself."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Neural-tangents' kernels of plain sequential networks, written in JAX's words; needs JAX."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

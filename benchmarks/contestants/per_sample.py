@@ -4,8 +4,6 @@ Answers are blocks ``[B, C, *param]`` by name, or one tensor ``[B, C, P]``; both
 order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ A library is imported where it is used: one that is not installed fails as its w
 that is its row of the table.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Functions of one tensor, of every shape; those with ``xp`` can be had in JAX's words, too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """Functions of one tensor as problems: made from the same numbers in every dtype, and judged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """The judge: derivatives by the plainest loop, in float64, without jacfunc or torch.func."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial

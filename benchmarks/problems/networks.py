@@ -1,7 +1,5 @@
 """Small classifiers of 28 × 28 images, for what is measured without any data set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Everything that the suite measures: a file a question, and each is a chapter of the report."""
 
-from __future__ import annotations
-
 from benchmarks.cases import Question
 from benchmarks.questions import (
     buffer,

@@ -1,7 +1,5 @@
 """Flat per-sample Jacobians ``[B, C, P]`` into a buffer that is used again, and afresh."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Perceptrons of all shapes; some in float64, some wider."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import product
 

@@ -1,7 +1,5 @@
 """Functions that are no perceptrons; stencils in float64, too."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The exact diagonal of a Gauss-Newton matrix."""
 
-from __future__ import annotations
-
 from benchmarks.cases import Case, Question, Wanted
 from benchmarks.contestants.curvature import (
     BACKPACK,

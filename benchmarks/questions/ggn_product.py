@@ -1,7 +1,5 @@
 """A Gauss-Newton matrix times a vector."""
 
-from __future__ import annotations
-
 from benchmarks.cases import Question, Wanted
 from benchmarks.contestants.curvature import CURVLINOPS, OURS, PRODUCT, expected_product
 from benchmarks.problems.networks import LARGE, LENET, case

@@ -1,7 +1,5 @@
 """How the time of an NTK grows with samples, parameters and classes, beside the counted work."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Hessians of functions of one tensor with one number out: which product of modes, and by whom."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

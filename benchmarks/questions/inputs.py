@@ -1,7 +1,5 @@
 """Jacobians of each sample in the inputs of a network."""
 
-from __future__ import annotations
-
 from benchmarks.cases import Case, Question
 from benchmarks.contestants.per_sample import FORWARD, INPUTS, OURS, RECIPE
 from benchmarks.problems.networks import case

@@ -1,7 +1,5 @@
 """Small functions differentiated again and again: there the Python around each call is the cost."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Neural tangent kernels of a batch with itself."""
 
-from __future__ import annotations
-
 from benchmarks.cases import ANSWER, Case, Question, Wanted
 from benchmarks.contestants.kernels import KERNELS, OURS, RECIPES, TORCHJD, expected
 from benchmarks.problems.networks import LARGE, LENET, RECURRENT, SHORT, case

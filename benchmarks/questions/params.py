@@ -1,7 +1,5 @@
 """Jacobians of each sample in the parameters of a network."""
 
-from __future__ import annotations
-
 from benchmarks.cases import Case, Question, Wanted
 from benchmarks.contestants.per_sample import (
     CONCATENATED,

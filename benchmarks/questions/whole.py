@@ -1,7 +1,5 @@
 """The Jacobian of one call of a network in its parameters."""
 
-from __future__ import annotations
-
 from benchmarks.cases import Question
 from benchmarks.contestants.per_sample import ONE_CALL, OURS, WHOLE
 from benchmarks.problems.networks import case

@@ -1,7 +1,5 @@
 """The table of two runs compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from rich.table import Table

@@ -1,7 +1,5 @@
 """The report of a suite: Markdown and a picture, beside the results files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

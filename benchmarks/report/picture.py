@@ -1,7 +1,5 @@
 """The picture for the README: who wins at which shape, and times beside the baseline's."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path

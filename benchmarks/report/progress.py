@@ -1,7 +1,5 @@
 """How far a run has come: a bar on the terminal, and a table for every case that is finished."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 

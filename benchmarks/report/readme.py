@@ -4,8 +4,6 @@ A figure stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``, and now
 function of that name writes what is there, with the command and the file that it comes from.
 """
 
-from __future__ import annotations
-
 import re
 import statistics
 import textwrap

@@ -1,7 +1,5 @@
 """Tables for the terminal, and the same tables as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

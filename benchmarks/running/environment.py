@@ -1,7 +1,5 @@
 """Where a measurement was made: enough to judge it, nothing that names the machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

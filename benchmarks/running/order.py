@@ -1,7 +1,5 @@
 """What a run is asked to do: which cases, how, and where it is written."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from pathlib import Path

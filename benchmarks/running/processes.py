@@ -1,7 +1,5 @@
 """Child processes: how they start, what they send, how they end and why."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,13 +1,11 @@
 """The file of a run: where it was made, and what came out, case by case; never half written."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,7 +29,7 @@ class Run:
     cases: dict[str, Record]
 
     @classmethod
-    def read(cls, path: Path) -> Run:
+    def read(cls, path: Path) -> Self:
         """The run that a file holds.
 
         Raises:

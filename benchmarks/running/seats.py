@@ -6,8 +6,6 @@ problem and calls one way in a loop. On a GPU all stay in one process, for a dev
 for all, and every process would open it anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial

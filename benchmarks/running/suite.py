@@ -1,7 +1,5 @@
 """The suite, a case a child process: what is finished stays, whatever becomes of the next."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ A child is told names, and looks up what they mean. Whose turn it is stands in m
 processes see: a message every round would wake the parent beside what is being timed.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

@@ -4,8 +4,6 @@ Each is a file with ``measure(device, ...)``, which gives the body of its result
 what is told of such a body: ``tables(body)``, and a sentence for the README, ``says(body)``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType

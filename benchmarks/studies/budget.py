@@ -1,7 +1,5 @@
 """Jacobians under a tenth of the memory that they would take: bytes counted, time beside chunks."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """The strategy grid: functions of every shape, which `auto` and `autotune` must choose well for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """What jacfunc's own Python costs: small MLPs against torch.func, where sweeps are cheap."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import product

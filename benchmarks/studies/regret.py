@@ -1,7 +1,5 @@
 """How much slower than the best strategy is what `auto` and `autotune` choose? A row a case."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Can ``compare`` be trusted? The same code against itself, and against itself made slower."""
 
-from __future__ import annotations
-
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -8,8 +8,6 @@ beyond it, and surely not at 1, has changed; who lies within it, and surely shor
 equivalent. Anything else is inconclusive: more rounds, or less load on the machine, would tell.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a case record says: intervals of ratios, ties, who wins, and how time grows."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

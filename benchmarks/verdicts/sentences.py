@@ -1,7 +1,5 @@
 """The verdict of one question, in one sentence."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
