@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning import resolve
@@ -61,7 +61,7 @@ def check_jacobian(
         >>> check_jacobian(torch.sin, torch.ones(3, dtype=torch.float64))
         {'reverse': 'agrees', 'forward': 'agrees', 'looped': 'agrees'}
     """
-    call = FlatCall(API, func, argnums, False, args, kwargs)
+    call = FlatCall(Derivation(API, func, argnums), args, kwargs)
     for primal in call.primals:
         if primal.dtype != torch.float64:
             raise TypeError(

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_aux_pair, check_inputs, check_outputs, wrap_argnums
+from jacfunc._calls.derivation import Derivation
 from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
+from jacfunc._remembered import CallKind
 from jacfunc._torch import run_as_written
 from jacfunc._trees import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
-from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree, is_tensor
+from jacfunc._types import Blocks, LeafFunction, Leaves, Tree, is_tensor
+
+
+@dataclass(frozen=True)
+class ModuleOrigin:
+    """The module whose call is differentiated.
+
+    Args:
+        state: its :class:`jacfunc._lending.ModuleState`.
+        kind: equal for calls of the module that cost the same; asked for when it is needed.
+    """
+
+    state: Any
+    kind: Callable[[], Hashable]
 
 
 @dataclass(frozen=True)
 class OfCalls:
-    """A function that makes calls of a module, whose ``state`` it knows."""
+    """A leaf function that calls a module, with the ``state`` of that module."""
 
     func: LeafFunction
     state: Any
@@ -31,27 +46,23 @@ class OfCalls:
 
 
 class FlatCall:
-    """``func(*args, **kwargs)`` as a leaf function of what ``argnums`` names.
+    """``func(*args, **kwargs)`` as a leaf function of the arguments that ``argnums`` names.
 
-    Calling it returns ``(outputs, extras)``: the differentiable leaves of the output, and every
-    other tensor it returned. How these go back into trees is remembered from the last call.
+    Calling it returns ``(outputs, extras)``: the differentiable leaves of the output, and all other
+    tensors that ``func`` returned. It keeps the trees of the last call, to put results into them.
     """
 
     def __init__(
         self,
-        api: str,
-        func: Callable[..., Any],
-        argnums: Argnums,
-        has_aux: bool,
+        derivation: Derivation,
         args: tuple[Tree, ...],
         kwargs: dict[str, Any],
-        kind: Callable[[], Hashable] | None = None,
-        called: Any = None,
+        origin: ModuleOrigin | None = None,
     ) -> None:
-        self.func = func
-        self._kind, self._called = kind, called
-        self._api, self._has_aux = api, has_aux
-        self._args, self._kwargs = args, kwargs
+        api, argnums = derivation.api, derivation.argnums
+        self.func = derivation.func
+        self._api, self._has_aux = api, derivation.has_aux
+        self._args, self._kwargs, self._origin = args, kwargs, origin
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
         self._splits = [Split.of(args[n]) for n in self._positions]
@@ -66,44 +77,43 @@ class FlatCall:
         """The point: the differentiable leaves of the chosen arguments."""
         return tuple(leaf for split in self._splits for leaf in split.leaves)
 
-    @property
-    def kind_of_call(self) -> tuple[Any, Hashable]:
-        """What is called, and the kind of call; of functions those of one tensor and no more."""
-        if self._called is not None:
-            return self._called, self.signature()
-        if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
-            return self.func, kind_of(self._args[0])
-        return None, None
+    @cached_property
+    def call_kind(self) -> CallKind:
+        """By what this call is known again: plans and the like are remembered by it."""
+        if self._origin is not None:
+            state = self._origin.state
+            return CallKind(state.module, self._origin.kind(), state.origin or state)
+        if self._has_one_tensor:
+            return CallKind(self.func, kind_of(self._args[0]), self.func)
+        kind = self._positions, kinds_of((self._args, self._kwargs))
+        return CallKind(self.func, kind, self.func)
 
     @property
-    def called(self) -> Any:
-        """The function or the module: what is found out about this call is remembered of it."""
-        return self.func if self._called is None else self._called.module
+    def is_told_by_kind(self) -> bool:
+        """Do calls of one kind differ in nothing but the numbers in tensors?
+
+        Of functions that holds for those of one tensor: of other objects a kind has the type alone.
+        """
+        return self._origin is not None or self._has_one_tensor
+
+    @property
+    def _has_one_tensor(self) -> bool:
+        return len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs
 
     @property
     def state(self) -> Any:
         """The state of the module that is called; None of a function."""
-        return self._called
+        return None if self._origin is None else self._origin.state
 
     @property
     def functions(self) -> list[Any]:
-        """What is run when it is called, as far as it is known."""
-        return [self.func] if self._called is None else self._called.functions
+        """The functions that run when it is called, as far as they are known."""
+        return [self.func] if self._origin is None else self._origin.state.functions
 
     @property
     def may_share_module(self) -> bool:
-        """Is it a function that may call a module, which another thread may be lending?"""
-        return self._called is None and reaches_module(self.func)
-
-    def signature(self) -> Hashable:
-        """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings.
-
-        Whoever makes the call may know less that tells, the ``kind``, and what is ``called``.
-        """
-        if self._kind is not None:
-            return self._kind()
-        func, kind = self.kind_of_call
-        return (self._positions, kinds_of((self._args, self._kwargs))) if func is None else kind
+        """May it be a function that calls a module, which another thread may be lending?"""
+        return self._origin is None and reaches_module(self.func)
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
         args = list(self._args)

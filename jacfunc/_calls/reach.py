@@ -25,24 +25,20 @@ def reaches_module(func: Any) -> bool:
 
     Example:
         >>> import torch
-        >>> from jacfunc._reach import reaches_module
+        >>> from jacfunc._calls.reach import reaches_module
         >>> model = torch.nn.Linear(1, 1)
         >>> reaches_module(torch.sin), reaches_module(model.forward)
         (False, True)
     """
-    reaches = _known().get(func, None)
-    if reaches is None:
-        reaches = _looked_through(func)
-        _known().put(func, None, reaches)
-    return reaches
+    return _reaching().get_or_make(func, None, lambda: _reaches_module(func))
 
 
 @cache
-def _known() -> Remembered[bool]:
+def _reaching() -> Remembered[bool]:
     return Remembered()
 
 
-def _looked_through(func: Any) -> bool:
+def _reaches_module(func: Any) -> bool:
     return any(isinstance(thing, nn.Module) for thing in islice(_things(func, 0, set()), MOST))
 
 

@@ -143,7 +143,7 @@ class BatchProducts:
         return transposed
 
     def _now_and_then(self, way: str, look: Callable[[], None]) -> None:
-        now_and_then(self._state, ("J v", way, self._point.batch.kind), look)
+        now_and_then(self._state, ("J v", way, self._point.batch.kind.kind), look)
 
 
 def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from jacfunc._linear_map import (
     linearize,
     on_graph,
 )
+from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import Pull, inside_derivative, inside_transform, math_attention, recording
 from jacfunc._types import LeafFunction, Leaves
 
@@ -45,6 +46,11 @@ class LearnedUses:
     others: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
     ruled: set[int] | None = None
+
+    @classmethod
+    def of(cls, kind: CallKind) -> LearnedUses:
+        """What is known of the parameters, to be completed by whoever evaluates the call."""
+        return learned_uses().get_or_make(kind.version, kind.kind, cls)
 
     @property
     def lent(self) -> set[int]:
@@ -66,6 +72,12 @@ class LearnedUses:
         self.written |= touched.written
         self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - touched.given
         return bool(was_wrong)
+
+
+@cache
+def learned_uses() -> Remembered[LearnedUses]:
+    """By functions, and modules as they are: one that was changed may write into parameters."""
+    return Remembered()
 
 
 def factored(

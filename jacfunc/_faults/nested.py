@@ -16,6 +16,7 @@ from jacfunc._faults.lookups import tensors_of
 from jacfunc._faults.watch import Watch, name_of, unwatched
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
+from jacfunc._remembered import CallKind
 from jacfunc._torch import Pull, is_batched, is_pushing
 from jacfunc._types import LeafFunction, Leaves
 
@@ -57,12 +58,13 @@ def watched_once(
     """
     keep_heap()
     call = func if call is None else call
-    inner, kind = getattr(call, "kind_of_call", (None, None))
-    kind = (kind, pull.around)
+    kind: CallKind | None = None
+    if getattr(call, "is_told_by_kind", False):
+        kind = call.call_kind.among(pull.around)
     is_pushed = pull.level is not None and is_pushing()
-    known = None if inner is None or is_pushed else unwatched().get(inner, kind)
-    if known is not None:
-        if not known:
+    runs_alone = None if kind is None or is_pushed else unwatched().get(kind.version, kind.kind)
+    if runs_alone is not None:
+        if not runs_alone:
             return func(*copies)
         with alone():
             return func(*copies)
@@ -72,11 +74,12 @@ def watched_once(
     watch.check_copies(primals)
     if watch.has_cut_off and not all(out.requires_grad for out in found[0]):
         raise Refused(CUT_OFF)
-    functions = getattr(call, "functions", (inner,))
+    if kind is None:
+        return found
     # modules are evaluated alone, and other functions that draw are watched, to draw alone
-    draws = watch.drew and inner is getattr(call, "func", None)
-    if inner is not None and not (watch.met or draws or any(map(_may_catch, functions))):
-        unwatched().put(inner, kind, shares)
+    draws = watch.drew and call.state is None
+    if not (watch.met or draws or any(map(_may_catch, call.functions))):
+        unwatched().put(kind.version, kind.kind, shares)
     return found
 
 

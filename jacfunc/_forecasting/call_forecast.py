@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from jacfunc._assembly import numel
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forecasting.costs import Costs, is_forward
 from jacfunc._forecasting.on_fakes import Fakes, Forecast, Swept
 from jacfunc._memory import largest
-from jacfunc._types import Argnums, Tree
+from jacfunc._types import Tree
 from jacfunc.strategies import Looped
 
 
@@ -26,13 +26,7 @@ class CallForecast:
     """
 
     def __init__(
-        self,
-        api: str,
-        func: Callable[..., Any],
-        argnums: Argnums,
-        has_aux: bool,
-        args: tuple[Tree, ...],
-        kwargs: dict[str, Any],
+        self, derivation: Derivation, args: tuple[Tree, ...], kwargs: dict[str, Any]
     ) -> None:
         self.rows: int | None = None
         self._result: int | None = None
@@ -40,7 +34,7 @@ class CallForecast:
         self._fakes = Fakes((args, kwargs))
         with _countable():
             fake_args, fake_kwargs = self._fakes.tree((args, kwargs))
-            self._call = FlatCall(api, func, argnums, has_aux, fake_args, fake_kwargs)
+            self._call = FlatCall(derivation, fake_args, fake_kwargs)
             self.columns = numel(self._call.primals)
             try:
                 self._evaluate()

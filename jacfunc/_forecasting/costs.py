@@ -125,6 +125,16 @@ class Costs:
             moved, results = moved - sum(op.held for op in self.operations), 1
         return self.kept + results * self.result + 2 * self.seeds(strategy) * moved
 
+    def least_bytes(self, strategy: Reverse | Forward | Structured) -> int:
+        """Bytes that a sweep takes at least: products of the largest operation with its seeds."""
+        if is_forward(strategy):
+            sizes = [op.written for op in self.operations]
+        elif isinstance(strategy, Structured):  # gradients of parameters are not swept
+            sizes = [op.read - op.held for op in self.operations]
+        else:
+            sizes = [op.read for op in self.operations]
+        return largest(strategy.chunk_size, self.seeds(strategy)) * max(sizes, default=0)
+
     def seconds(self, strategy: Reverse | Forward | Looped | Structured) -> float:
         """All sweeps of the strategy, and the evaluations that they need."""
         if isinstance(strategy, Structured):

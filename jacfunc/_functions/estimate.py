@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacfunc._arguments import check_chunk_size
+from jacfunc._calls import Derivation
 from jacfunc._forecasting import CallForecast, Forecast, Swept
 from jacfunc._lock import alone
 from jacfunc._torch import inside_transform
@@ -71,8 +72,8 @@ def estimate(
         )
     strategies: tuple[Swept, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
     with alone():  # torch's fake tensors turn a switch of the process, too
-        found = CallForecast(API, func, argnums, has_aux, args, kwargs)
-        return Estimate(found.rows, found.columns, tuple(map(found.forecast, strategies)))
+        call = CallForecast(Derivation(API, func, argnums, has_aux), args, kwargs)
+        return Estimate(call.rows, call.columns, tuple(map(call.forecast, strategies)))
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forecasting import CallForecast
 from jacfunc._functions.derive import jacobian_by
 from jacfunc._linear_map import JacobianOperator
@@ -61,15 +61,14 @@ def plan(
         Reverse(chunk_size=None)
     """
     chosen = resolve("plan", strategy, chunk_size, memory)
-    call = FlatCall("plan", func, argnums, has_aux, args, kwargs)
+    derivation = Derivation("plan", func, argnums, has_aux)
+    call = FlatCall(derivation, args, kwargs)
     with alone():
-        found = _planned(chosen, JacobianOperator(call, call.primals))
-        if not isinstance(found.strategy, Reverse | Forward | Looped):
-            return found
-        foretold = CallForecast("plan", func, argnums, has_aux, args, kwargs).forecast(
-            found.strategy
-        )
-    return replace(found, forecast=foretold)
+        plan = _planned(chosen, JacobianOperator(call, call.primals))
+        if not isinstance(plan.strategy, Reverse | Forward | Looped):
+            return plan
+        forecast = CallForecast(derivation, args, kwargs).forecast(plan.strategy)
+    return replace(plan, forecast=forecast)
 
 
 def explain(
@@ -112,7 +111,7 @@ def explain(
         (Reverse(chunk_size=None), True)
     """
     with trail() as steps:
-        found = plan(
+        chosen = plan(
             func,
             *args,
             argnums=argnums,
@@ -122,7 +121,7 @@ def explain(
             memory=memory,
             **kwargs,
         )
-        derive = jacobian_by("explain", func, argnums, found, has_aux)
+        derive = jacobian_by(Derivation("explain", func, argnums, has_aux), chosen)
         take = partial(derive, *args, **kwargs)
         take()
     start = time.perf_counter()
@@ -130,7 +129,7 @@ def explain(
     seconds = time.perf_counter() - start
     with PeakBytes() as memory_counter:
         take()
-    return Explanation(found, tuple(steps), seconds, memory_counter.peak)
+    return Explanation(chosen, tuple(steps), seconds, memory_counter.peak)
 
 
 @dataclass(frozen=True, repr=False)

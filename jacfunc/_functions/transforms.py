@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jacfunc._calls import Derivation
 from jacfunc._functions.derive import deriving, jacobian_by
 from jacfunc._planning import directed, resolve
 from jacfunc._types import Argnums, Memory, Randomness, Tree
@@ -56,7 +57,7 @@ def jacrev(
                 [0., 0., 6.]])
     """
     reverse = directed("jacrev", Reverse(chunk_size), memory)
-    return jacobian_by("jacrev", func, argnums, reverse, has_aux, out)
+    return jacobian_by(Derivation("jacrev", func, argnums, has_aux), reverse, out)
 
 
 def jacfwd(
@@ -102,7 +103,7 @@ def jacfwd(
                 [0., 1.]])
     """
     forward = directed("jacfwd", Forward(chunk_size, randomness), memory)
-    return jacobian_by("jacfwd", func, argnums, forward, has_aux, out)
+    return jacobian_by(Derivation("jacfwd", func, argnums, has_aux), forward, out)
 
 
 def jacobian(
@@ -147,7 +148,7 @@ def jacobian(
                 [3., 4.]])
     """
     chosen = resolve("jacobian", strategy, chunk_size, memory)
-    return jacobian_by("jacobian", func, argnums, chosen, has_aux, out)
+    return jacobian_by(Derivation("jacobian", func, argnums, has_aux), chosen, out)
 
 
 def value_and_jacobian(
@@ -195,7 +196,7 @@ def value_and_jacobian(
         return (value, aux) if has_aux else value, evaluation.jacobian()
 
     chosen = resolve("value_and_jacobian", strategy, chunk_size, memory)
-    return deriving("value_and_jacobian", func, argnums, chosen, has_aux, pack, out)
+    return deriving(Derivation("value_and_jacobian", func, argnums, has_aux), chosen, pack, out)
 
 
 def hessian(
@@ -239,5 +240,5 @@ def hessian(
                 [ 0., 12.]])
     """
     chosen = resolve("hessian", strategy, chunk_size, memory)
-    inner = jacobian_by("hessian", func, argnums, Reverse(), has_aux)
-    return jacobian_by("hessian", inner, argnums, chosen, has_aux, out)
+    inner = jacobian_by(Derivation("hessian", func, argnums, has_aux), Reverse())
+    return jacobian_by(Derivation("hessian", inner, argnums, has_aux), chosen, out)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -30,6 +30,7 @@ from jacfunc._trees import (
     unflatten,
 )
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
+from jacfunc.strategies import in_words_of
 
 
 def vmap(
@@ -95,25 +96,14 @@ def vmap(
             return _vmapped_or_looped(on_leaves, leaves, randomness, dims, watching, turn)
 
         chunks = sample_chunks(one_chunk, split.leaves, dims, chunk_size)
-        with _refusing():
-            outputs = stack(chunks, batch_size(split.leaves, dims))
+        size, must = batch_size(split.leaves, dims), "func must be one to map"
+        outputs = in_words_of("vmap", lambda: stack(chunks, size), must, instead="")
         tree = unflatten(structure[0], outputs)
         targets = _in_words(lambda: broadcast_prefix(out_dims, tree, "out_dims"), "out_dims")
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
         return unflatten(structure[0], moved)
 
     return mapped
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Refusals in the words of the door, unless an inner door has said it already."""
-    try:
-        yield
-    except Refused as refusal:
-        if isinstance(refusal.__cause__, Refused):
-            raise
-        raise Refused(f"vmap: func must be one to map, got a refusal: {refusal}.") from refusal
 
 
 def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:

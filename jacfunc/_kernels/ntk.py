@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._kernels.blocks import KeptAxes, Progress, SampleRange, product_of
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
 from jacfunc._modules import BatchOptions, Independence, Independent
@@ -137,7 +137,7 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
     strategy = Structured()
 
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
-        call = FlatCall("gram", func, argnums, False, args, kwargs)
+        call = FlatCall(Derivation("gram", func, argnums), args, kwargs)
         whole = [SampleRange(SingleCall(call, strategy), 0, 1)]
         kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None))
         return map_tensors(lambda kernel: kernel[0, 0], kernels)

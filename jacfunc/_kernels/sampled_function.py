@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from jacfunc._assembly import Sink
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Evaluations, JacobianOperator, batch_size
 from jacfunc._modules import SampledCall
+from jacfunc._remembered import CallKind
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured
@@ -116,11 +117,8 @@ def samples_of(
 
     def call_of(leaves: Leaves) -> FlatCall:
         inner, _ = split.merge(leaves)
-        return FlatCall(api, func, 0, False, (params, *inner), {})
+        return FlatCall(Derivation(api, func), (params, *inner), {})
 
-    kind = kinds_of((params, args)), tuple(dims)
-    sink = Sink()
-    batch = SampledCall(
-        api, call_of, split.leaves, dims, func, kind, randomness, sink, has_layers=True
-    )
+    kind = CallKind(func, (kinds_of((params, args)), tuple(dims)), func)
+    batch = SampledCall(api, call_of, split.leaves, dims, kind, randomness, Sink(), has_layers=True)
     return FunctionSamples(batch, strategy)

@@ -80,17 +80,13 @@ class Constants:
 
 
 @cache
-def _seen() -> Remembered[Constants]:
+def _constants() -> Remembered[Constants]:
     return Remembered()
 
 
 def constants_of(module: nn.Module) -> Constants:
     """Those of earlier calls, where there were some."""
-    constants = _seen().get(module, None)
-    if constants is None:
-        constants = Constants()
-        _seen().put(module, None, constants)
-    return constants
+    return _constants().get_or_make(module, None, Constants)
 
 
 def _is_plain(param: Tensor) -> bool:

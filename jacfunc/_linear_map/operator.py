@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from jacfunc._linear_map.pull import linearize
 from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
+from jacfunc._remembered import CallKind
 from jacfunc._torch import RandomState, below_transforms, holds_nan, inside_transform, levels
 from jacfunc._trees import kind_of
 from jacfunc._types import Blocks, LeafFunction, Leaves
@@ -40,17 +41,14 @@ class JacobianOperator:
         self._draws: RandomState | None = None
 
     @property
-    def called(self) -> Any:
-        """What is called: a user's function or module, where there is one below."""
-        return getattr(self.func, "called", self.func)
-
-    def signature(self) -> Hashable:
-        """Equal for operators that cost the same; a function may know more about itself."""
-        of_function = getattr(self.func, "signature", None)
-        known = of_function() if of_function else tuple([kind_of(p) for p in self.primals])
+    def call_kind(self) -> CallKind:
+        """Identity of the user's call below, or of the function itself; equal for equal costs."""
+        kind: CallKind | None = getattr(self.func, "call_kind", None)
+        if kind is None:
+            kind = CallKind(self.func, tuple([kind_of(p) for p in self.primals]), self.func)
         if not inside_transform():
-            return known
-        return known, levels(), tuple(below_transforms(primal).shape for primal in self.primals)
+            return kind
+        return kind.among(levels(), tuple(below_transforms(p).shape for p in self.primals))
 
     def again(self) -> JacobianOperator:
         """The same function at the same point, not yet evaluated; it draws the same numbers."""

@@ -1,9 +1,8 @@
-"""Calls on the clock, in interleaved rounds; used by benchmarks as well."""
+"""Calls on the clock, in interleaved rounds; the benchmarks use it, too."""
 
-from jacfunc._measuring.clock import Run, interleaved, is_here, peak_bytes, seconds_of
+from jacfunc._measuring.clock import Run, interleaved, is_here, peak_bytes, seconds_of, shuffled
 from jacfunc._measuring.results import (
     WARM_UP,
-    Expected,
     Result,
     Spread,
     WrongAnswerError,

@@ -1,4 +1,4 @@
-"""What becomes of a contestant: an answer and its error, times, bytes, or the reason for none."""
+"""What becomes of a contestant: its error, times and bytes, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from jacfunc._errors import is_out_of_memory
 
 WARM_UP = 0
-"""The number of the round before those that count: it does where there is no other."""
+"""The number of the round before those that count; it counts itself where there is no other."""
 
 
 class WrongAnswerError(Exception):
@@ -18,16 +18,8 @@ class WrongAnswerError(Exception):
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What was expected before anything ran."""
-
-    seconds: float | None
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
 class Spread:
-    """Median and quartiles."""
+    """Median and quartiles of a quantity."""
 
     median: float
     low: float
@@ -42,13 +34,13 @@ class Spread:
 
 
 def spread(value: Spread, scale: float = 1) -> str:
-    """``median (low–high)``, the quartiles in brackets."""
+    """Text for a table: ``median (low–high)``, the quartiles in brackets."""
     median, low, high = (_short(x * scale) for x in (value.median, value.low, value.high))
     return f"{median} ({low}–{high})"
 
 
 def _short(value: float) -> str:
-    """Three digits, or two after the point where that is fewer."""
+    """Three digits, or two after the point if these are fewer."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -61,14 +53,16 @@ class Result:
     status: str = "ok"
     error: float | None = None
     seconds: dict[int, float] = field(default_factory=dict)
-    """By round, the first being 1: a slow contestant sits some out, or has the warm-up alone."""
+    """By round, from 1 on: a slow contestant sits some rounds out, or has the warm-up alone."""
     busy: dict[int, float] = field(default_factory=dict)
-    """Seconds of the processor in the same rounds: what other processes took is not in them."""
+    """Seconds of the processor by round, without what other processes took."""
     time: Spread | None = None
     ratio: Spread | None = None
     """To the baseline, round by round."""
     peak_bytes: int | None = None
-    forecast: Expected | None = None
+    forecast_seconds: float | None = None
+    forecast_bytes: int | None = None
+    """What jacfunc expected before anything ran."""
     work: float | None = None
 
     @property
@@ -77,7 +71,7 @@ class Result:
 
 
 def summarize(results: Mapping[str, Result], baseline: str) -> None:
-    """Fill in medians, and ratios to the baseline taken round by round."""
+    """Fill in the spread of times, and of their ratios to the baseline, taken round by round."""
     base = results[baseline].seconds if baseline in results else {}
     for result in results.values():
         if not result.ok or not result.seconds:
@@ -88,12 +82,12 @@ def summarize(results: Mapping[str, Result], baseline: str) -> None:
 
 
 def counted(rounds: Mapping[int, float]) -> Mapping[int, float]:
-    """Without the warm-up, unless there is nothing else."""
+    """The rounds that count: all but the warm-up, unless there is no other."""
     return {number: value for number, value in rounds.items() if number != WARM_UP} or rounds
 
 
 def pooled(runs: Sequence[Sequence[Result]], baseline: str) -> list[Result]:
-    """The same contestants measured several times, their rounds in a row."""
+    """Results of contestants that were measured several times: their rounds, put in one row."""
     first, *others = runs
     for again in others:
         last = max((n for result in first for n in result.seconds), default=WARM_UP)
@@ -107,7 +101,7 @@ def pooled(runs: Sequence[Sequence[Result]], baseline: str) -> list[Result]:
 
 @contextmanager
 def recording(result: Result) -> Iterator[None]:
-    """Turn a failure into the result's status."""
+    """Turn a failure inside into the status of the result."""
     try:
         yield
     except WrongAnswerError as wrong:

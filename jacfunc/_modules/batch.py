@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from jacfunc._assembly import Grid, Sink
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused, Stale, is_out_of_memory, runs_again_below
-from jacfunc._factored import FactoredJacobian, factored
+from jacfunc._factored import FactoredJacobian, LearnedUses, factored
 from jacfunc._faults import untracked
 from jacfunc._linear_map import (
     Dims,
@@ -25,7 +24,17 @@ from jacfunc._linear_map import (
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import Chunk
-from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, SampledWays, attempt
+from jacfunc._planning import (
+    UNMAPPED,
+    Auto,
+    Autotune,
+    Plan,
+    SampledWays,
+    attempt,
+    recall,
+    remember,
+)
+from jacfunc._remembered import CallKind
 from jacfunc._samples import FirstSamples, SampleWriter, check_randomness, first_again, under_vmap
 from jacfunc._torch import RandomState, is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Randomness
@@ -36,16 +45,14 @@ from jacfunc.strategies import Evaluation, Looped, Strategy, Structured, evaluat
 class SampledCall:
     """Samples of one call: tensors, and the dimension in which each holds them, if it does.
 
-    ``call_of(leaves)`` is the call of a single sample. ``called`` is the function or module, and
-    ``kind`` is equal for those of its calls that cost the same.
+    ``call_of(leaves)`` is the call of a single sample, ``kind`` the identity of the whole call.
     """
 
     api: str
     call_of: Callable[[Leaves], FlatCall]
     leaves: Leaves
     dims: Dims
-    called: Any
-    kind: Hashable
+    kind: CallKind
     randomness: Randomness
     sink: Sink
     has_layers: bool = False
@@ -122,8 +129,8 @@ class SampledCall:
             return self._refusable(plan.strategy, chunk)
 
         # one strategy may plan for several doors, which want different things of one module
-        kind = self.kind, self.randomness, self.sink.copies, self.has_layers, levels()
-        known = strategy.recall(self.called, kind)
+        kind = self.kind.among(self.randomness, self.sink.copies, self.has_layers, levels())
+        known = recall(strategy, kind)
         plan, chunk = known or self._plan(strategy)
         if chunk == UNMAPPED:
             note("samples go one by one, as none of the plans ran under vmap before")
@@ -132,11 +139,11 @@ class SampledCall:
             plan, result = attempt(plan, run)
         except Refused as refusal:
             note("samples go one by one: %s", refusal)
-            strategy.remember(self.called, kind, (plan, UNMAPPED))
+            remember(strategy, kind, (plan, UNMAPPED))
             draws.repeat()
             return self.looped(strategy)
         if known is None or plan is not known[0]:
-            strategy.remember(self.called, kind, (plan, chunk))
+            remember(strategy, kind, (plan, chunk))
         note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
         return result
 
@@ -152,7 +159,7 @@ class SampledCall:
                 f"{self.api}: per_sample, strategy 'structured' must be for parameters alone, got "
                 "inputs, of which every sample has its own. Use strategy='auto'."
             )
-        met = strategy.met(self.called, self.kind)
+        met = LearnedUses.of(self.kind)
         leaves = narrowed(self.leaves, self.dims, start, stop)
         samples = Samples(leaves, self.dims, self.randomness)
         with alone():

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import Sink
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
 from jacfunc._faults import untracked
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import batch_size
@@ -21,6 +20,7 @@ from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.checks import check_call, check_module_inputs, check_parameters, check_samples
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import InputChoice
+from jacfunc._remembered import CallKind
 from jacfunc._samples import Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing
 from jacfunc._trees import (
@@ -91,17 +91,16 @@ class ModuleCall:
         def call_of(leaves: Leaves) -> FlatCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
-        module, point = self.state.module, tuple(self.state.point)
-        kind = self.argnums, point, kinds_of(self.arguments), tuple(dims)
+        state, point = self.state, tuple(self.state.point)
+        of_call = self.argnums, point, kinds_of(self.arguments), tuple(dims)
+        kind = CallKind(state.module, of_call, state.origin or state)
         leaves, has_layers = split.leaves, not self._differentiates("inputs")
-        return SampledCall(
-            self.api, call_of, leaves, dims, module, kind, randomness, sink, has_layers
-        )
+        return SampledCall(self.api, call_of, leaves, dims, kind, randomness, sink, has_layers)
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost():
-            kind = batch.kind, self.argnums
+            kind = batch.kind.kind
             self.independence.check(self.api, self.state, kind, lambda: self._subject(batch))
 
     def _subject(self, batch: SampledCall) -> Subject:
@@ -183,12 +182,12 @@ class ModuleCall:
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)
 
-        @cache
         def kind() -> Hashable:
             # parameters keep their shapes: calls of one module differ in their inputs
             return self.argnums, tuple(point), kinds_of(arguments)
 
-        return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {}, kind, state)
+        derivation = Derivation(self.api, call, self.argnums, self.with_buffers)
+        return FlatCall(derivation, every, {}, ModuleOrigin(state, kind))
 
     def _renewed(
         self, chosen: Tree, arguments: Arguments, dims: Sequence[int | None] | None

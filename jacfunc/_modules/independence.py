@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from operator import is_
 from typing import Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._errors import Refused
 from jacfunc._lending import SIMPLE, ModulePart, ModuleState
-from jacfunc._remembered import MOST_KINDS, Recent
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import Coupling, GradientOf, Subject, coupling, loss_coupling
 from jacfunc._types import Leaves
 
@@ -153,45 +152,44 @@ def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -
 
 
 @dataclass
-class _Known:
-    """Kinds of calls of a module as its marks tell that it is."""
+class _MarkedCalls:
+    """Calls of a module, or a loss, while its marks stay the same."""
 
     marks: list[Any]
     kinds: Recent[KnownCalls] = field(default_factory=lambda: Recent(MOST_KINDS))
 
 
 @cache
-def _known() -> WeakIdKeyDictionary:
-    """By modules, of which two may be equal and yet do something else."""
-    return WeakIdKeyDictionary()
+def _calls_of() -> Remembered[_MarkedCalls]:
+    """By module or loss."""
+    return Remembered()
 
 
 @cache
-def _by_state() -> WeakKeyDictionary[ModuleState, Recent[KnownCalls]]:
-    """The kinds of calls, found sooner: of a module that has changed there is another state."""
-    return WeakKeyDictionary()
+def _calls_of_state() -> Remembered[Recent[KnownCalls]]:
+    """By state, so that marks are compared once for each."""
+    return Remembered()
 
 
 def _kinds_of(called: Any, marks: list[Any]) -> Recent[KnownCalls]:
-    """None are known of what has changed, or can't be referred to weakly."""
-    try:
-        known: _Known | None = _known().get(called)
-        if known is None or not _are_same(known.marks, marks):
-            known = _known()[called] = _Known(marks)
-    except TypeError:
-        return Recent(MOST_KINDS)
+    """Known calls by kind: none of a module or loss that has changed."""
+    known = _calls_of().get(called, None)
+    if known is None or not _are_same(known.marks, marks):
+        known = _MarkedCalls(marks)
+        _calls_of().put(called, None, known)
     return known.kinds
 
 
 def _kinds_of_state(state: ModuleState) -> Recent[KnownCalls]:
-    """Of a module and its point."""
+    """Known calls of a module at its chosen parameters, by kind."""
     state = state.origin or state
-    kinds = _by_state().get(state)
-    if kinds is None:
+
+    def find() -> Recent[KnownCalls]:
         marks = [mark for part in state.parts.values() for mark in _of(part)]
         marks += [_mark(param) for param in state.point.values()]
-        kinds = _by_state()[state] = _kinds_of(state.parts[""].module, marks)
-    return kinds
+        return _kinds_of(state.module, marks)
+
+    return _calls_of_state().get_or_make(state, None, find)
 
 
 def _kinds_of_loss(loss: Any) -> Recent[KnownCalls]:

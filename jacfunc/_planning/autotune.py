@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from jacfunc._arguments import check_memory
 from jacfunc._calls import fingerprint
@@ -20,14 +20,13 @@ from jacfunc._errors import Refused
 from jacfunc._forecasting import Swept, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
-from jacfunc._measuring import seconds_of
+from jacfunc._measuring import seconds_of, shuffled
 from jacfunc._memory import Chunk
-from jacfunc._planning.auto import Planned, by_plan
+from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, candidates, fastest
 from jacfunc._planning.plan import Plan, others, rows_first
 from jacfunc._planning.tuning_cache import winners
-from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
 from jacfunc.strategies import Forward, Reverse, Structured
@@ -81,9 +80,6 @@ class Autotune:
 
     cache: str | Path | None = None
     memory: int | str | None = None
-    known: Remembered[Planned] = field(
-        default_factory=nothing_yet, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         check_memory("Autotune", self.memory)
@@ -91,14 +87,6 @@ class Autotune:
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""
         return by_plan(self, operator, BOTH)
-
-    def recall(self, called: Any, kind: Hashable) -> Planned | None:
-        """What was done before."""
-        return self.known.get(called, kind)
-
-    def remember(self, called: Any, kind: Hashable, planned: Planned) -> None:
-        """For later calls."""
-        self.known.put(called, kind, planned)
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The winner, measured where it is not known."""
@@ -164,7 +152,9 @@ class Autotune:
 
 
 def _key(operator: JacobianOperator) -> str:
-    about = fingerprint(operator.func), operator.signature()
+    called, kind, _ = operator.call_kind
+    # a module is called through functions of ours, whose code may change with each version
+    about = fingerprint(called if isinstance(called, nn.Module) else operator.func), kind
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 
@@ -194,12 +184,14 @@ def _measured(
     times: dict[Swept, list[float]] = {
         s: [] for s, took in first.items() if took <= max(SLOW_START * least, SETTING_UP)
     }
-    order, start = random.Random(0), time.perf_counter()
-    for number in range(ROUNDS):
-        for strategy in order.sample(list(times), len(times)):
+    start = time.perf_counter()
+    for number, turns in enumerate(shuffled(times, ROUNDS), 1):
+        for strategy in turns:
             times[strategy].append(seconds_of(partial(run, strategy), device))
         least = min(map(min, times.values()))
-        times = {s: found for s, found in times.items() if min(found) <= HOPELESS * least}
-        if number + 1 >= FEWEST and time.perf_counter() - start > SECONDS:
+        for strategy in turns:
+            if min(times[strategy]) > HOPELESS * least:
+                del times[strategy]
+        if number >= FEWEST and time.perf_counter() - start > SECONDS:
             break
-    return {strategy: statistics.median(found) for strategy, found in times.items()}
+    return {strategy: statistics.median(seconds) for strategy, seconds in times.items()}

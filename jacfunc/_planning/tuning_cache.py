@@ -13,9 +13,11 @@ import torch
 
 from jacfunc._forecasting import Swept
 from jacfunc._remembered import Recent
-from jacfunc.strategies import Forward, Looped, Reverse
+from jacfunc.strategies import Forward, Looped, Reverse, Structured
 
-KINDS: dict[str, type[Swept]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
+KINDS: dict[str, type[Swept]] = {
+    kind.__name__: kind for kind in (Reverse, Forward, Looped, Structured)
+}
 
 MOST_ENTRIES = 1000
 """Winners that are kept in memory."""

@@ -15,21 +15,22 @@ from jacfunc.compare._contestants import PLANNED
 from jacfunc.compare._problem import API
 
 TIE = 1.05
-"""Up to so many times the shortest time is as fast."""
+"""A result is as fast as the fastest if it takes up to so many times its time."""
 
 LITTLE = 0.8
-"""Less memory is worth a word only below that share of another's."""
+"""Less memory is worth a word only below that share of the memory of the fastest."""
 
 NOT_ENOUGH = "jacfunc.stream_jacobian or products (jacfunc.jvp, vjp, ntk, ggn)"
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What results say.
+    """What the results of a comparison say.
 
     Args:
+        results: one a contestant.
         baseline: the contestant whose time is 1.
-        memory: that auto and autotune were to keep to.
+        memory: bytes that auto and autotune were to keep to.
     """
 
     results: Sequence[Result]
@@ -38,53 +39,48 @@ class Advice:
 
     @property
     def timed(self) -> list[Result]:
-        """Those with a right answer."""
+        """The results with a right answer."""
         return [result for result in self.results if result.ok and result.time is not None]
 
     @property
     def best(self) -> Result | None:
-        """The fastest; of the strategies that tie with it, the first."""
+        """The fastest result; of the strategies that are as fast, the first."""
         return _first(_as_fast(self.timed))
 
     @property
     def front(self) -> list[Result]:
-        """The fastest, and from there on each that takes less memory than all before."""
-        found: list[Result] = []
+        """The fastest result, and from there on each that takes less memory than all before."""
+        front: list[Result] = []
         least = math.inf
         for result in sorted(self.timed, key=lambda r: (_duration(r).median, r.peak_bytes or 0)):
             if result.peak_bytes is not None and result.peak_bytes < least:
                 least = result.peak_bytes
-                found.append(result)
-        return found
+                front.append(result)
+        return front
 
     def sentence(self) -> str:
-        """What to take, and what where memory is short."""
+        """What to take, and what to take where memory is short."""
         best = self.best
         if best is None:
             return f"No strategy gave a right answer: {'; '.join(self.reasons())}."
         if not any(result.family == "jacfunc" for result in self.timed):
             only = f"Only {best.contestant} itself gave a right answer"
             return f"{only}: {'; '.join(self.reasons())}."
-        if best.family != "jacfunc":
-            what = f"Take {self._code(best)}: no strategy is as fast here"
-        else:
-            what = f"Take {self._code(best)}: {self._figures(best)}"
-        return f"{what}{self._ties(best)}{self._where_memory_is_short(best)}."
+        why = self._figures(best) if best.family == "jacfunc" else "no strategy is as fast here"
+        ties = [result.contestant for result in _as_fast(self.timed) if result is not best]
+        as_fast = f" (as fast: {', '.join(ties)})" if ties else ""
+        return f"Take {self._code(best)}: {why}{as_fast}{self._where_memory_is_short(best)}."
 
     def reasons(self) -> list[str]:
-        """Why there is no time, and whose."""
+        """Why contestants have no time: one entry a reason, with their names."""
         failed: dict[str, list[str]] = {}
         for result in self.results:
             if not result.ok:
                 failed.setdefault(result.status, []).append(result.contestant)
         return [f"{', '.join(names)}: {status}" for status, names in failed.items()]
 
-    def _ties(self, best: Result) -> str:
-        others = [result.contestant for result in _as_fast(self.timed) if result is not best]
-        return f" (as fast: {', '.join(others)})" if others else ""
-
     def _where_memory_is_short(self, best: Result) -> str:
-        """Another strategy, if one takes less memory, or keeps to what was given."""
+        """Another strategy, if one takes less memory, or keeps to the memory that was set."""
         budget, room = check_memory(API, self.memory), str(self.memory)
         if budget is None:
             budget, room = int(LITTLE * (best.peak_bytes or 0)), in_bytes(best.peak_bytes)
@@ -105,7 +101,7 @@ class Advice:
         return f"{time}, {in_bytes(result.peak_bytes)} at its peak"
 
     def _code(self, result: Result) -> str:
-        """As it is written."""
+        """The contestant as a user writes it."""
         name = result.contestant
         if result.family != "jacfunc":
             return f"{name} itself"
@@ -116,14 +112,14 @@ class Advice:
 
 
 def _duration(result: Result) -> Spread:
-    """In units of the baseline, whose rounds were as busy; of a call, where that has failed."""
-    found = result.ratio or result.time
-    assert found is not None
-    return found
+    """The time in units of the baseline, whose rounds were as busy; in seconds, if that failed."""
+    duration = result.ratio or result.time
+    assert duration is not None
+    return duration
 
 
 def _as_fast(results: Sequence[Result]) -> list[Result]:
-    """The fastest, and those within a few percent, or faster than it in a quarter of the rounds."""
+    """The fastest, and all within a few percent of it, or faster in a quarter of the rounds."""
     shortest = min((_duration(result).median for result in results), default=0.0)
     return [
         result
@@ -133,5 +129,6 @@ def _as_fast(results: Sequence[Result]) -> list[Result]:
 
 
 def _first(results: Sequence[Result]) -> Result | None:
-    ours = [result for result in results if result.family == "jacfunc"]
-    return next(iter((*ours, *results)), None)
+    """The first strategy of jacfunc's; where there is none, the first result."""
+    strategies = [result for result in results if result.family == "jacfunc"]
+    return next(iter((*strategies, *results)), None)

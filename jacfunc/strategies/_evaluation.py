@@ -51,15 +51,17 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = N
     return Evaluation(call, blocks, operator.image, sink)
 
 
-def in_words_of(api: str, sweep: Callable[[], Result]) -> Result:
-    """Run a sweep; say in the words of the call what torch refused."""
+def in_words_of(
+    api: str,
+    sweep: Callable[[], Result],
+    must: str = "the function must be one that this strategy can sweep",
+    instead: str = " Let jacobian(strategy='auto') choose, or name another strategy.",
+) -> Result:
+    """What the sweep returns; a refusal of torch becomes one of the door, in its words."""
     try:
         return sweep()
     except Refused as refusal:
         is_said = isinstance(refusal.__cause__, Refused)  # by an inner door
         if is_said or str(refusal).startswith(f"{api}: "):
             raise
-        raise Refused(
-            f"{api}: the function must be one that this strategy can sweep, got a refusal: "
-            f"{refusal}. Let jacobian(strategy='auto') choose, or name another strategy."
-        ) from refusal
+        raise Refused(f"{api}: {must}, got a refusal: {refusal}.{instead}") from refusal

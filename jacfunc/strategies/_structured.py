@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._factored import FactoredJacobian, LearnedUses, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
-from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._torch import is_outermost
 from jacfunc._types import Blocks, Leaves
 from jacfunc.strategies._reverse import Reverse
@@ -49,10 +47,6 @@ class Structured:
     """
 
     chunk_size: Chunk = None
-    known: Remembered[LearnedUses] = field(
-        default_factory=nothing_yet, init=False, repr=False, compare=False
-    )
-    """What parameters meet, by what is called and the kind of call."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.chunk_size, FittedChunks):
@@ -75,21 +69,13 @@ class Structured:
         chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
         return operator.from_rows(chain.from_iterable(map(of_rows, range(len(outputs)))))
 
-    def met(self, called: Any, kind: Hashable) -> LearnedUses:
-        """What is known of its parameters, to be completed by whoever evaluates it."""
-        met = self.known.get(called, kind)
-        if met is None:
-            met = LearnedUses()
-            self.known.put(called, kind, met)
-        return met
-
     def factors(self, operator: JacobianOperator) -> FactoredJacobian:
         """The operator evaluated, its Jacobian kept as factors."""
 
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
             return operator.func(*params)
 
-        met = self.met(operator.called, operator.signature())
+        met = LearnedUses.of(operator.call_kind)
         whole = Samples((), ())
         with alone():
             factors = operator.refusing(

@@ -27,10 +27,11 @@ from jacfunc._trees.tree import flatten
 from jacfunc.compare import compare
 from jacfunc.compare._advice import Advice
 from jacfunc.compare._command import load, main, with_options
-from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants
+from jacfunc.compare._contestants import STRATEGIES, Sizes, concerns, contestants, name_of
+from jacfunc.compare._forecasts import foretell
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import Problem
-from jacfunc.compare._reference import plain_of
+from jacfunc.compare._reference import reference_of
 from jacfunc.compare._table import Comparison
 from jacfunc.strategies._reverse import Reverse
 from tests.compare import users_problem as compare_problem
@@ -156,10 +157,14 @@ def test_every_row_is_right_or_says_why(name):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"masks"}))
 def test_the_answers_of_ok_rows_are_the_oracles(name):
     problem = problems()[name]
-    plain = plain_of(problem)
-    judge = Judge.of(plain, precision_of(problem))
-    entrants, absent = contestants(problem, Sizes.of(problem, plain), STRATEGIES, None, False)
-    assert not absent
+    reference = reference_of(problem)
+    judge = Judge(reference, precision_of(problem))
+    sizes = Sizes.of(problem, reference)
+    chosen = {name_of(s): s for s in STRATEGIES if concerns(s, problem, sizes)}
+    entrants = contestants(problem, list(chosen.values()), None, False)
+    results = [Result(entrant.name, entrant.family) for entrant in entrants]
+    foretell(problem, chosen, results)
+    assert all(result.ok for result in results)
     right, wanted = 0, expected(problem)
     assert judge(wanted) < 1e-6
     for entrant in entrants:
@@ -170,9 +175,9 @@ def test_the_answers_of_ok_rows_are_the_oracles(name):
             continue
         right += 1
         blocks = [leaf for leaf in flatten(answer)[0] if isinstance(leaf, torch.Tensor)]
-        for block, reference in zip(blocks, wanted, strict=True):
+        for block, oracle in zip(blocks, wanted, strict=True):
             torch.testing.assert_close(
-                block.detach().double(), reference.double(), rtol=1e-4, atol=1e-5
+                block.detach().double(), oracle.double(), rtol=1e-4, atol=1e-5
             )
     assert right >= 4
 
@@ -239,7 +244,7 @@ def test_a_strategy_that_crashes_does_not_stop_the_others():
 
 def test_the_judge_looks_at_every_block_shape_and_number():
     problem = problems()["module"]
-    judge = Judge.of(plain_of(problem), precision_of(problem))
+    judge = Judge(reference_of(problem), precision_of(problem))
     right = dict(problem.jacobian("reverse")())
     assert judge(right) < 1e-5
     assert (
@@ -261,7 +266,7 @@ def test_the_judge_looks_at_every_block_shape_and_number():
 
 def test_rows_that_there_is_no_time_for_are_left():
     problem = problems()["module"]
-    judge = Judge.of(plain_of(problem), precision_of(problem), patience=0.0)
+    judge = Judge(reference_of(problem), precision_of(problem), patience=0.0)
     assert judge.says.startswith("1 of 36 rows compared")
     assert judge(problem.jacobian("reverse")()) < 1e-5
 
@@ -311,7 +316,7 @@ def test_what_would_not_fit_or_end_is_not_tried():
     found = compare((model, torch.ones(2, 1000)), strategies=("reverse", "forward"), **QUICK)
     forward = found.results[2]
     assert re.fullmatch(r"out of memory: forecast .* at least, .* free", forward.status)
-    assert forward.forecast.seconds > 1
+    assert forward.forecast_seconds > 1
     assert found.best is not forward
 
 

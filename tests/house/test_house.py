@@ -247,7 +247,7 @@ DERIVATIVES = (
 )
 
 
-JUDGES = {"jacfunc.compare._reference", "jacfunc.compare._recipe"}
+JUDGES = {"jacfunc.compare._reference"}
 """What jacfunc is compared with must not be jacfunc's: the reference, and torch's own recipe."""
 
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 import jacfunc
 from jacfunc.strategies._structured import Structured
+from tests.truth.learned import learning
 
 B = 3
 # of a copy that torch makes
@@ -317,18 +318,19 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 @EVERY_DTYPE
 @EVERY_CASE
 def test_samples(case: Case, dtype: torch.dtype) -> None:
-    strategy = Structured()
     module, inputs = case.module(dtype), case.inputs(dtype)
     jacobian = jacfunc.module_jacobian(
-        module, per_sample=True, strategy=strategy, independent=case.independent
+        module, per_sample=True, strategy=Structured(), independent=case.independent
     )
     wanted = judged(case, dtype)
-    for jac in (jacobian(inputs), jacobian(inputs)):  # the second without copies of parameters
+    with learning() as learned:
+        found = jacobian(inputs), jacobian(inputs)  # the second without copies of parameters
+    for jac in found:
         assert jac.keys() == wanted.keys()
         for name, block in jac.items():
             assert block.dtype == dtype
             assert_near(block, wanted[name], TOLERANCE[dtype])
-    (met,) = strategy.known.values()
+    (met,) = learned
     assert len(met.others) == case.others  # nothing is right only because no rule was asked
 
 
@@ -405,10 +407,11 @@ def test_sparse_data_is_left_to_the_other_engine() -> None:
 
 
 def test_a_complex_factor_is_left_to_the_other_engine() -> None:
-    strategy = Structured()
     module = Raw(lambda x, w: (torch.complex(x, 2 * x) * w).abs(), (4,)).double()
     x = torch.rand(B, 4, dtype=torch.float64)
-    jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(x)
+    jacobian = jacfunc.module_jacobian(module, per_sample=True, strategy=Structured())
+    with learning() as learned:
+        jac = jacobian(x)
     (found,), (wanted,) = jac.values(), looped(module, x).values()
     assert_near(found, wanted, 1e-10)
-    assert [met.others for met in strategy.known.values()] == [{0}]
+    assert [met.others for met in learned] == [{0}]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc import Autotune, Forward, Looped, Reverse
+from jacfunc import Autotune, Forward, Looped, Reverse, Structured
 from jacfunc._calls.fingerprint import fingerprint
 from jacfunc._log import trail
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._planning.recall import shared_plans
 from jacfunc._planning.tuning_cache import Winners, winners
 
 MATRIX = torch.linspace(-1, 1, 600).view(300, 2)
@@ -87,7 +88,7 @@ def test_a_file_outlives_the_process(tmp_path: Path) -> None:
     ((where, kept),) = json.loads(cache.read_text()).items()
     assert f"torch {torch.__version__}" in where
     assert len(kept) == 1
-    winners.cache_clear()  # as a new process would start
+    winners.cache_clear(), shared_plans.cache_clear()  # as a new process would start
     with trail() as steps:
         torch.testing.assert_close(
             jacfunc.jacobian(widening, strategy=Autotune(cache))(x), jacfunc.jacrev(widening)(x)
@@ -107,6 +108,8 @@ def test_a_file_keeps_what_others_wrote(tmp_path: Path) -> None:
     assert fresh.get(cpu, "c") is None
     fresh.put(cpu, "a", Forward(randomness="same"), 0.5)
     assert Winners(cache).get(cpu, "a") == Forward()
+    fresh.put(cpu, "d", Structured(7), 0.5)
+    assert Winners(cache).get(cpu, "d") == Structured(7)
     assert list(tmp_path.iterdir()) == [cache]
 
 
@@ -193,6 +196,14 @@ def scaled_by(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: matrix * x
 
 
+class Raw(nn.Module):
+    """Its ``repr`` says nothing of its parameter."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
 def test_fingerprints_tell_code_and_closures_apart() -> None:
     different = [
         power(2),
@@ -207,6 +218,10 @@ def test_fingerprints_tell_code_and_closures_apart() -> None:
         nn.Dropout(0.1).eval(),
         torch.sin,
         torch.cos,
+        nn.ParameterList([torch.ones(2)]),
+        nn.ParameterList([torch.ones(3)]),
+        Raw(torch.ones(2)),
+        Raw(torch.ones(3)),
     ]
     assert len(set(map(fingerprint, different))) == len(different)
     assert fingerprint(scaled_by(torch.ones(2))) == fingerprint(scaled_by(torch.zeros(2)))
