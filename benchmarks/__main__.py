@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return _do(options)
+        return int(_do(options) or 0)
     except KeyboardInterrupt:
         return STOPPED
     except CannotRunError as error:
@@ -42,47 +42,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSED
 
 
-def _do(options: argparse.Namespace) -> int:
-    match options.command:
+def _do(options: argparse.Namespace) -> bool | None:
+    command = options.command
+    if command in STUDIES:
+        only = {"only": options.only} if command == "regret" else {}
+        return commands.study(command, torch.device(options.device), options.output, **only)
+    if command in ("run", None):
+        options.resume = options.resume or bool(options.again)
+        commands.run(Order(**{field.name: getattr(options, field.name) for field in fields(Order)}))
+    match command:
         case "list":
             commands.list_table(options.table)
         case "compare":
-            return int(commands.is_slower(options.before, options.after))
-        case "report":
-            commands.report(options.output / options.suite)
+            return commands.is_slower(options.before, options.after)
         case "figures":
             commands.write_figures()
-        case "regret":
-            device = torch.device(options.device)
-            commands.study("regret", device, options.output, only=options.only)
-        case "trust" | "overhead" | "budget":
-            commands.study(options.command, torch.device(options.device), options.output)
-        case "run":
-            commands.run(_order(options))
-        case _:
-            commands.run(_order(options))
+        case "report" | None:
             commands.report(options.output / options.suite)
-    return 0
-
-
-def _order(options: argparse.Namespace) -> Order:
-    options.resume = options.resume or bool(options.again)
-    return Order(**{field.name: getattr(options, field.name) for field in fields(Order)})
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
     about = f"{benchmarks.__doc__} Without a command: the quick suite, then its report."
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
     subparsers = parser.add_subparsers(dest="command")
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--output", type=Path, default=_shortest(RESULTS), metavar="DIR")
-    common = argparse.ArgumentParser(add_help=False, parents=[output])
-    common.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
-    table = argparse.ArgumentParser(add_help=False)
-    table.add_argument(
-        "--table", default=TABLE, metavar="MODULE:NAME", help="where the questions are"
+    output, device, table = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    here = RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS
+    output.add_argument("--output", type=Path, default=here, metavar="DIR")
+    device.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
+    where = "where the questions are"
+    table.add_argument("--table", default=TABLE, metavar="MODULE:NAME", help=where)
+    run = subparsers.add_parser(
+        "run", parents=[output, device, table], help="time every contestant"
     )
-    run = subparsers.add_parser("run", parents=[common, table], help="time every contestant")
     _add_run_options(run)
     subparsers.add_parser("list", parents=[table], help="questions, cases and contestants")
     report = subparsers.add_parser("report", parents=[output], help="Markdown and picture")
@@ -91,13 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
     subparsers.add_parser("figures", help="the README's figures, from the results files")
-    studies = {
-        name: subparsers.add_parser(name, parents=[common], help=text)
-        for name, text in STUDIES.items()
-    }
-    studies["regret"].add_argument(
-        "--only", default="", help="cases whose name contains this; not written"
-    )
+    for name, text in STUDIES.items():
+        study = subparsers.add_parser(name, parents=[output, device], help=text)
+        if name == "regret":
+            part = "cases whose name contains this; not written"
+            study.add_argument("--only", default="", metavar="SUBSTRING", help=part)
     parser.set_defaults(**vars(run.parse_args([])))
     return parser
 
@@ -105,21 +95,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--suite", choices=tuple(SUITES), default="quick")
     run.add_argument("--resume", action="store_true", help="run only what the file lacks")
-    for name, kind, default, unit, text in (
-        ("only", str, "", "SUBSTRING", "question/case contains this; a file of their own (-part) "
-         "unless with --resume"),
-        ("again", str, "", "SUBSTRING", "resume, and run these cases although the file has them"),
-        ("processes", int, 1, "COUNT", "in which each case is measured; seven for what is to be "
-         "compared"),
-        ("planted", float, 1.0, "FACTOR", "make jacfunc so much slower, to test compare"),
-        ("limit", float, LIMIT, "SECONDS", "for one step of one contestant (default: %(default)g)"),
-    ):  # fmt: skip
-        run.add_argument(f"--{name}", type=kind, default=default, metavar=unit, help=text)
-
-
-def _shortest(path: Path) -> Path:
-    """The path as seen from here, where it lies below."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    part = "question/case contains this; a file of their own (-part) unless with --resume"
+    again = "resume, and run these cases although the file has them"
+    processes = "in which each case is measured; seven for what is to be compared"
+    planted = "make jacfunc so much slower, to test compare"
+    limit = "for one step of one contestant (default: %(default)g)"
+    run.add_argument("--only", default="", metavar="SUBSTRING", help=part)
+    run.add_argument("--again", default="", metavar="SUBSTRING", help=again)
+    run.add_argument("--processes", type=int, default=1, metavar="COUNT", help=processes)
+    run.add_argument("--planted", type=float, default=1.0, metavar="FACTOR", help=planted)
+    run.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help=limit)
 
 
 if __name__ == "__main__":

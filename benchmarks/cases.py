@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.running.seats import Together
-from jacfunc._measuring import Check, Contestant, Effort, Result, measure
+from jacfunc._measuring import Check, Contestant, Effort, Entry, Result, measure
 
 ANSWER = "bytes of the answer"
 """The size that peaks are compared with where no contestant is named."""
@@ -60,7 +60,7 @@ class Case:
         self,
         device: torch.device,
         without: Sequence[str] = (),
-        on_step: Callable[[str], None] = lambda _: None,
+        on_step: Callable[[str, int], None] = lambda name, total: None,
         place: Together | None = None,
     ) -> list[Result]:
         """Results of everyone but those ``without`` whom it is to go."""
@@ -68,16 +68,13 @@ class Case:
         with warnings.catch_warnings():
             # hooks and missing batching rules are warned about; what they cost is in the table
             warnings.simplefilter("ignore")
-            return measure(
-                problem,
-                [contestant for contestant in self.contestants if contestant.name not in without],
-                place.judge(partial(self.check, problem)),
-                self.effort,
-                baseline=self.baseline,
-                cuda=device.type == "cuda",
-                on_step=on_step,
-                seat=place.seat,
-            )
+            check = place.judge(partial(self.check, problem))
+            entries = [
+                place.seat(Entry(problem, contestant, check, self.effort.patience, device))
+                for contestant in self.contestants
+                if contestant.name not in without
+            ]
+            return measure(entries, self.effort, self.baseline, on_step)
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def as_record(question: Question, case: Case, results: Sequence[Result]) -> dict
         "baseline": case.baseline,
         "ours": question.ours,
         "targets": [_target(wanted, by_name, case.sizes) for wanted in case.wanted],
-        "results": [_shortened(asdict(result)) for result in results],
+        "results": [_plain(asdict(result)) for result in results],
     }
 
 
@@ -158,9 +155,11 @@ def _value(
     return (1 / share if wanted.kind == "times faster than" else share), best
 
 
-def _shortened(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with four digits of each time: more is not repeated by any machine."""
-    return record | {
-        clock: {number: float(f"{took:.4g}") for number, took in record[clock].items()}
-        for clock in ("seconds", "busy")
-    }
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with four digits of each time: more is not repeated by any machine."""
+    seconds, peak_bytes = result.pop("forecast_seconds"), result.pop("forecast_bytes")
+    is_said = seconds is not None or peak_bytes is not None
+    result["forecast"] = {"seconds": seconds, "peak_bytes": peak_bytes} if is_said else None
+    for clock in ("seconds", "busy"):
+        result[clock] = {number: float(f"{took:.4g}") for number, took in result[clock].items()}
+    return result

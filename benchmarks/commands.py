@@ -51,12 +51,12 @@ def study(kind: str, device: torch.device, output: Path, **options: Any) -> None
 
 def report(stem: Path) -> None:
     """The Markdown and the picture of a suite, from its results files."""
-    _say_what(page.write_report(stem))
+    _say_what(*page.write_report(stem))
 
 
 def write_figures() -> None:
     """The figures of the README and the docs, from the results files."""
-    _say_what(readme.main(ROOT))
+    _say_what(*readme.main(ROOT))
 
 
 def is_slower(before: Path, after: Path) -> bool:
@@ -80,11 +80,10 @@ def list_table(table: str) -> None:
 
 def _say_where(where: Mapping[str, Any], path: Path) -> None:
     machine = f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}"
-    load = f"load {where['load_before']} before, {where['load_after']} after"
-    console.print(f"On {machine}; {load}.")
-    _say_what([path])
+    console.print(f"On {machine}; load {where['load_before']} before, {where['load_after']} after.")
+    _say_what(path)
 
 
-def _say_what(paths: list[Path]) -> None:
+def _say_what(*paths: Path) -> None:
     names = ", ".join(map(str, paths)) or "nothing: all are up to date"
     console.print(f"Wrote {names}", soft_wrap=True)

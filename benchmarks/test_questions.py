@@ -46,7 +46,7 @@ def _time(case: Case, key: str, name: str, benchmark: Any) -> None:
     if contestant.answers:
         benchmark.extra_info["error"] = check(run())
     if contestant.counted:
-        benchmark.extra_info["peak_bytes"] = peak_bytes(run, DEVICE.type == "cuda")
+        benchmark.extra_info["peak_bytes"] = peak_bytes(run, DEVICE)
     benchmark.pedantic(run, rounds=case.effort.fewest, warmup_rounds=1)
 
 

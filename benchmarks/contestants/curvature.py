@@ -21,9 +21,6 @@ BACKPACK, CURVLINOPS = "BackPACK", "curvlinops"
 MATERIALIZED = "vmap(jacrev), contracted"
 
 
-# --- the diagonal ---
-
-
 def expected_diagonal(problem: Problem) -> Answer:
     """The diagonal from the rows that the judge takes one by one, in float64."""
     return _contracted(reference(problem), _hessians(problem, torch.float64))
@@ -65,15 +62,11 @@ def by_materialized(problem: Problem) -> Run:
 
 def _contracted(blocks: Answer, hessians: Tensor) -> Answer:
     """The diagonal of ``Jᵀ H J``, summed over samples."""
-    answer = {}
-    for name, block in blocks.items():
-        rows = block.flatten(2)
-        total = (torch.bmm(hessians, rows) * rows).sum((0, 1))
-        answer[name] = total.view(block.shape[2:])
-    return answer
-
-
-# --- the product ---
+    rows = {name: block.flatten(2) for name, block in blocks.items()}
+    return {
+        name: (torch.bmm(hessians, rows[name]) * rows[name]).sum((0, 1)).view(block.shape[2:])
+        for name, block in blocks.items()
+    }
 
 
 def expected_product(problem: Problem) -> Answer:
@@ -118,9 +111,6 @@ def by_curvlinops(problem: Problem) -> Run:
             return dict(zip(params, operator @ vector, strict=True))
 
     return run
-
-
-# --- loss, labels and vector ---
 
 
 def _hessians(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:

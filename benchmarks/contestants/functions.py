@@ -12,10 +12,13 @@ from benchmarks.problems.formulas import drawing
 from benchmarks.problems.functions import DOUBLE, FunctionAtPoints
 from benchmarks.problems.judge import Func, looped, looped_twice
 from jacfunc import Strategy
-from jacfunc._measuring import Contestant, Expected, Run
+from jacfunc._measuring import Contestant, Run
 
 Way = Callable[[FunctionAtPoints], Func]
 """Does once what a user would do once; what it returns takes a point."""
+
+Forecast = tuple[float | None, int | None]
+"""Seconds and peak bytes of a call that jacfunc expects."""
 
 AUTO, BASELINE = "jacfunc auto", "torch.func jacrev"
 BY_HAND = ("jacfunc reverse", "jacfunc forward", "jacfunc looped")
@@ -85,21 +88,18 @@ def jax(transform: str) -> Contestant[FunctionAtPoints]:
     return Contestant(f"JAX {transform}", "JAX", partial(in_jax, transform), counted=False)
 
 
-# --- Jacobians ---
-
-
-def estimated(strategy: str, problem: FunctionAtPoints) -> Expected:
+def estimated(strategy: str, problem: FunctionAtPoints) -> Forecast:
     """What jacfunc's estimate says of a strategy."""
     row = problem.costs[strategy]
-    return Expected(row.seconds, row.peak_bytes)
+    return row.seconds, row.peak_bytes
 
 
-def planned(problem: FunctionAtPoints) -> Expected:
+def planned(problem: FunctionAtPoints) -> Forecast:
     """What auto's plan says; where it had no choice, it forecast no seconds to choose by."""
     plan = jacfunc.plan(problem.func, problem.x)
     forecast = plan.forecast
     seconds = forecast.seconds if plan.seconds is None and forecast else plan.seconds
-    return Expected(seconds, forecast.peak_bytes if forecast else None)
+    return seconds, forecast.peak_bytes if forecast else None
 
 
 def ours(name: str, strategy: str | Strategy, forecast: Any = None) -> Contestant[FunctionAtPoints]:
@@ -123,9 +123,6 @@ JACOBIANS: tuple[Contestant[FunctionAtPoints], ...] = (
     jax("jacrev"),
     jax("jacfwd"),
 )
-
-
-# --- Hessians ---
 
 
 def nested(name: str, outer: Any, inner: Any) -> Contestant[FunctionAtPoints]:

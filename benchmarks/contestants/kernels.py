@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
-from benchmarks.contestants.per_sample import by_recipe
+from benchmarks.contestants.per_sample import by_recipe, concatenating, detached
 from benchmarks.problems.judge import Answer, reference
 from benchmarks.problems.networks import CLASSES, parts
 from jacfunc._measuring import Contestant, Run
@@ -26,8 +27,7 @@ OURS, TORCHJD = "jacfunc", "TorchJD"
 MATMUL = "vmap(jacrev), J @ J.T"
 CONTRACTION, PRODUCTS = "tutorial: contraction", "tutorial: products"
 RECIPES = (MATMUL, CONTRACTION, PRODUCTS)
-STRUCTURED = "structured"
-TANGENTS = ("contraction", "products", STRUCTURED)
+TANGENTS = ("contraction", "products", "structured")
 """Methods of neural-tangents, in the order of their numbers from 1."""
 
 
@@ -49,10 +49,10 @@ def by_jacfunc(problem: Problem) -> Run:
 
 def by_matmul(problem: Problem) -> Run:
     """J by the recipe, in one matrix, and one product: the fewest calls."""
-    blocks, batch = by_recipe(jacrev, problem), len(problem.args[0])
+    matrix, batch = concatenating(partial(by_recipe, jacrev), problem), len(problem.args[0])
 
     def run() -> Answer:
-        rows = torch.cat([block.flatten(2) for block in blocks().values()], -1).flatten(0, 1)
+        rows = matrix().flatten(0, 1)
         return _folded(rows @ rows.T, batch)
 
     return run
@@ -73,25 +73,19 @@ def by_contraction(problem: Problem) -> Run:
 def by_products(problem: Problem) -> Run:
     """The tutorial's "NTK-vector products": a vjp, then a jvp, for each pair of samples."""
     model, images = parts(problem)
-    params = {name: param.detach() for name, param in model.named_parameters()}
+    params = detached(model)
     tangents = len(images) ** 2 * CLASSES * sum(param.nbytes for param in params.values())
     if tangents > MOST_BYTES:
         raise NotImplementedError(f"{tangents / 1e9:.0f} GB of tangents; see smaller batches")
 
-    def scores(image: Tensor, params: Answer) -> Tensor:
-        result: Tensor = functional_call(model, params, (image[None],))[0]
-        return result
+    def scores(image: Tensor, params: Answer) -> Any:
+        return functional_call(model, params, (image[None],))[0]
 
-    def of_pair(first: Tensor, second: Tensor) -> Tensor:
+    def of_pair(first: Tensor, second: Tensor) -> Any:
         value, pullback, *_ = vjp(partial(scores, first), params)
-
-        def row(seed: Tensor) -> Tensor:
-            pushed: Tensor = jvp(partial(scores, second), (params,), pullback(seed))[1]
-            return pushed
-
         seeds = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
-        rows: Tensor = vmap(row)(seeds.view(-1, *value.shape))
-        return rows
+        push = partial(jvp, partial(scores, second), (params,))
+        return vmap(lambda seed: push(pullback(seed))[1])(seeds.view(-1, *value.shape))
 
     pairs = vmap(vmap(of_pair, (None, 0)), (0, None))
 
@@ -118,7 +112,7 @@ def by_neural_tangents(method: int, problem: Problem) -> Run:
     model, images = parts(problem)
     if images.is_cuda:
         raise NotImplementedError("JAX takes part on the CPU alone")
-    if TANGENTS[method - 1] != STRUCTURED and len(images) > MOST_SAMPLES:
+    if TANGENTS[method - 1] != "structured" and len(images) > MOST_SAMPLES:
         raise NotImplementedError("up to minutes a call; see smaller batches")
     from benchmarks.contestants.neural_tangents import kernel
 

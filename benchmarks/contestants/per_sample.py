@@ -17,7 +17,7 @@ from benchmarks.contestants import rivals
 from benchmarks.problems.judge import Answer
 from benchmarks.problems.networks import CLASSES, parts
 from jacfunc import Strategy
-from jacfunc._measuring import Contestant, Expected, Run
+from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
 OURS, FLAT, REUSED = "jacfunc auto", "jacfunc auto, flat", "jacfunc auto, flat, out="
@@ -57,12 +57,12 @@ def by_reusing(problem: Problem) -> Run:
     return by_jacfunc(problem, flat=True, out=by_jacfunc(problem, flat=True)())
 
 
-def forecast(strategy: str | Strategy, problem: Problem) -> Expected | None:
+def forecast(strategy: str | Strategy, problem: Problem) -> tuple[float | None, int | None]:
     """What jacfunc says of one call, the parameters being an argument."""
     model, images = parts(problem)
     scores = lambda params: functional_call(model, params, (images,))  # noqa: E731
     plan = jacfunc.plan(scores, detached(model), strategy=strategy).forecast
-    return None if plan is None else Expected(plan.seconds, plan.peak_bytes)
+    return (None, None) if plan is None else (plan.seconds, plan.peak_bytes)
 
 
 def detached(model: nn.Module) -> Answer:

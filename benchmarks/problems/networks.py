@@ -1,10 +1,9 @@
 """Small classifiers of 28 × 28 images, for what is measured without any data set."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,8 @@ from jacfunc.compare import Problem
 CLASSES, PIXELS = 10, 28
 
 
-@dataclass(frozen=True)
-class Network:
-    """How it is made, and how many parameters it has: known before it is made."""
+class Network(NamedTuple):
+    """How a network is made, and how many parameters it has: known before it is made."""
 
     make: Callable[[], nn.Module]
     parameters: int
@@ -39,10 +37,8 @@ def lenet(first: int, second: int, padding: int) -> nn.Module:
     side = 5 + padding
     return nn.Sequential(
         *(nn.Conv2d(1, first, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(first, second, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)),
-        nn.Flatten(),
-        *(nn.Linear(second * side**2, 120), nn.ReLU()),
-        *(nn.Linear(120, 84), nn.ReLU()),
+        *(nn.Conv2d(first, second, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(second * side**2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
         nn.Linear(84, CLASSES),
     )
 
@@ -54,12 +50,9 @@ def resnet() -> nn.Module:
     would take different sides of a ReLU, and the judge would call right answers wrong.
     """
     blocks = (_Block(16, 16), _Block(16, 32, stride=2), _Block(32, 64, stride=2))
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), _settled(16), nn.SiLU()),
-        *blocks,
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        nn.Linear(64, CLASSES),
-    )
+    first = nn.Conv2d(1, 16, 3, padding=1, bias=False), _settled(16), nn.SiLU()
+    last = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)
+    return nn.Sequential(*first, *blocks, *last)
 
 
 class _Block(nn.Module):

@@ -20,7 +20,7 @@ from benchmarks.report.tables import (
     table,
 )
 from benchmarks.running.records import Record, Run, read, replace
-from benchmarks.verdicts.intervals import exponent, slope
+from benchmarks.verdicts.intervals import exponent, find, slope
 from benchmarks.verdicts.sentences import sentence
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -96,35 +96,26 @@ def _of(run: Run | None, question: str) -> list[Record]:
     return [] if run is None else list(run.of(question))
 
 
-# --- tables of the whole run ---
-
-
 def _environment(runs: Runs) -> Table:
     """Machine, versions and load, a column a device."""
     columns = [{} if run is None else _where(run) for run in runs.values()]
     shown = table("", "", "", *runs, words=1 + len(runs))
     for name in dict.fromkeys(name for column in columns for name in column):
-        add(shown, name, *(column.get(name, ABSENT) for column in columns))
+        add(shown, name.replace("_", " "), *(str(column.get(name, ABSENT)) for column in columns))
     return shown
 
 
-def _where(run: Run) -> dict[str, str]:
-    where, cases = run.environment, list(run.cases.values())
-    commits = dict.fromkeys(str(case.get("commit", where.get("commit"))) for case in cases)
+def _where(run: Run) -> dict[str, Any]:
+    """The environment of a run, and what its cases say of commits and load."""
+    cases = list(run.cases.values())
     loads = [case["load"] for case in cases if case.get("load") is not None]
-    versions = (f"{name} {where.get(name)}" for name in ("python", "torch", "jacfunc"))
     return {
-        "processor": f"{where.get('device_name')}, {where.get('cpus')} cores",
-        "threads": str(where.get("threads")),
-        "system": str(where.get("system")),
-        "versions": ", ".join(versions),
-        "commit": ", ".join(commits),
-        "date": str(where.get("date"))[:16].replace("T", " "),
-        "load before (1, 5, 15 minutes)": ", ".join(map(str, where.get("load_before") or "–")),
-        "load as cases began": f"{min(loads):.2f} to {max(loads):.2f}" if loads else NOTHING,
+        **run.environment,
+        "commit": ", ".join(dict.fromkeys(str(case.get("commit")) for case in cases)),
+        "load_as_cases_began": f"{min(loads):.2f} to {max(loads):.2f}" if loads else NOTHING,
         "measured": f"{len(cases)} cases in {sum(case.get('took') or 0 for case in cases):.0f} s",
         "rivals": ", ".join(f"{name} {v}" for name, v in run.rivals.items() if v) or "none",
-        "rivals not installed": ", ".join(n for n, v in run.rivals.items() if not v) or "none",
+        "rivals_not_installed": ", ".join(n for n, v in run.rivals.items() if not v) or "none",
     }
 
 
@@ -134,7 +125,7 @@ def _verdicts(runs: Runs) -> Table:
     shown = table("", "", "question", *heads, words=1 + len(heads))
     for question, asks in asked(runs).items():
         records = [_of(run, question) for run in runs.values()]
-        cells = [(sentence(found) if found else ABSENT, met(found)) for found in records]
+        cells = [(sentence(cases) if cases else ABSENT, met(cases)) for cases in records]
         add(shown, asks, *(cell for pair in cells for cell in pair))
     return shown
 
@@ -146,9 +137,6 @@ def met(records: Sequence[Record]) -> str:
     open_ones = f", {len(targets) - len(known)} not decided here"
     counts = f"{sum(known)} of {len(known)}{open_ones if len(known) < len(targets) else ''}"
     return counts if targets else NOTHING
-
-
-# --- a question ---
 
 
 def _questions(runs: Runs) -> Iterator[str]:
@@ -186,42 +174,27 @@ def _growths(records: Sequence[Record]) -> Iterator[str]:
     """Exponents of everyone along each axis, and those of the work that theory counts."""
     for axis in dict.fromkeys(record["axis"] for record in records if record["axis"]):
         along = [record for record in records if record["axis"] == axis]
-        names = dict.fromkeys(r["contestant"] for record in along for r in record["results"])
-        exponents = {name: exponent(along, name, axis) for name in names}
-        powers = [
-            f"{name}: {axis}^{power:.2f}{_work(along, name, axis)}"
-            for name, power in exponents.items()
-            if power is not None
-        ]
+        powers = []
+        for name in dict.fromkeys(r["contestant"] for record in along for r in record["results"]):
+            work = {r["sizes"][axis]: w for r in along if (w := (find(r, name) or {}).get("work"))}
+            counted = f", counted {axis}^{slope([*work], [*work.values()]):.2f}" if work else ""
+            power = exponent(along, name, axis)
+            powers += [] if power is None else [f"{name}: {axis}^{power:.2f}{counted}"]
         yield f"Fitted exponents: {'; '.join(powers)}."
-
-
-def _work(records: Sequence[Record], name: str, axis: str) -> str:
-    works = {
-        record["sizes"][axis]: result["work"]
-        for record in records
-        for result in record["results"]
-        if result["contestant"] == name and result["status"] == "ok" and result["work"]
-    }
-    return f", counted {axis}^{slope(list(works), list(works.values())):.2f}" if works else ""
 
 
 def _forecasts(records: Sequence[Record]) -> Iterator[str]:
     """How many forecasts are near what was measured."""
     results = [r for record in records for r in record["results"] if r["status"] == "ok"]
-    for what, measure in (("seconds", _median), ("peak_bytes", _peak)):
-        pairs = [((r["forecast"] or {}).get(what), measure(r)) for r in results]
-        shares = [said / real for said, real in pairs if said and real]
-        near = sum(1 / NEAR <= share <= NEAR for share in shares)
+    for what in ("seconds", "peak_bytes"):
+        values = [
+            r["peak_bytes"] if what != "seconds" else (r["time"] or {}).get("median")
+            for r in results
+        ]
+        forecasts = [(r["forecast"] or {}).get(what) for r in results]
+        pairs = zip(forecasts, values, strict=True)
+        shares = [forecast / value for forecast, value in pairs if forecast and value]
         if shares:
-            words = f"{near} of {len(shares)} within a factor of {NEAR}"
-            yield f"Forecasts of {what.replace('_', ' ')}: {words} of what was measured."
-
-
-def _median(result: Mapping[str, Any]) -> float | None:
-    return result["time"]["median"] if result["time"] else None
-
-
-def _peak(result: Mapping[str, Any]) -> float | None:
-    peak: float | None = result["peak_bytes"]
-    return peak
+            near = sum(1 / NEAR <= share <= NEAR for share in shares)
+            of = f"{near} of {len(shares)} within a factor of {NEAR}"
+            yield f"Forecasts of {what.replace('_', ' ')}: {of} of what was measured."

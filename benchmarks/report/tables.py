@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
-from torch.utils.benchmark import select_unit
 
 from benchmarks.running.records import Record
 from benchmarks.verdicts.intervals import BOUND, beside, counted_rounds, number, winners
@@ -21,9 +20,6 @@ MARKS = "★ the fastest in PyTorch; = ties: within 5 %, or not told apart by th
 console = Console()
 if not console.is_terminal:
     console = Console(width=LOG_WIDTH)
-
-
-# --- any table ---
 
 
 def table(title: str, caption: str, *heads: str, words: int = 1) -> Table:
@@ -60,14 +56,14 @@ def escaped(plain: str) -> str:
     return plain.replace("\n", " ")
 
 
-# --- numbers in words ---
+UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 
 
 def in_seconds(seconds: float | None) -> str:
     """``1.23 ms``."""
     if seconds is None:
         return NOTHING
-    unit, scale = select_unit(seconds)
+    unit, scale = next(pair for pair in UNITS if seconds >= pair[1] or pair is UNITS[-1])
     return f"{seconds / scale:.3g} {unit}"
 
 
@@ -82,9 +78,6 @@ def spread(values: Mapping[str, float] | None) -> str:
         return NOTHING
     median, low, high = (number(values[name]) for name in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
-
-
-# --- the record of a case ---
 
 
 def of_case(record: Record) -> Table:

@@ -45,12 +45,8 @@ class Run:
 
     def write(self, path: Path) -> None:
         """Write the file at once: a run that is killed meanwhile leaves the file that was there."""
-        head = {
-            "format": FORMAT,
-            "suite": self.suite,
-            "environment": self.environment,
-            "rivals": self.rivals,
-        }
+        head: Record = {"format": FORMAT, "suite": self.suite}
+        head |= {"environment": self.environment, "rivals": self.rivals}
         lines = [f" {_json(name)}: {_json(value)}" for name, value in head.items()]
         # a line a case: a diff shows which were measured anew
         cases = ",\n".join(f"  {_json(key)}: {_json(case)}" for key, case in self.cases.items())

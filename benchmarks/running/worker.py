@@ -31,8 +31,6 @@ POLL = 0.25
 """Seconds between two looks at a child."""
 
 NOBODY = -1
-Turn = Any
-"""An array that both processes see: the number of the contestant, and of the step."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,9 @@ def looked_up(order: Order, key: str) -> Case:
 
 def scaled(effort: Effort, factor: float) -> Effort:
     """Fewer or more rounds, and less or more time for them and for a single call."""
-    return replace(
-        effort,
-        rounds=max(effort.fewest, round(effort.rounds * factor)),
-        seconds=effort.seconds * factor,
-        patience=effort.patience * factor,
-    )
+    rounds = max(effort.fewest, round(effort.rounds * factor))
+    seconds, patience = effort.seconds * factor, effort.patience * factor
+    return replace(effort, rounds=rounds, seconds=seconds, patience=patience)
 
 
 def planted(contestant: Contestant[Any], factor: float, device: str) -> Contestant[Any]:
@@ -82,19 +77,19 @@ def planted(contestant: Contestant[Any], factor: float, device: str) -> Contesta
     return replace(contestant, prepare=prepare)
 
 
-# --- in the child ---
-
-
 def work(
-    pipe: connection.Connection, order: Order, key: str, without: Sequence[str], turn: Turn
+    pipe: connection.Connection, order: Order, key: str, without: Sequence[str], turn: Any
 ) -> None:
-    """Measure the case that is named, and send what became of it."""
+    """Measure the case that is named, and send what became of it.
+
+    ``turn`` is seen by both processes: the number of the contestant, and of the step.
+    """
     device = torch.device(order.device)
     settle(device)
     case = looked_up(order, key)
     numbers = {contestant.name: n for n, contestant in enumerate(case.contestants)}
 
-    def on_step(name: str) -> None:
+    def on_step(name: str, total: int) -> None:
         _check(device)
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
@@ -132,9 +127,6 @@ def _check(device: torch.device) -> None:
             torch.cuda.synchronize()
         except RuntimeError:
             os._exit(DEVICE_LOST)
-
-
-# --- in the parent ---
 
 
 def attempt(

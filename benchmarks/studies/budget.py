@@ -64,14 +64,13 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 def measured(name: str, derive: Derive, device: torch.device) -> dict[str, Any]:
     """Bytes counted first; then the budget and the chunks that keep to it, in rounds."""
-    cuda = device.type == "cuda"
-    unchunked = _peak(derive(), cuda)
+    unchunked = _peak(derive(), device)
     budget = unchunked // SHARE
     within = derive(memory=budget)
-    taken = _peak(within, cuda)
+    taken = _peak(within, device)
     chunked = {chunk: derive(chunk_size=chunk) for chunk in CHUNKS}
-    runs = {chunk: run for chunk, run in chunked.items() if _peak(run, cuda) <= budget}
-    times = interleaved(runs | {0: within}, ROUNDS, cuda)
+    runs = {chunk: run for chunk, run in chunked.items() if _peak(run, device) <= budget}
+    times = interleaved(runs | {0: within}, ROUNDS, device)
     medians = {chunk: statistics.median(seconds) for chunk, seconds in times.items()}
     best = min((chunk for chunk in medians if chunk), key=medians.__getitem__)
     return {
@@ -86,9 +85,9 @@ def measured(name: str, derive: Derive, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _peak(run: Run, cuda: bool) -> int:
+def _peak(run: Run, device: torch.device) -> int:
     run()  # what torch allocates once is not the Jacobian's
-    return peak_bytes(run, cuda)
+    return peak_bytes(run, device)
 
 
 def tables(body: Mapping[str, Any]) -> list[Table]:

@@ -15,7 +15,7 @@ import jacfunc
 from benchmarks.report.tables import add, console, in_seconds, table
 from benchmarks.studies.grid import cases
 from jacfunc import Strategy
-from jacfunc._measuring import Contestant, Effort, Result, interleaved
+from jacfunc._measuring import Contestant, Effort, Entry, Result, interleaved
 from jacfunc._measuring import measure as measure_all
 from jacfunc.compare import Problem
 
@@ -65,11 +65,11 @@ def measure(device: torch.device, only: str = "") -> dict[str, Any]:
     """The body of the results file; ``only`` is part of the names of cases."""
     chosen = [(name, setup) for name, setup in cases() if only in name]
     every = track(chosen, "regret", console=console)
-    results = [measured(name, setup(device), device.type == "cuda") for name, setup in every]
+    results = [measured(name, setup(device), device) for name, setup in every]
     return {"summary": summary(results), "results": results}
 
 
-def measured(name: str, problem: Problem, cuda: bool) -> dict[str, Any]:
+def measured(name: str, problem: Problem, device: torch.device) -> dict[str, Any]:
     """Seconds of each strategy, and by which factor the choosers miss the best.
 
     Ratios are of rounds after those that showed which is best; the best itself is among them: who
@@ -77,27 +77,27 @@ def measured(name: str, problem: Problem, cuda: bool) -> dict[str, Any]:
     later one, as a share of that.
     """
     by_hand, choosers = candidates(problem), {chooser: chooser for chooser in TARGETS}
-    every = timed(problem, {**by_hand, **choosers}, WEEDING, cuda)
+    every = timed(problem, {**by_hand, **choosers}, WEEDING, device)
     seconds = {n: r.time.median for n, r in every.items() if r.ok and r.time}
     least = min(seconds[n] for n in by_hand if n in seconds)
     good = {n: s for n, s in by_hand.items() if seconds.get(n, math.inf) <= HOPELESS * least}
     able = {n: s for n, s in choosers.items() if n in seconds}
-    again = timed(problem, {**good, **able}, EFFORT, cuda)
+    again = timed(problem, {**good, **able}, EFFORT, device)
     seconds |= {n: r.time.median for n, r in again.items() if r.time}
     best = min(good, key=seconds.__getitem__)
-    ratios = timed(problem, {BEST: good[best], AGAIN: good[best], **able}, EFFORT, cuda)
+    ratios = timed(problem, {BEST: good[best], AGAIN: good[best], **able}, EFFORT, device)
     return {
         "case": name,
         "best": best,
         "seconds": seconds,
         "regret": {n: r.ratio.median for n, r in ratios.items() if n != BEST and r.ratio},
-        "planning": planning(problem, cuda) if seconds.get("auto", 0.0) >= MIDDLING else None,
+        "planning": planning(problem, device) if seconds.get("auto", 0.0) >= MIDDLING else None,
         "failures": {n: r.status[:120] for n, r in every.items() if not r.ok},
     }
 
 
 def timed(
-    problem: Problem, strategies: Mapping[str, str | Strategy], effort: Effort, cuda: bool
+    problem: Problem, strategies: Mapping[str, str | Strategy], effort: Effort, device: torch.device
 ) -> dict[str, Result]:
     """Every strategy in rounds, its answer compared with that of reverse mode before."""
     expected = optree.tree_leaves(problem.jacobian("reverse")())
@@ -108,18 +108,17 @@ def timed(
             torch.testing.assert_close(block, other, rtol=1e-3, atol=bound)
         return 0.0
 
-    entrants = [
-        Contestant(name, "", partial(Problem.jacobian, strategy=strategy), counted=False)
-        for name, strategy in strategies.items()
-    ]
-    results = measure_all(problem, entrants, check, effort, baseline=BEST, cuda=cuda)
-    return {result.contestant: result for result in results}
+    entries = []
+    for name, strategy in strategies.items():
+        way = Contestant(name, "", partial(Problem.jacobian, strategy=strategy), counted=False)
+        entries.append(Entry(problem, way, check, effort.patience, device))
+    return {result.contestant: result for result in measure_all(entries, effort, BEST)}
 
 
-def planning(problem: Problem, cuda: bool) -> float:
+def planning(problem: Problem, device: torch.device) -> float:
     shares = []
     for _ in range(PLANNINGS):
-        first, later = interleaved({"": problem.jacobian("auto")}, 2, cuda)[""]
+        first, later = interleaved({"": problem.jacobian("auto")}, 2, device)[""]
         shares.append(first / later - 1)
     return statistics.median(shares)
 

@@ -149,11 +149,10 @@ def test_a_loop_answers_with_its_last_point() -> None:
 def test_forecasts_stand_beside_what_was_measured() -> None:
     results = measured(CASES["crossover/mlp 64, 16 → 16"], "cpu")
     for name in (*BY_HAND, AUTO):
-        forecast = results[name].forecast
-        assert forecast is not None
-        assert forecast.seconds is not None
-        assert forecast.seconds > 0
-        assert forecast.peak_bytes == pytest.approx(results[name].peak_bytes, rel=0.1)
+        result = results[name]
+        assert result.forecast_seconds is not None
+        assert result.forecast_seconds > 0
+        assert result.forecast_bytes == pytest.approx(result.peak_bytes, rel=0.1)
 
 
 def test_a_batch_gives_what_its_samples_give() -> None:

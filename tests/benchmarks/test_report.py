@@ -195,11 +195,11 @@ def test_the_table_of_a_case_has_what_was_measured(run):
     _, sign_and_name, ratio, time, rounds, peak, error, forecast, _ = line.split("|")
     assert sign_and_name.strip(" *") == f"★ {AUTO}"
     assert re.fullmatch(r" \*\*0\.\d+ \(0\.\d+–0\.\d+\)\*\* ", ratio)
-    assert re.fullmatch(r" \*\*\d+ us\*\* ", time)
+    assert re.fullmatch(r" \*\*\d+ µs\*\* ", time)
     assert rounds.strip(" *") == "10"
     assert peak.strip(" *") == "9.1 kB"
     assert re.fullmatch(r" \*\*\de-0[78]\*\* ", error)
-    assert re.fullmatch(r" \*\*\d+ us, 9\.1 kB\*\* ", forecast)
+    assert re.fullmatch(r" \*\*\d+ µs, 9\.1 kB\*\* ", forecast)
 
 
 def test_nothing_is_taken_for_markup(text):

@@ -394,7 +394,8 @@ def test_whoever_is_ended_aside_ends_who_asked():
 def test_a_brief_call_is_timed_after_an_untimed_one(monkeypatch, brief, calls):
     monkeypatch.setattr("jacfunc._measuring.rounds.BRIEF", brief)
     made = []
-    entry = Entry(made, Contestant("c", "", lambda m: lambda: m.append(0)), lambda a: 0.0, 1, False)
+    contestant = Contestant("c", "", lambda m: lambda: m.append(0))
+    entry = Entry(made, contestant, lambda a: 0.0, 1, torch.device("cpu"))
     entry.prepare()
     assert len(made) == 2
     entry.time(1)
