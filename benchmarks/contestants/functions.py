@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 import jacfunc
+from benchmarks.cases import Case, Wanted
 from benchmarks.problems.formulas import drawing
-from benchmarks.problems.functions import DOUBLE, FunctionAtPoints
+from benchmarks.problems.functions import (
+    DOUBLE,
+    SINGLE,
+    Function,
+    FunctionAtPoints,
+    judging,
+    set_up,
+)
 from benchmarks.problems.judge import Func, looped, looped_twice
 from jacfunc import Strategy
-from jacfunc._measuring import Contestant, Run
+from jacfunc._measuring import Contestant, Effort, Run
 
 Way = Callable[[FunctionAtPoints], Func]
 """Does once what a user would do once; what it returns takes a point."""
@@ -20,6 +28,7 @@ Way = Callable[[FunctionAtPoints], Func]
 Forecast = tuple[float | None, int | None]
 """Seconds and peak bytes of a call that jacfunc expects."""
 
+EFFORT = Effort(rounds=40, seconds=0.4, fewest=5, patience=0.4)
 AUTO, BASELINE = "jacfunc auto", "torch.func jacrev"
 BY_HAND = ("jacfunc reverse", "jacfunc forward", "jacfunc looped")
 HESSIAN, HESSIAN_BASELINE = "jacfunc hessian", "torch.func hessian"
@@ -141,3 +150,30 @@ HESSIANS: tuple[Contestant[FunctionAtPoints], ...] = (
     plain("double backward by hand", "autograd", lambda p: partial(looped_twice, p.func)),
     jax("hessian"),
 )
+
+
+def case(
+    name: str,
+    function: Function,
+    dtype: torch.dtype = SINGLE,
+    contestants: tuple[Contestant[FunctionAtPoints], ...] = JACOBIANS,
+    baseline: str = BASELINE,
+    derivative: Callable[[Func, Tensor], Tensor] = looped,
+    effort: Effort = EFFORT,
+    wanted: tuple[Wanted, ...] = (),
+    is_quick: bool = False,
+    **sizes: int,
+) -> Case:
+    """A function whose derivative is taken at so many points as there are ``calls``."""
+    return Case(
+        name if dtype == SINGLE else f"{name}, float64",
+        partial(set_up, function, dtype, sizes.get("calls", 1)),
+        contestants,
+        partial(judging, derivative),
+        baseline,
+        str(dtype).removeprefix("torch."),
+        sizes,
+        effort=effort,
+        wanted=wanted,
+        is_quick=is_quick,
+    )

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 import jacfunc
-from benchmarks.cases import Case
 from benchmarks.problems import formulas
 from benchmarks.problems.formulas import CPU, drawing
-from benchmarks.problems.judge import TOLERANCE, Func, compared_with, looped
-from jacfunc._measuring import Check, Effort
+from benchmarks.problems.judge import TOLERANCE, Func, compared_with
+from jacfunc._measuring import Check
 
 SINGLE, DOUBLE = torch.float32, torch.float64
-EFFORT = Effort(rounds=40, seconds=0.4, fewest=5, patience=0.4)
 
 
 @dataclass(frozen=True)
@@ -69,26 +67,6 @@ def judging(derivative: Callable[[Func, Tensor], Tensor], problem: FunctionAtPoi
     # rounded as the problem's numbers are: the judge is asked about the same function
     func, _ = problem.function.make(lambda *shape: draw(*shape).double())
     return compared_with(derivative(func, problem.x.to(CPU, DOUBLE)), TOLERANCE[dtype])
-
-
-def case(
-    name: str,
-    function: Function,
-    dtype: torch.dtype = SINGLE,
-    calls: int = 1,
-    derivative: Callable[[Func, Tensor], Tensor] = looped,
-    effort: Effort = EFFORT,
-    **options: Any,
-) -> Case:
-    """A function whose derivative is taken at so many points."""
-    return Case(
-        name if dtype == SINGLE else f"{name}, float64",
-        setup=partial(set_up, function, dtype, calls),
-        check=partial(judging, derivative),
-        dtype=str(dtype).removeprefix("torch."),
-        effort=effort,
-        **options,
-    )
 
 
 def mlp(inputs: int, outputs: int, width: int) -> Function:

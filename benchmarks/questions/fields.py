@@ -1,12 +1,11 @@
 """Functions that are no perceptrons; stencils in float64, too."""
 
-from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.cases import Case, Question
-from benchmarks.contestants.functions import AUTO, BASELINE, JACOBIANS
+from benchmarks.cases import Question
+from benchmarks.contestants.functions import AUTO, case
 from benchmarks.problems import formulas
-from benchmarks.problems.functions import DOUBLE, SINGLE, Function, case, portable
+from benchmarks.problems.functions import DOUBLE, SINGLE, Function, portable
 from benchmarks.questions.crossover import WANTED
 
 MAPS: tuple[tuple[str, int, int, Function], ...] = (
@@ -23,25 +22,14 @@ MAPS: tuple[tuple[str, int, int, Function], ...] = (
     ("curve, 1 → 4096", 1, 4096, portable(partial(formulas.curve, 4096))),
 )
 
-
-def cases() -> Iterator[Case]:
-    for name, inputs, outputs, function in MAPS:
-        for dtype in (SINGLE, DOUBLE) if name.startswith("stencil") else (SINGLE,):
-            yield case(
-                name,
-                function,
-                dtype,
-                contestants=JACOBIANS,
-                baseline=BASELINE,
-                sizes={"inputs": inputs, "outputs": outputs},
-                wanted=WANTED,
-                is_quick=(name, dtype) == (MAPS[0][0], SINGLE),
-            )
-
-
 QUESTION = Question(
     "fields",
     "Which way for maps that are as large out as in, and for programs of many small steps?",
     AUTO,
-    tuple(cases()),
+    tuple(
+        case(name, function, dtype, wanted=WANTED, is_quick=is_quick, inputs=n, outputs=m)
+        for name, n, m, function in MAPS
+        for dtype in ((SINGLE, DOUBLE) if name.startswith("stencil") else (SINGLE,))
+        for is_quick in [(name, dtype) == (MAPS[0][0], SINGLE)]
+    ),
 )

@@ -1,6 +1,5 @@
 """Hessians of functions of one tensor with one number out: which product of modes, and by whom."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cases import Case, Question
-from benchmarks.contestants.functions import HESSIAN, HESSIAN_BASELINE, HESSIANS
+from benchmarks.cases import Question
+from benchmarks.contestants.functions import HESSIAN, HESSIAN_BASELINE, HESSIANS, case
 from benchmarks.problems import formulas
-from benchmarks.problems.functions import DOUBLE, SINGLE, Function, case, portable
+from benchmarks.problems.functions import DOUBLE, SINGLE, Function, portable
 from benchmarks.problems.judge import Func, looped_twice
 
 LABEL = 3
@@ -58,21 +57,23 @@ PROBLEMS: tuple[tuple[str, int, Function], ...] = (
 )
 DOUBLED = ("energy, 64", "rosenbrock, 256")
 
-
-def cases() -> Iterator[Case]:
-    """Every problem in single precision, some in double."""
-    for name, inputs, function in PROBLEMS:
-        for dtype in (SINGLE, DOUBLE) if name in DOUBLED else (SINGLE,):
-            yield case(
-                name,
-                function,
-                dtype,
-                derivative=looped_twice,
-                contestants=HESSIANS,
-                baseline=HESSIAN_BASELINE,
-                sizes={"inputs": inputs, "outputs": 1},
-                is_quick=(name, dtype) == (PROBLEMS[0][0], SINGLE),
-            )
-
-
-QUESTION = Question("hessians", "How should a Hessian be taken?", HESSIAN, tuple(cases()))
+QUESTION = Question(
+    "hessians",
+    "How should a Hessian be taken?",
+    HESSIAN,
+    tuple(
+        case(
+            name,
+            function,
+            dtype,
+            HESSIANS,
+            HESSIAN_BASELINE,
+            looped_twice,
+            is_quick=(name, dtype) == (PROBLEMS[0][0], SINGLE),
+            inputs=inputs,
+            outputs=1,
+        )
+        for name, inputs, function in PROBLEMS
+        for dtype in ((SINGLE, DOUBLE) if name in DOUBLED else (SINGLE,))
+    ),
+)

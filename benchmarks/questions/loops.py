@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Question
-from benchmarks.contestants.functions import AUTO, BASELINE, JACOBIANS
+from benchmarks.contestants.functions import AUTO, JACOBIANS, case
 from benchmarks.problems import formulas
-from benchmarks.problems.functions import Function, case, mlp, portable
+from benchmarks.problems.functions import Function, mlp, portable
 from benchmarks.problems.judge import Func
 from jacfunc._measuring import Effort
 
@@ -51,12 +51,12 @@ QUESTION = Question(
         case(
             name,
             function,
-            calls=CALLS,
-            effort=EFFORT,
             contestants=CONTESTANTS,
-            baseline=BASELINE,
-            sizes={"inputs": inputs, "outputs": outputs, "calls": CALLS},
+            effort=EFFORT,
             is_quick=inputs == 16,
+            inputs=inputs,
+            outputs=outputs,
+            calls=CALLS,
         )
         for name, inputs, outputs, function in PROBLEMS
     ),

@@ -99,20 +99,18 @@ def judge(change: Interval) -> Verdict:
 
 def _change(key: str, a: Record, b: Record, name: str) -> Change:
     statuses = _present(a)[name], _present(b)[name]
-    if all(_has_busy(record) for record in (a, b)):
+    if all(r.get("busy") for record in (a, b) for r in record["results"] if r["status"] == "ok"):
         a, b = _by_processor(a), _by_processor(b)
     if "ok" not in statuses:
         return Change(key, name, "fails", None, statuses)
     if statuses != ("ok", "ok"):
         return Change(key, name, "broke" if statuses[0] == "ok" else "mended", None, statuses)
-    yardstick = _yardstick(a, b)
-    if name == yardstick:
+    if name == (yardstick := _yardstick(a, b)):
         after, before = (median_interval([*counted_rounds(find(r, name)).values()]) for r in (b, a))
         return Change(key, name, "baseline", divided(after, before), statuses)
     ratios = [ratio for r in (b, a) if (ratio := beside(r, name, yardstick))]
     interval = divided(*ratios) if len(ratios) == 2 else None
-    verdict = judge(interval) if interval else "inconclusive"
-    return Change(key, name, verdict, interval, statuses)
+    return Change(key, name, judge(interval) if interval else "inconclusive", interval, statuses)
 
 
 def _yardstick(a: Record, b: Record) -> str:
@@ -129,15 +127,8 @@ def _yardstick(a: Record, b: Record) -> str:
 
 def _present(record: Record) -> dict[str, str]:
     """The status of every contestant; a library that is not installed does not take part."""
-    return {
-        result["contestant"]: result["status"]
-        for result in record["results"]
-        if not result["status"].startswith("not installed")
-    }
-
-
-def _has_busy(record: Record) -> bool:
-    return all(r.get("busy") for r in record["results"] if r["status"] == "ok")
+    statuses = {result["contestant"]: result["status"] for result in record["results"]}
+    return {n: status for n, status in statuses.items() if not status.startswith("not installed")}
 
 
 def _by_processor(record: Record) -> Record:
@@ -156,9 +147,6 @@ def _lacking(run: Run, other: Run) -> Iterator[str]:
 
 
 def _warning(a: Run, b: Run) -> str:
-    differing = [
-        f"{name} {a.environment.get(name)} and {b.environment.get(name)}"
-        for name in CONDITIONS
-        if a.environment.get(name) != b.environment.get(name)
-    ]
+    pairs = [(name, a.environment.get(name), b.environment.get(name)) for name in CONDITIONS]
+    differing = [f"{name} {one} and {other}" for name, one, other in pairs if one != other]
     return f"Not made alike: {'; '.join(differing)}." if differing else ""
