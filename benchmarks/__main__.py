@@ -1,29 +1,38 @@
 """The command line: ``python -m benchmarks [COMMAND]``; ``--help`` lists them."""
 
 import argparse
+import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.tree import Tree
 
 import benchmarks
-from benchmarks import commands
-from benchmarks.report.tables import console
-from benchmarks.running.environment import default_device
-from benchmarks.running.order import LIMIT, SUITES, TABLE, Order
-from benchmarks.running.records import RESULTS
-from benchmarks.running.suite import CannotRunError
+from benchmarks.report import page, readme
+from benchmarks.report.progress import watching
+from benchmarks.report.tables import console, table_of
+from benchmarks.running.environment import default_device, environment, load_average, pin
+from benchmarks.running.records import (
+    LIMIT,
+    RESULTS,
+    ROOT,
+    SUITES,
+    TABLE,
+    Order,
+    Run,
+    questions,
+    replace,
+)  # fmt: skip
+from benchmarks.running.suite import CannotRunError, run_suite
+from benchmarks.studies import STUDIES
+from benchmarks.verdicts.comparing import compare
 
 STOPPED, MISUSED = 130, 2
-STUDIES = {
-    "trust": "does compare find what it should?",
-    "overhead": "jacrev against torch.func.jacrev",
-    "regret": "auto against the best by hand",
-    "budget": "under a tenth of the memory",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return int(_do(options) or 0)
+        return int(_do(options))
     except KeyboardInterrupt:
         return STOPPED
     except CannotRunError as error:
@@ -42,52 +51,104 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSED
 
 
-def _do(options: argparse.Namespace) -> bool | None:
-    command = options.command
-    if command in STUDIES:
-        only = {"only": options.only} if command == "regret" else {}
-        return commands.study(command, torch.device(options.device), options.output, **only)
-    if command in ("run", None):
-        options.resume = options.resume or bool(options.again)
-        commands.run(Order(**{field.name: getattr(options, field.name) for field in fields(Order)}))
-    match command:
+def _do(options: argparse.Namespace) -> bool:
+    """Did a comparison find something slower?"""
+    match options.command:
         case "list":
-            commands.list_table(options.table)
+            list_table(options.table)
         case "compare":
-            return commands.is_slower(options.before, options.after)
+            comparison = compare(Run.read(options.before), Run.read(options.after))
+            console.print(table_of(comparison))
+            return bool(comparison.regressed)
         case "figures":
-            commands.write_figures()
-        case "report" | None:
-            commands.report(options.output / options.suite)
-    return None
+            _say(*readme.main(ROOT))
+        case "report":
+            _say(*page.write_report(options.output / options.suite))
+        case "run" | None:
+            options.resume = options.resume or bool(options.again)
+            run(Order(**{field.name: getattr(options, field.name) for field in fields(Order)}))
+            if options.command is None:
+                _say(*page.write_report(options.output / options.suite))
+        case kind:
+            only = {"only": options.only} if kind == "regret" else {}
+            study(kind, torch.device(options.device), options.output, **only)
+    return False
+
+
+def run(order: Order) -> None:
+    """The suite, with a table a case; what is finished is in the file, whenever it is stopped.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+    """
+    try:
+        with watching() as watch:
+            where = run_suite(order, watch).environment
+    except KeyboardInterrupt:
+        console.print(f"Stopped; what is finished is in {order.path}. Go on with --resume.")
+        raise
+    _say_where({**where, "load_after": load_average()}, order.path)
+
+
+def study(kind: str, device: torch.device, output: Path, **options: Any) -> None:
+    """One of the studies beside the suite; a part of one is shown, not written."""
+    pin()
+    where = environment(device)
+    body = STUDIES[kind].measure(device, **options)
+    where["load_after"] = load_average()
+    for shown in STUDIES[kind].tables(body):
+        console.print(shown, "")
+    if not any(options.values()):
+        path, record = output / f"{kind}-{device.type}.json", {"kind": kind, "environment": where}
+        replace(path, json.dumps(record | body, indent=1, ensure_ascii=False) + "\n")
+        _say_where(where, path)
+
+
+def list_table(table: str) -> None:
+    """Questions, their cases, and who takes part."""
+    for question in questions(table):
+        tree = Tree(f"[bold]{question.name}[/]: {question.asks}", highlight=False)
+        cases = tree.add("cases")
+        for case in question.cases:
+            cases.add(f"{case.name}{' (quick)' if case.is_quick else ''}")
+        names = dict.fromkeys(c.name for case in question.cases for c in case.contestants)
+        tree.add(f"contestants: {' · '.join(names)}")
+        console.print(tree)
+
+
+def _say_where(where: Mapping[str, Any], path: Path) -> None:
+    machine = f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}"
+    console.print(f"On {machine}; load {where['load_before']} before, {where['load_after']} after.")
+    _say(path)
+
+
+def _say(*paths: Path) -> None:
+    names = ", ".join(map(str, paths)) or "nothing: all are up to date"
+    console.print(f"Wrote {names}", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     about = f"{benchmarks.__doc__} Without a command: the quick suite, then its report."
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
-    subparsers = parser.add_subparsers(dest="command")
+    add = parser.add_subparsers(dest="command").add_parser
     output, device, table = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     here = RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS
     output.add_argument("--output", type=Path, default=here, metavar="DIR")
     device.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
     where = "where the questions are"
     table.add_argument("--table", default=TABLE, metavar="MODULE:NAME", help=where)
-    run = subparsers.add_parser(
-        "run", parents=[output, device, table], help="time every contestant"
-    )
+    run = add("run", parents=[output, device, table], help="time every contestant")
     _add_run_options(run)
-    subparsers.add_parser("list", parents=[table], help="questions, cases and contestants")
-    report = subparsers.add_parser("report", parents=[output], help="Markdown and picture")
+    add("list", parents=[table], help="questions, cases and contestants")
+    report = add("report", parents=[output], help="Markdown and picture")
     report.add_argument("--suite", choices=tuple(SUITES), default="full")
-    compare = subparsers.add_parser("compare", help="two results files; fails if one is slower")
+    compare = add("compare", help="two results files; fails if one is slower")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
-    subparsers.add_parser("figures", help="the README's figures, from the results files")
-    for name, text in STUDIES.items():
-        study = subparsers.add_parser(name, parents=[output, device], help=text)
-        if name == "regret":
-            part = "cases whose name contains this; not written"
-            study.add_argument("--only", default="", metavar="SUBSTRING", help=part)
+    add("figures", help="the README's figures, from the results files")
+    studies = {n: add(n, parents=[output, device], help=s.__doc__) for n, s in STUDIES.items()}
+    part = "cases whose name contains this; not written"
+    studies["regret"].add_argument("--only", default="", metavar="SUBSTRING", help=part)
     parser.set_defaults(**vars(run.parse_args([])))
     return parser
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.running.seats import Together
+from benchmarks.running.processes import Together
 from jacfunc._measuring import Check, Contestant, Effort, Entry, Result, measure
 
 ANSWER = "bytes of the answer"

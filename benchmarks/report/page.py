@@ -2,9 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
 
 from benchmarks import studies
 from benchmarks.report.picture import draw, machine
@@ -18,7 +15,7 @@ from benchmarks.report.tables import (
     of_ratios,
     of_target,
     table,
-)
+)  # fmt: skip
 from benchmarks.running.records import Record, Run, read, replace
 from benchmarks.verdicts.intervals import exponent, find, slope
 from benchmarks.verdicts.sentences import sentence
@@ -45,7 +42,7 @@ def write_report(stem: Path) -> list[Path]:
     Raises:
         ValueError: both are missing, or one is no results file.
     """
-    paths = {DEVICES[device]: stem.with_name(f"{stem.name}-{device}.json") for device in DEVICES}
+    paths = {name: stem.with_name(f"{stem.name}-{device}.json") for device, name in DEVICES.items()}
     runs = {device: Run.read(path) if path.exists() else None for device, path in paths.items()}
     measured = {device: run for device, run in runs.items() if run is not None}
     if not measured:
@@ -54,36 +51,13 @@ def write_report(stem: Path) -> list[Path]:
             f"{stem.parent}, got neither. Make one: python -m benchmarks run."
         )
     page, picture = stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.svg")
-    data = [path.name for device, path in paths.items() if device in measured]
-    replace(page, "\n\n".join([*_head(stem.name, data, runs), *_questions(runs), *_rest(stem)]))
+    data = ", ".join(f"[{paths[device].name}]({paths[device].name})" for device in measured)
+    head = [f"# jacfunc: the {stem.name} benchmark", ABOUT, f"![the headline]({picture.name})"]
+    parts = [*head, f"Raw data: {data}.", *_parts(runs), *_studies(stem.parent)]
+    replace(page, "\n\n".join(parts) + "\n")
     device, run = next(iter(measured.items()))
     draw(run, f"{machine(run)} ({device}, suite {stem.name})", picture)
     return [page, picture]
-
-
-def _head(suite: str, data: Sequence[str], runs: Runs) -> Iterator[str]:
-    yield f"# jacfunc: the {suite} benchmark"
-    yield ABOUT
-    yield f"![the headline]({suite}.svg)"
-    yield f"Raw data: {', '.join(f'[{name}]({name})' for name in data)}."
-    yield "## Environment and load"
-    yield markdown(_environment(runs))
-    yield "## Verdicts"
-    yield markdown(_verdicts(runs))
-
-
-def _rest(stem: Path) -> Iterator[str]:
-    """What the studies beside the suite found: the tables of each file that is there."""
-    for path in studies.files(stem.parent):
-        body = read(path)
-        where = body["environment"]
-        yield f"## {body['kind']}"
-        at = f"{where['device_name']}, {where['date'][:10]}, commit {where['commit']}"
-        yield f"{escaped(at)}: [{path.name}]({path.name})"
-        for shown in studies.STUDIES[body["kind"]].tables(body):
-            yield escaped(f"{shown.title}. {shown.caption}")
-            yield markdown(shown)
-    yield ""
 
 
 def asked(runs: Runs) -> dict[str, str]:
@@ -92,61 +66,46 @@ def asked(runs: Runs) -> dict[str, str]:
     return {case["question"]: case["asks"] for case in cases}
 
 
-def _of(run: Run | None, question: str) -> list[Record]:
-    return [] if run is None else list(run.of(question))
-
-
-def _environment(runs: Runs) -> Table:
-    """Machine, versions and load, a column a device."""
-    columns = [{} if run is None else _where(run) for run in runs.values()]
-    shown = table("", "", "", *runs, words=1 + len(runs))
-    for name in dict.fromkeys(name for column in columns for name in column):
-        add(shown, name.replace("_", " "), *(str(column.get(name, ABSENT)) for column in columns))
-    return shown
-
-
-def _where(run: Run) -> dict[str, Any]:
-    """The environment of a run, and what its cases say of commits and load."""
-    cases = list(run.cases.values())
-    loads = [case["load"] for case in cases if case.get("load") is not None]
-    return {
-        **run.environment,
-        "commit": ", ".join(dict.fromkeys(str(case.get("commit")) for case in cases)),
-        "load_as_cases_began": f"{min(loads):.2f} to {max(loads):.2f}" if loads else NOTHING,
-        "measured": f"{len(cases)} cases in {sum(case.get('took') or 0 for case in cases):.0f} s",
-        "rivals": ", ".join(f"{name} {v}" for name, v in run.rivals.items() if v) or "none",
-        "rivals_not_installed": ", ".join(n for n, v in run.rivals.items() if not v) or "none",
-    }
-
-
-def _verdicts(runs: Runs) -> Table:
-    """A sentence a question and device, and how many targets are met."""
+def _parts(runs: Runs) -> Iterator[str]:
+    """Environment, a table of all verdicts, and a chapter a question."""
+    yield "## Environment and load"
+    yield from (f"{device}: {_environment(run)}." for device, run in runs.items())
+    yield "## Verdicts"
     heads = [f"{name}: {what}" for name in runs for what in ("verdict", "targets met")]
-    shown = table("", "", "question", *heads, words=1 + len(heads))
-    for question, asks in asked(runs).items():
-        records = [_of(run, question) for run in runs.values()]
-        cells = [(sentence(cases) if cases else ABSENT, met(cases)) for cases in records]
-        add(shown, asks, *(cell for pair in cells for cell in pair))
-    return shown
+    verdicts = table("", "", "question", *heads, words=1 + len(heads))
+    chapters = []
+    for name, asks in asked(runs).items():
+        chapters += [f"## {escaped(name)}", escaped(asks)]
+        cells = []
+        for device, run in runs.items():
+            records = [] if run is None else list(run.of(name))
+            cells += [sentence(records) if records else ABSENT, met(records)]
+            answers = _answered(records) if records else [f"{ABSENT.capitalize()}."]
+            chapters += [f"### {device}", *answers]
+        add(verdicts, asks, *cells)
+    yield markdown(verdicts)
+    yield from chapters
+
+
+def _environment(run: Run | None) -> str:
+    """Machine, versions and rivals, and under which load the cases were measured."""
+    if run is None:
+        return ABSENT
+    cases = run.cases.values()
+    loads = [case.get("load") or 0.0 for case in cases]
+    commits = dict.fromkeys(str(case.get("commit")) for case in cases)
+    seconds = sum(case.get("took") or 0 for case in cases)
+    how = f"{len(cases)} in {seconds:.0f} s, at a load of {min(loads)} to {max(loads)}"
+    facts = {**run.environment, **run.rivals, "commit": " ".join(commits), "cases": how}
+    return escaped(", ".join(f"{name} {value or '(none)'}" for name, value in facts.items()))
 
 
 def met(records: Sequence[Record]) -> str:
     """How many targets are met, of how many."""
     targets = [target["met"] for record in records for target in record["targets"]]
     known = [is_met for is_met in targets if is_met is not None]
-    open_ones = f", {len(targets) - len(known)} not decided here"
-    counts = f"{sum(known)} of {len(known)}{open_ones if len(known) < len(targets) else ''}"
-    return counts if targets else NOTHING
-
-
-def _questions(runs: Runs) -> Iterator[str]:
-    for name, asks in asked(runs).items():
-        yield f"## {escaped(name)}"
-        yield escaped(asks)
-        for device, run in runs.items():
-            yield f"### {device}"
-            records = _of(run, name)
-            yield from _answered(records) if records else [f"{ABSENT.capitalize()}."]
+    others = f", {len(targets) - len(known)} not decided here" if len(known) < len(targets) else ""
+    return f"{sum(known)} of {len(known)}{others}" if targets else NOTHING
 
 
 def _answered(records: Sequence[Record]) -> Iterator[str]:
@@ -186,15 +145,22 @@ def _growths(records: Sequence[Record]) -> Iterator[str]:
 def _forecasts(records: Sequence[Record]) -> Iterator[str]:
     """How many forecasts are near what was measured."""
     results = [r for record in records for r in record["results"] if r["status"] == "ok"]
-    for what in ("seconds", "peak_bytes"):
-        values = [
-            r["peak_bytes"] if what != "seconds" else (r["time"] or {}).get("median")
-            for r in results
-        ]
-        forecasts = [(r["forecast"] or {}).get(what) for r in results]
-        pairs = zip(forecasts, values, strict=True)
-        shares = [forecast / value for forecast, value in pairs if forecast and value]
-        if shares:
+    times = [(r["time"] or {}).get("median") for r in results]
+    for what, values in ("seconds", times), ("peak_bytes", [r["peak_bytes"] for r in results]):
+        pairs = zip([(r["forecast"] or {}).get(what) for r in results], values, strict=True)
+        if shares := [forecast / value for forecast, value in pairs if forecast and value]:
             near = sum(1 / NEAR <= share <= NEAR for share in shares)
             of = f"{near} of {len(shares)} within a factor of {NEAR}"
             yield f"Forecasts of {what.replace('_', ' ')}: {of} of what was measured."
+
+
+def _studies(folder: Path) -> Iterator[str]:
+    """What the studies beside the suite found: the tables of each file that is there."""
+    for path in studies.files(folder):
+        body = read(path)
+        yield f"## {body['kind']}"
+        where = [body["environment"][name] for name in ("device_name", "date", "commit")]
+        yield f"{escaped(', '.join(where))}: [{path.name}]({path.name})"
+        for shown in studies.STUDIES[body["kind"]].tables(body):
+            yield escaped(f"{shown.title}. {shown.caption}")
+            yield markdown(shown)

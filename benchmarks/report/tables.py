@@ -1,6 +1,6 @@
 """Tables for the terminal, and the same tables as Markdown."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.running.records import Record
+from benchmarks.verdicts.comparing import Comparison, Verdict
 from benchmarks.verdicts.intervals import BOUND, beside, counted_rounds, number, winners
 
 LOG_WIDTH = 140
@@ -88,13 +89,13 @@ def of_case(record: Record) -> Table:
     signs = marks(record)
     for result in record["results"]:
         name = result["contestant"]
-        is_baseline = " (baseline)" if name == record["baseline"] else ""
-        label = f"{signs.get(name, ' ')} {name}{is_baseline}"
-        if result["status"] != "ok":
+        sign, is_baseline = signs.get(name, " "), name == record["baseline"]
+        label = f"{sign} {name}{' (baseline)' if is_baseline else ''}"
+        if result["status"] == "ok":
+            style = {"★": "bold green", "=": "green"}.get(sign, "")
+            add(shown, label, *_cells(result), style="dim" if result["family"] == BOUND else style)
+        else:
             add(shown, label, short(result["status"]), *[""] * 5, style="red")
-            continue
-        style = {"★": "bold green", "=": "green"}.get(signs.get(name, ""), "")
-        add(shown, label, *_cells(result), style="dim" if result["family"] == BOUND else style)
     return shown
 
 
@@ -137,9 +138,8 @@ def of_target(target: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def of_ratios(records: Iterable[Record]) -> Table:
+def of_ratios(records: Sequence[Record]) -> Table:
     """Times in units of the baseline's: a row a case, a column a contestant."""
-    records = list(records)
     names = dict.fromkeys(r["contestant"] for record in records for r in record["results"])
     shown = table("", MARKS, "case", *names)
     for record in records:
@@ -161,3 +161,32 @@ def _ratio(record: Record, result: Record | None, sign: str) -> str:
 def short(status: str) -> str:
     """``wrong`` of ``wrong: relative error 3``."""
     return status.partition(":")[0]
+
+
+STYLES: Mapping[Verdict, str] = {
+    "regressed": "red",
+    "broke": "bold red",
+    "improved": "green",
+    "mended": "green",
+    "inconclusive": "yellow",
+}
+
+
+def table_of(comparison: Comparison, everything: bool = False) -> Table:
+    """What is not equivalent, or all of it, and how much there is of each verdict."""
+    quiet = () if everything else ("equivalent", "fails", "baseline")
+    lines = [", ".join(f"{count} {name}" for name, count in sorted(comparison.counts.items()))]
+    for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
+        lines += [f"only in the {which}: {', '.join(names)}"] if names else []
+    lines += [comparison.warning] if comparison.warning else []
+    title = "Time beside the baseline, second run ÷ first"
+    heads = ("case", "contestant", "verdict", "change (95 %)")
+    shown = table(title, "\n".join(lines), *heads, words=3)
+    for change in comparison.changes:
+        if change.verdict not in quiet:
+            found = " → ".join(dict.fromkeys(change.statuses))
+            if (i := change.interval) is not None:
+                found = f"{i.mid:.2f} ({i.low:.2f}–{i.high:.2f})"
+            cells = change.case, change.contestant, change.verdict, found
+            add(shown, *cells, style=STYLES.get(change.verdict, ""))
+    return shown

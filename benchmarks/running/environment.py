@@ -5,6 +5,7 @@ import platform
 import subprocess
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,8 @@ import torch
 import jacfunc
 from jacfunc._memory import free_bytes
 
-Environment = dict[str, Any]
-
 LIBRARIES = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "NPROC": "1",
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -45,7 +41,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def environment(device: torch.device) -> Environment:
+def environment(device: torch.device) -> dict[str, Any]:
     """Machine, versions, threads and load, without host names or paths."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,19 +76,14 @@ def _commit() -> str | None:
 
     Results do not count: a run writes them while it goes on.
     """
-    files = ("--", ":(top)", ":(top,exclude)benchmarks/results")
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    files = (":(top)", ":(top,exclude)benchmarks/results")
     try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("diff", "--name-only", "HEAD", *files)
+        head = git(["git", "rev-parse", "--short=12", "HEAD"], check=True).stdout.strip()
+        changed = git(["git", "diff", "--name-only", "HEAD", "--", *files], check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if changed else head
-
-
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def synchronised() -> float:

@@ -6,11 +6,14 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from multiprocessing import connection
 from typing import Any, NoReturn, TypeVar
 
 import torch
+
+from jacfunc._measuring import Check, Entry, Result
 
 T = TypeVar("T")
 
@@ -112,3 +115,71 @@ def end_with_parent() -> None:
 def _end_after(sentinel: int) -> None:
     connection.wait([sentinel])
     os._exit(1)
+
+
+class Together:
+    """One process for all contestants and the judge."""
+
+    def seat(self, entry: Entry) -> Entry:
+        """The entry, wherever its steps are taken."""
+        return entry
+
+    def judge(self, make: Callable[[], Check]) -> Check:
+        """The check that ``make`` gives, wherever it is made and whenever it is asked."""
+        return make()
+
+
+class Apart(Together):
+    """A process for each contestant, and one for every judgement."""
+
+    def __init__(self, processes: ExitStack) -> None:
+        self._processes = processes
+
+    def seat(self, entry: Entry) -> Entry:
+        return _Distant(entry, *self._processes.enter_context(child(ALIKE, _serve, entry)))
+
+    def judge(self, make: Callable[[], Check]) -> Check:
+        return partial(_judged, aside(make))
+
+
+@contextmanager
+def seats(device: torch.device) -> Iterator[Together]:
+    """Where the entries of a case take their steps."""
+    with ExitStack() as processes:
+        yield Apart(processes) if device.type == "cpu" else Together()
+
+
+class _Distant(Entry):
+    """An entry whose steps are taken by a process that has nothing else to do."""
+
+    def __init__(self, entry: Entry, process: Any, pipe: connection.Connection) -> None:
+        self.result = entry.result
+        self._process, self._pipe = process, pipe
+
+    def prepare(self) -> None:
+        self._take("prepare")
+
+    def weigh(self) -> None:
+        self._take("weigh")
+
+    def time(self, number: int) -> None:
+        self._take("time", number)
+
+    def _take(self, step: str, *arguments: int) -> None:
+        self._pipe.send((step, arguments))
+        result = received(self._process, self._pipe)
+        if not isinstance(result, Result):
+            end_alike(result)
+        self.result = result
+
+
+def _serve(pipe: connection.Connection, entry: Entry) -> None:
+    end_with_parent()
+    while True:
+        step, arguments = pipe.recv()
+        getattr(entry, step)(*arguments)
+        pipe.send(entry.result)
+
+
+def _judged(check: Check, answer: Any) -> float:
+    return aside(partial(check, answer))

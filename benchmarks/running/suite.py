@@ -10,9 +10,8 @@ from benchmarks.cases import Case, as_record
 from benchmarks.contestants import rivals
 from benchmarks.report.progress import Watch
 from benchmarks.running.environment import LIBRARIES, load_average
-from benchmarks.running.order import Order
 from benchmarks.running.processes import ANEW, cause, child, received
-from benchmarks.running.records import Run
+from benchmarks.running.records import Order, Run
 from benchmarks.running.worker import attempt, tell_environment
 from jacfunc._measuring import Result, pooled
 

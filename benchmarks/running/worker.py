@@ -18,9 +18,16 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.running.environment import environment, pin
-from benchmarks.running.order import Order
-from benchmarks.running.processes import ANEW, DEVICE_LOST, cause, child, end_with_parent, received
-from benchmarks.running.seats import seats
+from benchmarks.running.processes import (
+    ANEW,
+    DEVICE_LOST,
+    cause,
+    child,
+    end_with_parent,
+    received,
+    seats,
+)
+from benchmarks.running.records import Order
 from jacfunc._measuring import Contestant, Effort, Result, Run, recording, seconds_of
 from jacfunc._memory import free_bytes
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.report.progress import watching
 from benchmarks.report.tables import add, table
-from benchmarks.running.order import Order
+from benchmarks.running.records import Order
 from benchmarks.running.suite import run_suite
 from benchmarks.verdicts.comparing import SOUGHT, Change, compare
 

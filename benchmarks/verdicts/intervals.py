@@ -121,19 +121,16 @@ def winners(record: Record) -> list[str]:
     """The fastest in PyTorch with a right answer, then whoever ties with it, by their times."""
     timed = (name for name in _rivals_in_torch(record) if counted_rounds(find(record, name)))
     times = {name: time_of(record, name) for name in timed}
-    first, *others = sorted(times, key=times.__getitem__) or [""]
-    return [first, *(name for name in others if _ties(record, name, first))] if first else []
+    names = sorted(times, key=times.__getitem__)
+    ratios = [beside(record, name, names[0]) for name in names[1:]]
+    pairs = zip(names[1:], ratios, strict=True)
+    return [*names[:1], *(n for n, ratio in pairs if ratio and verdict(ratio) == "tie")]
 
 
 def time_of(record: Record, name: str) -> float:
     """Time in units of the baseline where it has one, which takes out what moved between rounds."""
     ratio = beside(record, name, record["baseline"])
     return ratio.mid if ratio else statistics.median(counted_rounds(find(record, name)).values())
-
-
-def _ties(record: Record, name: str, first: str) -> bool:
-    ratio = beside(record, name, first)
-    return ratio is not None and verdict(ratio) == "tie"
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:

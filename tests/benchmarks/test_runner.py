@@ -24,9 +24,8 @@ from benchmarks.__main__ import STOPPED, main
 from benchmarks.report import tables
 from benchmarks.report.progress import Watch
 from benchmarks.running import processes, suite, worker
-from benchmarks.running.order import Order
 from benchmarks.running.processes import DEVICE_LOST
-from benchmarks.running.records import Run
+from benchmarks.running.records import Order, Run
 from benchmarks.running.suite import CannotRunError
 from benchmarks.studies import trust
 from benchmarks.verdicts.comparing import Change

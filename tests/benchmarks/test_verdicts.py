@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 import torch
 
-from benchmarks.report.comparison import table_of
+from benchmarks.report.tables import table_of
 from benchmarks.running.records import Run
 from benchmarks.verdicts.comparing import compare, judge
 from benchmarks.verdicts.intervals import (
