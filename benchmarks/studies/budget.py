@@ -73,16 +73,10 @@ def measured(name: str, derive: Derive, device: torch.device) -> dict[str, Any]:
     times = interleaved(runs | {0: within}, ROUNDS, device)
     medians = {chunk: statistics.median(seconds) for chunk, seconds in times.items()}
     best = min((chunk for chunk in medians if chunk), key=medians.__getitem__)
-    return {
-        "case": name,
-        "unchunked": unchunked,
-        "budget": budget,
-        "taken": taken,
-        "best_chunk": best,
-        "seconds": medians[0],
-        "best_seconds": medians[best],
-        "ratio": statistics.median(a / b for a, b in zip(times[0], times[best], strict=True)),
-    }
+    ratio = statistics.median(a / b for a, b in zip(times[0], times[best], strict=True))
+    counts = {"case": name, "unchunked": unchunked, "budget": budget, "taken": taken}
+    seconds = {"best_chunk": best, "seconds": medians[0], "best_seconds": medians[best]}
+    return {**counts, **seconds, "ratio": ratio}
 
 
 def _peak(run: Run, device: torch.device) -> int:
@@ -98,15 +92,9 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     shown = table(title, caption, *heads)
     for case in body["results"]:
         is_broken = case["taken"] > case["budget"] or case["ratio"] > body["target"]
-        add(
-            shown,
-            case["case"],
-            *(in_bytes(case[name]) for name in ("unchunked", "budget", "taken")),
-            str(case["best_chunk"]),
-            in_seconds(case["seconds"]),
-            f"{case['ratio']:.2f}",
-            style="red" if is_broken else "",
-        )
+        counts = (in_bytes(case[name]) for name in ("unchunked", "budget", "taken"))
+        cells = str(case["best_chunk"]), in_seconds(case["seconds"]), f"{case['ratio']:.2f}"
+        add(shown, case["case"], *counts, *cells, style="red" if is_broken else "")
     return [shown]
 
 

@@ -7,11 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import jacfunc
 from benchmarks.problems import formulas
+from jacfunc import Strategy
 from jacfunc.compare import Problem
 
-Setup = Callable[[torch.device], Problem]
-"""Makes a problem on a device, with the same numbers every time."""
+CHUNKS, MOST_LOOPS = (16, 128, 512), 256
+Case = tuple[str, Callable[[torch.device], Problem]]
+"""A name, and what makes the problem on a device, with the same numbers every time."""
+
+
+def candidates(problem: Problem) -> dict[str, str | Strategy]:
+    """What a careful person would try by hand."""
+    (x,) = problem.args
+    out, module = problem.target(x), problem.module
+    if module is not None:
+        out, x = out[0], x[0]
+    rows, columns = out.numel(), x.numel()
+    if module is not None and problem.by_params:
+        columns = sum(param.numel() for param in module.parameters())
+    ways: tuple[tuple[str, Any, int], ...] = (
+        ("reverse", jacfunc.Reverse, rows), ("forward", jacfunc.Forward, columns),
+    )  # fmt: skip
+    strategies: dict[str, str | Strategy] = {}
+    for name, make, total in ways:
+        strategies[name] = make()
+        strategies |= {f"{name} {size}": make(size) for size in CHUNKS if size < total}
+    if rows <= MOST_LOOPS:
+        strategies["looped rows"] = jacfunc.Looped("rows")
+    if columns <= MOST_LOOPS:
+        strategies["looped columns"] = jacfunc.Looped("columns")
+    return strategies
 
 
 def of_function(make: Callable[[Any], Any], dtype: torch.dtype, device: torch.device) -> Problem:
@@ -36,17 +62,14 @@ def of_module(
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()), nn.Linear(64, 10)
-    )
+    layers = nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+    return nn.Sequential(*layers)
 
 
 def cnn() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(64, 10)),
-    )
+    first = nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    second = nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(64, 10))
 
 
 def decoder() -> nn.Module:
@@ -108,7 +131,7 @@ def _functions() -> Iterator[tuple[str, Any]]:
     yield "curve, 1 → 4096", partial(formulas.curve, 4096)
 
 
-def cases() -> Iterator[tuple[str, Setup]]:
+def cases() -> Iterator[Case]:
     """Names and problems: every function in both precisions, every module in single."""
     for name, make in _functions():
         for dtype in (torch.float32, torch.float64):

@@ -39,13 +39,8 @@ def pairs(device: torch.device) -> Iterator[Pair]:
 def measure(device: torch.device) -> dict[str, Any]:
     """The body of the results file."""
     every = track(list(pairs(device)), "overhead", console=console)
-    return {
-        "rounds": ROUNDS,
-        "width": WIDTH,
-        "batch": BATCH,
-        "targets": TARGETS,
-        "results": [timed(pair, device) for pair in every],
-    }
+    sizes = {"rounds": ROUNDS, "width": WIDTH, "batch": BATCH, "targets": TARGETS}
+    return sizes | {"results": [timed(pair, device) for pair in every]}
 
 
 def timed(pair: Pair, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -66,8 +61,7 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     for level, target in body["targets"].items():
         results = [result for result in body["results"] if result["level"] == level]
         above = sum(result["ratio"]["median"] > target for result in results)
-        caption = f"Median of {body['rounds']} rounds (quartiles). Target ≤ {target:.2f}: "
-        caption += f"{above} of {len(results)} above it"
+        caption = f"Medians (quartiles). Target ≤ {target:.2f}: {above} of {len(results)} above it"
         title = f"jacfunc.jacrev ÷ torch.func.jacrev, {level}"
         of_level = table(title, caption, "inputs \\ outputs", *map(str, SIZES))
         for inputs in SIZES:

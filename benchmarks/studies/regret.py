@@ -11,16 +11,12 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-import jacfunc
 from benchmarks.report.tables import add, console, in_seconds, table
-from benchmarks.studies.grid import cases
+from benchmarks.studies.grid import candidates, cases
 from jacfunc import Strategy
 from jacfunc._measuring import Contestant, Effort, Entry, Result, interleaved
 from jacfunc._measuring import measure as measure_all
 from jacfunc.compare import Problem
-
-CHUNKS = (16, 128, 512)
-MOST_LOOPS = 256
 
 TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
 """Largest wanted regret, and the share of cases in which it must hold."""
@@ -33,38 +29,13 @@ HOPELESS = 3.0
 
 WEEDING = Effort(rounds=5, seconds=0.05, fewest=1, patience=1.0)
 EFFORT = Effort(rounds=300, seconds=0.4, fewest=5, patience=60.0)
-
 MIDDLING, PLANNINGS = 0.01, 5
 """Seconds of a call from which on what planning adds to the first one is looked at; how often."""
 
 
-def candidates(problem: Problem) -> dict[str, str | Strategy]:
-    """What a careful person would try by hand."""
-    (x,) = problem.args
-    out = problem.target(x)
-    if problem.module is not None:
-        out, x = out[0], x[0]
-    rows, columns = out.numel(), x.numel()
-    if problem.module is not None and problem.by_params:
-        columns = sum(param.numel() for param in problem.module.parameters())
-    strategies: dict[str, str | Strategy] = {}
-    for name, make, total in (
-        ("reverse", jacfunc.Reverse, rows),
-        ("forward", jacfunc.Forward, columns),
-    ):
-        strategies[name] = make()
-        strategies |= {f"{name} {size}": make(size) for size in CHUNKS if size < total}
-    if rows <= MOST_LOOPS:
-        strategies["looped rows"] = jacfunc.Looped("rows")
-    if columns <= MOST_LOOPS:
-        strategies["looped columns"] = jacfunc.Looped("columns")
-    return strategies
-
-
 def measure(device: torch.device, only: str = "") -> dict[str, Any]:
     """The body of the results file; ``only`` is part of the names of cases."""
-    chosen = [(name, setup) for name, setup in cases() if only in name]
-    every = track(chosen, "regret", console=console)
+    every = track([case for case in cases() if only in case[0]], "regret", console=console)
     results = [measured(name, setup(device), device) for name, setup in every]
     return {"summary": summary(results), "results": results}
 
@@ -116,11 +87,9 @@ def timed(
 
 
 def planning(problem: Problem, device: torch.device) -> float:
-    shares = []
-    for _ in range(PLANNINGS):
-        first, later = interleaved({"": problem.jacobian("auto")}, 2, device)[""]
-        shares.append(first / later - 1)
-    return statistics.median(shares)
+    """What planning adds to a call, as a share of that."""
+    pairs = (interleaved({0: problem.jacobian("auto")}, 2, device)[0] for _ in range(PLANNINGS))
+    return statistics.median(first / later - 1 for first, later in pairs)
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -128,58 +97,45 @@ def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     by_chooser = {}
     for name, (bound, wanted) in TARGETS.items():
         regrets = [result["regret"][name] for result in results if name in result["regret"]]
-        by_chooser[name] = {
-            "target": bound,
-            "wanted": wanted,
-            "within": sum(r <= bound for r in regrets) / len(regrets),
-            "median": statistics.median(regrets),
-            "worst": max(regrets),
-        }
+        within = sum(regret <= bound for regret in regrets) / len(regrets)
+        middle, worst = statistics.median(regrets), max(regrets)
+        part = {"target": bound, "wanted": wanted, "within": within}
+        by_chooser[name] = part | {"median": middle, "worst": worst}
     return by_chooser
 
 
 def tables(body: Mapping[str, Any]) -> list[Table]:
     """A row a case; what misses a target stands out."""
-    results = body["results"]
-    lines = [
-        f"{name}: within {s['target']:.2f}× of the best in {s['within']:.0%} of {len(results)} "
-        f"cases (wanted {s['wanted']:.0%}), median {s['median']:.2f}×, worst {s['worst']:.2f}×"
-        for name, s in body["summary"].items()
-    ]
+    results, lines = body["results"], []
+    for name, s in body["summary"].items():
+        share = f"{s['within']:.0%} of {len(results)} cases (wanted {s['wanted']:.0%})"
+        ends = f"median {s['median']:.2f}×, worst {s['worst']:.2f}×"
+        lines.append(f"{name}: within {s['target']:.2f}× of the best in {share}, {ends}")
     noise = [abs(result["regret"][AGAIN] - 1) for result in results]
-    lines.append(
-        f"noise: the best is within {statistics.median(noise):.1%} of itself (median), "
-        f"at most {max(noise):.1%}"
-    )
-    if shares := [result["planning"] for result in results if result["planning"] is not None]:
-        lines.append(
-            f"planning: {statistics.median(shares):.1%} of a call (median), at most "
-            f"{max(shares):.1%}, in the {len(shares)} cases of {MIDDLING * 1e3:.0f} ms or more"
-        )
+    planned = [result["planning"] for result in results if result["planning"] is not None]
+    for what, shares in ("the best differs from itself", noise), ("planning adds", planned):
+        if shares:
+            ends = f"{statistics.median(shares):.1%} (median), at most {max(shares):.1%}"
+            lines.append(f"{what} by {ends}, in {len(shares)} cases")
     title = "Time ÷ that of the best strategy picked by hand"
     shown = table(title, "\n".join(lines), "case", "best by hand", "time", *TARGETS, words=2)
     for result in results:
         best, regret = result["best"], result["regret"]
         cells = [f"{regret[n]:.2f}" if n in regret else "refused" for n in TARGETS]
-        is_missed = any(regret.get(n, bound + 1) > bound for n, (bound, _) in TARGETS.items())
-        style = "red" if is_missed else ""
-        add(shown, result["case"], best, in_seconds(result["seconds"][best]), *cells, style=style)
+        is_missed = any(regret.get(n, math.inf) > bound for n, (bound, _) in TARGETS.items())
+        time, style = in_seconds(result["seconds"][best]), "red" if is_missed else ""
+        add(shown, result["case"], best, time, *cells, style=style)
     return [shown]
 
 
 def says(body: Mapping[str, Any]) -> str:
     """How near `auto` and `autotune` come to the best strategy picked by hand."""
-    cases = len(body["results"])
-    auto, autotune = (
-        (
-            f"{part['target']:.2f}",
-            f"in {round(part['within'] * cases)} of {cases} cases "
-            f"(median {part['median']:.2f}, worst {part['worst']:.2f})",
-        )
-        for part in (body["summary"][name] for name in TARGETS)
-    )
-    return (
-        f'The time that `"auto"` takes is at most {auto[0]} times that of the best strategy picked '
-        f'by hand {auto[1]}; that of `"autotune"` is at most {autotune[0]} {autotune[1]} '
-        "({source})."
-    )
+    cases, times = len(body["results"]), " times that of the best strategy picked by hand"
+    parts = []
+    for name in TARGETS:
+        s = body["summary"][name]
+        share = f"in {round(s['within'] * cases)} of {cases} cases"
+        ends = f"(median {s['median']:.2f}, worst {s['worst']:.2f})"
+        parts.append(f"{s['target']:.2f}{'' if parts else times} {share} {ends}")
+    first = f'The time that `"auto"` takes is at most {parts[0]};'
+    return f'{first} that of `"autotune"` is at most {parts[1]} ({{source}}).'

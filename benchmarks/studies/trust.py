@@ -28,12 +28,8 @@ def measure(device: torch.device) -> dict[str, Any]:
         order = Order("full", device.type, Path(directory), only=ONLY, processes=PROCESSES)
         first, again = run_suite(order, watch), run_suite(order, watch)
         slowed = run_suite(replace(order, planted=1.0 + SOUGHT), watch)
-    ours = {
-        (key, result["contestant"])
-        for key, record in first.cases.items()
-        for result in record["results"]
-        if result["family"] == "jacfunc"
-    }
+    rows = ((key, row) for key, case in first.cases.items() for row in case["results"])
+    ours = {(key, row["contestant"]) for key, row in rows if row["family"] == "jacfunc"}
     planted = [c for c in compare(first, slowed).changes if (c.case, c.contestant) in ours]
     shares = [
         share("the same code", "equivalent", compare(first, again).changes),
@@ -54,8 +50,7 @@ def share(what: str, wanted: str, changes: Iterable[Change]) -> dict[str, Any]:
 
 def right(share: Mapping[str, Any]) -> int:
     """Of how many pairs a comparison says what it should."""
-    count: int = share["verdicts"].get(share["wanted"], 0)
-    return count
+    return int(share["verdicts"].get(share["wanted"], 0))
 
 
 def is_met(share: Mapping[str, Any]) -> bool:
@@ -71,8 +66,8 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     for each in body["shares"]:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(each["verdicts"].items()))
         cells = each["what"], each["wanted"], counts, str(each["pairs"])
-        style = "green" if is_met(each) else "red"
-        add(shown, *cells, f"{right(each) / each['pairs']:.1%}", style=style)
+        found = f"{right(each) / each['pairs']:.1%}"
+        add(shown, *cells, found, style="green" if is_met(each) else "red")
     return [shown]
 
 
