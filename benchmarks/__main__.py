@@ -76,11 +76,7 @@ def _do(options: argparse.Namespace) -> bool:
 
 
 def run(order: Order) -> None:
-    """The suite, with a table a case; what is finished is in the file, whenever it is stopped.
-
-    Raises:
-        KeyboardInterrupt: it was stopped.
-    """
+    """The suite, with a table a case; what is finished is in the file, whenever it is stopped."""
     try:
         with watching() as watch:
             where = run_suite(order, watch).environment

@@ -11,47 +11,32 @@ import torch
 from benchmarks.running.processes import Together
 from jacfunc._measuring import Check, Contestant, Effort, Entry, Result, measure
 
-ANSWER = "bytes of the answer"
-"""The size that peaks are compared with where no contestant is named."""
-
+ANSWER = "bytes of the answer"  # the size that peaks are compared with where no contestant is named
 USUAL = Effort()
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A bound on the time of one contestant beside the fastest of others, or on its peak.
-
-    Args:
-        others: contestants; of a peak, the one whose peak it is divided by, or :data:`ANSWER`.
-    """
+    """A bound on the time of one contestant beside the fastest of others, or on its peak."""
 
     of: str
     kind: Literal["times faster than", "time ÷", "peak ÷"]
     bound: float
-    others: tuple[str, ...]
+    others: tuple[str, ...]  # of a peak, the one whose peak it is divided by, or ANSWER
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem at one size, and who takes part.
-
-    Args:
-        setup: makes the problem on a device, with the same numbers every time.
-        check: makes from the problem what judges an answer.
-        baseline: the contestant whose time is 1.
-        sizes: by name: inputs, outputs, batch, parameters, :data:`ANSWER`.
-        axis: the size that grows from case to case, where exponents are fitted.
-        is_quick: it is part of the quick suite.
-    """
+    """One problem at one size, and who takes part."""
 
     name: str
-    setup: Callable[[torch.device], Any]
+    setup: Callable[[torch.device], Any]  # the problem, with the same numbers every time
     contestants: tuple[Contestant[Any], ...]
-    check: Callable[[Any], Check]
-    baseline: str
+    check: Callable[[Any], Check]  # from the problem, what judges an answer
+    baseline: str  # the contestant whose time is 1
     dtype: str = "float32"
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    axis: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)  # such as inputs, batch or ANSWER
+    axis: str = ""  # the size that grows from case to case, where exponents are fitted
     effort: Effort = USUAL
     wanted: tuple[Wanted, ...] = ()
     is_quick: bool = False
@@ -79,25 +64,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Question:
-    """What a reader wants to know, and the cases that answer it.
-
-    Args:
-        asks: the question, in one sentence.
-        ours: the contestant whom the verdict is about.
-    """
+    """What a reader wants to know, and the cases that answer it."""
 
     name: str
-    asks: str
-    ours: str
+    asks: str  # in one sentence
+    ours: str  # the contestant whom the verdict is about
     cases: tuple[Case, ...]
 
 
 def by_key(questions: Iterable[Question]) -> dict[str, tuple[Question, Case]]:
-    """Every case by ``question/case``, as the results file names it.
-
-    Raises:
-        ValueError: two cases have one name.
-    """
+    """Every case by ``question/case``, as the results file names it; names must differ."""
     cases: dict[str, tuple[Question, Case]] = {}
     for question in questions:
         for case in question.cases:

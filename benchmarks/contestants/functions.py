@@ -25,9 +25,7 @@ from jacfunc._measuring import Contestant, Effort, Run
 Way = Callable[[FunctionAtPoints], Func]
 """Does once what a user would do once; what it returns takes a point."""
 
-Forecast = tuple[float | None, int | None]
-"""Seconds and peak bytes of a call that jacfunc expects."""
-
+Forecast = tuple[float | None, int | None]  # seconds and peak bytes of a call that jacfunc expects
 EFFORT = Effort(rounds=40, seconds=0.4, fewest=5, patience=0.4)
 AUTO, BASELINE = "jacfunc auto", "torch.func jacrev"
 BY_HAND = ("jacfunc reverse", "jacfunc forward", "jacfunc looped")

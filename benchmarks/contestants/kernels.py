@@ -20,9 +20,7 @@ KERNEL = "ntk"
 MOST_BYTES = 2e9
 """Of tangents, where a way needs some for each pair of samples; beyond, it also takes minutes."""
 
-MOST_SAMPLES = 16
-"""For the two methods of neural-tangents that grow as fast."""
-
+MOST_SAMPLES = 16  # for the two methods of neural-tangents that grow as fast
 OURS, TORCHJD = "jacfunc", "TorchJD"
 MATMUL = "vmap(jacrev), J @ J.T"
 CONTRACTION, PRODUCTS = "tutorial: contraction", "tutorial: products"

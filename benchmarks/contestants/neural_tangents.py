@@ -40,11 +40,7 @@ def _neural_tangents() -> Any:
 
 
 def translated(model: nn.Module) -> tuple[Scores, dict[str, Any]]:
-    """``scores(params, images)`` of a whole batch, and its parameters by name.
-
-    Raises:
-        NotImplementedError: a layer that is not known here.
-    """
+    """``scores(params, images)`` of a whole batch, and its parameters by name."""
     if not isinstance(model, nn.Sequential):
         raise NotImplementedError(f"{type(model).__name__} is not written in JAX here")
     steps = [_step(name, layer) for name, layer in model.named_children()]

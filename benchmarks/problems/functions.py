@@ -19,17 +19,11 @@ SINGLE, DOUBLE = torch.float32, torch.float64
 
 @dataclass(frozen=True)
 class Function:
-    """How a function of one tensor and a point are made from random numbers.
-
-    Args:
-        make: from ``draw(*shape)``, the function and a point.
-        batched: from the same numbers, the function of many points, the batch in front.
-        in_jax: ``make`` that takes JAX's numbers and the module ``jax.numpy``.
-    """
+    """How a function of one tensor and a point are made from numbers, as ``draw(*shape)``."""
 
     make: Callable[[Any], tuple[Func, Tensor]]
-    batched: Callable[[Any], Func] | None = None
-    in_jax: Callable[[Any, Any], tuple[Func, Any]] | None = None
+    batched: Callable[[Any], Func] | None = None  # the function of many points, the batch in front
+    in_jax: Callable[[Any, Any], tuple[Func, Any]] | None = None  # made with ``jax.numpy``
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,11 +84,7 @@ def judging(expect: Callable[[Problem], Answer], problem: Problem) -> Check:
 
 
 def check(answer: Any, expected: Answer, tolerance: float = TOLERANCE[torch.float32]) -> float:
-    """The largest relative error of an answer: blocks by name, or one tensor ``[B, C, P]``.
-
-    Raises:
-        WrongAnswerError: the error is above the tolerance, or names or shapes differ.
-    """
+    """The largest relative error of an answer: blocks by name, or one tensor ``[B, C, P]``."""
     if isinstance(answer, Tensor):
         answer = _split(answer, expected)
     if set(answer) != set(expected):

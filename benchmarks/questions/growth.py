@@ -16,8 +16,7 @@ from jacfunc._measuring import Check, Contestant, Effort
 from jacfunc.compare import Problem
 
 EFFORT = Effort(rounds=10, seconds=1.5, fewest=3, patience=10.0)
-THROUGH_J = 4
-"""Of each axis so many points are taken through J, too; later ones would take minutes."""
+THROUGH_J = 4  # of each axis so many points are taken through J, too; later ones would take minutes
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from benchmarks.problems.functions import Function, mlp, portable
 from benchmarks.problems.judge import Func
 from jacfunc._measuring import Effort
 
-CALLS = 50
-"""Of one run, each at another point."""
-
+CALLS = 50  # of one run, each at another point
 EFFORT = Effort(rounds=40, seconds=0.6, fewest=5, patience=3.0)
 LEFT_OUT = ("jacfunc forward", "jacfunc looped", "jacfunc reverse in chunks of 128",
             "jacfunc autotune", "autograd expanded, backward once")  # fmt: skip

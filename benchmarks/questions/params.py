@@ -17,9 +17,7 @@ from jacfunc._measuring import Effort
 
 FEW, MANY = 8, 64
 COMPARED = ("mlp", "cnn", "resnet", "transformer", "vit")
-FAST = ("mlp", "cnn", "transformer")
-"""Networks of which a certain speed and peak is wanted."""
-
+FAST = ("mlp", "cnn", "transformer")  # networks of which a certain speed and peak is wanted
 EFFORT = Effort(rounds=20, seconds=1.5, fewest=3, patience=15.0)
 
 

@@ -22,9 +22,7 @@ from benchmarks.verdicts.sentences import sentence
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 ABSENT = "not measured"
-NEAR = 2
-"""A forecast as near as by this factor is a good one."""
-
+NEAR = 2  # a forecast as near as by this factor is a good one
 ABOUT = (
     "Ways to take Jacobians, Hessians and products of them with PyTorch, compared: the strategies "
     "of jacfunc, torch.func, torch.autograd by hand, and other libraries. Every answer is checked "
@@ -37,11 +35,7 @@ Runs = Mapping[str, Run | None]
 
 
 def write_report(stem: Path) -> list[Path]:
-    """Markdown and picture of ``STEM-cpu.json`` and ``STEM-cuda.json``; one may be missing.
-
-    Raises:
-        ValueError: both are missing, or one is no results file.
-    """
+    """Markdown and picture of ``STEM-cpu.json`` and ``STEM-cuda.json``; one may be missing."""
     paths = {name: stem.with_name(f"{stem.name}-{device}.json") for device, name in DEVICES.items()}
     runs = {device: Run.read(path) if path.exists() else None for device, path in paths.items()}
     measured = {device: run for device, run in runs.items() if run is not None}

@@ -37,11 +37,7 @@ def files(root: Path) -> list[Path]:
 
 
 def filled(text: str, root: Path) -> str:
-    """The text with its blocks as the results files have them.
-
-    Raises:
-        KeyError: a block has a name that no function here has.
-    """
+    """The text with its blocks as the results files have them."""
     return BLOCK.sub(lambda block: f"{block[1]}{FIGURES[block[2]](root)}\n{block[4]}", text)
 
 

@@ -12,9 +12,7 @@ from benchmarks.running.records import Record
 from benchmarks.verdicts.comparing import Comparison, Verdict
 from benchmarks.verdicts.intervals import BOUND, beside, counted_rounds, number, winners
 
-LOG_WIDTH = 140
-"""A log has no width of its own, and the usual 80 columns break the tables."""
-
+LOG_WIDTH = 140  # a log has no width of its own, and the usual 80 columns break the tables
 NOTHING = "–"
 MARKS = "★ the fastest in PyTorch; = ties: within 5 %, or not told apart by the rounds there are."
 

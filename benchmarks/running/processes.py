@@ -20,14 +20,11 @@ T = TypeVar("T")
 ANEW = multiprocessing.get_context("forkserver")
 """Its children have the modules alone, and are told names: functions do not go through pipes."""
 
-ALIKE = multiprocessing.get_context("fork")
-"""Its children have whatever their parent has."""
-
+ALIKE = multiprocessing.get_context("fork")  # its children have whatever their parent has
 SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """A folder whose files are memory, or None for the usual one of temporary files."""
 
-DEVICE_LOST = 86
-"""Exit code of a child whose GPU takes no more work."""
+DEVICE_LOST = 86  # exit code of a child whose GPU takes no more work
 
 
 @contextmanager
@@ -69,12 +66,9 @@ def cause(code: int) -> str:
 
 
 def aside(function: Callable[[], T]) -> T:
-    """The result of a function that runs in a process alike, so that this heap stays as it is.
+    """What a function returns or raises in a process alike, so that this heap stays as it is.
 
     Tensors of the result lie in memory of their own.
-
-    Raises:
-        Exception: the one that the function raises.
     """
     with tempfile.NamedTemporaryFile(dir=SHARED) as file:
         with child(ALIKE, _keep, function, file.name) as (process, pipe):

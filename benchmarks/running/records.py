@@ -12,19 +12,14 @@ from benchmarks.cases import Case, Question, by_key
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-FORMAT = 2
-"""Of the file; another one is not read."""
-
+FORMAT = 2  # of the file; another one is not read
 Record = dict[str, Any]
-"""What :func:`benchmarks.cases.as_record` gives, and how the case was measured."""
+"""What :func:`benchmarks.cases.as_record` gives, with ``took`` (seconds), ``load`` and ``commit``."""
 
 
 @dataclass
 class Run:
-    """A suite on a device: a record a case, by ``question/case``.
-
-    A record also has ``took`` (seconds of the whole case), ``load`` (when it began) and ``commit``.
-    """
+    """A suite on a device: a record a case, by ``question/case``."""
 
     suite: str
     environment: Mapping[str, Any]
@@ -33,11 +28,7 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The run that a file holds.
-
-        Raises:
-            ValueError: it is not such a file.
-        """
+        """The run that a file holds."""
         body = read(path)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError(
@@ -79,42 +70,25 @@ def _json(value: Any) -> str:
 
 TABLE = "benchmarks.questions:QUESTIONS"
 
-SUITES = {"quick": 0.5, "full": 1.0}
-"""By which the effort of a case is multiplied."""
-
+SUITES = {"quick": 0.5, "full": 1.0}  # by which the effort of a case is multiplied
 LIMIT = 300.0
 """Seconds of one step of one contestant: it prepares and answers twice, or makes a round."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be run, and where it is written.
-
-    Args:
-        only: part of the names of cases.
-        resume: what the file has is not run again.
-        again: part of the names of cases that are, nevertheless.
-        processes: how many measure each case in turn; a layout of memory is one process's.
-        planted: the factor by which jacfunc is made slower than it is.
-        limit: seconds of one step of one contestant.
-        table: where the questions are, ``module:NAME``.
-    """
+    """What is to be run, and where it is written."""
 
     suite: str
     device: str
     output: Path
-    only: str = ""
-    resume: bool = False
-    again: str = ""
-    processes: int = 1
-    planted: float = 1.0
-    limit: float = LIMIT
-    table: str = TABLE
-
-    @property
-    def effort(self) -> float:
-        """By which rounds and seconds are multiplied."""
-        return SUITES[self.suite]
+    only: str = ""  # part of the names of cases
+    resume: bool = False  # what the file has is not run again
+    again: str = ""  # part of the names of cases that are, nevertheless
+    processes: int = 1  # measure each case in turn: a layout of memory is one process's
+    planted: float = 1.0  # the factor by which jacfunc is made slower than it is
+    limit: float = LIMIT  # seconds of one step of one contestant
+    table: str = TABLE  # where the questions are, ``module:NAME``
 
     @property
     def path(self) -> Path:
@@ -123,11 +97,7 @@ class Order:
         return self.output / f"{self.suite}-{self.device}{part}.json"
 
     def chosen(self) -> dict[str, tuple[Question, Case]]:
-        """The suite's cases in the order of the table.
-
-        Raises:
-            ValueError: two cases have one name.
-        """
+        """The suite's cases in the order of the table."""
         cases = by_key(questions(self.table))
         return {k: qc for k, qc in cases.items() if self.suite == "full" or qc[1].is_quick}
 

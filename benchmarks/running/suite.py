@@ -11,16 +11,14 @@ from benchmarks.contestants import rivals
 from benchmarks.report.progress import Watch
 from benchmarks.running.environment import LIBRARIES, load_average
 from benchmarks.running.processes import ANEW, cause, child, received
-from benchmarks.running.records import Order, Run
+from benchmarks.running.records import SUITES, Order, Run
 from benchmarks.running.worker import attempt, tell_environment
 from jacfunc._measuring import Result, pooled
 
 PRELOADED = ("benchmarks.running.worker", "torch._dynamo")
 """Dynamo, for the first dispatch mode of a process imports it, which takes seconds."""
 
-SETUP = 2.0
-"""Seconds that a case takes beside what its contestants are given, roughly."""
-
+SETUP = 2.0  # seconds that a case takes beside what its contestants are given, roughly
 SAME = (
     *("device", "device_name", "cpus", "system", "python", "torch", "jacfunc", "threads"),
     *("rivals", "effort", "processes", "planted"),
@@ -54,11 +52,7 @@ def run_suite(order: Order, watch: Watch) -> Run:
 
 
 def begun(order: Order, where: Mapping[str, Any]) -> Run:
-    """The run that is gone on with, or a new one.
-
-    Raises:
-        CannotRunError: the file was measured elsewhere, or otherwise.
-    """
+    """The run that is gone on with, or a new one."""
     versions = rivals.versions()
     if not (order.resume and order.path.exists()):
         run = Run(order.suite, where, versions, {})
@@ -85,13 +79,15 @@ def _environment(order: Order) -> dict[str, Any]:
         where = received(process, pipe)
     if not isinstance(where, dict):
         raise CannotRunError(f"run: {order.device} must be there, got {cause(where)}. See above.")
-    how = {"effort": order.effort, "processes": order.processes, "planted": order.planted}
+    how = {"effort": SUITES[order.suite], "processes": order.processes, "planted": order.planted}
     return where | how
 
 
 def expected(case: Case, order: Order) -> float:
     """Seconds that a case may take."""
-    return order.processes * (SETUP + case.effort.seconds * order.effort * len(case.contestants))
+    return order.processes * (
+        SETUP + case.effort.seconds * SUITES[order.suite] * len(case.contestants)
+    )
 
 
 def results_of(

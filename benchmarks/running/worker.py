@@ -27,16 +27,12 @@ from benchmarks.running.processes import (
     received,
     seats,
 )
-from benchmarks.running.records import Order
+from benchmarks.running.records import SUITES, Order
 from jacfunc._measuring import Contestant, Effort, Result, Run, recording, seconds_of
 from jacfunc._memory import free_bytes
 
-SHARE = 0.8
-"""Of the memory that is available, what a case may have on the CPU."""
-
-POLL = 0.25
-"""Seconds between two looks at a child."""
-
+SHARE = 0.8  # of the memory that is available, what a case may have on the CPU
+POLL = 0.25  # seconds between two looks at a child
 NOBODY = -1
 
 
@@ -53,7 +49,7 @@ def looked_up(order: Order, key: str) -> Case:
     """The case of this name, with the order's effort and what is planted."""
     _, case = order.chosen()[key]
     contestants = tuple(planted(c, order.planted, order.device) for c in case.contestants)
-    return replace(case, effort=scaled(case.effort, order.effort), contestants=contestants)
+    return replace(case, effort=scaled(case.effort, SUITES[order.suite]), contestants=contestants)
 
 
 def scaled(effort: Effort, factor: float) -> Effort:

@@ -16,9 +16,7 @@ from benchmarks.verdicts.intervals import span
 from jacfunc._measuring import Run, interleaved, peak_bytes
 
 CHUNKS = (8, 16, 32, 64, 128, 256)
-SHARE = 10
-"""The budget is the unchunked peak divided by this."""
-
+SHARE = 10  # the budget is the unchunked peak divided by this
 ROUNDS, TARGET = 7, 1.3
 
 Derive = Callable[..., Run]

@@ -24,9 +24,7 @@ TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
 BEST, AGAIN = "best", "best again"
 """The best against itself: how far noise alone carries a ratio from 1."""
 
-HOPELESS = 3.0
-"""A candidate that is slower than the best by this factor is not timed again."""
-
+HOPELESS = 3.0  # a candidate that is slower than the best by this factor is not timed again
 WEEDING = Effort(rounds=5, seconds=0.05, fewest=1, patience=1.0)
 EFFORT = Effort(rounds=300, seconds=0.4, fewest=5, patience=60.0)
 MIDDLING, PLANNINGS = 0.01, 5

@@ -16,9 +16,7 @@ from benchmarks.running.records import Order
 from benchmarks.running.suite import run_suite
 from benchmarks.verdicts.comparing import SOUGHT, Change, compare
 
-ONLY = "mlp 64, 16 →"
-"""Cases of a few hundred microseconds to some ten milliseconds."""
-
+ONLY = "mlp 64, 16 →"  # cases of a few hundred microseconds to some ten milliseconds
 PROCESSES, WANTED = 7, 0.95
 
 

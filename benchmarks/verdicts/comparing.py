@@ -24,9 +24,7 @@ from benchmarks.verdicts.intervals import (
     median_interval,
 )
 
-MARGIN = 0.10
-"""A smaller change is none."""
-
+MARGIN = 0.10  # a smaller change is none
 SOUGHT = 0.20
 """A change of this size is not to be missed: it must be excluded before two are called the same."""
 
@@ -39,19 +37,13 @@ Verdict = Literal[
 
 @dataclass(frozen=True)
 class Change:
-    """How one contestant differs in one case between two runs.
-
-    Args:
-        interval: time beside the baseline in the second run ÷ that in the first; of the baseline
-            itself, of its seconds.
-        statuses: in both runs.
-    """
+    """How one contestant differs in one case between two runs."""
 
     case: str
     contestant: str
     verdict: Verdict
-    interval: Interval | None
-    statuses: tuple[str, str]
+    interval: Interval | None  # time beside the baseline, second ÷ first run; its own, of seconds
+    statuses: tuple[str, str]  # in both runs
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from jacfunc._measuring import counted
 
 Verdict = Literal["faster", "slower", "tie"]
 
-TIE = 0.05
-"""Ratios as near to 1 as this are no difference."""
-
+TIE = 0.05  # ratios as near to 1 as this are no difference
 RESAMPLES = 2000
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182}
 """The 97.5 % point of Student's t, by the number of rounds.
