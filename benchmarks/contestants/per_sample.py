@@ -148,9 +148,8 @@ def _by_functional(model: nn.Module, params: Answer, images: Tensor, vectorize: 
 def by_functional_of_sum(vectorize: bool, problem: Problem) -> Run:
     """By inputs: samples do not touch each other, so the sum of their scores will do."""
     model, images = parts(problem)
-    derive: Any = partial(torch.autograd.functional.jacobian, vectorize=vectorize)
-    total = lambda points: model(points).sum(0)  # noqa: E731
-    return lambda: {"input": derive(total, images).movedim(0, 1)}
+    total, derive = lambda points: model(points).sum(0), torch.autograd.functional.jacobian
+    return lambda: {"input": derive(total, images, vectorize=vectorize).movedim(0, 1)}
 
 
 def by_backward_loop(problem: Problem) -> Run:
@@ -200,15 +199,12 @@ def by_expansion(problem: Problem) -> Run:
 def _ours(
     strategies: Mapping[str, str | Strategy], with_forecast: bool = False
 ) -> tuple[Contestant[Problem], ...]:
-    return tuple(
-        Contestant(
-            f"jacfunc {name}",
-            "jacfunc",
-            partial(by_jacfunc, strategy=strategy),
-            forecast=partial(forecast, strategy) if with_forecast else None,
-        )
-        for name, strategy in strategies.items()
-    )
+    ours = []
+    for name, strategy in strategies.items():
+        way = partial(by_jacfunc, strategy=strategy)
+        said = partial(forecast, strategy) if with_forecast else None
+        ours.append(Contestant(f"jacfunc {name}", "jacfunc", way, forecast=said))
+    return tuple(ours)
 
 
 def _either(way: Callable[[bool, Problem], Run], *names: str) -> tuple[Contestant[Problem], ...]:

@@ -87,9 +87,8 @@ class Recurrent(nn.Module):
         self.read = nn.GRU(PIXELS, width, batch_first=True)
         self.head = nn.Linear(width, CLASSES)
 
-    def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.read(images.flatten(1, 2))[0][:, -1])
-        return scores
+    def forward(self, images: Tensor) -> Any:
+        return self.head(self.read(images.flatten(1, 2))[0][:, -1])
 
 
 class Transformer(nn.Module):
@@ -108,13 +107,12 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, CLASSES)
         self.register_buffer("positions", torch.randn((PIXELS // patch) ** 2, width) / 5)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         tiles = images.unflatten(-1, (-1, self.patch)).unflatten(-3, (-1, self.patch))
         # [B, 1, rows, patch, columns, patch] to one row of pixels a patch
         patches = tiles.transpose(-3, -2).flatten(1, 3).flatten(2)
         tokens = self.layers(self.embed(patches) + self.positions)
-        scores: Tensor = self.head(self.norm(tokens).mean(1))
-        return scores
+        return self.head(self.norm(tokens).mean(1))
 
 
 class _Layer(nn.Module):
@@ -127,13 +125,12 @@ class _Layer(nn.Module):
         self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         mixed = self.mix(self.before(tokens)).unflatten(-1, (3, self.heads, -1))
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         tokens = tokens + self.out(seen)
-        narrowed: Tensor = self.narrow(F.gelu(self.widen(self.between(tokens))))
-        return tokens + narrowed
+        return tokens + self.narrow(F.gelu(self.widen(self.between(tokens))))
 
 
 VIT: dict[str, Any] = {
@@ -163,9 +160,8 @@ class VisionTransformer(nn.Module):
 
         self.inner = ViTForImageClassification(ViTConfig(**VIT))
 
-    def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.inner(images).logits
-        return scores
+    def forward(self, images: Tensor) -> Any:
+        return self.inner(images).logits
 
 
 LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"

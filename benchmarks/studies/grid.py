@@ -86,11 +86,10 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(32)
         self.head = nn.Linear(32, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         query, key, value = self.project(self.norm(x)).chunk(3, -1)
         mixed = x + torch.softmax(query @ key.transpose(-1, -2) / 32**0.5, -1) @ value
-        scores: Tensor = self.head(mixed.mean(-2))
-        return scores
+        return self.head(mixed.mean(-2))
 
 
 MLPS = {
