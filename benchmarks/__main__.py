@@ -16,18 +16,9 @@ import benchmarks
 from benchmarks.report import page, readme
 from benchmarks.report.progress import watching
 from benchmarks.report.tables import console, table_of
+from benchmarks.running import records
 from benchmarks.running.environment import default_device, environment, load_average, pin
-from benchmarks.running.records import (
-    LIMIT,
-    RESULTS,
-    ROOT,
-    SUITES,
-    TABLE,
-    Order,
-    Run,
-    questions,
-    replace,
-)  # fmt: skip
+from benchmarks.running.records import Order, Run
 from benchmarks.running.suite import CannotRunError, run_suite
 from benchmarks.studies import STUDIES
 from benchmarks.verdicts.comparing import compare
@@ -61,7 +52,7 @@ def _do(options: argparse.Namespace) -> bool:
             console.print(table_of(comparison))
             return bool(comparison.regressed)
         case "figures":
-            _say(*readme.main(ROOT))
+            _say(*readme.main(records.ROOT))
         case "report":
             _say(*page.write_report(options.output / options.suite))
         case "run" | None:
@@ -96,13 +87,13 @@ def study(kind: str, device: torch.device, output: Path, **options: Any) -> None
         console.print(shown, "")
     if not any(options.values()):
         path, record = output / f"{kind}-{device.type}.json", {"kind": kind, "environment": where}
-        replace(path, json.dumps(record | body, indent=1, ensure_ascii=False) + "\n")
+        records.replace(path, json.dumps(record | body, indent=1, ensure_ascii=False) + "\n")
         _say_where(where, path)
 
 
 def list_table(table: str) -> None:
     """Questions, their cases, and who takes part."""
-    for question in questions(table):
+    for question in records.questions(table):
         tree = Tree(f"[bold]{question.name}[/]: {question.asks}", highlight=False)
         cases = tree.add("cases")
         for case in question.cases:
@@ -128,16 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
     add = parser.add_subparsers(dest="command").add_parser
     output, device, table = (argparse.ArgumentParser(add_help=False) for _ in range(3))
-    here = RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS
-    output.add_argument("--output", type=Path, default=here, metavar="DIR")
+    here, path = Path.cwd(), records.RESULTS
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    output.add_argument("--output", type=Path, default=path, metavar="DIR")
     device.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
     where = "where the questions are"
-    table.add_argument("--table", default=TABLE, metavar="MODULE:NAME", help=where)
+    table.add_argument("--table", default=records.TABLE, metavar="MODULE:NAME", help=where)
     run = add("run", parents=[output, device, table], help="time every contestant")
     _add_run_options(run)
     add("list", parents=[table], help="questions, cases and contestants")
     report = add("report", parents=[output], help="Markdown and picture")
-    report.add_argument("--suite", choices=tuple(SUITES), default="full")
+    report.add_argument("--suite", choices=tuple(records.SUITES), default="full")
     compare = add("compare", help="two results files; fails if one is slower")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
@@ -150,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("--suite", choices=tuple(SUITES), default="quick")
+    run.add_argument("--suite", choices=tuple(records.SUITES), default="quick")
     run.add_argument("--resume", action="store_true", help="run only what the file lacks")
     part = "question/case contains this; a file of their own (-part) unless with --resume"
     again = "resume, and run these cases although the file has them"
@@ -161,7 +153,7 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--again", default="", metavar="SUBSTRING", help=again)
     run.add_argument("--processes", type=int, default=1, metavar="COUNT", help=processes)
     run.add_argument("--planted", type=float, default=1.0, metavar="FACTOR", help=planted)
-    run.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help=limit)
+    run.add_argument("--limit", type=float, default=records.LIMIT, metavar="SECONDS", help=limit)
 
 
 if __name__ == "__main__":

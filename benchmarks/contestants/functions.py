@@ -10,14 +10,7 @@ from torch import Tensor
 import jacfunc
 from benchmarks.cases import Case, Wanted
 from benchmarks.problems.formulas import drawing
-from benchmarks.problems.functions import (
-    DOUBLE,
-    SINGLE,
-    Function,
-    FunctionAtPoints,
-    judging,
-    set_up,
-)
+from benchmarks.problems.functions import Function, FunctionAtPoints, judging, set_up
 from benchmarks.problems.judge import Func, looped, looped_twice
 from jacfunc import Strategy
 from jacfunc._measuring import Contestant, Effort, Run
@@ -70,7 +63,7 @@ def in_jax(transform: str, problem: FunctionAtPoints) -> Run:
     import jax
     import jax.numpy as jnp
 
-    if problem.x.dtype == DOUBLE:
+    if problem.x.dtype == torch.float64:
         jax.config.update("jax_enable_x64", True)
     draw = drawing(problem.x.dtype)
     func, _ = problem.function.in_jax(lambda *shape: jnp.asarray(draw(*shape).numpy()), jnp)
@@ -153,7 +146,7 @@ HESSIANS: tuple[Contestant[FunctionAtPoints], ...] = (
 def case(
     name: str,
     function: Function,
-    dtype: torch.dtype = SINGLE,
+    dtype: torch.dtype = torch.float32,
     contestants: tuple[Contestant[FunctionAtPoints], ...] = JACOBIANS,
     baseline: str = BASELINE,
     derivative: Callable[[Func, Tensor], Tensor] = looped,
@@ -164,7 +157,7 @@ def case(
 ) -> Case:
     """A function whose derivative is taken at so many points as there are ``calls``."""
     return Case(
-        name if dtype == SINGLE else f"{name}, float64",
+        name if dtype == torch.float32 else f"{name}, float64",
         partial(set_up, function, dtype, sizes.get("calls", 1)),
         contestants,
         partial(judging, derivative),

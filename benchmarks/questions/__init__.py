@@ -1,25 +1,13 @@
 """Everything that the suite measures: a file a question, and each is a chapter of the report."""
 
-from benchmarks.cases import Question
-from benchmarks.questions import (
-    buffer,
-    crossover,
-    fields,
-    ggn_diagonal,
-    ggn_product,
-    growth,
-    hessians,
-    inputs,
-    loops,
-    ntk,
-    params,
-    whole,
-)  # fmt: skip
+from importlib import import_module
 
+from benchmarks.cases import Question
+
+FILES = (
+    *("crossover", "fields", "hessians", "loops", "params", "inputs", "whole"),
+    *("ntk", "ggn_diagonal", "ggn_product", "buffer", "growth"),
+)
 QUESTIONS: tuple[Question, ...] = tuple(
-    file.QUESTION
-    for file in (
-        *(crossover, fields, hessians, loops, params, inputs, whole),
-        *(ntk, ggn_diagonal, ggn_product, buffer, growth),
-    )
+    import_module(f"{__name__}.{file}").QUESTION for file in FILES
 )

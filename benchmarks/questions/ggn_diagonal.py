@@ -1,13 +1,10 @@
 """The exact diagonal of a Gauss-Newton matrix."""
 
+from functools import partial
+from typing import Any
+
 from benchmarks.cases import Case, Question, Wanted
-from benchmarks.contestants.curvature import (
-    BACKPACK,
-    DIAGONAL,
-    MATERIALIZED,
-    OURS,
-    expected_diagonal,
-)  # fmt: skip
+from benchmarks.contestants import curvature
 from benchmarks.problems.networks import LARGE, LENET, case
 
 FEW, MANY, MOST = 16, 64, 128
@@ -15,16 +12,15 @@ FEW, MANY, MOST = 16, 64, 128
 
 def diagonal(network: str, batch: int = MANY, *bounds: float) -> Case:
     """How many times faster than BackPACK, and than through J, is wanted."""
+    pairs = zip(bounds, (curvature.BACKPACK, curvature.MATERIALIZED), strict=False)
+    faster: Any = partial(Wanted, curvature.OURS, "times faster than")
     return case(
         network,
         batch,
-        DIAGONAL,
-        expected_diagonal,
-        baseline=OURS,
-        wanted=tuple(
-            Wanted(OURS, "times faster than", bound, (other,))
-            for bound, other in zip(bounds, (BACKPACK, MATERIALIZED), strict=False)
-        ),
+        curvature.DIAGONAL,
+        curvature.expected_diagonal,
+        baseline=curvature.OURS,
+        wanted=tuple(faster(bound, (other,)) for bound, other in pairs),
         is_quick=batch == FEW,
     )
 
@@ -32,7 +28,7 @@ def diagonal(network: str, batch: int = MANY, *bounds: float) -> Case:
 QUESTION = Question(
     "ggn-diagonal",
     "The exact diagonal of a Gauss-Newton matrix: from the factors of layers, or through J?",
-    OURS,
+    curvature.OURS,
     (
         diagonal(LENET, FEW),
         diagonal(LENET, MANY, 1.2, 4.0),

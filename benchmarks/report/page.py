@@ -4,18 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import studies
+from benchmarks.report import tables
 from benchmarks.report.picture import draw, machine
-from benchmarks.report.tables import (
-    MARKS,
-    NOTHING,
-    add,
-    escaped,
-    markdown,
-    of_case,
-    of_ratios,
-    of_target,
-    table,
-)  # fmt: skip
 from benchmarks.running.records import Record, Run, read, replace
 from benchmarks.verdicts.intervals import exponent, find, slope
 from benchmarks.verdicts.sentences import sentence
@@ -66,18 +56,18 @@ def _parts(runs: Runs) -> Iterator[str]:
     yield from (f"{device}: {_environment(run)}." for device, run in runs.items())
     yield "## Verdicts"
     heads = [f"{name}: {what}" for name in runs for what in ("verdict", "targets met")]
-    verdicts = table("", "", "question", *heads, words=1 + len(heads))
+    verdicts = tables.table("", "", "question", *heads, words=1 + len(heads))
     chapters = []
     for name, asks in asked(runs).items():
-        chapters += [f"## {escaped(name)}", escaped(asks)]
+        chapters += [f"## {tables.escaped(name)}", tables.escaped(asks)]
         cells = []
         for device, run in runs.items():
             records = [] if run is None else list(run.of(name))
             cells += [sentence(records) if records else ABSENT, met(records)]
             answers = _answered(records) if records else [f"{ABSENT.capitalize()}."]
             chapters += [f"### {device}", *answers]
-        add(verdicts, asks, *cells)
-    yield markdown(verdicts)
+        tables.add(verdicts, asks, *cells)
+    yield tables.markdown(verdicts)
     yield from chapters
 
 
@@ -91,7 +81,7 @@ def _environment(run: Run | None) -> str:
     seconds = sum(case.get("took") or 0 for case in cases)
     how = f"{len(cases)} in {seconds:.0f} s, at a load of {min(loads)} to {max(loads)}"
     facts = {**run.environment, **run.rivals, "commit": " ".join(commits), "cases": how}
-    return escaped(", ".join(f"{name} {value or '(none)'}" for name, value in facts.items()))
+    return tables.escaped(", ".join(f"{name} {value or '(none)'}" for name, value in facts.items()))
 
 
 def met(records: Sequence[Record]) -> str:
@@ -99,28 +89,31 @@ def met(records: Sequence[Record]) -> str:
     targets = [target["met"] for record in records for target in record["targets"]]
     known = [is_met for is_met in targets if is_met is not None]
     others = f", {len(targets) - len(known)} not decided here" if len(known) < len(targets) else ""
-    return f"{sum(known)} of {len(known)}{others}" if targets else NOTHING
+    return f"{sum(known)} of {len(known)}{others}" if targets else tables.NOTHING
 
 
 def _answered(records: Sequence[Record]) -> Iterator[str]:
     """Verdict, growth and forecasts in words, then tables: ratios, failures, targets, cases."""
-    yield escaped(sentence(records))
-    yield from map(escaped, [*_growths(records), *_forecasts(records)])
+    yield tables.escaped(sentence(records))
+    yield from map(tables.escaped, [*_growths(records), *_forecasts(records)])
     baselines = ", ".join(dict.fromkeys(record["baseline"] for record in records))
-    yield escaped(f"Time ÷ that of {baselines}. {MARKS}")
-    yield markdown(of_ratios(records))
-    failures = table("", "", "case", "who failed", "why", words=3)
-    targets = table("", "", "case", "target", "wanted", "found", "", words=5)
+    yield tables.escaped(f"Time ÷ that of {baselines}. {tables.MARKS}")
+    yield tables.markdown(tables.of_ratios(records))
+    failures = tables.table("", "", "case", "who failed", "why", words=3)
+    targets = tables.table("", "", "case", "target", "wanted", "found", "", words=5)
     for record in records:
         for result in record["results"]:
             if result["status"] != "ok":
-                add(failures, record["case"], result["contestant"], result["status"])
+                tables.add(failures, record["case"], result["contestant"], result["status"])
         for target in record["targets"]:
             style = "red" if target["met"] is False else ""
-            add(targets, record["case"], *of_target(target), style=style)
-    yield from (markdown(shown) for shown in (failures, targets) if shown.row_count)
-    cases = "\n\n".join(f"{escaped(r['case'])}\n\n{markdown(of_case(r))}" for r in records)
-    yield f"<details><summary>Every case</summary>\n\n{cases}\n\n</details>"
+            tables.add(targets, record["case"], *tables.of_target(target), style=style)
+    yield from (tables.markdown(shown) for shown in (failures, targets) if shown.row_count)
+    yield "<details><summary>Every case</summary>"
+    for record in records:
+        yield tables.escaped(record["case"])
+        yield tables.markdown(tables.of_case(record))
+    yield "</details>"
 
 
 def _growths(records: Sequence[Record]) -> Iterator[str]:
@@ -154,7 +147,7 @@ def _studies(folder: Path) -> Iterator[str]:
         body = read(path)
         yield f"## {body['kind']}"
         where = [body["environment"][name] for name in ("device_name", "date", "commit")]
-        yield f"{escaped(', '.join(where))}: [{path.name}]({path.name})"
+        yield f"{tables.escaped(', '.join(where))}: [{path.name}]({path.name})"
         for shown in studies.STUDIES[body["kind"]].tables(body):
-            yield escaped(f"{shown.title}. {shown.caption}")
-            yield markdown(shown)
+            yield tables.escaped(f"{shown.title}. {shown.caption}")
+            yield tables.markdown(shown)

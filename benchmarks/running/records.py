@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 2  # of the file; another one is not read
 Record = dict[str, Any]
-"""What :func:`benchmarks.cases.as_record` gives, with ``took`` (seconds), ``load`` and ``commit``."""
+"""What :func:`benchmarks.cases.as_record` gives, with ``took`` in seconds, ``load``, ``commit``."""
 
 
 @dataclass

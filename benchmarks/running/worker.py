@@ -17,16 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.running import processes
 from benchmarks.running.environment import environment, pin
-from benchmarks.running.processes import (
-    ANEW,
-    DEVICE_LOST,
-    cause,
-    child,
-    end_with_parent,
-    received,
-    seats,
-)
 from benchmarks.running.records import SUITES, Order
 from jacfunc._measuring import Contestant, Effort, Result, Run, recording, seconds_of
 from jacfunc._memory import free_bytes
@@ -97,7 +89,7 @@ def work(
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
     setup, results = Result("", ""), None
-    with recording(setup), seats(device) as place:
+    with recording(setup), processes.seats(device) as place:
         results = case.measure(device, without, on_step, place)
     _check(device)
     reason = setup.status.replace("unsupported: ", "unsupported: setup: ")
@@ -116,7 +108,7 @@ def settle(device: torch.device) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         # they come to the whole group of processes, and the parent ends its child
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent()
+    processes.end_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if device.type == "cpu" and sys.platform == "linux":
         most = int(SHARE * free_bytes(device))
@@ -129,7 +121,7 @@ def _check(device: torch.device) -> None:
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            os._exit(DEVICE_LOST)
+            os._exit(processes.DEVICE_LOST)
 
 
 def attempt(
@@ -137,18 +129,20 @@ def attempt(
 ) -> Outcome:
     """A case in a child that is ended where one step takes longer than the order's limit."""
     names = [contestant.name for contestant in order.chosen()[key][1].contestants]
-    turn = ANEW.RawArray("q", (NOBODY, 0))
+    turn = processes.ANEW.RawArray("q", (NOBODY, 0))
 
     def whose() -> str | None:
         return None if turn[0] == NOBODY else names[turn[0]]
 
     step, since = 0, time.monotonic()
-    with child(ANEW, work, order, key, tuple(without), turn) as (process, pipe):
+    with processes.child(processes.ANEW, work, order, key, tuple(without), turn) as (process, pipe):
         while not connection.wait([pipe, process.sentinel], POLL):
             if turn[1] != step:
                 step, since = turn[1], time.monotonic()
             watch(whose())
             if time.monotonic() - since > order.limit:
                 return Outcome(None, "out of time", whose())
-        outcome = received(process, pipe)
-        return outcome if isinstance(outcome, Outcome) else Outcome(None, cause(outcome), whose())
+        outcome = processes.received(process, pipe)
+    if isinstance(outcome, Outcome):
+        return outcome
+    return Outcome(None, processes.cause(outcome), whose())

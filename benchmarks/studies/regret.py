@@ -129,7 +129,7 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
 def says(body: Mapping[str, Any]) -> str:
     """How near `auto` and `autotune` come to the best strategy picked by hand."""
     cases, times = len(body["results"]), " times that of the best strategy picked by hand"
-    parts = []
+    parts: list[str] = []
     for name in TARGETS:
         s = body["summary"][name]
         share = f"in {round(s['within'] * cases)} of {cases} cases"

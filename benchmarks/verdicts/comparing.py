@@ -15,14 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.running.records import Record, Run
-from benchmarks.verdicts.intervals import (
-    Interval,
-    beside,
-    counted_rounds,
-    divided,
-    find,
-    median_interval,
-)
+from benchmarks.verdicts.intervals import Interval, alone, beside, counted_rounds, divided
 
 MARGIN = 0.10  # a smaller change is none
 SOUGHT = 0.20
@@ -97,12 +90,11 @@ def _change(key: str, a: Record, b: Record, name: str) -> Change:
         return Change(key, name, "fails", None, statuses)
     if statuses != ("ok", "ok"):
         return Change(key, name, "broke" if statuses[0] == "ok" else "mended", None, statuses)
-    if name == (yardstick := _yardstick(a, b)):
-        after, before = (median_interval([*counted_rounds(find(r, name)).values()]) for r in (b, a))
-        return Change(key, name, "baseline", divided(after, before), statuses)
-    ratios = [ratio for r in (b, a) if (ratio := beside(r, name, yardstick))]
-    interval = divided(*ratios) if len(ratios) == 2 else None
-    return Change(key, name, judge(interval) if interval else "inconclusive", interval, statuses)
+    is_yardstick = name == (yardstick := _yardstick(a, b))
+    after, before = (alone(r, name) if is_yardstick else beside(r, name, yardstick) for r in (b, a))
+    interval = divided(after, before) if after and before else None
+    verdict = judge(interval) if interval else "inconclusive"
+    return Change(key, name, "baseline" if is_yardstick else verdict, interval, statuses)
 
 
 def _yardstick(a: Record, b: Record) -> str:

@@ -45,13 +45,19 @@ def beside(record: Record, name: str, other: str) -> Interval | None:
     The middle is the median over the rounds in which both took part, each round one ratio; where
     they share no round, it is the ratio of their medians.
     """
-    above, below = find(record, name), find(record, other)
+    results = find(record, name), find(record, other)
     for choose in (counted_rounds, seconds_of):  # or else in the warm-up that one of them has
-        first, second = choose(above), choose(below)
+        first, second = map(choose, results)
         if common := sorted(first.keys() & second.keys()):
             return median_interval([first[number] / second[number] for number in common])
-    alone = [[*counted_rounds(result).values()] for result in (above, below)]
-    return divided(*map(median_interval, alone)) if all(alone) else None
+    above, below = alone(record, name), alone(record, other)
+    return divided(above, below) if above and below else None
+
+
+def alone(record: Record, name: str) -> Interval | None:
+    """Seconds of a contestant, or None where it has none."""
+    rounds = counted_rounds(find(record, name))
+    return median_interval([*rounds.values()]) if rounds else None
 
 
 def find(record: Record, name: str) -> Record | None:
