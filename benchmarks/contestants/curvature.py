@@ -89,9 +89,8 @@ def by_jacfunc_product(problem: Problem) -> Run:
 
 def by_jacfunc_again(problem: Problem) -> Run:
     """One more product at a point that has had one."""
-    model, images = parts(problem)
+    (model, images), vector = parts(problem), _vector(problem)
     operator = jacfunc.ggn(model, F.cross_entropy)(images, _labels(images))
-    vector = _vector(problem)
     return lambda: _as_blocks(operator @ vector, model)
 
 
@@ -100,10 +99,8 @@ def by_curvlinops(problem: Problem) -> Run:
 
     model, images = parts(problem)
     params, vector = dict(model.named_parameters()), list(_vector(problem).values())
-    data, loss = [(images, _labels(images))], nn.CrossEntropyLoss()
-    operator = GGNLinearOperator(
-        model, loss, list(params.values()), data, check_deterministic=False
-    )
+    data, loss, values = [(images, _labels(images))], nn.CrossEntropyLoss(), list(params.values())
+    operator = GGNLinearOperator(model, loss, values, data, check_deterministic=False)
 
     def run() -> Answer:
         # the fused kernels of attention know no forward mode
@@ -117,9 +114,8 @@ def _hessians(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
     """Hessians of the mean cross-entropy in each sample's scores: ``[B, C, C]``."""
     model, images = parts(problem)
     with torch.no_grad():
-        scores = (model if dtype is None else copy.deepcopy(model).to(dtype))(
-            images.to(dtype=dtype)
-        )
+        own = model if dtype is None else copy.deepcopy(model).to(dtype)
+        scores = own(images.to(dtype=dtype))
     chances = scores.softmax(-1)
     hessians: Tensor = chances.diag_embed() - chances[:, :, None] * chances[:, None, :]
     return hessians / len(scores)

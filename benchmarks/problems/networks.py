@@ -100,11 +100,9 @@ class Transformer(nn.Module):
 
     def __init__(self, patch: int = 7, width: int = 72, depth: int = 2) -> None:
         super().__init__()
-        self.patch = patch
-        self.embed = nn.Linear(patch**2, width)
+        self.patch, self.embed = patch, nn.Linear(patch**2, width)
         self.layers = nn.Sequential(*(_Layer(width) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, CLASSES)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
         self.register_buffer("positions", torch.randn((PIXELS // patch) ** 2, width) / 5)
 
     def forward(self, images: Tensor) -> Any:
@@ -137,16 +135,15 @@ VIT: dict[str, Any] = {
     "image_size": PIXELS,
     "patch_size": 7,
     "num_channels": 1,
+    "num_labels": CLASSES,
     "hidden_size": 48,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
-    "num_labels": CLASSES,
     # a bias of the keys has no effect on any score, and the rest has little at its start
     "qkv_bias": False,
     "initializer_range": 0.2,
-    # the fused kernels know no forward mode
-    "attn_implementation": "eager",
+    "attn_implementation": "eager",  # the fused kernels know no forward mode
 }
 
 
@@ -190,14 +187,12 @@ def build(name: str) -> nn.Module:
         return NETWORKS[name].make().eval()
 
 
-def noisy(
-    name: str, batch: int, wrt: Any, device: torch.device, per_sample: bool = True
-) -> Problem:
+def noisy(name: str, batch: int, wrt: Any, device: Any, per_sample: bool = True) -> Problem:
     """A network with noise for images: no time depends on what is in them."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
-    model = build(name).to(device)
-    return Problem(model, (images.to(device),), wrt=wrt, per_sample=per_sample)
+    points = (images.to(device),)
+    return Problem(build(name).to(device), points, wrt=wrt, per_sample=per_sample)
 
 
 def parts(problem: Problem) -> tuple[nn.Module, Tensor]:

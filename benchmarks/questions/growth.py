@@ -1,8 +1,9 @@
 """How the time of an NTK grows with samples, parameters and classes, beside the counted work."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -21,10 +22,7 @@ THROUGH_J = 4  # of each axis so many points are taken through J, too; later one
 
 @dataclass(frozen=True)
 class Point:
-    """A batch through a perceptron of two hidden layers, ``784 - width - width - classes``.
-
-    All axes go through the point of the defaults.
-    """
+    """A batch through a perceptron, ``784 - width - width - classes``; all axes meet in one point."""
 
     batch: int = 32
     width: int = 256
@@ -89,27 +87,18 @@ def judge(problem: Problem) -> Check:
     return error
 
 
-def _contestants(point: Point, through_j: bool) -> tuple[Contestant[Problem], ...]:
-    ours = Contestant(OURS, "jacfunc", by_jacfunc, work=lambda _: by_factors(point))
-    recipe = Contestant(MATMUL, "torch.func", by_matmul, work=lambda _: by_rows(point))
-    return (ours, recipe) if through_j else (ours,)
-
-
-def _along(axis: str, letter: str, points: Sequence[Point]) -> list[Case]:
+def _along(axis: str, letter: str, points: Sequence[Point]) -> Iterator[Case]:
     """A case a point."""
-    return [
-        Case(
-            name=f"{letter} = {point.sizes[axis]:,}",
-            setup=point.problem,
-            contestants=_contestants(point, number < THROUGH_J),
-            check=judge,
-            baseline=OURS,
-            sizes=point.sizes,
-            axis=axis,
-            effort=EFFORT,
-        )
-        for number, point in enumerate(points)
-    ]
+    for number, point in enumerate(points):
+        ours = Contestant(OURS, "jacfunc", by_jacfunc, work=partial(_counted, by_factors, point))
+        recipe = Contestant(MATMUL, "torch.func", by_matmul, work=partial(_counted, by_rows, point))
+        both, name = (ours, recipe), f"{letter} = {point.sizes[axis]:,}"
+        some, sizes = both if number < THROUGH_J else both[:1], point.sizes
+        yield Case(name, point.problem, some, judge, OURS, "float32", sizes, axis, EFFORT)
+
+
+def _counted(count: Callable[[Point], float], point: Point, problem: Problem) -> float:
+    return count(point)
 
 
 QUESTION = Question(

@@ -1,4 +1,4 @@
-"""Child processes: how they start, what they send, how they end and why."""
+"""Child processes: how they start, what they send, how they end and why, and who has one."""
 
 import multiprocessing
 import os
@@ -103,12 +103,8 @@ def end_with_parent() -> None:
     """Let this process end when the one that started it does, however that ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_after(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
+        wait = partial(connection.wait, [parent.sentinel])
+        threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
 
 
 class Together:
@@ -124,7 +120,12 @@ class Together:
 
 
 class Apart(Together):
-    """A process for each contestant, and one for every judgement."""
+    """A process for each contestant, and one for every judgement, so that heaps are a user's.
+
+    What one contestant, or the judge, leaves in a heap is a gift to the next: on a CPU fresh pages
+    are most of what a large Jacobian costs, and whoever has free ones is twice as fast. On a GPU
+    all stay together, for a device has one memory for all, and every process would open it anew.
+    """
 
     def __init__(self, processes: ExitStack) -> None:
         self._processes = processes
@@ -133,7 +134,8 @@ class Apart(Together):
         return _Distant(entry, *self._processes.enter_context(child(ALIKE, _serve, entry)))
 
     def judge(self, make: Callable[[], Check]) -> Check:
-        return partial(_judged, aside(make))
+        check = aside(make)
+        return lambda answer: aside(partial(check, answer))
 
 
 @contextmanager
@@ -173,7 +175,3 @@ def _serve(pipe: connection.Connection, entry: Entry) -> None:
         step, arguments = pipe.recv()
         getattr(entry, step)(*arguments)
         pipe.send(entry.result)
-
-
-def _judged(check: Check, answer: Any) -> float:
-    return aside(partial(check, answer))

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from benchmarks.cases import Case, Question, by_key
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+_json = partial(json.dumps, ensure_ascii=False)
 FORMAT = 2  # of the file; another one is not read
 Record = dict[str, Any]
 """What :func:`benchmarks.cases.as_record` gives, with ``took`` in seconds, ``load``, ``commit``."""
@@ -62,10 +64,6 @@ def replace(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".partly")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 TABLE = "benchmarks.questions:QUESTIONS"

@@ -43,13 +43,13 @@ def measure(device: torch.device) -> dict[str, Any]:
     return sizes | {"results": [timed(pair, device) for pair in every]}
 
 
-def timed(pair: Pair, device: torch.device, rounds: int = ROUNDS) -> dict[str, Any]:
+def timed(pair: Pair, device: torch.device) -> dict[str, Any]:
     """The two answers checked against each other, then timed in rounds; ours over theirs."""
     level, outputs, x, ours, theirs = pair
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
     runs = {"ours": lambda: ours(x), "theirs": lambda: theirs(x)}
     interleaved(runs, WARM_UPS, device)
-    times = interleaved(runs, rounds, device)
+    times = interleaved(runs, ROUNDS, device)
     ratios = [a / b for a, b in zip(times["ours"], times["theirs"], strict=True)]
     sizes = {"level": level, "inputs": x.shape[-1], "outputs": outputs}
     return sizes | {n: asdict(Spread.of(v)) for n, v in ({"ratio": ratios} | times).items()}
