@@ -13,6 +13,7 @@ from jacfunc._measuring import Check, Contestant, Effort, Entry, Result, measure
 
 ANSWER = "bytes of the answer"  # the size that peaks are compared with where no contestant is named
 USUAL = Effort()
+Results = Mapping[str, Result]  # by contestant
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,10 @@ def as_record(question: Question, case: Case, results: Sequence[Result]) -> dict
     }
 
 
-def _target(
-    wanted: Wanted, results: Mapping[str, Result], sizes: Mapping[str, int]
-) -> dict[str, Any]:
+def _target(wanted: Wanted, results: Results, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What was wanted of whom, and what came out; None where that cannot be said here."""
     ours, is_least = results[wanted.of], wanted.kind == "times faster than"
-    value, other = _value(wanted, ours, results, sizes)
+    value, other = _value(wanted, results, sizes)
     met = None if ours.ok else False
     if value is not None:
         met = value >= wanted.bound if is_least else value <= wanted.bound
@@ -115,10 +114,9 @@ def _target(
     return {"of": wanted.of, "what": what, "wanted": bound, "found": value, "met": met}
 
 
-def _value(
-    wanted: Wanted, ours: Result, results: Mapping[str, Result], sizes: Mapping[str, int]
-) -> tuple[float | None, str]:
+def _value(wanted: Wanted, results: Results, sizes: Mapping[str, int]) -> tuple[float | None, str]:
     """The ratio that a bound is on, and whom it compares with."""
+    ours = results[wanted.of]
     if wanted.kind == "peak ÷":
         (other,) = wanted.others
         whole = sizes[ANSWER] if other == ANSWER else results[other].peak_bytes

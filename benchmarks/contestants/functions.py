@@ -1,6 +1,6 @@
 """Who takes Jacobians and Hessians of functions of one tensor: jacfunc, torch, autograd and JAX."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import jacfunc
-from benchmarks.cases import Case, Wanted
+from benchmarks.cases import Case
 from benchmarks.problems.formulas import drawing
 from benchmarks.problems.functions import Function, FunctionAtPoints, judging, set_up
 from benchmarks.problems.judge import Func, looped, looped_twice
@@ -146,25 +146,16 @@ HESSIANS: tuple[Contestant[FunctionAtPoints], ...] = (
 def case(
     name: str,
     function: Function,
+    sizes: Mapping[str, int],
     dtype: torch.dtype = torch.float32,
     contestants: tuple[Contestant[FunctionAtPoints], ...] = JACOBIANS,
     baseline: str = BASELINE,
     derivative: Callable[[Func, Tensor], Tensor] = looped,
-    effort: Effort = EFFORT,
-    wanted: tuple[Wanted, ...] = (),
-    is_quick: bool = False,
-    **sizes: int,
+    **options: Any,
 ) -> Case:
     """A function whose derivative is taken at so many points as there are ``calls``."""
-    return Case(
-        name if dtype == torch.float32 else f"{name}, float64",
-        partial(set_up, function, dtype, sizes.get("calls", 1)),
-        contestants,
-        partial(judging, derivative),
-        baseline,
-        str(dtype).removeprefix("torch."),
-        sizes,
-        effort=effort,
-        wanted=wanted,
-        is_quick=is_quick,
-    )
+    name = name if dtype == torch.float32 else f"{name}, float64"
+    setup = partial(set_up, function, dtype, sizes.get("calls", 1))
+    precision, options = str(dtype).removeprefix("torch."), {"effort": EFFORT, **options}
+    check = partial(judging, derivative)
+    return Case(name, setup, contestants, check, baseline, precision, sizes, **options)

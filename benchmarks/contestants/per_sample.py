@@ -15,7 +15,7 @@ from torch.func import functional_call, jacfwd, jacrev
 import jacfunc
 from benchmarks.contestants import rivals
 from benchmarks.problems.judge import Answer
-from benchmarks.problems.networks import CLASSES, parts
+from benchmarks.problems.networks import CLASSES, parts, sample_by_sample
 from jacfunc import Strategy
 from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
@@ -114,35 +114,17 @@ def _joined(blocks: Answer) -> Tensor:
 
 
 def by_functional(vectorize: bool, problem: Problem) -> Run:
-    """Torch's older function, one call with all images."""
-    model, images = parts(problem)
+    """Torch's older function, one call: with all images, or by inputs with a single one."""
+    (model, images), derive = parts(problem), torch.autograd.functional.jacobian
     params = detached(model)
-    return lambda: _by_functional(model, params, images, vectorize)
+    if not problem.by_params:
+        return lambda: {"input": derive(model, images, vectorize=vectorize)[:, :, 0]}
 
-
-def by_functional_looped(vectorize: bool, problem: Problem) -> Run:
-    """Torch's older function, sample by sample."""
-    model, images = parts(problem)
-    params = detached(model)
-
-    def of_params() -> Answer:
-        samples = [_by_functional(model, params, image[None], vectorize) for image in images]
-        return {name: torch.cat([blocks[name] for blocks in samples]) for name in params}
-
-    def of_inputs() -> Answer:
-        derive: Any = partial(torch.autograd.functional.jacobian, model, vectorize=vectorize)
-        return {"input": torch.cat([derive(image[None])[:, :, 0] for image in images])}
-
-    return of_params if problem.by_params else of_inputs
-
-
-def _by_functional(model: nn.Module, params: Answer, images: Tensor, vectorize: bool) -> Answer:
     def scores(*values: Tensor) -> Any:
         return functional_call(model, dict(zip(params, values, strict=True)), (images,))
 
-    values = tuple(params.values())
-    blocks: Any = torch.autograd.functional.jacobian(scores, values, vectorize=vectorize)
-    return dict(zip(params, blocks, strict=True))
+    values: Any = tuple(params.values())
+    return lambda: dict(zip(params, derive(scores, values, vectorize=vectorize), strict=True))
 
 
 def by_functional_of_sum(vectorize: bool, problem: Problem) -> Run:
@@ -216,7 +198,9 @@ def _either(way: Callable[[bool, Problem], Run], *names: str) -> tuple[Contestan
 BY_RECIPE = Contestant(RECIPE, "torch.func", partial(by_recipe, jacrev))
 BY_CONCATENATION = Contestant(CONCATENATED, "torch.func", partial(concatenating, BY_RECIPE.prepare))
 LOOPED = _either(
-    by_functional_looped, "autograd.functional, looped", "autograd.functional vectorized, looped"
+    lambda vectorize, problem: sample_by_sample(partial(by_functional, vectorize), problem),
+    "autograd.functional, looped",
+    "autograd.functional vectorized, looped",
 )
 
 PARAMS: tuple[Contestant[Problem], ...] = (
@@ -232,7 +216,7 @@ PARAMS: tuple[Contestant[Problem], ...] = (
     Contestant("Opacus", "rival", rivals.by_opacus),
     Contestant("BackPACK", "rival", rivals.by_backpack),
     Contestant(TORCHJD, "rival", rivals.by_torchjd),
-    Contestant("TorchJD, looped", "rival", rivals.by_torchjd_looped),
+    Contestant("TorchJD, looped", "rival", partial(sample_by_sample, rivals.by_torchjd)),
 )
 INPUTS: tuple[Contestant[Problem], ...] = (
     *_ours(STRATEGIES | {"forward": "forward"}),

@@ -5,12 +5,11 @@ that is its row of the table.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.problems.judge import Answer
@@ -114,20 +113,5 @@ def by_torchjd(problem: Problem) -> Run:
         blocks = jac(model(images), params)
         split = (block.unflatten(0, (len(images), -1)) for block in blocks)
         return dict(zip(names, split, strict=True))
-
-    return run
-
-
-def by_torchjd_looped(problem: Problem) -> Run:
-    """Sample by sample."""
-    from torchjd.autojac import jac
-
-    model, images = parts(problem)
-    names, params = zip(*model.named_parameters(), strict=True)
-
-    def run() -> Answer:
-        samples: Sequence[Any] = [jac(model(image[None])[0], params) for image in images]
-        columns = zip(*samples, strict=True)
-        return {name: torch.stack(blocks) for name, blocks in zip(names, columns, strict=True)}
 
     return run

@@ -1,6 +1,7 @@
 """Small classifiers of 28 × 28 images, for what is measured without any data set."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.cases import ANSWER, Case
 from benchmarks.problems.judge import Answer, judging, reference
-from jacfunc._measuring import Contestant
+from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
 CLASSES, PIXELS = 10, 28
@@ -199,6 +200,17 @@ def parts(problem: Problem) -> tuple[nn.Module, Tensor]:
     """The network and its images."""
     assert problem.module is not None
     return problem.module, problem.args[0]
+
+
+def sample_by_sample(way: Callable[[Problem], Run], problem: Problem) -> Run:
+    """A way that is given one sample at a time; its blocks are put together."""
+    runs = [way(replace(problem, args=(image[None],))) for image in problem.args[0]]
+
+    def run() -> Answer:
+        samples = [run() for run in runs]
+        return {name: torch.cat([blocks[name] for blocks in samples]) for name in samples[0]}
+
+    return run
 
 
 def case(

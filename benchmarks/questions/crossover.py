@@ -21,12 +21,10 @@ QUESTION = Question(
         case(
             f"mlp {width}, {inputs} → {outputs}",
             mlp(inputs, outputs, width),
+            {"inputs": inputs, "outputs": outputs, "width": width},
             dtype,
             wanted=WANTED,
             is_quick=(width, dtype, inputs, outputs) in QUICK,
-            inputs=inputs,
-            outputs=outputs,
-            width=width,
         )
         for width, dtype, sides in CROSSOVERS
         for inputs, outputs in product(sides, sides)

@@ -22,14 +22,15 @@ MAPS: tuple[tuple[str, int, int, Function], ...] = (
     ("curve, 1 → 4096", 1, 4096, portable(partial(formulas.curve, 4096))),
 )
 
+QUICK = (MAPS[0][0], SINGLE)
 QUESTION = Question(
     "fields",
     "Which way for maps that are as large out as in, and for programs of many small steps?",
     AUTO,
     tuple(
-        case(name, function, dtype, wanted=WANTED, is_quick=is_quick, inputs=n, outputs=m)
+        case(name, function, sizes, dtype, wanted=WANTED, is_quick=is_quick)
         for name, n, m, function in MAPS
         for dtype in ((SINGLE, DOUBLE) if name.startswith("stencil") else (SINGLE,))
-        for is_quick in [(name, dtype) == (MAPS[0][0], SINGLE)]
+        for sizes, is_quick in [({"inputs": n, "outputs": m}, (name, dtype) == QUICK)]
     ),
 )

@@ -22,7 +22,7 @@ THROUGH_J = 4  # of each axis so many points are taken through J, too; later one
 
 @dataclass(frozen=True)
 class Point:
-    """A batch through a perceptron, ``784 - width - width - classes``; all axes meet in one point."""
+    """A batch through a perceptron, ``784 - width - width - classes``; the axes meet in one."""
 
     batch: int = 32
     width: int = 256

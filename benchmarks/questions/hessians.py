@@ -63,15 +63,9 @@ QUESTION = Question(
     HESSIAN,
     tuple(
         case(
-            name,
-            function,
-            dtype,
-            HESSIANS,
-            HESSIAN_BASELINE,
-            looped_twice,
+            *(name, function, {"inputs": inputs, "outputs": 1}, dtype),
+            *(HESSIANS, HESSIAN_BASELINE, looped_twice),
             is_quick=(name, dtype) == (PROBLEMS[0][0], SINGLE),
-            inputs=inputs,
-            outputs=1,
         )
         for name, inputs, function in PROBLEMS
         for dtype in ((SINGLE, DOUBLE) if name in DOUBLED else (SINGLE,))

@@ -49,12 +49,10 @@ QUESTION = Question(
         case(
             name,
             function,
+            {"inputs": inputs, "outputs": outputs, "calls": CALLS},
             contestants=CONTESTANTS,
             effort=EFFORT,
             is_quick=inputs == 16,
-            inputs=inputs,
-            outputs=outputs,
-            calls=CALLS,
         )
         for name, inputs, outputs, function in PROBLEMS
     ),

@@ -1,6 +1,6 @@
 """Tables for the terminal, and the same tables as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -82,8 +82,10 @@ def spread(values: Mapping[str, float] | None) -> str:
 def of_case(record: Record) -> Table:
     """Contestants of a case: winners are marked, whoever failed stays with the reason."""
     heads = ("contestant", "time ÷ baseline", "time", "rounds", "peak", "error", "forecast")
-    title = f"{record['question']}: {record['case']}"
-    shown = table(title, "\n".join(_below(record)), *heads)
+    failed = [result for result in record["results"] if result["status"] != "ok"]
+    lines = [f"{result['contestant']}: {result['status']}" for result in failed]
+    lines += [" ".join(of_target(target)) for target in record["targets"]]
+    shown = table(f"{record['question']}: {record['case']}", "\n".join(lines), *heads)
     signs = marks(record)
     for result in record["results"]:
         name = result["contestant"]
@@ -115,25 +117,12 @@ def _cells(result: Record) -> tuple[str, ...]:
     )
 
 
-def _below(record: Record) -> Iterable[str]:
-    """Why somebody failed, and what became of what was wanted."""
-    for result in record["results"]:
-        if result["status"] != "ok":
-            yield f"{result['contestant']}: {result['status']}"
-    for target in record["targets"]:
-        yield " ".join(of_target(target))
-
-
 def of_target(target: Mapping[str, Any]) -> tuple[str, ...]:
     """Who, in what, what was wanted, what was found, and whether it is met."""
     value = "nothing" if target["found"] is None else number(target["found"])
     said = {True: "met", False: "missed", None: "not decided here"}[target["met"]]
-    return (
-        f"{target['of']} {target['what']}:",
-        f"wanted {target['wanted']},",
-        f"found {value}:",
-        said,
-    )
+    what, wanted = f"{target['of']} {target['what']}:", f"wanted {target['wanted']},"
+    return what, wanted, f"found {value}:", said
 
 
 def of_ratios(records: Sequence[Record]) -> Table:
@@ -164,9 +153,9 @@ def short(status: str) -> str:
 STYLES: Mapping[Verdict, str] = {
     "regressed": "red",
     "broke": "bold red",
+    "inconclusive": "yellow",
     "improved": "green",
     "mended": "green",
-    "inconclusive": "yellow",
 }
 
 
