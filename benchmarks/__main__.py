@@ -146,13 +146,13 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--resume", action="store_true", help="run only what the file lacks")
     part = "question/case contains this; a file of their own (-part) unless with --resume"
     again = "resume, and run these cases although the file has them"
-    processes = "in which each case is measured; seven for what is to be compared"
-    planted = "make jacfunc so much slower, to test compare"
+    count = "in which each case is measured; seven for what is to be compared"
+    slower = "make jacfunc so much slower, to test compare"
     limit = "for one step of one contestant (default: %(default)g)"
     run.add_argument("--only", default="", metavar="SUBSTRING", help=part)
     run.add_argument("--again", default="", metavar="SUBSTRING", help=again)
-    run.add_argument("--processes", type=int, default=1, metavar="COUNT", help=processes)
-    run.add_argument("--planted", type=float, default=1.0, metavar="FACTOR", help=planted)
+    run.add_argument("--processes", type=int, default=1, metavar="COUNT", help=count)
+    run.add_argument("--planted", type=float, default=1.0, metavar="FACTOR", help=slower)
     run.add_argument("--limit", type=float, default=records.LIMIT, metavar="SECONDS", help=limit)
 
 

@@ -15,9 +15,9 @@ from benchmarks.problems.judge import Func, looped, looped_twice
 from jacfunc import Strategy
 from jacfunc._measuring import Contestant, Effort, Run
 
-Way = Callable[[FunctionAtPoints], Func]
-"""Does once what a user would do once; what it returns takes a point."""
-
+Way = Callable[
+    [FunctionAtPoints], Func
+]  # does once what a user would; what it returns takes a point
 Forecast = tuple[float | None, int | None]  # seconds and peak bytes of a call that jacfunc expects
 EFFORT = Effort(rounds=40, seconds=0.4, fewest=5, patience=0.4)
 AUTO, BASELINE = "jacfunc auto", "torch.func jacrev"

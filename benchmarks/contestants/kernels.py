@@ -17,16 +17,14 @@ from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
 KERNEL = "ntk"
-MOST_BYTES = 2e9
-"""Of tangents, where a way needs some for each pair of samples; beyond, it also takes minutes."""
+MOST_BYTES = 2e9  # of tangents for all pairs of samples; beyond, a way also takes minutes
 
 MOST_SAMPLES = 16  # for the two methods of neural-tangents that grow as fast
 OURS, TORCHJD = "jacfunc", "TorchJD"
 MATMUL = "vmap(jacrev), J @ J.T"
 CONTRACTION, PRODUCTS = "tutorial: contraction", "tutorial: products"
 RECIPES = (MATMUL, CONTRACTION, PRODUCTS)
-TANGENTS = ("contraction", "products", "structured")
-"""Methods of neural-tangents, in the order of their numbers from 1."""
+TANGENTS = ("contraction", "products", "structured")  # neural-tangents' methods, from 1 on
 
 
 def expected(problem: Problem) -> Answer:

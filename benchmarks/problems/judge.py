@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +21,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 def rows(out: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """One ``autograd.grad`` an output, as in the answers of forums: a block a leaf."""
-    entries = out.flatten()
-    grads = [
-        torch.autograd.grad(entries[i], leaves, retain_graph=True) for i in range(len(entries))
-    ]
-    return [
-        torch.stack(column).view(*out.shape, *column[0].shape)
-        for column in zip(*grads, strict=True)
-    ]
+    entries, grad = out.flatten(), torch.autograd.grad
+    grads = [grad(entries[i], leaves, retain_graph=True) for i in range(len(entries))]
+    blocks = (torch.stack(column) for column in zip(*grads, strict=True))
+    return [block.view(*out.shape, *block.shape[1:]) for block in blocks]
 
 
 def looped(func: Func, x: Tensor) -> Tensor:
@@ -76,11 +71,6 @@ def compared_with(expected: Tensor, tolerance: float) -> Check:
         return check({"derivative": block}, {"derivative": expected}, tolerance)
 
     return judge
-
-
-def judging(expect: Callable[[Problem], Answer], problem: Problem) -> Check:
-    """What judges answers of a network by what is expected of it."""
-    return partial(check, expected=expect(problem))
 
 
 def check(answer: Any, expected: Answer, tolerance: float = TOLERANCE[torch.float32]) -> float:

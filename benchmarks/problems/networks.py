@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.cases import ANSWER, Case
-from benchmarks.problems.judge import Answer, judging, reference
+from benchmarks.problems.judge import Answer, check, reference
 from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
@@ -233,7 +233,7 @@ def case(
         name=f"{network}, B={batch}",
         setup=partial(noisy, network, batch, wrt, per_sample=per_sample),
         contestants=contestants,
-        check=partial(judging, expected),
+        check=lambda problem: partial(check, expected=expected(problem)),
         sizes={"batch": batch, "parameters": parameters, "classes": CLASSES, ANSWER: answer},
         **options,
     )

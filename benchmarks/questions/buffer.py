@@ -56,8 +56,6 @@ QUESTION = Question(
     (
         faster(LARGE, 5.0, Wanted(OURS, "time ÷", 1.3, (FILL,))),
         faster(LENET, 1.8),
-        faster("transformer", 1.4),
-        faster(SHORT, 1.4),
-        faster(WIDE, 1.4),
+        *(faster(network, 1.4) for network in ("transformer", SHORT, WIDE)),
     ),
 )

@@ -5,8 +5,8 @@ from benchmarks.contestants.per_sample import FORWARD, INPUTS, OURS, RECIPE
 from benchmarks.problems.networks import case
 from benchmarks.questions.params import COMPARED, EFFORT, FEW, MANY
 
+# most samples with which forward mode, a tangent a pixel, keeps to seconds and to a gigabyte
 PIXELWISE = {"mlp": MANY, "cnn": FEW, "transformer": FEW, "vit": FEW}
-"""Most samples with which forward mode, a tangent a pixel, keeps to seconds and to a gigabyte."""
 
 
 def of_inputs(network: str, batch: int) -> Case:

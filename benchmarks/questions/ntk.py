@@ -13,12 +13,9 @@ FEW, MANY = 8, 64
 
 def kernel(network: str, batch: int, faster: float = 0, peak: float = 0) -> Case:
     """What is wanted: as many times faster than the recipes, and so much of the memory of J."""
-    wanted = []
-    if faster:
-        wanted.append(Wanted(OURS, "times faster than", faster, RECIPES))
-        wanted.append(Wanted(OURS, "times faster than", 1.0, (TORCHJD,)))
-    if peak:
-        wanted.append(Wanted(OURS, "peak ÷", peak, (ANSWER,)))
+    wanted = [Wanted(OURS, "times faster than", faster, RECIPES)] if faster else []
+    wanted += [Wanted(OURS, "times faster than", 1.0, (TORCHJD,))] if faster else []
+    wanted += [Wanted(OURS, "peak ÷", peak, (ANSWER,))] if peak else []
     return case(
         network,
         batch,

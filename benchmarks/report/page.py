@@ -14,11 +14,10 @@ DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 ABSENT = "not measured"
 NEAR = 2  # a forecast as near as by this factor is a good one
 ABOUT = (
-    "Ways to take Jacobians, Hessians and products of them with PyTorch, compared: the strategies "
-    "of jacfunc, torch.func, torch.autograd by hand, and other libraries. Every answer is checked "
-    "against float64 before the clock starts. Times are ratios of interleaved rounds, on a CPU in "
-    "a process for each; memory is counted in a call of its own; whoever fails stays in the table "
-    "with the reason. Differences within 5 %, or that cannot be told from none, are ties."
+    "Ways to take Jacobians, Hessians and products of them with PyTorch, compared. Every answer is "
+    "checked against float64 before the clock starts. Times are ratios of interleaved rounds, on a "
+    "CPU in a process for each; memory is counted in a call of its own; whoever fails stays in the "
+    "table with the reason. Differences within 5 %, or that cannot be told from none, are ties."
 )
 Runs = Mapping[str, Run | None]
 """By device as it is written in headings; None where it was not measured."""
@@ -88,7 +87,7 @@ def met(records: Sequence[Record]) -> str:
     """How many targets are met, of how many."""
     targets = [target["met"] for record in records for target in record["targets"]]
     known = [is_met for is_met in targets if is_met is not None]
-    others = f", {len(targets) - len(known)} not decided here" if len(known) < len(targets) else ""
+    others = f", {len(targets) - len(known)} not decided here" * (len(known) < len(targets))
     return f"{sum(known)} of {len(known)}{others}" if targets else tables.NOTHING
 
 

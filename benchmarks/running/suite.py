@@ -21,9 +21,8 @@ PRELOADED = ("benchmarks.running.worker", "torch._dynamo")
 SETUP = 2.0  # seconds that a case takes beside what its contestants are given, roughly
 SAME = (
     *("device", "device_name", "cpus", "system", "python", "torch", "jacfunc", "threads"),
-    *("rivals", "effort", "processes", "planted"),
+    *("rivals", "effort", "processes", "planted"),  # must not differ within one file
 )
-"""What must not differ between the cases of one file."""
 
 
 class CannotRunError(Exception):

@@ -115,14 +115,14 @@ def _functions() -> Iterator[tuple[str, Any]]:
         for inputs, outputs in shapes:
             name = f"mlp {width}, {inputs} → {outputs}"
             yield name, partial(formulas.mlp, inputs, outputs, width)
-    for size in (16, 256, 2048):
-        yield f"stencil, {size} → {size}", partial(formulas.stencil, size)
-    for side in (8, 32):
-        yield f"heat, {side}² → {side}²", partial(formulas.heat, side)
+    yield "stencil, 16 → 16", partial(formulas.stencil, 16)
+    yield "stencil, 256 → 256", partial(formulas.stencil, 256)
+    yield "stencil, 2048 → 2048", partial(formulas.stencil, 2048)
+    yield "heat, 8² → 8²", partial(formulas.heat, 8)
+    yield "heat, 32² → 32²", partial(formulas.heat, 32)
     yield "orbit, 4 → 4, 20 steps", partial(formulas.orbit, 20)
-    for length, width in ((4, 8), (16, 32)):
-        size = length * width
-        yield f"attention, {size} → {size}", partial(formulas.attention, length, width)
+    yield "attention, 32 → 32", partial(formulas.attention, 4, 8)
+    yield "attention, 512 → 512", partial(formulas.attention, 16, 32)
     yield "cnn, 16² → 16²", partial(formulas.image_to_image, 16, 4)
     yield "cnn, 16² → 10", partial(formulas.classifier, 16)
     yield "cnn, 32² → 10", partial(formulas.classifier, 32)
