@@ -52,11 +52,6 @@ def by_jacfunc_as_matrix(problem: Problem) -> Run:
     return lambda: run()[None]
 
 
-def by_reusing(problem: Problem) -> Run:
-    """Into one tensor that is there, as in a loop over batches."""
-    return by_jacfunc(problem, flat=True, out=by_jacfunc(problem, flat=True)())
-
-
 def forecast(strategy: str | Strategy, problem: Problem) -> tuple[float | None, int | None]:
     """What jacfunc says of one call, the parameters being an argument."""
     model, images = parts(problem)
@@ -94,7 +89,6 @@ def by_jacrev(problem: Problem) -> Run:
 
 def by_whole_batch(problem: Problem) -> Run:
     """What ``CurvatureInterface.jacobians`` does in laplace-torch 0.3, in our words.
-
     Each of the B · C rows is pulled back through the whole batch. The parameters are not detached
     there, so that a graph of the sweep is kept until it ends.
     """
@@ -206,7 +200,10 @@ LOOPED = _either(
 PARAMS: tuple[Contestant[Problem], ...] = (
     *_ours(STRATEGIES | {"structured": "structured"}),
     Contestant(FLAT, "jacfunc", partial(by_jacfunc, flat=True)),
-    Contestant(REUSED, "jacfunc", by_reusing),
+    # into one tensor that is there, as in a loop over batches
+    Contestant(
+        REUSED, "jacfunc", lambda p: by_jacfunc(p, flat=True, out=by_jacfunc(p, flat=True)())
+    ),
     BY_RECIPE,
     BY_CONCATENATION,
     Contestant(WHOLE_BATCH, "torch.func", by_whole_batch),

@@ -46,7 +46,6 @@ def by_laplace(problem: Problem) -> Run:
 
 def by_opacus(problem: Problem) -> Run:
     """Hooks leave each sample's gradient at the parameters; a backward pass uses them up.
-
     They look in train mode only, and no layer here that it takes does anything else in it. They
     stay, so it has a copy of the model.
     """
@@ -60,7 +59,6 @@ def by_opacus(problem: Problem) -> Run:
 
 def by_backpack(problem: Problem) -> Run:
     """BatchGrad, as Laplace uses it; first-order extensions need only the layers extended.
-
     What extends them stays, so it has a copy of the model.
     """
     from backpack import backpack, extend

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 import jacfunc
 from benchmarks.problems import formulas
 from benchmarks.problems.formulas import CPU, drawing
-from benchmarks.problems.judge import TOLERANCE, Func, compared_with
+from benchmarks.problems.judge import TOLERANCE, Func, check
 from jacfunc._measuring import Check
 
 SINGLE, DOUBLE = torch.float32, torch.float64
@@ -60,7 +61,13 @@ def judging(derivative: Callable[[Func, Tensor], Tensor], problem: FunctionAtPoi
     draw = drawing(dtype)
     # rounded as the problem's numbers are: the judge is asked about the same function
     func, _ = problem.function.make(lambda *shape: draw(*shape).double())
-    return compared_with(derivative(func, problem.x.to(CPU, DOUBLE)), TOLERANCE[dtype])
+    expected = {"derivative": derivative(func, problem.x.to(CPU, DOUBLE))}
+
+    def judge(answer: Any) -> float:
+        block = answer if isinstance(answer, Tensor) else from_dlpack(answer)  # or JAX's
+        return check({"derivative": block}, expected, TOLERANCE[dtype])
+
+    return judge
 
 
 def mlp(inputs: int, outputs: int, width: int) -> Function:

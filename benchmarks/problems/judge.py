@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import from_dlpack
 
-from jacfunc._measuring import Check, WrongAnswerError
+from jacfunc._measuring import WrongAnswerError
 from jacfunc.compare import Problem
 
 Func = Callable[[Any], Any]
@@ -61,16 +60,6 @@ def reference(problem: Problem) -> Answer:
         samples.append(blocks if problem.by_params else [blocks[0][:, 0]])
     # block by block: the blocks of samples and of the batch together would take twice the memory
     return {name: torch.stack([blocks.pop(0) for blocks in samples]) for name in names}
-
-
-def compared_with(expected: Tensor, tolerance: float) -> Check:
-    """What judges one tensor; JAX's arrays are taken, too."""
-
-    def judge(answer: Any) -> float:
-        block = answer if isinstance(answer, Tensor) else from_dlpack(answer)
-        return check({"derivative": block}, {"derivative": expected}, tolerance)
-
-    return judge
 
 
 def check(answer: Any, expected: Answer, tolerance: float = TOLERANCE[torch.float32]) -> float:

@@ -46,7 +46,6 @@ def lenet(first: int, second: int, padding: int) -> nn.Module:
 
 def resnet() -> nn.Module:
     """Three residual blocks, two of which halve the image.
-
     It is smooth throughout: of so many activations one is so near to zero that float32 and float64
     would take different sides of a ReLU, and the judge would call right answers wrong.
     """
@@ -94,7 +93,6 @@ class Recurrent(nn.Module):
 
 class Transformer(nn.Module):
     """Two pre-norm encoder layers on 16 patches of 7 × 7 pixels.
-
     Every parameter lies in a layer that hooks can see, and the positions are constants: the
     libraries that work by hooks would refuse anything else.
     """
@@ -223,7 +221,6 @@ def case(
     **options: Any,
 ) -> Case:
     """A network at one batch size, judged by what is ``expected``.
-
     Its answer is the Jacobian of every sample, also where that is only contracted.
     """
     parameters = NETWORKS[network].parameters

@@ -1,7 +1,7 @@
 """How the time of an NTK grows with samples, parameters and classes, beside the counted work."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -52,7 +52,6 @@ class Point:
 
 def by_factors(point: Point) -> float:
     """A forward pass, a pullback a class, and two Gram matrices a layer: in the limit B², P, C².
-
     Nothing is pulled back through the first layer: its factor is what comes back to it.
     """
     rows = point.batch * point.classes
@@ -90,15 +89,16 @@ def judge(problem: Problem) -> Check:
 def _along(axis: str, letter: str, points: Sequence[Point]) -> Iterator[Case]:
     """A case a point."""
     for number, point in enumerate(points):
-        ours = Contestant(OURS, "jacfunc", by_jacfunc, work=partial(_counted, by_factors, point))
-        recipe = Contestant(MATMUL, "torch.func", by_matmul, work=partial(_counted, by_rows, point))
+        factors, rows = by_factors(point), by_rows(point)
+        ours = Contestant(OURS, "jacfunc", by_jacfunc, work=partial(_work, factors))
+        recipe = Contestant(MATMUL, "torch.func", by_matmul, work=partial(_work, rows))
         both, name = (ours, recipe), f"{letter} = {point.sizes[axis]:,}"
         some, sizes = both if number < THROUGH_J else both[:1], point.sizes
         yield Case(name, point.problem, some, judge, OURS, "float32", sizes, axis, EFFORT)
 
 
-def _counted(count: Callable[[Point], float], point: Point, problem: Problem) -> float:
-    return count(point)
+def _work(operations: float, problem: Problem) -> float:
+    return operations
 
 
 QUESTION = Question(

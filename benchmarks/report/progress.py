@@ -38,14 +38,7 @@ class Watch:
 @contextmanager
 def watching() -> Iterator[Watch]:
     """A bar on the terminal while the suite runs; the time left follows all finished cases."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[turn]}"),
-        console=console,
-        refresh_per_second=2,
-        speed_estimate_period=float("inf"),
-    ) as bar:
+    case, turn = TextColumn("{task.description}"), TextColumn("{task.fields[turn]}")
+    columns = case, BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn(), turn
+    with Progress(*columns, console=console, speed_estimate_period=float("inf")) as bar:
         yield Watch(bar)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from benchmarks.running.records import Record
 from benchmarks.verdicts.comparing import Comparison, Verdict
-from benchmarks.verdicts.intervals import BOUND, beside, counted_rounds, number, winners
+from benchmarks.verdicts.intervals import BOUND, beside, number, rounds_of, winners
 
 LOG_WIDTH = 140  # a log has no width of its own, and the usual 80 columns break the tables
 NOTHING = "–"
@@ -93,7 +93,12 @@ def of_case(record: Record) -> Table:
         label = f"{sign} {name}{' (baseline)' if is_baseline else ''}"
         if result["status"] == "ok":
             style = {"★": "bold green", "=": "green"}.get(sign, "")
-            add(shown, label, *_cells(result), style="dim" if result["family"] == BOUND else style)
+            add(
+                shown,
+                label,
+                *_cells(record, result),
+                style="dim" if result["family"] == BOUND else style,
+            )
         else:
             add(shown, label, short(result["status"]), *[""] * 5, style="red")
     return shown
@@ -104,13 +109,13 @@ def marks(record: Record) -> dict[str, str]:
     return {name: "=" if n else "★" for n, name in enumerate(winners(record))}
 
 
-def _cells(result: Record) -> tuple[str, ...]:
+def _cells(record: Record, result: Record) -> tuple[str, ...]:
     error, forecast = result["error"], result["forecast"] or {}
     parts = (in_seconds(forecast.get("seconds")), in_bytes(forecast.get("peak_bytes")))
     return (
         spread(result["ratio"]),
         in_seconds(result["time"] and result["time"]["median"]),
-        str(len(counted_rounds(result))),
+        str(len(rounds_of(record, result["contestant"]))),
         in_bytes(result["peak_bytes"]),
         NOTHING if error is None else f"{error:.0e}",
         ", ".join(part for part in parts if part != NOTHING) or NOTHING,
@@ -131,18 +136,14 @@ def of_ratios(records: Sequence[Record]) -> Table:
     shown = table("", MARKS, "case", *names)
     for record in records:
         results, signs = {r["contestant"]: r for r in record["results"]}, marks(record)
-        cells = [_ratio(record, results.get(name), signs.get(name, "")) for name in names]
+        cells = []
+        for name in names:
+            ratio = beside(record, name, record["baseline"])
+            cell = f"{signs.get(name, '')} {number(ratio.mid) if ratio else NOTHING}".strip()
+            status = results[name]["status"] if name in results else ":"
+            cells.append(cell if status == "ok" else short(status))
         add(shown, record["case"], *cells)
     return shown
-
-
-def _ratio(record: Record, result: Record | None, sign: str) -> str:
-    if result is None:
-        return ""
-    if result["status"] != "ok":
-        return short(result["status"])
-    ratio = beside(record, result["contestant"], record["baseline"])
-    return f"{sign} {number(ratio.mid) if ratio else NOTHING}".strip()
 
 
 def short(status: str) -> str:

@@ -26,7 +26,6 @@ a GPU does not touch it, for processes are forked after that."""
 
 def pin(threads: int = 1) -> None:
     """Fix threads and precision, so that runs can be compared.
-
     On a busy machine a second thread makes small models many times slower. TF32 would make right
     answers wrong by 1e-3.
     """
@@ -73,7 +72,6 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout, marked where files have been changed since.
-
     Results do not count: a run writes them while it goes on.
     """
     git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)

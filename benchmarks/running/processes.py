@@ -67,7 +67,6 @@ def cause(code: int) -> str:
 
 def aside(function: Callable[[], T]) -> T:
     """What a function returns or raises in a process alike, so that this heap stays as it is.
-
     Tensors of the result lie in memory of their own.
     """
     with tempfile.NamedTemporaryFile(dir=SHARED) as file:
@@ -121,7 +120,6 @@ class Together:
 
 class Apart(Together):
     """A process for each contestant, and one for every judgement, so that heaps are a user's.
-
     What one contestant, or the judge, leaves in a heap is a gift to the next: on a CPU fresh pages
     are most of what a large Jacobian costs, and whoever has free ones is twice as fast. On a GPU
     all stay together, for a device has one memory for all, and every process would open it anew.

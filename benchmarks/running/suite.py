@@ -31,11 +31,17 @@ class CannotRunError(Exception):
 
 def run_suite(order: Order, watch: Watch) -> Run:
     """Every case of the order that is missing; the file is whole after each of them."""
-    warm_up(order.table)
+    # children are forked from a server with all modules and without a device; it keeps the
+    # variables that are set here, and precision is each child's own
+    os.environ.update(LIBRARIES)
+    ANEW.set_forkserver_preload([*PRELOADED, order.table.partition(":")[0]])
+    forkserver.ensure_running()
     cases, where = order.chosen(), _environment(order)
     run = begun(order, where)
     missing = {key: case for key, case in cases.items() if order.wants(key, run)}
-    watch.begin({key: expected(case, order) for key, (_, case) in missing.items()})
+    calls = {k: case.effort.seconds * len(case.contestants) for k, (_, case) in missing.items()}
+    effort, count = SUITES[order.suite], order.processes
+    watch.begin({key: count * (SETUP + effort * seconds) for key, seconds in calls.items()})
     for key, (question, case) in missing.items():
         watch.case(key)
         load, start = load_average(), time.monotonic()
@@ -82,13 +88,6 @@ def _environment(order: Order) -> dict[str, Any]:
     return where | how
 
 
-def expected(case: Case, order: Order) -> float:
-    """Seconds that a case may take."""
-    return order.processes * (
-        SETUP + case.effort.seconds * SUITES[order.suite] * len(case.contestants)
-    )
-
-
 def results_of(
     order: Order, key: str, case: Case, watch: Callable[[str | None], None]
 ) -> list[Result]:
@@ -104,11 +103,3 @@ def results_of(
         results.get(c.name) or Result(c.name, c.family, lost.get(c.name, outcome.reason))
         for c in case.contestants
     ]
-
-
-def warm_up(table: str) -> None:
-    """Start the server that children are forked from: with all modules, without a device."""
-    # it keeps the variables that are set here; precision is each child's own
-    os.environ.update(LIBRARIES)
-    ANEW.set_forkserver_preload([*PRELOADED, table.partition(":")[0]])
-    forkserver.ensure_running()

@@ -76,7 +76,6 @@ def work(
     pipe: connection.Connection, order: Order, key: str, without: Sequence[str], turn: Any
 ) -> None:
     """Measure the case that is named, and send what became of it.
-
     ``turn`` is seen by both processes: the number of the contestant, and of the step.
     """
     device = torch.device(order.device)

@@ -40,7 +40,6 @@ def measure(device: torch.device, only: str = "") -> dict[str, Any]:
 
 def measured(name: str, problem: Problem, device: torch.device) -> dict[str, Any]:
     """Seconds of each strategy, and by which factor the choosers miss the best.
-
     Ratios are of rounds after those that showed which is best; the best itself is among them: who
     was the fastest before was lucky, too. ``planning`` is what auto's first call takes more than a
     later one, as a share of that.

@@ -38,7 +38,6 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 def share(what: str, wanted: str, changes: Iterable[Change]) -> dict[str, Any]:
     """How many pairs of results there are by verdict, and the verdict that is wanted of all.
-
     Who has no answer, or is what others are compared with, is no pair.
     """
     verdicts = Counter(c.verdict for c in changes if c.verdict not in ("fails", "baseline"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.running.records import Record, Run
-from benchmarks.verdicts.intervals import Interval, alone, beside, counted_rounds, divided
+from benchmarks.verdicts.intervals import Interval, alone, beside, divided, rounds_of
 
 MARGIN = 0.10  # a smaller change is none
 SOUGHT = 0.20
@@ -68,7 +68,10 @@ def compare(a: Run, b: Run) -> Comparison:
         for name in _present(before)
         if name in _present(after)
     )
-    return Comparison(changes, tuple(_lacking(a, b)), tuple(_lacking(b, a)), _warning(a, b))
+    pairs = [(name, a.environment.get(name), b.environment.get(name)) for name in CONDITIONS]
+    differing = [f"{name} {one} and {other}" for name, one, other in pairs if one != other]
+    warning = f"Not made alike: {'; '.join(differing)}." if differing else ""
+    return Comparison(changes, tuple(_lacking(a, b)), tuple(_lacking(b, a)), warning)
 
 
 def judge(change: Interval) -> Verdict:
@@ -100,7 +103,7 @@ def _change(key: str, a: Record, b: Record, name: str) -> Change:
 def _yardstick(a: Record, b: Record) -> str:
     """Whose time is 1: the baseline, unless that is jacfunc, which is what may have changed."""
     rounds = {
-        result["contestant"]: len(counted_rounds(result))
+        result["contestant"]: len(rounds_of(a, result["contestant"]))
         for result in a["results"]
         if result["family"] != "jacfunc" and result["status"] == "ok"
         if _present(b).get(result["contestant"]) == "ok"
@@ -128,9 +131,3 @@ def _lacking(run: Run, other: Run) -> Iterator[str]:
             continue
         present = _present(other.cases[key])
         yield from (f"{key}: {name}" for name in _present(record) if name not in present)
-
-
-def _warning(a: Run, b: Run) -> str:
-    pairs = [(name, a.environment.get(name), b.environment.get(name)) for name in CONDITIONS]
-    differing = [f"{name} {one} and {other}" for name, one, other in pairs if one != other]
-    return f"Not made alike: {'; '.join(differing)}." if differing else ""

@@ -41,13 +41,11 @@ class Interval:
 
 def beside(record: Record, name: str, other: str) -> Interval | None:
     """Time of one contestant ÷ that of another, or None where one of them has none.
-
     The middle is the median over the rounds in which both took part, each round one ratio; where
     they share no round, it is the ratio of their medians.
     """
-    results = find(record, name), find(record, other)
-    for choose in (counted_rounds, seconds_of):  # or else in the warm-up that one of them has
-        first, second = map(choose, results)
+    for with_warm_up in (False, True):  # one of them may have the warm-up alone
+        first, second = (rounds_of(record, n, with_warm_up) for n in (name, other))
         if common := sorted(first.keys() & second.keys()):
             return median_interval([first[number] / second[number] for number in common])
     above, below = alone(record, name), alone(record, other)
@@ -56,7 +54,7 @@ def beside(record: Record, name: str, other: str) -> Interval | None:
 
 def alone(record: Record, name: str) -> Interval | None:
     """Seconds of a contestant, or None where it has none."""
-    rounds = counted_rounds(find(record, name))
+    rounds = rounds_of(record, name)
     return median_interval([*rounds.values()]) if rounds else None
 
 
@@ -65,16 +63,13 @@ def find(record: Record, name: str) -> Record | None:
     return next((r for r in record["results"] if r["contestant"] == name), None)
 
 
-def seconds_of(result: Record | None) -> dict[int, float]:
-    """Seconds by round, the warm-up among them; nothing of whoever failed."""
+def rounds_of(record: Record, name: str, with_warm_up: bool = False) -> Mapping[int, float]:
+    """Seconds by round, without the warm-up unless there is nothing else; none of who failed."""
+    result = find(record, name)
     if result is None or result["status"] != "ok":
         return {}
-    return {int(number): took for number, took in result["seconds"].items()}
-
-
-def counted_rounds(result: Record | None) -> Mapping[int, float]:
-    """Seconds by round without the warm-up, unless there is nothing else."""
-    return counted(seconds_of(result))
+    seconds = {int(number): took for number, took in result["seconds"].items()}
+    return seconds if with_warm_up else counted(seconds)
 
 
 def median_interval(values: Sequence[float]) -> Interval:
@@ -97,7 +92,6 @@ def median_interval(values: Sequence[float]) -> Interval:
 @cache
 def _middles(count: int) -> Tensor:
     """Where the two middle ones of each resample stand among the sorted values.
-
     They depend on the number of rounds alone, so that a report says the same every time.
     """
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +117,7 @@ def verdict(interval: Interval) -> Verdict:
 
 def winners(record: Record) -> list[str]:
     """The fastest in PyTorch with a right answer, then whoever ties with it, by their times."""
-    timed = (name for name in _rivals_in_torch(record) if counted_rounds(find(record, name)))
+    timed = (name for name in _rivals_in_torch(record) if rounds_of(record, name))
     times = {name: time_of(record, name) for name in timed}
     names = sorted(times, key=times.__getitem__)
     ratios = [beside(record, name, names[0]) for name in names[1:]]
@@ -134,7 +128,7 @@ def winners(record: Record) -> list[str]:
 def time_of(record: Record, name: str) -> float:
     """Time in units of the baseline where it has one, which takes out what moved between rounds."""
     ratio = beside(record, name, record["baseline"])
-    return ratio.mid if ratio else statistics.median(counted_rounds(find(record, name)).values())
+    return ratio.mid if ratio else statistics.median(rounds_of(record, name).values())
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -148,7 +142,7 @@ def exponent(records: Iterable[Record], name: str, axis: str) -> float | None:
     points = [
         (record["sizes"][axis], statistics.median(rounds.values()))
         for record in records
-        if record["axis"] == axis and (rounds := counted_rounds(find(record, name)))
+        if record["axis"] == axis and (rounds := rounds_of(record, name))
     ]
     if len({size for size, _ in points}) < 3:
         return None
@@ -160,7 +154,7 @@ def against(record: Record) -> str | None:
     if record["baseline"] != record["ours"]:
         return str(record["baseline"])
     others = {n for n, family in _rivals_in_torch(record).items() if family != "jacfunc"}
-    timed = [name for name in others if counted_rounds(find(record, name))]
+    timed = [name for name in others if rounds_of(record, name)]
     return min(timed, key=lambda name: (time_of(record, name), name), default=None)
 
 
