@@ -27,11 +27,7 @@ STOPPED, MISUSED = 130, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and do what it says; without a command, the quick run and its report.
-
-    Returns:
-        The exit code: 1 where a comparison found something slower.
-    """
+    """Do what the command line says; the exit code is 1 where a comparison finds what is slower."""
     options = _parser().parse_args(arguments)
     try:
         return int(_do(options))

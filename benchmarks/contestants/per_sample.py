@@ -1,7 +1,6 @@
 """Who takes Jacobians of networks: jacfunc, torch's recipe, its older function, and forum posts.
 
-Answers are blocks ``[B, C, *param]`` by name, or one tensor ``[B, C, P]``; both in the module's
-order.
+Answers are blocks ``[B, C, *param]`` by name, or one tensor ``[B, C, P]`` in the module's order.
 """
 
 from collections.abc import Callable, Mapping

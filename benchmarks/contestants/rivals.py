@@ -6,7 +6,7 @@ that is its row of the table.
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,14 +25,11 @@ PACKAGES = (
 
 def versions() -> dict[str, str | None]:
     """Versions of the rivals; None for one that is not installed."""
-    return {package: _version(package) for package in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    by_name: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            by_name[package] = version(package)
+    return by_name
 
 
 def by_laplace(problem: Problem) -> Run:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,11 +35,8 @@ def looped(func: Func, x: Tensor) -> Tensor:
 
 def looped_twice(func: Func, x: Tensor) -> Tensor:
     """The Hessian: one ``autograd.grad`` an entry of the gradient."""
-
-    def gradient(point: Tensor) -> Tensor:
-        return torch.autograd.grad(func(point), point, create_graph=True)[0]
-
-    return looped(gradient, x)
+    grad = partial(torch.autograd.grad, create_graph=True)
+    return looped(lambda point: grad(func(point), point)[0], x)
 
 
 def in_double(problem: Problem) -> tuple[nn.Module, Tensor]:

@@ -164,15 +164,12 @@ LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"
 SHORT, WIDE = "transformer of 4 patches", "transformer of 606k"
 NETWORKS: dict[str, Network] = {
     "mlp": Network(partial(perceptron, 224, 224, CLASSES), 228_490),
-    # as many channels as a whole batch of pullbacks has room for
-    "cnn": Network(partial(lenet, 16, 32, padding=2), 212_542),
+    "cnn": Network(partial(lenet, 16, 32, padding=2), 212_542),  # as large as memory has room for
     "resnet": Network(resnet, 77_658),
     "transformer": Network(Transformer, 89_002),
     "vit": Network(VisionTransformer, 41_482),
-    # its Jacobian outgrows every cache
-    LARGE: Network(partial(perceptron, 512, 256, CLASSES), 535_818),
-    # LeNet-5 as it is taught
-    LENET: Network(partial(lenet, 6, 16, padding=0), 61_706),
+    LARGE: Network(partial(perceptron, 512, 256, CLASSES), 535_818),  # J outgrows every cache
+    LENET: Network(partial(lenet, 6, 16, padding=0), 61_706),  # LeNet-5 as it is taught
     SHORT: Network(partial(Transformer, PIXELS // 2), 99_586),
     WIDE: Network(partial(Transformer, width=192), 605_962),
     RECURRENT: Network(Recurrent, 11_722),

@@ -6,10 +6,9 @@ from benchmarks.cases import Question, Wanted
 from benchmarks.contestants.functions import AUTO, BY_HAND, case
 from benchmarks.problems.functions import DOUBLE, SINGLE, mlp
 
+# widths of perceptrons, and how many inputs and outputs they have
 SIDES = (4, 16, 64, 256, 1024)
 CROSSOVERS = ((64, SINGLE, SIDES), (64, DOUBLE, (16, 256)), (512, SINGLE, (16, 256, 1024)))
-"""Widths of perceptrons, and how many inputs and outputs they have."""
-
 QUICK = ((64, SINGLE, 64, 64), (64, SINGLE, 16, 256), (64, SINGLE, 256, 16))
 WANTED = (Wanted(AUTO, "time ÷", 1.10, BY_HAND),)
 

@@ -77,9 +77,8 @@ def _winners(panel: Any, records: Sequence[Record]) -> None:
     """A letter and a color for the fastest, and how many times faster than the baseline it is."""
     fastest = Counter(names[0] for record in records if (names := winners(record)))
     letters = {name: chr(ord("A") + n) for n, (name, _) in enumerate(fastest.most_common())}
-    inputs, outputs = (
-        sorted({r["sizes"][side] for r in records}) for side in ("inputs", "outputs")
-    )
+    sizes = [record["sizes"] for record in records]
+    inputs, outputs = (sorted({size[side] for size in sizes}) for side in ("inputs", "outputs"))
     for record in records:
         place = inputs.index(record["sizes"]["inputs"]), outputs.index(record["sizes"]["outputs"])
         name = next(iter(winners(record)), "")
@@ -92,8 +91,7 @@ def _winners(panel: Any, records: Sequence[Record]) -> None:
     panel.set_title(f"the fastest way, and how many times faster\nthan {records[0]['baseline']}")
     panel.set_xticks(range(len(inputs)), inputs)
     panel.set_yticks(range(len(outputs)), outputs)
-    panel.set(xlabel=f"inputs\n{key}", ylabel="outputs")
-    panel.margins(0.15)
+    panel.set(xlabel=f"inputs\n{key}", ylabel="outputs", xmargin=0.15, ymargin=0.15)
 
 
 def _ratios(panel: Any, records: Sequence[Record]) -> None:
@@ -102,8 +100,7 @@ def _ratios(panel: Any, records: Sequence[Record]) -> None:
     for n, family in enumerate(FAMILIES):
         points = [(row[family], place) for place, row in enumerate(rows) if family in row]
         if points:
-            marker = "osD^vP"[n]
-            panel.plot(*zip(*points, strict=True), marker, color=f"C{n}", label=family)
+            panel.plot(*zip(*points, strict=True), "osD^vP"[n], color=f"C{n}", label=family)
     panel.axvline(1.0, color="gray", linewidth=0.8)
     panel.set_yticks(range(len(records)), [record["case"] for record in records])
     panel.set(xscale="log", ylim=(len(records) - 0.5, -0.5))

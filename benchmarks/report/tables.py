@@ -100,7 +100,7 @@ def of_case(record: Record) -> Table:
                 style="dim" if result["family"] == BOUND else style,
             )
         else:
-            add(shown, label, short(result["status"]), *[""] * 5, style="red")
+            add(shown, label, result["status"].partition(":")[0], *[""] * 5, style="red")
     return shown
 
 
@@ -141,14 +141,9 @@ def of_ratios(records: Sequence[Record]) -> Table:
             ratio = beside(record, name, record["baseline"])
             cell = f"{signs.get(name, '')} {number(ratio.mid) if ratio else NOTHING}".strip()
             status = results[name]["status"] if name in results else ":"
-            cells.append(cell if status == "ok" else short(status))
+            cells.append(cell if status == "ok" else status.partition(":")[0])
         add(shown, record["case"], *cells)
     return shown
-
-
-def short(status: str) -> str:
-    """``wrong`` of ``wrong: relative error 3``."""
-    return status.partition(":")[0]
 
 
 STYLES: Mapping[Verdict, str] = {

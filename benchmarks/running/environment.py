@@ -20,8 +20,7 @@ LIBRARIES = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""Variables that libraries read: one thread each, no GPU memory taken beforehand, and looking for
-a GPU does not touch it, for processes are forked after that."""
+"""For libraries: one thread, no GPU memory beforehand; looking for a GPU must not touch it."""
 
 
 def pin(threads: int = 1) -> None:

@@ -108,5 +108,4 @@ class Order:
 def questions(table: str) -> tuple[Question, ...]:
     """The questions at ``module:NAME``."""
     module, _, name = table.partition(":")
-    table_of_questions: tuple[Question, ...] = getattr(importlib.import_module(module), name)
-    return table_of_questions
+    return tuple(getattr(importlib.import_module(module), name))

@@ -24,8 +24,7 @@ from jacfunc._measuring import Contestant, Effort, Result, Run, recording, secon
 from jacfunc._memory import free_bytes
 
 SHARE = 0.8  # of the memory that is available, what a case may have on the CPU
-POLL = 0.25  # seconds between two looks at a child
-NOBODY = -1
+POLL, NOBODY = 0.25, -1  # seconds between two looks at a child
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from jacfunc._measuring import Spread, interleaved
 SIZES = (4, 16, 64, 256)
 WIDTH, BATCH, ROUNDS, WARM_UPS = 64, 8, 100, 5
 TARGETS = {"top level": 0.75, "vmap": 1.10}  # largest wanted ratios to torch.func's time
+# level, outputs, point, and the Jacobian of one function by jacfunc and by torch.func
 Pair = tuple[str, int, Tensor, Callable[..., Any], Callable[..., Any]]
-"""Level, outputs, point, and the Jacobian of one function by jacfunc and by torch.func."""
 
 
 def pairs(device: torch.device) -> Iterator[Pair]:

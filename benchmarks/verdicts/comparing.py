@@ -1,11 +1,10 @@
 """One run of the suite against another: what became slower, what did not, what cannot be told.
 
-Times are the processor's where both runs have them, for what other processes took is not in those;
-on CUDA they are the clock's. They are compared as ratios to the baseline of their own run, so that
-a slower machine cancels; the change is the quotient of two such medians, one a run. Between no
-change and the fifth that must be found, the line is drawn in the middle, at a tenth. Who lies
-beyond it, and surely not at 1, has changed; who lies within it, and surely short of a fifth, is
-equivalent. Anything else is inconclusive: more rounds, or less load on the machine, would tell.
+Times are the processor's where both runs have them, without what other processes took; on CUDA they
+are the clock's. They are ratios to the baseline of their own run, so that a slower machine cancels;
+a change is the quotient of two medians. Beyond a tenth, and surely not at 1, it is one; within it,
+and surely short of the fifth that must be found, it is none. All else is inconclusive: more rounds,
+or less load on the machine, would tell.
 """
 
 import math
