@@ -12,9 +12,8 @@ from jacfunc._measuring import WrongAnswerError
 from jacfunc.compare import Problem
 
 Func = Callable[[Any], Any]
+# blocks ``[B, C, *param]`` by parameter name, ``{"input": [B, C, *image]}``, or others by name
 Answer = dict[str, Tensor]
-"""Blocks ``[B, C, *param]`` by parameter name, ``{"input": [B, C, *image]}``, or others by name."""
-
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest error of an answer, relative to the largest entry of its block."""
 

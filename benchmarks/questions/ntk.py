@@ -5,9 +5,8 @@ from benchmarks.contestants.kernels import KERNELS, OURS, RECIPES, TORCHJD, expe
 from benchmarks.problems.networks import LARGE, LENET, RECURRENT, SHORT, case
 from jacfunc._measuring import Effort
 
+# through J it takes up to ten seconds, beside hundredths: once is enough
 EFFORT = Effort(rounds=20, seconds=2.0, fewest=3, patience=5.0)
-"""Through J it takes up to ten seconds, beside hundredths: once is enough."""
-
 FEW, MANY = 8, 64
 
 

@@ -9,8 +9,5 @@ QUESTION = Question(
     "whole",
     "The Jacobian of one call of a network in its parameters: by which way, by which library?",
     OURS,
-    tuple(
-        case(name, 1, WHOLE, per_sample=False, baseline=ONE_CALL, effort=EFFORT)
-        for name in COMPARED
-    ),
+    tuple(case(n, 1, WHOLE, per_sample=False, baseline=ONE_CALL, effort=EFFORT) for n in COMPARED),
 )

@@ -14,13 +14,11 @@ DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 ABSENT = "not measured"
 NEAR = 2  # a forecast as near as by this factor is a good one
 ABOUT = (
-    "Ways to take Jacobians, Hessians and products of them with PyTorch, compared. Every answer is "
-    "checked against float64 before the clock starts. Times are ratios of interleaved rounds, on a "
-    "CPU in a process for each; memory is counted in a call of its own; whoever fails stays in the "
-    "table with the reason. Differences within 5 %, or that cannot be told from none, are ties."
+    "Ways to take Jacobians and Hessians with PyTorch, compared. Every answer is checked against "
+    "float64 before the clock starts. Times are ratios of interleaved rounds, on a CPU in a process "
+    "for each; memory is counted in a call of its own; whoever fails stays, with the reason."
 )
-Runs = Mapping[str, Run | None]
-"""By device as it is written in headings; None where it was not measured."""
+Runs = Mapping[str, Run | None]  # by device as in headings; None where it was not measured
 
 
 def write_report(stem: Path) -> list[Path]:

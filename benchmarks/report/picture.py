@@ -9,12 +9,10 @@ from benchmarks.running.records import Record, Run
 from benchmarks.verdicts.intervals import beside, number, winners
 
 FAMILIES = ("jacfunc", "torch.func", "autograd", "rival", "JAX", "bound")
+# panels; cases at most in one; and the samples of those that are shown
 PANELS, ROWS, BATCH = 3, 6, 64
-"""Panels; cases at most in one; and the samples of those that are shown."""
-
+# questions with a panel each; where they were not asked, the first ones that were
 FIRST = ("params", "ntk")
-"""Questions with a panel each; where they were not asked, the first ones that were."""
-
 STYLE: Any = {
     "svg.hashsalt": "jacfunc",
     "svg.fonttype": "none",

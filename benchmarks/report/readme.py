@@ -88,7 +88,5 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-FIGURES: dict[str, Callable[[Path], str]] = {
-    "headline": headline,
-    **{kind: partial(study, kind) for kind in STUDIES},
-}
+FIGURES: dict[str, Callable[[Path], str]] = {"headline": headline}
+FIGURES |= {kind: partial(study, kind) for kind in STUDIES}

@@ -16,14 +16,11 @@ import torch
 from jacfunc._measuring import Check, Entry, Result
 
 T = TypeVar("T")
-
+# its children have the modules alone, and are told names: functions do not go through pipes
 ANEW = multiprocessing.get_context("forkserver")
-"""Its children have the modules alone, and are told names: functions do not go through pipes."""
-
 ALIKE = multiprocessing.get_context("fork")  # its children have whatever their parent has
+# a folder whose files are memory, or None for the usual one of temporary files
 SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
-"""A folder whose files are memory, or None for the usual one of temporary files."""
-
 DEVICE_LOST = 86  # exit code of a child whose GPU takes no more work
 
 

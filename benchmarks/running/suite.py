@@ -15,9 +15,8 @@ from benchmarks.running.records import SUITES, Order, Run
 from benchmarks.running.worker import attempt, tell_environment
 from jacfunc._measuring import Result, pooled
 
+# Dynamo, for the first dispatch mode of a process imports it, which takes seconds
 PRELOADED = ("benchmarks.running.worker", "torch._dynamo")
-"""Dynamo, for the first dispatch mode of a process imports it, which takes seconds."""
-
 SETUP = 2.0  # seconds that a case takes beside what its contestants are given, roughly
 SAME = (
     *("device", "device_name", "cpus", "system", "python", "torch", "jacfunc", "threads"),

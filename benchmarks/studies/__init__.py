@@ -4,18 +4,11 @@ Each is a file with ``measure(device, ...)``, which gives the body of its result
 what is told of such a body: ``tables(body)``, and a sentence for the README, ``says(body)``.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 
 from benchmarks.studies import budget, overhead, regret, trust
 
-STUDIES: Mapping[str, ModuleType] = {
-    "regret": regret,
-    "budget": budget,
-    "overhead": overhead,
-    "trust": trust,
-}
+STUDIES = {"regret": regret, "budget": budget, "overhead": overhead, "trust": trust}
 
 
 def files(folder: Path) -> list[Path]:

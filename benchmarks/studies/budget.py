@@ -86,11 +86,11 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     """A row a case; what breaks its budget, or takes more than the target, stands out."""
     title = f"Jacobians under a memory budget, a {SHARE}th of the unchunked peak"
     caption = f"Wanted: within the budget, and at most {body['target']}× of the best fixed chunk"
-    heads = ("case", "unchunked", "budget", "taken", "best chunk", "time", "ratio")
-    shown = table(title, caption, *heads)
+    counted = ("unchunked", "budget", "taken")
+    shown = table(title, caption, "case", *counted, "best chunk", "time", "ratio")
     for case in body["results"]:
         is_broken = case["taken"] > case["budget"] or case["ratio"] > body["target"]
-        counts = (in_bytes(case[name]) for name in ("unchunked", "budget", "taken"))
+        counts = (in_bytes(case[name]) for name in counted)
         cells = str(case["best_chunk"]), in_seconds(case["seconds"]), f"{case['ratio']:.2f}"
         add(shown, case["case"], *counts, *cells, style="red" if is_broken else "")
     return [shown]

@@ -26,9 +26,7 @@ def candidates(problem: Problem) -> dict[str, str | Strategy]:
     rows, columns = out.numel(), x.numel()
     if module is not None and problem.by_params:
         columns = sum(param.numel() for param in module.parameters())
-    ways: tuple[tuple[str, Any, int], ...] = (
-        ("reverse", jacfunc.Reverse, rows), ("forward", jacfunc.Forward, columns),
-    )  # fmt: skip
+    ways: Any = (("reverse", jacfunc.Reverse, rows), ("forward", jacfunc.Forward, columns))
     strategies: dict[str, str | Strategy] = {}
     for name, make, total in ways:
         strategies[name] = make()

@@ -18,12 +18,10 @@ from jacfunc._measuring import Contestant, Effort, Entry, Result, interleaved
 from jacfunc._measuring import measure as measure_all
 from jacfunc.compare import Problem
 
+# largest wanted regret, and the share of cases in which it must hold
 TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
-"""Largest wanted regret, and the share of cases in which it must hold."""
-
+# the best against itself: how far noise alone carries a ratio from 1
 BEST, AGAIN = "best", "best again"
-"""The best against itself: how far noise alone carries a ratio from 1."""
-
 HOPELESS = 3.0  # a candidate that is slower than the best by this factor is not timed again
 WEEDING = Effort(rounds=5, seconds=0.05, fewest=1, patience=1.0)
 EFFORT = Effort(rounds=300, seconds=0.4, fewest=5, patience=60.0)

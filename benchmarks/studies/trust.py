@@ -29,10 +29,9 @@ def measure(device: torch.device) -> dict[str, Any]:
     rows = ((key, row) for key, case in first.cases.items() for row in case["results"])
     ours = {(key, row["contestant"]) for key, row in rows if row["family"] == "jacfunc"}
     planted = [c for c in compare(first, slowed).changes if (c.case, c.contestant) in ours]
-    shares = [
-        share("the same code", "equivalent", compare(first, again).changes),
-        share(f"{SOUGHT:.0%} slower", "regressed", planted),
-    ]
+    same = share("the same code", "equivalent", compare(first, again).changes)
+    slower = share(f"{SOUGHT:.0%} slower", "regressed", planted)
+    shares = [same, slower]
     return {"wanted": WANTED, "cases": ONLY, "processes": PROCESSES, "shares": shares}
 
 

@@ -17,9 +17,8 @@ from benchmarks.running.records import Record, Run
 from benchmarks.verdicts.intervals import Interval, alone, beside, divided, rounds_of
 
 MARGIN = 0.10  # a smaller change is none
+# a change of this size is not to be missed: it must be excluded before two are called the same
 SOUGHT = 0.20
-"""A change of this size is not to be missed: it must be excluded before two are called the same."""
-
 CONDITIONS = ("device_name", "cpus", "system", "torch", "threads")
 
 Verdict = Literal[

@@ -17,11 +17,9 @@ Verdict = Literal["faster", "slower", "tie"]
 
 TIE = 0.05  # ratios as near to 1 as this are no difference
 RESAMPLES = 2000
+# the 97.5 % point of Student's t, by the number of rounds: a bootstrap of so few never leaves their
+# range, which holds the median of two in 50 % of cases
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182}
-"""The 97.5 % point of Student's t, by the number of rounds.
-
-A bootstrap of so few never leaves their range, which holds the median of two in 50 % of cases.
-"""
 
 BOUND, JAX = "bound", "JAX"
 """Families that do not win: what only bounds the time, and what would take another framework."""
