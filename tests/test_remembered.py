@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
+from jacfunc._forecasting.costs import counted_costs
 from jacfunc._lending.constants import constants_of
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._planning.auto import Auto
-from jacfunc._planning.plan import Plan, others
+from jacfunc._planning.budget import bounded
+from jacfunc._planning.plan import Plan, alternatives
 from jacfunc._planning.recall import _codes
 from jacfunc._planning.tuning_cache import Winners
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
@@ -138,22 +140,33 @@ def test_as_many_plans_as_are_kept() -> None:
     assert len(plans) == MOST_KINDS + 20
 
 
-def test_strategies_that_are_equal_plan_once() -> None:
-    """Also within a budget, which each kept for itself before."""
-    auto, plans = counting_auto(10**9)
+@pytest.mark.parametrize(("memory", "count"), [(None, 1), (10**9, 3)])
+def test_strategies_that_are_equal_plan_once_unless_in_a_budget(
+    memory: int | None, count: int
+) -> None:
+    """Functions of one code may need more, by what they find in globals."""
+    auto, plans = counting_auto(memory)
     for strategy in (auto, copy.deepcopy(auto), replace(auto)):
-        jacfunc.jacobian(torch.expm1, strategy=strategy)(torch.zeros(3))
-    assert len(plans) == 1
+        for _ in range(2):
+            jacfunc.jacobian(torch.expm1, strategy=strategy)(torch.zeros(3))
+    assert len(plans) == count
 
 
-def test_a_plan_for_the_memory_that_was_free_serves_one_strategy(monkeypatch: Any) -> None:
-    monkeypatch.setattr("jacfunc._planning.budget.free_bytes", lambda device: 2**20)
-    monkeypatch.setattr("jacfunc._planning.budget.MODEST", 2**10)
-    auto, plans = counting_auto()
+def test_a_plan_for_the_memory_that_was_free_serves_one_strategy() -> None:
+    plans: list[Plan] = []
+
+    class Scarce(Auto):
+        def plan(self, operator: JacobianOperator) -> Plan:
+            costs = counted_costs(operator.unevaluated())
+            assert costs is not None
+            plans.append(bounded(super().plan(operator), costs, 2**20))
+            return plans[-1]
+
+    auto = Scarce()
     for strategy in (auto, auto, replace(auto)):
         jacfunc.jacobian(torch.exp2, strategy=strategy)(torch.zeros(400))
     assert len(plans) == 2
-    assert all("chunks within 512 KiB" in plan.reason for plan in plans)
+    assert all("chunks within 1 MiB" in plan.reason for plan in plans)
 
 
 def test_many_functions_of_one_code_are_planned_once() -> None:
@@ -311,16 +324,16 @@ def test_modules_and_batches_end_with_the_last_reference(what: str, uncollected:
 
 def test_the_seeds_of_what_is_tried_take_no_more_than_the_result() -> None:
     both = (Reverse(), Forward())
-    assert others(Reverse(), both, 10, 10) == (Forward(),)
-    assert others(Reverse(), both, 2, 200_000) == (Forward(2),)
-    assert others(Forward(), both, 80_000, 1) == (Reverse(104),)
-    assert others(Forward(), both, 100, 10) == (Reverse(),)
-    assert others(Looped("rows"), (*both, Structured()), 2, 50) == (
+    assert alternatives(Reverse(), both, 10, 10) == (Forward(),)
+    assert alternatives(Reverse(), both, 2, 200_000) == (Forward(2),)
+    assert alternatives(Forward(), both, 80_000, 1) == (Reverse(104),)
+    assert alternatives(Forward(), both, 100, 10) == (Reverse(),)
+    assert alternatives(Looped("rows"), (*both, Structured()), 2, 50) == (
         Reverse(),
         Structured(),
         Forward(2),
     )
-    assert others(Reverse(7), (Reverse(7), Forward(7)), 2, 50) == (Forward(7),)
+    assert alternatives(Reverse(7), (Reverse(7), Forward(7)), 2, 50) == (Forward(7),)
 
 
 class Read(nn.Module):

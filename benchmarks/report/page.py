@@ -15,7 +15,7 @@ ABSENT = "not measured"
 NEAR = 2  # a forecast as near as by this factor is a good one
 ABOUT = (
     "Ways to take Jacobians and Hessians with PyTorch, compared. Every answer is checked against "
-    "float64 before the clock starts. Times are ratios of interleaved rounds, on a CPU in a process "
+    "float64 before the clock starts. Times are ratios of rounds in turns, on a CPU in a process "
     "for each; memory is counted in a call of its own; whoever fails stays, with the reason."
 )
 Runs = Mapping[str, Run | None]  # by device as in headings; None where it was not measured

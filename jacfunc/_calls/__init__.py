@@ -1,4 +1,4 @@
-"""A user's call: its trees taken off, and what tells one function from another."""
+"""A user's call without its trees, and what tells one function from another."""
 
 from jacfunc._calls.derivation import Derivation
 from jacfunc._calls.fingerprint import fingerprint

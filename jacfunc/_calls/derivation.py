@@ -1,4 +1,4 @@
-"""What a door differentiates: a function, by some of its arguments."""
+"""What is differentiated: a function, by some of its arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Derivation:
     """What is differentiated, before any arguments come.
 
     Args:
-        api: the name of the door, with which error messages begin.
+        api: the name of the public function, with which error messages begin.
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         argnums: which positional arguments it is differentiated by.
         has_aux: ``func`` returns ``(output, aux)``.

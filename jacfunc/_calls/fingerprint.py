@@ -1,4 +1,4 @@
-"""What a function is, in a few letters: the same in the next process, other when its code is."""
+"""A key of a function's code and settings, which is the same in the next process."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FIRST_NAMES = {"jacfunc._calls.flat_call.": "jacfunc._flat."}
 
 
 def fingerprint(func: object) -> str:
-    """Of a function's code, and of the shapes and settings that it closes over.
+    """Sixteen hex digits that are equal for equal code with equal shapes and settings in closures.
 
-    Numbers in tensors, and what a function finds in globals, do not count.
+    Numbers in tensors do not count, nor do the globals that a function uses.
 
     Example:
         >>> from jacfunc._calls.fingerprint import fingerprint
@@ -38,7 +38,7 @@ def fingerprint(func: object) -> str:
 
 
 def _parts(thing: Any, depth: int) -> Iterator[str]:
-    """Words that tell a thing from others, its parts after it."""
+    """Strings that tell a thing from others: of itself, then of its parts."""
     yield type(thing).__qualname__
     if depth > DEEPEST:
         return
@@ -72,7 +72,7 @@ def _parts(thing: Any, depth: int) -> Iterator[str]:
     else:
         name = f"{type(thing).__module__}.{getattr(thing, '__qualname__', '')}"
         yield FIRST_NAMES.get(name, name)
-        # functools.partial, and a call whose trees have been taken off
+        # of functools.partial, and of a FlatCall
         inner = [getattr(thing, name, None) for name in ("func", "args", "keywords")]
         yield from _each(inner, depth)
 

@@ -1,4 +1,4 @@
-"""The one way for data to flow: trees → leaves → linear map → strategy → blocks → trees."""
+"""The way of data through a Jacobian: trees → leaves → linear map → strategy → blocks → trees."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from jacfunc._assembly import sink_for
+from jacfunc._assembly import NEW_TENSORS, sink_for
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._types import Tree
 from jacfunc.strategies import Evaluation, Strategy, evaluate
@@ -25,7 +25,7 @@ def deriving(
     @wraps(derivation.func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
         call = FlatCall(derivation, args, kwargs)
-        sink = None if out is None else sink_for(api, out)
+        sink = NEW_TENSORS if out is None else sink_for(api, out)
         return pack(evaluate(api, call, strategy, sink))
 
     return derived

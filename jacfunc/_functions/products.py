@@ -1,4 +1,4 @@
-"""The doors to products: J·v and vᵀ·J, a column or a row, without J."""
+"""``jvp`` and ``vjp``: products with the Jacobian, J·v and vᵀ·J, without J itself."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def jvp(
     """
     call = _at_all("jvp", func, primals, has_aux)
     operator = JacobianOperator(call, call.primals)
-    given = call.aligned_inputs("tangents", tangents)
-    check_like("jvp", "tangents", given, call.primals)
-    products = in_words_of("jvp", lambda: operator.pushforward(given))
+    seeds = call.aligned_inputs("tangents", tangents)
+    check_like("jvp", "tangents", seeds, call.primals)
+    products = in_words_of("jvp", lambda: operator.pushforward(seeds))
     value, aux = call.value(*operator.image())
     pushed = call.output_tree(products)
     return (value, pushed, aux) if has_aux else (value, pushed)
@@ -91,9 +91,9 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
     value, aux = call.value(*in_words_of("vjp", operator.image))
 
     def pullback(cotangents: Tree) -> Tree:
-        given = call.aligned_outputs("cotangents", cotangents)
-        check_like("vjp", "cotangents", given, operator.outputs)
-        products = in_words_of("vjp", lambda: operator.pullback(given))
+        seeds = call.aligned_outputs("cotangents", cotangents)
+        check_like("vjp", "cotangents", seeds, operator.outputs)
+        products = in_words_of("vjp", lambda: operator.pullback(seeds))
         return call.input_tree(products)
 
     return (value, pullback, aux) if has_aux else (value, pullback)

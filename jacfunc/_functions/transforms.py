@@ -1,4 +1,4 @@
-"""The doors: Jacobians and Hessians of functions of trees."""
+"""Jacobians and Hessians of functions of trees, as functions of the same arguments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def jacrev(
     Args:
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         argnums: which positional arguments to differentiate; negative counts from the end. With a
-            tuple each output leaf holds a tuple of blocks, one an argument.
+            tuple each output leaf holds a tuple of blocks, one for each argument.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: rows swept at once; None sweeps all. Bounds the memory.
         memory: bytes that the call may take, its result among them: a number, or words such as
@@ -78,8 +78,8 @@ def jacfwd(
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         argnums: which positional arguments to differentiate; negative counts from the end.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
-        randomness: of random functions: ``"error"`` refuses them, ``"same"`` draws one mask for
-            the whole Jacobian, ``"different"`` one a column.
+        randomness: for random functions: ``"error"`` refuses them, ``"same"`` draws one mask for
+            the whole Jacobian, ``"different"`` one for each column.
         chunk_size: columns swept at once; None sweeps all. Bounds the memory.
         memory: bytes that the call may take, its result among them: a number, or words such as
             ``"2 GiB"``; the sweep is cut into chunks that keep to it.
@@ -90,8 +90,8 @@ def jacfwd(
 
     Raises:
         TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors,
-            operations whose forward mode torch lacks or gets wrong, or a column with a nan, which
-            a zero tangent may have made that met an infinite derivative.
+            operations whose forward mode torch lacks or gets wrong, or a column with a nan: a zero
+            tangent times an infinite derivative may have made it.
 
     Cost:
         N/K evaluations with K tangents each, for N inputs and chunks of K. Keeps no graph.
@@ -116,7 +116,7 @@ def jacobian(
     memory: Memory = None,
     out: Tree = None,
 ) -> Callable[..., Any]:
-    """Jacobian of ``func`` by the strategy that fits: chosen from its sizes, or given.
+    """Jacobian of ``func`` by the strategy that ``strategy`` names, or by the fastest.
 
     ``J[i, j] = ∂ func(*args)[i] / ∂ args[argnums][j]``; every strategy gives the same answer.
 
@@ -161,7 +161,7 @@ def value_and_jacobian(
     memory: Memory = None,
     out: Tree = None,
 ) -> Callable[..., Any]:
-    """Value and Jacobian of ``func``, the value taken from the evaluation that J needs anyway.
+    """Value and Jacobian of ``func``; the value comes from the evaluation that J needs anyway.
 
     ``(f(x), ∂f/∂x)``.
 

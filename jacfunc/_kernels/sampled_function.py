@@ -9,10 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
-from jacfunc._linear_map import Evaluations, JacobianOperator, batch_size
+from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
 from jacfunc._modules import SampledCall
 from jacfunc._remembered import CallKind
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
@@ -46,21 +45,17 @@ class KernelSamples(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FunctionSamples:
     """A function of parameters and one sample, at a batch."""
 
     batch: SampledCall
-    strategy: Structured
-    seen: Evaluations = field(default_factory=Evaluations)
+    last_call: FlatCall = field(init=False)
+    evaluations: Evaluations = field(default_factory=Evaluations)
 
     @property
     def size(self) -> int:
-        return batch_size(self.batch.leaves, self.batch.dims)
-
-    @property
-    def last_call(self) -> FlatCall:
-        return self.batch.seen[-1][0]
+        return self.batch.samples.size
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
         with self.factored():
@@ -73,9 +68,9 @@ class FunctionSamples:
         return torch.no_grad()
 
     def _evaluated(self, start: int, stop: int) -> FactoredJacobian:
-        found = self.batch.factors(self.strategy, start, stop)
-        self.seen.check((start, stop), found.outputs)
-        return found
+        factors, self.last_call = self.batch.factors(start, stop)
+        self.evaluations.check((start, stop), factors.outputs)
+        return factors
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,6 @@ def samples_of(
     args: tuple[Tree, ...],
     in_dims: Tree,
     randomness: Randomness,
-    strategy: Structured,
 ) -> FunctionSamples:
     """``func(params, *inputs)`` at a batch of inputs.
 
@@ -120,5 +114,5 @@ def samples_of(
         return FlatCall(Derivation(api, func), (params, *inner), {})
 
     kind = CallKind(func, (kinds_of((params, args)), tuple(dims)), func)
-    batch = SampledCall(api, call_of, split.leaves, dims, kind, randomness, Sink(), has_layers=True)
-    return FunctionSamples(batch, strategy)
+    samples = Samples(split.leaves, dims, randomness)
+    return FunctionSamples(SampledCall(api, call_of, samples, kind, has_layers=True))

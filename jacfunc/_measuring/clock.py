@@ -39,7 +39,7 @@ def seconds_of(run: Run, device: torch.device) -> float:
 
 
 def shuffled(calls: Collection[Name], rounds: int) -> Iterator[list[Name]]:
-    """The calls in another order for each round; a call that is removed has no more turns.
+    """The turns of each round: all calls in shuffled order, without those removed meanwhile.
 
     Rotating would leave every call behind the same neighbour, and what a neighbour leaves in the
     caches moved a ratio by a tenth.
@@ -61,18 +61,18 @@ def interleaved(
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Most bytes that one call holds at once, its result included, above what was held before."""
+    """The most bytes that a call holds at once, its result among them, beyond those before it."""
     if device.type != "cuda":
         counter = PeakBytes()
         with counter:
             run()
         return counter.peak
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def is_here(device: torch.device) -> bool:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from jacfunc._errors import is_out_of_memory
 
 WARM_UP = 0
-"""The number of the round before those that count; it counts itself where there is no other."""
+"""The number of the warm-up among the rounds; it counts only where there is no other round."""
 
 
 class WrongAnswerError(Exception):
-    """The answer has other names, shapes or numbers than the reference."""
+    """An answer has other blocks, shapes or numbers than the reference."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,29 @@ def _short(value: float) -> str:
 
 @dataclass
 class Result:
-    """What became of one contestant on one problem; a failure stays, with its reason."""
+    """What became of one contestant on one problem; a failure stays, with its reason.
+
+    Args:
+        status: ``"ok"``, or the reason of the failure.
+        error: the largest relative error of its answer.
+        seconds: by round, from 1 on; a slow contestant sits rounds out, or has the warm-up alone.
+        busy: seconds of the processor by round, without what other processes took.
+        time, ratio: the spread of seconds, and of those divided by the baseline's.
+        forecast_seconds, forecast_bytes: time and peak that jacfunc expected.
+        work: floating-point operations that theory counts.
+    """
 
     contestant: str
     family: str
     status: str = "ok"
     error: float | None = None
     seconds: dict[int, float] = field(default_factory=dict)
-    """By round, from 1 on: a slow contestant sits some rounds out, or has the warm-up alone."""
     busy: dict[int, float] = field(default_factory=dict)
-    """Seconds of the processor by round, without what other processes took."""
     time: Spread | None = None
     ratio: Spread | None = None
-    """To the baseline, round by round."""
     peak_bytes: int | None = None
     forecast_seconds: float | None = None
     forecast_bytes: int | None = None
-    """What jacfunc expected before anything ran."""
     work: float | None = None
 
     @property

@@ -17,7 +17,7 @@ Check = Callable[[Any], float]
 """Takes an answer, gives its largest relative error, or raises :class:`WrongAnswerError`."""
 
 BRIEF = 0.05
-"""Seconds up to which a call takes longer, by a hundredth or by half, after another's call."""
+"""Calls of fewer seconds are slower after another's call, by a hundredth or by half."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Contestant(Generic[Problem]):
     """One way to the answer: ``prepare`` does what a user does once, and gives the call to measure.
 
     Args:
+        family: the library that it belongs to.
         answers: False for what only bounds the time, such as a bare write.
         counted: False where memory is not torch's, so that it cannot be counted.
         forecast: seconds and peak bytes that jacfunc expects; None for what it cannot say.
@@ -42,9 +43,11 @@ class Contestant(Generic[Problem]):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long contestants are measured: rounds at most and at least, seconds for each.
+    """How long contestants are measured.
 
     Args:
+        rounds, fewest: rounds at most and at least.
+        seconds: the time for the rounds of each contestant.
         patience: a call that takes so many seconds is not made again.
     """
 

@@ -1,4 +1,4 @@
-"""``strategy="auto"``: above the strategies that it picks from."""
+"""``strategy="auto"``: the strategy with the least forecast time, planned once a kind of call."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any, Protocol
 
 import torch
 
-from jacfunc._forecasting import Swept, counted_costs
+from jacfunc._assembly import Sink
+from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk
-from jacfunc._planning.budget import bounded, bounded_samples, spared
+from jacfunc._planning.budget import bounded, bounded_samples, with_fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, carry_out, rows_first
 from jacfunc._planning.recall import Planner, recall, remember
 from jacfunc._types import Blocks
-from jacfunc.strategies import Forward, Reverse, Structured
+from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
 
 
 @dataclass(frozen=True)
-class Auto:
-    """Chooses by forecast, once for each kind of call, and goes on where torch refuses.
+class Auto(Streaming):
+    """Runs the strategy with the least forecast time; the next one where torch refuses it.
+
+    It plans once for each kind of call.
 
     Args:
         directions: strategies to choose from; where one has no chunk size, that is chosen too.
@@ -36,28 +39,34 @@ class Auto:
     memory: int | None = None
     by_layers: Structured | None = None
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]`` from the first plan that torch carries out."""
-        return by_plan(self, operator, self.directions)
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out_i, *in_j]`` from the first strategy that torch does not refuse."""
+        return by_plan(self, sink, operator, self.directions)
 
     def plan(self, operator: JacobianOperator) -> Plan:
-        """What to do with this operator, which is evaluated."""
+        """The plan for this operator, which is evaluated for it."""
         costs = counted_costs(operator)
         if costs is None:
             return by_sizes(operator, self.directions)
         return bounded(fastest(costs, self.directions), costs, self.memory)
 
     def plan_samples(
-        self, operator: JacobianOperator, samples: SampledWays, run: Callable[[Swept, Chunk], Any]
+        self,
+        operator: JacobianOperator,
+        samples: SampledWays,
+        run: Callable[[Sweeping, Chunk], Any],
     ) -> tuple[Plan, Chunk]:
-        """What to do with each of a batch of samples, one of which this is; how many at once."""
+        """The plan for each sample of a batch, and how many samples to take at once.
+
+        ``operator`` is the one of a single sample.
+        """
         costs = counted_costs(operator)
-        operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        operator.rewind_generators()  # the samples draw as if none had been evaluated before
         directions = samples.ways(self.directions, self.by_layers)
         if costs is None:
             return rows_first(by_sizes(operator, self.directions), operator), None
-        every = costs.times(samples.size, samples.are_copied)
-        plan = rows_first(spared(fastest(every, directions), every), operator)
+        batch_costs = costs.times(samples.size, samples.are_copied)
+        plan = rows_first(with_fewer_rows(fastest(batch_costs, directions), batch_costs), operator)
         return bounded_samples(plan, costs, samples.size, self.memory)
 
 
@@ -68,17 +77,17 @@ class Planning(Planner, Protocol):
 
 
 def by_plan(
-    strategy: Planning, operator: JacobianOperator, directions: Sequence[Direction]
+    strategy: Planning, sink: Sink, operator: JacobianOperator, directions: Sequence[Direction]
 ) -> Blocks:
-    """Blocks by the plan that is remembered for calls of this kind, or made now."""
+    """Blocks ``[*out_i, *in_j]`` by the plan of an earlier call of this kind, or by a new one."""
     if torch.compiler.is_compiling():
-        return by_sizes(operator, directions).materialize(operator)
+        return by_sizes(operator, directions).into(sink, operator)
     kind = operator.call_kind
     recalled = recall(strategy, kind)
     # a first call evaluates more than once, with the same random numbers
     with alone() if recalled is None else nullcontext():
         before = strategy.plan(operator) if recalled is None else recalled[0]
-        plan, blocks = carry_out(before, operator)
+        plan, blocks = carry_out(before, sink, operator)
     if recalled is None or plan is not before:
         remember(strategy, kind, (plan, None))
     return blocks

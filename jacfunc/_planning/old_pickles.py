@@ -1,4 +1,4 @@
-"""Pickles name a class by the module in which it lay: these are the names of older versions."""
+"""Lets ``pickle`` find classes by the names of modules in which they lay in older versions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,5 @@ FIRST_NAMES = {
     "jacfunc._plans": Plan,
 }
 
-
-def load_old_pickles() -> None:
-    """Let ``pickle`` find the classes where they lay."""
-    for name, cls in FIRST_NAMES.items():
-        module = sys.modules.setdefault(name, ModuleType(name, "A class that has moved."))
-        setattr(module, cls.__name__, cls)
+for name, moved in FIRST_NAMES.items():
+    setattr(sys.modules.setdefault(name, ModuleType(name)), moved.__name__, moved)

@@ -34,18 +34,25 @@ class Code:
 
 def recall(strategy: Planner, call: CallKind) -> Planned | None:
     """The plan of an earlier call of this kind, by this strategy or by an equal one."""
-    own = own_plans().get(strategy, None)
-    planned = None if own is None else own.get(call.callable, call.kind)
-    return planned or shared_plans().get(_owner(call.callable), (strategy, call.kind))
+    own = own_plans().get_or_make(strategy, None, Remembered)
+    planned = own.get(call.callable, call.kind)
+    if planned is None and strategy.memory is None:
+        planned = shared_plans().get(_owner(call.callable), (strategy, call.kind))
+        if planned is not None:
+            own.put(call.callable, call.kind, planned)
+    return planned
 
 
 def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:
-    """Keep a plan. One that fits the memory that is free now is of no use to other strategies."""
+    """Keep a plan: for equal strategies, too, unless it keeps to a budget.
+
+    A budget may be what was free when the plan was made; and functions of one code may differ in
+    what they take, by what they find in globals.
+    """
+    own_plans().get_or_make(strategy, None, Remembered).put(call.callable, call.kind, planned)
     plan, chunk = planned
-    if strategy.memory is None and (is_bounded(plan) or isinstance(chunk, FittedChunks)):
-        own = own_plans().get_or_make(strategy, None, Remembered)
-        own.put(call.callable, call.kind, planned)
-    else:
+    is_fitted = is_bounded(plan) or isinstance(chunk, FittedChunks)
+    if strategy.memory is None and not is_fitted:
         shared_plans().put(_owner(call.callable), (strategy, call.kind), planned)
 
 
@@ -57,7 +64,7 @@ def shared_plans() -> Remembered[Planned]:
 
 @cache
 def own_plans() -> Remembered[Remembered[Planned]]:
-    """By strategy object, then by function or module and kind of call."""
+    """By strategy object, then by function or module and kind of call: looked up faster."""
     return Remembered()
 
 

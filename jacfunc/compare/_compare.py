@@ -12,7 +12,7 @@ from jacfunc._arguments import check_memory
 from jacfunc._measuring import Effort, Entry, measure
 from jacfunc._planning import resolve
 from jacfunc._types import Memory
-from jacfunc.compare._contestants import STRATEGIES, Sizes, concerns, contestants, name_of
+from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, strategies_for
 from jacfunc.compare._forecasts import foretell
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import API, Problem
@@ -99,12 +99,10 @@ def _compared(
         sizes.check(problem.device)
         problem.check_independent()
         judge = Judge(reference, precision_of(problem))
-        chosen = {name_of(s): s for s in strategies if concerns(s, problem, sizes)}
+        chosen = strategies_for(problem, sizes, strategies)
         entries = [
             Entry(problem, contestant, judge, effort.patience, problem.device)
-            for contestant in contestants(
-                problem, list(chosen.values()), memory, reference.is_random
-            )
+            for contestant in contestants(problem, chosen, memory, reference.is_random)
         ]
         foretell(problem, chosen, [entry.result for entry in entries])
         results = measure(entries, effort, baseline, on_step)
@@ -114,20 +112,14 @@ def _compared(
 
 @contextmanager
 def _progress_bar(is_shown: bool) -> Iterator[Callable[[str, int | None], None]]:
-    """What tells a bar of every step: with its name and the number of all steps."""
-    from rich import console, progress
+    """A function to call before each step, with its name and the number of all steps."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
 
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("left:"),
-        progress.TimeRemainingColumn(),
-    )
-    terminal = console.Console(stderr=True)
-    with progress.Progress(*columns, console=terminal, transient=True, disable=not is_shown) as bar:
+    with Progress(console=Console(stderr=True), transient=True, disable=not is_shown) as bar:
         task = bar.add_task("", total=None)
-        yield lambda name, total: bar.update(task, description=name, total=total, advance=1)
+        yield lambda name, total: bar.update(task, description=escape(name), total=total, advance=1)
 
 
 def _where(problem: Problem) -> str:

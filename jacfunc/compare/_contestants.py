@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,10 +29,10 @@ STRATEGIES: tuple[str | Strategy, ...] = (
     "looped",
     "structured",
 )
-"""In the order of the table; of strategies that take as long the first is recommended."""
+"""What is compared, in the order of the table; of those as fast, the first is recommended."""
 
 PLANNED = ("auto", "autotune")
-"""Strategies that keep to a memory."""
+"""Strategies that plan, and so can keep to a memory budget."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,30 @@ class Sizes:
             )
 
 
-def name_of(strategy: str | Strategy) -> str:
-    """The strategy as it is written after ``strategy=``, but for the quotes."""
-    return strategy if isinstance(strategy, str) else repr(strategy)
+def strategies_for(
+    problem: Problem, sizes: Sizes, strategies: Sequence[str | Strategy]
+) -> dict[str, str | Strategy]:
+    """Strategies by name, as they are written after ``strategy=``, but for the quotes.
 
-
-def concerns(strategy: str | Strategy, problem: Problem, sizes: Sizes) -> bool:
-    """Whether a strategy differs from others here: layers have parameters, chunks fewer rows."""
-    chunk = getattr(strategy, "chunk_size", None)
-    is_chunked = not isinstance(chunk, int) or chunk < sizes.rows
-    return is_chunked and (strategy != "structured" or problem.by_params)
+    Those that would do what another does are left out: a chunk of all rows is no chunk, and only
+    parameters are in layers.
+    """
+    chosen: dict[str, str | Strategy] = {}
+    for strategy in strategies:
+        chunk = getattr(strategy, "chunk_size", None)
+        is_whole = isinstance(chunk, int) and chunk >= sizes.rows
+        if not is_whole and (strategy != "structured" or problem.by_params):
+            chosen[strategy if isinstance(strategy, str) else repr(strategy)] = strategy
+    return chosen
 
 
 def contestants(
-    problem: Problem, strategies: Sequence[str | Strategy], memory: Memory, is_random: bool
+    problem: Problem, strategies: Mapping[str, str | Strategy], memory: Memory, is_random: bool
 ) -> list[Contestant[Problem]]:
-    """Torch's own recipe, then the strategies, each with the random numbers of the reference."""
+    """Torch's own recipe, then the strategies; random numbers are those of the reference."""
     random_state = RandomState(problem.samples()[0].leaves)
     ways = [(baseline_of(problem), "torch.func", by_recipe)]
-    ways += [(name_of(s), "jacfunc", partial(by_jacfunc, s, memory)) for s in strategies]
+    ways += [(n, "jacfunc", partial(by_jacfunc, s, memory)) for n, s in strategies.items()]
     return [
         Contestant(name, family, partial(repeating, random_state, way) if is_random else way)
         for name, family, way in ways

@@ -16,7 +16,7 @@ from jacfunc.compare._problem import Problem
 from jacfunc.compare._reference import Reference
 
 PATIENCE, MOST_BYTES = 10.0, 2**28
-"""Seconds that the loop may take, and bytes that its rows may; rows beyond that are left out."""
+"""Most seconds and bytes for the rows of the reference; rows beyond that are left out."""
 
 TF32 = 2.0**-10
 """The relative precision of float32 products where CUDA is allowed to shorten them."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
+from jacfunc._measuring import Result
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.compare._advice import Advice
+from jacfunc.compare._advice import front, timed
 
 WIDTH, HEIGHT, LINE = 5.0, 3.6, 0.17
 """Inches: of the picture without its key, and of a line of the key."""
@@ -19,7 +21,7 @@ PLACES = ((5, 4), (-10, -10), (5, -10), (-10, 4), (-2, 9), (-2, -15))
 """Where numbers stand beside their points, in turns: neighbours have different places."""
 
 
-def draw(path: Path, title: str, advice: Advice) -> None:
+def draw(path: Path, title: str, results: Sequence[Result]) -> None:
     """Write an SVG file: a numbered point for each right answer, and the names in a key below.
 
     Numbers go from the fastest on. A bar shows the quartiles of a time; stairs join the contestants
@@ -29,9 +31,10 @@ def draw(path: Path, title: str, advice: Advice) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    points = [(r, r.time, r.peak_bytes) for r in advice.timed if r.time and r.peak_bytes]
+    points = [(r, r.time, r.peak_bytes) for r in timed(results) if r.time and r.peak_bytes]
     points.sort(key=lambda point: point[1].median)
-    stairs = sorted((time.median, peak) for r, time, peak in points if r in advice.front)
+    unbeaten = front(results)
+    stairs = [(time.median, peak) for r, time, peak in points if r in unbeaten]
     # text stays text and ids are fixed: small files, and a diff shows what moved
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jacfunc", "font.size": 9}):
         size = WIDTH, HEIGHT + LINE * -(-len(points) // 2)

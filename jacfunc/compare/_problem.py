@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._arguments import wrap_argnums
-from jacfunc._assembly import Sink
 from jacfunc._functions import jacobian
 from jacfunc._lending import ModuleState
 from jacfunc._measuring import Run, is_here
-from jacfunc._modules import InputChoice, ModuleCall, Wrt, argnums_of, module_jacobian
+from jacfunc._modules import Batching, ModuleCall, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
 from jacfunc._types import Argnums, Memory, Randomness, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Strategy
@@ -165,15 +164,19 @@ class Problem:
         """The call of the module, as jacfunc makes it."""
         assert self.module is not None
         state, arguments = ModuleState.of(API, self.module, None), (self.args, dict(self.kwargs))
-        argnums = argnums_of(API, self.wrt)
-        return ModuleCall(API, state, argnums, InputChoice(), arguments, False, False)
+        return ModuleCall(API, state, arguments, argnums_of(API, self.wrt))
+
+    @property
+    def batching(self) -> Batching:
+        """Where the inputs of a module hold its samples."""
+        return Batching(self.in_dims, self.randomness)
 
     def check_independent(self) -> None:
         """Refuse samples that depend on each other: no sample has a Jacobian of its own."""
         if self.is_sampled:
             call = self.call()
             with call.undisturbed():
-                call.check_independent(call.batch(Sink(), self.in_dims, self.randomness))
+                call.check_independent(call.batch(self.batching))
 
     def samples(self) -> tuple[Split, list[int | None]]:
         """All tensors among the arguments, and the dimension in which each holds the samples."""
@@ -185,16 +188,17 @@ class Problem:
         return tensors, [d for d, yes in zip(every, tensors.is_chosen, strict=True) if yes]
 
     def varied(self) -> list[int]:
-        """Which of the tensors among the arguments are differentiated, as numbers, in order."""
-        if self.by_params:
-            return []
+        """The numbers of those tensors among the arguments that are differentiated, in order."""
         leaves = self.samples()[0].leaves
-        varied = [n for n, x in enumerate(leaves) if is_differentiable(x)]
         if self.module is not None:
-            return varied
+            return [n for n, x in enumerate(leaves) if is_differentiable(x) and not self.by_params]
         owners = [n for n, arg in enumerate(self.args) for x in flatten(arg)[0] if is_tensor(x)]
-        positions = wrap_argnums(API, self.argnums, len(self.args))
-        return [n for position in positions for n in varied if owners[n : n + 1] == [position]]
+        return [
+            n
+            for position in wrap_argnums(API, self.argnums, len(self.args))
+            for n, owner in enumerate(owners)
+            if owner == position and is_differentiable(leaves[n])
+        ]
 
     def size(self) -> int:
         """The number of samples; 1 where the batch is not taken apart."""

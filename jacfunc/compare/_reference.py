@@ -73,13 +73,13 @@ class Reference:
             # what could not be copied must be left as it was
             state = ModuleState.of(API, module, None)
             point = {name: p.detach().requires_grad_() for name, p in state.point.items()}
-            self._lend, self._params = partial(state.lent, point), tuple(point.values())
+            self._lend, self._params = partial(_lent, state, point), tuple(point.values())
         self._random_state = RandomState(self.problem.samples()[0].leaves)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """The context in which samples are evaluated and rows are pulled back."""
-        with self._lend():
+        with torch.enable_grad(), self._lend():
             yield
         self._random_state.repeat()
 
@@ -98,14 +98,13 @@ class Reference:
             shapes = [x.shape if d is None else x.select(d, 0).shape for x, d in inputs]
         # clones, so that the function may write into its arguments
         args, kwargs = tensors.merge([x.clone() if x.requires_grad else x for x in leaves])
-        with torch.enable_grad():
-            output = problem.target(*args, **kwargs)
-            outputs = flatten(output)[0]
-            check_outputs(API, outputs, lambda: paths(output, "output"))
-            outputs = [out for out in outputs if is_differentiable(out)]
-            if problem.is_sampled:
-                outputs = [out.squeeze(0) for out in outputs]
-        self.is_random = self._random_state.were_taken()
+        output = problem.target(*args, **kwargs)
+        outputs = flatten(output)[0]
+        check_outputs(API, outputs, lambda: paths(output, "output"))
+        outputs = [out for out in outputs if is_differentiable(out)]
+        if problem.is_sampled:
+            outputs = [out.squeeze(0) for out in outputs]
+        self.is_random = self._random_state.has_changed()
         return Sample(tuple(outputs), targets, tuple(shapes))
 
     def try_out(self) -> Sample:
@@ -116,7 +115,7 @@ class Reference:
         return sample
 
     def rows(self) -> Iterator[tuple[int, int, Leaves]]:
-        """Output leaf, row among those of all samples, gradients by target; in random order."""
+        """Rows in random order: output leaf, number among the rows of all samples, gradients."""
         order = random.Random(0)
         for number in order.sample(range(self.size), self.size):
             sample = self.sample(number)
@@ -126,6 +125,13 @@ class Reference:
                 leaf = bisect_right(ends, row)
                 entry = row - ends[leaf] + sizes[leaf]
                 yield leaf, number * sizes[leaf] + entry, sample.row(leaf, entry)
+
+
+@contextmanager
+def _lent(state: ModuleState, params: dict[str, Tensor]) -> Iterator[None]:
+    """A module lent for many evaluations, all with these parameters."""
+    with state.lent_for_call(API, params), state.lent_for_evaluation(params):
+        yield
 
 
 def reference_of(problem: Problem) -> Reference:

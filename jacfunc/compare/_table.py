@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jacfunc._measuring import Result, spread
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.compare._advice import Advice
+from jacfunc.compare._advice import best, front, reasons, sentence
 from jacfunc.compare._picture import draw
 from jacfunc.compare._problem import API
 
@@ -71,7 +71,7 @@ class Comparison:
     @property
     def best(self) -> Result | None:
         """The fastest result; of the strategies that are as fast, the first of the table."""
-        return self._advice.best
+        return best(self.results)
 
     def table(self) -> Table:
         """A table for rich to print."""
@@ -80,33 +80,30 @@ class Comparison:
 
         table = Table(
             title=Text(self.title),
-            caption=Text("\n".join([LEGEND, self.checked, *self._advice.reasons()])),
+            caption=Text("\n".join([LEGEND, self.checked, *reasons(self.results)])),
             title_justify="left",
             caption_justify="left",
         )
         table.add_column("strategy", no_wrap=True)
         for heading in COLUMNS:
             table.add_column(heading, justify="right")
-        best, front = self.best, self._advice.front
+        unbeaten = front(self.results)
         for result in self.results:
-            mark = "★" if result is best else "◆" if any(result is r for r in front) else " "
+            is_best = result is self.best
+            mark = "★" if is_best else "◆" if any(result is r for r in unbeaten) else " "
             suffix = " (baseline)" if result.contestant == self.baseline else ""
             name = Text(f"{mark} {result.contestant}{suffix}")
-            style = ("bold green" if result is best else "") if result.ok else "red"
+            style = ("bold green" if is_best else "") if result.ok else "red"
             table.add_row(name, *map(Text, _cells(result)), style=style)
         return table
 
     def picture(self, path: str | Path) -> None:
         """Write a picture of time against memory to an SVG file."""
         check_extra()
-        draw(check_picture(path), self.title, self._advice)
+        draw(check_picture(path), self.title, self.results)
 
     def __repr__(self) -> str:
-        return self._advice.sentence()
-
-    @property
-    def _advice(self) -> Advice:
-        return Advice(self.results, self.baseline, self.memory)
+        return sentence(self.results, self.baseline, self.memory)
 
 
 def _cells(result: Result) -> tuple[str, ...]:

@@ -29,8 +29,8 @@ from benchmarks.running.records import Order, Run
 from benchmarks.running.suite import CannotRunError
 from benchmarks.studies import trust
 from benchmarks.verdicts.comparing import Change
-from jacfunc._measuring.results import WARM_UP, Result, WrongAnswerError, pooled, summarize
-from jacfunc._measuring.rounds import Contestant, Effort, Entry
+from jacfunc._measuring.results import Result, WrongAnswerError, pooled, summarize
+from jacfunc._measuring.rounds import Contestant, Effort
 from tests.benchmarks import table as benchmark_table
 from tests.benchmarks.table import TRACE, error
 
@@ -387,19 +387,6 @@ def test_whoever_is_ended_aside_ends_who_asked():
     ended = "import os; from benchmarks.running import processes as p; "
     ended += "p.aside(lambda: os.kill(os.getpid(), 11))"
     assert subprocess.run([sys.executable, "-c", ended], cwd=ROOT).returncode == -signal.SIGSEGV
-
-
-@pytest.mark.parametrize(("brief", "calls"), [(1.0, 2), (0.0, 1)])
-def test_a_brief_call_is_timed_after_an_untimed_one(monkeypatch, brief, calls):
-    monkeypatch.setattr("jacfunc._measuring.rounds.BRIEF", brief)
-    made = []
-    contestant = Contestant("c", "", lambda m: lambda: m.append(0))
-    entry = Entry(made, contestant, lambda a: 0.0, 1, torch.device("cpu"))
-    entry.prepare()
-    assert len(made) == 2
-    entry.time(1)
-    assert len(made) == 2 + calls
-    assert sorted(entry.result.seconds) == [WARM_UP, 1]
 
 
 def test_rounds_of_several_processes_are_pooled(tmp_path):

@@ -25,9 +25,9 @@ import jacfunc
 from jacfunc._measuring.results import Result, Spread, WrongAnswerError
 from jacfunc._trees.tree import flatten
 from jacfunc.compare import compare
-from jacfunc.compare._advice import Advice
+from jacfunc.compare._advice import best, front
 from jacfunc.compare._command import load, main, with_options
-from jacfunc.compare._contestants import STRATEGIES, Sizes, concerns, contestants, name_of
+from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, strategies_for
 from jacfunc.compare._forecasts import foretell
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import Problem
@@ -160,8 +160,8 @@ def test_the_answers_of_ok_rows_are_the_oracles(name):
     reference = reference_of(problem)
     judge = Judge(reference, precision_of(problem))
     sizes = Sizes.of(problem, reference)
-    chosen = {name_of(s): s for s in STRATEGIES if concerns(s, problem, sizes)}
-    entrants = contestants(problem, list(chosen.values()), None, False)
+    chosen = strategies_for(problem, sizes, STRATEGIES)
+    entrants = contestants(problem, chosen, None, False)
     results = [Result(entrant.name, entrant.family) for entrant in entrants]
     foretell(problem, chosen, results)
     assert all(result.ok for result in results)
@@ -300,6 +300,13 @@ def test_a_module_that_cannot_be_copied_is_checked_in_its_dtype_and_left_as_it_w
     assert all(p.grad is None for p in module.parameters())
 
 
+def test_gradients_may_be_switched_off_outside():
+    for name in ("module", "function"):
+        with torch.no_grad():
+            comparison = compare(problems()[name], strategies=FEW, **QUICK)
+        assert [result.status for result in comparison.results] == ["ok"] * 4
+
+
 def test_the_random_state_is_left_as_it_was():
     problem = problems()["masks"]
     before = torch.get_rng_state()
@@ -405,9 +412,9 @@ def test_the_sentence_says_what_to_take(rows, memory, sentence):
 
 def test_what_was_faster_in_a_quarter_of_the_rounds_ties():
     rows = [BASE, row("auto", 1.3, 4096, wide=0.4)]
-    assert Advice(rows, "torch.func.jacrev", None).best is rows[1]
+    assert best(rows) is rows[1]
     rows = [BASE, row("auto", 1.3, 4096, wide=0.2)]
-    assert Advice(rows, "torch.func.jacrev", None).best is BASE
+    assert best(rows) is BASE
 
 
 def test_failures_are_never_taken_and_are_grouped_by_reason():
@@ -426,7 +433,7 @@ def test_where_no_strategy_is_right_the_baseline_is_not_praised():
 
 def test_the_front_is_what_nobody_beats_at_both():
     rows = [row("a", 2.0, 50), row("b", 1.0, 100), row("c", 3.0, 50), row("d", 4.0, 10)]
-    assert [r.contestant for r in Advice(rows, "b", None).front] == ["b", "a", "d"]
+    assert [r.contestant for r in front(rows)] == ["b", "a", "d"]
 
 
 # --- what is shown ---
@@ -448,6 +455,22 @@ def test_the_table_and_the_picture_hold_every_row(tmp_path):
     drawn = "".join(root.itertext())
     assert "auto" in drawn
     assert "forward" not in drawn
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 15])
+def test_every_point_has_a_number_and_a_name_in_the_key(tmp_path, count):
+    rows = tuple(row(f"way {n} & co.", 0.01 * 1.01**n, 2**20 + n) for n in range(count))
+    failed = Result("failed", "jacfunc", "out of memory")
+    comparison = Comparison("a title", (*rows, failed), "torch.func.jacrev", "")
+    for name in ("once.svg", "again.svg"):
+        comparison.picture(tmp_path / name)
+    assert (tmp_path / "once.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    root = ElementTree.parse(tmp_path / "once.svg").getroot()
+    texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    for n, result in enumerate(rows):
+        assert texts.count(str(n + 1)) == 1
+        assert texts.count(f"{n + 1}  {result.contestant}") == 1
+    assert not any("failed" in text for text in texts)
 
 
 # --- what is refused ---
