@@ -12,7 +12,7 @@ from torch.utils.dlpack import from_dlpack
 import jacfunc
 from benchmarks.problems import formulas
 from benchmarks.problems.formulas import CPU, drawing
-from benchmarks.problems.judge import TOLERANCE, Func, check
+from benchmarks.problems.judge import TOLERANCE, Answer, Func, check
 from jacfunc._measuring import Check
 
 SINGLE, DOUBLE = torch.float32, torch.float64
@@ -62,12 +62,12 @@ def judging(derivative: Callable[[Func, Tensor], Tensor], problem: FunctionAtPoi
     # rounded as the problem's numbers are: the judge is asked about the same function
     func, _ = problem.function.make(lambda *shape: draw(*shape).double())
     expected = {"derivative": derivative(func, problem.x.to(CPU, DOUBLE))}
+    return partial(relative_error, expected, TOLERANCE[dtype])
 
-    def judge(answer: Any) -> float:
-        block = answer if isinstance(answer, Tensor) else from_dlpack(answer)  # or JAX's
-        return check({"derivative": block}, expected, TOLERANCE[dtype])
 
-    return judge
+def relative_error(expected: Answer, tolerance: float, answer: Any) -> float:
+    block = answer if isinstance(answer, Tensor) else from_dlpack(answer)  # or JAX's
+    return check({"derivative": block}, expected, tolerance)
 
 
 def mlp(inputs: int, outputs: int, width: int) -> Function:

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.func import functional_call, jvp
 
 from benchmarks.cases import ANSWER, Case, Question
@@ -77,13 +78,12 @@ def judge(problem: Problem) -> Check:
     pulled = torch.autograd.grad(scores, list(params.values()), vector)
     tangents = dict(zip(params, pulled, strict=True))
     pushed = jvp(lambda point: functional_call(model, point, (images,)), (params,), (tangents,))
-    expected = {KERNEL: pushed[1].detach()}
+    return partial(_error, vector, {KERNEL: pushed[1].detach()})
 
-    def error(answer: Answer) -> float:
-        kernel = answer[KERNEL].detach().to("cpu", torch.float64)
-        return check({KERNEL: torch.einsum("nmab,mb->na", kernel, vector)}, expected)
 
-    return error
+def _error(vector: Tensor, expected: Answer, answer: Answer) -> float:
+    kernel = answer[KERNEL].detach().to("cpu", torch.float64)
+    return check({KERNEL: torch.einsum("nmab,mb->na", kernel, vector)}, expected)
 
 
 def _along(axis: str, letter: str, points: Sequence[Point]) -> Iterator[Case]:

@@ -6,6 +6,7 @@ these tests run, or need not be: its rows are looked at only in what the two wor
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from functools import partial
 
@@ -52,6 +53,15 @@ def test_everyone_gives_the_right_answer_or_says_why_not(name: str, device: str)
             assert result.ok, (contestant, result.status)
             assert result.error is not None
             assert result.peak_bytes
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_quick])
+def test_a_judge_can_be_sent_to_another_process(name: str) -> None:
+    """Answers are judged in a process of its own."""
+    problem = CASES[name].setup(CPU)
+    judge = pickle.loads(pickle.dumps(CASES[name].check(problem)))
+    derive = looped_twice if name.startswith("hessians") else looped
+    assert judge(derive(problem.func, problem.x)) < 1e-4
 
 
 def test_names_are_unique() -> None:

@@ -6,6 +6,7 @@ counted. Other libraries are not installed where these tests run, or need not be
 
 from __future__ import annotations
 
+import pickle
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -97,6 +98,15 @@ def test_everyone_gives_the_right_answer_or_says_why_not(name: str, device: str)
     installed(name)
     case = small(name) if name in (*SMALL, *SMALLER) else CASES[name]
     assert_right(name, measured(case, device))
+
+
+@pytest.mark.parametrize("name", ["params/mlp, B=8", "ntk/lenet, B=8", "ggn-product/lenet, B=64"])
+def test_a_judge_can_be_sent_to_another_process(name: str) -> None:
+    """Answers are judged in a process of its own."""
+    problem = small(name).setup(CPU)
+    assert pickle.loads(pickle.dumps(CASES[name].check(problem)))
+    point = Point(batch=3, width=8, classes=4).problem(CPU)
+    assert pickle.loads(pickle.dumps(growth.QUESTION.cases[0].check(point)))
 
 
 @pytest.mark.parametrize("axis", ["batch", "parameters", "classes"])
