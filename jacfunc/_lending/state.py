@@ -51,7 +51,7 @@ class ModuleState:
     """Parameters of the objects beside."""
     constants: Constants
     copies: Mapping[int, Tensor] = field(default_factory=dict)
-    """By identity of parameters and buffers: copies of these; empty unless ``is_copy``."""
+    """Copies of all tensors by identity of the copied one; empty unless ``is_copy``."""
     is_copy: bool = False
     """Does it keep copies of all values, so that the module may change meanwhile?"""
     origin: ModuleState | None = None
@@ -103,15 +103,17 @@ class ModuleState:
         if self.is_copy:
             return self
         every = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
-        known = {id(x): x for x in every}
-        new = dict(known)
+        new: dict[int, Any] = {id(x): x for x in every}
+        # values to differentiate at may be no parameters of the module
+        known = new | {id(x): x for x in self.point.values()}
         with recording():  # graphs of attributes tell what was computed before
+            copies = {key: apart(x) for key, x in known.items()}
             return replace(
                 self,
                 parts={name: part.copied(new) for name, part in self.parts.items()},
                 beside=[part.copied(new) for part in self.beside],
-                point={name: apart(param) for name, param in self.point.items()},
-                copies={key: apart(x) for key, x in known.items()},
+                point={name: copies[id(x)] for name, x in self.point.items()},
+                copies=copies,
                 is_copy=True,
                 origin=self,
                 loans=[],
