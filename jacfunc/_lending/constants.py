@@ -5,7 +5,7 @@ A call also watches them, so that a write into one that was no copy is undone, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, outside_transforms
+from jacfunc._types import Leaves
 
 COMPARED_NUMBERS = 16
 """Numbers of each larger parameter that are compared."""
@@ -100,6 +101,11 @@ def _version(param: Tensor) -> int:
     return 0 if param.is_inference() else param._version
 
 
+def _versions(params: Iterable[Tensor]) -> list[int]:
+    # written out, as every call looks at every parameter twice
+    return [0 if param.is_inference() else param._version for param in params]
+
+
 @dataclass(slots=True)
 class ParameterWatch:
     """Parameters as they were before a call, to find what was written into, and to undo it."""
@@ -110,20 +116,30 @@ class ParameterWatch:
     only_read: dict[str, Hashable]
     versions: list[int] = field(default_factory=list)
     """Raised by operations of torch."""
-    numbers: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    """Name, numbers of a parameter that is lent without a copy, and copies of these numbers: they
-    tell of writes that raise no version."""
+    numbers: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Names, and numbers of each parameter that is lent without a copy."""
+    copies: Leaves = ()
+    """Copies of these numbers, which tell of writes that raise no version. Those of one dtype are
+    in one tensor: an operation for each parameter would take a microsecond for each."""
 
     def look(self, constants: Mapping[str, Tensor], compared: int) -> None:
         """Keep versions, copies of constants of so many bytes, and some numbers of the others."""
-        self.versions = list(map(_version, self.params.values()))
+        self.versions = _versions(self.params.values())
         left = compared
         for name, param in constants.items():
-            if param.device.type == "cpu" and _is_plain(param):
+            if param.is_cpu and _is_plain(param):
                 alias, is_small = self.aliases[id(param)], param.nbytes <= left
                 left -= param.nbytes if is_small else 0
                 numbers = alias if is_small else _a_few(alias)
-                self.numbers.append((name, numbers, numbers.clone()))
+                self.numbers.append((name, numbers))
+        self.copies = self._rows()
+
+    def _rows(self) -> Leaves:
+        """The numbers as they are now, in one tensor for each dtype."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for _, numbers in self.numbers:
+            by_dtype.setdefault(numbers.dtype, []).append(numbers.reshape(-1))
+        return tuple(map(torch.cat, by_dtype.values()))
 
     def check(self, api: str) -> None:
         """Put back what was written into.
@@ -142,15 +158,23 @@ class ParameterWatch:
 
     def put_back(self) -> dict[str, bool]:
         """By name, each parameter that has changed: is it as it was again?"""
-        changed = {}
-        for name, now, before in self.numbers:
+        changed = {} if all(map(torch.equal, self._rows(), self.copies)) else self._restored()
+        # none, where the call was compiled
+        if self.versions and self.versions != _versions(self.params.values()):
+            for version, (name, param) in zip(self.versions, self.params.items(), strict=True):
+                if version != _version(param):
+                    changed.setdefault(name, False)
+        return changed
+
+    def _restored(self) -> dict[str, bool]:
+        """Put back numbers that have changed; by name of the parameter: is it as it was again?"""
+        changed, rows = {}, {row.dtype: row for row in self.copies}
+        for name, now in self.numbers:
+            row = rows[now.dtype]
+            before, rows[now.dtype] = row[: now.numel()].view_as(now), row[now.numel() :]
             if not torch.equal(now, before) and not _are_same_bits(now, before):
                 changed[name] = now.shape == self.params[name].shape
                 now.copy_(before)
-        # none, where the call was compiled
-        for version, (name, param) in zip(self.versions, self.params.items(), strict=False):
-            if version != _version(param):
-                changed.setdefault(name, False)
         return changed
 
 
@@ -158,7 +182,8 @@ def _a_few(param: Tensor) -> Tensor:
     """A few numbers of a large parameter."""
     if not param.is_contiguous():
         return param[:0]
-    return param.view(-1)[:: max(1, param.numel() // COMPARED_NUMBERS)]
+    step = max(1, param.numel() // COMPARED_NUMBERS)
+    return param.as_strided((-(-param.numel() // step),), (step,))
 
 
 def _are_same_bits(numbers: Tensor, others: Tensor) -> bool:
