@@ -155,11 +155,6 @@ def put_back(tables: list[tuple[Any, Any]]) -> None:
         table.update(before)
 
 
-def are_as_at_first(parts: Iterable[ModulePart]) -> bool:
-    """Are all parts made of what they were made of when they were looked at?"""
-    return all(map(ModulePart.is_as_at_first, parts))
-
-
 def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
     """The present attributes of each part."""
     return [part.now() for part in parts]

@@ -17,14 +17,13 @@ from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
 from jacfunc._lending.part import (
     ModulePart,
-    are_as_at_first,
     are_same,
     attributes_of,
     by_first_name,
     parts_beside,
-    put_back,
 )
 from jacfunc._lending.select import Select, select_params
+from jacfunc._lending.snapshot import Snapshot
 from jacfunc._lending.stale import check_fresh
 from jacfunc._torch import recording
 
@@ -49,6 +48,8 @@ class ModuleState:
     """Objects that the module keeps as attributes, modules that are no submodules among them."""
     hidden: dict[str, Tensor]
     """Parameters of the objects beside."""
+    snapshot: Snapshot
+    """What all of these parts were made of."""
     constants: Constants
     copies: Mapping[int, Tensor] = field(default_factory=dict)
     """Copies of all tensors by identity of the copied one; empty unless ``is_copy``."""
@@ -83,7 +84,8 @@ class ModuleState:
         # after the module's own, of which names are shown
         buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
         point = select_params(api, params, select)
-        return cls(parts, point, params, buffers, beside, hidden, constants_of(module))
+        snapshot = Snapshot([*parts.values(), *beside])
+        return cls(parts, point, params, buffers, beside, hidden, snapshot, constants_of(module))
 
     @classmethod
     def after(
@@ -93,7 +95,7 @@ class ModuleState:
 
         To look takes a third of the time that it takes to make a state.
         """
-        if before is None or not are_as_at_first(before.every_part):
+        if before is None or not before.snapshot.is_current():
             return cls.of(api, module, select)
         point = select_params(api, before.params, select)
         return before if are_same(point, before.point) else replace(before, point=point)
@@ -157,18 +159,6 @@ class ModuleState:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
     @contextmanager
-    def _at_first(self) -> Iterator[None]:
-        """The module with modes, hooks and attributes of the time of this state; then as before."""
-        changed = [p for p in self.every_part if not p.is_scripted and not p.is_as_at_first()]
-        tables = [pair for part in changed for pair in part.tables_now()]
-        try:
-            for part in changed:
-                part.give_back(part.attributes)
-            yield
-        finally:
-            put_back(tables)
-
-    @contextmanager
     def lent_for_call(self, api: str, chosen: Container[str] = ()) -> Iterator[None]:
         """Around all sweeps of a call: whatever they do to the module, afterwards it is as it was.
 
@@ -177,7 +167,7 @@ class ModuleState:
         Raises:
             RuntimeError: if an evaluation wrote into a parameter that was no copy.
         """
-        with self._at_first() if self.is_copy else nullcontext():
+        with self.snapshot.restored() if self.is_copy else nullcontext():
             loan = self._loan(api, chosen)
             self.loans.append(loan)
             try:
