@@ -28,15 +28,18 @@ class GaussNewton:
     of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. What
     was evaluated is kept for the next question, so drop the object to free it. All answers are
     those of the point at which it was made, whatever became of the module and its data since:
-    it keeps copies of parameters, buffers and the batch, modes and hooks. Results are detached
-    from the parameters; a product is differentiable by its vector, in reverse mode.
+    it keeps copies of parameters, buffers and the batch, modes and hooks. One that was made with
+    ``copy=False`` keeps the tensors themselves, and refuses to answer once they have changed.
+    Results are detached from the parameters; a product is differentiable by its vector, in reverse
+    mode.
 
     Args:
         point: the module, its parameters and a batch.
         curvature_of: gives ``H`` at outputs of the module.
 
     Raises:
-        ValueError: when asked after tensors that the loss closes over were changed.
+        ValueError: when asked after tensors that the loss closes over were changed; with
+            ``copy=False``, after parameters, buffers, the batch, modes or hooks were.
 
     Cost:
         See the methods.

@@ -27,6 +27,7 @@ def ggn(
     randomness: Randomness = "error",
     chunk_size: int | None = None,
     independent: Independent = None,
+    copy: bool = True,
 ) -> Callable[..., GaussNewton]:
     """The generalized Gauss-Newton matrix of a loss, from factors of layers and without J.
 
@@ -47,6 +48,10 @@ def ggn(
         chunk_size: samples taken at once; None takes all, evaluated only once.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+        copy: later answers are computed from copies of parameters, buffers and the batch. With
+            False the tensors themselves are kept, which takes less time and memory. They must then
+            stay as they are: writes that torch counts are refused, those by ``.data`` or NumPy are
+            not noticed.
 
     Returns:
         A function of the module's own inputs and, last among those by position, the targets. It
@@ -72,7 +77,7 @@ def ggn(
         True
     """
     looked = Independence.of("ggn", independent, chunk_size)
-    door = BatchOptions("ggn", module, select, in_dims, randomness, chunk_size, looked)
+    door = BatchOptions("ggn", module, select, in_dims, randomness, chunk_size, looked, copy=copy)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
         point, targets = door.with_targets(args, kwargs, is_kept=True)
@@ -99,6 +104,7 @@ def fisher(
     randomness: Randomness = "error",
     chunk_size: int | None = None,
     independent: Independent = None,
+    copy: bool = True,
 ) -> Callable[..., GaussNewton]:
     """The Fisher matrix by Monte Carlo: of gradients at targets that the module itself predicts.
 
@@ -119,6 +125,10 @@ def fisher(
         chunk_size: samples taken at once; None takes all.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+        copy: later answers are computed from copies of parameters, buffers and the batch. With
+            False the tensors themselves are kept, which takes less time and memory. They must then
+            stay as they are: writes that torch counts are refused, those by ``.data`` or NumPy are
+            not noticed.
 
     Returns:
         A function of the module's own inputs, which draws and returns a
@@ -140,7 +150,8 @@ def fisher(
         tensor(True)
     """
     looked = Independence.of("fisher", independent, chunk_size, by_rows=False)
-    door = BatchOptions("fisher", module, select, in_dims, randomness, chunk_size, looked)
+    options = (select, in_dims, randomness, chunk_size, looked)
+    door = BatchOptions("fisher", module, *options, copy=copy)
     check_likelihood("fisher", likelihood, draws, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:

@@ -15,13 +15,8 @@ from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
 from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
-from jacfunc._lending.part import (
-    ModulePart,
-    are_same,
-    attributes_of,
-    by_first_name,
-    parts_beside,
-)
+from jacfunc._lending.originals import Originals
+from jacfunc._lending.part import ModulePart, are_same, attributes_of, by_first_name, parts_beside
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.snapshot import Snapshot
 from jacfunc._lending.stale import check_fresh
@@ -55,8 +50,10 @@ class ModuleState:
     """Copies of all tensors by identity of the copied one; empty unless ``is_copy``."""
     is_copy: bool = False
     """Does it keep copies of all values, so that the module may change meanwhile?"""
+    originals: Originals | None = None
+    """What must not change, where later answers use the module's own tensors."""
     origin: ModuleState | None = None
-    """The state that it is a copy of: what is known of the module is remembered of that one."""
+    """The state that it was made from: what is known of the module is remembered of that one."""
     loans: list[Loan] = field(default_factory=list)
     """The loans to calls that run, the innermost last."""
 
@@ -166,7 +163,10 @@ class ModuleState:
 
         Raises:
             RuntimeError: if an evaluation wrote into a parameter that was no copy.
+            ValueError: if the module has changed, and this state has no copies to stand for it.
         """
+        if self.originals is not None and not self.loans:
+            self.originals.check(api)
         with self.snapshot.restored() if self.is_copy else nullcontext():
             loan = self._loan(api, chosen)
             self.loans.append(loan)
