@@ -39,7 +39,7 @@ class Constants:
     ) -> None:
         self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
-        """By name: mode, identity and version in which a parameter was only read."""
+        """By name: mode, and :func:`version_of`, in which a parameter was only read."""
 
     def watch(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
@@ -54,33 +54,48 @@ class Constants:
 
     @contextmanager
     def lent(
-        self, params: Mapping[str, Tensor], mode: bool, aliases: Mapping[int, Tensor]
+        self,
+        params: Mapping[str, Tensor],
+        mode: bool,
+        aliases: Mapping[int, Tensor],
+        copied_versions: Mapping[int, Hashable],
     ) -> Iterator[dict[str, Tensor]]:
-        """What one evaluation gets for each parameter, by name: a copy, or else its alias."""
-        copied = self._to_copy(params, mode)
-        lent = {name: p.detach().clone() for name, p in copied.items()}
+        """What one evaluation gets for each parameter, by name: a copy, or else its alias.
+
+        ``copied_versions`` has, by identity of parameters that are copies themselves, what
+        :func:`version_of` gave for the copied ones: what is known of these holds for their copies.
+        """
+        keys = self._keys_to_copy(params, mode, copied_versions)
+        lent = {name: params[name].detach().clone() for name in keys}
         addresses = {name: below_transforms(copy).data_ptr() for name, copy in lent.items()}
         lent |= {
             name: aliases[id(p)] if id(p) in aliases else p.detach()
             for name, p in params.items()
-            if name not in copied
+            if name not in keys
         }
         yield lent
-        if copied:
+        if keys:
             with outside_transforms():
-                for name, p in copied.items():
+                for name, key in keys.items():
                     now = below_transforms(lent[name])
-                    if now.data_ptr() == addresses[name] and torch.equal(now, p):
-                        self._only_read[name] = mode, id(p), _version(p)
+                    if now.data_ptr() == addresses[name] and torch.equal(now, params[name]):
+                        self._only_read[name] = key
 
-    def _to_copy(self, params: Mapping[str, Tensor], mode: bool) -> dict[str, Tensor]:
-        """Parameters that may be written into; none where nobody could tell from a copy."""
+    def _keys_to_copy(
+        self, params: Mapping[str, Tensor], mode: bool, copied_versions: Mapping[int, Hashable]
+    ) -> dict[str, Hashable]:
+        """Mode and version, by name, of the parameters to copy, as they may be written into.
+
+        Nothing is copied where nobody could tell whether a copy was written into.
+        """
         if torch.compiler.is_compiling():
             return {}
-        known = self._only_read
-        unknown = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
-        plain = {name: p for name, p in unknown.items() if _is_plain(p) and not p.is_meta}
-        return plain if sum(p.nbytes for p in plain.values()) <= self.most_copied else {}
+        keys: dict[str, Hashable] = {}
+        for name, p in params.items():
+            key = mode, copied_versions.get(id(p)) or version_of(p)
+            if self._only_read.get(name) != key and _is_plain(p) and not p.is_meta:
+                keys[name] = key
+        return keys if sum(params[name].nbytes for name in keys) <= self.most_copied else {}
 
 
 @cache
@@ -93,16 +108,16 @@ def constants_of(module: nn.Module) -> Constants:
     return _constants().get_or_make(module, None, Constants)
 
 
+def version_of(param: Tensor) -> Hashable:
+    """Identity of a parameter, and how often torch has written into it."""
+    return id(param), 0 if param.is_inference() else param._version
+
+
 def _is_plain(param: Tensor) -> bool:
     return type(param) in (nn.Parameter, Tensor) and below_transforms(param) is param
 
 
-def _version(param: Tensor) -> int:
-    return 0 if param.is_inference() else param._version
-
-
 def _versions(params: Iterable[Tensor]) -> list[int]:
-    # written out, as every call looks at every parameter twice
     return [0 if param.is_inference() else param._version for param in params]
 
 
@@ -160,9 +175,10 @@ class ParameterWatch:
         """By name, each parameter that has changed: is it as it was again?"""
         changed = {} if all(map(torch.equal, self._rows(), self.copies)) else self._restored()
         # none, where the call was compiled
-        if self.versions and self.versions != _versions(self.params.values()):
-            for version, (name, param) in zip(self.versions, self.params.items(), strict=True):
-                if version != _version(param):
+        now = _versions(self.params.values()) if self.versions else []
+        if now != self.versions:
+            for name, version, before in zip(self.params, now, self.versions, strict=True):
+                if version != before:
                     changed.setdefault(name, False)
         return changed
 

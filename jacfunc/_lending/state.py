@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
-from jacfunc._lending.constants import Constants, constants_of
+from jacfunc._lending.constants import Constants, constants_of, version_of
 from jacfunc._lending.loan import EvaluationState, Loan
 from jacfunc._lending.originals import Originals
 from jacfunc._lending.part import ModulePart, are_same, attributes_of, by_first_name, parts_beside
@@ -48,6 +48,8 @@ class ModuleState:
     constants: Constants
     copies: Mapping[int, Tensor] = field(default_factory=dict)
     """Copies of all tensors by identity of the copied one; empty unless ``is_copy``."""
+    copied_versions: Mapping[int, Hashable] = field(default_factory=dict)
+    """Versions of the tensors that were copied, by identity of the copy."""
     is_copy: bool = False
     """Does it keep copies of all values, so that the module may change meanwhile?"""
     originals: Originals | None = None
@@ -113,6 +115,7 @@ class ModuleState:
                 beside=[part.copied(new) for part in self.beside],
                 point={name: copies[id(x)] for name, x in self.point.items()},
                 copies=copies,
+                copied_versions={id(copies[key]): version_of(x) for key, x in known.items()},
                 is_copy=True,
                 origin=self,
                 loans=[],
@@ -205,7 +208,8 @@ class ModuleState:
             loan.take_back()
         others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
         values = {name: copies.get(id(p), p) for name, p in others.items()}
-        with self.constants.lent(values, self.module.training, loan.watch.aliases) as constants:
+        mode, aliases = self.module.training, loan.watch.aliases
+        with self.constants.lent(values, mode, aliases, self.copied_versions) as constants:
             new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
             for buffer in self.buffers.values():
                 new[id(buffer)] = copies.get(id(buffer), buffer).clone()
