@@ -25,10 +25,10 @@ class GaussNewton:
     """``G = Σ_b J_bᵀ H_b J_b`` at a point, each of its forms computed when it is asked for.
 
     ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
-    of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. What
-    was evaluated is kept for the next question, so drop the object to free it. All answers are
-    those of the point at which it was made, whatever became of the module and its data since:
-    it keeps copies of parameters, buffers and the batch, modes and hooks. Results are detached
+    of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. All
+    answers are those of the point at which it was made: it keeps copies of parameters, buffers and
+    the batch, modes and hooks, and what was evaluated, until it is dropped. With ``copy=False`` it
+    keeps the tensors themselves, and refuses to answer once they have changed. Results are detached
     from the parameters; a product is differentiable by its vector, in reverse mode.
 
     Args:
@@ -36,7 +36,8 @@ class GaussNewton:
         curvature_of: gives ``H`` at outputs of the module.
 
     Raises:
-        ValueError: when asked after tensors that the loss closes over were changed.
+        ValueError: when asked after tensors that the loss closes over were changed; with
+            ``copy=False``, after parameters, buffers, the batch, modes or hooks were.
 
     Cost:
         See the methods.

@@ -27,6 +27,7 @@ def ggn(
     randomness: Randomness = "error",
     chunk_size: int | None = None,
     independent: Independent = None,
+    copy: bool = True,
 ) -> Callable[..., GaussNewton]:
     """The generalized Gauss-Newton matrix of a loss, from factors of layers and without J.
 
@@ -47,6 +48,10 @@ def ggn(
         chunk_size: samples taken at once; None takes all, evaluated only once.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+        copy: later answers are computed from copies of parameters, buffers and the batch. With
+            False the tensors themselves are kept, which takes less time and memory. They must then
+            stay as they are: writes that torch counts are refused, those by ``.data`` or NumPy are
+            not noticed.
 
     Returns:
         A function of the module's own inputs and, last among those by position, the targets. It
@@ -71,8 +76,16 @@ def ggn(
         >>> float((G @ v)["bias"].abs().max()) < 1e-6  # softmax does not see a shift of all classes
         True
     """
-    independence = Independence.of("ggn", independent, chunk_size)
-    options = BatchOptions("ggn", module, select, in_dims, randomness, chunk_size, independence)
+    options = BatchOptions(
+        "ggn",
+        module,
+        select,
+        in_dims,
+        randomness,
+        chunk_size,
+        Independence.of("ggn", independent, chunk_size),
+        copy=copy,
+    )
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
         at_batch, targets = options.with_targets(args, kwargs, is_kept=True)
@@ -99,6 +112,7 @@ def fisher(
     randomness: Randomness = "error",
     chunk_size: int | None = None,
     independent: Independent = None,
+    copy: bool = True,
 ) -> Callable[..., GaussNewton]:
     """The Fisher matrix by Monte Carlo: of gradients at targets that the module itself predicts.
 
@@ -119,6 +133,10 @@ def fisher(
         chunk_size: samples taken at once; None takes all.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+        copy: later answers are computed from copies of parameters, buffers and the batch. With
+            False the tensors themselves are kept, which takes less time and memory. They must then
+            stay as they are: writes that torch counts are refused, those by ``.data`` or NumPy are
+            not noticed.
 
     Returns:
         A function of the module's own inputs, which draws and returns a
@@ -139,8 +157,16 @@ def fisher(
         >>> (F.diagonal()["bias"] - 1).abs().max() < 0.05
         tensor(True)
     """
-    independence = Independence.of("fisher", independent, chunk_size, by_rows=False)
-    options = BatchOptions("fisher", module, select, in_dims, randomness, chunk_size, independence)
+    options = BatchOptions(
+        "fisher",
+        module,
+        select,
+        in_dims,
+        randomness,
+        chunk_size,
+        Independence.of("fisher", independent, chunk_size, by_rows=False),
+        copy=copy,
+    )
     check_likelihood("fisher", likelihood, draws, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:

@@ -5,7 +5,7 @@ A call also watches them, so that a write into one that was no copy is undone, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, outside_transforms
+from jacfunc._types import Leaves
 
 COMPARED_NUMBERS = 16
 """Numbers of each larger parameter that are compared."""
@@ -38,7 +39,7 @@ class Constants:
     ) -> None:
         self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
-        """By name: mode, identity and version in which a parameter was only read."""
+        """By name: mode, and :func:`version_of`, in which a parameter was only read."""
 
     def watch(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
@@ -53,33 +54,48 @@ class Constants:
 
     @contextmanager
     def lent(
-        self, params: Mapping[str, Tensor], mode: bool, aliases: Mapping[int, Tensor]
+        self,
+        params: Mapping[str, Tensor],
+        mode: bool,
+        aliases: Mapping[int, Tensor],
+        copied_versions: Mapping[int, Hashable],
     ) -> Iterator[dict[str, Tensor]]:
-        """What one evaluation gets for each parameter, by name: a copy, or else its alias."""
-        copied = self._to_copy(params, mode)
-        lent = {name: p.detach().clone() for name, p in copied.items()}
+        """What one evaluation gets for each parameter, by name: a copy, or else its alias.
+
+        ``copied_versions`` has, by identity of parameters that are copies themselves, what
+        :func:`version_of` gave for the copied ones: what is known of these holds for their copies.
+        """
+        keys = self._keys_to_copy(params, mode, copied_versions)
+        lent = {name: params[name].detach().clone() for name in keys}
         addresses = {name: below_transforms(copy).data_ptr() for name, copy in lent.items()}
         lent |= {
             name: aliases[id(p)] if id(p) in aliases else p.detach()
             for name, p in params.items()
-            if name not in copied
+            if name not in keys
         }
         yield lent
-        if copied:
+        if keys:
             with outside_transforms():
-                for name, p in copied.items():
+                for name, key in keys.items():
                     now = below_transforms(lent[name])
-                    if now.data_ptr() == addresses[name] and torch.equal(now, p):
-                        self._only_read[name] = mode, id(p), _version(p)
+                    if now.data_ptr() == addresses[name] and torch.equal(now, params[name]):
+                        self._only_read[name] = key
 
-    def _to_copy(self, params: Mapping[str, Tensor], mode: bool) -> dict[str, Tensor]:
-        """Parameters that may be written into; none where nobody could tell from a copy."""
+    def _keys_to_copy(
+        self, params: Mapping[str, Tensor], mode: bool, copied_versions: Mapping[int, Hashable]
+    ) -> dict[str, Hashable]:
+        """Mode and version, by name, of the parameters to copy, as they may be written into.
+
+        Nothing is copied where nobody could tell whether a copy was written into.
+        """
         if torch.compiler.is_compiling():
             return {}
-        known = self._only_read
-        unknown = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
-        plain = {name: p for name, p in unknown.items() if _is_plain(p) and not p.is_meta}
-        return plain if sum(p.nbytes for p in plain.values()) <= self.most_copied else {}
+        keys: dict[str, Hashable] = {}
+        for name, p in params.items():
+            key = mode, copied_versions.get(id(p)) or version_of(p)
+            if self._only_read.get(name) != key and _is_plain(p) and not p.is_meta:
+                keys[name] = key
+        return keys if sum(params[name].nbytes for name in keys) <= self.most_copied else {}
 
 
 @cache
@@ -92,12 +108,17 @@ def constants_of(module: nn.Module) -> Constants:
     return _constants().get_or_make(module, None, Constants)
 
 
+def version_of(param: Tensor) -> Hashable:
+    """Identity of a parameter, and how often torch has written into it."""
+    return id(param), 0 if param.is_inference() else param._version
+
+
 def _is_plain(param: Tensor) -> bool:
     return type(param) in (nn.Parameter, Tensor) and below_transforms(param) is param
 
 
-def _version(param: Tensor) -> int:
-    return 0 if param.is_inference() else param._version
+def _versions(params: Iterable[Tensor]) -> list[int]:
+    return [0 if param.is_inference() else param._version for param in params]
 
 
 @dataclass(slots=True)
@@ -110,20 +131,30 @@ class ParameterWatch:
     only_read: dict[str, Hashable]
     versions: list[int] = field(default_factory=list)
     """Raised by operations of torch."""
-    numbers: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    """Name, numbers of a parameter that is lent without a copy, and copies of these numbers: they
-    tell of writes that raise no version."""
+    numbers: list[tuple[str, Tensor]] = field(default_factory=list)
+    """Names, and numbers of each parameter that is lent without a copy."""
+    copies: Leaves = ()
+    """Copies of these numbers, which tell of writes that raise no version. Those of one dtype are
+    in one tensor: an operation for each parameter would take a microsecond for each."""
 
     def look(self, constants: Mapping[str, Tensor], compared: int) -> None:
         """Keep versions, copies of constants of so many bytes, and some numbers of the others."""
-        self.versions = list(map(_version, self.params.values()))
+        self.versions = _versions(self.params.values())
         left = compared
         for name, param in constants.items():
-            if param.device.type == "cpu" and _is_plain(param):
+            if param.is_cpu and _is_plain(param):
                 alias, is_small = self.aliases[id(param)], param.nbytes <= left
                 left -= param.nbytes if is_small else 0
                 numbers = alias if is_small else _a_few(alias)
-                self.numbers.append((name, numbers, numbers.clone()))
+                self.numbers.append((name, numbers))
+        self.copies = self._rows()
+
+    def _rows(self) -> Leaves:
+        """The numbers as they are now, in one tensor for each dtype."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for _, numbers in self.numbers:
+            by_dtype.setdefault(numbers.dtype, []).append(numbers.reshape(-1))
+        return tuple(map(torch.cat, by_dtype.values()))
 
     def check(self, api: str) -> None:
         """Put back what was written into.
@@ -142,15 +173,24 @@ class ParameterWatch:
 
     def put_back(self) -> dict[str, bool]:
         """By name, each parameter that has changed: is it as it was again?"""
-        changed = {}
-        for name, now, before in self.numbers:
+        changed = {} if all(map(torch.equal, self._rows(), self.copies)) else self._restored()
+        # none, where the call was compiled
+        now = _versions(self.params.values()) if self.versions else []
+        if now != self.versions:
+            for name, version, before in zip(self.params, now, self.versions, strict=True):
+                if version != before:
+                    changed.setdefault(name, False)
+        return changed
+
+    def _restored(self) -> dict[str, bool]:
+        """Put back numbers that have changed; by name of the parameter: is it as it was again?"""
+        changed, rows = {}, {row.dtype: row for row in self.copies}
+        for name, now in self.numbers:
+            row = rows[now.dtype]
+            before, rows[now.dtype] = row[: now.numel()].view_as(now), row[now.numel() :]
             if not torch.equal(now, before) and not _are_same_bits(now, before):
                 changed[name] = now.shape == self.params[name].shape
                 now.copy_(before)
-        # none, where the call was compiled
-        for version, (name, param) in zip(self.versions, self.params.items(), strict=False):
-            if version != _version(param):
-                changed.setdefault(name, False)
         return changed
 
 
@@ -158,7 +198,8 @@ def _a_few(param: Tensor) -> Tensor:
     """A few numbers of a large parameter."""
     if not param.is_contiguous():
         return param[:0]
-    return param.view(-1)[:: max(1, param.numel() // COMPARED_NUMBERS)]
+    step = max(1, param.numel() // COMPARED_NUMBERS)
+    return param.as_strided((-(-param.numel() // step),), (step,))
 
 
 def _are_same_bits(numbers: Tensor, others: Tensor) -> bool:

@@ -74,9 +74,10 @@ class ModulePart:
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
         """A part that keeps copies of its state: later writes do not change what it lends."""
-        return replace(
-            self, plain={key: copy_with(value, new) for key, value in self.plain.items()}
-        )
+        if not self.plain:
+            return self
+        plain = {key: copy_with(value, new) for key, value in self.plain.items()}
+        return replace(self, plain=plain)
 
     def is_as_at_first(self) -> bool:
         """Are all attributes, tensors, hooks and submodules still the same objects?"""
@@ -152,11 +153,6 @@ def put_back(tables: list[tuple[Any, Any]]) -> None:
     for table, before in tables:
         table.clear()
         table.update(before)
-
-
-def are_as_at_first(parts: Iterable[ModulePart]) -> bool:
-    """Are all parts made of what they were made of when they were looked at?"""
-    return all(map(ModulePart.is_as_at_first, parts))
 
 
 def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,18 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
-from jacfunc._lending.constants import Constants, constants_of
+from jacfunc._lending.constants import Constants, constants_of, version_of
 from jacfunc._lending.loan import EvaluationState, Loan
-from jacfunc._lending.part import (
-    ModulePart,
-    are_as_at_first,
-    are_same,
-    attributes_of,
-    by_first_name,
-    parts_beside,
-    put_back,
-)
+from jacfunc._lending.originals import Originals
+from jacfunc._lending.part import ModulePart, are_same, attributes_of, by_first_name, parts_beside
 from jacfunc._lending.select import Select, select_params
+from jacfunc._lending.snapshot import Snapshot
 from jacfunc._lending.stale import check_fresh
 from jacfunc._torch import recording
 
@@ -49,13 +43,19 @@ class ModuleState:
     """Objects that the module keeps as attributes, modules that are no submodules among them."""
     hidden: dict[str, Tensor]
     """Parameters of the objects beside."""
+    snapshot: Snapshot
+    """What all of these parts were made of."""
     constants: Constants
     copies: Mapping[int, Tensor] = field(default_factory=dict)
-    """By identity of parameters and buffers: copies of these; empty unless ``is_copy``."""
+    """Copies of all tensors by identity of the copied one; empty unless ``is_copy``."""
+    copied_versions: Mapping[int, Hashable] = field(default_factory=dict)
+    """Versions of the tensors that were copied, by identity of the copy."""
     is_copy: bool = False
     """Does it keep copies of all values, so that the module may change meanwhile?"""
+    originals: Originals | None = None
+    """What must not change, where later answers use the module's own tensors."""
     origin: ModuleState | None = None
-    """The state that it is a copy of: what is known of the module is remembered of that one."""
+    """The state that it was made from: what is known of the module is remembered of that one."""
     loans: list[Loan] = field(default_factory=list)
     """The loans to calls that run, the innermost last."""
 
@@ -83,7 +83,8 @@ class ModuleState:
         # after the module's own, of which names are shown
         buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
         point = select_params(api, params, select)
-        return cls(parts, point, params, buffers, beside, hidden, constants_of(module))
+        snapshot = Snapshot([*parts.values(), *beside])
+        return cls(parts, point, params, buffers, beside, hidden, snapshot, constants_of(module))
 
     @classmethod
     def after(
@@ -93,7 +94,7 @@ class ModuleState:
 
         To look takes a third of the time that it takes to make a state.
         """
-        if before is None or not are_as_at_first(before.every_part):
+        if before is None or not before.snapshot.is_current():
             return cls.of(api, module, select)
         point = select_params(api, before.params, select)
         return before if are_same(point, before.point) else replace(before, point=point)
@@ -103,15 +104,18 @@ class ModuleState:
         if self.is_copy:
             return self
         every = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
-        known = {id(x): x for x in every}
-        new = dict(known)
+        new: dict[int, Any] = {id(x): x for x in every}
+        # values to differentiate at may be no parameters of the module
+        known = new | {id(x): x for x in self.point.values()}
         with recording():  # graphs of attributes tell what was computed before
+            copies = {key: apart(x) for key, x in known.items()}
             return replace(
                 self,
                 parts={name: part.copied(new) for name, part in self.parts.items()},
                 beside=[part.copied(new) for part in self.beside],
-                point={name: apart(param) for name, param in self.point.items()},
-                copies={key: apart(x) for key, x in known.items()},
+                point={name: copies[id(x)] for name, x in self.point.items()},
+                copies=copies,
+                copied_versions={id(copies[key]): version_of(x) for key, x in known.items()},
                 is_copy=True,
                 origin=self,
                 loans=[],
@@ -155,18 +159,6 @@ class ModuleState:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
     @contextmanager
-    def _at_first(self) -> Iterator[None]:
-        """The module with modes, hooks and attributes of the time of this state; then as before."""
-        changed = [p for p in self.every_part if not p.is_scripted and not p.is_as_at_first()]
-        tables = [pair for part in changed for pair in part.tables_now()]
-        try:
-            for part in changed:
-                part.give_back(part.attributes)
-            yield
-        finally:
-            put_back(tables)
-
-    @contextmanager
     def lent_for_call(self, api: str, chosen: Container[str] = ()) -> Iterator[None]:
         """Around all sweeps of a call: whatever they do to the module, afterwards it is as it was.
 
@@ -174,8 +166,11 @@ class ModuleState:
 
         Raises:
             RuntimeError: if an evaluation wrote into a parameter that was no copy.
+            ValueError: if the module has changed, and this state has no copies to stand for it.
         """
-        with self._at_first() if self.is_copy else nullcontext():
+        if self.originals is not None and not self.loans:
+            self.originals.check(api)
+        with self.snapshot.restored() if self.is_copy else nullcontext():
             loan = self._loan(api, chosen)
             self.loans.append(loan)
             try:
@@ -213,7 +208,8 @@ class ModuleState:
             loan.take_back()
         others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
         values = {name: copies.get(id(p), p) for name, p in others.items()}
-        with self.constants.lent(values, self.module.training, loan.watch.aliases) as constants:
+        mode, aliases = self.module.training, loan.watch.aliases
+        with self.constants.lent(values, mode, aliases, self.copied_versions) as constants:
             new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
             for buffer in self.buffers.values():
                 new[id(buffer)] = copies.get(id(buffer), buffer).clone()

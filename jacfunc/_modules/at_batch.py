@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
-from jacfunc._lending import CurrentState, Select, detached_copy
+from jacfunc._lending import CurrentState, Select
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import Batching, ModuleCall
@@ -31,6 +31,7 @@ class BatchOptions:
 
     Args:
         stays: are all calls made at the parameters of the first, whatever becomes of the module?
+        copy: are later answers computed from copies, or else from the tensors themselves?
     """
 
     api: str
@@ -41,6 +42,7 @@ class BatchOptions:
     chunk_size: int | None
     independence: Independence = field(default_factory=Independence)
     stays: bool = False
+    copy: bool = True
 
     def __post_init__(self) -> None:
         check_module(self.api, self.module)
@@ -54,17 +56,22 @@ class BatchOptions:
 
     def at(self, arguments: Arguments, is_kept: bool = False) -> ModuleAtBatch:
         """One call of the module; ``is_kept`` if the answers come after the door has returned."""
+        return self._at(arguments, None, is_kept)[0]
+
+    def _at(self, arguments: Arguments, targets: Tree, is_kept: bool) -> tuple[ModuleAtBatch, Tree]:
         if not is_outermost():
             raise NotImplementedError(
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
-        state = self._current.now()
         if is_kept or self.stays:
-            state, arguments = state.copied(), detached_copy(arguments)
+            state, (arguments, targets) = self._current.kept((arguments, targets), self.copy)
+        else:
+            state = self._current.now()
         call = ModuleCall(self.api, state, arguments, independence=self.independence)
         batch = call.batch(Batching(self.in_dims, self.randomness))
-        return ModuleAtBatch(call, batch, self.chunk_size, RandomState(batch.samples.leaves))
+        random_state = RandomState(batch.samples.leaves)
+        return ModuleAtBatch(call, batch, self.chunk_size, random_state), targets
 
     @cached_property
     def _current(self) -> CurrentState:
@@ -79,8 +86,7 @@ class BatchOptions:
                 f"{self.api}: the last positional argument must be the targets of the loss, got "
                 "none. Call it as (inputs, targets)."
             )
-        at_batch = self.at((args[:-1], kwargs), is_kept)
-        return at_batch, detached_copy(args[-1]) if is_kept else args[-1]
+        return self._at((args[:-1], kwargs), args[-1], is_kept)
 
 
 @dataclass(frozen=True)

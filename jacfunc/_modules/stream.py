@@ -13,7 +13,7 @@ from torch import nn
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import rows_to_blocks, stack_leaves, sweep_leaves
 from jacfunc._errors import Refused
-from jacfunc._lending import CurrentState, Select, detached_copy
+from jacfunc._lending import CurrentState, Select
 from jacfunc._linear_map import EVERY, JacobianOperator, narrowed
 from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, in_chunks
 from jacfunc._modules.batch import SampledCall
@@ -40,6 +40,7 @@ def stream_jacobian(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
     independent: Independent = None,
+    copy: bool = True,
 ) -> Callable[..., Items]:
     """A module's Jacobian in its parameters, a block at a time: to reduce one that would not fit.
 
@@ -60,11 +61,16 @@ def stream_jacobian(
         randomness: how samples draw random numbers, as in :func:`jacfunc.module_jacobian`.
         independent: when to compare batches to see whether samples depend on each other, as in
             :func:`jacfunc.module_jacobian`.
+        copy: blocks are computed from copies of parameters, buffers and the batch. With False the
+            tensors themselves are kept, which takes less time and memory. They must then stay as
+            they are: writes that torch counts are refused, those by ``.data`` or NumPy are not
+            noticed.
 
     Returns:
         A function of the module's own inputs, which returns an iterator. Whenever it has handed out
         a block, the module is as it was. All blocks are those of the point at which the function
-        was called, of which it keeps copies: module and data may change meanwhile.
+        was called, of which it keeps copies: module and data may change meanwhile, unless ``copy``
+        is False.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -97,8 +103,7 @@ def stream_jacobian(
                 "got a call inside a transform. Use module_jacobian there."
             )
         # blocks come later, and must be those of the module and the batch as they are now
-        state = CurrentState(API, module, select, stays=True).now()
-        arguments = detached_copy((args, kwargs))
+        state, arguments = CurrentState(API, module, select).kept((args, kwargs), copy)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(API, state, arguments, independence=independence)
         batching = Batching(in_dims, randomness)

@@ -129,6 +129,28 @@ def test_who_only_reads_gets_no_copies() -> None:
     assert seen[-1] != own
 
 
+def test_copies_of_what_was_only_read_are_not_copied_again() -> None:
+    """``ggn`` keeps copies, which are other tensors in each of its calls."""
+    seen: list[int] = []
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    module[0].register_forward_pre_hook(lambda m, _: seen.append(m.weight.data_ptr()))
+    ggn = jacfunc.ggn(module, nn.functional.mse_loss, select="1.*", independent=True)
+
+    def is_copied_again() -> bool:
+        result = ggn(torch.ones(4, 3), torch.ones(4, 2))
+        seen.clear()
+        result.diagonal()
+        kept = result.point.call.state.copies[id(module[0].weight)]
+        return seen[0] != kept.data_ptr()
+
+    assert is_copied_again()
+    assert not is_copied_again()
+    with torch.no_grad():
+        module[0].weight.mul_(2)
+    assert is_copied_again()
+    assert not is_copied_again()
+
+
 def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
     """A network may keep its weights within bounds whenever it is called."""
     module = Writing(lambda weight: weight.data.clamp_(max=1.0))
@@ -144,7 +166,7 @@ def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
 
 def test_a_failed_evaluation_tells_nothing() -> None:
     constants, params = Constants(), {"weight": nn.Parameter(torch.ones(2))}
-    lending = partial(constants.lent, params, True, {})
+    lending = partial(constants.lent, params, True, {}, {})
 
     def addresses() -> list[int]:
         result = []
@@ -154,8 +176,8 @@ def test_a_failed_evaluation_tells_nothing() -> None:
 
     with (
         pytest.raises(ArithmeticError),
-        constants.lent(params, True, {}),
-        constants.lent(params, True, {}),
+        constants.lent(params, True, {}, {}),
+        constants.lent(params, True, {}, {}),
     ):
         raise ArithmeticError
     own = [params["weight"].data_ptr()]

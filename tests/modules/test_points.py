@@ -73,22 +73,24 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def gauss_newton(module: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[], Any]]:
-    result = jacfunc.ggn(module, F.mse_loss)(x, y)
+def gauss_newton(
+    module: nn.Module, x: Tensor, y: Tensor, **options: Any
+) -> list[Callable[[], Any]]:
+    result = jacfunc.ggn(module, F.mse_loss, **options)(x, y)
     vector = {n: torch.ones_like(p) for n, p in module.named_parameters() if p.requires_grad}
     return [result.diagonal, lambda: result @ vector, result.matrix, lambda: result @ vector]
 
 
-def fisher(module: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[], Any]]:
+def fisher(module: nn.Module, x: Tensor, y: Tensor, **options: Any) -> list[Callable[[], Any]]:
     result = jacfunc.fisher(
-        module, "gaussian", generator=torch.Generator().manual_seed(3), chunk_size=2
+        module, "gaussian", generator=torch.Generator().manual_seed(3), chunk_size=2, **options
     )(x)
     return [result.diagonal, result.matrix]
 
 
 def stream(*args: Any, **options: Any) -> Callable[..., list[Callable[[], Any]]]:
-    def questions(module: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[], Any]]:
-        blocks = jacfunc.stream_jacobian(module, *args, **options)(x)
+    def questions(module: nn.Module, x: Tensor, y: Tensor, **more: Any) -> list[Callable[[], Any]]:
+        blocks = jacfunc.stream_jacobian(module, *args, **options, **more)(x)
         return [lambda: next(blocks)[1], lambda: [block for _, block in blocks]]
 
     return questions
@@ -196,3 +198,45 @@ def test_who_answers_at_once_keeps_no_copy() -> None:
     seen.clear()
     norms(x, y)
     assert set(seen) == {module.frozen.weight.data_ptr()}
+
+
+UNCOUNTED = {name for name in CHANGES if name.endswith((" by data", " by numpy"))}
+"""Changes that leave no trace: without copies the user promises that there are none."""
+
+
+@pytest.mark.parametrize("door", LAZY)
+def test_without_copies_the_answers_are_the_same(door: str) -> None:
+    expected = [question() for question in LAZY[door](*made())]
+    result = [question() for question in LAZY[door](*made(), copy=False)]
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("door", LAZY)
+@pytest.mark.parametrize("change", sorted(CHANGES.keys() - UNCOUNTED - {"random numbers"}))
+def test_without_copies_a_change_is_refused(change: str, door: str, number: int) -> None:
+    module, x, y = made()
+    questions = LAZY[door](module, x, y, copy=False)
+    for question in questions[:number]:
+        question()
+    CHANGES[change](module, x, y)
+    with pytest.raises(ValueError, match="with copy=False parameters, buffers, data, modes and"):
+        questions[number]()
+
+
+def test_without_copies_targets_must_stay() -> None:
+    module, x, y = made()
+    result = jacfunc.ggn(module, F.mse_loss, copy=False)(x, y)
+    y.mul_(2)
+    with pytest.raises(ValueError, match="that were changed since"):
+        result.diagonal()
+
+
+def test_without_copies_the_tensors_are_the_modules_own() -> None:
+    module, x, y = made()
+    result = jacfunc.ggn(module, F.mse_loss, copy=False)(x, y)
+    params = dict(module.named_parameters())
+    assert all(param is params[name] for name, param in result.point.params.items())
+    before = result.diagonal()
+    module.eval().train()
+    torch.testing.assert_close(result.diagonal(), before, rtol=0, atol=0)

@@ -1,0 +1,56 @@
+"""A check that a module and its data are unchanged, for later answers without copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacfunc._lending.attributes import tensors_in
+from jacfunc._lending.snapshot import Snapshot
+
+
+class Originals:
+    """A module and tensors as they were at a call, to refuse later answers if they have changed.
+
+    Args:
+        snapshot: the parts of the module, of which nothing may be replaced.
+        tensors: those of the module and of the arguments, into which nobody may write.
+    """
+
+    def __init__(self, snapshot: Snapshot, tensors: Sequence[Tensor]) -> None:
+        self._snapshot, self._given = snapshot, tensors
+        self._tensors = self._tensors_now()
+        self._marks = self._marks_of(self._tensors)
+
+    def check(self, api: str) -> None:
+        """Refuse what has changed, so far as torch, or the module, tells of it.
+
+        Raises:
+            ValueError: if something has changed.
+        """
+        tensors = self._tensors_now()
+        is_same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        is_unwritten = is_same and self._marks_of(tensors) == self._marks
+        if not is_unwritten or self._snapshot.changed_parts():
+            raise ValueError(
+                f"{api}: with copy=False parameters, buffers, data, modes and hooks must stay as "
+                "they were at the call, got some that were changed since. Call it again, or leave "
+                "copy out, which answers from copies."
+            )
+
+    def _tensors_now(self) -> list[Tensor]:
+        """The tensors, and those that containers among the attributes hold now."""
+        plain = [part.plain for part in self._snapshot.parts if part.plain]
+        return [*self._given, *(x for attributes in plain for x in tensors_in(attributes))]
+
+    def _marks_of(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """Versions and addresses, which writes and new data change, and modes of TorchScript."""
+        marks: list[Any] = [0 if x.is_inference() else x._version for x in tensors]
+        kinds = (Tensor, nn.Parameter)
+        marks += [x.data_ptr() for x in tensors if type(x) in kinds and x.layout == torch.strided]
+        marks += [part.module.training for part in self._snapshot.parts if part.is_scripted]
+        return marks

@@ -1,0 +1,82 @@
+"""What the parts of a module were made of at one moment, to compare it with what they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from jacfunc._lending.part import ModulePart, put_back
+
+
+class Snapshot:
+    """The parts of a module, each as it was when it was looked at.
+
+    Every call compares them, so their tables are compared in a row: part by part takes twice as
+    long. They are laid in a row at the first comparison, as many states are never compared.
+    """
+
+    def __init__(self, parts: list[ModulePart]) -> None:
+        self.parts = parts
+
+    def is_current(self) -> bool:
+        """Are all parts made of the same objects as then? False for TorchScript, which hides it."""
+        rows = self._rows
+        return rows is not None and rows.are_current()
+
+    def changed_parts(self) -> list[ModulePart]:
+        """Those parts, but for TorchScript's, that are made of other objects now."""
+        if self.is_current():
+            return []
+        return [p for p in self.parts if not p.is_scripted and not p.is_as_at_first()]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The module with the modes, hooks and attributes of then; afterwards as before."""
+        changed = self.changed_parts()
+        tables = [pair for part in changed for pair in part.tables_now()]
+        try:
+            for part in changed:
+                part.give_back(part.attributes)
+            yield
+        finally:
+            put_back(tables)
+
+    @cached_property
+    def _rows(self) -> _Rows | None:
+        return None if any(part.is_scripted for part in self.parts) else _Rows(self.parts)
+
+
+class _Rows:
+    """The tables of all parts, one after the other: attributes, parameters, buffers, registries."""
+
+    def __init__(self, parts: list[ModulePart]) -> None:
+        modules = [part for part in parts if part.is_module]
+        tensors = [(part.attributes["_parameters"], part.params) for part in modules]
+        tensors += [(part.attributes["_buffers"], part.buffers) for part in modules]
+        pairs = [(vars(part.module), part.attributes) for part in parts]
+        pairs += [(table, first) for table, first in tensors if first]
+        self._modules = [part.module for part in parts]
+        self._tables = [table for table, _ in pairs]
+        self._attributes = self._tables[: len(parts)]
+        self._sizes = [len(first) for _, first in pairs]
+        self._names = [name for _, first in pairs for name in first]
+        self._values = [value for _, first in pairs for value in first.values()]
+        self._filled = [pair for part in parts for pair in part.filled]
+        self._empty = [registry for part in parts for registry in part.empty]
+        self._empty += [table for table, first in tensors if not first]
+
+    def are_current(self) -> bool:
+        """Does each table hold the same objects, under the same names in the same order?"""
+        values: Iterator[Any] = chain.from_iterable(map(dict.values, self._tables))
+        return (
+            all(map(is_, map(vars, self._modules), self._attributes))
+            and list(map(len, self._tables)) == self._sizes
+            and all(map(is_, values, self._values))
+            and list(chain.from_iterable(self._tables)) == self._names
+            and not any(self._empty)
+            and all(registry == first for registry, first in self._filled)
+        )
