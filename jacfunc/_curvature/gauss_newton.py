@@ -36,11 +36,8 @@ class GaussNewton:
         curvature_of: gives ``H`` at outputs of the module.
 
     Raises:
-        ValueError: when asked after tensors that the loss closes over were changed; with
-            ``copy=False``, after parameters, buffers, the batch, modes or hooks were.
-
-    Cost:
-        See the methods.
+        ValueError: if tensors that the loss closes over, or with ``copy=False`` parameters,
+            buffers, the batch, modes or hooks, have changed since.
 
     Example:
         A Laplace approximation of the last layer: the same matrix of some parameters alone.
