@@ -35,7 +35,7 @@ class FreedPages:
     def __init__(self, least: int = LARGE) -> None:
         self.least = least
         self._lent_bytes = 0
-        self.most = 0
+        self.most_bytes = 0
         """The most bytes that tensors have taken at the same time."""
         self._waiting: list[mmap.mmap] = []
         # a finalizer runs at any time, in any thread, and may do no more than append
@@ -43,12 +43,12 @@ class FreedPages:
         self._lock = Lock()
 
     @property
-    def taken(self) -> int:
+    def bytes_in_use(self) -> int:
         """Bytes that tensors take now."""
         return self._lent_bytes - sum(map(len, self._returned))
 
     @property
-    def kept(self) -> int:
+    def bytes_waiting(self) -> int:
         """Bytes that wait for the next results."""
         return sum(map(len, (*self._waiting, *self._returned)))
 
@@ -62,10 +62,10 @@ class FreedPages:
             self._collect()
             pages = self._fitting(nbytes)
             lent = self._lent_bytes + (nbytes if pages is None else len(pages))
-            most = max(self.most, lent)
+            most = max(self.most_bytes, lent)
             self._keep_to(most - lent)  # before new pages are mapped
             pages = _new_pages(nbytes) if pages is None else pages
-            self._lent_bytes, self.most = lent, most
+            self._lent_bytes, self.most_bytes = lent, most
         view = memoryview(pages)[:nbytes]
         weakref.finalize(view, self._give_back, pages).atexit = False
         return view
@@ -75,7 +75,7 @@ class FreedPages:
         with self._lock:
             self._collect()
             self._keep_to(0)
-            self.most = self._lent_bytes
+            self.most_bytes = self._lent_bytes
 
     def _collect(self) -> None:
         """Let pages wait that finalizers have returned."""
@@ -115,12 +115,12 @@ PAGES = FreedPages()
 
 
 def empty_cache() -> None:
-    """Give back to the system what is kept of earlier results, as ``torch.cuda.empty_cache`` does.
+    """Give memory of earlier results back to the system, as ``torch.cuda.empty_cache`` does.
 
-    Large results on a CPU (from 32 MiB) are written into pages that earlier ones have left, where
-    nobody holds these any longer: writing to a new page takes several times as long. What waits
-    is never more than results have taken at the same time, and the system may take it back on its
-    own when it is short of memory; this is for who wants to see it free at once.
+    Large results on a CPU (from 32 MiB) are written into pages of earlier results no longer used,
+    as a write to a new page takes several times as long. The pages that wait are never more
+    than results have taken at the same time. The system takes them back when it is short of memory;
+    this function gives them back at once.
 
     Cost:
         No more than a large result's pages being mapped anew.
@@ -128,7 +128,7 @@ def empty_cache() -> None:
     Example:
         >>> import torch, jacfunc
         >>> jac = jacfunc.module_jacobian(torch.nn.Linear(1000, 10), per_sample=True, flat=True)
-        >>> jac(torch.ones(100, 1000)).nbytes  # nobody holds it
+        >>> jac(torch.ones(100, 1000)).nbytes  # it is dropped at once
         40040000
         >>> jacfunc.empty_cache()
     """

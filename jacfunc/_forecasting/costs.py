@@ -77,7 +77,7 @@ class Costs:
     @property
     def widest(self) -> int:
         """Bytes of the largest cotangent between primals and outputs, for one seed."""
-        return max((op.read - op.held for op in self.operations), default=0)
+        return max((op.read - op.primal_bytes for op in self.operations), default=0)
 
     @property
     def reuses_pages(self) -> bool:
@@ -92,8 +92,8 @@ class Costs:
                 read=op.read * batch,
                 written=op.written * batch,
                 flops=op.flops * batch,
-                held=op.held * batch,
-                held_flops=op.held_flops * batch,
+                primal_bytes=op.primal_bytes * batch,
+                primal_flops=op.primal_flops * batch,
             )
             for op in self.operations
         ]
@@ -115,7 +115,7 @@ class Costs:
         moved = sum(op.read + op.written for op in self.operations)
         results = 2
         if strategy.sweeps.by_layers:  # no gradient of a parameter is ever there
-            moved, results = moved - sum(op.held for op in self.operations), 1
+            moved, results = moved - sum(op.primal_bytes for op in self.operations), 1
         return self.kept + results * self.result + 2 * self.seeds(strategy) * moved
 
     def least_bytes(self, strategy: Sweeping) -> int:
@@ -124,7 +124,7 @@ class Costs:
         if sweeps.are_pushes:
             sizes = [op.written for op in self.operations]
         else:  # by layers, gradients of parameters are not swept
-            sizes = [op.read - op.held * sweeps.by_layers for op in self.operations]
+            sizes = [op.read - op.primal_bytes * sweeps.by_layers for op in self.operations]
         return largest(sweeps.chunk_size, self.seeds(strategy)) * max(sizes, default=0)
 
     def seconds(self, strategy: Sweeping) -> float:
@@ -144,11 +144,11 @@ class Costs:
         """Seconds by layers: all operations are looked at; no gradients are made but the result."""
         overhead = LOOKING * self.speeds.evaluate.seconds(len(self.operations))
         passing = [
-            replace(op, read=op.read - op.held, flops=op.flops - op.held_flops)
+            replace(op, read=op.read - op.primal_bytes, flops=op.flops - op.primal_flops)
             for op in self.operations
         ]
         # convolutions are unfolded, and are matrix products then
-        flops = self.rows * sum(op.held_flops for op in self.operations)
+        flops = self.rows * sum(op.primal_flops for op in self.operations)
         products = flops * self.speeds.flop(self.rows, False, False)
         pulled = replace(self, operations=passing)._pull(self.rows)
         return overhead + self._evaluation() + pulled + products + self._write_blocks()

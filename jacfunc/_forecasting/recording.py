@@ -30,8 +30,8 @@ class Operation:
         read: bytes of its arguments that depend on the primals; 0 for a view.
         written: bytes of its results; 0 for a view.
         flops: as torch counts them, once for each factor that depends on the primals.
-        held: bytes of the arguments that are primals themselves.
-        held_flops: FLOPs of the product with the derivative in those arguments.
+        primal_bytes: bytes of the arguments that are primals themselves.
+        primal_flops: FLOPs of the product with the derivative in those arguments.
         is_conv: is it a convolution?
         is_scaled: is a Python number among its arguments?
     """
@@ -39,8 +39,8 @@ class Operation:
     read: int = 0
     written: int = 0
     flops: int = 0
-    held: int = 0
-    held_flops: int = 0
+    primal_bytes: int = 0
+    primal_flops: int = 0
     is_conv: bool = False
     is_scaled: bool = False
 
@@ -87,7 +87,9 @@ class Recorder(PeakBytes):
             results = list(dense_tensors((result,)))
             is_view = {memory_of(x) for x in results} <= {memory_of(x) for x in active}
             once = 0 if is_view else _flops(packet, args, kwargs, result)
-            held = 0 if is_view else sum(x.nbytes for x in active if memory_of(x) in self._primals)
+            primal_bytes = (
+                0 if is_view else sum(x.nbytes for x in active if memory_of(x) in self._primals)
+            )
             self._active |= {memory_of(x) for x in results}
             if packet is aten.clone and memory_of(active[0]) in self._primals:
                 self._primals |= {memory_of(x) for x in results}
@@ -96,8 +98,8 @@ class Recorder(PeakBytes):
                     0 if is_view else sum(x.nbytes for x in active),
                     0 if is_view else sum(x.nbytes for x in results),
                     once * min(len(active), 2),
-                    held,
-                    once if held else 0,
+                    primal_bytes,
+                    once if primal_bytes else 0,
                     packet in CONVOLUTIONS,
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
                 )

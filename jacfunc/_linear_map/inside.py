@@ -1,4 +1,4 @@
-"""A function linearized inside a transform, by torch.func.vjp, which nobody else calls."""
+"""A function linearized inside a transform, by torch.func.vjp, which is called here alone."""
 
 from __future__ import annotations
 

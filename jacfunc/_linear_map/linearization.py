@@ -87,7 +87,7 @@ class Linearization:
         return self.sweep(batched_like(cotangents, chosen_leaves(self.outputs, of)), onto, of)
 
     def _as_map(self) -> LinearMap:
-        """The pullback for who differentiates by its cotangents: its graph knows nothing else."""
+        """The pullback as a map that is differentiated by cotangents alone, not by the primals."""
         sweep = self.sweep
         return LinearMap(lambda u: sweep(u, EVERY, EVERY), self.pull_batch, self._map_of_tangents)
 

@@ -1,4 +1,4 @@
-"""Tangents pushed forward through a function, by torch.func.jvp, which nobody else calls."""
+"""Tangents pushed forward through a function, by torch.func.jvp, which is called here alone."""
 
 from __future__ import annotations
 

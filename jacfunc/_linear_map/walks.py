@@ -35,17 +35,17 @@ class Graph:
     @classmethod
     def back_to(cls, starts: set[Any], tensors: Iterable[Tensor]) -> Graph:
         """A walk that does not note which starts it meets, in half the time of :meth:`of`."""
-        seen: set[Any] = {None, *starts}
+        visited: set[Any] = {None, *starts}
         kinds, outside = set(), False
-        pending: list[Any] = list({tensor.grad_fn for tensor in tensors} - seen)
-        seen.update(pending)
+        pending: list[Any] = list({tensor.grad_fn for tensor in tensors} - visited)
+        visited.update(pending)
         while pending:
             node = pending.pop()
             kinds.add(type(node))
             edges = node.next_functions
             for below, _ in edges:
-                if below not in seen:
-                    seen.add(below)
+                if below not in visited:
+                    visited.add(below)
                     pending.append(below)
             outside = outside or (not edges and hasattr(node, "variable"))
         return cls(suspects(kinds), {}, outside)
@@ -55,7 +55,7 @@ class Graph:
         cls, tensors: Iterable[Tensor], starts: set[Any], sought: Set[Any] = frozenset()
     ) -> Graph:
         """A walk that notes the starts, and the nodes that are sought, wherever it meets one."""
-        seen: set[Any] = {None}
+        visited: set[Any] = {None}
         kinds, outside = set(), False
         met: dict[Any, set[Any]] = {}
         pending: list[Any] = [(tensor.grad_fn, None) for tensor in tensors]
@@ -64,9 +64,9 @@ class Graph:
             is_start = node in starts
             if is_start or node in sought:
                 met.setdefault(node, set()).add(above)
-            if is_start or node in seen:
+            if is_start or node in visited:
                 continue
-            seen.add(node)
+            visited.add(node)
             kinds.add(type(node))
             edges = node.next_functions
             pending += [(below, node) for below, _ in edges]
@@ -82,17 +82,17 @@ def leading_out(starts: set[Any], grad_mode: bool, is_further: bool) -> Callable
         grad_mode: is a graph kept of the outputs?
         is_further: do the primals themselves have a graph, so that the answer is always yes?
     """
-    seen: set[Any] = set()
+    visited: set[Any] = set()
     has_left = is_further
 
     def leads_out(tensor: Tensor) -> bool:
         nonlocal has_left
-        seen.update(starts, [None])
+        visited.update(starts, [None])
         pending: list[Any] = [below_transforms(tensor).grad_fn] if grad_mode else []
         while pending and not has_left:
             node = pending.pop()
-            if node not in seen:
-                seen.add(node)
+            if node not in visited:
+                visited.add(node)
                 pending += [below for below, _ in node.next_functions]
                 has_left = hasattr(node, "variable")
         return has_left

@@ -85,7 +85,7 @@ def test_a_loop_that_holds_the_last_result_goes_back_and_forth(pages: FreedPages
         addresses.append(result.data_ptr())
     assert len(set(addresses)) == 2
     assert addresses[2:] == addresses[:2] * 2
-    assert pages.most == 2 * SIZE
+    assert pages.most_bytes == 2 * SIZE
 
 
 def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: FreedPages) -> None:
@@ -99,26 +99,26 @@ def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: FreedPage
         if len(held) > 4:
             del held[int(torch.randint(4, (), generator=generator))]
         taken = sum(x.nbytes for x in held)
-        assert taken <= pages.taken <= 2 * most  # pages are at most twice as large as needed
-        assert pages.taken + pages.kept <= pages.most
+        assert taken <= pages.bytes_in_use <= 2 * most  # pages are at most twice as large as needed
+        assert pages.bytes_in_use + pages.bytes_waiting <= pages.most_bytes
 
 
 def test_emptied_it_keeps_nothing(shared: FreedPages) -> None:
-    before = shared.taken
+    before = shared.bytes_in_use
     held = made(shared, 1.0, LARGE)
     made(shared, 2.0, LARGE)
-    assert shared.kept == LARGE
+    assert shared.bytes_waiting == LARGE
     jacfunc.empty_cache()
-    assert (shared.kept, shared.taken - before) == (0, LARGE)
+    assert (shared.bytes_waiting, shared.bytes_in_use - before) == (0, LARGE)
     assert held.eq(1.0).all()
     del held
-    assert shared.kept == LARGE
+    assert shared.bytes_waiting == LARGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
 def test_it_is_as_any_new_tensor(pages: FreedPages, dtype: torch.dtype) -> None:
     found = empty(LIKE, (30, 1, 50), dtype, pages=pages)
-    assert pages.taken == found.nbytes
+    assert pages.bytes_in_use == found.nbytes
     expected = LIKE.new_empty((30, 1, 50), dtype=dtype)
     for of in (Tensor.size, Tensor.stride, Tensor.is_leaf.__get__, Tensor._is_view):
         assert of(found) == of(expected)
@@ -133,7 +133,7 @@ def test_it_is_copied_sent_and_shared_as_any_other(pages: FreedPages) -> None:
         assert copied.data_ptr() != found.data_ptr()
         assert copied.eq(5.0).all()
     found.share_memory_()  # it moves, and its pages are free
-    assert (pages.taken, pages.kept) == (0, SIZE)
+    assert (pages.bytes_in_use, pages.bytes_waiting) == (0, SIZE)
     assert made(pages, 6.0).eq(6.0).all()
     assert found.is_shared()
     assert found.eq(5.0).all()
@@ -143,7 +143,7 @@ def test_small_ones_and_those_of_transforms_are_torchs_own(pages: FreedPages) ->
     empty(LIKE, (2**10 // 4 - 1,), pages=pages)
     torch.func.vmap(lambda x: empty(x, (SIZE,), pages=pages).zero_() + x)(torch.ones(4))
     traced = make_fx(lambda x: empty(x, (SIZE,), pages=pages).copy_(x.expand(SIZE)))(torch.ones(1))
-    assert pages.taken == 0
+    assert pages.bytes_in_use == 0
     # a tensor that no operation made would be a constant of the trace
     torch.testing.assert_close(traced(torch.full((1,), 3.0)), torch.full((SIZE,), 3.0))
 
@@ -181,7 +181,7 @@ def _bytes_in_huge_pages(address: int) -> int:
 def test_without_memory_torch_says_so(pages: FreedPages) -> None:
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         empty(LIKE, (2**60,), pages=pages)
-    assert pages.taken == pages.kept == pages.most == 0
+    assert pages.bytes_in_use == pages.bytes_waiting == pages.most_bytes == 0
 
 
 def test_many_threads_get_memory_of_their_own(pages: FreedPages) -> None:
@@ -199,7 +199,9 @@ def test_many_threads_get_memory_of_their_own(pages: FreedPages) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert pages.most <= 16 * SIZE  # what one thread is giving back, another still counts as taken
+    assert (
+        pages.most_bytes <= 16 * SIZE
+    )  # what one thread is giving back, another still counts as taken
 
 
 BATCH, WIDTH = 64, 2**13
@@ -224,9 +226,9 @@ def test_results_of_a_loop_are_right(shared: FreedPages, strategy: str, flat: bo
 
 
 def test_memory_comes_from_earlier_results(shared: FreedPages) -> None:
-    before = shared.taken
+    before = shared.bytes_in_use
     model = nn.Linear(WIDTH, 4)
     jac = jacfunc.module_jacobian(model, per_sample=True, flat=True)
     addresses = {jac(torch.randn(BATCH, WIDTH)).data_ptr() for _ in range(5)}
     assert len(addresses) == 1
-    assert (shared.taken - before, shared.kept) == (0, LARGE + BATCH * 4 * 4 * 4)
+    assert (shared.bytes_in_use - before, shared.bytes_waiting) == (0, LARGE + BATCH * 4 * 4 * 4)

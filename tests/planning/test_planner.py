@@ -158,7 +158,7 @@ class SlowAtNewPages(Speeds):
 
 def test_who_writes_large_blocks_by_layers_finds_pages_for_them() -> None:
     """64 MiB: in one block they go where earlier results were, in sixteen they do not."""
-    operations = [Operation(read=2**26 // 10, held=2**26 // 10)]
+    operations = [Operation(read=2**26 // 10, primal_bytes=2**26 // 10)]
     for blocks, by_layers in ([2**26], Structured), ([2**22] * 16, Reverse):
         machine: Any = SlowAtNewPages()
         costs = Costs(operations, 10, 2**24 // 10, blocks, 40, 40, machine)
