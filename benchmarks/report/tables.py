@@ -167,9 +167,9 @@ def table_of(comparison: Comparison, everything: bool = False) -> Table:
     shown = table(title, "\n".join(lines), *heads, words=3)
     for change in comparison.changes:
         if change.verdict not in quiet:
-            found = " → ".join(dict.fromkeys(change.statuses))
+            text = " → ".join(dict.fromkeys(change.statuses))
             if (i := change.interval) is not None:
-                found = f"{i.mid:.2f} ({i.low:.2f}–{i.high:.2f})"
-            cells = change.case, change.contestant, change.verdict, found
+                text = f"{i.mid:.2f} ({i.low:.2f}–{i.high:.2f})"
+            cells = change.case, change.contestant, change.verdict, text
             add(shown, *cells, style=STYLES.get(change.verdict, ""))
     return shown

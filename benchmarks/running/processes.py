@@ -29,16 +29,16 @@ def child(
     context: Any, function: Callable[..., None], *arguments: Any
 ) -> Iterator[tuple[Any, connection.Connection]]:
     """A process that runs ``function(pipe, *arguments)``, and the other end of its pipe."""
-    ours, theirs = context.Pipe()
-    process = context.Process(target=function, args=(theirs, *arguments))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=function, args=(child_end, *arguments))
     process.start()
-    theirs.close()
+    child_end.close()
     try:
-        yield process, ours
+        yield process, parent_end
     finally:
         process.kill()
         process.join()
-        ours.close()
+        parent_end.close()
 
 
 def received(process: Any, pipe: connection.Connection) -> Any:

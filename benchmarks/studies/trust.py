@@ -62,8 +62,8 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     for each in body["shares"]:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(each["verdicts"].items()))
         cells = each["what"], each["wanted"], counts, str(each["pairs"])
-        found = f"{right(each) / each['pairs']:.1%}"
-        add(shown, *cells, found, style="green" if is_met(each) else "red")
+        found_share = f"{right(each) / each['pairs']:.1%}"
+        add(shown, *cells, found_share, style="green" if is_met(each) else "red")
     return [shown]
 
 
