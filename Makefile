@@ -5,19 +5,21 @@ BIN := $(VENV)/bin
 RIVALS := .venv-rivals
 ARGS ?=
 WORKERS ?= 2
+CORE := tests/house/test_house.py tests/trees tests/assembly tests/linear_map tests/functions
 
-.PHONY: help bench suite report figures compare trust test check lint types overhead regret budget
+.PHONY: help bench suite report figures compare trust test quick check lint types overhead regret budget
 .PHONY: format clean
 
 help:
-	@echo "make bench     the quick suite: tables, page and picture in two minutes"
+	@echo "make bench     the quick suite: tables, Markdown and picture in two minutes"
 	@echo "make suite     the full suite beside every rival; ARGS=--resume goes on with it"
-	@echo "make report    page, Markdown and picture of the full suite's results"
+	@echo "make report    Markdown and picture of the full suite's results"
 	@echo "make figures   the README's figures, from the committed results"
 	@echo "make compare   what became slower between two results files: A=… B=…"
 	@echo "make trust     does compare find what it should, on this machine?"
 	@echo "make test      every test, every doctest, and the README's code"
 	@echo "make check     lint and types"
+	@echo "make quick     lint, types and the tests of the core, in a minute and a half"
 	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
 	@echo "make regret    auto and autotune against the best strategy picked by hand"
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
@@ -69,6 +71,10 @@ $(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt
 # Two processes at once, or as many as WORKERS says; 0 runs all tests in one.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+# Lint, types and the tests of the core: what to run between two edits.
+quick: check
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal -q $(CORE)
 
 check: lint types
 

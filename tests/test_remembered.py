@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forecasting.costs import counted_costs
 from jacfunc._lending.constants import constants_of
 from jacfunc._linear_map.operator import JacobianOperator
@@ -26,6 +27,7 @@ from jacfunc._planning.plan import Plan, alternatives
 from jacfunc._planning.recall import _codes
 from jacfunc._planning.tuning_cache import Winners
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
+from tests.kinds.losses import half_square
 
 
 class AllEqual(nn.Module):
@@ -111,6 +113,38 @@ def test_what_is_made_is_remembered() -> None:
     made = memory.get_or_make(one, "kind", list)
     assert memory.get_or_make(one, "kind", list) is made
     assert memory.get_or_make(one, "other", list) is not made
+
+
+# --- the identity of a call ---
+
+
+def flat(func: Any, *args: Any, **kwargs: Any) -> FlatCall:
+    return FlatCall(Derivation("test", func), args, kwargs)
+
+
+def test_an_operator_has_the_identity_of_the_call_below() -> None:
+    call = flat(torch.sin, torch.zeros(2))
+    operator = JacobianOperator(call, call.primals)
+    assert operator.call_kind is call.call_kind
+    assert call.call_kind == flat(torch.sin, torch.ones(2)).call_kind
+    inside: list[Any] = []
+    torch.func.vmap(lambda x: inside.append(operator.call_kind) or x)(torch.zeros(3))
+    assert inside[0] != call.call_kind
+    assert inside[0].callable is torch.sin
+
+
+def test_calls_that_cost_other_than_this_one_are_of_other_kinds() -> None:
+    x, double = torch.zeros(2), torch.zeros(2).double()
+    calls = [
+        flat(torch.sin, x),
+        flat(torch.cos, x),
+        flat(torch.sin, torch.zeros(3)),
+        flat(torch.sin, double),
+        flat(torch.sin, x, out=None),
+        flat(torch.pow, x, 2),
+        flat(torch.pow, x, 3),
+    ]
+    assert len({call.call_kind for call in calls}) == len(calls)
 
 
 # --- plans ---
@@ -266,16 +300,12 @@ def test_a_module_that_begins_to_write_does_not_write_into_its_parameters() -> N
 # --- nothing is kept alive ---
 
 
-def half(out: Tensor, target: Tensor) -> Tensor:
-    return (out - target).square().sum() / 2
-
-
 def vector(module: nn.Module) -> dict[str, Tensor]:
     return {name: torch.ones_like(p) for name, p in module.named_parameters()}
 
 
 def products(module: nn.Module, x: Tensor) -> Any:
-    G = jacfunc.ggn(module, half)(x, torch.zeros(len(x), 2))
+    G = jacfunc.ggn(module, half_square)(x, torch.zeros(len(x), 2))
     return [G @ vector(module) for _ in range(3)]
 
 
@@ -286,14 +316,16 @@ def refused_under_vmap(module: Any, x: Tensor) -> Any:
 
 KEPT: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "products": products,
-    "diagonal": lambda m, x: jacfunc.ggn(m, half)(x, torch.zeros(len(x), 2)).diagonal(),
+    "diagonal": lambda m, x: jacfunc.ggn(m, half_square)(x, torch.zeros(len(x), 2)).diagonal(),
     "refused under vmap": refused_under_vmap,
     "plan": jacfunc.plan,
     "explain": jacfunc.explain,
     "estimate": jacfunc.estimate,
     "autotune": lambda m, x: jacfunc.jacobian(m, strategy="autotune")(x),
     "ntk": lambda m, x: jacfunc.ntk(m, None, x, chunk_size=2),
-    "gradient norms": lambda m, x: jacfunc.gradient_norms(m, half)(x, torch.zeros(len(x), 2)),
+    "gradient norms": lambda m, x: jacfunc.gradient_norms(m, half_square)(
+        x, torch.zeros(len(x), 2)
+    ),
     "samples": lambda m, x: jacfunc.module_jacobian(m, per_sample=True)(x),
     "whole": lambda m, x: jacfunc.module_jacobian(m)(x),
     "stream": lambda m, x: list(jacfunc.stream_jacobian(m, per_sample=True)(x)),

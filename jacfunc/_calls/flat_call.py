@@ -80,6 +80,7 @@ class FlatCall:
         )
         """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
+        self._maps_tensor_to_tensor = False
         self._beside: Split | None = None
 
     @property
@@ -134,6 +135,8 @@ class FlatCall:
             output, aux = check_aux_pair(self._api, output)
         with untracked():
             self._output = Split.of(output)
+            is_bare = type(output) is Tensor and not self._output.constants
+            self._maps_tensor_to_tensor = is_bare and self._is_single and self._has_one_tensor
             if self._has_aux or self._output.constants:
                 self._beside = Split.of((self._output.constants, aux), is_tensor)
             if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
@@ -154,6 +157,8 @@ class FlatCall:
 
     def jacobian(self, blocks: Blocks) -> Tree:
         """The Jacobian: an output tree of input trees of blocks ``[*out_i, *in_j]``."""
+        if self._maps_tensor_to_tensor:
+            return blocks[0][0]
         return self.output_tree([self.input_tree(row) for row in blocks])
 
     def output_tree(self, values: Sequence[Any]) -> Tree:

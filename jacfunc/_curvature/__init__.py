@@ -1,4 +1,4 @@
-"""Curvature of a loss in a module's parameters, without the Jacobian."""
+"""Gauss-Newton and Fisher matrices, gradient norms and projections, without writing out J."""
 
 from jacfunc._curvature.gauss_newton import GaussNewton
 from jacfunc._curvature.ggn import fisher, ggn, gradient_norms

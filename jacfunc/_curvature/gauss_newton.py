@@ -1,4 +1,4 @@
-"""The generalized Gauss-Newton matrix at a point, as products, diagonal, blocks or whole."""
+"""The generalized Gauss-Newton matrix at a point: products, diagonal, blocks, or all of it."""
 
 from __future__ import annotations
 
@@ -25,24 +25,19 @@ class GaussNewton:
     """``G = Σ_b J_bᵀ H_b J_b`` at a point, each of its forms computed when it is asked for.
 
     ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
-    of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. What
-    was evaluated is kept for the next question, so drop the object to free it. All answers are
-    those of the point at which it was made, whatever became of the module and its data since:
-    it keeps copies of parameters, buffers and the batch, modes and hooks. One that was made with
-    ``copy=False`` keeps the tensors themselves, and refuses to answer once they have changed.
-    Results are detached from the parameters; a product is differentiable by its vector, in reverse
-    mode.
+    of the loss in these outputs. :func:`jacfunc.ggn` and :func:`jacfunc.fisher` make them. All
+    answers are those of the point at which it was made: it keeps copies of parameters, buffers and
+    the batch, modes and hooks, and what was evaluated, until it is dropped. With ``copy=False`` it
+    keeps the tensors themselves, and refuses to answer once they have changed. Results are detached
+    from the parameters; a product is differentiable by its vector, in reverse mode.
 
     Args:
         point: the module, its parameters and a batch.
         curvature_of: gives ``H`` at outputs of the module.
 
     Raises:
-        ValueError: when asked after tensors that the loss closes over were changed; with
-            ``copy=False``, after parameters, buffers, the batch, modes or hooks were.
-
-    Cost:
-        See the methods.
+        ValueError: if tensors that the loss closes over, or with ``copy=False`` parameters,
+            buffers, the batch, modes or hooks, have changed since.
 
     Example:
         A Laplace approximation of the last layer: the same matrix of some parameters alone.
@@ -68,7 +63,7 @@ class GaussNewton:
             vector: tensors like the parameters, by name.
 
         Returns:
-            The same of the product.
+            The product, as tensors like the parameters, by name.
 
         Raises:
             TypeError, ValueError: names, shapes or dtypes that are not those of the parameters.
@@ -105,7 +100,7 @@ class GaussNewton:
             )
         product = self._as_map() if is_followed(tangents) else self._times
         try:
-            found = product(tangents)
+            result = product(tangents)
         except Refused as refusal:
             if str(refusal).startswith(f"{api}: "):
                 raise
@@ -113,7 +108,7 @@ class GaussNewton:
                 f"{api}: the product must be one that torch can take, got a refusal: {refusal}. "
                 "Use diagonal(), blocks() or matrix(), which take the samples apart."
             ) from refusal
-        return dict(zip(params, found, strict=True))
+        return dict(zip(params, result, strict=True))
 
     __matmul__ = product
 
@@ -148,9 +143,9 @@ class GaussNewton:
         for _, parts in self._parts():
             sums = SquaredSums()
             with self.point.contracting():
-                for name, some in parts.items():
-                    found = squared(some, params[name], sums)
-                    totals[name] = totals[name].add_(found) if name in totals else found
+                for name, param_parts in parts.items():
+                    squares = squared(param_parts, params[name], sums)
+                    totals[name] = totals[name].add_(squares) if name in totals else squares
         for name in params.keys() - totals.keys():
             totals[name] = torch.zeros_like(params[name])
         return {name: totals[name] for name in params}
@@ -180,8 +175,8 @@ class GaussNewton:
         totals = {name: param.new_zeros((param.numel(),) * 2) for name, param in params.items()}
         for _, parts in self._parts():
             with self.point.contracting():
-                for name, some in parts.items():
-                    for block in written(some, params[name]):
+                for name, param_parts in parts.items():
+                    for block in written(param_parts, params[name]):
                         flat = block.reshape(-1, params[name].numel())
                         totals[name].addmm_(flat.T, flat)
         return totals
@@ -212,38 +207,42 @@ class GaussNewton:
         total = torch.diag(torch.cat([param.new_zeros(param.numel()) for param in params.values()]))
         for lead, parts in self._parts():
             with self.point.contracting():
-                every = [
+                blocks = [
                     rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
                     for name, param in params.items()
                 ]
-                flat = torch.cat([block.reshape(lead.numel(), -1) for block in every], 1)
+                flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
                 total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
         return total
 
     def _times(self, tangents: Leaves) -> Leaves:
-        whole = self._whole
-        return whole.pulled(self._of_whole.times(whole.pushed(tangents)))
+        """``G v = Jᵀ H J v``."""
+        products = self._products
+        return products.pulled(self._batch_curvature.times(products.pushed(tangents)))
 
     def _as_map(self) -> LinearMap:
-        """For whoever differentiates by the vector; the matrix is symmetric."""
+        """The product as a map differentiable by the vector; it is its own transpose."""
         return LinearMap(self._times, partial(one_by_one, self._times), self._as_map)
 
     def _parts(self) -> Iterator[tuple[torch.Size, dict[str, list[Part]]]]:
-        """Of the columns of ``Jᵀ S``, some samples at a time: ``[b, R]``, and parts by name."""
-        roots = self._of_samples.roots
-        for some, factors in self.point.factors():
-            cotangents = tuple(root[:, some] for root in roots)
+        """The columns of ``Jᵀ S``, some samples at a time: their ``[b, R]``, and parts by name."""
+        roots = self._sample_curvature.roots
+        for samples, jacobian in self.point.factors():
+            cotangents = tuple(root[:, samples] for root in roots)
             num_roots, size = cotangents[0].shape[:2]
-            yield torch.Size((size, num_roots)), self.point.parts_of(factors, cotangents)
+            yield torch.Size((size, num_roots)), self.point.parts_of(jacobian, cotangents)
 
     @cached_property
-    def _whole(self) -> BatchProducts:
+    def _products(self) -> BatchProducts:
+        """``J v`` and ``Jᵀ u`` of the batch."""
         return BatchProducts(self.point)
 
     @cached_property
-    def _of_whole(self) -> OutputCurvature:
-        return self.curvature_of(self._whole.outputs)
+    def _batch_curvature(self) -> OutputCurvature:
+        """``H`` at the outputs of the module called with the batch."""
+        return self.curvature_of(self._products.outputs)
 
     @cached_property
-    def _of_samples(self) -> OutputCurvature:
+    def _sample_curvature(self) -> OutputCurvature:
+        """``H`` at the outputs of the module called with each sample alone."""
         return self.curvature_of(self.point.outputs)

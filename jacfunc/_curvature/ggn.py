@@ -1,4 +1,4 @@
-"""The doors to curvature: Gauss-Newton and Fisher matrices of modules, and gradients per sample."""
+"""Public functions: Gauss-Newton and Fisher matrices of modules, and norms of gradients."""
 
 from __future__ import annotations
 
@@ -76,18 +76,26 @@ def ggn(
         >>> float((G @ v)["bias"].abs().max()) < 1e-6  # softmax does not see a shift of all classes
         True
     """
-    looked = Independence.of("ggn", independent, chunk_size)
-    door = BatchOptions("ggn", module, select, in_dims, randomness, chunk_size, looked, copy=copy)
+    options = BatchOptions(
+        "ggn",
+        module,
+        select,
+        in_dims,
+        randomness,
+        chunk_size,
+        Independence.of("ggn", independent, chunk_size),
+        copy=copy,
+    )
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
-        point, targets = door.with_targets(args, kwargs, is_kept=True)
+        at_batch, targets = options.with_targets(args, kwargs, is_kept=True)
 
         captured = Captured.of(loss)
 
         def curvature_of(outputs: BatchOutputs) -> Loss:
             return Loss("ggn", loss, targets, outputs, captured)
 
-        return GaussNewton(point, curvature_of)
+        return GaussNewton(at_batch, curvature_of)
 
     return ggn_of
 
@@ -149,17 +157,24 @@ def fisher(
         >>> (F.diagonal()["bias"] - 1).abs().max() < 0.05
         tensor(True)
     """
-    looked = Independence.of("fisher", independent, chunk_size, by_rows=False)
-    options = (select, in_dims, randomness, chunk_size, looked)
-    door = BatchOptions("fisher", module, *options, copy=copy)
+    options = BatchOptions(
+        "fisher",
+        module,
+        select,
+        in_dims,
+        randomness,
+        chunk_size,
+        Independence.of("fisher", independent, chunk_size, by_rows=False),
+        copy=copy,
+    )
     check_likelihood("fisher", likelihood, draws, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
-        point = door.at((args, kwargs), is_kept=True)
-        leaves, is_mean = point.outputs.leaves, reduction == "mean"
+        at_batch = options.at((args, kwargs), is_kept=True)
+        leaves, is_mean = at_batch.outputs.leaves, reduction == "mean"
         with alone():
-            found = drawn("fisher", likelihood, leaves, draws, generator, is_mean)
-        return GaussNewton(point, lambda outputs: found)
+            curvature = drawn("fisher", likelihood, leaves, draws, generator, is_mean)
+        return GaussNewton(at_batch, lambda outputs: curvature)
 
     return fisher_of
 
@@ -212,21 +227,23 @@ def gradient_norms(
         >>> torch.allclose(jacfunc.gradient_norms(model, loss)(x, y), expected)
         True
     """
-    looked = Independence.of("gradient_norms", independent, chunk_size, by_rows=False)
-    door = BatchOptions("gradient_norms", module, select, in_dims, randomness, chunk_size, looked)
+    independence = Independence.of("gradient_norms", independent, chunk_size, by_rows=False)
+    options = BatchOptions(
+        "gradient_norms", module, select, in_dims, randomness, chunk_size, independence
+    )
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
-        point, targets = door.with_targets(args, kwargs)
-        at_outputs = Loss("gradient_norms", loss, targets, point.outputs)
-        at_outputs.check_samples(door.independence)
+        at_batch, targets = options.with_targets(args, kwargs)
+        at_outputs = Loss("gradient_norms", loss, targets, at_batch.outputs)
+        at_outputs.check_samples(options.independence)
         gradient = at_outputs.gradient()
-        found = []
-        for some, factors in point.factors():
-            cotangents = tuple(leaf[some].unsqueeze(0) for leaf in gradient)
-            parts = point.parts_of(factors, cotangents)
-            with point.contracting():
-                every = [norms(of_one, point.params[name])[0] for name, of_one in parts.items()]
-                found.append(sum(every, cotangents[0].new_zeros(cotangents[0].shape[1])))
-        return torch.cat(found).sqrt()
+        chunks = []
+        for samples, jacobian in at_batch.factors():
+            cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
+            parts = at_batch.parts_of(jacobian, cotangents)
+            with at_batch.contracting():
+                squares = [norms(parts[name], at_batch.params[name])[0] for name in parts]
+                chunks.append(sum(squares, cotangents[0].new_zeros(cotangents[0].shape[1])))
+        return torch.cat(chunks).sqrt()
 
     return gradient_norms_of

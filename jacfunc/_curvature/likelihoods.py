@@ -1,4 +1,4 @@
-"""Gradients of log likelihoods at drawn targets, of which a Fisher matrix is the covariance."""
+"""Draws targets from a module's predictions; their gradients make a Fisher matrix."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ class Drawn:
     """Gradients of log likelihoods at targets drawn from the module's own predictions."""
 
     cotangents: Leaves
-    """``[R, B, *out]``."""
+    """The gradients, ``[R, B, *out]``."""
 
     @property
     def roots(self) -> Leaves:
+        """Columns of ``S`` with ``H = S Sᵀ``: the gradients themselves."""
         return self.cotangents
 
     def times(self, tangents: Leaves) -> Leaves:
-        """``S (Sᵀ u)``."""
+        """``H u = S (Sᵀ u)``, ``[B, *out]``."""
         pairs = list(zip(self.cotangents, tangents, strict=True))
         along = sum((in_a_row((s,)) * in_a_row((u.unsqueeze(0),))).sum(2) for s, u in pairs)
         assert isinstance(along, Tensor)
@@ -44,14 +45,14 @@ def drawn(
     generator: torch.Generator | None,
     is_mean: bool,
 ) -> Drawn:
-    """Draw targets and take the gradients there."""
+    """Draw targets, and return the gradients of their log likelihoods in the outputs."""
     scale = 1.0 / math.sqrt(draws * (outputs[0].shape[0] if is_mean else 1))
     score = _SCORES[likelihood]
     return Drawn(tuple(score(api, out, draws, generator) * scale for out in outputs))
 
 
 def check_likelihood(api: str, likelihood: object, draws: object, reduction: object) -> None:
-    """What is drawn, how often, and whether it is averaged over samples."""
+    """Raise ValueError for options of :func:`jacfunc.fisher` that are none."""
     if likelihood not in _SCORES:
         raise ValueError(
             f"{api}: likelihood must be one of {', '.join(map(repr, get_args(Likelihood)))}, got "
@@ -70,7 +71,7 @@ def check_likelihood(api: str, likelihood: object, draws: object, reduction: obj
 
 
 def _categorical(api: str, logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    """``softmax - onehot``, classes in the last dimension: ``[R, B, *out]``."""
+    """The gradients ``softmax - onehot``, ``[R, B, *out]``; classes are in the last dimension."""
     if logits.dim() < 2:
         raise ValueError(
             f"{api}: with likelihood='categorical' the last dimension of the outputs must hold "
@@ -84,7 +85,7 @@ def _categorical(api: str, logits: Tensor, draws: int, generator: torch.Generato
 
 
 def _gaussian(api: str, mean: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    """``mean - target``, of unit variance: ``[R, B, *out]``."""
+    """The gradients ``mean - target``, ``[R, B, *out]``; the variance is one."""
     return torch.randn(
         (draws, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device
     )

@@ -1,4 +1,4 @@
-"""Second derivatives of a loss in the outputs of a module, one block a sample."""
+"""The second derivative of a loss in the outputs of a module, one block for each sample."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 class OutputCurvature(Protocol):
-    """``H``, block by block: ``[B, M, M]``, all M outputs of a sample in a row."""
+    """``H [B, M, M]``, with a block for the M outputs of each sample."""
 
     @property
     def roots(self) -> Leaves:
@@ -41,16 +41,17 @@ class OutputCurvature(Protocol):
 
 @dataclass(frozen=True)
 class Captured:
-    """Tensors that a loss closes over, and what they were at the call."""
+    """The tensors that a loss closes over, each with a copy from the time of the call."""
 
     pairs: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, func: LossFunction) -> Captured:
+        """Copy the tensors that a loss closes over."""
         return cls([(x, x.detach().clone()) for x in tensors_in(func)])
 
     def check(self, api: str) -> None:
-        """Refuse a loss that is another one by now.
+        """Check that the loss is still the same.
 
         Raises:
             ValueError: if one of the tensors has changed.
@@ -66,41 +67,41 @@ class Captured:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss at the outputs of a batch."""
+    """A loss of the outputs of a batch, and its derivatives there."""
 
     api: str
     func: LossFunction
     targets: Tree
     outputs: BatchOutputs
     captured: Captured | None = None
-    """What it closes over, where it is asked later."""
+    """What the loss closes over, if its derivatives may be asked for after the call."""
 
     def __call__(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
-        """As a function of the leaves of the outputs."""
+        """The loss at other leaves of the outputs."""
         with as_written():
             value: Any = self.func(self.outputs.tree(leaves), self.targets)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
             raise ValueError(
-                f"{self.api}: loss(outputs, targets) must be one number for the batch, got {came}. "
+                f"{self.api}: loss(outputs, targets) must be one number for the batch, got {kind}. "
                 "Return the sum or the mean over samples."
             )
         return (value,), ()
 
     def gradient(self) -> Leaves:
-        """In the outputs, ``[B, *out]``."""
+        """The gradient in the outputs, ``[B, *out]``."""
         operator = JacobianOperator(self, self.outputs.leaves)
         return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
 
     def check_samples(self, independence: Independence) -> None:
-        """Refuse a loss that is no sum over samples."""
+        """Raise ValueError if the gradient in a sample's outputs depends on other samples."""
 
         size = len(self.outputs.leaves[0])
 
-        def gradient_of(whose_outputs: Tensor, whose_targets: Tensor) -> Leaves:
-            leaves = tuple(at(out, whose_outputs, 0) for out in self.outputs.leaves)
+        def gradient_of(output_samples: Tensor, target_samples: Tensor) -> Leaves:
+            leaves = tuple(at(out, output_samples, 0) for out in self.outputs.leaves)
             targets = map_tensors(
-                lambda x: at(x, whose_targets, 0) if has_batch(x, size) else x, self.targets
+                lambda x: at(x, target_samples, 0) if has_batch(x, size) else x, self.targets
             )
             outputs = replace(self.outputs, leaves=leaves)
             return replace(self, outputs=outputs, targets=targets).gradient()
@@ -109,14 +110,15 @@ class Loss:
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
-        """The same as a function, on the graph of whoever differentiates it."""
+        """The gradient at other leaves, on a graph by which it can be differentiated."""
         anchors = [differentiable_alias(leaf, True) for leaf in leaves]
         copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
         starts = {copy.grad_fn for copy in copies}
         value, _ = self(*copies)
         graph = Graph.of(value, starts)
-        found = map_of_graph(value, (), [Anchor.at(a) for a in anchors], graph, differentiated=True)
-        return found.pull(tuple(map(torch.ones_like, value))), ()
+        targets = [Anchor.at(anchor) for anchor in anchors]
+        linear = map_of_graph(value, (), targets, graph, differentiated=True)
+        return linear.pull(tuple(map(torch.ones_like, value))), ()
 
     @cached_property
     def _of_gradient(self) -> JacobianOperator:
@@ -124,19 +126,21 @@ class Loss:
         return JacobianOperator(replace(self)._gradient, self.outputs.leaves)
 
     def times(self, tangents: Leaves) -> Leaves:
-        """The Hessian is symmetric: its products are pullbacks."""
+        """``H u``, ``[B, *out]``: as H is symmetric, its product is a pullback of the gradient."""
         self._check_captured()
         with torch.no_grad():
             return self._of_gradient.pullback(tangents)
 
     def _check_captured(self) -> None:
+        """Raise ValueError if what the loss closes over has changed since the call."""
         if self.captured is not None:
             self.captured.check(self.api)
 
     @property
     def precise(self) -> Loss:
-        """In double precision: of an output that is almost certain, single precision leaves little
-        of the Hessian but rounding.
+        """The loss in double precision.
+
+        Where an output is almost certain, the Hessian in single precision is mostly rounding.
         """
         leaves = tuple(leaf.double() for leaf in self.outputs.leaves)
         targets = map_tensors(lambda x: x.double() if is_differentiable(x) else x, self.targets)
@@ -144,45 +148,45 @@ class Loss:
 
     @cached_property
     def roots(self) -> Leaves:
-        """As many as some sample needs: of each the largest, where there are more."""
+        """Columns of ``S`` with ``H = S Sᵀ``, ``[R, B, *out]``, as many as one sample needs."""
         self._check_captured()
-        columns, dead = self._known() or self._computed()
+        columns, negligible = self._known() or self._computed()
         squares = columns.square().sum(1)
-        live = max(1, int((squares > dead).sum(1).max()))  # a sweep needs at least one
-        if live < squares.shape[1]:
-            order = squares.argsort(1, descending=True)[:, None, :live]
+        count = max(1, int((squares > negligible).sum(1).max()))  # a sweep needs at least one
+        if count < squares.shape[1]:
+            order = squares.argsort(1, descending=True)[:, None, :count]
             columns = columns.gather(2, order.expand(-1, columns.shape[1], -1))
-        # side by side, or a matrix product with a weight would take them one after the other
+        # contiguous, or a matrix product with a weight would take them one after the other
         return as_leaves(columns.permute(2, 0, 1).contiguous(), self.outputs.leaves)
 
     def _known(self) -> tuple[Tensor, float] | None:
-        """Columns ``[B, M, R]``, and squares of those that do not count, if they are known."""
+        """Columns ``[B, M, R]`` by a formula, if one is known, and what squares are negligible."""
         outputs = self.outputs.tree(self.outputs.leaves)
         with torch.no_grad():
             columns = known_root(self.func, outputs, self.targets)
             if columns is None:
                 return None
-            self(*self.outputs.leaves)  # which refuses targets that are none
+            self(*self.outputs.leaves)  # which raises for targets that do not fit
         rounding = torch.finfo(columns.dtype).eps * columns.shape[1]
         return columns, rounding * float(columns.square().amax())
 
     def _computed(self) -> tuple[Tensor, float]:
-        """The same of any loss, from its second derivatives."""
+        """Columns ``[B, M, R]`` from the second derivatives, and a bound of negligible squares."""
         try:
             blocks, rounding = self.precise._blocks(), torch.finfo(torch.float64).eps
-        except (RuntimeError, TypeError) as error:  # of weights that the loss closes over, say
+        except (RuntimeError, TypeError) as error:  # e.g. for weights that the loss closes over
             note("the loss is differentiated in the precision of the outputs: %s", error)
             blocks, rounding = self._blocks(), self._rounding
         size = blocks.shape[-1]
         least, largest = map(float, blocks.diagonal(dim1=1, dim2=2).amax(1).aminmax())
         noise = 8 * size * rounding * largest
-        is_unseen = noise <= self._rounding * least  # beside the block of any sample
-        if is_unseen and (columns := _triangles(blocks, noise)) is not None:
+        is_small = noise <= self._rounding * least  # beside the block of any sample
+        if is_small and (columns := _triangles(blocks, noise)) is not None:
             return columns, 8 * size * noise
         return self._eigenvectors(blocks, rounding), noise
 
     def _eigenvectors(self, blocks: Tensor, rounding: float) -> Tensor:
-        """Each times the root of its eigenvalue."""
+        """The eigenvectors of all blocks, each times the root of its eigenvalue: ``[B, M, M]``."""
         values, vectors = torch.linalg.eigh(blocks)
         largest = 8 * values.shape[-1] * values.abs().max()
         if values.min() < -(rounding**0.5) * largest:
@@ -195,9 +199,9 @@ class Loss:
         return columns
 
     def _blocks(self) -> Tensor:
-        """``[B, M, M]``, from cotangents that all samples share.
+        """The blocks of H, ``[B, M, M]``, from cotangents that all samples share.
 
-        One more cotangent, of noise, tells whether the Hessian is made of these blocks alone.
+        One more cotangent, of noise, tells whether H has entries outside of these blocks.
         """
         leaves = self.outputs.leaves
         noise = noise_like(leaves)
@@ -208,10 +212,10 @@ class Loss:
         # torch has no eigenvectors in half precision
         products = products.to(torch.promote_types(products.dtype, torch.float32))
         vector = in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)
-        columns, found = products[:, :-1], products[:, -1]
+        columns, product = products[:, :-1], products[:, -1]
         terms = vector * columns  # not a matrix product, which autocast would round
         expected, scale = terms.sum(1), float(terms.abs().sum(1).max())
-        apart = float((found - expected).abs().nan_to_num(0.0).max())
+        apart = float((product - expected).abs().nan_to_num(0.0).max())
         if apart > self._rounding**0.5 * scale:
             share = apart / scale if scale else math.inf
             raise ValueError(
@@ -222,14 +226,14 @@ class Loss:
 
     @property
     def _rounding(self) -> float:
-        """Of the coarsest output."""
+        """The precision of the coarsest output."""
         return max(torch.finfo(leaf.dtype).eps for leaf in self.outputs.leaves)
 
 
 def _triangles(blocks: Tensor, noise: float) -> Tensor | None:
-    """Cholesky factors of ``H + noise``, in a fraction of the time that eigenvectors take.
+    """The Cholesky factors of ``H + noise``, much faster than eigenvectors.
 
-    None where one is not positive even so.
+    None if a block is not positive even with the noise on its diagonal.
     """
     shift = noise * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     columns, failed = torch.linalg.cholesky_ex(blocks + shift)

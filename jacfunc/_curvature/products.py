@@ -1,4 +1,4 @@
-"""A batch as one function of the parameters, on a graph to sweep over and over."""
+"""Products with the Jacobian of a whole batch, on graphs that are kept from product to product."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._calls import FlatCall, OfCalls
-from jacfunc._errors import Refused
+from jacfunc._errors import RANDOM, Refused
 from jacfunc._linear_map import (
     JacobianOperator,
     check_agreement,
@@ -34,53 +34,53 @@ NOT_TRANSPOSED = (
 class BatchProducts:
     """``J v`` and ``Jᵀ u`` of all outputs of the batch.
 
-    The first ``J v`` pushes forward. For all others the graph of ``Jᵀ u`` is kept, which is linear
-    in u: its own pullback saves the evaluation that a pushforward makes every time.
+    The first ``J v`` is a pushforward. For the second, the graph of ``Jᵀ u``, which is linear in u,
+    is made and kept: its pullback is ``J v``, and needs no new evaluation as a pushforward does.
 
-    A backward pass of the user's own, or one with hooks, need not be the transpose of the forward
-    pass, nor differentiable in u. So what is pushed forward must be that of ``Jᵀ u`` for a random
-    u, and the graph for a random v, too, when it is made: at the first points, and now and then.
+    A backward pass of the user's own, or one with hooks, may not be the transpose of the forward
+    pass, or not be differentiable in u. So ``J v`` is compared with ``Jᵀ u`` for a random u, at the
+    first points and now and then; the graph also for a random v, when it is made.
     """
 
-    def __init__(self, point: ModuleAtBatch) -> None:
-        flat = point.call.flat_call(point.call.arguments, None)
-        seen: list[FlatCall] = [flat]
-        is_strict = point.batch.samples.randomness == "error"
-        func = flat if is_strict else OfCalls(_mapped(point, seen), flat.state)
-        # they require gradients for the graph of Jᵀ u alone
+    def __init__(self, at_batch: ModuleAtBatch) -> None:
+        flat = at_batch.call.flat_call(at_batch.call.arguments, None)
+        calls: list[FlatCall] = [flat]
+        is_strict = at_batch.batch.samples.randomness == "error"
+        func = flat if is_strict else OfCalls(_by_samples(at_batch, calls), flat.state)
+        # primals require gradients for the graph of Jᵀ u alone
         self._pulling = JacobianOperator(
             func, tuple(primal.detach().requires_grad_() for primal in flat.primals)
         )
-        self._point, self._state = point, flat.state
-        # no bound methods: these would be a cycle, and keep the module and the batch
+        self._at_batch, self._state = at_batch, flat.state
+        # no bound methods: they would make a cycle, which keeps the module and the batch alive
         self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
-        with point.undisturbed():
+        with at_batch.undisturbed():
             self._pulling.rewind_generators()
-            before = RandomState(point.batch.samples.leaves)
+            before = RandomState(at_batch.batch.samples.leaves)
             leaves, extras = self._pulling.image()
             if is_strict and before.has_changed():
-                point.batch.check_randomness(RuntimeError("randomness"))
+                at_batch.batch.check_randomness(Refused(RANDOM))
         for out in leaves:
-            if not out.dim() or out.shape[0] != point.size:
+            if not out.dim() or out.shape[0] != at_batch.size:
                 raise ValueError(
-                    f"{point.api}: every output must have the batch in front, got shape "
-                    f"{tuple(out.shape)} for a batch of {point.size}. Use a module that transposes "
-                    "it, or that returns other outputs alone."
+                    f"{at_batch.api}: every output must have the batch in front, got shape "
+                    f"{tuple(out.shape)} for a batch of {at_batch.size}. Use a module that "
+                    "transposes it, or that returns other outputs alone."
                 )
-        _check_shapes(point, leaves)
-        self.outputs = BatchOutputs(leaves, extras, seen[-1])
+        _check_shapes(at_batch, leaves)
+        self.outputs = BatchOutputs(leaves, extras, calls[-1])
 
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
-        with self._point.undisturbed(), self._in_words():
+        with self._at_batch.undisturbed(), self._in_words():
             of = nonzero_numbers(cotangents)
             return self._pulling.pullback(chosen_leaves(cotangents, of), of)
 
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
-        with self._point.undisturbed(), self._in_words():
+        with self._at_batch.undisturbed(), self._in_words():
             try:
-                found = self._ways[0](self, tangents)
+                products = self._ways[0](self, tangents)
             except Refused as refusal:
                 if len(self._ways) == 1:
                     raise
@@ -89,21 +89,22 @@ class BatchProducts:
                 return self._ways[0](self, tangents)
         if len(self._ways) > 1:
             self._ways = [BatchProducts._pushed_on_graph, BatchProducts._pushed_forward]
-        return found
+        return products
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
-        """Refusals say which door was called, and what it needs."""
+        """A context in which refusals say which public function was called, and what it needs."""
         try:
             yield
         except Refused as refusal:
             raise Refused(
-                f"{self._point.api}: products need a module whose J v and Jᵀ u torch can take, got "
-                f"a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no J v."
+                f"{self._at_batch.api}: products need a module whose J v and Jᵀ u torch can take, "
+                f"got a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no "
+                "J v."
             ) from refusal
 
     def _check(self, products: Leaves, tangents: Leaves) -> None:
-        """``⟨u, J v⟩ = ⟨Jᵀ u, v⟩`` for the random u."""
+        """Raise Refused unless ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, for a random u and the tangents v."""
         cotangents, pulled = self._trial
         check_transpose(cotangents, products, pulled, tangents, NOT_TRANSPOSED)
 
@@ -114,6 +115,7 @@ class BatchProducts:
         return cotangents, self._pulling.pullback(cotangents)
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
+        """``J v`` by a pushforward."""
         pushing = self._pulling.unevaluated()
         with torch.no_grad():  # results are detached
             products = pushing.pushforward(tangents)
@@ -122,11 +124,12 @@ class BatchProducts:
         return products
 
     def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
+        """``J v`` by the pullback of ``Jᵀ u``."""
         return self._transposed.pullback(tangents)
 
     @cached_property
     def _transposed(self) -> JacobianOperator:
-        """``Jᵀ u`` as a function of u."""
+        """``Jᵀ u`` as a function of u, evaluated, whose graph is kept."""
         pulling = self._pulling.unevaluated()
         with torch.enable_grad():
             pulling.image()
@@ -134,48 +137,52 @@ class BatchProducts:
         zeros = tuple(map(torch.zeros_like, self.outputs.leaves))
         transposed = JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
 
-        def look() -> None:
+        def check() -> None:
             tangents = noise_like(self._pulling.primals, seed=2)
             self._check(transposed.pullback(tangents), tangents)
 
-        self._now_and_then("on graph", look)
+        self._now_and_then("on graph", check)
         return transposed
 
-    def _now_and_then(self, way: str, look: Callable[[], None]) -> None:
-        now_and_then(self._state, ("J v", way, self._point.batch.kind.kind), look)
+    def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
+        """Run a check at the first calls of this kind, and then at fewer and fewer."""
+        now_and_then(self._state, ("J v", way, self._at_batch.batch.kind.kind), check)
 
 
-def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
-    """Refuse ``[B, B]``: such rows are no outputs of a sample."""
-    if point.size == 1 or not any(point.size in out.shape[1:] for out in outputs):
+def _check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
+    """Raise ValueError if the shape of a sample's outputs depends on the size of the batch."""
+    if at_batch.size == 1 or not any(at_batch.size in out.shape[1:] for out in outputs):
         return
-    call, batch = point.call, point.batch
-    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, point.size - 1)
+    call, batch = at_batch.call, at_batch.batch
+    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, at_batch.size - 1)
     flat = call.flat_call(Split.of(call.arguments, is_tensor).merge(fewer), None)
-    with point.undisturbed():
+    with at_batch.undisturbed():
         try:
-            found, _ = flat(*map(Tensor.clone, flat.primals))
+            fewer_outputs, _ = flat(*map(Tensor.clone, flat.primals))
         except Exception as error:  # a module may take batches of one size
             note("whether outputs have a dimension of other samples was not seen: %s", error)
             return
-    for out, of_fewer in zip(outputs, found, strict=True):
-        if out.shape[1:] != of_fewer.shape[1:]:
+    for out, smaller in zip(outputs, fewer_outputs, strict=True):
+        if out.shape[1:] != smaller.shape[1:]:
             raise ValueError(
-                f"{point.api}: outputs of a sample must have the same shape in every batch, got "
-                f"shape {tuple(out.shape)} for {point.size} samples and {tuple(of_fewer.shape)} "
-                f"for {point.size - 1}. Use a module that returns what belongs to each sample."
+                f"{at_batch.api}: outputs of a sample must have the same shape in every batch, got "
+                f"shape {tuple(out.shape)} for {at_batch.size} samples and {tuple(smaller.shape)} "
+                f"for {at_batch.size - 1}. Use a module that returns what belongs to each sample."
             )
 
 
-def _mapped(point: ModuleAtBatch, seen: list[FlatCall]) -> LeafFunction:
-    """The module of each sample, as random numbers are to be drawn; parameters are shared."""
-    batch = point.batch
+def _by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
+    """The module as a function of its parameters that calls it for each sample, under vmap.
+
+    ``calls`` then holds the call of a sample.
+    """
+    batch = at_batch.batch
 
     def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
         call = batch.call_of(data)
-        found = call(*params)
-        seen[:] = [call]
-        return found
+        outputs, extras = call(*params)
+        calls[:] = [call]
+        return outputs, extras
 
     def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
         return batch.samples.map(of_one, params, [None] * len(params))

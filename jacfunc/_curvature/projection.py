@@ -1,4 +1,4 @@
-"""The door to random projections of every sample's Jacobian."""
+"""Public function: random projections of every sample's Jacobian."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def random_projection(
         >>> bool(features[0, 0] @ features[1, 0] / 21 - 1 < 0.3)  # of J Jᵀ, which is 21
         True
     """
-    looked = Independence.of(API, independent, chunk_size, by_rows=loss is None)
-    door = BatchOptions(API, module, select, in_dims, randomness, chunk_size, looked)
+    independence = Independence.of(API, independent, chunk_size, by_rows=loss is None)
+    options = BatchOptions(API, module, select, in_dims, randomness, chunk_size, independence)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"{API}: size must be a positive number of columns, got {size!r}. "
@@ -84,53 +84,55 @@ def random_projection(
 
     def random_projection_of(*args: Tree, **kwargs: Any) -> Tree:
         if loss is None:
-            return _of_jacobians(door.at((args, kwargs)), size, seed)
-        point, targets = door.with_targets(args, kwargs)
-        at_outputs = Loss(API, loss, targets, point.outputs)
-        at_outputs.check_samples(door.independence)
+            return _of_jacobians(options.at((args, kwargs)), size, seed)
+        at_batch, targets = options.with_targets(args, kwargs)
+        at_outputs = Loss(API, loss, targets, at_batch.outputs)
+        at_outputs.check_samples(options.independence)
         gradient = at_outputs.gradient()
         chunks = [
-            _of_chunk(point, factors, tuple(x[some].unsqueeze(0) for x in gradient), size, seed)
-            for some, factors in point.factors()
+            _projected(
+                at_batch, jacobian, tuple(x[chunk].unsqueeze(0) for x in gradient), size, seed
+            )
+            for chunk, jacobian in at_batch.factors()
         ]
         return torch.cat(chunks).squeeze(1)
 
     return random_projection_of
 
 
-def _of_jacobians(point: ModuleAtBatch, size: int, seed: int) -> Tree:
-    """The tree of the outputs, of ``[B, *out, size]``."""
+def _of_jacobians(at_batch: ModuleAtBatch, size: int, seed: int) -> Tree:
+    """A tree like the outputs, of ``[B, *out, size]``."""
     chunks: list[Leaves] = []
-    for _, factors in point.factors():
-        alone = [slice(number, number + 1) for number in range(len(factors.outputs))]
-        units = [shared_units(factors.outputs[of]) for of in alone]
+    for _, jacobian in at_batch.factors():
+        leaves = [slice(number, number + 1) for number in range(len(jacobian.outputs))]
+        units = [shared_units(jacobian.outputs[of]) for of in leaves]
         rows = [
-            _of_chunk(point, factors, seeds, size, seed, of)
-            for seeds, of in zip(units, alone, strict=True)
+            _projected(at_batch, jacobian, seeds, size, seed, of)
+            for seeds, of in zip(units, leaves, strict=True)
         ]
-        pairs = zip(rows, factors.of_one, strict=True)
+        pairs = zip(rows, jacobian.sample_outputs, strict=True)
         chunks.append(tuple(x.reshape(len(x), *leaf.shape, size) for x, leaf in pairs))
-    return point.last_call.output_tree([torch.cat(leaf) for leaf in zip(*chunks, strict=True)])
+    return at_batch.last_call.output_tree([torch.cat(leaf) for leaf in zip(*chunks, strict=True)])
 
 
-def _of_chunk(
-    point: ModuleAtBatch,
-    factors: FactoredJacobian,
+def _projected(
+    at_batch: ModuleAtBatch,
+    jacobian: FactoredJacobian,
     cotangents: Leaves,
     size: int,
     seed: int,
     of: LeafNumbers | None = None,
 ) -> Tensor:
-    """Of what cotangents ``[K, B, *out]`` of some outputs pull back, ``[B, K, size]``."""
-    every = point.parts_of(factors, cotangents, of)
-    leaves = (*cotangents, *point.params.values())
+    """The projection ``[B, K, size]`` of what cotangents ``[K, B, *out]`` are pulled back to."""
+    parts_by_name = at_batch.parts_of(jacobian, cotangents, of)
+    leaves = (*cotangents, *at_batch.params.values())
     dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
     num_seeds, num_samples = cotangents[0].shape[:2]
     total = cotangents[0].new_zeros((num_samples, num_seeds, size), dtype=dtype)
-    with point.contracting():
-        for name, parts in every.items():
-            zeros = partial(total.new_zeros, (*total.shape[:2], *point.params[name].shape))
-            # compiled or not, it is the same parameter
-            drawn_by = name.replace("_orig_mod.", "")
-            total += projected(parts, zeros, SignMatrix(f"{seed}:{drawn_by}", size, total))
+    with at_batch.contracting():
+        for name, parts in parts_by_name.items():
+            zeros = partial(total.new_zeros, (*total.shape[:2], *at_batch.params[name].shape))
+            # a compiled module gives its parameters longer names
+            plain_name = name.replace("_orig_mod.", "")
+            total += projected(parts, zeros, SignMatrix(f"{seed}:{plain_name}", size, total))
     return total

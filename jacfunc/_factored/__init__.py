@@ -1,4 +1,4 @@
-"""A parameter's Jacobian as factors, found where the parameter is used."""
+"""The Jacobian of each parameter as factors, which are found where the parameter is used."""
 
 from jacfunc._factored.factored_jacobian import FactoredJacobian
 from jacfunc._factored.factoring import LearnedUses, factored

@@ -1,4 +1,4 @@
-"""A batch of samples on one graph, with each parameter's Jacobian kept as factors."""
+"""The Jacobian of all samples of a batch, with the part of each parameter as factors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ from jacfunc.layers import Rows
 
 @dataclass(frozen=True)
 class FactoredJacobian:
-    """An evaluation of all samples, to pull cotangents back from onto the uses of parameters.
+    """An evaluation of all samples; cotangents are pulled back onto the operations with parameters.
 
     Args:
-        others: parameters that are used where no rule sees it: these are differentiated as they
-            are, one a sample.
+        samples: the samples that were evaluated.
+        uses: the operations with rules that use parameters.
+        others: numbers of the parameters that are used where no rule sees it. They are
+            differentiated as they are, with a copy for each sample.
+        params: all parameters.
+        linearization: the map of cotangents of the outputs to those of the uses' outputs, and of
+            ``others``.
     """
 
     samples: Samples
@@ -36,34 +41,34 @@ class FactoredJacobian:
 
     @property
     def outputs(self) -> Leaves:
-        """``[B, *out]``."""
+        """The outputs of all samples, ``[B, *out]``."""
         return self.linearization.outputs
 
     @property
-    def of_one(self) -> Leaves:
+    def sample_outputs(self) -> Leaves:
         """The outputs of one sample."""
         return tuple(out[0] for out in self.outputs)
 
     @property
     def carries_graph(self) -> bool:
-        """Are the outputs, and so their Jacobian, differentiated further?"""
+        """Can the outputs, and so their Jacobian, be differentiated further?"""
         return any(out.requires_grad for out in self.outputs)
 
     @property
     def nbytes(self) -> int:
-        """Of what one row's cotangents become at all uses."""
+        """The bytes of what one row's cotangents are pulled back to."""
         others = sum(self.params[i].nbytes for i in self.others) * self.samples.size
         return others + sum(use.nbytes for use in self.uses)
 
     @property
-    def extras_of_one(self) -> Leaves:
-        """What one sample's call returned beside them."""
+    def sample_extras(self) -> Leaves:
+        """The extras that the call of one sample returned beside the outputs."""
         return tuple(extra[0] for extra in self.linearization.extras)
 
     def rows(self, start: int, stop: int, of: int) -> Leaves:
-        """These rows of the Jacobian of output leaf number ``of``, ``[B, K, *param]``."""
+        """Rows of output leaf number ``of``, written out: ``[B, K, *param]`` of each parameter."""
         lead = (self.samples.size, stop - start)
-        pairs = zip(self.params, self.of_rows(start, stop, of), strict=True)
+        pairs = zip(self.params, self.parts_of_rows(start, stop, of), strict=True)
         with self.contracting():
             return tuple(
                 rows(parts, partial(param.new_zeros, (*lead, *param.shape)))
@@ -71,18 +76,18 @@ class FactoredJacobian:
             )
 
     def write(self, parts: Sequence[list[Part]], blocks: Sequence[Tensor]) -> None:
-        """Rows by parameter into tensors ``[B, K, *param]``, or parts of these."""
+        """Write the rows of each parameter into a tensor ``[B, K, *param]``, or a part of one."""
         with self.contracting():
-            for some, block in zip(parts, blocks, strict=True):
-                write(some, block)
+            for param_parts, block in zip(parts, blocks, strict=True):
+                write(param_parts, block)
 
-    def of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
-        """What gives these rows of the Jacobian of one output leaf, by parameter."""
+    def parts_of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
+        """Rows of output leaf number ``of``, as the parts of each parameter's Jacobian."""
         alone = slice(of, of + 1)
-        return self.of_cotangents(shared_units(self.outputs[alone], start, stop), alone)
+        return self.parts_of_cotangents(shared_units(self.outputs[alone], start, stop), alone)
 
-    def of_cotangents(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> list[list[Part]]:
-        """The same of cotangents ``[K, B, *out]`` that need not be rows, of some outputs or all."""
+    def parts_of_cotangents(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> list[list[Part]]:
+        """Pull back cotangents ``[K, B, *out]`` of some outputs or all, as parts by parameter."""
         if not cotangents or not len(cotangents[0]):
             return [[] for _ in self.params]
         products = self.linearization.pull_batch(cotangents, EVERY, of)
@@ -95,8 +100,11 @@ class FactoredJacobian:
             for number, product in zip(self.others, products[len(self.uses) :], strict=True):
                 rows = product if self.samples.is_mapped else product.unsqueeze(1)
                 parts[number].append(Part((), Rows(rows)))
-            return [merged(found) for found in parts]
+            return [merged(param_parts) for param_parts in parts]
 
     def contracting(self) -> AbstractContextManager[Any]:
-        """What went into layers leads to parameters, whether anyone goes on from there or not."""
+        """A context in which products are recorded only if the Jacobian is differentiated further.
+
+        Inputs of layers always have a graph, which would make products have one.
+        """
         return torch.set_grad_enabled(self.carries_graph)

@@ -56,7 +56,7 @@ class LearnedUses:
 
     @classmethod
     def of(cls, kind: CallKind) -> LearnedUses:
-        """What is known of the parameters, to be completed by whoever evaluates the call."""
+        """What earlier calls of this kind have shown; evaluations add to it."""
         return learned_uses().get_or_make(kind.version, kind.kind, cls)
 
     @property
@@ -87,7 +87,7 @@ class LearnedUses:
 
 @cache
 def learned_uses() -> Remembered[LearnedUses]:
-    """By functions, and modules as they are: one that was changed may write into parameters."""
+    """The learned uses of this process, by function, or by module and its version."""
     return Remembered()
 
 

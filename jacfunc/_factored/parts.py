@@ -1,4 +1,4 @@
-"""The parts of one parameter's Jacobian, put together: several uses, of all or some of it."""
+"""Puts together the parts of one parameter's Jacobian, one for each use of the parameter."""
 
 from __future__ import annotations
 
@@ -14,60 +14,62 @@ from jacfunc.layers import Form, Outer, Rows
 
 @dataclass(frozen=True)
 class Part:
-    """A form, and of which part of the parameter it is."""
+    """The form of one use, and the views that lead to the part of the parameter that was used."""
 
     path: Path
     form: Form
 
     def place_in(self, block: Tensor) -> Tensor:
-        """The part of ``[B, K, *param]``, to be written into; its entries lie side by side."""
+        """The view of a contiguous block ``[B, K, *param]`` that belongs to this part."""
         if not self.path:
             return block
         place = block.detach()[0, 0]
         for view in self.path:
             place = view(place)
-        # a copy would swallow what is written
+        # it must be no copy: what is written into one would be lost
         assert shares_memory(place, block)
-        # of all at once, and one view alone: autograd lets nobody write into one of several
+        # one view, for all samples: autograd allows no write into one of several views
         sizes = (*block.shape[:2], *place.shape)
         strides = (*block.stride()[:2], *place.stride())
         return block.as_strided(sizes, strides, place.storage_offset())
 
     def entries(self, shape: torch.Size) -> Tensor:
-        """Which entries of a parameter of this shape these are."""
+        """Which entries of a parameter of this shape belong to the part."""
         mask = torch.zeros((1, 1, *shape), dtype=torch.bool)
         self.place_in(mask).fill_(True)
         return mask[0, 0]
 
 
 def merged(parts: Sequence[Part]) -> list[Part]:
-    """Forms that are of the same matrix as one, outer products with all their positions."""
+    """The parts, with those of the same entries merged: outer products, and rows."""
     groups: list[list[Part]] = []
     for part in parts:
-        group = next((group for group in groups if _is_alike(part, group[0])), None)
+        group = next((group for group in groups if _can_be_merged(part, group[0])), None)
         if group is None:
             groups.append([part])
         else:
             group.append(part)
-    return [first if not others else _joined(first, others) for first, *others in groups]
+    return [first if not others else _sum(first, others) for first, *others in groups]
 
 
-def _is_alike(part: Part, other: Part) -> bool:
-    mine, theirs = part.form, other.form
+def _can_be_merged(part: Part, other: Part) -> bool:
+    """Are the parts of the same entries, and of forms that can be added?"""
+    left, right = part.form, other.form
     if part.path != other.path:
         return False
-    if isinstance(mine, Outer) and isinstance(theirs, Outer):
-        alike = mine.is_turned == theirs.is_turned
-        return alike and mine.inputs.shape[1::2] == theirs.inputs.shape[1::2]
-    return isinstance(mine, Rows) and isinstance(theirs, Rows)
+    if isinstance(left, Outer) and isinstance(right, Outer):
+        is_same_order = left.is_turned == right.is_turned
+        return is_same_order and left.inputs.shape[1::2] == right.inputs.shape[1::2]
+    return isinstance(left, Rows) and isinstance(right, Rows)
 
 
-def _joined(first: Part, others: Sequence[Part]) -> Part:
-    every = (first.form, *(part.form for part in others))
-    outers = [form for form in every if isinstance(form, Outer)]
+def _sum(first: Part, others: Sequence[Part]) -> Part:
+    """One part that is the sum of parts which can be merged."""
+    forms = (first.form, *(part.form for part in others))
+    outers = [form for form in forms if isinstance(form, Outer)]
     if outers:
         return Part(first.path, outers[0].beside(outers[1:]))
-    products = [form.products for form in every if isinstance(form, Rows)]
+    products = [form.products for form in forms if isinstance(form, Rows)]
     total = products[0]
     for product in products[1:]:
         total = total + product
@@ -75,11 +77,11 @@ def _joined(first: Part, others: Sequence[Part]) -> Part:
 
 
 def write(parts: Sequence[Part], block: Tensor) -> None:
-    """The sum of all parts into ``[B, K, *param]``."""
+    """Write the sum of all parts into a block ``[B, K, *param]``."""
     if len(parts) == 1 and not parts[0].path:
         parts[0].form.write(block)
         return
-    first, others, is_whole = _apart(parts, block.shape[2:])
+    first, others, is_whole = _disjoint(parts, block.shape[2:])
     if not is_whole:
         block.zero_()
     for part in first:
@@ -89,7 +91,7 @@ def write(parts: Sequence[Part], block: Tensor) -> None:
 
 
 def rows(parts: Sequence[Part], zeros: Callable[[], Tensor]) -> Tensor:
-    """The same as a tensor of its own, which carries a graph where the forms do."""
+    """The sum of all parts, ``[B, K, *param]``, which carries a graph if the forms do."""
     if len(parts) == 1 and not parts[0].path:
         return parts[0].form.rows()
     block = zeros()
@@ -98,12 +100,12 @@ def rows(parts: Sequence[Part], zeros: Callable[[], Tensor]) -> Tensor:
     return block
 
 
-def _apart(parts: Sequence[Part], shape: torch.Size) -> tuple[list[Part], list[Part], bool]:
-    """Parts no two of which share an entry, the others, and if the former are the whole."""
+def _disjoint(parts: Sequence[Part], shape: torch.Size) -> tuple[list[Part], list[Part], bool]:
+    """Parts that share no entry, the other parts, and whether the first cover the parameter."""
     first, others = [], []
     covered = torch.zeros(shape, dtype=torch.bool)
     for part, entries in sorted(
-        [(part, part.entries(shape)) for part in parts], key=lambda found: -int(found[1].sum())
+        [(part, part.entries(shape)) for part in parts], key=lambda pair: -int(pair[1].sum())
     ):
         if (covered & entries).any():
             others.append(part)

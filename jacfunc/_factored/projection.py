@@ -1,4 +1,4 @@
-"""Random projections of factored Jacobians."""
+"""Products of a factored Jacobian with a random matrix, which is never whole in memory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class SignMatrix:
 
     def __init__(self, key: str, size: int, like: Tensor, at_once: int = DRAWN_BYTES) -> None:
         self.size, self.at_once = size, at_once
-        # on the CPU, so that every device gets the same; a seed there has 32 bits
+        # on the CPU, so that every device gets the same matrix; a seed there has 32 bits
         self._generator = torch.Generator().manual_seed(crc32(key.encode()))
         bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
         self.dtype = like.dtype
         self._of_byte = (2 * bits - 1).to(like) / math.sqrt(size)
 
     def rows(self, count: int) -> Tensor:
-        """The next ones, ``[count, size]``."""
+        """Draw the next ``count`` rows, ``[count, size]``."""
         words = torch.empty((count, -(-self.size // 64)), dtype=torch.int64)
         words.random_(-(2**63), None, generator=self._generator)
         numbers = words.view(torch.uint8).flatten().to(self._of_byte.device, torch.int32)
@@ -38,7 +38,7 @@ class SignMatrix:
 
 
 def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: SignMatrix) -> Tensor:
-    """``[B, K, size]``, by the cheaper way."""
+    """The rows of a Jacobian times the matrix, ``[B, K, size]``, by the cheaper of two ways."""
     form = parts[0].form
     if len(parts) == 1 and isinstance(form, Outer) and not parts[0].path and not form.is_turned:
         num_seeds, _, _, positions, outs = form.cotangents.shape
@@ -50,7 +50,7 @@ def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: SignMat
 
 
 def _projected_by_factors(form: Outer, signs: SignMatrix) -> Tensor:
-    """What went in times R, and then what came back times that."""
+    """The inputs times the matrix, and then the cotangents times that."""
     left = form.cotangents.to(signs.dtype).permute(2, 1, 0, 3, 4)
     groups, size, num_seeds, positions, outs = left.shape
     right = form.inputs.to(left.dtype).transpose(0, 1).flatten(1, 2)
@@ -58,24 +58,25 @@ def _projected_by_factors(form: Outer, signs: SignMatrix) -> Tensor:
     step = _at_once(signs, total, max(ins, size * positions))
     for group in range(groups):
         for start in range(0, outs, step):
-            some = left[group, ..., start : start + step]
-            count = some.shape[-1]
+            cotangents = left[group, ..., start : start + step]
+            count = cotangents.shape[-1]
             table = signs.rows(count * ins).view(count, ins, -1).transpose(0, 1).flatten(1)
             through = (right[group] @ table).view(size, positions * count, -1)
-            total.baddbmm_(some.reshape(size, num_seeds, positions * count), through)
+            total.baddbmm_(cotangents.reshape(size, num_seeds, positions * count), through)
     return total
 
 
 def _projected_by_rows(block: Tensor, signs: SignMatrix) -> Tensor:
-    """Rows ``[B, K, *param]`` times R."""
+    """Rows ``[B, K, *param]`` times the matrix."""
     flat = block.reshape(block.shape[:2].numel(), -1).to(signs.dtype)
     total = flat.new_zeros((len(flat), signs.size))
     step = _at_once(signs, total, 1)
     for start in range(0, flat.shape[1], step):
-        some = flat[:, start : start + step]
-        total.addmm_(some, signs.rows(some.shape[1]))
+        columns = flat[:, start : start + step]
+        total.addmm_(columns, signs.rows(columns.shape[1]))
     return total.view(*block.shape[:2], -1)
 
 
 def _at_once(signs: SignMatrix, like: Tensor, width: int) -> int:
+    """How many outputs to take at once, each of which needs ``width`` rows of the matrix."""
     return max(1, signs.at_once // (signs.size * width * like.element_size()))

@@ -40,4 +40,4 @@ class UnruledUse:
 
     numbers: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
-    """Those that were written into, or may have been."""
+    """Parameters that were written into, or may have been."""

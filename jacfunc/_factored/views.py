@@ -1,4 +1,4 @@
-"""Operations that show a part of a parameter, in another order: what is written there is in J."""
+"""Operations that make a view of a parameter, which selects entries of the Jacobian, too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacfunc._torch import below_transforms
 
-_BOTH = (
+_IN_BOTH_PLACES = (
     *("t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint"),
     *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"),
     *("select", "narrow", "chunk", "split", "tensor_split", "unbind", "hsplit", "vsplit"),
@@ -19,30 +19,30 @@ _BOTH = (
 
 VIEWS: frozenset[Callable[..., Any]] = frozenset(
     [
-        *(getattr(place, name) for name in _BOTH for place in (torch, Tensor)),
+        *(getattr(place, name) for name in _IN_BOTH_PLACES for place in (torch, Tensor)),
         *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")),
         Tensor.view,
         Tensor.__getitem__,
     ]
 )
 
-_ASKED = (
+_PROPERTIES = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
     *("requires_grad", "is_leaf", "is_cuda", "is_sparse", "is_quantized", "is_nested", "is_meta"),
 )
-_COUNTED = (
+_METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "get_device"),
     *("storage_offset", "is_contiguous", "is_floating_point", "is_complex", "__len__"),
 )
 
 METADATA: frozenset[Callable[..., Any]] = frozenset(
     [
-        *(getattr(Tensor, name).__get__ for name in _ASKED),
-        *(getattr(Tensor, name) for name in _COUNTED),
+        *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+        *(getattr(Tensor, name) for name in _METHODS),
         *(torch.numel, torch.is_floating_point, torch.is_complex),
     ]
 )
-"""What tells something of a tensor, and has nothing to do with its entries."""
+"""Reads of a tensor's shape and the like, which do not touch its entries."""
 
 _DATA: Any = Tensor.data
 RAW_MEMORY: frozenset[Callable[..., Any]] = frozenset(
@@ -52,48 +52,49 @@ RAW_MEMORY: frozenset[Callable[..., Any]] = frozenset(
         *(Tensor.untyped_storage, Tensor.set_),
     ]
 )
-"""What hands out the memory itself: whoever writes there does not raise the tensor's version."""
+"""Accesses to the memory itself: a write there does not raise the version of the tensor."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A part of a tensor, or another order of its entries."""
+    """A call that makes a view of a tensor: a part of it, or its entries in another order."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     item: int | None = None
-    """Of several that the function returns."""
+    """Which of several views the function returns; None if it returns one."""
 
     def __call__(self, whole: Tensor) -> Tensor:
-        viewed = self.func(whole, *self.args, **self.kwargs)
-        part: Tensor = viewed if self.item is None else viewed[self.item]
-        return part
+        result = self.func(whole, *self.args, **self.kwargs)
+        view: Tensor = result if self.item is None else result[self.item]
+        return view
 
 
 Path: TypeAlias = tuple[View, ...]
-"""One of the other: which part of a parameter it is."""
+"""Views, each of the one before, that lead from a parameter to a part of it."""
 
 
-def is_part(held: Any, whole: Tensor, options: Iterable[Any]) -> bool:
-    """Are these entries of ``whole``, whatever it holds, chosen by numbers alone?
+def is_part(view: Any, whole: Tensor, options: Iterable[Any]) -> bool:
+    """Is the result of a function of views a view of ``whole``, chosen by numbers alone?
 
-    Not a copy, which some of these functions return where no view can be; nor other numbers by
-    the same bits; nor what a tensor among the options chose, which may hold others later.
+    It is not if it is a copy, if it reads the memory as another dtype, or if a tensor among the
+    options chose it, which may have other values later.
     """
-    if not isinstance(held, Tensor) or any(map(_holds_tensors, options)):
+    if not isinstance(view, Tensor) or any(map(_holds_tensors, options)):
         return False
-    mine, theirs = below_transforms(held), below_transforms(whole)
-    return mine.dtype == theirs.dtype and shares_memory(mine, theirs)
+    part, tensor = below_transforms(view), below_transforms(whole)
+    return part.dtype == tensor.dtype and shares_memory(part, tensor)
 
 
 def _holds_tensors(option: Any) -> bool:
+    """Is the option a tensor, or a slice or list with one?"""
     if isinstance(option, slice):
         option = (option.start, option.stop, option.step)
-    every = option if isinstance(option, tuple | list) else (option,)
-    return any(isinstance(each, Tensor) for each in every)
+    items = option if isinstance(option, tuple | list) else (option,)
+    return any(isinstance(item, Tensor) for item in items)
 
 
 def shares_memory(tensor: Tensor, other: Tensor) -> bool:
-    """Is what is written into one in the other, too?"""
+    """Have both tensors the same storage?"""
     return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -54,14 +54,14 @@ WRONG_SECOND_DERIVATIVE = {
 
 
 class PullbackRules(NamedTuple):
-    """What torch's faults allow of a pullback through a plain graph.
+    """How a plain graph can be pulled back, given torch's faults.
 
     Args:
-        names: of the kinds of its nodes.
+        names: the names of the graph's nodes.
         is_batchable: is a pullback right under vmap?
-        keeps_graph: may its products be differentiated?
-        reason: why they may not, where they were to be.
-        is_forced: must the backward formulas be the differentiable ones, whoever asks?
+        keeps_graph: may products be differentiated?
+        reason: why products may not be differentiated, if they should have been.
+        is_forced: must every pullback use the differentiable formulas of backward passes?
     """
 
     names: set[str]
@@ -72,10 +72,13 @@ class PullbackRules(NamedTuple):
 
 
 def pullback_rules(nodes: set[Any], differentiated: bool) -> PullbackRules:
-    """The rules for a graph of these nodes, whose pullback may be differentiated.
+    """The rules for a graph with these nodes.
+
+    Args:
+        differentiated: may the pullback be differentiated?
 
     Raises:
-        Refused: if there is a node whose pullback comes out wrong, however it is swept.
+        Refused: if a node has a backward pass that is wrong even row by row.
     """
     check_nodes(nodes, differentiated=False)
     names = {node.__name__ for node in nodes}
@@ -91,20 +94,22 @@ _NAMED = NEVER_BATCHED.union(
 
 
 def suspects(kinds: set[Any]) -> set[Any]:
-    """Kinds of nodes without those of torch's own that no table names, looked up once a process."""
-    unknown = kinds - _innocent()
+    """The kinds of nodes that the tables say something about, or that are not torch's own."""
+    unknown = kinds - _harmless()
     if unknown:
-        _innocent().update(filter(_is_innocent, unknown))
-        unknown -= _innocent()
+        _harmless().update(filter(_is_harmless, unknown))
+        unknown -= _harmless()
     return unknown
 
 
 @cache
-def _innocent() -> set[Any]:
+def _harmless() -> set[Any]:
+    """Kinds of nodes that were looked up, and are in no table."""
     return set()
 
 
-def _is_innocent(kind: Any) -> bool:
+def _is_harmless(kind: Any) -> bool:
+    """Is it a node of torch's own that no table names?"""
     name = kind.__name__
     is_named = name in _NAMED or name.startswith("Linalg") or name.endswith("Backward")
     return not (is_named or hasattr(kind, "_forward_cls"))

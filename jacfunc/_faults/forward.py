@@ -18,7 +18,7 @@ import torch
 from jacfunc._errors import Refused
 from jacfunc._faults.formulas import FORMULAS
 from jacfunc._faults.lookups import Args, lookup, tensors_of
-from jacfunc._faults.operations import MET
+from jacfunc._faults.operations import WATCHED
 from jacfunc._faults.watch import Watch, name_of
 from jacfunc._torch import (
     below_transforms,
@@ -199,7 +199,7 @@ class ForwardWatch(Watch):
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
         check_push(func, name, args, kwargs, self._around)
-        result = self.by_rule(func, args, kwargs) if func in MET else func(*args, **kwargs)
+        result = self.by_rule(func, args, kwargs) if func in WATCHED else func(*args, **kwargs)
         if self._is_recording and not torch.is_grad_enabled() and is_differentiable(result):
             return without_tangent(result, name, args)
         check_pushed(name, result)

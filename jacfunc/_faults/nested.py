@@ -83,7 +83,7 @@ def watched_once(
         raise Refused(CUT_OFF)
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
     draws = is_known and watch.drew and call.state is None
-    if is_known and not (watch.met or draws or any(map(_may_catch, call.functions))):
+    if is_known and not (watch.stays_watched or draws or any(map(_may_catch, call.functions))):
         unwatched().put(version, kind, shares)
     return outputs, extras
 

@@ -132,5 +132,5 @@ RULES: dict[Callable[..., Any], _Rule] = {
     SWITCH: refuse_in_checkpoint,
 }
 """For each operation what is done instead of a call."""
-MET = frozenset(RULES) | frozenset(FORMULAS)
+WATCHED = frozenset(RULES) | frozenset(FORMULAS)
 """All operations that a watch does something about."""

@@ -17,7 +17,7 @@ from jacfunc._errors import Refused, lacks_forward_rule, writes_outside
 from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, cuts_off
 from jacfunc._faults.formulas import by_formula
 from jacfunc._faults.lookups import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
-from jacfunc._faults.operations import MET, RULES
+from jacfunc._faults.operations import RULES, WATCHED
 from jacfunc._remembered import Remembered
 from jacfunc._torch import (
     DRAWING,
@@ -46,8 +46,8 @@ class Watch(TorchFunctionMode):
     """
 
     _caught: Any = None
-    met = False
-    """Has the function called an operation that has a rule?"""
+    stays_watched = False
+    """Must the function be watched again, because it has called an operation that has a rule?"""
     drew = False
     """Has the function drawn random numbers?"""
     strides = False
@@ -83,7 +83,7 @@ class Watch(TorchFunctionMode):
         try:
             if is_pushing():
                 return self.pushed(func, args, kwargs or {})
-            if func not in MET:
+            if func not in WATCHED:
                 return func(*args, **kwargs) if kwargs else func(*args)
             return self.by_rule(func, args, kwargs or {})
         except (RuntimeError, IndexError) as error:
@@ -92,7 +92,7 @@ class Watch(TorchFunctionMode):
 
     def pushed(self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
         """A call in forward mode."""
-        if func not in MET:
+        if func not in WATCHED:
             return func(*args, **kwargs)
         return self.by_rule(func, args, kwargs)
 
@@ -112,7 +112,7 @@ class Watch(TorchFunctionMode):
             return
         self.strides |= func in STRIDING
         is_plain = func in BY_CALLER or (func in LOOKUPS and lookup(args, kwargs) is None)
-        self.met |= not is_plain
+        self.stays_watched |= not is_plain
         if func is Tensor.detach or func in TAKES_DERIVATIVES:
             self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)
 
@@ -130,7 +130,7 @@ class Watch(TorchFunctionMode):
             leads_out = pulls[-1](tensor) if pulls else order > 0
         if order < 2 and not leads_out:
             return False
-        self.met = True
+        self.stays_watched = True
         watch_on()  # the outer watches see only the parts of a formula
         if leads_out or order > 2:
             return True
@@ -191,10 +191,10 @@ def _modes() -> list[Any]:
 
 
 def watch_on() -> None:
-    """Keep the outer watches: they count orders, so who takes derivatives inside stays watched."""
+    """Make outer watches watch again: they count orders of derivatives, and one is taken here."""
     for watch in _modes() if torch._C._len_torch_function_stack() else ():
         if isinstance(watch, Watch):
-            watch.met = True
+            watch.stays_watched = True
 
 
 @cache

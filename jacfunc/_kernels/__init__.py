@@ -1,3 +1,3 @@
-"""Products ``J Jᵀ``, without the Jacobian."""
+"""Neural tangent kernels and Gramians ``J Jᵀ``, without writing out J."""
 
 from jacfunc._kernels.ntk import gram, ntk

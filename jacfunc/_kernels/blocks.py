@@ -1,4 +1,4 @@
-"""Products of Jacobians of two batches, block by block, from the factors of layers."""
+"""The product ``J₁ J₂ᵀ`` of two batches, block by block, from factored Jacobians."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from jacfunc._kernels.sampled_function import KernelSamples
 from jacfunc._types import Leaves, Tree
 
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
-"""Wraps a sequence, to watch it being worked off."""
+"""Wraps a sequence, and shows how much of it is done, as ``tqdm.tqdm`` does."""
 
 
 @dataclass(frozen=True)
 class KeptAxes:
-    """Which axes of a sample's output are not kept twice.
+    """The axes of a sample's output that the kernel does not have twice.
 
     Args:
-        traced: summed over.
-        diagonal: kept once.
+        traced: axes that are summed over.
+        diagonal: axes that the kernel has once.
     """
 
     traced: tuple[int, ...]
@@ -35,13 +35,14 @@ class KeptAxes:
 
     @classmethod
     def of(cls, traced: int | Sequence[int], diagonal: int | Sequence[int]) -> KeptAxes:
+        """From arguments of :func:`jacfunc.ntk`."""
         return cls(
             (traced,) if isinstance(traced, int) else tuple(traced),
             (diagonal,) if isinstance(diagonal, int) else tuple(diagonal),
         )
 
     def ordered(self, dim: int) -> tuple[list[int], list[int], list[int]]:
-        """The axes of an output of so many: diagonal, kept, traced."""
+        """The axes of an output with ``dim`` axes, in the order diagonal, kept, traced."""
         for axis in (*self.diagonal, *self.traced):
             if not -dim <= axis < dim:
                 raise ValueError(
@@ -59,76 +60,84 @@ class KeptAxes:
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Some samples of a batch."""
+    """The samples of a batch from start to stop."""
 
     samples: KernelSamples
     start: int
     stop: int
 
-    def pulled(self, wanted: KeptAxes) -> list[LeafRows]:
-        """All rows of each output leaf."""
-        factors = self.samples.between(self.start, self.stop)
+    def rows(self, axes: KeptAxes) -> list[LeafRows]:
+        """All rows of the Jacobian of each output leaf."""
+        jacobian = self.samples.between(self.start, self.stop)
         with self.samples.undisturbed(), self.samples.factored():
-            return [_pulled(factors, number, wanted) for number in range(len(factors.outputs))]
+            return [_leaf_rows(jacobian, number, axes) for number in range(len(jacobian.outputs))]
 
 
 @dataclass(frozen=True)
 class LeafRows:
-    """The rows of one output leaf, as factors: in the order diagonal, kept, traced."""
+    """All rows of the Jacobian of one output leaf, as factors.
+
+    Args:
+        parts: the parts of each parameter's Jacobian.
+        params: the parameters.
+        size: the number of samples.
+        shapes: the sizes of the axes that are diagonal, kept and traced; rows are in this order.
+        like: a tensor of the kernel's dtype and device.
+    """
 
     parts: list[list[Part]]
     params: Leaves
     size: int
     shapes: list[tuple[int, ...]]
-    """Of the axes that are diagonal, kept, traced."""
     like: Tensor
 
     @property
     def axes(self) -> Axes:
+        """How many rows are diagonal, kept and traced."""
         return Axes(*(prod(shape) for shape in self.shapes))
 
     def times(self, other: LeafRows) -> Tensor:
-        """``[B1, B2, *diagonal, *kept, *kept]``."""
+        """The kernel of this side with another, ``[B1, B2, *diagonal, *kept, *kept]``."""
         gram = Gram(self.like, (self.size, other.size), self.axes, other is self)
-        for mine, theirs, param in zip(self.parts, other.parts, self.params, strict=True):
-            gram.add(mine, theirs, param)
+        for left, right, param in zip(self.parts, other.parts, self.params, strict=True):
+            gram.add(left, right, param)
         diagonal, kept, _ = self.shapes
         total = gram.whole().permute(1, 3, 0, 2, 4)
         return total.reshape(self.size, other.size, *diagonal, *kept, *kept)
 
     def mirrored(self, block: Tensor) -> Tensor:
-        """The block on the other side of the diagonal."""
+        """The block on the other side of the kernel's diagonal."""
         lead, kept = 2 + len(self.shapes[0]), len(self.shapes[1])
-        mine, theirs = range(lead, lead + kept), range(lead + kept, lead + 2 * kept)
-        return block.permute(1, 0, *range(2, lead), *theirs, *mine)
+        left, right = range(lead, lead + kept), range(lead + kept, lead + 2 * kept)
+        return block.permute(1, 0, *range(2, lead), *right, *left)
 
 
 @torch.no_grad()
 def product_of(
     first: Sequence[SampleRange],
     second: Sequence[SampleRange],
-    wanted: KeptAxes,
+    axes: KeptAxes,
     progress: Progress | None,
 ) -> Tree:
-    """``J₁ J₂ᵀ`` of all chunks, a kernel for each output leaf; half of it, where both are one."""
+    """A kernel ``J₁ J₂ᵀ`` for each output leaf; of one side with itself, half is computed."""
     is_symmetric = second is first
     rows, columns = _ranges(first), _ranges(second)
     pairs = [
         (i, j) for i in range(len(rows)) for j in range(i + 1 if is_symmetric else len(columns))
     ]
     results: list[Tensor] = []
-    row, mine = -1, list[LeafRows]()
+    row, lefts = -1, list[LeafRows]()
     for i, j in progress(pairs) if progress else pairs:
         if row != i:
-            row, mine = i, first[i].pulled(wanted)
-        theirs = mine if is_symmetric and i == j else second[j].pulled(wanted)
-        blocks = [left.times(right) for left, right in zip(mine, theirs, strict=True)]
+            row, lefts = i, first[i].rows(axes)
+        rights = lefts if is_symmetric and i == j else second[j].rows(axes)
+        blocks = [left.times(right) for left, right in zip(lefts, rights, strict=True)]
         if len(pairs) == 1:
             return first[0].samples.last_call.output_tree(blocks)
         if not results:
             sizes = rows[-1].stop, columns[-1].stop
             results = [empty(block, (*sizes, *block.shape[2:])) for block in blocks]
-        for left, block, result in zip(mine, blocks, results, strict=True):
+        for left, block, result in zip(lefts, blocks, results, strict=True):
             result[rows[i], columns[j]] = block
             if is_symmetric and i != j:
                 result[columns[j], rows[i]] = left.mirrored(block)
@@ -136,18 +145,19 @@ def product_of(
 
 
 def _ranges(side: Sequence[SampleRange]) -> list[slice]:
-    """Where the samples of each chunk are, among all."""
+    """The place of each chunk's samples among those of all chunks."""
     stops = list(accumulate(chunk.stop - chunk.start for chunk in side))
     return [slice(start, stop) for start, stop in pairwise([0, *stops])]
 
 
-def _pulled(factors: FactoredJacobian, number: int, wanted: KeptAxes) -> LeafRows:
-    out, size = factors.of_one[number], factors.samples.size
-    orders = wanted.ordered(out.dim())
+def _leaf_rows(jacobian: FactoredJacobian, number: int, axes: KeptAxes) -> LeafRows:
+    """All rows of output leaf ``number``, in the order diagonal, kept, traced."""
+    out, size = jacobian.sample_outputs[number], jacobian.samples.size
+    orders = axes.ordered(out.dim())
     order = torch.arange(out.numel(), device=out.device).view(out.shape)
-    order = order.permute([axis for axes in orders for axis in axes]).flatten()
+    order = order.permute([axis for group in orders for axis in group]).flatten()
     seeds = torch.eye(out.numel(), dtype=out.dtype, device=out.device)[order]
     cotangents = seeds.view(-1, 1, *out.shape).expand(-1, size, *out.shape)
-    parts = factors.of_cotangents((cotangents,), slice(number, number + 1))
-    shapes = [tuple(out.shape[axis] for axis in axes) for axes in orders]
-    return LeafRows(parts, factors.params, size, shapes, out)
+    parts = jacobian.parts_of_cotangents((cotangents,), slice(number, number + 1))
+    shapes = [tuple(out.shape[axis] for axis in group) for group in orders]
+    return LeafRows(parts, jacobian.params, size, shapes, out)

@@ -1,4 +1,4 @@
-"""The doors to ``J Jᵀ``: neural tangent kernels and Gramians, from the factors of layers."""
+"""Public functions: neural tangent kernels and Gramians ``J Jᵀ``, from the factors of layers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ntk(
             or another iterable of batches, such as a ``DataLoader``.
         x2: another one; None for the kernel of the first with itself, of which half is computed.
         trace_axes: axes of a sample's output along which ``i = j`` is summed over.
-        diagonal_axes: axes along which only ``i = j`` is wanted.
+        diagonal_axes: axes along which only ``i = j`` is computed.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.
@@ -79,32 +79,32 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
-    wanted = KeptAxes.of(trace_axes, diagonal_axes)
+    axes = KeptAxes.of(trace_axes, diagonal_axes)
     check_chunk_size(API, chunk_size)
-    door = None
+    options = None
     if isinstance(func, nn.Module):
-        looked = Independence.of(API, independent, chunk_size)
-        # who iterates, or watches, may change the module, or the batch, from block to block
+        independence = Independence.of(API, independent, chunk_size)
+        # an iterable of batches, or progress, may run code that changes the module between blocks
         is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
-        door = BatchOptions(
-            API, func, params, in_dims, randomness, chunk_size, looked, stays=is_watched
+        options = BatchOptions(
+            API, func, params, in_dims, randomness, chunk_size, independence, stays=is_watched
         )
 
-    def sampled(args: tuple[Tree, ...]) -> KernelSamples:
-        if door is not None:
-            return door.at((args, {}))
+    def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
+        if options is not None:
+            return options.at((args, {}))
         return samples_of(API, func, params, args, in_dims, randomness)
 
     def chunks(x: Any) -> list[SampleRange]:
-        found: list[SampleRange] = []
+        ranges: list[SampleRange] = []
         for batch in _batches(x):
-            samples = sampled(batch if isinstance(batch, tuple) else (batch,))
+            samples = samples_at(batch if isinstance(batch, tuple) else (batch,))
             size, step = samples.size, chunk_size or samples.size
-            found += [SampleRange(samples, n, min(n + step, size)) for n in range(0, size, step)]
-        return found
+            ranges += [SampleRange(samples, n, min(n + step, size)) for n in range(0, size, step)]
+        return ranges
 
     first = chunks(x1)
-    return product_of(first, first if x2 is None else chunks(x2), wanted, progress)
+    return product_of(first, first if x2 is None else chunks(x2), axes, progress)
 
 
 def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
@@ -146,9 +146,10 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
 
 
 def _batches(x: Any) -> Iterable[Any]:
-    """A tree is one batch; what else can be iterated over holds several."""
+    """The batches of an argument: a tree is one batch, any other iterable holds several."""
     return [x] if _is_tree(x) else x
 
 
 def _is_tree(x: Any) -> bool:
+    """Is it one batch: a tensor, a tuple, a dict or another tree, and no list of batches?"""
     return isinstance(x, Tensor | tuple | dict) or not isinstance(x, Iterable)

@@ -1,4 +1,4 @@
-"""A function whose Jacobian is kept as factors: at samples, or at one call."""
+"""Functions at the samples of a batch, or at one call, with factored Jacobians for kernels."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from jacfunc.strategies import Structured
 
 
 class KernelSamples(Protocol):
-    """Samples, of a module (:class:`jacfunc._points.Point`) or a function."""
+    """Samples that a kernel is of: those of a module (``ModuleAtBatch``), or of a function."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of samples."""
         ...
 
     @property
     def last_call(self) -> FlatCall:
-        """Of a sample that was evaluated."""
+        """The call of a sample that was evaluated."""
         ...
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
-        """Some of the samples, evaluated."""
+        """The factored Jacobian of the samples from start to stop."""
         ...
 
     def undisturbed(self) -> AbstractContextManager[Any]:
-        """What must hold around pullbacks."""
+        """The context for pullbacks."""
         ...
 
     def factored(self) -> AbstractContextManager[Any]:
-        """Refusals of what is done under vmap, in words of the door."""
+        """A context for work under vmap, in which refusals name the public function."""
         ...
 
 
 @dataclass(eq=False)
 class FunctionSamples:
-    """A function of parameters and one sample, at a batch."""
+    """A function of parameters and one sample, at all samples of a batch."""
 
     batch: SampledCall
     last_call: FlatCall = field(init=False)
@@ -68,14 +68,14 @@ class FunctionSamples:
         return torch.no_grad()
 
     def _evaluated(self, start: int, stop: int) -> FactoredJacobian:
-        factors, self.last_call = self.batch.factors(start, stop)
-        self.evaluations.check((start, stop), factors.outputs)
-        return factors
+        jacobian, self.last_call = self.batch.factors(start, stop)
+        self.evaluations.check((start, stop), jacobian.outputs)
+        return jacobian
 
 
 @dataclass(frozen=True)
 class SingleCall:
-    """One call, which is its only sample."""
+    """One call of a function, as a batch with one sample."""
 
     last_call: FlatCall
     strategy: Structured
@@ -102,11 +102,11 @@ def samples_of(
     """``func(params, *inputs)`` at a batch of inputs.
 
     Raises:
-        TypeError, ValueError: dimensions that do not fit.
+        TypeError, ValueError: ``in_dims`` that do not fit the inputs.
     """
-    every_dim = sample_dims(api, in_dims, (args, {}))
+    leaf_dims = sample_dims(api, in_dims, (args, {}))
     split = Split.of((args, {}), is_tensor)
-    dims = [d for d, is_leaf in zip(every_dim, split.is_chosen, strict=True) if is_leaf]
+    dims = [d for d, is_leaf in zip(leaf_dims, split.is_chosen, strict=True) if is_leaf]
     check_batch(api, split.leaves, dims)
 
     def call_of(leaves: Leaves) -> FlatCall:

@@ -149,10 +149,12 @@ def _with_graph(leaves: Leaves) -> list[int]:
 
 
 def _released(leaves: Leaves) -> Leaves:
+    """New tensors without a graph, which nothing can connect with the evaluation."""
     return tuple([leaf.detach() for leaf in leaves])
 
 
 def _detached(leaves: Leaves) -> Leaves:
+    """The leaves, and new tensors without a graph for those that have one."""
     with untracked():
         return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
 

@@ -2,7 +2,6 @@
 
 from jacfunc._measuring.clock import Run, interleaved, is_here, peak_bytes, seconds_of, shuffled
 from jacfunc._measuring.results import (
-    WARM_UP,
     Result,
     Spread,
     WrongAnswerError,

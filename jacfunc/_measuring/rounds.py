@@ -75,11 +75,10 @@ class Entry:
         check: Check,
         patience: float,
         device: torch.device,
-        brief: float = BRIEF,
     ) -> None:
         self.result = Result(contestant.name, contestant.family)
         self._problem, self._contestant, self._check = problem, contestant, check
-        self._patience, self._device, self._brief = patience, device, brief
+        self._patience, self._device = patience, device
 
     @property
     def name(self) -> str:
@@ -112,7 +111,7 @@ class Entry:
     def time(self, number: int) -> None:
         """Time the call of one round, after an untimed call where caches would be much of it."""
         with recording(self.result):
-            if self.result.seconds[WARM_UP] < self._brief:
+            if self.result.seconds[WARM_UP] < BRIEF:
                 self._run()
             began = time.process_time()
             self.result.seconds[number] = seconds_of(self._run, self._device)

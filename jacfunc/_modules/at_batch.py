@@ -165,7 +165,7 @@ class ModuleAtBatch:
             of = nonzero_numbers(cotangents)
             cotangents = chosen_leaves(cotangents, of)
         with self.undisturbed(), self.factored():
-            every = factors.of_cotangents(cotangents, of)
+            every = factors.parts_of_cotangents(cotangents, of)
         return {name: parts for name, parts in zip(self.params, every, strict=True) if parts}
 
     def factored(self) -> AbstractContextManager[None]:

@@ -120,7 +120,7 @@ class ModuleCall:
             self.independence.check(self.api, self.state, kind, lambda: self._subject(batch))
 
     def _subject(self, batch: SampledCall) -> Subject:
-        """The module at the batch, in all its parameters but those of TorchScript."""
+        """What is compared: the module at the batch, with all parameters but TorchScript's."""
         state, split = self.state, Split.of(self.arguments, is_tensor)
         module = state.module
         scripted = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -70,14 +70,8 @@ class Auto(Streaming):
         return bounded_samples(plan, costs, samples.size, self.memory)
 
 
-class Planning(Planner, Protocol):
-    """A strategy that makes plans for operators."""
-
-    def plan(self, operator: JacobianOperator) -> Plan: ...
-
-
 def by_plan(
-    strategy: Planning, sink: Sink, operator: JacobianOperator, directions: Sequence[Direction]
+    strategy: Planner, sink: Sink, operator: JacobianOperator, directions: Sequence[Direction]
 ) -> Blocks:
     """Blocks ``[*out_i, *in_j]`` by the plan of an earlier call of this kind, or by a new one."""
     if torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from jacfunc._calls import fingerprint
+from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._planning.budget import is_bounded
 from jacfunc._planning.plan import Plan
@@ -22,10 +23,12 @@ MOST_CODES = 1000
 
 
 class Planner(Protocol):
-    """A strategy that makes plans: equal ones share them."""
+    """A strategy that makes plans, within a budget if it has one; equal ones share plans."""
 
     @property
     def memory(self) -> Memory: ...
+
+    def plan(self, operator: JacobianOperator) -> Plan: ...
 
 
 class Code:
@@ -58,13 +61,16 @@ def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:
 
 @cache
 def shared_plans() -> Remembered[Planned]:
-    """By module or code, strategy and kind of call."""
+    """Plans that equal strategies share: by module or code, strategy and kind of call."""
     return Remembered()
 
 
 @cache
 def own_plans() -> Remembered[Remembered[Planned]]:
-    """By strategy object, then by function or module and kind of call: looked up faster."""
+    """Plans of one strategy object: by function or module and kind of call.
+
+    They hold the shared ones, too: no strategies are compared to find them.
+    """
     return Remembered()
 
 

@@ -62,7 +62,7 @@ class SampleWriter:
         """Blocks as new tensors, which carry a graph."""
         return tuple(
             block.unflatten(1, out.shape) if out.dim() else block.squeeze(1)
-            for number, out in enumerate(factors.of_one)
+            for number, out in enumerate(factors.sample_outputs)
             for block in factors.rows(0, out.numel(), number)
         )
 
@@ -75,7 +75,7 @@ class SampleWriter:
         for number, rows in enumerate(grid.rows):
 
             def fill(begin: int, end: int, number: int = number) -> Leaves:
-                parts = factors.of_rows(begin, end, number)
+                parts = factors.parts_of_rows(begin, end, number)
                 # not before: what the sweep took for a while need not lie beside the result
                 blocks = self._places(factors, number, total)
                 factors.write(parts, [block[samples, begin:end] for block in blocks])
@@ -88,7 +88,7 @@ class SampleWriter:
         """Places for the blocks of an output, ``[B, M, *param]``."""
         params, grid = factors.params, self.grid()
         if self.places is None:
-            like = tuple(_like(out, param) for out in factors.of_one for param in params)
+            like = tuple(_like(out, param) for out in factors.sample_outputs for param in params)
             self.places = self.sink.places(like, total, grid)
         places = self.places[number * len(params) : (number + 1) * len(params)]
         return tuple(

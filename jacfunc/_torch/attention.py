@@ -60,7 +60,7 @@ class MathAttention:
                     _choose(*_ENTERED.before)
             elif self._before != MATH_ONLY:
                 _choose(*self._before)
-            elif not _ENTERED.count and _current() == MATH_ONLY:  # nobody has set them since
+            elif not _ENTERED.count and _current() == MATH_ONLY:  # still as this context set them
                 _choose(*_ENTERED.before)
 
 

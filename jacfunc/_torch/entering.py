@@ -26,7 +26,9 @@ def at_reverse_level(func: LeafFunction, primals: Leaves) -> tuple[Leaves, Leave
             with torch.enable_grad():
                 inner = [_functorch._wrap_for_grad(primal, level) for primal in primals]
                 with eager_transforms.enable_inplace_requires_grad(True):
-                    for tensor in inner:  # by torch's own code: watches look at who asks for it
+                    for (
+                        tensor
+                    ) in inner:  # torch's own code does it, as watches look at which code calls it
                         eager_transforms._set_tensor_requires_grad(tensor)
                 outputs, extras = func(*inner)
                 eager_transforms.assert_non_empty_tensor_output([*outputs], "vjp(f, *primals)")
@@ -54,4 +56,5 @@ def at_forward_level(
 
 
 def _below(leaves: Leaves, level: int) -> Leaves:
+    """The leaves without the wrappers of this level."""
     return tuple([_functorch._unwrap_for_grad(leaf, level) for leaf in leaves])

@@ -109,7 +109,7 @@ def below_transforms(tensor: Tensor) -> Tensor:
 
 
 def lacks_forward_kernel(op: torch._ops.OpOverload) -> bool:
-    """Is it a custom operator without forward mode? ``torch.library.custom_op`` makes such."""
+    """Has the operator no forward mode? Those of ``torch.library.custom_op`` have none."""
     if op.namespace in {"aten", "prim", "prims", "profiler"}:
         return False
     name = op._schema.name

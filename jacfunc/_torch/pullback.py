@@ -39,7 +39,7 @@ class Pull:
         level: the level of functorch; None on a plain graph.
         around: equal for pullbacks that are differentiated further in the same way.
         leads_out: on a plain graph, tells whether the graph of a tensor leads to leaves outside,
-            by which somebody may differentiate further.
+            by which it may be differentiated further.
     """
 
     level: int | None

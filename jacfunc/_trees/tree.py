@@ -192,7 +192,8 @@ class Split:
     @classmethod
     def of(cls, tree: Tree, chosen: Callable[[object], bool] = is_differentiable) -> Split:
         """Split a tree; ``chosen`` tells for each leaf whether it is one."""
-        if type(tree) is Tensor and chosen(tree):
+        # the commonest tree by far, and a leaf of every choice
+        if type(tree) is Tensor and tree.is_floating_point():
             return cls(_LEAF, (True,), (tree,), ())
         everything, spec = flatten(tree)
         is_chosen = tuple(map(chosen, everything))

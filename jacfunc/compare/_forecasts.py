@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jacfunc._calls import Derivation
 from jacfunc._forecasting import CallForecast, Costs, counted_costs
@@ -30,9 +30,17 @@ def foretell(
     """Write into each result what its strategy, which has the same name, would take.
 
     A result that need not be tried gets the reason as its status: a process that is killed has no
-    table.
+    table. Nothing is said of auto and autotune, which choose for themselves.
     """
-    needs = _needs(problem, strategies)
+    resolved = {name: resolve(API, strategy, None) for name, strategy in strategies.items()}
+    swept = {name: s for name, s in resolved.items() if isinstance(s, Sweeping)}
+    try:
+        needs = (
+            _of_function(problem, swept) if problem.module is None else _of_module(problem, swept)
+        )
+    except Exception as error:  # the measured rows will say what is wrong; there is no forecast
+        note("nothing is forecast: %s", error)
+        return
     shortest = min((seconds for seconds, _, _ in needs.values() if seconds), default=0.0)
     for result in results:
         name = result.contestant
@@ -40,21 +48,6 @@ def foretell(
         # torch's own recipe is a reverse sweep, too
         sweep = needs.get(name if name in strategies else "reverse", UNKNOWN)
         result.status = _obstacle(sweep, free_bytes(problem.device), shortest) or result.status
-
-
-def _needs(problem: Problem, strategies: Mapping[str, str | Strategy]) -> dict[str, Needs]:
-    """What strategies would take; auto and autotune, which choose for themselves, are left out.
-
-    A function is evaluated as :func:`jacfunc.estimate` does it. Of a module one sample is
-    evaluated, and the seconds are those by which auto chooses.
-    """
-    try:
-        forecast = _of_function(problem) if problem.module is None else _of_module(problem)
-    except Exception as error:  # the measured rows will say what is wrong; there is no forecast
-        note("nothing is forecast: %s", error)
-        return {}
-    resolved = {name: resolve(API, strategy, None) for name, strategy in strategies.items()}
-    return {name: forecast(s) for name, s in resolved.items() if isinstance(s, Sweeping)}
 
 
 def _obstacle(needs: Needs, free: int, shortest: float) -> str | None:
@@ -69,29 +62,26 @@ def _obstacle(needs: Needs, free: int, shortest: float) -> str | None:
     return None
 
 
-def _of_function(problem: Problem) -> Callable[[Sweeping], Needs]:
+def _of_function(problem: Problem, strategies: Mapping[str, Sweeping]) -> dict[str, Needs]:
+    """What strategies would take of a function, evaluated as :func:`jacfunc.estimate` does it."""
     derivation = Derivation(API, problem.target, problem.argnums)
     call = CallForecast(derivation, problem.args, dict(problem.kwargs))
-
-    def needs(strategy: Sweeping) -> Needs:
-        forecast = call.forecast(strategy)
-        return forecast.seconds, forecast.peak_bytes, 0
-
-    return needs
+    forecasts = {name: call.forecast(strategy) for name, strategy in strategies.items()}
+    return {name: (cost.seconds, cost.peak_bytes, 0) for name, cost in forecasts.items()}
 
 
-def _of_module(problem: Problem) -> Callable[[Sweeping], Needs]:
+def _of_module(problem: Problem, strategies: Mapping[str, Sweeping]) -> dict[str, Needs]:
+    """What strategies would take of a module, by the costs of one sample, as auto forecasts it."""
     costs, samples = _costs_of_sample(problem), problem.size()
-
-    def needs(strategy: Sweeping) -> Needs:
-        if costs is None:
-            return UNKNOWN
-        if not strategy.sweeps.is_vmapped:
-            return samples * costs.seconds(strategy), None, 0
-        batch = costs.times(samples)
-        return batch.seconds(strategy), None, batch.least_bytes(strategy)
-
-    return needs
+    if costs is None:
+        return {}
+    batch = costs.times(samples)
+    return {
+        name: (batch.seconds(strategy), None, batch.least_bytes(strategy))
+        if strategy.sweeps.is_vmapped
+        else (samples * costs.seconds(strategy), None, 0)
+        for name, strategy in strategies.items()
+    }
 
 
 def _costs_of_sample(problem: Problem) -> Costs | None:

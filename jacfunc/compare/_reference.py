@@ -79,7 +79,7 @@ class Reference:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """The context in which samples are evaluated and rows are pulled back."""
-        with self._lend():
+        with torch.enable_grad(), self._lend():
             yield
         self._random_state.repeat()
 
@@ -98,13 +98,12 @@ class Reference:
             shapes = [x.shape if d is None else x.select(d, 0).shape for x, d in inputs]
         # clones, so that the function may write into its arguments
         args, kwargs = tensors.merge([x.clone() if x.requires_grad else x for x in leaves])
-        with torch.enable_grad():
-            output = problem.target(*args, **kwargs)
-            outputs = flatten(output)[0]
-            check_outputs(API, outputs, lambda: paths(output, "output"))
-            outputs = [out for out in outputs if is_differentiable(out)]
-            if problem.is_sampled:
-                outputs = [out.squeeze(0) for out in outputs]
+        output = problem.target(*args, **kwargs)
+        outputs = flatten(output)[0]
+        check_outputs(API, outputs, lambda: paths(output, "output"))
+        outputs = [out for out in outputs if is_differentiable(out)]
+        if problem.is_sampled:
+            outputs = [out.squeeze(0) for out in outputs]
         self.is_random = self._random_state.has_changed()
         return Sample(tuple(outputs), targets, tuple(shapes))
 

@@ -120,6 +120,7 @@ class Sweeping(Streaming):
 
 def blocks_into(sink: Sink, strategy: Strategy, operator: JacobianOperator) -> Blocks:
     """Blocks ``[*out_i, *in_j]`` by any strategy; one that streams hands products to the sink."""
-    if isinstance(strategy, Streaming):
+    # a user's subclass may have a materialize of its own, which is then what runs
+    if isinstance(strategy, Streaming) and type(strategy).materialize is Streaming.materialize:
         return strategy.into(sink, operator)
     return strategy.materialize(operator)

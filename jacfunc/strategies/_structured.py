@@ -66,7 +66,7 @@ class Structured(Sweeping):
         factors = self.factors(operator)
 
         def rows(chunk: Chunk) -> Iterator[Leaves]:
-            for number, out in enumerate(factors.of_one):
+            for number, out in enumerate(factors.sample_outputs):
                 yield from in_chunks(out.numel(), of_leaf(chunk, number), partial(rows_of, number))
 
         def rows_of(number: int, start: int, stop: int) -> Leaves:
@@ -89,5 +89,5 @@ class Structured(Sweeping):
                     of_one, operator.func, operator.primals, whole, uses, operator.rewind_generators
                 ),
             )
-        operator.keep_image(factors.of_one, factors.extras_of_one)
+        operator.keep_image(factors.sample_outputs, factors.sample_extras)
         return factors

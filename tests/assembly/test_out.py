@@ -132,13 +132,14 @@ def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
     sweeps = []
 
     class Counted(FactoredJacobian):
-        def of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
+        def parts_of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
             sweeps.append(stop - start)
-            return super().of_rows(start, stop, of)
+            return super().parts_of_rows(start, stop, of)
 
-    with factors_of(model, x) as factors:
-        counted, grid = Counted(**vars(factors)), Grid.of(factors.of_one, factors.params)
+    with factors_of(model, x) as jacobian:
+        counted = Counted(**vars(jacobian))
+        grid = Grid.of(jacobian.sample_outputs, jacobian.params)
         writer = SampleWriter(lambda *_: counted, Sink(), lambda: grid, most_swept=bytes_at_once)
-        blocks = writer.leaves(len(x), None, None)[: len(factors.params)]
+        blocks = writer.leaves(len(x), None, None)[: len(jacobian.params)]
     torch.testing.assert_close(torch.cat([block.flatten(2) for block in blocks], 2), expected)
     assert sweeps == {1: [1] * 5, 400: [2, 2, 1], 2**23: [5]}[bytes_at_once]

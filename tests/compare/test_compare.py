@@ -300,6 +300,13 @@ def test_a_module_that_cannot_be_copied_is_checked_in_its_dtype_and_left_as_it_w
     assert all(p.grad is None for p in module.parameters())
 
 
+def test_gradients_may_be_switched_off_outside():
+    for name in ("module", "function"):
+        with torch.no_grad():
+            comparison = compare(problems()[name], strategies=FEW, **QUICK)
+        assert [result.status for result in comparison.results] == ["ok"] * 4
+
+
 def test_the_random_state_is_left_as_it_was():
     problem = problems()["masks"]
     before = torch.get_rng_state()

@@ -333,7 +333,7 @@ def test_projections_of_several_draws_a_parameter(name: str) -> None:
     ((_, factors),) = point.factors()
     total = torch.zeros_like(true.jacobian @ random_matrix(model, 70))
     start = 0
-    for number, leaf in enumerate(factors.of_one):
+    for number, leaf in enumerate(factors.sample_outputs):
         of = slice(number, number + 1)
         parts_by_name = point.parts_of(factors, shared_units(factors.outputs[of]), of)
         stop = start + leaf.numel()
@@ -829,7 +829,7 @@ def test_losses_that_see_one_output_of_a_sample(ignored: int) -> None:
         return (values.square() * seen.to(values.dtype)).sum() / 2
 
     found = jacfunc.ggn(model, loss)(x, chosen)
-    roots = found._of_samples.roots
+    roots = found.curvature_of(found.point.outputs).roots
     assert [len(root) for root in roots] == [1]
     jacobian = jacfunc.module_jacobian(model, per_sample=True, flat=True)(x)
     rows = jacobian[torch.arange(5), chosen] * seen.unsqueeze(1)

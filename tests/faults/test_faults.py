@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import jacfunc
+from tests.kinds.programs import CubePushed, CubeVmapped, OnceDifferentiable
 from tests.truth.oracles import looped_hessian, looped_jacobian
 
 W = torch.linspace(-1.0, 1.3, 15, dtype=torch.float64).sin()
@@ -232,32 +233,11 @@ def test_custom_operators_have_no_forward_rule():
     torch.testing.assert_close(jacfunc.jacobian(cube)(x), torch.diag(3 * x**2))
 
 
-class Square(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**2
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return 2 * ctx.saved_tensors[0] * tangent
-
-
 def test_second_order_through_the_jvp_of_a_custom_function_is_refused():
     x = torch.tensor([1.0, 2.0])
-    torch.testing.assert_close(jacfunc.jacfwd(Square.apply)(x), torch.diag(2 * x))
+    torch.testing.assert_close(jacfunc.jacfwd(CubePushed.apply)(x), torch.diag(3 * x * x))
     with pytest.raises(NotImplementedError, match="custom_function_call"):
-        jacfunc.jacfwd(jacfunc.jacfwd(Square.apply))(x)
+        jacfunc.jacfwd(jacfunc.jacfwd(CubePushed.apply))(x)
 
 
 @pytest.mark.parametrize("transform", [jacfunc.jacrev, jacfunc.jacfwd, jacfunc.hessian])
@@ -370,19 +350,6 @@ def test_det_of_a_singular_matrix():
     torch.testing.assert_close(jacfunc.jacrev(torch.linalg.det)(singular), cofactors)
     with pytest.raises(NotImplementedError, match="det is zero at a singular matrix"):
         jacfunc.jacfwd(torch.linalg.det)(singular)
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, cotangent):
-        (x,) = ctx.saved_tensors
-        return cotangent * x.exp()
 
 
 INDICES = torch.tensor([[0, 1, 1], [0, 1, 0]])
@@ -612,28 +579,12 @@ def test_a_refusal_that_a_function_catches_stands():
         jacfunc.jacfwd(pushed)(POINT)
 
 
-class Cube(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 3 * ctx.saved_tensors[0] ** 2 * grad
-
-
 def test_errors_that_leave_a_derivative_inside_a_function_do_not_count():
     def func(x):
         try:
-            inner = jacfunc.jacfwd(Cube.apply)(x)
+            inner = jacfunc.jacfwd(CubeVmapped.apply)(x)
         except NotImplementedError:
-            inner = jacfunc.jacrev(Cube.apply)(x)
+            inner = jacfunc.jacrev(CubeVmapped.apply)(x)
         return inner.sum(0)
 
     torch.testing.assert_close(jacfunc.jacrev(func)(POINT), torch.diag(6 * POINT))

@@ -202,6 +202,13 @@ def test_there_are_few_files_beside_the_packages() -> None:
     assert len(list(ROOT.glob("*.py"))) <= MOST_FILES
 
 
+def test_the_walks_through_the_house_name_files_that_exist() -> None:
+    text = (GUIDE.parent / "docs" / "architecture.md").read_text()
+    files = re.findall(r"`(\w+/\w+\.py)`", text)
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
 @EVERY_PACKAGE
 def test_packages_are_small(package: str) -> None:
     rooms = [path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py"]
@@ -325,6 +332,14 @@ def test_docstrings_name_every_argument(name: str) -> None:
 @EVERY_MODULE
 def test_modules_say_what_they_are_for(name: str) -> None:
     assert ast.get_docstring(TREES[name])
+
+
+@EVERY_MODULE
+def test_classes_say_what_they_are(name: str) -> None:
+    """One sentence each, which a stranger to the file understands; helpers may go without."""
+    classes = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ClassDef)]
+    public = [node for node in TREES[name].body if node in classes and node.name[0] != "_"]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
 @EVERY_MODULE

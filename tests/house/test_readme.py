@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.figures import BLOCK, FIGURES, files, filled, main
-from benchmarks.records import Run
+from benchmarks.report.readme import BLOCK, FIGURES, files, filled, main
+from benchmarks.running.records import Run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

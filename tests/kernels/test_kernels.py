@@ -132,7 +132,7 @@ def test_pieces_of_any_size_give_the_same(name: str) -> None:
 
 def rows_of(model: nn.Module, x: Tensor) -> LeafRows:
     """All rows of a module with one output leaf, as factors."""
-    (rows,) = SampleRange(at_batch(model, x), 0, len(x)).pulled(KeptAxes((), ()))
+    (rows,) = SampleRange(at_batch(model, x), 0, len(x)).rows(KeptAxes((), ()))
     return rows
 
 

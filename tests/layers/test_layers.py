@@ -389,9 +389,9 @@ def test_a_sample_at_a_time(name: str) -> None:
     case = BY_NAME[name]
     module, inputs = case.module(torch.float64), case.inputs(torch.float64)
     judge, convolutions = judged(case, torch.float64), 0
-    with factors_of(module, inputs) as factors:
-        rows = factors.of_rows(0, 3, 0)
-    for (param, block), parts in zip(judge.items(), rows, strict=True):
+    with factors_of(module, inputs) as jacobian:
+        parts_of_params = jacobian.parts_of_rows(0, 3, 0)
+    for (param, block), parts in zip(judge.items(), parts_of_params, strict=True):
         for form in (part.form for part in parts if isinstance(part.form, Convolution)):
             result = torch.full_like(block, torch.nan)
             form.write(result, at_once=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
+from tests.kinds.losses import half_square
 from tests.kinds.modules import floats
 
 
@@ -142,16 +143,15 @@ def test_factors_are_right_or_refused(function: Any, door: str) -> None:
     blocks = [torch.stack([one[name][0].reshape(2, -1) for one in alone]) for name in alone[0]]
     jacobian = torch.cat(blocks, 2)
     gradients = torch.einsum("bm,bmp->bp", module(x).detach() - y, jacobian)
-    half = lambda out, y: 0.5 * (out - y).square().sum()  # noqa: E731
     asked: dict[str, tuple[Callable[[], Any], Tensor]] = {
         "ntk": (
             lambda: jacfunc.ntk(module, None, x),
             torch.einsum("amp,bnp->abmn", jacobian, jacobian),
         ),
-        "norms": (lambda: jacfunc.gradient_norms(module, half)(x, y), gradients.norm(dim=1)),
+        "norms": (lambda: jacfunc.gradient_norms(module, half_square)(x, y), gradients.norm(dim=1)),
         "diagonal": (
             lambda: torch.cat(
-                [d.flatten() for d in jacfunc.ggn(module, half)(x, y).diagonal().values()]
+                [d.flatten() for d in jacfunc.ggn(module, half_square)(x, y).diagonal().values()]
             ),
             jacobian.square().sum((0, 1)),
         ),
@@ -204,10 +204,6 @@ KEEPERS: dict[str, Callable[[], nn.Module]] = {
     "closure": lambda: Inverting({}),
     "partly": Partly,
 }
-
-
-def half_square(outputs: Tensor, targets: Tensor) -> Tensor:
-    return 0.5 * (outputs - targets).square().sum()
 
 
 def doors(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 
 import jacfunc
 from jacfunc._errors import Refused
-from tests.truth.oracles import assert_same
+from tests.kinds.programs import OnceDifferentiable
+from tests.truth.oracles import assert_same, looped_jacobian
 
 D = torch.float64
 A = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 1.5, -1.0, 2.0], [2.0, 0.3, 0.7, -0.4]], dtype=D)
@@ -57,9 +58,8 @@ def by_a_function(x: Tensor) -> Tensor:
 
 def rows(func: Map, x: Tensor) -> Tensor:
     """J by a loop of plain backward passes."""
-    point = x.detach().requires_grad_()
-    outputs = func(point)
-    return torch.stack([torch.autograd.grad(y, point, retain_graph=True)[0] for y in outputs])
+    jacobian: Tensor = looped_jacobian(func, (x.detach(),))
+    return jacobian
 
 
 def pullback_of(func: Map, x: Tensor) -> Map:
@@ -311,18 +311,6 @@ def test_outputs_that_no_path_leads_to(door: Any) -> None:
 # --- what is refused ---
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return cotangent * ctx.saved_tensors[0].cos()
-
-
 def detached(x: Tensor) -> Tensor:
     h = A @ x.sin()
     if h.requires_grad:
@@ -331,7 +319,7 @@ def detached(x: Tensor) -> Tensor:
 
 
 NOT_DIFFERENTIABLE = {
-    "once": (lambda x: A @ Once.apply(x), "once_differentiable"),
+    "once": (lambda x: A @ OnceDifferentiable.apply(x), "once_differentiable"),
     "hook": (detached, "detaches its cotangent"),
     "formula": (lambda x: torch._weight_norm_interface(A @ x, x[:1])[0], "its formula is wrong"),
     "cdist": (apart, "not implemented"),

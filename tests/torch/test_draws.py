@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacfunc
 from jacfunc import Forward, Looped
+from tests.kinds.losses import half_square
 
 CHANGING = "its outputs change from one evaluation to the next"
 
@@ -134,10 +135,6 @@ class Scaled(nn.Module):
         return out
 
 
-def half(out: Tensor, target: Tensor) -> Tensor:
-    return (out - target).square().sum() / 2
-
-
 def ones(module: nn.Module) -> dict[str, Tensor]:
     return {name: torch.ones_like(p) for name, p in module.named_parameters()}
 
@@ -165,7 +162,7 @@ def test_what_a_module_keeps_is_of_one_draw(state: str) -> None:
             module, per_sample=True, strategy=strategy, flat=True, randomness="same"
         )
         torch.testing.assert_close(derive(point(5, 3)), jac)
-    G = jacfunc.ggn(module, half)(point(5, 3), point(5, 2))
+    G = jacfunc.ggn(module, half_square)(point(5, 3), point(5, 2))
     actual = torch.cat([part.flatten() for part in (G @ ones(module)).values()])
     torch.testing.assert_close(actual, torch.einsum("bmp,bm->p", jac, jac.sum(2)))
 
@@ -182,7 +179,7 @@ def test_samples_one_by_one(state: str) -> None:
 @pytest.mark.parametrize("state", ["numpy", "python"])
 def test_products_of_a_batch(state: str) -> None:
     module = Scaled(STATES[state]())
-    G = jacfunc.ggn(module, half)(point(4, 3), point(4, 2))
+    G = jacfunc.ggn(module, half_square)(point(4, 3), point(4, 2))
     with pytest.raises(NotImplementedError, match=f"^ggn: .*{CHANGING}"):
         G @ ones(module)
 
@@ -285,7 +282,7 @@ def test_products_are_those_of_the_backward_pass_or_refused(name: str) -> None:
     rows = [torch.autograd.grad(o, params, retain_graph=True) for o in out.flatten()]
     jac = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     expected = jac.T @ jac.sum(1)
-    G = jacfunc.ggn(module, half)(x, point(4, 2))
+    G = jacfunc.ggn(module, half_square)(x, point(4, 2))
     for _ in range(3):
         if name != "differentiable hook":
             with pytest.raises(
@@ -312,7 +309,7 @@ class RandomCotangents(TorchDispatchMode):
 def test_the_transpose_is_looked_at_now_and_then() -> None:
     """At the first, the second and the fourth point, and anew where the module has another part."""
     module, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), point(4, 3)
-    ggn = jacfunc.ggn(module, half)
+    ggn = jacfunc.ggn(module, half_square)
     counts = []
     for _ in range(5):
         targets = point(4, 2)
@@ -331,6 +328,6 @@ def test_the_transpose_is_looked_at_now_and_then() -> None:
 def test_products_of_a_deep_network_are_not_refused(dtype: torch.dtype) -> None:
     layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh()) for _ in range(12)]
     module = nn.Sequential(*layers).to(dtype)
-    G = jacfunc.ggn(module, half)(point(6, 8).to(dtype), point(6, 8).to(dtype))
+    G = jacfunc.ggn(module, half_square)(point(6, 8).to(dtype), point(6, 8).to(dtype))
     for _ in range(2):
         assert all(part.isfinite().all() for part in (G @ ones(module)).values())

@@ -19,8 +19,8 @@ def at_batch(module: nn.Module, *inputs: Tensor) -> ModuleAtBatch:
 
 @contextmanager
 def factors_of(module: nn.Module, *inputs: Tensor) -> Iterator[FactoredJacobian]:
-    """Factors of the Jacobians of all samples; the module is lent, so that they can be swept."""
-    module_at_batch = at_batch(module, *inputs)
-    with module_at_batch.undisturbed():
-        ((_, factors),) = module_at_batch.factors()
-        yield factors
+    """The Jacobians of all samples as factors, while the module is lent for pullbacks."""
+    point = at_batch(module, *inputs)
+    ((_, jacobian),) = point.factors()
+    with point.undisturbed():
+        yield jacobian

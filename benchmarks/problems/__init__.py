@@ -1,0 +1,1 @@
+"""What is differentiated, and the judge of the answers."""

@@ -1,0 +1,42 @@
+"""Neural tangent kernels of a batch with itself."""
+
+from benchmarks.cases import ANSWER, Case, Question, Wanted
+from benchmarks.contestants.kernels import KERNELS, OURS, RECIPES, TORCHJD, expected
+from benchmarks.problems.networks import LARGE, LENET, RECURRENT, SHORT, case
+from jacfunc._measuring import Effort
+
+# through J it takes up to ten seconds, beside hundredths: once is enough
+EFFORT = Effort(rounds=20, seconds=2.0, fewest=3, patience=5.0)
+FEW, MANY = 8, 64
+
+
+def kernel(network: str, batch: int, faster: float = 0, peak: float = 0) -> Case:
+    """What is wanted: as many times faster than the recipes, and so much of the memory of J."""
+    wanted = [Wanted(OURS, "times faster than", faster, RECIPES)] if faster else []
+    wanted += [Wanted(OURS, "times faster than", 1.0, (TORCHJD,))] if faster else []
+    wanted += [Wanted(OURS, "peak ÷", peak, (ANSWER,))] if peak else []
+    return case(
+        network,
+        batch,
+        KERNELS,
+        expected,
+        baseline=OURS,
+        effort=EFFORT,
+        wanted=tuple(wanted),
+        is_quick=(network, batch) == (LENET, FEW),
+    )
+
+
+QUESTION = Question(
+    "ntk",
+    "Neural tangent kernels of a batch with itself: from the factors of layers, or through J?",
+    OURS,
+    (
+        *(kernel(network, FEW) for network in (LARGE, LENET, "transformer")),
+        kernel(LARGE, MANY, faster=200, peak=0.05),
+        kernel(LENET, MANY, faster=8),
+        kernel("transformer", MANY, faster=1, peak=0.4),
+        kernel(SHORT, MANY, faster=1.2, peak=0.4),
+        kernel(RECURRENT, MANY),
+    ),
+)

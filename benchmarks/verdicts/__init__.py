@@ -1,0 +1,1 @@
+"""How what came out is judged: intervals, winners, sentences, and two runs compared."""
