@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-_OWN = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 _REGISTRIES = tuple(
     key
@@ -30,10 +30,12 @@ class ModulePart:
 
     module: Any
     attributes: Attributes
+    own: Attributes
+    """Attributes beside those of every module."""
     params: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
     plain: Attributes
-    """Attributes, beside those of every module, of which each evaluation gets a copy."""
+    """Those of its own attributes of which each evaluation gets a copy."""
     filled: list[tuple[Any, Any]]
     """Registries with entries, and copies of them."""
     empty: list[Any]
@@ -45,17 +47,15 @@ class ModulePart:
     @classmethod
     def of(cls, module: Any) -> ModulePart:
         """The part as it is now."""
-        own, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
-        plain = {
-            key: value
-            for key, value in own.items()
-            if type(value) not in SIMPLE and key not in _OWN and keeps(value)
-        }
+        attributes, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
+        own = {key: value for key, value in attributes.items() if key not in _OF_EVERY_MODULE}
+        plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
-        registries = [own[key] for key in _REGISTRIES] if is_module and not is_scripted else []
+        registries = [attributes[key] for key in _REGISTRIES if is_module and not is_scripted]
         return cls(
             module,
-            own.copy(),
+            attributes.copy(),
+            own,
             dict(module._parameters) if is_module else {},
             dict(module._buffers) if is_module else {},
             plain,
@@ -65,12 +65,6 @@ class ModulePart:
             is_scripted,
             isinstance(module, _TABLES),
         )
-
-    @property
-    def own(self) -> list[Any]:
-        """Attributes that may lead to objects."""
-        pairs = self.attributes.items()
-        return [x for key, x in pairs if type(x) not in SIMPLE and key not in _OWN]
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
         """A part that keeps copies of its state: later writes do not change what it lends."""
@@ -200,6 +194,7 @@ def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:
     return [
         ModulePart.of(kept)
         for part in parts
-        for value in part.own
+        for value in part.own.values()
+        if type(value) not in SIMPLE
         for kept in objects_in(value, visited)
     ]

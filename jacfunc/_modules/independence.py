@@ -29,9 +29,6 @@ takes a few hundredths of the time of these."""
 FEW_CALLS = 8
 """How many samples are evaluated at once where memory is to be spared."""
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-"""Attributes that every module has, but for its mode."""
-
 
 @dataclass
 class KnownCalls:
@@ -208,19 +205,17 @@ def _are_same(these: list[Any], those: list[Any]) -> bool:
 
 def _marks_of(part: ModulePart) -> list[Any]:
     """The objects that a part is made of, as weak references: what remembers them is no owner."""
-    own = {key: x for key, x in part.attributes.items() if key not in _OF_EVERY_MODULE}
     registries = [registry for _, registry in part.filled if isinstance(registry, dict)]
-    marks: list[Any] = [ref(part.module), getattr(type(part.module), "forward", None), len(own)]
-    for table in (own, part.params, part.buffers, *registries):
+    marks: list[Any] = [ref(part.module), getattr(type(part.module), "forward", None)]
+    marks += (len(part.own), part.attributes.get("training"))
+    for table in (part.own, part.params, part.buffers, *registries):
         for key, value in table.items():
-            marks += (key, _mark(value))
+            marks += (key, value if type(value) in SIMPLE else _mark(value))
     return marks
 
 
 def _mark(value: Any) -> Any:
     """A mark of a value: that of another object is another one."""
-    if type(value) in SIMPLE:
-        return value
     try:
         return ref(value)
     except TypeError:
