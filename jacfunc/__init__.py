@@ -1,4 +1,9 @@
-"""jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch."""
+"""jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
+
+Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``vmap``.
+Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
+Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
+"""
 
 from jacfunc._assembly import empty_cache
 from jacfunc._curvature import GaussNewton, fisher, ggn, gradient_norms, random_projection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from jacfunc.compare._command import main
+from jacfunc.compare import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Every argument check and message: ``{api}: {what must hold}, got {what came}. {What to do}.``"""
+"""Checks of arguments; messages read ``{api}: {what must hold}, got {what came}. {What to do}.``"""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def check_plain(tensors: Collection[torch.Tensor]) -> None:
-    """Torch's transforms wrap tensors, and the wrapper forgets what class they are of.
+    """Refuse subclasses of tensors that torch's transforms would treat as plain tensors.
+
+    Transforms wrap tensors, and the wrapper does not have the class of the wrapped one.
 
     Raises:
-        Refused: if there is one whose class has a ``__torch_function__`` of its own.
+        Refused: if a class has a ``__torch_function__`` of its own.
     """
-    if _PLAIN.issuperset(map(type, tensors)):
+    if are_plain(tensors):
         return
     for tensor in tensors:
         if _means_more(type(tensor)):
@@ -29,13 +31,18 @@ def check_plain(tensors: Collection[torch.Tensor]) -> None:
             )
 
 
+def are_plain(tensors: Collection[torch.Tensor]) -> bool:
+    """Has none a class of its own?"""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
 def check_kept(tensors: Collection[torch.Tensor], copies: Collection[torch.Tensor]) -> None:
-    """A copy that stands for a tensor must do as it does.
+    """Refuse copies that are no longer of the tensor's class, if that has behaviour of its own.
 
     Raises:
-        Refused: if a class that has a ``__torch_function__`` of its own was lost.
+        Refused: if a copy lacks the ``__torch_function__`` of its original.
     """
-    if _PLAIN.issuperset(map(type, tensors)):
+    if are_plain(tensors):
         return
     for tensor, copy in zip(tensors, copies, strict=True):
         kind = type(tensor)
@@ -47,34 +54,38 @@ def check_kept(tensors: Collection[torch.Tensor], copies: Collection[torch.Tenso
 
 
 def _means_more(kind: Any) -> bool:
-    """Has a class of tensors a ``__torch_function__`` that does what torch's does not?"""
+    """Does a class of tensors have a ``__torch_function__`` of its own?"""
     base: Any = torch.Tensor
     plain = (base.__torch_function__.__func__, torch.nn.Parameter.__torch_function__)
-    its = kind.__torch_function__
-    return getattr(its, "__func__", its) not in plain
+    override = kind.__torch_function__
+    return getattr(override, "__func__", override) not in plain
 
 
 def wrap_argnums(api: str, argnums: Argnums, num_args: int) -> tuple[int, ...]:
-    """Argnums as positions in ``range(num_args)``: negatives wrapped, repeats refused."""
+    """Positions in ``range(num_args)`` for ``argnums``, of which negative ones count from the end.
+
+    Raises:
+        TypeError, ValueError: if they are no positions, or name an argument twice.
+    """
     if isinstance(argnums, int) and -num_args <= argnums < num_args:
         return (argnums % num_args,)
-    wanted = (argnums,) if isinstance(argnums, int) else argnums
-    if not isinstance(wanted, tuple) or not all(isinstance(n, int) for n in wanted):
+    positions = (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(positions, tuple) or not all(isinstance(n, int) for n in positions):
         raise TypeError(
             f"{api}: argnums must be an int or a tuple of ints, got {argnums!r}. "
             "Name positional arguments by their position."
         )
-    if not wanted:
+    if not positions:
         raise ValueError(
             f"{api}: argnums must name at least one argument, got (). Pass an int or a tuple."
         )
-    for n in wanted:
+    for n in positions:
         if not -num_args <= n < num_args:
             raise ValueError(
                 f"{api}: argnums must be positions among the {num_args} positional arguments, "
                 f"got {n}. Pass the argument by position, or choose another argnums."
             )
-    wrapped = tuple(n % num_args for n in wanted)
+    wrapped = tuple(n % num_args for n in positions)
     if len(set(wrapped)) != len(wrapped):
         raise ValueError(
             f"{api}: argnums must be unique, got {argnums!r}. Name each argument once; "
@@ -84,7 +95,7 @@ def wrap_argnums(api: str, argnums: Argnums, num_args: int) -> tuple[int, ...]:
 
 
 def check_chunk_size(api: str, chunk_size: object) -> None:
-    """A chunk is a positive number of seeds, or None for all at once."""
+    """Refuse all but a positive number of seeds, and None for all at once."""
     if chunk_size is None:
         return
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
@@ -99,7 +110,7 @@ def check_chunk_size(api: str, chunk_size: object) -> None:
 
 
 def check_memory(api: str, memory: object) -> int | None:
-    """A budget in bytes, from a number or from words: ``"2 GiB"``."""
+    """The budget in bytes, from a number or from words such as ``"2 GiB"``; None without one."""
     if memory is None:
         return None
     if isinstance(memory, bool) or not isinstance(memory, int | str):
@@ -128,7 +139,7 @@ def _parsed_bytes(words: str) -> int | None:
 def check_inputs(
     api: str, argnum: int, leaves: Sequence[Any], paths: Callable[[], Sequence[str]]
 ) -> None:
-    """An argument with leaves must hold something real to differentiate."""
+    """Refuse complex leaves, and an argument with leaves of which none is floating."""
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor) and leaf.is_complex():
             raise NotImplementedError(
@@ -145,7 +156,7 @@ def check_inputs(
 
 
 def check_outputs(api: str, leaves: Sequence[Any], paths: Callable[[], Sequence[str]]) -> None:
-    """What is differentiated must be tensors, at least one of them floating, none complex."""
+    """Refuse outputs that are no tensors or complex, and those of which none is floating."""
     for place, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise TypeError(
@@ -166,37 +177,37 @@ def check_outputs(api: str, leaves: Sequence[Any], paths: Callable[[], Sequence[
 
 
 def check_aux_pair(api: str, returned: object) -> tuple[Any, Any]:
-    """With ``has_aux=True`` the function returns exactly ``(output, aux)``."""
+    """The pair ``(output, aux)``, which a function with ``has_aux=True`` must return."""
     if not isinstance(returned, tuple) or len(returned) != 2:
-        came = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else _kind(returned)
+        kind = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else _kind(returned)
         raise TypeError(
-            f"{api}: with has_aux=True func must return (output, aux), got {came}. "
+            f"{api}: with has_aux=True func must return (output, aux), got {kind}. "
             "Pack everything that is not differentiated into one aux."
         )
     return returned
 
 
-def check_like(api: str, name: str, given: Sequence[Any], wanted: Sequence[torch.Tensor]) -> None:
-    """Tangents match primals, and cotangents outputs, leaf by leaf in shape and dtype."""
-    if len(given) != len(wanted):
+def check_like(api: str, name: str, seeds: Sequence[Any], leaves: Sequence[torch.Tensor]) -> None:
+    """Refuse seeds that differ from the primals, or outputs, in number, shape or dtype."""
+    if len(seeds) != len(leaves):
         raise ValueError(
-            f"{api}: {name} must have {len(wanted)} tensor leaves, got {len(given)}. "
+            f"{api}: {name} must have {len(leaves)} tensor leaves, got {len(seeds)}. "
             f"Give {name} the same structure as what they belong to."
         )
-    for position, (came, like) in enumerate(zip(given, wanted, strict=True)):
-        if not isinstance(came, torch.Tensor) or came.shape != like.shape:
+    for position, (seed, like) in enumerate(zip(seeds, leaves, strict=True)):
+        if not isinstance(seed, torch.Tensor) or seed.shape != like.shape:
             raise ValueError(
                 f"{api}: {name} must match in shape, leaf {position} being {tuple(like.shape)}, "
-                f"got {tuple(came.shape) if isinstance(came, torch.Tensor) else _kind(came)}. "
+                f"got {tuple(seed.shape) if isinstance(seed, torch.Tensor) else _kind(seed)}. "
                 f"Reshape or expand it."
             )
-        if came.dtype != like.dtype:
+        if seed.dtype != like.dtype:
             raise TypeError(
                 f"{api}: {name} must match in dtype, leaf {position} being {like.dtype}, "
-                f"got {came.dtype}. Convert it with .to({like.dtype})."
+                f"got {seed.dtype}. Convert it with .to({like.dtype})."
             )
 
 
 def _kind(leaf: object) -> str:
-    """A leaf in words: the dtype of a tensor, the type of anything else."""
+    """The dtype of a tensor, or the type of any other leaf, for messages."""
     return str(leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf).__name__

@@ -1,4 +1,4 @@
-"""Refusals, and what an error of torch means, which has no types for most of them."""
+"""Refusals, and the meaning of torch's errors: most have no type, so their text tells."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 
 
 class Refused(NotImplementedError):  # noqa: N818 (a refusal is no error while another strategy is left)
-    """Torch could not, or must not, carry out a sweep: another strategy may."""
+    """Torch can't carry out a sweep, or does it wrong; another strategy may."""
 
 
-class Stale(ValueError):  # noqa: N818 (what it is about, no kind of error)
-    """The function does not compute what is asked of it: no other way is tried."""
+class Stale(ValueError):  # noqa: N818 (the outputs are stale)
+    """The function does not compute its outputs from its arguments; no other strategy is tried."""
 
 
 RANDOM = (
@@ -20,17 +20,18 @@ RANDOM = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Did an allocation fail, on an accelerator or on the CPU, which has no type for that?"""
+    """Did an allocation fail? On a CPU only the text of the error says so."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
 
 
 def check_fallback(error: Exception) -> None:
-    """May what failed at once go on one by one? Not when memory ran out, nor as a way to refuse.
+    """Return if seeds or samples that failed together may be tried one by one.
 
     Raises:
-        Exception: the error itself, in clearer words where it is about random functions.
+        Exception: the error itself, if it is a refusal or memory ran out.
+        Refused: if it is about random functions, in clearer words.
     """
     if isinstance(error, Refused | Stale) or is_out_of_memory(error):
         try:

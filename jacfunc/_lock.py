@@ -1,8 +1,8 @@
-"""One lock for what a process has only once, whatever the thread.
+"""One lock for everything that a process has only once, and that all threads share.
 
-Torch has one level of forward mode, one default generator of random numbers, one set of switches; a
-module has one set of parameters. It is a single lock, because of two a thread could hold one and
-wait for the other. Pullbacks of functions need none of these, and run side by side.
+Torch has one level of forward mode, one default generator of random numbers and one set of
+switches; a module has one set of parameters. There is a single lock: with two, a thread could hold
+one and wait for the other. Pullbacks of functions need no lock, and run side by side.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _MAIN = main_thread().ident
 
 
 def alone() -> AbstractContextManager[Any]:
-    """While it is entered, no other thread enters it; a thread may enter it again and again.
+    """The lock, to be entered with ``with``; its thread may enter it again.
 
-    Never held while a generator is suspended: whoever goes on with it may be another thread.
+    A generator must not be suspended inside: another thread may resume it.
     """
     if torch.compiler.is_compiling():  # which can't trace a lock
         return nullcontext()
     if not _C._is_key_in_tls(_THREAD):
         if get_ident() == _MAIN or torch.cuda.is_initialized():
-            # a thread that ends drops it, which crashes while Python ends: kept where it is needed
+            # a thread that ends drops the key, which crashes while Python ends: so not for all
             _C._stash_obj_in_tls(_THREAD, get_ident())
     elif _is_held_for_us():
         return nullcontext()
@@ -37,7 +37,7 @@ def alone() -> AbstractContextManager[Any]:
 
 
 def holds_alone(question: Callable[[], bool]) -> bool:
-    """Is it so, asked while no other thread can change it? Not if another thread is in there."""
+    """The answer to ``question``, asked under the lock; False if another thread holds the lock."""
     if _C._is_key_in_tls(_THREAD) and _is_held_for_us():
         return question()
     if not _LOCK.acquire(blocking=False):
@@ -49,12 +49,12 @@ def holds_alone(question: Callable[[], bool]) -> bool:
 
 
 def _is_held_for_us() -> bool:
-    """Does the thread that waits for this one have the lock?
+    """Does the thread that called this one, and waits for it, hold the lock?
 
-    A backward pass on an accelerator runs hooks in a thread of torch's own, which gets what torch
-    keeps for the thread that called it, the name of that thread among it. To wait for a lock that
-    it has would be to wait for ever.
+    A backward pass on an accelerator runs hooks in a thread of torch's own. Torch hands on to it
+    what it keeps for the calling thread, the identity of that thread among it. If the calling
+    thread holds the lock, to wait for it would be to wait for ever.
     """
     caller: int = _C._get_obj_in_tls(_THREAD)
-    # a lock tells in nothing but its repr which thread has it
+    # only the repr of a lock says which thread holds it
     return caller != get_ident() and f"owner={caller} " in repr(_LOCK)

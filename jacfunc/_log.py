@@ -1,4 +1,4 @@
-"""What was tried, refused and done instead: logged, and kept for whoever asks."""
+"""The steps of a call, tried, refused or done instead: logged, and collected in trails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRAILS: ContextVar[tuple[list[str], ...]] = ContextVar("trails", default=())
 
 
 def note(message: str, *facts: object) -> None:
-    """A step, to the logger ``jacfunc`` at INFO and to every open trail."""
+    """Report a step to the logger ``jacfunc`` at INFO, and to every open trail."""
     if torch.compiler.is_compiling():  # which can't trace a logger
         return
     LOG.info(message, *facts)
@@ -24,13 +24,13 @@ def note(message: str, *facts: object) -> None:
 
 
 def is_heard() -> bool:
-    """Does anyone listen? What costs time is not worked out for nobody."""
+    """Does anyone listen? If not, no time is spent on what a note would say."""
     return LOG.isEnabledFor(logging.INFO) or bool(_TRAILS.get())
 
 
 @contextmanager
 def trail() -> Iterator[list[str]]:
-    """The steps that are noted inside the ``with`` block, in order."""
+    """A list to which steps inside the ``with`` block are added, in order."""
     steps: list[str] = []
     token = _TRAILS.set((*_TRAILS.get(), steps))
     try:

@@ -1,23 +1,42 @@
-"""What was found out about functions and modules, for as long as they live."""
+"""What is remembered between calls, by what is called and by the kind of call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
 
 Value = TypeVar("Value")
 
 MOST_KINDS = 100
-"""Of calls of one function."""
+"""Kinds of calls that are remembered of one function or module."""
+
+
+class CallKind(NamedTuple):
+    """Identity of a call: what is called, and a kind that is equal for calls that cost the same.
+
+    Args:
+        callable: the user's function or module.
+        kind: trees, shapes, dtypes, devices and plain settings of the arguments.
+        version: what is called as it is now: the function itself, or the state of the module,
+            of which there is another one after a change.
+    """
+
+    callable: Any
+    kind: Hashable
+    version: Any
+
+    def among(self, *more: Hashable) -> CallKind:
+        """A narrower kind: calls that are also equal in ``more``."""
+        return CallKind(self.callable, (self.kind, *more), self.version)
 
 
 class Recent(dict[Any, Value]):
-    """A dict of at most so many entries: for a new one the oldest is forgotten.
+    """A dict of at most ``most`` entries: a new one drives out the oldest.
 
     Example:
-        >>> from jacfunc._known import Recent
+        >>> from jacfunc._remembered import Recent
         >>> recent = Recent(2)
         >>> for number in range(4):
         ...     recent.put(number, number)
@@ -31,7 +50,7 @@ class Recent(dict[Any, Value]):
         self._lock = Lock()
 
     def put(self, key: Hashable, value: Value) -> None:
-        """Keep a value. Whoever reads meanwhile, in another thread, needs no lock."""
+        """Keep a value. Other threads may read meanwhile without the lock."""
         with self._lock:
             self[key] = value
             while len(self) > self.most:
@@ -39,14 +58,13 @@ class Recent(dict[Any, Value]):
 
 
 class Remembered(Generic[Value]):
-    """Values by what is called, and by the kind of call.
+    """Values by owner (a function, a module, …) and by kind; of each owner the latest kinds.
 
-    What is called is told by its identity, whatever it is equal to, and is not kept alive by what
-    is remembered of it; nothing is remembered of what Python can't refer to weakly. Of each the
-    latest kinds of calls are kept. A copy, pickled or not, remembers nothing.
+    Owners are told apart by identity, even where they are equal, and are not kept alive. Nothing is
+    remembered of an object that Python can't refer to weakly.
 
     Example:
-        >>> from jacfunc._known import Remembered
+        >>> from jacfunc._remembered import Remembered
         >>> costs = Remembered()
         >>> def f(x): return x
         >>> costs.put(f, "small", 1)
@@ -56,50 +74,45 @@ class Remembered(Generic[Value]):
 
     def __init__(self, most: int = MOST_KINDS) -> None:
         self._most = most
-        self._of: dict[int, tuple[Callable[[], Any], Recent[Value]]] = {}
+        self._entries: dict[int, tuple[Callable[[], Any], Recent[Value]]] = {}
 
-    def get(self, called: Any, kind: Hashable) -> Value | None:
-        """What is remembered, if anything is."""
-        entry = self._of.get(id(called))
-        # an object that came to lie where another one was is not that one
-        return entry[1].get(kind) if entry is not None and entry[0]() is called else None
+    def get(self, owner: Any, kind: Hashable) -> Value | None:
+        """The value, or None."""
+        entry = self._entries.get(id(owner))
+        # another object may lie where a dead one was
+        return entry[1].get(kind) if entry is not None and entry[0]() is owner else None
 
-    def put(self, called: Any, kind: Hashable, value: Value) -> None:
-        """Remember it while what is called lives."""
-        entry = self._of.get(id(called))
-        if entry is None or entry[0]() is not called:
+    def put(self, owner: Any, kind: Hashable, value: Value) -> None:
+        """Remember a value while the owner lives."""
+        entry = self._entries.get(id(owner))
+        if entry is None or entry[0]() is not owner:
             try:
-                reference = self._reference(called)
+                reference = self._reference(owner)
             except TypeError:
                 return
-            entry = self._of[id(called)] = reference, Recent(self._most)
+            entry = self._entries[id(owner)] = reference, Recent(self._most)
         entry[1].put(kind, value)
 
+    def get_or_make(self, owner: Any, kind: Hashable, make: Callable[[], Value]) -> Value:
+        """The value; where there is none, what ``make`` returns, which is then remembered."""
+        value = self.get(owner, kind)
+        if value is None:
+            value = make()
+            self.put(owner, kind, value)
+        return value
+
     def values(self) -> list[Value]:
-        """All that is remembered."""
-        return [value for _, kinds in list(self._of.values()) for value in list(kinds.values())]
+        """Everything that is remembered."""
+        every = list(self._entries.values())
+        return [value for _, kinds in every for value in list(kinds.values())]
 
-    def __iter__(self) -> Iterator[Value]:
-        return iter(self.values())
-
-    def __len__(self) -> int:
-        return len(self.values())
-
-    def __reduce__(self) -> tuple[type[Remembered[Value]], tuple[int]]:
-        return type(self), (self._most,)
-
-    def _reference(self, called: Any) -> Callable[[], Any]:
-        key, owner = id(called), ref(self)
+    def _reference(self, owner: Any) -> Callable[[], Any]:
+        key, this = id(owner), ref(self)
 
         def forget(dead: object) -> None:
-            memory = owner()
-            entry = None if memory is None else memory._of.get(key)
+            memory = this()
+            entry = None if memory is None else memory._entries.get(key)
             if memory is not None and entry is not None and entry[0] is dead:
-                memory._of.pop(key, None)
+                memory._entries.pop(key, None)
 
-        return ref(called, forget)
-
-
-def nothing_yet() -> Remembered[Any]:
-    """An empty memory, as a default of dataclasses: the compiler calls functions there alone."""
-    return Remembered()
+        return ref(owner, forget)

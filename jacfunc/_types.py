@@ -1,4 +1,4 @@
-"""Aliases that the whole package shares: what flows between the layers."""
+"""Types that all packages share: of what flows between them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Tree: TypeAlias = Any
 """Any nesting of containers that optree or torch's own pytree knows."""
 
 Leaves: TypeAlias = tuple[Tensor, ...]
-"""Tensors with the tree taken off; a chunk of K seeds or products is Leaves of ``[K, *shape]``."""
+"""Tensors of a tree, in order; a chunk of K seeds or products is Leaves of ``[K, *shape]``."""
 
 Blocks: TypeAlias = tuple[tuple[Tensor, ...], ...]
 """``blocks[i][j]`` has shape ``[*out_i, *in_j]``: output leaf i against input leaf j."""
 
 LeafFunction: TypeAlias = Callable[..., tuple[Leaves, Leaves]]
-"""``func(*primals) -> (outputs, extras)``; extras are tensors that ride along undifferentiated."""
+"""``func(*primals) -> (outputs, extras)``; extras are tensors that are not differentiated."""
 
 Argnums: TypeAlias = int | tuple[int, ...]
+"""Positions of the arguments to differentiate."""
+
+Memory: TypeAlias = int | str | None
+"""A budget in bytes, as a number or in words (``"2 GiB"``); None for none."""
+
+Randomness: TypeAlias = Literal["error", "same", "different"]
+"""For random functions: refuse them, draw the same numbers for all, or others for each."""
 
 
 def is_tensor(leaf: object) -> bool:
-    """Everything else rides along as it is."""
+    """Is the leaf a tensor?"""
     return isinstance(leaf, torch.Tensor)
 
 
 def is_differentiable(leaf: object) -> bool:
-    """Floating and complex tensors carry derivatives; every other leaf is a constant."""
+    """Is the leaf a floating or complex tensor? Every other leaf is a constant."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
-Memory = int | str | None
-"""Bytes, as a number or in words (``"2 GiB"``)."""
-
-
-Randomness = Literal["error", "same", "different"]

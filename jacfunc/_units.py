@@ -1,4 +1,4 @@
-"""Numbers in words: three digits and a unit."""
+"""Numbers as text: three digits and a unit."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def _human(number: int | None, units: tuple[str, ...], plain: str, step: int) ->
 
 
 def _three_digits(number: float) -> str:
-    """All of them before the point, where there are more."""
+    """Three digits; all digits before the point, where there are more than three."""
     return f"{number:.3g}" if number < 999.5 else f"{number:.0f}"

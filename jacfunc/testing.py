@@ -1,4 +1,4 @@
-"""Checks for the functions that you differentiate, and for strategies and rules of your own."""
+"""Checks of Jacobians: of your functions, and of strategies and rules of your own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning import resolve
@@ -61,7 +61,7 @@ def check_jacobian(
         >>> check_jacobian(torch.sin, torch.ones(3, dtype=torch.float64))
         {'reverse': 'agrees', 'forward': 'agrees', 'looped': 'agrees'}
     """
-    call = FlatCall(API, func, argnums, False, args, kwargs)
+    call = FlatCall(Derivation(API, func, argnums), args, kwargs)
     for primal in call.primals:
         if primal.dtype != torch.float64:
             raise TypeError(
@@ -70,7 +70,7 @@ def check_jacobian(
             )
     with torch.no_grad():
         trial = _Trial(call, JacobianOperator(call, call.primals), rtol, atol)
-        trial.operator.repeat_draws()
+        trial.operator.rewind_generators()
         expected = _finite_differences(call, trial.operator)
         verdicts = {}
         for strategy in strategies:
@@ -82,7 +82,7 @@ def check_jacobian(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One point, and how closely answers must agree there."""
+    """A call at its point, and how closely Jacobians must agree there."""
 
     call: FlatCall
     operator: JacobianOperator
@@ -90,18 +90,22 @@ class _Trial:
     atol: float
 
     def judge(self, strategy: str | Strategy, expected: Blocks) -> str:
-        """Compare one strategy's blocks to the differences."""
+        """``"agrees"``, or why torch refuses the strategy.
+
+        Raises:
+            AssertionError: if its blocks differ from the finite differences.
+        """
         try:
             blocks = resolve(API, strategy, None).materialize(self.operator)
         except Refused as refusal:
             return f"refused: {refusal}"
         for i, (row, expected_row) in enumerate(zip(blocks, expected, strict=True)):
-            for j, (block, wanted) in enumerate(zip(row, expected_row, strict=True)):
-                self._compare(_name(strategy), block.to(wanted.dtype), wanted, i, j)
+            for j, (block, reference) in enumerate(zip(row, expected_row, strict=True)):
+                self._compare(_name(strategy), block.to(reference.dtype), reference, i, j)
         return "agrees"
 
     def check_adjoint(self) -> None:
-        """⟨w, J v⟩ against ⟨Jᵀ w, v⟩ for random v and w."""
+        """Compare ⟨w, J v⟩ with ⟨Jᵀ w, v⟩ for random v and w."""
         tangents = tuple(torch.randn_like(primal) for primal in self.operator.primals)
         cotangents = tuple(torch.randn_like(out) for out in self.operator.outputs)
         pushed = _inner(cotangents, self.operator.pushforward(tangents))
@@ -112,21 +116,21 @@ class _Trial:
                 f"against <Jᵀ w, v> = {pulled:.6g}. One of the two is wrong for this function."
             )
 
-    def _compare(self, name: str, block: Tensor, wanted: Tensor, i: int, j: int) -> None:
-        if block.shape != wanted.shape:
+    def _compare(self, name: str, block: Tensor, reference: Tensor, i: int, j: int) -> None:
+        if block.shape != reference.shape:
             raise AssertionError(
-                f"{API}: {name} must give blocks [*out, *in] of shape {tuple(wanted.shape)}, got "
-                f"{tuple(block.shape)}. Its materialize is wrong."
+                f"{API}: {name} must give blocks [*out, *in] of shape {tuple(reference.shape)}, "
+                f"got {tuple(block.shape)}. Its materialize is wrong."
             )
         if block.numel() == 0:
             return
-        error = (block - wanted).abs().nan_to_num(nan=torch.inf)
-        allowed = self.atol + self.rtol * wanted.abs().max()
+        error = (block - reference).abs().nan_to_num(nan=torch.inf)
+        allowed = self.atol + self.rtol * reference.abs().max()
         if (error > allowed).any():
             entry = tuple(int(n) for n in torch.unravel_index(error.argmax(), error.shape))
             raise AssertionError(
                 f"{API}: {name} and finite differences must agree, got {float(block[entry]):.6g} "
-                f"against {float(wanted[entry]):.6g} at entry {list(entry)} of the block of "
+                f"against {float(reference[entry]):.6g} at entry {list(entry)} of the block of "
                 f"{self.call.output_paths()[i]} by {self.call.input_paths()[j]}. "
                 "Is func smooth there, and deterministic? If so, use another strategy."
             )
@@ -155,7 +159,7 @@ def _shifted(call: FlatCall, operator: JacobianOperator, j: int, n: int, step: f
     """The outputs with entry n of leaf j moved by a step."""
     primals = [primal.clone(memory_format=torch.contiguous_format) for primal in operator.primals]
     primals[j].view(-1)[n] += step
-    operator.repeat_draws()
+    operator.rewind_generators()
     outputs, _ = call(*primals)
     return outputs
 

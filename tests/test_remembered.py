@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc import Forward, Looped, Reverse, Structured
+from jacfunc._forecasting.costs import counted_costs
 from jacfunc._lending.constants import constants_of
+from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
-from jacfunc._planning.auto import Auto, shared_plans
-from jacfunc._planning.plan import others
+from jacfunc._planning.auto import Auto
+from jacfunc._planning.budget import bounded
+from jacfunc._planning.plan import Plan, alternatives
+from jacfunc._planning.recall import _codes
 from jacfunc._planning.tuning_cache import Winners
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 
@@ -74,9 +79,9 @@ def test_it_ends_with_what_is_called() -> None:
     memory: Remembered[int] = Remembered()
     one = AllEqual()
     memory.put(one, "kind", 1)
-    assert len(memory) == 1
+    assert memory.values() == [1]
     del one
-    assert len(memory) == 0
+    assert memory.values() == []
 
 
 def test_the_oldest_kinds_are_forgotten() -> None:
@@ -91,25 +96,77 @@ def test_the_oldest_kinds_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("strategy", [Auto(), jacfunc.Autotune(), Structured(), Auto(memory=10**9)])
-def test_copies_of_strategies_remember_nothing(strategy: Any) -> None:
-    module = nn.Linear(3, 2)
-    jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(points())
-    assert len(strategy.known)
-    for copied in (copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
+def test_strategies_are_values_and_remember_nothing_themselves(strategy: Any) -> None:
+    module, options = nn.Linear(3, 2), {field.name for field in fields(strategy)}
+    expected = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(points())
+    for copied in (strategy, copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
         assert copied == strategy
-        assert not len(copied.known)
-        jacfunc.module_jacobian(module, per_sample=True, strategy=copied)(points())
+        assert vars(copied).keys() == options
+        found = jacfunc.module_jacobian(module, per_sample=True, strategy=copied)(points())
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_made_is_remembered() -> None:
+    memory, one = Remembered[list[int]](), AllEqual()
+    made = memory.get_or_make(one, "kind", list)
+    assert memory.get_or_make(one, "kind", list) is made
+    assert memory.get_or_make(one, "other", list) is not made
 
 
 # --- plans ---
 
 
+def counting_auto(memory: int | None = None) -> tuple[Auto, list[Plan]]:
+    """A strategy that is equal to none before, and the plans that it makes."""
+    plans: list[Plan] = []
+
+    class Counting(Auto):
+        def plan(self, operator: JacobianOperator) -> Plan:
+            plans.append(super().plan(operator))
+            return plans[-1]
+
+    return Counting(memory=memory), plans
+
+
 def test_as_many_plans_as_are_kept() -> None:
-    auto = Auto()
+    auto, plans = counting_auto()
     jac = jacfunc.jacobian(torch.tanh, strategy=auto)
     for size in range(1, MOST_KINDS + 20):
         jac(torch.zeros(size))
-    assert len(auto.known) == MOST_KINDS
+    assert len(plans) == MOST_KINDS + 19
+    jac(torch.zeros(MOST_KINDS + 19)), jac(torch.zeros(20))
+    assert len(plans) == MOST_KINDS + 19
+    jac(torch.zeros(19))
+    assert len(plans) == MOST_KINDS + 20
+
+
+@pytest.mark.parametrize(("memory", "count"), [(None, 1), (10**9, 3)])
+def test_strategies_that_are_equal_plan_once_unless_in_a_budget(
+    memory: int | None, count: int
+) -> None:
+    """Functions of one code may need more, by what they find in globals."""
+    auto, plans = counting_auto(memory)
+    for strategy in (auto, copy.deepcopy(auto), replace(auto)):
+        for _ in range(2):
+            jacfunc.jacobian(torch.expm1, strategy=strategy)(torch.zeros(3))
+    assert len(plans) == count
+
+
+def test_a_plan_for_the_memory_that_was_free_serves_one_strategy() -> None:
+    plans: list[Plan] = []
+
+    class Scarce(Auto):
+        def plan(self, operator: JacobianOperator) -> Plan:
+            costs = counted_costs(operator.unevaluated())
+            assert costs is not None
+            plans.append(bounded(super().plan(operator), costs, 2**20))
+            return plans[-1]
+
+    auto = Scarce()
+    for strategy in (auto, auto, replace(auto)):
+        jacfunc.jacobian(torch.exp2, strategy=strategy)(torch.zeros(400))
+    assert len(plans) == 2
+    assert all("chunks within 1 MiB" in plan.reason for plan in plans)
 
 
 def test_many_functions_of_one_code_are_planned_once() -> None:
@@ -122,7 +179,7 @@ def test_many_functions_of_one_code_are_planned_once() -> None:
             jacfunc.jacobian(made(), strategy=auto)(torch.zeros(3))
     first, second = (step.split(";")[0] for step in steps if " ran: " in step)
     assert first == second
-    assert shared_plans()._by_print.most == 1000
+    assert _codes().most == 1000
 
 
 def test_a_shared_strategy_measures_each_function() -> None:
@@ -180,6 +237,30 @@ def test_winners_in_memory_are_the_latest() -> None:
         winners.put(cpu, str(number), Reverse(), 1.0)
     assert winners.get(cpu, "0") is None
     assert winners.get(cpu, "1199") == Reverse()
+
+
+# --- what parameters meet ---
+
+
+def test_a_module_that_begins_to_write_does_not_write_into_its_parameters() -> None:
+    """They are lent as they are to one that has only read them, by any strategy that is equal."""
+    module, x = nn.Linear(3, 2), points()
+
+    def transform() -> Callable[..., Any]:
+        return jacfunc.module_jacobian(module, per_sample=True, strategy=Structured())
+
+    first = transform()
+    expected = first(x)
+
+    def write(module: nn.Module, args: Any) -> None:
+        with torch.no_grad():
+            module.weight.mul_(2.0)
+
+    module.register_forward_pre_hook(write)
+    before = module.weight.detach().clone()
+    for jac in (first, transform()):
+        torch.testing.assert_close(jac(x)["bias"], expected["bias"])
+        assert torch.equal(module.weight, before)
 
 
 # --- nothing is kept alive ---
@@ -243,16 +324,16 @@ def test_modules_and_batches_end_with_the_last_reference(what: str, uncollected:
 
 def test_the_seeds_of_what_is_tried_take_no_more_than_the_result() -> None:
     both = (Reverse(), Forward())
-    assert others(Reverse(), both, 10, 10) == (Forward(),)
-    assert others(Reverse(), both, 2, 200_000) == (Forward(2),)
-    assert others(Forward(), both, 80_000, 1) == (Reverse(104),)
-    assert others(Forward(), both, 100, 10) == (Reverse(),)
-    assert others(Looped("rows"), (*both, Structured()), 2, 50) == (
+    assert alternatives(Reverse(), both, 10, 10) == (Forward(),)
+    assert alternatives(Reverse(), both, 2, 200_000) == (Forward(2),)
+    assert alternatives(Forward(), both, 80_000, 1) == (Reverse(104),)
+    assert alternatives(Forward(), both, 100, 10) == (Reverse(),)
+    assert alternatives(Looped("rows"), (*both, Structured()), 2, 50) == (
         Reverse(),
         Structured(),
         Forward(2),
     )
-    assert others(Reverse(7), (Reverse(7), Forward(7)), 2, 50) == (Forward(7),)
+    assert alternatives(Reverse(7), (Reverse(7), Forward(7)), 2, 50) == (Forward(7),)
 
 
 class Read(nn.Module):

@@ -1,4 +1,4 @@
-"""Seeds that are swept, and blocks that products are put together to."""
+"""Seeds of a sweep, and sinks that assemble its products into the blocks of a Jacobian."""
 
 from jacfunc._assembly.basis import (
     as_leaves,
@@ -12,4 +12,4 @@ from jacfunc._assembly.basis import (
 from jacfunc._assembly.blocks import columns_to_blocks, rows_to_blocks, stack, stack_leaves
 from jacfunc._assembly.out import sink_for
 from jacfunc._assembly.pages import empty, empty_cache
-from jacfunc._assembly.sinks import Grid, Sink
+from jacfunc._assembly.sinks import NEW_TENSORS, Grid, Sink, Sweep

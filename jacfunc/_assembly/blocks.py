@@ -1,4 +1,4 @@
-"""Chunks of rows or columns ⇄ blocks: where the products of a sweep become the Jacobian."""
+"""Chunks of rows or columns, stacked and cut into the blocks of the Jacobian."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly.pages import empty
-from jacfunc._torch import memory_of
+from jacfunc._torch import memory_of, untracked
 from jacfunc._types import Blocks, Leaves
 
 Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
-"""From the first chunk, and how many seeds there are: what all chunks are written into."""
+"""From the first chunk and the number of seeds to the tensors that all chunks are written into."""
 
 
 def allocated(first: Leaves, total: int) -> Leaves:
-    """A tensor of its own for each leaf."""
+    """A new tensor ``[total, *shape]`` for each leaf of the first chunk."""
     return tuple(empty(product, (total, *product.shape[1:])) for product in first)
 
 
 def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> Leaves:
-    """Chunks ``[K, *shape]`` written into one ``[total, *shape]`` tensor a leaf.
+    """Chunks ``[K, *shape]`` stacked into one tensor ``[total, *shape]`` a leaf.
 
-    A sweep of one chunk is the result itself, if it needs no other place. Products that carry a
-    graph are concatenated: the backward of writing into a slice copies the whole result once a
-    chunk.
+    A single chunk is the result itself, unless ``into`` has another place for it. Products that
+    carry a graph are concatenated, since the backward pass of a write into a slice copies the whole
+    result once a chunk.
     """
     iterator = iter(chunks)
     first = next(iterator)
@@ -47,15 +47,23 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
 
 
 def stack_leaves(chunks: Iterable[Leaves], leaves: Leaves) -> list[Leaves]:
-    """Rows of each output leaf in tensors of their own, from chunks that hold rows of one each."""
+    """Rows ``[M_i, *in_j]`` of each output leaf, from chunks that hold rows of one leaf each."""
     iterator = iter(chunks)
     return [stack(_up_to(iterator, leaf.numel()), leaf.numel()) for leaf in leaves]
+
+
+def stacked_rows(chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
+    """Blocks ``[*out_i, *in_j]``, from chunks that hold rows of one output leaf each."""
+    pairs = zip(stack_leaves(chunks, outputs), outputs, strict=True)
+    return tuple([rows_to_blocks(rows, (out,), primals)[0] for rows, out in pairs])
 
 
 def rows_to_blocks(
     rows: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
 ) -> Blocks:
-    """Rows ``[M, *in_j]``, one a leaf of the input, cut into ``[*out_i, *in_j]``."""
+    """Rows ``[M, *in_j]`` of all outputs, cut into blocks ``[*out_i, *in_j]``."""
+    if len(outputs) == len(primals) == 1:  # the generators below cost as much as a small operation
+        return ((_block(rows[0], outputs[0], primals[0], dtype),),)
     by_input = [_cut(row, outputs) for row in rows]
     return tuple(
         tuple(_block(by_input[j][i], out, primal, dtype) for j, primal in enumerate(primals))
@@ -66,7 +74,7 @@ def rows_to_blocks(
 def columns_to_blocks(
     columns: Leaves, outputs: Leaves, primals: Leaves, dtype: torch.dtype | None = None
 ) -> Blocks:
-    """Columns ``[N, *out_i]``, one a leaf of the output, cut and turned to ``[*out_i, *in_j]``."""
+    """Columns ``[N, *out_i]`` of all inputs, cut and transposed to blocks ``[*out_i, *in_j]``."""
     by_output = [_cut(column, primals) for column in columns]
     return tuple(
         tuple(
@@ -78,7 +86,7 @@ def columns_to_blocks(
 
 
 def _up_to(chunks: Iterator[Leaves], total: int) -> Iterator[Leaves]:
-    """Those of the next ``total`` seeds."""
+    """The chunks of the next ``total`` seeds."""
     left = total
     while True:
         products = next(chunks)
@@ -90,23 +98,28 @@ def _up_to(chunks: Iterator[Leaves], total: int) -> Iterator[Leaves]:
 
 
 def _cut(products: Tensor, leaves: Leaves) -> Sequence[Tensor]:
-    """Products of all seeds, cut into those of each leaf's seeds."""
+    """Products of all seeds, cut into the products of each leaf's seeds."""
     if len(leaves) == 1:
         return (products,)
     return products.split_with_sizes([leaf.numel() for leaf in leaves])
 
 
 def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """One block ``[*out, *in]``, in the dtype that it has whichever side its products came from."""
-    shape = out.shape + primal.shape
-    block = products if products.shape == shape else products.view(shape)
-    if dtype is None and out.dtype == primal.dtype == block.dtype:
+    """One block ``[*out, *in]``; its dtype is the same for rows and for columns."""
+    with untracked():
+        shape = out.shape + primal.shape
+        is_shaped = products.shape == shape
+        is_typed = dtype is None and out.dtype == primal.dtype == products.dtype
+    block = products if is_shaped else products.view(shape)
+    if is_typed:
         return block
     return block.to(dtype or torch.promote_types(out.dtype, primal.dtype))
 
 
 def _owned(products: Leaves) -> Leaves:
-    """Products in memory of their own: autograd hands out expanded views, and one tensor twice."""
+    """Products in memory of their own: autograd may return expanded views, or one tensor twice."""
+    if len(products) == 1:
+        return (products[0].clone(),) if 0 in products[0].stride() else products
     owned: list[Tensor] = []
     seen: set[int] = set()
     for product in products:
@@ -117,7 +130,7 @@ def _owned(products: Leaves) -> Leaves:
 
 
 def _write(results: Leaves, products: Leaves, start: int) -> int:
-    """Put a chunk in its place; where the next one goes."""
+    """Write a chunk to where it begins, and return where the next one begins."""
     stop = start + products[0].shape[0]
     for result, product in zip(results, products, strict=True):
         result[start:stop] = product

@@ -1,4 +1,4 @@
-"""A result written into tensors that the caller hands in: a loop then pays for memory once."""
+"""Sinks that write into the tensors of ``out=``, so that a loop pays for its memory once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sink_for(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Sink:
-    """Where the blocks of one call go.
+    """The sink for the blocks of one call, as its options say.
 
     Raises:
         TypeError, ValueError: an ``out`` that can't be written into, or a dtype beside it.
@@ -49,7 +49,7 @@ def sink_for(
 
 
 class IntoBlocks(Sink):
-    """A tensor of the caller's for each block: written into where it is a place, or copied to."""
+    """Puts each block into a tensor of the user's: as it comes where possible, or by a copy."""
 
     copies = True
 
@@ -60,7 +60,7 @@ class IntoBlocks(Sink):
         self.out = out
 
     def placed(self, tree: Tree) -> Tree:
-        """By key: the caller's dicts may have another order than the result's."""
+        """The user's tree, filled by key, as its dicts may have another order than the result's."""
         leaves, spec = flatten(tree)
         try:
             places = aligned(spec, self.tree, "out")
@@ -80,20 +80,20 @@ class IntoBlocks(Sink):
         def allocate(first: Leaves, total: int) -> Leaves:
             if len(grid.rows) > 1 or len(self.out) != len(first):
                 return self._apart(first, total)
-            pairs = zip(self._known(grid, ()), first, strict=True)
+            pairs = zip(self._checked(grid, ()), first, strict=True)
             return tuple(out.view(total, *product.shape[1:]) for out, product in pairs)
 
         return allocate
 
     def into_samples(self, grid: Grid) -> Allocate:
-        return lambda first, total: self._known(grid, (total,))
+        return lambda first, total: self._checked(grid, (total,))
 
     def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
-        """The caller's tensors, whoever has written into them."""
+        """The user's tensors, into which all blocks that are elsewhere are copied."""
         width, flat = len(grid.columns), [block for row in blocks for block in row]
         check_undifferentiated(self.api, flat)
-        known = self._known(grid, batch)
-        for out, block in zip(known, flat, strict=True):
+        places = self._checked(grid, batch)
+        for out, block in zip(places, flat, strict=True):
             if out.shape != block.shape:
                 raise ValueError(
                     f"{self.api}: out must have the shapes of the blocks, got "
@@ -102,10 +102,10 @@ class IntoBlocks(Sink):
                 )
             if out.data_ptr() != block.data_ptr():
                 out.copy_(block)
-        return tuple(tuple(known[i * width : (i + 1) * width]) for i in range(len(grid.rows)))
+        return tuple(tuple(places[i * width : (i + 1) * width]) for i in range(len(grid.rows)))
 
-    def _known(self, grid: Grid, batch: tuple[int, ...]) -> Leaves:
-        """The tensors, which are as many and as large as the blocks."""
+    def _checked(self, grid: Grid, batch: tuple[int, ...]) -> Leaves:
+        """The user's tensors, once they are seen to be as many and as large as the blocks."""
         sizes = [m * n for m in grid.rows for n in grid.columns]
         lead = batch[0] if batch else 1
         if [lead * size for size in sizes] != [out.numel() for out in self.out]:
@@ -118,7 +118,7 @@ class IntoBlocks(Sink):
 
 
 class IntoMatrix(MatrixSink):
-    """The caller's matrix ``[*batch, M, N]``."""
+    """Writes all blocks into the user's matrix ``[*batch, M, N]``."""
 
     def __init__(self, api: str, out: Tensor) -> None:
         super().__init__()
@@ -146,7 +146,11 @@ class IntoMatrix(MatrixSink):
 
 
 def check_undifferentiated(api: str, blocks: Sequence[Tensor]) -> None:
-    """Refuse to lay a graph into the caller's tensors."""
+    """Refuse blocks that carry a graph, which the user's tensors must not get.
+
+    Raises:
+        ValueError: if a block requires gradients.
+    """
     if any(block.requires_grad for block in blocks):
         raise ValueError(
             f"{api}: out must be for a result without a graph, got one that is differentiable. "

@@ -1,4 +1,4 @@
-"""Memory that is written into again: a page that is new costs a fault at the first write."""
+"""Pages of memory that large results are written into again, as each new page costs a fault."""
 
 from __future__ import annotations
 
@@ -17,94 +17,101 @@ from jacfunc._memory import LARGE, PeakBytes
 from jacfunc._torch import is_outermost
 
 HUGE, POPULATE = 14, 23
-"""Linux's ``MADV_HUGEPAGE``, a fault for 2 MiB at once where it has them side by side, and, since
-5.14, ``MADV_POPULATE_WRITE``, all faults now rather than at the first write to each page.
+"""What Linux is advised about new pages: ``MADV_HUGEPAGE``, to take one fault for 2 MiB, and, since
+5.14, ``MADV_POPULATE_WRITE``, to take all faults at once instead of one at the first write to each.
 """
 
 
 class FreedPages:
-    """Pages of results that nobody holds any longer: the next results are written into them.
+    """Pages of results that are no longer referenced, kept for the next results.
 
-    They are the system's while they wait (``MADV_FREE``): short of memory it takes them back, and
-    they read as new. Never more are mapped than results have taken at the same time.
+    While pages wait, the system may take them back (``MADV_FREE``) when it is short of memory; they
+    then read as new. Never more pages are mapped than results have filled at the same time.
+
+    Args:
+        least: bytes of the smallest tensor that is put into such pages.
     """
 
-    def __init__(self) -> None:
-        self._given = 0
+    def __init__(self, least: int = LARGE) -> None:
+        self.least = least
+        self._lent_bytes = 0
         self.most = 0
+        """The most bytes that tensors have taken at the same time."""
         self._waiting: list[mmap.mmap] = []
-        # a finalizer comes whenever it likes, and may do no more than append
-        self._let_go: deque[mmap.mmap] = deque()
+        # a finalizer runs at any time, in any thread, and may do no more than append
+        self._returned: deque[mmap.mmap] = deque()
         self._lock = Lock()
 
     @property
     def taken(self) -> int:
-        """Bytes that tensors are in."""
-        return self._given - sum(map(len, self._let_go))
+        """Bytes that tensors take now."""
+        return self._lent_bytes - sum(map(len, self._returned))
 
     @property
     def kept(self) -> int:
-        """Bytes that wait."""
-        return sum(map(len, (*self._waiting, *self._let_go)))
+        """Bytes that wait for the next results."""
+        return sum(map(len, (*self._waiting, *self._returned)))
 
     def take(self, nbytes: int) -> memoryview:
-        """Memory of that size; when the last tensor in it is gone, its pages come back here.
+        """Memory of that size, whose pages come back here when its last tensor is gone.
 
         Raises:
-            OSError: there is none.
+            OSError: if there is no memory.
         """
         with self._lock:
             self._collect()
-            found = self._fitting(nbytes)
-            given = self._given + (nbytes if found is None else len(found))
-            most = max(self.most, given)
-            self._keep_to(most - given)  # before new ones come
-            pages = _new(nbytes) if found is None else found
-            self._given, self.most = given, most
+            pages = self._fitting(nbytes)
+            lent = self._lent_bytes + (nbytes if pages is None else len(pages))
+            most = max(self.most, lent)
+            self._keep_to(most - lent)  # before new pages are mapped
+            pages = _new_pages(nbytes) if pages is None else pages
+            self._lent_bytes, self.most = lent, most
         view = memoryview(pages)[:nbytes]
         weakref.finalize(view, self._give_back, pages).atexit = False
         return view
 
     def clear(self) -> None:
-        """Unmap whatever waits."""
+        """Unmap all pages that wait."""
         with self._lock:
             self._collect()
             self._keep_to(0)
-            self.most = self._given
+            self.most = self._lent_bytes
 
     def _collect(self) -> None:
-        while self._let_go:
-            pages = self._let_go.popleft()
-            self._given -= len(pages)
+        """Let pages wait that finalizers have returned."""
+        while self._returned:
+            pages = self._returned.popleft()
+            self._lent_bytes -= len(pages)
             self._waiting.append(pages)
 
     def _fitting(self, nbytes: int) -> mmap.mmap | None:
-        """The smallest that wait and are large enough, but not twice as large."""
+        """The smallest waiting pages that are large enough, but not twice as large."""
         large_enough = [pages for pages in self._waiting if nbytes <= len(pages) < 2 * nbytes]
         best = min(large_enough, key=len, default=None)
         self._waiting = [pages for pages in self._waiting if pages is not best]
         return best
 
     def _keep_to(self, most: int) -> None:
-        """Unmap what came back longest ago, until no more wait."""
+        """Unmap pages, those that came back first, until at most so many bytes wait."""
         while self._waiting and sum(map(len, self._waiting)) > most:
             del self._waiting[0]
 
     def _give_back(self, pages: mmap.mmap) -> None:
         pages.madvise(mmap.MADV_FREE)
-        self._let_go.append(pages)
+        self._returned.append(pages)
 
 
-def _new(nbytes: int) -> mmap.mmap:
-    """Pages that nothing was written into, large ones, all of them asked for at once."""
+def _new_pages(nbytes: int) -> mmap.mmap:
+    """New pages, large ones if the system has such, with all faults taken now."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for advice in (HUGE, POPULATE):
-        with suppress(OSError):  # systems that can't are slower, that is all
+        with suppress(OSError):  # a system without it is slower, nothing else
             pages.madvise(advice)
     return pages
 
 
-_PAGES = FreedPages()
+PAGES = FreedPages()
+"""The freed pages of this process."""
 
 
 def empty_cache() -> None:
@@ -125,7 +132,7 @@ def empty_cache() -> None:
         40040000
         >>> jacfunc.empty_cache()
     """
-    _PAGES.clear()
+    PAGES.clear()
 
 
 def empty(
@@ -133,15 +140,20 @@ def empty(
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    pages: FreedPages = PAGES,
 ) -> Tensor:
-    """``like.new_empty``; a large one in pages that earlier results have left, if any wait."""
+    """``like.new_empty(shape)``; a large one is put into pages of earlier results, if any wait."""
     dtype = dtype or like.dtype
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < LARGE or torch.device(device or like.device).type != "cpu" or _is_seen(like):
+    if (
+        nbytes < pages.least
+        or torch.device(device or like.device).type != "cpu"
+        or _is_watched(like)
+    ):
         return like.new_empty(shape, dtype=dtype, device=device)
     try:
-        memory = _PAGES.take(nbytes)
-    except OSError:  # torch says in its own words that there is none
+        memory = pages.take(nbytes)
+    except OSError:  # torch raises its own error if there is no memory
         return like.new_empty(shape, dtype=dtype, device=device)
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     for mode in _get_current_dispatch_mode_stack():
@@ -150,8 +162,8 @@ def empty(
     return like.new_empty(0, dtype=dtype, device=device).set_(storage).resize_(shape)
 
 
-def _is_seen(like: Tensor) -> bool:
-    """Is a tensor more than its memory to somebody, who must see where it comes from?"""
+def _is_watched(like: Tensor) -> bool:
+    """Must torch allocate a tensor like this, for a subclass, transform or mode to see it?"""
     return (
         type(like) is not Tensor
         or not hasattr(mmap, "MADV_FREE")

@@ -1,10 +1,11 @@
-"""Where the products of a sweep go: a tensor a block, or one matrix that they are written into."""
+"""Sinks, which take the products of a sweep: as a tensor for each block, or as one matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from jacfunc._assembly.blocks import (
     columns_to_blocks,
     rows_to_blocks,
     stack,
-    stack_leaves,
+    stacked_rows,
 )
 from jacfunc._assembly.pages import empty
-from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, evenly
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, evenly
 from jacfunc._types import Blocks, Leaves, Tree
+
+Sweep: TypeAlias = Callable[[Chunk], Iterable[Leaves]]
+"""From the number of seeds at once to the products of all seeds, chunk by chunk."""
 
 
 @dataclass(frozen=True)
@@ -43,56 +47,59 @@ class Grid:
 
 
 class Sink:
-    """A tensor a block; of another dtype or on another device, where one is named."""
+    """Takes the products of a sweep and returns blocks, each a tensor of its own.
+
+    Args:
+        dtype: of the blocks; None for that of the products.
+        device: of the blocks; None for that of the products.
+    """
+
+    copies = False
+    """Are products written elsewhere, rather than being the result themselves?"""
 
     def __init__(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         self.dtype = dtype
         self.device = device
-
-    @property
-    def copies(self) -> bool:
-        """Are products written elsewhere, rather than being the result themselves?"""
-        return self.dtype is not None or self.device is not None
+        if dtype is not None or device is not None:
+            self.copies = True
 
     def placed(self, tree: Tree) -> Tree:
-        """The finished blocks, as the tree that is returned."""
+        """The tree that the user gets, from a tree of finished blocks."""
         return tree
 
     def at_once(self, chunk: Chunk) -> Chunk:
-        """Seeds, or samples, of one sweep: not all, where their products are copied."""
-        return Pieces(STAGED_BYTES) if chunk is None and self.copies else chunk
+        """How many seeds or samples are swept at once: not all, where their products are copied."""
+        return FittedChunks.by_share(STAGED_BYTES) if chunk is None and self.copies else chunk
 
-    def rows_at_once(self, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Chunk:
-        """Of rows it is known beforehand how large they are."""
-        if chunk is not None or not self.copies:
-            return chunk
+    def rows(self, sweep: Sweep, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Blocks:
+        """Blocks ``[*out_i, *in_j]`` from a sweep that gives chunks of rows ``[K, *in_j]``."""
+        if not self.copies:
+            return stacked_rows(sweep(chunk), outputs, primals)
         total, each = numel(outputs), sum(primal.nbytes for primal in primals)
-        return max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
-
-    def rows(self, chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
-        """Blocks ``[*out_i, *in_j]`` from chunks of rows ``[K, *in_j]``."""
-        if self.copies or len(outputs) < 2:
-            into = self.into_rows(Grid.of(outputs, primals)) if self.copies else allocated
-            rows = stack(chunks, numel(outputs), into)
-            return rows_to_blocks(rows, outputs, primals, self.dtype)
-        pairs = zip(stack_leaves(chunks, outputs), outputs, strict=True)
-        return tuple(rows_to_blocks(rows, (out,), primals)[0] for rows, out in pairs)
+        if chunk is None:  # how large rows are is known before the first
+            chunk = max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
+        rows = stack(sweep(chunk), total, self.into_rows(Grid.of(outputs, primals)))
+        return rows_to_blocks(rows, outputs, primals, self.dtype)
 
     def columns(
-        self, chunks: Iterable[Leaves], outputs: Callable[[], Leaves], primals: Leaves
+        self, sweep: Sweep, chunk: Chunk, outputs: Callable[[], Leaves], primals: Leaves
     ) -> Blocks:
-        """The same from chunks of columns ``[K, *out_i]``; outputs are known after the first."""
+        """Blocks ``[*out_i, *in_j]`` from a sweep that gives chunks of columns ``[K, *out_i]``.
+
+        The outputs are known after the first chunk.
+        """
 
         def into(first: Leaves, total: int) -> Leaves:
             return self.into_columns(Grid.of(outputs(), primals))(first, total)
 
+        chunks = sweep(self.at_once(chunk))
         columns = stack(chunks, numel(primals), into if self.copies else allocated)
         return columns_to_blocks(columns, outputs(), primals, self.dtype)
 
     def samples(self, chunks: Iterable[Leaves], size: int, grid: Callable[[], Grid]) -> Leaves:
-        """Blocks ``[B, *out_i, *in_j]`` from chunks of them; what comes beside is stacked."""
+        """Blocks ``[B, *out_i, *in_j]`` from chunks of samples; leaves beside them are stacked."""
 
         def into(first: Leaves, total: int) -> Leaves:
             return self.places(first, total, grid())
@@ -100,26 +107,26 @@ class Sink:
         return stack(chunks, size, into if self.copies else allocated)
 
     def places(self, first: Leaves, size: int, grid: Grid) -> Leaves:
-        """What all chunks of samples are written into, from the first of them."""
+        """The tensors that all chunks of samples are written into, made from the first chunk."""
         if not self.copies:
             return allocated(first, size)
         count = len(grid.rows) * len(grid.columns)
         return (*self.into_samples(grid)(first[:count], size), *allocated(first[count:], size))
 
     def into_rows(self, grid: Grid) -> Allocate:
-        """Places for rows of all input leaves."""
+        """Makes the tensors that rows are written into, one for each input leaf."""
         return self._apart
 
     def into_columns(self, grid: Grid) -> Allocate:
-        """Places for columns of all output leaves."""
+        """Makes the tensors that columns are written into, one for each output leaf."""
         return self._apart
 
     def into_samples(self, grid: Grid) -> Allocate:
-        """Places for blocks of many samples."""
+        """Makes the tensors that blocks of all samples are written into."""
         return self._apart
 
     def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
-        """The blocks as they were wanted, by whomever they were made."""
+        """The blocks in the form that the user asked for; they may not be in their places yet."""
         if not self.copies:
             return blocks
         return tuple(tuple(block.to(self.device, self.dtype) for block in row) for row in blocks)
@@ -131,8 +138,11 @@ class Sink:
         )
 
 
+NEW_TENSORS = Sink()
+
+
 class MatrixSink(Sink):
-    """All blocks as parts of one matrix ``[*batch, M, N]``: it is the single block at the end."""
+    """Writes all blocks into one matrix ``[*batch, M, N]``, which is the single block returned."""
 
     copies = True
     matrix: Tensor | None = None
@@ -160,7 +170,10 @@ class MatrixSink(Sink):
         return allocate
 
     def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
-        """The matrix; concatenated, where the blocks carry a graph or a strategy wrote none."""
+        """The matrix; concatenated from the blocks where nothing was written into it.
+
+        Nothing is where blocks carry a graph, or come from a strategy that returns blocks alone.
+        """
         if self.matrix is None:
             self.matrix = _concatenated(blocks, grid, batch).to(self.device, self.dtype)
         return ((self.matrix,),)
@@ -172,7 +185,7 @@ class MatrixSink(Sink):
 
 
 def _as_places(parts: Sequence[Tensor], first: Leaves) -> Leaves:
-    """Parts of the matrix in the shapes of what is written there."""
+    """Parts of the matrix, viewed in the shapes of the products that are written there."""
     pairs = zip(parts, first, strict=True)
     return tuple(part.view(part.shape[0], *product.shape[1:]) for part, product in pairs)
 

@@ -1,5 +1,6 @@
-"""A user's call: its trees taken off, and what tells one function from another."""
+"""A user's call without its trees, and what tells one function from another."""
 
+from jacfunc._calls.derivation import Derivation
 from jacfunc._calls.fingerprint import fingerprint
-from jacfunc._calls.flat_call import FlatCall, OfCalls
+from jacfunc._calls.flat_call import FlatCall, ModuleOrigin, OfCalls
 from jacfunc._calls.reach import reaches_module

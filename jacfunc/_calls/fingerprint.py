@@ -1,4 +1,4 @@
-"""What a function is, in a few letters: the same in the next process, other when its code is."""
+"""A key of a function's code and settings, which is the same in the next process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 DEEPEST = 8
 PLAIN_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
 
+FIRST_NAMES = {"jacfunc._calls.flat_call.": "jacfunc._flat."}
+"""Names as they are in keys of cache files that were written before a class moved."""
+
 
 def fingerprint(func: object) -> str:
-    """Of a function's code, and of the shapes and settings that it closes over.
+    """Sixteen hex digits that are equal for equal code with equal shapes and settings in closures.
 
-    Numbers in tensors, and what a function finds in globals, do not count.
+    Numbers in tensors do not count, nor do the globals that a function uses.
 
     Example:
-        >>> from jacfunc._fingerprint import fingerprint
+        >>> from jacfunc._calls.fingerprint import fingerprint
         >>> def power(n):
         ...     return lambda x: x ** n
         >>> fingerprint(power(2)) == fingerprint(power(2)) != fingerprint(power(3))
@@ -35,7 +38,7 @@ def fingerprint(func: object) -> str:
 
 
 def _parts(thing: Any, depth: int) -> Iterator[str]:
-    """Words that tell a thing from others, its parts after it."""
+    """Strings that tell a thing from others: of itself, then of its parts."""
     yield type(thing).__qualname__
     if depth > DEEPEST:
         return
@@ -55,8 +58,8 @@ def _parts(thing: Any, depth: int) -> Iterator[str]:
     elif isinstance(thing, types.MethodType):
         yield from _each((thing.__func__, thing.__self__), depth)
     elif isinstance(thing, nn.Module):
-        yield from _each(dict(thing.named_parameters()), depth)
-        yield from _each(dict(thing.named_buffers()), depth)
+        yield from _parts(dict(thing.named_parameters()), depth)
+        yield from _parts(dict(thing.named_buffers()), depth)
         yield repr(thing) + str([part.training for part in thing.modules()])
         # two local classes of one name may do different things
         kinds = dict.fromkeys(type(part) for part in thing.modules())
@@ -67,8 +70,9 @@ def _parts(thing: Any, depth: int) -> Iterator[str]:
     elif isinstance(thing, list | tuple | set | frozenset):
         yield from _each(thing, depth)
     else:
-        yield f"{type(thing).__module__}.{getattr(thing, '__qualname__', '')}"
-        # functools.partial, and a call whose trees have been taken off
+        name = f"{type(thing).__module__}.{getattr(thing, '__qualname__', '')}"
+        yield FIRST_NAMES.get(name, name)
+        # of functools.partial, and of a FlatCall
         inner = [getattr(thing, name, None) for name in ("func", "args", "keywords")]
         yield from _each(inner, depth)
 

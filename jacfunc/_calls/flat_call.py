@@ -1,4 +1,4 @@
-"""A user's call with its trees taken off, and the results with their trees put back."""
+"""A user's call as a function of leaves, and the way of its results back into trees."""
 
 from __future__ import annotations
 
@@ -11,17 +11,32 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_aux_pair, check_inputs, check_outputs, wrap_argnums
+from jacfunc._calls.derivation import Derivation
 from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
-from jacfunc._torch import run_as_written
+from jacfunc._remembered import CallKind
+from jacfunc._torch import run_as_written, untracked
 from jacfunc._trees import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
-from jacfunc._types import Argnums, Blocks, LeafFunction, Leaves, Tree, is_tensor
+from jacfunc._types import Blocks, LeafFunction, Leaves, Tree, is_tensor
+
+
+@dataclass(frozen=True)
+class ModuleOrigin:
+    """The module whose call is differentiated.
+
+    Args:
+        state: its :class:`jacfunc._lending.ModuleState`.
+        kind: equal for calls of the module that cost the same; asked for when it is needed.
+    """
+
+    state: Any
+    kind: Callable[[], Hashable]
 
 
 @dataclass(frozen=True)
 class OfCalls:
-    """A function that makes calls of a module, whose ``state`` it knows."""
+    """A leaf function that calls a module, with the ``state`` of that module."""
 
     func: LeafFunction
     state: Any
@@ -31,79 +46,77 @@ class OfCalls:
 
 
 class FlatCall:
-    """``func(*args, **kwargs)`` as a leaf function of what ``argnums`` names.
+    """``func(*args, **kwargs)`` as a leaf function of the arguments that ``argnums`` names.
 
-    Calling it returns ``(outputs, extras)``: the differentiable leaves of the output, and every
-    other tensor it returned. How these go back into trees is remembered from the last call.
+    Calling it returns ``(outputs, extras)``: the differentiable leaves of the output, and all other
+    tensors that ``func`` returned. It keeps the trees of the last call, to put results into them.
     """
 
     def __init__(
         self,
-        api: str,
-        func: Callable[..., Any],
-        argnums: Argnums,
-        has_aux: bool,
+        derivation: Derivation,
         args: tuple[Tree, ...],
         kwargs: dict[str, Any],
-        kind: Callable[[], Hashable] | None = None,
-        called: Any = None,
+        origin: ModuleOrigin | None = None,
     ) -> None:
-        self.func = func
-        self._kind, self._called = kind, called
-        self._api, self._has_aux = api, has_aux
-        self._args, self._kwargs = args, kwargs
+        api, argnums = derivation.api, derivation.argnums
+        self.func = derivation.func
+        self.state: Any = None if origin is None else origin.state
+        """The state of the module that is called; None of a function."""
+        self._api, self._has_aux = api, derivation.has_aux
+        self._args, self._kwargs, self._origin = args, kwargs, origin
+        self._has_one_tensor = len(args) == 1 and type(args[0]) is Tensor and not kwargs
+        self._call_kind: CallKind | None = None
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
-        self._splits = [Split.of(args[n]) for n in self._positions]
-        for n, split in zip(self._positions, self._splits, strict=True):
-            if split.constants or any(map(torch.is_complex, split.leaves)):
-                check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        with untracked():
+            self._splits = [Split.of(args[n]) for n in self._positions]
+            for n, split in zip(self._positions, self._splits, strict=True):
+                if split.constants or any(map(torch.is_complex, split.leaves)):
+                    check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
+        splits = self._splits
+        self.primals: Leaves = (
+            splits[0].leaves if len(splits) == 1 else tuple([x for s in splits for x in s.leaves])
+        )
+        """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
         self._beside: Split | None = None
 
     @property
-    def primals(self) -> Leaves:
-        """The point: the differentiable leaves of the chosen arguments."""
-        return tuple(leaf for split in self._splits for leaf in split.leaves)
+    def call_kind(self) -> CallKind:
+        """The identity of this call, by which plans and the like are remembered."""
+        if self._call_kind is None:
+            self._call_kind = self._identity()
+        return self._call_kind
+
+    def _identity(self) -> CallKind:
+        if self._origin is not None:
+            state = self._origin.state
+            return CallKind(state.module, self._origin.kind(), state.origin or state)
+        if self._has_one_tensor:
+            with untracked():
+                return CallKind(self.func, kind_of(self._args[0]), self.func)
+        kind = self._positions, kinds_of((self._args, self._kwargs))
+        return CallKind(self.func, kind, self.func)
 
     @property
-    def kind_of_call(self) -> tuple[Any, Hashable]:
-        """What is called, and the kind of call; of functions those of one tensor and no more."""
-        if self._called is not None:
-            return self._called, self.signature()
-        if len(self._args) == 1 and type(self._args[0]) is Tensor and not self._kwargs:
-            return self.func, kind_of(self._args[0])
-        return None, None
+    def exact_kind(self) -> CallKind | None:
+        """:attr:`call_kind`, if calls of this kind differ in nothing but the numbers in tensors.
 
-    @property
-    def called(self) -> Any:
-        """The function or the module: what is found out about this call is remembered of it."""
-        return self.func if self._called is None else self._called.module
-
-    @property
-    def state(self) -> Any:
-        """The state of the module that is called; None of a function."""
-        return self._called
+        Calls of a module do, and those of a function of one tensor. Of any other object the kind
+        has the type alone.
+        """
+        return self.call_kind if self._origin is not None or self._has_one_tensor else None
 
     @property
     def functions(self) -> list[Any]:
-        """What is run when it is called, as far as it is known."""
-        return [self.func] if self._called is None else self._called.functions
+        """The functions that run when it is called, as far as they are known."""
+        return [self.func] if self._origin is None else self._origin.state.functions
 
     @property
     def may_share_module(self) -> bool:
-        """Is it a function that may call a module, which another thread may be lending?"""
-        return self._called is None and reaches_module(self.func)
-
-    def signature(self) -> Hashable:
-        """Equal for calls that cost the same: trees, shapes, dtypes, devices, plain settings.
-
-        Whoever makes the call may know less that tells, the ``kind``, and what is ``called``.
-        """
-        if self._kind is not None:
-            return self._kind()
-        func, kind = self.kind_of_call
-        return (self._positions, kinds_of((self._args, self._kwargs))) if func is None else kind
+        """May it be a function that calls a module, which another thread may be lending?"""
+        return self._origin is None and reaches_module(self.func)
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
         args = list(self._args)
@@ -119,46 +132,50 @@ class FlatCall:
             output, aux = run_as_written(self._on_copies, args, primals), None
         if self._has_aux:
             output, aux = check_aux_pair(self._api, output)
-        self._output = Split.of(output)
-        if self._has_aux or self._output.constants:
-            self._beside = Split.of((self._output.constants, aux), is_tensor)
-        if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
-            check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
+        with untracked():
+            self._output = Split.of(output)
+            if self._has_aux or self._output.constants:
+                self._beside = Split.of((self._output.constants, aux), is_tensor)
+            if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
+                check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
         return self._output.leaves, self._beside.leaves if self._beside else ()
 
     def _on_copies(self, args: list[Tree], primals: Sequence[Tensor]) -> Tree:
-        """Call with copies of what is not differentiated, which a derivative lets nobody write."""
+        """The output for copies of all constants: torch refuses writes into the originals."""
         own = {id(primal) for primal in primals}
         args, kwargs = map_tensors(lambda x: x if id(x) in own else x.clone(), (args, self._kwargs))
         return self.func(*args, **kwargs)
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
-        """The function's own ``(output, aux)``, from the leaves that an engine hands back."""
+        """The function's own ``(output, aux)``, from outputs and extras."""
         assert self._output is not None
         constants, aux = self._beside.merge(extras) if self._beside else ((), None)
         return self._output.merge(outputs, constants), aux
 
     def jacobian(self, blocks: Blocks) -> Tree:
-        """Output tree of input trees of blocks ``[*out_i, *in_j]``."""
+        """The Jacobian: an output tree of input trees of blocks ``[*out_i, *in_j]``."""
         return self.output_tree([self.input_tree(row) for row in blocks])
 
     def output_tree(self, values: Sequence[Any]) -> Tree:
-        """Values at the outputs as the tree of the output."""
+        """The tree of the output, with one value for each output leaf."""
         assert self._output is not None
         return self._output.place(values)
 
     def input_tree(self, values: Sequence[Any]) -> Tree:
-        """Values at the primals as the tree of the chosen arguments: a tuple, or the single one."""
+        """The tree of the chosen arguments, with one value for each primal.
+
+        It is a tuple of trees where ``argnums`` is a tuple.
+        """
         parts = self._cut(values)
         trees = tuple(s.place(part) for s, part in zip(self._splits, parts, strict=True))
         return trees[0] if self._is_single else trees
 
     def aligned_inputs(self, name: str, trees: Sequence[Tree]) -> Leaves:
-        """Values at the primals from trees like the chosen arguments, by key."""
+        """One value for each primal, from trees like the chosen arguments; dicts match by key."""
         if not isinstance(trees, tuple | list) or len(trees) != len(self._splits):
             leaves = flatten(trees)[0]
             if len(leaves) != len(self.primals):
-                return tuple(leaves)  # refused for their number
+                return tuple(leaves)  # check_like refuses their number
             raise TypeError(
                 f"{self._api}: {name} must be a tuple of {len(self._splits)}, as the primals are, "
                 f"got {type(trees).__name__}. Write (x,) for the only one."
@@ -171,13 +188,13 @@ class FlatCall:
         )
 
     def aligned_outputs(self, name: str, tree: Tree) -> Leaves:
-        """Values at the outputs from a tree like the output, by key."""
+        """One value for each output leaf, from a tree like the output; dicts match by key."""
         assert self._output is not None
         if self._output.is_bare:
             if isinstance(tree, Tensor):
                 return (tree,)
             leaves = flatten(tree)[0]
-            return (tree,) if len(leaves) == 1 else tuple(leaves)  # refused for their number
+            return (tree,) if len(leaves) == 1 else tuple(leaves)  # check_like refuses it
         return tuple(self._align(self._output, tree, name))
 
     def _align(self, split: Split, tree: Tree, path: str) -> list[Any]:
@@ -191,7 +208,7 @@ class FlatCall:
             ) from error
 
     def input_paths(self) -> list[str]:
-        """The primals in words: ``args[0]['weight']``."""
+        """A path for each primal: ``args[0]['weight']``."""
         return [
             path
             for n, split in zip(self._positions, self._splits, strict=True)
@@ -199,12 +216,12 @@ class FlatCall:
         ]
 
     def output_paths(self) -> list[str]:
-        """The outputs in words: ``output['logits']``."""
+        """A path for each output leaf: ``output['logits']``."""
         assert self._output is not None
         return self._output.paths("output")
 
     def _cut(self, values: Sequence[Any]) -> list[Sequence[Any]]:
-        """Values at the primals, argument by argument."""
+        """The values of each chosen argument, from those of all primals in a row."""
         if len(self._splits) == 1:
             return [values]
         parts, start = [], 0

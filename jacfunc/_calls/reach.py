@@ -1,4 +1,4 @@
-"""Which functions may call a module: read from what they close over, without running them."""
+"""Whether a function may call a module, read from the objects that it refers to."""
 
 from __future__ import annotations
 
@@ -13,47 +13,44 @@ from torch import Tensor, nn
 from jacfunc._remembered import Remembered
 
 DEEPEST, MOST = 6, 300
-"""Steps from the function, and things that are looked at in all."""
+"""The longest chain of references from the function, and the most objects that are looked at."""
 
 _ENDS = (Tensor, type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float)
 
 
 def reaches_module(func: Any) -> bool:
-    """May it call a module, or write into one, as ``torch.func.functional_call`` does?
+    """May the function call a module, or write into one as ``torch.func.functional_call`` does?
 
-    Another thread may be lending that module other parameters at that time.
+    Then it must run alone: another thread may have put other parameters into that module. The
+    answer is remembered.
 
     Example:
         >>> import torch
-        >>> from jacfunc._reach import reaches_module
+        >>> from jacfunc._calls.reach import reaches_module
         >>> model = torch.nn.Linear(1, 1)
         >>> reaches_module(torch.sin), reaches_module(model.forward)
         (False, True)
     """
-    reaches = _known().get(func, None)
-    if reaches is None:
-        reaches = _looked_through(func)
-        _known().put(func, None, reaches)
-    return reaches
+    return _reaching().get_or_make(func, None, lambda: _reaches_module(func))
 
 
 @cache
-def _known() -> Remembered[bool]:
+def _reaching() -> Remembered[bool]:
     return Remembered()
 
 
-def _looked_through(func: Any) -> bool:
+def _reaches_module(func: Any) -> bool:
     return any(isinstance(thing, nn.Module) for thing in islice(_things(func, 0, set()), MOST))
 
 
-def _things(thing: Any, depth: int, met: set[int]) -> Iterator[Any]:
-    """It, and what it refers to, once each."""
-    if depth > DEEPEST or thing is None or isinstance(thing, _ENDS) or id(thing) in met:
+def _things(thing: Any, depth: int, visited: set[int]) -> Iterator[Any]:
+    """A thing and all that it refers to, each once."""
+    if depth > DEEPEST or thing is None or isinstance(thing, _ENDS) or id(thing) in visited:
         return
-    met.add(id(thing))
+    visited.add(id(thing))
     yield thing
     for part in _parts(thing):
-        yield from _things(part, depth + 1, met)
+        yield from _things(part, depth + 1, visited)
 
 
 def _parts(thing: Any) -> Iterator[Any]:
@@ -61,7 +58,7 @@ def _parts(thing: Any) -> Iterator[Any]:
         for cell in thing.__closure__ or ():
             try:
                 yield cell.cell_contents
-            except ValueError:  # nothing has been put into it yet
+            except ValueError:  # the cell is still empty
                 continue
         yield from thing.__defaults__ or ()
         yield from (thing.__kwdefaults__ or {}).values()
@@ -81,7 +78,7 @@ def _parts(thing: Any) -> Iterator[Any]:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Of what it looks up, and what functions inside it do."""
+    """Names of the globals and attributes that a code uses, inner functions included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -75,7 +75,7 @@ def ggn(
     door = BatchOptions("ggn", module, select, in_dims, randomness, chunk_size, looked)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
-        point, targets = door.with_targets(args, kwargs, is_held=True)
+        point, targets = door.with_targets(args, kwargs, is_kept=True)
 
         captured = Captured.of(loss)
 
@@ -144,7 +144,7 @@ def fisher(
     check_likelihood("fisher", likelihood, draws, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
-        point = door.at((args, kwargs), is_held=True)
+        point = door.at((args, kwargs), is_kept=True)
         leaves, is_mean = point.outputs.leaves, reduction == "mean"
         with alone():
             found = drawn("fisher", likelihood, leaves, draws, generator, is_mean)

@@ -14,11 +14,11 @@ from torch import Tensor
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
 from jacfunc._curvature.known_losses import is_known, known_root
 from jacfunc._lending import tensors_in
-from jacfunc._linear_map import Anchor, Graph, JacobianOperator, anchored, on_graph
+from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_alias, map_of_graph
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
-from jacfunc._torch import as_written
+from jacfunc._torch import as_written, noise_like
 from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable
 
@@ -110,12 +110,12 @@ class Loss:
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """The same as a function, on the graph of whoever differentiates it."""
-        anchors = [anchored(leaf, True) for leaf in leaves]
+        anchors = [differentiable_alias(leaf, True) for leaf in leaves]
         copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
         starts = {copy.grad_fn for copy in copies}
         value, _ = self(*copies)
         graph = Graph.of(value, starts)
-        found = on_graph(value, (), [Anchor.at(a) for a in anchors], graph, differentiated=True)
+        found = map_of_graph(value, (), [Anchor.at(a) for a in anchors], graph, differentiated=True)
         return found.pull(tuple(map(torch.ones_like, value))), ()
 
     @cached_property
@@ -200,7 +200,7 @@ class Loss:
         One more cotangent, of noise, tells whether the Hessian is made of these blocks alone.
         """
         leaves = self.outputs.leaves
-        noise = tuple(map(_noise, leaves))
+        noise = noise_like(leaves)
         pairs = zip(shared_units(leaves), noise, strict=True)
         seeds = tuple(torch.cat((units, x.unsqueeze(0))) for units, x in pairs)
         with torch.no_grad():
@@ -234,10 +234,3 @@ def _triangles(blocks: Tensor, noise: float) -> Tensor | None:
     shift = noise * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     columns, failed = torch.linalg.cholesky_ex(blocks + shift)
     return None if failed.any() else columns
-
-
-def _noise(like: Tensor) -> Tensor:
-    """The same every time, and nobody else's numbers."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    noise = torch.randn(like.shape, generator=generator, device=like.device)
-    return noise.to(like.dtype)

@@ -11,18 +11,24 @@ from torch import Tensor
 
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused
-from jacfunc._linear_map import JacobianOperator, Samples, check_agreement, live, narrowed, some_of
+from jacfunc._linear_map import (
+    JacobianOperator,
+    check_agreement,
+    check_transpose,
+    chosen_leaves,
+    narrowed,
+    nonzero_numbers,
+)
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
-from jacfunc._torch import RandomState
+from jacfunc._torch import RandomState, noise_like
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, is_tensor
 
-ADJOINT_ROUNDING = 0.4
-"""Power of a dtype's precision: relative to its terms, an inner product errs by less."""
-
-EXACT = torch.float32
-"""In no less are terms added up."""
+NOT_TRANSPOSED = (
+    "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
+    "them alone"
+)
 
 
 class BatchProducts:
@@ -39,7 +45,7 @@ class BatchProducts:
     def __init__(self, point: ModuleAtBatch) -> None:
         flat = point.call.flat_call(point.call.arguments, None)
         seen: list[FlatCall] = [flat]
-        is_strict = point.batch.randomness == "error"
+        is_strict = point.batch.samples.randomness == "error"
         func = flat if is_strict else OfCalls(_mapped(point, seen), flat.state)
         # they require gradients for the graph of Jᵀ u alone
         self._pulling = JacobianOperator(
@@ -49,10 +55,10 @@ class BatchProducts:
         # no bound methods: these would be a cycle, and keep the module and the batch
         self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
         with point.undisturbed():
-            self._pulling.repeat_draws()
-            before = RandomState(point.batch.leaves)
+            self._pulling.rewind_generators()
+            before = RandomState(point.batch.samples.leaves)
             leaves, extras = self._pulling.image()
-            if is_strict and before.were_taken():
+            if is_strict and before.has_changed():
                 point.batch.check_randomness(RuntimeError("randomness"))
         for out in leaves:
             if not out.dim() or out.shape[0] != point.size:
@@ -67,8 +73,8 @@ class BatchProducts:
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
         with self._point.undisturbed(), self._in_words():
-            of = live(cotangents)
-            return self._pulling.pullback(some_of(cotangents, of), of)
+            of = nonzero_numbers(cotangents)
+            return self._pulling.pullback(chosen_leaves(cotangents, of), of)
 
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
@@ -99,23 +105,16 @@ class BatchProducts:
     def _check(self, products: Leaves, tangents: Leaves) -> None:
         """``⟨u, J v⟩ = ⟨Jᵀ u, v⟩`` for the random u."""
         cotangents, pulled = self._trial
-        left, right = _terms(cotangents, products), _terms(pulled, tangents)
-        scale = float(left.norm() + right.norm())
-        error = abs(float(left.sum() - right.sum()))
-        if error > scale * _precision((*products, *tangents)) ** ADJOINT_ROUNDING:
-            raise Refused(
-                "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own "
-                "changes one of them alone"
-            )
+        check_transpose(cotangents, products, pulled, tangents, NOT_TRANSPOSED)
 
     @cached_property
     def _trial(self) -> tuple[Leaves, Leaves]:
         """A random u, and ``Jᵀ u``."""
-        drawn = _random_like(self.outputs.leaves, seed=1)
-        return drawn, self._pulling.pullback(drawn)
+        cotangents = noise_like(self.outputs.leaves, seed=1)
+        return cotangents, self._pulling.pullback(cotangents)
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
-        pushing = self._pulling.again()
+        pushing = self._pulling.unevaluated()
         with torch.no_grad():  # results are detached
             products = pushing.pushforward(tangents)
         check_agreement(self.outputs.leaves, pushing.outputs)
@@ -128,7 +127,7 @@ class BatchProducts:
     @cached_property
     def _transposed(self) -> JacobianOperator:
         """``Jᵀ u`` as a function of u."""
-        pulling = self._pulling.again()
+        pulling = self._pulling.unevaluated()
         with torch.enable_grad():
             pulling.image()
         check_agreement(self.outputs.leaves, pulling.outputs)
@@ -136,14 +135,14 @@ class BatchProducts:
         transposed = JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
 
         def look() -> None:
-            drawn = _random_like(self._pulling.primals, seed=2)
-            self._check(transposed.pullback(drawn), drawn)
+            tangents = noise_like(self._pulling.primals, seed=2)
+            self._check(transposed.pullback(tangents), tangents)
 
         self._now_and_then("on graph", look)
         return transposed
 
     def _now_and_then(self, way: str, look: Callable[[], None]) -> None:
-        now_and_then(self._state, ("J v", way, self._point.batch.kind), look)
+        now_and_then(self._state, ("J v", way, self._point.batch.kind.kind), look)
 
 
 def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
@@ -151,7 +150,7 @@ def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
     if point.size == 1 or not any(point.size in out.shape[1:] for out in outputs):
         return
     call, batch = point.call, point.batch
-    fewer = narrowed(batch.leaves, batch.dims, 0, point.size - 1)
+    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, point.size - 1)
     flat = call.flat_call(Split.of(call.arguments, is_tensor).merge(fewer), None)
     with point.undisturbed():
         try:
@@ -168,32 +167,9 @@ def _check_shapes(point: ModuleAtBatch, outputs: Leaves) -> None:
             )
 
 
-def _random_like(leaves: Leaves, seed: int) -> Leaves:
-    """Normal numbers from a generator of their own: nobody else's draws change."""
-    own = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(x.shape, generator=own, device="cpu") for x in leaves]
-    return tuple(x.to(like.device, like.dtype) for x, like in zip(drawn, leaves, strict=True))
-
-
-def _terms(lefts: Leaves, rights: Leaves) -> Tensor:
-    """Of an inner product, to be added up."""
-    pairs = zip(lefts, rights, strict=True)
-    return torch.cat([(x.to(torch.promote_types(x.dtype, EXACT)) * y).flatten() for x, y in pairs])
-
-
-def _precision(leaves: Leaves) -> float:
-    """Of the numbers that are computed with."""
-    dtypes = {leaf.dtype for leaf in leaves}
-    for device in {leaf.device.type for leaf in leaves}:
-        if torch.is_autocast_enabled(device):
-            dtypes.add(torch.get_autocast_dtype(device))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
 def _mapped(point: ModuleAtBatch, seen: list[FlatCall]) -> LeafFunction:
     """The module of each sample, as random numbers are to be drawn; parameters are shared."""
     batch = point.batch
-    samples = Samples(batch.leaves, batch.dims, batch.randomness)
 
     def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
         call = batch.call_of(data)
@@ -202,6 +178,6 @@ def _mapped(point: ModuleAtBatch, seen: list[FlatCall]) -> LeafFunction:
         return found
 
     def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
-        return samples.map(of_one, params, [None] * len(params))
+        return batch.samples.map(of_one, params, [None] * len(params))
 
     return of_all

@@ -13,7 +13,7 @@ from jacfunc._assembly import shared_units
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._factored import FactoredJacobian, SignMatrix, projected
 from jacfunc._lending import Select
-from jacfunc._linear_map import Some
+from jacfunc._linear_map import LeafNumbers
 from jacfunc._modules import BatchOptions, Independence, Independent, ModuleAtBatch
 from jacfunc._types import Leaves, Randomness, Tree
 
@@ -119,7 +119,7 @@ def _of_chunk(
     cotangents: Leaves,
     size: int,
     seed: int,
-    of: Some | None = None,
+    of: LeafNumbers | None = None,
 ) -> Tensor:
     """Of what cotangents ``[K, B, *out]`` of some outputs pull back, ``[B, K, size]``."""
     every = point.parts_of(factors, cotangents, of)

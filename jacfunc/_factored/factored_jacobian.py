@@ -14,7 +14,7 @@ from torch import Tensor
 from jacfunc._assembly import shared_units
 from jacfunc._factored.parts import Part, merged, rows, write
 from jacfunc._factored.use import Use
-from jacfunc._linear_map import EVERY, Linearization, Samples, Some
+from jacfunc._linear_map import EVERY, LeafNumbers, Linearization, Samples
 from jacfunc._types import Leaves
 from jacfunc.layers import Rows
 
@@ -81,7 +81,7 @@ class FactoredJacobian:
         alone = slice(of, of + 1)
         return self.of_cotangents(shared_units(self.outputs[alone], start, stop), alone)
 
-    def of_cotangents(self, cotangents: Leaves, of: Some = EVERY) -> list[list[Part]]:
+    def of_cotangents(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> list[list[Part]]:
         """The same of cotangents ``[K, B, *out]`` that need not be rows, of some outputs or all."""
         if not cotangents or not len(cotangents[0]):
             return [[] for _ in self.params]

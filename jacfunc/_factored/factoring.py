@@ -1,10 +1,10 @@
-"""Samples evaluated, and their parameters found where they are used."""
+"""Evaluates all samples, and finds the operations that use each parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -15,30 +15,38 @@ from jacfunc._factored.factored_jacobian import FactoredJacobian
 from jacfunc._factored.tracked import UnruledUse
 from jacfunc._factored.tracking import UseRecorder
 from jacfunc._factored.use import Use
-from jacfunc._faults import untracked, watched_once
+from jacfunc._faults import watched_once
 from jacfunc._linear_map import (
     Anchor,
     Graph,
-    OfOne,
+    SampleFunction,
     Samples,
-    anchored,
-    copied,
+    differentiable_alias,
     leading_out,
     linearize,
-    on_graph,
+    map_of_graph,
+    writable_copy,
 )
-from jacfunc._torch import Pull, inside_derivative, inside_transform, math_attention, recording
+from jacfunc._remembered import CallKind, Remembered
+from jacfunc._torch import (
+    Pull,
+    inside_derivative,
+    inside_transform,
+    math_attention,
+    recording,
+    untracked,
+)
 from jacfunc._types import LeafFunction, Leaves
 
 
 @dataclass
 class LearnedUses:
-    """What parameters of one kind of call meet, by their numbers.
+    """How the function uses its parameters, by number, as earlier calls of one kind have shown.
 
     Args:
-        others: those that are used where no rule sees it.
-        written: those that the function writes into.
-        ruled: those that operations with rules alone are given, which only read them; None before
+        others: parameters that are used where no rule sees it.
+        written: parameters that the function writes into.
+        ruled: parameters that only operations with rules get, which read them alone; None before
             the first evaluation.
     """
 
@@ -46,39 +54,58 @@ class LearnedUses:
     written: set[int] = field(default_factory=set)
     ruled: set[int] | None = None
 
+    @classmethod
+    def of(cls, kind: CallKind) -> LearnedUses:
+        """What is known of the parameters, to be completed by whoever evaluates the call."""
+        return learned_uses().get_or_make(kind.version, kind.kind, cls)
+
     @property
     def lent(self) -> set[int]:
-        """Those that need no copy."""
+        """Parameters that the function gets without a copy."""
         return (self.ruled or set()) - self.others
 
-    def copy(self, anchor: Tensor, number: int, samples: Samples) -> Tensor:
-        """What the function gets: its own, where it may write into it."""
+    def handle(self, anchor: Tensor, number: int, samples: Samples) -> Tensor:
+        """What the function gets as parameter ``number``: a copy if it may write into it."""
         if number in self.lent:
             return anchor.view_as(anchor)
         own = samples.each(anchor) if number in self.others else anchor
-        return own if number in self.others - self.written else copied(own)
+        return own if number in self.others - self.written else writable_copy(own)
 
-    def learn(self, count: int, others: set[int], touched: UnruledUse) -> bool:
-        """From an evaluation of so many parameters; should it have got others?"""
+    def learn(self, count: int, others: set[int], unruled: UnruledUse) -> bool:
+        """Take in what one evaluation of ``count`` parameters showed.
+
+        Returns:
+            Whether the evaluation is void, as the function should have got other handles.
+        """
         shared = self.others - self.written
-        was_wrong = self.lent & touched.given or shared & touched.written or others - self.others
+        is_void = self.lent & unruled.numbers or shared & unruled.written or others - self.others
         self.others |= others
-        self.written |= touched.written
-        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - touched.given
-        return bool(was_wrong)
+        self.written |= unruled.written
+        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - unruled.numbers
+        return bool(is_void)
+
+
+@cache
+def learned_uses() -> Remembered[LearnedUses]:
+    """By functions, and modules as they are: one that was changed may write into parameters."""
+    return Remembered()
 
 
 def factored(
-    of_one: OfOne,
+    of_one: SampleFunction,
     call: LeafFunction,
     params: Leaves,
     samples: Samples,
-    met: LearnedUses,
+    learned: LearnedUses,
     repeat_draws: Callable[[], None],
 ) -> FactoredJacobian:
-    """Evaluate and find the uses; what the parameters ``met`` is remembered.
+    """Evaluate all samples, with the Jacobian of each parameter as factors.
 
-    ``call`` is one of a sample, which may say of what kind it is.
+    The evaluation is repeated until ``learned`` holds all that it needed to know.
+
+    Args:
+        of_one: the function of the parameters and the data of one sample.
+        call: the call of one sample, whose kind tells what earlier calls have shown.
 
     Raises:
         Refused: inside a transform that differentiates, where no graph is kept.
@@ -87,83 +114,83 @@ def factored(
         raise Refused("factors of layers are found on a plain graph, which no transform keeps")
     if inside_transform():
         repeat_draws()
-        # vmap shows no graph: parameters are differentiated as they are
-        unfactored = linearize(*samples.apart(of_one, params))
+        # vmap shows no graph: every parameter is differentiated as it is
+        unfactored = linearize(*samples.with_own_params(of_one, params))
         return FactoredJacobian(samples, (), range(len(params)), params, unfactored)
     while True:
         repeat_draws()
-        touched = UnruledUse()
+        unruled = UnruledUse()
         try:
-            found, others = _evaluated(of_one, call, params, samples, met, touched)
+            jacobian, others = _evaluated(of_one, call, params, samples, learned, unruled)
         except Exception:
-            # it was not told that it may not write, and what it makes of that is not its fault
-            if not met.learn(len(params), set(), touched):
+            # the function may have failed because a handle is no copy: then go on with copies
+            if not learned.learn(len(params), set(), unruled):
                 raise
             continue
-        if not met.learn(len(params), others, touched):
-            return found
+        if not learned.learn(len(params), others, unruled):
+            return jacobian
 
 
 def _evaluated(
-    of_one: OfOne,
+    of_one: SampleFunction,
     call: LeafFunction,
     params: Leaves,
     samples: Samples,
-    met: LearnedUses,
-    touched: UnruledUse,
+    learned: LearnedUses,
+    unruled: UnruledUse,
 ) -> tuple[FactoredJacobian, set[int]]:
-    """The factors, and which parameters are used where no rule sees it."""
-    wanted, others = torch.is_grad_enabled(), sorted(met.others)
+    """The factors of one evaluation, and the parameters that are used where no rule sees it."""
+    grad_mode, others = torch.is_grad_enabled(), sorted(learned.others)
     with recording(), math_attention():
         check_plain(params)
-        anchors = [anchored(param, wanted) for param in params]
+        anchors = [differentiable_alias(param, grad_mode) for param in params]
         twins = [anchor.view_as(anchor) for anchor in anchors]
-        held = [met.copy(anchor, i, samples) for i, anchor in enumerate(anchors)]
-        behind = [Anchor.behind(held[i]) for i in others]  # of_one may write into them
-        starts = [handle.grad_fn for handle in held]
-        found: list[Use] = []
-        uses_of = partial(UseRecorder, samples.size, met.lent, touched)
-        of_all = _recording(of_one, samples, others, twins, uses_of, found)
-        further = wanted and any(param.requires_grad for param in params)
-        pull = Pull(None, (wanted, further), leading_out(set(starts), wanted, further))
-        outputs, extras = watched_once(of_all, held, params, pull, call)
-    cut = set(starts).union(*(use.ends for use in found))
+        handles = [learned.handle(anchor, i, samples) for i, anchor in enumerate(anchors)]
+        behind = [Anchor.behind(handles[i]) for i in others]  # of_one may write into them
+        starts = [handle.grad_fn for handle in handles]
+        uses: list[Use] = []
+        recorder = partial(UseRecorder, samples.size, learned.lent, unruled)
+        of_all = _recording(of_one, samples, others, twins, recorder, uses)
+        further = grad_mode and any(param.requires_grad for param in params)
+        pull = Pull(None, (grad_mode, further), leading_out(set(starts), grad_mode, further))
+        outputs, extras = watched_once(of_all, handles, params, pull, call)
+    cut = set(starts).union(*(use.ends for use in uses))
     state = getattr(call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
-    graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in found)))
-    if not all(use.is_all(graph) for use in found):
+    graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in uses)))
+    if not all(use.is_complete(graph) for use in uses):
         raise Refused("a parameter is used in a derivative that the function takes itself")
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
-    differentiated = further or (wanted and graph.leads_out)
-    targets = [*(use.anchor for use in found), *behind]
-    linearization = on_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
-    used = {i for i, node in enumerate(starts) if node in graph.met}
-    return FactoredJacobian(samples, found, others, params, linearization), used
+    differentiated = further or (grad_mode and graph.leads_out)
+    targets = [*(use.anchor for use in uses), *behind]
+    linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
+    unruled_numbers = {i for i, node in enumerate(starts) if node in graph.met}
+    return FactoredJacobian(samples, uses, others, params, linearization), unruled_numbers
 
 
 def _recording(
-    of_one: OfOne,
+    of_one: SampleFunction,
     samples: Samples,
     others: Sequence[int],
     twins: Sequence[Tensor],
-    uses_of: Callable[[], UseRecorder],
-    found: list[Use],
+    recorder: Callable[[], UseRecorder],
+    uses: list[Use],
 ) -> Callable[..., tuple[Leaves, Leaves]]:
-    """Of all samples at once: a function of the parameters that writes down their uses."""
+    """The function of all samples, which takes handles of the parameters and fills ``uses``."""
     dims = [0 if i in others else None for i in range(len(twins))]
 
     def recorded(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
         with untracked():
-            uses = uses_of()
+            recording = recorder()
             for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
-                uses.track(number, param, twin)
-        with uses:
+                recording.track(number, param, twin)
+        with recording:
             outputs, extras = of_one(params, data)
-        found[:] = uses.found()
+        uses[:] = recording.uses()
         return outputs, extras
 
-    def of_all(*held: Tensor) -> tuple[Leaves, Leaves]:
-        return samples.map(recorded, held, dims)
+    def of_all(*handles: Tensor) -> tuple[Leaves, Leaves]:
+        return samples.map(recorded, handles, dims)
 
     return of_all

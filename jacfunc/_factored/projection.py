@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored.parts import Part, rows
+from jacfunc._memory import DRAWN_BYTES
 from jacfunc.layers import Outer
-
-DRAWN_BYTES = 2**24
-"""Bytes of the random matrix that exist at a time."""
 
 
 class SignMatrix:
-    """Rows of the random matrix of one parameter, drawn one after the other."""
+    """The random matrix of one parameter, whose rows are drawn one after the other.
 
-    def __init__(self, key: str, size: int, like: Tensor) -> None:
-        self.size = size
+    Args:
+        at_once: bytes of the matrix that exist at a time.
+    """
+
+    def __init__(self, key: str, size: int, like: Tensor, at_once: int = DRAWN_BYTES) -> None:
+        self.size, self.at_once = size, at_once
         # on the CPU, so that every device gets the same; a seed there has 32 bits
         self._generator = torch.Generator().manual_seed(crc32(key.encode()))
         bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
@@ -76,4 +78,4 @@ def _projected_by_rows(block: Tensor, signs: SignMatrix) -> Tensor:
 
 
 def _at_once(signs: SignMatrix, like: Tensor, width: int) -> int:
-    return max(1, DRAWN_BYTES // (signs.size * width * like.element_size()))
+    return max(1, signs.at_once // (signs.size * width * like.element_size()))

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored.parts import Part, rows
+from jacfunc._memory import SQUARED_BYTES
 from jacfunc.layers import Form, Gather, Outer, Rows
-
-SQUARED_BYTES = 2**22
-"""Bytes that are written out at once: so few that they are still in the cache when squared."""
 
 Known: TypeAlias = Outer | Gather | Rows
 
@@ -36,31 +34,34 @@ class SquaredSums:
         return self._known[place][1].view(left.shape[1:])
 
 
-def squared(parts: Sequence[Part], param: Tensor, sums: SquaredSums) -> Tensor:
-    """``Σ_{b,k} J[b, k]²`` of one parameter, ``[*param]``."""
+def squared(
+    parts: Sequence[Part], param: Tensor, sums: SquaredSums, at_once: int = SQUARED_BYTES
+) -> Tensor:
+    """``Σ_{b,k} J[b, k]²`` of one parameter, ``[*param]``; of so many bytes written out at once."""
     if len(parts) == 1 and not parts[0].path:
-        return _squared(_known(parts[0].form, param), sums).view(param.shape)
+        return _squared(_known(parts[0].form, param), sums, at_once).view(param.shape)
     if _are_apart(parts, param):
-        return placed([(part, _squared(_known(part.form, param), sums)) for part in parts], param)
+        forms = [(part, _known(part.form, param)) for part in parts]
+        return placed([(part, _squared(form, sums, at_once)) for part, form in forms], param)
     total = torch.zeros_like(param, requires_grad=False)
-    for block in written(parts, param):
+    for block in written(parts, param, at_once):
         total = total + block.square().sum((0, 1))
     return total
 
 
-def norms(parts: Sequence[Part], param: Tensor) -> Tensor:
-    """``|J[b, k]|²`` of one parameter, ``[K, B]``."""
+def norms(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Tensor:
+    """``|J[b, k]|²`` of one parameter, ``[K, B]``; of so many bytes written out at once."""
     if _are_apart(parts, param):
-        return torch.stack([_norms(_known(part.form, param)) for part in parts]).sum(0)
-    blocks = written(parts, param)
+        return torch.stack([_norms(_known(part.form, param), at_once) for part in parts]).sum(0)
+    blocks = written(parts, param, at_once)
     return torch.cat([b.square().reshape(*b.shape[:2], -1).sum(2) for b in blocks]).t()
 
 
-def written(parts: Sequence[Part], param: Tensor) -> Iterator[Tensor]:
-    """The parts written out, ``[b, K, *param]``, some samples at a time."""
+def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:
+    """The parts written out, ``[b, K, *param]``, as many samples at a time as fit in the bytes."""
     forms = [_known(part.form, param) for part in parts]
     num_seeds, size = _seeds(forms[0]).shape[:2]
-    step = _samples_at_once(num_seeds * param.numel() * param.element_size())
+    step = _samples_within(at_once, num_seeds * param.numel() * param.element_size())
     for start in range(0, size, step):
         stop = min(start + step, size)
         some = [
@@ -87,7 +88,7 @@ def _are_apart(parts: Sequence[Part], param: Tensor) -> bool:
     return bool((entries.sum(0) <= 1).all())
 
 
-def _squared(form: Known, sums: SquaredSums) -> Tensor:
+def _squared(form: Known, sums: SquaredSums, at_once: int) -> Tensor:
     """``Σ_{b,k}`` of a form's squared entries, in its own shape."""
     if isinstance(form, Gather):
         return _squared_gather(form)
@@ -97,8 +98,9 @@ def _squared(form: Known, sums: SquaredSums) -> Tensor:
     ins, pairs = form.width, positions * (positions + 1) // 2
     by_pairs = pairs * (outs * ins + num_seeds * outs + ins)
     by_rows = num_seeds * outs * ins * (positions + 1)
-    found = _squared_by_pairs(form, sums) if by_pairs < by_rows else _squared_by_rows(form)
-    return (found.mT if form.is_turned else found).reshape(form.shape)
+    is_cheaper = by_pairs < by_rows
+    total = _squared_by_pairs(form, sums) if is_cheaper else _squared_by_rows(form, at_once)
+    return (total.mT if form.is_turned else total).reshape(form.shape)
 
 
 def _squared_by_pairs(form: Outer, sums: SquaredSums) -> Tensor:
@@ -129,22 +131,22 @@ def _sum_of_products(left: Tensor, *pairs: Tensor) -> Tensor:
     return found
 
 
-def _squared_by_rows(form: Outer) -> Tensor:
+def _squared_by_rows(form: Outer, at_once: int) -> Tensor:
     """Written out and squared, some samples at a time: ``[groups, O, I]``."""
-    blocks = (block.square_().sum((0, 2)) for block in _blocks(form))
+    blocks = (block.square_().sum((0, 2)) for block in _blocks(form, at_once))
     total = next(blocks)
     for block in blocks:
         total += block
     return total
 
 
-def _blocks(form: Outer) -> Iterator[Tensor]:
+def _blocks(form: Outer, at_once: int) -> Iterator[Tensor]:
     """Rows as ``[b, groups, K, O, I]``, some samples at a time."""
     num_seeds, size, groups, positions, outs = form.cotangents.shape
     ins, seeds = form.width, num_seeds * outs
     # with what is unfolded, and sorted by sample, for them
     numbers = groups * (seeds * ins + positions * (ins + seeds))
-    step = _samples_at_once(numbers * form.cotangents.element_size())
+    step = _samples_within(at_once, numbers * form.cotangents.element_size())
     for start in range(0, size, step):
         some = form.of_samples(slice(start, start + step))
         left = some.cotangents.permute(1, 2, 0, 4, 3).flatten(0, 1).flatten(1, 2)
@@ -165,7 +167,7 @@ def _together_looked_up(form: Gather) -> Tensor:
     return is_same.to(form.cotangents.dtype) @ form.cotangents
 
 
-def _norms(form: Known) -> Tensor:
+def _norms(form: Known, at_once: int) -> Tensor:
     """Squared norms ``[K, B]``."""
     if isinstance(form, Gather):
         return (form.cotangents * _together_looked_up(form)).sum((2, 3))
@@ -179,7 +181,7 @@ def _norms(form: Known) -> Tensor:
     ins = form.width
     by_pairs = positions * positions * (ins + num_seeds * outs)
     if by_pairs > num_seeds * outs * ins * (positions + 1):
-        return torch.cat([block.square_().sum((1, 3, 4)) for block in _blocks(form)]).t()
+        return torch.cat([block.square_().sum((1, 3, 4)) for block in _blocks(form, at_once)]).t()
     left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
     if positions == 1:
         return (left.square().sum((3, 4)) * right.square().sum((2, 3))).sum(2)
@@ -217,5 +219,5 @@ def _some(form: Known, start: int, stop: int) -> Known:
     return form.of_samples(slice(start, stop))
 
 
-def _samples_at_once(bytes_of_one: int) -> int:
-    return max(1, SQUARED_BYTES // max(1, bytes_of_one))
+def _samples_within(nbytes: int, bytes_of_one: int) -> int:
+    return max(1, nbytes // max(1, bytes_of_one))

@@ -1,4 +1,4 @@
-"""Parameters that a function holds while it runs, and what it does with them."""
+"""What a function has of each parameter while it runs, and what it does without a rule."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ UNSEEN_WRITE = (
 
 @dataclass(frozen=True)
 class TrackedParameter:
-    """A parameter, or a view of one, that a function holds."""
+    """A tensor that a function has, which is a parameter or a view of one."""
 
     number: int
-    held: Tensor
+    handle: Tensor
+    """The tensor, known by its identity."""
     twin: Tensor
-    """What uses that have a rule get in its place: so the graph tells what no rule has seen."""
+    """Operations with a rule get it in place of the handle."""
     path: Path
+    """The views that lead from the parameter to the handle."""
     version: int
 
     @property
     def is_intact(self) -> bool:
-        """Has nobody written into it?"""
-        return below_transforms(self.held)._version == self.version
+        """Has nothing written into the tensor since it is tracked?"""
+        return below_transforms(self.handle)._version == self.version
 
 
 @dataclass(frozen=True)
 class UnruledUse:
-    """Parameters, by number, that an operation without a rule was given, or would have been."""
+    """Parameters, by number, that operations without a rule have got as arguments."""
 
-    given: set[int] = field(default_factory=set)
+    numbers: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
-    """Those of them that are not what they were."""
+    """Those that were written into, or may have been."""

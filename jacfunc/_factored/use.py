@@ -1,4 +1,4 @@
-"""An operation that uses a parameter, as an edge of a graph to differentiate by."""
+"""An operation that uses parameters: what to pull back onto it, and what to make of that."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from jacfunc.layers import FormOf
 
 @dataclass(frozen=True)
 class Use:
-    """An operation that a rule covers: the edge to differentiate by, and what to make of that."""
+    """An operation with a rule, whose output cotangents are pulled back onto.
+
+    Args:
+        anchor: the edge of the graph at the output, of all samples.
+        dim: the dimension of the samples in the output; None if there is none.
+        forms: for each parameter its number, the part of it that was used, and the rule's form.
+        last: the node that the output came out of.
+        ends: the nodes at which the parameters enter the operation.
+        nodes: the nodes from ``ends`` up to ``last``, which the rule stands for.
+        nbytes: bytes of the output.
+    """
 
     anchor: Anchor
-    """Where it came out, of all samples."""
     dim: int | None
-    """Which dimension the samples are."""
     forms: Sequence[tuple[int, Path, FormOf]]
-    """By parameter: its number, the part that was used, the form of that."""
     last: Any
-    """The node that it came out of."""
     ends: set[Any]
-    """Nodes of the graph at which the parameters went in."""
     nodes: set[Any]
-    """These, and those between there and what came out."""
     nbytes: int
-    """Of what came out."""
 
-    def is_all(self, graph: Graph) -> bool:
-        """Does no other path lead to where the parameters went in?
+    def is_complete(self, graph: Graph) -> bool:
+        """Do all paths to the operation's parameters pass through its output?
 
-        A derivative taken inside the function uses them again, in operations nobody sees.
+        They do not if the function takes a derivative itself, which uses the parameters again in
+        operations that no rule sees.
         """
         inside = self.nodes | {self.last}
         return all(graph.met.get(node, set()) <= inside for node in self.nodes)
 
     def cotangents(self, products: Tensor) -> Tensor:
-        """``[K, B, *z]`` from products for the edge, with K in front."""
+        """Cotangents of the output ``[K, B, *z]``, from products for the edge, with K in front."""
         return products.unsqueeze(1) if self.dim is None else products.movedim(self.dim + 1, 1)

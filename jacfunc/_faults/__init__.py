@@ -1,4 +1,4 @@
-"""Where torch is wrong: tables of its faults, and the watch that reads them."""
+"""Tables of torch's faults, and the watch that looks up in them what a function calls."""
 
 from jacfunc._faults.backward import (
     can_be_batched,
@@ -6,7 +6,8 @@ from jacfunc._faults.backward import (
     check_nodes,
     check_statistics,
     must_be_differentiable,
-    once,
+    pullback_rules,
+    suspects,
     wrong_second_derivative,
 )
 from jacfunc._faults.callers import TAKES_DERIVATIVES
@@ -14,4 +15,4 @@ from jacfunc._faults.forward import ForwardWatch, PushContext
 from jacfunc._faults.lookups import apart
 from jacfunc._faults.nested import NestedWatch, watched_once
 from jacfunc._faults.torchscript import check_scripted
-from jacfunc._faults.watch import Watch, handled, untracked
+from jacfunc._faults.watch import Watch, handled

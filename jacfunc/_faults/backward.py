@@ -1,7 +1,7 @@
-"""Where torch's backward passes are wrong, in tables: which sweep, and what to do.
+"""Tables of autograd nodes whose backward passes are wrong, and what to do about each.
 
-The names are of autograd nodes: found in the graph, they turn a vmapped sweep into a row loop,
-which is right, or refuse. Each entry is pinned by a test in ``tests/faults/test_faults.py``, and
+Where a graph has such a node, a sweep goes row by row instead of under vmap, or is refused. Each
+entry is pinned by a test in ``tests/faults/test_faults.py``, and
 ``tests/faults/test_opinfo.py`` and ``tests/house/test_coverage.py`` look for more.
 """
 
@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Set
 from functools import cache
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from jacfunc._errors import Refused
 from jacfunc._torch import num_vmap_levels
-from jacfunc._types import Leaves
 
 NEVER_BATCHED = frozenset(
     {
@@ -25,7 +21,7 @@ NEVER_BATCHED = frozenset(
     }
 )
 NOT_BATCHED_IF_DIFFERENTIATED = frozenset(
-    # vmapped over cotangents these backwards treat the saved statistics as constants
+    # under vmap over cotangents these backward passes treat the saved statistics as constants
     {
         "NativeLayerNormBackward0",
         "NativeBatchNormBackward0",
@@ -57,15 +53,75 @@ WRONG_SECOND_DERIVATIVE = {
 }
 
 
+class PullbackRules(NamedTuple):
+    """What torch's faults allow of a pullback through a plain graph.
+
+    Args:
+        names: of the kinds of its nodes.
+        is_batchable: is a pullback right under vmap?
+        keeps_graph: may its products be differentiated?
+        reason: why they may not, where they were to be.
+        is_forced: must the backward formulas be the differentiable ones, whoever asks?
+    """
+
+    names: set[str]
+    is_batchable: bool
+    keeps_graph: bool
+    reason: str | None
+    is_forced: bool
+
+
+def pullback_rules(nodes: set[Any], differentiated: bool) -> PullbackRules:
+    """The rules for a graph of these nodes, whose pullback may be differentiated.
+
+    Raises:
+        Refused: if there is a node whose pullback comes out wrong, however it is swept.
+    """
+    check_nodes(nodes, differentiated=False)
+    names = {node.__name__ for node in nodes}
+    reason = wrong_second_derivative(nodes) if differentiated else None
+    keeps_graph = differentiated and reason is None
+    is_forced = must_be_differentiable(names, in_functorch=False)
+    return PullbackRules(names, can_be_batched(names, keeps_graph), keeps_graph, reason, is_forced)
+
+
+_NAMED = NEVER_BATCHED.union(
+    NOT_BATCHED_IF_DIFFERENTIATED, WRONG_BACKWARD, WRONG_INSIDE_VMAP, WRONG_SECOND_DERIVATIVE
+)
+
+
+def suspects(kinds: set[Any]) -> set[Any]:
+    """Kinds of nodes without those of torch's own that no table names, looked up once a process."""
+    unknown = kinds - _innocent()
+    if unknown:
+        _innocent().update(filter(_is_innocent, unknown))
+        unknown -= _innocent()
+    return unknown
+
+
+@cache
+def _innocent() -> set[Any]:
+    return set()
+
+
+def _is_innocent(kind: Any) -> bool:
+    name = kind.__name__
+    is_named = name in _NAMED or name.startswith("Linalg") or name.endswith("Backward")
+    return not (is_named or hasattr(kind, "_forward_cls"))
+
+
 def check_nodes(nodes: set[Any], differentiated: bool) -> None:
-    """Refuse graphs whose pullback comes out wrong, however it is swept.
+    """Refuse a graph with a node whose backward pass is wrong even row by row.
+
+    Args:
+        differentiated: is the pullback differentiated in turn?
 
     Raises:
         Refused: if there is such a node.
     """
     for node in nodes:
         name = node.__name__
-        # those of Python's functions end so, too
+        # nodes of autograd.Function end so, too
         if name in WRONG_INSIDE_VMAP or name.endswith("Backward"):
             _check_node(node, name)
         elif name in WRONG_BACKWARD:
@@ -75,6 +131,7 @@ def check_nodes(nodes: set[Any], differentiated: bool) -> None:
 
 
 def _check_node(node: Any, name: str) -> None:
+    """Refuse a node that is wrong here, or whose function may be differentiated once alone."""
     if name in WRONG_INSIDE_VMAP and num_vmap_levels():
         raise Refused(_wrong(name, WRONG_INSIDE_VMAP[name]))
     if name in WRONG_BACKWARD:
@@ -88,7 +145,7 @@ def _wrong(name: str, reason: str) -> str:
 
 
 def wrong_second_derivative(nodes: set[Any]) -> str | None:
-    """Why no second derivative may be taken through these nodes, if that is so."""
+    """Why no second derivative may be taken through these nodes; None if it may."""
     for node in nodes:
         name = node.__name__
         reason = WRONG_SECOND_DERIVATIVE.get(name)
@@ -100,10 +157,10 @@ def wrong_second_derivative(nodes: set[Any]) -> str | None:
 
 
 def check_statistics(names: set[str]) -> None:
-    """Refuse kernels that a vmap between two derivatives makes wrong.
+    """Refuse kernels whose derivatives are wrong with a vmap between two derivatives.
 
     Raises:
-        Refused: if there is one, which no watch has replaced by its formula.
+        Refused: if there is one. A watch would have replaced it by its formula.
     """
     for name in names & NOT_BATCHED_IF_DIFFERENTIATED - {"LinalgDetBackward0"}:
         raise Refused(
@@ -112,53 +169,16 @@ def check_statistics(names: set[str]) -> None:
         )
 
 
-def once(products: Leaves, outputs: Leaves, reason: str | None) -> Leaves:
-    """First derivatives, which raise where they are differentiated again, if there is a reason.
-
-    They have no graph, and seem to depend on what an output that requires a gradient depends on.
-    """
-    if reason is None or not torch.is_grad_enabled():
-        return products
-    output = next((out for out in outputs if out.requires_grad), outputs[0])
-    return tuple([_once_alone(reason).apply(product, output) for product in products])
-
-
-@cache
-def _once_alone(reason: str) -> Any:
-    """The autograd function, whose backward pass raises, one a reason."""
-
-    class OnceAlone(torch.autograd.Function):
-        once_alone = reason
-
-        @staticmethod
-        def forward(product: Tensor, output: Tensor) -> Tensor:
-            return product.clone()
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            """Nothing is saved."""
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Any) -> Any:
-            raise Refused(
-                "backward: a Jacobian must not be differentiated where torch has no second "
-                f"derivative, got one such ({reason}). Detach the Jacobian."
-            )
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, product: Tensor, output: Tensor) -> Any:
-            return OnceAlone.apply(product, output), in_dims[0]
-
-    return OnceAlone
-
-
 def _is_once_differentiable(function: Any) -> bool:
-    """Torch raises where it notices, and returns zeros where the cotangent carries no graph."""
+    """Is the backward of an autograd function marked with ``@once_differentiable``?
+
+    Torch returns zeros for its derivative where the cotangent carries no graph.
+    """
     backward: Any = getattr(function, "backward", None)
     code = getattr(backward, "__code__", None)
     if code is None:
         return False
-    # functorch makes classes of its own, whose backward calls that of the function
+    # functorch wraps the function in a class, whose backward calls that of the function
     if "autograd_function" in code.co_freevars:
         place = code.co_freevars.index("autograd_function")
         return _is_once_differentiable(backward.__closure__[place].cell_contents)
@@ -166,16 +186,16 @@ def _is_once_differentiable(function: Any) -> bool:
 
 
 def can_be_batched(nodes: set[str], differentiated: bool) -> bool:
-    """Is a pullback through these autograd nodes right under vmap?"""
+    """Is a pullback through nodes of these names right under vmap?"""
     if nodes & NEVER_BATCHED:
         return False
     return not (differentiated and nodes & NOT_BATCHED_IF_DIFFERENTIATED)
 
 
 def can_be_pushed(nodes: Set[str]) -> bool:
-    """Is forward mode through a pullback right, at whatever order and under whatever vmap?
+    """Is forward mode through a pullback of these nodes right, at any order and under any vmap?
 
-    Forward formulas take saved statistics and LU factors for constants.
+    It is not where forward formulas take saved statistics or LU factors for constants.
     """
     if nodes & NOT_BATCHED_IF_DIFFERENTIATED:
         return False
@@ -183,10 +203,10 @@ def can_be_pushed(nodes: Set[str]) -> bool:
 
 
 def must_be_differentiable(nodes: set[str], in_functorch: bool) -> bool:
-    """Must the backward formulas be the differentiable ones, although nobody differentiates them?
+    """Must a backward pass use its differentiable formulas, although nobody differentiates it?
 
-    The others, taken when grad mode is off, solve by saved LU factors: under vmap that misreads
-    memory. That of det is zero at a singular matrix.
+    Torch's other formulas, for when grad mode is off, solve by saved LU factors, which misreads
+    memory under vmap; the one of det is zero at a singular matrix.
     """
     if in_functorch:
         return any(name.startswith("Linalg") for name in nodes)

@@ -1,4 +1,4 @@
-"""Derivatives that a function takes itself: told by who calls the operations that are watched."""
+"""Finds out which code called a watched operation: so derivatives a function takes are seen."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ _BETWEEN = frozenset(
     {"torch.autograd", "torch.autograd.grad_mode", "torch.overrides", "torch._tensor"}
     | {"torch.utils._contextlib"}
 )
+_OURS = f"{__name__.partition('.')[0]}."
+"""What modules of jacfunc have in front of their names."""
 
 
 SWITCH: Any = torch._C._set_grad_enabled
 BY_CALLER = frozenset({SWITCH, Tensor.detach})
-"""What is looked at for who calls it: that does not depend on numbers."""
+"""Operations that matter for who calls them, which does not depend on numbers."""
 TAKES_DERIVATIVES: dict[Callable[..., Any], int] = {
     torch.autograd.grad: 4,
     torch.autograd.backward: 3,
     Tensor.backward: 3,
 }
-"""What a function calls to take derivatives of its own, and where it says ``create_graph``."""
+"""How a function takes derivatives itself, and the position of the argument ``create_graph``."""
 _DERIVED = ("outputs", "tensors", "self")
 CUT_OFF = (
     "the function takes a derivative that keeps no graph, which would count as a constant. Pass "
@@ -42,43 +44,49 @@ REENTRANT = (
 
 
 def require_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """Torch refuses it in a transform, where it is needed for derivatives inside alone.
+    """``Tensor.requires_grad_``, which does nothing if user code calls it in a transform.
 
-    Those that torch's own code takes would be zero without it.
+    Torch would refuse it there, and only derivatives inside the function need it. Torch's own code
+    must run it: its derivatives would be zero.
     """
-    wanted = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
-    if not wanted or not inside_transform() or f"{asker()}.".startswith("torch."):
+    is_on = kwargs.get("requires_grad", args[1] if len(args) > 1 else True)
+    if not is_on or not inside_transform() or f"{asker()}.".startswith("torch."):
         return func(*args, **kwargs)
     return args[0]
 
 
 def is_checked_for_checkpoint() -> bool:
-    """Does a reentrant checkpoint ask of its inputs, of which it warns, whether they are tracked?
+    """Does a reentrant checkpoint read ``requires_grad`` of its inputs, to warn about them?
 
-    It asks in a generator.
+    It reads them in a generator, so the frame is that of the generator's caller.
     """
     frame = asking_frame().f_back
     return frame is not None and frame.f_code is check_backward_validity.__code__
 
 
 def refuse_in_checkpoint(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """A reentrant checkpoint switches gradients off, and leaves no trace of what runs inside."""
+    """A switch of grad mode; refused from a reentrant checkpoint, inside which no graph is made.
+
+    Raises:
+        Refused: if a reentrant checkpoint calls it.
+    """
     if asking_frame().f_code is CheckpointFunction.forward.__code__:
         raise Refused(REENTRANT)
     return func(*args, **kwargs)
 
 
 def as_it_is(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """The call itself, for operations that are only noted."""
     return func(*args, **kwargs)
 
 
 def cuts_off(
     func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any], primals: Sequence[Tensor]
 ) -> bool:
-    """Is a derivative taken of what the primals lead to, of which no graph is kept?
+    """Does the call take a derivative of something that depends on the primals, without a graph?
 
     Raises:
-        Refused: if ``torch.autograd.functional`` takes it, which returns it without one.
+        Refused: if ``torch.autograd.functional`` takes it, whose result never has a graph.
     """
     if func is Tensor.detach:
         frame = asking_frame()
@@ -97,19 +105,20 @@ def cuts_off(
 
 
 def asking_frame() -> Any:
-    """Of whoever called the operation: neither a watch nor what torch wraps around it."""
+    """The frame that called the operation, without those of jacfunc and of torch's wrappers."""
     frame: Any = sys._getframe(1)
-    while module_of(frame) in _BETWEEN or module_of(frame).startswith(f"{__package__}."):
+    while (module := module_of(frame)) in _BETWEEN or module.startswith(_OURS):
         frame = frame.f_back
     return frame
 
 
 def module_of(frame: Any) -> str:
+    """The name of the module whose code the frame runs."""
     return str(frame.f_globals.get("__name__", ""))
 
 
 def asker() -> str:
-    """The module whose code called the operation."""
+    """The name of the module whose code called the operation."""
     return module_of(asking_frame())
 
 

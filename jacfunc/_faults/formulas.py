@@ -1,8 +1,8 @@
-"""Plain formulas, right at every order and under every transform, for kernels that are not.
+"""Plain formulas in place of torch's kernels, right at every order and under every transform.
 
-Torch's fused normalizations keep the statistics of their input: to derivatives of derivatives these
-are constants under vmap, in forward mode, and from the third order on. Each entry is pinned by a
-test in ``tests/faults/test_nesting.py``.
+Torch's fused normalizations keep the statistics of their input. Under vmap, in forward mode, and
+from the third order on, torch takes these for constants when it differentiates again. Each entry is
+pinned by a test in ``tests/faults/test_nesting.py``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from jacfunc._torch import below_transforms, is_pushing, num_derivatives, num_vm
 
 
 class Formula(Protocol):
-    """One call of a kernel, as its arguments were read."""
+    """One call of a kernel, that can be computed by a formula."""
 
     def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """Would the kernel's derivatives be wrong here?"""
+        """Would the kernel's derivatives be wrong here?
+
+        ``is_derived_again`` tells of a tensor whether its derivative is differentiated in turn.
+        """
 
     def result(self, kernel: Callable[[], Any]) -> Any:
-        """What the kernel returns, by the formula."""
+        """What the kernel returns, computed by the formula."""
 
 
 def by_formula(
@@ -42,32 +45,32 @@ def by_formula(
     kwargs: Mapping[str, Any],
     is_derived_again: Callable[[Tensor], bool],
 ) -> Any:
-    """What ``func`` returns; its derivatives are those of a formula, where they must be."""
+    """``func(*args)``, computed by its formula where the derivatives would be wrong."""
 
     def kernel() -> Any:
         return func(*args, **kwargs)
 
     try:
         formula = FORMULAS[func](*args, **kwargs)
-    except TypeError:  # torch says what is wrong with the arguments
+    except TypeError:  # wrong arguments: torch says so
         return kernel()
     return formula.result(kernel) if formula.is_needed(is_derived_again) else kernel()
 
 
 @dataclass(frozen=True, slots=True)
 class WeightNorm:
-    """``g · v / ‖v‖``: torch's second derivative is wrong, and the kernel can't be batched."""
+    """``g · v / ‖v‖``, as torch's second derivative is wrong, and its kernel has no vmap rule."""
 
     v: Tensor
     g: Tensor
     dim: int = 0
 
     def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """A single push is refused by torch."""
+        """Always, but in a single forward mode, which torch refuses itself."""
         return not is_pushing() or any(map(is_derived_again, (self.v, self.g)))
 
     def result(self, kernel: Callable[[], Any]) -> Tensor:
-        """As torch does it where it has no kernel."""
+        """The formula that torch uses where it has no kernel."""
         dims = [d for d in range(self.v.dim()) if d != self.dim % self.v.dim()]
         square = self.v.square().sum(None if self.dim == -1 else dims, keepdim=True)
         return self.v * (self.g / square.sqrt())
@@ -75,26 +78,26 @@ class WeightNorm:
 
 @dataclass(frozen=True, slots=True)
 class Determinant:
-    """``sign · exp(log |det|)``: third derivatives of det are nan or wrong inside transforms."""
+    """``sign · exp(log |det|)``, as torch's third derivatives are nan or wrong in transforms."""
 
     A: Tensor
 
     def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """The first derivative is right."""
+        """If it is differentiated again: the first derivative is right."""
         return is_derived_again(self.A)
 
     def result(self, kernel: Callable[[], Any]) -> Any:
-        """By the kernel where the matrix, of some sample, is singular."""
-        found = kernel()
-        if bool((below_transforms(found) == 0).any()):
-            return found
+        """The formula; the kernel if the matrix of any sample is singular."""
+        determinant = kernel()
+        if bool((below_transforms(determinant) == 0).any()):
+            return determinant
         sign, logarithm = torch.linalg.slogdet(self.A)
         return sign * logarithm.exp()
 
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """Norms of differences: the pullback of cdist is wrong under vmap."""
+    """Norms of differences, as the pullback of cdist is wrong under vmap."""
 
     x1: Tensor
     x2: Tensor
@@ -102,13 +105,13 @@ class Distances:
     compute_mode: str | int | None = None
 
     def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """In forward mode it is refused by torch."""
+        """If it is pulled back under vmap; forward mode torch refuses itself."""
         if is_pushing() or not num_vmap_levels():
             return False
         return any(num_derivatives(x) > 0 for x in (self.x1, self.x2))
 
     def result(self, kernel: Callable[[], Any]) -> Tensor:
-        """Of all pairs."""
+        """The distances of all pairs."""
         difference = self.x1.unsqueeze(-2) - self.x2.unsqueeze(-3)
         distances: Tensor = torch.linalg.vector_norm(difference, self.p, -1)
         return distances
@@ -118,7 +121,7 @@ _aten: Any = torch.ops.aten
 
 
 def _forms(name: str, *overloads: str) -> list[Callable[..., Any]]:
-    """What may be called by this name; graphs of torch.fx call overloads."""
+    """All functions of this name; graphs of torch.fx call overloads."""
     packet = getattr(_aten, name)
     named = [getattr(torch, name)] if hasattr(torch, name) else []
     return [packet, *(getattr(packet, o) for o in overloads or ("default",)), *named]
@@ -140,4 +143,4 @@ FORMULAS: dict[Any, Callable[..., Formula]] = {
     **dict.fromkeys((Tensor.det,), Determinant),
     **dict.fromkeys((torch.cdist, _aten.cdist.default, _aten.cdist), Distances),
 }
-"""How the arguments of a call are read."""
+"""For each kernel what reads the arguments of a call, and makes a formula of them."""

@@ -1,9 +1,9 @@
-"""Where torch's forward mode is wrong, in one table, and the watch that refuses it.
+"""The table of functions whose forward mode is wrong in torch, and the watch that refuses them.
 
-The names are of functions, met while tangents pass through. Each entry is pinned by a test in
+Each entry is pinned by a test in
 ``tests/faults/test_faults.py``; ``tests/faults/test_opinfo.py`` and
 ``tests/house/test_coverage.py`` look for more.
-What runs inside a ``torch.jit`` function can't be watched: there a fault goes unnoticed.
+Nothing is seen of what runs inside a ``torch.jit`` function.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Kwargs: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class PushContext:
-    """What a push is done in: so many vmaps; is a plain graph kept of what comes out?"""
+    """What is around a push: the number of vmaps; is a plain graph of the result kept?"""
 
     num_vmaps: int
     keeps_graph: bool
@@ -45,7 +45,7 @@ class PushContext:
 
 @dataclass(frozen=True)
 class ForwardFault:
-    """Functions whose pushforward is wrong, when, and why."""
+    """Names of functions whose pushforward is wrong, in which calls, and why."""
 
     names: frozenset[str]
     applies: Callable[[Kwargs, Args, PushContext], bool]
@@ -65,10 +65,10 @@ def _with_options(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
 
 
 def _with_gradient_convention(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
-    found = lookup(args, kwargs)
-    if found is None:
+    call = lookup(args, kwargs)
+    if call is None:
         return False
-    return found.by_frequency or bool(below_transforms(found.is_padding).any())
+    return call.by_frequency or bool(below_transforms(call.is_padding).any())
 
 
 def _under_vmap(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
@@ -96,7 +96,6 @@ _LU_SOLVES = frozenset(
     for prefix in ("", "linalg_")
     for name in ("det", "slogdet", "logdet", "solve", "solve_ex", "tensorsolve")
 )
-_WATCHERS = frozenset({Watch.__module__, __name__})
 _DETERMINANTS = frozenset({"det", "linalg_det"})
 _KEEPS_STATISTICS = frozenset(
     {
@@ -167,12 +166,12 @@ FAULTY = _DETERMINANTS.union(*(fault.names for fault in FORWARD_FAULTS))
 
 
 class ForwardWatch(Watch):
-    """Watches a function while tangents pass through it; refuses what would come out wrong."""
+    """Watches a function in forward mode, and refuses calls whose tangents would be wrong."""
 
     pushes = True
 
     def __init__(self, around: PushContext) -> None:
-        # grad mode may be on for the guard alone: then no plain graph is kept
+        # grad mode may be on for the watch alone: then no plain graph is kept
         super().__init__(keeps_graph=around.keeps_graph)
         self._around = around
         self._is_recording = torch.is_grad_enabled()
@@ -214,7 +213,7 @@ def check_push(
     kwargs: Mapping[str, Any],
     around: PushContext,
 ) -> None:
-    """Refuse a call whose pushforward comes out wrong; what is done by a formula does not."""
+    """Raise Refused for a call whose pushforward is wrong, unless it is computed by a formula."""
     is_mended = func in FORMULAS and name in _KEEPS_STATISTICS
     for fault in () if is_mended or name not in FAULTY else FORWARD_FAULTS:
         if name in fault.names and fault.applies(kwargs, args, around):
@@ -224,27 +223,28 @@ def check_push(
 
 
 def check_pushed(name: str, result: Any) -> None:
-    """Refuse a result whose tangent is wrong."""
+    """Raise Refused for a result whose tangent is wrong, which shows only afterwards."""
     if name in _DETERMINANTS and bool((below_transforms(result) == 0).any()):
         raise Refused(f"torch's forward mode of {name} is zero at a singular matrix")
 
 
 def _asks_for_graph(getter: Any, tensor: torch.Tensor) -> bool:
-    """Is it ``tensor.requires_grad``, read by the function, that is true in reverse mode?
+    """Does the function itself read ``tensor.requires_grad``, which reverse mode makes true?
 
-    Functions set hooks where it is true. Torch's own code looks for a graph behind it.
+    It must be true in forward mode, too: functions set hooks where it is. Not so for torch's own
+    code, which then looks for a graph.
     """
     if getattr(getter, "__self__", None) is not torch.Tensor.requires_grad:
         return False
     frame = sys._getframe(1)
-    while frame.f_globals["__name__"] in _WATCHERS and frame.f_back:
+    while frame.f_globals["__name__"].startswith(f"{__package__}.") and frame.f_back:
         frame = frame.f_back
     asks_itself = not f"{frame.f_globals['__name__']}.".startswith("torch.")
     return asks_itself and is_tracked(tensor)
 
 
 def without_tangent(result: torch.Tensor, name: str, args: tuple[Any, ...]) -> torch.Tensor:
-    """What is computed under torch.no_grad() is a constant to reverse mode, so to forward mode."""
+    """The result without its tangent: what is computed under torch.no_grad() is a constant."""
     if name.endswith("_") and not name.endswith("__") and has_tangent(args[0]):
         raise Refused(f"torch's forward mode goes on through torch.no_grad(), here through {name}")
     return constant(result)

@@ -1,4 +1,4 @@
-"""Normalizations by elementary operations, and how the calls of their kernels are read."""
+"""Normalizations by elementary operations, made from the arguments of torch's kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A normalization.
+    """One call of a normalization.
 
     Args:
-        dims: what is averaged over; nothing, where torch refuses the call.
-        shape: of weight, bias and running statistics, as they lie beside the input.
+        dims: dimensions that are averaged over; none if torch refuses the call.
+        shape: the shape in which weight, bias and running statistics are broadcast to the input.
         mean, variance: running statistics.
-        is_learning: are the statistics those of the input?
+        is_learning: are the statistics taken of the input?
     """
 
     input: Tensor
@@ -35,26 +35,26 @@ class Norm:
     is_learning: bool = True
 
     def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """The statistics depend on the input alone."""
+        """If the input is differentiated again: the statistics depend on it alone."""
         return is_derived_again(self.input)
 
     def result(self, kernel: Callable[[], Any]) -> Any:
-        """Beside the value, the kernel's own: statistics, and what it writes."""
-        found = kernel()
+        """The value by the formula; the statistics, and what is written, by the kernel."""
+        results = kernel()
         if not self._is_regular():
-            return found
-        if isinstance(found, Tensor):
-            return self._value(found.dtype)
-        return (self._value(found[0].dtype), *found[1:])
+            return results
+        if isinstance(results, Tensor):
+            return self._value(results.dtype)
+        return (self._value(results[0].dtype), *results[1:])
 
     def _is_regular(self) -> bool:
-        """Of one value the kernels make what the formula would not, and they check shapes."""
+        """Does the formula agree with the kernel? Not where it averages over a single value."""
         if not self.is_learning:
             return self.mean is not None and self.variance is not None
         return prod(self.input.shape[d] for d in self.dims) > 1
 
     def _value(self, dtype: torch.dtype) -> Tensor:
-        """By elementary operations: of half precision in single precision, as torch does it."""
+        """The normalized input; half precision is computed in single precision, as in torch."""
         x = self.input.float() if self.input.dtype in _HALVES else self.input
         if self.is_learning:
             centred = x - x.mean(self.dims, keepdim=True)
@@ -62,7 +62,7 @@ class Norm:
         else:
             assert self.mean is not None
             assert self.variance is not None
-            # torch has no derivative in them
+            # torch has no derivative by running statistics
             centred = x - self.mean.detach().view(self.shape)
             variance = self.variance.detach().view(self.shape)
         result = centred * (variance + self.eps).rsqrt()
@@ -81,7 +81,7 @@ def of_layers(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Norm:
-    """``F.layer_norm`` and those of torch."""
+    """A call of ``F.layer_norm``, ``torch.layer_norm`` or ``torch.native_layer_norm``."""
     shape = tuple(normalized_shape)
     dims = tuple(range(-len(shape), 0))
     is_right = input.dim() >= len(shape) > 0 and tuple(input.shape[-len(shape) :]) == shape
@@ -98,7 +98,7 @@ def of_batches(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Norm:
-    """``F.batch_norm``."""
+    """A call of ``F.batch_norm``."""
     dims = (0, *range(2, input.dim()))
     return _of_channels(input, dims, weight, bias, eps, running_mean, running_var, training)
 
@@ -114,7 +114,7 @@ def of_batches_in_torch(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Norm:
-    """Those of torch."""
+    """A call of ``torch.batch_norm``, or of another batch norm with its arguments."""
     return of_batches(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
@@ -126,7 +126,7 @@ def of_batches_alone(
     momentum: float,
     eps: float,
 ) -> Norm:
-    """Those without running statistics."""
+    """A call of a batch norm without running statistics."""
     return of_batches(input, None, None, weight, bias, training, momentum, eps)
 
 
@@ -140,7 +140,7 @@ def of_instances(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Norm:
-    """``F.instance_norm``."""
+    """A call of ``F.instance_norm``."""
     dims = tuple(range(2, input.dim()))
     return _of_channels(input, dims, weight, bias, eps, running_mean, running_var, use_input_stats)
 
@@ -156,7 +156,7 @@ def of_instances_in_torch(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Norm:
-    """That of torch."""
+    """A call of ``torch.instance_norm``."""
     return of_instances(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )

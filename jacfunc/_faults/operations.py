@@ -1,7 +1,7 @@
-"""What no graph shows, in one table by operation: refused, or done right, while a function runs.
+"""The table of operations that are refused, or replaced, while a function runs under a watch.
 
-Functions that torch takes for constants, formulas that break down, calls that a transform does
-wrong. Each entry is pinned by a test in ``tests/faults/test_faults.py``.
+They are faults that no graph shows: functions that torch takes for constants, formulas that break
+down, calls that a transform does wrong. ``tests/faults/test_faults.py`` pins each entry.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
 
 
 def _refuse_if_tracked(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """A function that torch has no derivative of; refused where one is needed."""
     if any(map(is_tracked_now, tensors_of(args, kwargs))):
         name = getattr(func, "__name__", str(func)).removeprefix("special_").partition(".")[0]
         raise Refused(f"torch has no derivative of {name} and takes it for a constant")
@@ -49,6 +50,7 @@ def _refuse_if_tracked(func: Callable[..., Any], args: Args, kwargs: Mapping[str
 
 
 def _refuse_if_derived(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """A function whose backward pass is wrong; refused where it is needed."""
     if any(map(is_tracked_now, tensors_of(args, kwargs))):
         name = getattr(func, "__name__", str(func)).partition(".")[0]
         raise Refused(f"torch's backward pass of {name} is wrong (it keeps what is overwritten)")
@@ -56,24 +58,24 @@ def _refuse_if_derived(func: Callable[..., Any], args: Args, kwargs: Mapping[str
 
 
 def _set_data(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """Refused inside transforms, whose tensors torch leaves there when their level has ended."""
+    """``tensor.data = …``; refused inside transforms, whose wrappers would outlive their level."""
     if inside_functorch():
         raise Refused("it sets the data of a tensor, which torch does wrong inside a transform")
     return func(*args, **kwargs)
 
 
 def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> bool:
-    """As it is below vmap, which hides the graph: functions set hooks where there is one."""
+    """``tensor.requires_grad`` as it is below vmap, which hides it; functions then set hooks."""
     if is_checked_for_checkpoint():
         raise Refused(REENTRANT)
     if func(*args):
         return True
-    with torch._C.DisableTorchFunction():  # watches outside have been asked already
+    with torch._C.DisableTorchFunction():  # outer watches have seen the call already
         return not is_pushing() and below_transforms(args[0]).requires_grad
 
 
 def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """By a formula of our own where it is differentiated: torch's has a pole of its own at 0."""
+    """``torch.sinc``, by :func:`sinc` if differentiated: torch's derivative has a pole at 0."""
     x = args[0] if args else kwargs.get("input", kwargs.get("self"))
     if "out" in kwargs or not is_differentiable(x) or x.is_complex() or not is_tracked_now(x):
         return func(*args, **kwargs)
@@ -83,10 +85,10 @@ def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> An
 
 
 def sinc(x: Tensor) -> Tensor:
-    """``sin(πx) / πx``, by its power series near 0: there the quotient cancels once derived."""
+    """``sin(πx) / πx``; near 0 by its power series, where derivatives of the quotient cancel."""
     angle = torch.pi * x
     is_near = angle.abs() < 1
-    # outside its own half each branch gets what can't spoil the derivatives of the other
+    # where a branch is not taken it gets a number that can't make its derivative nan
     square = torch.where(is_near, angle, 0.0).square()
     far = torch.where(is_near, 1.0, angle)
     series = torch.ones_like(x)
@@ -96,11 +98,11 @@ def sinc(x: Tensor) -> Tensor:
 
 
 _TERMS = 11
-"""Of the series, the last below the rounding of float64 in the second derivative, too."""
+"""Terms of the series: the next is below float64's rounding, even in the second derivative."""
 
 
 def _draw(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-    """Not while another thread draws its numbers again, from the generator that all share."""
+    """A function that may draw; it waits while another thread uses the shared generator again."""
     with alone() if may_draw(func, args, kwargs) else nullcontext():
         return func(*args, **kwargs)
 
@@ -129,5 +131,6 @@ RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),
     SWITCH: refuse_in_checkpoint,
 }
-"""What is done instead of a call."""
+"""For each operation what is done instead of a call."""
 MET = frozenset(RULES) | frozenset(FORMULAS)
+"""All operations that a watch does something about."""

@@ -1,12 +1,11 @@
-"""The watch of a function while it runs: what it calls is looked up in the tables of faults.
+"""The watch: while a function runs, each operation it calls is looked up in the tables of faults.
 
-Errors that a function catches are seen as well. ``tests/faults/test_faults.py`` pins each of these.
+A watch also sees errors that the function catches. ``tests/faults/test_faults.py`` has tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Self
 
@@ -36,27 +35,27 @@ _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
 
 
 class Watch(TorchFunctionMode):
-    """Watches a function while it runs, for what its graph does not show.
+    """A context that watches a function for faults that its graph does not show.
 
-    What runs inside a ``torch.jit`` function, or compiled, can't be watched.
+    It sees nothing of what runs inside a ``torch.jit`` function, or compiled.
 
     Args:
-        pull: what follows, if it is a pullback.
-        keeps_graph: may plain graphs be kept of what comes out?
-        primals: what the function is differentiated by.
+        pull: the pullback that follows, if one does.
+        keeps_graph: may plain graphs of the outputs be kept?
+        primals: the tensors that the function is differentiated by.
     """
 
     _caught: Any = None
     met = False
-    """Was anything seen that has a rule?"""
+    """Has the function called an operation that has a rule?"""
     drew = False
-    """Were random numbers drawn?"""
+    """Has the function drawn random numbers?"""
     strides = False
-    """Was memory read by strides?"""
+    """Has the function read memory by strides?"""
     pushes = False
-    """Do tangents pass through the function?"""
+    """Is the function pushed forward by jacfunc?"""
     has_cut_off = False
-    """Has the function taken a derivative that keeps no graph, of what it is differentiated by?"""
+    """Has the function taken a derivative without a graph of something that depends on primals?"""
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class Watch(TorchFunctionMode):
         self._keeps_graph = keeps_graph
 
     def __enter__(self) -> Self:
-        torch._C._push_on_torch_function_stack(self)  # as torch does, in fewer steps
+        torch._C._push_on_torch_function_stack(self)  # what the base class does, in fewer steps
         return self
 
     def __torch_function__(
@@ -80,7 +79,7 @@ class Watch(TorchFunctionMode):
         args: Args = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # met by every operation: as short as it can be
+        # called for every operation: as short as it can be
         try:
             if is_pushing():
                 return self.pushed(func, args, kwargs or {})
@@ -92,13 +91,13 @@ class Watch(TorchFunctionMode):
             raise
 
     def pushed(self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-        """A call while tangents pass through."""
+        """A call in forward mode."""
         if func not in MET:
             return func(*args, **kwargs)
         return self.by_rule(func, args, kwargs)
 
     def by_rule(self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
-        """What is done instead of a call that was met."""
+        """What an operation returns that has a rule or a formula."""
         if func in RULES:
             self._note(func, args, kwargs)
             return RULES[func](func, args, kwargs)
@@ -107,7 +106,7 @@ class Watch(TorchFunctionMode):
         return by_formula(func, args, kwargs, self._is_derived_again)
 
     def _note(self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> None:
-        """What a call that has a rule tells of the function."""
+        """Note what the call of an operation with a rule tells about the function."""
         if func in DRAWING:
             self.drew |= may_draw(func, args, kwargs)
             return
@@ -118,9 +117,10 @@ class Watch(TorchFunctionMode):
             self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)
 
     def _is_derived_again(self, tensor: Tensor) -> bool:
-        """May a derivative through the tensor be wrong, as it is differentiated in turn?
+        """May a derivative through the tensor be wrong because it is differentiated in turn?
 
-        The second is right, where a pullback of ours takes the first row by row; the third is not.
+        A second derivative is right if jacfunc's pullback takes the first row by row. A third is
+        not.
         """
         order, leads_out = num_derivatives(tensor), False
         if self._keeps_graph and below_transforms(tensor).requires_grad:
@@ -130,9 +130,8 @@ class Watch(TorchFunctionMode):
             leads_out = pulls[-1](tensor) if pulls else order > 0
         if order < 2 and not leads_out:
             return False
-        for watch in (self, *_modes()):  # those outside meet the parts of a formula alone
-            if isinstance(watch, Watch):
-                watch.met = True
+        self.met = True
+        watch_on()  # the outer watches see only the parts of a formula
         if leads_out or order > 2:
             return True
         return self._pull is None or not is_right_twice(self._pull.level)
@@ -142,7 +141,7 @@ class Watch(TorchFunctionMode):
         caught, self._caught = error or self._caught, None
         if caught is None or (error is None and was_handled(caught)):
             return
-        # a watch outside has seen it, too, but what is done about it is no longer the function's
+        # an outer watch has seen it, too, but from here on it is not the function that handles it
         caught.left_a_watch = True
         if error is None:
             if isinstance(caught, Refused):
@@ -150,20 +149,23 @@ class Watch(TorchFunctionMode):
             raise Refused(f"func goes on after an error that it caught: {caught}") from caught
 
     def check_copies(self, primals: Leaves) -> None:
-        """Of what the function has got copies of.
+        """Check that reads by strides see the same in the copies that the function got.
 
         Raises:
-            Refused: if it reads memory by strides, where a copy does not lie as the primal does.
+            Refused: if the function reads by strides, and a copy has other strides than its primal.
         """
         if self.strides and not all(map(lies_alone, primals)):
             raise Refused("it reads memory by strides, beside the entries of an input or parameter")
 
     def remember(self, error: Any, args: Args, kwargs: Mapping[str, Any]) -> None:
-        """Errors that a sample alone, without our transforms, may not have raised."""
+        """Keep an error that the function, for one sample and without transforms, may not raise.
+
+        If the function catches it, the result may be wrong: then leaving the watch refuses it.
+        """
         if torch.compiler.is_compiling() or hasattr(error, "left_a_watch"):
             return
         if lacks_forward_rule(error) or writes_outside(error):
-            is_ours = self.pushes  # else it is of a derivative that the function takes itself
+            is_ours = self.pushes  # else a derivative that the function takes itself raised it
         else:
             is_ours = isinstance(error, Refused)
             is_ours = is_ours or any(words in str(error) for words in _OF_A_TRANSFORM)
@@ -173,37 +175,38 @@ class Watch(TorchFunctionMode):
 
 
 def handled(error: Exception) -> None:
-    """An inner door goes on in another way, and the function never hears of it."""
+    """Mark an error that jacfunc has handled inside the function, which does not see it."""
     error.was_handled = True  # type: ignore[attr-defined]
 
 
 def was_handled(error: Exception) -> bool:
+    """Has :func:`handled` marked the error?"""
     return hasattr(error, "was_handled")
 
 
 def _modes() -> list[Any]:
-    """Those outside, the nearest first."""
+    """The function modes outside, the nearest first."""
     count: int = torch._C._len_torch_function_stack()
     return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
 
 
+def watch_on() -> None:
+    """Keep the outer watches: they count orders, so who takes derivatives inside stays watched."""
+    for watch in _modes() if torch._C._len_torch_function_stack() else ():
+        if isinstance(watch, Watch):
+            watch.met = True
+
+
 @cache
 def unwatched() -> Remembered[bool]:
-    """Functions that met nothing when they were watched; are they called alone, for a module?"""
+    """Functions that need no watch any more; True for those that must run alone, for a module."""
     return Remembered()
 
 
-def untracked() -> AbstractContextManager[Any]:
-    """Our own bookkeeping is no operation of the function: modes outside would look at each step,
-    which took a tenth of a small network's evaluation.
-    """
-    return torch._C.DisableTorchFunction()
-
-
 def name_of(func: Callable[..., Any]) -> str:
-    """As the tables have it.
+    """The name of a function in the tables.
 
-    Graphs of torch.fx and torch.export call overloads, decomposed ones under private names.
+    Graphs of torch.fx and torch.export call overloads, some of them under private names.
     """
     name: str = getattr(func, "_opname", getattr(func, "__name__", ""))
     return name.lstrip("_")

@@ -1,5 +1,5 @@
 """What a strategy would cost, in seconds and bytes, before it runs."""
 
 from jacfunc._forecasting.call_forecast import CallForecast
-from jacfunc._forecasting.costs import Costs, counted_costs, is_forward
-from jacfunc._forecasting.on_fakes import Forecast, Swept
+from jacfunc._forecasting.costs import Costs, counted_costs
+from jacfunc._forecasting.on_fakes import Forecast

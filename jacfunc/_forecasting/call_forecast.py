@@ -1,8 +1,8 @@
-"""Forecasts of a user's call: on fakes, or by its sizes alone where it does not run on these."""
+"""Forecasts of a user's call: counted on fakes, or by sizes alone if it does not run on fakes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,74 +11,68 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from jacfunc._assembly import numel
-from jacfunc._calls import FlatCall
-from jacfunc._forecasting.costs import Costs, is_forward
-from jacfunc._forecasting.on_fakes import Fakes, Forecast, Swept
+from jacfunc._calls import Derivation, FlatCall
+from jacfunc._forecasting.costs import Costs
+from jacfunc._forecasting.on_fakes import Fakes, Forecast
 from jacfunc._memory import largest
-from jacfunc._types import Argnums, Tree
-from jacfunc.strategies import Looped
+from jacfunc._types import Tree
+from jacfunc.strategies import Sweeping
 
 
 class CallForecast:
-    """A call on fakes: its sizes, and what each strategy would cost.
+    """A user's call on fakes: how many rows and columns it has, and what a strategy would cost.
 
-    Sizes are None where the function does not run on fakes.
+    The number of rows is None where the function does not run on fakes.
     """
 
     def __init__(
-        self,
-        api: str,
-        func: Callable[..., Any],
-        argnums: Argnums,
-        has_aux: bool,
-        args: tuple[Tree, ...],
-        kwargs: dict[str, Any],
+        self, derivation: Derivation, args: tuple[Tree, ...], kwargs: dict[str, Any]
     ) -> None:
         self.rows: int | None = None
-        self._result: int | None = None
+        self._result_bytes: int | None = None
         self._costs: Costs | None = None
         self._fakes = Fakes((args, kwargs))
         with _countable():
             fake_args, fake_kwargs = self._fakes.tree((args, kwargs))
-            self._call = FlatCall(api, func, argnums, has_aux, fake_args, fake_kwargs)
+            self._call = FlatCall(derivation, fake_args, fake_kwargs)
             self.columns = numel(self._call.primals)
             try:
                 self._evaluate()
-            except RuntimeError:  # each forecast will say which
+            except RuntimeError:  # each forecast will say why
                 return
 
     def _evaluate(self) -> None:
-        outputs, self._costs = self._fakes.evaluated(self._call, self._call.primals)
+        outputs, self._costs = self._fakes.evaluate(self._call, self._call.primals)
         self.rows = numel(outputs)
         pairs = ((out, primal) for out in outputs for primal in self._call.primals)
         dtype = torch.promote_types
-        self._result = sum(
+        self._result_bytes = sum(
             o.numel() * p.numel() * dtype(o.dtype, p.dtype).itemsize for o, p in pairs
         )
 
-    def forecast(self, strategy: Swept) -> Forecast:
-        """What the strategy would cost; what can't be known is None, with the reason."""
+    def forecast(self, strategy: Sweeping) -> Forecast:
+        """The strategy's cost; a number that can't be known is None, and the reason says why."""
         try:
             with _countable():
-                found = self._fakes.forecast(strategy, self._call, self._call.primals)
+                forecast = self._fakes.forecast(strategy, self._call, self._call.primals)
         except NotImplementedError as refusal:  # Refused is one
             reason = f"refused: {_in_words(refusal)}"
             return Forecast(strategy, None, None, None, None, None, reason)
         except Exception as error:  # whatever torch raises where it has no rule, KeyError too
             return self._by_sizes(strategy, error)
-        return replace(found, seconds=self._costs.seconds(strategy) if self._costs else None)
+        return replace(forecast, seconds=self._costs.seconds(strategy) if self._costs else None)
 
-    def _by_sizes(self, strategy: Swept, error: Exception) -> Forecast:
-        seeds = self.columns if is_forward(strategy) else self.rows
-        chunk = 1 if isinstance(strategy, Looped) else strategy.chunk_size
-        sweeps = None if seeds is None else -(-seeds // largest(chunk, seeds))
-        evaluations = sweeps if is_forward(strategy) else 1
+    def _by_sizes(self, strategy: Sweeping, error: Exception) -> Forecast:
+        pushes, chunk = strategy.sweeps.are_pushes, strategy.sweeps.chunk_size
+        seeds = self.columns if pushes else self.rows
+        count = None if seeds is None else -(-seeds // largest(chunk, seeds))
+        evaluations = count if pushes else 1
         reason = f"by sizes alone, can't be run on fakes: {_in_words(error)}"
-        return Forecast(strategy, evaluations, sweeps, None, self._result, None, reason)
+        return Forecast(strategy, evaluations, count, None, self._result_bytes, None, reason)
 
 
 def _in_words(error: Exception) -> str:
-    """The first line of a message, or what it is that needs data."""
+    """The first line of an error's message, or the operation that needs numbers."""
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
         return f"its course depends on the data ({error.func})"
     first = str(error).strip().split("\n")[0]
@@ -87,7 +81,7 @@ def _in_words(error: Exception) -> str:
 
 @contextmanager
 def _countable() -> Iterator[None]:
-    """Out of inference mode, in which products are counted before torch has taken them apart."""
+    """Out of inference mode, in which torch decomposes products after they were counted."""
     grad_mode = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad_mode):
         yield

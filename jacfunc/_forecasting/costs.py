@@ -1,4 +1,4 @@
-"""Seconds and bytes that a strategy would take, from the operations of one evaluation."""
+"""Forecasts of seconds and bytes by strategy, from the operations of one recorded evaluation."""
 
 from __future__ import annotations
 
@@ -14,34 +14,27 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest
 from jacfunc._torch import below_transforms, is_pushing, uncompiled
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
-
-COLUMN_LOOP = Looped("columns")
+from jacfunc.strategies import Sweeping
 
 LOOKING = 8.0
-"""Evaluations of overhead alone that it takes to look for the uses of parameters."""
-
-
-def is_forward(strategy: Strategy) -> bool:
-    """Does it push tangents?"""
-    return isinstance(strategy, Forward) or strategy == COLUMN_LOOP
+"""To look for uses of parameters takes the overhead of this many evaluations."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one function at one point.
+    """What each strategy would cost for one function at one point.
 
-    Every operation costs a sweep its own overhead once, and for each seed of a chunk its products
-    and the bytes that they write, at the speed of results of that size.
+    In a sweep every operation costs its overhead once and, for each seed of a chunk, its products
+    and the bytes that these write, at the machine's speed for results of that size.
 
     Args:
-        operations: those of an evaluation that depend on the primals.
-        rows, columns: outputs and inputs.
-        blocks: bytes of each block of the Jacobian, or of the one matrix that they are put into.
+        operations: operations of the evaluation that depend on the primals.
+        rows, columns: how many numbers the outputs and the inputs hold.
+        blocks: bytes of each block of the Jacobian, or of the single matrix that holds all blocks.
         outputs: bytes of the outputs.
-        kept: bytes that an evaluation leaves behind for pullbacks, the outputs among them.
-        speeds: of the machine.
-        is_copied: the result is put together elsewhere, which only layers write into at once.
+        kept: bytes that an evaluation keeps for pullbacks, with the outputs.
+        speeds: how fast the machine is.
+        is_copied: are products copied into the result? A strategy by layers writes there at once.
     """
 
     operations: Sequence[Operation]
@@ -55,7 +48,7 @@ class Costs:
 
     @classmethod
     def of(cls, operator: JacobianOperator, recorder: Recorder) -> Costs | None:
-        """Of an operator whose evaluation has been recorded; the vmaps outside are counted in.
+        """Costs of an operator whose evaluation was recorded, for all samples of the vmaps outside.
 
         None where there is nothing to sweep, or the device is not of this machine.
         """
@@ -83,16 +76,16 @@ class Costs:
 
     @property
     def widest(self) -> int:
-        """Bytes of one cotangent where they are most, the primals' own left out."""
+        """Bytes of the largest cotangent between primals and outputs, for one seed."""
         return max((op.read - op.held for op in self.operations), default=0)
 
     @property
     def reuses_pages(self) -> bool:
-        """Is it sure that whoever writes into places of their own saves by it?"""
+        """Is most of the result large blocks, so that writing into freed pages saves time?"""
         return self.is_copied or 2 * sum(x for x in self.blocks if x >= LARGE) >= self.result
 
     def times(self, batch: int, is_copied: bool = False) -> Costs:
-        """The same vmapped over a batch: more bytes and products, no more operations."""
+        """Costs of the function under vmap over a batch: as many operations, each of more bytes."""
         scaled = [
             replace(
                 op,
@@ -113,34 +106,42 @@ class Costs:
             is_copied=is_copied,
         )
 
-    def seeds(self, strategy: Reverse | Forward | Looped | Structured) -> int:
-        """How many the strategy sweeps in all."""
-        return self.columns if is_forward(strategy) else self.rows
+    def seeds(self, strategy: Sweeping) -> int:
+        """How many seeds the strategy sweeps in all."""
+        return self.columns if strategy.sweeps.are_pushes else self.rows
 
-    def most_bytes(self, strategy: Reverse | Forward | Structured) -> int:
-        """At most that, swept in one chunk: as if nothing were freed before the end."""
+    def most_bytes(self, strategy: Sweeping) -> int:
+        """A bound of the bytes of a sweep of all seeds, as if nothing were freed before its end."""
         moved = sum(op.read + op.written for op in self.operations)
         results = 2
-        if isinstance(strategy, Structured):  # no gradient of a parameter is ever there
+        if strategy.sweeps.by_layers:  # no gradient of a parameter is ever there
             moved, results = moved - sum(op.held for op in self.operations), 1
         return self.kept + results * self.result + 2 * self.seeds(strategy) * moved
 
-    def seconds(self, strategy: Reverse | Forward | Looped | Structured) -> float:
-        """All sweeps of the strategy, and the evaluations that they need."""
-        if isinstance(strategy, Structured):
+    def least_bytes(self, strategy: Sweeping) -> int:
+        """Bytes that a sweep takes at least: products of the largest operation with its seeds."""
+        sweeps = strategy.sweeps
+        if sweeps.are_pushes:
+            sizes = [op.written for op in self.operations]
+        else:  # by layers, gradients of parameters are not swept
+            sizes = [op.read - op.held * sweeps.by_layers for op in self.operations]
+        return largest(sweeps.chunk_size, self.seeds(strategy)) * max(sizes, default=0)
+
+    def seconds(self, strategy: Sweeping) -> float:
+        """Seconds of all sweeps of the strategy, and of the evaluations that they need."""
+        sweeps, total = strategy.sweeps, self.seeds(strategy)
+        if sweeps.by_layers:
             return self._by_layers()
-        total = self.seeds(strategy)
-        is_looped = isinstance(strategy, Looped)
-        chunk = 1 if isinstance(strategy, Looped) else largest(strategy.chunk_size, total)
-        sweeps = -(-total // chunk)
-        copies = self._write_blocks() if sweeps > 1 or self.is_copied else 0.0
-        if is_forward(strategy):
-            cost = self.speeds.push if is_looped else self.speeds.push_batch
-            return sweeps * self._push(chunk, cost) + copies
-        return self._evaluation() + sweeps * self._pull(chunk) + copies
+        chunk = largest(sweeps.chunk_size, total)
+        count = -(-total // chunk)
+        copies = self._write_blocks() if count > 1 or self.is_copied else 0.0
+        if sweeps.are_pushes:
+            cost = self.speeds.push_batch if sweeps.is_vmapped else self.speeds.push
+            return count * self._push(chunk, cost) + copies
+        return self._evaluation() + count * self._pull(chunk) + copies
 
     def _by_layers(self) -> float:
-        """Every operation is looked at; no gradient of a parameter is made but the result."""
+        """Seconds by layers: all operations are looked at; no gradients are made but the result."""
         overhead = LOOKING * self.speeds.evaluate.seconds(len(self.operations))
         passing = [
             replace(op, read=op.read - op.held, flops=op.flops - op.held_flops)
@@ -153,9 +154,9 @@ class Costs:
         return overhead + self._evaluation() + pulled + products + self._write_blocks()
 
     def least_push(self) -> float:
-        """Forward mode takes at least that, wherever it was measured; this asks no machine for it.
+        """Seconds that forward mode takes at least, by a rule of thumb instead of a measurement.
 
-        To measure it takes torch a second where nobody has used it yet.
+        Torch takes a second to set forward mode up, which the measurement would pay.
         """
         return 2 * self.speeds.pull_batch.seconds(len(self.operations))
 
@@ -172,7 +173,7 @@ class Costs:
         )
 
     def _push(self, seeds: int, cost: Cost) -> float:
-        """The evaluation rides along."""
+        """Seconds of a pushforward, which evaluates the function as well."""
         scaled = sum(op.is_scaled for op in self.operations)
         overhead = scaled * self.speeds.scaling if scaled else 0.0
         return (
@@ -188,7 +189,7 @@ class Costs:
         return op.flops * self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
 
     def _write_blocks(self) -> float:
-        """Into places of their own: large ones in pages that were written before."""
+        """Seconds to copy all blocks into the result; large blocks go into freed pages."""
         write = self.speeds.write
         return sum(x * write(LARGEST if x >= LARGE else x) for x in self.blocks if x)
 
@@ -197,19 +198,19 @@ class Costs:
 
 
 def _copies(tensor: torch.Tensor) -> int:
-    """How many the vmaps outside make of a tensor."""
+    """How many samples of a tensor the vmaps outside hold."""
     return below_transforms(tensor).numel() // max(tensor.numel(), 1)
 
 
 def counted_costs(operator: JacobianOperator) -> Costs | None:
-    """From a recorded evaluation; None where there is nothing to forecast from."""
-    operator.repeat_draws()
+    """Costs from an evaluation that is recorded; None where there is nothing to forecast from."""
+    operator.rewind_generators()
     if is_pushing():  # torch has one level of forward mode: no machine can be measured inside it
         return None
     try:
         with uncompiled(), Recorder(operator.primals) as recorder:
             operator.outputs  # noqa: B018 (evaluates)
     except Unrecordable:
-        operator.repeat_draws()
+        operator.rewind_generators()
         return None
     return Costs.of(operator, recorder)

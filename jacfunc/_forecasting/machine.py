@@ -21,13 +21,13 @@ from jacfunc._types import Leaves
 
 REPEATS, ENOUGH = 5, 0.05
 SHORT, LONG = 2, 12
-"""Links of two chains of tiny operations; their difference is the cost of the links between."""
+"""Links of two chains of tiny operations: their times differ by the time of the links between."""
 
 OPERATIONS = 2
-"""In a link."""
+"""How many operations a link has."""
 
 SMALLEST, LARGEST, FRESH = 4**8, 2**21, LARGE
-"""Bytes of a result: what caches hold, what a heap hands out again, what needs fresh pages."""
+"""Bytes of results: in a cache, in memory that a heap uses again, in new pages."""
 
 MOST_SEEDS = 256
 SIDE = 32
@@ -35,7 +35,7 @@ SIDE = 32
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a call: so much for itself, so much an operation."""
+    """Seconds that a call takes: a part for the call itself, and a part for each operation."""
 
     call: float
     operation: float
@@ -49,58 +49,58 @@ Way: TypeAlias = Callable[[JacobianOperator], Callable[[], Any]]
 
 
 class Machine:
-    """Seconds of what sweeps are made of, on one device in one dtype."""
+    """How fast a machine does the parts of a sweep, on one device in one dtype."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self._ones = partial(torch.ones, device=device, dtype=dtype)
-        # caches of this machine's own: on the methods they would keep every machine alive
+        # a cache for each machine: one on the methods would keep all machines alive
         self._write, self._flop = cache(self._measure_write), cache(self._measure_flop)
         self._conv_flop = cache(self._measure_conv_flop)
 
     def write(self, size: float) -> float:
-        """Seconds a byte of a result that is so large."""
+        """Seconds to write a byte of a result of this size."""
         return self._write(FRESH if size > LARGEST else power_of_four(size, SMALLEST, LARGEST))
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
-        """Seconds a multiplication or addition in the products with so many seeds at once."""
+        """Seconds of a multiplication or addition, in products with this many seeds at once."""
         seeds = power_of_four(seeds, 1, MOST_SEEDS)
         return self._conv_flop(seeds, forward) if is_conv else self._flop(seeds)
 
     @cached_property
     def evaluate(self) -> Cost:
-        """An evaluation that keeps its graph."""
-        return self._cost(lambda operator: lambda: operator.again().outputs)
+        """Cost of an evaluation that keeps its graph."""
+        return self._cost(lambda operator: lambda: operator.unevaluated().outputs)
 
     @cached_property
     def pull(self) -> Cost:
-        """A pullback of one cotangent."""
+        """Cost of a pullback of one cotangent."""
         return self._cost(lambda operator: partial(operator.pullback, operator.outputs))
 
     @cached_property
     def pull_batch(self) -> Cost:
-        """A vmapped pullback."""
+        """Cost of a vmapped pullback."""
         return self._cost(_pull_batch)
 
     @cached_property
     def push(self) -> Cost:
-        """A pushforward of one tangent."""
+        """Cost of a pushforward of one tangent."""
         return self._cost(lambda operator: partial(operator.pushforward, operator.primals))
 
     @cached_property
     def push_batch(self) -> Cost:
-        """A vmapped pushforward."""
+        """Cost of a vmapped pushforward."""
         return self._cost(_push_batch)
 
     @cached_property
     def scaling(self) -> float:
-        """What a Python number among the arguments adds to an operation that is pushed through."""
+        """Seconds that a Python number among its arguments adds to an operation that is pushed."""
         scaled = self._cost(_push_batch, lambda x, _: x * 0.5 + 1)
         return max(scaled.operation - self.push_batch.operation, 0.0)
 
     def _measure_write(self, size: int) -> float:
-        given = self._ones(size // self._ones(()).element_size())
-        return self._seconds(lambda: given + given) / size
+        tensor = self._ones(size // self._ones(()).element_size())
+        return self._seconds(lambda: tensor + tensor) / size
 
     def _measure_flop(self, seeds: int) -> float:
         side = 512 if seeds > 1 else 2048
@@ -109,7 +109,7 @@ class Machine:
         return self._seconds(product) / (2 * side**2 * seeds)
 
     def _measure_conv_flop(self, seeds: int, forward: bool) -> float:
-        """Few channels, as where whole Jacobians are taken."""
+        """Seconds of a multiplication in a convolution of few channels, as whole Jacobians have."""
         first, last = self._ones(4, 1, 3, 3), self._ones(1, 4, 3, 3)
 
         def func(image: Tensor) -> tuple[Leaves, Leaves]:
@@ -136,13 +136,13 @@ class Machine:
         return Cost(max(short - OPERATIONS * SHORT * operation, 0.0), operation)
 
     def _seconds(self, run: Callable[[], Any]) -> float:
-        """The least of a few calls: nobody is faster than he can be."""
+        """Seconds of the fastest of a few calls, as others are only disturbed."""
         with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             run()
-            found = [seconds_of(run, self.device)]
-            while len(found) < REPEATS and sum(found) < ENOUGH:
-                found.append(seconds_of(run, self.device))
-            return min(found)
+            times = [seconds_of(run, self.device)]
+            while len(times) < REPEATS and sum(times) < ENOUGH:
+                times.append(seconds_of(run, self.device))
+            return min(times)
 
 
 def _pull_batch(operator: JacobianOperator, seeds: int | None = None) -> Callable[[], Any]:
@@ -155,11 +155,11 @@ def _push_batch(operator: JacobianOperator, seeds: int | None = None) -> Callabl
 
 @cache
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The one that all plans of this process share."""
+    """The machine for a device and a dtype, measured once in a process."""
     return Machine(device, dtype)
 
 
 def power_of_four(number: float, least: int, most: int) -> int:
-    """The nearest one within bounds: what is measured once for all sizes near it."""
+    """The nearest power of four within bounds, so that sizes near each other are measured once."""
     nearest = 4 ** round(math.log(max(number, 1), 4))
     return int(min(max(least, nearest), most))

@@ -1,4 +1,4 @@
-"""What a strategy would cost, counted by running it on fake tensors: shapes without numbers."""
+"""A strategy's cost, counted while it runs on fake tensors, which have shapes but no numbers."""
 
 from __future__ import annotations
 
@@ -11,36 +11,34 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from jacfunc._assembly import columns_to_blocks, numel, rows_to_blocks
-from jacfunc._forecasting.costs import Costs, is_forward
+from jacfunc._forecasting.costs import Costs
 from jacfunc._forecasting.recording import Recorder
 from jacfunc._forecasting.replacing import Replacing
-from jacfunc._linear_map import EVERY, JacobianOperator, Some
+from jacfunc._linear_map import EVERY, JacobianOperator, LeafNumbers
 from jacfunc._memory import Chunk, PeakBytes
 from jacfunc._trees import flatten, map_tensors
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
-from jacfunc.strategies import Forward, Looped, Reverse, Structured
+from jacfunc.strategies import Sweeping
 
 MAX_BYTES = 2**63 - 1
-
-Swept = Reverse | Forward | Looped | Structured
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A strategy's cost. What can't be known is None, and the reason says why.
+    """A strategy's cost. A number that can't be known is None, and the reason says why.
 
     Args:
-        strategy: what would run.
+        strategy: the strategy that would run.
         evaluations: calls of the function.
         sweeps: chunks of rows that are pulled back, or of columns that are pushed forward.
         flops: floating point operations, as torch's FlopCounterMode counts them.
         result_bytes: of the Jacobian.
-        peak_bytes: of all tensors alive at once, the result among them, the arguments not.
+        peak_bytes: of all tensors alive at once, with the result and without the arguments.
         reason: where the numbers come from, or why there are none.
         seconds: on this machine.
     """
 
-    strategy: Swept
+    strategy: Sweeping
     evaluations: int | None
     sweeps: int | None
     flops: int | None
@@ -57,44 +55,44 @@ class Forecast:
     @property
     def chunk_size(self) -> Chunk:
         """Seeds a sweep; None for all at once."""
-        return 1 if isinstance(self.strategy, Looped) else self.strategy.chunk_size
+        return self.strategy.sweeps.chunk_size
 
 
 class Fakes:
-    """A world of tensors without numbers: whatever enters is replaced by its like."""
+    """Replaces tensors by fakes, and runs functions and strategies on these."""
 
     def __init__(self, tree: Tree) -> None:
-        theirs = [leaf.fake_mode for leaf in flatten(tree)[0] if isinstance(leaf, FakeTensor)]
-        self.mode = theirs[0] if theirs else FakeTensorMode(allow_non_fake_inputs=True)
+        modes = [leaf.fake_mode for leaf in flatten(tree)[0] if isinstance(leaf, FakeTensor)]
+        self.mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
 
     def tree(self, tree: Tree) -> Tree:
-        """The tree with each tensor replaced by a fake: the same one whenever it comes again."""
-        return map_tensors(self._like, tree)
+        """The tree with each tensor replaced by its fake; a tensor has one fake wherever it is."""
+        return map_tensors(self._fake, tree)
 
-    def _like(self, tensor: Tensor) -> Tensor:
+    def _fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
-    def evaluated(self, call: LeafFunction, primals: Leaves) -> tuple[Leaves, Costs | None]:
-        """What the function returns, fakes that have shapes and dtypes; and what that costs."""
+    def evaluate(self, call: LeafFunction, primals: Leaves) -> tuple[Leaves, Costs | None]:
+        """The fake outputs of the function, which have shapes and dtypes; and the costs of it."""
         operator = JacobianOperator(call, primals)
         with self.mode, Recorder(primals) as recorder, Replacing(self.tree):
             outputs = operator.outputs
         return outputs, Costs.of(operator, recorder)
 
-    def forecast(self, strategy: Swept, call: LeafFunction, primals: Leaves) -> Forecast:
-        """Carry the strategy out and count."""
+    def forecast(self, strategy: Sweeping, call: LeafFunction, primals: Leaves) -> Forecast:
+        """The cost of the strategy, counted while it runs on fakes."""
         with ExitStack() as modes:
             modes.enter_context(self.mode)
             memory = modes.enter_context(PeakBytes())
-            work = modes.enter_context(Replacing(self.tree))  # before memory is counted
-            probe = _Probe(call, primals, memory, work)
-            blocks = probe.materialized_by(strategy)
+            flops = modes.enter_context(Replacing(self.tree))  # before memory is counted
+            probe = _Probe(call, primals, memory, flops)
+            blocks = probe.materialize_by(strategy)
         return probe.forecast(strategy, blocks)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """Counters after a sweep."""
+    """What the counters say after a sweep; ``live`` and ``peak`` are bytes."""
 
     seeds: int
     evaluations: int
@@ -103,8 +101,8 @@ class _Reading:
     peak: int
 
 
-class _Counted:
-    """A function that knows how often it was called, and nobody who calls it: no cycle."""
+class _CountedFunction:
+    """A function that counts its calls; it refers to no operator, so that no cycle keeps fakes."""
 
     def __init__(self, func: LeafFunction) -> None:
         self._func, self.calls = func, 0
@@ -116,73 +114,82 @@ class _Counted:
 
 @dataclass
 class _Round:
-    """Sweeps that are alike: those through one output leaf, or all that push."""
+    """Sweeps of the same kind: those through one output leaf, or all pushforwards.
+
+    Args:
+        readings: the counters after each sweep that was run.
+        done: how many seeds were swept or skipped.
+        skipped: how many sweeps were skipped.
+    """
 
     readings: list[_Reading] = field(default_factory=list)
     done: int = 0
     skipped: int = 0
 
 
-class _Enough(Exception):  # noqa: N818 (no error: the sweeps that are left cost the same)
-    """Raised out of a strategy once its first sweeps, and the last, have been counted."""
+class _Enough(Exception):  # noqa: N818 (no error: all other sweeps cost the same)
+    """Ends a strategy once its first sweeps, and the last, have been counted."""
 
 
 class _Probe(JacobianOperator):
-    """An operator that reads the counters, and ends sweeps that cost what their neighbours do."""
+    """An operator that reads counters after each sweep, and skips sweeps whose cost it knows.
+
+    Two full sweeps, and the last, tell what the sweeps between would cost.
+    """
 
     def __init__(
-        self, func: LeafFunction, primals: Leaves, memory: PeakBytes, work: Replacing
+        self, func: LeafFunction, primals: Leaves, memory: PeakBytes, flops: Replacing
     ) -> None:
-        self._counted = _Counted(func)
+        self._counted = _CountedFunction(func)
         super().__init__(self._counted, primals)
-        self._memory, self._work = memory, work
-        self._only = EVERY
+        self._memory, self._flops = memory, flops
+        self._leaves = EVERY
         self._rounds: list[_Round] = []
         self._has_graph = False
 
     @property
     def outputs(self) -> Leaves:
-        """Rows are swept leaf by leaf, and here one leaf after the other has a round of its own."""
-        return super().outputs[self._only]
+        """The output leaves of this round: rows of each leaf are swept in a round of their own."""
+        return super().outputs[self._leaves]
 
-    def pullback_batch(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
-        pull = partial(super().pullback_batch, of=self._only)
-        return self._sample(pull, cotangents, self.outputs)
+    def pullback_batch(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
+        pull = partial(super().pullback_batch, of=self._leaves)
+        return self._count(pull, cotangents, self.outputs)
 
-    def pullback_each(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
-        pull = partial(super().pullback_each, of=self._only)
-        return self._sample(pull, cotangents, self.outputs)
+    def pullback_each(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
+        pull = partial(super().pullback_each, of=self._leaves)
+        return self._count(pull, cotangents, self.outputs)
 
     def pushforward_batch(self, tangents: Leaves, randomness: str = "same") -> Leaves:
         push = partial(super().pushforward_batch, randomness=randomness)
-        return self._sample(push, tangents, self.primals)
+        return self._count(push, tangents, self.primals)
 
     def pushforward_each(self, tangents: Leaves) -> Leaves:
-        return self._sample(super().pushforward_each, tangents, self.primals)
+        return self._count(super().pushforward_each, tangents, self.primals)
 
-    def materialized_by(self, strategy: Swept) -> Blocks:
-        """The strategy's blocks, the sweeps that are left out included."""
-        if not isinstance(strategy, Reverse | Looped) or is_forward(strategy):
+    def materialize_by(self, strategy: Sweeping) -> Blocks:
+        """The strategy's blocks, with those of skipped sweeps, which are made without a sweep."""
+        if strategy.sweeps.are_pushes or strategy.sweeps.by_layers:
             return self._round(strategy, EVERY)
-        alone = [slice(number, number + 1) for number in range(len(self.outputs))]
-        return tuple(row for only in alone or [EVERY] for row in self._round(strategy, only))
+        leaves = [slice(number, number + 1) for number in range(len(self.outputs))]
+        return tuple(row for leaf in leaves or [EVERY] for row in self._round(strategy, leaf))
 
-    def _round(self, strategy: Swept, only: slice) -> Blocks:
-        self._only = only
+    def _round(self, strategy: Sweeping, leaves: slice) -> Blocks:
+        self._leaves = leaves
         self._rounds.append(_Round())
         try:
             return strategy.materialize(self)
         except _Enough:
-            pass  # what the sweeps left behind is freed before the result is taken
-        pushes = is_forward(strategy)
+            pass  # products of the sweeps are freed before the result is made
+        pushes = strategy.sweeps.are_pushes
         swept, produced = (self.primals, self.outputs)[:: 1 if pushes else -1]
         products = tuple(leaf.new_empty((numel(swept), *leaf.shape)) for leaf in produced)
         assemble = columns_to_blocks if pushes else rows_to_blocks
         return assemble(products, self.outputs, self.primals)
 
-    def forecast(self, strategy: Swept, blocks: Blocks) -> Forecast:
-        """What was counted, and the same again for the sweeps that were left out."""
-        evaluations, flops, peak = self._counted.calls, self._work.flops, self._memory.peak
+    def forecast(self, strategy: Sweeping, blocks: Blocks) -> Forecast:
+        """The counts, extended by those of the skipped sweeps."""
+        evaluations, flops, peak = self._counted.calls, self._flops.flops, self._memory.peak
         result, kept = sum(map(_bytes, blocks)), 0
         run = sum(len(each.readings) for each in self._rounds)
         skipped = sum(each.skipped for each in self._rounds)
@@ -198,8 +205,12 @@ class _Probe(JacobianOperator):
         reason = f"{run} of {run + skipped} sweeps counted on fakes"
         return Forecast(strategy, evaluations, run + skipped, flops, result, peak, reason)
 
-    def _sample(self, sweep: Callable[[Leaves], Leaves], seeds: Leaves, swept: Leaves) -> Leaves:
-        """The products, unless two sweeps like this have been run: then of the last one alone."""
+    def _count(self, sweep: Callable[[Leaves], Leaves], seeds: Leaves, swept: Leaves) -> Leaves:
+        """Products of the seeds; once two sweeps of this size are counted, of the last seeds alone.
+
+        Raises:
+            _Enough: if the last seeds have been swept.
+        """
         this = self._rounds[-1]
         if this.done == numel(swept) and this.readings:
             raise _Enough
@@ -217,11 +228,12 @@ class _Probe(JacobianOperator):
         this.done += size
         memory = self._memory
         this.readings.append(
-            _Reading(size, self._counted.calls, self._work.flops, memory.live, memory.peak)
+            _Reading(size, self._counted.calls, self._flops.flops, memory.live, memory.peak)
         )
         self._has_graph = any(product.requires_grad for product in products)
         return products
 
 
 def _bytes(leaves: Iterable[Tensor]) -> int:
+    """Bytes of leaves, also where fakes share memory."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

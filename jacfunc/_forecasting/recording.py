@@ -1,4 +1,4 @@
-"""What one evaluation does, recorded while it runs: the operations that a sweep does over again."""
+"""The operations of one evaluation, recorded while it runs: a sweep repeats each of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jacfunc._types import Leaves
 aten = torch.ops.aten
 CONVOLUTIONS = frozenset({aten.convolution, aten._convolution})
 VECTOR_PRODUCTS = {aten.mv: 0, aten.dot: 0, aten.addmv: 1}
-"""Torch's registry does not have them; which argument has an entry for each multiplication."""
+"""Products that torch's registry of FLOPs lacks; each with the argument whose size counts them."""
 BOOKKEEPING = frozenset({aten.detach, aten.alias})
-"""Views that autograd makes for itself: no sweep meets them."""
+"""Views that autograd makes for itself, and no sweep repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class Operation:
     """One operation that depends on the primals; a sweep multiplies by its derivative.
 
     Args:
-        read: bytes of its arguments that depend on the primals; of a view, nothing.
-        written: bytes of its results; of a view, nothing.
+        read: bytes of its arguments that depend on the primals; 0 for a view.
+        written: bytes of its results; 0 for a view.
         flops: as torch counts them, once for each factor that depends on the primals.
         held: bytes of the arguments that are primals themselves.
-        held_flops: those of the flops that a product with the derivative in these takes.
-        is_conv: the flops are those of a convolution.
-        is_scaled: a Python number is among its arguments.
+        held_flops: FLOPs of the product with the derivative in those arguments.
+        is_conv: is it a convolution?
+        is_scaled: is a Python number among its arguments?
     """
 
     read: int = 0
@@ -46,15 +46,15 @@ class Operation:
 
 
 class Unrecordable(Exception):  # noqa: N818 (no error: the function runs unrecorded)
-    """Control flow operators, traced under a mode, have no pullback afterwards."""
+    """Raised at a control flow operator: once traced under a mode, it has no pullback."""
 
 
 class Recorder(PeakBytes):
-    """Records the work of what runs inside the ``with`` block, below autograd and every vmap.
+    """Records the operations that run inside the ``with`` block, below autograd and every vmap.
 
     Example:
         >>> import torch
-        >>> from jacfunc._work import Recorder
+        >>> from jacfunc._forecasting.recording import Recorder
         >>> A, x = torch.ones(3, 2), torch.ones(2)
         >>> with Recorder((x,)) as recorder:
         ...     y = torch.tanh(A @ x)
@@ -77,16 +77,16 @@ class Recorder(PeakBytes):
     ) -> Any:
         if isinstance(func, HigherOrderOperator):
             raise Unrecordable(f"{func} has no graph of its own under a dispatch mode")
+        kwargs = {**(kwargs or {})}
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        given = {**(kwargs or {})}
         active = [
-            x for x in dense_tensors((*args, *given.values())) if memory_of(x) in self._active
+            x for x in dense_tensors((*args, *kwargs.values())) if memory_of(x) in self._active
         ]
         packet = getattr(func, "_overloadpacket", None)
         if active and packet not in BOOKKEEPING:
             results = list(dense_tensors((result,)))
             is_view = {memory_of(x) for x in results} <= {memory_of(x) for x in active}
-            once = 0 if is_view else _flops(packet, args, given, result)
+            once = 0 if is_view else _flops(packet, args, kwargs, result)
             held = 0 if is_view else sum(x.nbytes for x in active if memory_of(x) in self._primals)
             self._active |= {memory_of(x) for x in results}
             if packet is aten.clone and memory_of(active[0]) in self._primals:
@@ -105,14 +105,14 @@ class Recorder(PeakBytes):
         return result
 
     def _forget(self, key: int) -> None:
-        # what comes to lie where an active tensor was need not depend on the primals
+        # a new tensor in the memory of an active one need not depend on the primals
         super()._forget(key)
         self._active.discard(key)
         self._primals.discard(key)
 
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
-    """As torch's registry has it, and of products with a vector."""
+    """FLOPs of a call, by torch's registry or, for products with a vector, by size."""
     if packet in VECTOR_PRODUCTS:
         return 2 * int(args[VECTOR_PRODUCTS[packet]].numel())
     formula = flop_registry.get(packet)

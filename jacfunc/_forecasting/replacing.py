@@ -1,4 +1,4 @@
-"""What is met while a function runs on tensors without numbers, replaced by such tensors."""
+"""A mode in which a function runs on fakes, also where it closes over real tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from jacfunc._types import Tree
 
 
 class Replacing(TorchDispatchMode):
-    """Replaces what the function closes over too, parameters say, and counts FLOPs.
+    """Replaces each tensor that a call meets by its fake, parameters as well, and counts FLOPs.
 
-    FakeTensorMode replaces by itself, but below the counter of memory: a view of a parameter
-    would count as new. FlopCounterMode counts by the same formulas, but keeps seeds alive.
+    FakeTensorMode replaces tensors, too, but below the counter of memory, for which a view of a
+    parameter would be new memory. FlopCounterMode has the same formulas, but keeps seeds alive.
     """
 
     supports_higher_order_operators = True
@@ -36,17 +36,17 @@ class Replacing(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = {**(kwargs or {})}
-        if func is torch.ops.aten.lift_fresh.default:  # a literal: it keeps its value
-            return func(*args, **given)
+        kwargs = {**(kwargs or {})}
+        if func is torch.ops.aten.lift_fresh.default:  # a literal keeps its value
+            return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and _is_real(args[0]):
-            with no_dispatch():  # a setting that a module holds in a buffer, not the data
-                return func(*args, **given)
-        args, given = self._as_fakes((args, given))
+            with no_dispatch():  # a module's setting in a buffer: no data of the call
+                return func(*args, **kwargs)
+        args, kwargs = self._as_fakes((args, kwargs))
         formula = flop_registry.get(getattr(func, "_overloadpacket", None))
-        result = func(*args, **given)
+        result = func(*args, **kwargs)
         if formula is not None:
-            self.flops += int(formula(*args, **given, out_val=result))
+            self.flops += int(formula(*args, **kwargs, out_val=result))
         return result
 
 

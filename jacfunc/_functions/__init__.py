@@ -1,4 +1,4 @@
-"""The doors for functions."""
+"""The public functions that differentiate functions of trees."""
 
 from jacfunc._functions.estimate import Estimate, estimate
 from jacfunc._functions.explain import Explanation, explain, plan

@@ -1,4 +1,4 @@
-"""The door to forecasts: what each strategy would cost, as a table."""
+"""``estimate``: a table of what each strategy would cost."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._forecasting import CallForecast, Forecast, Swept
+from jacfunc._calls import Derivation
+from jacfunc._forecasting import CallForecast, Forecast
 from jacfunc._lock import alone
 from jacfunc._torch import inside_transform
 from jacfunc._types import Argnums, Tree
 from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
-from jacfunc.strategies import Forward, Looped, Reverse
+from jacfunc.strategies import Forward, Looped, Reverse, Sweeping
 
 API = "estimate"
 HEADER = ("strategy", "chunk", "calls", "sweeps", "FLOPs", "result", "peak", "time", "how we know")
@@ -27,7 +28,7 @@ def estimate(
     chunk_size: int | None = None,
     **kwargs: Any,
 ) -> Estimate:
-    """Cost of the Jacobian of ``func`` by each strategy: carries it out on shapes without numbers.
+    """Cost of the Jacobian of ``func`` by each strategy, counted on shapes without numbers.
 
     Nothing is computed and no memory taken, so the arguments may be larger than the machine:
     tensors on the device ``"meta"``, for example. ``func`` runs on fake tensors; what it stores
@@ -69,20 +70,20 @@ def estimate(
             f"{API}: it must be called outside of transforms, got a call inside vmap or a "
             "derivative. Give the function that they transform."
         )
-    strategies: tuple[Swept, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
+    strategies: tuple[Sweeping, ...] = (Reverse(chunk_size), Forward(chunk_size), Looped())
     with alone():  # torch's fake tensors turn a switch of the process, too
-        found = CallForecast(API, func, argnums, has_aux, args, kwargs)
-        return Estimate(found.rows, found.columns, tuple(map(found.forecast, strategies)))
+        call = CallForecast(Derivation(API, func, argnums, has_aux), args, kwargs)
+        return Estimate(call.rows, call.columns, tuple(map(call.forecast, strategies)))
 
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
-    """What :func:`estimate` found: a table with a row a strategy; ``[name]`` is one of them.
+    """What :func:`estimate` returns: a table with a row for each strategy; ``[name]`` is one row.
 
     Args:
         outputs: M, the rows of the Jacobian as a matrix; None if the function needs data.
         inputs: N, its columns.
-        rows: forecasts, one a strategy.
+        rows: forecasts, one for each strategy.
 
     Example:
         >>> import torch, jacfunc
@@ -117,7 +118,7 @@ class Estimate:
         return "\n".join([self._title(), *lines])
 
     def _repr_html_(self) -> str:
-        """The table, for notebooks."""
+        """The table as HTML, for notebooks."""
         head = "".join(f"<th>{cell}</th>" for cell in HEADER)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
@@ -127,7 +128,7 @@ class Estimate:
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """A dict a row, of plain strings and numbers."""
+        """The rows as dicts of plain strings and numbers."""
         return [
             {
                 "strategy": row.name,
@@ -149,7 +150,7 @@ class Estimate:
 
 
 def _cells(row: Forecast) -> tuple[str, ...]:
-    """A row as text."""
+    """The cells of a row, as text."""
     return (
         row.name,
         "all" if row.chunk_size is None else str(row.chunk_size),
@@ -164,7 +165,7 @@ def _cells(row: Forecast) -> tuple[str, ...]:
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    """Words to the left, numbers to the right."""
+    """A row of the table as text: words are aligned to the left, numbers to the right."""
     first, *numbers, last = cells
     padded = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
     return "  ".join([first.ljust(widths[0]), *padded, last]).rstrip()

@@ -1,4 +1,4 @@
-"""The doors to plans: what would run, and what did, beside what was forecast."""
+"""``plan`` and ``explain``: what would run, and what did run beside its forecast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forecasting import CallForecast
 from jacfunc._functions.derive import jacobian_by
 from jacfunc._linear_map import JacobianOperator
@@ -19,7 +19,7 @@ from jacfunc._memory import PeakBytes
 from jacfunc._planning import Auto, Autotune, Plan, resolve
 from jacfunc._types import Argnums, Memory, Tree
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy
+from jacfunc.strategies import Strategy, Sweeping
 
 
 def plan(
@@ -32,9 +32,9 @@ def plan(
     memory: Memory = None,
     **kwargs: Any,
 ) -> Plan:
-    """What :func:`jacfunc.jacobian` would do with such arguments, to look at or to pin.
+    """The plan that :func:`jacfunc.jacobian` would make for these arguments, to look at or to pin.
 
-    ``jacobian(func, strategy=plan)`` then neither plans nor measures any more.
+    ``jacobian(func, strategy=plan)`` then neither plans nor measures.
 
     Args:
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
@@ -61,15 +61,14 @@ def plan(
         Reverse(chunk_size=None)
     """
     chosen = resolve("plan", strategy, chunk_size, memory)
-    call = FlatCall("plan", func, argnums, has_aux, args, kwargs)
+    derivation = Derivation("plan", func, argnums, has_aux)
+    call = FlatCall(derivation, args, kwargs)
     with alone():
-        found = _planned(chosen, JacobianOperator(call, call.primals))
-        if not isinstance(found.strategy, Reverse | Forward | Looped):
-            return found
-        foretold = CallForecast("plan", func, argnums, has_aux, args, kwargs).forecast(
-            found.strategy
-        )
-    return replace(found, forecast=foretold)
+        plan = _planned(chosen, JacobianOperator(call, call.primals))
+        if not isinstance(plan.strategy, Sweeping) or plan.strategy.sweeps.by_layers:
+            return plan
+        forecast = CallForecast(derivation, args, kwargs).forecast(plan.strategy)
+    return replace(plan, forecast=forecast)
 
 
 def explain(
@@ -82,7 +81,7 @@ def explain(
     memory: Memory = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Takes the Jacobian and says how: which strategy ran and why, forecast beside actual.
+    """Takes the Jacobian and reports: which strategy ran and why, and its cost beside the forecast.
 
     The same lines go to the logger ``jacfunc`` at INFO whenever ``"auto"`` or ``"autotune"`` runs.
 
@@ -107,12 +106,12 @@ def explain(
 
     Example:
         >>> import torch, jacfunc
-        >>> told = jacfunc.explain(torch.sin, torch.zeros(3))
-        >>> told.plan.strategy, told.peak_bytes == told.plan.forecast.peak_bytes
+        >>> report = jacfunc.explain(torch.sin, torch.zeros(3))
+        >>> report.plan.strategy, report.peak_bytes == report.plan.forecast.peak_bytes
         (Reverse(chunk_size=None), True)
     """
     with trail() as steps:
-        found = plan(
+        chosen = plan(
             func,
             *args,
             argnums=argnums,
@@ -122,7 +121,7 @@ def explain(
             memory=memory,
             **kwargs,
         )
-        derive = jacobian_by("explain", func, argnums, found, has_aux)
+        derive = jacobian_by(Derivation("explain", func, argnums, has_aux), chosen)
         take = partial(derive, *args, **kwargs)
         take()
     start = time.perf_counter()
@@ -130,24 +129,24 @@ def explain(
     seconds = time.perf_counter() - start
     with PeakBytes() as memory_counter:
         take()
-    return Explanation(found, tuple(steps), seconds, memory_counter.peak)
+    return Explanation(chosen, tuple(steps), seconds, memory_counter.peak)
 
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What :func:`explain` saw.
+    """What :func:`explain` returns.
 
     Args:
-        plan: what was chosen, and why; its forecast.
+        plan: the chosen strategy, the reason, and its forecast.
         steps: what was tried, refused and done instead, in order.
-        seconds: what the call took.
-        peak_bytes: of all tensors alive at once, the result among them, the arguments not.
+        seconds: the time of the call.
+        peak_bytes: the most bytes of all tensors at once, with the result, without the arguments.
 
     Example:
         >>> import torch, jacfunc
-        >>> told = jacfunc.explain(lambda x: torch.cholesky_inverse(x), torch.eye(2),
+        >>> report = jacfunc.explain(lambda x: torch.cholesky_inverse(x), torch.eye(2),
         ...     strategy="reverse")
-        >>> told.steps
+        >>> report.steps
         ()
     """
 
@@ -162,25 +161,26 @@ class Explanation:
                 f"{self.plan.strategy}: {self.plan.reason}",
                 *(f"  then: {step}" for step in self.steps),
                 *(
-                    f"  {name}  {told.rjust(9)} forecast  {seen.rjust(9)} seen"
-                    for name, told, seen in self._rows()
+                    f"  {name}  {forecast.rjust(9)} forecast  {actual.rjust(9)} seen"
+                    for name, forecast, actual in self._rows()
                 ),
             ]
         )
 
     def _repr_html_(self) -> str:
-        """The same, for notebooks."""
+        """The lines as HTML, for notebooks."""
         return f"<pre>{html.escape(repr(self))}</pre>"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
-        foretold = self.plan.forecast
-        seconds = self.plan.seconds or (foretold.seconds if foretold else None)
-        peak = foretold.peak_bytes if foretold else None
+        forecast = self.plan.forecast
+        seconds = self.plan.seconds or (forecast.seconds if forecast else None)
+        peak = forecast.peak_bytes if forecast else None
         yield "time", in_seconds(seconds), in_seconds(self.seconds)
         yield "peak", in_bytes(peak), in_bytes(self.peak_bytes)
 
 
 def _planned(strategy: Strategy, operator: JacobianOperator) -> Plan:
+    """The plan of a strategy; of one that makes none, the strategy itself as a plan."""
     if isinstance(strategy, Auto | Autotune):
         return strategy.plan(operator)
     return strategy if isinstance(strategy, Plan) else Plan(strategy, "it was asked for")

@@ -1,4 +1,4 @@
-"""The doors to products: J·v and vᵀ·J, a column or a row, without J."""
+"""``jvp`` and ``vjp``: products with the Jacobian, J·v and vᵀ·J, without J itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jacfunc._arguments import check_like
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Tree
 from jacfunc.strategies import in_words_of
@@ -46,11 +46,11 @@ def jvp(
         >>> jacfunc.jvp(lambda x: A @ x, (torch.ones(2),), (torch.tensor([1.0, 0.0]),))
         (tensor([3., 7.]), tensor([1., 3.]))
     """
-    call = FlatCall("jvp", func, tuple(range(len(primals))), has_aux, primals, {})
+    call = _at_all("jvp", func, primals, has_aux)
     operator = JacobianOperator(call, call.primals)
-    given = call.aligned_inputs("tangents", tangents)
-    check_like("jvp", "tangents", given, call.primals)
-    products = in_words_of("jvp", lambda: operator.pushforward(given))
+    seeds = call.aligned_inputs("tangents", tangents)
+    check_like("jvp", "tangents", seeds, call.primals)
+    products = in_words_of("jvp", lambda: operator.pushforward(seeds))
     value, aux = call.value(*operator.image())
     pushed = call.output_tree(products)
     return (value, pushed, aux) if has_aux else (value, pushed)
@@ -86,14 +86,21 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
         >>> row, row[0].item()
         (tensor([3., 4.]), 3.0)
     """
-    call = FlatCall("vjp", func, tuple(range(len(primals))), has_aux, primals, {})
+    call = _at_all("vjp", func, primals, has_aux)
     operator = JacobianOperator(call, call.primals)
     value, aux = call.value(*in_words_of("vjp", operator.image))
 
     def pullback(cotangents: Tree) -> Tree:
-        given = call.aligned_outputs("cotangents", cotangents)
-        check_like("vjp", "cotangents", given, operator.outputs)
-        products = in_words_of("vjp", lambda: operator.pullback(given))
+        seeds = call.aligned_outputs("cotangents", cotangents)
+        check_like("vjp", "cotangents", seeds, operator.outputs)
+        products = in_words_of("vjp", lambda: operator.pullback(seeds))
         return call.input_tree(products)
 
     return (value, pullback, aux) if has_aux else (value, pullback)
+
+
+def _at_all(
+    api: str, func: Callable[..., Any], primals: tuple[Tree, ...], has_aux: bool
+) -> FlatCall:
+    """The call, differentiated by all of its arguments."""
+    return FlatCall(Derivation(api, func, tuple(range(len(primals))), has_aux), primals, {})

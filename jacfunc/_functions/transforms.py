@@ -1,10 +1,11 @@
-"""The doors: Jacobians and Hessians of functions of trees."""
+"""Jacobians and Hessians of functions of trees, as functions of the same arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from jacfunc._calls import Derivation
 from jacfunc._functions.derive import deriving, jacobian_by
 from jacfunc._planning import directed, resolve
 from jacfunc._types import Argnums, Memory, Randomness, Tree
@@ -27,7 +28,7 @@ def jacrev(
     Args:
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         argnums: which positional arguments to differentiate; negative counts from the end. With a
-            tuple each output leaf holds a tuple of blocks, one an argument.
+            tuple each output leaf holds a tuple of blocks, one for each argument.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: rows swept at once; None sweeps all. Bounds the memory.
         memory: bytes that the call may take, its result among them: a number, or words such as
@@ -56,7 +57,7 @@ def jacrev(
                 [0., 0., 6.]])
     """
     reverse = directed("jacrev", Reverse(chunk_size), memory)
-    return jacobian_by("jacrev", func, argnums, reverse, has_aux, out)
+    return jacobian_by(Derivation("jacrev", func, argnums, has_aux), reverse, out)
 
 
 def jacfwd(
@@ -77,8 +78,8 @@ def jacfwd(
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         argnums: which positional arguments to differentiate; negative counts from the end.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
-        randomness: of random functions: ``"error"`` refuses them, ``"same"`` draws one mask for
-            the whole Jacobian, ``"different"`` one a column.
+        randomness: for random functions: ``"error"`` refuses them, ``"same"`` draws one mask for
+            the whole Jacobian, ``"different"`` one for each column.
         chunk_size: columns swept at once; None sweeps all. Bounds the memory.
         memory: bytes that the call may take, its result among them: a number, or words such as
             ``"2 GiB"``; the sweep is cut into chunks that keep to it.
@@ -89,8 +90,8 @@ def jacfwd(
 
     Raises:
         TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors,
-            operations whose forward mode torch lacks or gets wrong, or a column with a nan, which
-            a zero tangent may have made that met an infinite derivative.
+            operations whose forward mode torch lacks or gets wrong, or a column with a nan: a zero
+            tangent times an infinite derivative may have made it.
 
     Cost:
         N/K evaluations with K tangents each, for N inputs and chunks of K. Keeps no graph.
@@ -102,7 +103,7 @@ def jacfwd(
                 [0., 1.]])
     """
     forward = directed("jacfwd", Forward(chunk_size, randomness), memory)
-    return jacobian_by("jacfwd", func, argnums, forward, has_aux, out)
+    return jacobian_by(Derivation("jacfwd", func, argnums, has_aux), forward, out)
 
 
 def jacobian(
@@ -115,7 +116,7 @@ def jacobian(
     memory: Memory = None,
     out: Tree = None,
 ) -> Callable[..., Any]:
-    """Jacobian of ``func`` by the strategy that fits: chosen from its sizes, or given.
+    """Jacobian of ``func`` by the strategy that ``strategy`` names, or by the fastest.
 
     ``J[i, j] = ∂ func(*args)[i] / ∂ args[argnums][j]``; every strategy gives the same answer.
 
@@ -147,7 +148,7 @@ def jacobian(
                 [3., 4.]])
     """
     chosen = resolve("jacobian", strategy, chunk_size, memory)
-    return jacobian_by("jacobian", func, argnums, chosen, has_aux, out)
+    return jacobian_by(Derivation("jacobian", func, argnums, has_aux), chosen, out)
 
 
 def value_and_jacobian(
@@ -160,7 +161,7 @@ def value_and_jacobian(
     memory: Memory = None,
     out: Tree = None,
 ) -> Callable[..., Any]:
-    """Value and Jacobian of ``func``, the value taken from the evaluation that J needs anyway.
+    """Value and Jacobian of ``func``; the value comes from the evaluation that J needs anyway.
 
     ``(f(x), ∂f/∂x)``.
 
@@ -195,7 +196,7 @@ def value_and_jacobian(
         return (value, aux) if has_aux else value, evaluation.jacobian()
 
     chosen = resolve("value_and_jacobian", strategy, chunk_size, memory)
-    return deriving("value_and_jacobian", func, argnums, chosen, has_aux, pack, out)
+    return deriving(Derivation("value_and_jacobian", func, argnums, has_aux), chosen, pack, out)
 
 
 def hessian(
@@ -239,5 +240,5 @@ def hessian(
                 [ 0., 12.]])
     """
     chosen = resolve("hessian", strategy, chunk_size, memory)
-    inner = jacobian_by("hessian", func, argnums, Reverse(), has_aux)
-    return jacobian_by("hessian", inner, argnums, chosen, has_aux, out)
+    inner = jacobian_by(Derivation("hessian", func, argnums, has_aux), Reverse())
+    return jacobian_by(Derivation("hessian", inner, argnums, has_aux), chosen, out)

@@ -1,9 +1,9 @@
-"""The door to batches: torch's vmap, on optree's trees."""
+"""``vmap``: torch's vmap for all trees that optree knows, with a loop where torch can't."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -16,7 +16,7 @@ from jacfunc._calls import reaches_module
 from jacfunc._errors import Refused, check_fallback
 from jacfunc._faults import NestedWatch, handled
 from jacfunc._functions.derive import watches_itself
-from jacfunc._linear_map import Dims, OnLeaves, batch_size, one_sample, sample_chunks
+from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._torch import RandomState, as_written, sweep_batch
@@ -30,6 +30,7 @@ from jacfunc._trees import (
     unflatten,
 )
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
+from jacfunc.strategies import in_words_of
 
 
 def vmap(
@@ -48,7 +49,7 @@ def vmap(
     Args:
         func: takes trees, returns a tree of tensors.
         in_dims: the mapped dimension of each argument: an int, None (not mapped), or a tuple with
-            a prefix tree an argument. Leaves that are not tensors are never mapped.
+            a prefix tree for each argument. Leaves that are not tensors are never mapped.
         out_dims: where the batch dimension of each output goes: an int or a prefix tree.
         randomness: ``"error"``, ``"same"`` or ``"different"`` random numbers along the batch.
         chunk_size: samples at once; None maps all.
@@ -61,7 +62,7 @@ def vmap(
         TypeError, ValueError: dimensions that do not fit.
 
     Cost:
-        One vectorized evaluation a chunk.
+        One vectorized evaluation for each chunk.
 
     Example:
         >>> import torch, jacfunc
@@ -78,7 +79,7 @@ def vmap(
         every_dim = zip(_leaf_dims(in_dims, args, kwargs), split.is_chosen, strict=True)
         dims = _checked_dims([dim for dim, is_leaf in every_dim if is_leaf], split.leaves)
         structure: list[Any] = []
-        turn = _turn_of(func, randomness)
+        lock = _lock_for(func, randomness)
         watching = nullcontext if watches_itself(func) else NestedWatch
 
         def on_leaves(leaves: Leaves) -> tuple[Leaves, Leaves]:
@@ -92,11 +93,11 @@ def vmap(
             return tuple(outputs), ()
 
         def one_chunk(leaves: Leaves, dims: Dims) -> Leaves:
-            return _vmapped_or_looped(on_leaves, leaves, randomness, dims, watching, turn)
+            return _vmapped_or_looped(on_leaves, leaves, randomness, dims, watching, lock)
 
         chunks = sample_chunks(one_chunk, split.leaves, dims, chunk_size)
-        with _refusing():
-            outputs = stack(chunks, batch_size(split.leaves, dims))
+        size, must = batch_size(split.leaves, dims), "func must be one to map"
+        outputs = in_words_of("vmap", lambda: stack(chunks, size), must, instead="")
         tree = unflatten(structure[0], outputs)
         targets = _in_words(lambda: broadcast_prefix(out_dims, tree, "out_dims"), "out_dims")
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
@@ -105,19 +106,12 @@ def vmap(
     return mapped
 
 
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Refusals in the words of the door, unless an inner door has said it already."""
-    try:
-        yield
-    except Refused as refusal:
-        if isinstance(refusal.__cause__, Refused):
-            raise
-        raise Refused(f"vmap: func must be one to map, got a refusal: {refusal}.") from refusal
-
-
 def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:
-    """Mapped dimensions counted from the front; all of one size, and at least one."""
+    """The mapped dimensions, counted from the front.
+
+    Raises:
+        ValueError: if they have different sizes, or nothing is mapped.
+    """
     pairs = list(zip(dims, leaves, strict=True))
     for dim, leaf in pairs:
         if dim is not None and not -leaf.dim() <= dim < leaf.dim():
@@ -135,16 +129,16 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
 
 
 def _vmapped_or_looped(
-    func: OnLeaves,
+    func: Callable[[Leaves], tuple[Leaves, Leaves]],
     leaves: Leaves,
     randomness: Randomness,
     dims: Dims,
     watching: Callable[[], AbstractContextManager[Any]],
-    turn: AbstractContextManager[Any],
+    lock: AbstractContextManager[Any],
 ) -> Leaves:
-    """Every sample at once; one by one, where torch can't or must not vmap the function."""
+    """Output leaves ``[B, *out]``: of all samples at once, or of a loop where torch can't vmap."""
     try:
-        with watching(), turn:
+        with watching(), lock:
             return sweep_batch(func, leaves, randomness, dims)[0]
     except Exception as error:  # torch has no type for what it can't vmap
         if torch.compiler.is_compiling():
@@ -153,18 +147,18 @@ def _vmapped_or_looped(
             check_fallback(error)
         note("func does not run under vmap, samples go one by one: %s", error)
         handled(error)
-    each = []
+    samples = []
     with alone():
-        draws = RandomState(leaves)
+        random_state = RandomState(leaves)
         for number in range(batch_size(leaves, dims)):
-            with draws.of_one(randomness), watching():
-                each.append(func(one_sample(leaves, dims, number))[0])
-    stacked: Leaves = stack_trees(each)
+            with random_state.of_one(randomness), watching():
+                samples.append(func(one_sample(leaves, dims, number))[0])
+    stacked: Leaves = stack_trees(samples)
     return stacked
 
 
-def _turn_of(func: Callable[..., Any], randomness: Randomness) -> AbstractContextManager[Any]:
-    """Alone, if it draws or calls a module; others are mapped side by side."""
+def _lock_for(func: Callable[..., Any], randomness: Randomness) -> AbstractContextManager[Any]:
+    """The process's lock, if ``func`` may draw or call a module; others run side by side."""
     if torch.compiler.is_compiling() or (randomness == "error" and not reaches_module(func)):
         return nullcontext()
     return alone()
@@ -210,7 +204,7 @@ def _check_all_tensors(outputs: list[Any]) -> None:
 
 
 def _move(out: Tensor, dim: Any) -> Tensor:
-    """The batch dimension from the front to where it is wanted."""
+    """An output with its batch dimension moved from the front to ``dim``."""
     if not isinstance(dim, int) or not -out.dim() <= dim < out.dim():
         raise ValueError(
             f"vmap: out_dims must be dimensions of the outputs, got {dim!r} for an output of "

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, rows
+from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc.layers import Gather, Outer
-
-BLOCK_BYTES = 2**23
-"""Bytes of rows, or of products of positions, that are made at once: they stay in the cache."""
 
 BLOCKS = 4
 """A symmetric product is made of so many blocks of rows, each up to the diagonal."""
@@ -54,10 +52,21 @@ class Gram:
     Args:
         is_symmetric: both sides are the same; what is above the diagonal is left out, until
             :meth:`whole` mirrors it.
+        at_once: bytes of rows, or of products of positions, that are made at once.
+        blocks: of rows, in which a symmetric sum is made.
     """
 
-    def __init__(self, like: Tensor, sizes: tuple[int, int], axes: Axes, is_symmetric: bool):
+    def __init__(
+        self,
+        like: Tensor,
+        sizes: tuple[int, int],
+        axes: Axes,
+        is_symmetric: bool,
+        at_once: int = MULTIPLIED_BYTES,
+        blocks: int = BLOCKS,
+    ) -> None:
         self.axes, self.is_symmetric = axes, is_symmetric
+        self.at_once, self.blocks = at_once, blocks
         first, second = sizes
         self.total = like.new_zeros((axes.diagonal, first, axes.kept, second, axes.kept))
 
@@ -88,7 +97,7 @@ class Gram:
         mine = self._as_matrices(left)
         theirs = mine if self.is_symmetric else self._as_matrices(right)
         kept = self.axes.kept
-        for start, stop in self._ranges(BLOCK_BYTES):
+        for start, stop in self._ranges(self.at_once):
             end = stop if self.is_symmetric else theirs.shape[1] // kept
             products = mine[:, start * kept : stop * kept] @ theirs[:, : end * kept].mT
             self._part(start, stop, end).add_(products.view_as(self._part(start, stop, end)))
@@ -112,7 +121,7 @@ class Gram:
         """Outputs of a layer of which the rows are one piece."""
         seeds = _seeds(form)
         return max(
-            1, BLOCK_BYTES // (seeds.shape[:2].numel() * _width(form) * seeds.element_size())
+            1, self.at_once // (seeds.shape[:2].numel() * _width(form) * seeds.element_size())
         )
 
     def _as_matrices(self, rows: Tensor) -> Tensor:
@@ -125,7 +134,7 @@ class Gram:
         alike = _similarity(left, right)  # [g, B₁, T₁, B₂, T₂]
         (_, groups, _, kept, places, _), others = mine.shape, theirs.shape[4]
         one = self.axes.diagonal * groups * kept * places * theirs[0, 0, ..., 0].numel()
-        for start, stop in self._ranges(BLOCK_BYTES // (one * mine.element_size())):
+        for start, stop in self._ranges(self.at_once // (one * mine.element_size())):
             end = stop if self.is_symmetric else theirs.shape[2]
             some = mine[:, :, start:stop].flatten(2, 4)
             products = some @ theirs[:, :, :end].flatten(2, 4).mT
@@ -143,7 +152,7 @@ class Gram:
     def _ranges(self, most: int) -> Iterator[tuple[int, int]]:
         """Samples of the first side, some at a time."""
         size = self.total.shape[1]
-        step = max(1, min(most, -(-size // BLOCKS) if self.is_symmetric else size))
+        step = max(1, min(most, -(-size // self.blocks) if self.is_symmetric else size))
         for start in range(0, size, step):
             yield start, min(start + step, size)
 

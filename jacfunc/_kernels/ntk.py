@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._kernels.blocks import KeptAxes, Progress, SampleRange, product_of
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
 from jacfunc._modules import BatchOptions, Independence, Independent
@@ -79,7 +79,7 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
-    wanted, strategy = KeptAxes.of(trace_axes, diagonal_axes), Structured()
+    wanted = KeptAxes.of(trace_axes, diagonal_axes)
     check_chunk_size(API, chunk_size)
     door = None
     if isinstance(func, nn.Module):
@@ -87,13 +87,13 @@ def ntk(
         # who iterates, or watches, may change the module, or the batch, from block to block
         is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
         door = BatchOptions(
-            API, func, params, in_dims, randomness, chunk_size, looked, is_held=is_watched
+            API, func, params, in_dims, randomness, chunk_size, looked, stays=is_watched
         )
 
     def sampled(args: tuple[Tree, ...]) -> KernelSamples:
         if door is not None:
             return door.at((args, {}))
-        return samples_of(API, func, params, args, in_dims, randomness, strategy)
+        return samples_of(API, func, params, args, in_dims, randomness)
 
     def chunks(x: Any) -> list[SampleRange]:
         found: list[SampleRange] = []
@@ -137,7 +137,7 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
     strategy = Structured()
 
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
-        call = FlatCall("gram", func, argnums, False, args, kwargs)
+        call = FlatCall(Derivation("gram", func, argnums), args, kwargs)
         whole = [SampleRange(SingleCall(call, strategy), 0, 1)]
         kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None))
         return map_tensors(lambda kernel: kernel[0, 0], kernels)

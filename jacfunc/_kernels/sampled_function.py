@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 
-from jacfunc._assembly import Sink
-from jacfunc._calls import FlatCall
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
-from jacfunc._linear_map import Evaluations, JacobianOperator, batch_size
+from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
 from jacfunc._modules import SampledCall
+from jacfunc._remembered import CallKind
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured
@@ -45,21 +45,17 @@ class KernelSamples(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FunctionSamples:
     """A function of parameters and one sample, at a batch."""
 
     batch: SampledCall
-    strategy: Structured
-    seen: Evaluations = field(default_factory=Evaluations)
+    last_call: FlatCall = field(init=False)
+    evaluations: Evaluations = field(default_factory=Evaluations)
 
     @property
     def size(self) -> int:
-        return batch_size(self.batch.leaves, self.batch.dims)
-
-    @property
-    def last_call(self) -> FlatCall:
-        return self.batch.seen[-1][0]
+        return self.batch.samples.size
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
         with self.factored():
@@ -72,9 +68,9 @@ class FunctionSamples:
         return torch.no_grad()
 
     def _evaluated(self, start: int, stop: int) -> FactoredJacobian:
-        found = self.batch.factors(self.strategy, start, stop)
-        self.seen.check((start, stop), found.outputs)
-        return found
+        factors, self.last_call = self.batch.factors(start, stop)
+        self.evaluations.check((start, stop), factors.outputs)
+        return factors
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,6 @@ def samples_of(
     args: tuple[Tree, ...],
     in_dims: Tree,
     randomness: Randomness,
-    strategy: Structured,
 ) -> FunctionSamples:
     """``func(params, *inputs)`` at a batch of inputs.
 
@@ -116,11 +111,8 @@ def samples_of(
 
     def call_of(leaves: Leaves) -> FlatCall:
         inner, _ = split.merge(leaves)
-        return FlatCall(api, func, 0, False, (params, *inner), {})
+        return FlatCall(Derivation(api, func), (params, *inner), {})
 
-    kind = kinds_of((params, args)), tuple(dims)
-    sink = Sink()
-    batch = SampledCall(
-        api, call_of, split.leaves, dims, func, kind, randomness, sink, has_layers=True
-    )
-    return FunctionSamples(batch, strategy)
+    kind = CallKind(func, (kinds_of((params, args)), tuple(dims)), func)
+    samples = Samples(split.leaves, dims, randomness)
+    return FunctionSamples(SampledCall(api, call_of, samples, kind, has_layers=True))

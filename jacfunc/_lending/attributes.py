@@ -1,4 +1,4 @@
-"""What a module keeps beside its tensors: copied for each evaluation, found at any depth."""
+"""Plain attributes of modules and objects: how they are searched, and how they are copied."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from jacfunc._trees import flatten, unflatten
 
 SIMPLE = frozenset({bool, int, float, str, type(None)})
 FEW_ENTRIES = 1000
-"""Containers with more entries than this are taken for tables of words, which hold no tensors;
-an attribute that leads to more objects than this is taken for a program, and left alone."""
+"""A container with more entries is taken for a table of words, which holds no tensors; an attribute
+that leads to more objects is taken for a program, and left alone."""
 
 _KEEPS = (Tensor, torch.Generator, list, tuple, dict, deque, set, bytearray, Random)
 _SHALLOW = (list, tuple, dict, deque, set, frozenset)
@@ -33,7 +33,11 @@ _WITHOUT_OBJECTS = (
 
 
 def keeps(value: object) -> bool:
-    """Could writing into it, drawing from it, or reading a parameter there make a difference?"""
+    """Must an evaluation get a copy of the value?
+
+    It must where the module could write into it, draw random numbers from it, or find a parameter
+    in it.
+    """
     if not isinstance(value, _KEEPS):
         return _is_of_numpy(value)
     if not isinstance(value, _SHALLOW):
@@ -43,74 +47,74 @@ def keeps(value: object) -> bool:
     return not isinstance(value, tuple) or any(map(keeps, value))
 
 
-def objects_in(value: object, seen: set[int]) -> list[Any]:
-    """Objects that a value leads to and that have attributes, each once; none if there are many.
+def objects_in(value: object, visited: set[int]) -> list[Any]:
+    """Objects with attributes that a value leads to, each once; none if there are many.
 
-    ``seen`` holds the identities of those that are known, and is added to.
+    Objects whose identities are in ``visited`` are left out; those of the result are added to it.
     """
-    found, inside = [], set(seen)
-    for some in _objects_in(value, inside):
-        found.append(some)
-        if len(inside) > FEW_ENTRIES + len(seen):
+    objects, identities = [], set(visited)
+    for item in _objects_in(value, identities):
+        objects.append(item)
+        if len(identities) > FEW_ENTRIES + len(visited):
             return []
-    seen |= inside
-    return found
+    visited |= identities
+    return objects
 
 
-def _objects_in(value: object, seen: set[int]) -> Iterator[Any]:
+def _objects_in(value: object, visited: set[int]) -> Iterator[Any]:
     pending = [value]
     while pending:
-        some = pending.pop()
-        if type(some) in SIMPLE or isinstance(some, _WITHOUT_OBJECTS) or id(some) in seen:
+        item = pending.pop()
+        if type(item) in SIMPLE or isinstance(item, _WITHOUT_OBJECTS) or id(item) in visited:
             continue
-        seen.add(id(some))
-        if isinstance(some, _SHALLOW):
-            if len(some) <= FEW_ENTRIES:
-                pending += some.values() if isinstance(some, dict) else some
-        elif isinstance(some, MethodType):
-            pending.append(some.__self__)
-        elif isinstance(some, partial):
-            pending += [some.func, *some.args, *some.keywords.values()]
-        if not isinstance(some, MethodType) and type(own := _own(some)) is dict and own:
-            yield some
+        visited.add(id(item))
+        if isinstance(item, _SHALLOW):
+            if len(item) <= FEW_ENTRIES:
+                pending += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, MethodType):
+            pending.append(item.__self__)
+        elif isinstance(item, partial):
+            pending += [item.func, *item.args, *item.keywords.values()]
+        if not isinstance(item, MethodType) and type(own := _own(item)) is dict and own:
+            yield item
             pending += own.values()
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Those that a function closes over, a module has, or objects keep, at any depth."""
-    pending, seen, found = [value], set[int](), list[Tensor]()
-    while pending and len(seen) <= FEW_ENTRIES:
-        some = pending.pop()
-        if type(some) in SIMPLE or id(some) in seen:
+    """Tensors that a function closes over, that a module has, or that objects keep at any depth."""
+    pending, visited, tensors = [value], set[int](), list[Tensor]()
+    while pending and len(visited) <= FEW_ENTRIES:
+        item = pending.pop()
+        if type(item) in SIMPLE or id(item) in visited:
             continue
-        seen.add(id(some))
-        if isinstance(some, Tensor):
-            found.append(some)
-        elif isinstance(some, _SHALLOW):
-            pending += some.values() if isinstance(some, dict) else some
-        elif isinstance(some, FunctionType):
-            cells = [cell for cell in some.__closure__ or () if cell != CellType()]
+        visited.add(id(item))
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif isinstance(item, _SHALLOW):
+            pending += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, FunctionType):
+            cells = [cell for cell in item.__closure__ or () if cell != CellType()]
             pending += [cell.cell_contents for cell in cells]
-            pending += [some.__defaults__, some.__kwdefaults__]
-        elif isinstance(some, MethodType):
-            pending.append(some.__self__)
-        elif isinstance(some, partial):
-            pending += [some.func, some.args, some.keywords]
-        elif not isinstance(some, type | ModuleType) and type(own := _own(some)) is dict:
+            pending += [item.__defaults__, item.__kwdefaults__]
+        elif isinstance(item, MethodType):
+            pending.append(item.__self__)
+        elif isinstance(item, partial):
+            pending += [item.func, item.args, item.keywords]
+        elif not isinstance(item, type | ModuleType) and type(own := _own(item)) is dict:
             pending += own.values()
-    return found
+    return tensors
 
 
-def _own(some: object) -> object:
-    """An object's attributes, without asking what it may compute."""
+def _own(item: object) -> object:
+    """The dict of an object's attributes, without a call of its ``__getattribute__``."""
     try:
-        return object.__getattribute__(some, "__dict__")
+        return object.__getattribute__(item, "__dict__")
     except AttributeError:
         return None
 
 
-def held(tree: Any) -> Any:
-    """A copy for later, of all tensors, arrays and containers, without their graphs."""
+def detached_copy(tree: Any) -> Any:
+    """A copy of a tree: of its tensors without their graphs, of its arrays and its containers."""
     leaves, spec = flatten(tree)
     with recording():  # an inference tensor could not be differentiated by
         copies: dict[int, Any] = {
@@ -118,19 +122,20 @@ def held(tree: Any) -> Any:
             for x in leaves
             if isinstance(x, Tensor)
         }
-        return unflatten(spec, [_renewed_leaf(leaf, copies) for leaf in leaves])
+        return unflatten(spec, [_leaf_with(leaf, copies) for leaf in leaves])
 
 
-def renewed(value: Any, new: dict[int, Any]) -> Any:
-    """A copy, in which what is known is replaced and what is not is copied, once.
+def copy_with(value: Any, new: dict[int, Any]) -> Any:
+    """A copy of a value; ``new`` has by identity what takes the place of tensors and containers.
 
-    Objects stay the same: their attributes are copied where they lie.
+    What ``new`` lacks is copied, and added to it. Objects stay the same: whoever lends the module
+    copies their attributes, too.
     """
     leaves, spec = flatten(value)
-    return unflatten(spec, [_renewed_leaf(leaf, new) for leaf in leaves])
+    return unflatten(spec, [_leaf_with(leaf, new) for leaf in leaves])
 
 
-def _renewed_leaf(leaf: Any, new: dict[int, Any]) -> Any:
+def _leaf_with(leaf: Any, new: dict[int, Any]) -> Any:
     key = id(leaf)
     if key in new:
         return new[key]
@@ -143,21 +148,21 @@ def _renewed_leaf(leaf: Any, new: dict[int, Any]) -> Any:
     elif isinstance(leaf, Random) or _is_of_numpy(leaf):
         new[key] = copy.deepcopy(leaf)
     elif isinstance(leaf, dict | list | deque) and len(leaf) <= FEW_ENTRIES:
-        new[key] = _refilled(copy.copy(leaf), new)
+        new[key] = _container_with(copy.copy(leaf), new)
     else:
         return leaf
     return new[key]
 
 
-def _refilled(own: Any, new: dict[int, Any]) -> Any:
-    """A container of a class that trees do not know, with what it holds renewed."""
+def _container_with(own: Any, new: dict[int, Any]) -> Any:
+    """A container of a class that is no tree, each of its values replaced by a copy."""
     pairs = own.items() if isinstance(own, Mapping) else enumerate(own)
     for key, value in list(pairs):
         if type(value) not in SIMPLE:
-            own[key] = renewed(value, new)
+            own[key] = copy_with(value, new)
     return own
 
 
 def _is_of_numpy(value: object) -> bool:
-    """Arrays and generators."""
+    """Is it an array or a generator of NumPy?"""
     return type(value).__module__.partition(".")[0] == "numpy"

@@ -1,4 +1,7 @@
-"""Parameters that a module is not differentiated by: lent as they are to one that only reads."""
+"""Parameters that a module is not differentiated by: lent without a copy, where it only reads them.
+
+A call also watches them, so that a write into one that was no copy is undone, and told.
+"""
 
 from __future__ import annotations
 
@@ -10,54 +13,54 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, outside_transforms
 
-MOST_BYTES = 2**26
-"""Bytes of constants that are copied; of more, a write is seen too late, and told."""
-COPIED_BYTES = 2**13
-"""Bytes of parameters of which each call keeps a copy to compare them with afterwards."""
 COMPARED_NUMBERS = 16
-"""Numbers of each larger one that are compared."""
+"""Numbers of each larger parameter that are compared."""
 
 
 class Constants:
-    """What a module does with them, as far as it has been seen.
+    """What is known of a module's writes into its constant parameters.
 
     To copy them all for each evaluation would take the memory of the module once more, and a
     tenth of a small one's time. So they are copied until an evaluation has left a copy as it was,
     and again when their values have changed.
+
+    Args:
+        most_copied: bytes of constants that are copied; of more, a write is only reported.
+        compared: bytes of parameters that each call copies, to compare them afterwards.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, most_copied: int = MOST_COPIED_BYTES, compared: int = COMPARED_BYTES
+    ) -> None:
+        self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
-        """In which mode and version, by name."""
-        self._aliases: dict[int, Tensor] = {}
+        """By name: mode, identity and version in which a parameter was only read."""
 
-    def before(
+    def watch(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
-    ) -> ParametersBefore:
-        """A call begins, to be ended by :meth:`end`."""
+    ) -> ParameterWatch:
+        """A watch over all parameters during a call, and above all over the constant ones."""
         # detached inside a transform they would be wrapped, and so would all that comes of them
         aliases = {id(p): p.detach() for p in constants.values()}
-        before = ParametersBefore(params, self._aliases, self._only_read)
+        watch = ParameterWatch(params, aliases, self._only_read)
         if not torch.compiler.is_compiling():
-            before.look(constants, aliases)
-        self._aliases = aliases
-        return before
-
-    def end(self, before: ParametersBefore) -> None:
-        """What was in place before the call is so again."""
-        self._aliases = before.outer
+            watch.look(constants, self.compared)
+        return watch
 
     @contextmanager
-    def lent(self, params: Mapping[str, Tensor], mode: bool) -> Iterator[dict[str, Tensor]]:
-        """By name, what one evaluation gets for each."""
-        copied = self._copied(params, mode)
+    def lent(
+        self, params: Mapping[str, Tensor], mode: bool, aliases: Mapping[int, Tensor]
+    ) -> Iterator[dict[str, Tensor]]:
+        """What one evaluation gets for each parameter, by name: a copy, or else its alias."""
+        copied = self._to_copy(params, mode)
         lent = {name: p.detach().clone() for name, p in copied.items()}
         addresses = {name: below_transforms(copy).data_ptr() for name, copy in lent.items()}
         lent |= {
-            name: self._aliases[id(p)] if id(p) in self._aliases else p.detach()
+            name: aliases[id(p)] if id(p) in aliases else p.detach()
             for name, p in params.items()
             if name not in copied
         }
@@ -69,28 +72,24 @@ class Constants:
                     if now.data_ptr() == addresses[name] and torch.equal(now, p):
                         self._only_read[name] = mode, id(p), _version(p)
 
-    def _copied(self, params: Mapping[str, Tensor], mode: bool) -> dict[str, Tensor]:
-        """None where nothing could tell whether it was written into."""
+    def _to_copy(self, params: Mapping[str, Tensor], mode: bool) -> dict[str, Tensor]:
+        """Parameters that may be written into; none where nobody could tell from a copy."""
         if torch.compiler.is_compiling():
             return {}
         known = self._only_read
-        unseen = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
-        plain = {name: p for name, p in unseen.items() if _is_plain(p) and not p.is_meta}
-        return plain if sum(p.nbytes for p in plain.values()) <= MOST_BYTES else {}
+        unknown = {n: p for n, p in params.items() if known.get(n) != (mode, id(p), _version(p))}
+        plain = {name: p for name, p in unknown.items() if _is_plain(p) and not p.is_meta}
+        return plain if sum(p.nbytes for p in plain.values()) <= self.most_copied else {}
 
 
 @cache
-def _seen() -> Remembered[Constants]:
+def _constants() -> Remembered[Constants]:
     return Remembered()
 
 
 def constants_of(module: nn.Module) -> Constants:
-    """Those of earlier calls, where there were some."""
-    constants = _seen().get(module, None)
-    if constants is None:
-        constants = Constants()
-        _seen().put(module, None, constants)
-    return constants
+    """What earlier calls have found out about the module; nothing at first."""
+    return _constants().get_or_make(module, None, Constants)
 
 
 def _is_plain(param: Tensor) -> bool:
@@ -102,27 +101,29 @@ def _version(param: Tensor) -> int:
 
 
 @dataclass(slots=True)
-class ParametersBefore:
-    """What parameters were before a call."""
+class ParameterWatch:
+    """Parameters as they were before a call, to find what was written into, and to undo it."""
 
     params: Mapping[str, Tensor]
-    outer: dict[int, Tensor]
+    aliases: Mapping[int, Tensor]
+    """Constants without their graph, by identity: what evaluations get where nothing is copied."""
     only_read: dict[str, Hashable]
     versions: list[int] = field(default_factory=list)
     """Raised by operations of torch."""
     numbers: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    """By name, of what is lent and no copy: these tell of all other writes."""
+    """Name, numbers of a parameter that is lent without a copy, and copies of these numbers: they
+    tell of writes that raise no version."""
 
-    def look(self, constants: Mapping[str, Tensor], aliases: Mapping[int, Tensor]) -> None:
-        """Copies of small parameters, some numbers of large ones."""
+    def look(self, constants: Mapping[str, Tensor], compared: int) -> None:
+        """Keep versions, copies of constants of so many bytes, and some numbers of the others."""
         self.versions = list(map(_version, self.params.values()))
-        left = COPIED_BYTES
+        left = compared
         for name, param in constants.items():
             if param.device.type == "cpu" and _is_plain(param):
-                alias, is_small = aliases[id(param)], param.nbytes <= left
+                alias, is_small = self.aliases[id(param)], param.nbytes <= left
                 left -= param.nbytes if is_small else 0
-                some = alias if is_small else _some(alias)
-                self.numbers.append((name, some, some.clone()))
+                numbers = alias if is_small else _a_few(alias)
+                self.numbers.append((name, numbers, numbers.clone()))
 
     def check(self, api: str) -> None:
         """Put back what was written into.
@@ -140,7 +141,7 @@ class ParametersBefore:
             )
 
     def put_back(self) -> dict[str, bool]:
-        """Which have changed, and could they be put back as they were?"""
+        """By name, each parameter that has changed: is it as it was again?"""
         changed = {}
         for name, now, before in self.numbers:
             if not torch.equal(now, before) and not _are_same_bits(now, before):
@@ -153,7 +154,7 @@ class ParametersBefore:
         return changed
 
 
-def _some(param: Tensor) -> Tensor:
+def _a_few(param: Tensor) -> Tensor:
     """A few numbers of a large parameter."""
     if not param.is_contiguous():
         return param[:0]
@@ -161,6 +162,6 @@ def _some(param: Tensor) -> Tensor:
 
 
 def _are_same_bits(numbers: Tensor, others: Tensor) -> bool:
-    """For nan, which is not equal to itself."""
+    """Are they equal bit by bit? A nan is not equal to itself."""
     pair = [x.contiguous().view(-1).view(torch.uint8) for x in (numbers, others)]
     return torch.equal(*pair)

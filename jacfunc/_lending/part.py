@@ -1,8 +1,8 @@
-"""One of the modules or objects inside a module: what it is at first, and what is put there."""
+"""The modules and objects inside a module: what each is made of, and how that is replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, TypeAlias
@@ -10,35 +10,41 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from jacfunc._lending.attributes import SIMPLE, keeps, objects_in, renewed
+from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _OWN = frozenset(vars(nn.Module()))
-_TORCHS = tuple(
+"""Attributes that every module has."""
+_REGISTRIES = tuple(
     key
     for key in vars(nn.Module())
     if "_hooks" in key or key in ("_modules", "_non_persistent_buffers_set")
 )
+"""Those among them that hold hooks, submodules and names."""
 Attributes: TypeAlias = dict[str, Any]
 
 
 @dataclass(slots=True)
 class ModulePart:
-    """One of the modules inside, or an object that one keeps, and what it is at first."""
+    """A submodule, or an object that a module keeps, and what it was made of at first."""
 
     module: Any
     attributes: Attributes
     params: dict[str, Tensor | None]
     buffers: dict[str, Tensor | None]
-    plain: Attributes  # attributes of its own that hold state
-    filled: list[tuple[Any, Any]]  # hooks by kind, parts, and so on, and as they are at first
-    empty: list[Any]  # those of which there are none
+    plain: Attributes
+    """Attributes, beside those of every module, of which each evaluation gets a copy."""
+    filled: list[tuple[Any, Any]]
+    """Registries with entries, and copies of them."""
+    empty: list[Any]
+    """Registries without entries."""
     is_module: bool
     is_scripted: bool
     is_table: bool
 
     @classmethod
     def of(cls, module: Any) -> ModulePart:
+        """The part as it is now."""
         own, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
         plain = {
             key: value
@@ -46,15 +52,15 @@ class ModulePart:
             if type(value) not in SIMPLE and key not in _OWN and keeps(value)
         }
         is_module = isinstance(module, nn.Module)
-        torchs = [own[key] for key in _TORCHS] if is_module and not is_scripted else []
+        registries = [own[key] for key in _REGISTRIES] if is_module and not is_scripted else []
         return cls(
             module,
             own.copy(),
             dict(module._parameters) if is_module else {},
             dict(module._buffers) if is_module else {},
             plain,
-            [(some, some.copy()) for some in torchs if some],
-            [none for none in torchs if not none],
+            [(registry, registry.copy()) for registry in registries if registry],
+            [registry for registry in registries if not registry],
             is_module,
             is_scripted,
             isinstance(module, _TABLES),
@@ -66,12 +72,14 @@ class ModulePart:
         pairs = self.attributes.items()
         return [x for key, x in pairs if type(x) not in SIMPLE and key not in _OWN]
 
-    def held(self, new: dict[int, Any]) -> ModulePart:
-        """With copies of all that it keeps: it stays what it is at first."""
-        return replace(self, plain={key: renewed(value, new) for key, value in self.plain.items()})
+    def copied(self, new: dict[int, Any]) -> ModulePart:
+        """A part that keeps copies of its state: later writes do not change what it lends."""
+        return replace(
+            self, plain={key: copy_with(value, new) for key, value in self.plain.items()}
+        )
 
     def is_as_at_first(self) -> bool:
-        """Has nobody put anything else in the place of what it is made of?"""
+        """Are all attributes, tensors, hooks and submodules still the same objects?"""
         if not self.is_module:
             return are_same(vars(self.module), self.attributes)
         return (
@@ -80,42 +88,42 @@ class ModulePart:
             and are_same(self.module._parameters, self.params)
             and are_same(self.module._buffers, self.buffers)
             and not any(self.empty)
-            and all(mine == first for mine, first in self.filled)
+            and all(registry == first for registry, first in self.filled)
         )
 
     def lend(self, new: dict[int, Any]) -> None:
-        """Put what is new, by the identity of the old, in its place."""
+        """Put tensors and containers in place; ``new`` has them by the identity of the old."""
         params, buffers = _replaced(self.params, new), _replaced(self.buffers, new)
         if self.is_scripted:
-            self.put(params, buffers)
+            self._put_tensors(params, buffers)
             return
         own = vars(self.module)
         if self.is_module:
             # dicts of their own, because a module may register more while it runs
             own["_parameters"], own["_buffers"] = params, buffers
         if self.plain:
-            own.update({key: renewed(value, new) for key, value in self.plain.items()})
+            own.update({key: copy_with(value, new) for key, value in self.plain.items()})
         if self.is_table:
             own["sparse"] = False  # torch can't batch sparse gradients, and blocks are dense
 
     def now(self) -> Attributes:
-        """What :meth:`give_back` puts in its place."""
+        """The present attributes, for :meth:`give_back` to put in place again."""
         if self.is_scripted:  # it has no dicts, but takes its tensors one by one
             return {"params": dict(self.module._parameters), "buffers": dict(self.module._buffers)}
         own: Attributes = vars(self.module)
         return own.copy()
 
     def give_back(self, attributes: Attributes) -> None:
-        """All attributes as they were, and hooks as they are at first."""
+        """Put attributes in place; hooks and submodules become those of the beginning."""
         # models of HuggingFace set hooks when they first run
-        for mine in self.empty if any(self.empty) else ():
-            mine.clear()
-        for mine, first in self.filled:
-            if mine != first:
-                mine.clear()
-                mine.update(first)
+        for registry in self.empty if any(self.empty) else ():
+            registry.clear()
+        for registry, first in self.filled:
+            if registry != first:
+                registry.clear()
+                registry.update(first)
         if self.is_scripted:
-            self.put(attributes["params"], attributes["buffers"])
+            self._put_tensors(attributes["params"], attributes["buffers"])
             return
         own = vars(self.module)
         if self.is_module:
@@ -125,29 +133,51 @@ class ModulePart:
             own.clear()
             own.update(attributes)
 
-    def put(self, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
-        """Into a scripted module, one by one."""
+    def _put_tensors(self, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
+        """Put tensors into a scripted module, one by one."""
         for key, tensor in params.items():
             self.module._parameters[key] = tensor
         for key, tensor in buffers.items():
             self.module._buffers[key] = tensor
 
-    def as_now(self) -> list[tuple[Any, Any]]:
-        """Its attributes, and the hooks and parts among them, with copies of what they hold."""
+    def tables_now(self) -> list[tuple[Any, Any]]:
+        """The dict of attributes and the registries, each with a copy, for :func:`put_back`."""
         own = vars(self.module)
-        tables = [own[key] for key in _TORCHS] if self.is_module else []
-        return [(own, own.copy()), *((table, table.copy()) for table in tables)]
+        tables = [own, *(own[key] for key in _REGISTRIES)] if self.is_module else [own]
+        return [(table, table.copy()) for table in tables]
 
 
 def put_back(tables: list[tuple[Any, Any]]) -> None:
-    """What :meth:`ModulePart.as_now` has copied, where it was."""
+    """Fill each dict again as its copy tells (see :meth:`ModulePart.tables_now`)."""
     for table, before in tables:
         table.clear()
         table.update(before)
 
 
+def are_as_at_first(parts: Iterable[ModulePart]) -> bool:
+    """Are all parts made of what they were made of when they were looked at?"""
+    return all(map(ModulePart.is_as_at_first, parts))
+
+
+def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
+    """The present attributes of each part."""
+    return [part.now() for part in parts]
+
+
+def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> None:
+    """Put attributes in the place of those that the parts have now."""
+    for part, own in zip(parts, attributes, strict=True):
+        part.give_back(own)
+
+
+def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
+    """Put tensors and containers into all parts; ``new`` has them by the identity of the old."""
+    for part in parts:
+        part.lend(new)
+
+
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
-    """The same objects, under the same names in the same order."""
+    """Do two dicts have the same objects, under the same names in the same order?"""
     if not these and not those:
         return True
     same = len(these) == len(those) and all(map(is_, these.values(), those.values()))
@@ -169,10 +199,11 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
 
 
 def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:
-    seen = {id(part.module) for part in parts}
+    """Objects that the parts keep as attributes, at any depth, without the parts themselves."""
+    visited = {id(part.module) for part in parts}
     return [
-        ModulePart.of(some)
+        ModulePart.of(kept)
         for part in parts
         for value in part.own
-        for some in objects_in(value, seen)
+        for kept in objects_in(value, visited)
     ]

@@ -1,4 +1,4 @@
-"""Which parameters: by name, glob, predicate or sub-dict."""
+"""The choice of parameters: by glob, by predicate, or by a dict of some of them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ Select: TypeAlias = (
 """A glob or several, ``predicate(name, parameter)``, or parameters by name; None for all."""
 
 
-def chosen(api: str, params: Mapping[str, Tensor], select: Any) -> dict[str, Tensor]:
-    """The selected parameters in the module's order: where the derivative is taken.
+def select_params(api: str, params: Mapping[str, Tensor], select: Any) -> dict[str, Tensor]:
+    """The selected parameters, in the module's order, with the values to differentiate at.
 
-    Those that are frozen are chosen only by a sub-dict, which names them one by one.
+    A parameter that requires no gradient is chosen only by a dict, which names each.
+
+    Raises:
+        ValueError: if nothing matches, or if tensors of a dict do not fit.
     """
     if isinstance(select, Mapping):
-        return _of_mapping(api, params, select)
+        return _from_dict(api, params, select)
     trainable = {name: param for name, param in params.items() if param.requires_grad}
     if select is None:
         return trainable
     if callable(select):
-        found = {name: param for name, param in trainable.items() if select(name, param)}
-        if not found:
+        matches = {name: param for name, param in trainable.items() if select(name, param)}
+        if not matches:
             raise ValueError(
                 f"{api}: select must match trainable parameters, got a predicate that holds for "
                 f"none of the {len(trainable)}. It is called as predicate(name, parameter)."
             )
-        return found
+        return matches
     patterns = [select] if isinstance(select, str) else list(select)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in trainable):
@@ -45,7 +48,7 @@ def chosen(api: str, params: Mapping[str, Tensor], select: Any) -> dict[str, Ten
     return {n: p for n, p in trainable.items() if any(fnmatchcase(n, pat) for pat in patterns)}
 
 
-def _of_mapping(
+def _from_dict(
     api: str, params: Mapping[str, Tensor], select: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     for name, value in select.items():
@@ -55,10 +58,10 @@ def _of_mapping(
                 f"Nearest names: {', '.join(_nearest(str(name), params))}."
             )
         if not is_differentiable(value) or value.shape != params[name].shape:
-            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
                 f"{api}: select must give floating point tensors in the shapes of the parameters, "
-                f"got {came} for {name}, which has {tuple(params[name].shape)}. "
+                f"got {what} for {name}, which has {tuple(params[name].shape)}. "
                 "Pass a part of dict(module.named_parameters()), or tensors like them."
             )
     if not select:

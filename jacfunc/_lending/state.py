@@ -1,9 +1,9 @@
-"""What a module is made of: tensors by name, lent to it for a call, and all that it keeps."""
+"""The state of a module: its tensors and attributes, and how they are lent and given back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,37 +14,58 @@ from torch.nn.parameter import is_lazy
 from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
 from jacfunc._lending.constants import Constants, constants_of
-from jacfunc._lending.lost import check_fresh
-from jacfunc._lending.part import ModulePart, are_same, by_first_name, parts_beside, put_back
-from jacfunc._lending.select import Select, chosen
-from jacfunc._lending.stay import Lease, Stay
+from jacfunc._lending.loan import EvaluationState, Loan
+from jacfunc._lending.part import (
+    ModulePart,
+    are_as_at_first,
+    are_same,
+    attributes_of,
+    by_first_name,
+    parts_beside,
+    put_back,
+)
+from jacfunc._lending.select import Select, select_params
+from jacfunc._lending.stale import check_fresh
 from jacfunc._torch import recording
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleState:
-    """Parameters and buffers of a module: those that are differentiated, and the constants."""
+    """All that a module is made of, as it was at one moment.
 
-    parts: dict[str, ModulePart]  # each once, under its first name
-    point: dict[str, Tensor]  # the chosen parameters, with the values to differentiate at
+    It lends the module twice: :meth:`lent_for_call` is around all sweeps of a call, after which the
+    module is as it was; within that, :meth:`lent_for_evaluation` is around one evaluation with
+    tensors of its own.
+    """
+
+    parts: dict[str, ModulePart]
+    """Submodules, the module itself among them, each once under its first name."""
+    point: dict[str, Tensor]
+    """The chosen parameters, with the values to differentiate at."""
     params: dict[str, Tensor]
+    """All parameters, each once under its first name."""
     buffers: dict[str, Tensor]
     beside: list[ModulePart]
-    """Objects that the module keeps, and modules that are none of its parts."""
+    """Objects that the module keeps as attributes, modules that are no submodules among them."""
     hidden: dict[str, Tensor]
-    """Parameters of these."""
+    """Parameters of the objects beside."""
     constants: Constants
     copies: Mapping[int, Tensor] = field(default_factory=dict)
-    """Of parameters and buffers as they were, by identity, where these may change."""
-    is_held: bool = False
-    """Does it answer from what the module was when it was made, whatever became of it?"""
+    """By identity of parameters and buffers: copies of these; empty unless ``is_copy``."""
+    is_copy: bool = False
+    """Does it keep copies of all values, so that the module may change meanwhile?"""
     origin: ModuleState | None = None
-    """What a held state was made from: it tells what is known of the module."""
-    stays: list[Stay] = field(default_factory=list)
-    """The last is the innermost."""
+    """The state that it is a copy of: what is known of the module is remembered of that one."""
+    loans: list[Loan] = field(default_factory=list)
+    """The loans to calls that run, the innermost last."""
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
+        """The state of a module as it is now.
+
+        Raises:
+            ValueError: if a parameter has no shape yet, or nothing is selected.
+        """
         parts = {name: ModulePart.of(part) for name, part in module.named_modules()}
         params = by_first_name({name: part.params for name, part in parts.items()})
         buffers = by_first_name({name: part.buffers for name, part in parts.items()})
@@ -55,31 +76,31 @@ class ModuleState:
                     "yet. Call the module once before."
                 )
         beside = parts_beside(list(parts.values()))
-        hidden = {f"(object {number})": part for number, part in enumerate(beside)}
+        objects = {f"(object {number})": part for number, part in enumerate(beside)}
         own = {id(x) for x in (*params.values(), *buffers.values())}
-        found = by_first_name({name: part.params for name, part in hidden.items()})
-        constants = {name: param for name, param in found.items() if id(param) not in own}
+        of_objects = by_first_name({name: part.params for name, part in objects.items()})
+        hidden = {name: param for name, param in of_objects.items() if id(param) not in own}
         # after the module's own, of which names are shown
-        buffers |= by_first_name({name: part.buffers for name, part in hidden.items()})
-        point = chosen(api, params, select)
-        return cls(parts, point, params, buffers, beside, constants, constants_of(module))
+        buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
+        point = select_params(api, params, select)
+        return cls(parts, point, params, buffers, beside, hidden, constants_of(module))
 
     @classmethod
     def after(
         cls, before: ModuleState | None, api: str, module: nn.Module, select: Select
     ) -> ModuleState:
-        """At a later call: as it was before, unless something else is in a place.
+        """The state at a later call: the one before, unless an object was replaced.
 
-        To look takes a third of what it takes to make it.
+        To look takes a third of the time that it takes to make a state.
         """
-        if before is None or not all(map(ModulePart.is_as_at_first, before.every_part)):
+        if before is None or not are_as_at_first(before.every_part):
             return cls.of(api, module, select)
-        point = chosen(api, before.params, select)
+        point = select_params(api, before.params, select)
         return before if are_same(point, before.point) else replace(before, point=point)
 
-    def held(self) -> ModuleState:
-        """With copies of all values, for evaluations after these may have changed."""
-        if self.is_held:
+    def copied(self) -> ModuleState:
+        """A state with copies of all values, for evaluations after these may have changed."""
+        if self.is_copy:
             return self
         every = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
         known = {id(x): x for x in every}
@@ -87,45 +108,45 @@ class ModuleState:
         with recording():  # graphs of attributes tell what was computed before
             return replace(
                 self,
-                parts={name: part.held(new) for name, part in self.parts.items()},
-                beside=[part.held(new) for part in self.beside],
+                parts={name: part.copied(new) for name, part in self.parts.items()},
+                beside=[part.copied(new) for part in self.beside],
                 point={name: apart(param) for name, param in self.point.items()},
                 copies={key: apart(x) for key, x in known.items()},
-                is_held=True,
+                is_copy=True,
                 origin=self,
-                stays=[],
+                loans=[],
             )
 
     @property
     def every_part(self) -> list[ModulePart]:
-        """Objects and modules beside it among them."""
+        """Submodules, and objects beside them."""
         return [*self.parts.values(), *self.beside]
 
     @property
     def module(self) -> nn.Module:
-        """The whole."""
+        """The module itself."""
         module: nn.Module = self.parts[""].module
         return module
 
     @property
     def functions(self) -> list[Any]:
-        """All that torch calls when the module is called: its parts, and hooks before and after."""
+        """What torch calls when the module is called: submodules, and their hooks."""
         modules = [part.module for part in self.parts.values()]
         calls = [call for module in modules for call in (type(module).__call__, module.forward)]
         hooks = [(*m._forward_pre_hooks.values(), *m._forward_hooks.values()) for m in modules]
-        return calls + [hook for some in hooks for hook in some]
+        return calls + [hook for registry in hooks for hook in registry]
 
     def hooks(self) -> dict[str, list[Any]]:
-        """What a user has set on chosen parameters, to change or to look at their gradients."""
+        """Hooks on gradients that a user has set on chosen parameters, by name."""
         hooks = {name: self.params[name]._backward_hooks for name in self.point}
-        return {name: list(some.values()) for name, some in hooks.items() if some}
+        return {name: list(own.values()) for name, own in hooks.items() if own}
 
     def buffers_now(self) -> dict[str, Tensor]:
-        """As the module has left them, while it is lent."""
-        return dict(self.parts[""].module.named_buffers())
+        """The buffers that the module has left, while it is lent for an evaluation."""
+        return dict(self.module.named_buffers())
 
     def check_forward(self) -> None:
-        """Refuse forward mode where it would not do as the module does in a backward pass."""
+        """Refuse forward mode where its derivative would not be that of a backward pass."""
         for name, part in self.parts.items():
             module = part.module
             if part.is_scripted:
@@ -135,103 +156,93 @@ class ModuleState:
 
     @contextmanager
     def _at_first(self) -> Iterator[None]:
-        """Modes, hooks, parts and attributes as they were when this was made; then as they are."""
+        """The module with modes, hooks and attributes of the time of this state; then as before."""
         changed = [p for p in self.every_part if not p.is_scripted and not p.is_as_at_first()]
-        now = [tables for part in changed for tables in part.as_now()]
+        tables = [pair for part in changed for pair in part.tables_now()]
         try:
             for part in changed:
                 part.give_back(part.attributes)
             yield
         finally:
-            put_back(now)
+            put_back(tables)
 
     @contextmanager
-    def kept(self, given: Container[str] = (), api: str = "jacfunc") -> Iterator[None]:
-        """Whatever evaluations inside do to the module, afterwards it is as it was.
+    def lent_for_call(self, api: str, chosen: Container[str] = ()) -> Iterator[None]:
+        """Around all sweeps of a call: whatever they do to the module, afterwards it is as it was.
 
-        ``given`` are the names of parameters that evaluations are given anew.
+        ``chosen`` are the names of parameters for which each evaluation gets other tensors.
 
         Raises:
-            RuntimeError: if a parameter was written into that was no copy.
+            RuntimeError: if an evaluation wrote into a parameter that was no copy.
         """
-        if self.is_held:
-            with self._at_first(), self._kept(given, api):
-                yield
-            return
-        with self._kept(given, api):
-            yield
-
-    @contextmanager
-    def _kept(self, given: Container[str], api: str) -> Iterator[None]:
-        every = self.params | self.hidden if self.hidden else self.params
-        if self.copies:
-            every = {name: self.copies[id(p)] for name, p in every.items()}
-        constants = {name: p for name, p in every.items() if name not in given}
-        before = self.constants.before(every, constants)
-        parts = self.every_part
-        stay = Stay(api, parts, [part.now() for part in parts])
-        self.stays.append(stay)
-        try:
-            yield
-        except BaseException:
-            before.put_back()
-            raise
-        finally:
-            self.stays.pop()
-            stay.clear()
-            self.constants.end(before)
-        before.check(api)
-
-    @contextmanager
-    def lent(self, given: Mapping[str, Tensor], arguments: Any = None) -> Iterator[None]:
-        """One evaluation, with parameters given anew and the others constant.
-
-        What it writes into meanwhile are copies: of its buffers, and of the tensors, generators
-        and containers that it keeps as plain attributes. Parameters are found in these too. What
-        it was given stays in place for backward passes that run the module again, until the next
-        evaluation or, outside :meth:`kept`, until the end. ``arguments`` are those of the call,
-        if it is differentiated by what is given.
-        """
-        if not self.stays:
-            with self.kept(given), self.lent(given, arguments):
-                yield
-            return
-        stay, copies = self.stays[-1], self.copies
-        if stay.lease is not None:
-            stay.clear()
-        new: dict[int, Any] = {id(self.params[name]): param for name, param in given.items()}
-        for buffer in self.buffers.values():
-            new[id(buffer)] = copies.get(id(buffer), buffer).clone()
-        others = {name: p for name, p in self.params.items() if name not in given} | self.hidden
-        constants = {name: copies.get(id(p), p) for name, p in others.items()}
-        with self.constants.lent(constants, self.parts[""].module.training) as lent:
-            for name, param in others.items():
-                new[id(param)] = lent[name]
-            stay.lease = Lease(given.values(), arguments)
+        with self._at_first() if self.is_copy else nullcontext():
+            loan = self._loan(api, chosen)
+            self.loans.append(loan)
             try:
-                for part in stay.parts:
-                    part.lend(new)
                 yield
             except BaseException:
-                stay.clear()
+                loan.watch.put_back()
+                raise
+            finally:
+                self.loans.pop()
+                loan.take_back()
+            loan.watch.check(api)
+
+    def _loan(self, api: str, chosen: Container[str]) -> Loan:
+        params = self.params | self.hidden if self.hidden else self.params
+        if self.copies:
+            params = {name: self.copies[id(p)] for name, p in params.items()}
+        constants = {name: p for name, p in params.items() if name not in chosen}
+        watch, parts = self.constants.watch(params, constants), self.every_part
+        return Loan(api, parts, attributes_of(parts), watch)
+
+    @contextmanager
+    def lent_for_evaluation(
+        self, params: Mapping[str, Tensor], arguments: Any = None
+    ) -> Iterator[None]:
+        """Around one evaluation with these parameters; within :meth:`lent_for_call` alone.
+
+        All other parameters are constants, those in plain attributes among them. The module writes
+        into copies: of its buffers, and of the tensors, generators and containers that it keeps as
+        plain attributes. All tensors stay in place for backward passes that run the module again,
+        until the next evaluation. ``arguments`` are those of the evaluation, if it is
+        differentiated by ``params``.
+        """
+        loan, copies = self.loans[-1], self.copies
+        if loan.evaluation is not None:
+            loan.take_back()
+        others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
+        values = {name: copies.get(id(p), p) for name, p in others.items()}
+        with self.constants.lent(values, self.module.training, loan.watch.aliases) as constants:
+            new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
+            for buffer in self.buffers.values():
+                new[id(buffer)] = copies.get(id(buffer), buffer).clone()
+            for name, param in others.items():
+                new[id(param)] = constants[name]
+            try:
+                loan.lend(EvaluationState(params.values(), arguments), new)
+                yield
+            except BaseException:
+                loan.take_back()
                 raise
 
     def check_fresh(self, outputs: Sequence[Any]) -> None:
-        """Refuse outputs of the last evaluation that lead past what it was given.
+        """Refuse outputs of the last evaluation that depend on parameters by another way.
 
         Raises:
-            Stale: if there are some.
+            Stale: if an output does.
         """
-        stay = self.stays[-1]
-        if stay.lease is not None and stay.lease.arguments is not None:
-            chosen = {id(self.params[name]): name for name in self.point}
-            check_fresh(stay.api, outputs, stay.lease.given, stay.lease.arguments, chosen)
+        loan = self.loans[-1]
+        evaluation = loan.evaluation
+        if evaluation is not None and evaluation.arguments is not None:
+            names = {id(self.params[name]): name for name in self.point}
+            check_fresh(loan.api, outputs, evaluation.params, evaluation.arguments, names)
 
     def as_evaluated(self) -> Callable[[], None]:
-        """Puts in place what the last evaluation was given, for its pullbacks."""
-        lease = self.stays[-1].lease if self.stays else None
-        return partial(self._renew, lease)
+        """A function that pullbacks call first: it puts the tensors of this evaluation in place."""
+        evaluation = self.loans[-1].evaluation
+        assert evaluation is not None
+        return partial(self._renew, evaluation)
 
-    def _renew(self, lease: Lease | None) -> None:
-        if lease is not None and self.stays:
-            self.stays[-1].renew(lease)
+    def _renew(self, evaluation: EvaluationState) -> None:
+        self.loans[-1].renew(evaluation)

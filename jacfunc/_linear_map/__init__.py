@@ -1,14 +1,31 @@
 """A function at a point as a linear map: push tangents forward, pull cotangents back."""
 
-from jacfunc._linear_map.agreement import CHANGING, Evaluations, check_agreement, detached
-from jacfunc._linear_map.graph import Anchor, anchored, copied, on_graph
-from jacfunc._linear_map.linearization import EVERY, Linearization, Some, live, one_by_one, some_of
-from jacfunc._linear_map.operator import JacobianOperator
-from jacfunc._linear_map.pull import BY_ITSELF, linearize
+from jacfunc._linear_map.agreement import (
+    CHANGING,
+    Evaluations,
+    check_agreement,
+    check_transpose,
+    detached,
+)
+from jacfunc._linear_map.graph import (
+    Anchor,
+    differentiable_alias,
+    linearize,
+    map_of_graph,
+    writable_copy,
+)
+from jacfunc._linear_map.linearization import (
+    EVERY,
+    LeafNumbers,
+    Linearization,
+    chosen_leaves,
+    nonzero_numbers,
+    one_by_one,
+)
+from jacfunc._linear_map.operator import JacobianOperator, check_numbers
 from jacfunc._linear_map.samples import (
     Dims,
-    OfOne,
-    OnLeaves,
+    SampleFunction,
     Samples,
     batch_size,
     narrowed,

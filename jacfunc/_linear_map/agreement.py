@@ -1,4 +1,4 @@
-"""Do several evaluations of one function at one point return the same numbers?"""
+"""Checks that evaluations of one function agree, and that a product is another one's transpose."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
-from jacfunc._faults import untracked
-from jacfunc._torch import below_transforms, inside_transform, outside_transforms
+from jacfunc._torch import below_transforms, inside_transform, outside_transforms, untracked
 from jacfunc._types import Leaves
 
 CHANGING = (
@@ -19,19 +18,22 @@ CHANGING = (
 )
 
 ROUNDING = 0.75
-"""Power of a dtype's precision: up to that, relative to the largest output, evaluations may differ
-where kernels add up in whichever order threads come, or where they are not the same kernels.
+"""Evaluations may differ by this power of a dtype's precision, relative to the largest output: a
+kernel may add up in the order in which threads come, and two evaluations may use two kernels.
 """
+
+TRANSPOSE_ROUNDING = 0.4
+"""An inner product errs by less than this power of a dtype's precision, relative to its terms."""
 
 
 def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> None:
     """Compare the outputs of two evaluations at one point.
 
-    On a CPU, in float64, they must be equal to the last bit if they were evaluated in one way: a
-    deterministic function is. Inside transforms all samples and levels of vmap are compared.
+    In float64 on a CPU, outputs that were evaluated in the same way must be equal bit by bit: those
+    of a deterministic function are. Inside transforms the numbers of all samples are compared.
 
     Raises:
-        Refused: if they differ.
+        Refused: if the outputs differ.
     """
     if torch.compiler.is_compiling():
         return
@@ -45,13 +47,13 @@ def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> 
 
 
 class Evaluations:
-    """Outputs of what is evaluated more than once, by what it is."""
+    """First outputs of each thing that is evaluated more than once, to compare later ones with."""
 
     def __init__(self) -> None:
         self._outputs: dict[Hashable, Leaves] = {}
 
     def check(self, what: Hashable, outputs: Leaves) -> None:
-        """Compare with those of the first time.
+        """Compare outputs with those of the first evaluation of ``what``.
 
         Raises:
             Refused: if they differ.
@@ -64,8 +66,45 @@ class Evaluations:
 
 
 def detached(leaves: Leaves) -> Leaves:
-    """Without the graph that they carry."""
+    """The leaves without the graphs that they carry."""
     return tuple(leaf.detach() for leaf in leaves)
+
+
+def check_transpose(
+    cotangents: Leaves, products: Leaves, pulled: Leaves, tangents: Leaves, refusal: str
+) -> None:
+    """Check ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, for cotangents u and tangents v.
+
+    Args:
+        products: ``J v``.
+        pulled: ``Jᵀ u``.
+        refusal: what is wrong if the products differ.
+
+    Raises:
+        Refused: if they do.
+    """
+    with torch.no_grad():
+        left, right = _terms(cotangents, products), _terms(pulled, tangents)
+        scale = float(left.norm() + right.norm())
+        error = abs(float(left.sum() - right.sum()))
+    if error > scale * _precision((*cotangents, *products, *tangents)) ** TRANSPOSE_ROUNDING:
+        raise Refused(refusal)
+
+
+def _terms(lefts: Leaves, rights: Leaves) -> Tensor:
+    """The terms of an inner product, in single precision at least."""
+    pairs = zip(lefts, rights, strict=True)
+    dtype = torch.float32
+    return torch.cat([(x.to(torch.promote_types(x.dtype, dtype)) * y).flatten() for x, y in pairs])
+
+
+def _precision(leaves: Leaves) -> float:
+    """The coarsest precision that is computed with, autocast included."""
+    dtypes = {leaf.dtype for leaf in leaves}
+    for device in {leaf.device.type for leaf in leaves}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _agree(outputs: Leaves, others: Leaves, same_way: bool) -> bool:
@@ -80,7 +119,7 @@ def _are_near(output: Tensor, other: Tensor, same_way: bool) -> bool:
         return False
     x, y = below_transforms(output), below_transforms(other)
     if x.shape != y.shape or not (_has_numbers(x) and _has_numbers(y)):
-        return True  # a vmap holds them in other places, or there is nothing to compare
+        return True  # vmap may put samples in another dimension, and fakes have no numbers
     if torch.equal(x, y):
         return True
     is_equal = (x == y) | (x.isnan() & y.isnan())
@@ -91,7 +130,7 @@ def _are_near(output: Tensor, other: Tensor, same_way: bool) -> bool:
 
 
 def _has_numbers(tensor: Tensor) -> bool:
-    """Can they be read? Not on fakes, nor while a graph of a device is recorded."""
+    """Can numbers of the tensor be read? Those of fakes can't, nor those in a CUDA graph."""
     if type(tensor) is not Tensor or tensor.is_meta:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,4 +1,4 @@
-"""f linearized inside a transform of functorch: the only user of torch.func.vjp."""
+"""A function linearized inside a transform, by torch.func.vjp, which nobody else calls."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from jacfunc._faults import (
     check_nodes,
     check_statistics,
     must_be_differentiable,
-    once,
     watched_once,
     wrong_second_derivative,
 )
-from jacfunc._linear_map.linearization import Linearization, Some, some_of, spread
+from jacfunc._linear_map.linearization import LeafNumbers, Linearization, chosen_leaves, spread
+from jacfunc._linear_map.once import once
 from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
     Pull,
     as_written,
+    at_reverse_level,
     innermost_level,
     inside_derivative,
     is_differentiated,
@@ -39,46 +40,61 @@ from jacfunc._types import LeafFunction, Leaves
 
 
 def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
-    """Evaluate once and keep what a pullback needs, for torch to pull back through its level."""
+    """Evaluate a function once, in a level of torch.func, and keep what a pullback needs."""
     check_plain(primals)
-    seen = _Seen(func, primals, (torch.is_grad_enabled(), levels()), inside_derivative())
-    # a module's outputs are looked at below functorch, too: who keeps no graph records only
-    # what leads to tensors of before the call
-    looks = getattr(func, "state", None) is not None and not torch.is_grad_enabled()
-    with math_attention(), torch.enable_grad() if looks else nullcontext():
-        cut = off_graph(primals) if looks else primals
-        linearized: Any = torch.func.vjp(seen.evaluated, *cut, has_aux=True)
-    outputs, vjp, extras = linearized
-    if looks:
+    inner = _InnerEvaluation(
+        func, primals, (torch.is_grad_enabled(), levels()), inside_derivative()
+    )
+    # a module's state looks for the plain graph of its outputs, below all transforms: where the
+    # caller keeps none, one is recorded that leads to tensors of before the call alone
+    records = getattr(func, "state", None) is not None and not torch.is_grad_enabled()
+    with math_attention(), torch.enable_grad() if records else nullcontext():
+        own = off_graph(primals) if records else primals
+        outputs, vjp, extras = _evaluated(inner, own)
+    if records:
         outputs, extras = off_graph(outputs), off_graph(extras)
 
-    def sweep(cotangents: Leaves, onto: slice, of: Some) -> Leaves:
+    def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
         grad_mode = torch.is_grad_enabled()
-        forced = seen.differentiable and not inside_derivative()
-        keeps = grad_mode and seen.keeps_graph_of(cotangents)
-        # without an outer derivative torch may take its faster, fused backward formulas
+        forced = inner.differentiable and not inside_derivative()
+        keeps = grad_mode and inner.keeps_graph_of(cotangents)
+        # where nobody differentiates further, torch may take its faster, fused backward formulas
         with torch.set_grad_enabled(keeps or forced), as_written():
-            if seen.ends is not None:
-                products = seen.pulled(cotangents, onto, of)
-            else:  # compilers know torch's own pullback alone, of all outputs
+            if inner.ends is not None:
+                products = inner.pull(cotangents, onto, of)
+            else:  # a compiler knows torch's own pullback alone, which takes all outputs
                 products = vjp(spread(cotangents, outputs, of))[onto]
         if grad_mode or not forced:
-            return once(products, outputs, seen.reason)
+            return once(products, outputs, inner.reason)
         return tuple(product.detach() for product in products)
 
-    names = {node.__name__ for node in seen.nodes}
+    names = {node.__name__ for node in inner.nodes}
     depth = len(newer_transforms(0))
-    return Linearization(outputs, extras, sweep, seen.batchable, names, depth)
+    return Linearization(outputs, extras, sweep, inner.batchable, names, depth)
+
+
+def _evaluated(inner: _InnerEvaluation, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
+    """Outputs, torch's own pullback for a compiler, which knows no other one, and extras."""
+    if torch.compiler.is_compiling():
+        linearized: Any = torch.func.vjp(inner.evaluate, *primals, has_aux=True)
+        outputs, vjp, extras = linearized
+        return outputs, vjp, extras
+    outputs, extras = at_reverse_level(inner.evaluate, primals)
+    return outputs, None, extras
 
 
 @dataclass(slots=True)
-class _Seen:
-    """An evaluation inside of torch's own level, and what its graph there shows.
+class _InnerEvaluation:
+    """An evaluation inside of a level of torch.func, and what its graph at that level shows.
 
     Args:
-        around: what tells whether it is differentiated further.
+        around: equal for evaluations that are differentiated further in the same way.
         is_derived: does something outside, beside plain autograd, differentiate it?
-        ends: primals and outputs as that level sees them; None where no graph can be looked at.
+        ends: primals and outputs as the level sees them; None where no graph can be looked at.
+        nodes: kinds of nodes in the graph.
+        differentiated: may products be differentiated further?
+        batchable: is a pullback right under vmap?
+        differentiable: must its backward formulas be the differentiable ones?
         reason: why no second derivative may be taken, if that is so.
     """
 
@@ -93,8 +109,8 @@ class _Seen:
     differentiable: bool = True
     reason: str | None = None
 
-    def evaluated(self, *inner: Tensor) -> tuple[Leaves, Leaves]:
-        """Outputs and extras; what the graph shows is noted."""
+    def evaluate(self, *inner: Tensor) -> tuple[Leaves, Leaves]:
+        """Outputs and extras of the function; the graph between is looked at."""
         copies = [primal.clone() for primal in inner]
         if torch.compiler.is_compiling():
             return self.func(*copies)
@@ -118,7 +134,7 @@ class _Seen:
         self.differentiable = must_be_differentiable(names, in_functorch=True)
 
     def keeps_graph_of(self, cotangents: Leaves) -> bool:
-        """Is what these are pulled back to differentiated further?"""
+        """May the products of these cotangents be differentiated further?"""
         if self.differentiated:
             return True
         if not any(seed.requires_grad or is_differentiated(seed) for seed in cotangents):
@@ -126,15 +142,15 @@ class _Seen:
         check_nodes(self.nodes, True)
         return True
 
-    def pulled(self, cotangents: Leaves, onto: slice, of: Some) -> Leaves:
-        """Cotangents of some outputs, pulled back through these alone."""
+    def pull(self, cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
+        """Products of cotangents of some outputs, pulled back through these outputs alone."""
         assert self.ends is not None
         inner, outer = self.ends
-        pairs = zip(some_of(outer, of), cotangents, strict=True)
-        live = [(out, seed) for out, seed in pairs if out.requires_grad]
-        if not live:
+        pairs = zip(chosen_leaves(outer, of), cotangents, strict=True)
+        active = [(out, seed) for out, seed in pairs if out.requires_grad]
+        if not active:
             return tuple(map(torch.zeros_like, self.primals[onto]))
-        targets, seeds = zip(*live, strict=True)
+        targets, seeds = zip(*active, strict=True)
         products = run_backward(targets, inner[onto], seeds, torch.is_grad_enabled())
         return tuple(
             torch.zeros_like(primal) if product is None else product

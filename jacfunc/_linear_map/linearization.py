@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: outputs, and how cotangents are pulled back from them."""
+"""A function that was evaluated at a point: its outputs, and the pullback of their cotangents."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from jacfunc._types import Leaves
 EVERY = slice(None)
 """All primals, or all outputs."""
 
-Some: TypeAlias = slice | Sequence[int]
-"""Numbers of some leaves, in order."""
+LeafNumbers: TypeAlias = slice | Sequence[int]
+"""Which leaves of a tuple are meant: a slice, or their numbers in order."""
 
 
-def some_of(leaves: Leaves, of: Some) -> Leaves:
-    """Those leaves."""
-    return leaves[of] if isinstance(of, slice) else tuple([leaves[number] for number in of])
+def chosen_leaves(leaves: Leaves, numbers: LeafNumbers) -> Leaves:
+    """The leaves with these numbers."""
+    if isinstance(numbers, slice):
+        return leaves[numbers]
+    return tuple([leaves[number] for number in numbers])
 
 
-def live(cotangents: Leaves) -> Some:
-    """Numbers of those that are not zero everywhere: 0 · ∞ of the others would spoil products.
+def nonzero_numbers(cotangents: Leaves) -> LeafNumbers:
+    """Numbers of the cotangents that are not zero everywhere.
 
-    A single one is not looked at.
+    The others are left out, as 0 · ∞ would spoil products. A single cotangent is not looked at.
     """
     if len(cotangents) == 1:
         return EVERY
@@ -40,45 +42,52 @@ def live(cotangents: Leaves) -> Some:
 
 @dataclass(slots=True)
 class Linearization:
-    """The outputs at a point, and the map that takes their cotangents to those of the primals."""
+    """Outputs at a point, and the linear map from their cotangents to those of the primals.
+
+    Args:
+        outputs: differentiable leaves of what the function returned.
+        extras: other tensors that it returned.
+        sweep: pulls cotangents back onto a slice of the primals, from outputs with these numbers.
+        is_batchable: is a sweep right under vmap?
+        node_names: of the autograd nodes between primals and outputs.
+        num_transforms: how many transforms were active when it was evaluated.
+        keeps_graph: do products of a sweep carry a graph where grad mode is on?
+        transpose: makes the map of tangents; None where sweeps are not of a plain graph.
+    """
 
     outputs: Leaves
     extras: Leaves
-    sweep: Callable[[Leaves, slice, Some], Leaves]
-    batchable: bool
-    names: Set[str] = frozenset()
-    """Of the autograd nodes."""
-    depth: int = 0
-    """How many transforms were active."""
-    differentiated: bool = True
-    """Is the graph of a sweep kept where grad mode is on?"""
+    sweep: Callable[[Leaves, slice, LeafNumbers], Leaves]
+    is_batchable: bool
+    node_names: Set[str] = frozenset()
+    num_transforms: int = 0
+    keeps_graph: bool = True
     transpose: Callable[[], Linearization] | None = None
-    """Makes the map of tangents, if sweeps are of a plain graph."""
     _transposed: Linearization | None = None
 
-    def pull(self, cotangents: Leaves, onto: slice = EVERY, of: Some = EVERY) -> Leaves:
-        """One cotangent: ``[*out]`` → ``[*in]``, onto some of the primals, of some outputs.
+    def pull(self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY) -> Leaves:
+        """One cotangent ``of`` some outputs, pulled back onto some primals: ``[*out]`` → ``[*in]``.
 
-        It may be one that a transform, or plain autograd, differentiates by.
+        A transform, or plain autograd, may differentiate by the cotangent.
         """
         if self.transpose is not None:
             if not is_followed(cotangents):
                 return self.sweep(cotangents, onto, of)
-            if not (self.differentiated and torch.is_grad_enabled()):
+            if not (self.keeps_graph and torch.is_grad_enabled()):
                 return self._as_map()(spread(cotangents, self.outputs, of))[onto]
-        newer = newer_transforms(self.depth)
-        if "Jvp" in newer and not can_be_pushed(self.names):
+        newer = newer_transforms(self.num_transforms)
+        if "Jvp" in newer and not can_be_pushed(self.node_names):
             raise Refused(
                 "torch's forward mode through its backward pass is wrong; use reverse mode"
             )
-        if "Vmap" in newer and not self.batchable:
+        if "Vmap" in newer and not self.is_batchable:
             return below_vmap(
                 partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents
             )
-        return self.sweep(batched_like(cotangents, some_of(self.outputs, of)), onto, of)
+        return self.sweep(batched_like(cotangents, chosen_leaves(self.outputs, of)), onto, of)
 
     def _as_map(self) -> LinearMap:
-        """For whoever differentiates by cotangents alone; nothing else is known to its graph."""
+        """The pullback for who differentiates by its cotangents: its graph knows nothing else."""
         sweep = self.sweep
         return LinearMap(lambda u: sweep(u, EVERY, EVERY), self.pull_batch, self._map_of_tangents)
 
@@ -96,16 +105,18 @@ class Linearization:
         sweep, sweep_batch = self._transposed.sweep, self._transposed.pull_batch
         return LinearMap(lambda v: sweep(v, EVERY, EVERY), sweep_batch, self._as_map)
 
-    def pull_batch(self, cotangents: Leaves, onto: slice = EVERY, of: Some = EVERY) -> Leaves:
-        """K cotangents at once, ``[K, *out]`` → ``[K, *in]``: vmapped where that is right.
+    def pull_batch(
+        self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY
+    ) -> Leaves:
+        """K cotangents pulled back, ``[K, *out]`` → ``[K, *in]``: under vmap where that is right.
 
-        A single one is never vmapped, so that ``chunk_size=1`` is the plain loop of torch.func.
+        A single cotangent never is under vmap, so that ``chunk_size=1`` is the loop of torch.func.
         """
-        if not self.batchable:
+        if not self.is_batchable:
             return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
         try:
             if cotangents[0].shape[0] == 1:
-                # not batched by the vmaps outside, as the products of larger chunks are not
+                # the vmaps outside do not batch the seeds of larger chunks either
                 return one_by_one(lambda seeds: self.sweep(seeds, onto, of), cotangents)
             products, _ = sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), cotangents)
         except Exception as error:  # a backward pass of the user's own may raise anything
@@ -117,8 +128,8 @@ class Linearization:
         return products
 
 
-def spread(cotangents: Leaves, outputs: Leaves, of: Some) -> Leaves:
-    """Cotangents of some outputs as cotangents of all, zero for the others."""
+def spread(cotangents: Leaves, outputs: Leaves, of: LeafNumbers) -> Leaves:
+    """Cotangents ``of`` some outputs as cotangents of all outputs: zero for the others."""
     every = [torch.zeros_like(out) for out in outputs]
     numbers = range(len(every))[of] if isinstance(of, slice) else of
     for number, cotangent in zip(numbers, cotangents, strict=True):
@@ -127,16 +138,16 @@ def spread(cotangents: Leaves, outputs: Leaves, of: Some) -> Leaves:
 
 
 def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
-    """K seeds ``[K, *shape]`` swept one after the other, without vmap."""
+    """Products of K seeds ``[K, *shape]``, swept one after the other without vmap."""
     products = [sweep(tuple(seed[k] for seed in seeds)) for k in range(seeds[0].shape[0])]
     return tuple(torch.stack(leaf) for leaf in zip(*products, strict=True))
 
 
 def batched_like(seeds: Leaves, leaves: Leaves) -> Leaves:
-    """Seeds as they are, but batched by the vmaps outside wherever their leaves are.
+    """The seeds, batched by each vmap outside that batches their leaves.
 
-    Torch may write into them, or into zeros like them, and can't write what is batched into what
-    is not. Chunks of seeds go without at first: it makes every seed as large as the batch.
+    Torch may write into seeds, or into zeros like them, and can't write a batched tensor into one
+    that is not. It makes every seed as large as the batch, so chunks are tried without it first.
     """
     if not inside_transform():
         return seeds

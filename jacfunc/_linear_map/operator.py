@@ -2,97 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-from jacfunc._assembly import Sink
 from jacfunc._errors import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._faults import Watch, handled
 from jacfunc._linear_map.agreement import check_agreement
-from jacfunc._linear_map.linearization import EVERY, Linearization, Some, one_by_one
-from jacfunc._linear_map.pull import linearize
+from jacfunc._linear_map.graph import linearize
+from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, one_by_one
 from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
+from jacfunc._remembered import CallKind
 from jacfunc._torch import RandomState, below_transforms, holds_nan, inside_transform, levels
 from jacfunc._trees import kind_of
-from jacfunc._types import Blocks, LeafFunction, Leaves
+from jacfunc._types import LeafFunction, Leaves
 
 Result = TypeVar("Result")
 
 
 class JacobianOperator:
-    """f at a point as a linear map, evaluated lazily: who only pushes never pays for a graph.
+    """The Jacobian of a function at a point, as a linear map: push tangents, pull cotangents.
 
-    Every evaluation draws the same random numbers, so that dropout has one mask in all sweeps; and
-    all must return the same outputs, whatever else the function draws or keeps.
+    The function is evaluated when it must be: pushing tangents alone keeps no graph. Every
+    evaluation draws the same random numbers, so that dropout has one mask in all sweeps. All
+    evaluations must return the same outputs, whatever else the function draws or keeps.
     """
 
-    def __init__(self, func: LeafFunction, primals: Leaves, sink: Sink | None = None) -> None:
+    def __init__(self, func: LeafFunction, primals: Leaves) -> None:
         self.primals = primals
         self.func = func
-        self.sink = sink or Sink()
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
-        self._draws: RandomState | None = None
+        self._random_state: RandomState | None = None
 
     @property
-    def called(self) -> Any:
-        """What is called: a user's function or module, where there is one below."""
-        return getattr(self.func, "called", self.func)
-
-    def signature(self) -> Hashable:
-        """Equal for operators that cost the same; a function may know more about itself."""
-        of_function = getattr(self.func, "signature", None)
-        known = of_function() if of_function else tuple([kind_of(p) for p in self.primals])
+    def call_kind(self) -> CallKind:
+        """What plans are remembered by: equal for operators of one function that cost the same."""
+        kind: CallKind | None = getattr(self.func, "call_kind", None)
+        if kind is None:
+            kind = CallKind(self.func, tuple([kind_of(p) for p in self.primals]), self.func)
         if not inside_transform():
-            return known
-        return known, levels(), tuple(below_transforms(primal).shape for primal in self.primals)
+            return kind
+        return kind.among(levels(), tuple(below_transforms(p).shape for p in self.primals))
 
-    def again(self) -> JacobianOperator:
-        """The same function at the same point, not yet evaluated; it draws the same numbers."""
+    def unevaluated(self) -> JacobianOperator:
+        """A fresh operator of this function at this point, which draws the same random numbers."""
         fresh = JacobianOperator(self.func, self.primals)
-        fresh._draws = self._draws
+        fresh._random_state = self._random_state
         return fresh
 
-    def from_rows(self, chunks: Iterable[Leaves]) -> Blocks:
-        """Blocks ``[*out_i, *in_j]`` of chunks of rows ``[K, *in_j]``, where the sink puts them."""
-        return self.sink.rows(chunks, self.outputs, self.primals)
-
-    def from_columns(self, chunks: Iterable[Leaves]) -> Blocks:
-        """The same of chunks of columns ``[K, *out_i]``."""
-        # only pullbacks need a graph; and what was evaluated to plan is no part of the result
+    def forget(self) -> None:
+        """Drop the evaluation: its outputs, and its graph, which only pullbacks need."""
         self._linearization = self._image = None
-        return self.sink.columns(map(numbers, chunks), lambda: self.outputs, self.primals)
 
     @property
     def outputs(self) -> Leaves:
-        """f(primals), differentiable leaves only."""
+        """Differentiable leaves of what the function returns at the primals."""
         return self.image()[0]
 
-    def pullback(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
-        """Jᵀ ȳ: ``[*out]`` → ``[*in]``; ``of`` some of the outputs alone."""
+    def pullback(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
+        """Jᵀ ȳ, ``[*out]`` → ``[*in]``, of the cotangents ``of`` some outputs."""
         linearized = self._linearized
         return self.refusing("pull cotangents back", lambda: linearized.pull(cotangents, EVERY, of))
 
-    def pullback_batch(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
-        """K pullbacks at once: ``[K, *out]`` → ``[K, *in]``; ``of`` some of the outputs alone."""
+    def pullback_batch(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
+        """K pullbacks at once, ``[K, *out]`` → ``[K, *in]``, of cotangents ``of`` some outputs."""
         return self.pullback_onto(EVERY, cotangents, of)
 
-    def pullback_onto(self, chosen: slice, cotangents: Leaves, of: Some = EVERY) -> Leaves:
-        """The same onto some of the primals alone."""
+    def pullback_onto(self, onto: slice, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
+        """K pullbacks at once, ``[K, *out]`` → ``[K, *in]``, onto a slice of the primals."""
         if _is_empty(cotangents):
-            return _no_products(self.primals[chosen])
+            return _no_products(self.primals[onto])
         linearized = self._linearized
         return self.refusing(
-            "pull cotangents back", lambda: linearized.pull_batch(cotangents, chosen, of)
+            "pull cotangents back", lambda: linearized.pull_batch(cotangents, onto, of)
         )
 
-    def pullback_each(self, cotangents: Leaves, of: Some = EVERY) -> Leaves:
-        """K pullbacks one after the other, never vmapped: ``[K, *out]`` → ``[K, *in]``."""
+    def pullback_each(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
+        """K pullbacks without vmap, one after the other: ``[K, *out]`` → ``[K, *in]``."""
         if _is_empty(cotangents):
             return _no_products(self.primals)
         return one_by_one(lambda seeds: self.pullback(seeds, of), cotangents)
@@ -102,7 +93,7 @@ class JacobianOperator:
         # a function that writes into its inputs writes into their tangents too
         copies = tuple(tangent.clone() for tangent in tangents)
         with alone():
-            self.repeat_draws()
+            self.rewind_generators()
             outputs, products, extras = self.refusing(
                 "push tangents forward",
                 lambda: pushforward(self.func, self.primals, copies),
@@ -116,11 +107,11 @@ class JacobianOperator:
             return _no_products(self.outputs)
         try:
             with alone():
-                self.repeat_draws()
+                self.rewind_generators()
                 outputs, products, extras = pushforward_batch(
                     self.func, self.primals, tangents, randomness
                 )
-        except Exception as error:  # as above
+        except Exception as error:  # torch has no type for what it can't do
             check_fallback(error)
             handled(error)
             note("tangents could not be pushed at once, columns go one by one: %s", error)
@@ -129,7 +120,7 @@ class JacobianOperator:
         return products
 
     def pushforward_each(self, tangents: Leaves) -> Leaves:
-        """K pushforwards one after the other, never vmapped: ``[K, *in]`` → ``[K, *out]``."""
+        """K pushforwards without vmap, one after the other: ``[K, *in]`` → ``[K, *out]``."""
         if _is_empty(tangents):
             return _no_products(self.outputs)
         return one_by_one(self.pushforward, tangents)
@@ -137,11 +128,11 @@ class JacobianOperator:
     @property
     def _linearized(self) -> Linearization:
         if self._linearization is None:
-            if self._draws is None:
+            if self._random_state is None:
                 linearized = self.refusing("keep a graph", self._linearize)
             else:
                 with alone():
-                    self.repeat_draws()
+                    self.rewind_generators()
                     linearized = self.refusing("keep a graph", self._linearize)
             self._keep(linearized.outputs, linearized.extras, was_pushed=False)
             self._linearization = linearized
@@ -151,7 +142,7 @@ class JacobianOperator:
         return linearize(self.func, self.primals)
 
     def _keep(self, outputs: Leaves, extras: Leaves, was_pushed: bool) -> None:
-        """What the first evaluation returned; whatever a later one returns must agree with it."""
+        """Keep what the first evaluation returned; later ones must agree with it."""
         if self._image is None:
             self._image, self._was_pushed = (outputs, extras), was_pushed
             return
@@ -160,27 +151,34 @@ class JacobianOperator:
         self._image = first
 
     def image(self) -> tuple[Leaves, Leaves]:
-        """Outputs, and tensors that the function returned beside them."""
+        """Outputs and extras: the differentiable leaves that the function returns, and others."""
         if self._image is None:
             linearized = self._linearized
             return linearized.outputs, linearized.extras
         return self._image
 
-    def evaluated(self, outputs: Leaves, extras: Leaves) -> None:
-        """By somebody else."""
+    def keep_image(self, outputs: Leaves, extras: Leaves) -> None:
+        """Take outputs and extras of an evaluation that was made elsewhere."""
         self._image = (outputs, extras)
 
-    def repeat_draws(self) -> None:
-        """Called before an evaluation that is not the only one: each draws the same numbers."""
+    def rewind_generators(self) -> None:
+        """Set the generators back to where they were before the first evaluation.
+
+        It is called before each of several evaluations, so that all draw the same numbers.
+        """
         if torch.compiler.is_compiling():
             return
-        if self._draws is None:
-            self._draws = RandomState(self.primals)
+        if self._random_state is None:
+            self._random_state = RandomState(self.primals)
         else:
-            self._draws.repeat()
+            self._random_state.repeat()
 
     def refusing(self, what: str, run: Callable[[], Result]) -> Result:
-        """Run; an error that the function alone does not raise is torch's refusal."""
+        """The result of ``run``. An error that the function alone does not raise is a refusal.
+
+        Raises:
+            Refused: if torch can't do ``what`` through the function, which runs without us.
+        """
         try:
             return run()
         except Exception as error:  # torch has no type for what it can't do
@@ -195,12 +193,12 @@ class JacobianOperator:
             raise Refused(f"torch can't {what} through it ({reason})") from error
 
 
-def numbers(products: Leaves) -> Leaves:
-    """Products of tangents, of which none is nan.
+def check_numbers(products: Leaves) -> Leaves:
+    """The products of tangents, none of which may hold a nan.
 
     Raises:
-        Refused: if one is. A zero tangent that meets an infinite derivative gives nan, too, and
-            nobody can tell such a nan from one that the derivative has.
+        Refused: if one does. A zero tangent that meets an infinite derivative gives nan, and such
+            a nan can't be told from one of the derivative itself.
     """
     if any(map(holds_nan, products)):
         raise Refused(
@@ -211,9 +209,10 @@ def numbers(products: Leaves) -> Leaves:
 
 
 def _is_empty(seeds: Leaves) -> bool:
-    """No seeds, or no leaves that could have one: torch's sweeps fail on both."""
+    """Are there no seeds, or no leaves that could have one? Torch's sweeps fail on both."""
     return len(seeds) == 0 or seeds[0].shape[0] == 0
 
 
 def _no_products(leaves: Leaves) -> Leaves:
+    """Products ``[0, *shape]`` of no seeds."""
     return tuple(leaf.new_empty((0, *leaf.shape)) for leaf in leaves)

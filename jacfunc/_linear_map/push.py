@@ -1,4 +1,4 @@
-"""Tangents pushed forward through a function: the only user of torch.func.jvp."""
+"""Tangents pushed forward through a function, by torch.func.jvp, which nobody else calls."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jacfunc._faults import ForwardWatch, PushContext
 from jacfunc._linear_map.linearization import batched_like
 from jacfunc._memory import keep_heap
 from jacfunc._torch import (
+    at_forward_level,
     inside_derivative,
     math_attention,
     num_vmap_levels,
@@ -26,7 +27,13 @@ from jacfunc._types import LeafFunction, Leaves
 def pushforward(
     func: LeafFunction, primals: Leaves, tangents: Leaves, outer_vmaps: int | None = None
 ) -> tuple[Leaves, Leaves, Leaves]:
-    """``(outputs, products, extras)``: evaluate with a tangent riding along."""
+    """Outputs, products of the tangents and extras of one evaluation.
+
+    ``outer_vmaps`` is the number of vmaps around it, not counting one over its tangents.
+
+    Raises:
+        Refused: if torch has no forward mode for the function, or gets it wrong.
+    """
     if outer_vmaps is None:
         outer_vmaps = num_vmap_levels()
     try:
@@ -45,14 +52,14 @@ def _push(
     if torch.compiler.is_compiling():
         return _jvp(func, copies, tangents)
     keep_heap()
-    # grad mode is on for the guard to see where the function turns it off
+    # grad mode is on, so that the watch sees where the function turns it off
     released = not torch.is_grad_enabled() and not inside_derivative()
     grad_mode = torch.enable_grad() if released else nullcontext()
     try:
         around = PushContext(outer_vmaps, not released)
-        with grad_mode, ForwardWatch(around) as guard, math_attention():
+        with grad_mode, ForwardWatch(around) as watch, math_attention():
             pushed = _jvp(func, copies, tangents)
-        guard.check_copies(primals)
+        watch.check_copies(primals)
     except Refused:
         raise
     except RuntimeError as error:
@@ -68,13 +75,16 @@ def _push(
 def _jvp(func: LeafFunction, primals: Leaves, tangents: Leaves) -> tuple[Leaves, Leaves, Leaves]:
     num_outputs = 0
 
-    def with_some_output(*inner: Tensor) -> tuple[Leaves, Leaves]:
+    def with_an_output(*inner: Tensor) -> tuple[Leaves, Leaves]:
         nonlocal num_outputs
         outputs, extras = func(*inner)
         num_outputs = len(outputs)
         return outputs or inner[:1], extras  # torch refuses to push nothing
 
-    pushed: Any = torch.func.jvp(with_some_output, primals, tangents, has_aux=True)
+    if torch.compiler.is_compiling():
+        pushed: Any = torch.func.jvp(with_an_output, primals, tangents, has_aux=True)
+    else:
+        pushed = at_forward_level(with_an_output, primals, tangents)
     outputs, products, extras = pushed
     return outputs[:num_outputs], products[:num_outputs], extras
 
@@ -82,7 +92,7 @@ def _jvp(func: LeafFunction, primals: Leaves, tangents: Leaves) -> tuple[Leaves,
 def pushforward_batch(
     func: LeafFunction, primals: Leaves, tangents: Leaves, randomness: str
 ) -> tuple[Leaves, Leaves, Leaves]:
-    """K tangents at once, ``[K, *in]`` → products ``[K, *out]``; outputs and extras as they are."""
+    """Outputs, products ``[K, *out]`` of K tangents ``[K, *in]`` and extras of one evaluation."""
 
     num_outputs, outer_vmaps = 0, num_vmap_levels()
 

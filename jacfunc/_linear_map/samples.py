@@ -1,4 +1,4 @@
-"""Tensors of a batch, and the dimension in which each holds its samples, if it does."""
+"""Samples of a batch: taken in chunks, one alone, or all at once under vmap."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from jacfunc._torch import sweep_batch
 from jacfunc._types import LeafFunction, Leaves
 
 Dims: TypeAlias = Sequence[int | None]
+"""For each leaf the dimension that holds its samples; None where all samples share it."""
 
 
-def narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) -> Leaves:
-    """The samples from start to stop."""
+def narrowed(leaves: Leaves, dims: Dims, start: int, stop: int) -> Leaves:
+    """The leaves of the samples from start to stop."""
     return tuple(
         x if d is None or (start, stop) == (0, x.shape[d]) else x.narrow(d, start, stop - start)
         for x, d in zip(leaves, dims, strict=True)
@@ -26,7 +27,7 @@ def narrowed(leaves: Leaves, dims: Sequence[int | None], start: int, stop: int) 
 def sample_chunks(
     take: Callable[[Leaves, Dims], Leaves], leaves: Leaves, dims: Dims, chunk: Chunk
 ) -> Iterator[Leaves]:
-    """``take`` of the samples, a chunk at a time."""
+    """What ``take(leaves, dims)`` returns of each chunk of samples."""
 
     def between(start: int, stop: int) -> Leaves:
         return take(narrowed(leaves, dims, start, stop), dims)
@@ -40,32 +41,32 @@ def batch_size(leaves: Leaves, dims: Dims) -> int:
 
 
 def one_sample(leaves: Leaves, dims: Dims, number: int) -> Leaves:
-    """The leaves of one sample; what all share as it is."""
+    """The leaves of one sample, without the dimension of samples."""
     pairs = zip(leaves, dims, strict=True)
     return tuple(x if d is None else x.select(d, number) for x, d in pairs)
 
 
-OnLeaves: TypeAlias = Callable[[Leaves], tuple[Leaves, Leaves]]
-
-
-OfOne: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
-"""``of_one(params, data) -> (outputs, extras)`` of a single sample."""
+SampleFunction: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
+"""``of_one(params, data) -> (outputs, extras)``: a function of parameters and one sample's data."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Tensors of a batch, and the dimension in which each holds its samples, if it does.
+    """Data of a batch, and the dimension in which each leaf holds its samples.
 
-    Without any such dimension the call as a whole is the only sample.
+    Where no leaf has such a dimension, the call as a whole is the only sample.
+
+    Args:
+        randomness: of random functions under the vmap over samples.
     """
 
     leaves: Leaves
-    dims: Sequence[int | None]
+    dims: Dims
     randomness: str = "same"
 
     @property
     def is_mapped(self) -> bool:
-        """Are there samples, rather than one call?"""
+        """Does a leaf hold samples, so that they need a vmap?"""
         return any(dim is not None for dim in self.dims)
 
     @property
@@ -75,16 +76,16 @@ class Samples:
         return next(sizes, 1)
 
     def each(self, param: Tensor) -> Tensor:
-        """A parameter as one of each sample."""
+        """A parameter as ``[B, *param]``, each sample's own."""
         return param.expand(self.size, *param.shape) if self.is_mapped else param.clone()
 
     def map(
         self,
-        of_one: OfOne,
+        of_one: SampleFunction,
         params: Leaves,
-        dims: Sequence[int | None],
+        dims: Dims,
     ) -> tuple[Leaves, Leaves]:
-        """``of_one(params, leaves)`` of all samples: outputs and extras as ``[B, *shape]``."""
+        """Outputs and extras ``[B, *shape]`` of all samples; ``dims`` belong to the parameters."""
         count, num_outputs = len(params), 0
 
         def in_a_row(leaves: Leaves) -> tuple[Leaves, Leaves]:
@@ -95,14 +96,17 @@ class Samples:
 
         every = (*params, *self.leaves)
         if self.is_mapped:
-            found, _ = sweep_batch(in_a_row, every, self.randomness, (*dims, *self.dims))
+            products, _ = sweep_batch(in_a_row, every, self.randomness, (*dims, *self.dims))
         else:
-            found = tuple(out.unsqueeze(0) for out in in_a_row(every)[0])
-        return found[:num_outputs], found[num_outputs:]
+            products = tuple(out.unsqueeze(0) for out in in_a_row(every)[0])
+        return products[:num_outputs], products[num_outputs:]
 
-    def apart(self, of_one: OfOne, params: Leaves) -> tuple[LeafFunction, Leaves]:
-        """All samples as a function of parameters ``[B, *param]``, each sample's own, and these:
-        one cotangent then serves all samples.
+    def with_own_params(
+        self, of_one: SampleFunction, params: Leaves
+    ) -> tuple[LeafFunction, Leaves]:
+        """A function of all samples at parameters ``[B, *param]``, and these parameters.
+
+        Each sample has parameters of its own, so that one cotangent serves all samples.
         """
 
         def of_all(*own: Tensor) -> tuple[Leaves, Leaves]:

@@ -1,7 +1,7 @@
 """Linear maps that torch differentiates by their seeds, in every mode and at every nesting.
 
-The derivative of a linear map is the map itself for tangents, and its transpose for cotangents:
-no graph of how it is computed is needed, nor one that leads to anything but the seeds.
+The derivative of a linear map is the map itself for tangents, and its transpose for cotangents. So
+no graph of the computation is needed, and the graph that torch keeps leads to the seeds alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jacfunc._types import Leaves
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinearMap:
-    """From seeds to products.
+    """A linear map from seeds to products, that torch can differentiate by its seeds.
 
     Args:
-        one: takes one seed, ``[*shape]``.
-        many: takes K seeds at once, ``[K, *shape]``.
-        transpose: makes the transposed map, when it is needed.
+        one: the product of one seed, ``[*shape]``.
+        many: the products of K seeds at once, ``[K, *shape]``.
+        transpose: makes the transposed map.
     """
 
     one: Callable[[Leaves], Leaves]
@@ -33,13 +33,13 @@ class LinearMap:
 
     def __call__(self, seeds: Leaves) -> Leaves:
         """The products, as a differentiable function of the seeds alone."""
-        # watches of ours would take it for a function of the user's
+        # a watch would take it for a function of the user's
         with torch._C.DisableTorchFunction():
             products: Leaves = _Product.apply(self, 0, *seeds)
         return products
 
     def swept(self, seeds: Leaves, depth: int) -> Leaves:
-        """Seeds with so many dimensions of batches in front."""
+        """Products of seeds that have ``depth`` dimensions of batches in front."""
         if depth == 0:
             return self.one(seeds)
         lead = seeds[0].shape[:depth]
@@ -48,14 +48,14 @@ class LinearMap:
 
 
 def is_followed(seeds: Leaves) -> bool:
-    """Could a transform, or plain autograd, follow what becomes of the seeds?"""
+    """May a transform, or plain autograd, differentiate by these seeds?"""
     if inside_transform():
         return True
     return torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
 
 
 class _Product(torch.autograd.Function):
-    """A linear map at seeds that have batches in front."""
+    """The autograd function of a linear map, at seeds that may have batches in front."""
 
     @staticmethod
     def forward(linear: LinearMap, depth: int, *seeds: Tensor) -> Leaves:

@@ -1,5 +1,13 @@
-"""Calls on the clock, in interleaved rounds; used by benchmarks as well."""
+"""Calls on the clock, in interleaved rounds; the benchmarks use it, too."""
 
-from jacfunc._measuring.clock import Run, is_here, seconds_of
-from jacfunc._measuring.results import Expected, Result, Spread, WrongAnswerError, spread
-from jacfunc._measuring.rounds import Contestant, Effort, measure
+from jacfunc._measuring.clock import Run, interleaved, is_here, peak_bytes, seconds_of, shuffled
+from jacfunc._measuring.results import (
+    Result,
+    Spread,
+    WrongAnswerError,
+    counted,
+    pooled,
+    recording,
+    spread,
+)
+from jacfunc._measuring.rounds import Check, Contestant, Effort, Entry, measure

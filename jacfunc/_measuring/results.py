@@ -1,4 +1,4 @@
-"""What becomes of a contestant: an answer and its error, times, bytes, or the reason for none."""
+"""What becomes of a contestant: its error, times and bytes, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -10,24 +10,16 @@ from dataclasses import dataclass, field
 from jacfunc._errors import is_out_of_memory
 
 WARM_UP = 0
-"""The number of the round before those that count: it does where there is no other."""
+"""The number of the warm-up among the rounds; it counts only where there is no other round."""
 
 
 class WrongAnswerError(Exception):
-    """The answer has other names, shapes or numbers than the reference."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What was expected before anything ran."""
-
-    seconds: float | None
-    peak_bytes: int | None
+    """An answer has other blocks, shapes or numbers than the reference."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles."""
+    """Median and quartiles of a quantity."""
 
     median: float
     low: float
@@ -42,33 +34,41 @@ class Spread:
 
 
 def spread(value: Spread, scale: float = 1) -> str:
-    """``median (low–high)``, the quartiles in brackets."""
+    """Text for a table: ``median (low–high)``, the quartiles in brackets."""
     median, low, high = (_short(x * scale) for x in (value.median, value.low, value.high))
     return f"{median} ({low}–{high})"
 
 
 def _short(value: float) -> str:
-    """Three digits, or two after the point where that is fewer."""
+    """Three digits, or two after the point if these are fewer."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 @dataclass
 class Result:
-    """What became of one contestant on one problem; a failure stays, with its reason."""
+    """What became of one contestant on one problem; a failure stays, with its reason.
+
+    Args:
+        status: ``"ok"``, or the reason of the failure.
+        error: the largest relative error of its answer.
+        seconds: by round, from 1 on; a slow contestant sits rounds out, or has the warm-up alone.
+        busy: seconds of the processor by round, without what other processes took.
+        time, ratio: the spread of seconds, and of those divided by the baseline's.
+        forecast_seconds, forecast_bytes: time and peak that jacfunc expected.
+        work: floating-point operations that theory counts.
+    """
 
     contestant: str
     family: str
     status: str = "ok"
     error: float | None = None
     seconds: dict[int, float] = field(default_factory=dict)
-    """By round, the first being 1: a slow contestant sits some out, or has the warm-up alone."""
     busy: dict[int, float] = field(default_factory=dict)
-    """Seconds of the processor in the same rounds: what other processes took is not in them."""
     time: Spread | None = None
     ratio: Spread | None = None
-    """To the baseline, round by round."""
     peak_bytes: int | None = None
-    forecast: Expected | None = None
+    forecast_seconds: float | None = None
+    forecast_bytes: int | None = None
     work: float | None = None
 
     @property
@@ -77,7 +77,7 @@ class Result:
 
 
 def summarize(results: Mapping[str, Result], baseline: str) -> None:
-    """Fill in medians, and ratios to the baseline taken round by round."""
+    """Fill in the spread of times, and of their ratios to the baseline, taken round by round."""
     base = results[baseline].seconds if baseline in results else {}
     for result in results.values():
         if not result.ok or not result.seconds:
@@ -88,12 +88,12 @@ def summarize(results: Mapping[str, Result], baseline: str) -> None:
 
 
 def counted(rounds: Mapping[int, float]) -> Mapping[int, float]:
-    """Without the warm-up, unless there is nothing else."""
+    """The rounds that count: all but the warm-up, unless there is no other."""
     return {number: value for number, value in rounds.items() if number != WARM_UP} or rounds
 
 
 def pooled(runs: Sequence[Sequence[Result]], baseline: str) -> list[Result]:
-    """The same contestants measured several times, their rounds in a row."""
+    """Results of contestants that were measured several times: their rounds, put in one row."""
     first, *others = runs
     for again in others:
         last = max((n for result in first for n in result.seconds), default=WARM_UP)
@@ -107,7 +107,7 @@ def pooled(runs: Sequence[Sequence[Result]], baseline: str) -> list[Result]:
 
 @contextmanager
 def recording(result: Result) -> Iterator[None]:
-    """Turn a failure into the result's status."""
+    """Turn a failure inside into the status of the result."""
     try:
         yield
     except WrongAnswerError as wrong:

@@ -1,32 +1,34 @@
-"""Contestants measured: answers first, then the peak of an untimed call, then rounds."""
+"""Contestants measured: an answer is judged first, then a call is weighed, then all are timed."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from jacfunc._measuring.clock import Run, peak_bytes, seconds, timed
-from jacfunc._measuring.results import WARM_UP, Expected, Result, recording, summarize
+import torch
+
+from jacfunc._measuring.clock import Run, peak_bytes, seconds_of, shuffled
+from jacfunc._measuring.results import WARM_UP, Result, recording, summarize
 
 Problem = TypeVar("Problem", contravariant=True)
 Check = Callable[[Any], float]
 """Takes an answer, gives its largest relative error, or raises :class:`WrongAnswerError`."""
 
 BRIEF = 0.05
-"""Seconds of a call that may take longer, by a hundredth or by half, after others."""
+"""Calls of fewer seconds are slower after another's call, by a hundredth or by half."""
 
 
 @dataclass(frozen=True)
 class Contestant(Generic[Problem]):
-    """One way to the answer: ``prepare`` does once what a user would do once.
+    """One way to the answer: ``prepare`` does what a user does once, and gives the call to measure.
 
     Args:
+        family: the library that it belongs to.
         answers: False for what only bounds the time, such as a bare write.
-        counted: False where memory is not torch's, and cannot be counted.
-        forecast: what jacfunc says beforehand.
+        counted: False where memory is not torch's, so that it cannot be counted.
+        forecast: seconds and peak bytes that jacfunc expects; None for what it cannot say.
         work: floating-point operations that theory counts.
     """
 
@@ -35,16 +37,18 @@ class Contestant(Generic[Problem]):
     prepare: Callable[[Problem], Run]
     answers: bool = True
     counted: bool = True
-    forecast: Callable[[Problem], Expected | None] | None = None
+    forecast: Callable[[Problem], tuple[float | None, int | None]] | None = None
     work: Callable[[Problem], float] | None = None
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long: rounds at most and at least, seconds a contestant.
+    """How long contestants are measured.
 
     Args:
-        patience: seconds of a call from which on it is not made again.
+        rounds, fewest: rounds at most and at least.
+        seconds: the time for the rounds of each contestant.
+        patience: a call that takes so many seconds is not made again.
     """
 
     rounds: int = 40
@@ -53,7 +57,7 @@ class Effort:
     patience: float = 20.0
 
     def rounds_of(self, took: float) -> int:
-        """Of a contestant whose call takes so many seconds."""
+        """The number of rounds of a contestant whose call takes so many seconds."""
         calls = 2 if took < BRIEF else 1
         return max(self.fewest, min(self.rounds, int(self.seconds / (calls * took))))
 
@@ -61,7 +65,7 @@ class Effort:
 class Entry:
     """A contestant that is being measured: prepared and checked, weighed, timed round by round.
 
-    A step that fails leaves its reason in the result, and none follows it.
+    A step that fails leaves its reason in the result, and no other step follows it.
     """
 
     def __init__(
@@ -70,104 +74,89 @@ class Entry:
         contestant: Contestant[Any],
         check: Check,
         patience: float,
-        cuda: bool,
+        device: torch.device,
     ) -> None:
         self.result = Result(contestant.name, contestant.family)
         self._problem, self._contestant, self._check = problem, contestant, check
-        self._patience, self._cuda = patience, cuda
+        self._patience, self._device = patience, device
 
     @property
     def name(self) -> str:
         return self.result.contestant
 
     def prepare(self) -> None:
-        """Do what is done once, check an answer, and warm up where that is no long wait."""
-        with recording(self.result):
-            if self._contestant.work is not None:
-                self.result.work = self._contestant.work(self._problem)
-            if self._contestant.forecast is not None:
-                self.result.forecast = self._contestant.forecast(self._problem)
-            self._run = self._contestant.prepare(self._problem)
-            took, answer = timed(self._run, self._cuda)
-            if self._contestant.answers:
-                self.result.error = self._check(answer)
-            del answer
+        """Do what is done once, check an answer, and warm up unless that is a long wait."""
+        result, contestant = self.result, self._contestant
+        with recording(result):
+            if contestant.work is not None:
+                result.work = contestant.work(self._problem)
+            if contestant.forecast is not None:
+                result.forecast_seconds, result.forecast_bytes = contestant.forecast(self._problem)
+            self._run = contestant.prepare(self._problem)
+            answers: list[Any] = []
+            took = seconds_of(lambda: answers.append(self._run()), self._device)
+            if contestant.answers:
+                result.error = self._check(answers[0])
+            answers.clear()
             if took < self._patience:
-                took = seconds(self._run, self._cuda)
-            self.result.seconds[WARM_UP] = took
+                took = seconds_of(self._run, self._device)
+            result.seconds[WARM_UP] = took
 
     def weigh(self) -> None:
-        """One untimed call for the peak."""
+        """Count the peak of one untimed call."""
         with recording(self.result):
             if self._contestant.counted:
-                self.result.peak_bytes = peak_bytes(self._run, self._cuda)
+                self.result.peak_bytes = peak_bytes(self._run, self._device)
 
     def time(self, number: int) -> None:
-        """The call of one round, after an untimed one where caches would be much of it."""
+        """Time the call of one round, after an untimed call where caches would be much of it."""
         with recording(self.result):
             if self.result.seconds[WARM_UP] < BRIEF:
                 self._run()
             began = time.process_time()
-            self.result.seconds[number] = seconds(self._run, self._cuda)
-            if not self._cuda:
+            self.result.seconds[number] = seconds_of(self._run, self._device)
+            if self._device.type != "cuda":
                 self.result.busy[number] = time.process_time() - began
 
 
 def measure(
-    problem: Any,
-    contestants: Sequence[Contestant[Any]],
-    check: Check,
+    entries: Sequence[Entry],
     effort: Effort,
-    *,
     baseline: str,
-    cuda: bool = False,
-    on_step: Callable[[str], None] = lambda _: None,
-    on_rounds: Callable[[int], None] = lambda _: None,
-    seat: Callable[[Entry], Entry] = lambda entry: entry,
+    on_step: Callable[[str, int], None] = lambda name, total: None,
 ) -> list[Result]:
-    """Every contestant checked, weighed and timed.
+    """Results of all entries, in their order, with ratios to the baseline.
 
-    ``on_step`` is told whose turn it is, ``on_rounds`` how many calls the rounds will be, and
-    ``seat`` says where an entry takes its steps.
+    An entry whose result has failed takes no step. ``on_step`` is called before each step, with the
+    name of the entry and the number of all steps.
     """
-    entries = [seat(Entry(problem, c, check, effort.patience, cuda)) for c in contestants]
+    total = (2 + effort.rounds) * len(entries)
     for entry in entries:
-        on_step(entry.name)
-        entry.prepare()
-    able = [entry for entry in entries if entry.result.ok]
-    for entry in able:
-        on_step(entry.name)
-        entry.weigh()
-    _time([entry for entry in able if entry.result.ok], effort, baseline, on_step, on_rounds)
+        if entry.result.ok:
+            on_step(entry.name, total)
+            entry.prepare()
+    for entry in entries:
+        if entry.result.ok:
+            on_step(entry.name, total)
+            entry.weigh()
+    before = {entry.name: entry.result.seconds[WARM_UP] for entry in entries if entry.result.ok}
+    shares = {n: effort.rounds_of(took) for n, took in before.items() if took < effort.patience}
+    rounds = max(shares.values(), default=0)
+    if baseline in shares:
+        # a ratio needs both times of one round
+        shares[baseline] = rounds
+    total = 2 * len(entries) + sum(shares.values())
+    racing = [entry for entry in entries if entry.name in shares]
+    for number, turns in enumerate(shuffled(racing, rounds), 1):
+        for entry in turns:
+            if entry.result.ok and _takes_part(number, shares[entry.name], rounds):
+                on_step(entry.name, total)
+                entry.time(number)
     results = [entry.result for entry in entries]
     summarize({result.contestant: result for result in results}, baseline)
     return results
 
 
-def _time(
-    entries: Sequence[Entry],
-    effort: Effort,
-    baseline: str,
-    on_step: Callable[[str], None],
-    on_rounds: Callable[[int], None],
-) -> None:
-    """Rounds in shuffled order, each contestant at most once a round."""
-    before = {entry.name: entry.result.seconds[WARM_UP] for entry in entries}
-    wanted = {n: effort.rounds_of(took) for n, took in before.items() if took < effort.patience}
-    total = max(wanted.values(), default=0)
-    if baseline in wanted:
-        # a ratio needs both times of one round
-        wanted[baseline] = total
-    on_rounds(sum(wanted.values()))
-    racing = [entry for entry in entries if entry.name in wanted]
-    order = random.Random(0)
-    for number in range(total):
-        for entry in order.sample(racing, len(racing)):
-            if entry.result.ok and takes_part(number, wanted[entry.name], total):
-                on_step(entry.name)
-                entry.time(number + 1)
-
-
-def takes_part(number: int, wanted: int, rounds: int) -> bool:
-    """Whether a contestant with ``wanted`` of all rounds, spread evenly, is in this one."""
-    return (number + 1) * wanted // rounds > number * wanted // rounds
+def _takes_part(number: int, share: int, rounds: int) -> bool:
+    """Whether a contestant with a share of all rounds, spread evenly, takes part in this one."""
+    return number * share // rounds > (number - 1) * share // rounds

@@ -1,7 +1,20 @@
-"""How much memory there is, and in which pieces work is done."""
+"""How much memory there is, how much of it is used, and in which chunks work is done."""
 
 from jacfunc._memory.available import free_bytes
-from jacfunc._memory.chunks import Chunk, FittedChunks, Pieces, evenly, in_chunks, largest, of_leaf
+from jacfunc._memory.chunks import Chunk, FittedChunks, evenly, in_chunks, largest, of_leaf
 from jacfunc._memory.counting import PeakBytes, dense_tensors
 from jacfunc._memory.heap import keep_heap
-from jacfunc._memory.limits import LARGE, STAGED_BYTES
+from jacfunc._memory.limits import (
+    COMPARED_BYTES,
+    CROWDED_BYTES,
+    DRAWN_BYTES,
+    LARGE,
+    LEAST_SWEPT_BYTES,
+    MODEST_BYTES,
+    MOST_COPIED_BYTES,
+    MOST_SWEPT_BYTES,
+    MULTIPLIED_BYTES,
+    SPARE_BYTES,
+    SQUARED_BYTES,
+    STAGED_BYTES,
+)

@@ -1,10 +1,10 @@
-"""A range taken in chunks: of a fixed size, or as large as memory lets them be."""
+"""Ranges of seeds or samples, taken in chunks of a fixed size, or as large as memory allows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -14,42 +14,68 @@ from jacfunc._memory.counting import PeakBytes
 from jacfunc._types import Leaves
 
 GROWTH = 1.25
-"""Chunks that could grow by less stay as they are."""
+"""A chunk that could grow by less than this factor stays as it is."""
 
 ROUND = 16
-"""Products of so many vectors, or twice as many, are faster than of one more."""
+"""Products of 16 vectors, or a multiple, are faster than products of one more."""
 
+SHARE = 8
+"""Chunks that are copied elsewhere may have up to an eighth of all products."""
 
 Take: TypeAlias = Callable[[int, int], Leaves]
-"""Products of the seeds from start to stop."""
+"""Products of the seeds from ``start`` to ``stop``."""
 
 
 @dataclass(frozen=True)
 class FittedChunks:
-    """Chunks whose work, counted as it runs, stays within ``room`` bytes.
+    """Chunks that grow until the bytes they take, counted as they run, fill ``room``.
 
     The first chunk is small. Where k seeds take b bytes, n·k seeds take at most n·b, so the next
-    may be larger by room / b; after two or three the size is settled, and no longer counted: not
-    in this sweep, nor in later ones, which must be of the same kind.
-    """
+    chunk may be larger by room / b. After two or three chunks the size is settled, and nothing is
+    counted any longer, neither in this sweep nor in later ones, which must be of the same kind.
 
-    first: ClassVar[int] = 2  # a single seed is not vmapped, and would not tell what others take
+    Args:
+        room: bytes that the work on a chunk may take.
+        at_most: seeds of a chunk; None for no limit.
+        counts_products: count the products of a chunk alone, not the work: see :meth:`by_share`.
+    """
 
     room: int
     at_most: int | None = None
+    counts_products: bool = False
     settled: list[int] = field(default_factory=list, repr=False, compare=False)
-    leaves: dict[int, FittedChunks] = field(default_factory=dict, repr=False, compare=False)
-    """By number of the output leaf, of which each has sweeps of a kind of its own."""
+    """Holds the size, once it is settled."""
+    by_leaf: dict[int, FittedChunks] = field(default_factory=dict, repr=False, compare=False)
+    """The chunks of other output leaves, by number, as sweeps of each leaf take other memory."""
+
+    @classmethod
+    def by_share(cls, room: int) -> FittedChunks:
+        """Chunks whose products are copied elsewhere at once.
+
+        The products of a chunk take few bytes, or a small share of those of all chunks.
+        """
+        return cls(room, counts_products=True)
+
+    @property
+    def first(self) -> int:
+        """The size of the first chunk: a single seed is not vmapped, so its work tells nothing."""
+        return 1 if self.counts_products else 2
 
     def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
-        """A chunk, and the bytes that its work took."""
+        """The products of a chunk, and the bytes that count."""
+        if self.counts_products:
+            products = take(start, stop)
+            return products, sum(product.nbytes for product in products)
         with PeakBytes() as counter:
-            taken = take(start, stop)
-        return taken, counter.peak
+            products = take(start, stop)
+        return products, counter.peak
 
-    def next(self, size: int, peak: int, most: int) -> int:
-        """The chunk after one of this size that took so much."""
-        fitting = min(most, max(1, int(size * self.room / max(peak, 1))))
+    def next(self, size: int, nbytes: int, most: int) -> int:
+        """The size of the chunk after one of this size, which took so many bytes."""
+        room = self.room
+        if self.counts_products:
+            room = max(room, nbytes * most // (SHARE * size))
+        fitting = min(most, max(1, int(size * room / max(nbytes, 1))))
         if ROUND <= fitting < most:
             fitting -= fitting % ROUND
         if fitting in (1, most) or size <= fitting <= GROWTH * size:
@@ -57,41 +83,25 @@ class FittedChunks:
         return fitting
 
 
-class Pieces(FittedChunks):
-    """Chunks whose products go elsewhere at once: few bytes, or a small share of all products."""
-
-    first = 1
-
-    def next(self, size: int, peak: int, most: int) -> int:
-        """An eighth of all, if that is more than the room."""
-        share = FittedChunks(max(self.room, peak * most // (8 * size)), settled=self.settled)
-        return share.next(size, peak, most)
-
-    def counted(self, take: Take, start: int, stop: int) -> tuple[Leaves, int]:
-        """A chunk, and the bytes of its products."""
-        taken = take(start, stop)
-        return taken, sum(product.nbytes for product in taken)
-
-
 Chunk: TypeAlias = int | FittedChunks | None
-"""Seeds (or samples) at once; None for all."""
+"""How many seeds or samples are taken at once; None for all."""
 
 
 def of_leaf(chunk: Chunk, number: int) -> Chunk:
-    """The chunk for sweeps through one output leaf alone: the first shares it with others."""
+    """The chunk for sweeps through one output leaf; the first leaf has that of all leaves."""
     if number == 0 or not isinstance(chunk, FittedChunks):
         return chunk
-    return chunk.leaves.setdefault(number, replace(chunk, settled=[], leaves={}))
+    return chunk.by_leaf.setdefault(number, replace(chunk, settled=[], by_leaf={}))
 
 
 def largest(chunk: Chunk, total: int) -> int:
-    """The most seeds of one sweep."""
+    """The most seeds that one sweep may have."""
     size = chunk.at_most if isinstance(chunk, FittedChunks) else chunk
     return max(1, min(size or total, total))
 
 
 def evenly(total: int, each: int, most: int) -> int:
-    """How many of ``each`` bytes to take at once, for chunks of the same size below the most."""
+    """The size of even chunks of ``total`` items of ``each`` bytes, within ``most`` bytes."""
     chunks = -(-total * each // most)
     return -(-total // max(1, chunks))
 
@@ -101,20 +111,20 @@ def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:
 
     Out of memory, the chunk is halved and taken again; what was yielded before stays.
     """
-    within = (
+    fitted = (
         chunk if isinstance(chunk, FittedChunks) and not torch.compiler.is_compiling() else None
     )
     most, start = largest(chunk, total), 0
-    step = most if within is None else within.settled[-1] if within.settled else within.first
+    step = most if fitted is None else fitted.settled[-1] if fitted.settled else fitted.first
     while start < max(total, 1):
         stop = min(start + step, total)
-        counting = within if within is not None and not within.settled else None
+        counting = fitted if fitted is not None and not fitted.settled else None
         try:
-            taken, took = (
+            products, nbytes = (
                 counting.counted(take, start, stop) if counting else (take(start, stop), 0)
             )
-            yield taken
-            del taken  # or it would stay beside the next chunk
+            yield products
+            del products  # or they would stay beside the next chunk
         except RuntimeError as error:
             if stop - start <= 1 or not is_out_of_memory(error):
                 raise
@@ -122,5 +132,5 @@ def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:
             note("out of memory with %d seeds at once, goes on with %d", stop - start, step)
             continue
         if counting is not None:
-            step = counting.next(stop - start, took, most)
+            step = counting.next(stop - start, nbytes, most)
         start = max(stop, 1)

@@ -1,4 +1,4 @@
-"""Counts the memory that tensors take: what a forecast and a benchmark both measure."""
+"""Counts the memory that tensors take, for forecasts and for benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PeakBytes(TorchDispatchMode):
 
     Example:
         >>> import torch
-        >>> from jacfunc._counting import PeakBytes
+        >>> from jacfunc._memory import PeakBytes
         >>> with PeakBytes() as counter:
         ...     a = torch.empty(1000)
         ...     del a
@@ -45,11 +45,11 @@ class PeakBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = {**(kwargs or {})}
-        outputs = func(*args, **given)
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
         if getattr(func, "is_view", False):
             return outputs
-        before = {storage._cdata for storage in _storages((*args, *given.values()))}
+        before = {storage._cdata for storage in _storages((*args, *kwargs.values()))}
         for storage in _storages((outputs,)):
             # a view or an in-place result of a tensor from outside takes nothing new
             if storage._cdata in self._sizes or storage._cdata not in before:
@@ -57,7 +57,7 @@ class PeakBytes(TorchDispatchMode):
         return outputs
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Add a storage that no operation made, or what one has grown by since it was added."""
+        """Add a storage that no operation made, or the bytes that a known one has grown by."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key).atexit = False
@@ -70,9 +70,9 @@ class PeakBytes(TorchDispatchMode):
 
 
 def dense_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among arguments or results, which nest one list deep.
+    """The strided tensors among arguments or results, and in the lists that these hold.
 
-    Other layouts have no storage of their own: their parts are counted where they are made.
+    Tensors of other layouts have no storage: their parts are counted where they are made.
     """
     for value in values:
         if isinstance(value, (list, tuple)):
@@ -82,5 +82,5 @@ def dense_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """Of all but forward mode's zeros, which no memory stands behind."""
+    """The storages of tensors, but for forward mode's zeros, which have no memory."""
     return (x.untyped_storage() for x in dense_tensors(values) if not x._is_zerotensor())

@@ -1,4 +1,4 @@
-"""The heap of the C library: what is freed stays with the process."""
+"""Keeps freed memory in the C library's heap, so that later calls need not ask the system."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from jacfunc._memory.limits import LARGE
 
 KEPT_BYTES = LARGE - 2**16
-"""Bytes of the largest block that a heap keeps, with what it adds to it."""
+"""Bytes of the largest block that the heap keeps, less what the heap adds to a block."""
 
 
 @cache
 def keep_heap() -> None:
-    """From here on what a call frees stays in the heap, for the next one.
+    """Make the heap keep the memory that a call frees, for the next call.
 
-    glibc gives back what is free at the end of the heap, beyond twice the largest block that has
-    been freed so far (``M_TRIM_THRESHOLD`` in mallopt(3)). In a young process that is so little
-    that a network of a megabyte asks for the same pages in each call. One block is enough, which
-    nothing is written into; where somebody has set the threshold, it stays as it is.
+    glibc returns free memory at the end of the heap to the system, but for twice the largest block
+    that was ever freed (``M_TRIM_THRESHOLD`` in mallopt(3)). In a young process that is so little
+    that a network of a megabyte asks for the same pages in each call. So one large block is freed
+    here; nothing is written into it. A threshold that the user has set stays as it is.
     """
-    torch.UntypedStorage(KEPT_BYTES)  # no operation, which modes and transforms would see
+    torch.UntypedStorage(KEPT_BYTES)  # no operation: modes and transforms would see one

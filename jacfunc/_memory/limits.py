@@ -1,11 +1,38 @@
-"""Sizes in bytes by which memory is handled, by their meaning."""
+"""Byte counts by which memory is handled, each by what it means.
+
+Functions and fields take them as defaults, so that a test can pass a small one.
+"""
 
 from __future__ import annotations
 
 LARGE = 2**25
-"""Bytes up to which a heap keeps what is freed and hands it out again."""
-
+"""Blocks of memory up to this size stay in the C library's heap when they are freed, and are used
+again. A larger block gets new pages each time."""
 
 STAGED_BYTES = 2**24
-"""Bytes that wait to be written elsewhere: so few that the allocator keeps their memory, and the
-next piece is made in it."""
+"""Results that wait to be copied to where they belong: few enough for the heap to keep them."""
+
+LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES = 6 * 2**20, LARGE
+"""Cotangents of one sweep: enough to be worth a sweep, few enough for the heap to keep them."""
+
+MULTIPLIED_BYTES = 2**23
+"""Rows, or products of positions, that are multiplied at once: they stay in the cache."""
+
+SQUARED_BYTES = 2**22
+"""Rows that are written out at once to be squared: they stay in the cache."""
+
+DRAWN_BYTES = 2**24
+"""The part of a random matrix that exists at a time."""
+
+MOST_COPIED_BYTES = 2**26
+"""Constants of a module up to this size are copied before an evaluation that may write to them."""
+
+COMPARED_BYTES = 2**13
+"""Parameters up to this size are copied before each call and compared with it afterwards."""
+
+MODEST_BYTES = 2**26
+"""A sweep up to this size is made without a look at how much memory is free."""
+
+CROWDED_BYTES, SPARE_BYTES = 2**24, 2**23
+"""Where the rows of all samples at one operation take more than the first, the heap does not keep
+them; then a sweep takes only as many rows as fit into the second."""

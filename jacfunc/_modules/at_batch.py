@@ -11,26 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
-from jacfunc._lending import ModuleState, Select, held
-from jacfunc._linear_map import Evaluations, Some, batch_size, live, some_of
-from jacfunc._lock import alone
+from jacfunc._lending import CurrentState, Select, detached_copy
+from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._modules.batch import SampledCall
-from jacfunc._modules.call import POSITIONS, ModuleCall
+from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import InputChoice
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree
-from jacfunc.strategies import Structured, in_words_of
+from jacfunc.strategies import in_words_of
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What a user said about all calls of a module."""
+    """A module, and what a user has said about all calls of it.
+
+    Args:
+        stays: are all calls made at the parameters of the first, whatever becomes of the module?
+    """
 
     api: str
     module: nn.Module
@@ -39,12 +40,7 @@ class BatchOptions:
     randomness: Randomness
     chunk_size: int | None
     independence: Independence = field(default_factory=Independence)
-    is_held: bool = False
-    """Are all calls made at the point of the first?"""
-    strategy: Structured = field(default_factory=Structured)
-    """Remembers, from call to call, which parameters no rule covers."""
-    states: list[ModuleState] = field(default_factory=list)
-    """As the last call found the module."""
+    stays: bool = False
 
     def __post_init__(self) -> None:
         check_module(self.api, self.module)
@@ -56,50 +52,35 @@ class BatchOptions:
                 "it out, or use randomness='same'."
             )
 
-    def at(self, arguments: Arguments, is_held: bool = False) -> ModuleAtBatch:
-        """One call of the module; to be held, if it is evaluated after the door has answered."""
+    def at(self, arguments: Arguments, is_kept: bool = False) -> ModuleAtBatch:
+        """One call of the module; ``is_kept`` if the answers come after the door has returned."""
         if not is_outermost():
             raise NotImplementedError(
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
-        with alone():
-            state = self._state()
-        self.states[:] = [state]
-        if is_held or self.is_held:
-            state, arguments = state.held(), held(arguments)
-        if self.is_held:
-            self.states[:] = [state]
-        call = ModuleCall(
-            self.api,
-            state,
-            POSITIONS["params"],
-            InputChoice(),
-            arguments,
-            with_buffers=False,
-            create_graph=False,
-            independence=self.independence,
-        )
-        batch = call.batch(Sink(), self.in_dims, self.randomness)
-        return ModuleAtBatch(self, call, batch, RandomState(batch.leaves))
+        state = self._current.now()
+        if is_kept or self.stays:
+            state, arguments = state.copied(), detached_copy(arguments)
+        call = ModuleCall(self.api, state, arguments, independence=self.independence)
+        batch = call.batch(Batching(self.in_dims, self.randomness))
+        return ModuleAtBatch(call, batch, self.chunk_size, RandomState(batch.samples.leaves))
 
-    def _state(self) -> ModuleState:
-        before = next(iter(self.states), None)
-        if before is not None and before.is_held:
-            return before
-        return ModuleState.after(before, self.api, self.module, self.select)
+    @cached_property
+    def _current(self) -> CurrentState:
+        return CurrentState(self.api, self.module, self.select, self.stays)
 
     def with_targets(
-        self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_held: bool = False
+        self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_kept: bool = False
     ) -> tuple[ModuleAtBatch, Tree]:
-        """The call of all but the last of the positional arguments, and that."""
+        """The call of all positional arguments but the last, and that one: the targets."""
         if not args:
             raise TypeError(
                 f"{self.api}: the last positional argument must be the targets of the loss, got "
                 "none. Call it as (inputs, targets)."
             )
-        point = self.at((args[:-1], kwargs), is_held)
-        return point, held(args[-1]) if is_held else args[-1]
+        at_batch = self.at((args[:-1], kwargs), is_kept)
+        return at_batch, detached_copy(args[-1]) if is_kept else args[-1]
 
 
 @dataclass(frozen=True)
@@ -111,43 +92,50 @@ class BatchOutputs:
     call: FlatCall
 
     def tree(self, leaves: Leaves) -> Tree:
-        """Other values in the place of the leaves."""
+        """The tree of the output, with other leaves in it."""
         return self.call.value(leaves, self.extras)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ModuleAtBatch:
-    """A module at its parameters and a batch."""
+    """A module at its parameters and a batch.
 
-    door: BatchOptions
+    Args:
+        chunk_size: samples that are evaluated at once; None for all.
+        random_state: as it was when the call began: every evaluation draws the same numbers.
+    """
+
     call: ModuleCall
     batch: SampledCall
-    draws: RandomState
+    chunk_size: int | None
+    random_state: RandomState
+    last_call: FlatCall = field(init=False)
+    """The call of a sample that was evaluated last: it has the trees of the output."""
 
     @property
     def api(self) -> str:
-        return self.door.api
+        return self.call.api
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """The chosen ones, by name."""
+        """The chosen parameters, by name."""
         return self.call.state.point
 
     @property
     def size(self) -> int:
         """How many samples there are."""
-        return batch_size(self.batch.leaves, self.batch.dims)
+        return self.batch.samples.size
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Nothing outside is changed, and every evaluation draws the same random numbers."""
+        """Around evaluations and pullbacks: nothing outside is changed, all draw the same."""
         with self.call.undisturbed():
-            self.draws.repeat()
+            self.random_state.repeat()
             yield
 
     def factors(self) -> Iterator[tuple[slice, FactoredJacobian]]:
-        """Chunk by chunk of the samples, each parameter's Jacobian as factors."""
-        step = self.door.chunk_size or self.size
+        """The Jacobian in each parameter as factors, chunk by chunk of the samples."""
+        step = self.chunk_size or self.size
         if step >= self.size:
             yield slice(None), self._all_factors
             return
@@ -160,65 +148,57 @@ class ModuleAtBatch:
         return self.between(0, self.size)
 
     def parts_of(
-        self, factors: FactoredJacobian, cotangents: Leaves, of: Some | None = None
+        self, factors: FactoredJacobian, cotangents: Leaves, of: LeafNumbers | None = None
     ) -> dict[str, list[Part]]:
-        """What cotangents ``[K, B, *out]`` pull back, by name; not of unused parameters.
+        """What cotangents ``[K, B, *out]`` pull back to parameters, by name; none if unused.
 
-        They are those of some outputs, or of all, of which a loss may not use every one.
+        The cotangents are those ``of`` some outputs; by default of all, of which a loss may use
+        a few.
         """
         if of is None:
-            of = live(cotangents)
-            cotangents = some_of(cotangents, of)
+            of = nonzero_numbers(cotangents)
+            cotangents = chosen_leaves(cotangents, of)
         with self.undisturbed(), self.factored():
-            parts = factors.of_cotangents(cotangents, of)
-        return {name: some for name, some in zip(self.params, parts, strict=True) if some}
+            every = factors.of_cotangents(cotangents, of)
+        return {name: parts for name, parts in zip(self.params, every, strict=True) if parts}
 
     def factored(self) -> AbstractContextManager[None]:
-        """Around what is done under vmap: refusals in words of the door."""
+        """Around what is done under vmap: its refusals are in words of the door."""
         way_out = "Use module_jacobian(per_sample=True), which can take the samples one by one"
         return self.batch.under_vmap("per-sample factors need", way_out)
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
-        """Some of the samples, evaluated."""
+        """The samples from start to stop, evaluated."""
         with self.undisturbed():
             batch = self._independent
             with self.factored():
-                found = batch.factors(self.door.strategy, start, stop)
-            in_words_of(self.api, lambda: self._evaluated.check((start, stop), found.outputs))
-        return found
+                factors, self.last_call = batch.factors(start, stop)
+            in_words_of(self.api, lambda: self._evaluations.check((start, stop), factors.outputs))
+        return factors
 
     @cached_property
     def _independent(self) -> SampledCall:
-        """The batch, looked at once, whatever is asked."""
+        """The batch, once its samples are seen to be independent."""
         self.call.check_independent(self.batch)
         return self.batch
 
     @cached_property
-    def _evaluated(self) -> Evaluations:
+    def _evaluations(self) -> Evaluations:
         return Evaluations()
 
     @contextmanager
     def contracting(self) -> Iterator[None]:
-        """Nothing is recorded, and nothing is rounded to less than what it came in."""
+        """Around contractions of factors: no graph, and no autocast to a lower precision."""
         devices = {tensor.device.type for tensor in self.params.values()}
         with torch.no_grad(), ExitStack() as stack:
             for device in filter(torch.is_autocast_enabled, devices):
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
-    def outputs_of(self, factors: FactoredJacobian) -> BatchOutputs:
-        """Of the samples that were just evaluated."""
-        return BatchOutputs(factors.outputs, factors.linearization.extras, self.last_call)
-
-    @property
-    def last_call(self) -> FlatCall:
-        """Of a sample that was evaluated."""
-        return self.batch.seen[-1][0]
-
     @cached_property
     def outputs(self) -> BatchOutputs:
-        """Of all samples, evaluated chunk by chunk."""
-        chunks = [self.outputs_of(factors) for _, factors in self.factors()]
+        """The outputs of all samples, evaluated chunk by chunk."""
+        chunks = [self._outputs_of(factors) for _, factors in self.factors()]
         if len(chunks) == 1:
             return chunks[0]
         leaves = zip(*(chunk.leaves for chunk in chunks), strict=True)
@@ -226,3 +206,6 @@ class ModuleAtBatch:
         return BatchOutputs(
             tuple(map(torch.cat, leaves)), tuple(map(torch.cat, extras)), chunks[-1].call
         )
+
+    def _outputs_of(self, factors: FactoredJacobian) -> BatchOutputs:
+        return BatchOutputs(factors.outputs, factors.linearization.extras, self.last_call)

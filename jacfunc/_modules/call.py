@@ -1,28 +1,27 @@
-"""One call of a module, as a function of its parameters and inputs, and the Jacobian of that."""
+"""A call of a module as a function of its parameters and inputs, and the Jacobian of that."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import Sink
-from jacfunc._calls import FlatCall
-from jacfunc._faults import untracked
+from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
 from jacfunc._lending import ModuleState
-from jacfunc._linear_map import batch_size
+from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.checks import check_call, check_module_inputs, check_parameters, check_samples
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import InputChoice
+from jacfunc._remembered import CallKind
 from jacfunc._samples import Subject
-from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing
+from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
 from jacfunc._trees import (
     Arguments,
     Split,
@@ -38,52 +37,68 @@ from jacfunc.strategies import Evaluation, Strategy, evaluate
 
 Wrt: TypeAlias = Literal["params", "inputs"]
 POSITIONS = {"params": 0, "inputs": 1}
-"""Among what a module is a function of."""
+"""Positions of what a module is differentiated by, as ``argnums`` counts them."""
 
 
 def argnums_of(api: str, wrt: Any) -> Argnums:
-    """Positions of what is named."""
-    wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not wanted or any(w not in POSITIONS for w in wanted) or len(set(wanted)) < len(wanted):
+    """The positions of ``"params"``, ``"inputs"``, or a tuple of both.
+
+    Raises:
+        ValueError: if ``wrt`` is anything else.
+    """
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not names or any(n not in POSITIONS for n in names) or len(set(names)) < len(names):
         raise ValueError(
             f"{api}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
             "Choose single parameters with select=, single inputs with inputs=."
         )
-    found = tuple(POSITIONS[w] for w in wanted)
-    return found[0] if isinstance(wrt, str) else found
+    positions = tuple(POSITIONS[name] for name in names)
+    return positions[0] if isinstance(wrt, str) else positions
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Which dimensions of the inputs hold the samples, and how samples draw random numbers."""
+
+    in_dims: Tree = 0
+    randomness: Randomness = "error"
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """Arguments of one call, and what is to become of it."""
+    """A module at the arguments of one call; by default differentiated by its parameters.
+
+    Args:
+        arguments: positional ones, and those by keyword.
+        argnums: what it is differentiated by, see :func:`argnums_of`.
+        choice: which of the inputs, if by inputs.
+        with_buffers: does it return its output and its buffers, rather than the output alone?
+        create_graph: is the Jacobian differentiable in parameters and inputs?
+    """
 
     api: str
     state: ModuleState
-    argnums: Argnums
-    choice: InputChoice
     arguments: Arguments
-    with_buffers: bool
-    create_graph: bool
+    argnums: Argnums = POSITIONS["params"]
+    choice: InputChoice = field(default_factory=InputChoice)
+    with_buffers: bool = False
+    create_graph: bool = False
     independence: Independence = field(default_factory=Independence)
 
-    def of_all(self, strategy: Strategy, sink: Sink) -> Evaluation:
-        """The Jacobian of the call as it is."""
-        with self.undisturbed():
-            return evaluate(self.api, self.flat_call(self.arguments, None), strategy, sink)
-
-    def of_samples(
-        self, strategy: Strategy, sink: Sink, in_dims: Tree, randomness: Randomness
-    ) -> Evaluation:
-        """The Jacobian of every sample."""
-        batch = self.batch(sink, in_dims, randomness)
+    def jacobian(self, strategy: Strategy, sink: Sink, batching: Batching | None) -> Evaluation:
+        """The Jacobian of every sample; of the call as a whole, without ``batching``."""
+        if batching is None:
+            with self.undisturbed():
+                return evaluate(self.api, self.flat_call(self.arguments), strategy, sink)
+        batch = self.batch(batching, sink)
         with self.undisturbed():
             self.check_independent(batch)
             return batch.run(strategy)
 
-    def batch(self, sink: Sink, in_dims: Tree, randomness: Randomness) -> SampledCall:
-        """The call as one of many samples."""
+    def batch(self, batching: Batching, sink: Sink | None = None) -> SampledCall:
+        """The call at many samples, which are those of its arguments."""
         check_samples(self.api, self.state)
-        every_dim = sample_dims(self.api, in_dims, self.arguments)
+        every_dim = sample_dims(self.api, batching.in_dims, self.arguments)
         split = Split.of(self.arguments, is_tensor)
         dims = [d for d, is_leaf in zip(every_dim, split.is_chosen, strict=True) if is_leaf]
         check_batch(self.api, split.leaves, dims)
@@ -91,22 +106,23 @@ class ModuleCall:
         def call_of(leaves: Leaves) -> FlatCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
-        module, point = self.state.module, tuple(self.state.point)
-        kind = self.argnums, point, kinds_of(self.arguments), tuple(dims)
-        leaves, has_layers = split.leaves, not self._differentiates("inputs")
-        return SampledCall(
-            self.api, call_of, leaves, dims, module, kind, randomness, sink, has_layers
-        )
+        state, point = self.state, tuple(self.state.point)
+        of_call = self.argnums, point, kinds_of(self.arguments), tuple(dims)
+        kind = CallKind(state.module, of_call, state.origin or state)
+        samples = Samples(split.leaves, dims, batching.randomness)
+        has_layers = not self._differentiates("inputs")
+        return SampledCall(self.api, call_of, samples, kind, has_layers, sink or Sink())
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost():
-            kind = batch.kind, self.argnums
+            kind = batch.kind.kind
             self.independence.check(self.api, self.state, kind, lambda: self._subject(batch))
 
     def _subject(self, batch: SampledCall) -> Subject:
         """The module at the batch, in all its parameters but those of TorchScript."""
         state, split = self.state, Split.of(self.arguments, is_tensor)
+        module = state.module
         scripted = {
             id(param)
             for part in state.parts.values()
@@ -121,24 +137,23 @@ class ModuleCall:
 
         def whole(params: Leaves, leaves: Leaves) -> Leaves:
             args, kwargs = split.merge(leaves)
-            with state.lent(dict(zip(values, params, strict=True))):
-                output = state.parts[""].module(*args, **kwargs)
+            with state.lent_for_evaluation(dict(zip(values, params, strict=True))):
+                output = module(*args, **kwargs)
             return tuple(filter(is_differentiable, flatten(output)[0]))
 
-        width = 0
+        by_inputs, width = self._differentiates("inputs"), 0
         if self._differentiates("params"):
             width += sum(param.numel() for param in state.point.values())
-        if self._differentiates("inputs"):
-            chosen = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
-            width += sum(x.numel() for x in chosen) // batch_size(batch.leaves, batch.dims)
-        by_inputs = self._differentiates("inputs")
-        params, renewing = tuple(values.values()), state.as_evaluated
-        return Subject(whole, params, batch.leaves, batch.dims, width, by_inputs, renewing)
+        if by_inputs:
+            inputs = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
+            width += sum(x.numel() for x in inputs) // batch.samples.size
+        params = tuple(values.values())
+        return Subject(whole, params, batch.samples, width, by_inputs, state.as_evaluated)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """The call is checked, and whatever it does, nothing outside is changed."""
-        state = self.state
+        """Around all sweeps of the call, which is checked first: nothing outside is changed."""
+        state, params = self.state, self._variables()
         check_call(self.api, state, self.create_graph)
         if self._differentiates("inputs"):
             check_module_inputs(self.api, self.choice.split(self.arguments))
@@ -148,15 +163,19 @@ class ModuleCall:
             alone(),
             RandomState(_tensors_of(state)).kept(),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
-            state.kept(self._point(), self.api),
+            state.lent_for_call(self.api, params),
         ):
             yield
 
-    def flat_call(self, arguments: Arguments, dims: Sequence[int | None] | None) -> FlatCall:
-        """As a function of leaves; of one sample where there are dims, which it then lacks."""
+    def flat_call(self, arguments: Arguments, dims: Sequence[int | None] | None = None) -> FlatCall:
+        """The call as a function of leaves, at these arguments.
+
+        With ``dims`` the arguments are those of one sample, without the dimension of samples; the
+        module gets a batch of one.
+        """
         # plans go by what this closes over, the module above all
-        state, module, point = self.state, self.state.parts[""].module, self._point()
-        hooks = state.hooks() if point else {}
+        state, module, variables = self.state, self.state.module, self._variables()
+        hooks = state.hooks() if variables else {}
         if hooks and self.create_graph:
             raise NotImplementedError(
                 f"{self.api}: with create_graph=True parameters must have no hooks, which would "
@@ -164,58 +183,59 @@ class ModuleCall:
             )
 
         def call(params: dict[str, Tensor], chosen: Tree, arguments: Arguments) -> Tree:
-            args, kwargs = self._renewed(chosen, arguments, dims)
+            args, kwargs = self._arguments_with(chosen, arguments, dims)
             if is_pushing():
                 state.check_forward()
-            for name, some in hooks.items() if params else ():
-                for hook in some if params[name].requires_grad else ():
+            for name, own in hooks.items() if params else ():
+                for hook in own if params[name].requires_grad else ():
                     params[name].register_hook(hook)
-            with state.lent(params or point, (args, kwargs) if params else None):
+            followed = (args, kwargs) if params else None
+            with state.lent_for_evaluation(params or variables, followed):
                 output = module(*args, **kwargs)
                 if inside_derivative():  # where no graph is looked at
                     with untracked():
                         state.check_fresh(flatten(output)[0])
                 if dims is not None:
-                    output = map_tensors(self._of_one, output)
+                    output = map_tensors(self._unbatched, output)
                 return (output, state.buffers_now()) if self.with_buffers else output
 
-        params = point if self._differentiates("params") else {}
+        params = variables if self._differentiates("params") else {}
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)
 
-        @cache
         def kind() -> Hashable:
             # parameters keep their shapes: calls of one module differ in their inputs
-            return self.argnums, tuple(point), kinds_of(arguments)
+            return self.argnums, tuple(variables), kinds_of(arguments)
 
-        return FlatCall(self.api, call, self.argnums, self.with_buffers, every, {}, kind, state)
+        derivation = Derivation(self.api, call, self.argnums, self.with_buffers)
+        return FlatCall(derivation, every, {}, ModuleOrigin(state, kind))
 
-    def _renewed(
+    def _arguments_with(
         self, chosen: Tree, arguments: Arguments, dims: Sequence[int | None] | None
     ) -> Arguments:
-        """The arguments with what was chosen, and copies of all else: a module may write there."""
+        """The arguments with the chosen ones, and copies of the rest: a module may write there."""
         differentiated = {id(leaf) for leaf in flatten(chosen)[0] if is_differentiable(leaf)}
         if chosen is not None:
             arguments = self.choice.join(chosen, arguments)
         leaves, spec = flatten(arguments)
-        fresh = [
+        copies = [
             x if id(x) in differentiated or not isinstance(x, Tensor) else x.clone() for x in leaves
         ]
         if dims is not None:
-            fresh = [x if d is None else x.unsqueeze(d) for x, d in zip(fresh, dims, strict=True)]
-        renewed: Arguments = unflatten(spec, fresh)
-        return renewed
+            copies = [x if d is None else x.unsqueeze(d) for x, d in zip(copies, dims, strict=True)]
+        with_copies: Arguments = unflatten(spec, copies)
+        return with_copies
 
-    def _point(self) -> dict[str, Tensor]:
-        """Parameters that are not constants."""
+    def _variables(self) -> dict[str, Tensor]:
+        """Parameters for which evaluations get other tensors; all others are constants."""
         return self.state.point if self.create_graph or self._differentiates("params") else {}
 
     def _differentiates(self, what: str) -> bool:
         argnums = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         return POSITIONS[what] in argnums
 
-    def _of_one(self, output: Tensor) -> Tensor:
-        """An output of one sample; the loss of a batch has no batch in front."""
+    def _unbatched(self, output: Tensor) -> Tensor:
+        """The output of a batch of one without the batch, which a loss does not have."""
         if output.dim() and output.shape[0] != 1:
             raise ValueError(
                 f"{self.api}: per_sample needs every output to have the batch in front, got shape "

@@ -1,4 +1,4 @@
-"""What a call of a module must fulfil, and what torch would get wrong inside it."""
+"""Checks of a module and of a call of it, before anything is evaluated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jacfunc._types import Tree, is_differentiable
 
 
 def check_module(api: str, module: object) -> None:
-    """Functions have doors of their own."""
+    """Refuse what is no module: functions have doors of their own."""
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"{api}: module must be an nn.Module, got {type(module).__name__}. "
@@ -21,7 +21,7 @@ def check_module(api: str, module: object) -> None:
 
 
 def check_call(api: str, state: ModuleState, create_graph: bool) -> None:
-    """What no call can do."""
+    """Refuse a detached result inside another derivative, and modules on several devices."""
     if not create_graph and inside_derivative():
         raise ValueError(
             f"{api}: inside another derivative the result must keep its graph, got "
@@ -36,9 +36,9 @@ def check_call(api: str, state: ModuleState, create_graph: bool) -> None:
             )
 
 
-def check_module_inputs(api: str, point: Tree) -> None:
-    """Inputs to differentiate by."""
-    leaves = flatten(point)[0]
+def check_module_inputs(api: str, inputs: Tree) -> None:
+    """Refuse inputs to differentiate by of which none is differentiable."""
+    leaves = flatten(inputs)[0]
     if leaves and not any(map(is_differentiable, leaves)):
         kinds = sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves})
         raise TypeError(
@@ -48,7 +48,7 @@ def check_module_inputs(api: str, point: Tree) -> None:
 
 
 def check_parameters(api: str, state: ModuleState) -> None:
-    """Torch's compiled code keeps to what it once took for constants."""
+    """Refuse chosen parameters of TorchScript, whose compiled code may take them for constants."""
     for part in state.parts.values():
         if part.is_scripted:
             own = {id(param) for param in part.params.values()}
@@ -60,7 +60,7 @@ def check_parameters(api: str, state: ModuleState) -> None:
 
 
 def check_samples(api: str, state: ModuleState) -> None:
-    """Samples must not depend on each other."""
+    """Refuse modules whose samples are known to depend on each other, or not to lie in front."""
     for name, part in state.parts.items():
         module = part.module
         scripted = str(module.original_name) if part.is_scripted else ""

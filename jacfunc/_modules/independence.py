@@ -1,4 +1,4 @@
-"""When to look whether samples depend on each other: whenever the answer may have changed."""
+"""When batches are compared to see whether samples depend on each other."""
 
 from __future__ import annotations
 
@@ -7,78 +7,82 @@ from dataclasses import dataclass, field
 from functools import cache
 from operator import is_
 from typing import Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.utils.weak import WeakIdKeyDictionary
 
 from jacfunc._errors import Refused
 from jacfunc._lending import SIMPLE, ModulePart, ModuleState
-from jacfunc._remembered import MOST_KINDS, Recent
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import Coupling, GradientOf, Subject, coupling, loss_coupling
 from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None
-"""Whether samples depend on each other: looked at now and then, known not to, always looked at."""
+"""None: compare batches now and then. True: samples are known to be independent. ``"always"``:
+compare at every call."""
 
-MANY, LARGE = 128, 2**24
-"""Outputs of a sample, and entries of all samples' Jacobians, from which on a check is a few
-hundredths of their cost."""
+MANY_ROWS, MANY_ENTRIES = 128, 2**24
+"""With so many outputs of a sample, and so many entries of all samples' Jacobians, a comparison
+takes a few hundredths of the time of these."""
 
 FEW_CALLS = 8
-"""Samples that are evaluated at once where memory is to be spared."""
+"""How many samples are evaluated at once where memory is to be spared."""
 
-_TORCHS = frozenset(vars(nn.Module())) - {"training"}
-"""What parts hold beside attributes of their own."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that every module has, but for its mode."""
 
 
 @dataclass
 class KnownCalls:
-    """Calls of one kind."""
+    """What is known of the calls of one kind: how many there were, and whether they are large."""
 
-    calls: int = 0
+    count: int = 0
     is_large: bool = False
 
     @property
     def is_due(self) -> bool:
-        """Is the last of them to be looked at?"""
-        return self.calls & (self.calls - 1) == 0
+        """Is the last call the first, the second, the fourth, the eighth, …?"""
+        return self.count & (self.count - 1) == 0
 
 
 @dataclass(frozen=True)
 class Independence:
-    """What a user says about samples, and what may be evaluated to see it."""
+    """When the samples of a door's calls are compared with those of another batch.
 
-    said: Independent = None
+    Args:
+        independent: what the user has said.
+        at_once: samples that are evaluated together, drawn at random; None for all.
+        by_rows: is every output of a sample swept?
+    """
+
+    independent: Independent = None
     at_once: int | None = None
-    """Samples evaluated together, drawn at random; None for all."""
     by_rows: bool = True
-    """Is every output of a sample swept?"""
 
     @classmethod
     def of(
-        cls, api: str, said: Any, at_once: int | None = None, by_rows: bool = True
+        cls, api: str, independent: Any, at_once: int | None = None, by_rows: bool = True
     ) -> Independence:
         """Raises ValueError for anything else than None, True and "always"."""
-        if said is not None and said is not True and said != "always":
+        if independent is not None and independent is not True and independent != "always":
             raise ValueError(
-                f"{api}: independent must be None, True or 'always', got {said!r}. "
+                f"{api}: independent must be None, True or 'always', got {independent!r}. "
                 "Pass True if you know that samples do not depend on each other."
             )
-        return cls(said, None if at_once is None else max(FEW_CALLS, at_once), by_rows)
+        return cls(independent, None if at_once is None else max(FEW_CALLS, at_once), by_rows)
 
     def check(
         self, api: str, state: ModuleState, kind: Hashable, subject_of: Callable[[], Subject]
     ) -> None:
-        """Refuse samples that change with others.
+        """Refuse a module whose samples depend on each other, where it is time to compare.
 
         Raises:
             ValueError: if they do.
             Refused: if the module returns other numbers each time.
         """
 
-        def look(number: int) -> Coupling:
+        def compare(number: int) -> Coupling:
             try:
                 return coupling(subject_of(), number, number == 1, self.at_once)
             except Refused as refusal:
@@ -89,7 +93,7 @@ class Independence:
                 ) from refusal
 
         kind = kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
-        if what := self._changing(lambda: _kinds_of_state(state), kind, look):
+        if what := self._what_changes(lambda: _kinds_of_state(state), kind, compare):
             raise ValueError(
                 f"{api}: per_sample needs samples that do not depend on each other, got a module "
                 f"with {what}. Use module_jacobian without per_sample, which differentiates the "
@@ -100,122 +104,121 @@ class Independence:
         """Refuse a loss whose gradient in the outputs of a sample changes with those of others.
 
         Raises:
-            ValueError: if it does.
+            ValueError: if it does, where it is time to compare.
         """
         kind = tuple((out.shape, out.dtype) for out in outputs)
 
-        def look(number: int) -> Coupling:
+        def compare(number: int) -> Coupling:
             return loss_coupling(gradient_of, outputs, number)
 
-        if self._changing(lambda: _kinds_of_loss(loss), kind, look):
+        if self._what_changes(lambda: _kinds_of_loss(loss), kind, compare):
             raise ValueError(
                 f"{api}: the loss must be a sum or mean over samples, got one whose gradient in "
                 "the outputs of a sample changes with those of others. Use a loss that adds up "
                 "what it finds of each sample, or pass independent=True to take it as it is."
             )
 
-    def _changing(
+    def _what_changes(
         self,
         kinds_of: Callable[[], Recent[KnownCalls]],
         kind: Hashable,
-        look: Callable[[int], Coupling],
+        compare: Callable[[int], Coupling],
     ) -> str | None:
-        """What changes with the other samples, where it is time to look.
+        """What changes with the other samples, in words, where it is time to compare.
 
-        That is at the first call of a kind of what is as it was; at the second, fourth, eighth, …,
-        as values that nobody sees may have changed; at every call where it costs little.
+        That is at the first call of a kind since the module has changed; at the second, fourth,
+        eighth, …, as values that nobody sees may have changed; at every call where it costs little.
         """
-        if self.said is True:
+        if self.independent is True:
             return None
         kinds = kinds_of()
-        seen = kinds.pop(kind, None) or KnownCalls()
-        seen.calls += 1
-        if seen.is_due or self.said == "always" or (self.by_rows and seen.is_large):
-            found = look(seen.calls)
-            if found.what:
-                return found.what
-            seen.is_large = found.rows >= MANY and found.entries >= LARGE
-        kinds.put(kind, seen)
+        calls = kinds.pop(kind, None) or KnownCalls()
+        calls.count += 1
+        if calls.is_due or self.independent == "always" or (self.by_rows and calls.is_large):
+            coupled = compare(calls.count)
+            if coupled.what:
+                return coupled.what
+            calls.is_large = coupled.rows >= MANY_ROWS and coupled.entries >= MANY_ENTRIES
+        kinds.put(kind, calls)
         return None
 
 
 def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -> None:
-    """Look at a module as it is, at the first, second, fourth, eighth, … call of a kind.
+    """Call ``look`` at the first, second, fourth, eighth, … call of a kind of a module.
 
-    After a look that raises, the next call is a first one.
+    Where it raises, or the module has changed, the next call is a first one.
     """
     kinds = _kinds_of_state(state)
-    seen = kinds.pop(kind, None) or KnownCalls()
-    seen.calls += 1
-    if seen.is_due:
+    calls = kinds.pop(kind, None) or KnownCalls()
+    calls.count += 1
+    if calls.is_due:
         look()
-    kinds.put(kind, seen)
+    kinds.put(kind, calls)
 
 
 @dataclass
-class _Known:
-    """Kinds of calls of a module as its marks tell that it is."""
+class _MarkedCalls:
+    """Calls of a module, or a loss, while its marks stay the same."""
 
     marks: list[Any]
     kinds: Recent[KnownCalls] = field(default_factory=lambda: Recent(MOST_KINDS))
 
 
 @cache
-def _known() -> WeakIdKeyDictionary:
-    """By modules, of which two may be equal and yet do something else."""
-    return WeakIdKeyDictionary()
+def _calls_of() -> Remembered[_MarkedCalls]:
+    """What is remembered of each module or loss."""
+    return Remembered()
 
 
 @cache
-def _by_state() -> WeakKeyDictionary[ModuleState, Recent[KnownCalls]]:
-    """The kinds of calls, found sooner: of a module that has changed there is another state."""
-    return WeakKeyDictionary()
+def _calls_of_state() -> Remembered[Recent[KnownCalls]]:
+    """What is remembered of each state, so that marks are compared once for each."""
+    return Remembered()
 
 
 def _kinds_of(called: Any, marks: list[Any]) -> Recent[KnownCalls]:
-    """None are known of what has changed, or can't be referred to weakly."""
-    try:
-        known: _Known | None = _known().get(called)
-        if known is None or not _are_same(known.marks, marks):
-            known = _known()[called] = _Known(marks)
-    except TypeError:
-        return Recent(MOST_KINDS)
+    """The known calls of a module or a loss, by kind; none if its marks are others than before."""
+    known = _calls_of().get(called, None)
+    if known is None or not _are_same(known.marks, marks):
+        known = _MarkedCalls(marks)
+        _calls_of().put(called, None, known)
     return known.kinds
 
 
 def _kinds_of_state(state: ModuleState) -> Recent[KnownCalls]:
-    """Of a module and its point."""
+    """The known calls of a module at its chosen parameters, by kind."""
     state = state.origin or state
-    kinds = _by_state().get(state)
-    if kinds is None:
-        marks = [mark for part in state.parts.values() for mark in _of(part)]
+
+    def find() -> Recent[KnownCalls]:
+        marks = [mark for part in state.parts.values() for mark in _marks_of(part)]
         marks += [_mark(param) for param in state.point.values()]
-        kinds = _by_state()[state] = _kinds_of(state.parts[""].module, marks)
-    return kinds
+        return _kinds_of(state.module, marks)
+
+    return _calls_of_state().get_or_make(state, None, find)
 
 
 def _kinds_of_loss(loss: Any) -> Recent[KnownCalls]:
     parts = map(ModulePart.of, loss.modules()) if isinstance(loss, nn.Module) else ()
-    return _kinds_of(loss, [mark for part in parts for mark in _of(part)])
+    return _kinds_of(loss, [mark for part in parts for mark in _marks_of(part)])
 
 
 def _are_same(these: list[Any], those: list[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
 
 
-def _of(part: ModulePart) -> list[Any]:
-    """What a part is made of, kept weakly: whoever remembers it must not keep it alive."""
-    own = {key: x for key, x in part.attributes.items() if key not in _TORCHS}
-    filled = [some for _, some in part.filled if isinstance(some, dict)]
+def _marks_of(part: ModulePart) -> list[Any]:
+    """The objects that a part is made of, as weak references: what remembers them is no owner."""
+    own = {key: x for key, x in part.attributes.items() if key not in _OF_EVERY_MODULE}
+    registries = [registry for _, registry in part.filled if isinstance(registry, dict)]
     marks: list[Any] = [ref(part.module), getattr(type(part.module), "forward", None), len(own)]
-    for some in (own, part.params, part.buffers, *filled):
-        for key, value in some.items():
+    for table in (own, part.params, part.buffers, *registries):
+        for key, value in table.items():
             marks += (key, _mark(value))
     return marks
 
 
 def _mark(value: Any) -> Any:
-    """The same object for the same object, and for no other."""
+    """A mark of a value: that of another object is another one."""
     if type(value) in SIMPLE:
         return value
     try:

@@ -1,4 +1,4 @@
-"""A module's own inputs: which of them are differentiated, and which dimension holds samples."""
+"""The choice of inputs that a module is differentiated by: by position, by name, or by path."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ Key: TypeAlias = int | str
 
 @dataclass(frozen=True)
 class ConstantInput:
-    """An input that stays constant, hidden from whoever differentiates every tensor."""
+    """An input that stays constant: a tensor in a box, which is no leaf to differentiate."""
 
     tensor: Tensor
 
 
 @dataclass(frozen=True)
 class InputPick:
-    """An argument of one call, by position or name, or those of its leaves that a path fits."""
+    """An argument of one call, by position or name; with a path, some of its leaves."""
 
     key: Key
     path: str
 
     def of(self, arguments: Arguments) -> Tree:
-        """The argument, with leaves that do not fit held."""
+        """The argument; leaves that the path does not name are constants in it."""
         args, kwargs = arguments
         tree = args[self.key] if isinstance(self.key, int) else kwargs[self.key]
         if not self.path:
             return tree
         leaves, spec = flatten(tree)
-        shown = zip(leaves, paths(tree, ""), strict=True)
-        return unflatten(spec, [x if self.fits(path) else _held(x) for x, path in shown])
+        pairs = zip(leaves, paths(tree, ""), strict=True)
+        return unflatten(spec, [x if self.names(path) else _constant(x) for x, path in pairs])
 
-    def fits(self, path: str) -> bool:
-        """Is it this path, one that its stars stand for, or one below?"""
+    def names(self, path: str) -> bool:
+        """Does the pick name the leaf at a path? It names all leaves below its own; * fits all."""
         pattern = re.escape(self.path).replace(r"\*", ".*")
         return re.fullmatch(rf"{pattern}([\[.].*)?", path) is not None
 
 
 @dataclass(frozen=True)
 class InputChoice:
-    """What is differentiated of one call's arguments: the picks, or whatever there is."""
+    """The inputs that one call is differentiated by: some picks, or all there are."""
 
     picks: tuple[InputPick, ...] = ()
     is_single: bool = False
@@ -57,7 +57,7 @@ class InputChoice:
     def of(
         cls, api: str, module: nn.Module, inputs: Key | Sequence[Key] | None, arguments: Arguments
     ) -> InputChoice:
-        """From positions, names and paths: ``0``, ``"mask"``, ``"batch['image']"``.
+        """The choice by positions, names and paths: ``0``, ``"mask"``, ``"batch['image']"``.
 
         Raises:
             ValueError: if there is no such argument, or no such path in it.
@@ -69,7 +69,7 @@ class InputChoice:
         return cls(tuple(_pick(api, module, key, arguments) for key in keys), is_single)
 
     def split(self, arguments: Arguments) -> Tree:
-        """The chosen arguments: one alone, several in a tuple, all of them by name in a dict."""
+        """The chosen arguments: one as it is, several as a tuple, all by keyword as a dict."""
         args, kwargs = arguments
         if not self.picks:
             return (args[0] if len(args) == 1 else args) if args else kwargs
@@ -77,23 +77,23 @@ class InputChoice:
         return chosen[0] if self.is_single else chosen
 
     def join(self, chosen: Tree, arguments: Arguments) -> Arguments:
-        """All arguments, those that were chosen given anew."""
+        """All arguments, with new ones in the place of those that are chosen."""
         args, kwargs = arguments
         if not self.picks:
             if not args:
                 return args, chosen
             return ((chosen,) if len(args) == 1 else chosen), kwargs
-        left, named = list(args), dict(kwargs)
+        positional, by_name = list(args), dict(kwargs)
         for pick, tree in zip(self.picks, (chosen,) if self.is_single else chosen, strict=True):
-            place: Any = left if isinstance(pick.key, int) else named
-            place[pick.key] = _laid_over(place[pick.key], tree)
-        return tuple(left), named
+            place: Any = positional if isinstance(pick.key, int) else by_name
+            place[pick.key] = _overlaid(place[pick.key], tree)
+        return tuple(positional), by_name
 
 
 def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputPick:
-    """Positional arguments have names too: those of ``forward``."""
+    """The pick that a key means; positional arguments have names, too: those of ``forward``."""
     args, kwargs = arguments
-    name, path = (key, "") if isinstance(key, int) else _parted(key)
+    name, path = (key, "") if isinstance(key, int) else _name_and_path(key)
     if isinstance(name, str) and name not in kwargs:
         named = list(inspect.signature(module.forward).parameters)[: len(args)]
         name = named.index(name) if name in named else name
@@ -107,7 +107,7 @@ def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputP
         )
     pick = InputPick(name, path)
     tree = args[name] if isinstance(name, int) else kwargs[name]
-    if path and not any(map(pick.fits, paths(tree, ""))):
+    if path and not any(map(pick.names, paths(tree, ""))):
         raise ValueError(
             f"{api}: inputs must be paths to leaves, got {key!r}. "
             f"There are {', '.join(paths(tree, str(name))[:5])}."
@@ -115,18 +115,18 @@ def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputP
     return pick
 
 
-def _parted(key: str) -> tuple[str, str]:
+def _name_and_path(key: str) -> tuple[str, str]:
     """``"batch['image']"`` → ``("batch", "['image']")``."""
-    found = re.search(r"[\[.]", key)
-    return (key, "") if found is None else (key[: found.start()], key[found.start() :])
+    start = re.search(r"[\[.]", key)
+    return (key, "") if start is None else (key[: start.start()], key[start.start() :])
 
 
-def _held(leaf: Any) -> Any:
+def _constant(leaf: Any) -> Any:
     return ConstantInput(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _laid_over(given: Tree, tree: Tree) -> Tree:
-    """The new leaves where they are not held, those given before elsewhere."""
+def _overlaid(argument: Tree, tree: Tree) -> Tree:
+    """The leaves of a tree, and where these are constants, those of the argument."""
     new, spec = flatten(tree)
-    pairs = zip(new, flatten(given)[0], strict=True)
+    pairs = zip(new, flatten(argument)[0], strict=True)
     return unflatten(spec, [old if isinstance(x, ConstantInput) else x for x, old in pairs])

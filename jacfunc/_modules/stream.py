@@ -1,4 +1,4 @@
-"""The door to Jacobians that are never whole: blocks one after the other, from one evaluation."""
+"""The door to Jacobians that are never whole: an iterator over blocks, from one evaluation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import Sink, rows_to_blocks, stack_leaves, sweep_leaves
+from jacfunc._assembly import rows_to_blocks, stack_leaves, sweep_leaves
 from jacfunc._errors import Refused
-from jacfunc._lending import ModuleState, Select, held
-from jacfunc._linear_map import EVERY, JacobianOperator, batch_size, narrowed
-from jacfunc._lock import alone
-from jacfunc._memory import STAGED_BYTES, Chunk, Pieces, in_chunks
+from jacfunc._lending import CurrentState, Select, detached_copy
+from jacfunc._linear_map import EVERY, JacobianOperator, narrowed
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, in_chunks
 from jacfunc._modules.batch import SampledCall
-from jacfunc._modules.call import POSITIONS, ModuleCall
+from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
-from jacfunc._modules.inputs import InputChoice
 from jacfunc._planning import Auto
 from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import Split, flatten, unflatten
@@ -43,39 +41,39 @@ def stream_jacobian(
     randomness: Randomness = "error",
     independent: Independent = None,
 ) -> Callable[..., Items]:
-    """A module's Jacobian in its parameters, block by block: to reduce what would not fit.
+    """A module's Jacobian in its parameters, a block at a time: to reduce one that would not fit.
 
-    The module is evaluated once, and each block pulled back from that evaluation when it is asked
-    for. Norms, projections, Gram matrices are sums over blocks.
+    The module is evaluated once, and each block is pulled back from that evaluation when the loop
+    asks for it. Norms, projections and Gram matrices are sums over blocks.
 
     Args:
         module: any ``nn.Module``.
-        by: ``"params"`` gives ``(name, block)``, one parameter at a time; ``"rows"`` gives
-            ``(slice, {name: [K, *param]})``, the outputs of all leaves in a row, no slice with two
-            leaves; ``"samples"`` gives ``(slice, J)`` of some samples, as
-            :func:`jacfunc.module_jacobian` would.
+        by: what a block is. ``"params"`` gives ``(name, block)``, one parameter at a time.
+            ``"rows"`` gives ``(slice, {name: [K, *param]})``: rows of the Jacobian, counted through
+            all output leaves; no block has rows of two leaves. ``"samples"`` gives ``(slice, J)``:
+            some samples, and what :func:`jacfunc.module_jacobian` returns for them.
         select: which parameters, as in :func:`jacfunc.module_jacobian`.
-        per_sample: each sample on its own: blocks have the batch in front.
-        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        per_sample: differentiate each sample on its own; blocks have the batch in front.
+        in_dims: the dimension of samples in the inputs, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
             16 MiB, or an eighth of all.
-        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
-        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
-            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+        randomness: how samples draw random numbers, as in :func:`jacfunc.module_jacobian`.
+        independent: when to compare batches to see whether samples depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
 
     Returns:
-        A function of the module's own inputs, which returns an iterator. The module is as it was
-        whenever a block has been handed out. All blocks are those of the point at which the
-        function was called, of which copies are kept: module and data may change meanwhile.
+        A function of the module's own inputs, which returns an iterator. Whenever it has handed out
+        a block, the module is as it was. All blocks are those of the point at which the function
+        was called, of which it keeps copies: module and data may change meanwhile.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
         NotImplementedError: what torch refuses; inside a transform, where no graph is kept.
 
     Cost:
-        One evaluation and, by rows, the pullbacks of a whole Jacobian; by parameters the part of
-        these that leads to the parameter, for each anew. Memory of one evaluation, one
-        block, and a copy of the module and the batch.
+        One evaluation. By rows, the pullbacks of a whole Jacobian; by parameters, for each one the
+        part of these pullbacks that leads to it. Memory of one evaluation, of one block, and of a
+        copy of the module and the batch.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:
@@ -98,26 +96,18 @@ def stream_jacobian(
                 f"{API}: blocks must be pulled back one after the other from a graph that is kept, "
                 "got a call inside a transform. Use module_jacobian there."
             )
-        with alone():  # it answers later: of the module and the batch as they are now
-            state = ModuleState.of(API, module, select).held()
-        args, kwargs = held((args, kwargs))
-        draws = RandomState(tuple(filter(is_tensor, flatten((args, kwargs))[0])))
-        call = ModuleCall(
-            API,
-            state,
-            POSITIONS["params"],
-            InputChoice(),
-            (args, kwargs),
-            with_buffers=False,
-            create_graph=False,
-            independence=independence,
-        )
-        batch = call.batch(Sink(), in_dims, randomness) if per_sample else None
-        chunk: Chunk = chunk_size or Pieces(STAGED_BYTES)
+        # blocks come later, and must be those of the module and the batch as they are now
+        state = CurrentState(API, module, select, stays=True).now()
+        arguments = detached_copy((args, kwargs))
+        random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
+        call = ModuleCall(API, state, arguments, independence=independence)
+        batching = Batching(in_dims, randomness)
+        batch = call.batch(batching) if per_sample else None
+        chunk: Chunk = chunk_size or FittedChunks.by_share(STAGED_BYTES)
         if batch is not None and by == "samples":
-            return _by_samples(call, batch, chunk, in_dims, draws)
-        rows = partial(_Rows, call, batch, draws)
-        return _by_rows(rows, chunk) if by == "rows" else _by_params(rows, chunk)
+            return _by_samples(call, batch, batching, chunk, random_state)
+        evaluate = partial(EvaluatedModule, call, batch, random_state)
+        return _by_rows(evaluate, chunk) if by == "rows" else _by_params(evaluate, chunk)
 
     return stream_jacobian_of
 
@@ -136,37 +126,41 @@ def _check_by(by: object, per_sample: bool) -> None:
 
 
 def _by_samples(
-    call: ModuleCall, batch: SampledCall, chunk: Chunk, in_dims: Tree, draws: RandomState
+    call: ModuleCall,
+    batch: SampledCall,
+    batching: Batching,
+    chunk: Chunk,
+    random_state: RandomState,
 ) -> Items:
     split, strategy = Split.of(call.arguments, is_tensor), Auto()
     structure: list[Any] = []
     with call.undisturbed():
-        draws.repeat()
+        random_state.repeat()
         call.check_independent(batch)
 
     def take(start: int, stop: int) -> Leaves:
-        part = split.merge(narrowed(batch.leaves, batch.dims, start, stop))
-        some = replace(call, arguments=part)
-        with some.undisturbed():
-            draws.repeat()
-            found = some.batch(Sink(), in_dims, batch.randomness).run(strategy)
-        leaves, spec = flatten(found.jacobian())
+        leaves = narrowed(batch.samples.leaves, batch.samples.dims, start, stop)
+        part = replace(call, arguments=split.merge(leaves))
+        with part.undisturbed():
+            random_state.repeat()
+            evaluation = part.batch(batching).run(strategy)
+        blocks, spec = flatten(evaluation.jacobian())
         structure[:] = [spec]
-        return tuple(leaves)
+        return tuple(blocks)
 
-    for part, leaves in _placed(in_chunks(batch_size(batch.leaves, batch.dims), chunk, take)):
-        yield part, unflatten(structure[0], leaves)
-
-
-def _by_rows(evaluated: Callable[[], _Rows], chunk: Chunk) -> Items:
-    rows = evaluated()
-    for part, products in _placed(sweep_leaves(rows.pulled, rows.outputs, chunk)):
-        blocks = [product.movedim(1, 0) for product in products] if rows.is_sampled else products
-        yield part, rows.flat.input_tree(blocks)
+    for place, blocks in _with_places(in_chunks(batch.samples.size, chunk, take)):
+        yield place, unflatten(structure[0], blocks)
 
 
-def _placed(chunks: Iterator[Leaves]) -> Iterator[tuple[slice, Leaves]]:
-    """Each chunk, and which of all rows or samples it holds."""
+def _by_rows(evaluate: Callable[[], EvaluatedModule], chunk: Chunk) -> Items:
+    module = evaluate()
+    for place, rows in _with_places(sweep_leaves(module.pulled, module.outputs, chunk)):
+        blocks = [row.movedim(1, 0) for row in rows] if module.is_sampled else rows
+        yield place, module.flat.input_tree(blocks)
+
+
+def _with_places(chunks: Iterator[Leaves]) -> Iterator[tuple[slice, Leaves]]:
+    """Each chunk with its place among all rows, or all samples."""
     start = 0
     for leaves in chunks:
         stop = start + leaves[0].shape[0]
@@ -174,26 +168,25 @@ def _placed(chunks: Iterator[Leaves]) -> Iterator[tuple[slice, Leaves]]:
         start = stop
 
 
-def _by_params(evaluated: Callable[[], _Rows], chunk: Chunk) -> Items:
-    rows = evaluated()
-    for number, name in enumerate(rows.names):
-        onto = partial(rows.pulled, chosen=slice(number, number + 1))
-        chunks = sweep_leaves(onto, rows.outputs, chunk)
-        wholes = [whole for (whole,) in stack_leaves(chunks, rows.outputs)]
-        every = zip(wholes, rows.outputs, strict=True)
+def _by_params(evaluate: Callable[[], EvaluatedModule], chunk: Chunk) -> Items:
+    module = evaluate()
+    for number, name in enumerate(module.names):
+        onto = partial(module.pulled, chosen=slice(number, number + 1))
+        chunks = sweep_leaves(onto, module.outputs, chunk)
+        rows = [row for (row,) in stack_leaves(chunks, module.outputs)]
         blocks = [
-            rows_to_blocks((whole,), (out,), (whole.new_empty(()).expand(whole.shape[1:]),))[0][0]
-            for whole, out in every
+            rows_to_blocks((row,), (out,), (row.new_empty(()).expand(row.shape[1:]),))[0][0]
+            for row, out in zip(rows, module.outputs, strict=True)
         ]
-        if rows.is_sampled:  # ``[*out, B, *param]``
-            pairs = zip(blocks, rows.outputs, strict=True)
+        if module.is_sampled:  # ``[*out, B, *param]``
+            pairs = zip(blocks, module.outputs, strict=True)
             blocks = [block.movedim(out.dim(), 0) for block, out in pairs]
-        yield name, rows.flat.output_tree(blocks)
+        yield name, module.flat.output_tree(blocks)
 
 
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """What torch refused, in the words of the door."""
+    """A context that says in words of the door what torch refused."""
     try:
         yield
     except Refused as refusal:
@@ -205,25 +198,28 @@ def _in_words() -> Iterator[None]:
         ) from refusal
 
 
-class _Rows:
+class EvaluatedModule:
     """A module evaluated once, from which rows are pulled back as they are asked for."""
 
-    def __init__(self, call: ModuleCall, batch: SampledCall | None, draws: RandomState) -> None:
-        self._call, self._draws = call, draws
+    def __init__(
+        self, call: ModuleCall, batch: SampledCall | None, random_state: RandomState
+    ) -> None:
+        self._call, self._random_state = call, random_state
         self.names, self.is_sampled = tuple(call.state.point), batch is not None
         self._size: int | None = None
         with call.undisturbed(), _in_words():
-            draws.repeat()
+            random_state.repeat()
             if batch is None:
-                self.flat = call.flat_call(call.arguments, None)
+                self.flat = call.flat_call(call.arguments)
                 self._operator = JacobianOperator(self.flat, self.flat.primals)
                 self.outputs = self._operator.outputs
                 return
             call.check_independent(batch)
-            self._operator, self._size = batch.operator(), batch_size(batch.leaves, batch.dims)
+            self._operator, one = batch.operator()
+            self._size = batch.samples.size
             with batch.under_vmap("rows of every sample need", "Use by='samples'"):
                 self.outputs = tuple(out[0] for out in self._operator.outputs)
-        self.flat = batch.seen[-1][0]
+        self.flat = one.call
 
     def pulled(self, cotangents: Leaves, of: slice, chosen: slice = EVERY) -> Leaves:
         """Rows of the Jacobian, ``[K, *param]``, or of every sample's, ``[K, B, *param]``."""
@@ -233,5 +229,5 @@ class _Rows:
                 for seed in cotangents
             )
         with self._call.undisturbed(), _in_words():
-            self._draws.repeat()
+            self._random_state.repeat()
             return self._operator.pullback_onto(chosen, cotangents, of)

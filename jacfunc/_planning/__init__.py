@@ -1,8 +1,10 @@
-"""Which strategy runs, in which chunks, and why."""
+"""Chooses the strategy that runs and its chunks, and says why."""
 
+import jacfunc._planning.old_pickles  # it names modules that are no more, for pickles
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
 from jacfunc._planning.budget import SHARE
 from jacfunc._planning.by_name import directed, resolve
 from jacfunc._planning.choice import SampledWays
 from jacfunc._planning.plan import UNMAPPED, Plan, attempt
+from jacfunc._planning.recall import recall, remember

@@ -1,61 +1,61 @@
-"""``strategy="autotune"``: measures the candidates once, and remembers the winner."""
+"""``strategy="autotune"``: the fastest strategy, measured once and remembered."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from jacfunc._arguments import check_memory
+from jacfunc._assembly import Sink
 from jacfunc._calls import fingerprint
 from jacfunc._errors import Refused
-from jacfunc._forecasting import Swept, counted_costs
+from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
-from jacfunc._measuring import seconds_of
+from jacfunc._measuring import seconds_of, shuffled
 from jacfunc._memory import Chunk
-from jacfunc._planning.auto import Planned, by_plan
+from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, candidates, fastest
-from jacfunc._planning.plan import Plan, others, rows_first
+from jacfunc._planning.plan import Plan, alternatives, rows_first
 from jacfunc._planning.tuning_cache import winners
-from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Forward, Reverse, Structured
+from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
 
 ROUNDS, FEWEST = 25, 5
 SECONDS = 1.0
-"""That long a tuning goes on with further rounds."""
+"""Seconds after which a tuning makes no further round, once it has made the fewest."""
 
 HOPELESS = 1.5
-"""A candidate slower than the best by this factor is out."""
+"""A candidate that is slower than the best by this factor is measured no more."""
 
 SETTING_UP, SLOW_START = 0.5, 8
-"""Seconds that a first call may take before it tells of later ones, and how many times that of the
-fastest: torch sets something up, or the system looks for memory that nobody had before.
+"""A candidate is out when its first call took more seconds than the first, and more than the second
+times those of the fastest. In a first call torch sets things up, and the system looks for memory.
 """
 
 MEASURED = "it was the fastest when measured"
 BOTH = (Reverse(), Forward())
 BY_LAYERS = Structured()
 FEW_SEEDS = 16
-"""Seeds up to which a loop without vmap is worth a try."""
+"""Up to so many seeds a loop without vmap is measured, too."""
 
 REACH = 8
-"""Forward mode is measured where inputs are up to so many times the outputs."""
+"""Forward mode is measured where there are at most this many times more inputs than outputs."""
 
 
 @dataclass(frozen=True)
-class Autotune:
+class Autotune(Streaming):
     """Measures the candidates on first use, in interleaved rounds, and takes the fastest.
 
     The winner is remembered for the function's code, the shapes, dtypes and devices of all
@@ -81,79 +81,74 @@ class Autotune:
 
     cache: str | Path | None = None
     memory: int | str | None = None
-    known: Remembered[Planned] = field(
-        default_factory=nothing_yet, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         check_memory("Autotune", self.memory)
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""
-        return by_plan(self, operator, BOTH)
-
-    def recall(self, called: Any, kind: Hashable) -> Planned | None:
-        """What was done before."""
-        return self.known.get(called, kind)
-
-    def remember(self, called: Any, kind: Hashable, planned: Planned) -> None:
-        """For later calls."""
-        self.known.put(called, kind, planned)
+        return by_plan(self, sink, operator, BOTH)
 
     def plan(self, operator: JacobianOperator) -> Plan:
-        """The winner, measured where it is not known."""
+        """The plan with the winner, which is measured unless it is known."""
         key = _key(operator)
-        won, device = self._won(operator, key), _device(operator)
-        operator.repeat_draws()
-        costs = counted_costs(operator.again())
+        winner, device = self._winner(operator, key), _device(operator)
+        operator.rewind_generators()
+        costs = counted_costs(operator.unevaluated())
         if costs is None:
             return by_sizes(operator, BOTH)
-        if won is None:
+        if winner is None:
             run = partial(_materialized, operator)
-            won = self._measure(device, key, candidates(costs, BOTH, REACH, FEW_SEEDS), run)
-        operator.repeat_draws()  # as if nothing had been evaluated
-        plan = Plan(won, MEASURED, None, others(won, BOTH, costs.rows, costs.columns))
+            winner = self._measure(device, key, candidates(costs, BOTH, REACH, FEW_SEEDS), run)
+        operator.rewind_generators()  # as if nothing had been evaluated
+        plan = Plan(winner, MEASURED, None, alternatives(winner, BOTH, costs.rows, costs.columns))
         return bounded(plan, costs, check_memory("Autotune", self.memory))
 
     def plan_samples(
-        self, operator: JacobianOperator, samples: SampledWays, run: Callable[[Swept, Chunk], Any]
+        self,
+        operator: JacobianOperator,
+        samples: SampledWays,
+        run: Callable[[Sweeping, Chunk], Any],
     ) -> tuple[Plan, Chunk]:
-        """The same for a batch of samples, of which the operator is one; ``run`` takes them all."""
+        """The plan for each sample of a batch, and how many samples to take at once.
+
+        ``operator`` is the one of a single sample; ``run`` takes all samples by a strategy.
+        """
         costs = counted_costs(operator)
-        operator.repeat_draws()  # the samples draw as if none had been evaluated before
+        operator.rewind_generators()  # the samples draw as if none had been evaluated before
         if costs is None:
             return rows_first(by_sizes(operator, BOTH), operator), None
         memory, size = check_memory("Autotune", self.memory), samples.size
-        every, ways = costs.times(size, samples.are_copied), samples.ways(BOTH, BY_LAYERS)
-        forecast = rows_first(fastest(every, ways), operator)
+        batch_costs, ways = costs.times(size, samples.are_copied), samples.ways(BOTH, BY_LAYERS)
+        forecast = rows_first(fastest(batch_costs, ways), operator)
         plan, chunk = bounded_samples(forecast, costs, size, memory)
         if chunk is not None:  # memory decides, not time
             return plan, chunk
         key = f"{_key(operator)} × {size}{' copied' * samples.are_copied}"
-        won, device = self._won(operator, key), _device(operator)
-        if won is None:
+        winner, device = self._winner(operator, key), _device(operator)
+        if winner is None:
             possible = dict.fromkeys(
-                (*candidates(every, ways, REACH, FEW_SEEDS), fewer_rows(every))
+                (*candidates(batch_costs, ways, REACH, FEW_SEEDS), fewer_rows(batch_costs))
             )
             try:
-                won = self._measure(device, key, possible, lambda strategy: run(strategy, None))
-            except Refused:  # all of them are: whoever runs the plan goes on from there
+                winner = self._measure(device, key, possible, lambda strategy: run(strategy, None))
+            except Refused:  # every candidate was: who runs the plan falls back to a loop
                 return plan, chunk
-        operator.repeat_draws()
-        plan = Plan(won, MEASURED, None, others(won, ways, costs.rows, costs.columns))
+        operator.rewind_generators()
+        plan = Plan(winner, MEASURED, None, alternatives(winner, ways, costs.rows, costs.columns))
         return rows_first(plan, operator), None
 
-    def _won(self, operator: JacobianOperator, key: str) -> Swept | None:
+    def _winner(self, operator: JacobianOperator, key: str) -> Sweeping | None:
         return winners(self._file()).get(_device(operator), key)
 
     def _measure(
         self,
         device: torch.device,
         key: str,
-        strategies: Iterable[Swept],
-        run: Callable[[Swept], Any],
-    ) -> Swept:
-        times = _measured(list(strategies), run, device)
+        strategies: Iterable[Sweeping],
+        run: Callable[[Sweeping], Any],
+    ) -> Sweeping:
+        times = medians(list(strategies), run, device)
         best = min(times, key=times.__getitem__)
         winners(self._file()).put(device, key, best, times[best])
         note("measured: %s", ", ".join(f"{s} {in_seconds(t)}" for s, t in times.items()))
@@ -164,7 +159,9 @@ class Autotune:
 
 
 def _key(operator: JacobianOperator) -> str:
-    about = fingerprint(operator.func), operator.signature()
+    called, kind, _ = operator.call_kind
+    # jacfunc's own function around a module may have other code in the next version
+    about = fingerprint(called if isinstance(called, nn.Module) else operator.func), kind
     return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 
@@ -172,34 +169,39 @@ def _device(operator: JacobianOperator) -> torch.device:
     return operator.primals[0].device if operator.primals else torch.device("cpu")
 
 
-def _materialized(operator: JacobianOperator, strategy: Swept) -> Blocks:
-    fresh = operator.again()
-    fresh.repeat_draws()
-    return strategy.materialize(fresh)
+def _materialized(operator: JacobianOperator, strategy: Sweeping) -> Blocks:
+    operator = operator.unevaluated()
+    operator.rewind_generators()
+    return strategy.materialize(operator)
 
 
-def _measured(
-    strategies: Sequence[Swept], run: Callable[[Swept], Any], device: torch.device
-) -> dict[Swept, float]:
-    """Median seconds of those that held out to the last round."""
-    first: dict[Swept, float] = {}
-    for strategy in strategies:  # what torch sets up on first use is nobody's cost
+def medians(
+    strategies: Sequence[Sweeping],
+    run: Callable[[Sweeping], Any],
+    device: torch.device,
+    clock: Callable[[Callable[[], Any], torch.device], float] = seconds_of,
+) -> dict[Sweeping, float]:
+    """Median seconds of the strategies that are left in the last round."""
+    first: dict[Sweeping, float] = {}
+    for strategy in strategies:  # untimed later: torch sets things up on first use
         try:
-            first[strategy] = seconds_of(partial(run, strategy), device)
+            first[strategy] = clock(partial(run, strategy), device)
         except Refused as refusal:
             note("%s was refused: %s", strategy, refusal)
             if strategy == strategies[-1] and not first:
                 raise
     least = min(first.values())
-    times: dict[Swept, list[float]] = {
+    times: dict[Sweeping, list[float]] = {
         s: [] for s, took in first.items() if took <= max(SLOW_START * least, SETTING_UP)
     }
-    order, start = random.Random(0), time.perf_counter()
-    for number in range(ROUNDS):
-        for strategy in order.sample(list(times), len(times)):
-            times[strategy].append(seconds_of(partial(run, strategy), device))
+    start = time.perf_counter()
+    for number, turns in enumerate(shuffled(times, ROUNDS), 1):
+        for strategy in turns:
+            times[strategy].append(clock(partial(run, strategy), device))
         least = min(map(min, times.values()))
-        times = {s: found for s, found in times.items() if min(found) <= HOPELESS * least}
-        if number + 1 >= FEWEST and time.perf_counter() - start > SECONDS:
+        for strategy in turns:
+            if min(times[strategy]) > HOPELESS * least:
+                del times[strategy]
+        if number >= FEWEST and time.perf_counter() - start > SECONDS:
             break
-    return {strategy: statistics.median(found) for strategy, found in times.items()}
+    return {strategy: statistics.median(seconds) for strategy, seconds in times.items()}

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeGuard
 
 from jacfunc._forecasting import Costs
-from jacfunc._memory import Chunk, FittedChunks, evenly, free_bytes
-from jacfunc._planning.plan import MODEST, Direction, Plan
+from jacfunc._memory import (
+    CROWDED_BYTES,
+    MODEST_BYTES,
+    SPARE_BYTES,
+    Chunk,
+    FittedChunks,
+    evenly,
+    free_bytes,
+)
+from jacfunc._planning.plan import Direction, Plan
 from jacfunc._units import in_bytes
-from jacfunc.strategies import Forward, Reverse
+from jacfunc.strategies import Reverse, Strategy, Sweeping
 
 SHARE = 0.5
-"""Of the free memory: the budget where none is given."""
-
-CROWDED, SPARE = 2**24, 2**23
-"""Bytes of all rows of all samples at one operation, from which on a heap does not keep what a
-sweep leaves; and those that it is given then.
-"""
+"""Share of the free memory that is the budget, where the user gives none."""
 
 
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     """The plan in chunks that keep to the budget, where one sweep might not."""
     strategy = plan.strategy
-    if not isinstance(strategy, Reverse | Forward) or not _is_scarce(strategy, costs, memory):
+    if not _has_chunks(strategy) or strategy.sweeps.by_layers:
+        return plan
+    if not _is_scarce(strategy, costs, memory):
         return plan
     budget = _budget(costs, memory)
     if costs.most_bytes(strategy) <= budget:
         return plan
-    kept = costs.kept if isinstance(strategy, Reverse) else costs.outputs
+    kept = costs.outputs if strategy.sweeps.are_pushes else costs.kept
     room = _room(budget, costs.result + kept, strict=memory is not None)
     chunk = FittedChunks(
         room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None
@@ -37,14 +43,17 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
 
 
 def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
-    """The same for a call that is vmapped over a batch: what each sample does, how many at once."""
-    strategy, every = plan.strategy, one.times(batch)
-    if not isinstance(strategy, Direction) or not _is_scarce(strategy, every, memory):
+    """The plan for each sample of a vmapped batch, and how many samples at once keep to the budget.
+
+    ``one`` are the costs of a sample.
+    """
+    strategy, batch_costs = plan.strategy, one.times(batch)
+    if not _has_chunks(strategy) or not _is_scarce(strategy, batch_costs, memory):
         return plan, None
-    budget = _budget(every, memory)
-    if every.most_bytes(strategy) <= budget:
+    budget = _budget(batch_costs, memory)
+    if batch_costs.most_bytes(strategy) <= budget:
         return plan, None
-    room = _room(budget, every.result, strict=memory is not None)
+    room = _room(budget, batch_costs.result, strict=memory is not None)
     plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
     if one.most_bytes(strategy) <= room:
         return plan, FittedChunks(room)
@@ -52,20 +61,21 @@ def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> t
     return replace(plan, strategy=rows), 1
 
 
-def fewer_rows(every: Costs) -> Reverse:
-    """Reverse mode of all samples, a few rows at once where each sweep of all would get new memory.
+def fewer_rows(batch_costs: Costs) -> Reverse:
+    """Reverse mode of all samples: few rows at once where a sweep of all rows needs new memory.
 
-    Samples fill a vector without that; where the result is the larger part, it stays one write.
+    Vector units are busy with the samples alone. Where the result is larger than what a sweep
+    takes, all rows are swept at once, and it is written once.
     """
-    crowd, has_heap = every.rows * every.widest, every.speeds.device.type == "cpu"
-    if not has_heap or crowd <= max(CROWDED, every.result):
+    crowd, has_heap = batch_costs.rows * batch_costs.widest, batch_costs.speeds.device.type == "cpu"
+    if not has_heap or crowd <= max(CROWDED_BYTES, batch_costs.result):
         return Reverse()
-    return Reverse(evenly(every.rows, every.widest, SPARE))
+    return Reverse(evenly(batch_costs.rows, batch_costs.widest, SPARE_BYTES))
 
 
-def spared(plan: Plan, every: Costs) -> Plan:
-    """The plan with fewer rows at once, where it is reverse mode of all and that is too much."""
-    fewer = fewer_rows(every)
+def with_fewer_rows(plan: Plan, batch_costs: Costs) -> Plan:
+    """The plan; with fewer rows at once, where it is reverse mode and all rows are too many."""
+    fewer = fewer_rows(batch_costs)
     if plan.strategy != Reverse() or fewer == Reverse():
         return plan
     reason = f"{plan.reason}; {fewer.chunk_size} at once, whose memory is kept for the next"
@@ -73,12 +83,17 @@ def spared(plan: Plan, every: Costs) -> Plan:
 
 
 def is_bounded(plan: Plan) -> bool:
-    """Does its chunk follow a budget, which is this call's alone?"""
+    """Do the plan's chunks keep to a budget?"""
     return isinstance(getattr(plan.strategy, "chunk_size", None), FittedChunks)
 
 
+def _has_chunks(strategy: Strategy) -> TypeGuard[Direction]:
+    """Does it sweep several seeds at once, so that it can sweep fewer?"""
+    return isinstance(strategy, Sweeping) and strategy.sweeps.is_vmapped
+
+
 def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
-    return memory is not None or costs.most_bytes(strategy) > MODEST
+    return memory is not None or costs.most_bytes(strategy) > MODEST_BYTES
 
 
 def _budget(costs: Costs, memory: int | None) -> int:
@@ -86,7 +101,7 @@ def _budget(costs: Costs, memory: int | None) -> int:
 
 
 def _room(budget: int, taken: int, strict: bool) -> int:
-    """What is left for the sweeps."""
+    """Bytes that the budget leaves for sweeps."""
     if strict and taken >= budget:
         raise ValueError(
             f"memory: it must hold the Jacobian and what is kept for it, {in_bytes(taken)}, "

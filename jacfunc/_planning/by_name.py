@@ -1,4 +1,4 @@
-"""A strategy object from what the user gave: a name with its options, or the object itself."""
+"""The strategy object that a user means by a name and options, or by the object itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ NAMES = ("auto", "autotune", "reverse", "forward", "looped", "structured")
 def resolve(
     api: str, strategy: str | Strategy, chunk_size: int | None, memory: Memory = None
 ) -> Strategy:
-    """The strategy that ``chunk_size`` and ``memory``, which go with names alone, describe."""
+    """The strategy; ``chunk_size`` and ``memory`` are options of names alone.
+
+    Raises:
+        TypeError, ValueError: an unknown name, no strategy, or options that do not fit.
+    """
     check_chunk_size(api, chunk_size)
     budget = check_memory(api, memory)
     if isinstance(strategy, str):
@@ -25,17 +29,17 @@ def resolve(
             f"{api}: strategy must be a name or an object with materialize(operator), "
             f"got {strategy!r}. Try Reverse(), Forward() or Looped()."
         )
-    for option, given in (("chunk_size", chunk_size), ("memory", memory)):
-        if given is not None:
+    for option, value in (("chunk_size", chunk_size), ("memory", memory)):
+        if value is not None:
             raise ValueError(
-                f"{api}: {option} must come with a strategy's name, got {given!r} beside "
+                f"{api}: {option} must come with a strategy's name, got {value!r} beside "
                 f"{strategy!r}. Give it to the object, or name the strategy."
             )
     return strategy
 
 
 def directed(api: str, direction: Direction, memory: Memory) -> Strategy:
-    """One direction; with a budget, in chunks that keep to it."""
+    """The strategy of one direction; in chunks that keep to the budget, where there is one."""
     budget = check_memory(api, memory)
     return direction if budget is None else Auto((direction,), budget)
 
@@ -47,10 +51,10 @@ def _named(api: str, name: str, chunk_size: int | None, budget: int | None) -> S
             "Or pass an object, such as Reverse(chunk_size=64)."
         )
     if name == "looped":
-        for option, given in (("chunk_size", chunk_size), ("memory", budget)):
-            if given is not None:
+        for option, value in (("chunk_size", chunk_size), ("memory", budget)):
+            if value is not None:
                 raise ValueError(
-                    f"{api}: strategy 'looped' must have no {option}, got {given}. "
+                    f"{api}: strategy 'looped' must have no {option}, got {value}. "
                     "It sweeps one seed at a time; use 'reverse' or 'forward' to sweep chunks."
                 )
         return Looped()

@@ -1,4 +1,4 @@
-"""Which strategy is the fastest by its forecast."""
+"""Chooses the strategy with the least forecast time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jacfunc._assembly import numel
-from jacfunc._forecasting import Costs, Swept, is_forward
+from jacfunc._forecasting import Costs
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._planning.plan import Direction, Plan, others, with_few_seeds
+from jacfunc._planning.plan import Direction, Plan, alternatives, with_few_seeds
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Forward, Looped, Reverse, Structured
+from jacfunc.strategies import Looped, Reverse, Structured, Sweeping
 
 CHUNKS = (512, 128)
 RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.75}
-"""Forecasts err: what is far slower when they do must promise so much to be taken."""
+"""Factors on forecast times of strategies that are far slower where the forecast errs."""
 
 FORWARD_FROM_RATIO = 4
 """By sizes alone: forward wins only where outputs far outnumber inputs."""
@@ -22,12 +22,12 @@ FORWARD_FROM_RATIO = 4
 
 @dataclass(frozen=True)
 class SampledWays:
-    """A batch whose samples are differentiated each on its own.
+    """A batch of samples, each of which has a Jacobian of its own.
 
     Args:
-        size: how many there are.
-        has_layers: by parameters alone, which layers are made of.
-        are_copied: their Jacobians are put together elsewhere.
+        size: the number of samples.
+        has_layers: they are differentiated by parameters alone, which layers use.
+        are_copied: their Jacobians are copied to another place, chunk by chunk.
     """
 
     size: int
@@ -37,30 +37,30 @@ class SampledWays:
     def ways(
         self, directions: tuple[Direction, ...], by_layers: Structured | None
     ) -> tuple[Direction, ...]:
-        """What there is to choose from."""
+        """The strategies to choose from."""
         return (*directions, by_layers) if self.has_layers and by_layers else directions
 
 
 def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Plan:
-    """Where there is nothing to forecast from."""
+    """The plan where nothing can be forecast: by the numbers of inputs and outputs."""
     rows, columns = numel(operator.outputs), numel(operator.primals)
-    wanted = Forward if rows > FORWARD_FROM_RATIO * columns else Reverse
-    chosen = next((d for d in directions if isinstance(d, wanted)), directions[0])
+    pushes = rows > FORWARD_FROM_RATIO * columns
+    chosen = next((d for d in directions if d.sweeps.are_pushes == pushes), directions[0])
     reason = f"by sizes alone: {rows} outputs, {columns} inputs"
-    return Plan(chosen, reason, None, others(chosen, directions, rows, columns))
+    return Plan(chosen, reason, None, alternatives(chosen, directions, rows, columns))
 
 
 def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
-    """The least seconds by forecast, with some reluctance towards what could be far slower."""
+    """The plan with the least forecast seconds, weighted by the reluctance to risk far more."""
     possible = list(candidates(costs, directions))
     sizes = f"{costs.rows} outputs, {costs.columns} inputs"
     if len(possible) == 1:
         reason = f"{sizes}: nothing else comes into question"
         best = possible[0]
-        return Plan(best, reason, None, others(best, directions, costs.rows, costs.columns))
-    seconds = {s: costs.seconds(s) for s in possible if not is_forward(s)}
+        return Plan(best, reason, None, alternatives(best, directions, costs.rows, costs.columns))
+    seconds = {s: costs.seconds(s) for s in possible if not s.sweeps.are_pushes}
     if not seconds or min(seconds.values()) > costs.least_push():
-        seconds |= {s: costs.seconds(s) for s in possible if is_forward(s)}
+        seconds |= {s: costs.seconds(s) for s in possible if s.sweeps.are_pushes}
     possible = list(seconds)
     best = min(possible, key=lambda s: seconds[s] * _reluctance(s, costs))
     rivals = [s for s in possible if type(s) is not type(best)]
@@ -68,38 +68,41 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     if rivals:
         second = min(rivals, key=seconds.__getitem__)
         reason += f", {in_seconds(seconds[second])} by {second}"
-    following = others(best, directions, costs.rows, costs.columns)
+    following = alternatives(best, directions, costs.rows, costs.columns)
     return Plan(best, reason, seconds[best], following)
 
 
 def candidates(
     costs: Costs, directions: Sequence[Direction], reach: float = 1.0, most_loops: int = 1
-) -> Iterator[Swept]:
-    """What may be fastest.
+) -> Iterator[Sweeping]:
+    """Strategies that may be the fastest.
 
-    Forward mode only up to ``reach`` times as many inputs as outputs: with more it hardly ever
-    wins. Loops over up to ``most_loops`` seeds; a single one is swept without vmap.
+    Forward mode is one only where there are at most ``reach`` times as many inputs as outputs: with
+    more it hardly ever wins. Loops are, for up to ``most_loops`` seeds: one seed needs no vmap.
     """
     for direction in directions:
         total = costs.seeds(direction)
-        if is_forward(direction) and len(directions) > 1:
+        pushes, by_layers = direction.sweeps.are_pushes, direction.sweeps.by_layers
+        if pushes and len(directions) > 1:
             if total > reach * costs.rows:
                 continue
             direction = with_few_seeds(direction, costs.rows, costs.columns)
-        if total > 1 or not is_forward(direction):
+        if total > 1 or not pushes:
             yield direction
-        if direction.chunk_size is None and not isinstance(direction, Structured):
+        if direction.chunk_size is None and not by_layers:
             yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
-        if is_forward(direction) and total <= most_loops:
+        if pushes and total <= most_loops:
             yield Looped("columns")
-        if isinstance(direction, Reverse) and 1 < total <= most_loops:
+        if not (pushes or by_layers) and 1 < total <= most_loops:
             yield Looped("rows")
         if direction == Reverse() and total == 1:
             return  # nothing beats a single pullback
 
 
-def _reluctance(strategy: Swept, costs: Costs) -> float:
-    if isinstance(strategy, Structured):
+def _reluctance(strategy: Sweeping, costs: Costs) -> float:
+    sweeps = strategy.sweeps
+    if sweeps.by_layers:
         return 1.0 if costs.reuses_pages else RELUCTANCE["layers"]
-    chunked = RELUCTANCE["chunked"] if getattr(strategy, "chunk_size", None) else 1.0
-    return chunked * (RELUCTANCE["forward"] if is_forward(strategy) else 1.0)
+    is_chunked = sweeps.is_vmapped and sweeps.chunk_size is not None
+    chunked = RELUCTANCE["chunked"] if is_chunked else 1.0
+    return chunked * (RELUCTANCE["forward"] if sweeps.are_pushes else 1.0)

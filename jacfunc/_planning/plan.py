@@ -1,4 +1,4 @@
-"""Strategies chosen: the fastest by forecast, in chunks that keep to the memory."""
+"""A plan: the chosen strategy, the reason, and the strategies to try where torch refuses it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from jacfunc._assembly import numel
+from jacfunc._assembly import Sink, numel
 from jacfunc._errors import Refused
-from jacfunc._forecasting import Forecast, is_forward
+from jacfunc._forecasting import Forecast
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import is_heard, note
+from jacfunc._memory import MODEST_BYTES
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Forward, Reverse, Strategy, Structured
-
-MODEST = 2**26
-"""Bytes that are taken without asking how many are free."""
+from jacfunc.strategies import Forward, Reverse, Strategy, Streaming, Structured, blocks_into
 
 NUMBER = 8
 """Bytes of one number of a seed, at most."""
@@ -26,12 +24,12 @@ Direction = Reverse | Forward | Structured
 Result = TypeVar("Result")
 
 UNMAPPED = 0
-"""Samples at once, where no plan runs under vmap."""
+"""In place of a number of samples at once: no plan runs under vmap, samples go one by one."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A strategy that was chosen; itself a strategy, so that it can be used again.
+class Plan(Streaming):
+    """A chosen strategy, with the reason; it is a strategy itself, so that it can be used again.
 
     Args:
         strategy: what runs.
@@ -56,75 +54,76 @@ class Plan:
     otherwise: tuple[Direction, ...] = ()
     forecast: Forecast | None = None
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]`` by the strategy, or by the next that is not refused."""
-        return attempt(self, lambda plan: plan.strategy.materialize(operator))[1]
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out_i, *in_j]`` by the first strategy that torch does not refuse."""
+        return attempt(self, lambda plan: blocks_into(sink, plan.strategy, operator))[1]
 
     def instead(self, refusal: Refused) -> Plan:
-        """The next plan, where there is one."""
+        """The plan to try after a refusal."""
         reason = f"{type(self.strategy).__name__} was refused: {refusal}"
         return Plan(self.otherwise[0], reason, None, self.otherwise[1:])
 
 
 def attempt(plan: Plan, run: Callable[[Plan], Result]) -> tuple[Plan, Result]:
-    """Run a plan, or what it says to try otherwise; which it was, and what came out."""
+    """The plan that ran and its result: of those to try, the first that torch does not refuse."""
     while True:
         try:
             return plan, run(plan)
         except Refused as refusal:
             note("%s was refused: %s", plan.strategy, refusal)
             if not plan.otherwise:
-                raise  # here: who raises an argument of its own is kept alive by it, in a cycle
+                raise  # not in a function that gets the refusal: its traceback would be a cycle
             plan = plan.instead(refusal)
 
 
-def others(
+def alternatives(
     chosen: Strategy, directions: Sequence[Direction], rows: int, columns: int
 ) -> tuple[Direction, ...]:
-    """What is tried where the chosen strategy is refused, the cheaper ways first.
+    """The strategies to try where torch refuses the chosen one, the cheaper ones first.
 
-    Nobody has asked for these: the seeds of a chunk must not take more memory than the result.
+    The user has not asked for these, so a chunk of seeds must not take more memory than the result.
     """
     left = [direction for direction in directions if type(direction) is not type(chosen)]
-    # a refusal may come late, and whoever pushes more tangents than there are rows pays for it
-    left.sort(key=lambda direction: is_forward(direction) and columns > rows)
+    # a refusal may come late, after more tangents have been pushed than there are rows
+    left.sort(key=lambda direction: direction.sweeps.are_pushes and columns > rows)
     return tuple(with_few_seeds(direction, rows, columns) for direction in left)
 
 
 def with_few_seeds(direction: Direction, rows: int, columns: int) -> Direction:
     """The strategy in chunks whose seeds take no more memory than the result, or little.
 
-    A chunk that was given stays as it is.
+    A chunk size that the user chose is not changed.
     """
-    if isinstance(direction, Structured) or direction.chunk_size is not None:
+    sweeps = direction.sweeps
+    if sweeps.by_layers or sweeps.chunk_size is not None:
         return direction
-    if is_forward(direction):
+    if sweeps.are_pushes:
         return direction if columns <= rows else replace(direction, chunk_size=max(rows, 1))
-    most = max(columns, MODEST // NUMBER // max(rows, 1), 1)
+    most = max(columns, MODEST_BYTES // NUMBER // max(rows, 1), 1)
     return direction if rows <= most else replace(direction, chunk_size=most)
 
 
 def rows_first(plan: Plan, one: JacobianOperator) -> Plan:
-    """The plan for samples, of which this is one: they are looped before many tangents are pushed.
+    """The plan for samples, without forward mode among what to try where columns outnumber rows.
 
-    With more columns than rows that is the cheaper way, and it needs no seed for each column.
+    There a loop over samples is cheaper, and it needs no seed for each column. ``one`` is a sample.
     """
     if numel(one.primals) <= numel(one.outputs):
         return plan
-    return replace(plan, otherwise=tuple(d for d in plan.otherwise if not is_forward(d)))
+    return replace(plan, otherwise=tuple(d for d in plan.otherwise if not d.sweeps.are_pushes))
 
 
-def carry_out(plan: Plan, operator: JacobianOperator) -> tuple[Plan, Blocks]:
-    """Run a plan, or what it says to try otherwise; which it was, and what came out."""
+def carry_out(plan: Plan, sink: Sink, operator: JacobianOperator) -> tuple[Plan, Blocks]:
+    """The plan that ran, and the blocks; logged where someone listens."""
     if is_heard():
-        return attempt(plan, lambda plan: _told(plan, operator))
-    return attempt(plan, lambda plan: plan.strategy.materialize(operator))
+        return attempt(plan, lambda plan: _logged(plan, sink, operator))
+    return attempt(plan, lambda plan: blocks_into(sink, plan.strategy, operator))
 
 
-def _told(plan: Plan, operator: JacobianOperator) -> Blocks:
-    """Run; say at INFO what ran, why, and how long it took beside the forecast."""
+def _logged(plan: Plan, sink: Sink, operator: JacobianOperator) -> Blocks:
+    """Blocks by the plan's strategy; what ran, why and how long is logged at INFO."""
     start = time.perf_counter()
-    blocks = plan.strategy.materialize(operator)
+    blocks = blocks_into(sink, plan.strategy, operator)
     took = in_seconds(time.perf_counter() - start)
     note("%s ran: %s; took %s", plan.strategy, plan.reason, took)
     return blocks

@@ -1,4 +1,4 @@
-"""Strategies that won: in memory for the process, and in a file where one is named."""
+"""The strategies that were fastest: in memory, and in a file where the user names one."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from typing import Any
 
 import torch
 
-from jacfunc._forecasting import Swept
 from jacfunc._remembered import Recent
-from jacfunc.strategies import Forward, Looped, Reverse
+from jacfunc.strategies import Forward, Looped, Reverse, Structured, Sweeping
 
-KINDS: dict[str, type[Swept]] = {kind.__name__: kind for kind in (Reverse, Forward, Looped)}
+KINDS: dict[str, type[Sweeping]] = {
+    kind.__name__: kind for kind in (Reverse, Forward, Looped, Structured)
+}
 
 MOST_ENTRIES = 1000
-"""Winners that are kept in memory."""
+"""Strategies that are kept in memory, for each file."""
 
 
 class Winners:
-    """Strategies by what they were measured on, on this machine with these versions."""
+    """The fastest strategies by key of a function and call, on this machine with these versions."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._found: Recent[Swept] = Recent(MOST_ENTRIES)
+        self._strategies: Recent[Sweeping] = Recent(MOST_ENTRIES)
 
-    def get(self, device: torch.device, key: str) -> Swept | None:
-        """The strategy that won before."""
+    def get(self, device: torch.device, key: str) -> Sweeping | None:
+        """The strategy that was the fastest, if it is known."""
         where = _where(device)
-        found = self._found.get((where, key))
-        if found is None:
-            kept = self._read().get(where, {}).get(key)
-            if kept is None:
+        strategy = self._strategies.get((where, key))
+        if strategy is None:
+            entry = self._read().get(where, {}).get(key)
+            if entry is None:
                 return None
-            found = KINDS[kept["strategy"]](**kept["options"])
-            self._found.put((where, key), found)
-        return found
+            strategy = KINDS[entry["strategy"]](**entry["options"])
+            self._strategies.put((where, key), strategy)
+        return strategy
 
-    def put(self, device: torch.device, key: str, strategy: Swept, seconds: float) -> None:
-        """Remember a strategy; a file keeps what others have written to it meanwhile."""
+    def put(self, device: torch.device, key: str, strategy: Sweeping, seconds: float) -> None:
+        """Remember a strategy; entries that others write into the file meanwhile stay there."""
         where = _where(device)
-        self._found.put((where, key), strategy)
+        self._strategies.put((where, key), strategy)
         if self._path is None:
             return
         everything = self._read()
@@ -72,12 +73,12 @@ class Winners:
 
 @cache
 def winners(path: Path | None) -> Winners:
-    """The one for a file, or for this process alone."""
+    """The winners of a file; of this process alone without one."""
     return Winners(path)
 
 
 def _where(device: torch.device) -> str:
-    """What a time depends on beside the function."""
+    """What a time depends on beside the function: hardware and versions, in words."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:

@@ -1,4 +1,4 @@
-"""Samples in several pieces: the first is evaluated again at the end, to see if all are alike."""
+"""Samples in several chunks: the first is evaluated again at the end, and must agree."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ import torch
 
 from jacfunc._calls import FlatCall
 from jacfunc._linear_map import (
-    Dims,
     JacobianOperator,
+    Samples,
     check_agreement,
     detached,
     narrowed,
     one_sample,
 )
 from jacfunc._torch import RandomState, sweep_batch
-from jacfunc._types import Leaves, Randomness
+from jacfunc._types import Leaves
 
 
 def first_again(
     chunks: Iterable[Leaves],
     outputs_of: Callable[[Leaves], Leaves],
-    evaluated: Callable[[int], Leaves],
+    evaluate_first: Callable[[int], Leaves],
 ) -> Iterator[Leaves]:
     """The chunks of samples; after the last of several the first is evaluated again.
 
-    Samples of different chunks can't be compared, but what draws or counts anew in each returns
-    something else for the first. ``evaluated(size)`` is that evaluation.
+    Samples of different chunks can't be compared. But a module that draws or counts anew in each
+    chunk returns something else for the first.
+
+    Args:
+        outputs_of: finds the outputs in a chunk.
+        evaluate_first: evaluates the first samples, so many, and returns their outputs.
 
     Raises:
-        Refused: at the end, if it returns anything else.
+        Refused: at the end, if that evaluation returns anything else.
     """
     count, size, first = 0, 0, Leaves()
     for leaves in chunks:
@@ -41,7 +45,7 @@ def first_again(
         yield leaves
         del leaves  # or it would stay beside the next chunk
     if count > 1 and not torch.compiler.is_compiling():
-        check_agreement(first, evaluated(size))
+        check_agreement(first, evaluate_first(size))
 
 
 @dataclass(frozen=True)
@@ -49,28 +53,27 @@ class FirstSamples:
     """The first samples of a batch, to be evaluated once more.
 
     Args:
-        call_of: the call of a single sample.
-        draws: as random numbers stood when it was evaluated first.
+        call_of: makes the call of a single sample from the tensors of that sample.
+        random_state: as it was before the first evaluation.
     """
 
     call_of: Callable[[Leaves], FlatCall]
-    leaves: Leaves
-    dims: Dims
-    randomness: Randomness
-    draws: RandomState
+    samples: Samples
+    random_state: RandomState
 
     def outputs(self, size: int) -> Leaves:
-        """Of so many, vmapped."""
-        self.draws.repeat()
-        few = narrowed(self.leaves, self.dims, 0, size)
+        """The outputs of the first samples, so many, vmapped."""
+        self.random_state.repeat()
+        dims = self.samples.dims
+        leaves = narrowed(self.samples.leaves, dims, 0, size)
         with torch.no_grad():
-            return sweep_batch(self._of_one, few, self.randomness, self.dims)[0]
+            return sweep_batch(self._of_one, leaves, self.samples.randomness, dims)[0]
 
     def output(self, size: int) -> Leaves:
-        """Of the first alone, which is never vmapped."""
-        self.draws.repeat()
+        """The outputs of the first sample alone, never vmapped."""
+        self.random_state.repeat()
         with torch.no_grad():
-            outputs, _ = self._of_one(one_sample(self.leaves, self.dims, 0))
+            outputs, _ = self._of_one(one_sample(self.samples.leaves, self.samples.dims, 0))
         return tuple(out.unsqueeze(0) for out in outputs)
 
     def _of_one(self, leaves: Leaves) -> tuple[Leaves, Leaves]:

@@ -1,99 +1,104 @@
-"""A batch evaluated twice, and what of some samples must be the same both times."""
+"""A module at a batch, evaluated on a graph, and what is compared with another batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from math import comb
 
 import torch
 from torch import Tensor
 
-from jacfunc._linear_map import anchored, batch_size
+from jacfunc._linear_map import Dims, Samples, differentiable_alias
 from jacfunc._torch import RandomState, math_attention, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
 MOST_HALVES = 6
-"""Halves of one check: each ordered pair of up to 20 samples is parted by one of them."""
-
-WholeBatch = Callable[[Leaves, Leaves], Leaves]
-"""The differentiable outputs of a batch, from parameters and the tensors of a call."""
+"""Halves of one check. Of up to 20 samples, for each ordered pair one half has the first alone."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A module at a batch, evaluated as a user would."""
+    """A module at a batch, whose samples may depend on each other.
 
-    whole: WholeBatch
+    Args:
+        whole: ``whole(params, leaves)`` returns the differentiable outputs of a batch.
+        params: tensors that are differentiable.
+        width: numbers that each sample is differentiated by.
+        by_inputs: are tensors of the batch differentiated?
+        as_evaluated: returns, after an evaluation, a function for its pullbacks to call first.
+    """
+
+    whole: Callable[[Leaves, Leaves], Leaves]
     params: Leaves
-    leaves: Leaves
-    dims: Sequence[int | None]
-    width: int = 1
-    """Numbers that a sample is differentiated by."""
-    by_inputs: bool = True
-    """Are tensors of the call differentiated?"""
-    as_evaluated: Callable[[], Callable[[], None]] | None = None
-    """After an evaluation it returns what its pullbacks need called before them."""
+    samples: Samples
+    width: int
+    by_inputs: bool
+    as_evaluated: Callable[[], Callable[[], None]]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many samples there are."""
-        return batch_size(self.leaves, self.dims)
+        return self.samples.size
 
     def of(self, numbers: Tensor) -> Subject:
-        """Other samples, by their numbers."""
-        pairs = zip(self.leaves, self.dims, strict=True)
-        return replace(self, leaves=tuple(x if d is None else at(x, numbers, d) for x, d in pairs))
+        """The module at other samples, taken from this batch by their numbers."""
+        pairs = zip(self.samples.leaves, self.samples.dims, strict=True)
+        leaves = tuple(x if d is None else at(x, numbers, d) for x, d in pairs)
+        return replace(self, samples=replace(self.samples, leaves=leaves))
 
-    def evaluated(self, draws: RandomState) -> BatchGraph:
-        """On a graph that leads to all that is differentiable."""
-        draws.repeat()
+    def evaluate(self, random_state: RandomState) -> BatchGraph:
+        """Its outputs on a graph that leads to everything differentiable."""
+        random_state.repeat()
         # other threads may have chosen the plain formula, and leave it between two evaluations
         with recording(), math_attention():
-            leaves = self.leaves if self.by_inputs else ()
-            followed = {id(x) for x in (*self.params, *leaves) if is_differentiable(x)}
-            every = (*self.params, *self.leaves)
-            anchors = tuple(anchored(x, False) if id(x) in followed else x for x in every)
+            inputs = filter(is_differentiable, self.samples.leaves) if self.by_inputs else ()
+            followed = {id(x) for x in (*self.params, *inputs)}
+            every = (*self.params, *self.samples.leaves)
+            pairs = ((x, id(x) in followed) for x in every)
+            anchors = tuple(differentiable_alias(x, False) if yes else x for x, yes in pairs)
             copies = tuple(x.clone() for x in anchors)  # a module may write into what it gets
             count = len(self.params)
             outputs = self.whole(copies[:count], copies[count:])
-            renew = self.as_evaluated() if self.as_evaluated is not None else None
-            return BatchGraph(outputs, anchors, count, self.dims, renew)
+            return BatchGraph(outputs, anchors, count, self.samples.dims, self.as_evaluated())
 
 
 @dataclass(frozen=True)
 class BatchGraph:
-    """Outputs on their graph, and the tensors that it leads to."""
+    """Outputs of a batch on their graph, which leads to anchors: parameters, then inputs.
+
+    ``renew`` puts back what was evaluated: a backward pass may run the module again.
+    """
 
     outputs: Leaves
     anchors: Leaves
     num_params: int
-    dims: Sequence[int | None]
-    renew: Callable[[], None] | None = None
-    """Puts back what was evaluated: a backward pass may run the module again."""
+    dims: Dims
+    renew: Callable[[], None]
 
     def pull(self, cotangents: Leaves) -> list[Tensor | None]:
         """Gradients in the anchors; None where there is none."""
         live = [i for i, out in enumerate(self.outputs) if out.requires_grad]
-        wanted = tuple(x for x in self.anchors if x.requires_grad)
-        if not live or not wanted:
+        targets = tuple(x for x in self.anchors if x.requires_grad)
+        if not live or not targets:
             return [None] * len(self.anchors)
         seeds = tuple(cotangents[i] for i in live)
-        if self.renew is not None:
-            self.renew()
-        found = iter(run_backward(tuple(self.outputs[i] for i in live), wanted, seeds, False))
-        grads = (next(found) if x.requires_grad else None for x in self.anchors)
+        self.renew()
+        pulled = iter(run_backward(tuple(self.outputs[i] for i in live), targets, seeds, False))
+        grads = (next(pulled) if x.requires_grad else None for x in self.anchors)
         return [None if grad is None else grad.to_dense() for grad in grads]
 
-    def seen_by(self, half: Half, cotangents: Leaves | None) -> list[Quantity]:
-        """All that must not change with the samples outside the half; values alone without
-        cotangents.
+    def quantities(self, half: Half, cotangents: Leaves | None) -> list[Quantity]:
+        """All that must not change with the samples outside the half.
+
+        Without cotangents these are outputs alone, and no derivatives.
         """
         rows = (half.rows(out.detach()) for out in self.outputs)
-        found = [Quantity("outputs", out) for out in rows if out is not None]
+        quantities = [Quantity("outputs", out) for out in rows if out is not None]
         if cotangents is None:
-            return found
+            return quantities
         grads = [
             torch.zeros_like(x) if grad is None and x.requires_grad else grad
             for x, grad in zip(self.anchors, self.pull(cotangents), strict=True)
@@ -101,22 +106,24 @@ class BatchGraph:
         own, of_leaves = grads[: self.num_params], grads[self.num_params :]
         for grad, dim in zip(of_leaves, self.dims, strict=True):
             if grad is not None and dim is not None:
-                found.append(Quantity("derivatives in inputs", at(grad, half.inside, dim)))
-                outside = at(grad, half.outside, dim)
-                found.append(Quantity("derivatives in inputs", outside, must_be_zero=True))
+                what, outside = "derivatives in inputs", at(grad, half.outside, dim)
+                quantities.append(Quantity(what, at(grad, half.inside, dim)))
+                quantities.append(Quantity(what, outside, must_be_zero=True))
         shared = [grad for grad, d in zip(of_leaves, self.dims, strict=True) if d is None]
         sums = [grad for grad in (*own, *shared) if grad is not None]
-        return found + [Quantity("derivatives in parameters", grad, is_sum=True) for grad in sums]
+        of_params = [Quantity("derivatives in parameters", x, is_sum=True) for x in sums]
+        return quantities + of_params
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something of a half of the samples.
+    """Numbers that belong to a half of the samples: outputs, or gradients.
 
     Args:
-        is_sum: over samples, those outside with cotangents of zero: an infinite derivative of one
-            of them makes it nan.
-        must_be_zero: it belongs to the samples outside.
+        what: a name of it, for messages.
+        is_sum: is it a sum over all samples? Those outside have cotangents of zero, but an infinite
+            derivative of one of them makes it nan.
+        must_be_zero: is it a gradient in the samples outside?
     """
 
     what: str
@@ -125,49 +132,59 @@ class Quantity:
     must_be_zero: bool = False
 
     def agrees(self, other: Quantity) -> bool:
-        """To the last bit, but for the sign of zero; nan agrees with nan."""
-        mine, its = self.tensor, self._right(other)
-        if torch.equal(mine, its):
+        """Is it that of the other batch to the last bit, but for the sign of zero?
+
+        A nan agrees with a nan.
+        """
+        numbers, expected = self.tensor, self._expected(other)
+        if torch.equal(numbers, expected):
             return True
-        if mine.shape != its.shape or mine.dtype != its.dtype:
+        if numbers.shape != expected.shape or numbers.dtype != expected.dtype:
             return False
-        nan, its_nan = mine.isnan(), its.isnan()
-        is_lost = self.is_sum or self.must_be_zero
-        same = (mine == its) | ((nan | its_nan) if is_lost else (nan & its_nan))
-        return bool(same.all())
+        nan, expected_nan = numbers.isnan(), expected.isnan()
+        may_be_nan = self.is_sum or self.must_be_zero
+        same_nan = (nan | expected_nan) if may_be_nan else (nan & expected_nan)
+        return bool(((numbers == expected) | same_nan).all())
 
     def agrees_roughly(self, other: Quantity) -> bool:
-        """To the rounding of other operations."""
-        mine, its = self.tensor, self._right(other)
-        if mine.shape != its.shape:
+        """Is it that of the other batch up to the rounding of other operations?"""
+        numbers, expected = self.tensor, self._expected(other)
+        if numbers.shape != expected.shape:
             return False
-        nan, its_nan = mine.isnan(), its.isnan()
-        is_lost = (nan | its_nan) if self.is_sum else (nan & its_nan)
-        apart, sizes = (mine - its).abs(), torch.cat((mine.flatten(), its.flatten())).abs()
-        rounding = torch.finfo(mine.dtype).eps ** (2 / 3) * sizes.nan_to_num(0.0, 0.0).max()
-        return bool(((apart <= rounding) | (mine == its) | is_lost).all())
+        nan, expected_nan = numbers.isnan(), expected.isnan()
+        same_nan = (nan | expected_nan) if self.is_sum else (nan & expected_nan)
+        sizes = torch.cat((numbers.flatten(), expected.flatten())).abs()
+        rounding = torch.finfo(numbers.dtype).eps ** (2 / 3) * sizes.nan_to_num(0.0, 0.0).max()
+        is_near = (numbers - expected).abs() <= rounding
+        return bool((is_near | (numbers == expected) | same_nan).all())
 
     def is_same_as(self, again: Quantity) -> bool:
-        """Does another evaluation give it, bit by bit?"""
+        """Does another evaluation of this batch give the same, bit by bit?"""
         return replace(self, must_be_zero=False).agrees(again)
 
     def is_roughly(self, again: Quantity) -> bool:
-        """Does another evaluation give it, but for rounding?"""
+        """Does another evaluation of this batch give the same up to rounding?"""
         return replace(self, must_be_zero=False).agrees_roughly(again)
 
-    def _right(self, other: Quantity) -> Tensor:
+    def _expected(self, other: Quantity) -> Tensor:
         return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
 
 
 @dataclass(frozen=True)
 class Half:
-    """Numbers of the samples that stay, of those that do not, and of what takes each place."""
+    """A half of the samples, and the batch in which samples from inside replace the others.
+
+    Args:
+        inside: numbers of the samples that stay.
+        outside: numbers of the samples that are replaced.
+        sources: for each place of the other batch, the number of the sample that it gets.
+        is_of_unbatched: are outputs compared that have no batch in front, not those that have one?
+    """
 
     inside: Tensor
     outside: Tensor
     sources: Tensor
-    sees_apart: bool = False
-    """Are outputs compared that have no batch in front, instead of those that have one?"""
+    is_of_unbatched: bool = False
 
     @classmethod
     def of(cls, is_inside: Tensor, generator: torch.Generator) -> Half:
@@ -178,58 +195,56 @@ class Half:
         return cls(inside, outside, sources)
 
     def other(self, generator: torch.Generator) -> Half:
-        """The samples outside stay."""
+        """The half of all other samples, which stay while those inside this one are replaced."""
         is_inside = torch.ones(len(self.sources), dtype=torch.bool, device="cpu")
         is_inside[self.inside] = False
-        return replace(Half.of(is_inside, generator), sees_apart=self.sees_apart)
+        return replace(Half.of(is_inside, generator), is_of_unbatched=self.is_of_unbatched)
 
-    def sees(self, out: Tensor) -> bool:
-        """Is it compared? What is one number for the whole batch is not."""
-        return out.dim() > 0 and has_batch(out, len(self.sources)) != self.sees_apart
+    def compares(self, out: Tensor) -> bool:
+        """Is this output compared? One number for the whole batch is not."""
+        return out.dim() > 0 and has_batch(out, len(self.sources)) != self.is_of_unbatched
 
     def rows(self, out: Tensor) -> Tensor | None:
-        """What is compared of an output, if anything is."""
-        if not self.sees(out):
+        """The rows of an output that are compared; None if none are."""
+        if not self.compares(out):
             return None
-        return out if self.sees_apart else at(out, self.inside, 0)
+        return out if self.is_of_unbatched else at(out, self.inside, 0)
 
     def cotangents(self, outputs: Leaves, number: int) -> Leaves:
-        """Random, and zero for what is not compared."""
-        found = []
+        """Random cotangents; those of rows that are not compared are zero."""
+        seeds = []
         for out in outputs:
-            if not self.sees(out):
-                found.append(torch.zeros_like(out))
+            if not self.compares(out):
+                seeds.append(torch.zeros_like(out))
                 continue
             generator = torch.Generator(out.device).manual_seed(number)
             seed = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
-            if not self.sees_apart:
+            if not self.is_of_unbatched:
                 seed.index_fill_(0, self.outside.to(out.device), 0)
-            found.append(seed)
-        return tuple(found)
+            seeds.append(seed)
+        return tuple(seeds)
 
 
-def halves(size: int, generator: torch.Generator) -> Iterator[Half]:
-    """Random halves of the samples, of which for any two samples one holds the first alone.
+def halves(size: int, generator: torch.Generator) -> list[Half]:
+    """Random halves of the samples: for any two samples, one half has the first without the second.
 
-    Each sample is given another choice of half of the halves, and no such choice contains another
-    (Sperner 1928). Of more samples than there are choices, some get the same.
+    Each sample lies in half of the halves, and each in other ones: no such choice of halves
+    contains another (Sperner 1928). Of more samples than there are choices, some lie in the same.
     """
     count = next(n for n in range(2, size + 2) if comb(n, n // 2) >= size or n == MOST_HALVES)
     choices = list(combinations(range(count), count // 2))
-    order = torch.randperm(max(size, len(choices)), generator=generator, device="cpu")[:size] % len(
-        choices
-    )
-    chosen = [choices[i] for i in order.tolist()]
-    for number in range(count):
-        is_inside = torch.tensor([number in choice for choice in chosen], device="cpu")
-        if 0 < int(is_inside.sum()) < size:
-            yield Half.of(is_inside, generator)
+    total = len(choices)
+    order = torch.randperm(max(size, total), generator=generator, device="cpu")[:size] % total
+    own = [choices[i] for i in order.tolist()]
+    every = [torch.tensor([n in choice for choice in own], device="cpu") for n in range(count)]
+    return [Half.of(x, generator) for x in every if 0 < int(x.sum()) < size]
 
 
 def has_batch(out: Tensor, size: int) -> bool:
-    """Is there a row for each sample?"""
+    """Has an output a row for each sample?"""
     return out.dim() > 0 and out.shape[0] == size
 
 
 def at(leaf: Tensor, numbers: Tensor, dim: int) -> Tensor:
+    """The samples of a leaf that have these numbers, in a dimension."""
     return leaf.index_select(dim, numbers.to(leaf.device))

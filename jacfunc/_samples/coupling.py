@@ -1,4 +1,4 @@
-"""Does a sample of a batch change with the others? An exact comparison of two batches.
+"""An exact comparison of two batches, which tells whether samples depend on each other.
 
 Samples outside a random half are replaced by samples from inside, random numbers are drawn again,
 and one random cotangent, zero outside the half, is pulled back through both batches. Where samples
@@ -30,8 +30,13 @@ COARSE = 0.1
 
 @dataclass(frozen=True)
 class Coupling:
-    """What of a sample changes with the others, in words, if anything does; outputs of a sample,
-    and entries of all samples' Jacobians.
+    """What a comparison of batches has shown.
+
+    Args:
+        what: what of a sample changes with the others, in words; None if nothing does.
+        rows: outputs of a sample.
+        entries: entries of all samples' Jacobians together.
+        was_evaluated: could the batch be evaluated as a whole?
     """
 
     what: str | None = None
@@ -41,22 +46,24 @@ class Coupling:
 
 
 def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Coupling:
-    """Compare batches.
+    """Whether samples of a module depend on each other.
 
     Args:
-        number: of the check; another one tries other halves.
-        thorough: several halves, and one sample alone.
+        number: the number of this check; with another one, other halves are compared.
+        thorough: compare several halves, and one sample alone.
         at_once: samples of a batch; a random few if there are more. None for all.
     """
-    generator, draws = torch.Generator().manual_seed(number), RandomState(subject.leaves)
+    generator = torch.Generator().manual_seed(number)
+    random_state = RandomState(subject.samples.leaves)
     size = subject.size
     count = min(size, at_once or size)
     while True:
-        some = subject.of(torch.randperm(size, generator=generator, device="cpu")[:count].sort()[0])
+        order = torch.randperm(size, generator=generator, device="cpu")
+        batch = subject.of(order[:count].sort()[0])
         try:
-            found = _Search(some, draws, number).found(generator, thorough)
-            if found.was_evaluated or count == size:
-                return found
+            result = _Comparison(batch, random_state, number).result(generator, thorough)
+            if result.was_evaluated or count == size:
+                return result
             count = size  # a module may take batches of one size
         except Exception as error:
             if not is_out_of_memory(error) or count < 4:
@@ -64,16 +71,18 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
             note("whether samples depend is seen from fewer of them: %s", error)
             count //= 2
         finally:
-            draws.repeat()
+            random_state.repeat()
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Comparison:
+    """A batch, compared with others in which some samples are replaced."""
+
     subject: Subject
-    draws: RandomState
+    random_state: RandomState
     number: int
 
-    def found(self, generator: torch.Generator, thorough: bool) -> Coupling:
+    def result(self, generator: torch.Generator, thorough: bool) -> Coupling:
         try:
             outputs = self._base.outputs
         except Exception as error:  # a module may take one sample alone
@@ -83,41 +92,41 @@ class _Search:
             return Coupling(was_evaluated=False)
         size = self.subject.size
         numel = sum(out.numel() for out in outputs)
-        what = self._changes(generator, thorough) if size > 1 else None
+        what = self._what_changes(generator, thorough) if size > 1 else None
         return Coupling(what, numel // size, numel * self.subject.width)
 
-    def _changes(self, generator: torch.Generator, thorough: bool) -> str | None:
-        every = list(halves(self.subject.size, generator))
+    def _what_changes(self, generator: torch.Generator, thorough: bool) -> str | None:
+        """What changes with the other samples, in words; None if nothing does."""
+        every = halves(self.subject.size, generator)
         for half in every if thorough else every[:1]:
-            if what := self._changed(half) or self._mixed(half, generator):
+            if what := self._changed(half) or self._unbatched(half, generator):
                 if self._is_random and any(map(self._draws_otherwise, every)):
                     note("how much is drawn depends on the data: whether samples depend was unseen")
                     return None
                 return f"{what} that change with the other samples"
         if thorough and not self._is_random:
-            return self._alone(
-                int(torch.randint(self.subject.size, (), generator=generator, device="cpu"))
-            )
+            number = torch.randint(self.subject.size, (), generator=generator, device="cpu")
+            return self._alone(int(number))
         return None
 
-    def _mixed(self, half: Half, generator: torch.Generator) -> str | None:
-        """Outputs without the batch in front must be those of one sample: inside or outside.
+    def _unbatched(self, half: Half, generator: torch.Generator) -> str | None:
+        """Outputs without the batch in front that change with samples inside and outside a half.
 
-        Modules that are made for one sample alone may take the first of a batch. Where one sample
-        gives an output of more or fewer dimensions, they take a batch for something else, and it
-        says nothing of samples.
+        Modules that are made for one sample alone may take the first of a batch: such an output
+        changes with one half only. Where one sample gives an output of more or fewer dimensions,
+        the module takes a batch for something else, and nothing is said of samples.
         """
         size = self.subject.size
         if all(has_batch(out, size) or not out.dim() for out in self._base.outputs):
             return None
-        mine = replace(half, sees_apart=True)
-        if not (self._changed(mine) and self._changed(mine.other(generator))):
+        half = replace(half, is_of_unbatched=True)
+        if not (self._changed(half) and self._changed(half.other(generator))):
             return None
         alone = self._outputs_of(0) or self._base.outputs
         shapes = [
             str(tuple(out.shape))
             for out, one in zip(self._base.outputs, alone, strict=True)
-            if mine.sees(out) and out.dim() == one.dim()
+            if half.compares(out) and out.dim() == one.dim()
         ]
         if not shapes:
             return None
@@ -125,50 +134,50 @@ class _Search:
 
     @cached_property
     def _base(self) -> BatchGraph:
-        return self.subject.evaluated(self.draws)
+        return self.subject.evaluate(self.random_state)
 
     @cached_property
     def _is_random(self) -> bool:
-        self.subject.evaluated(self.draws)
-        return self.draws.were_taken()
+        self.subject.evaluate(self.random_state)
+        return self.random_state.has_changed()
 
     def _draws_otherwise(self, half: Half) -> bool:
         """Are more or fewer random numbers drawn with other samples?"""
-        self.subject.evaluated(self.draws)
-        after = RandomState(self.subject.leaves)
-        self.subject.of(half.sources).evaluated(self.draws)
-        return after.were_taken()
+        self.subject.evaluate(self.random_state)
+        after = RandomState(self.subject.samples.leaves)
+        self.subject.of(half.sources).evaluate(self.random_state)
+        return after.has_changed()
 
     def _changed(self, half: Half) -> str | None:
+        """What of a half changes when the samples outside are replaced, in words."""
         cotangents: Leaves | None = half.cotangents(self._base.outputs, self.number)
         try:
-            mine = self._base.seen_by(half, cotangents)
+            own = self._base.quantities(half, cotangents)
         except Exception as error:  # torch has no type for what it can't differentiate
             if is_out_of_memory(error):
                 raise
             note("whether samples depend was seen from values alone: %s", error)
             cotangents = None
-            mine = self._base.seen_by(half, None)
+            own = self._base.quantities(half, None)
         other = self.subject.of(half.sources)
-        found = other.evaluated(self.draws)
-        if any(x.shape != y.shape for x, y in zip(self._base.outputs, found.outputs, strict=True)):
+        graph = other.evaluate(self.random_state)
+        if any(x.shape != y.shape for x, y in zip(self._base.outputs, graph.outputs, strict=True)):
             return "shapes of outputs"
-        its = found.seen_by(half, cotangents)
-        pairs = zip(mine, its, strict=True)
-        if all(one.agrees(two) for one, two in pairs):
+        others = graph.quantities(half, cotangents)
+        if all(one.agrees(two) for one, two in zip(own, others, strict=True)):
             return None
-        again = self.subject.evaluated(self.draws).seen_by(half, cotangents)
-        if not all(one.is_roughly(same) for one, same in zip(mine, again, strict=True)):
+        again = self.subject.evaluate(self.random_state).quantities(half, cotangents)
+        if not all(one.is_roughly(same) for one, same in zip(own, again, strict=True)):
             raise Refused(CHANGING)
-        for one, two, same in zip(mine, its, again, strict=True):
+        for one, two, same in zip(own, others, again, strict=True):
             if not (one.agrees(two) or self._are_rounded(one, two, same, other)):
                 return one.what
         return None
 
     def _are_rounded(self, one: Quantity, two: Quantity, again: Quantity, other: Subject) -> bool:
-        """Bits differ, but may rounding differ as well?
+        """May a difference of the last bits be rounding?
 
-        It may where two evaluations of one batch do, as on accelerators; where the other batch
+        It may where two evaluations of one batch differ, as on accelerators; where the other batch
         meets other operations or shapes, as mixtures of experts do; and in sums over samples whose
         order is that of their indices.
         """
@@ -176,21 +185,21 @@ class _Search:
             return False
         if not one.is_same_as(again):
             return True
-        work = self._work(self.subject)
-        is_sorted = any("embedding_bag" in str(func) for func, _ in work)
-        return (one.is_sum and is_sorted) or work != self._work(other)
+        operations = self._operations(self.subject)
+        is_sorted = any("embedding_bag" in str(func) for func, _ in operations)
+        return (one.is_sum and is_sorted) or operations != self._operations(other)
 
-    def _work(self, subject: Subject) -> list[tuple[Any, Any]]:
-        recorded = _Recorded()
-        with uncompiled(), recorded:
-            subject.evaluated(self.draws)
-        return recorded.steps
+    def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:
+        recorder = _OperationRecorder()
+        with uncompiled(), recorder:
+            subject.evaluate(self.random_state)
+        return recorder.operations
 
     def _outputs_of(self, number: int) -> Leaves | None:
-        """Of a sample alone, if it can be evaluated."""
+        """The outputs of a sample alone; None if it can't be evaluated."""
         one = self.subject.of(torch.tensor([number], device="cpu"))
         try:
-            return one.evaluated(self.draws).outputs
+            return one.evaluate(self.random_state).outputs
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -198,10 +207,11 @@ class _Search:
             return None
 
     def _alone(self, number: int) -> str | None:
-        found = self._outputs_of(number)
-        if found is None:
+        """What of a sample is different when it is evaluated alone, in words."""
+        outputs = self._outputs_of(number)
+        if outputs is None:
             return None
-        for out, alone in zip(self._base.outputs, found, strict=True):
+        for out, alone in zip(self._base.outputs, outputs, strict=True):
             if not has_batch(out, self.subject.size):
                 continue
             row = out.detach()[number]
@@ -215,14 +225,14 @@ class _Search:
         return None
 
 
-class _Recorded(TorchDispatchMode):
-    """Operations, and the shapes that they are given."""
+class _OperationRecorder(TorchDispatchMode):
+    """Records the operations that run, and the shapes of their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[Any] = []
+        self.operations: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         shapes = [x.shape for x in args if isinstance(x, Tensor)]
-        self.steps.append((func, shapes))
+        self.operations.append((func, shapes))
         return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Jacobians of every sample, layer by layer: written where they belong, without a copy."""
+"""Jacobians of samples by layers: written where they belong in the result, without a copy."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from torch import Tensor
 
 from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factored import FactoredJacobian
-from jacfunc._memory import Chunk, evenly, in_chunks
+from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
 from jacfunc._samples.again import first_again
 from jacfunc._types import Leaves
 
-SHARE, LEAST, MOST = 5, 6 * 2**20, 2**25
-"""Cotangents that are swept at once, unless told otherwise: a fifth of the result's bytes, but
-so many that they are worth a sweep, and so few that their memory is that of the piece before. More
-than the heap keeps would be asked for anew, page by page, in every call."""
+SHARE = 5
+"""The bytes of cotangents that are swept at once are a fifth of the result's, within limits."""
 
 
 @dataclass
 class SampleWriter:
-    """Chunks of samples, written into the places that the sink gives.
+    """Writes blocks of samples, a chunk at a time, into the places that the sink gives.
 
     Args:
-        factors_of: an evaluation of the samples from start to stop.
-        grid: sizes of a sample's leaves, once one has been seen.
+        factors_of: evaluates the samples from start to stop.
+        grid: the sizes of a sample's leaves; to be called after an evaluation.
+        places: tensors for all blocks; allocated after the first evaluation.
+        most_swept: bytes of cotangents that are swept at once, at most.
     """
 
     factors_of: Callable[[int, int], FactoredJacobian]
     sink: Sink
     grid: Callable[[], Grid]
     places: Leaves | None = None
+    most_swept: int = MOST_SWEPT_BYTES
 
     def leaves(self, total: int, samples: Chunk, rows: Chunk) -> Leaves:
-        """Blocks ``[B, *out, *param]`` row by row, outputs and extras of all samples."""
+        """Blocks ``[B, *out, *param]``, outputs and extras of all samples, one after the other."""
 
         def take(start: int, stop: int) -> Leaves:
             factors = self.factors_of(start, stop)
@@ -54,11 +55,11 @@ class SampleWriter:
             return leaves[start : start + count]
 
         chunks = first_again(in_chunks(total, samples, take), outputs_of, again)
-        found = stack(chunks, total)
-        return found if self.places is None else (*self.places, *found)
+        leaves = stack(chunks, total)
+        return leaves if self.places is None else (*self.places, *leaves)
 
     def _blocks(self, factors: FactoredJacobian) -> Leaves:
-        """New tensors, which carry a graph."""
+        """Blocks as new tensors, which carry a graph."""
         return tuple(
             block.unflatten(1, out.shape) if out.dim() else block.squeeze(1)
             for number, out in enumerate(factors.of_one)
@@ -66,10 +67,10 @@ class SampleWriter:
         )
 
     def _write(self, factors: FactoredJacobian, start: int, total: int, chunk: Chunk) -> None:
-        """Into the samples from ``start`` on."""
+        """Write the blocks of samples, of which the first has the number ``start``."""
         grid = self.grid()
         result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
-        at_once = min(max(result // SHARE, LEAST), MOST)
+        at_once = min(max(result // SHARE, LEAST_SWEPT_BYTES), self.most_swept)
         samples = slice(start, start + factors.samples.size)
         for number, rows in enumerate(grid.rows):
 
@@ -84,7 +85,7 @@ class SampleWriter:
                 pass
 
     def _places(self, factors: FactoredJacobian, number: int, total: int) -> Leaves:
-        """Blocks of this output, ``[B, M, *param]``."""
+        """Places for the blocks of an output, ``[B, M, *param]``."""
         params, grid = factors.params, self.grid()
         if self.places is None:
             like = tuple(_like(out, param) for out in factors.of_one for param in params)
@@ -97,6 +98,6 @@ class SampleWriter:
 
 
 def _like(out: Tensor, param: Tensor) -> Tensor:
-    """A block of one sample, without memory."""
+    """A tensor like the block of one sample that takes no memory."""
     dtype = torch.promote_types(out.dtype, param.dtype)
     return out.new_empty((), dtype=dtype).expand(1, *out.shape, *param.shape)

@@ -1,9 +1,13 @@
-"""Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
+"""What jacfunc needs of torch's internals: transforms, vmap, autograd, random numbers.
+
+Torch's private names are used in this package alone.
+"""
 
 from jacfunc._torch.attention import math_attention
-from jacfunc._torch.autograd import off_graph, recording, run_backward
+from jacfunc._torch.autograd import off_graph, recording, run_backward, untracked
 from jacfunc._torch.compiled import as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import constant, has_tangent, is_differentiated, is_tracked
+from jacfunc._torch.entering import at_forward_level, at_reverse_level
 from jacfunc._torch.levels import (
     below_transforms,
     inside_derivative,
@@ -22,15 +26,15 @@ from jacfunc._torch.levels import (
 )
 from jacfunc._torch.orders import is_second_order_forward, is_third_order, num_derivatives
 from jacfunc._torch.pullback import Pull, innermost_level, is_right_twice
-from jacfunc._torch.random import DRAWING, RandomState, may_draw
+from jacfunc._torch.random import DRAWING, RandomState, may_draw, noise_like
 from jacfunc._torch.vmap import (
-    at_once,
+    batched,
     below_vmap,
+    call_of_all_samples,
+    has_strided_samples,
     holds_nan,
     innermost,
-    is_spread,
-    mapped,
-    mapped_anyway,
-    of_samples,
+    of_all_samples,
     sweep_batch,
+    unbatched,
 )

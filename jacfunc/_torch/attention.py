@@ -1,4 +1,4 @@
-"""Attention by its plain formula: the fused kernels can't be batched, pushed or differentiated."""
+"""Makes attention use its plain formula, as the fused kernels lack derivatives and vmap rules."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, TypeAlias
 import torch
 from torch.backends import mha
 
-_C = torch._C  # torch.backends.cuda is the same with a Python call around each, felt in every sweep
+_C = torch._C  # torch.backends.cuda wraps each in a Python call, which every sweep would pay
 
 Switches: TypeAlias = tuple[bool, bool, bool, bool, bool]
-"""Flash, memory-efficient, cudnn, math, and the fast path of whole layers."""
+"""Is each allowed: flash, memory-efficient, cudnn, math, the fast path of whole layers?"""
 
 MATH_ONLY: Switches = (False, False, False, True, False)
 
 
 class AttentionSwitch:
-    """How many evaluations of all threads attend by the plain formula, and what was before."""
+    """How many evaluations, in all threads, need the math kernel, and the switches before these."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -29,26 +29,26 @@ _ENTERED, _LOCK = AttentionSwitch(), Lock()
 
 
 class MathAttention:
-    """While it is entered, attention takes the math kernel, on every device.
+    """A context in which attention uses the math kernel, on every device.
 
     The fused kernels have no batching rule (torch then loops over the batch), no forward mode and
-    no second derivative. The same as ``sdpa_kernel(MATH)``, at a fifth of its cost, which every
-    evaluation pays; and without the fused path of whole Transformer layers.
+    no second derivative. The context works as ``sdpa_kernel(MATH)`` does, at a fifth of its cost,
+    and also turns off the fused path of whole Transformer layers.
 
-    Torch has these switches once for all threads: whoever enters first turns them, and whoever
-    leaves last turns them back. What a function does with them while it is evaluated stays so
-    until a call inside it, or the last evaluation, ends.
+    All threads share torch's switches: the first to enter sets them, the last to leave sets them
+    back. If a function sets them itself, that holds until a call inside it, or the last
+    evaluation, ends.
     """
 
-    __slots__ = ("_is_first", "_seen")
+    __slots__ = ("_before", "_is_first")
 
     def __enter__(self) -> None:
         with _LOCK:
-            self._seen = seen = _now()
+            self._before = before = _current()
             self._is_first = not _ENTERED.count
             if self._is_first:
-                _ENTERED.before = seen
-            if seen != MATH_ONLY:
+                _ENTERED.before = before
+            if before != MATH_ONLY:
                 _choose(*MATH_ONLY)
             _ENTERED.count += 1
 
@@ -58,18 +58,18 @@ class MathAttention:
             if self._is_first:
                 if not _ENTERED.count:
                     _choose(*_ENTERED.before)
-            elif self._seen != MATH_ONLY:
-                _choose(*self._seen)
-            elif not _ENTERED.count and _now() == MATH_ONLY:  # nobody has turned them since
+            elif self._before != MATH_ONLY:
+                _choose(*self._before)
+            elif not _ENTERED.count and _current() == MATH_ONLY:  # nobody has set them since
                 _choose(*_ENTERED.before)
 
 
 def math_attention() -> AbstractContextManager[Any]:
-    """Compilers choose for themselves."""
+    """Attention by the math kernel; does nothing under a compiler, which chooses for itself."""
     return nullcontext() if torch.compiler.is_compiling() else MathAttention()
 
 
-def _now() -> Switches:
+def _current() -> Switches:
     return (
         _C._get_flash_sdp_enabled(),
         _C._get_mem_efficient_sdp_enabled(),

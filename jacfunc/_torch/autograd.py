@@ -1,8 +1,8 @@
-"""Plain autograd from below: a backward pass without its checks."""
+"""Plain autograd without the checks of its public functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,7 @@ from jacfunc._types import Leaves
 
 
 def recording() -> AbstractContextManager[Any]:
-    """Autograd on, whatever the caller's mode."""
+    """A context in which autograd records, whatever mode the caller is in."""
     if torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
     return NOTHING if torch.is_grad_enabled() else torch.enable_grad()
@@ -27,7 +27,7 @@ def run_backward(
     cotangents: Leaves,
     create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
-    """``torch.autograd.grad`` with ``retain_graph`` and ``allow_unused``."""
+    """The products of ``torch.autograd.grad`` with ``retain_graph`` and ``allow_unused``."""
     products: tuple[Tensor | None, ...] = _engine_run_backward(
         outputs,
         cotangents,
@@ -41,5 +41,12 @@ def run_backward(
 
 
 def off_graph(leaves: Leaves) -> Leaves:
-    """Without plain graphs, which lead to what a function closes over; most leaves have none."""
+    """The leaves detached from plain graphs, which lead to what a function closes over."""
     return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
+
+
+untracked: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction
+"""Makes a context in which no watch outside sees operations, for bookkeeping of jacfunc's own.
+
+A watch that looked at each step of it took a tenth of a small network's evaluation.
+"""

@@ -1,7 +1,7 @@
-"""What torch.compile has compiled runs as it was written, wherever it is differentiated.
+"""Runs functions that torch.compile has compiled as they were written, where jacfunc calls them.
 
-Compiled code is kept from call to call, and what it is kept by leaves out which transforms are
-active: what was compiled for tangents is run again for a plain graph, and returns other numbers.
+Torch keeps compiled code from call to call, and does not look at which transforms are active: code
+compiled for tangents is run again for a plain graph, and returns wrong numbers.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Result = TypeVar("Result")
 
 
 class _Depth(threading.local):
-    """How many evaluations of ours this thread is inside of."""
+    """How many of jacfunc's evaluations this thread is inside of."""
 
     inside = 0
     recorded = 0
-    """How many of these are recorded: then torch.cond and its like are not compiled, either."""
+    """How many of these are recorded: inside them even torch.cond and its like are not compiled."""
 
 
 class _Stance:
-    """A stance of torch's compiler: eager for threads inside of an evaluation, else what it was.
+    """A stance of torch's compiler: eager in threads inside an evaluation, else the former stance.
 
-    ``torch.compiler.set_stance`` is made for one thread: it turns the compiler off in all of them,
-    and two that leave it in another order than they came leave it off for good.
+    ``torch.compiler.set_stance`` is made for one thread: it turns the compiler off in all threads,
+    and if two threads leave it in another order than they entered, it stays off.
     """
 
     def __init__(self, before: Any, depth: _Depth) -> None:
@@ -38,7 +38,7 @@ class _Stance:
 
     @property
     def stance(self) -> Any:
-        """Asked whenever something compiled is called."""
+        """Read by torch whenever a compiled function is called."""
         depth = self._depth
         if depth.recorded or (depth.inside and not _is_control_flow(sys._getframe(2))):
             return "force_eager"
@@ -49,7 +49,7 @@ class _Stance:
 
 
 def _is_control_flow(caller: Any) -> bool:
-    """Does torch.cond, or its like, run its function? Its graph is that of the compiled one."""
+    """Does torch.cond, or its like, run its function? It needs the graph of the compiled one."""
     frame = caller.f_back
     return frame is not None and frame.f_globals.get("__name__") == _CONTROL_FLOW
 
@@ -58,7 +58,7 @@ _CONTROL_FLOW = "torch._higher_order_ops.utils"
 
 
 class _AsWritten:
-    """Inside of it, this thread's calls of what was compiled run the original."""
+    """A context in which compiled functions run as they were written, in this thread."""
 
     def __init__(self) -> None:
         self._compiler: Any = sys.modules["torch._dynamo.eval_frame"]
@@ -66,7 +66,10 @@ class _AsWritten:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Control flow raises, too: recorders would make its compiler fail in all later calls."""
+        """A context in which torch.cond and its like raise.
+
+        If recorded, they would make their compiler fail in all later calls.
+        """
         self._depth.recorded += 1
         try:
             yield
@@ -75,7 +78,7 @@ class _AsWritten:
 
     def __enter__(self) -> Self:
         self._depth.inside += 1
-        # it stays, since another thread may be inside when this one leaves
+        # it is not taken back: another thread may be inside when this one leaves
         if type(self._compiler._stance) is not _Stance:
             self._compiler._stance = _Stance(self._compiler._stance, self._depth)
         return self
@@ -86,14 +89,14 @@ class _AsWritten:
 
 @cache
 def _as_written() -> _AsWritten:
-    """One for the process, as the compiler has one stance."""
+    """The only one of the process, as the compiler has one stance."""
     return _AsWritten()
 
 
 def as_written() -> AbstractContextManager[Any]:
-    """Whatever torch.compile has compiled runs as it was written, in this thread.
+    """A context in which compiled functions run as they were written, in this thread.
 
-    Nothing is compiled as long as the compiler, which takes a second to load, is not loaded.
+    It does nothing while the compiler is not loaded: then nothing is compiled yet.
     """
     if "torch._dynamo.eval_frame" not in sys.modules or torch.compiler.is_compiling():
         return _NOTHING
@@ -104,7 +107,7 @@ _NOTHING = nullcontext()
 
 
 def run_as_written(func: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """A call as it was written; of small calls a context that does nothing is felt."""
+    """``func(*args, **kwargs)`` under :func:`as_written`, cheaply if the compiler is not loaded."""
     if "torch._dynamo.eval_frame" not in sys.modules:
         return func(*args, **kwargs)
     with as_written():
@@ -113,12 +116,12 @@ def run_as_written(func: Callable[..., Result], *args: Any, **kwargs: Any) -> Re
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """As it was written, and where the compiler is loaded inside and fails, it forgets that."""
+    """Act as :func:`as_written`, and reset a compiler that is first loaded inside and fails."""
     was_loaded = "torch._dynamo" in sys.modules
     try:
         with as_written() as written, nullcontext() if written is None else written.recorded():
             yield
     except BaseException:
-        if not was_loaded and "torch._dynamo" in sys.modules:  # nobody else's code is forgotten
+        if not was_loaded and "torch._dynamo" in sys.modules:  # then it knows no other code
             torch.compiler.reset()
         raise

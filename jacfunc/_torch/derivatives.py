@@ -1,4 +1,4 @@
-"""Does a derivative pass through a tensor? Seen from inside a function."""
+"""Tells, from inside a function, whether a derivative passes through a tensor."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jacfunc._torch.levels import is_pushing
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Does forward mode track it, at the innermost level?"""
+    """Has the tensor a tangent, at the innermost level of forward mode?"""
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Does a derivative pass through it, at whatever level, plain ones among them?"""
+    """Does a derivative pass through the tensor, at any level of functorch or of plain autograd?"""
     top = _functorch.peek_interpreter_stack()
     if tensor.requires_grad:
         return True
-    # torch has no rule for asking under vmap, where the level below knows
+    # under vmap torch can't unpack a tangent; the level below can
     if (top is None or top.key() != TransformType.Vmap) and has_tangent(tensor):
         return True
     if top is None:
@@ -40,7 +40,7 @@ def constant(tensor: Tensor) -> Tensor:
 
 
 def is_differentiated(tensor: Tensor) -> bool:
-    """Seen from a reverse level: does an enclosing level, or plain autograd, track it too?"""
+    """Inside a reverse level, is the tensor tracked by an outer level or by plain autograd, too?"""
     if is_pushing():
         return True
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -1,4 +1,4 @@
-"""Which transforms are active, and which of them a tensor belongs to: functorch from below."""
+"""Tells which of functorch's transforms are active, and which of them wrap a tensor."""
 
 from __future__ import annotations
 
@@ -22,44 +22,45 @@ def inside_functorch() -> bool:
 
 
 def inside_transform() -> bool:
-    """Is a functorch transform active, or plain forward mode? Only functorch nests in these."""
+    """Is a functorch transform or plain forward mode active? Only functorch can nest in these."""
     return inside_functorch() or is_pushing()
 
 
 def is_outermost() -> bool:
-    """Is neither a transform active nor a compiler? Then plain graphs can be looked into."""
+    """Is neither a transform nor a compiler active? Then plain graphs can be read."""
     return not (inside_transform() or torch.compiler.is_compiling())
 
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """As at the top level, whatever transforms and dispatch modes are active outside."""
+    """A context without the transforms and dispatch modes that are active outside."""
     with pyfunctorch.temporarily_clear_interpreter_stack(), _disable_current_modes():
         yield
 
 
 NOTHING = nullcontext()
+"""A context that does nothing."""
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Equal for tensors of which writing into one writes into the other."""
-    if torch.compiler.is_compiling():  # compiled code is functional: nobody writes
+    """A number of the tensor's storage: equal for tensors that share their memory."""
+    if torch.compiler.is_compiling():  # compiled code is functional: nothing is written
         return id(tensor)
     return int(below_transforms(tensor).untyped_storage()._cdata)
 
 
 def levels() -> tuple[object, ...]:
-    """What is active outside, for telling one situation from another."""
+    """The active transforms, to tell one situation from another."""
     return (*active(), is_pushing())
 
 
 def newer_transforms(number: int) -> list[str]:
-    """Kinds of the active ones but for so many that are outermost: Vmap, Grad, Jvp and others."""
+    """Names of the active transforms without the outermost ``number``: Vmap, Grad, Jvp, …"""
     return [key.name for key in active()[number:]]
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Do its values, not its tangent alone, differ along a vmap outside?"""
+    """Do the values of the tensor, not its tangent alone, differ along a vmap outside?"""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
             return True
@@ -73,13 +74,13 @@ def num_vmap_levels() -> int:
 
 
 def num_forward_levels() -> int:
-    """How many pushforwards are active, functorch's or plain."""
+    """How many levels of forward mode are active, functorch's or plain."""
     plain = forward_ad._current_level + 1
     return max(plain, sum(key == TransformType.Jvp for key in active()))
 
 
 def inside_derivative() -> bool:
-    """Is something active that differentiates what happens inside it, beside plain autograd?"""
+    """Is forward mode or a reverse level of functorch active?"""
     return is_pushing() or TransformType.Grad in active()
 
 
@@ -92,7 +93,7 @@ def active() -> list[TransformType]:
 
 
 def is_pushing() -> bool:
-    """Is forward mode active in this thread? Torch counts its level for all threads at once."""
+    """Is forward mode active in this thread? Torch has one count of levels for all threads."""
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return forward_ad._current_level >= 0
     if TransformType.Jvp in active():
@@ -101,14 +102,14 @@ def is_pushing() -> bool:
 
 
 def below_transforms(tensor: Tensor) -> Tensor:
-    """The tensor below all levels, where the dimensions of the vmaps outside are seen."""
+    """The tensor without the wrappers of all levels, with the dimensions of the vmaps outside."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
 
 
 def lacks_forward_kernel(op: torch._ops.OpOverload) -> bool:
-    """Operators of ``torch.library.custom_op`` register a backward alone."""
+    """Is it a custom operator without forward mode? ``torch.library.custom_op`` makes such."""
     if op.namespace in {"aten", "prim", "prims", "profiler"}:
         return False
     name = op._schema.name

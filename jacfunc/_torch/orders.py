@@ -1,4 +1,4 @@
-"""Of which order a derivative is, seen from inside: counted where operations are met."""
+"""Counts, from inside a function, the order of the derivative that is taken of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jacfunc._torch.levels import active, below_transforms, is_pushing
 
 
 def num_derivatives(tensor: Tensor) -> int:
-    """Of how many levels does a derivative pass through it, plain autograd not counted?"""
+    """How many levels differentiate the tensor, plain autograd not counted."""
     top = _functorch.peek_interpreter_stack()
     if top is None:
         return int(is_pushing() and has_tangent(tensor))

@@ -1,4 +1,4 @@
-"""A pullback of ours, seen from inside: is it the innermost derivative?"""
+"""Tells, from inside a function, whether jacfunc's own pullback is the innermost derivative."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch._C._functorch import TransformType
 
 
 def innermost_level() -> int | None:
-    """Of the transform that sees operations first."""
+    """The level of the transform that sees operations first."""
     top = _functorch.peek_interpreter_stack()
     return None if top is None else int(top.level())
 
 
 def is_right_twice(level: int | None) -> bool:
-    """Is a pullback of ours, at this level of functorch or on a plain graph, the innermost?
+    """Is jacfunc's pullback, at this level of functorch or on a plain graph, innermost?
 
-    It loops where torch's second derivative is wrong under vmap; a vmap between it and the
-    derivative outside does not.
+    Then second derivatives are right: it goes row by row where torch's second derivative is wrong
+    under vmap. A vmap between it and the derivative outside does not.
     """
     stack = _functorch.get_interpreter_stack() or []
     if level is None or not stack:
@@ -33,12 +33,13 @@ def is_right_twice(level: int | None) -> bool:
 
 @dataclass(slots=True)
 class Pull:
-    """What is watched for: a pullback of ours.
+    """The pullback for which a function is evaluated.
 
     Args:
-        level: of functorch; None on a plain graph.
-        around: what tells whether it is differentiated further.
-        leads_out: of a plain graph: is what leads to a tensor differentiated further outside?
+        level: the level of functorch; None on a plain graph.
+        around: equal for pullbacks that are differentiated further in the same way.
+        leads_out: on a plain graph, tells whether the graph of a tensor leads to leaves outside,
+            by which somebody may differentiate further.
     """
 
     level: int | None

@@ -1,4 +1,4 @@
-"""Random numbers that are drawn over and over: the same ones, others, or none at all."""
+"""Saves the state of torch's generators, so that an evaluation can draw the same numbers again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jacfunc._types import Leaves
 
 GeneratorState: TypeAlias = tuple[torch.Tensor, ...]
 
-# a thread that reads a generator's state in torch holds the generator while Python may run another
-# thread, as in a garbage collection; if that one asks for the generator, both wait for ever
+# A thread that reads the state holds the generator while Python may run another thread, as in a
+# garbage collection. If that thread asks for the generator, too, both wait for ever.
 _STATES = RLock()
 
 _ALWAYS = (
@@ -24,7 +24,7 @@ _ALWAYS = (
     *("bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_"),
     *("log_normal_", "cauchy_", "fractional_max_pool2d", "fractional_max_pool3d"),
 )
-_TOLD = {
+_SETTINGS = {
     **dict.fromkeys(("dropout", "dropout_", "native_dropout", "alpha_dropout"), (1, 2)),
     **dict.fromkeys(("feature_dropout", "feature_alpha_dropout"), (1, 2)),
     **dict.fromkeys(("alpha_dropout_", "feature_dropout_", "feature_alpha_dropout_"), (1, 2)),
@@ -34,64 +34,75 @@ _TOLD = {
     "scaled_dot_product_attention": (4, 4),
     "multi_head_attention_forward": (10, 13),
 }
-"""Where they are told how likely a number is dropped, and whether it is training at all."""
+"""Positions of two arguments: the probability to drop a number, and whether it is training."""
 
 _PLACES = (torch, torch.nn.functional, torch.Tensor)
 DRAWING: dict[Callable[..., Any], tuple[int, int] | None] = {
-    function: _TOLD.get(name)
-    for name in (*_ALWAYS, *_TOLD)
+    function: _SETTINGS.get(name)
+    for name in (*_ALWAYS, *_SETTINGS)
     for place in _PLACES
     if callable(function := getattr(place, name, None))
 }
-"""Functions that draw from torch's default generators, if they are told to."""
+"""Functions that draw from torch's default generators; some only with certain settings."""
 
 
 def may_draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Is it called so that it draws? Of packed sequences nobody asks, and it may."""
-    told = DRAWING[func]
-    if told is None:
+    """May this call of a function in ``DRAWING`` draw? Yes, unless its settings say that not."""
+    positions = DRAWING[func]
+    if positions is None:
         return True
     by_name = [kwargs[name] for name in ("p", "dropout_p", "training", "train") if name in kwargs]
-    return all((*by_name, *(args[position] for position in told if position < len(args))))
+    return all((*by_name, *(args[position] for position in positions if position < len(args))))
+
+
+def noise_like(leaves: Leaves, seed: int = 0) -> Leaves:
+    """Normal numbers like the leaves: the same ones each time, from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [torch.randn(x.shape, generator=generator, device="cpu") for x in leaves]
+    return tuple(x.to(like.device, like.dtype) for x, like in zip(noise, leaves, strict=True))
 
 
 class RandomState:
-    """The generators of the devices that leaves are on, as they stood when this was made."""
+    """The state of the generators of the leaves' devices, when this object was made."""
 
     def __init__(self, leaves: Leaves) -> None:
         indices = sorted({leaf.device.index for leaf in leaves if leaf.is_cuda})
         cuda = [torch.cuda.default_generators[index] for index in indices]
         self._generators = [torch.default_generator, *cuda]
-        self._states = self._now()
+        self._states = self._current()
 
     def repeat(self) -> None:
-        """Back to where they stood."""
+        """Set the generators back to that state."""
         with _STATES:
             for generator, state in zip(self._generators, self._states, strict=True):
                 generator.set_state(state)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Whatever is drawn inside, the generators stand where they stood afterwards."""
+        """A context after which the generators are set back to that state."""
         try:
             yield
         finally:
             self.repeat()
 
-    def were_taken(self) -> bool:
-        """Has a generator moved on since this was made?"""
-        return not all(map(torch.equal, self._states, self._now()))
+    def has_changed(self) -> bool:
+        """Has anything been drawn since this object was made?"""
+        return not all(map(torch.equal, self._states, self._current()))
 
     @contextmanager
     def of_one(self, randomness: str) -> Iterator[None]:
-        """Around each of several evaluations, to draw as vmap does under the same word."""
+        """A context for one of several samples, which draws as vmap does under this ``randomness``.
+
+        Raises:
+            Refused: if the sample draws under "error".
+        """
         if randomness == "same":
             self.repeat()
-        before = self._now()
+        before = self._current()
         yield
-        if randomness == "error" and not all(map(torch.equal, before, self._now())):
+        if randomness == "error" and not all(map(torch.equal, before, self._current())):
             raise Refused(RANDOM)
 
-    def _now(self) -> GeneratorState:
+    def _current(self) -> GeneratorState:
         with _STATES:
             return tuple([generator.get_state() for generator in self._generators])

@@ -1,4 +1,4 @@
-"""Tensors under a vmap, seen from below: as of all samples."""
+"""Leaves a vmap from inside: the tensor of all samples behind that of one, and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jacfunc._torch.levels import below_transforms
 from jacfunc._types import Leaves
 
 Level: TypeAlias = tuple[_functorch.TransformType, int] | None
-"""A transform that is active; None where there is none."""
+"""An active transform: its kind and number; None if no transform is active."""
 
 
 def innermost() -> Level:
@@ -26,8 +26,8 @@ def innermost() -> Level:
     return None if top is None else (top.key(), top.level())
 
 
-def mapped(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
-    """The tensor of all samples, and which of its dimensions they are; None if it has none."""
+def unbatched(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
+    """The tensor of all samples, and their dimension; None if all samples share the tensor."""
     if level is None or not _functorch.is_batchedtensor(tensor):
         return tensor, None
     if _functorch.maybe_get_level(tensor) != level[1]:
@@ -35,46 +35,49 @@ def mapped(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
     return _functorch.get_unwrapped(tensor), _functorch.maybe_get_bdim(tensor)
 
 
-def of_samples(tensor: Tensor, size: int, level: Level) -> Tensor:
-    """The tensor ``[B, *shape]`` of all samples, also where it is the same for all."""
-    values, dim = mapped(tensor, level)
+def of_all_samples(tensor: Tensor, size: int, level: Level) -> Tensor:
+    """The tensor ``[B, *shape]`` of all samples, expanded if all share it."""
+    values, dim = unbatched(tensor, level)
     if dim is None:
         return values.expand(size, *values.shape)
     return values.movedim(dim, 0) if dim else values
 
 
-def mapped_anyway(tensor: Tensor, size: int, level: Level) -> Tensor:
-    """The tensor as one that differs from sample to sample, although it may not."""
-    if level is None or mapped(tensor, level)[1] is not None:
+def batched(tensor: Tensor, size: int, level: Level) -> Tensor:
+    """The tensor with a dimension of samples in this vmap, expanded if all share it."""
+    if level is None or unbatched(tensor, level)[1] is not None:
         return tensor
     expanded: Tensor = _functorch._add_batch_dim(tensor.expand(size, *tensor.shape), 0, level[1])
     return expanded
 
 
-def at_once(
+def call_of_all_samples(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], level: Level
 ) -> Any:
-    """A call whose first argument alone differs, and may have the samples in front: below vmap."""
+    """``func(*args)`` called once with all samples in front of the first argument, below vmap.
+
+    If another argument differs between samples, too, it is called as usual.
+    """
     first, *others = args
-    values, dim = mapped(first, level)
+    values, dim = unbatched(first, level)
     rest = (*others, *kwargs.values())
     if level is None or dim is None or any(_is_mapped(x, level) for x in rest):
         return func(*args, **kwargs)
     with temporarily_pop_interpreter_stack():
         out = func(values.movedim(dim, 0), *others, **kwargs)
-        # a write into a view would go by where it came out, which it is differentiated by
+        # a write into a view would change the node that it is differentiated by
         out = out.clone() if out._is_view() else out
     return _functorch._add_batch_dim(out, 0, level[1])
 
 
 def below_vmap(func: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
-    """A function of the leaves ``[B, *shape]`` of all samples, from inside the vmap over them.
+    """Apply ``func`` to the leaves ``[B, *shape]`` of all samples, from inside the vmap over them.
 
     Raises:
-        Refused: where vmap is not the innermost transform, or some leaf does not see it.
+        Refused: if vmap is not the innermost transform, or no leaf differs between samples.
     """
     level = innermost()
-    dims = [mapped(leaf, level)[1] for leaf in leaves]
+    dims = [unbatched(leaf, level)[1] for leaf in leaves]
     if level is None or all(dim is None for dim in dims):
         raise Refused("torch's backward pass of it is wrong inside vmap")
     size = next(
@@ -82,37 +85,38 @@ def below_vmap(func: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
         for leaf, dim in zip(leaves, dims, strict=True)
         if dim is not None
     )
-    every = tuple(of_samples(leaf, size, level) for leaf in leaves)
+    all_samples = tuple(of_all_samples(leaf, size, level) for leaf in leaves)
     with temporarily_pop_interpreter_stack():
-        found = func(every)
-    return tuple(_functorch._add_batch_dim(x, 0, level[1]) for x in found)
+        results = func(all_samples)
+    return tuple(_functorch._add_batch_dim(x, 0, level[1]) for x in results)
 
 
 def _is_mapped(value: Any, level: Level) -> bool:
-    return isinstance(value, Tensor) and mapped(value, level)[1] is not None
+    """Does the value differ between the samples of this vmap?"""
+    return isinstance(value, Tensor) and unbatched(value, level)[1] is not None
 
 
-def every_level(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor as each level outside sees it, the innermost first."""
+def _at_every_level(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as each level sees it, the innermost first."""
     yield tensor
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
         yield tensor
 
 
-def is_spread(tensor: Tensor) -> bool:
-    """Does a vmap outside map it, whose samples do not lie one after the other, each in a row?"""
+def has_strided_samples(tensor: Tensor) -> bool:
+    """Is the tensor batched by a vmap, and are its samples not contiguous in memory?"""
     is_mapped = False
-    for seen in every_level(tensor):
-        if _functorch.is_batchedtensor(seen):
+    for wrapper in _at_every_level(tensor):
+        if _functorch.is_batchedtensor(wrapper):
             is_mapped = True
-            if _functorch.maybe_get_bdim(seen):
+            if _functorch.maybe_get_bdim(wrapper):
                 return True
     return is_mapped and not below_transforms(tensor).is_contiguous()
 
 
 def holds_nan(tensor: Tensor) -> bool:
-    """Is one of its numbers nan, for whichever sample? False where nobody can look."""
+    """Is a number of the tensor nan, in any sample? False where the numbers can't be read."""
     if torch.compiler.is_compiling():
         return False
     tensor = below_transforms(tensor)
@@ -132,18 +136,19 @@ def sweep_batch(
 ) -> tuple[Leaves, Leaves]:
     """``torch.vmap`` over a dimension of flat seeds, the first by default, at less overhead.
 
-    ``sweep(seed) -> (products, rest)``: products come back as ``[K, *shape]``, the rest, which
-    no seed should change, as it was for the first seed.
+    ``sweep(seed) -> (products, rest)``. Products come back as ``[K, *shape]``; ``rest``, which
+    should not depend on the seed, comes back as it is for the first seed.
     """
     dims = (0,) * len(seeds) if dims is None else dims
     check_plain(seeds)
     if torch.compiler.is_compiling():
         return _sweep_batch_traceably(sweep, seeds, randomness, dims)
-    size = next(s.shape[d] for s, d in zip(seeds, dims, strict=True) if d is not None)
+    pairs = [*zip(seeds, dims, strict=True)]
+    sizes = [s.shape[d] for s, d in pairs if d is not None]
+    size = sizes[0]
     level = _functorch._vmap_increment_nesting(size, randomness)
     wrap, unwrap = _functorch._add_batch_dim, _functorch._remove_batch_dim
     try:
-        pairs = zip(seeds, dims, strict=True)
         products, rest = sweep(tuple([s if d is None else wrap(s, d, level) for s, d in pairs]))
         return (
             tuple([unwrap(product, level, size, 0) for product in products]),
@@ -159,7 +164,7 @@ def _sweep_batch_traceably(
     randomness: str,
     dims: Sequence[int | None],
 ) -> tuple[Leaves, Leaves]:
-    """The same by torch.vmap itself, which the compiler knows."""
+    """:func:`sweep_batch` by torch.vmap itself, which the compiler can trace."""
     in_dims: Any = (tuple(dims),)
     out_dims: Any = (0, None)
     batched: Any = torch.vmap(sweep, in_dims=in_dims, out_dims=out_dims, randomness=randomness)

@@ -1,4 +1,4 @@
-"""Where inputs have the batch: ``in_dims`` as a dimension of every leaf."""
+"""Reads ``in_dims``: in which dimension each leaf of the inputs holds the samples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Arguments: TypeAlias = tuple[tuple[Tree, ...], dict[str, Tree]]
 
 
 def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | None]:
-    """The dimension of samples of every leaf of the arguments, left to right.
+    """For every leaf of the arguments, left to right, the dimension of its samples, or None.
 
     Raises:
-        ValueError, TypeError: if they do not fit the arguments.
+        ValueError, TypeError: if ``in_dims`` does not fit the arguments.
     """
     args, kwargs = arguments
     by_name = in_dims if isinstance(in_dims, Mapping) else {}
@@ -55,7 +55,11 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | Non
 
 
 def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) -> None:
-    """All tensors that have samples have equally many, and at least one."""
+    """Check that all tensors with samples have the same number of them, and at least one.
+
+    Raises:
+        ValueError: if they do not.
+    """
     for leaf, dim in zip(leaves, dims, strict=True):
         if dim is not None and not -leaf.dim() <= dim < leaf.dim():
             raise ValueError(

@@ -1,11 +1,10 @@
-"""What to take, from what was measured: in one sentence."""
+"""What results say: which is best, which are on the front, and what to take, in a sentence."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from jacfunc._arguments import check_memory
 from jacfunc._measuring import Result, Spread, spread
@@ -15,115 +14,107 @@ from jacfunc.compare._contestants import PLANNED
 from jacfunc.compare._problem import API
 
 TIE = 1.05
-"""Up to so many times the shortest time is as fast."""
+"""A result is as fast as the fastest if it takes up to so many times its time."""
 
 LITTLE = 0.8
-"""Less memory is worth a word only below that share of another's."""
+"""A strategy is named for its memory only below this share of what the fastest takes."""
 
 NOT_ENOUGH = "jacfunc.stream_jacobian or products (jacfunc.jvp, vjp, ntk, ggn)"
 
 
-@dataclass(frozen=True)
-class Advice:
-    """What results say.
+def timed(results: Sequence[Result]) -> list[Result]:
+    """The results with a right answer."""
+    return [result for result in results if result.ok and result.time is not None]
 
-    Args:
-        baseline: the contestant whose time is 1.
-        memory: that auto and autotune were to keep to.
-    """
 
-    results: Sequence[Result]
-    baseline: str
-    memory: Memory
+def best(results: Sequence[Result]) -> Result | None:
+    """The fastest result; of the strategies that are as fast, the first."""
+    return _first(_as_fast(timed(results)))
 
-    @property
-    def timed(self) -> list[Result]:
-        """Those with a right answer."""
-        return [result for result in self.results if result.ok and result.time is not None]
 
-    @property
-    def best(self) -> Result | None:
-        """The fastest; of the strategies that tie with it, the first."""
-        return _first(_as_fast(self.timed))
+def front(results: Sequence[Result]) -> list[Result]:
+    """The fastest result, and from there on each that takes less memory than all before."""
+    unbeaten: list[Result] = []
+    least = math.inf
+    for result in sorted(timed(results), key=lambda r: (_duration(r).median, r.peak_bytes or 0)):
+        if result.peak_bytes is not None and result.peak_bytes < least:
+            least = result.peak_bytes
+            unbeaten.append(result)
+    return unbeaten
 
-    @property
-    def front(self) -> list[Result]:
-        """The fastest, and from there on each that takes less memory than all before."""
-        found: list[Result] = []
-        least = math.inf
-        for result in sorted(self.timed, key=lambda r: (_duration(r).median, r.peak_bytes or 0)):
-            if result.peak_bytes is not None and result.peak_bytes < least:
-                least = result.peak_bytes
-                found.append(result)
-        return found
 
-    def sentence(self) -> str:
-        """What to take, and what where memory is short."""
-        best = self.best
-        if best is None:
-            return f"No strategy gave a right answer: {'; '.join(self.reasons())}."
-        if not any(result.family == "jacfunc" for result in self.timed):
-            only = f"Only {best.contestant} itself gave a right answer"
-            return f"{only}: {'; '.join(self.reasons())}."
-        if best.family != "jacfunc":
-            what = f"Take {self._code(best)}: no strategy is as fast here"
-        else:
-            what = f"Take {self._code(best)}: {self._figures(best)}"
-        return f"{what}{self._ties(best)}{self._where_memory_is_short(best)}."
+def reasons(results: Sequence[Result]) -> list[str]:
+    """Why contestants have no time: one entry a reason, with their names."""
+    names: dict[str, list[str]] = {}
+    for result in results:
+        if not result.ok:
+            names.setdefault(result.status, []).append(result.contestant)
+    return [f"{', '.join(failed)}: {status}" for status, failed in names.items()]
 
-    def reasons(self) -> list[str]:
-        """Why there is no time, and whose."""
-        failed: dict[str, list[str]] = {}
-        for result in self.results:
-            if not result.ok:
-                failed.setdefault(result.status, []).append(result.contestant)
-        return [f"{', '.join(names)}: {status}" for status, names in failed.items()]
 
-    def _ties(self, best: Result) -> str:
-        others = [result.contestant for result in _as_fast(self.timed) if result is not best]
-        return f" (as fast: {', '.join(others)})" if others else ""
+def sentence(results: Sequence[Result], baseline: str, memory: Memory) -> str:
+    """What to take, and what to take where memory is short."""
+    right, take = timed(results), best(results)
+    if take is None:
+        return f"No strategy gave a right answer: {'; '.join(reasons(results))}."
+    if not any(result.family == "jacfunc" for result in right):
+        only = f"Only {take.contestant} itself gave a right answer"
+        return f"{only}: {'; '.join(reasons(results))}."
+    is_baseline = take.family != "jacfunc"
+    why = "no strategy is as fast here" if is_baseline else _figures(take, baseline)
+    ties = [result.contestant for result in _as_fast(right) if result is not take]
+    as_fast = f" (as fast: {', '.join(ties)})" if ties else ""
+    short = _where_memory_is_short(right, take, baseline, memory)
+    return f"Take {_code(take, memory)}: {why}{as_fast}{short}."
 
-    def _where_memory_is_short(self, best: Result) -> str:
-        """Another strategy, if one takes less memory, or keeps to what was given."""
-        budget, room = check_memory(API, self.memory), str(self.memory)
-        if budget is None:
-            budget, room = int(LITTLE * (best.peak_bytes or 0)), in_bytes(best.peak_bytes)
-        elif best.peak_bytes is not None and best.peak_bytes <= budget:
-            return f"; it keeps to a memory of {room}"
-        fits = [r for r in self.timed if r.peak_bytes is not None and r.peak_bytes <= budget]
-        other = _first(_as_fast(fits))
-        if other is not None:
-            return f"; under a memory of {room} take {self._code(other)}: {self._figures(other)}"
-        if self.memory is None:
-            return ""
-        return f"; nothing keeps to a memory of {room}, for which there are {NOT_ENOUGH}"
 
-    def _figures(self, result: Result) -> str:
-        time = in_seconds(result.time.median if result.time else None)
-        if result.ratio is not None and result.contestant != self.baseline:
-            time = f"{spread(result.ratio)} of the time of {self.baseline}"
-        return f"{time}, {in_bytes(result.peak_bytes)} at its peak"
+def _where_memory_is_short(
+    right: Sequence[Result], take: Result, baseline: str, memory: Memory
+) -> str:
+    """Another strategy, if one takes less memory, or keeps to the memory that was set."""
+    budget, room = check_memory(API, memory), str(memory)
+    if budget is None:
+        budget, room = int(LITTLE * (take.peak_bytes or 0)), in_bytes(take.peak_bytes)
+    elif take.peak_bytes is not None and take.peak_bytes <= budget:
+        return f"; it keeps to a memory of {room}"
+    fits = [r for r in right if r.peak_bytes is not None and r.peak_bytes <= budget]
+    other = _first(_as_fast(fits))
+    if other is not None:
+        code, figures = _code(other, memory), _figures(other, baseline)
+        return f"; under a memory of {room} take {code}: {figures}"
+    if memory is None:
+        return ""
+    return f"; nothing keeps to a memory of {room}, for which there are {NOT_ENOUGH}"
 
-    def _code(self, result: Result) -> str:
-        """As it is written."""
-        name = result.contestant
-        if result.family != "jacfunc":
-            return f"{name} itself"
-        if not name.isidentifier():
-            return f"strategy={name}"
-        budget = f", memory={json.dumps(self.memory)}" if self.memory and name in PLANNED else ""
-        return f'strategy="{name}"{budget}'
+
+def _figures(result: Result, baseline: str) -> str:
+    """Time, in units of the baseline, and peak."""
+    time = in_seconds(result.time.median if result.time else None)
+    if result.ratio is not None and result.contestant != baseline:
+        time = f"{spread(result.ratio)} of the time of {baseline}"
+    return f"{time}, {in_bytes(result.peak_bytes)} at its peak"
+
+
+def _code(result: Result, memory: Memory) -> str:
+    """The contestant as a user writes it."""
+    name = result.contestant
+    if result.family != "jacfunc":
+        return f"{name} itself"
+    if not name.isidentifier():
+        return f"strategy={name}"
+    budget = f", memory={json.dumps(memory)}" if memory and name in PLANNED else ""
+    return f'strategy="{name}"{budget}'
 
 
 def _duration(result: Result) -> Spread:
-    """In units of the baseline, whose rounds were as busy; of a call, where that has failed."""
-    found = result.ratio or result.time
-    assert found is not None
-    return found
+    """The time in units of the baseline's, or in seconds where the baseline has failed."""
+    duration = result.ratio or result.time
+    assert duration is not None
+    return duration
 
 
 def _as_fast(results: Sequence[Result]) -> list[Result]:
-    """The fastest, and those within a few percent, or faster than it in a quarter of the rounds."""
+    """The fastest, and all within a few percent of it, or faster in a quarter of the rounds."""
     shortest = min((_duration(result).median for result in results), default=0.0)
     return [
         result
@@ -133,5 +124,6 @@ def _as_fast(results: Sequence[Result]) -> list[Result]:
 
 
 def _first(results: Sequence[Result]) -> Result | None:
-    ours = [result for result in results if result.family == "jacfunc"]
-    return next(iter((*ours, *results)), None)
+    """The first strategy of jacfunc's; where there is none, the first result."""
+    strategies = [result for result in results if result.family == "jacfunc"]
+    return next(iter((*strategies, *results)), None)

@@ -8,20 +8,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from jacfunc.compare import compare
+from jacfunc.compare._compare import compare
 from jacfunc.compare._problem import API, Problem
 from jacfunc.compare._table import check_extra, check_picture
 
 NO_ANSWER, NO_PROBLEM = 1, 2
-"""Exit codes: no strategy was right; what was asked for could not be measured."""
+"""Exit codes: no strategy gave a right answer; the problem could not be measured."""
 
 WIDTH = 120
-"""Of a log, which has none of its own."""
+"""Columns of a table that is written into a file, which has no width of its own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, measure, print; the exit code."""
+    """The command: parses the arguments, measures, prints; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
         return run(options)
@@ -33,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare, show the table, say what to take, write the picture."""
+    """Write the picture, print the table and what to take; returns the exit code."""
     check_extra()
     from rich.console import Console
 
     path = check_picture(options.output)
     problem = with_options(load(options.problem), options.wrt, options.whole)
-    found = compare(
+    comparison = compare(
         problem,
         device=options.device,
         seconds=options.seconds,
@@ -49,17 +50,16 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    found.picture(path)
-    console.print(found.table(), "")
-    console.print(
-        repr(found), f"The picture is in {path}.", sep="\n", markup=False, highlight=False
-    )
-    right = any(result.ok and result.family == "jacfunc" for result in found.results)
-    return 0 if right else NO_ANSWER
+    comparison.picture(path)
+    console.print(comparison.table(), "")
+    text = f"{comparison!r}\nThe picture is in {path}."
+    console.print(text, markup=False, highlight=False)
+    is_right = any(result.ok and result.family == "jacfunc" for result in comparison.results)
+    return 0 if is_right else NO_ANSWER
 
 
 def load(spec: str) -> Problem:
-    """The problem that ``module:function`` returns; the module is looked for from here."""
+    """The problem that ``module:function`` returns, the module being in the current directory."""
     name, colon, attribute = spec.partition(":")
     if not (name and colon and attribute):
         raise ValueError(
@@ -72,7 +72,7 @@ def load(spec: str) -> Problem:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        # what the user's module imports in turn is another matter
+        # a module that the user's module imports is another matter
         if missing.name is None or not f"{name}.".startswith(f"{missing.name}."):
             raise
         raise ValueError(
@@ -81,24 +81,26 @@ def load(spec: str) -> Problem:
         ) from missing
     make = getattr(module, attribute, None)
     if not callable(make):
-        there = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise ValueError(
             f"{API}: {name} must have a function {attribute}, got none of that name. "
-            f"It has {', '.join(there) or 'no function'}."
+            f"It has {', '.join(names) or 'no function'}."
         )
     return Problem.of(make())
 
 
 def with_options(problem: Problem, wrt: str | None, is_whole: bool) -> Problem:
-    """What the command line says of a module."""
+    """The problem with the options of the command line, which are for modules alone."""
     if problem.module is None and (wrt or is_whole):
         raise ValueError(
             f"{API}: --wrt and --whole must come with an nn.Module, got a function. "
             "Return jacfunc.compare.Problem(func, args, argnums=...) to choose its arguments."
         )
-    # not what was left out: a Problem has its own
-    said = {"wrt": wrt} if wrt else {}
-    return replace(problem, **said, **({"per_sample": False} if is_whole else {}))  # type: ignore[arg-type]
+    # an option that is left out leaves the problem's own
+    changes: dict[str, Any] = {"wrt": wrt} if wrt else {}
+    if is_whole:
+        changes["per_sample"] = False
+    return replace(problem, **changes)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What is to be compared: a function or a module, the point, and what is differentiated."""
+"""The problem: a function or a module, its arguments, and what is differentiated."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._arguments import wrap_argnums
-from jacfunc._assembly import Sink
 from jacfunc._functions import jacobian
 from jacfunc._lending import ModuleState
 from jacfunc._measuring import Run, is_here
-from jacfunc._modules import InputChoice, ModuleCall, Wrt, argnums_of, module_jacobian
+from jacfunc._modules import Batching, ModuleCall, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
-from jacfunc._types import Argnums, Memory, Randomness, Tree, is_tensor
+from jacfunc._types import Argnums, Memory, Randomness, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Strategy
 
 API = "compare"
@@ -26,17 +25,17 @@ API = "compare"
 
 @dataclass(frozen=True)
 class Problem:
-    """A Jacobian that is to be taken by every strategy: of what, where, and in what.
+    """A Jacobian that is to be taken by every strategy.
 
     Args:
         target: an ``nn.Module``, or a function of trees that returns a tree of tensors.
         args: its positional arguments.
         kwargs: its arguments by keyword.
-        wrt: of a module: ``"params"`` (those that are trainable) or ``"inputs"``.
-        per_sample: of a module: each sample of the batch on its own.
-        argnums: of a function: which positional arguments are differentiated.
+        wrt: what a module is differentiated by: ``"params"`` (the trainable ones) or ``"inputs"``.
+        per_sample: differentiate each sample of a module's batch alone.
+        argnums: the positional arguments that a function is differentiated by.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
-        randomness: of random layers: ``"error"``, or ``"same"`` numbers for all samples.
+        randomness: for random layers: ``"error"``, or ``"same"`` numbers for all samples.
 
     Raises:
         TypeError, ValueError: options that do not fit.
@@ -82,53 +81,53 @@ class Problem:
             check_batch(API, tensors.leaves, dims)
 
     @classmethod
-    def of(cls, given: object) -> Problem:
-        """From what a user's function returns."""
-        if isinstance(given, Problem):
-            return given
-        if isinstance(given, tuple) and given and callable(given[0]):
-            return cls(given[0], given[1:])
-        kinds = f"({', '.join(type(x).__name__ for x in given)})" if type(given) is tuple else None
+    def of(cls, value: object) -> Problem:
+        """The problem that a user's function returns, as a tuple or as it is."""
+        if isinstance(value, Problem):
+            return value
+        if isinstance(value, tuple) and value and callable(value[0]):
+            return cls(value[0], value[1:])
+        kinds = f"({', '.join(type(x).__name__ for x in value)})" if type(value) is tuple else None
         raise TypeError(
             f"{API}: a problem must be (module, *inputs), (func, *args) or a "
-            f"jacfunc.compare.Problem, got {kinds or type(given).__name__}. "
+            f"jacfunc.compare.Problem, got {kinds or type(value).__name__}. "
             "Return what is to be differentiated, then what it is called with."
         )
 
     @property
     def module(self) -> nn.Module | None:
-        """The target, if it is one."""
+        """The target, if it is a module."""
         return self.target if isinstance(self.target, nn.Module) else None
 
     @property
     def is_sampled(self) -> bool:
-        """Is each sample differentiated on its own?"""
+        """Is each sample differentiated alone?"""
         return self.per_sample and self.module is not None
 
     @property
     def by_params(self) -> bool:
-        """Is it a module, differentiated by its parameters?"""
+        """Is the target a module that is differentiated by its parameters?"""
         return self.module is not None and self.wrt == "params"
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Parameters, and all tensors among the arguments."""
+        """The parameters of a module, and all tensors among the arguments."""
         leaves = flatten((self.args, dict(self.kwargs)))[0]
         return [*(self.module.parameters() if self.module else ()), *filter(is_tensor, leaves)]
 
     @property
     def device(self) -> torch.device:
-        """Of the first tensor."""
+        """The device of the first tensor."""
         return next((x.device for x in self.tensors), torch.device("cpu"))
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of the floating tensors."""
-        found = {x.dtype for x in self.tensors if x.is_floating_point()}
-        return found or {torch.get_default_dtype()}
+        """The dtypes of all floating tensors."""
+        dtypes = {x.dtype for x in self.tensors if x.is_floating_point()}
+        return dtypes or {torch.get_default_dtype()}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Problem:
-        """A copy there; a function takes along what it closes over as it is."""
+        """A copy on a device, in a dtype; what a function closes over is not copied."""
         device = torch.device(device)
         if not is_here(device):
             raise ValueError(
@@ -136,17 +135,17 @@ class Problem:
                 f"It has {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}."
             )
 
-        def there(x: Tensor) -> Tensor:
+        def copied(x: Tensor) -> Tensor:
             return x.detach().to(device, dtype if x.is_floating_point() else None)
 
         target = self.target
         if isinstance(target, nn.Module):
             target = copy.deepcopy(target).to(device, dtype)
-        args, kwargs = map_tensors(there, (self.args, dict(self.kwargs)))
+        args, kwargs = map_tensors(copied, (self.args, dict(self.kwargs)))
         return replace(self, target=target, args=args, kwargs=kwargs)
 
     def jacobian(self, strategy: str | Strategy, memory: Memory = None) -> Run:
-        """As jacfunc takes it."""
+        """A call that takes the Jacobian by jacfunc."""
         if self.module is None:
             take = jacobian(self.target, self.argnums, strategy=strategy, memory=memory)
         else:
@@ -162,18 +161,22 @@ class Problem:
         return partial(take, *self.args, **self.kwargs)
 
     def call(self) -> ModuleCall:
-        """Of a module, as jacfunc makes it."""
+        """The call of the module, as jacfunc makes it."""
         assert self.module is not None
         state, arguments = ModuleState.of(API, self.module, None), (self.args, dict(self.kwargs))
-        argnums = argnums_of(API, self.wrt)
-        return ModuleCall(API, state, argnums, InputChoice(), arguments, False, False)
+        return ModuleCall(API, state, arguments, argnums_of(API, self.wrt))
+
+    @property
+    def batching(self) -> Batching:
+        """Where the inputs of a module hold its samples."""
+        return Batching(self.in_dims, self.randomness)
 
     def check_independent(self) -> None:
-        """Refuse samples that depend on each other: there is no Jacobian of each alone."""
+        """Refuse samples that depend on each other: no sample has a Jacobian of its own."""
         if self.is_sampled:
             call = self.call()
             with call.undisturbed():
-                call.check_independent(call.batch(Sink(), self.in_dims, self.randomness))
+                call.check_independent(call.batch(self.batching))
 
     def samples(self) -> tuple[Split, list[int | None]]:
         """All tensors among the arguments, and the dimension in which each holds the samples."""
@@ -184,14 +187,27 @@ class Problem:
         every = sample_dims(API, self.in_dims, arguments)
         return tensors, [d for d, yes in zip(every, tensors.is_chosen, strict=True) if yes]
 
+    def varied(self) -> list[int]:
+        """The numbers of those tensors among the arguments that are differentiated, in order."""
+        leaves = self.samples()[0].leaves
+        if self.module is not None:
+            return [n for n, x in enumerate(leaves) if is_differentiable(x) and not self.by_params]
+        owners = [n for n, arg in enumerate(self.args) for x in flatten(arg)[0] if is_tensor(x)]
+        return [
+            n
+            for position in wrap_argnums(API, self.argnums, len(self.args))
+            for n, owner in enumerate(owners)
+            if owner == position and is_differentiable(leaves[n])
+        ]
+
     def size(self) -> int:
-        """Samples; a whole is one."""
+        """The number of samples; 1 where the batch is not taken apart."""
         tensors, dims = self.samples()
         pairs = zip(tensors.leaves, dims, strict=True)
         return next((x.shape[d] for x, d in pairs if d is not None), 1)
 
     def describe(self) -> str:
-        """In words."""
+        """The problem in words."""
         name = _name_of(self.target)
         if self.module is None:
             return f"Jacobian of {name} in argnums={self.argnums}"

@@ -1,4 +1,4 @@
-"""What a use of a parameter means for its Jacobian: one file a family of operations."""
+"""Rules that say, for each operation, what a parameter's Jacobian is made of where it is used."""
 
 from jacfunc.layers import (  # noqa: F401 (they register their rules)
     _attention,

@@ -1,4 +1,4 @@
-"""Attention, opened: its projections are linear layers, of all or some of a packed weight."""
+"""Opens multi-head attention, whose projections are linear layers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from jacfunc.layers._rules import opening
 
 
-def unhidden(composite: Any) -> Callable[..., Any]:
-    """The same function, without asking first whether a mode would like to see it as a whole."""
+def without_override(composite: Any) -> Callable[..., Any]:
+    """A copy of a function of torch that function modes see inside of, not as one operation."""
     names = {**composite.__globals__, "has_torch_function": lambda tensors: False}
     twin = FunctionType(
         composite.__code__,
@@ -25,4 +25,4 @@ def unhidden(composite: Any) -> Callable[..., Any]:
     return twin
 
 
-opening(F.multi_head_attention_forward)(unhidden(F.multi_head_attention_forward))
+opening(F.multi_head_attention_forward)(without_override(F.multi_head_attention_forward))

@@ -1,4 +1,4 @@
-"""Sums of products in letters, as in ``einsum``: each tensor's part in them is a form."""
+"""Forms of the operands of sums of products, which are written in letters as in ``einsum``."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from jacfunc.layers._rules import FormOf, rule
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor ``[B, *shape]``, with a letter for each dimension of a sample's."""
+    """A tensor ``[B, *shape]``, with a letter for each dimension behind the samples."""
 
     tensor: Tensor
     letters: str
 
     @property
     def sizes(self) -> dict[str, int]:
+        """The size of each letter's dimension."""
         return dict(zip(self.letters, self.tensor.shape[1:], strict=True))
 
-    def along(self, sizes: Mapping[str, int]) -> Operand:
-        """Without the dimensions that it is broadcast along."""
-        spread = [n for n, letter in enumerate(self.letters) if self.sizes[letter] < sizes[letter]]
-        kept = "".join(letter for n, letter in enumerate(self.letters) if n not in spread)
-        return Operand(self.tensor.squeeze([n + 1 for n in spread]), kept)
+    def squeezed(self, sizes: Mapping[str, int]) -> Operand:
+        """The operand without the dimensions that are broadcast to these sizes."""
+        dims = [n for n, letter in enumerate(self.letters) if self.sizes[letter] < sizes[letter]]
+        letters = "".join(letter for n, letter in enumerate(self.letters) if n not in dims)
+        return Operand(self.tensor.squeeze([n + 1 for n in dims]), letters)
 
 
 def contraction(operands: Mapping[str, Operand], out: str) -> dict[str, FormOf]:
-    """A form for each operand of which the product of all, summed to ``out``, is a plain sum."""
-    every = (*(operand.letters for operand in operands.values()), out)
-    if any(len(set(letters)) < len(letters) for letters in every):
+    """A form for each operand in the product of all, summed to ``out``, that has one."""
+    terms = (*(operand.letters for operand in operands.values()), out)
+    if any(len(set(letters)) < len(letters) for letters in terms):
         return {}
     forms: dict[str, FormOf] = {}
     for name, operand in operands.items():
@@ -49,13 +50,14 @@ def contraction(operands: Mapping[str, Operand], out: str) -> dict[str, FormOf]:
 
 @dataclass(frozen=True)
 class Contraction:
-    """``z[out] = Σ param[letters] · Π others``.
+    """``z[out] = Σ param[letters] · Π others``, seen from the operand that is a parameter.
 
     Args:
-        others: with those dimensions alone that they really have.
-        letters: of the parameter, without dimensions of size one.
-        sizes: by letter.
-        shape: of the parameter.
+        others: the other operands, without dimensions that they are broadcast along.
+        letters: the letters of the parameter's dimensions, but for those of size one.
+        out: the letters of the result.
+        sizes: the size of each letter.
+        shape: the shape of the parameter.
     """
 
     others: Sequence[Operand]
@@ -66,24 +68,24 @@ class Contraction:
 
     @classmethod
     def of(cls, param: Operand, others: Sequence[Operand], out: str) -> Contraction | None:
-        """None where the parameter is summed along a dimension of its own, or its numbers cast."""
+        """The contraction; None if a dimension is the parameter's alone, or numbers are cast."""
         if any(other.tensor.is_complex() != param.tensor.is_complex() for other in others):
             return None
         sizes = dict(param.sizes)
         for other in others:
             sizes.update({k: n for k, n in other.sizes.items() if sizes.get(k, 1) == 1})
-        others = [other.along(sizes) for other in others]
-        own = "".join(letter for letter, size in param.sizes.items() if size != 1)
-        met = {*out, *(letter for other in others for letter in other.letters)}
-        if not met.issuperset(own):
+        others = [other.squeezed(sizes) for other in others]
+        letters = "".join(letter for letter, size in param.sizes.items() if size != 1)
+        elsewhere = {*out, *(letter for other in others for letter in other.letters)}
+        if not elsewhere.issuperset(letters):
             return None
-        return cls(others, own, out, sizes, param.tensor.shape[1:])
+        return cls(others, letters, out, sizes, param.tensor.shape[1:])
 
     def form(self, seeds: Tensor) -> Form:
-        """From cotangents ``[K, B, *z]``."""
-        met = {letter for other in self.others for letter in other.letters}
-        groups = "".join(k for k in self.letters if k in met and k in self.out)
-        outs = "".join(k for k in self.letters if k not in met)
+        """The form of the parameter, from cotangents ``[K, B, *z]``."""
+        in_others = {letter for other in self.others for letter in other.letters}
+        groups = "".join(k for k in self.letters if k in in_others and k in self.out)
+        outs = "".join(k for k in self.letters if k not in in_others)
         ins = "".join(k for k in self.letters if k not in self.out)
         orders = (groups + outs + ins, groups + ins + outs)
         if self.letters not in orders or not outs + ins:
@@ -98,32 +100,32 @@ class Contraction:
 
     def _products(self, seeds: Tensor) -> Tensor:
         """Rows of the Jacobian, ``[K, B, *param]``."""
-        found = self._einsum(self.others, self.letters, seeds)
-        return found.reshape(*seeds.shape[:2], *self.shape)
+        products = self._einsum(self.others, self.letters, seeds)
+        return products.reshape(*seeds.shape[:2], *self.shape)
 
     def _inputs(self, groups: str, places: str, ins: str) -> Tensor:
-        """``[B, g, T, I]``."""
-        met = {letter for other in self.others for letter in other.letters}
-        shown = "".join(k for k in groups + places + ins if k in met)  # others are of size one
-        found = self._einsum(self.others, shown, None)
-        return found.reshape(len(found), *map(self._size, (groups, places, ins)))
+        """The other operands multiplied, as the inputs ``[B, g, T, I]`` of a form."""
+        in_others = {letter for other in self.others for letter in other.letters}
+        out = "".join(k for k in groups + places + ins if k in in_others)  # others have size one
+        products = self._einsum(self.others, out, None)
+        return products.reshape(len(products), *map(self._size, (groups, places, ins)))
 
     def _arranged(self, seeds: Tensor, groups: str, places: str, outs: str) -> Tensor:
-        """``[K, B, g, T, O]``."""
+        """The cotangents as those of a form, ``[K, B, g, T, O]``."""
         order = [self.out.index(letter) + 2 for letter in groups + places + outs]
         sizes = map(self._size, (groups, places, outs))
         return seeds.permute(0, 1, *order).reshape(*seeds.shape[:2], *sizes)
 
-    def _einsum(self, operands: Sequence[Operand], shown: str, seeds: Tensor | None) -> Tensor:
-        """Of all samples."""
+    def _einsum(self, operands: Sequence[Operand], out: str, seeds: Tensor | None) -> Tensor:
+        """The product of operands, and of seeds if there are some, summed to ``[K, B, *out]``."""
         seed, sample = list(unused("".join(self.sizes) + self.out, 2))
         terms = [sample + operand.letters for operand in operands]
         tensors = [operand.tensor for operand in operands]
         if seeds is None:
-            return torch.einsum(f"{','.join(terms)}->{sample}{shown}", *tensors)
+            return torch.einsum(f"{','.join(terms)}->{sample}{out}", *tensors)
         tensors = [seeds, *(tensor.to(seeds.dtype) for tensor in tensors)]
         return torch.einsum(
-            f"{','.join([seed + sample + self.out, *terms])}->{seed}{sample}{shown}", *tensors
+            f"{','.join([seed + sample + self.out, *terms])}->{seed}{sample}{out}", *tensors
         )
 
     def _size(self, letters: str) -> int:
@@ -131,7 +133,7 @@ class Contraction:
 
 
 def unused(letters: str, count: int) -> str:
-    """Some that are not among these."""
+    """So many letters that are not among these."""
     return "".join(k for k in ascii_letters if k not in letters)[:count]
 
 
@@ -139,7 +141,7 @@ def unused(letters: str, count: int) -> str:
 def einsum(
     equation: str, first: Tensor, second: Tensor | None = None, third: Tensor | None = None
 ) -> Mapping[str, FormOf]:
-    """Of two or three operands."""
+    """``torch.einsum`` of two or three operands."""
     named = {"first": first, "second": second, "third": third}
     tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
     if len(tensors) < 2 or not isinstance(equation, str):
@@ -155,7 +157,7 @@ def einsum(
 
 @rule(torch.tensordot)
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Mapping[str, FormOf]:
-    """Summed over the last dimensions of one and the first of the other, or over those named."""
+    """``torch.tensordot``, over a number of dimensions, or over lists of them."""
     num_left, num_right = a.dim() - 1, b.dim() - 1
     if isinstance(dims, int):
         dims = list(range(-dims, 0)), list(range(dims))
@@ -163,16 +165,16 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Mapping[s
         return {}
     left = unused("", num_left)
     right = list(unused(left, num_right))
-    for mine, theirs in zip(*dims, strict=True):
-        right[theirs] = left[mine]
+    for dim, other_dim in zip(*dims, strict=True):
+        right[other_dim] = left[dim]
     kept = [k for k in left if k not in right] + [k for k in right if k not in left]
     return contraction({"a": Operand(a, left), "b": Operand(b, "".join(right))}, "".join(kept))
 
 
 def _spelled(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
-    """Letters of each operand and of the result; an ellipsis is some letters more.
+    """The letters of each operand and of the result, without ellipses.
 
-    Its last letter is that of the last dimension, so that missing ones are in front.
+    An ellipsis is replaced by unused letters. Those of all operands end with the same letter.
     """
     inputs, arrow, out = equation.partition("->")
     if not arrow:

@@ -18,12 +18,12 @@ from jacfunc.layers._rules import FormOf, rule
 Ints: TypeAlias = int | Sequence[int]
 
 UNFOLDED_BYTES = 2**22
-"""Bytes that are unfolded and multiplied at once."""
+"""Bytes of unfolded images and products that are made at once: they stay in the cache."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What a kernel sees of an image, at each of its places. A number for each dimension."""
+    """The windows of an image that a kernel sees; each field has a number for each dimension."""
 
     kernel: Sequence[int]
     stride: Sequence[int]
@@ -34,6 +34,7 @@ class Windows:
     def of(
         cls, kernel: Sequence[int], stride: Ints, padding: Ints | str, dilation: Ints
     ) -> Windows:
+        """The windows of a convolution with these options, as torch takes them."""
         count = len(kernel)
         steps = _for_each(dilation, count)
         if padding == "same":
@@ -45,12 +46,12 @@ class Windows:
         return cls(kernel, _for_each(stride, count), pads, steps)
 
     def padded(self, images: Tensor) -> Tensor:
-        """With the zeros around that the kernel sees, too."""
+        """The images with zeros around them, as far as the kernel sees them."""
         sides = [side for pair in reversed(self.padding) for side in pair]
         return F.pad(images, sides) if any(sides) else images
 
     def on(self, images: Tensor, places: Sequence[int]) -> Tensor:
-        """``[…, *sizes]`` as ``[…, *kernel, *places]``."""
+        """What the kernel sees of images ``[…, *sizes]``, as ``[…, *kernel, *places]``."""
         windows, count = self.padded(images), len(places)
         first = windows.dim() - count
         for n, place in enumerate(places):
@@ -62,15 +63,15 @@ class Windows:
 
 
 class Convolution(Outer):
-    """Outer products at all places of a kernel, unfolded when someone asks for them.
+    """An :class:`Outer` at all places of a kernel, whose factors are unfolded when they are needed.
 
     Args:
-        images: what went in, ``[B, N, channels, *sizes]``.
-        seeds: cotangents of what came out, ``[K, B, N, channels, *sizes]``.
-        windows: of the kernel on what went in; on what came out, where it is transposed.
-        num_groups: of channels.
-        shape: of the weight.
-        is_turned: is it transposed?
+        images: inputs of the convolution, ``[B, N, channels, *sizes]``.
+        seeds: cotangents of its output, ``[K, B, N, channels, *sizes]``.
+        windows: the kernel's windows on the input; on the output of a transposed convolution.
+        num_groups: the number of groups of channels.
+        shape: the shape of the weight.
+        is_turned: is the convolution transposed?
     """
 
     images: Tensor
@@ -100,7 +101,7 @@ class Convolution(Outer):
 
     @property
     def places(self) -> Sequence[int]:
-        """Of the kernel, in each dimension."""
+        """The number of places of the kernel, in each dimension."""
         count = len(self.windows.kernel)
         return (self.images if self.is_turned else self.seeds).shape[-count:]
 
@@ -114,19 +115,19 @@ class Convolution(Outer):
         seeds = self.windows.on(self.seeds, self.places) if self.is_turned else self.seeds
         return self._by_position(seeds, 2)
 
-    def write(self, block: Tensor) -> None:
-        """Some samples at a time: the unfolded ones stay in the cache and out of the peak."""
+    def write(self, block: Tensor, at_once: int = UNFOLDED_BYTES) -> None:
+        """Write the rows for few samples at a time, so that their windows stay in the cache."""
         kernel = prod(self.windows.kernel)
         images, seeds = self.images[0].numel(), self.seeds[:, 0].numel()
         unfolded = images + kernel * seeds if self.is_turned else kernel * images + seeds
-        step = max(1, UNFOLDED_BYTES // (block.element_size() * (unfolded + block[0].numel())))
+        step = max(1, at_once // (block.element_size() * (unfolded + block[0].numel())))
         for start in range(0, len(block), step):
-            some = slice(start, start + step)
-            block[some].copy_(self.of_samples(some).rows())
+            samples = slice(start, start + step)
+            block[samples].copy_(self.of_samples(samples).rows())
 
-    def of_samples(self, some: slice) -> Convolution:
-        """Of these alone, nothing of which is unfolded yet."""
-        images, seeds = self.images[some], self.seeds[:, some]
+    def of_samples(self, samples: slice) -> Convolution:
+        """The form of some of the samples, with nothing unfolded yet."""
+        images, seeds = self.images[samples], self.seeds[:, samples]
         return Convolution(images, seeds, self.windows, self.groups, self.shape, self.is_turned)
 
     def _by_position(self, images: Tensor, lead: int) -> Tensor:
@@ -171,7 +172,7 @@ def transposed(
 def _forms(
     input: Tensor, shape: torch.Size, windows: Windows, groups: int, is_turned: bool = False
 ) -> Mapping[str, FormOf]:
-    """Of a weight of this shape, and of a bias."""
+    """The forms of a weight of this shape, and of a bias."""
     count = len(shape) - 2
 
     def of_weight(seeds: Tensor) -> Convolution:
@@ -185,17 +186,17 @@ def _forms(
 
 
 def of_channels(products: Tensor) -> Tensor:
-    """``[K, B, N, channels, …]`` summed over all but the channels."""
+    """``[K, B, channels]``: products ``[K, B, N, channels, …]``, summed over all else."""
     shape = (products.shape[3], *(1,) * (products.dim() - 4))
     return summed(products, shape).flatten(2)
 
 
 def _batched(images: Tensor, lead: int, count: int) -> Tensor:
-    """``[*lead, channels, *sizes]`` as ``[*lead, 1, channels, *sizes]``, if N is not there."""
+    """``[*lead, N, channels, *sizes]``, where a missing N becomes one."""
     return images.unsqueeze(lead) if images.dim() == lead + 1 + count else images
 
 
 def _for_each(sizes: Ints, count: int) -> Sequence[int]:
-    """A size for each dimension, where one may be given for all."""
+    """A size for each dimension, from one for all or one for each."""
     values = (sizes,) if isinstance(sizes, int) else tuple(sizes)
     return values * count if len(values) == 1 else values

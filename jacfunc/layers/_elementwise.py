@@ -1,4 +1,4 @@
-"""Sums and products entry by entry, of shapes that are broadcast."""
+"""Rules for sums, products and quotients entry by entry, with broadcasting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 
 def _both(*names: str) -> list[Callable[..., Any]]:
-    """The functions, and the methods that operators are."""
+    """The functions and the methods of these names."""
     return [getattr(place, name) for name in names for place in (torch, Tensor)]
 
 
@@ -25,8 +25,8 @@ def product(input: Tensor, other: Any) -> Mapping[str, FormOf]:
     if not _are_real(input, other):
         return {}
     return {
-        "input": lambda seeds: _rows(seeds * _beside(other, seeds), input),
-        "other": lambda seeds: _rows(seeds * _beside(input, seeds), other),
+        "input": lambda seeds: _rows(seeds * _expanded(other, seeds), input),
+        "other": lambda seeds: _rows(seeds * _expanded(input, seeds), other),
     }
 
 
@@ -37,10 +37,10 @@ def quotient(input: Tensor, other: Any, rounding_mode: str | None = None) -> Map
         return {}
 
     def of_other(seeds: Tensor) -> Rows:
-        below = _beside(other, seeds)
-        return _rows(-seeds * (_beside(input, seeds) / below / below), other)
+        below = _expanded(other, seeds)
+        return _rows(-seeds * (_expanded(input, seeds) / below / below), other)
 
-    return {"input": lambda seeds: _rows(seeds / _beside(other, seeds), input), "other": of_other}
+    return {"input": lambda seeds: _rows(seeds / _expanded(other, seeds), input), "other": of_other}
 
 
 @rule(*_both("add"))
@@ -69,14 +69,14 @@ def total_of_product(
         return {}
     return {
         "input": lambda seeds: _rows(seeds, input),
-        "tensor1": lambda seeds: _rows(value * seeds * _beside(tensor2, seeds), tensor1),
-        "tensor2": lambda seeds: _rows(value * seeds * _beside(tensor1, seeds), tensor2),
+        "tensor1": lambda seeds: _rows(value * seeds * _expanded(tensor2, seeds), tensor1),
+        "tensor2": lambda seeds: _rows(value * seeds * _expanded(tensor1, seeds), tensor2),
     }
 
 
 @rule(*_both("prelu"))
 def leaky(input: Tensor, weight: Tensor) -> Mapping[str, FormOf]:
-    """``z = input`` where that is positive, else ``weight · input``: of all or of each channel."""
+    """``z = input`` if positive, else ``weight · input``, with a weight for all or each channel."""
     shape = weight.shape[1:]
     behind = input.dim() - 3 if weight[0].numel() > 1 else 0
 
@@ -88,11 +88,12 @@ def leaky(input: Tensor, weight: Tensor) -> Mapping[str, FormOf]:
 
 
 def _rows(products: Tensor, param: Tensor) -> Rows:
+    """The form of a parameter that was broadcast to z, from products ``[K, B, *z]``."""
     return Rows(summed(products, param.shape[1:]))
 
 
-def _beside(value: Value, seeds: Tensor) -> Value | Tensor:
-    """``[B, *shape]`` with as many dimensions as the cotangents ``[K, B, *z]`` have behind K."""
+def _expanded(value: Value, seeds: Tensor) -> Value | Tensor:
+    """A value ``[B, *shape]`` with as many dimensions as ``[B, *z]`` of the cotangents."""
     if not isinstance(value, Tensor):
         return value
     missing = seeds.dim() - 1 - value.dim()
@@ -100,7 +101,7 @@ def _beside(value: Value, seeds: Tensor) -> Value | Tensor:
 
 
 def _are_real(*values: Any) -> bool:
-    """Cotangents of a complex product would have to be conjugated."""
+    """Are all values real? The rules do not conjugate, as complex values need."""
     return not any(
         value.is_complex() if isinstance(value, Tensor) else isinstance(value, complex)
         for value in values

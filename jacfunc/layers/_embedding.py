@@ -1,4 +1,4 @@
-"""Tables: which row is taken."""
+"""Rules for lookups in tables."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def embedding(
     if max_norm is not None or scale_grad_by_freq:
         return {}
     shape, index = weight.shape[1:], input.reshape(len(input), -1).long()
-    kept = _kept(input, shape, padding_idx)
+    is_used = _is_used(input, shape, padding_idx)
 
     def of_weight(seeds: Tensor) -> Gather:
-        cotangents = seeds if kept is None else seeds * kept.unsqueeze(-1)
+        cotangents = seeds if is_used is None else seeds * is_used.unsqueeze(-1)
         return Gather(index, cotangents.reshape(*seeds.shape[:2], -1, shape[1]), shape)
 
     return {"weight": of_weight}
@@ -43,7 +43,7 @@ def embedding_below(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Mapping[str, FormOf]:
-    """The same in the order of torch's own function."""
+    """The rule of :func:`embedding` for torch.embedding, which F.embedding calls."""
     padding = None if padding_idx < 0 else padding_idx
     return embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
 
@@ -62,13 +62,13 @@ def bags(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Mapping[str, FormOf]:
-    """``z[n, d] = Σₜ weight[input[n, t], d]``, or the mean; bags of one length each."""
+    """``z[n, d] = Σₜ weight[input[n, t], d]``, or the mean, if all bags have the same length."""
     is_other = offsets is not None or per_sample_weights is not None or input.dim() != 3
     if is_other or max_norm is not None or scale_grad_by_freq or mode == "max":
         return {}
     shape = weight.shape[1:]
-    kept = _kept(input, shape, padding_idx)
-    share = torch.ones_like(input) if kept is None else kept.long()
+    is_used = _is_used(input, shape, padding_idx)
+    share = torch.ones_like(input) if is_used is None else is_used.long()
 
     def of_weight(seeds: Tensor) -> Gather:
         shares = share.to(seeds.dtype).unsqueeze(-1)
@@ -80,6 +80,6 @@ def bags(
     return {"weight": of_weight}
 
 
-def _kept(index: Tensor, shape: torch.Size, padding: int | None) -> Tensor | None:
-    """Which entries are not padding, whose row is a constant; None for all."""
+def _is_used(index: Tensor, shape: torch.Size, padding: int | None) -> Tensor | None:
+    """Which entries of the index are not padding, whose row has no gradient; None if all are."""
     return None if padding is None else index != padding % shape[0]

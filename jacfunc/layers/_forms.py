@@ -1,6 +1,6 @@
-"""What a use of a parameter contributes to its Jacobian, kept as factors.
+"""The forms that a parameter's Jacobian has at one use of it: three kinds of factors.
 
-Of B samples and K cotangents each; ``rows`` is what it would be written out. Three forms suffice.
+A form holds B samples and K cotangents of each. ``rows`` writes it out as the Jacobian.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 CACHED = 2**20
-"""Bytes that a core's own caches hold, about; of more, a copy takes up to twice as long."""
+"""About as many bytes as a core's own caches hold; copies of more take up to twice as long."""
 
 
 class Form(Protocol):
-    """One use's part of ``J[b, k, *param]``."""
+    """What one use of a parameter adds to its Jacobian ``J[b, k, *param]``."""
 
     def rows(self) -> Tensor:
-        """Written out, ``[B, K, *param]``."""
+        """The Jacobian written out, ``[B, K, *param]``."""
         ...
 
     def write(self, block: Tensor) -> None:
-        """The same into ``block``, which may be a part of a larger tensor."""
+        """Write the rows into ``block``, which may be a part of a larger tensor."""
         ...
 
 
@@ -32,13 +32,14 @@ class Form(Protocol):
 class Outer:
     """``J[b, k, g, o, i] = Σₜ cotangents[k, b, g, t, o] · inputs[b, g, t, i]``.
 
-    Linear layers, products and convolutions: T positions, at each an outer product.
+    The form of linear layers, products and convolutions: the sum of an outer product at each of T
+    positions.
 
     Args:
-        inputs: ``[B, groups, T, I]``.
-        cotangents: of what came out, ``[K, B, groups, T, O]``.
-        shape: of the parameter: ``groups · O · I`` entries in this order.
-        is_turned: the parameter has its inputs before its outputs, in the order g, i, o.
+        inputs: inputs of the operation, ``[B, groups, T, I]``.
+        cotangents: cotangents of its output, ``[K, B, groups, T, O]``.
+        shape: the shape of the parameter, whose entries are in the order ``groups, O, I``.
+        is_turned: the entries of the parameter are in the order ``groups, I, O`` instead.
     """
 
     inputs: Tensor
@@ -48,19 +49,20 @@ class Outer:
 
     @property
     def groups(self) -> int:
+        """The number of groups."""
         return self.inputs.shape[1]
 
     @property
     def width(self) -> int:
-        """Inputs at a position."""
+        """The number I of inputs at a position."""
         return self.inputs.shape[-1]
 
     def rows(self) -> Tensor:
         left, right = self._factors()
-        found = torch.einsum("kbgto,bgti->bkgoi", left, right)
+        matrices = torch.einsum("kbgto,bgti->bkgoi", left, right)
         if self.is_turned:
-            found = found.transpose(-1, -2)
-        return found.reshape(*found.shape[:2], *self.shape)
+            matrices = matrices.transpose(-1, -2)
+        return matrices.reshape(*matrices.shape[:2], *self.shape)
 
     def write(self, block: Tensor) -> None:
         left, right = self._factors()
@@ -78,20 +80,20 @@ class Outer:
         _write_products(left[:, :, 0].mT, right[:, 0], place[:, :, 0])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """In the wider dtype: autocast rounds what comes out of a layer."""
+        """Cotangents and inputs in one dtype, the wider: autocast rounds the output of a layer."""
         dtype = torch.promote_types(self.cotangents.dtype, self.inputs.dtype)
         return self.cotangents.to(dtype), self.inputs.to(dtype)
 
-    def of_samples(self, some: slice) -> Outer:
-        """Of these alone."""
-        return Outer(self.inputs[some], self.cotangents[:, some], self.shape, self.is_turned)
+    def of_samples(self, samples: slice) -> Outer:
+        """The form of some of the samples."""
+        return Outer(self.inputs[samples], self.cotangents[:, samples], self.shape, self.is_turned)
 
     def beside(self, others: Sequence[Outer]) -> Outer:
-        """Several uses of one matrix as one, with all their positions."""
-        every = (self, *others)
+        """One form with the positions of this one and of others of the same parameter."""
+        uses = (self, *others)
         return Outer(
-            torch.cat([use.inputs for use in every], 2),
-            torch.cat([use.cotangents for use in every], 3),
+            torch.cat([use.inputs for use in uses], 2),
+            torch.cat([use.cotangents for use in uses], 3),
             self.shape,
             self.is_turned,
         )
@@ -99,12 +101,12 @@ class Outer:
 
 @dataclass(frozen=True)
 class Gather:
-    """``J[b, k, index[b, t]] += cotangents[k, b, t]``: rows of a table.
+    """``J[b, k, index[b, t]] += cotangents[k, b, t]``: the form of lookups in a table.
 
     Args:
-        index: ``[B, T]``.
-        cotangents: ``[K, B, T, D]``.
-        shape: of the table, ``[V, D]``.
+        index: the rows that are looked up, ``[B, T]``.
+        cotangents: cotangents of these rows, ``[K, B, T, D]``.
+        shape: the shape of the table, ``[V, D]``.
     """
 
     index: Tensor
@@ -123,13 +125,13 @@ class Gather:
         return self.cotangents.transpose(0, 1)
 
     def _places(self) -> Tensor:
-        """The row of each entry of the cotangents."""
+        """The row of the table that each entry of the cotangents belongs to, ``[B, K, T, D]``."""
         return self.index[:, None, :, None].expand(self._by_sample().shape)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they are, ``[K, B, *param]``: small parameters, and what no rule covers."""
+    """The Jacobian itself, ``[K, B, *param]``: for small parameters, and uses without a rule."""
 
     products: Tensor
 
@@ -143,22 +145,22 @@ class Rows:
 def _write_products(left: Tensor, right: Tensor, place: Tensor) -> None:
     """``place[b, k] = left[k, b] @ right[b]``.
 
-    BLAS takes a batch only where what comes out lies side by side, which a place need not; what
-    is copied from there, some samples at a time, is still in the caches.
+    A batched product needs a contiguous result, and the place need not be contiguous. So the
+    products are made in a buffer, for few samples at a time, and copied while in the caches.
     """
     size, shape = len(right), place.shape[2:]
     nbytes = size * shape.numel() * right.element_size()
     step = size if right.is_cuda else -(-size // max(1, round(nbytes / CACHED)))
     products = right.new_empty((step, *shape))
     for start in range(0, size, step):
-        some = slice(start, start + step)
-        factors, inputs = left[:, some], right[some]
+        samples = slice(start, start + step)
+        factors, inputs = left[:, samples], right[samples]
         for k, factor in enumerate(factors):
-            place[some, k] = torch.bmm(factor, inputs, out=products[: len(inputs)])
+            place[samples, k] = torch.bmm(factor, inputs, out=products[: len(inputs)])
 
 
 def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:
-    """``[B, K, *param]`` seen as ``[B, K, *order]``; None where that takes a copy."""
+    """A view ``[B, K, *order]`` of ``[B, K, *param]``; None if there is no such view."""
     try:
         return block.view(*block.shape[:2], *order)
     except RuntimeError:
@@ -166,7 +168,7 @@ def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:
 
 
 def summed(products: Tensor, shape: Sequence[int]) -> Tensor:
-    """``[K, B, *z]`` summed over what a parameter of this shape was broadcast along."""
+    """``[K, B, *shape]``: products ``[K, B, *z]``, summed where shape was broadcast to z."""
     lead = products.dim() - len(shape)
     spread = [
         n

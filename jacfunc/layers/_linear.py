@@ -1,4 +1,4 @@
-"""Linear layers and products with a matrix."""
+"""Rules for linear layers and products of matrices."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def product(input: Tensor, other: Tensor) -> Mapping[str, FormOf]:
     if not left or not right:
         return {}
     lead = unused("nio", max(left, right, 2) - 2)
-    mine = lead[len(lead) + 2 - left :] + "ni" if left > 1 else "i"
-    theirs = lead[len(lead) + 2 - right :] + "io" if right > 1 else "i"
+    letters = lead[len(lead) + 2 - left :] + "ni" if left > 1 else "i"
+    others = lead[len(lead) + 2 - right :] + "io" if right > 1 else "i"
     out = lead + "n" * (left > 1) + "o" * (right > 1)
-    return contraction({"input": Operand(input, mine), "other": Operand(other, theirs)}, out)
+    return contraction({"input": Operand(input, letters), "other": Operand(other, others)}, out)
 
 
 @rule(torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
 def matrices(input: Tensor, mat2: Tensor) -> Mapping[str, FormOf]:
-    """The same of two matrices, or of two stacks of them."""
+    """``z[…, n, o] = Σᵢ input[…, n, i] mat2[…, i, o]``, of two matrices or two stacks of them."""
     return _renamed(product(input, mat2), input="input", mat2="other")
 
 
 @rule(torch.mv, Tensor.mv)
 def vector(input: Tensor, vec: Tensor) -> Mapping[str, FormOf]:
-    """The same of a matrix and a vector."""
+    """``z[n] = Σᵢ input[n, i] vec[i]``."""
     return _renamed(product(input, vec), input="input", vec="other")
 
 
@@ -62,35 +62,36 @@ def added(
 def added_stacks(
     input: Tensor, batch1: Tensor, batch2: Tensor, beta: float = 1, alpha: float = 1
 ) -> Mapping[str, FormOf]:
-    """The same of stacks of matrices."""
+    """``z = β input + α batch1 batch2``, of stacks of matrices."""
     return _added(input, {"batch1": batch1, "batch2": batch2}, beta, alpha)
 
 
 @opening(torch.bilinear)
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer of all products of the two inputs."""
+    """A linear layer, applied to all products of the two inputs."""
     products = input1.unsqueeze(-1) * input2.unsqueeze(-2)
     return F.linear(products.flatten(-2), weight.flatten(1), bias)
 
 
 def positions(tensor: Tensor, lead: int) -> Tensor:
-    """``[*lead, …, n]`` as ``[*lead, 1, T, n]``."""
+    """``[*lead, 1, T, n]``: a tensor ``[*lead, …, n]`` with one group, at T positions."""
     return tensor.reshape(*tensor.shape[:lead], 1, -1, tensor.shape[-1])
 
 
 def _shift(bias: Tensor, scale: float = 1) -> FormOf:
+    """The form of a tensor that is added to the output, times a scale."""
     return lambda seeds: Rows(summed(seeds if scale == 1 else seeds * scale, bias.shape[1:]))
 
 
 def _renamed(forms: Mapping[str, FormOf], **names: str) -> dict[str, FormOf]:
-    """By the names that another function has for its arguments."""
-    return {mine: forms[theirs] for mine, theirs in names.items() if theirs in forms}
+    """Forms under new names: each keyword is the new name of the form under its value."""
+    return {new: forms[old] for new, old in names.items() if old in forms}
 
 
 def _added(
     input: Tensor, factors: Mapping[str, Tensor], beta: float, alpha: float
 ) -> dict[str, FormOf]:
-    """A scaled product, and what is added to it."""
+    """The forms of the two factors of a scaled product, and of what is added to it."""
     if not all(isinstance(x, Tensor) for x in (input, *factors.values())):
         return {}  # an old order of the arguments, with the scales among them
     left, right = factors
@@ -100,4 +101,5 @@ def _added(
 
 
 def _times(form_of: FormOf, scale: float) -> FormOf:
+    """The form of a parameter in a product that is scaled."""
     return lambda seeds: form_of(seeds if scale == 1 else seeds * scale)

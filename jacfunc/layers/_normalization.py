@@ -1,4 +1,4 @@
-"""Normalizations: the scale and the shift that follow."""
+"""Rules for normalizations: the weight and the bias that come after one."""
 
 from __future__ import annotations
 
@@ -67,13 +67,16 @@ def of_batches(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Mapping[str, FormOf]:
-    """The same by statistics that are known; those of a batch would mix samples."""
+    """``z[:, c] = weight[c] · normalized(input)[:, c] + bias[c]``, by running statistics.
+
+    Statistics of the batch itself would couple samples.
+    """
     if training or running_mean is None or running_var is None:
         return {}
     mean, variance = running_mean, running_var
 
     def normalized() -> Tensor:
-        return (input - _beside(mean, input)) * torch.rsqrt(_beside(variance, input) + eps)
+        return (input - _expanded(mean, input)) * torch.rsqrt(_expanded(variance, input) + eps)
 
     return _of_channels(normalized, input)
 
@@ -90,7 +93,7 @@ def of_batches_below(
     eps: float,
     cudnn_enabled: bool,
 ) -> Mapping[str, FormOf]:
-    """The same in the order of torch's own function."""
+    """The rule of :func:`of_batches` for torch.batch_norm, which F.batch_norm calls."""
     return of_batches(input, running_mean, running_var, training=training, eps=eps)
 
 
@@ -105,7 +108,7 @@ def of_instances(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Mapping[str, FormOf]:
-    """The same, each channel by itself."""
+    """``z[:, c] = weight[c] · normalized(input)[:, c] + bias[c]``, each channel by itself."""
     if use_input_stats:
         return of_groups(input, input.shape[2], eps=eps)
     return of_batches(input, running_mean, running_var, eps=eps)
@@ -123,23 +126,23 @@ def of_instances_below(
     eps: float,
     cudnn_enabled: bool,
 ) -> Mapping[str, FormOf]:
-    """The same in the order of torch's own function."""
+    """The rule of :func:`of_instances` for torch.instance_norm, which F.instance_norm calls."""
     return of_instances(input, running_mean, running_var, use_input_stats=use_input_stats, eps=eps)
 
 
 def _affine(
     normalized: Callable[[], Tensor], shape: Sequence[int], behind: int = 0
 ) -> Mapping[str, FormOf]:
-    """A weight and a bias of this shape; so many dimensions come behind theirs."""
+    """The forms of a weight and a bias of this shape, before ``behind`` dimensions of the input."""
 
     @cache
     def once(with_graph: bool) -> Tensor:
-        """Kept from sweep to sweep, which are many where rows come in pieces."""
+        """The normalized input, which is computed once for all sweeps."""
         return normalized()
 
     def rows(products: Tensor) -> Rows:
-        found = summed(products, (*shape, *(1,) * behind))
-        return Rows(found.reshape(*found.shape[:2], *shape))
+        total = summed(products, (*shape, *(1,) * behind))
+        return Rows(total.reshape(*total.shape[:2], *shape))
 
     return {
         "weight": lambda seeds: rows(seeds * once(torch.is_grad_enabled())),
@@ -148,10 +151,10 @@ def _affine(
 
 
 def _of_channels(normalized: Callable[[], Tensor], input: Tensor) -> Mapping[str, FormOf]:
-    """A number a channel of ``[B, N, channels, …]``."""
+    """The forms of a weight and a bias with an entry for each channel."""
     return _affine(normalized, input.shape[2:3], input.dim() - 3)
 
 
-def _beside(statistics: Tensor, input: Tensor) -> Tensor:
-    """``[B, channels]`` beside ``[B, N, channels, …]``."""
+def _expanded(statistics: Tensor, input: Tensor) -> Tensor:
+    """Statistics ``[B, channels]`` with the dimensions of an input ``[B, N, channels, …]``."""
     return statistics.reshape(len(statistics), 1, -1, *(1,) * (input.dim() - 3))

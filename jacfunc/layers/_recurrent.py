@@ -1,6 +1,6 @@
-"""Recurrent layers, opened: a linear layer of all steps' inputs, and one of each step's state.
+"""Opens recurrent layers: a linear layer of all steps' inputs, and one of the state at each step.
 
-torch's own can't be batched, so that samples have none of these under vmap.
+Torch's own can't be batched, so under vmap samples would have no recurrent layers at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from jacfunc.layers._rules import opening
 
 HiddenState: TypeAlias = tuple[Tensor, ...]
-"""The hidden state ``[N, H]``, and the cell's, where it has one."""
+"""The hidden state ``[N, H]``, and the state of the cell if it has one."""
 
 Step: TypeAlias = Callable[[Tensor, Tensor, HiddenState], HiddenState]
 """The next state from the projected input, the projected hidden state, and the state."""
@@ -30,30 +30,32 @@ PACKED = ("data", "batch_sizes", *PADDED[1:-1])
 
 
 def lstm_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
-    """A memory beside the state, and gates to write, keep and read it."""
+    """The step of an LSTM: the cell has a memory, and gates to write, keep and read it."""
     entry, forget, cell, output = (inputs + hidden).chunk(4, -1)
     memory = forget.sigmoid() * state[1] + entry.sigmoid() * cell.tanh()
     return output.sigmoid() * memory.tanh(), memory
 
 
 def gru_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
-    """The reset gate acts on the projected state, its bias included."""
+    """The step of a GRU; the reset gate acts on the projected state with its bias."""
     resets, updates, news = zip(inputs.chunk(3, -1), hidden.chunk(3, -1), strict=True)
     new = (news[0] + (resets[0] + resets[1]).sigmoid() * news[1]).tanh()
     return (new + (updates[0] + updates[1]).sigmoid() * (state[0] - new),)
 
 
 def tanh_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
+    """The step of a plain recurrent layer with tanh."""
     return ((inputs + hidden).tanh(),)
 
 
 def relu_step(inputs: Tensor, hidden: Tensor, state: HiddenState) -> HiddenState:
+    """The step of a plain recurrent layer with ReLU."""
     return ((inputs + hidden).relu(),)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one direction of one layer."""
+    """The weights of one direction of one layer."""
 
     inputs: Tensor
     hidden: Tensor
@@ -63,19 +65,19 @@ class Weights:
 
     @classmethod
     def of(cls, params: Sequence[Tensor], has_biases: bool) -> Weights:
-        """In torch's order, in which a projection comes last."""
+        """The weights from a list in torch's order, in which a projection comes last."""
         biases = params[2:4] if has_biases else (None, None)
         return cls(*params[:2], *biases, *params[4 if has_biases else 2 :])
 
     def next(self, step: Step, projected: Tensor, state: HiddenState) -> HiddenState:
-        """The state after a step, whose input is projected already."""
+        """The state after a step, from its projected input."""
         new = step(projected, F.linear(state[0], self.hidden, self.hidden_bias), state)
         return new if self.projection is None else (F.linear(new[0], self.projection), *new[1:])
 
 
 @dataclass(frozen=True)
 class Layers:
-    """As torch's functions are told of them: all directions of all layers."""
+    """All directions of all layers, as torch's functions take them."""
 
     params: Sequence[Tensor]
     has_biases: bool
@@ -89,7 +91,7 @@ class Layers:
     ) -> tuple[Tensor, HiddenState]:
         """All hidden states of the last layer, and the last states of all layers.
 
-        ``values[Σ sizes, I]`` are steps of several sequences, at each those that still run.
+        ``values[Σ sizes, I]`` hold, for one step after the other, the sequences that still run.
         """
         directions = 2 if self.bidirectional else 1
         each = len(self.params) // (self.num_layers * directions)
@@ -102,10 +104,10 @@ class Layers:
                 number = len(last)
                 params = self.params[number * each : (number + 1) * each]
                 weights = Weights.of(params, self.has_biases)
-                begun = tuple(x[number] for x in first)
-                output, ended = _one_direction(step, weights, values, sizes, begun, is_backward)
+                start = tuple(x[number] for x in first)
+                output, end = _one_direction(step, weights, values, sizes, start, is_backward)
                 outputs.append(output)
-                last.append(ended)
+                last.append(end)
             values = torch.cat(outputs, -1)
         return values, tuple(torch.stack(states) for states in zip(*last, strict=True))
 
@@ -121,38 +123,38 @@ def _one_direction(
     """All hidden states, and the last state of each sequence, from their first states."""
     steps = F.linear(values, weights.inputs, weights.input_bias).split(list(sizes))
     outputs: list[Tensor] = []
-    ended: list[HiddenState] = []
+    ends: list[HiddenState] = []
     order = list(zip(steps, sizes, strict=True))[:: -1 if is_backward else 1]
     state = tuple(x[: order[0][1]] for x in first)
     for projected, size in order:
         running = len(state[0])
         if size < running:
-            ended.append(tuple(x[size:] for x in state))
+            ends.append(tuple(x[size:] for x in state))
             state = tuple(x[:size] for x in state)
         elif size > running:
-            begun = (x[running:size] for x in first)
-            state = tuple(torch.cat(both) for both in zip(state, begun, strict=True))
+            starts = (x[running:size] for x in first)
+            state = tuple(torch.cat(both) for both in zip(state, starts, strict=True))
         state = weights.next(step, projected, state)
         outputs.append(state[0])
-    last = (torch.cat(parts) for parts in zip(state, *ended[::-1], strict=True))
+    last = (torch.cat(parts) for parts in zip(state, *ends[::-1], strict=True))
     return torch.cat(outputs[:: -1 if is_backward else 1]), tuple(last)
 
 
 def sequences(step: Step, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """Of padded or packed sequences: all hidden states, and the last ones."""
+    """All hidden states, and the last ones, of padded or packed sequences."""
     is_packed = "data" in kwargs or (len(args) > 3 and isinstance(args[3], tuple | list))
     names = PACKED if is_packed else PADDED
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    layers = Layers(**{name: given[name] for name in PADDED[2:-1]})
-    first = _states(given["hx"])
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    layers = Layers(**{name: named[name] for name in PADDED[2:-1]})
+    first = _states(named["hx"])
     if is_packed:
-        output, last = layers.run(step, given["data"], given["batch_sizes"].tolist(), first)
+        output, last = layers.run(step, named["data"], named["batch_sizes"].tolist(), first)
         return output, *last
-    steps = given["input"].transpose(0, 1) if given["batch_first"] else given["input"]
+    steps = named["input"].transpose(0, 1) if named["batch_first"] else named["input"]
     length, size = steps.shape[:2]
     output, last = layers.run(step, steps.flatten(0, 1), [size] * length, first)
     output = output.unflatten(0, (length, size))
-    return output.transpose(0, 1) if given["batch_first"] else output, *last
+    return output.transpose(0, 1) if named["batch_first"] else output, *last
 
 
 def cell(
@@ -164,7 +166,7 @@ def cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Any:
-    """One step."""
+    """One step of a recurrent layer."""
     weights = Weights(w_ih, w_hh, b_ih, b_hh)
     new = weights.next(step, F.linear(input, w_ih, b_ih), _states(hx))
     return new if len(new) > 1 else new[0]

@@ -1,4 +1,4 @@
-"""The tables of what is known about operations: how a parameter is used in each."""
+"""The table of rules, and the decorators that enter functions into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from jacfunc.layers._forms import Form
 
 FormOf: TypeAlias = Callable[[Tensor], Form]
-"""From cotangents ``[K, B, *z]`` of what came out."""
+"""Makes the form of a parameter from cotangents ``[K, B, *z]`` of the operation's output z."""
 
 Func = TypeVar("Func", bound=Callable[..., Any])
 
@@ -24,11 +24,11 @@ class Rule:
     """How an operation uses its arguments.
 
     Args:
-        forms_of: takes the operation's own arguments, tensors as ``[B, *shape]``, and gives a
-            form for each by name of which it knows one.
-        defaults: of these arguments.
-        keeps_lead: the first argument may have more dimensions in front, which come out as they
-            went in.
+        forms_of: takes the operation's own arguments, each tensor as ``[B, *shape]``, and returns
+            by name how to make the form of each argument that may be a parameter.
+        defaults: the names of these arguments, in order, and their defaults.
+        keeps_lead: the first argument may have more dimensions in front, which the output has,
+            too.
     """
 
     forms_of: Callable[..., Mapping[str, FormOf]]
@@ -44,42 +44,43 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """What is known about operations.
+    """All rules.
 
     Args:
-        rules: how they use their arguments.
-        opened: what does the same by simpler operations, in which uses are seen.
+        rules: the rule of each operation that has one.
+        openings: for some operations, a function that does the same by simpler operations.
     """
 
     rules: dict[Callable[..., Any], Rule] = field(default_factory=dict)
-    opened: dict[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
+    openings: dict[Callable[..., Any], Callable[..., Any]] = field(default_factory=dict)
 
 
 @cache
 def table() -> Table:
-    """That of this process."""
+    """The table of this process."""
     return Table()
 
 
 def rule(*functions: Callable[..., Any], keeps_lead: bool = False) -> Callable[[Func], Func]:
-    """Register how functions use their parameters: a decorator of what tells.
+    """Decorate a function that says how operations use their parameters.
 
-    That takes the functions' own arguments, each tensor as ``[B, *shape]`` of all samples, and
-    returns a form for each argument that may be a parameter, as a function of the cotangents
-    ``[K, B, *z]`` of what came out; an empty dict for a call that it does not know. Then the
-    parameter is differentiated as ever.
+    The decorated function takes the operations' own arguments, each tensor as ``[B, *shape]`` of
+    all samples. It returns, by name, for each argument that may be a parameter a function that
+    makes a form from the cotangents ``[K, B, *z]`` of the output. For a call that it does not
+    know it returns an empty dict; then the parameter is differentiated without factors.
 
     Args:
-        functions: of torch, or :func:`visible` ones of your own; all take the same arguments.
-        keeps_lead: their first argument may have any number of dimensions in front, which come
-            out as they went in, as with a linear layer. Then all samples are one call of theirs,
-            and vmap, which puts them together from simpler operations, is passed by.
+        functions: functions of torch, or your own if they are :func:`visible`; all of them take
+            the same arguments.
+        keeps_lead: their first argument may have any number of dimensions in front, and the output
+            has them, too, as with a linear layer. Then the operation is called once with all
+            samples, not under vmap, which would make it of simpler operations.
 
     Returns:
-        A decorator that returns what it decorates.
+        A decorator, which returns the decorated function as it is.
 
     Example:
-        A layer of one's own, whose kernel and Jacobians are now made from its factors:
+        A layer of your own, whose kernel and Jacobians are then made from its factors:
 
         >>> import torch, jacfunc
         >>> from jacfunc.layers import Outer, positions, rule, visible
@@ -106,13 +107,16 @@ def rule(*functions: Callable[..., Any], keeps_lead: bool = False) -> Callable[[
 
 
 def opening(*functions: Callable[..., Any]) -> Callable[[Func], Func]:
-    """Register a function that does the same by simpler operations, in which uses are seen.
+    """Decorate a function that does what ``functions`` do, by simpler operations with rules.
+
+    It is called instead of them, so that the uses of parameters inside can be seen.
 
     Args:
-        functions: of torch, or :func:`visible` ones; all take the same arguments.
+        functions: functions of torch, or your own if they are :func:`visible`; all of them take
+            the same arguments.
 
     Returns:
-        A decorator that returns what it decorates.
+        A decorator, which returns the decorated function as it is.
 
     Example:
         >>> import torch, jacfunc
@@ -128,20 +132,20 @@ def opening(*functions: Callable[..., Any]) -> Callable[[Func], Func]:
     """
 
     def register(simpler: Func) -> Func:
-        table().opened.update(dict.fromkeys(functions, simpler))
+        table().openings.update(dict.fromkeys(functions, simpler))
         return simpler
 
     return register
 
 
 def visible(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one's own as one operation, which a rule can be registered for.
+    """Make a function of your own an operation, for which a rule can be registered.
 
     Args:
-        func: takes tensors; its parameters are looked for among the arguments themselves.
+        func: takes tensors. Its arguments themselves may be parameters, not what is inside them.
 
     Returns:
-        The same function, seen by whoever overrides torch's functions.
+        A function that does the same, and that torch's function modes see as one operation.
 
     Example:
         >>> import torch
@@ -151,10 +155,10 @@ def visible(func: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(func)
-    def seen(*args: Any, **kwargs: Any) -> Any:
+    def operation(*args: Any, **kwargs: Any) -> Any:
         tensors = tuple(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if has_torch_function(tensors):
-            return handle_torch_function(seen, tensors, *args, **kwargs)
+            return handle_torch_function(operation, tensors, *args, **kwargs)
         return func(*args, **kwargs)
 
-    return seen
+    return operation

@@ -1,10 +1,10 @@
-"""Ways to make a Jacobian explicit, one a file: each sweeps the operator with its own seeds."""
+"""Strategies, which make a Jacobian explicit: each file is one way to sweep a linear map."""
 
 from jacfunc.strategies._evaluation import Evaluation, evaluate, in_words_of
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._strategy import Strategy
+from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, Sweeps, blocks_into
 from jacfunc.strategies._structured import Structured
 
 __all__ = [
@@ -13,7 +13,11 @@ __all__ = [
     "Looped",
     "Reverse",
     "Strategy",
+    "Streaming",
     "Structured",
+    "Sweeping",
+    "Sweeps",
+    "blocks_into",
     "evaluate",
     "in_words_of",
 ]

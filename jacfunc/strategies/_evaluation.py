@@ -1,4 +1,4 @@
-"""One call evaluated by a strategy: blocks, outputs, and how they go back into trees."""
+"""One call evaluated by a strategy, and its results put back into trees."""
 
 from __future__ import annotations
 
@@ -6,26 +6,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from jacfunc._assembly import Grid, Sink
+from jacfunc._assembly import NEW_TENSORS, Grid, Sink
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks, Leaves, Tree
-from jacfunc.strategies._strategy import Strategy
+from jacfunc.strategies._strategy import Strategy, blocks_into
 
 Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """All that one evaluation gave, put into trees when it is asked for."""
+    """Outputs and blocks of one call; its methods put them into trees.
+
+    Args:
+        call: the call, which knows the trees of its arguments and of its output.
+        blocks: of the Jacobian.
+        image: returns outputs and extras.
+        sink: where the blocks went.
+    """
 
     call: FlatCall
     blocks: Blocks
     image: Callable[[], tuple[Leaves, Leaves]]
-    """Outputs and extras."""
-    sink: Sink | None = None
-    """Where the blocks went."""
+    sink: Sink
 
     @property
     def outputs(self) -> Leaves:
@@ -33,33 +38,39 @@ class Evaluation:
         return self.image()[0]
 
     def value_and_aux(self) -> tuple[Tree, Tree]:
-        """What the function itself returned."""
+        """The function's own output, and aux."""
         return self.call.value(*self.image())
 
     def jacobian(self) -> Tree:
-        """Output tree of input trees of blocks."""
+        """The Jacobian: a tree like the output, of trees like the inputs, of blocks."""
         tree = self.call.jacobian(self.blocks)
-        return tree if self.sink is None else self.sink.placed(tree)
+        return self.sink.placed(tree) if self.sink.copies else tree
 
 
-def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink | None = None) -> Evaluation:
-    """One call's Jacobian by a strategy, with all that comes beside it."""
-    operator = JacobianOperator(call, call.primals, sink)
-    blocks = in_words_of(api, lambda: strategy.materialize(operator))
-    if sink is not None and sink.copies:
+def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENSORS) -> Evaluation:
+    """The Jacobian of a call by a strategy, with the outputs."""
+    operator = JacobianOperator(call, call.primals)
+    blocks = in_words_of(api, lambda: blocks_into(sink, strategy, operator))
+    if sink.copies:
         blocks = sink.finished(blocks, Grid.of(operator.outputs, operator.primals), ())
     return Evaluation(call, blocks, operator.image, sink)
 
 
-def in_words_of(api: str, sweep: Callable[[], Result]) -> Result:
-    """Run a sweep; say in the words of the call what torch refused."""
+def in_words_of(
+    api: str,
+    sweep: Callable[[], Result],
+    must: str = "the function must be one that this strategy can sweep",
+    instead: str = " Let jacobian(strategy='auto') choose, or name another strategy.",
+) -> Result:
+    """The result of a sweep.
+
+    Raises:
+        Refused: if torch refuses, with a message that begins with the name of the public function.
+    """
     try:
         return sweep()
     except Refused as refusal:
-        is_said = isinstance(refusal.__cause__, Refused)  # by an inner door
-        if is_said or str(refusal).startswith(f"{api}: "):
+        is_worded = isinstance(refusal.__cause__, Refused)  # by a public function inside
+        if is_worded or str(refusal).startswith(f"{api}: "):
             raise
-        raise Refused(
-            f"{api}: the function must be one that this strategy can sweep, got a refusal: "
-            f"{refusal}. Let jacobian(strategy='auto') choose, or name another strategy."
-        ) from refusal
+        raise Refused(f"{api}: {must}, got a refusal: {refusal}.{instead}") from refusal

@@ -1,4 +1,4 @@
-"""Column by column, many columns at once."""
+"""The strategy that pushes columns of the Jacobian forward, many at once."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import sweep
+from jacfunc._assembly import Sweep, sweep
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, FittedChunks
-from jacfunc._types import Blocks, Randomness
+from jacfunc._types import Randomness
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(Sweeping):
     """Pushes the standard basis of the inputs forward, ``chunk_size`` columns at once, vmapped.
 
     Best where there are many more outputs than inputs; it keeps no graph.
@@ -49,8 +50,12 @@ class Forward:
                 f"got {self.randomness!r}. 'same' gives one dropout mask to the whole Jacobian."
             )
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]``, from columns."""
+    @property
+    def sweeps(self) -> Sweeps:
+        """Columns, as many at once as the chunk says."""
+        return Sweeps("columns", self.chunk_size)
+
+    def products(self, operator: JacobianOperator) -> Sweep:
+        """Columns, by vmapped pushforwards."""
         push = partial(operator.pushforward_batch, randomness=self.randomness)
-        chunk = operator.sink.at_once(self.chunk_size)
-        return operator.from_columns(sweep(push, operator.primals, chunk))
+        return partial(sweep, push, operator.primals)

@@ -1,17 +1,18 @@
-"""One seed at a time, without vmap."""
+"""The strategy that sweeps rows or columns one at a time, without vmap."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from jacfunc._assembly import basis, sweep_leaves
+from jacfunc._assembly import Sweep, sweep, sweep_leaves
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._types import Blocks
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
-class Looped:
+class Looped(Sweeping):
     """Sweeps one cotangent (or tangent) at a time without vmap: the widest coverage.
 
     Works for what vmap cannot batch: data-dependent control flow, ``autograd.Function`` of the
@@ -45,9 +46,13 @@ class Looped:
                 "Rows pull cotangents back, columns push tangents forward."
             )
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]``, a row or a column at a time."""
+    @property
+    def sweeps(self) -> Sweeps:
+        """Rows or columns, one at a time."""
+        return Sweeps(self.over, 1, is_vmapped=False)
+
+    def products(self, operator: JacobianOperator) -> Sweep:
+        """Rows or columns, by single pullbacks or pushforwards."""
         if self.over == "columns":
-            columns = map(operator.pushforward_each, basis(operator.primals, 1))
-            return operator.from_columns(columns)
-        return operator.from_rows(sweep_leaves(operator.pullback_each, operator.outputs, 1))
+            return partial(sweep, operator.pushforward_each, operator.primals)
+        return partial(sweep_leaves, operator.pullback_each, operator.outputs)

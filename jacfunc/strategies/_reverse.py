@@ -1,18 +1,19 @@
-"""Row by row, many rows at once."""
+"""The strategy that pulls rows of the Jacobian back, many at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import sweep_leaves
+from jacfunc._assembly import Sweep, sweep_leaves
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, FittedChunks
-from jacfunc._types import Blocks
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
-class Reverse:
+class Reverse(Sweeping):
     """Pulls the standard basis of the outputs back, ``chunk_size`` rows at once, vmapped.
 
     Best where there are fewer outputs than inputs.
@@ -39,8 +40,11 @@ class Reverse:
         if not isinstance(self.chunk_size, FittedChunks):
             check_chunk_size("Reverse", self.chunk_size)
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]``, from rows."""
-        outputs = operator.outputs
-        chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
-        return operator.from_rows(sweep_leaves(operator.pullback_batch, outputs, chunk))
+    @property
+    def sweeps(self) -> Sweeps:
+        """Rows, as many at once as the chunk says."""
+        return Sweeps("rows", self.chunk_size)
+
+    def products(self, operator: JacobianOperator) -> Sweep:
+        """Rows, by vmapped pullbacks."""
+        return partial(sweep_leaves, operator.pullback_batch, operator.outputs)

@@ -1,10 +1,13 @@
-"""What every strategy is."""
+"""What a strategy is, and what it says about its sweeps."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-from jacfunc._linear_map import JacobianOperator
+from jacfunc._assembly import NEW_TENSORS, Sink, Sweep
+from jacfunc._linear_map import JacobianOperator, check_numbers
+from jacfunc._memory import Chunk
 from jacfunc._types import Blocks
 
 
@@ -31,3 +34,92 @@ class Strategy(Protocol):
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` of the operator's Jacobian."""
         ...
+
+
+class Streaming(ABC):
+    """A strategy that hands its products to a sink as they come, instead of returning blocks."""
+
+    @abstractmethod
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
+        """Sweep the operator, and return blocks ``[*out_i, *in_j]`` from the sink."""
+
+    def materialize(self, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out_i, *in_j]``, each a new tensor."""
+        return self.into(NEW_TENSORS, operator)
+
+
+class Sweeps(NamedTuple):
+    """How a strategy sweeps its seeds. Costs and forecasts ask no more of a strategy.
+
+    Args:
+        over: ``"rows"`` pulls cotangents of the outputs back, ``"columns"`` pushes tangents of the
+            inputs forward.
+        chunk_size: seeds at once; None for all.
+        is_vmapped: do the seeds of a chunk share a sweep?
+        by_layers: do sweeps end at the outputs of layers, where rules for layers take over?
+
+    Example:
+        >>> import jacfunc
+        >>> jacfunc.Looped().sweeps
+        Sweeps(over='rows', chunk_size=1, is_vmapped=False, by_layers=False)
+    """
+
+    over: Literal["rows", "columns"]
+    chunk_size: Chunk = None
+    is_vmapped: bool = True
+    by_layers: bool = False
+
+    @property
+    def are_pushes(self) -> bool:
+        """Does it push tangents forward, rather than pull cotangents back?"""
+        return self.over == "columns"
+
+
+class Sweeping(Streaming):
+    """A strategy that sweeps all rows, or all columns, and describes how it does.
+
+    Example:
+        A strategy of your own, here one that pulls the unit cotangents back one by one:
+
+        >>> import torch, jacfunc
+        >>> from jacfunc.strategies import Sweeping, Sweeps
+        >>> class OneByOne(Sweeping):
+        ...     sweeps = Sweeps("rows", chunk_size=1, is_vmapped=False)
+        ...     def products(self, operator):
+        ...         units = torch.eye(operator.outputs[0].numel()).split(1)
+        ...         return lambda chunk: (operator.pullback_batch((unit,)) for unit in units)
+        >>> jacfunc.jacobian(torch.sin, strategy=OneByOne())(torch.zeros(2))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+
+    @property
+    @abstractmethod
+    def sweeps(self) -> Sweeps:
+        """Which seeds are swept, how many at once, and how."""
+
+    @abstractmethod
+    def products(self, operator: JacobianOperator) -> Sweep:
+        """The sweep that returns chunks of columns ``[K, *out_i]``, or of rows ``[K, *in_j]``.
+
+        A chunk of rows holds rows of one output leaf.
+        """
+
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
+        sweeps, products = self.sweeps, self.products(operator)
+        if sweeps.over == "columns":
+            operator.forget()  # what was evaluated to plan is no part of the result
+            return sink.columns(
+                lambda chunk: map(check_numbers, products(chunk)),
+                sweeps.chunk_size,
+                lambda: operator.outputs,
+                operator.primals,
+            )
+        return sink.rows(products, sweeps.chunk_size, operator.outputs, operator.primals)
+
+
+def blocks_into(sink: Sink, strategy: Strategy, operator: JacobianOperator) -> Blocks:
+    """Blocks ``[*out_i, *in_j]`` by any strategy; one that streams hands products to the sink."""
+    if isinstance(strategy, Streaming):
+        return strategy.into(sink, operator)
+    return strategy.materialize(operator)

@@ -1,30 +1,30 @@
-"""Layer by layer: what reaches an operation from behind, times what went into it."""
+"""The strategy by layers: cotangents of a layer's outputs, times the layer's inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 from jacfunc._arguments import check_chunk_size
+from jacfunc._assembly import Sweep
 from jacfunc._factored import FactoredJacobian, LearnedUses, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
-from jacfunc._remembered import Remembered, nothing_yet
 from jacfunc._torch import is_outermost
-from jacfunc._types import Blocks, Leaves
+from jacfunc._types import Leaves
 from jacfunc.strategies._reverse import Reverse
+from jacfunc.strategies._strategy import Sweeping, Sweeps
 
 
 @dataclass(frozen=True)
-class Structured:
-    """Pulls rows back onto what comes out of layers, and multiplies with what went in.
+class Structured(Sweeping):
+    """Pulls rows back onto the outputs of layers, and multiplies these with the layers' inputs.
 
-    The block of a layer's weight is an outer product of these two, written where it belongs
-    without a pass through autograd. What no rule in ``jacfunc.layers`` covers is differentiated
-    as ever, and the two parts add up.
+    The block of a layer's weight is an outer product of the two, written where it belongs without
+    a pass through autograd. Operations that no rule in ``jacfunc.layers`` covers are differentiated
+    by autograd, and the two parts are added.
 
     Best for Jacobians of every sample in a network's parameters. Inside another transform, which
     keeps no graph to look into, rows are pulled back as by :class:`Reverse`.
@@ -49,54 +49,45 @@ class Structured:
     """
 
     chunk_size: Chunk = None
-    known: Remembered[LearnedUses] = field(
-        default_factory=nothing_yet, init=False, repr=False, compare=False
-    )
-    """What parameters meet, by what is called and the kind of call."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.chunk_size, FittedChunks):
             check_chunk_size("Structured", self.chunk_size)
 
-    def materialize(self, operator: JacobianOperator) -> Blocks:
-        """Blocks ``[*out_i, *in_j]``; the whole call is one sample."""
+    @property
+    def sweeps(self) -> Sweeps:
+        """Rows, pulled back as far as the outputs of layers."""
+        return Sweeps("rows", self.chunk_size, by_layers=True)
+
+    def products(self, operator: JacobianOperator) -> Sweep:
+        """Rows, by products of factors; the whole call is one sample."""
         if not is_outermost():
-            return Reverse(self.chunk_size).materialize(operator)
+            return Reverse(self.chunk_size).products(operator)
         factors = self.factors(operator)
 
-        outputs = factors.of_one
+        def rows(chunk: Chunk) -> Iterator[Leaves]:
+            for number, out in enumerate(factors.of_one):
+                yield from in_chunks(out.numel(), of_leaf(chunk, number), partial(rows_of, number))
 
-        def of_rows(number: int) -> Iterator[Leaves]:
-            def rows(start: int, stop: int) -> Leaves:
-                return tuple(row[0] for row in factors.rows(start, stop, number))
+        def rows_of(number: int, start: int, stop: int) -> Leaves:
+            return tuple(row[0] for row in factors.rows(start, stop, number))
 
-            return in_chunks(outputs[number].numel(), of_leaf(chunk, number), rows)
-
-        chunk = operator.sink.rows_at_once(self.chunk_size, outputs, operator.primals)
-        return operator.from_rows(chain.from_iterable(map(of_rows, range(len(outputs)))))
-
-    def met(self, called: Any, kind: Hashable) -> LearnedUses:
-        """What is known of its parameters, to be completed by whoever evaluates it."""
-        met = self.known.get(called, kind)
-        if met is None:
-            met = LearnedUses()
-            self.known.put(called, kind, met)
-        return met
+        return rows
 
     def factors(self, operator: JacobianOperator) -> FactoredJacobian:
-        """The operator evaluated, its Jacobian kept as factors."""
+        """The operator's Jacobian as factors, from an evaluation that finds uses of parameters."""
 
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
             return operator.func(*params)
 
-        met = self.met(operator.called, operator.signature())
+        uses = LearnedUses.of(operator.call_kind)
         whole = Samples((), ())
         with alone():
             factors = operator.refusing(
                 "look into layers",
                 lambda: factored(
-                    of_one, operator.func, operator.primals, whole, met, operator.repeat_draws
+                    of_one, operator.func, operator.primals, whole, uses, operator.rewind_generators
                 ),
             )
-        operator.evaluated(factors.of_one, factors.extras_of_one)
+        operator.keep_image(factors.of_one, factors.extras_of_one)
         return factors

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+from jacfunc._assembly import Grid, Sink
+from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._memory.counting import PeakBytes
-from jacfunc._samples import writing as _layerwise
+from jacfunc._samples.writing import SampleWriter
+from tests.truth.factors import factors_of
 
 STRATEGIES = ("auto", "reverse", "forward", "looped", "structured")
 
@@ -123,13 +126,19 @@ def test_inside_a_transform_it_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bytes_at_once", [1, 400, 2**23])
-def test_layers_sweep_a_few_rows_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, bytes_at_once: int
-) -> None:
-    monkeypatch.setattr(_layerwise, "MOST", bytes_at_once)
+def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)), torch.randn(6, 3)
-    options: dict[str, Any] = {"per_sample": True, "flat": True}
-    expected = jacfunc.module_jacobian(model, strategy="looped", **options)(x)
-    buffer = torch.full_like(expected, torch.nan)
-    jacfunc.module_jacobian(model, strategy="structured", out=buffer, **options)(x)
-    torch.testing.assert_close(buffer, expected)
+    expected = jacfunc.module_jacobian(model, per_sample=True, flat=True, strategy="looped")(x)
+    sweeps = []
+
+    class Counted(FactoredJacobian):
+        def of_rows(self, start: int, stop: int, of: int) -> list[list[Part]]:
+            sweeps.append(stop - start)
+            return super().of_rows(start, stop, of)
+
+    with factors_of(model, x) as factors:
+        counted, grid = Counted(**vars(factors)), Grid.of(factors.of_one, factors.params)
+        writer = SampleWriter(lambda *_: counted, Sink(), lambda: grid, most_swept=bytes_at_once)
+        blocks = writer.leaves(len(x), None, None)[: len(factors.params)]
+    torch.testing.assert_close(torch.cat([block.flatten(2) for block in blocks], 2), expected)
+    assert sweeps == {1: [1] * 5, 400: [2, 2, 1], 2**23: [5]}[bytes_at_once]

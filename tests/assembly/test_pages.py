@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import jacfunc
-from jacfunc._assembly import pages as _pages
-from jacfunc._assembly.pages import FreedPages
+from jacfunc._assembly.pages import PAGES, FreedPages, empty
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._memory.limits import LARGE
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mmap, "MADV_FREE"), reason="this system knows no pages that it may take back"
@@ -31,17 +31,22 @@ HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[FreedPages]:
-    """Of this test alone, and for tensors from 1 KiB on."""
-    mine = FreedPages()
-    monkeypatch.setattr(_pages, "_PAGES", mine)
-    monkeypatch.setattr(_pages, "LARGE", 2**10)
-    yield mine
+def pages() -> Iterator[FreedPages]:
+    """Pages of this test alone, for tensors from 1 KiB on."""
+    yield FreedPages(least=2**10)
     gc.collect()
 
 
-def made(value: float, size: int = SIZE) -> Tensor:
-    return _pages.empty(LIKE, (size // 4,)).fill_(value)
+@pytest.fixture
+def shared() -> FreedPages:
+    """The pages of the process, of which none wait."""
+    gc.collect()
+    jacfunc.empty_cache()
+    return PAGES
+
+
+def made(pages: FreedPages, value: float, size: int = SIZE) -> Tensor:
+    return empty(LIKE, (size // 4,), pages=pages).fill_(value)
 
 
 VIEWS: dict[str, Callable[[Tensor], object]] = {
@@ -61,13 +66,13 @@ VIEWS: dict[str, Callable[[Tensor], object]] = {
 def test_nothing_is_written_over_while_anybody_holds_it(
     pages: FreedPages, view: Callable[[Tensor], object]
 ) -> None:
-    first = made(1.0)
+    first = made(pages, 1.0)
     held, address = view(first), first.data_ptr()
     del first
-    second = made(2.0)
+    second = made(pages, 2.0)
     assert second.data_ptr() != address
     del held
-    third = made(3.0)
+    third = made(pages, 3.0)
     assert third.data_ptr() == address
     assert second.eq(2.0).all()
     assert third.eq(3.0).all()
@@ -76,7 +81,7 @@ def test_nothing_is_written_over_while_anybody_holds_it(
 def test_a_loop_that_holds_the_last_result_goes_back_and_forth(pages: FreedPages) -> None:
     addresses, result = [], None
     for step in range(6):
-        result = made(float(step))
+        result = made(pages, float(step))
         addresses.append(result.data_ptr())
     assert len(set(addresses)) == 2
     assert addresses[2:] == addresses[:2] * 2
@@ -89,7 +94,7 @@ def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: FreedPage
     most = 0
     for _ in range(200):
         size = 2 ** int(torch.randint(10, 18, (), generator=generator))
-        held.append(made(1.0, size))
+        held.append(made(pages, 1.0, size))
         most = max(most, sum(x.nbytes for x in held))
         if len(held) > 4:
             del held[int(torch.randint(4, (), generator=generator))]
@@ -98,20 +103,21 @@ def test_never_more_are_mapped_than_were_taken_at_the_same_time(pages: FreedPage
         assert pages.taken + pages.kept <= pages.most
 
 
-def test_emptied_it_keeps_nothing(pages: FreedPages) -> None:
-    held = made(1.0)
-    made(2.0)
-    assert pages.kept == SIZE
+def test_emptied_it_keeps_nothing(shared: FreedPages) -> None:
+    before = shared.taken
+    held = made(shared, 1.0, LARGE)
+    made(shared, 2.0, LARGE)
+    assert shared.kept == LARGE
     jacfunc.empty_cache()
-    assert (pages.kept, pages.taken) == (0, SIZE)
+    assert (shared.kept, shared.taken - before) == (0, LARGE)
     assert held.eq(1.0).all()
     del held
-    assert pages.kept == SIZE
+    assert shared.kept == LARGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
 def test_it_is_as_any_new_tensor(pages: FreedPages, dtype: torch.dtype) -> None:
-    found = _pages.empty(LIKE, (30, 1, 50), dtype)
+    found = empty(LIKE, (30, 1, 50), dtype, pages=pages)
     assert pages.taken == found.nbytes
     expected = LIKE.new_empty((30, 1, 50), dtype=dtype)
     for of in (Tensor.size, Tensor.stride, Tensor.is_leaf.__get__, Tensor._is_view):
@@ -122,21 +128,21 @@ def test_it_is_as_any_new_tensor(pages: FreedPages, dtype: torch.dtype) -> None:
 
 
 def test_it_is_copied_sent_and_shared_as_any_other(pages: FreedPages) -> None:
-    found = made(5.0)
+    found = made(pages, 5.0)
     for copied in (copy.deepcopy(found), pickle.loads(pickle.dumps(found)), found.clone()):
         assert copied.data_ptr() != found.data_ptr()
         assert copied.eq(5.0).all()
     found.share_memory_()  # it moves, and its pages are free
     assert (pages.taken, pages.kept) == (0, SIZE)
-    assert made(6.0).eq(6.0).all()
+    assert made(pages, 6.0).eq(6.0).all()
     assert found.is_shared()
     assert found.eq(5.0).all()
 
 
 def test_small_ones_and_those_of_transforms_are_torchs_own(pages: FreedPages) -> None:
-    _pages.empty(LIKE, (2**10 // 4 - 1,))
-    torch.func.vmap(lambda x: _pages.empty(x, (SIZE,)).zero_() + x)(torch.ones(4))
-    traced = make_fx(lambda x: _pages.empty(x, (SIZE,)).copy_(x.expand(SIZE)))(torch.ones(1))
+    empty(LIKE, (2**10 // 4 - 1,), pages=pages)
+    torch.func.vmap(lambda x: empty(x, (SIZE,), pages=pages).zero_() + x)(torch.ones(4))
+    traced = make_fx(lambda x: empty(x, (SIZE,), pages=pages).copy_(x.expand(SIZE)))(torch.ones(1))
     assert pages.taken == 0
     # a tensor that no operation made would be a constant of the trace
     torch.testing.assert_close(traced(torch.full((1,), 3.0)), torch.full((SIZE,), 3.0))
@@ -145,7 +151,7 @@ def test_small_ones_and_those_of_transforms_are_torchs_own(pages: FreedPages) ->
 def test_it_is_counted_like_any_other_memory(pages: FreedPages) -> None:
     for _ in range(2):  # new pages, and old ones
         with PeakBytes() as counter:
-            held = made(1.0)
+            held = made(pages, 1.0)
             assert (counter.live, counter.peak) == (SIZE, SIZE)
             del held
             assert counter.live == 0
@@ -156,7 +162,7 @@ def test_it_is_counted_like_any_other_memory(pages: FreedPages) -> None:
 )
 def test_large_ones_lie_in_large_pages(pages: FreedPages) -> None:
     """A fault for each small one took most of the time of a result in new pages."""
-    result = made(1.0, 2**26)
+    result = made(pages, 1.0, 2**26)
     assert _bytes_in_huge_pages(result.data_ptr()) >= 2**25  # a system short of memory has fewer
 
 
@@ -174,7 +180,7 @@ def _bytes_in_huge_pages(address: int) -> int:
 
 def test_without_memory_torch_says_so(pages: FreedPages) -> None:
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        _pages.empty(LIKE, (2**60,))
+        empty(LIKE, (2**60,), pages=pages)
     assert pages.taken == pages.kept == pages.most == 0
 
 
@@ -183,7 +189,7 @@ def test_many_threads_get_memory_of_their_own(pages: FreedPages) -> None:
 
     def work(number: int) -> None:
         for _ in range(50):
-            mine = made(float(number))
+            mine = made(pages, float(number))
             if not bool(mine.eq(number).all()):
                 wrong.append(number)
 
@@ -196,26 +202,31 @@ def test_many_threads_get_memory_of_their_own(pages: FreedPages) -> None:
     assert pages.most <= 16 * SIZE  # what one thread is giving back, another still counts as taken
 
 
+BATCH, WIDTH = 64, 2**13
+"""Samples and inputs of a linear layer whose Jacobians are just large: 32 MiB."""
+
+
 @pytest.mark.parametrize("strategy", ["auto", "reverse", "structured"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_results_of_a_loop_are_right(pages: FreedPages, strategy: str, flat: bool) -> None:
+def test_results_of_a_loop_are_right(shared: FreedPages, strategy: str, flat: bool) -> None:
     """Of a linear layer: each output's gradient is the input."""
-    model = nn.Linear(16, 4, bias=False)
+    model = nn.Linear(WIDTH, 4, bias=False)
     jac = jacfunc.module_jacobian(model, per_sample=True, strategy=strategy, flat=flat)
     held: list[tuple[Tensor, Tensor]] = []
     for step in range(6):
-        x = torch.full((8, 16), float(step))
-        found = jac(x) if flat else jac(x)["weight"]
-        held.append((x, found.view(8, 4, 4, 16)))
+        x = torch.full((BATCH, WIDTH), float(step))
+        result = jac(x) if flat else jac(x)["weight"]
+        held.append((x, result.view(BATCH, 4, 4, WIDTH)))
         for inputs, block in held[-2:]:
             expected = torch.eye(4)[:, :, None] * inputs[:, None, None, :]
-            torch.testing.assert_close(block, expected, rtol=0, atol=0)
+            assert torch.equal(block, expected)
         held = held[-2:]
 
 
-def test_memory_comes_from_earlier_results(pages: FreedPages) -> None:
-    model = nn.Linear(16, 4)
+def test_memory_comes_from_earlier_results(shared: FreedPages) -> None:
+    before = shared.taken
+    model = nn.Linear(WIDTH, 4)
     jac = jacfunc.module_jacobian(model, per_sample=True, flat=True)
-    addresses = {jac(torch.randn(8, 16)).data_ptr() for _ in range(5)}
+    addresses = {jac(torch.randn(BATCH, WIDTH)).data_ptr() for _ in range(5)}
     assert len(addresses) == 1
-    assert (pages.taken, pages.kept) == (0, 8 * 4 * 68 * 4)
+    assert (shared.taken - before, shared.kept) == (0, LARGE + BATCH * 4 * 4 * 4)

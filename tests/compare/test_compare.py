@@ -25,12 +25,13 @@ import jacfunc
 from jacfunc._measuring.results import Result, Spread, WrongAnswerError
 from jacfunc._trees.tree import flatten
 from jacfunc.compare import compare
-from jacfunc.compare._advice import Advice
+from jacfunc.compare._advice import best, front
 from jacfunc.compare._command import load, main, with_options
-from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants
+from jacfunc.compare._contestants import STRATEGIES, Sizes, contestants, strategies_for
+from jacfunc.compare._forecasts import foretell
 from jacfunc.compare._judge import Judge, precision_of
 from jacfunc.compare._problem import Problem
-from jacfunc.compare._reference import plain_of
+from jacfunc.compare._reference import reference_of
 from jacfunc.compare._table import Comparison
 from jacfunc.strategies._reverse import Reverse
 from tests.compare import users_problem as compare_problem
@@ -156,10 +157,14 @@ def test_every_row_is_right_or_says_why(name):
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"masks"}))
 def test_the_answers_of_ok_rows_are_the_oracles(name):
     problem = problems()[name]
-    plain = plain_of(problem)
-    judge = Judge.of(plain, precision_of(problem))
-    entrants, absent = contestants(problem, Sizes.of(problem, plain), STRATEGIES, None, False)
-    assert not absent
+    reference = reference_of(problem)
+    judge = Judge(reference, precision_of(problem))
+    sizes = Sizes.of(problem, reference)
+    chosen = strategies_for(problem, sizes, STRATEGIES)
+    entrants = contestants(problem, chosen, None, False)
+    results = [Result(entrant.name, entrant.family) for entrant in entrants]
+    foretell(problem, chosen, results)
+    assert all(result.ok for result in results)
     right, wanted = 0, expected(problem)
     assert judge(wanted) < 1e-6
     for entrant in entrants:
@@ -170,9 +175,9 @@ def test_the_answers_of_ok_rows_are_the_oracles(name):
             continue
         right += 1
         blocks = [leaf for leaf in flatten(answer)[0] if isinstance(leaf, torch.Tensor)]
-        for block, reference in zip(blocks, wanted, strict=True):
+        for block, oracle in zip(blocks, wanted, strict=True):
             torch.testing.assert_close(
-                block.detach().double(), reference.double(), rtol=1e-4, atol=1e-5
+                block.detach().double(), oracle.double(), rtol=1e-4, atol=1e-5
             )
     assert right >= 4
 
@@ -239,7 +244,7 @@ def test_a_strategy_that_crashes_does_not_stop_the_others():
 
 def test_the_judge_looks_at_every_block_shape_and_number():
     problem = problems()["module"]
-    judge = Judge.of(plain_of(problem), precision_of(problem))
+    judge = Judge(reference_of(problem), precision_of(problem))
     right = dict(problem.jacobian("reverse")())
     assert judge(right) < 1e-5
     assert (
@@ -261,7 +266,7 @@ def test_the_judge_looks_at_every_block_shape_and_number():
 
 def test_rows_that_there_is_no_time_for_are_left():
     problem = problems()["module"]
-    judge = Judge.of(plain_of(problem), precision_of(problem), patience=0.0)
+    judge = Judge(reference_of(problem), precision_of(problem), patience=0.0)
     assert judge.says.startswith("1 of 36 rows compared")
     assert judge(problem.jacobian("reverse")()) < 1e-5
 
@@ -295,6 +300,13 @@ def test_a_module_that_cannot_be_copied_is_checked_in_its_dtype_and_left_as_it_w
     assert all(p.grad is None for p in module.parameters())
 
 
+def test_gradients_may_be_switched_off_outside():
+    for name in ("module", "function"):
+        with torch.no_grad():
+            comparison = compare(problems()[name], strategies=FEW, **QUICK)
+        assert [result.status for result in comparison.results] == ["ok"] * 4
+
+
 def test_the_random_state_is_left_as_it_was():
     problem = problems()["masks"]
     before = torch.get_rng_state()
@@ -311,7 +323,7 @@ def test_what_would_not_fit_or_end_is_not_tried():
     found = compare((model, torch.ones(2, 1000)), strategies=("reverse", "forward"), **QUICK)
     forward = found.results[2]
     assert re.fullmatch(r"out of memory: forecast .* at least, .* free", forward.status)
-    assert forward.forecast.seconds > 1
+    assert forward.forecast_seconds > 1
     assert found.best is not forward
 
 
@@ -400,9 +412,9 @@ def test_the_sentence_says_what_to_take(rows, memory, sentence):
 
 def test_what_was_faster_in_a_quarter_of_the_rounds_ties():
     rows = [BASE, row("auto", 1.3, 4096, wide=0.4)]
-    assert Advice(rows, "torch.func.jacrev", None).best is rows[1]
+    assert best(rows) is rows[1]
     rows = [BASE, row("auto", 1.3, 4096, wide=0.2)]
-    assert Advice(rows, "torch.func.jacrev", None).best is BASE
+    assert best(rows) is BASE
 
 
 def test_failures_are_never_taken_and_are_grouped_by_reason():
@@ -421,7 +433,7 @@ def test_where_no_strategy_is_right_the_baseline_is_not_praised():
 
 def test_the_front_is_what_nobody_beats_at_both():
     rows = [row("a", 2.0, 50), row("b", 1.0, 100), row("c", 3.0, 50), row("d", 4.0, 10)]
-    assert [r.contestant for r in Advice(rows, "b", None).front] == ["b", "a", "d"]
+    assert [r.contestant for r in front(rows)] == ["b", "a", "d"]
 
 
 # --- what is shown ---
@@ -443,6 +455,22 @@ def test_the_table_and_the_picture_hold_every_row(tmp_path):
     drawn = "".join(root.itertext())
     assert "auto" in drawn
     assert "forward" not in drawn
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 15])
+def test_every_point_has_a_number_and_a_name_in_the_key(tmp_path, count):
+    rows = tuple(row(f"way {n} & co.", 0.01 * 1.01**n, 2**20 + n) for n in range(count))
+    failed = Result("failed", "jacfunc", "out of memory")
+    comparison = Comparison("a title", (*rows, failed), "torch.func.jacrev", "")
+    for name in ("once.svg", "again.svg"):
+        comparison.picture(tmp_path / name)
+    assert (tmp_path / "once.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    root = ElementTree.parse(tmp_path / "once.svg").getroot()
+    texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    for n, result in enumerate(rows):
+        assert texts.count(str(n + 1)) == 1
+        assert texts.count(f"{n + 1}  {result.contestant}") == 1
+    assert not any("failed" in text for text in texts)
 
 
 # --- what is refused ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
-from jacfunc._curvature.products import BatchProducts
-from jacfunc._errors import Refused
+from jacfunc._assembly import shared_units
 from jacfunc._factored.parts import Part
-from jacfunc._factored.projection import SignMatrix
+from jacfunc._factored.projection import SignMatrix, projected
 from jacfunc._factored.squares import SquaredSums, norms, squared
 from jacfunc.layers._forms import Gather, Outer, Rows
+from tests.truth.factors import at_batch
 
 
 class Encoder(nn.Module):
@@ -300,20 +301,19 @@ def test_gradient_norms_are_exact(name: str, chunk_size: int | None) -> None:
     assert_close(found, true.gradients.norm(dim=1))
 
 
-def random_matrix(model: nn.Module, size: int, seed: int = 0) -> Tensor:
+def sign_matrix(name: str, size: int, **options: int) -> SignMatrix:
     like = torch.zeros((), dtype=torch.float64)
+    return SignMatrix(f"0:{name}", size, like, **options)
+
+
+def random_matrix(model: nn.Module, size: int) -> Tensor:
     named = model.named_parameters()
-    return torch.cat([SignMatrix(f"{seed}:{n}", size, like).rows(p.numel()) for n, p in named])
+    return torch.cat([sign_matrix(name, size).rows(p.numel()) for name, p in named])
 
 
 @EVERY_CASE
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_projections_are_products_with_one_matrix(
-    name: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "jacfunc._factored.projection.DRAWN_BYTES", 2**13
-    )  # several draws a parameter
+def test_projections_are_products_with_one_matrix(name: str, chunk_size: int | None) -> None:
     model, case, inputs, targets, true = posed(name)
     matrix = random_matrix(model, 70)
     assert matrix.abs().min() == matrix.abs().max() == torch.tensor(70.0).double().rsqrt()
@@ -324,6 +324,26 @@ def test_projections_are_products_with_one_matrix(
     assert [tuple(x.shape) for x in leaves_of(found)] == shapes
     with_loss = jacfunc.random_projection(model, 70, case.loss, chunk_size=chunk_size)
     assert_close(with_loss(inputs, targets), true.gradients @ matrix)
+
+
+@EVERY_CASE
+def test_projections_of_several_draws_a_parameter(name: str) -> None:
+    model, _, inputs, _, true = posed(name)
+    point = at_batch(model, *(inputs if isinstance(inputs, tuple) else (inputs,)))
+    ((_, factors),) = point.factors()
+    total = torch.zeros_like(true.jacobian @ random_matrix(model, 70))
+    start = 0
+    for number, leaf in enumerate(factors.of_one):
+        of = slice(number, number + 1)
+        parts_by_name = point.parts_of(factors, shared_units(factors.outputs[of]), of)
+        stop = start + leaf.numel()
+        for param, parts in parts_by_name.items():
+            zeros = partial(torch.zeros, len(total), leaf.numel(), *point.params[param].shape)
+            signs = sign_matrix(param, 70, at_once=2**13)
+            with point.contracting():
+                total[:, start:stop] += projected(parts, partial(zeros, dtype=total.dtype), signs)
+        start = stop
+    assert_close(total, true.jacobian @ random_matrix(model, 70))
 
 
 def test_projections_keep_products() -> None:
@@ -588,23 +608,19 @@ def written(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("positions", [1, 2, 5, 40])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("is_turned", [False, True])
-def test_squares_of_outer_products(
-    positions: int, groups: int, is_turned: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "jacfunc._factored.squares.SQUARED_BYTES", 2**10
-    )  # several chunks of samples
+def test_squares_of_outer_products(positions: int, groups: int, is_turned: bool) -> None:
+    few = 2**10  # bytes, for several chunks of samples
     inputs = torch.randn(7, groups, positions, 4).double()
     cotangents = torch.randn(6, 7, groups, positions, 5).double()
     shape = (groups, 4, 5) if is_turned else (groups * 5, 4)
     parts = [Part((), Outer(inputs, cotangents, torch.Size(shape), is_turned))]
     param = torch.zeros(shape, dtype=torch.float64)
     block = written(parts, (7, 6, *shape))
-    assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
-    assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
+    assert_close(squared(parts, param, SquaredSums(), few), block.square().sum((0, 1)))
+    assert_close(norms(parts, param, few), block.square().flatten(2).sum(2).T)
     again = [*parts, Part((), Rows(block.transpose(0, 1).clone()))]
-    assert_close(squared(again, param, SquaredSums()), (2 * block).square().sum((0, 1)))
-    assert_close(norms(again, param), (2 * block).square().flatten(2).sum(2).T)
+    assert_close(squared(again, param, SquaredSums(), few), (2 * block).square().sum((0, 1)))
+    assert_close(norms(again, param, few), (2 * block).square().flatten(2).sum(2).T)
 
 
 def test_squares_of_lookups() -> None:
@@ -704,21 +720,51 @@ def test_products_where_forward_mode_has_no_rule() -> None:
         assert_close(torch.cat([g.flatten() for g in gradients]), 2 * twice)
 
 
-def test_products_where_graphs_are_not_differentiated_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refused(self: BatchProducts, tangents: Any) -> Any:
-        raise Refused("for once")
+class Once(torch.autograd.Function):
+    """The identity, whose backward pass is differentiated no further."""
 
-    monkeypatch.setattr(BatchProducts, "_pushed_on_graph", refused)
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent.clone()
+
+
+class OncePushed(Once):
+    """The identity, which forward mode knows, too."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
+
+
+class Applied(nn.Module):
+    """The outputs of a module, through a function."""
+
+    def __init__(self, inner: nn.Module, function: type[Once]) -> None:
+        super().__init__()
+        self.inner, self.function = inner, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(self.inner(x))
+
+
+def test_products_where_graphs_are_not_differentiated_again() -> None:
     model, case, inputs, targets, true = posed("mlp")
-    found = jacfunc.ggn(model, case.loss)(inputs, targets)
-    vector = {key: torch.randn_like(param) for key, param in model.named_parameters()}
+    pushed = Applied(model, OncePushed)
+    found = jacfunc.ggn(pushed, case.loss)(inputs, targets)
+    vector = {key: torch.randn_like(param) for key, param in pushed.named_parameters()}
     for _ in range(3):
         assert_close(flat(found @ vector), true.matrix @ flat(vector))
-    monkeypatch.setattr(BatchProducts, "_pushed_forward", refused)
-    with pytest.raises(Refused, match="for once"):
-        jacfunc.ggn(model, case.loss)(inputs, targets) @ vector
+    with pytest.raises(NotImplementedError, match="ggn: products need a module whose J v"):
+        jacfunc.ggn(Applied(model, Once), case.loss)(inputs, targets) @ vector
 
 
 def test_refusal_of_outputs_without_a_batch() -> None:

@@ -16,6 +16,7 @@ from jacfunc._factored.parts import Part, rows, write
 from jacfunc._factored.views import View
 from jacfunc.layers._forms import Rows
 from jacfunc.strategies._structured import Structured
+from tests.truth.learned import learning
 
 
 class Model(nn.Module):
@@ -456,9 +457,11 @@ def test_every_sample(name, flat, dtype):
 @EVERY_MODEL
 def test_rules_see_every_use(name):
     model, x = case(name, torch.float64)
-    names, strategy = [key for key, _ in model.named_parameters()], Structured()
-    jacfunc.module_jacobian(model, per_sample=True, strategy=strategy)(x)
-    (met,) = strategy.known.values()
+    names = [key for key, _ in model.named_parameters()]
+    jacobian = jacfunc.module_jacobian(model, per_sample=True, strategy=Structured())
+    with learning() as learned:
+        jacobian(x)
+    (met,) = learned
     assert {names[number] for number in met.others} == UNCOVERED.get(name, set())
 
 

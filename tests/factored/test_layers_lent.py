@@ -18,6 +18,7 @@ from jacfunc.layers._forms import Outer
 from jacfunc.layers._linear import positions
 from jacfunc.layers._rules import rule, visible
 from jacfunc.strategies._structured import Structured
+from tests.truth.learned import learning
 
 B = 4
 
@@ -175,12 +176,12 @@ def test_parameters_that_rules_alone_are_given_are_copied_once() -> None:
 
 
 def test_one_that_is_also_used_elsewhere_is_none_of_them() -> None:
-    strategy = Structured()
     module = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3, bias=False))
     module[0].register_forward_hook(lambda module, args, out: out * module.bias.exp())
-    jacobian = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
-    jacobian(torch.randn(B, 5))
-    (met,) = strategy.known.values()
+    jacobian = jacfunc.module_jacobian(module, per_sample=True, strategy=Structured())
+    with learning() as learned:
+        jacobian(torch.randn(B, 5))
+    (met,) = learned
     names = [name for name, _ in module.named_parameters()]
     assert {names[number] for number in met.lent} == {"0.weight", "1.weight"}
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jacfunc
 from jacfunc import Estimate, estimate
+from jacfunc._calls.derivation import Derivation
 from jacfunc._forecasting.call_forecast import CallForecast
 from jacfunc._forecasting.on_fakes import Forecast
 from jacfunc._forecasting.recording import Recorder
@@ -300,7 +301,7 @@ def test_what_the_function_closes_over_is_not_swept() -> None:
 
     with Recorder((x,)) as recorder:
         func(x)
-    faked = CallForecast("estimate", func, 0, False, (x,), {})._costs
+    faked = CallForecast(Derivation("estimate", func), (x,), {})._costs
     assert faked is not None
     for found in (recorder.operations, faked.operations):
         assert max(each.read for each in found) == hidden * x.itemsize

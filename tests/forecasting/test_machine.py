@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._forecasting import machine as _machine
 from jacfunc._forecasting.machine import Machine, machine, power_of_four
 from jacfunc._memory.available import free_bytes
 from jacfunc._memory.counting import PeakBytes
@@ -28,10 +29,17 @@ def test_everything_takes_time(here: Machine) -> None:
     assert all(here.flop(k, conv, fwd) > 0 for k in (1, 300) for conv in (0, 1) for fwd in (0, 1))
 
 
-def test_it_is_measured_once(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = here.write(10**6), here.flop(64, False, False), here.pull
-    monkeypatch.setattr(Machine, "_seconds", None)
-    assert (here.write(1_100_000), here.flop(60, False, True), here.pull) == found
+class Forbidden(TorchDispatchMode):
+    """Lets no operation run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} was run")
+
+
+def test_it_is_measured_once(here: Machine) -> None:
+    costs = here.write(10**6), here.flop(64, False, False), here.pull
+    with Forbidden():
+        assert (here.write(1_100_000), here.flop(60, False, True), here.pull) == costs
     assert machine(CPU, torch.float64) is machine(CPU, torch.float64)
 
 
@@ -59,18 +67,14 @@ def test_free_memory_is_some_and_not_all() -> None:
     assert 0 < free_bytes(CPU) < 2**50
 
 
-def test_a_container_has_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_machine, "CGROUP", tmp_path)
-    whole = free_bytes(CPU)
+def test_a_container_has_less(tmp_path: Path) -> None:
+    whole = free_bytes(CPU, cgroup=tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(CPU) > whole / 2
+    assert free_bytes(CPU, cgroup=tmp_path) > whole / 2
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("4000000\n")
-    assert free_bytes(CPU) == 1_000_000
+    assert free_bytes(CPU, cgroup=tmp_path) == 1_000_000
 
 
-def test_where_nobody_says_how_much_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_machine, "MEMINFO", tmp_path / "none")
-    assert 0 < free_bytes(CPU) < 2**50
+def test_where_nobody_says_how_much_is_free(tmp_path: Path) -> None:
+    assert 0 < free_bytes(CPU, meminfo=tmp_path / "none") < 2**50

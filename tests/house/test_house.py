@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -19,6 +20,14 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+@cache
+def parsed(folder: str) -> dict[Path, ast.Module]:
+    """The syntax trees of a folder beside the package."""
+    paths = sorted((ROOT.parent / folder).rglob("*.py"))
+    return {path: ast.parse(path.read_text()) for path in paths}
+
 
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 FLOORS = {
@@ -50,14 +59,14 @@ def is_face(module: str) -> bool:
     return module.count(".") <= 1
 
 
-def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+@cache
+def imported(tree: ast.AST) -> tuple[tuple[str, str], ...]:
     """Every ``(module, name)`` that a syntax tree imports."""
-    for node in ast.walk(tree):
-        yield from imported_by(node)
+    return tuple(pair for node in ast.walk(tree) for pair in imported_by(node))
 
 
 def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The same of one statement."""
+    """Every ``(module, name)`` that one statement imports."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield alias.name, ""
@@ -93,6 +102,7 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+@cache
 def mentions(tree: ast.AST) -> set[str]:
     """Dotted names that are used or imported, aliases of ``import … as`` resolved."""
     aliases = {
@@ -151,7 +161,8 @@ def test_packages_are_entered_by_their_faces(name: str) -> None:
 def handed_on(package: str) -> set[str]:
     """Names that the face of a package imports from its rooms."""
     tree = TREES[f"jacfunc.{package}"]
-    return {name for module, name in imported(tree) if module.startswith(f"jacfunc.{package}.")}
+    inside = f"jacfunc.{package}."
+    return {name for module, name in imported(tree) if name and module.startswith(inside)}
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name.startswith("_")])
@@ -162,9 +173,7 @@ def test_faces_hand_on_what_others_use(package: str) -> None:
         for module, attribute in imported(tree)
         if module == f"jacfunc.{package}" and home_of(name) != package
     }
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
-    for path in benchmarks.rglob("*.py"):
-        tree = ast.parse(path.read_text())
+    for tree in parsed("benchmarks").values():
         used |= {name for module, name in imported(tree) if module == f"jacfunc.{package}"}
     assert handed_on(package) <= used
 
@@ -247,7 +256,7 @@ DERIVATIVES = (
 )
 
 
-JUDGES = {"jacfunc.compare._reference", "jacfunc.compare._recipe"}
+JUDGES = {"jacfunc.compare._reference"}
 """What jacfunc is compared with must not be jacfunc's: the reference, and torch's own recipe."""
 
 
@@ -329,13 +338,15 @@ def test_private_names_stay_in_their_module(name: str) -> None:
 # --- sizes ---
 
 
-def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
+Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+@cache
+def functions(tree: ast.AST) -> list[Function]:
+    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+
+
+def lines_of_code(function: Function) -> int:
     """Lines of a function, decorators aside, without its docstring."""
     assert function.end_lineno is not None
     total = function.end_lineno - function.lineno + 1
@@ -384,3 +395,24 @@ def test_no_mutable_state_at_module_level(name: str) -> None:
 def test_nothing_prints(name: str) -> None:
     calls = (node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call))
     assert not [call.lineno for call in calls if dotted(call.func) == "print"]
+
+
+def test_no_test_patches_a_name_of_jacfunc() -> None:
+    """A limit is an argument, and calls are counted from outside."""
+    for path, tree in parsed("tests").items():
+        ours = {name for module, name in imported(tree) if module.startswith("jacfunc.")}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and dotted(node.func) in PATCHES:
+                target = node.args[0]
+                name = target.value if isinstance(target, ast.Constant) else dotted(target)
+            elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+                name = dotted(node)
+            else:
+                continue
+            assert str(name).split(".")[0] not in {"jacfunc", *ours}, (
+                f"{path}, line {node.lineno}: {name}"
+            )
+
+
+PATCHES = {"setattr", "monkeypatch.setattr", "mock.patch", "mock.patch.object", "patch"}
+"""What puts something else in the place of a name, which its first argument says."""

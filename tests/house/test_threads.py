@@ -401,7 +401,7 @@ def test_all_doors_at_once() -> None:
 
 READS_OF_GENERATORS = """
 import gc, sys, threading, torch
-from jacfunc._draws import Draws
+from jacfunc._torch import RandomState
 
 sys.setswitchinterval(1e-6)
 gc.set_threshold(1)
@@ -409,9 +409,9 @@ gc.callbacks.append(lambda phase, info: sum(range(100)) + sum(n for n in range(2
 
 def read():
     for _ in range(50):
-        draws = Draws((torch.zeros(1),))
-        draws.repeat()
-        assert not draws.were_taken()
+        state = RandomState((torch.zeros(1),))
+        state.repeat()
+        assert not state.has_changed()
 
 threads = [threading.Thread(target=read) for _ in range(4)]
 for thread in threads: thread.start()

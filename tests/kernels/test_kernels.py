@@ -13,8 +13,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import jacfunc
-from jacfunc._kernels import gram as _gram
+from jacfunc._kernels.blocks import KeptAxes, LeafRows, SampleRange
+from jacfunc._kernels.gram import Gram
 from jacfunc._memory.counting import PeakBytes
+from tests.truth.factors import at_batch
 
 
 class Mixed(nn.Module):
@@ -118,15 +120,29 @@ def test_axes_are_traced_or_kept_once(name: str) -> None:
 
 
 @EVERY
-def test_pieces_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_any_size_give_the_same(name: str) -> None:
     model, x1, x2 = case(name)
-    expected = jacfunc.ntk(model, None, x1), jacfunc.ntk(model, None, x1, x2)
-    for piece in (1, 500, 3000):
-        monkeypatch.setattr(_gram, "BLOCK_BYTES", piece)
-        assert_close(jacfunc.ntk(model, None, x1), expected[0])
-        assert_close(jacfunc.ntk(model, None, x1, x2), expected[1])
-    monkeypatch.setattr(_gram, "BLOCKS", 2)
-    assert_close(jacfunc.ntk(model, None, x1), expected[0])
+    left, right = rows_of(model, x1), rows_of(model, x2)
+    own, between = jacfunc.ntk(model, None, x1), jacfunc.ntk(model, None, x1, x2)
+    for size in (1, 500, 3000):
+        assert_close(gram_of(left, left, at_once=size), own)
+        assert_close(gram_of(left, right, at_once=size), between)
+    assert_close(gram_of(left, left, at_once=3000, blocks=2), own)
+
+
+def rows_of(model: nn.Module, x: Tensor) -> LeafRows:
+    """All rows of a module with one output leaf, as factors."""
+    (rows,) = SampleRange(at_batch(model, x), 0, len(x)).pulled(KeptAxes((), ()))
+    return rows
+
+
+@torch.no_grad()
+def gram_of(left: LeafRows, right: LeafRows, **limits: int) -> Tensor:
+    """The kernel of two sides, ``[B1, B2, M, M]``."""
+    gram = Gram(left.like, (left.size, right.size), left.axes, left is right, **limits)
+    for parts, others, param in zip(left.parts, right.parts, left.params, strict=True):
+        gram.add(parts, others, param)
+    return gram.whole()[0].transpose(1, 2)
 
 
 def test_axes_of_an_output_of_many_dimensions() -> None:

@@ -1,16 +1,16 @@
-"""Parameters that a module is not differentiated by: read, or copied if written into."""
+"""Parameters that a module is not differentiated by: lent as they are, or copied."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import jacfunc
-from jacfunc._lending import constants as _constants
-from jacfunc._lending.constants import Constants
+from jacfunc._lending.constants import Constants, constants_of
 from tests.kinds.modules import floats
 
 STRATEGIES = ("reverse", "forward", "looped", "auto")
@@ -61,8 +61,8 @@ def test_each_evaluation_finds_the_parameters_as_they_were(
         assert torch.equal(module.weight, weight)
         return
     for _ in range(3):
-        found = jac(torch.ones(3, dtype=torch.float64))
-        torch.testing.assert_close(found, 2 * weight)
+        result = jac(torch.ones(3, dtype=torch.float64))
+        torch.testing.assert_close(result, 2 * weight)
         assert torch.equal(module.weight, weight)
 
 
@@ -74,8 +74,8 @@ def test_chosen_parameters_beside_one_that_is_written_into(
     weight = module.weight.detach().clone()
     jac = jacfunc.module_jacobian(module, select="bias", per_sample=False)
     for _ in range(3):
-        found = jac(torch.ones(3, dtype=torch.float64))
-        torch.testing.assert_close(found["bias"], torch.eye(2, dtype=torch.float64))
+        result = jac(torch.ones(3, dtype=torch.float64))
+        torch.testing.assert_close(result["bias"], torch.eye(2, dtype=torch.float64))
         assert torch.equal(module.weight, weight)
 
 
@@ -87,16 +87,16 @@ def test_a_write_that_comes_late_is_no_silent_one() -> None:
         jac(torch.full((3,), 10.0, dtype=torch.float64))
 
 
-def test_of_a_large_module_a_write_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_constants, "MOST_BYTES", 4)
-    monkeypatch.setattr(_constants, "COPIED_BYTES", 4)
+def test_of_a_large_module_a_write_is_told() -> None:
     module = Writing(in_place)
+    constants = constants_of(module)
+    constants.most_copied = constants.compared = 4
     with pytest.raises(RuntimeError, match="got a write into 'weight', which has changed it"):
         jacfunc.module_jacobian(module, "inputs", strategy="looped")(torch.ones(3).double())
 
 
 def test_what_was_seen_is_known_to_who_asks_anew() -> None:
-    """As to one who calls ``module_jacobian(module)(x)`` in a loop; another mode is another."""
+    """``module_jacobian(module)(x)`` in a loop copies once for each mode of the module."""
     seen: list[int] = []
     module = nn.Linear(3, 2)
     module.register_forward_pre_hook(lambda m, _: seen.append(m.weight.data_ptr()))
@@ -130,7 +130,7 @@ def test_who_only_reads_gets_no_copies() -> None:
 
 
 def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
-    """As in a network that keeps its weights within bounds, whenever it is called."""
+    """A network may keep its weights within bounds whenever it is called."""
     module = Writing(lambda weight: weight.data.clamp_(max=1.0))
     module.weight.data.fill_(0.5)
     jac = jacfunc.module_jacobian(module, "inputs", strategy="looped")
@@ -144,14 +144,19 @@ def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
 
 def test_a_failed_evaluation_tells_nothing() -> None:
     constants, params = Constants(), {"weight": nn.Parameter(torch.ones(2))}
+    lending = partial(constants.lent, params, True, {})
 
     def addresses() -> list[int]:
-        found = []
-        with constants.lent(params, True), constants.lent(params, True) as lent:
-            found += [x.data_ptr() for x in lent.values()]
-        return found
+        result = []
+        with lending(), lending() as lent:
+            result += [x.data_ptr() for x in lent.values()]
+        return result
 
-    with pytest.raises(ArithmeticError), constants.lent(params, True), constants.lent(params, True):
+    with (
+        pytest.raises(ArithmeticError),
+        constants.lent(params, True, {}),
+        constants.lent(params, True, {}),
+    ):
         raise ArithmeticError
     own = [params["weight"].data_ptr()]
     assert addresses() != own

@@ -74,8 +74,8 @@ class Adjoint(torch.autograd.Function):
             with torch.enable_grad():
                 state = state.detach().requires_grad_()
                 after = state + 0.1 * ctx.func(state)
-                found = torch.autograd.grad(after, (state, *params), grad, allow_unused=True)
-            grad, grads = found[0], found[1:]
+                result = torch.autograd.grad(after, (state, *params), grad, allow_unused=True)
+            grad, grads = result[0], result[1:]
             totals = [a if b is None else a + b for a, b in zip(totals, grads, strict=True)]
         return None, grad, *totals
 
@@ -97,11 +97,11 @@ STRATEGIES = ("auto", "reverse", "looped", "structured")
 
 def right_or_refused(ask: Callable[[], Any], expected: Any, may_refuse: bool) -> None:
     try:
-        found = ask()
+        result = ask()
     except (NotImplementedError, RuntimeError):
         assert may_refuse
         return
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
 @FUNCTIONS
@@ -126,11 +126,11 @@ def test_streams_run_it_too(function: Any) -> None:
     torch.manual_seed(0)
     module, x = Implicit(function).double(), floats(3, 2)
     expected = looped(module, x)
-    found = {}
+    result = {}
     for name, block in jacfunc.stream_jacobian(module)(x):
-        found[name] = block
+        result[name] = block
         jacfunc.module_jacobian(module)(2 * x)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
 @FUNCTIONS
@@ -249,7 +249,7 @@ def test_what_is_computed_in_the_call_is_differentiated(kept: str) -> None:
 
 
 def test_constants_may_lead_to_parameters() -> None:
-    """Of parameters that are not chosen, in inputs, and where inputs are differentiated."""
+    """Graphs may lead to parameters that are not chosen, and may come in by inputs."""
     module, x = InAttribute().double(), floats(3, 2)
     expected = looped(module, x)["other"]
     torch.testing.assert_close(
@@ -269,8 +269,8 @@ def test_constants_may_lead_to_parameters() -> None:
 def test_graphs_of_results_are_no_reason(strategy: str, per_sample: bool) -> None:
     module, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double(), floats(3, 2)
     options: dict[str, Any] = {"strategy": strategy, "per_sample": per_sample}
-    found = jacfunc.module_jacobian(module, create_graph=True, **options)(x)
-    gradient = torch.autograd.grad(found["0.weight"].square().sum(), module[0].weight)[0]
+    result = jacfunc.module_jacobian(module, create_graph=True, **options)(x)
+    gradient = torch.autograd.grad(result["0.weight"].square().sum(), module[0].weight)[0]
     assert gradient.abs().sum() > 0
     moved = {name: 2 * param for name, param in module.named_parameters()}
     jacfunc.module_jacobian(module, select=moved, create_graph=True, **options)(x)

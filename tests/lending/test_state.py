@@ -1,4 +1,4 @@
-"""Whatever is asked of it, and wherever it fails, a module is left as it was, byte for byte."""
+"""A module is left as it was, byte for byte, after every kind of call and every failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a module writes into, by whatever way and from whichever call on, is as it was."""
+"""What a module writes into is put back, in whichever way and at whichever call it writes."""
 
 from __future__ import annotations
 
@@ -94,27 +94,27 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def contents(some: Any, seen: set[int]) -> Any:
+def contents(item: Any, visited: set[int]) -> Any:
     """Bytes and identities of all that it is made of."""
-    if isinstance(some, Tensor):
-        grad = some.grad if some.is_leaf else None
+    if isinstance(item, Tensor):
+        grad = item.grad if item.is_leaf else None
         of_grad = None if grad is None else grad.numpy().tobytes()
-        return id(some), some.requires_grad, some.detach().numpy().tobytes(), of_grad
-    if isinstance(some, torch.Generator):
-        return some.get_state().numpy().tobytes()
-    if isinstance(some, np.ndarray):
-        return some.tobytes()
-    if isinstance(some, random.Random):
-        return some.getstate()
-    if isinstance(some, int | float | str | None) or id(some) in seen:
-        return some if isinstance(some, int | float | str | None) else id(some)
-    seen.add(id(some))
-    if isinstance(some, dict):
-        return id(some), [(key, contents(value, seen)) for key, value in some.items()]
-    if isinstance(some, list | tuple | set):
-        return id(some), [contents(value, seen) for value in some]
-    own = vars(some) if isinstance(some, nn.Module | SimpleNamespace) else {}
-    return id(some), [(k, contents(v, seen)) for k, v in own.items() if k not in TABLES]
+        return id(item), item.requires_grad, item.detach().numpy().tobytes(), of_grad
+    if isinstance(item, torch.Generator):
+        return item.get_state().numpy().tobytes()
+    if isinstance(item, np.ndarray):
+        return item.tobytes()
+    if isinstance(item, random.Random):
+        return item.getstate()
+    if isinstance(item, int | float | str | None) or id(item) in visited:
+        return item if isinstance(item, int | float | str | None) else id(item)
+    visited.add(id(item))
+    if isinstance(item, dict):
+        return id(item), [(key, contents(value, visited)) for key, value in item.items()]
+    if isinstance(item, list | tuple | set):
+        return id(item), [contents(value, visited) for value in item]
+    own = vars(item) if isinstance(item, nn.Module | SimpleNamespace) else {}
+    return id(item), [(k, contents(v, visited)) for k, v in own.items() if k not in TABLES]
 
 
 TABLES = ("_parameters", "_buffers", "_modules")
@@ -126,9 +126,9 @@ def everything(module: nn.Module) -> Any:
         (name, [list(vars(part)[table].items()) for table in TABLES])
         for name, part in module.named_modules()
     ]
-    seen: set[int] = set()
-    tensors = [contents(x, seen) for x in (*module.parameters(), *module.buffers())]
-    teachers = [contents(x, seen) for x in module.teachers[0].state_dict().values()]
+    visited: set[int] = set()
+    tensors = [contents(x, visited) for x in (*module.parameters(), *module.buffers())]
+    teachers = [contents(x, visited) for x in module.teachers[0].state_dict().values()]
     return (
         [(name, [[(k, id(v)) for k, v in table] for table in tables]) for name, tables in parts],
         tensors,
@@ -148,9 +148,9 @@ def of(**options: Any) -> Callable[[nn.Module], Callable[[Tensor], Any]]:
 
 def product(module: nn.Module) -> Callable[[Tensor], Any]:
     def ask(x: Tensor) -> Any:
-        found = jacfunc.ggn(module, squared)(x, x[:, :2])
+        result = jacfunc.ggn(module, squared)(x, x[:, :2])
         vector = {n: torch.ones_like(p) for n, p in module.named_parameters() if p.requires_grad}
-        return found.diagonal(), found @ vector, found @ vector
+        return result.diagonal(), result @ vector, result @ vector
 
     return ask
 
@@ -189,12 +189,12 @@ def test_a_late_write_is_undone_and_told_and_right_from_then_on(strategy: str) -
     with pytest.raises(RuntimeError, match=r"module_jacobian.*'frozen.weight', which was undone"):
         jac(x)
     assert torch.equal(module.frozen.weight, before)
-    found = jac(x)
+    result = jac(x)
     assert torch.equal(module.frozen.weight, before)
     module.act = lambda: None
     with torch.no_grad():
         module.frozen.weight.mul_(2)
-    torch.testing.assert_close(found, jacfunc.module_jacobian(module, "inputs")(x))
+    torch.testing.assert_close(result, jacfunc.module_jacobian(module, "inputs")(x))
 
 
 def test_of_a_large_one_a_write_by_data_is_told() -> None:

@@ -15,7 +15,6 @@ from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._memory.chunks import FittedChunks, in_chunks
 from jacfunc._memory.counting import PeakBytes
-from jacfunc._planning import autotune as _autotune
 
 ROWS, COLUMNS = 512, 256
 SLACK = 4 * 4 * (ROWS + COLUMNS)  # a few vectors: the point, its image, one seed more
@@ -232,19 +231,20 @@ def test_rows_of_many_samples_are_so_few_at_once_that_the_heap_keeps_them():
     assert "Reverse(chunk_size=None)" in steps[-1]
 
 
-def test_autotune_measures_fewer_rows_too(monkeypatch):
+def test_autotune_measures_fewer_rows_too():
     measured = []
 
-    def first_of(strategies, run, device):
-        measured[:] = strategies
-        return {strategies[0]: 1.0}
+    class Listing(jacfunc.Autotune):
+        def plan_samples(self, operator, samples, run):
+            measured.clear()
+            return super().plan_samples(operator, samples, lambda way, chunk: measured.append(way))
 
-    monkeypatch.setattr(_autotune, "_measured", first_of)
-    per_sample(convolving(), strategy="autotune")(torch.randn(64, 1, 28, 28))
+    per_sample(convolving(), strategy=Listing())(torch.randn(64, 1, 28, 28))
     assert jacfunc.Reverse(3) in measured
-    per_sample(convolving(), strategy="autotune")(torch.randn(8, 1, 28, 28))
+    per_sample(convolving(), strategy=Listing())(torch.randn(8, 1, 28, 28))
     assert jacfunc.Reverse() in measured
-    assert len(measured) == len(set(measured))
+    once = measured[: len(set(measured))]  # a round of each comes first
+    assert len(once) == len(set(once))
     assert jacfunc.Reverse(3) not in measured
 
 
@@ -282,14 +282,14 @@ def test_memory_that_is_none(words):
 
 
 def sizes_taken(total, chunk, bytes_of=lambda size: 0):
-    taken = []
+    sizes = []
 
     def take(start, stop):
-        taken.append(stop - start)
+        sizes.append(stop - start)
         return (torch.empty(bytes_of(stop - start), dtype=torch.uint8),)
 
     list(in_chunks(total, chunk, take))
-    return taken
+    return sizes
 
 
 def test_chunks_grow_to_what_fits_and_stay():
@@ -320,3 +320,17 @@ def test_chunks_have_a_limit():
     assert sizes_taken(20, FittedChunks(10**9), lambda size: size) == [2, 18]
     assert sizes_taken(3, FittedChunks(1), lambda size: 10 * size) == [2, 1]
     assert sizes_taken(0, FittedChunks(1)) == [0]
+
+
+def test_chunks_that_are_copied_grow_to_a_share_of_all_products():
+    assert sizes_taken(80, FittedChunks.by_share(1), lambda size: 100 * size) == [1] + [10] * 7 + [
+        9
+    ]
+    assert sizes_taken(80, FittedChunks.by_share(2000), lambda size: 100 * size) == [
+        1,
+        16,
+        16,
+        16,
+        16,
+        15,
+    ]

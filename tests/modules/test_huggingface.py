@@ -79,7 +79,7 @@ def made(family: Family, attention: str, mode: str, **settings: Any) -> nn.Modul
 
 
 def batch_of(name: str) -> dict[str, Tensor]:
-    """What is passed by name; a masked batch."""
+    """Arguments by keyword: a masked batch."""
     if name == "ViT":
         return floats_of(name)
     batch = {"input_ids": integers(WORDS, B, LENGTH), "attention_mask": MASK}
@@ -87,18 +87,22 @@ def batch_of(name: str) -> dict[str, Tensor]:
 
 
 def floats_of(name: str) -> dict[str, Tensor]:
-    """What can be differentiated by."""
+    """Arguments by keyword that are differentiable."""
     if name == "ViT":
         return {"pixel_values": floats(B, 1, 4, 4)}
-    given = {"inputs_embeds": floats(B, LENGTH, WIDTH)}
-    return given | {"decoder_inputs_embeds": floats(B, 2, WIDTH, seed=2)} if name == "T5" else given
+    embeddings = {"inputs_embeds": floats(B, LENGTH, WIDTH)}
+    return (
+        embeddings | {"decoder_inputs_embeds": floats(B, 2, WIDTH, seed=2)}
+        if name == "T5"
+        else embeddings
+    )
 
 
 def positions_of(name: str) -> tuple[Any, ...]:
-    """The same at the places that the model has for them."""
-    given = floats_of(name)
+    """The differentiable arguments by position, None for those between them."""
+    embeddings = floats_of(name)
     _, *order = inspect.signature(FAMILIES[name].model.forward).parameters
-    return tuple(given.get(key) for key in order[: 1 + max(map(order.index, given))])
+    return tuple(embeddings.get(key) for key in order[: 1 + max(map(order.index, embeddings))])
 
 
 @cache
@@ -115,7 +119,7 @@ def kind_of(name: str, attention: str, call: str, mode: str = "eval", **more: An
 
 @cache
 def judged(name: str, attention: str, call: str, mode: str, how: str) -> Judged:
-    """Of a model that draws, each sample draws the same."""
+    """The reference; all samples of a model that draws have the same random numbers."""
     kind = kind_of(name, attention, call, mode)
     with torch.random.fork_rng(devices=[]):
         seed()
@@ -125,7 +129,7 @@ def judged(name: str, attention: str, call: str, mode: str, how: str) -> Judged:
 
 
 def by(want: Judged, wrt: Any, select: str) -> Any:
-    """As ``module_jacobian`` returns it for these parameters, or for these and the inputs."""
+    """The reference in the tree of ``module_jacobian``: by parameters, or by inputs, too."""
     point = want.point[0] if len(want.point) == 1 else want.point
     trees = []
     for params, inputs in zip(want.params, want.inputs, strict=True):
@@ -136,7 +140,7 @@ def by(want: Judged, wrt: Any, select: str) -> Any:
 
 
 def refusal_of(name: str, attention: str, call: str, mode: str, how: str, strategy: str) -> str:
-    """What transformers, or torch, can't do; in words of the message."""
+    """Words of the error, where transformers or torch can't do it; empty where they can."""
     drops = ("sdpa", "positions", "train", "per sample", "forward")
     if (attention, call, mode, how, strategy) == drops:
         return "its dropout ends the process"

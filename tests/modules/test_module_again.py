@@ -1,4 +1,4 @@
-"""A module asked again: what became of it since the last call counts, no more is redone."""
+"""A module called again: changes since the last call count, and nothing else is computed anew."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 import jacfunc
-from jacfunc._faults import nested as _nested
 from jacfunc._faults.nested import NestedWatch
 from tests.truth.oracles import assert_same
 
@@ -29,7 +29,20 @@ class Changing(nn.Module):
         return self.act(self.scale * self.inner(x) * self.kept[0] + self.shift)
 
 
-class Catching(Changing):
+class Watched(Changing):
+    """Counts the watches under which it is evaluated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modes = _get_current_function_mode_stack()
+        WATCHES.extend(mode for mode in modes if isinstance(mode, NestedWatch))
+        return super().forward(x)
+
+
+WATCHES: list[NestedWatch] = []
+"""Beside the module, whose own state is put back after a call."""
+
+
+class Catching(Watched):
     def forward(self, x: Tensor) -> Tensor:
         try:
             return super().forward(x)
@@ -42,7 +55,7 @@ def weight(module: Any) -> Tensor:
 
 
 def rename(module: Any) -> None:
-    """The same parts in the same order, one under another name."""
+    """Rename a submodule; submodules and their order stay."""
     parts = module.inner._modules
     parts["last"] = parts.pop("2")
 
@@ -95,11 +108,11 @@ def test_a_hook_that_is_gone_is_gone() -> None:
 
 
 def test_a_predicate_is_asked_at_every_call() -> None:
-    wanted, x = ["inner.0.bias"], torch.rand(4, 3).double()
-    derive = jacfunc.module_jacobian(Changing(), select=lambda name, _: name in wanted)
-    assert list(derive(x)) == wanted
-    wanted.append("inner.2.bias")
-    assert list(derive(x)) == wanted
+    names, x = ["inner.0.bias"], torch.rand(4, 3).double()
+    derive = jacfunc.module_jacobian(Changing(), select=lambda name, _: name in names)
+    assert list(derive(x)) == names
+    names.append("inner.2.bias")
+    assert list(derive(x)) == names
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -114,29 +127,21 @@ def test_what_torch_takes_for_a_constant_is_refused_at_a_later_call(per_sample: 
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(
-    ("make", "most"), [(Changing, 0), (Catching, 1)], ids=["not", "where errors are caught"]
+    ("make", "most"), [(Watched, 0), (Catching, 1)], ids=["not", "where errors are caught"]
 )
 def test_what_met_nothing_is_not_watched_again(
-    make: Callable[[], nn.Module], most: int, per_sample: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], Watched], most: int, per_sample: bool
 ) -> None:
-    watches: list[NestedWatch] = []
-
-    class Counted(NestedWatch):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            watches.append(self)
-
-    monkeypatch.setattr(_nested, "NestedWatch", Counted)
     module, x = make(), torch.rand(4, 3).double()
     derive = jacfunc.module_jacobian(module, per_sample=per_sample, strategy="reverse")
     for expected in (1, most):
-        watches.clear()
+        WATCHES.clear()
         derive(x)
-        assert len(watches) == expected
+        assert len(WATCHES) == expected
     module.register_forward_hook(ignore)
-    watches.clear()
+    WATCHES.clear()
     derive(x)
-    assert len(watches) == 1
+    assert len(WATCHES) == 1
 
 
 def ignore(*_: Any) -> None:

@@ -64,7 +64,7 @@ class Judged(NamedTuple):
     inputs: list[list[Tensor]]
 
     def tree(self, wrt: str) -> Any:
-        """As ``module_jacobian`` returns it."""
+        """The reference in the tree that ``module_jacobian`` returns."""
         if wrt == "params":
             by_name = [dict(zip(self.names, row, strict=True)) for row in self.params]
             return place(self.output, by_name)
@@ -156,7 +156,7 @@ def contents(value: Tensor) -> tuple[Any, ...]:
     return value.dtype, value.shape, value.requires_grad, dense.view(torch.uint8).numpy().tobytes()
 
 
-def snapshot(module: nn.Module, given: Any) -> dict[str, Any]:
+def snapshot(module: nn.Module, arguments: Any) -> dict[str, Any]:
     """Bytes and identities of all that a call could touch."""
     parts = dict(module.named_modules(remove_duplicate=False))
     params = dict(module.named_parameters(remove_duplicate=False))
@@ -168,7 +168,7 @@ def snapshot(module: nn.Module, given: Any) -> dict[str, Any]:
         "grad": {n: contents(p.grad) for n, p in params.items() if p.is_leaf and p.requires_grad},
         "training": {name: part.training for name, part in parts.items()},
         "hooks": {n: [list(getattr(part, h, ())) for h in HOOKS] for n, part in parts.items()},
-        "inputs": [contents(leaf) for leaf in leaves_of(given) if is_tensor(leaf)],
+        "inputs": [contents(leaf) for leaf in leaves_of(arguments) if is_tensor(leaf)],
         "random state": torch.get_rng_state().numpy().tobytes(),
         "torch": (
             torch.is_grad_enabled(),
@@ -182,13 +182,13 @@ def snapshot(module: nn.Module, given: Any) -> dict[str, Any]:
 
 @contextmanager
 def unchanged(
-    module: nn.Module, given: Any, look: Callable[..., dict[str, Any]] = snapshot
+    module: nn.Module, arguments: Any, look: Callable[..., dict[str, Any]] = snapshot
 ) -> Iterator[None]:
-    before = look(module, given)
+    before = look(module, arguments)
     try:
         yield
     finally:
-        after = look(module, given)
+        after = look(module, arguments)
         changed = [what for what in before if before[what] != after[what]]
         assert not changed, f"changed: {changed}"
 
@@ -225,7 +225,7 @@ def fail(*_: Any) -> None:
 
 
 NOT_BY_LAYERS = ("tensor hook", "autograd.grad inside")
-"""What reverse mode does and layers do not."""
+"""Kinds that reverse mode can do, and strategy ``"structured"`` can't."""
 
 
 def is_judged(name: str, mode: str, wrt: str, strategy: str) -> bool:
@@ -263,11 +263,11 @@ def test_every_kind(name: str, mode: str, wrt: str, strategy: str) -> None:
 def test_layer_by_layer_every_kind_is_right_or_refused(name: str, mode: str) -> None:
     kind = KINDS[name]
     try:
-        found = jacobian_of(kind, "params", mode, "structured")
+        result = jacobian_of(kind, "params", mode, "structured")
     except (*REFUSALS, RuntimeError):
         assert kind.refusals_of("params", mode, "reverse") or name in NOT_BY_LAYERS
     else:
-        assert_agrees(kind, found, judged(name, mode).tree("params"))
+        assert_agrees(kind, result, judged(name, mode).tree("params"))
 
 
 def says_what_to_do(message: str) -> bool:
@@ -288,7 +288,7 @@ KEEPS = ("remembered activation", "spectral_norm by hook", "pruned")
 
 
 def plain_tensors(module: nn.Module) -> list[int]:
-    """Those kept as plain attributes, alone or in a list."""
+    """Modules kept as plain attributes, alone or in a list."""
     values = [value for part in module.modules() for value in vars(part).values()]
     flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
     return [id(value) for value in flat if is_tensor(value)]

@@ -1,4 +1,4 @@
-"""Whatever is asked later is answered from the point at which the call was made."""
+"""Answers that come later are those of the point at which the call was made."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ CHANGES: dict[str, Change] = {
 
 
 def gauss_newton(module: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[], Any]]:
-    found = jacfunc.ggn(module, F.mse_loss)(x, y)
+    result = jacfunc.ggn(module, F.mse_loss)(x, y)
     vector = {n: torch.ones_like(p) for n, p in module.named_parameters() if p.requires_grad}
-    return [found.diagonal, lambda: found @ vector, found.matrix, lambda: found @ vector]
+    return [result.diagonal, lambda: result @ vector, result.matrix, lambda: result @ vector]
 
 
 def fisher(module: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[], Any]]:
-    found = jacfunc.fisher(
+    result = jacfunc.fisher(
         module, "gaussian", generator=torch.Generator().manual_seed(3), chunk_size=2
     )(x)
-    return [found.diagonal, found.matrix]
+    return [result.diagonal, result.matrix]
 
 
 def stream(*args: Any, **options: Any) -> Callable[..., list[Callable[[], Any]]]:
@@ -112,26 +112,26 @@ def test_answers_are_those_of_the_call(change: str, door: str, number: int) -> N
     expected = [question() for question in LAZY[door](*made())]
     module, x, y = made()
     questions = LAZY[door](module, x, y)
-    found = []
+    result = []
     for i, question in enumerate(questions):
         if i == number:
             CHANGES[change](module, x, y)
             after = {key: value.clone() for key, value in module.state_dict().items()}
-        found.append(question())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        result.append(question())
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(dict(module.state_dict()), after, rtol=0, atol=0)
 
 
 def test_a_change_stays() -> None:
     """A hook, a mode, a part that came after the call are there when it has been answered."""
     module, x, y = made()
-    found = jacfunc.ggn(module, F.mse_loss)(x, y)
+    result = jacfunc.ggn(module, F.mse_loss)(x, y)
     calls: list[int] = []
     module.first.register_forward_hook(lambda *_: calls.append(1))
     module.frozen, module.scale = nn.Linear(4, 4).double(), 1.0
     module.eval()
     new = module.frozen
-    found.diagonal()
+    result.diagonal()
     assert not calls
     assert module.frozen is new
     assert (module.training, module.scale) == (False, 1.0)
@@ -147,12 +147,12 @@ def test_masks_are_those_of_the_call() -> None:
     torch.manual_seed(1)
     expected = [block["0.weight"] for _, block in stream_of(x)]
     torch.manual_seed(1)
-    found = []
+    result = []
     blocks = stream_of(x)
     for _ in range(3):
         torch.rand(7)
-        found.append(next(blocks)[1]["0.weight"])
-    torch.testing.assert_close(found, expected)
+        result.append(next(blocks)[1]["0.weight"])
+    torch.testing.assert_close(result, expected)
 
 
 def test_a_loader_may_write_into_its_batch_and_train() -> None:
@@ -177,11 +177,11 @@ def test_a_loss_that_closes_over_what_has_changed_is_refused(way: str) -> None:
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return (weight * (outputs - targets).square()).sum()
 
-    found = jacfunc.ggn(module, loss)(x, y)
+    result = jacfunc.ggn(module, loss)(x, y)
     vector = {n: torch.ones_like(p) for n, p in module.named_parameters() if p.requires_grad}
-    found @ vector
+    result @ vector
     (weight if way == "in place" else weight.data).mul_(2)
-    for question in (found.diagonal, lambda: found @ vector):
+    for question in (result.diagonal, lambda: result @ vector):
         with pytest.raises(ValueError, match="ggn: what the loss closes over must stay as it was"):
             question()
 

@@ -1,4 +1,4 @@
-"""Jacobians block by block, against the whole of them by a loop, and what they never hold."""
+"""Jacobians block by block: against a loop over outputs, and in little memory."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def joined(blocks, dim):
 def test_whole_batch(name, chunk_size):
     module, x = case(name)
     want, _ = reference(module, x)
-    found = jacfunc.stream_jacobian(module, "params", chunk_size=chunk_size)(x)
-    torch.testing.assert_close(dict(found), want)
+    result = jacfunc.stream_jacobian(module, "params", chunk_size=chunk_size)(x)
+    torch.testing.assert_close(dict(result), want)
     rows = joined(jacfunc.stream_jacobian(module, "rows", chunk_size=chunk_size)(x), 0)
     torch.testing.assert_close(rows, {name: block.flatten(0, 1) for name, block in want.items()})
 
@@ -43,8 +43,8 @@ def test_per_sample(name, chunk_size):
     module, x = case(name)
     want, _ = per_sample_reference(module, x)
     ways = {"per_sample": True, "chunk_size": chunk_size}
-    found = jacfunc.stream_jacobian(module, "params", **ways)(x)
-    torch.testing.assert_close(dict(found), want)
+    result = jacfunc.stream_jacobian(module, "params", **ways)(x)
+    torch.testing.assert_close(dict(result), want)
     torch.testing.assert_close(joined(jacfunc.stream_jacobian(module, "rows", **ways)(x), 1), want)
 
 
@@ -54,8 +54,8 @@ def test_by_samples(name, chunk_size):
     module, x = case(name)
     want, _ = per_sample_reference(module, x)
     ways = {"per_sample": True, "chunk_size": chunk_size}
-    found = jacfunc.stream_jacobian(module, "samples", **ways)(x)
-    torch.testing.assert_close(joined(found, 0), want)
+    result = jacfunc.stream_jacobian(module, "samples", **ways)(x)
+    torch.testing.assert_close(joined(result, 0), want)
 
 
 class TwoHeads(nn.Module):

@@ -18,6 +18,7 @@ from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.choice import fastest
+from tests.test_remembered import counting_auto
 from tests.truth.oracles import looped_jacobian
 
 FEW_TO_MANY = torch.randn(20_000, 2)
@@ -178,23 +179,23 @@ def test_a_batch_scales_bytes_and_products_alone() -> None:
 
 
 def test_a_kind_of_call_is_planned_once(device: str) -> None:
-    auto = Auto()
+    auto, plans = counting_auto()
     jac = jacfunc.jacobian(torch.sin, strategy=auto)
     for size in (2, 2, 3, 2):
         jac(torch.zeros(size, device=device))
-    assert len(auto.known) == 2
+    assert len(plans) == 2
     jac(torch.zeros(2, device=device, dtype=torch.float64))
     torch.func.vmap(jac)(torch.zeros(5, 2, device=device))
     torch.func.vmap(jac)(torch.zeros(6, 2, device=device))
-    assert len(auto.known) == 5
+    assert len(plans) == 5
 
 
 def test_settings_are_part_of_the_kind(device: str) -> None:
-    auto = Auto()
+    auto, plans = counting_auto()
     jac = jacfunc.jacobian(lambda x, n, *, flag: x * n, strategy=auto)
     x = torch.ones(2, device=device)
     jac(x, 2, flag=True), jac(x, 2, flag=True), jac(x, 3, flag=True), jac(x, 2, flag=False)
-    assert len(auto.known) == 3
+    assert len(plans) == 3
 
 
 def test_planning_costs_no_evaluation_but_where_columns_are_swept(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Each sample alone, as a batch of one: modules and losses that mix samples are refused."""
+"""Modules and losses whose samples depend on each other are refused; all others are not."""
 
 import gc
 import weakref
@@ -51,7 +51,7 @@ def one_pair(module: Any, h: Tensor) -> Tensor:
 
 
 def worst_steps(module: Any, h: Tensor) -> Tensor:
-    """As many steps as the worst of the batch needs."""
+    """Takes as many steps as the worst sample of the batch needs."""
     count = int(h.detach().abs().max() * 20)
     for _ in range(count):
         h = h + torch.sin(h) / count
@@ -183,12 +183,12 @@ def test_equal_samples_show_it_by_their_derivatives() -> None:
 @pytest.mark.parametrize("number", [0, -1])
 @pytest.mark.parametrize("door", ["params", "inputs", "looped", "stream by params"])
 def test_modules_for_one_sample_take_each_alone(door: str, number: int, size: int) -> None:
-    """Of a batch they return one row, that of one of its samples."""
+    """Modules that return one row for a batch: that of one of its samples."""
     model, x = Mixing(lambda m, h: h[number].sin()[None]).double(), batch(size)
     rowwise = Mixing(lambda m, h: h.sin()).double()
     rowwise.load_state_dict(model.state_dict())
-    found, wanted = (DOORS[door](m, x, independent="always") for m in (model, rowwise))
-    for mine, its in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+    result, expected = (DOORS[door](m, x, independent="always") for m in (model, rowwise))
+    for mine, its in zip(tree_leaves(result), tree_leaves(expected), strict=True):
         if isinstance(mine, Tensor):
             torch.testing.assert_close(mine, its, rtol=0, atol=1e-14)
 
@@ -198,10 +198,10 @@ def test_modules_that_take_a_batch_for_a_sequence_take_each_alone() -> None:
     gru = nn.GRU(4, 3).double()
     model = Mixing(lambda m, h: gru(h.squeeze(0))[0].unsqueeze(0)).double()
     x = torch.randn(3, 5, 3).double()
-    found = jacfunc.module_jacobian(model, "inputs", per_sample=True)(x)
-    for block, one in zip(found, x, strict=True):
-        wanted = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], one)
-        torch.testing.assert_close(block, wanted, rtol=0, atol=1e-14)
+    result = jacfunc.module_jacobian(model, "inputs", per_sample=True)(x)
+    for block, one in zip(result, x, strict=True):
+        expected = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], one)
+        torch.testing.assert_close(block, expected, rtol=0, atol=1e-14)
 
 
 # --- looked at again ---
@@ -462,15 +462,15 @@ def test_independent_samples_pass(name: str, dtype: torch.dtype, size: int) -> N
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_dropout_passes_and_draws_as_without_a_look(randomness: Any) -> None:
     model, x = nn.Sequential(nn.Linear(3, 20), nn.Dropout(), nn.Linear(20, 2)).double(), batch()
-    found = []
+    result = []
     for independent in ("always", True):
         torch.manual_seed(3)
         door = jacfunc.module_jacobian(
             model, per_sample=True, randomness=randomness, independent=independent
         )
-        found += [door(x), torch.rand(2)]
-    assert torch.equal(found[0]["2.weight"], found[2]["2.weight"])
-    assert torch.equal(found[1], found[3])
+        result += [door(x), torch.rand(2)]
+    assert torch.equal(result[0]["2.weight"], result[2]["2.weight"])
+    assert torch.equal(result[1], result[3])
 
 
 def test_a_look_leaves_no_trace() -> None:
@@ -604,8 +604,8 @@ def test_means_by_their_targets_pass(name: str) -> None:
 
 def test_products_take_coupled_samples_but_no_pairs_of_them() -> None:
     ones = {"layer.weight": torch.ones(4, 3).double(), "layer.bias": torch.ones(4).double()}
-    found = jacfunc.ggn(mixing("mean"), half_square)(batch(), TARGETS) @ ones
-    assert found["layer.weight"].shape == (4, 3)
+    result = jacfunc.ggn(mixing("mean"), half_square)(batch(), TARGETS) @ ones
+    assert result["layer.weight"].shape == (4, 3)
     curvature = jacfunc.ggn(mixing("all pairs"), half_square)(batch(), TARGETS)
     with pytest.raises(ValueError, match="ggn: outputs of a sample must have the same shape"):
         curvature @ ones
@@ -614,8 +614,8 @@ def test_products_take_coupled_samples_but_no_pairs_of_them() -> None:
 def test_products_of_as_many_outputs_as_samples() -> None:
     model, x = nn.Linear(3, B).double(), batch()
     vector = {name: torch.ones_like(param) for name, param in model.named_parameters()}
-    found = jacfunc.ggn(model, half_square)(x, TARGETS) @ vector
-    torch.testing.assert_close(found["bias"], (x.sum(1) + 1).sum().expand(B))
+    result = jacfunc.ggn(model, half_square)(x, TARGETS) @ vector
+    torch.testing.assert_close(result["bias"], (x.sum(1) + 1).sum().expand(B))
 
 
 def test_a_module_for_batches_of_one_size_is_seen_whole() -> None:

@@ -74,14 +74,14 @@ EVERY_MISMATCH = pytest.mark.parametrize(
 
 
 def sum_of(tree: Any) -> Tensor:
-    return torch.stack(jacfunc._tree.flatten(tree)[0]).sum()
+    return torch.stack(jacfunc._trees.flatten(tree)[0]).sum()
 
 
 @EVERY_MISMATCH
 def test_other_structures_are_refused(tree: Any, other: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=rf"^jvp: tangents .*{words}"):
         jacfunc.jvp(sum_of, (tree,), (other,))
-    _, pull = jacfunc.vjp(lambda x: jacfunc._tree.map_tensors(lambda leaf: leaf * x, tree), ONE)
+    _, pull = jacfunc.vjp(lambda x: jacfunc._trees.map_tensors(lambda leaf: leaf * x, tree), ONE)
     with pytest.raises((ValueError, TypeError), match=rf"^vjp: cotangents .*{words}"):
         pull(other)
 

@@ -1,4 +1,4 @@
-"""What does not run under vmap, in the words of a per-sample door."""
+"""Refusals of modules that do not run under vmap, in the words of the door that was called."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from jacfunc._faults import Watch
 def under_vmap(
     api: str, randomness: str, first: Callable[[], FlatCall], needs: str, way_out: str
 ) -> Iterator[None]:
-    """What fails under vmap alone is refused; what fails for the ``first`` alone is its own error.
+    """A context that refuses what fails under vmap alone.
+
+    Args:
+        first: makes the call of the first sample: an error of that call is raised as it is.
+        needs: the beginning of the message: what needs vmap.
+        way_out: its end: what to do instead.
 
     Raises:
-        Refused: in words of the door, which begin with what ``needs`` it.
+        Refused: if the call of the first sample runs without vmap.
     """
     try:
         yield
@@ -40,7 +45,7 @@ def under_vmap(
 
 
 def check_randomness(api: str, randomness: str, error: Exception) -> None:
-    """Was it that a random module was not to draw?
+    """Say in words of the door that a module draws, if that was torch's error.
 
     Raises:
         NotImplementedError: if it was.

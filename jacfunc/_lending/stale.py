@@ -1,4 +1,4 @@
-"""Paths from an output to a parameter that the call does not see: computed before, and kept."""
+"""Outputs that depend on a parameter by what was computed before the call, and kept."""
 
 from __future__ import annotations
 
@@ -16,61 +16,65 @@ from jacfunc._types import Tree
 def check_fresh(
     api: str,
     outputs: Sequence[Any],
-    lent: Iterable[Tensor],
+    params: Iterable[Tensor],
     arguments: Tree,
-    chosen: Mapping[int, str],
+    names: Mapping[int, str],
 ) -> None:
-    """Refuse an output whose graph leads to a chosen parameter itself, past what was lent for it.
-
-    ``chosen`` are names by identity.
+    """Refuse an output whose graph leads to a parameter itself, and not to the tensor lent for it.
 
     Such a path is no part of the derivative, which would be too small without a word.
 
+    Args:
+        params: what the evaluation got in the place of the chosen parameters.
+        arguments: those of the evaluation.
+        names: names of the chosen parameters by their identities.
+
     Raises:
-        Stale: if there is one.
+        Stale: if there is such an output.
     """
     outputs = [below_transforms(x) for x in outputs if isinstance(x, Tensor)]
     nodes = [x.grad_fn for x in outputs if x.grad_fn is not None]
     if not nodes and not any(x.requires_grad for x in outputs):
         return
-    lent = [below_transforms(param) for param in lent]
-    ends = {param.grad_fn for param in lent}
+    params = [below_transforms(param) for param in params]
+    ends = {param.grad_fn for param in params}
     leaves = [x for x in outputs if x.grad_fn is None and x.requires_grad]
-    if not any(id(x) in chosen for x in (*leaves, *_leaves(nodes, ends))):
+    if not any(id(x) in names for x in (*leaves, *_leaves(nodes, ends))):
         return
     # who keeps the graph of the result is led to the parameters by what was lent, too
-    given = [below_transforms(x) for x in flatten(arguments)[0] if isinstance(x, Tensor)]
-    ends |= {x.grad_fn for x in given} | {node for param in lent for node in _stem(param.grad_fn)}
-    known = {id(x) for x in (*lent, *given)}
+    inputs = [below_transforms(x) for x in flatten(arguments)[0] if isinstance(x, Tensor)]
+    ends |= {x.grad_fn for x in inputs}
+    ends |= {node for param in params for node in _stem(param.grad_fn)}
+    known = {id(x) for x in (*params, *inputs)}
     for leaf in (*leaves, *_leaves(nodes, ends)):
-        if id(leaf) in chosen and id(leaf) not in known:
+        if id(leaf) in names and id(leaf) not in known:
             raise Stale(
                 f"{api}: a module must compute all that it makes of its parameters in the call "
-                f"itself, got an output that depends on {chosen[id(leaf)]!r} by what was computed "
+                f"itself, got an output that depends on {names[id(leaf)]!r} by what was computed "
                 "before and kept with its graph. Clear it before the call, or compute it in "
                 "forward."
             )
 
 
 def _leaves(nodes: Iterable[Any], ends: set[Any]) -> list[Tensor]:
-    """Leaves that paths lead to, up to the ends."""
-    pending, seen, found = list(nodes), set(ends), []
-    seen.add(None)
+    """Leaves of the graph that paths from the nodes lead to, where no end is in between."""
+    pending, visited, leaves = list(nodes), set(ends), []
+    visited.add(None)
     while pending:
         node = pending.pop()
-        if node in seen:
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         below = node.next_functions
         if below:
             pending += [edge[0] for edge in below]
         elif hasattr(node, "variable"):
-            found.append(node.variable)
-    return found
+            leaves.append(node.variable)
+    return leaves
 
 
 def _stem(node: Any) -> Iterable[Any]:
-    """Nodes that lead from a tensor back along a single path, but for the leaf at its end."""
+    """Nodes from one back to where its graph branches, or to the leaf, which is left out."""
     while node is not None and node.next_functions:
         yield node
         below = node.next_functions

@@ -1,0 +1,26 @@
+"""What is differentiated: a function, by some of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jacfunc._types import Argnums
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """What is differentiated, before any arguments come.
+
+    Args:
+        api: the name of the public function, with which error messages begin.
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        argnums: which positional arguments it is differentiated by.
+        has_aux: ``func`` returns ``(output, aux)``.
+    """
+
+    api: str
+    func: Callable[..., Any]
+    argnums: Argnums = 0
+    has_aux: bool = False
