@@ -10,9 +10,9 @@ WORKERS ?= 2
 .PHONY: format clean
 
 help:
-	@echo "make bench     the quick suite: tables, page and picture in two minutes"
+	@echo "make bench     the quick suite: tables, Markdown and picture in two minutes"
 	@echo "make suite     the full suite beside every rival; ARGS=--resume goes on with it"
-	@echo "make report    page, Markdown and picture of the full suite's results"
+	@echo "make report    Markdown and picture of the full suite's results"
 	@echo "make figures   the README's figures, from the committed results"
 	@echo "make compare   what became slower between two results files: A=… B=…"
 	@echo "make trust     does compare find what it should, on this machine?"

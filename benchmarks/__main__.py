@@ -1,35 +1,36 @@
 """The command line: ``python -m benchmarks [COMMAND]``; ``--help`` lists them."""
 
-from __future__ import annotations
-
 import argparse
+import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.tree import Tree
 
 import benchmarks
-from benchmarks import commands
-from benchmarks.running import suite as runner
-from benchmarks.running.environment import default_device
-from benchmarks.running.progress import console
-from benchmarks.running.records import RESULTS
-from benchmarks.running.suite import CannotRunError, Order
+from benchmarks.report import page, readme
+from benchmarks.report.progress import watching
+from benchmarks.report.tables import console, table_of
+from benchmarks.running import records
+from benchmarks.running.environment import default_device, environment, load_average, pin
+from benchmarks.running.records import Order, Run
+from benchmarks.running.suite import CannotRunError, run_suite
+from benchmarks.studies import STUDIES
+from benchmarks.verdicts.comparing import compare
 
 STOPPED, MISUSED = 130, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and do what it says; without a command, the quick run, then its page.
-
-    Returns:
-        The exit code: 1 where a comparison found something slower.
-    """
+    """Do what the command line says; the exit code is 1 where a comparison finds what is slower."""
     options = _parser().parse_args(arguments)
     try:
-        return _do(options)
+        return int(_do(options))
     except KeyboardInterrupt:
         return STOPPED
     except CannotRunError as error:
@@ -37,119 +38,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSED
 
 
-def _do(options: argparse.Namespace) -> int:
+def _do(options: argparse.Namespace) -> bool:
+    """Did a comparison find something slower?"""
     match options.command:
         case "list":
-            commands.list_table(options.table)
+            list_table(options.table)
         case "compare":
-            return int(commands.compare(options.before, options.after))
-        case "report":
-            commands.report(options.output / options.suite)
+            comparison = compare(Run.read(options.before), Run.read(options.after))
+            console.print(table_of(comparison))
+            return bool(comparison.regressed)
         case "figures":
-            commands.write_figures()
-        case "trust":
-            commands.run_trust(torch.device(options.device), options.output)
-        case "overhead":
-            commands.run_overhead(torch.device(options.device), options.output)
-        case "budget":
-            commands.run_budget(torch.device(options.device), options.output)
-        case "regret":
-            commands.run_regret(torch.device(options.device), options.output, options.only)
-        case "run":
-            commands.run(_order(options))
-        case _:
-            commands.run(_order(options))
-            commands.report(options.output / options.suite)
-    return 0
+            _say(*readme.main(records.ROOT))
+        case "report":
+            _say(*page.write_report(options.output / options.suite))
+        case "run" | None:
+            options.resume = options.resume or bool(options.again)
+            run(Order(**{field.name: getattr(options, field.name) for field in fields(Order)}))
+            if options.command is None:
+                _say(*page.write_report(options.output / options.suite))
+        case kind:
+            only = {"only": options.only} if kind == "regret" else {}
+            study(kind, torch.device(options.device), options.output, **only)
+    return False
 
 
-def _order(options: argparse.Namespace) -> Order:
-    resume = options.resume or bool(options.again)
-    return Order(
-        options.suite,
-        options.device,
-        options.output,
-        only=options.only,
-        resume=resume,
-        again=options.again,
-        processes=options.processes,
-        planted=options.planted,
-        limit=options.limit,
-        table=options.table,
-    )
+def run(order: Order) -> None:
+    """The suite, with a table a case; what is finished is in the file, whenever it is stopped."""
+    try:
+        with watching() as watch:
+            where = run_suite(order, watch).environment
+    except KeyboardInterrupt:
+        console.print(f"Stopped; what is finished is in {order.path}. Go on with --resume.")
+        raise
+    _say_where({**where, "load_after": load_average()}, order.path)
+
+
+def study(kind: str, device: torch.device, output: Path, **options: Any) -> None:
+    """One of the studies beside the suite; a part of one is shown, not written."""
+    pin()
+    where = environment(device)
+    body = STUDIES[kind].measure(device, **options)
+    where["load_after"] = load_average()
+    for shown in STUDIES[kind].tables(body):
+        console.print(shown, "")
+    if not any(options.values()):
+        path, record = output / f"{kind}-{device.type}.json", {"kind": kind, "environment": where}
+        records.replace(path, json.dumps(record | body, indent=1, ensure_ascii=False) + "\n")
+        _say_where(where, path)
+
+
+def list_table(table: str) -> None:
+    """Questions, their cases, and who takes part."""
+    for question in records.questions(table):
+        tree = Tree(f"[bold]{question.name}[/]: {question.asks}", highlight=False)
+        cases = tree.add("cases")
+        for case in question.cases:
+            cases.add(f"{case.name}{' (quick)' if case.is_quick else ''}")
+        names = dict.fromkeys(c.name for case in question.cases for c in case.contestants)
+        tree.add(f"contestants: {' · '.join(names)}")
+        console.print(tree)
+
+
+def _say_where(where: Mapping[str, Any], path: Path) -> None:
+    machine = f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}"
+    console.print(f"On {machine}; load {where['load_before']} before, {where['load_after']} after.")
+    _say(path)
+
+
+def _say(*paths: Path) -> None:
+    names = ", ".join(map(str, paths)) or "nothing: all are up to date"
+    console.print(f"Wrote {names}", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
-    described = f"{benchmarks.__doc__} Without a command: the quick suite, then its report."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=described)
-    subparsers = parser.add_subparsers(dest="command")
-    written = argparse.ArgumentParser(add_help=False)
-    written.add_argument("--output", type=Path, default=_shortest(RESULTS), metavar="DIR")
-    common = argparse.ArgumentParser(add_help=False, parents=[written])
-    common.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
-    table = argparse.ArgumentParser(add_help=False)
-    table.add_argument(
-        "--table", default=runner.TABLE, metavar="MODULE:NAME", help="where the questions are"
-    )
-    run = subparsers.add_parser("run", parents=[common, table], help="time every contestant")
+    about = f"{benchmarks.__doc__} Without a command: the quick suite, then its report."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
+    add = parser.add_subparsers(dest="command").add_parser
+    output, device, table = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    here, path = Path.cwd(), records.RESULTS
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    output.add_argument("--output", type=Path, default=path, metavar="DIR")
+    device.add_argument("--device", choices=("cpu", "cuda"), default=default_device().type)
+    where = "where the questions are"
+    table.add_argument("--table", default=records.TABLE, metavar="MODULE:NAME", help=where)
+    run = add("run", parents=[output, device, table], help="time every contestant")
     _add_run_options(run)
-    subparsers.add_parser("list", parents=[table], help="questions, cases and contestants")
-    report = subparsers.add_parser("report", parents=[written], help="page, Markdown and picture")
-    report.add_argument("--suite", choices=tuple(runner.SUITES), default="full")
-    compare = subparsers.add_parser("compare", help="two results files; fails if one is slower")
+    add("list", parents=[table], help="questions, cases and contestants")
+    report = add("report", parents=[output], help="Markdown and picture")
+    report.add_argument("--suite", choices=tuple(records.SUITES), default="full")
+    compare = add("compare", help="two results files; fails if one is slower")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
-    subparsers.add_parser("figures", help="the README's figures, from the results files")
-    subparsers.add_parser("trust", parents=[common], help="does compare find what it should?")
-    subparsers.add_parser("overhead", parents=[common], help="jacrev against torch.func.jacrev")
-    regret = subparsers.add_parser("regret", parents=[common], help="auto against the best by hand")
-    regret.add_argument("--only", default="", help="cases whose name contains this; not written")
-    subparsers.add_parser("budget", parents=[common], help="under a tenth of the memory")
+    add("figures", help="the README's figures, from the results files")
+    studies = {n: add(n, parents=[output, device], help=s.__doc__) for n, s in STUDIES.items()}
+    part = "cases whose name contains this; not written"
+    studies["regret"].add_argument("--only", default="", metavar="SUBSTRING", help=part)
     parser.set_defaults(**vars(run.parse_args([])))
     return parser
 
 
 def _add_run_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("--suite", choices=tuple(runner.SUITES), default="quick")
-    run.add_argument(
-        "--only",
-        default="",
-        metavar="SUBSTRING",
-        help="question/case contains this; a file of their own (-part) unless with --resume",
-    )
+    run.add_argument("--suite", choices=tuple(records.SUITES), default="quick")
     run.add_argument("--resume", action="store_true", help="run only what the file lacks")
-    run.add_argument(
-        "--again",
-        default="",
-        metavar="SUBSTRING",
-        help="resume, and run these cases although the file has them",
-    )
-    run.add_argument(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="COUNT",
-        help="in which each case is measured; seven for what is to be compared",
-    )
-    run.add_argument(
-        "--planted",
-        type=float,
-        default=1.0,
-        metavar="FACTOR",
-        help="make jacfunc so much slower, to test compare",
-    )
-    run.add_argument(
-        "--limit",
-        type=float,
-        default=runner.LIMIT,
-        metavar="SECONDS",
-        help="for one step of one contestant (default: %(default)g)",
-    )
-
-
-def _shortest(path: Path) -> Path:
-    """The path as seen from here, where it lies below."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    part = "question/case contains this; a file of their own (-part) unless with --resume"
+    again = "resume, and run these cases although the file has them"
+    count = "in which each case is measured; seven for what is to be compared"
+    slower = "make jacfunc so much slower, to test compare"
+    limit = "for one step of one contestant (default: %(default)g)"
+    run.add_argument("--only", default="", metavar="SUBSTRING", help=part)
+    run.add_argument("--again", default="", metavar="SUBSTRING", help=again)
+    run.add_argument("--processes", type=int, default=1, metavar="COUNT", help=count)
+    run.add_argument("--planted", type=float, default=1.0, metavar="FACTOR", help=slower)
+    run.add_argument("--limit", type=float, default=records.LIMIT, metavar="SECONDS", help=limit)
 
 
 if __name__ == "__main__":

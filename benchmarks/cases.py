@@ -1,7 +1,5 @@
 """A question, its cases, and what is wanted in each: the rows of the benchmark."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,66 +8,36 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.running.seats import Place, Together
-from jacfunc._measuring.results import Result
-from jacfunc._measuring.rounds import Check, Contestant, Effort, measure
+from benchmarks.running.processes import Together
+from jacfunc._measuring import Check, Contestant, Effort, Entry, Result, measure
 
-ANSWER = "bytes of the answer"
-"""The size that peaks are compared with where no contestant is named."""
-
+ANSWER = "bytes of the answer"  # the size that peaks are compared with where no contestant is named
 USUAL = Effort()
+Results = Mapping[str, Result]  # by contestant
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A bound on the time of one contestant beside the fastest of others, or on its peak.
-
-    Args:
-        others: contestants; of a peak, the one whose peak it is divided by, or :data:`ANSWER`.
-    """
+    """A bound on the time of one contestant beside the fastest of others, or on its peak."""
 
     of: str
     kind: Literal["times faster than", "time ÷", "peak ÷"]
     bound: float
-    others: tuple[str, ...]
-
-    @property
-    def is_least(self) -> bool:
-        return self.kind == "times faster than"
-
-
-@dataclass(frozen=True)
-class Target:
-    """What was wanted of whom and what came out; nothing, where that cannot be said here."""
-
-    of: str
-    what: str
-    wanted: str
-    found: float | None
-    met: bool | None
+    others: tuple[str, ...]  # of a peak, the one whose peak it is divided by, or ANSWER
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem at one size, and who takes part.
-
-    Args:
-        setup: the problem on a device, with the same numbers every time.
-        check: from the problem, what judges an answer.
-        baseline: whose time is 1.
-        sizes: by name: inputs, outputs, batch, parameters, :data:`ANSWER`.
-        axis: the size that grows from case to case, where exponents are fitted.
-        is_quick: it is part of the quick suite.
-    """
+    """One problem at one size, and who takes part."""
 
     name: str
-    setup: Callable[[torch.device], Any]
+    setup: Callable[[torch.device], Any]  # the problem, with the same numbers every time
     contestants: tuple[Contestant[Any], ...]
-    check: Callable[[Any], Check]
-    baseline: str
+    check: Callable[[Any], Check]  # from the problem, what judges an answer
+    baseline: str  # the contestant whose time is 1
     dtype: str = "float32"
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    axis: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)  # such as inputs, batch or ANSWER
+    axis: str = ""  # the size that grows from case to case, where exponents are fitted
     effort: Effort = USUAL
     wanted: tuple[Wanted, ...] = ()
     is_quick: bool = False
@@ -78,93 +46,48 @@ class Case:
         self,
         device: torch.device,
         without: Sequence[str] = (),
-        on_step: Callable[[str], None] = lambda _: None,
-        place: Place | None = None,
+        on_step: Callable[[str, int], None] = lambda name, total: None,
+        place: Together | None = None,
     ) -> list[Result]:
-        """Everyone but those ``without`` whom it is to go; see :func:`measure`."""
+        """Results of everyone but those ``without`` whom it is to go."""
         problem, place = self.setup(device), place or Together()
         with warnings.catch_warnings():
             # hooks and missing batching rules are warned about; what they cost is in the table
             warnings.simplefilter("ignore")
-            return measure(
-                problem,
-                [contestant for contestant in self.contestants if contestant.name not in without],
-                place.judge(partial(self.check, problem)),
-                self.effort,
-                baseline=self.baseline,
-                cuda=device.type == "cuda",
-                on_step=on_step,
-                seat=place.seat,
-            )
+            check = place.judge(partial(self.check, problem))
+            entries = [
+                place.seat(Entry(problem, contestant, check, self.effort.patience, device))
+                for contestant in self.contestants
+                if contestant.name not in without
+            ]
+            return measure(entries, self.effort, self.baseline, on_step)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a reader wants to know, and the cases that answer it.
-
-    Args:
-        asks: in one sentence.
-        ours: the contestant whom the verdict is about.
-    """
+    """What a reader wants to know, and the cases that answer it."""
 
     name: str
-    asks: str
-    ours: str
+    asks: str  # in one sentence
+    ours: str  # the contestant whom the verdict is about
     cases: tuple[Case, ...]
 
 
 def by_key(questions: Iterable[Question]) -> dict[str, tuple[Question, Case]]:
-    """Every case by ``question/case``, as the results file names it.
-
-    Raises:
-        ValueError: two cases have one name.
-    """
-    found: dict[str, tuple[Question, Case]] = {}
+    """Every case by ``question/case``, as the results file names it; names must differ."""
+    cases: dict[str, tuple[Question, Case]] = {}
     for question in questions:
         for case in question.cases:
             key = f"{question.name}/{case.name}"
-            if key in found:
+            if key in cases:
                 raise ValueError(f"run: names of cases must differ, got {key!r} twice.")
-            found[key] = question, case
-    return found
-
-
-def targets(case: Case, results: Sequence[Result]) -> list[Target]:
-    """What was wanted in this case."""
-    by_name = {result.contestant: result for result in results}
-    return [_target(wanted, by_name, case.sizes) for wanted in case.wanted]
-
-
-def _target(wanted: Wanted, by_name: Mapping[str, Result], sizes: Mapping[str, int]) -> Target:
-    ours = by_name[wanted.of]
-    found, other = _found(wanted, ours, by_name, sizes)
-    met = None
-    if found is not None:
-        met = found >= wanted.bound if wanted.is_least else found <= wanted.bound
-    elif not ours.ok:
-        met = False
-    sign = "≥" if wanted.is_least else "≤"
-    return Target(wanted.of, f"{wanted.kind} {other}", f"{sign} {wanted.bound:g}", found, met)
-
-
-def _found(
-    wanted: Wanted, ours: Result, by_name: Mapping[str, Result], sizes: Mapping[str, int]
-) -> tuple[float | None, str]:
-    """The figure, and whom it compares with."""
-    if wanted.kind == "peak ÷":
-        (other,) = wanted.others
-        whole = sizes[ANSWER] if other == ANSWER else by_name[other].peak_bytes
-        return (ours.peak_bytes / whole if ours.peak_bytes and whole else None), other
-    times = {n: r.ratio.median for n in wanted.others if (r := by_name[n]).ok and r.ratio}
-    best = min(times, key=times.__getitem__, default="")
-    if not best or ours.ratio is None:
-        return None, " | ".join(wanted.others)
-    share = ours.ratio.median / times[best]
-    return (1 / share if wanted.is_least else share), best
+            cases[key] = question, case
+    return cases
 
 
 def as_record(question: Question, case: Case, results: Sequence[Result]) -> dict[str, Any]:
     """A case as plain data, times by round included so that runs can be compared later."""
+    by_name = {result.contestant: result for result in results}
     return {
         "question": question.name,
         "asks": question.asks,
@@ -174,14 +97,43 @@ def as_record(question: Question, case: Case, results: Sequence[Result]) -> dict
         "axis": case.axis,
         "baseline": case.baseline,
         "ours": question.ours,
-        "targets": [asdict(target) for target in targets(case, results)],
-        "results": [_shortened(asdict(result)) for result in results],
+        "targets": [_target(wanted, by_name, case.sizes) for wanted in case.wanted],
+        "results": [_plain(asdict(result)) for result in results],
     }
 
 
-def _shortened(record: dict[str, Any]) -> dict[str, Any]:
-    """Four digits of a time are more than any machine repeats."""
-    return record | {
-        clock: {number: float(f"{took:.4g}") for number, took in record[clock].items()}
-        for clock in ("seconds", "busy")
-    }
+def _target(wanted: Wanted, results: Results, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What was wanted of whom, and what came out; None where that cannot be said here."""
+    ours, is_least = results[wanted.of], wanted.kind == "times faster than"
+    value, other = _value(wanted, results, sizes)
+    met = None if ours.ok else False
+    if value is not None:
+        met = value >= wanted.bound if is_least else value <= wanted.bound
+    bound = f"{'≥' if is_least else '≤'} {wanted.bound:g}"
+    what = f"{wanted.kind} {other}"
+    return {"of": wanted.of, "what": what, "wanted": bound, "found": value, "met": met}
+
+
+def _value(wanted: Wanted, results: Results, sizes: Mapping[str, int]) -> tuple[float | None, str]:
+    """The ratio that a bound is on, and whom it compares with."""
+    ours = results[wanted.of]
+    if wanted.kind == "peak ÷":
+        (other,) = wanted.others
+        whole = sizes[ANSWER] if other == ANSWER else results[other].peak_bytes
+        return (ours.peak_bytes / whole if ours.peak_bytes and whole else None), other
+    times = {n: r.ratio.median for n in wanted.others if (r := results[n]).ok and r.ratio}
+    best = min(times, key=times.__getitem__, default="")
+    if not best or ours.ratio is None:
+        return None, " | ".join(wanted.others)
+    share = ours.ratio.median / times[best]
+    return (1 / share if wanted.kind == "times faster than" else share), best
+
+
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    """A result with four digits of each time: more is not repeated by any machine."""
+    seconds, peak_bytes = result.pop("forecast_seconds"), result.pop("forecast_bytes")
+    is_said = seconds is not None or peak_bytes is not None
+    result["forecast"] = {"seconds": seconds, "peak_bytes": peak_bytes} if is_said else None
+    for clock in ("seconds", "busy"):
+        result[clock] = {number: float(f"{took:.4g}") for number, took in result[clock].items()}
+    return result

@@ -1,7 +1,5 @@
 """Makes ``pytest benchmarks`` time, where the project's tests skip what is timed."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.running.environment import default_device

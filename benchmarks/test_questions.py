@@ -4,53 +4,40 @@ A contestant that fails is skipped with the reason: pytest-benchmark leaves out 
 fails. Nobody is run in a process of his own here.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 
 import pytest
 
-from benchmarks.cases import Case, by_key
+from benchmarks.cases import by_key
 from benchmarks.questions import QUESTIONS
 from benchmarks.running.environment import default_device, pin
-from jacfunc._measuring.clock import peak_bytes
-from jacfunc._measuring.results import Result, recording
-from jacfunc._measuring.rounds import Check, Contestant
+from jacfunc._measuring import Check, Contestant, Result, peak_bytes, recording
 
 pin()
 DEVICE = default_device()
 CASES = {key: case for key, (_, case) in by_key(QUESTIONS).items() if case.is_quick}
-PAIRS = [(key, contestant.name) for key, case in CASES.items() for contestant in case.contestants]
+PAIRS = [(key, contestant) for key, case in CASES.items() for contestant in case.contestants]
 
 
 @cache
-def problem(key: str) -> tuple[Any, Check]:
-    found = CASES[key].setup(DEVICE)
-    return found, CASES[key].check(found)
+def problem_of(key: str) -> tuple[Any, Check]:
+    problem = CASES[key].setup(DEVICE)
+    return problem, CASES[key].check(problem)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("key", "name"), PAIRS, ids=[f"{key}-{name}" for key, name in PAIRS])
-def test_question(key: str, name: str, benchmark: Any) -> None:
-    result = Result(name, "")
+@pytest.mark.parametrize(("key", "way"), PAIRS, ids=[f"{key}-{way.name}" for key, way in PAIRS])
+def test_question(key: str, way: Contestant[Any], benchmark: Any) -> None:
+    result = Result(way.name, way.family)
     with recording(result):
-        _time(CASES[key], key, name, benchmark)
+        problem, check = problem_of(key)
+        run = way.prepare(problem)
+        benchmark.group = key
+        if way.answers:
+            benchmark.extra_info["error"] = check(run())
+        if way.counted:
+            benchmark.extra_info["peak_bytes"] = peak_bytes(run, DEVICE)
+        benchmark.pedantic(run, rounds=CASES[key].effort.fewest, warmup_rounds=1)
     if not result.ok:
         pytest.skip(result.status)
-
-
-def _time(case: Case, key: str, name: str, benchmark: Any) -> None:
-    given, check = problem(key)
-    contestant = _contestant(case, name)
-    run = contestant.prepare(given)
-    benchmark.group = key
-    if contestant.answers:
-        benchmark.extra_info["error"] = check(run())
-    if contestant.counted:
-        benchmark.extra_info["peak_bytes"] = peak_bytes(run, DEVICE.type == "cuda")
-    benchmark.pedantic(run, rounds=case.effort.fewest, warmup_rounds=1)
-
-
-def _contestant(case: Case, name: str) -> Contestant[Any]:
-    return next(contestant for contestant in case.contestants if contestant.name == name)

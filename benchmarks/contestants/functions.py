@@ -1,116 +1,44 @@
-"""How a derivative of a function of one tensor is taken, and by what it is judged."""
+"""Who takes Jacobians and Hessians of functions of one tensor: jacfunc, torch, autograd and JAX."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 import jacfunc
-from benchmarks.problems.formulas import CPU, drawing
-from benchmarks.problems.judge import check
-from jacfunc._measuring.clock import Run
-from jacfunc._measuring.results import WrongAnswerError
-from jacfunc._measuring.rounds import Check, Contestant
+from benchmarks.cases import Case
+from benchmarks.problems.formulas import drawing
+from benchmarks.problems.functions import Function, FunctionAtPoints, judging, set_up
+from benchmarks.problems.judge import Func, looped, looped_twice
+from jacfunc import Strategy
+from jacfunc._measuring import Contestant, Effort, Run
 
-Func = Callable[[Any], Any]
-
-SINGLE, DOUBLE = torch.float32, torch.float64
-TOLERANCE = {SINGLE: 1e-4, DOUBLE: 1e-8}
-"""Largest error of an answer, relative to the largest entry."""
-
-
-@dataclass(frozen=True)
-class Function:
-    """How a function of one tensor and a point come from drawn numbers, in whose words.
-
-    Args:
-        make: from ``draw(*shape)``, the function and a point.
-        batched: from the same numbers, the function of many points, the batch in front.
-        in_jax: ``make`` that takes JAX's numbers and the module ``jax.numpy``.
-    """
-
-    make: Callable[[Any], tuple[Func, Tensor]]
-    batched: Callable[[Any], Func] | None = None
-    in_jax: Callable[[Any, Any], tuple[Func, Any]] | None = None
+Way = Callable[
+    [FunctionAtPoints], Func
+]  # does once what a user would; what it returns takes a point
+Forecast = tuple[float | None, int | None]  # seconds and peak bytes of a call that jacfunc expects
+EFFORT = Effort(rounds=40, seconds=0.4, fewest=5, patience=0.4)
+AUTO, BASELINE = "jacfunc auto", "torch.func jacrev"
+BY_HAND = ("jacfunc reverse", "jacfunc forward", "jacfunc looped")
+HESSIAN, HESSIAN_BASELINE = "jacfunc hessian", "torch.func hessian"
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """A function on a device, and the points that one run takes its derivative at in turn."""
+def at_each(compute: Func, points: tuple[Any, ...]) -> Run:
+    """A run that takes every point in turn; the answer is the last one's."""
+    # plans, compilation and imports that torch puts off come with the first call and are kept
+    compute(points[0])
 
-    function: Function
-    func: Func
-    points: tuple[Tensor, ...]
+    def run() -> Any:
+        for point in points:
+            answer = compute(point)
+        return answer
 
-    @property
-    def x(self) -> Tensor:
-        """The point whose derivative is the answer."""
-        return self.points[-1]
-
-    @cached_property
-    def costs(self) -> jacfunc.Estimate:
-        """What jacfunc says beforehand of every strategy."""
-        return jacfunc.estimate(self.func, self.x)
+    return run
 
 
-Way = Callable[[Problem], Func]
-"""Does once what a user would do once; what it returns takes a point."""
-
-
-def set_up(function: Function, dtype: torch.dtype, calls: int, device: torch.device) -> Problem:
-    """The same numbers every time."""
-    draw = drawing(dtype, device)
-    func, x = function.make(draw)
-    return Problem(function, func, (x, *(draw(*x.shape) for _ in range(calls - 1))))
-
-
-# --- the judge: the plainest loop there is, in float64, without jacfunc or torch.func ---
-
-
-def looped(func: Func, x: Tensor) -> Tensor:
-    """One ``autograd.grad`` an output, as in the answers of forums."""
-    point = x.detach().requires_grad_()
-    out = func(point)
-    entries = out.flatten()
-    rows = [
-        torch.autograd.grad(entries[i], point, retain_graph=True)[0] for i in range(len(entries))
-    ]
-    return torch.stack(rows).view(*out.shape, *x.shape)
-
-
-def judging(derivative: Callable[[Func, Tensor], Tensor], problem: Problem) -> Check:
-    """What compares an answer with the derivative of the same function, taken in float64."""
-    dtype = problem.x.dtype
-    draw = drawing(dtype)
-    # rounded as the problem's numbers are: the judge is asked about the same function
-    func, _ = problem.function.make(lambda *shape: draw(*shape).double())
-    expected = derivative(func, problem.x.to(CPU, DOUBLE))
-    return partial(relative_error, expected, TOLERANCE[dtype])
-
-
-def relative_error(expected: Tensor, tolerance: float, answer: Any) -> float:
-    """Largest difference by the largest entry expected; JAX's answers are taken, too.
-
-    Raises:
-        WrongAnswerError: it is above the tolerance, or the shapes differ.
-    """
-    given = answer if isinstance(answer, Tensor) else from_dlpack(answer)
-    error = check({"derivative": given}, {"derivative": expected})
-    if error > tolerance:
-        raise WrongAnswerError(f"relative error {error:.1e}")
-    return error
-
-
-# --- the ways ---
-
-
-def by_expanding(problem: Problem) -> Func:
+def by_expanding(problem: FunctionAtPoints) -> Func:
     """A copy of the point for each output, one batched evaluation, one backward."""
     if problem.function.batched is None:
         raise NotImplementedError("the function takes no batch")
@@ -126,11 +54,7 @@ def by_expanding(problem: Problem) -> Func:
     return compute
 
 
-def in_torch(way: Way, problem: Problem) -> Run:
-    return at_each(way(problem), problem.points)
-
-
-def in_jax(transform: str, problem: Problem) -> Run:
+def in_jax(transform: str, problem: FunctionAtPoints) -> Run:
     """The function in JAX's words, compiled beforehand; a call ends when it is computed."""
     if problem.x.is_cuda:
         raise NotImplementedError("JAX takes part on the CPU alone")
@@ -139,44 +63,99 @@ def in_jax(transform: str, problem: Problem) -> Run:
     import jax
     import jax.numpy as jnp
 
-    dtype = problem.x.dtype
-    if dtype == DOUBLE:
+    if problem.x.dtype == torch.float64:
         jax.config.update("jax_enable_x64", True)
-    draw = drawing(dtype)
+    draw = drawing(problem.x.dtype)
     func, _ = problem.function.in_jax(lambda *shape: jnp.asarray(draw(*shape).numpy()), jnp)
     compiled = jax.jit(getattr(jax, transform)(func))
     points = tuple(jnp.asarray(point.numpy()) for point in problem.points)
     return at_each(lambda x: compiled(x).block_until_ready(), points)
 
 
-def at_each(compute: Func, points: tuple[Any, ...]) -> Run:
-    """Every point in turn; the answer is the last one's."""
-    # plans, compilation and imports that torch puts off come with the first call and are kept
-    compute(points[0])
-
-    def run() -> Any:
-        for point in points:
-            answer = compute(point)
-        return answer
-
-    return run
-
-
-# --- as contestants ---
-
-
-def plain(name: str, family: str, way: Way) -> Contestant[Problem]:
+def plain(name: str, family: str, way: Way, forecast: Any = None) -> Contestant[FunctionAtPoints]:
     """One that is written with torch, whoever does the work."""
-    return Contestant(name, family, partial(in_torch, way))
+    prepare = lambda problem: at_each(way(problem), problem.points)  # noqa: E731
+    return Contestant(name, family, prepare, forecast=forecast)
 
 
-def functional(name: str, **options: Any) -> Contestant[Problem]:
+def functional(name: str, vectorize: bool) -> Contestant[FunctionAtPoints]:
     derive = getattr(torch.autograd.functional, name)
-    how = "vectorized" if options.get("vectorize") else "not vectorized"
-    label = f"autograd.functional {name}, {how}"
-    return plain(label, "autograd", lambda problem: partial(derive, problem.func, **options))
+    label = f"autograd.functional {name}, {'' if vectorize else 'not '}vectorized"
+    return plain(label, "autograd", lambda p: partial(derive, p.func, vectorize=vectorize))
 
 
-def jax(transform: str) -> Contestant[Problem]:
-    name = f"JAX {transform}"
-    return Contestant(name, "JAX", partial(in_jax, transform), counted=False)
+def jax(transform: str) -> Contestant[FunctionAtPoints]:
+    return Contestant(f"JAX {transform}", "JAX", partial(in_jax, transform), counted=False)
+
+
+def estimated(strategy: str, problem: FunctionAtPoints) -> Forecast:
+    """What jacfunc's estimate says of a strategy."""
+    row = problem.costs[strategy]
+    return row.seconds, row.peak_bytes
+
+
+def planned(problem: FunctionAtPoints) -> Forecast:
+    """What auto's plan says; where it had no choice, it forecast no seconds to choose by."""
+    plan = jacfunc.plan(problem.func, problem.x)
+    forecast = plan.forecast
+    seconds = forecast.seconds if plan.seconds is None and forecast else plan.seconds
+    return seconds, forecast.peak_bytes if forecast else None
+
+
+def ours(name: str, strategy: str | Strategy, forecast: Any = None) -> Contestant[FunctionAtPoints]:
+    way = lambda problem: jacfunc.jacobian(problem.func, strategy=strategy)  # noqa: E731
+    return plain(name, "jacfunc", way, forecast)
+
+
+JACOBIANS: tuple[Contestant[FunctionAtPoints], ...] = (
+    ours("jacfunc reverse", "reverse", partial(estimated, "reverse")),
+    ours("jacfunc forward", "forward", partial(estimated, "forward")),
+    ours("jacfunc looped", jacfunc.Looped("rows"), partial(estimated, "looped")),
+    ours("jacfunc reverse in chunks of 128", jacfunc.Reverse(128)),
+    ours(AUTO, "auto", planned),
+    ours("jacfunc autotune", "autotune"),
+    plain(BASELINE, "torch.func", lambda problem: torch.func.jacrev(problem.func)),
+    plain("torch.func jacfwd", "torch.func", lambda problem: torch.func.jacfwd(problem.func)),
+    functional("jacobian", vectorize=True),
+    functional("jacobian", vectorize=False),
+    plain("autograd looped by hand", "autograd", lambda problem: partial(looped, problem.func)),
+    plain("autograd expanded, backward once", "autograd", by_expanding),
+    jax("jacrev"),
+    jax("jacfwd"),
+)
+
+
+def nested(name: str, outer: Any, inner: Any) -> Contestant[FunctionAtPoints]:
+    """A Jacobian of a Jacobian."""
+    return plain(name, name.split()[0], lambda problem: outer(inner(problem.func)))
+
+
+HESSIANS: tuple[Contestant[FunctionAtPoints], ...] = (
+    plain(HESSIAN, "jacfunc", lambda problem: jacfunc.hessian(problem.func, strategy="auto")),
+    nested("jacfunc jacfwd of jacrev", jacfunc.jacfwd, jacfunc.jacrev),
+    nested("jacfunc jacrev of jacrev", jacfunc.jacrev, jacfunc.jacrev),
+    plain(HESSIAN_BASELINE, "torch.func", lambda problem: torch.func.hessian(problem.func)),
+    nested("torch.func jacrev of jacrev", torch.func.jacrev, torch.func.jacrev),
+    functional("hessian", vectorize=True),
+    functional("hessian", vectorize=False),
+    plain("double backward by hand", "autograd", lambda p: partial(looped_twice, p.func)),
+    jax("hessian"),
+)
+
+
+def case(
+    name: str,
+    function: Function,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
+    contestants: tuple[Contestant[FunctionAtPoints], ...] = JACOBIANS,
+    baseline: str = BASELINE,
+    derivative: Callable[[Func, Tensor], Tensor] = looped,
+    **options: Any,
+) -> Case:
+    """A function whose derivative is taken at so many points as there are ``calls``."""
+    name = name if dtype == torch.float32 else f"{name}, float64"
+    setup = partial(set_up, function, dtype, sizes.get("calls", 1))
+    precision, options = str(dtype).removeprefix("torch."), {"effort": EFFORT, **options}
+    check = partial(judging, derivative)
+    return Case(name, setup, contestants, check, baseline, precision, sizes, **options)

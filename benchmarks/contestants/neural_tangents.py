@@ -1,7 +1,5 @@
 """Neural-tangents' kernels of plain sequential networks, written in JAX's words; needs JAX."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable
@@ -16,37 +14,26 @@ from jax.interpreters import ad
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-Scores = Callable[[Any, Any], Any]
 Step = Callable[[Any, Any], Any]
 
 
 def kernel(model: nn.Module, images: Tensor, method: int) -> Callable[[], Tensor]:
     """Compiled; methods have the numbers of ``NtkImplementation``."""
-    library = _neural_tangents()
+    # one thread, as torch has: read when JAX first computes
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    # the library uses what JAX has moved, and its experimental part alone imports TensorFlow
+    ad.source_info_util, ad.config = source_info_util, jax.config
+    sys.modules.setdefault("neural_tangents.experimental", ModuleType("experimental"))
+    from neural_tangents import empirical_ntk_fn
+
     scores, params = translated(model)
-    ntk = library.empirical_ntk_fn(scores, trace_axes=(), vmap_axes=0, implementation=method)
+    ntk = empirical_ntk_fn(scores, trace_axes=(), vmap_axes=0, implementation=method)
     compiled, points = jax.jit(ntk), arrays(images)
     return lambda: from_dlpack(compiled(points, None, params).block_until_ready())
 
 
-def _neural_tangents() -> Any:
-    """The library on one thread, as torch is, and as it was before JAX moved what it uses."""
-    # read when JAX first computes
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    ad.source_info_util, ad.config = source_info_util, jax.config
-    # the only part that imports TensorFlow
-    sys.modules.setdefault("neural_tangents.experimental", ModuleType("experimental"))
-    import neural_tangents
-
-    return neural_tangents
-
-
-def translated(model: nn.Module) -> tuple[Scores, dict[str, Any]]:
-    """``scores(params, images)`` of a whole batch, and its parameters by name.
-
-    Raises:
-        NotImplementedError: a layer that is not known here.
-    """
+def translated(model: nn.Module) -> tuple[Step, dict[str, Any]]:
+    """``scores(params, images)`` of a whole batch, and its parameters by name."""
     if not isinstance(model, nn.Sequential):
         raise NotImplementedError(f"{type(model).__name__} is not written in JAX here")
     steps = [_step(name, layer) for name, layer in model.named_children()]
@@ -76,28 +63,24 @@ def _step(name: str, layer: nn.Module) -> Step:
         case nn.Conv2d():
             return _convolution(name, layer)
         case nn.MaxPool2d():
-            window = (1, 1, layer.kernel_size, layer.kernel_size)
-            return lambda params, x: lax.reduce_window(
-                x, -jnp.inf, lax.max, window, window, "VALID"
-            )
+            least, window = -jnp.inf, (1, 1, layer.kernel_size, layer.kernel_size)
+            return lambda _, x: lax.reduce_window(x, least, lax.max, window, window, "VALID")
     raise NotImplementedError(f"{type(layer).__name__} is not written in JAX here")
 
 
 def _product(name: str) -> Step:
     """Without a transposed weight: that would hide its structure."""
-    last = (((1,), (1,)), ((), ()))
-    return lambda params, x: (
-        lax.dot_general(x, params[f"{name}.weight"], last) + params[f"{name}.bias"]
-    )
+    last, weight, bias = (((1,), (1,)), ((), ())), f"{name}.weight", f"{name}.bias"
+    return lambda params, x: lax.dot_general(x, params[weight], last) + params[bias]
 
 
 def _convolution(name: str, layer: nn.Conv2d) -> Step:
     margins = [(int(margin), int(margin)) for margin in layer.padding]
+    layout = {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}
 
     def convolution(params: Any, x: Any) -> Any:
-        layout = ("NCHW", "OIHW", "NCHW")
         weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
-        y = lax.conv_general_dilated(x, weight, layer.stride, margins, dimension_numbers=layout)
+        y = lax.conv_general_dilated(x, weight, layer.stride, margins, **layout)
         return y + bias.reshape(-1, 1, 1)
 
     return convolution

@@ -1,110 +1,135 @@
-"""Jacobians of networks by torch alone: its recipe, its older function, and what forum posts have.
+"""Who takes Jacobians of networks: jacfunc, torch's recipe, its older function, and forum posts.
 
-Answers are blocks ``[B, C, *param]`` by name, or one tensor ``[B, C, P]``; both in the module's
-order.
+Answers are blocks ``[B, C, *param]`` by name, or one tensor ``[B, C, P]`` in the module's order.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jacfwd, jacrev
 
+import jacfunc
+from benchmarks.contestants import rivals
 from benchmarks.problems.judge import Answer
-from benchmarks.problems.networks import CLASSES, Problem
-from jacfunc._measuring.clock import Run
+from benchmarks.problems.networks import CLASSES, parts, sample_by_sample
+from jacfunc import Strategy
+from jacfunc._measuring import Contestant, Run
+from jacfunc.compare import Problem
+
+OURS, FLAT, REUSED = "jacfunc auto", "jacfunc auto, flat", "jacfunc auto, flat, out="
+RECIPE, CONCATENATED, ONE_CALL = "vmap(jacrev)", "vmap(jacrev) + cat", "jacrev"
+LAPLACE, WHOLE_BATCH, TORCHJD = "Laplace", "jacrev of the whole batch", "TorchJD"
+FORWARD = ("jacfunc forward", "vmap(jacfwd)")
+
+STRATEGIES: dict[str, str | Strategy] = {
+    "auto": "auto",
+    "reverse": "reverse",
+    "reverse, 5 rows at once": jacfunc.Reverse(5),
+    "looped": "looped",
+    "autotune": "autotune",
+}
+"""Which take part in every question; one that is written here takes part."""
+
+
+def by_jacfunc(problem: Problem, strategy: str | Strategy = "auto", **options: Any) -> Run:
+    model, images = parts(problem)
+    derive = jacfunc.module_jacobian(
+        model, problem.wrt, per_sample=problem.per_sample, strategy=strategy, **options
+    )
+    if strategy in ("auto", "autotune"):
+        # they measure, the machine or the candidates: a user waits for it once
+        derive(images)
+    return lambda: derive(images) if problem.by_params else {"input": derive(images)}
+
+
+def by_jacfunc_as_matrix(problem: Problem) -> Run:
+    """Of one call, ``[C, P]``."""
+    run = by_jacfunc(problem, flat=True)
+    return lambda: run()[None]
+
+
+def forecast(strategy: str | Strategy, problem: Problem) -> tuple[float | None, int | None]:
+    """What jacfunc says of one call, the parameters being an argument."""
+    model, images = parts(problem)
+    scores = lambda params: functional_call(model, params, (images,))  # noqa: E731
+    plan = jacfunc.plan(scores, detached(model), strategy=strategy).forecast
+    return (None, None) if plan is None else (plan.seconds, plan.peak_bytes)
+
+
+def detached(model: nn.Module) -> Answer:
+    """Parameters as torch's tutorial has them: with those that require grad a graph is kept."""
+    return {name: param.detach() for name, param in model.named_parameters()}
 
 
 def by_recipe(transform: Callable[..., Any], problem: Problem) -> Run:
     """The recipe of torch's tutorial: functional_call, a batch of one, vmap over samples."""
-    model, params = problem.model, _detached(problem.model)
+    model, images = parts(problem)
+    params = detached(model)
 
-    def scores(params: dict[str, Tensor], image: Tensor) -> Tensor:
-        result: Tensor = functional_call(model, params, (image[None],))[0]
-        return result
+    def scores(params: Answer, image: Tensor) -> Any:
+        return functional_call(model, params, (image[None],))[0]
 
-    argnum = 0 if problem.wrt == "params" else 1
-    derive = torch.func.vmap(transform(scores, argnums=argnum), in_dims=(None, 0))
-    return lambda: _named(derive(params, problem.images), problem)
-
-
-def by_recipe_and_concatenation(problem: Problem) -> Run:
-    blocks = by_recipe(torch.func.jacrev, problem)
-    return lambda: _concatenated(blocks())
+    derive = torch.func.vmap(transform(scores, argnums=int(not problem.by_params)), (None, 0))
+    if problem.by_params:
+        return lambda: derive(params, images)
+    return lambda: {"input": derive(params, images)}
 
 
 def by_jacrev(problem: Problem) -> Run:
     """Of one call with all images, the samples not told apart."""
-    model, params = problem.model, _detached(problem.model)
-    derive = torch.func.jacrev(lambda params: functional_call(model, params, (problem.images,)))
+    model, images = parts(problem)
+    params = detached(model)
+    derive = jacrev(lambda params: functional_call(model, params, (images,)))
     return lambda: derive(params)
 
 
-def by_jacrev_and_concatenation(problem: Problem) -> Run:
-    blocks = by_jacrev(problem)
-    return lambda: _concatenated(blocks())
+def by_whole_batch(problem: Problem) -> Run:
+    """What ``CurvatureInterface.jacobians`` does in laplace-torch 0.3, in our words.
+    Each of the B · C rows is pulled back through the whole batch. The parameters are not detached
+    there, so that a graph of the sweep is kept until it ends.
+    """
+    model, images = parts(problem)
+    derive = jacrev(lambda params: functional_call(model, params, (images,)))
+    return lambda: _joined(derive(dict(model.named_parameters()))).detach()
 
 
-def by_autograd_functional(vectorize: bool, problem: Problem) -> Run:
-    """One call with all images."""
-    model, images, params = problem.model, problem.images, _detached(problem.model)
+def concatenating(way: Callable[[Problem], Run], problem: Problem) -> Run:
+    """A way whose blocks are put into one matrix."""
+    blocks = way(problem)
+    return lambda: _joined(blocks())
+
+
+def _joined(blocks: Answer) -> Tensor:
+    return torch.cat([block.flatten(2) for block in blocks.values()], -1)
+
+
+def by_functional(vectorize: bool, problem: Problem) -> Run:
+    """Torch's older function, one call: with all images, or by inputs with a single one."""
+    (model, images), derive = parts(problem), torch.autograd.functional.jacobian
+    params = detached(model)
+    if not problem.by_params:
+        return lambda: {"input": derive(model, images, vectorize=vectorize)[:, :, 0]}
 
     def scores(*values: Tensor) -> Any:
         return functional_call(model, dict(zip(params, values, strict=True)), (images,))
 
-    def run() -> Answer:
-        blocks: Any = torch.autograd.functional.jacobian(
-            scores, tuple(params.values()), vectorize=vectorize
-        )
-        return dict(zip(params, blocks, strict=True))
-
-    return run
+    values: Any = tuple(params.values())
+    return lambda: dict(zip(params, derive(scores, values, vectorize=vectorize), strict=True))
 
 
-def by_autograd_functional_looped(vectorize: bool, problem: Problem) -> Run:
-    """Sample by sample."""
-    model, images, params = problem.model, problem.images, _detached(problem.model)
-    jacobian = partial(torch.autograd.functional.jacobian, vectorize=vectorize)
-
-    def of_params(image: Tensor) -> Any:
-        def scores(*values: Tensor) -> Any:
-            state = dict(zip(params, values, strict=True))
-            return functional_call(model, state, (image[None],))[0]
-
-        return jacobian(scores, tuple(params.values()))
-
-    def of_input(image: Tensor) -> Any:
-        return (jacobian(lambda point: model(point[None])[0], image),)
-
-    def run() -> Answer:
-        is_params = problem.wrt == "params"
-        columns = zip(*map(of_params if is_params else of_input, images), strict=True)
-        names = params if is_params else ("input",)
-        return {name: torch.stack(blocks) for name, blocks in zip(names, columns, strict=True)}
-
-    return run
-
-
-def by_autograd_functional_of_sum(vectorize: bool, problem: Problem) -> Run:
+def by_functional_of_sum(vectorize: bool, problem: Problem) -> Run:
     """By inputs: samples do not touch each other, so the sum of their scores will do."""
-    model, images = problem.model, problem.images
-
-    def run() -> Answer:
-        rows: Any = torch.autograd.functional.jacobian(
-            lambda points: model(points).sum(0), images, vectorize=vectorize
-        )
-        return {"input": rows.movedim(0, 1)}
-
-    return run
+    model, images = parts(problem)
+    total, derive = lambda points: model(points).sum(0), torch.autograd.functional.jacobian
+    return lambda: {"input": derive(total, images, vectorize=vectorize).movedim(0, 1)}
 
 
 def by_backward_loop(problem: Problem) -> Run:
     """As forum posts write it: a backward pass a sample and class, its rows put in their place."""
-    model, images = problem.model, problem.images
+    model, images = parts(problem)
     params = dict(model.named_parameters())
 
     def run() -> Answer:
@@ -122,7 +147,7 @@ def by_backward_loop(problem: Problem) -> Run:
 
 def by_backward_loop_over_classes(problem: Problem) -> Run:
     """By inputs: a backward pass a class, of its scores summed over samples."""
-    model, images = problem.model, problem.images
+    model, images = parts(problem)
 
     def run() -> Answer:
         points = images.detach().requires_grad_()
@@ -135,7 +160,7 @@ def by_backward_loop_over_classes(problem: Problem) -> Run:
 
 def by_expansion(problem: Problem) -> Run:
     """By inputs: each sample once a class, and one backward pass of all that are wanted."""
-    model, images = problem.model, problem.images
+    model, images = parts(problem)
 
     def run() -> Answer:
         copies = images.expand(CLASSES, *images.shape).flatten(0, 1).requires_grad_()
@@ -146,31 +171,69 @@ def by_expansion(problem: Problem) -> Run:
     return run
 
 
-def by_whole_batch(problem: Problem) -> Run:
-    """What ``CurvatureInterface.jacobians`` does in laplace-torch 0.3, in our words.
-
-    Each of the B · C rows is pulled back through the whole batch. The parameters are not detached
-    there, so that a graph of the sweep is kept until it ends.
-    """
-    model, images = problem.model, problem.images
-
-    def scores(params: dict[str, Tensor]) -> Any:
-        return functional_call(model, params, (images,))
-
-    def run() -> Tensor:
-        return _concatenated(torch.func.jacrev(scores)(dict(model.named_parameters()))).detach()
-
-    return run
+def _ours(
+    strategies: Mapping[str, str | Strategy], with_forecast: bool = False
+) -> tuple[Contestant[Problem], ...]:
+    ours = []
+    for name, strategy in strategies.items():
+        way = partial(by_jacfunc, strategy=strategy)
+        said = partial(forecast, strategy) if with_forecast else None
+        ours.append(Contestant(f"jacfunc {name}", "jacfunc", way, forecast=said))
+    return tuple(ours)
 
 
-def _detached(model: nn.Module) -> Answer:
-    """As in the tutorial: with parameters that require grad the result keeps its graph."""
-    return {name: param.detach() for name, param in model.named_parameters()}
+def _either(way: Callable[[bool, Problem], Run], *names: str) -> tuple[Contestant[Problem], ...]:
+    """A way of torch's older function, without and with vectorization."""
+    ways = (partial(way, is_vectorized) for is_vectorized in (False, True))
+    return tuple(map(Contestant, names, ("autograd", "autograd"), ways))
 
 
-def _named(blocks: Any, problem: Problem) -> Answer:
-    return blocks if problem.wrt == "params" else {"input": blocks}
+BY_RECIPE = Contestant(RECIPE, "torch.func", partial(by_recipe, jacrev))
+BY_CONCATENATION = Contestant(CONCATENATED, "torch.func", partial(concatenating, BY_RECIPE.prepare))
+LOOPED = _either(
+    lambda vectorize, problem: sample_by_sample(partial(by_functional, vectorize), problem),
+    "autograd.functional, looped",
+    "autograd.functional vectorized, looped",
+)
 
-
-def _concatenated(blocks: Answer) -> Tensor:
-    return torch.cat([block.flatten(2) for block in blocks.values()], -1)
+PARAMS: tuple[Contestant[Problem], ...] = (
+    *_ours(STRATEGIES | {"structured": "structured"}),
+    Contestant(FLAT, "jacfunc", partial(by_jacfunc, flat=True)),
+    # into one tensor that is there, as in a loop over batches
+    Contestant(
+        REUSED, "jacfunc", lambda p: by_jacfunc(p, flat=True, out=by_jacfunc(p, flat=True)())
+    ),
+    BY_RECIPE,
+    BY_CONCATENATION,
+    Contestant(WHOLE_BATCH, "torch.func", by_whole_batch),
+    *LOOPED,
+    Contestant("backward, looped", "autograd", by_backward_loop),
+    Contestant(LAPLACE, "rival", rivals.by_laplace),
+    Contestant("Opacus", "rival", rivals.by_opacus),
+    Contestant("BackPACK", "rival", rivals.by_backpack),
+    Contestant(TORCHJD, "rival", rivals.by_torchjd),
+    Contestant("TorchJD, looped", "rival", partial(sample_by_sample, rivals.by_torchjd)),
+)
+INPUTS: tuple[Contestant[Problem], ...] = (
+    *_ours(STRATEGIES | {"forward": "forward"}),
+    BY_RECIPE,
+    Contestant("vmap(jacfwd)", "torch.func", partial(by_recipe, jacfwd)),
+    *LOOPED,
+    *_either(
+        by_functional_of_sum,
+        "autograd.functional of the sum",
+        "autograd.functional vectorized, of the sum",
+    ),
+    Contestant("backward, looped over classes", "autograd", by_backward_loop_over_classes),
+    Contestant("expand and backward once", "autograd", by_expansion),
+)
+WHOLE: tuple[Contestant[Problem], ...] = (
+    *_ours(STRATEGIES | {"structured": "structured"}, with_forecast=True),
+    Contestant(FLAT, "jacfunc", by_jacfunc_as_matrix),
+    Contestant(ONE_CALL, "torch.func", by_jacrev),
+    Contestant("jacrev + cat", "torch.func", partial(concatenating, by_jacrev)),
+    *_either(by_functional, "autograd.functional", "autograd.functional vectorized"),
+    Contestant("backward, looped", "autograd", by_backward_loop),
+    Contestant(LAPLACE, "rival", rivals.by_laplace),
+    Contestant(TORCHJD, "rival", rivals.by_torchjd),
+)

@@ -4,75 +4,66 @@ A library is imported where it is used: one that is not installed fails as its w
 that is its row of the table.
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.problems.judge import Answer
-from benchmarks.problems.networks import CLASSES, Problem
-from jacfunc._measuring.clock import Run
+from benchmarks.problems.networks import CLASSES, parts
+from jacfunc._measuring import Run
+from jacfunc.compare import Problem
 
 PACKAGES = (
-    "backpack-for-pytorch",
-    "curvlinops-for-pytorch",
-    "jax",
-    "laplace-torch",
-    "neural-tangents",
-    "opacus",
-    "torchjd",
-    "transformers",
+    *("backpack-for-pytorch", "curvlinops-for-pytorch", "jax", "laplace-torch"),
+    *("neural-tangents", "opacus", "torchjd", "transformers"),
 )
 
 
 def versions() -> dict[str, str | None]:
-    """Of the rivals; None for one that is not installed."""
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    """Versions of the rivals; None for one that is not installed."""
+    by_name: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            by_name[package] = version(package)
+    return by_name
 
 
 def by_laplace(problem: Problem) -> Run:
     """Laplace's own call; the default backend, CurvlinopsGGN, inherits it from this class."""
     from laplace.curvature import CurvatureInterface
 
-    backend = CurvatureInterface(problem.model, "classification")
-    return lambda: backend.jacobians(problem.images)[0]
+    model, images = parts(problem)
+    backend = CurvatureInterface(model, "classification")
+    return lambda: backend.jacobians(images)[0]
 
 
 def by_opacus(problem: Problem) -> Run:
     """Hooks leave each sample's gradient at the parameters; a backward pass uses them up.
-
     They look in train mode only, and no layer here that it takes does anything else in it. They
     stay, so it has a copy of the model.
     """
     from opacus import GradSampleModule
 
-    own = copy.deepcopy(problem.model).train()
-    model = GradSampleModule(own, loss_reduction="sum")
-    return _class_by_class(own, model, problem.images, "grad_sample")
+    model, images = parts(problem)
+    own = copy.deepcopy(model).train()
+    hooked = GradSampleModule(own, loss_reduction="sum")
+    return _class_by_class(own, hooked, images, "grad_sample")
 
 
 def by_backpack(problem: Problem) -> Run:
     """BatchGrad, as Laplace uses it; first-order extensions need only the layers extended.
-
     What extends them stays, so it has a copy of the model.
     """
     from backpack import backpack, extend
     from backpack.extensions import BatchGrad
 
-    model, sample = extend(copy.deepcopy(problem.model)), BatchGrad()
-    return _class_by_class(model, model, problem.images, "grad_batch", lambda: backpack(sample))
+    model, images = parts(problem)
+    own, sample = extend(copy.deepcopy(model)), BatchGrad()
+    return _class_by_class(own, own, images, "grad_batch", lambda: backpack(sample))
 
 
 def _class_by_class(
@@ -110,27 +101,12 @@ def by_torchjd(problem: Problem) -> Run:
     """The rows of the whole batch at once, each pulled back through all samples."""
     from torchjd.autojac import jac
 
-    model, images = problem.model, problem.images
+    model, images = parts(problem)
     names, params = zip(*model.named_parameters(), strict=True)
 
     def run() -> Answer:
         blocks = jac(model(images), params)
         split = (block.unflatten(0, (len(images), -1)) for block in blocks)
         return dict(zip(names, split, strict=True))
-
-    return run
-
-
-def by_torchjd_looped(problem: Problem) -> Run:
-    """Sample by sample."""
-    from torchjd.autojac import jac
-
-    model, images = problem.model, problem.images
-    names, params = zip(*model.named_parameters(), strict=True)
-
-    def run() -> Answer:
-        samples: Sequence[Any] = [jac(model(image[None])[0], params) for image in images]
-        columns = zip(*samples, strict=True)
-        return {name: torch.stack(blocks) for name, blocks in zip(names, columns, strict=True)}
 
     return run

@@ -1,7 +1,5 @@
 """Functions of one tensor, of every shape; those with ``xp`` can be had in JAX's words, too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CPU = torch.device("cpu")
+Made = tuple[Callable[..., Any], Tensor]  # a function, and a point
 
 
 def drawing(dtype: torch.dtype, device: torch.device = CPU) -> Any:
@@ -23,9 +22,7 @@ def drawing(dtype: torch.dtype, device: torch.device = CPU) -> Any:
     return draw
 
 
-def mlp(
-    inputs: int, outputs: int, width: int, draw: Any, xp: Any = torch
-) -> tuple[Callable[..., Any], Tensor]:
+def mlp(inputs: int, outputs: int, width: int, draw: Any, xp: Any = torch) -> Made:
     """Inputs - width - width - outputs, tanh."""
     first, second, last = mlp_weights(inputs, outputs, width, draw)
     return lambda x: last @ xp.tanh(second @ xp.tanh(first @ x)), draw(inputs)
@@ -35,7 +32,7 @@ def mlp_weights(inputs: int, outputs: int, width: int, draw: Any) -> list[Tensor
     return [draw(b, a) / a**0.5 for a, b in pairwise((inputs, width, width, outputs))]
 
 
-def stencil(size: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def stencil(size: int, draw: Any) -> Made:
     """Reaction and diffusion in one dimension, Python numbers among its factors."""
 
     def func(u: Tensor) -> Tensor:
@@ -45,80 +42,68 @@ def stencil(size: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
     return func, draw(size)
 
 
-def heat(side: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def heat(side: int, draw: Any) -> Made:
     """The five points of a Laplacian in two dimensions, by convolution, and a nonlinearity."""
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
 
-    def func(u: Tensor) -> Tensor:
-        spread: Tensor = F.conv2d(u[None, None], kernel.to(u), padding=1)[0, 0]
-        return spread + torch.sin(u)
-
+    func = lambda u: F.conv2d(u[None, None], kernel.to(u), padding=1)[0, 0] + torch.sin(u)  # noqa: E731
     return func, draw(side, side)
 
 
-def orbit(steps: int, draw: Any, xp: Any = torch) -> tuple[Callable[..., Any], Tensor]:
+def orbit(steps: int, draw: Any, xp: Any = torch) -> Made:
     """Runge–Kutta steps of a small system: many operations on few numbers."""
     matrix = draw(4, 4) / 4
 
-    def slope(x: Tensor) -> Tensor:
-        speed: Tensor = xp.tanh(matrix @ x)
-        return speed
-
-    def func(x: Tensor) -> Tensor:
+    def func(x: Any) -> Any:
         for _ in range(steps):
-            one = slope(x)
-            two = slope(x + 0.05 * one)
-            x = x + 0.1 * two
+            slope = xp.tanh(matrix @ x)
+            x = x + 0.1 * xp.tanh(matrix @ (x + 0.05 * slope))
         return x
 
     return func, draw(4)
 
 
-def attention(length: int, width: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def attention(length: int, width: int, draw: Any) -> Made:
     """Self-attention of one sequence, one head."""
     projections = [draw(width, width) / width**0.5 for _ in range(3)]
 
-    def func(x: Tensor) -> Tensor:
+    def func(x: Any) -> Any:
         query, key, value = (x @ p for p in projections)
-        mixed: Tensor = torch.softmax(query @ key.T / width**0.5, -1) @ value
-        return mixed
+        return torch.softmax(query @ key.T / width**0.5, -1) @ value
 
     return func, draw(length, width)
 
 
-def image_to_image(side: int, channels: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def image_to_image(side: int, channels: int, draw: Any) -> Made:
     """Two convolutions, an image in and an image out."""
     first, second = draw(channels, 1, 3, 3) / 3, draw(1, channels, 3, 3) / 3
 
-    def func(x: Tensor) -> Tensor:
+    def func(x: Any) -> Any:
         hidden = F.relu(F.conv2d(x[None, None], first, padding=1))
-        image: Tensor = F.conv2d(hidden, second, padding=1)[0, 0]
-        return image
+        return F.conv2d(hidden, second, padding=1)[0, 0]
 
     return func, draw(side, side)
 
 
-def classifier(side: int, draw: Any) -> tuple[Callable[..., Any], Tensor]:
+def classifier(side: int, draw: Any) -> Made:
     """A convolutional network, an image in and ten scores out."""
     first, second = draw(8, 1, 3, 3) / 3, draw(16, 8, 3, 3) / 8
     last = draw(10, 16 * (side // 4) ** 2) / side
 
-    def func(x: Tensor) -> Tensor:
+    def func(x: Any) -> Any:
         hidden = F.max_pool2d(F.relu(F.conv2d(x[None, None], first, padding=1)), 2)
-        hidden = F.max_pool2d(F.relu(F.conv2d(hidden, second, padding=1)), 2)
-        scores: Tensor = last @ hidden.flatten()
-        return scores
+        return last @ F.max_pool2d(F.relu(F.conv2d(hidden, second, padding=1)), 2).flatten()
 
     return func, draw(side, side)
 
 
-def energy(size: int, draw: Any, xp: Any = torch) -> tuple[Callable[..., Any], Tensor]:
+def energy(size: int, draw: Any, xp: Any = torch) -> Made:
     """Many numbers in, one out."""
     matrix = draw(64, size) / size**0.5
     return lambda x: xp.square(matrix @ x).sum() + xp.cos(x).sum(), draw(size)
 
 
-def curve(size: int, draw: Any, xp: Any = torch) -> tuple[Callable[..., Any], Tensor]:
+def curve(size: int, draw: Any, xp: Any = torch) -> Made:
     """One number in, many out: a trajectory by its parameter."""
     times = draw(size)
     return lambda x: xp.sin(times * x) * xp.exp(-x * x), draw()

@@ -1,83 +1,75 @@
-"""The judge: Jacobians by the plainest loop there is, in float64, without jacfunc or torch.func."""
-
-from __future__ import annotations
+"""The judge: derivatives by the plainest loop, in float64, without jacfunc or torch.func."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.cases import Case
-from benchmarks.problems.networks import Problem, Wrt, noisy, sizes
-from jacfunc._measuring.results import WrongAnswerError
-from jacfunc._measuring.rounds import Check, Contestant
+from jacfunc._measuring import WrongAnswerError
+from jacfunc.compare import Problem
 
+Func = Callable[[Any], Any]
+# blocks ``[B, C, *param]`` by parameter name, ``{"input": [B, C, *image]}``, or others by name
 Answer = dict[str, Tensor]
-"""Blocks ``[B, C, *param]`` by parameter name, or ``{"input": [B, C, *image]}``."""
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+"""Largest error of an answer, relative to the largest entry of its block."""
 
-TOLERANCE = 1e-4
-"""Largest error of a float32 answer, relative to the largest entry of its block."""
+
+def rows(out: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """One ``autograd.grad`` an output, as in the answers of forums: a block a leaf."""
+    entries, grad = out.flatten(), torch.autograd.grad
+    grads = [grad(entries[i], leaves, retain_graph=True) for i in range(len(entries))]
+    blocks = (torch.stack(column) for column in zip(*grads, strict=True))
+    return [block.view(*out.shape, *block.shape[1:]) for block in blocks]
+
+
+def looped(func: Func, x: Tensor) -> Tensor:
+    """The Jacobian of a function of one tensor."""
+    point = x.detach().requires_grad_()
+    return rows(func(point), [point])[0]
+
+
+def looped_twice(func: Func, x: Tensor) -> Tensor:
+    """The Hessian: one ``autograd.grad`` an entry of the gradient."""
+    grad = partial(torch.autograd.grad, create_graph=True)
+    return looped(lambda point: grad(func(point), point)[0], x)
+
+
+def in_double(problem: Problem) -> tuple[nn.Module, Tensor]:
+    """A float64 copy of a network on the CPU, and its images."""
+    assert problem.module is not None
+    model = copy.deepcopy(problem.module).to("cpu", torch.float64)
+    return model, problem.args[0].to("cpu", torch.float64)
 
 
 def reference(problem: Problem) -> Answer:
-    """One ``autograd.grad`` a sample and class, on a float64 copy of the model on the CPU."""
-    model = copy.deepcopy(problem.model).to("cpu", torch.float64)
+    """The Jacobian of each sample of a network, block by block."""
+    model, images = in_double(problem)
     params = dict(model.named_parameters())
-    rows: dict[str, list[Tensor]] = {}
-    for image in problem.images.to("cpu", torch.float64):
+    names = params if problem.by_params else ("input",)
+    samples = []
+    for image in images:
         point = image[None].requires_grad_()
-        targets = params if problem.wrt == "params" else {"input": point}
-        for score in model(point)[0]:
-            grads = torch.autograd.grad(score, list(targets.values()), retain_graph=True)
-            for name, grad in zip(targets, grads, strict=True):
-                rows.setdefault(name, []).append(grad if problem.wrt == "params" else grad[0])
-    batch = len(problem.images)
-    # block by block: the rows and the blocks together would take twice the memory
-    return {name: torch.stack(rows.pop(name)).unflatten(0, (batch, -1)) for name in list(rows)}
+        blocks = rows(model(point)[0], [*params.values()] if problem.by_params else [point])
+        samples.append(blocks if problem.by_params else [blocks[0][:, 0]])
+    # block by block: the blocks of samples and of the batch together would take twice the memory
+    return {name: torch.stack([blocks.pop(0) for blocks in samples]) for name in names}
 
 
-def case_of(
-    network: str,
-    batch: int,
-    contestants: tuple[Contestant[Problem], ...],
-    expected: Callable[[Problem], Answer] = reference,
-    wrt: Wrt = "params",
-    **more: Any,
-) -> Case:
-    """A network at one batch size, judged by what is ``expected``."""
-
-    def judge(problem: Problem) -> Check:
-        return partial(check, expected=expected(problem))
-
-    return Case(
-        name=f"{network}, B={batch}",
-        setup=partial(noisy, network, batch, wrt),
-        contestants=contestants,
-        check=judge,
-        sizes=sizes(network, batch, wrt),
-        **more,
-    )
-
-
-def check(answer: Any, expected: Answer) -> float:
-    """The largest relative error of an answer: blocks by name, or one tensor ``[B, C, P]``.
-
-    Raises:
-        WrongAnswerError: the error is above :data:`TOLERANCE`, or names or shapes differ.
-    """
+def check(answer: Any, expected: Answer, tolerance: float = TOLERANCE[torch.float32]) -> float:
+    """The largest relative error of an answer: blocks by name, or one tensor ``[B, C, P]``."""
     if isinstance(answer, Tensor):
         answer = _split(answer, expected)
     if set(answer) != set(expected):
         raise WrongAnswerError(f"names {sorted(answer)} instead of {sorted(expected)}")
     errors = [_error(name, answer[name], block) for name, block in expected.items()]
-    worst = max(errors)
     # a NaN fails the comparison too
-    if not all(error <= TOLERANCE for error in errors):
-        raise WrongAnswerError(f"relative error {worst:.1e}")
-    return worst
+    if not all(error <= tolerance for error in errors):
+        raise WrongAnswerError(f"relative error {max(errors):.1e}")
+    return max(errors)
 
 
 def _split(flat: Tensor, expected: Answer) -> Answer:
@@ -92,8 +84,7 @@ def _split(flat: Tensor, expected: Answer) -> Answer:
 
 def _error(name: str, block: Tensor, expected: Tensor) -> float:
     if block.shape != expected.shape:
-        raise WrongAnswerError(
-            f"{name} has shape {tuple(block.shape)}, not {tuple(expected.shape)}"
-        )
+        shapes = f"{tuple(block.shape)}, not {tuple(expected.shape)}"
+        raise WrongAnswerError(f"{name} has shape {shapes}")
     difference = (block.detach().to("cpu", torch.float64) - expected).abs().max()
     return float(difference / expected.abs().max())

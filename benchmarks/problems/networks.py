@@ -1,98 +1,58 @@
 """Small classifiers of 28 × 28 images, for what is measured without any data set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.cases import ANSWER
+from benchmarks.cases import ANSWER, Case
+from benchmarks.problems.judge import Answer, check, reference
+from jacfunc._measuring import Contestant, Run
+from jacfunc.compare import Problem
 
-Wrt = Literal["params", "inputs"]
-
-CLASSES = 10
-PIXELS = 28
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network, images ``[B, 1, 28, 28]``, and what to differentiate by: what all are given."""
-
-    model: nn.Module
-    images: Tensor
-    wrt: Wrt = "params"
+CLASSES, PIXELS = 10, 28
 
 
-@dataclass(frozen=True)
-class Network:
-    """How it is made, and how many parameters it has: known before it is made."""
+class Network(NamedTuple):
+    """How a network is made, and how many parameters it has: known before it is made."""
 
     make: Callable[[], nn.Module]
     parameters: int
 
 
-def mlp() -> nn.Module:
-    """A perceptron of 228,490 parameters, most of them in the first layer."""
+def perceptron(*widths: int) -> nn.Module:
+    """Linear layers of these widths with ReLU between them, from the pixels to scores."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise((PIXELS**2, *widths)):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def lenet(first: int, second: int, padding: int) -> nn.Module:
+    """LeNet with ReLU: two convolutions of so many channels, the second one with a padding."""
+    side = 5 + padding
     return nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(PIXELS**2, 224), nn.ReLU()),
-        *(nn.Linear(224, 224), nn.ReLU()),
-        nn.Linear(224, CLASSES),
-    )
-
-
-def cnn() -> nn.Module:
-    """LeNet with ReLU and as many channels as a whole batch of pullbacks has room for."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        nn.Flatten(),
-        *(nn.Linear(32 * 7 * 7, 120), nn.ReLU()),
-        *(nn.Linear(120, 84), nn.ReLU()),
-        nn.Linear(84, CLASSES),
-    )
-
-
-def perceptron() -> nn.Module:
-    """A perceptron of 535,818 parameters, whose Jacobian outgrows every cache."""
-    return nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(PIXELS**2, 512), nn.ReLU()),
-        *(nn.Linear(512, 256), nn.ReLU()),
-        nn.Linear(256, CLASSES),
-    )
-
-
-def lenet() -> nn.Module:
-    """LeNet-5 as it is taught: 61,706 parameters."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        nn.Flatten(),
-        *(nn.Linear(16 * 5 * 5, 120), nn.ReLU()),
-        *(nn.Linear(120, 84), nn.ReLU()),
+        *(nn.Conv2d(1, first, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(first, second, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(second * side**2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
         nn.Linear(84, CLASSES),
     )
 
 
 def resnet() -> nn.Module:
     """Three residual blocks, two of which halve the image.
-
-    Smooth throughout: of so many activations one is so near to zero that float32 and float64 would
-    take different sides of a ReLU, and the judge would call right answers wrong.
+    It is smooth throughout: of so many activations one is so near to zero that float32 and float64
+    would take different sides of a ReLU, and the judge would call right answers wrong.
     """
     blocks = (_Block(16, 16), _Block(16, 32, stride=2), _Block(32, 64, stride=2))
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), _settled(16), nn.SiLU()),
-        *blocks,
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        nn.Linear(64, CLASSES),
-    )
+    first = nn.Conv2d(1, 16, 3, padding=1, bias=False), _settled(16), nn.SiLU()
+    last = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)
+    return nn.Sequential(*first, *blocks, *last)
 
 
 class _Block(nn.Module):
@@ -127,34 +87,29 @@ class Recurrent(nn.Module):
         self.read = nn.GRU(PIXELS, width, batch_first=True)
         self.head = nn.Linear(width, CLASSES)
 
-    def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.head(self.read(images.flatten(1, 2))[0][:, -1])
-        return scores
+    def forward(self, images: Tensor) -> Any:
+        return self.head(self.read(images.flatten(1, 2))[0][:, -1])
 
 
 class Transformer(nn.Module):
     """Two pre-norm encoder layers on 16 patches of 7 × 7 pixels.
-
     Every parameter lies in a layer that hooks can see, and the positions are constants: the
     libraries that work by hooks would refuse anything else.
     """
 
     def __init__(self, patch: int = 7, width: int = 72, depth: int = 2) -> None:
         super().__init__()
-        self.patch = patch
-        self.embed = nn.Linear(patch**2, width)
+        self.patch, self.embed = patch, nn.Linear(patch**2, width)
         self.layers = nn.Sequential(*(_Layer(width) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, CLASSES)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
         self.register_buffer("positions", torch.randn((PIXELS // patch) ** 2, width) / 5)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         tiles = images.unflatten(-1, (-1, self.patch)).unflatten(-3, (-1, self.patch))
         # [B, 1, rows, patch, columns, patch] to one row of pixels a patch
         patches = tiles.transpose(-3, -2).flatten(1, 3).flatten(2)
         tokens = self.layers(self.embed(patches) + self.positions)
-        scores: Tensor = self.head(self.norm(tokens).mean(1))
-        return scores
+        return self.head(self.norm(tokens).mean(1))
 
 
 class _Layer(nn.Module):
@@ -167,29 +122,27 @@ class _Layer(nn.Module):
         self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         mixed = self.mix(self.before(tokens)).unflatten(-1, (3, self.heads, -1))
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         tokens = tokens + self.out(seen)
-        narrowed: Tensor = self.narrow(F.gelu(self.widen(self.between(tokens))))
-        return tokens + narrowed
+        return tokens + self.narrow(F.gelu(self.widen(self.between(tokens))))
 
 
 VIT: dict[str, Any] = {
     "image_size": PIXELS,
     "patch_size": 7,
     "num_channels": 1,
+    "num_labels": CLASSES,
     "hidden_size": 48,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
-    "num_labels": CLASSES,
     # a bias of the keys has no effect on any score, and the rest has little at its start
     "qkv_bias": False,
     "initializer_range": 0.2,
-    # the fused kernels know no forward mode
-    "attn_implementation": "eager",
+    "attn_implementation": "eager",  # the fused kernels know no forward mode
 }
 
 
@@ -203,21 +156,20 @@ class VisionTransformer(nn.Module):
 
         self.inner = ViTForImageClassification(ViTConfig(**VIT))
 
-    def forward(self, images: Tensor) -> Tensor:
-        scores: Tensor = self.inner(images).logits
-        return scores
+    def forward(self, images: Tensor) -> Any:
+        return self.inner(images).logits
 
 
 LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"
 SHORT, WIDE = "transformer of 4 patches", "transformer of 606k"
 NETWORKS: dict[str, Network] = {
-    "mlp": Network(mlp, 228_490),
-    "cnn": Network(cnn, 212_542),
+    "mlp": Network(partial(perceptron, 224, 224, CLASSES), 228_490),
+    "cnn": Network(partial(lenet, 16, 32, padding=2), 212_542),  # as large as memory has room for
     "resnet": Network(resnet, 77_658),
     "transformer": Network(Transformer, 89_002),
     "vit": Network(VisionTransformer, 41_482),
-    LARGE: Network(perceptron, 535_818),
-    LENET: Network(lenet, 61_706),
+    LARGE: Network(partial(perceptron, 512, 256, CLASSES), 535_818),  # J outgrows every cache
+    LENET: Network(partial(lenet, 6, 16, padding=0), 61_706),  # LeNet-5 as it is taught
     SHORT: Network(partial(Transformer, PIXELS // 2), 99_586),
     WIDE: Network(partial(Transformer, width=192), 605_962),
     RECURRENT: Network(Recurrent, 11_722),
@@ -231,16 +183,51 @@ def build(name: str) -> nn.Module:
         return NETWORKS[name].make().eval()
 
 
-def sizes(network: str, batch: int, wrt: Wrt = "params") -> dict[str, int]:
-    """Of a case; the answer is the Jacobian of every sample, also where it is only contracted."""
+def noisy(name: str, batch: int, wrt: Any, device: Any, per_sample: bool = True) -> Problem:
+    """A network with noise for images: no time depends on what is in them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
+    points = (images.to(device),)
+    return Problem(build(name).to(device), points, wrt=wrt, per_sample=per_sample)
+
+
+def parts(problem: Problem) -> tuple[nn.Module, Tensor]:
+    """The network and its images."""
+    assert problem.module is not None
+    return problem.module, problem.args[0]
+
+
+def sample_by_sample(way: Callable[[Problem], Run], problem: Problem) -> Run:
+    """A way that is given one sample at a time; its blocks are put together."""
+    runs = [way(replace(problem, args=(image[None],))) for image in problem.args[0]]
+
+    def run() -> Answer:
+        samples = [run() for run in runs]
+        return {name: torch.cat([blocks[name] for blocks in samples]) for name in samples[0]}
+
+    return run
+
+
+def case(
+    network: str,
+    batch: int,
+    contestants: tuple[Contestant[Problem], ...],
+    expected: Callable[[Problem], Answer] = reference,
+    wrt: str = "params",
+    per_sample: bool = True,
+    **options: Any,
+) -> Case:
+    """A network at one batch size, judged by what is ``expected``.
+    Its answer is the Jacobian of every sample, also where that is only contracted.
+    """
     parameters = NETWORKS[network].parameters
     width = parameters if wrt == "params" else PIXELS**2
     answer = batch * CLASSES * width * torch.float32.itemsize
-    return {"batch": batch, "parameters": parameters, "classes": CLASSES, ANSWER: answer}
-
-
-def noisy(name: str, batch: int, wrt: Wrt, device: torch.device) -> Problem:
-    """With noise for images: no time depends on what is in them."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
-    return Problem(build(name).to(device), images.to(device), wrt)
+    return Case(
+        name=f"{network}, B={batch}",
+        setup=partial(noisy, network, batch, wrt, per_sample=per_sample),
+        contestants=contestants,
+        check=lambda problem: partial(check, expected=expected(problem)),
+        sizes={"batch": batch, "parameters": parameters, "classes": CLASSES, ANSWER: answer},
+        **options,
+    )

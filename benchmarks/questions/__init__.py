@@ -1,23 +1,13 @@
-"""Everything that is measured: a question here is a chapter of the report."""
+"""Everything that the suite measures: a file a question, and each is a chapter of the report."""
 
-from __future__ import annotations
+from importlib import import_module
 
 from benchmarks.cases import Question
-from benchmarks.questions import buffer as buffers
-from benchmarks.questions import crossover as functions
-from benchmarks.questions import ggn_diagonal as curvature
-from benchmarks.questions import growth, loops
-from benchmarks.questions import hessians as second_order
-from benchmarks.questions import ntk as kernels
-from benchmarks.questions import params as samples
 
-QUESTIONS: tuple[Question, ...] = (
-    *functions.QUESTIONS,
-    second_order.QUESTION,
-    loops.QUESTION,
-    *samples.QUESTIONS,
-    kernels.QUESTION,
-    *curvature.QUESTIONS,
-    buffers.QUESTION,
-    growth.QUESTION,
+FILES = (
+    *("crossover", "fields", "hessians", "loops", "params", "inputs", "whole"),
+    *("ntk", "ggn_diagonal", "ggn_product", "buffer", "growth"),
+)
+QUESTIONS: tuple[Question, ...] = tuple(
+    import_module(f"{__name__}.{file}").QUESTION for file in FILES
 )

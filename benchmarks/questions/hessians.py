@@ -1,8 +1,5 @@
-"""Hessians of functions of one tensor: which product of modes, and by whom."""
+"""Hessians of functions of one tensor with one number out: which product of modes, and by whom."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,38 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import jacfunc
-from benchmarks.cases import Case, Question
-from benchmarks.contestants.functions import (
-    DOUBLE,
-    SINGLE,
-    Func,
-    Function,
-    Problem,
-    functional,
-    jax,
-    looped,
-    plain,
-)
+from benchmarks.cases import Question
+from benchmarks.contestants.functions import HESSIAN, HESSIAN_BASELINE, HESSIANS, case
 from benchmarks.problems import formulas
-from benchmarks.questions.crossover import case, portable
-from jacfunc._measuring.rounds import Contestant
+from benchmarks.problems.functions import DOUBLE, SINGLE, Function, portable
+from benchmarks.problems.judge import Func, looped_twice
 
-AUTO, BASELINE = "jacfunc hessian", "torch.func hessian"
 LABEL = 3
-
-
-def looped_twice(func: Func, x: Tensor) -> Tensor:
-    """One ``autograd.grad`` an entry of the gradient, as in the answers of forums."""
-
-    def gradient(point: Tensor) -> Tensor:
-        (grad,) = torch.autograd.grad(func(point), point, create_graph=True)
-        return grad
-
-    return looped(gradient, x)
-
-
-# --- functions with one number out ---
 
 
 def rosenbrock(size: int, draw: Any, xp: Any = torch) -> tuple[Func, Tensor]:
@@ -59,8 +31,8 @@ def logistic(draw: Any) -> tuple[Func, Tensor]:
 
     images, labels = load_digits(n_class=2, return_X_y=True)
     weights = draw(images.shape[1])
-    scaled, wanted = (torch.as_tensor(numbers).to(weights) for numbers in (images / 16, labels))
-    return lambda w: F.binary_cross_entropy_with_logits(scaled @ w, wanted), weights
+    scaled, targets = (torch.as_tensor(numbers).to(weights) for numbers in (images / 16, labels))
+    return lambda w: F.binary_cross_entropy_with_logits(scaled @ w, targets), weights
 
 
 def mlp_loss(inputs: int, draw: Any) -> tuple[Func, Tensor]:
@@ -74,35 +46,6 @@ def attention_sum(length: int, width: int, draw: Any) -> tuple[Func, Tensor]:
     return lambda x: mixed(x).sum(), x
 
 
-# --- who takes part ---
-
-
-def by(outer: Callable[[Func], Func], inner: Callable[[Func], Func], problem: Problem) -> Func:
-    """A Jacobian of a Jacobian."""
-    return outer(inner(problem.func))
-
-
-CONTESTANTS: tuple[Contestant[Problem], ...] = (
-    plain(AUTO, "jacfunc", lambda problem: jacfunc.hessian(problem.func, strategy="auto")),
-    plain("jacfunc jacfwd of jacrev", "jacfunc", partial(by, jacfunc.jacfwd, jacfunc.jacrev)),
-    plain("jacfunc jacrev of jacrev", "jacfunc", partial(by, jacfunc.jacrev, jacfunc.jacrev)),
-    plain(BASELINE, "torch.func", lambda problem: torch.func.hessian(problem.func)),
-    plain(
-        "torch.func jacrev of jacrev",
-        "torch.func",
-        partial(by, torch.func.jacrev, torch.func.jacrev),
-    ),
-    functional("hessian", vectorize=True),
-    functional("hessian"),
-    plain(
-        "double backward by hand", "autograd", lambda problem: partial(looped_twice, problem.func)
-    ),
-    jax("hessian"),
-)
-
-
-# --- the cases ---
-
 PROBLEMS: tuple[tuple[str, int, Function], ...] = (
     ("energy, 64", 64, portable(partial(formulas.energy, 64))),
     ("energy, 1024", 1024, portable(partial(formulas.energy, 1024))),
@@ -114,21 +57,17 @@ PROBLEMS: tuple[tuple[str, int, Function], ...] = (
 )
 DOUBLED = ("energy, 64", "rosenbrock, 256")
 
-
-def cases() -> Iterator[Case]:
-    """Every problem in single precision, some in double."""
-    for name, inputs, function in PROBLEMS:
-        for dtype in (SINGLE, DOUBLE) if name in DOUBLED else (SINGLE,):
-            yield case(
-                name,
-                function,
-                dtype,
-                derivative=looped_twice,
-                contestants=CONTESTANTS,
-                baseline=BASELINE,
-                sizes={"inputs": inputs, "outputs": 1},
-                is_quick=(name, dtype) == (PROBLEMS[0][0], SINGLE),
-            )
-
-
-QUESTION = Question("hessians", "How should a Hessian be taken?", AUTO, tuple(cases()))
+QUESTION = Question(
+    "hessians",
+    "How should a Hessian be taken?",
+    HESSIAN,
+    tuple(
+        case(
+            *(name, function, {"inputs": inputs, "outputs": 1}, dtype),
+            *(HESSIANS, HESSIAN_BASELINE, looped_twice),
+            is_quick=(name, dtype) == (PROBLEMS[0][0], SINGLE),
+        )
+        for name, inputs, function in PROBLEMS
+        for dtype in ((SINGLE, DOUBLE) if name in DOUBLED else (SINGLE,))
+    ),
+)

@@ -1,7 +1,5 @@
 """Small functions differentiated again and again: there the Python around each call is the cost."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Question
-from benchmarks.contestants.functions import Func, Function
+from benchmarks.cases import Question
+from benchmarks.contestants.functions import AUTO, JACOBIANS, case
 from benchmarks.problems import formulas
-from benchmarks.questions import crossover as functions
-from benchmarks.questions.crossover import AUTO, BASELINE, case, mlp, portable
-from jacfunc._measuring.rounds import Effort
+from benchmarks.problems.functions import Function, mlp, portable
+from benchmarks.problems.judge import Func
+from jacfunc._measuring import Effort
 
-CALLS = 50
-"""Of one run, each at another point."""
-
+CALLS = 50  # of one run, each at another point
 EFFORT = Effort(rounds=40, seconds=0.6, fewest=5, patience=3.0)
+LEFT_OUT = ("jacfunc forward", "jacfunc looped", "jacfunc reverse in chunks of 128",
+            "jacfunc autotune", "autograd expanded, backward once")  # fmt: skip
 
 
 def arm(draw: Any, xp: Any = torch) -> tuple[Func, Tensor]:
@@ -34,23 +32,8 @@ def arm(draw: Any, xp: Any = torch) -> tuple[Func, Tensor]:
     return hand, draw(6)
 
 
-TAKE_PART = (
-    AUTO,
-    "jacfunc reverse",
-    BASELINE,
-    "torch.func jacfwd",
-    "autograd.functional jacobian, vectorized",
-    "autograd.functional jacobian, not vectorized",
-    "autograd looped by hand",
-    "JAX jacrev",
-    "JAX jacfwd",
-)
-# what is forecast is one call
-CONTESTANTS = tuple(
-    replace(contestant, forecast=None)
-    for contestant in functions.CONTESTANTS
-    if contestant.name in TAKE_PART
-)
+# a forecast is of one call
+CONTESTANTS = tuple(replace(c, forecast=None) for c in JACOBIANS if c.name not in LEFT_OUT)
 PROBLEMS: tuple[tuple[str, int, int, Function], ...] = (
     ("mlp 64, 4 → 4", 4, 4, mlp(4, 4, 64)),
     ("mlp 64, 16 → 16", 16, 16, mlp(16, 16, 64)),
@@ -58,23 +41,19 @@ PROBLEMS: tuple[tuple[str, int, int, Function], ...] = (
     ("robot arm, 6 → 3", 6, 3, portable(arm)),
 )
 
-
-def loop(name: str, inputs: int, outputs: int, function: Function) -> Case:
-    return case(
-        name,
-        function,
-        calls=CALLS,
-        effort=EFFORT,
-        contestants=CONTESTANTS,
-        baseline=BASELINE,
-        sizes={"inputs": inputs, "outputs": outputs, "calls": CALLS},
-        is_quick=inputs == 16,
-    )
-
-
 QUESTION = Question(
     "loops",
     "What does one call cost when a small function is differentiated again and again?",
     AUTO,
-    tuple(loop(*row) for row in PROBLEMS),
+    tuple(
+        case(
+            name,
+            function,
+            {"inputs": inputs, "outputs": outputs, "calls": CALLS},
+            contestants=CONTESTANTS,
+            effort=EFFORT,
+            is_quick=inputs == 16,
+        )
+        for name, inputs, outputs, function in PROBLEMS
+    ),
 )

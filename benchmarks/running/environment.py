@@ -1,37 +1,30 @@
 """Where a measurement was made: enough to judge it, nothing that names the machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import jacfunc
-from jacfunc._memory.available import free_bytes
-
-Environment = dict[str, str | int | float | list[float] | None]
+from jacfunc._memory import free_bytes
 
 LIBRARIES = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "NPROC": "1",
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1"),
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-"""What libraries read: one thread each, no GPU memory taken beforehand, and looking whether there
-is a GPU does not touch it, for processes are forked after that."""
+"""For libraries: one thread, no GPU memory beforehand; looking for a GPU must not touch it."""
 
 
 def pin(threads: int = 1) -> None:
     """Fix threads and precision, so that runs can be compared.
-
     On a busy machine a second thread makes small models many times slower. TF32 would make right
     answers wrong by 1e-3.
     """
@@ -42,11 +35,11 @@ def pin(threads: int = 1) -> None:
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one."""
+    """CUDA where there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def environment(device: torch.device) -> Environment:
+def environment(device: torch.device) -> dict[str, Any]:
     """Machine, versions, threads and load, without host names or paths."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,32 +63,24 @@ def load_average() -> float:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
 
 
 def _commit() -> str | None:
     """The commit of the checkout, marked where files have been changed since.
-
     Results do not count: a run writes them while it goes on.
     """
-    files = ("--", ":(top)", ":(top,exclude)benchmarks/results")
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    files = (":(top)", ":(top,exclude)benchmarks/results")
     try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("diff", "--name-only", "HEAD", *files)
+        head = git(["git", "rev-parse", "--short=12", "HEAD"], check=True).stdout.strip()
+        changed = git(["git", "diff", "--name-only", "HEAD", "--", *files], check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if changed else head
-
-
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def synchronised() -> float:

@@ -1,6 +1,4 @@
-"""Child processes: how they start, what they send, how they end and why."""
-
-from __future__ import annotations
+"""Child processes: how they start, what they send, how they end and why, and who has one."""
 
 import multiprocessing
 import os
@@ -8,27 +6,22 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from multiprocessing import connection
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from jacfunc._measuring import Check, Entry, Result
+
 T = TypeVar("T")
-
+# its children have the modules alone, and are told names: functions do not go through pipes
 ANEW = multiprocessing.get_context("forkserver")
-"""Children have the modules alone, and are told names: functions do not go through pipes."""
-
-ALIKE = multiprocessing.get_context("fork")
-"""Children have whatever is there."""
-
+ALIKE = multiprocessing.get_context("fork")  # its children have whatever their parent has
+# a folder whose files are memory, or None for the usual one of temporary files
 SHARED = "/dev/shm" if os.path.isdir("/dev/shm") else None
-"""Where a file is memory, else it is one among others."""
-
-DEVICE_LOST = 86
-"""Exit code of a child whose GPU takes no more work."""
-
-KILLED = "crashed: SIGKILL, probably for lack of memory"
+DEVICE_LOST = 86  # exit code of a child whose GPU takes no more work
 
 
 @contextmanager
@@ -36,16 +29,16 @@ def child(
     context: Any, function: Callable[..., None], *arguments: Any
 ) -> Iterator[tuple[Any, connection.Connection]]:
     """A process that runs ``function(pipe, *arguments)``, and the other end of its pipe."""
-    ours, theirs = context.Pipe()
-    process = context.Process(target=function, args=(theirs, *arguments))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=function, args=(child_end, *arguments))
     process.start()
-    theirs.close()
+    child_end.close()
     try:
-        yield process, ours
+        yield process, parent_end
     finally:
         process.kill()
         process.join()
-        ours.close()
+        parent_end.close()
 
 
 def received(process: Any, pipe: connection.Connection) -> Any:
@@ -65,23 +58,23 @@ def cause(code: int) -> str:
         return "crashed: the GPU takes no more work"
     if code >= 0:
         return f"crashed: exit code {code}"
-    return KILLED if -code == signal.SIGKILL else f"crashed: {signal.Signals(-code).name}"
+    hint = ", probably for lack of memory" if -code == signal.SIGKILL else ""
+    return f"crashed: {signal.Signals(-code).name}{hint}"
 
 
 def aside(function: Callable[[], T]) -> T:
-    """What a function gives or raises in a process alike: its work leaves nothing in this heap.
-
-    Tensors of what it gives lie in memory of their own.
+    """What a function returns or raises in a process alike, so that this heap stays as it is.
+    Tensors of the result lie in memory of their own.
     """
     with tempfile.NamedTemporaryFile(dir=SHARED) as file:
         with child(ALIKE, _keep, function, file.name) as (process, pipe):
-            found = received(process, pipe)
-        if isinstance(found, Exception):
-            raise found
-        if found is not None:
-            end_alike(found)
-        given: T = torch.load(file.name, mmap=True, weights_only=False)
-        return given
+            outcome = received(process, pipe)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is not None:
+            end_alike(outcome)
+        result: T = torch.load(file.name, mmap=True, weights_only=False)
+        return result
 
 
 def _keep(pipe: connection.Connection, function: Callable[[], Any], name: str) -> None:
@@ -89,14 +82,14 @@ def _keep(pipe: connection.Connection, function: Callable[[], Any], name: str) -
     try:
         torch.save(function(), name)
     except Exception as error:
-        # it is the caller's, who has asked for what failed
+        # it is raised where the result was asked for
         pipe.send(error)
     else:
         pipe.send(None)
 
 
 def end_alike(code: int) -> NoReturn:
-    """By how a process ends, whoever looks on is told how its child did."""
+    """End this process as its child ended, so that whoever looks on learns of it."""
     if code < 0:
         os.kill(os.getpid(), -code)
     os._exit(code)
@@ -106,9 +99,74 @@ def end_with_parent() -> None:
     """Let this process end when the one that started it does, however that ends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+        wait = partial(connection.wait, [parent.sentinel])
+        threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
 
 
-def _end_after(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
+class Together:
+    """One process for all contestants and the judge."""
+
+    def seat(self, entry: Entry) -> Entry:
+        """The entry, wherever its steps are taken."""
+        return entry
+
+    def judge(self, make: Callable[[], Check]) -> Check:
+        """The check that ``make`` gives, wherever it is made and whenever it is asked."""
+        return make()
+
+
+class Apart(Together):
+    """A process for each contestant, and one for every judgement, so that heaps are a user's.
+    What one contestant, or the judge, leaves in a heap is a gift to the next: on a CPU fresh pages
+    are most of what a large Jacobian costs, and whoever has free ones is twice as fast. On a GPU
+    all stay together, for a device has one memory for all, and every process would open it anew.
+    """
+
+    def __init__(self, processes: ExitStack) -> None:
+        self._processes = processes
+
+    def seat(self, entry: Entry) -> Entry:
+        return _Distant(entry, *self._processes.enter_context(child(ALIKE, _serve, entry)))
+
+    def judge(self, make: Callable[[], Check]) -> Check:
+        check = aside(make)
+        return lambda answer: aside(partial(check, answer))
+
+
+@contextmanager
+def seats(device: torch.device) -> Iterator[Together]:
+    """Where the entries of a case take their steps."""
+    with ExitStack() as processes:
+        yield Apart(processes) if device.type == "cpu" else Together()
+
+
+class _Distant(Entry):
+    """An entry whose steps are taken by a process that has nothing else to do."""
+
+    def __init__(self, entry: Entry, process: Any, pipe: connection.Connection) -> None:
+        self.result = entry.result
+        self._process, self._pipe = process, pipe
+
+    def prepare(self) -> None:
+        self._take("prepare")
+
+    def weigh(self) -> None:
+        self._take("weigh")
+
+    def time(self, number: int) -> None:
+        self._take("time", number)
+
+    def _take(self, step: str, *arguments: int) -> None:
+        self._pipe.send((step, arguments))
+        result = received(self._process, self._pipe)
+        if not isinstance(result, Result):
+            end_alike(result)
+        self.result = result
+
+
+def _serve(pipe: connection.Connection, entry: Entry) -> None:
+    end_with_parent()
+    while True:
+        step, arguments = pipe.recv()
+        getattr(entry, step)(*arguments)
+        pipe.send(entry.result)

@@ -1,100 +1,84 @@
 """What jacfunc's own Python costs: small MLPs against torch.func, where sweeps are cheap."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import torch
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 import jacfunc
 from benchmarks.problems import formulas
-from jacfunc._measuring.clock import seconds
-from jacfunc._measuring.results import Spread, spread
+from benchmarks.report.tables import add, console, spread, table
+from benchmarks.verdicts.intervals import span
+from jacfunc._measuring import Spread, interleaved
 
 SIZES = (4, 16, 64, 256)
-WIDTH = 64
-BATCH = 8
-ROUNDS = 100
-TARGETS = {"top level": 0.75, "vmap": 1.10}
-"""Largest wanted ratio of jacfunc's time to torch.func's."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """jacfunc's and torch.func's call of the same Jacobian."""
-
-    level: str
-    inputs: int
-    outputs: int
-    ours: Callable[[], Any]
-    theirs: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """Our time over theirs, round by round."""
-
-    level: str
-    inputs: int
-    outputs: int
-    ratio: Spread
-    ours: Spread
-    theirs: Spread
+WIDTH, BATCH, ROUNDS, WARM_UPS = 64, 8, 100, 5
+TARGETS = {"top level": 0.75, "vmap": 1.10}  # largest wanted ratios to torch.func's time
+# level, outputs, point, and the Jacobian of one function by jacfunc and by torch.func
+Pair = tuple[str, int, Tensor, Callable[..., Any], Callable[..., Any]]
 
 
 def pairs(device: torch.device) -> Iterator[Pair]:
     """Reverse mode of MLPs n - 64 - 64 - m, at the top level and vmapped over a batch."""
     draw = formulas.drawing(torch.float32, device)
-    for inputs in SIZES:
-        for outputs in SIZES:
-            func, x = formulas.mlp(inputs, outputs, WIDTH, draw)
-            ours, theirs = jacfunc.jacrev(func), torch.func.jacrev(func)
-            yield _pair("top level", x, outputs, ours, theirs)
-            ours, theirs = torch.func.vmap(ours), torch.func.vmap(theirs)
-            yield _pair("vmap", draw(BATCH, inputs), outputs, ours, theirs)
+    for inputs, outputs in product(SIZES, SIZES):
+        func, x = formulas.mlp(inputs, outputs, WIDTH, draw)
+        ours, theirs = jacfunc.jacrev(func), torch.func.jacrev(func)
+        yield "top level", outputs, x, ours, theirs
+        batch = draw(BATCH, inputs)
+        yield "vmap", outputs, batch, torch.func.vmap(ours), torch.func.vmap(theirs)
 
 
-def _pair(
-    level: str, x: Tensor, outputs: int, ours: Callable[..., Any], theirs: Callable[..., Any]
-) -> Pair:
-    return Pair(level, x.shape[-1], outputs, lambda: ours(x), lambda: theirs(x))
+def measure(device: torch.device) -> dict[str, Any]:
+    """The body of the results file."""
+    every = track(list(pairs(device)), "overhead", console=console)
+    sizes = {"rounds": ROUNDS, "width": WIDTH, "batch": BATCH, "targets": TARGETS}
+    return sizes | {"results": [timed(pair, device) for pair in every]}
 
 
-def measure(pair: Pair, cuda: bool, rounds: int = ROUNDS) -> Overhead:
-    """The pair checked against each other, then timed in turns; who goes first alternates."""
-    torch.testing.assert_close(pair.ours(), pair.theirs(), rtol=1e-4, atol=1e-5)
-    for _ in range(5):
-        pair.ours(), pair.theirs()
-    ours: list[float] = []
-    theirs: list[float] = []
-    for number in range(rounds):
-        turns = [(pair.ours, ours), (pair.theirs, theirs)]
-        for run, times in turns if number % 2 else reversed(turns):
-            times.append(seconds(run, cuda))
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return Overhead(pair.level, pair.inputs, pair.outputs, *map(Spread.of, (ratios, ours, theirs)))
+def timed(pair: Pair, device: torch.device) -> dict[str, Any]:
+    """The two answers checked against each other, then timed in rounds; ours over theirs."""
+    level, outputs, x, ours, theirs = pair
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    runs = {"ours": lambda: ours(x), "theirs": lambda: theirs(x)}
+    interleaved(runs, WARM_UPS, device)
+    times = interleaved(runs, ROUNDS, device)
+    ratios = [a / b for a, b in zip(times["ours"], times["theirs"], strict=True)]
+    sizes = {"level": level, "inputs": x.shape[-1], "outputs": outputs}
+    return sizes | {n: asdict(Spread.of(v)) for n, v in ({"ratio": ratios} | times).items()}
 
 
-def table(level: str, results: list[Overhead]) -> Table:
-    """Ratios by inputs and outputs; those above the target stand out."""
-    target = TARGETS[level]
-    above = sum(result.ratio.median > target for result in results)
-    shown = Table(
-        title=f"jacfunc.jacrev ÷ torch.func.jacrev, {level}",
-        caption=f"Median of {ROUNDS} rounds (quartiles). Target ≤ {target:.2f}: "
-        f"{above} of {len(results)} above it.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown.add_column("inputs \\ outputs", justify="right")
-    for outputs in SIZES:
-        shown.add_column(str(outputs), justify="right")
-    for inputs in SIZES:
-        row = [result for result in results if result.inputs == inputs]
-        cells = [(spread(result.ratio), result.ratio.median > target) for result in row]
-        shown.add_row(str(inputs), *(f"[red]{text}[/]" if high else text for text, high in cells))
+def tables(body: Mapping[str, Any]) -> list[Table]:
+    """Ratios by inputs and outputs, a table a level; rows with one above the target stand out."""
+    shown = []
+    for level, target in body["targets"].items():
+        results = [result for result in body["results"] if result["level"] == level]
+        above = sum(result["ratio"]["median"] > target for result in results)
+        caption = f"Medians (quartiles). Target ≤ {target:.2f}: {above} of {len(results)} above it"
+        title = f"jacfunc.jacrev ÷ torch.func.jacrev, {level}"
+        of_level = table(title, caption, "inputs \\ outputs", *map(str, SIZES))
+        for inputs in SIZES:
+            ratios = [result["ratio"] for result in results if result["inputs"] == inputs]
+            is_high = any(ratio["median"] > target for ratio in ratios)
+            add(of_level, str(inputs), *map(spread, ratios), style="red" if is_high else "")
+        shown.append(of_level)
     return shown
+
+
+def says(body: Mapping[str, Any]) -> str:
+    """What ``jacrev`` of small functions takes beside torch.func's, at both levels."""
+    ratios: dict[str, list[float]] = {level: [] for level in TARGETS}
+    for result in body["results"]:
+        ratios[result["level"]].append(result["ratio"]["median"])
+    sizes = [result["inputs"] for result in body["results"]]
+    return (
+        "On small functions `jacfunc.jacrev` drives plain autograd instead of functorch: on MLPs "
+        f"of width {body['width']} with {min(sizes)} to {max(sizes)} inputs and outputs it takes "
+        f"{span(ratios['top level'])} of the time of `torch.func.jacrev` at the top level and "
+        f"{span(ratios['vmap'])} under vmap ({{source}}, medians of {body['rounds']} rounds)."
+    )

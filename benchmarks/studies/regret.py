@@ -1,169 +1,136 @@
 """How much slower than the best strategy is what `auto` and `autotune` choose? A row a case."""
 
-from __future__ import annotations
-
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import optree
 import torch
+from rich.progress import track
 from rich.table import Table
 
-from benchmarks.studies.grid import Case, Problem
-from jacfunc._measuring.clock import interleaved, seconds
-from jacfunc._trees.tree import flatten
+from benchmarks.report.tables import add, console, in_seconds, table
+from benchmarks.studies.grid import candidates, cases
+from jacfunc import Strategy
+from jacfunc._measuring import Contestant, Effort, Entry, Result, interleaved
+from jacfunc._measuring import measure as measure_all
+from jacfunc.compare import Problem
 
-Run = Callable[[], Any]
-
-CHOOSERS = ("auto", "autotune")
+# largest wanted regret, and the share of cases in which it must hold
 TARGETS = {"auto": (1.10, 0.90), "autotune": (1.05, 0.95)}
-"""Largest wanted regret, and the share of cases in which it must hold."""
-
-AGAIN = "best again"
-"""The best against itself: how far noise alone carries a ratio from 1."""
-
-HOPELESS = 3.0
-"""A candidate that is slower than the best by this factor is not timed again."""
-
-ROUNDS, SECONDS = 300, 1.2
-"""At most, for all contestants of a case together."""
-
+# the best against itself: how far noise alone carries a ratio from 1
+BEST, AGAIN = "best", "best again"
+HOPELESS = 3.0  # a candidate that is slower than the best by this factor is not timed again
+WEEDING = Effort(rounds=5, seconds=0.05, fewest=1, patience=1.0)
+EFFORT = Effort(rounds=300, seconds=0.4, fewest=5, patience=60.0)
 MIDDLING, PLANNINGS = 0.01, 5
 """Seconds of a call from which on what planning adds to the first one is looked at; how often."""
 
 
-@dataclass(frozen=True)
-class Regret:
-    """One case: median seconds of each strategy, and by which factor the choosers miss the best.
+def measure(device: torch.device, only: str = "") -> dict[str, Any]:
+    """The body of the results file; ``only`` is part of the names of cases."""
+    every = track([case for case in cases() if only in case[0]], "regret", console=console)
+    results = [measured(name, setup(device), device) for name, setup in every]
+    return {"summary": summary(results), "results": results}
 
-    Ratios are of rounds after those that showed which is best; the best itself is among them.
-    ``planning`` is what auto's first call takes more than a later one, as a share of that.
+
+def measured(name: str, problem: Problem, device: torch.device) -> dict[str, Any]:
+    """Seconds of each strategy, and by which factor the choosers miss the best.
+    Ratios are of rounds after those that showed which is best; the best itself is among them: who
+    was the fastest before was lucky, too. ``planning`` is what auto's first call takes more than a
+    later one, as a share of that.
     """
-
-    case: str
-    best: str
-    seconds: Mapping[str, float]
-    regret: Mapping[str, float]
-    planning: float | None
-    failures: Mapping[str, str]
-
-
-def measure(case: Case, device: torch.device) -> Regret:
-    """Hand-picked strategies are weeded out by one call each, the rest is timed in rounds."""
-    problem, cuda = case.problem(device), device.type == "cuda"
-    runs, first, failures = _first_calls(problem, cuda)
-    by_hand = [name for name in runs if name not in CHOOSERS]
-    least = min(first[name] for name in by_hand)
-    running = {n: r for n, r in runs.items() if n in CHOOSERS or first[n] <= HOPELESS * least}
-    rounds = max(5, min(ROUNDS, int(SECONDS / sum(first[name] for name in running))))
-    times = interleaved(running, rounds, cuda)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    best = min((name for name in by_hand if name in medians), key=medians.__getitem__)
-    choosers = {name: running[name] for name in CHOOSERS if name in running}
-    regret = _against(running[best], choosers, rounds, cuda)
-    planning = _planning(problem, cuda) if medians.get("auto", 0.0) >= MIDDLING else None
-    return Regret(case.name, best, {**first, **medians}, regret, planning, failures)
-
-
-def _against(best: Run, choosers: Mapping[str, Run], rounds: int, cuda: bool) -> dict[str, float]:
-    """In rounds of their own: whoever was fastest before was lucky, too."""
-    times = interleaved({"best": best, AGAIN: best, **choosers}, 2 * rounds, cuda)
+    by_hand, choosers = candidates(problem), {chooser: chooser for chooser in TARGETS}
+    every = timed(problem, {**by_hand, **choosers}, WEEDING, device)
+    seconds = {n: r.time.median for n, r in every.items() if r.ok and r.time}
+    least = min(seconds[n] for n in by_hand if n in seconds)
+    good = {n: s for n, s in by_hand.items() if seconds.get(n, math.inf) <= HOPELESS * least}
+    able = {n: s for n, s in choosers.items() if n in seconds}
+    again = timed(problem, {**good, **able}, EFFORT, device)
+    seconds |= {n: r.time.median for n, r in again.items() if r.time}
+    best = min(good, key=seconds.__getitem__)
+    ratios = timed(problem, {BEST: good[best], AGAIN: good[best], **able}, EFFORT, device)
     return {
-        name: statistics.median(a / b for a, b in zip(times[name], times["best"], strict=True))
-        for name in (AGAIN, *choosers)
+        "case": name,
+        "best": best,
+        "seconds": seconds,
+        "regret": {n: r.ratio.median for n, r in ratios.items() if n != BEST and r.ratio},
+        "planning": planning(problem, device) if seconds.get("auto", 0.0) >= MIDDLING else None,
+        "failures": {n: r.status[:120] for n, r in every.items() if not r.ok},
     }
 
 
-def _planning(problem: Problem, cuda: bool) -> float:
-    shares = []
-    for _ in range(PLANNINGS):
-        run = problem.derive("auto")
-        first, later = seconds(run, cuda), seconds(run, cuda)
-        shares.append(first / later - 1)
-    return statistics.median(shares)
+def timed(
+    problem: Problem, strategies: Mapping[str, str | Strategy], effort: Effort, device: torch.device
+) -> dict[str, Result]:
+    """Every strategy in rounds, its answer compared with that of reverse mode before."""
+    expected = optree.tree_leaves(problem.jacobian("reverse")())
+
+    def check(answer: Any) -> float:
+        for block, other in zip(optree.tree_leaves(answer), expected, strict=True):
+            bound = 1e-4 * float(other.abs().max())
+            torch.testing.assert_close(block, other, rtol=1e-3, atol=bound)
+        return 0.0
+
+    entries = []
+    for name, strategy in strategies.items():
+        way = Contestant(name, "", partial(Problem.jacobian, strategy=strategy), counted=False)
+        entries.append(Entry(problem, way, check, effort.patience, device))
+    return {result.contestant: result for result in measure_all(entries, effort, BEST)}
 
 
-def _first_calls(
-    problem: Problem, cuda: bool
-) -> tuple[dict[str, Run], dict[str, float], dict[str, str]]:
-    """What runs, how long a second call takes (a first, where that is hopeless), what fails."""
-    runs: dict[str, Run] = {}
-    first: dict[str, float] = {}
-    failures: dict[str, str] = {}
-    answer = None
-    for name, strategy in {**problem.candidates(), **{name: name for name in CHOOSERS}}.items():
-        try:
-            run = problem.derive(strategy)
-            first[name] = seconds(run, cuda)
-            if name in CHOOSERS or first[name] < 20 * min(first.values()):
-                given = run()
-                answer = given if answer is None else answer
-                _assert_equal(given, answer)
-                first[name] = seconds(run, cuda)
-        except Exception as error:  # a refusal is a result too
-            failures[name] = f"{type(error).__name__}: {error}".split("\n")[0][:120]
-        else:
-            runs[name] = run
-    return runs, first, failures
+def planning(problem: Problem, device: torch.device) -> float:
+    """What planning adds to a call, as a share of that."""
+    pairs = (interleaved({0: problem.jacobian("auto")}, 2, device)[0] for _ in range(PLANNINGS))
+    return statistics.median(first / later - 1 for first, later in pairs)
 
 
-def _assert_equal(given: Any, expected: Any) -> None:
-    for mine, theirs in zip(flatten(given)[0], flatten(expected)[0], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
-
-
-def summary(results: Sequence[Regret]) -> dict[str, dict[str, float]]:
+def summary(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """By chooser: the share of cases within its target, the median and the worst regret."""
-    found = {}
+    by_chooser = {}
     for name, (bound, wanted) in TARGETS.items():
-        regrets = [result.regret[name] for result in results if name in result.regret]
-        found[name] = {
-            "target": bound,
-            "wanted": wanted,
-            "within": sum(r <= bound for r in regrets) / len(regrets),
-            "median": statistics.median(regrets),
-            "worst": max(regrets),
-        }
-    return found
+        regrets = [result["regret"][name] for result in results if name in result["regret"]]
+        within = sum(regret <= bound for regret in regrets) / len(regrets)
+        middle, worst = statistics.median(regrets), max(regrets)
+        part = {"target": bound, "wanted": wanted, "within": within}
+        by_chooser[name] = part | {"median": middle, "worst": worst}
+    return by_chooser
 
 
-def table(results: Sequence[Regret]) -> Table:
-    """A row a case; what misses its target stands out."""
-    lines = [
-        f"{name}: within {s['target']:.2f}× of the best in {s['within']:.0%} of {len(results)} "
-        f"cases (wanted {s['wanted']:.0%}), median {s['median']:.2f}×, worst {s['worst']:.2f}×"
-        for name, s in summary(results).items()
-    ]
-    noise = [abs(result.regret[AGAIN] - 1) for result in results]
-    lines.append(
-        f"noise: the best is within {statistics.median(noise):.1%} of itself (median), "
-        f"at most {max(noise):.1%}"
-    )
-    shares = [result.planning for result in results if result.planning is not None]
-    if shares:
-        lines.append(
-            f"planning: {statistics.median(shares):.1%} of a call (median), at most "
-            f"{max(shares):.1%}, in the {len(shares)} cases of {MIDDLING * 1e3:.0f} ms or more"
-        )
-    shown = Table(
-        title="Time ÷ that of the best strategy picked by hand",
-        caption="\n".join(lines),
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown.add_column("case", no_wrap=True)
-    shown.add_column("best by hand")
-    for heading in ("ms", *CHOOSERS):
-        shown.add_column(heading, justify="right")
+def tables(body: Mapping[str, Any]) -> list[Table]:
+    """A row a case; what misses a target stands out."""
+    results, lines = body["results"], []
+    for name, s in body["summary"].items():
+        share = f"{s['within']:.0%} of {len(results)} cases (wanted {s['wanted']:.0%})"
+        ends = f"median {s['median']:.2f}×, worst {s['worst']:.2f}×"
+        lines.append(f"{name}: within {s['target']:.2f}× of the best in {share}, {ends}")
+    noise = [abs(result["regret"][AGAIN] - 1) for result in results]
+    planned = [result["planning"] for result in results if result["planning"] is not None]
+    for what, shares in ("the best differs from itself", noise), ("planning adds", planned):
+        if shares:
+            ends = f"{statistics.median(shares):.1%} (median), at most {max(shares):.1%}"
+            lines.append(f"{what} by {ends}, in {len(shares)} cases")
+    title = "Time ÷ that of the best strategy picked by hand"
+    shown = table(title, "\n".join(lines), "case", "best by hand", "time", *TARGETS, words=2)
     for result in results:
-        cells = [_cell(name, result) for name in CHOOSERS]
-        shown.add_row(result.case, result.best, f"{result.seconds[result.best] * 1e3:.3g}", *cells)
-    return shown
+        best, regret = result["best"], result["regret"]
+        cells = [f"{regret[n]:.2f}" if n in regret else "refused" for n in TARGETS]
+        is_missed = any(regret.get(n, math.inf) > bound for n, (bound, _) in TARGETS.items())
+        time, style = in_seconds(result["seconds"][best]), "red" if is_missed else ""
+        add(shown, result["case"], best, time, *cells, style=style)
+    return [shown]
 
 
-def _cell(name: str, result: Regret) -> str:
-    if name not in result.regret:
-        return f"[red]{result.failures.get(name, '?')[:30]}[/]"
-    regret = result.regret[name]
-    return f"[red]{regret:.2f}[/]" if regret > TARGETS[name][0] else f"{regret:.2f}"
+def says(body: Mapping[str, Any]) -> str:
+    """How near `auto` and `autotune` come to the best strategy picked by hand."""
+    cases, times = len(body["results"]), " times that of the best strategy picked by hand"
+    parts: list[str] = []
+    for name in TARGETS:
+        s = body["summary"][name]
+        share = f"in {round(s['within'] * cases)} of {cases} cases"
+        ends = f"(median {s['median']:.2f}, worst {s['worst']:.2f})"
+        parts.append(f"{s['target']:.2f}{'' if parts else times} {share} {ends}")
+    first = f'The time that `"auto"` takes is at most {parts[0]};'
+    return f'{first} that of `"autotune"` is at most {parts[1]} ({{source}}).'

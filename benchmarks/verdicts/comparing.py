@@ -1,68 +1,40 @@
 """One run of the suite against another: what became slower, what did not, what cannot be told.
 
-Times are the processor's where both runs have them, for what other processes took is not in those;
-on CUDA they are the clock's. They are compared as ratios to the baseline of their own run, so that
-a slower machine cancels; the change is the quotient of two such medians, one a run. Between no
-change and the fifth that must be found, the line is drawn in the middle, at a tenth. Who lies
-beyond it, and surely not at 1, has changed; who lies within it, and surely short of a fifth, is
-equivalent. Anything else is inconclusive: more rounds, or less load on the machine, would tell.
+Times are the processor's where both runs have them, without what other processes took; on CUDA they
+are the clock's. They are ratios to the baseline of their own run, so that a slower machine cancels;
+a change is the quotient of two medians. Beyond a tenth, and surely not at 1, it is one; within it,
+and surely short of the fifth that must be found, it is none. All else is inconclusive: more rounds,
+or less load on the machine, would tell.
 """
-
-from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.table import Table
-
 from benchmarks.running.records import Record, Run
-from benchmarks.verdicts.intervals import (
-    Interval,
-    beside,
-    counted_rounds,
-    divided,
-    find,
-    median_interval,
-)
+from benchmarks.verdicts.intervals import Interval, alone, beside, divided, rounds_of
 
-MARGIN = 0.10
-"""A smaller change is none."""
-
+MARGIN = 0.10  # a smaller change is none
+# a change of this size is not to be missed: it must be excluded before two are called the same
 SOUGHT = 0.20
-"""A change of this size is not to be missed: it must be excluded before two are called the same."""
-
 CONDITIONS = ("device_name", "cpus", "system", "torch", "threads")
 
 Verdict = Literal[
     "regressed", "improved", "equivalent", "inconclusive", "broke", "mended", "fails", "baseline"
 ]
-STYLES: Mapping[Verdict, str] = {
-    "regressed": "red",
-    "broke": "bold red",
-    "improved": "green",
-    "mended": "green",
-    "inconclusive": "yellow",
-}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one contestant in one case.
-
-    Args:
-        interval: time beside the baseline in the second run ÷ that in the first; of the baseline
-            itself, of its seconds.
-        statuses: in both runs.
-    """
+    """How one contestant differs in one case between two runs."""
 
     case: str
     contestant: str
     verdict: Verdict
-    interval: Interval | None
-    statuses: tuple[str, str]
+    interval: Interval | None  # time beside the baseline, second ÷ first run; its own, of seconds
+    statuses: tuple[str, str]  # in both runs
 
 
 @dataclass(frozen=True)
@@ -81,32 +53,8 @@ class Comparison:
 
     @property
     def counts(self) -> Counter[str]:
-        """By verdict."""
+        """How many changes there are, by verdict."""
         return Counter(change.verdict for change in self.changes)
-
-    def table(self, everything: bool = False) -> Table:
-        """What is not equivalent, or all of it, and how much there is of each."""
-        quiet = () if everything else ("equivalent", "fails", "baseline")
-        counts = ", ".join(f"{count} {name}" for name, count in sorted(self.counts.items()))
-        missing = [
-            f"only in the {which}: {', '.join(names)}"
-            for which, names in (("first", self.only_first), ("second", self.only_second))
-            if names
-        ]
-        shown = Table(
-            title="Time beside the baseline, second run ÷ first",
-            caption="\n".join([counts, *missing, *filter(None, [self.warning])]),
-            title_justify="left",
-            caption_justify="left",
-        )
-        for heading in ("case", "contestant", "verdict"):
-            shown.add_column(heading)
-        shown.add_column("change (95 %)", justify="right")
-        for change in self.changes:
-            if change.verdict not in quiet:
-                cells = change.case, change.contestant, change.verdict, _cell(change)
-                shown.add_row(*cells, style=STYLES.get(change.verdict, ""))
-        return shown
 
 
 def compare(a: Run, b: Run) -> Comparison:
@@ -118,11 +66,14 @@ def compare(a: Run, b: Run) -> Comparison:
         for name in _present(before)
         if name in _present(after)
     )
-    return Comparison(changes, tuple(_lacking(a, b)), tuple(_lacking(b, a)), _warning(a, b))
+    pairs = [(name, a.environment.get(name), b.environment.get(name)) for name in CONDITIONS]
+    differing = [f"{name} {one} and {other}" for name, one, other in pairs if one != other]
+    warning = f"Not made alike: {'; '.join(differing)}." if differing else ""
+    return Comparison(changes, tuple(_lacking(a, b)), tuple(_lacking(b, a)), warning)
 
 
 def judge(change: Interval) -> Verdict:
-    """By where the middle is, and which of the two it could be."""
+    """The verdict on a change, by where its middle is and what its interval excludes."""
     size = abs(math.log(change.mid))
     if size > math.log(1 + MARGIN):
         if change.contains(1.0):
@@ -134,26 +85,23 @@ def judge(change: Interval) -> Verdict:
 
 def _change(key: str, a: Record, b: Record, name: str) -> Change:
     statuses = _present(a)[name], _present(b)[name]
-    if all(_has_busy(record) for record in (a, b)):
+    if all(r.get("busy") for record in (a, b) for r in record["results"] if r["status"] == "ok"):
         a, b = _by_processor(a), _by_processor(b)
     if "ok" not in statuses:
         return Change(key, name, "fails", None, statuses)
     if statuses != ("ok", "ok"):
         return Change(key, name, "broke" if statuses[0] == "ok" else "mended", None, statuses)
-    yardstick = _yardstick(a, b)
-    if name == yardstick:
-        after, before = (median_interval([*counted_rounds(find(r, name)).values()]) for r in (b, a))
-        return Change(key, name, "baseline", divided(after, before), statuses)
-    ratios = [ratio for r in (b, a) if (ratio := beside(r, name, yardstick))]
-    interval = divided(*ratios) if len(ratios) == 2 else None
+    is_yardstick = name == (yardstick := _yardstick(a, b))
+    after, before = (alone(r, name) if is_yardstick else beside(r, name, yardstick) for r in (b, a))
+    interval = divided(after, before) if after and before else None
     verdict = judge(interval) if interval else "inconclusive"
-    return Change(key, name, verdict, interval, statuses)
+    return Change(key, name, "baseline" if is_yardstick else verdict, interval, statuses)
 
 
 def _yardstick(a: Record, b: Record) -> str:
     """Whose time is 1: the baseline, unless that is jacfunc, which is what may have changed."""
     rounds = {
-        result["contestant"]: len(counted_rounds(result))
+        result["contestant"]: len(rounds_of(a, result["contestant"]))
         for result in a["results"]
         if result["family"] != "jacfunc" and result["status"] == "ok"
         if _present(b).get(result["contestant"]) == "ok"
@@ -164,15 +112,8 @@ def _yardstick(a: Record, b: Record) -> str:
 
 def _present(record: Record) -> dict[str, str]:
     """The status of every contestant; a library that is not installed does not take part."""
-    return {
-        result["contestant"]: result["status"]
-        for result in record["results"]
-        if not result["status"].startswith("not installed")
-    }
-
-
-def _has_busy(record: Record) -> bool:
-    return all(r.get("busy") for r in record["results"] if r["status"] == "ok")
+    statuses = {result["contestant"]: result["status"] for result in record["results"]}
+    return {n: status for n, status in statuses.items() if not status.startswith("not installed")}
 
 
 def _by_processor(record: Record) -> Record:
@@ -181,27 +122,10 @@ def _by_processor(record: Record) -> Record:
 
 
 def _lacking(run: Run, other: Run) -> Iterator[str]:
-    """What one run has alone: whole cases, and contestants of those that both have."""
+    """What the first run has alone: whole cases, and contestants of those that both have."""
     for key, record in run.cases.items():
         if key not in other.cases:
             yield key
             continue
-        theirs = _present(other.cases[key])
-        yield from (f"{key}: {name}" for name in _present(record) if name not in theirs)
-
-
-def _warning(a: Run, b: Run) -> str:
-    differing = [
-        f"{name} {a.environment.get(name)} and {b.environment.get(name)}"
-        for name in CONDITIONS
-        if a.environment.get(name) != b.environment.get(name)
-    ]
-    return f"Not made alike: {'; '.join(differing)}." if differing else ""
-
-
-def _cell(change: Change) -> str:
-    if change.interval is not None:
-        low, middle, high = change.interval.low, change.interval.mid, change.interval.high
-        return f"{middle:.2f} ({low:.2f}–{high:.2f})"
-    before, after = change.statuses
-    return f"{before} → {after}" if before != after else before
+        present = _present(other.cases[key])
+        yield from (f"{key}: {name}" for name in _present(record) if name not in present)

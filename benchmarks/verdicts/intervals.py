@@ -1,31 +1,25 @@
-"""What a case record says: intervals of ratios, ties, who wins, a question in one sentence."""
-
-from __future__ import annotations
+"""What a case record says: intervals of ratios, ties, who wins, and how time grows."""
 
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from jacfunc._measuring.results import counted
+from benchmarks.running.records import Record
+from jacfunc._measuring import counted
 
-Record = Mapping[str, Any]
 Verdict = Literal["faster", "slower", "tie"]
 
-TIE = 0.05
-"""Ratios as near to 1 as this are no difference."""
-
+TIE = 0.05  # ratios as near to 1 as this are no difference
 RESAMPLES = 2000
+# the 97.5 % point of Student's t, by the number of rounds: a bootstrap of so few never leaves their
+# range, which holds the median of two in 50 % of cases
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182}
-"""The 97.5 % point of Student's t, by the number of rounds.
-
-A bootstrap of so few never leaves their range, which holds the median of two in 50 % of cases.
-"""
 
 BOUND, JAX = "bound", "JAX"
 """Families that do not win: what only bounds the time, and what would take another framework."""
@@ -33,7 +27,7 @@ BOUND, JAX = "bound", "JAX"
 
 @dataclass(frozen=True)
 class Interval:
-    """The middle of what was found, and where it lies in 95 of 100 repetitions."""
+    """A middle, and where it lies in 95 of 100 repetitions."""
 
     low: float
     mid: float
@@ -45,17 +39,21 @@ class Interval:
 
 def beside(record: Record, name: str, other: str) -> Interval | None:
     """Time of one contestant ÷ that of another, or None where one of them has none.
-
     The middle is the median over the rounds in which both took part, each round one ratio; where
     they share no round, it is the ratio of their medians.
     """
-    mine, theirs = find(record, name), find(record, other)
-    for choose in (counted_rounds, seconds_of):  # or else in the warm-up that one of them has
-        first, second = choose(mine), choose(theirs)
+    for with_warm_up in (False, True):  # one of them may have the warm-up alone
+        first, second = (rounds_of(record, n, with_warm_up) for n in (name, other))
         if common := sorted(first.keys() & second.keys()):
             return median_interval([first[number] / second[number] for number in common])
-    alone = [[*counted_rounds(result).values()] for result in (mine, theirs)]
-    return divided(*map(median_interval, alone)) if all(alone) else None
+    above, below = alone(record, name), alone(record, other)
+    return divided(above, below) if above and below else None
+
+
+def alone(record: Record, name: str) -> Interval | None:
+    """Seconds of a contestant, or None where it has none."""
+    rounds = rounds_of(record, name)
+    return median_interval([*rounds.values()]) if rounds else None
 
 
 def find(record: Record, name: str) -> Record | None:
@@ -63,16 +61,13 @@ def find(record: Record, name: str) -> Record | None:
     return next((r for r in record["results"] if r["contestant"] == name), None)
 
 
-def seconds_of(result: Record | None) -> dict[int, float]:
-    """By round, the warm-up among them; nothing of whoever failed."""
+def rounds_of(record: Record, name: str, with_warm_up: bool = False) -> Mapping[int, float]:
+    """Seconds by round, without the warm-up unless there is nothing else; none of who failed."""
+    result = find(record, name)
     if result is None or result["status"] != "ok":
         return {}
-    return {int(number): took for number, took in result["seconds"].items()}
-
-
-def counted_rounds(result: Record | None) -> Mapping[int, float]:
-    """Without the warm-up, unless there is nothing else."""
-    return counted(seconds_of(result))
+    seconds = {int(number): took for number, took in result["seconds"].items()}
+    return seconds if with_warm_up else counted(seconds)
 
 
 def median_interval(values: Sequence[float]) -> Interval:
@@ -86,25 +81,24 @@ def median_interval(values: Sequence[float]) -> Interval:
         centre = statistics.fmean(logarithms)
         low, high = math.exp(centre - width), math.exp(centre + width)
     else:
-        given = torch.tensor(sorted(values), dtype=torch.float64)
+        ordered = torch.tensor(sorted(values), dtype=torch.float64)
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        low, high = given[_middles(count)].mean(0).quantile(ends).tolist()
+        low, high = ordered[_middles(count)].mean(0).quantile(ends).tolist()
     return Interval(min(low, middle), middle, max(high, middle))
 
 
 @cache
 def _middles(count: int) -> Tensor:
     """Where the two middle ones of each resample stand among the sorted values.
-
-    The same for the same number of rounds, so that a report says the same every time.
+    They depend on the number of rounds alone, so that a report says the same every time.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=generator).sort(1).values
-    return drawn[:, [(count - 1) // 2, count // 2]].T
+    resamples = torch.randint(count, (RESAMPLES, count), generator=generator).sort(1).values
+    return resamples[:, [(count - 1) // 2, count // 2]].T
 
 
 def divided(above: Interval, below: Interval) -> Interval:
-    """The quotient of two that were found independently: errors add up as squares of logarithms."""
+    """The quotient of two independent intervals: errors add up as squares of logarithms."""
     middle = above.mid / below.mid
     down = math.hypot(math.log(above.mid / above.low), math.log(below.high / below.mid))
     up = math.hypot(math.log(above.high / above.mid), math.log(below.mid / below.low))
@@ -121,21 +115,18 @@ def verdict(interval: Interval) -> Verdict:
 
 def winners(record: Record) -> list[str]:
     """The fastest in PyTorch with a right answer, then whoever ties with it, by their times."""
-    timed = (name for name in _takers(record) if counted_rounds(find(record, name)))
+    timed = (name for name in _rivals_in_torch(record) if rounds_of(record, name))
     times = {name: time_of(record, name) for name in timed}
-    first, *others = sorted(times, key=times.__getitem__) or [""]
-    return [first, *(name for name in others if _ties(record, name, first))] if first else []
+    names = sorted(times, key=times.__getitem__)
+    ratios = [beside(record, name, names[0]) for name in names[1:]]
+    pairs = zip(names[1:], ratios, strict=True)
+    return [*names[:1], *(n for n, ratio in pairs if ratio and verdict(ratio) == "tie")]
 
 
 def time_of(record: Record, name: str) -> float:
-    """In units of the baseline where there is one, which takes out what moved between rounds."""
+    """Time in units of the baseline where it has one, which takes out what moved between rounds."""
     ratio = beside(record, name, record["baseline"])
-    return ratio.mid if ratio else statistics.median(counted_rounds(find(record, name)).values())
-
-
-def _ties(record: Record, name: str, first: str) -> bool:
-    ratio = beside(record, name, first)
-    return ratio is not None and verdict(ratio) == "tie"
+    return ratio.mid if ratio else statistics.median(rounds_of(record, name).values())
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -149,7 +140,7 @@ def exponent(records: Iterable[Record], name: str, axis: str) -> float | None:
     points = [
         (record["sizes"][axis], statistics.median(rounds.values()))
         for record in records
-        if record["axis"] == axis and (rounds := counted_rounds(find(record, name)))
+        if record["axis"] == axis and (rounds := rounds_of(record, name))
     ]
     if len({size for size, _ in points}) < 3:
         return None
@@ -160,24 +151,24 @@ def against(record: Record) -> str | None:
     """Whom ``ours`` is held against: the baseline, or where that is ours, the fastest other."""
     if record["baseline"] != record["ours"]:
         return str(record["baseline"])
-    others = {n for n, family in _takers(record).items() if family != "jacfunc"}
-    timed = [name for name in others if counted_rounds(find(record, name))]
+    others = {n for n, family in _rivals_in_torch(record).items() if family != "jacfunc"}
+    timed = [name for name in others if rounds_of(record, name)]
     return min(timed, key=lambda name: (time_of(record, name), name), default=None)
 
 
 def ratios(records: Iterable[Record]) -> list[tuple[str, float]]:
     """Whom ours is held against in each case, and ours beside them, where both have a time."""
     pairs = ((record, other) for record in records if (other := against(record)))
-    found = ((other, beside(record, record["ours"], other)) for record, other in pairs)
-    return [(other, ratio.mid) for other, ratio in found if ratio]
+    intervals = ((other, beside(record, record["ours"], other)) for record, other in pairs)
+    return [(other, interval.mid) for other, interval in intervals if interval]
 
 
 def is_contested(record: Record) -> bool:
     """Whether anyone else took part, be it in vain."""
-    return len(_takers(record)) > 1
+    return len(_rivals_in_torch(record)) > 1
 
 
-def _takers(record: Record) -> dict[str, str]:
+def _rivals_in_torch(record: Record) -> dict[str, str]:
     """The family of whoever could win."""
     families = {r["contestant"]: r["family"] for r in record["results"]}
     return {name: family for name, family in families.items() if family not in (BOUND, JAX)}
@@ -188,3 +179,9 @@ def number(ratio: float) -> str:
     if ratio < 0.1:
         return f"{float(f'{ratio:.2g}')}"
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def span(values: Sequence[float]) -> str:
+    """The least and the largest ratio."""
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low}–{high}"

@@ -1,91 +1,80 @@
 """The verdict of one question, in one sentence."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from benchmarks.verdicts.intervals import (
-    JAX,
-    Record,
-    beside,
-    exponent,
-    is_contested,
-    number,
-    ratios,
-    time_of,
-    verdict,
-    winners,
-)
+from benchmarks.running.records import Record
+from benchmarks.verdicts import intervals
 
 
 def sentence(records: Sequence[Record]) -> str:
     """The verdict of one question, about its ``ours``: how often it wins, by what, who else."""
     ours = records[0]["ours"]
-    contested = [record for record in records if is_contested(record)]
-    won = [winners(record) for record in contested]
+    contested = [record for record in records if intervals.is_contested(record)]
+    won = [intervals.winners(record) for record in contested]
     count = sum(ours in names for names in won)
     cases = f"{len(contested)} case{'s' * (len(contested) != 1)}"
     first = f"{ours} is the fastest or ties with it in {count} of {cases}"
     first = first if contested else f"{ours} has no rival here"
     others = Counter(names[0] for names in won if names and ours not in names)
-    told = [name for name, _ in others.most_common(2)]
-    told += [f"{len(others) - 2} more"] if len(others) > 2 else []
-    wins = f"elsewhere {' or '.join(told)} {'wins' if len(told) == 1 else 'win'}" if told else ""
-    told_more = _directions(records), _growth(records, ours), wins, _in_jax(contested)
-    parts = first + _beside_other(contested), *told_more
+    names = [name for name, _ in others.most_common(2)]
+    names += [f"{len(others) - 2} more"] if len(others) > 2 else []
+    wins = f"elsewhere {' or '.join(names)} {'wins' if len(names) == 1 else 'win'}" if names else ""
+    more = _directions(records), _growth(records, ours), wins, _in_jax(contested)
+    parts = first + _beside_other(contested), *more
     return "; ".join(filter(None, parts)) + "."
 
 
 def _beside_other(records: Sequence[Record]) -> str:
-    if not (found := ratios(records)):
+    """Times of ours, and of whom: of one contestant, or of several in one word."""
+    if not (pairs := intervals.ratios(records)):
         return ""
-    names, times = {name for name, _ in found}, [ratio for _, ratio in found]
-    several = (
-        "the fastest other" if records[0]["baseline"] == records[0]["ours"] else "the baseline"
-    )
+    names, times = {name for name, _ in pairs}, [ratio for _, ratio in pairs]
+    is_baseline = records[0]["baseline"] == records[0]["ours"]
+    several = "the fastest other" if is_baseline else "the baseline"
     other = names.pop() if len(names) == 1 else several
-    span = f" ({number(min(times))} to {number(max(times))})" if len(times) > 1 else ""
-    return f", at {number(statistics.median(times))} of the time of {other}{span}"
+    middle, low, high = map(intervals.number, (statistics.median(times), min(times), max(times)))
+    return f", at {middle} of the time of {other}{f' ({low} to {high})' * (len(times) > 1)}"
 
 
 def _in_jax(records: Iterable[Record]) -> str:
-    """Where the same, written in JAX and compiled, is faster than the fastest in PyTorch."""
+    """Where a derivative that is written in JAX and compiled beats the fastest in PyTorch."""
     faster = asked = 0
     for record in records:
-        names = [r["contestant"] for r in record["results"] if r["family"] == JAX]
-        won = winners(record)
-        pairs = [found for name in names if won and (found := beside(record, name, won[0]))]
-        faster += any(verdict(found) == "faster" for found in pairs)
-        asked += bool(pairs)
+        names = [r["contestant"] for r in record["results"] if r["family"] == intervals.JAX]
+        won = intervals.winners(record)
+        ratios = [intervals.beside(record, name, won[0]) for name in names if won]
+        faster += any(r is not None and intervals.verdict(r) == "faster" for r in ratios)
+        asked += any(ratios)
     return f"compiled by JAX, {faster} of {asked} are faster still" if faster else ""
 
 
 def _directions(records: Sequence[Record]) -> str:
     """From how many outputs an input on forward mode always wins, where shapes vary that far."""
-    found = sorted(filter(None, map(_direction, records)), reverse=True)
-    if len({share for share, _ in found}) < 4:
+    shapes = sorted(filter(None, map(_direction, records)), reverse=True)
+    if len({share for share, _ in shapes}) < 4:
         return ""
-    told = f"forward beats reverse in {sum(wins for _, wins in found)} of {len(found)}"
-    lost = max((share for share, wins in found if not wins), default=0.0)
-    least = min((share for share, _ in found if share > lost), default=None)
-    return told + (f", always from {number(least)} outputs an input on" if least else "")
+    count = f"forward beats reverse in {sum(wins for _, wins in shapes)} of {len(shapes)}"
+    lost = max((share for share, wins in shapes if not wins), default=0.0)
+    least = min((share for share, _ in shapes if share > lost), default=None)
+    return count + (f", always from {intervals.number(least)} outputs an input on" if least else "")
 
 
 def _direction(record: Record) -> tuple[float, bool] | None:
-    """Outputs an input, and whether jacfunc's best way forward beats its best in reverse."""
+    """Outputs by inputs, and whether jacfunc's best way forward beats its best in reverse."""
     sizes = record["sizes"]
     own = [r["contestant"] for r in record["results"] if r["family"] == "jacfunc" and r["time"]]
     forward, reverse = ([name for name in own if way in name] for way in ("forward", "reverse"))
     if record["axis"] or not {"inputs", "outputs"} <= sizes.keys() or not forward or not reverse:
         return None
-    first, second = (min(time_of(record, name) for name in names) for names in (forward, reverse))
-    return sizes["outputs"] / max(sizes["inputs"], 1), first < second
+    times = [[intervals.time_of(record, name) for name in names] for names in (forward, reverse)]
+    return sizes["outputs"] / max(sizes["inputs"], 1), min(times[0]) < min(times[1])
 
 
 def _growth(records: Sequence[Record], ours: str) -> str:
+    """By which power of each axis the time of ours grows."""
     axes = dict.fromkeys(record["axis"] for record in records if record["axis"])
-    found = {axis: exponent(records, ours, axis) for axis in axes}
-    powers = [f"{axis}^{power:.2f}" for axis, power in found.items() if power is not None]
+    exponents = {axis: intervals.exponent(records, ours, axis) for axis in axes}
+    powers = [f"{axis}^{power:.2f}" for axis, power in exponents.items() if power is not None]
     return f"its time grows as {', '.join(powers)}" if powers else ""

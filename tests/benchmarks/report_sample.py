@@ -6,7 +6,7 @@ import random
 
 from benchmarks.cases import ANSWER, Case, Question, Wanted, as_record
 from benchmarks.running.records import Run
-from jacfunc._measuring.results import Expected, Result, summarize
+from jacfunc._measuring.results import Result, summarize
 from jacfunc._measuring.rounds import Contestant
 
 AUTO, REVERSE, FORWARD = "jacfunc auto", "jacfunc reverse", "jacfunc forward"
@@ -79,9 +79,9 @@ def at(draw: random.Random, inputs: int, outputs: int) -> tuple[Case, list[Resul
     rows, columns = 1e-4 + 2e-6 * outputs, 1e-4 + 3e-6 * inputs
     best = min(rows, columns)
     results = [
-        ran(draw, AUTO, best, peak, forecast=Expected(1.3 * best, peak)),
-        ran(draw, REVERSE, rows, 2 * peak, forecast=Expected(2.5 * rows, 2 * peak)),
-        ran(draw, FORWARD, columns, peak, forecast=Expected(None, peak)),
+        ran(draw, AUTO, best, peak, forecast_seconds=1.3 * best, forecast_bytes=peak),
+        ran(draw, REVERSE, rows, 2 * peak, forecast_seconds=2.5 * rows, forecast_bytes=2 * peak),
+        ran(draw, FORWARD, columns, peak, forecast_bytes=peak),
         ran(draw, JACREV, 1.2 * rows, 2 * peak + 64),
         ran(draw, "JAX jacrev", 1.5 * rows),
         ran(draw, LOOP, 20 * rows, peak + 999),

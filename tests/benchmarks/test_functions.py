@@ -6,6 +6,7 @@ these tests run, or need not be: its rows are looked at only in what the two wor
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from functools import partial
 
@@ -14,16 +15,15 @@ import torch
 
 import jacfunc
 from benchmarks.cases import Case
-from benchmarks.contestants.functions import Function, Problem, judging, looped, plain, set_up
-from benchmarks.problems import formulas
-from benchmarks.questions import crossover as functions
-from benchmarks.questions import hessians as second_order
-from benchmarks.questions import loops
-from benchmarks.questions.crossover import AUTO
+from benchmarks.contestants.functions import AUTO, BY_HAND, plain
+from benchmarks.problems import formulas, functions
+from benchmarks.problems.functions import Function, FunctionAtPoints, judging, set_up
+from benchmarks.problems.judge import looped, looped_twice
+from benchmarks.questions import crossover, fields, hessians, loops
 from jacfunc._measuring.results import Result, WrongAnswerError
 from jacfunc._measuring.rounds import Effort
 
-QUESTIONS = (*functions.QUESTIONS, second_order.QUESTION, loops.QUESTION)
+QUESTIONS = tuple(file.QUESTION for file in (crossover, fields, hessians, loops))
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}
 SOME = (
     "crossover/mlp 64, 16 → 16, float64",
@@ -53,6 +53,15 @@ def test_everyone_gives_the_right_answer_or_says_why_not(name: str, device: str)
             assert result.ok, (contestant, result.status)
             assert result.error is not None
             assert result.peak_bytes
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_quick])
+def test_a_judge_can_be_sent_to_another_process(name: str) -> None:
+    """Answers are judged in a process of its own."""
+    problem = CASES[name].setup(CPU)
+    judge = pickle.loads(pickle.dumps(CASES[name].check(problem)))
+    derive = looped_twice if name.startswith("hessians") else looped
+    assert judge(derive(problem.func, problem.x)) < 1e-4
 
 
 def test_names_are_unique() -> None:
@@ -92,15 +101,15 @@ def test_a_case_has_the_same_numbers_every_time() -> None:
     assert not torch.equal(one.points[0], one.points[1])
 
 
-def twice(problem: Problem):
+def twice(problem: FunctionAtPoints):
     return lambda x: 2 * looped(problem.func, x)
 
 
-def transposed(problem: Problem):
+def transposed(problem: FunctionAtPoints):
     return lambda x: looped(problem.func, x).mT
 
 
-def undefined(problem: Problem):
+def undefined(problem: FunctionAtPoints):
     return lambda x: looped(problem.func, x) * torch.nan
 
 
@@ -135,7 +144,7 @@ def test_the_judge_knows_a_derivative_in_closed_form() -> None:
     assert judging(looped, problem)(torch.diag(3 * problem.x**2)) < 1e-6
     quartic = Function(lambda draw: (lambda x: (x**4).sum(), draw(5)))
     problem = set_up(quartic, torch.float32, 1, CPU)
-    assert judging(second_order.looped_twice, problem)(torch.diag(12 * problem.x**2)) < 1e-6
+    assert judging(looped_twice, problem)(torch.diag(12 * problem.x**2)) < 1e-6
 
 
 def test_a_loop_answers_with_its_last_point() -> None:
@@ -149,12 +158,11 @@ def test_a_loop_answers_with_its_last_point() -> None:
 
 def test_forecasts_stand_beside_what_was_measured() -> None:
     results = measured(CASES["crossover/mlp 64, 16 → 16"], "cpu")
-    for name in (*functions.BY_HAND, AUTO):
-        forecast = results[name].forecast
-        assert forecast is not None
-        assert forecast.seconds is not None
-        assert forecast.seconds > 0
-        assert forecast.peak_bytes == pytest.approx(results[name].peak_bytes, rel=0.1)
+    for name in (*BY_HAND, AUTO):
+        result = results[name]
+        assert result.forecast_seconds is not None
+        assert result.forecast_seconds > 0
+        assert result.forecast_bytes == pytest.approx(result.peak_bytes, rel=0.1)
 
 
 def test_a_batch_gives_what_its_samples_give() -> None:
@@ -173,7 +181,7 @@ def test_a_batch_gives_what_its_samples_give() -> None:
         partial(formulas.orbit, 3),
         partial(formulas.energy, 12),
         partial(formulas.curve, 12),
-        partial(second_order.rosenbrock, 12),
+        partial(hessians.rosenbrock, 12),
         loops.arm,
     ],
 )

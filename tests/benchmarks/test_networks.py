@@ -6,6 +6,7 @@ counted. Other libraries are not installed where these tests run, or need not be
 
 from __future__ import annotations
 
+import pickle
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -18,23 +19,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import ANSWER, Case
+from benchmarks.contestants import kernels, per_sample
 from benchmarks.problems.judge import reference
-from benchmarks.problems.networks import CLASSES, NETWORKS, PIXELS, Problem, build, noisy
-from benchmarks.questions import buffer as buffers
-from benchmarks.questions import ggn_diagonal as curvature
-from benchmarks.questions import growth
-from benchmarks.questions import ntk as kernels
-from benchmarks.questions import params as samples
+from benchmarks.problems.networks import CLASSES, NETWORKS, PIXELS, build, noisy, parts
+from benchmarks.questions import (
+    buffer,
+    ggn_diagonal,
+    ggn_product,
+    growth,
+    inputs,
+    ntk,
+    params,
+    whole,
+)
 from benchmarks.questions.growth import Point
 from jacfunc._measuring.results import Result
 from jacfunc._measuring.rounds import Contestant, Effort
+from jacfunc.compare import Problem
 
-QUESTIONS = (
-    *samples.QUESTIONS,
-    kernels.QUESTION,
-    *curvature.QUESTIONS,
-    buffers.QUESTION,
-    growth.QUESTION,
+QUESTIONS = tuple(
+    file.QUESTION
+    for file in (params, inputs, whole, ntk, ggn_diagonal, ggn_product, buffer, growth)
 )
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}
 QUICK = [name for name, case in CASES.items() if case.is_quick]
@@ -65,7 +70,8 @@ def small(name: str, batch: int = 2) -> Case:
     """The same contestants and judge."""
     network, wrt = name.partition("/")[2].rpartition(", ")[0], name.partition("/")[0]
     batch = 1 if wrt == "whole" else batch
-    setup = partial(noisy, network, batch, "inputs" if wrt == "inputs" else "params")
+    wrt, per_sample = "inputs" if wrt == "inputs" else "params", wrt != "whole"
+    setup = partial(noisy, network, batch, wrt, per_sample=per_sample)
     return replace(CASES[name], setup=setup)
 
 
@@ -94,6 +100,15 @@ def test_everyone_gives_the_right_answer_or_says_why_not(name: str, device: str)
     assert_right(name, measured(case, device))
 
 
+@pytest.mark.parametrize("name", ["params/mlp, B=8", "ntk/lenet, B=8", "ggn-product/lenet, B=64"])
+def test_a_judge_can_be_sent_to_another_process(name: str) -> None:
+    """Answers are judged in a process of its own."""
+    problem = small(name).setup(CPU)
+    assert pickle.loads(pickle.dumps(CASES[name].check(problem)))
+    point = Point(batch=3, width=8, classes=4).problem(CPU)
+    assert pickle.loads(pickle.dumps(growth.QUESTION.cases[0].check(point)))
+
+
 @pytest.mark.parametrize("axis", ["batch", "parameters", "classes"])
 def test_growth_is_judged_at_every_size(axis: str, device: str) -> None:
     first = next(case for case in growth.QUESTION.cases if case.axis == axis)
@@ -112,7 +127,7 @@ def test_one_quick_case_of_each_kind() -> None:
 
 
 def by_recipe(problem: Problem) -> Any:
-    return next(c for c in samples.PARAMS if c.name == samples.RECIPE).prepare(problem)
+    return next(c for c in per_sample.PARAMS if c.name == per_sample.RECIPE).prepare(problem)
 
 
 def off_in_one_entry(problem: Problem) -> Any:
@@ -181,7 +196,7 @@ def test_an_absent_library_leaves_a_row(monkeypatch: pytest.MonkeyPatch, device:
     results = measured(replace(case, contestants=tuple(some)), device)
     for contestant in (*absent.values(), "TorchJD", "TorchJD, looped"):
         assert results[contestant].status.startswith("not installed: ")
-    assert results[samples.RECIPE].ok
+    assert results[per_sample.RECIPE].ok
 
 
 def test_a_network_of_an_absent_library_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,20 +205,22 @@ def test_a_network_of_an_absent_library_is_not_installed(monkeypatch: pytest.Mon
         CASES["params/vit, B=8"].setup(CPU)
 
 
-@pytest.mark.parametrize("table", [samples.PARAMS, samples.WHOLE, samples.INPUTS])
+@pytest.mark.parametrize("table", [per_sample.PARAMS, per_sample.WHOLE, per_sample.INPUTS])
 def test_nobody_leaves_traces_on_the_model(table: tuple[Contestant[Problem], ...]) -> None:
-    problem = noisy("mlp", 1, "inputs" if table is samples.INPUTS else "params", CPU)
-    before = {name: value.clone() for name, value in problem.model.state_dict().items()}
+    wrt = "inputs" if table is per_sample.INPUTS else "params"
+    problem = noisy("mlp", 1, wrt, CPU, per_sample=table is not per_sample.WHOLE)
+    model, images = parts(problem)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     for contestant in table:
         with suppress(ModuleNotFoundError):
             contestant.prepare(problem)()
-        assert not any(module.training for module in problem.model.modules()), contestant.name
-        for module in problem.model.modules():
+        assert not any(module.training for module in model.modules()), contestant.name
+        for module in model.modules():
             assert not module._forward_hooks | module._backward_hooks, contestant.name
-        for name, param in problem.model.named_parameters():
+        for name, param in model.named_parameters():
             assert param.grad is None, contestant.name
             assert torch.equal(param, before[name]), contestant.name
-    assert not problem.images.requires_grad
+    assert not images.requires_grad
 
 
 # --- what is said of sizes, costs and targets ---
@@ -231,7 +248,7 @@ def test_every_parameter_of_a_network_counts(name: str) -> None:
 def test_answers_have_the_bytes_that_are_said(name: str) -> None:
     case = CASES[name]
     problem = case.setup(CPU)
-    ours = next(c for c in case.contestants if c.name == samples.OURS)
+    ours = next(c for c in case.contestants if c.name == per_sample.OURS)
     answer = ours.prepare(problem)()
     assert sum(block.nbytes for block in answer.values()) == case.sizes[ANSWER]
     assert {block.shape[:2] for block in answer.values()} == {
@@ -241,11 +258,10 @@ def test_answers_have_the_bytes_that_are_said(name: str) -> None:
 
 def test_points_of_growth_are_as_large_as_is_said() -> None:
     for case in growth.QUESTION.cases:
-        problem = case.setup(CPU)
-        found = sum(param.numel() for param in problem.model.parameters())
-        assert found == case.sizes["parameters"]
-        assert len(problem.images) == case.sizes["batch"]
-        assert problem.model(problem.images[:1]).shape[1] == case.sizes["classes"]
+        model, images = parts(case.setup(CPU))
+        assert sum(param.numel() for param in model.parameters()) == case.sizes["parameters"]
+        assert len(images) == case.sizes["batch"]
+        assert model(images[:1]).shape[1] == case.sizes["classes"]
         assert case.name.endswith(f" = {case.sizes[case.axis]:,}")
 
 
@@ -277,12 +293,12 @@ def test_the_work_that_theory_counts_is_done(ways: tuple[Any, Any], device: str)
 
 def test_forecasts_of_one_call_stand_beside_what_was_counted() -> None:
     case = CASES["whole/mlp, B=1"]
-    names = {f"jacfunc {name}" for name in samples.STRATEGIES}
+    names = {f"jacfunc {name}" for name in per_sample.STRATEGIES}
     told = tuple(c for c in case.contestants if c.name in names)
     for result in measured(replace(case, contestants=told), "cpu").values():
-        assert result.forecast is not None
+        assert result.forecast_bytes is not None
         # the copies that a module is lent stay until the last pullback; those of a function do not
-        assert result.peak_bytes == pytest.approx(result.forecast.peak_bytes, rel=0.1)
+        assert result.peak_bytes == pytest.approx(result.forecast_bytes, rel=0.1)
 
 
 def test_names_are_unique() -> None:

@@ -1,62 +1,26 @@
-"""The report of a made-up run: one page that needs nothing else, and says what the file says."""
+"""The report of a made-up run: Markdown and a picture that say what the file says."""
 
 from __future__ import annotations
 
 import json
 import re
-from html import escape, unescape
-from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks.report import grouping, older, tables, write_report
-from benchmarks.report.pictures import BRIGHT, DARK
-from benchmarks.running.records import RESULTS, Run
+from benchmarks import studies
+from benchmarks.report import page, picture
+from benchmarks.report.page import write_report
+from benchmarks.report.tables import escaped, markdown, of_case
+from benchmarks.running.records import RESULTS, Run, read
 from benchmarks.verdicts.intervals import beside, number, winners
 from benchmarks.verdicts.sentences import sentence
-from jacfunc.compare._drawing import LIGHT
-from jacfunc.compare._pareto import Point, pareto_svg
-from tests.benchmarks.report_sample import FAILURES, JACREV, made_up
+from tests.benchmarks.report_sample import AUTO, FAILURES, JACREV, made_up
 
-NO_END = {"meta", "link", "br", "hr", "img", "input"}
-NAMESPACES = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
-STANDS_ALONE = re.compile(r"(?:https?:)?//[^\s\"'<>]+")
-
-
-class Reader(HTMLParser):
-    """Elements that open and close, ids, links, headings, and all text."""
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.open, self.ids, self.links, self.text = [], [], [], []
-        self.headings, self.unlabelled = [], 0
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        if tag not in NO_END:
-            self.open.append(tag)
-        if "id" in attributes:
-            self.ids.append(attributes["id"])
-        self.links += [value for name, value in attrs if name in ("href", "xlink:href")]
-        self.links += re.findall(r"url\((.*?)\)", attributes.get("clip-path", ""))
-        if re.fullmatch("h[1-6]", tag):
-            self.headings.append(int(tag[1]))
-        if tag == "svg":
-            self.unlabelled += not attributes.get("aria-label") or attributes.get("role") != "img"
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in NO_END:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
+ADDRESS = re.compile(r"(?:https?:)?//[^\s\"'<>]+")
 
 
 @pytest.fixture(scope="module")
@@ -71,143 +35,107 @@ def folder(tmp_path_factory, run):
     run.write(folder / "full-cpu.json")
     (folder / "budget-cpu.json").write_text(json.dumps(BUDGET))
     written = write_report(folder / "full")
-    assert [path.name for path in written] == ["full.html", "full.md", "full.svg"]
+    assert [path.name for path in written] == ["full.md", "full.svg"]
     return folder
 
 
 BUDGET = {
+    "kind": "budget",
     "environment": {"device_name": "Some <CPU>", "date": "2026-01-02T03:04", "commit": "0123"},
     "target": 1.3,
     "results": [
-        {"case": "jacrev", "unchunked": 10240, "budget": 1024, "taken": 1000, "ratio": 0.92},
-        {"case": "jacfwd", "unchunked": 10240, "budget": 1024, "taken": 2048, "ratio": 1.08},
+        {"case": name, "unchunked": 10240, "budget": 1024, "taken": taken, "ratio": ratio}
+        | {"best_chunk": 8, "seconds": 0.1}
+        for name, taken, ratio in (("jacrev", 1000, 0.92), ("jacfwd", 2048, 1.08))
     ],
 }
 
 
 @pytest.fixture(scope="module")
-def html(folder):
-    return (folder / "full.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def reader(html):
-    reader = Reader()
-    reader.feed(html)
-    return reader
-
-
-@pytest.fixture(scope="module")
-def said(reader):
-    return " ".join(" ".join(reader.text).split())
-
-
-@pytest.fixture(scope="module")
-def markdown(folder):
+def text(folder):
     return (folder / "full.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def svg(folder):
+    return (folder / "full.svg").read_text(encoding="utf-8")
 
 
 # --- the page ---
 
 
-def test_elements_are_balanced(reader):
-    assert reader.open == []
+def test_the_page_needs_nothing_but_the_files_beside_it(text, folder):
+    assert not ADDRESS.findall(text)
+    links = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert links == {"full.svg", "full-cpu.json", "budget-cpu.json"}
+    assert all((folder / link).exists() for link in links)
 
 
-def test_the_page_needs_nothing_from_elsewhere(html):
-    addresses = {found for found in STANDS_ALONE.findall(html) if found not in NAMESPACES}
-    assert addresses == set()
-    assert "<script" not in html
-    assert "@import" not in html
+def test_headings_go_down_one_step_at_a_time(text):
+    levels = [len(heading) for heading in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
 
 
-def test_ids_are_unique_and_links_lead_to_them(reader, folder):
-    assert len(reader.ids) == len(set(reader.ids))
-    inner = [link[1:] for link in reader.links if link.startswith("#")]
-    assert inner
-    assert set(inner) <= set(reader.ids)
-    outer = {link for link in reader.links if not link.startswith("#")}
-    assert outer == {"full-cpu.json", "budget-cpu.json"}
-    assert all((folder / link).exists() for link in outer)
+def test_every_question_has_its_verdict(text, run):
+    for question, asks in page.asked({"CPU": run}).items():
+        assert text.count(escaped(asks)) == 2
+        # in the table of all, and in its own chapter
+        assert text.count(escaped(sentence(list(run.of(question))))) == 2
 
 
-def test_headings_go_down_one_step_at_a_time(reader):
-    assert reader.headings[0] == 1
-    assert reader.headings.count(1) == 1
-    steps = zip(reader.headings, reader.headings[1:], strict=False)
-    assert all(later - earlier <= 1 for earlier, later in steps)
-
-
-def test_pictures_are_described(reader, html):
-    assert reader.unlabelled == 0
-    assert html.count("<svg") > 10
-
-
-def test_pictures_follow_the_colors_of_the_page(html):
-    assert "#0101" not in html.replace("&#", "")
-    names = set(re.findall(r"var\((--c\w+)\)", html))
-    assert names
-    for name in names:
-        # in the light and in the dark
-        assert len(re.findall(rf"{name}: #", html)) == 2
-
-
-def test_every_question_has_its_verdict(said, run):
-    for question, asks in tables.questions({"CPU": run}).items():
-        assert asks in said
-        assert said.count(sentence(list(run.of(question)))) == 2
-
-
-def test_every_failure_has_its_reason(said, html):
+def test_every_failure_has_its_reason(text, run):
     for name, status in FAILURES.items():
-        assert name in said
-        # in a table of each of the two cases
-        cell = f'class="word failed" data-head="status">{escape(status)}</td>'
-        assert html.count(cell) == 2
-    assert "<above>" not in html
+        # in a row of each of the two cases
+        row = rf"^\| (?:cnn|mlp), B=64 \| {re.escape(name)} \| {re.escape(escaped(status))} \|$"
+        assert len(re.findall(row, text, re.MULTILINE)) == 2
+    assert "<above>" not in text
 
 
-def test_what_was_not_measured_is_said(said, markdown):
-    for text in (said, markdown):
-        assert text.lower().count("cuda") > 1
-        assert "not measured" in text
+def test_what_was_not_measured_is_said(text):
+    assert text.lower().count("cuda") > 1
+    assert "not measured" in text
 
 
-def test_every_kind_of_picture_is_there(html):
-    labels = [unescape(label) for label in re.findall(r'aria-label="([^"]*)"', html)]
-    for start in (
-        "Winners by inputs and outputs",
-        "Whether jacfunc forward or jacfunc reverse",
-        "Time against peak memory: mlp 64, 4 → 256",
-        "Time against batch",
-        "Fastest of every family",
-        "Largest error",
-        "Forecast against measured time",
-        "Forecast against measured peak memory",
-    ):
-        assert any(label.startswith(start) for label in labels), start
+def test_every_case_is_told_in_full(text, run):
+    assert text.count("<details>") == text.count("</details>") == 3
+    for record in run.cases.values():
+        assert markdown(of_case(record)) in text
 
 
-def test_exponents_are_fitted_and_counted(html, run):
-    assert "batch^2.50, counted batch^2.00" in html
-    assert "TorchJD: batch^1.00" in html
+def test_exponents_are_fitted_and_counted(text):
+    assert r"batch^2.50, counted batch^2.00" in text
+    assert "TorchJD: batch^1.00" in text
 
 
-def test_missed_targets_stand_out(html):
-    assert re.search(r'<td class="word missed"[^>]*>0 of 3</td>', html)
-    assert re.search(r'<td class="word"[^>]*>4 of 4</td>', html)
+def test_forecasts_are_held_against_what_was_measured(text, run):
+    # those of auto are 1.3 times, those of reverse mode 2.5 times as long as the call took
+    assert "Forecasts of seconds: 4 of 8 within a factor of 2 of what was measured." in text
+    assert "Forecasts of peak bytes: 12 of 12 within a factor of 2" in text
 
 
-def test_other_files_are_told_in_short(html, said):
-    assert "Jacobians under a memory budget" in said
-    assert re.search(r'<th class="word missed"[^>]*>jacfwd</th>', html)
-    assert re.search(r'<th class="word"[^>]*>jacrev</th>', html)
+def test_missed_targets_stand_out(text):
+    lines = text.splitlines()
+    assert any(line.endswith("| 0 of 3 | not measured | – |") for line in lines)
+    assert any(line.endswith("| 4 of 4 | not measured | – |") for line in lines)
+    targets = [line for line in lines if line.startswith(("| *NTK", "| *cnn, B", "| *mlp, B"))]
+    assert sum("*missed*" in line for line in targets) == 5
+    assert not [line for line in lines if "missed" in line and "*missed*" not in line]
+    assert sum(line.endswith("| met |") for line in lines) == 4
+
+
+def test_other_files_are_told_in_short(text):
+    assert "Jacobians under a memory budget" in text
+    assert re.search(r"^\| \*jacfwd\* \|", text, re.MULTILINE)
+    assert re.search(r"^\| jacrev \|", text, re.MULTILINE)
 
 
 def test_the_committed_files_can_be_told():
-    found = {summary.path.name: summary for summary in older.summaries(RESULTS)}
-    assert {"regret-cpu.json", "budget-cpu.json", "overhead-cpu.json"} <= found.keys()
-    assert all(summary.table.rows for summary in found.values())
+    bodies = {path.name: read(path) for path in studies.files(RESULTS)}
+    assert {"regret-cpu.json", "budget-cpu.json", "overhead-cpu.json"} <= bodies.keys()
+    for body in bodies.values():
+        assert all(table.row_count for table in studies.STUDIES[body["kind"]].tables(body))
 
 
 # --- the same in, the same out ---
@@ -216,15 +144,15 @@ def test_the_committed_files_can_be_told():
 def test_the_same_file_gives_the_same_bytes(folder, tmp_path):
     small = Run.read(folder / "full-cpu.json")
     small.cases = {key: small.cases[key] for key in ("ntk/NTK, mlp, B=8", "ntk/NTK, mlp, B=64")}
-    found = []
+    pairs = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         small.write(tmp_path / name / "full-cpu.json")
         small.write(tmp_path / name / "full-cuda.json")
-        found.append([path.read_bytes() for path in write_report(tmp_path / name / "full")])
-    assert found[0] == found[1]
+        pairs.append([path.read_bytes() for path in write_report(tmp_path / name / "full")])
+    assert pairs[0] == pairs[1]
     # both devices are there
-    assert b"not measured" not in b"".join(found[0])
+    assert b"not measured" not in b"".join(pairs[0])
 
 
 def test_a_report_needs_a_results_file(tmp_path):
@@ -232,103 +160,92 @@ def test_a_report_needs_a_results_file(tmp_path):
         write_report(tmp_path / "full")
 
 
-# --- Markdown ---
+# --- tables ---
 
 
-def rows_of(markdown, question):
-    part = markdown.split(f"\n## {question}\n")[1].split("\n## ")[0]
+def rows_of(text, question):
+    part = text.split(f"\n## {question}\n")[1].split("\n## ")[0].split("<details>")[0]
     rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("|")]
-    return {row[0]: row[1:] for row in rows}
+    return {row[0]: row[1:] for row in reversed(rows)}
 
 
-def test_markdown_has_the_numbers_of_the_file(markdown, run):
+def test_tables_have_the_numbers_of_the_file(text, run):
     checked = 0
     for question in ("crossover", "ntk"):
-        rows = rows_of(markdown, question)
+        rows = rows_of(text, question)
         names = rows["case"]
         for record in run.of(question):
             won = winners(record)
-            for name, shown in zip(names, rows[record["case"]], strict=True):
+            cells = rows[record["case"]]
+            for name, shown in zip(names, cells, strict=True):
                 expected = number(beside(record, name, JACREV).mid)
                 if name in won:
-                    expected = f"= {expected}" if name != won[0] else f"**★ {expected}**"
+                    expected = f"= {expected}" if name != won[0] else f"★ {expected}"
                 assert shown == expected
                 checked += 1
     assert checked > 40
 
 
-def test_markdown_names_failures_and_files(markdown):
-    for link in ("(full.html)", "(full.svg)", "(full-cpu.json)", "(budget-cpu.json)"):
-        assert link in markdown
-    assert r"wrong: relative error 3.0e+00 \<above\> 1e-4" in markdown
-    assert not re.search(r"(?<!\\)<", markdown)
+def test_the_table_of_a_case_has_what_was_measured(run):
+    (line,) = (
+        line
+        for line in markdown(of_case(run.cases["crossover/mlp 64, 4 → 256"])).splitlines()
+        if line.startswith("| ") and AUTO in line
+    )
+    _, sign_and_name, ratio, time, rounds, peak, error, forecast, _ = line.split("|")
+    assert sign_and_name.strip(" *") == f"★ {AUTO}"
+    assert re.fullmatch(r" \*\*0\.\d+ \(0\.\d+–0\.\d+\)\*\* ", ratio)
+    assert re.fullmatch(r" \*\*\d+ µs\*\* ", time)
+    assert rounds.strip(" *") == "10"
+    assert peak.strip(" *") == "9.1 kB"
+    assert re.fullmatch(r" \*\*\de-0[78]\*\* ", error)
+    assert re.fullmatch(r" \*\*\d+ µs, 9\.1 kB\*\* ", forecast)
 
 
-def test_rows_have_as_many_cells_as_headings(markdown):
-    for block in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+def test_nothing_is_taken_for_markup(text):
+    assert r"wrong: relative error 3.0e+00 \<above\> 1e-4" in text
+    tags = r"</?(?:details|summary)>"
+    assert not re.search(r"(?<!\\)<", re.sub(tags, "", text))
+
+
+def test_rows_have_as_many_cells_as_headings(text):
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(widths) == 1
 
 
-# --- the headline ---
+# --- the picture ---
 
 
-def test_the_headline_names_the_machine(folder):
-    svg = (folder / "full.svg").read_text(encoding="utf-8")
-    assert svg.startswith("<svg ")
-    assert "Some &lt;CPU&gt;, 1 thread, torch 2.13.0" in svg
-    assert {"params: time beside", "ntk: time beside"} <= {
-        text.split(" torch")[0] for text in re.findall(r">([^<>]*)</text>", svg)
-    }
-    assert "var(" not in svg
+def test_the_picture_names_the_machine_and_what_is_shown(svg):
+    texts = re.findall(r">([^<>]*)</text>", svg)
+    assert "Some &lt;CPU&gt;, 1 thread, torch 2.13.0 (CPU, suite full)" in texts
+    for question in ("params", "ntk"):
+        assert f"{question}: time beside {JACREV}" in texts
+    assert "the fastest way, and how many times faster" in texts
+    assert any(text.startswith("A: ") for text in texts)
+    assert {"NTK, mlp, B=64", "cnn, B=64", "jacfunc", "rival"} <= set(texts)
+
+
+def test_the_picture_needs_nothing_from_elsewhere(svg):
+    links = re.findall(r"(?:href|src)=\"([^\"]*)\"|url\(([^)]*)\)", svg)
+    assert links
+    assert all("".join(link).startswith("#") for link in links)
+    assert "<script" not in svg
+    assert "@import" not in svg
 
 
 # --- parts ---
 
 
-def test_cases_are_grouped_by_all_but_what_varies(run):
-    (grid,) = grouping.crossovers(run.cases.values())
-    assert grouping.sides(grid) == ([4, 256], [4, 256])
-    assert grouping.titled(grid) == "mlp 64"
-    (along,) = grouping.growths(run.cases.values())
-    assert [record["sizes"]["batch"] for record in along] == [8, 16, 64]
+def test_cases_that_fill_a_grid_are_one_panel(run):
+    grid = picture.shapes(run.cases.values())
+    assert len(grid) == 4
+    assert {record["sizes"]["inputs"] for record in grid} == {4, 256}
+    assert {record["sizes"]["outputs"] for record in grid} == {4, 256}
+    assert picture.shapes(run.of("ntk")) == []
 
 
-def test_a_few_cases_of_every_kind_come_first():
-    records = [{"case": f"mlp, B={n}"} for n in range(20)] + [{"case": "gru"}]
-    first, rest = grouping.shown_first(records)
-    assert len(first) == grouping.SHOWN
-    assert {"mlp, B=0", "mlp, B=19", "gru"} <= {record["case"] for record in first}
-    assert sorted(r["case"] for r in first + rest) == sorted(r["case"] for r in records)
-
-
-@pytest.mark.parametrize("count", [1, 3, 15])
-def test_every_point_is_named(count):
-    points = [
-        Point(f"contestant {n} & co.", "rival", 0.01 * 1.01**n, 0.01, 0.02, 2**20 + n)
-        for n in range(count)
-    ]
-    svg = pareto_svg("a title", points)
-    # numbers beside the points, and names in a key, where the names alone would not fit
-    names = [text.split("contestant")[0] for text in re.findall(r">([^<>]*)</text>", svg)]
-    assert [names.count(str(n + 1)) for n in range(count)] == [int(count == 15)] * count
-    for point in points:
-        assert len(re.findall(f"{point.label.replace('&', '&amp;')}</text>", svg)) == 1
-    assert svg == pareto_svg("a title", points)
-
-
-def luminance(color):
-    parts = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-@pytest.mark.parametrize("theme", [BRIGHT, DARK], ids=["light", "dark"])
-def test_text_can_be_read_on_what_is_behind_it(theme):
-    ink, grid, paper = (theme[f"#01010{n}"] for n in (1, 3, 4))
-    pairs = [(color, paper) for name, color in theme.items() if name in LIGHT]
-    pairs = [pair for pair in pairs if pair[0] not in (grid, paper)]
-    pairs += [(ink, color) for name, color in theme.items() if name.startswith("#01012")]
-    for text, behind in pairs:
-        dark, light = sorted((luminance(text), luminance(behind)))
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, behind)
+def test_cases_of_many_samples_are_shown(run):
+    assert [record["case"] for record in picture.many(list(run.of("ntk")))] == ["NTK, mlp, B=64"]
+    assert len(picture.many(list(run.of("crossover")))) == 4

@@ -18,20 +18,19 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 from benchmarks.__main__ import STOPPED, main
-from benchmarks.running import processes, worker
-from benchmarks.running import progress as presenting
-from benchmarks.running import suite as runner
+from benchmarks.report import tables
+from benchmarks.report.progress import Watch
+from benchmarks.running import processes, suite, worker
 from benchmarks.running.processes import DEVICE_LOST
-from benchmarks.running.progress import Pace
-from benchmarks.running.records import Run
-from benchmarks.running.suite import CannotRunError, Order
-from benchmarks.running.worker import Task
-from benchmarks.verdicts import trust
+from benchmarks.running.records import Order, Run
+from benchmarks.running.suite import CannotRunError
+from benchmarks.studies import trust
 from benchmarks.verdicts.comparing import Change
-from jacfunc._measuring.results import WARM_UP, Result, WrongAnswerError, pooled, summarize
-from jacfunc._measuring.rounds import Contestant, Effort, Entry
+from jacfunc._measuring.results import Result, WrongAnswerError, pooled, summarize
+from jacfunc._measuring.rounds import Contestant, Effort
 from tests.benchmarks import table as benchmark_table
 from tests.benchmarks.table import TRACE, error
 
@@ -66,7 +65,7 @@ def order(directory, name="HELD", **options):
 
 def run(directory, name="HELD", **options):
     seen = Seen()
-    return runner.run_suite(order(directory, name, **options), seen), seen
+    return suite.run_suite(order(directory, name, **options), seen), seen
 
 
 def alive(pid):
@@ -169,8 +168,8 @@ def test_the_file_is_what_was_measured_and_does_not_name_the_machine(fates):
 
 
 def test_the_table_marks_winners_and_says_why_the_others_failed(fates):
-    shown = Console(file=io.StringIO(), width=presenting.LOG_WIDTH)
-    shown.print(presenting.table(fates[1].cases["fates/all"]))
+    shown = Console(file=io.StringIO(), width=tables.LOG_WIDTH)
+    shown.print(tables.of_case(fates[1].cases["fates/all"]))
     text = shown.file.getvalue()
     assert text.count("★") == 1
     assert "segfault: crashed: SIGSEGV" in text
@@ -275,28 +274,28 @@ def test_a_part_can_add_to_the_whole(tmp_path):
 def test_a_new_run_begins_a_new_file_at_once(whole, tmp_path):
     path = tmp_path / "quick-cpu.json"
     path.write_bytes((whole[0] / "quick-cpu.json").read_bytes())
-    runner.begun(order(tmp_path), whole[1].environment)
+    suite.begun(order(tmp_path), whole[1].environment)
     assert Run.read(path).cases == {}
 
 
-@pytest.mark.parametrize("what", [what for what in runner.SAME if what != "rivals"])
+@pytest.mark.parametrize("what", [what for what in suite.SAME if what != "rivals"])
 def test_a_run_is_not_gone_on_with_elsewhere(whole, what):
     elsewhere = {**whole[1].environment, what: "another"}
     with pytest.raises(CannotRunError, match=rf"begun, got {what} .*, here 'another'\. Begin a"):
-        runner.begun(order(whole[0], resume=True), elsewhere)
+        suite.begun(order(whole[0], resume=True), elsewhere)
 
 
 def test_a_run_is_not_gone_on_with_beside_other_rivals(whole, tmp_path):
     other = Run("quick", whole[1].environment, {"jax": "another"}, {})
     other.write(tmp_path / "quick-cpu.json")
     with pytest.raises(CannotRunError, match=r"begun, got rivals \{'jax': 'another'\}, here"):
-        runner.begun(order(tmp_path, resume=True), whole[1].environment)
+        suite.begun(order(tmp_path, resume=True), whole[1].environment)
 
 
 def test_another_file_is_not_gone_on_with(whole, tmp_path):
     (tmp_path / "quick-cpu.json").write_text("{}")
     with pytest.raises(CannotRunError, match="it must be a run of the suite in format"):
-        runner.begun(order(tmp_path, resume=True), whole[1].environment)
+        suite.begun(order(tmp_path, resume=True), whole[1].environment)
 
 
 def test_two_cases_of_one_name_are_refused(tmp_path):
@@ -307,10 +306,8 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
 # --- what is planted, and how long ---
 
 
-def test_what_is_planted_slows_jacfunc_alone():
-    ours, theirs = worker.looked_up(
-        Task("tests.benchmarks.table:HELD", "first", "one", "cpu", planted=3.0)
-    ).contestants
+def test_what_is_planted_slows_jacfunc_alone(tmp_path):
+    ours, theirs = worker.looked_up(order(tmp_path, planted=3.0), "first/one").contestants
     original = benchmark_table.GOOD
     assert theirs is original[1]
     sleeping = Contestant("jacfunc", "jacfunc", lambda x: lambda: time.sleep(x) or x)
@@ -334,13 +331,34 @@ def test_less_effort_means_fewer_rounds_but_not_too_few():
 
 
 def test_time_left_follows_what_finished_cases_took():
-    pace = Pace({"a": 10.0, "b": 20.0, "c": 5.0})
-    pace.start("a", 100.0)
-    assert pace.left(102.0) == 8 + 20 + 5
-    pace.finish("a", 120.0)
-    pace.start("b", 120.0)
-    assert pace.left(130.0) == 2 * 20 - 10 + 2 * 5
-    assert pace.left(200.0) == 2 * 5
+    now, case = [100.0], table_of_nothing()
+    bar = Progress(
+        console=Console(file=io.StringIO()),
+        get_time=lambda: now[0],
+        speed_estimate_period=float("inf"),
+        auto_refresh=False,
+    )
+    watch = Watch(bar)
+    watch.begin({"a": 10.0, "b": 20.0, "c": 5.0})
+    (task,) = bar.tasks
+    assert (task.total, task.completed) == (35.0, 0.0)
+    watch.case("a")
+    now[0] = 120.0
+    watch.finished("a", case)
+    # twice as long as was expected
+    assert task.time_remaining == 2 * (20 + 5)
+    watch.case("b")
+    watch.contestant("jacfunc")
+    assert (task.description, task.fields["turn"]) == ("b", "jacfunc")
+    now[0] = 140.0
+    watch.finished("b", case)
+    watch.finished("c", case)
+    assert task.finished
+
+
+def table_of_nothing():
+    keys = ("question", "case", "baseline")
+    return {**dict.fromkeys(keys, "a"), "results": [], "targets": []}
 
 
 # --- several processes ---
@@ -369,18 +387,6 @@ def test_whoever_is_ended_aside_ends_who_asked():
     ended = "import os; from benchmarks.running import processes as p; "
     ended += "p.aside(lambda: os.kill(os.getpid(), 11))"
     assert subprocess.run([sys.executable, "-c", ended], cwd=ROOT).returncode == -signal.SIGSEGV
-
-
-@pytest.mark.parametrize(("brief", "calls"), [(1.0, 2), (0.0, 1)])
-def test_a_brief_call_is_timed_after_an_untimed_one(monkeypatch, brief, calls):
-    monkeypatch.setattr("jacfunc._measuring.rounds.BRIEF", brief)
-    made = []
-    entry = Entry(made, Contestant("c", "", lambda m: lambda: m.append(0)), lambda a: 0.0, 1, False)
-    entry.prepare()
-    assert len(made) == 2
-    entry.time(1)
-    assert len(made) == 2 + calls
-    assert sorted(entry.result.seconds) == [WARM_UP, 1]
 
 
 def test_rounds_of_several_processes_are_pooled(tmp_path):
@@ -417,8 +423,8 @@ def test_a_share_counts_pairs_alone():
     verdicts = ("equivalent", "equivalent", "regressed", "fails", "baseline")
     changes = [Change("q/c", str(n), v, None, ("ok", "ok")) for n, v in enumerate(verdicts)]
     share = trust.share("the same code", "equivalent", changes)
-    assert (share.found, share.pairs, share.met) == (2, 3, False)
-    assert trust.share("", "equivalent", changes[:2]).met
+    assert (trust.right(share), share["pairs"], trust.is_met(share)) == (2, 3, False)
+    assert trust.is_met(trust.share("", "equivalent", changes[:2]))
 
 
 # --- the command line ---

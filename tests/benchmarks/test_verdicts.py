@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 import torch
 
+from benchmarks.report.tables import table_of
 from benchmarks.running.records import Run
 from benchmarks.verdicts.comparing import compare, judge
 from benchmarks.verdicts.intervals import (
@@ -391,9 +392,9 @@ def test_statuses_that_change_and_what_one_run_lacks():
     assert [change.contestant for change in found.regressed] == ["breaks"]
     assert found.only_first == ("q/a: gone", "q/a: absent", "q/b")
     assert found.only_second == ("q/a: new", "q/c")
-    assert found.table().row_count == 2
-    assert found.table(everything=True).row_count == 4
-    assert "only in the first: q/a: gone" in found.table().caption
+    assert table_of(found).row_count == 2
+    assert table_of(found, everything=True).row_count == 4
+    assert "only in the first: q/a: gone" in table_of(found).caption
 
 
 def test_other_machines_are_warned_of():

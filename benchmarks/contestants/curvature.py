@@ -1,0 +1,155 @@
+"""Who takes the GGN of the mean cross-entropy: its exact diagonal, or its product with a vector."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jacrev
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import jacfunc
+from benchmarks.contestants.per_sample import by_recipe
+from benchmarks.problems.judge import Answer, reference
+from benchmarks.problems.networks import CLASSES, parts
+from jacfunc._measuring import Contestant, Run
+from jacfunc.compare import Problem
+
+OURS, AGAIN = "jacfunc", "jacfunc, same point"
+BACKPACK, CURVLINOPS = "BackPACK", "curvlinops"
+MATERIALIZED = "vmap(jacrev), contracted"
+
+
+def expected_diagonal(problem: Problem) -> Answer:
+    """The diagonal from the rows that the judge takes one by one, in float64."""
+    return _contracted(reference(problem), _hessians(problem, torch.float64))
+
+
+def by_jacfunc(problem: Problem) -> Run:
+    model, images = parts(problem)
+    ggn, labels = jacfunc.ggn(model, F.cross_entropy), _labels(images)
+    return lambda: _as_blocks(ggn(images, labels).diagonal(), model)
+
+
+def by_backpack(problem: Problem) -> Run:
+    """On a copy of the model: what extends it stays."""
+    from backpack import backpack, extend
+    from backpack.extensions import DiagGGNExact
+
+    model, images = parts(problem)
+    own, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+    params, labels = dict(own.named_parameters()), _labels(images)
+
+    def run() -> Answer:
+        with backpack(DiagGGNExact()):
+            loss(own(images), labels).backward()
+        answer: Answer = {}
+        for name, param in params.items():
+            answer[name] = param.diag_ggn_exact
+            del param.diag_ggn_exact
+            param.grad = None
+        return answer
+
+    return run
+
+
+def by_materialized(problem: Problem) -> Run:
+    """Block by block, so that J is held once."""
+    blocks = by_recipe(jacrev, problem)
+    return lambda: _contracted(blocks(), _hessians(problem))
+
+
+def _contracted(blocks: Answer, hessians: Tensor) -> Answer:
+    """The diagonal of ``Jᵀ H J``, summed over samples."""
+    rows = {name: block.flatten(2) for name, block in blocks.items()}
+    return {
+        name: (torch.bmm(hessians, rows[name]) * rows[name]).sum((0, 1)).view(block.shape[2:])
+        for name, block in blocks.items()
+    }
+
+
+def expected_product(problem: Problem) -> Answer:
+    """The judge's rows, once from the right and once from the left."""
+    blocks, vector = reference(problem), _vector(problem)
+    pushed = sum(
+        torch.einsum("bcp,p->bc", block.flatten(2), vector[name].double().flatten())
+        for name, block in blocks.items()
+    )
+    seeds = torch.einsum("bcd,bd->bc", _hessians(problem, torch.float64), pushed)
+    return {name: torch.einsum("bc,bc...->...", seeds, block) for name, block in blocks.items()}
+
+
+def by_jacfunc_product(problem: Problem) -> Run:
+    """From the start: nothing is known of the point."""
+    model, images = parts(problem)
+    ggn, labels, vector = jacfunc.ggn(model, F.cross_entropy), _labels(images), _vector(problem)
+    return lambda: _as_blocks(ggn(images, labels) @ vector, model)
+
+
+def by_jacfunc_again(problem: Problem) -> Run:
+    """One more product at a point that has had one."""
+    (model, images), vector = parts(problem), _vector(problem)
+    operator = jacfunc.ggn(model, F.cross_entropy)(images, _labels(images))
+    return lambda: _as_blocks(operator @ vector, model)
+
+
+def by_curvlinops(problem: Problem) -> Run:
+    from curvlinops import GGNLinearOperator
+
+    model, images = parts(problem)
+    params, vector = dict(model.named_parameters()), list(_vector(problem).values())
+    data, loss, values = [(images, _labels(images))], nn.CrossEntropyLoss(), list(params.values())
+    operator = GGNLinearOperator(model, loss, values, data, check_deterministic=False)
+
+    def run() -> Answer:
+        # the fused kernels of attention know no forward mode
+        with sdpa_kernel(SDPBackend.MATH):
+            return dict(zip(params, operator @ vector, strict=True))
+
+    return run
+
+
+def _hessians(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
+    """Hessians of the mean cross-entropy in each sample's scores: ``[B, C, C]``."""
+    model, images = parts(problem)
+    with torch.no_grad():
+        own = model if dtype is None else copy.deepcopy(model).to(dtype)
+        scores = own(images.to(dtype=dtype))
+    chances = scores.softmax(-1)
+    hessians: Tensor = chances.diag_embed() - chances[:, :, None] * chances[:, None, :]
+    return hessians / len(scores)
+
+
+def _labels(images: Tensor) -> Tensor:
+    return torch.arange(len(images), device=images.device) % CLASSES
+
+
+def _vector(problem: Problem) -> Answer:
+    """Noise in the shape of the parameters."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(param.shape, generator=generator).to(param.device)
+        for name, param in parts(problem)[0].named_parameters()
+    }
+
+
+def _as_blocks(answer: Any, model: nn.Module) -> Answer:
+    """Blocks by name, of one vector or of a tree."""
+    if not isinstance(answer, Tensor):
+        return dict(answer)
+    params = dict(model.named_parameters())
+    pieces = answer.split([param.numel() for param in params.values()])
+    return {n: piece.view_as(params[n]) for n, piece in zip(params, pieces, strict=True)}
+
+
+DIAGONAL: tuple[Contestant[Problem], ...] = (
+    Contestant(OURS, "jacfunc", by_jacfunc),
+    Contestant(BACKPACK, "rival", by_backpack),
+    Contestant(MATERIALIZED, "torch.func", by_materialized),
+)
+PRODUCT: tuple[Contestant[Problem], ...] = (
+    Contestant(OURS, "jacfunc", by_jacfunc_product),
+    Contestant(AGAIN, "jacfunc", by_jacfunc_again),
+    Contestant(CURVLINOPS, "rival", by_curvlinops),
+)
