@@ -33,7 +33,7 @@ def by_jacfunc(problem: Problem) -> Run:
 
 
 def by_backpack(problem: Problem) -> Run:
-    """On a copy of the model: what extends it stays."""
+    """BackPACK's diagonal, on a copy of the model: what extends a model stays."""
     from backpack import backpack, extend
     from backpack.extensions import DiagGGNExact
 
@@ -55,7 +55,7 @@ def by_backpack(problem: Problem) -> Run:
 
 
 def by_materialized(problem: Problem) -> Run:
-    """Block by block, so that J is held once."""
+    """The diagonal from J by the recipe, block by block, so that J is held once."""
     blocks = by_recipe(jacrev, problem)
     return lambda: _contracted(blocks(), _hessians(problem))
 
@@ -81,14 +81,14 @@ def expected_product(problem: Problem) -> Answer:
 
 
 def by_jacfunc_product(problem: Problem) -> Run:
-    """From the start: nothing is known of the point."""
+    """The product at a point of which nothing is known."""
     model, images = parts(problem)
     ggn, labels, vector = jacfunc.ggn(model, F.cross_entropy), _labels(images), _vector(problem)
     return lambda: _as_blocks(ggn(images, labels) @ vector, model)
 
 
 def by_jacfunc_again(problem: Problem) -> Run:
-    """One more product at a point that has had one."""
+    """The product at a point that has had one before."""
     (model, images), vector = parts(problem), _vector(problem)
     operator = jacfunc.ggn(model, F.cross_entropy)(images, _labels(images))
     return lambda: _as_blocks(operator @ vector, model)

@@ -46,13 +46,13 @@ def by_jacfunc(problem: Problem, strategy: str | Strategy = "auto", **options: A
 
 
 def by_jacfunc_as_matrix(problem: Problem) -> Run:
-    """Of one call, ``[C, P]``."""
+    """The Jacobian of one call as one matrix ``[C, P]``."""
     run = by_jacfunc(problem, flat=True)
     return lambda: run()[None]
 
 
 def forecast(strategy: str | Strategy, problem: Problem) -> tuple[float | None, int | None]:
-    """What jacfunc says of one call, the parameters being an argument."""
+    """Seconds and bytes that jacfunc expects of one call, as a function of the parameters."""
     model, images = parts(problem)
     scores = lambda params: functional_call(model, params, (images,))  # noqa: E731
     plan = jacfunc.plan(scores, detached(model), strategy=strategy).forecast
@@ -79,7 +79,7 @@ def by_recipe(transform: Callable[..., Any], problem: Problem) -> Run:
 
 
 def by_jacrev(problem: Problem) -> Run:
-    """Of one call with all images, the samples not told apart."""
+    """The Jacobian of one call with all images, in which samples are not told apart."""
     model, images = parts(problem)
     params = detached(model)
     derive = jacrev(lambda params: functional_call(model, params, (images,)))
@@ -121,14 +121,14 @@ def by_functional(vectorize: bool, problem: Problem) -> Run:
 
 
 def by_functional_of_sum(vectorize: bool, problem: Problem) -> Run:
-    """By inputs: samples do not touch each other, so the sum of their scores will do."""
+    """The Jacobian by inputs of the sum of all scores: samples do not touch each other."""
     model, images = parts(problem)
     total, derive = lambda points: model(points).sum(0), torch.autograd.functional.jacobian
     return lambda: {"input": derive(total, images, vectorize=vectorize).movedim(0, 1)}
 
 
 def by_backward_loop(problem: Problem) -> Run:
-    """As forum posts write it: a backward pass a sample and class, its rows put in their place."""
+    """The loop of forum posts: a backward pass a sample and class, whose rows are put in place."""
     model, images = parts(problem)
     params = dict(model.named_parameters())
 
@@ -146,7 +146,7 @@ def by_backward_loop(problem: Problem) -> Run:
 
 
 def by_backward_loop_over_classes(problem: Problem) -> Run:
-    """By inputs: a backward pass a class, of its scores summed over samples."""
+    """The Jacobian by inputs: a backward pass a class, of its scores summed over samples."""
     model, images = parts(problem)
 
     def run() -> Answer:
@@ -159,7 +159,7 @@ def by_backward_loop_over_classes(problem: Problem) -> Run:
 
 
 def by_expansion(problem: Problem) -> Run:
-    """By inputs: each sample once a class, and one backward pass of all that are wanted."""
+    """The Jacobian by inputs: a copy of each sample for each class, and one backward pass."""
     model, images = parts(problem)
 
     def run() -> Answer:

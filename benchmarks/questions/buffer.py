@@ -44,7 +44,7 @@ CONTESTANTS: tuple[Contestant[Problem], ...] = (
 
 
 def faster(network: str, bound: float, *others: Wanted) -> Case:
-    """As many times faster than the recipe as is wanted."""
+    """A case that wants jacfunc so many times faster than the recipe."""
     wanted = (Wanted(OURS, "times faster than", bound, (RECIPE,)), *others)
     return case(network, 64, CONTESTANTS, baseline=OURS, wanted=wanted)
 

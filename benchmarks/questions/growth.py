@@ -63,7 +63,7 @@ def by_factors(point: Point) -> float:
 
 
 def by_rows(point: Point) -> float:
-    """As many sweeps, J, and its product with itself: in the limit B², P, C²."""
+    """Operations of as many sweeps, J, and its product with itself: in the limit B², P, C²."""
     rows = point.batch * point.classes
     return 2 * (point.batch + 2 * rows + rows**2) * point.parameters
 

@@ -11,7 +11,7 @@ FEW, MANY = 8, 64
 
 
 def kernel(network: str, batch: int, faster: float = 0, peak: float = 0) -> Case:
-    """What is wanted: as many times faster than the recipes, and so much of the memory of J."""
+    """A case that wants jacfunc so many times faster than the recipes, in a share of J's bytes."""
     wanted = [Wanted(OURS, "times faster than", faster, RECIPES)] if faster else []
     wanted += [Wanted(OURS, "times faster than", 1.0, (TORCHJD,))] if faster else []
     wanted += [Wanted(OURS, "peak ÷", peak, (ANSWER,))] if peak else []

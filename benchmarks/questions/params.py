@@ -12,7 +12,7 @@ EFFORT = Effort(rounds=20, seconds=1.5, fewest=3, patience=15.0)
 
 
 def of_params(network: str, batch: int) -> Case:
-    """With many samples, whoever sweeps a whole batch takes up to minutes a call."""
+    """A case; of many samples without whoever sweeps a whole batch, for minutes a call."""
     absent = ways.WHOLE_BATCH, ways.TORCHJD, *(() if network in FAST else (ways.LAPLACE,))
     wanted = [
         Wanted(ways.OURS, "time ÷", 1.0, (ways.RECIPE,)),

@@ -108,7 +108,7 @@ def _ratios(panel: Any, records: Sequence[Record]) -> None:
 
 
 def fastest(record: Record) -> dict[str, float]:
-    """By family, the time of its fastest contestant ÷ the baseline's."""
+    """The time of the fastest contestant of each family ÷ the baseline's."""
     times: dict[str, float] = {}
     for result in record["results"]:
         if ratio := beside(record, result["contestant"], record["baseline"]):

@@ -18,7 +18,7 @@ Case = tuple[str, Callable[[torch.device], Problem]]
 
 
 def candidates(problem: Problem) -> dict[str, str | Strategy]:
-    """What a careful person would try by hand."""
+    """The strategies that a careful person would try by hand."""
     (x,) = problem.args
     out, module = problem.target(x), problem.module
     if module is not None:

@@ -82,7 +82,7 @@ def timed(
 
 
 def planning(problem: Problem, device: torch.device) -> float:
-    """What planning adds to a call, as a share of that."""
+    """The share of a later call that auto's first call takes longer."""
     pairs = (interleaved({0: problem.jacobian("auto")}, 2, device)[0] for _ in range(PLANNINGS))
     return statistics.median(first / later - 1 for first, later in pairs)
 

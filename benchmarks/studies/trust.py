@@ -45,7 +45,7 @@ def share(what: str, wanted: str, changes: Iterable[Change]) -> dict[str, Any]:
 
 
 def right(share: Mapping[str, Any]) -> int:
-    """Of how many pairs a comparison says what it should."""
+    """The number of pairs of which a comparison says what it should."""
     return int(share["verdicts"].get(share["wanted"], 0))
 
 

@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def regressed(self) -> tuple[Change, ...]:
-        """What became slower, or no longer answers."""
+        """Changes of contestants that became slower, or no longer answer."""
         return tuple(c for c in self.changes if c.verdict in ("regressed", "broke"))
 
     @property

@@ -51,7 +51,7 @@ def _in_jax(records: Iterable[Record]) -> str:
 
 
 def _directions(records: Sequence[Record]) -> str:
-    """From how many outputs an input on forward mode always wins, where shapes vary that far."""
+    """The number of outputs an input from which on forward mode always wins, if shapes vary."""
     shapes = sorted(filter(None, map(_direction, records)), reverse=True)
     if len({share for share, _ in shapes}) < 4:
         return ""
@@ -73,7 +73,7 @@ def _direction(record: Record) -> tuple[float, bool] | None:
 
 
 def _growth(records: Sequence[Record], ours: str) -> str:
-    """By which power of each axis the time of ours grows."""
+    """The power of each axis by which the time of ours grows."""
     axes = dict.fromkeys(record["axis"] for record in records if record["axis"])
     exponents = {axis: intervals.exponent(records, ours, axis) for axis in axes}
     powers = [f"{axis}^{power:.2f}" for axis, power in exponents.items() if power is not None]
