@@ -54,6 +54,8 @@ def stack_leaves(chunks: Iterable[Leaves], leaves: Leaves) -> list[Leaves]:
 
 def stacked_rows(chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> Blocks:
     """Blocks ``[*out_i, *in_j]``, from chunks that hold rows of one output leaf each."""
+    if len(outputs) == 1:  # most functions have one output, and no chunk need be told from another
+        return rows_to_blocks(stack(chunks, outputs[0].numel()), outputs, primals)
     pairs = zip(stack_leaves(chunks, outputs), outputs, strict=True)
     return tuple([rows_to_blocks(rows, (out,), primals)[0] for rows, out in pairs])
 

@@ -179,12 +179,13 @@ def map_of_graph(
         active = _with_graph(sources) if anchors else []
         if not active:
             return tuple(anchor.zeros() for anchor in targets)
-        seeds = tuple([cotangents[i] for i in active])
+        seeds = cotangents
+        if len(active) < len(sources):
+            sources, seeds = (tuple([x[i] for i in active]) for x in (sources, seeds))
         edges = tuple([anchor.edge for anchor in targets])
         if as_evaluated is not None:
             as_evaluated()
-        active_sources = tuple([sources[i] for i in active])
-        results = _run_backward(active_sources, edges, seeds, keeps or rules.is_forced)
+        results = _run_backward(sources, edges, seeds, keeps or rules.is_forced)
         pairs = zip(results, targets, strict=True)
         products = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
