@@ -65,6 +65,7 @@ class FlatCall:
         """The state of the module that is called; None of a function."""
         self._api, self._has_aux = api, derivation.has_aux
         self._args, self._kwargs, self._origin = args, kwargs, origin
+        # check_inputs refuses one that is not differentiable
         self._has_one_tensor = len(args) == 1 and type(args[0]) is Tensor and not kwargs
         self._call_kind: CallKind | None = None
         self._positions = wrap_argnums(api, argnums, len(args))
@@ -120,10 +121,7 @@ class FlatCall:
         return self._origin is None and reaches_module(self.func)
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
-        args = list(self._args)
-        parts = self._cut(primals)
-        for n, split, part in zip(self._positions, self._splits, parts, strict=True):
-            args[n] = split.merge(part)
+        args = list(primals) if self._has_one_tensor else self._args_with(primals)
         try:
             output, aux = run_as_written(self.func, *args, **self._kwargs), None
         except RuntimeError as error:
@@ -142,6 +140,13 @@ class FlatCall:
             if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
                 check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
         return self._output.leaves, self._beside.leaves if self._beside else ()
+
+    def _args_with(self, primals: Leaves) -> list[Tree]:
+        """The arguments, with these primals in the place of the point."""
+        args, parts = list(self._args), self._cut(primals)
+        for n, split, part in zip(self._positions, self._splits, parts, strict=True):
+            args[n] = split.merge(part)
+        return args
 
     def _on_copies(self, args: list[Tree], primals: Sequence[Tensor]) -> Tree:
         """The output for copies of all constants: torch refuses writes into the originals."""

@@ -19,10 +19,10 @@ from jacfunc._faults import watched_once
 from jacfunc._linear_map import (
     Anchor,
     Graph,
+    LeadsOut,
     SampleFunction,
     Samples,
     differentiable_alias,
-    leading_out,
     linearize,
     map_of_graph,
     writable_copy,
@@ -152,7 +152,7 @@ def _evaluated(
         recorder = partial(UseRecorder, samples.size, learned.lent, unruled)
         of_all = _recording(of_one, samples, others, twins, recorder, uses)
         further = grad_mode and any(param.requires_grad for param in params)
-        pull = Pull(None, (grad_mode, further), leading_out(set(starts), grad_mode, further))
+        pull = Pull(None, (grad_mode, further), LeadsOut(set(starts), grad_mode, further))
         outputs, extras = watched_once(of_all, handles, params, pull, call)
     cut = set(starts).union(*(use.ends for use in uses))
     state = getattr(call, "state", None)

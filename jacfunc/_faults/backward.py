@@ -80,6 +80,7 @@ def pullback_rules(nodes: set[Any], differentiated: bool) -> PullbackRules:
     Raises:
         Refused: if a node has a backward pass that is wrong even row by row.
     """
+    nodes = suspects(nodes)
     if not nodes:
         return PullbackRules(set(), True, differentiated, None, False)
     check_nodes(nodes, differentiated=False)

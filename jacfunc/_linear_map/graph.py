@@ -26,7 +26,7 @@ from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
 from jacfunc._linear_map.once import once
-from jacfunc._linear_map.walks import Graph, leading_out
+from jacfunc._linear_map.walks import Graph, LeadsOut
 from jacfunc._torch import (
     Pull,
     is_outermost,
@@ -104,7 +104,7 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
             is_further = grad_mode and any(primal.requires_grad for primal in primals)
         if not is_plain:
             check_kept(primals, copies)
-        leads_out = leading_out(starts, grad_mode, is_further)
+        leads_out = LeadsOut(starts, grad_mode, is_further)
         pull = Pull(None, (grad_mode, is_further), leads_out)
         outputs, extras = watched_once(func, copies, primals, pull)
     state = getattr(func, "state", None)

@@ -16,6 +16,7 @@ from jacfunc._faults import (
     check_nodes,
     check_statistics,
     must_be_differentiable,
+    suspects,
     watched_once,
     wrong_second_derivative,
 )
@@ -91,7 +92,7 @@ class _InnerEvaluation:
         around: equal for evaluations that are differentiated further in the same way.
         is_derived: does something outside, beside plain autograd, differentiate it?
         ends: primals and outputs as the level sees them; None where no graph can be looked at.
-        nodes: kinds of nodes in the graph.
+        nodes: kinds of nodes in the graph that may be wrong.
         differentiated: may products be differentiated further?
         batchable: is a pullback right under vmap?
         differentiable: must its backward formulas be the differentiable ones?
@@ -122,11 +123,12 @@ class _InnerEvaluation:
         return outputs, extras
 
     def _look(self, outputs: Leaves, graph: Graph) -> None:
-        self.nodes, names = graph.nodes, graph.names
+        self.nodes = nodes = suspects(graph.nodes)
+        names = {node.__name__ for node in nodes}
         self.differentiated = any(is_differentiated(out) for out in outputs)
-        check_nodes(graph.nodes, self.differentiated and self.is_derived)
+        check_nodes(nodes, self.differentiated and self.is_derived)
         if self.differentiated:
-            self.reason = wrong_second_derivative(graph.nodes)
+            self.reason = wrong_second_derivative(nodes)
             self.differentiated = self.reason is None
         if self.differentiated and not is_right_twice(innermost_level()):
             check_statistics(names)

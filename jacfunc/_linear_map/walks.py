@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from jacfunc._faults import suspects
 from jacfunc._torch import below_transforms
 
 
@@ -17,7 +16,7 @@ class Graph:
     """What a walk from tensors back to the start nodes of a call has met.
 
     Args:
-        nodes: kinds of the autograd nodes on the way that may be wrong.
+        nodes: kinds of the autograd nodes on the way.
         met: each start node, and each node that was looked for, that a path leads to; with the
             nodes that the paths come from, or None for a tensor itself.
         leads_out: does a path lead to a leaf outside of the call?
@@ -26,11 +25,6 @@ class Graph:
     nodes: set[Any]
     met: dict[Any, set[Any]]
     leads_out: bool
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the kinds of nodes."""
-        return {node.__name__ for node in self.nodes}
 
     @classmethod
     def back_to(cls, starts: set[Any], tensors: Iterable[Tensor]) -> Graph:
@@ -48,7 +42,7 @@ class Graph:
                     visited.add(below)
                     pending.append(below)
             outside = outside or (not edges and hasattr(node, "variable"))
-        return cls(suspects(kinds), {}, outside)
+        return cls(kinds, {}, outside)
 
     @classmethod
     def of(
@@ -71,33 +65,34 @@ class Graph:
             edges = node.next_functions
             pending += [(below, node) for below, _ in edges]
             outside = outside or (not edges and hasattr(node, "variable"))
-        return cls(suspects(kinds), met, outside)
+        return cls(kinds, met, outside)
 
 
-def leading_out(starts: set[Any], grad_mode: bool, is_further: bool) -> Callable[[Tensor], bool]:
+@dataclass(slots=True)
+class LeadsOut:
     """A test of tensors inside a call: does a derivative that is kept lead out of the call?
 
     Args:
         starts: nodes at which the call begins.
         grad_mode: is a graph kept of the outputs?
-        is_further: do the primals themselves have a graph, so that the answer is always yes?
+        has_left: is the answer always yes, as the primals themselves have a graph?
     """
-    visited: set[Any] = set()
-    has_left = is_further
 
-    def leads_out(tensor: Tensor) -> bool:
-        nonlocal has_left
-        visited.update(starts, [None])
-        pending: list[Any] = [below_transforms(tensor).grad_fn] if grad_mode else []
-        while pending and not has_left:
+    starts: set[Any]
+    grad_mode: bool
+    has_left: bool
+    _visited: set[Any] = field(default_factory=set)
+
+    def __call__(self, tensor: Tensor) -> bool:
+        self._visited.update(self.starts, [None])
+        pending: list[Any] = [below_transforms(tensor).grad_fn] if self.grad_mode else []
+        while pending and not self.has_left:
             node = pending.pop()
-            if node not in visited:
-                visited.add(node)
+            if node not in self._visited:
+                self._visited.add(node)
                 pending += [below for below, _ in node.next_functions]
-                has_left = hasattr(node, "variable")
-        return has_left
-
-    return leads_out
+                self.has_left = hasattr(node, "variable")
+        return self.has_left
 
 
 def nodes_of_call(tensor: Tensor, ends: set[Any]) -> set[Any]:
