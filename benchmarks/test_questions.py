@@ -12,7 +12,7 @@ import pytest
 from benchmarks.cases import by_key
 from benchmarks.questions import QUESTIONS
 from benchmarks.running.environment import default_device, pin
-from jacfunc._measuring import Check, Contestant, Result, peak_bytes, recording
+from jacfunc._measuring import Check, Contestant, Result, failures_in, peak_bytes
 
 pin()
 DEVICE = default_device()
@@ -30,7 +30,7 @@ def problem_of(key: str) -> tuple[Any, Check]:
 @pytest.mark.parametrize(("key", "way"), PAIRS, ids=[f"{key}-{way.name}" for key, way in PAIRS])
 def test_question(key: str, way: Contestant[Any], benchmark: Any) -> None:
     result = Result(way.name, way.family)
-    with recording(result):
+    with failures_in(result):
         problem, check = problem_of(key)
         run = way.prepare(problem)
         benchmark.group = key

@@ -20,7 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.running import processes
 from benchmarks.running.environment import environment, pin
 from benchmarks.running.records import SUITES, Order
-from jacfunc._measuring import Contestant, Effort, Result, Run, recording, seconds_of
+from jacfunc._measuring import Contestant, Effort, Result, Run, failures_in, seconds_of
 from jacfunc._memory import free_bytes
 
 SHARE = 0.8  # of the memory that is available, what a case may have on the CPU
@@ -87,7 +87,7 @@ def work(
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
     setup, results = Result("", ""), None
-    with recording(setup), processes.seats(device) as place:
+    with failures_in(setup), processes.seats(device) as place:
         results = case.measure(device, without, on_step, place)
     _check(device)
     reason = setup.status.replace("unsupported: ", "unsupported: setup: ")

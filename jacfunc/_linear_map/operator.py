@@ -20,7 +20,7 @@ from jacfunc._torch import RandomState, below_transforms, holds_nan, inside_tran
 from jacfunc._trees import kind_of
 from jacfunc._types import LeafFunction, Leaves
 
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 
 class JacobianOperator:
@@ -173,7 +173,7 @@ class JacobianOperator:
         else:
             self._random_state.repeat()
 
-    def refusing(self, what: str, run: Callable[[], Result]) -> Result:
+    def refusing(self, what: str, run: Callable[[], ResultT]) -> ResultT:
         """The result of ``run``. An error that the function alone does not raise is a refusal.
 
         Raises:

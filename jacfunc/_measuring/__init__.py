@@ -6,8 +6,8 @@ from jacfunc._measuring.results import (
     Spread,
     WrongAnswerError,
     counted,
+    failures_in,
     pooled,
-    recording,
-    spread,
+    spread_of,
 )
 from jacfunc._measuring.rounds import Check, Contestant, Effort, Entry, measure

@@ -33,7 +33,7 @@ class Spread:
         return cls(median, low, high)
 
 
-def spread(value: Spread, scale: float = 1) -> str:
+def spread_of(value: Spread, scale: float = 1) -> str:
     """Text for a table: ``median (low–high)``, the quartiles in brackets."""
     median, low, high = (_short(x * scale) for x in (value.median, value.low, value.high))
     return f"{median} ({low}–{high})"
@@ -106,7 +106,7 @@ def pooled(runs: Sequence[Sequence[Result]], baseline: str) -> list[Result]:
 
 
 @contextmanager
-def recording(result: Result) -> Iterator[None]:
+def failures_in(result: Result) -> Iterator[None]:
     """Turn a failure inside into the status of the result."""
     try:
         yield

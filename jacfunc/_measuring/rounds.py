@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from jacfunc._measuring.clock import Run, peak_bytes, seconds_of, shuffled
-from jacfunc._measuring.results import WARM_UP, Result, recording, summarize
+from jacfunc._measuring.results import WARM_UP, Result, failures_in, summarize
 
-Problem = TypeVar("Problem", contravariant=True)
+ProblemT = TypeVar("ProblemT", contravariant=True)
 Check = Callable[[Any], float]
 """Takes an answer, gives its largest relative error, or raises :class:`WrongAnswerError`."""
 
@@ -21,7 +21,7 @@ BRIEF = 0.05
 
 
 @dataclass(frozen=True)
-class Contestant(Generic[Problem]):
+class Contestant(Generic[ProblemT]):
     """One way to the answer: ``prepare`` does what a user does once, and gives the call to measure.
 
     Args:
@@ -34,11 +34,11 @@ class Contestant(Generic[Problem]):
 
     name: str
     family: str
-    prepare: Callable[[Problem], Run]
+    prepare: Callable[[ProblemT], Run]
     answers: bool = True
     counted: bool = True
-    forecast: Callable[[Problem], tuple[float | None, int | None]] | None = None
-    work: Callable[[Problem], float] | None = None
+    forecast: Callable[[ProblemT], tuple[float | None, int | None]] | None = None
+    work: Callable[[ProblemT], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Entry:
     def prepare(self) -> None:
         """Do what is done once, check an answer, and warm up unless that is a long wait."""
         result, contestant = self.result, self._contestant
-        with recording(result):
+        with failures_in(result):
             if contestant.work is not None:
                 result.work = contestant.work(self._problem)
             if contestant.forecast is not None:
@@ -104,13 +104,13 @@ class Entry:
 
     def weigh(self) -> None:
         """Count the peak of one untimed call."""
-        with recording(self.result):
+        with failures_in(self.result):
             if self._contestant.counted:
                 self.result.peak_bytes = peak_bytes(self._run, self._device)
 
     def time(self, number: int) -> None:
         """Time the call of one round, after an untimed call where caches would be much of it."""
-        with recording(self.result):
+        with failures_in(self.result):
             if self.result.seconds[WARM_UP] < BRIEF:
                 self._run()
             began = time.process_time()

@@ -19,7 +19,7 @@ from jacfunc._planning.plan import Direction, Plan
 from jacfunc._units import in_bytes
 from jacfunc.strategies import Reverse, Strategy, Sweeping
 
-SHARE = 0.5
+BUDGET_SHARE = 0.5
 """Share of the free memory that is the budget, where the user gives none."""
 
 
@@ -97,7 +97,7 @@ def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
 
 
 def _budget(costs: Costs, memory: int | None) -> int:
-    return memory if memory is not None else int(SHARE * free_bytes(costs.speeds.device))
+    return memory if memory is not None else int(BUDGET_SHARE * free_bytes(costs.speeds.device))
 
 
 def _room(budget: int, taken: int, strict: bool) -> int:

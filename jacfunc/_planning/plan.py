@@ -21,7 +21,7 @@ NUMBER = 8
 """Bytes of one number of a seed, at most."""
 
 Direction = Reverse | Forward | Structured
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 UNMAPPED = 0
 """In place of a number of samples at once: no plan runs under vmap, samples go one by one."""
@@ -64,7 +64,7 @@ class Plan(Streaming):
         return Plan(self.otherwise[0], reason, None, self.otherwise[1:])
 
 
-def attempt(plan: Plan, run: Callable[[Plan], Result]) -> tuple[Plan, Result]:
+def attempt(plan: Plan, run: Callable[[Plan], ResultT]) -> tuple[Plan, ResultT]:
     """The plan that ran and its result: of those to try, the first that torch does not refuse."""
     while True:
         try:

@@ -14,7 +14,7 @@ from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, 
 from jacfunc._samples.again import first_again
 from jacfunc._types import Leaves
 
-SHARE = 5
+SWEPT_SHARE = 5
 """The bytes of cotangents that are swept at once are a fifth of the result's, within limits."""
 
 
@@ -70,7 +70,7 @@ class SampleWriter:
         """Write the blocks of samples, of which the first has the number ``start``."""
         grid = self.grid()
         result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
-        at_once = min(max(result // SHARE, LEAST_SWEPT_BYTES), self.most_swept)
+        at_once = min(max(result // SWEPT_SHARE, LEAST_SWEPT_BYTES), self.most_swept)
         samples = slice(start, start + factors.samples.size)
         for number, rows in enumerate(grid.rows):
 

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 
 class _Depth(threading.local):
@@ -106,7 +106,7 @@ def as_written() -> AbstractContextManager[Any]:
 _NOTHING = nullcontext()
 
 
-def run_as_written(func: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+def run_as_written(func: Callable[..., ResultT], *args: Any, **kwargs: Any) -> ResultT:
     """``func(*args, **kwargs)`` under :func:`as_written`, cheaply if the compiler is not loaded."""
     if "torch._dynamo.eval_frame" not in sys.modules:
         return func(*args, **kwargs)

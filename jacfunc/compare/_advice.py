@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from jacfunc._arguments import check_memory
-from jacfunc._measuring import Result, Spread, spread
+from jacfunc._measuring import Result, Spread, spread_of
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._contestants import PLANNED
@@ -91,7 +91,7 @@ def _figures(result: Result, baseline: str) -> str:
     """Time, in units of the baseline, and peak."""
     time = in_seconds(result.time.median if result.time else None)
     if result.ratio is not None and result.contestant != baseline:
-        time = f"{spread(result.ratio)} of the time of {baseline}"
+        time = f"{spread_of(result.ratio)} of the time of {baseline}"
     return f"{time}, {in_bytes(result.peak_bytes)} at its peak"
 
 

@@ -10,7 +10,7 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
 from jacfunc._measuring import Result
 from jacfunc._memory import free_bytes
-from jacfunc._planning import SHARE, resolve
+from jacfunc._planning import BUDGET_SHARE, resolve
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._problem import API, Problem
 from jacfunc.strategies import Strategy, Sweeping
@@ -21,7 +21,7 @@ LONG, FAR = 60.0, 20.0
 Needs = tuple[float | None, int | None, int]
 """Seconds and peak bytes of a call, None if not known, and the bytes that it takes at least."""
 
-UNKNOWN: Needs = (None, None, 0)
+NOTHING_KNOWN: Needs = (None, None, 0)
 
 
 def foretell(
@@ -44,9 +44,9 @@ def foretell(
     shortest = min((seconds for seconds, _, _ in needs.values() if seconds), default=0.0)
     for result in results:
         name = result.contestant
-        result.forecast_seconds, result.forecast_bytes, _ = needs.get(name, UNKNOWN)
+        result.forecast_seconds, result.forecast_bytes, _ = needs.get(name, NOTHING_KNOWN)
         # torch's own recipe is a reverse sweep, too
-        sweep = needs.get(name if name in strategies else "reverse", UNKNOWN)
+        sweep = needs.get(name if name in strategies else "reverse", NOTHING_KNOWN)
         result.status = _obstacle(sweep, free_bytes(problem.device), shortest) or result.status
 
 
@@ -55,7 +55,7 @@ def _obstacle(needs: Needs, free: int, shortest: float) -> str | None:
     seconds, peak, least = needs
     if peak is not None and peak > free:
         return f"out of memory: forecast {in_bytes(peak)}, {in_bytes(free)} free"
-    if least > SHARE * free:
+    if least > BUDGET_SHARE * free:
         return f"out of memory: forecast {in_bytes(least)} at least, {in_bytes(free)} free"
     if seconds is not None and seconds > max(LONG, FAR * shortest):
         return f"out of time: forecast {in_seconds(seconds)} a call"

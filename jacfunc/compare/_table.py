@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jacfunc._measuring import Result, spread
+from jacfunc._measuring import Result, spread_of
 from jacfunc._types import Memory
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._advice import best, front, reasons, sentence
@@ -115,6 +115,6 @@ def _cells(result: Result) -> tuple[str, ...]:
     if not result.ok:
         return result.status.partition(":")[0], "", "", "", estimate
     error = "-" if result.error is None else f"{result.error:.0e}" if result.error else "0"
-    time = "-" if result.time is None else spread(result.time, 1e3)
-    ratio = "-" if result.ratio is None else spread(result.ratio)
+    time = "-" if result.time is None else spread_of(result.time, 1e3)
+    ratio = "-" if result.ratio is None else spread_of(result.ratio)
     return ratio, time, in_bytes(result.peak_bytes), error, estimate

@@ -13,7 +13,7 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks, Leaves, Tree
 from jacfunc.strategies._strategy import Strategy, blocks_into
 
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(slots=True)
@@ -58,10 +58,10 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENS
 
 def in_words_of(
     api: str,
-    sweep: Callable[[], Result],
+    sweep: Callable[[], ResultT],
     must: str = "the function must be one that this strategy can sweep",
     instead: str = " Let jacobian(strategy='auto') choose, or name another strategy.",
-) -> Result:
+) -> ResultT:
     """The result of a sweep.
 
     Raises:

@@ -342,6 +342,16 @@ def test_classes_say_what_they_are(name: str) -> None:
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
+def test_no_two_classes_have_one_name() -> None:
+    names = [
+        node.name
+        for tree in TREES.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name[0] != "_"
+    ]
+    assert sorted(names) == sorted(set(names))
+
+
 @EVERY_MODULE
 def test_private_names_stay_in_their_module(name: str) -> None:
     """One room does not reach into the drawers of another."""
