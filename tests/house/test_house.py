@@ -192,6 +192,14 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
+def test_benchmarks_enter_packages_by_their_faces() -> None:
+    benchmarks = GUIDE.parent / "benchmarks"
+    for path in benchmarks.rglob("*.py"):
+        for module, _ in imported(ast.parse(path.read_text())):
+            if module.split(".")[0] == "jacfunc":
+                assert is_face(module), f"{path.name} goes past the face of {module}"
+
+
 def test_the_guide_names_every_package_and_no_other() -> None:
     there = {home_of(name) for name in FILES} - ROOF
     assert set(FLOORS) == there
