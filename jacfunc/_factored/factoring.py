@@ -29,10 +29,10 @@ from jacfunc._linear_map import (
 )
 from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import (
+    MathAttention,
     Pull,
     inside_derivative,
     inside_transform,
-    math_attention,
     recording,
     untracked,
 )
@@ -141,7 +141,7 @@ def _evaluated(
 ) -> tuple[FactoredJacobian, set[int]]:
     """The factors of one evaluation, and the parameters that are used where no rule sees it."""
     grad_mode, others = torch.is_grad_enabled(), sorted(learned.others)
-    with recording(), math_attention():
+    with recording(), MathAttention():
         check_plain(params)
         anchors = [differentiable_alias(param, grad_mode) for param in params]
         twins = [anchor.view_as(anchor) for anchor in anchors]

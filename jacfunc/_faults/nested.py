@@ -14,7 +14,7 @@ from jacfunc._errors import Refused
 from jacfunc._faults.callers import CUT_OFF
 from jacfunc._faults.forward import FAULTY, PushContext, check_push, check_pushed
 from jacfunc._faults.lookups import tensors_of
-from jacfunc._faults.watch import Watch, name_of, num_function_modes, unwatched, watch_on
+from jacfunc._faults.watch import Watch, name_of, unwatched, watch_on
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
 from jacfunc._torch import Pull, is_batched, is_pushing
@@ -64,8 +64,7 @@ def watched_once(
         call: says what is called and of what kind the call is, if ``func`` does not.
     """
     keep_heap()
-    if num_function_modes():
-        watch_on()
+    watch_on()
     call = func if call is None else call
     _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
     is_known, kind = version is not None, (kind, pull.around)

@@ -31,9 +31,6 @@ from jacfunc._torch import (
 )
 from jacfunc._types import Leaves
 
-num_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
-"""The number of function modes that see operations here; watches are such modes."""
-
 _OF_A_TRANSFORM = ("vmap", "functorch", "that doesn't have storage")
 
 
@@ -189,13 +186,13 @@ def was_handled(error: Exception) -> bool:
 
 def _modes() -> list[Any]:
     """The function modes outside, the nearest first."""
-    count = num_function_modes()
+    count: int = torch._C._len_torch_function_stack()
     return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
 
 
 def watch_on() -> None:
     """Make outer watches watch again: they count orders of derivatives, and one is taken here."""
-    for watch in _modes():
+    for watch in _modes() if torch._C._len_torch_function_stack() else ():
         if isinstance(watch, Watch):
             watch.stays_watched = True
 

@@ -28,9 +28,9 @@ from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization,
 from jacfunc._linear_map.once import once
 from jacfunc._linear_map.walks import Graph, LeadsOut
 from jacfunc._torch import (
+    MathAttention,
     Pull,
     is_outermost,
-    math_attention,
     noise_like,
     outside_transforms,
     recording,
@@ -93,7 +93,7 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
     if not is_outermost():
         return linearize_inside(func, primals)
     grad_mode = torch.is_grad_enabled()
-    with recording(), math_attention():
+    with recording(), MathAttention():
         is_plain = are_plain(primals)
         # a clone of another class would be a plain tensor where nothing sees its __torch_function__
         with untracked() if is_plain else nullcontext():
@@ -138,7 +138,7 @@ def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
     try:
         return run_as_written(run_backward, *task)
     except CheckpointError:
-        with math_attention():
+        with MathAttention():
             return run_as_written(run_backward, *task)
 
 

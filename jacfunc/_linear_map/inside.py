@@ -24,6 +24,7 @@ from jacfunc._linear_map.linearization import LeafNumbers, Linearization, chosen
 from jacfunc._linear_map.once import once
 from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
+    MathAttention,
     Pull,
     as_written,
     at_reverse_level,
@@ -32,7 +33,6 @@ from jacfunc._torch import (
     is_differentiated,
     is_right_twice,
     levels,
-    math_attention,
     newer_transforms,
     off_graph,
     run_backward,
@@ -49,7 +49,7 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
     # a module's state looks for the plain graph of its outputs, below all transforms: where the
     # caller keeps none, one is recorded that leads to tensors of before the call alone
     records = getattr(func, "state", None) is not None and not torch.is_grad_enabled()
-    with math_attention(), torch.enable_grad() if records else nullcontext():
+    with MathAttention(), torch.enable_grad() if records else nullcontext():
         own = off_graph(primals) if records else primals
         outputs, vjp, extras = _evaluated(inner, own)
     if records:

@@ -14,9 +14,9 @@ from jacfunc._faults import ForwardWatch, PushContext
 from jacfunc._linear_map.linearization import batched_like
 from jacfunc._memory import keep_heap
 from jacfunc._torch import (
+    MathAttention,
     at_forward_level,
     inside_derivative,
-    math_attention,
     num_vmap_levels,
     off_graph,
     sweep_batch,
@@ -57,7 +57,7 @@ def _push(
     grad_mode = torch.enable_grad() if released else nullcontext()
     try:
         around = PushContext(outer_vmaps, not released)
-        with grad_mode, ForwardWatch(around) as watch, math_attention():
+        with grad_mode, ForwardWatch(around) as watch, MathAttention():
             pushed = _jvp(func, copies, tangents)
         watch.check_copies(primals)
     except Refused:

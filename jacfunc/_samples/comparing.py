@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._linear_map import Dims, Samples, differentiable_alias
-from jacfunc._torch import RandomState, math_attention, recording, run_backward
+from jacfunc._torch import MathAttention, RandomState, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
 MOST_HALVES = 6
@@ -53,7 +53,7 @@ class Subject:
         """Its outputs on a graph that leads to everything differentiable."""
         random_state.repeat()
         # other threads may have chosen the plain formula, and leave it between two evaluations
-        with recording(), math_attention():
+        with recording(), MathAttention():
             inputs = filter(is_differentiable, self.samples.leaves) if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *inputs)}
             every = (*self.params, *self.samples.leaves)

@@ -3,7 +3,7 @@
 Torch's private names are used in this package alone.
 """
 
-from jacfunc._torch.attention import math_attention
+from jacfunc._torch.attention import MathAttention
 from jacfunc._torch.autograd import off_graph, recording, run_backward, untracked
 from jacfunc._torch.compiled import as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import constant, has_tangent, is_differentiated, is_tracked

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch.backends import mha
@@ -40,9 +39,12 @@ class MathAttention:
     evaluation, ends.
     """
 
-    __slots__ = ("_before", "_is_first")
+    __slots__ = ("_before", "_is_entered", "_is_first")
 
     def __enter__(self) -> None:
+        self._is_entered = not torch.compiler.is_compiling()  # a compiler chooses for itself
+        if not self._is_entered:
+            return
         with _LOCK:
             self._before = before = _current()
             self._is_first = not _ENTERED.count
@@ -53,6 +55,8 @@ class MathAttention:
             _ENTERED.count += 1
 
     def __exit__(self, *_: object) -> None:
+        if not self._is_entered:
+            return
         with _LOCK:
             _ENTERED.count -= 1
             if self._is_first:
@@ -62,11 +66,6 @@ class MathAttention:
                 _choose(*self._before)
             elif not _ENTERED.count and _current() == MATH_ONLY:  # still as this context set them
                 _choose(*_ENTERED.before)
-
-
-def math_attention() -> AbstractContextManager[Any]:
-    """Attention by the math kernel; does nothing under a compiler, which chooses for itself."""
-    return nullcontext() if torch.compiler.is_compiling() else MathAttention()
 
 
 def _current() -> Switches:
