@@ -58,7 +58,7 @@ def _can_be_merged(part: Part, other: Part) -> bool:
     if part.path != other.path:
         return False
     if isinstance(left, Outer) and isinstance(right, Outer):
-        is_same_order = left.is_turned == right.is_turned
+        is_same_order = left.is_transposed == right.is_transposed
         return is_same_order and left.inputs.shape[1::2] == right.inputs.shape[1::2]
     return isinstance(left, Rows) and isinstance(right, Rows)
 

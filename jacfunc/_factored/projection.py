@@ -40,7 +40,7 @@ class SignMatrix:
 def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: SignMatrix) -> Tensor:
     """The rows of a Jacobian times the matrix, ``[B, K, size]``, by the cheaper of two ways."""
     form = parts[0].form
-    if len(parts) == 1 and isinstance(form, Outer) and not parts[0].path and not form.is_turned:
+    if len(parts) == 1 and isinstance(form, Outer) and not parts[0].path and not form.is_transposed:
         num_seeds, _, _, positions, outs = form.cotangents.shape
         ins = form.inputs.shape[-1]
         by_factors = positions * outs * signs.size * (ins + num_seeds)

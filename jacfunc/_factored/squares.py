@@ -100,7 +100,7 @@ def _squared(form: KnownForm, sums: SquaredSums, at_once: int) -> Tensor:
     by_rows = num_seeds * outs * ins * (positions + 1)
     is_cheaper = by_pairs < by_rows
     total = _squared_by_pairs(form, sums) if is_cheaper else _squared_by_rows(form, at_once)
-    return (total.mT if form.is_turned else total).reshape(form.shape)
+    return (total.mT if form.is_transposed else total).reshape(form.shape)
 
 
 def _squared_by_pairs(form: Outer, sums: SquaredSums) -> Tensor:
@@ -194,7 +194,7 @@ def _as_known(form: Form, param: Tensor) -> KnownForm:
         seeds = _precise(form.cotangents, param)
         if seeds is form.cotangents:
             return form  # a convolution may have nothing unfolded yet
-        return Outer(form.inputs, seeds, form.shape, form.is_turned)
+        return Outer(form.inputs, seeds, form.shape, form.is_transposed)
     if isinstance(form, Gather):
         return Gather(form.index, _precise(form.cotangents, param), form.shape)
     products = form.products if isinstance(form, Rows) else form.rows().transpose(0, 1)

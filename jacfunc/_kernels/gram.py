@@ -184,7 +184,11 @@ def _positional(
     if len(lefts) != 1 or len(rights) != 1 or lefts[0].path != rights[0].path:
         return None
     left, right = lefts[0].form, rights[0].form
-    if isinstance(left, Outer) and isinstance(right, Outer) and left.is_turned == right.is_turned:
+    if (
+        isinstance(left, Outer)
+        and isinstance(right, Outer)
+        and left.is_transposed == right.is_transposed
+    ):
         return left, right
     return (left, right) if isinstance(left, Gather) and isinstance(right, Gather) else None
 

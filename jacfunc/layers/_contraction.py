@@ -95,7 +95,7 @@ class Contraction:
             self._inputs(groups, places, ins),
             self._arranged(seeds, groups, places, outs),
             self.shape,
-            is_turned=self.letters != orders[0],
+            is_transposed=self.letters != orders[0],
         )
 
     def _products(self, seeds: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Convolution(Outer):
         windows: the kernel's windows on the input; on the output of a transposed convolution.
         num_groups: the number of groups of channels.
         shape: the shape of the weight.
-        is_turned: is the convolution transposed?
+        is_transposed: is the convolution transposed?
     """
 
     images: Tensor
@@ -86,10 +86,10 @@ class Convolution(Outer):
         windows: Windows,
         num_groups: int,
         shape: torch.Size,
-        is_turned: bool = False,
+        is_transposed: bool = False,
     ) -> None:
         own = {"images": images, "seeds": seeds, "windows": windows, "num_groups": num_groups}
-        vars(self).update(own, shape=shape, is_turned=is_turned)
+        vars(self).update(own, shape=shape, is_transposed=is_transposed)
 
     @property
     def groups(self) -> int:
@@ -97,29 +97,29 @@ class Convolution(Outer):
 
     @property
     def width(self) -> int:
-        return self.shape[0] // self.groups if self.is_turned else self.shape[1:].numel()
+        return self.shape[0] // self.groups if self.is_transposed else self.shape[1:].numel()
 
     @property
     def places(self) -> Sequence[int]:
         """The number of places of the kernel, in each dimension."""
         count = len(self.windows.kernel)
-        return (self.images if self.is_turned else self.seeds).shape[-count:]
+        return (self.images if self.is_transposed else self.seeds).shape[-count:]
 
     @cached_property
     def inputs(self) -> Tensor:
-        images = self.images if self.is_turned else self.windows.on(self.images, self.places)
+        images = self.images if self.is_transposed else self.windows.on(self.images, self.places)
         return self._by_position(images, 1)
 
     @cached_property
     def cotangents(self) -> Tensor:
-        seeds = self.windows.on(self.seeds, self.places) if self.is_turned else self.seeds
+        seeds = self.windows.on(self.seeds, self.places) if self.is_transposed else self.seeds
         return self._by_position(seeds, 2)
 
     def write(self, block: Tensor, at_once: int = UNFOLDED_BYTES) -> None:
         """Write the rows for few samples at a time, so that their windows stay in the cache."""
         kernel = prod(self.windows.kernel)
         images, seeds = self.images[0].numel(), self.seeds[:, 0].numel()
-        unfolded = images + kernel * seeds if self.is_turned else kernel * images + seeds
+        unfolded = images + kernel * seeds if self.is_transposed else kernel * images + seeds
         step = max(1, at_once // (block.element_size() * (unfolded + block[0].numel())))
         for start in range(0, len(block), step):
             samples = slice(start, start + step)
@@ -128,7 +128,7 @@ class Convolution(Outer):
     def of_samples(self, samples: slice) -> Convolution:
         """The form of some of the samples, with nothing unfolded yet."""
         images, seeds = self.images[samples], self.seeds[:, samples]
-        return Convolution(images, seeds, self.windows, self.groups, self.shape, self.is_turned)
+        return Convolution(images, seeds, self.windows, self.groups, self.shape, self.is_transposed)
 
     def _by_position(self, images: Tensor, lead: int) -> Tensor:
         """``[*lead, N, channels, …, *places]`` as ``[*lead, groups, T, channels · …]``."""
@@ -166,18 +166,18 @@ def transposed(
 ) -> Mapping[str, FormOf]:
     """``z[o, stride · t + dilation · s] += Σᵢ input[i, t] weight[i, o, s]``, plus ``bias[o]``."""
     windows = Windows.of(weight.shape[3:], stride, padding, dilation)
-    return _forms(input, weight.shape[1:], windows, groups, is_turned=True)
+    return _forms(input, weight.shape[1:], windows, groups, is_transposed=True)
 
 
 def _forms(
-    input: Tensor, shape: torch.Size, windows: Windows, groups: int, is_turned: bool = False
+    input: Tensor, shape: torch.Size, windows: Windows, groups: int, is_transposed: bool = False
 ) -> Mapping[str, FormOf]:
     """The forms of a weight of this shape, and of a bias."""
     count = len(shape) - 2
 
     def of_weight(seeds: Tensor) -> Convolution:
         images, seeds = _batched(input, 1, count), _batched(seeds, 2, count)
-        return Convolution(images, seeds, windows, groups, shape, is_turned)
+        return Convolution(images, seeds, windows, groups, shape, is_transposed)
 
     return {
         "weight": of_weight,

@@ -39,13 +39,13 @@ class Outer:
         inputs: inputs of the operation, ``[B, groups, T, I]``.
         cotangents: cotangents of its output, ``[K, B, groups, T, O]``.
         shape: the shape of the parameter, whose entries are in the order ``groups, O, I``.
-        is_turned: the entries of the parameter are in the order ``groups, I, O`` instead.
+        is_transposed: the entries of the parameter are in the order ``groups, I, O`` instead.
     """
 
     inputs: Tensor
     cotangents: Tensor
     shape: torch.Size
-    is_turned: bool = False
+    is_transposed: bool = False
 
     @property
     def groups(self) -> int:
@@ -60,19 +60,19 @@ class Outer:
     def rows(self) -> Tensor:
         left, right = self._factors()
         matrices = torch.einsum("kbgto,bgti->bkgoi", left, right)
-        if self.is_turned:
+        if self.is_transposed:
             matrices = matrices.transpose(-1, -2)
         return matrices.reshape(*matrices.shape[:2], *self.shape)
 
     def write(self, block: Tensor) -> None:
         left, right = self._factors()
         (groups, positions, outs), ins = left.shape[2:], right.shape[-1]
-        order = (groups, ins, outs) if self.is_turned else (groups, outs, ins)
+        order = (groups, ins, outs) if self.is_transposed else (groups, outs, ins)
         place = as_matrices(block, order)
         if place is None or block.dtype != left.dtype or groups > 1 < positions:
             block.copy_(self.rows())
             return
-        if self.is_turned:
+        if self.is_transposed:
             place = place.transpose(-1, -2)
         if positions == 1:
             torch.mul(left.transpose(0, 1).transpose(-1, -2), right.unsqueeze(1), out=place)
@@ -86,7 +86,9 @@ class Outer:
 
     def of_samples(self, samples: slice) -> Outer:
         """The form of some of the samples."""
-        return Outer(self.inputs[samples], self.cotangents[:, samples], self.shape, self.is_turned)
+        return Outer(
+            self.inputs[samples], self.cotangents[:, samples], self.shape, self.is_transposed
+        )
 
     def beside(self, others: Sequence[Outer]) -> Outer:
         """One form with the positions of this one and of others of the same parameter."""
@@ -95,7 +97,7 @@ class Outer:
             torch.cat([use.inputs for use in uses], 2),
             torch.cat([use.cotangents for use in uses], 3),
             self.shape,
-            self.is_turned,
+            self.is_transposed,
         )
 
 

@@ -607,13 +607,13 @@ def written(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("positions", [1, 2, 5, 40])
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("is_turned", [False, True])
-def test_squares_of_outer_products(positions: int, groups: int, is_turned: bool) -> None:
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_squares_of_outer_products(positions: int, groups: int, is_transposed: bool) -> None:
     few = 2**10  # bytes, for several chunks of samples
     inputs = torch.randn(7, groups, positions, 4).double()
     cotangents = torch.randn(6, 7, groups, positions, 5).double()
-    shape = (groups, 4, 5) if is_turned else (groups * 5, 4)
-    parts = [Part((), Outer(inputs, cotangents, torch.Size(shape), is_turned))]
+    shape = (groups, 4, 5) if is_transposed else (groups * 5, 4)
+    parts = [Part((), Outer(inputs, cotangents, torch.Size(shape), is_transposed))]
     param = torch.zeros(shape, dtype=torch.float64)
     block = written(parts, (7, 6, *shape))
     assert_close(squared(parts, param, SquaredSums(), few), block.square().sum((0, 1)))
