@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import torch
 
 from jacfunc._errors import is_out_of_memory
 
@@ -29,7 +30,8 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         if len(values) < 2:
             return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        times = torch.tensor(values, dtype=torch.float64)
+        low, median, high = times.quantile(times.new_tensor([0.25, 0.5, 0.75])).tolist()
         return cls(median, low, high)
 
 

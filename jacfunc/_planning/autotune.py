@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from jacfunc._errors import Refused
 from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
-from jacfunc._measuring import seconds_of, shuffled
+from jacfunc._measuring import Spread, seconds_of, shuffled
 from jacfunc._memory import Chunk
 from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
@@ -204,4 +203,4 @@ def medians(
                 del times[strategy]
         if number >= FEWEST and time.perf_counter() - start > SECONDS:
             break
-    return {strategy: statistics.median(seconds) for strategy, seconds in times.items()}
+    return {strategy: Spread.of(seconds).median for strategy, seconds in times.items()}
