@@ -117,7 +117,8 @@ def _is_plain(param: Tensor) -> bool:
     return type(param) in (nn.Parameter, Tensor) and below_transforms(param) is param
 
 
-def _versions(params: Iterable[Tensor]) -> list[int]:
+def versions_of(params: Iterable[Tensor]) -> list[int]:
+    """How often torch has written into each tensor; no call for each, as every call asks."""
     return [0 if param.is_inference() else param._version for param in params]
 
 
@@ -139,7 +140,7 @@ class ParameterWatch:
 
     def look(self, constants: Mapping[str, Tensor], compared: int) -> None:
         """Keep versions, copies of constants of so many bytes, and some numbers of the others."""
-        self.versions = _versions(self.params.values())
+        self.versions = versions_of(self.params.values())
         left = compared
         for name, param in constants.items():
             if param.is_cpu and _is_plain(param):
@@ -175,7 +176,7 @@ class ParameterWatch:
         """By name, each parameter that has changed: is it as it was again?"""
         changed = {} if all(map(torch.equal, self._rows(), self.copies)) else self._restored()
         # none, where the call was compiled
-        now = _versions(self.params.values()) if self.versions else []
+        now = versions_of(self.params.values()) if self.versions else []
         if now != self.versions:
             for name, version, before in zip(self.params, now, self.versions, strict=True):
                 if version != before:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._lending.attributes import tensors_in
+from jacfunc._lending.constants import versions_of
 from jacfunc._lending.snapshot import Snapshot
 
 
@@ -49,7 +50,7 @@ class Originals:
 
     def _marks_of(self, tensors: Sequence[Tensor]) -> list[Any]:
         """Versions and addresses, which writes and new data change, and modes of TorchScript."""
-        marks: list[Any] = [0 if x.is_inference() else x._version for x in tensors]
+        marks: list[Any] = versions_of(tensors)
         kinds = (Tensor, nn.Parameter)
         marks += [x.data_ptr() for x in tensors if type(x) in kinds and x.layout == torch.strided]
         marks += [part.module.training for part in self._snapshot.parts if part.is_scripted]
