@@ -128,7 +128,7 @@ def _transposed(outputs: Leaves, sweep: Callable[[Leaves], Leaves]) -> Lineariza
         products = sweep(seeds)
         graph = Graph.of(products, set())
         pushed = map_of_graph(products, (), list(map(Anchor.at, seeds)), graph, False)
-        tangents = tuple(x.detach() for x in products)
+        tangents = _released(products)
         check_transpose(seeds, pushed.pull(tangents), tangents, tangents, DETACHES)
     return pushed
 
