@@ -182,10 +182,15 @@ class WholeBatch:
         return anchor.view_as(anchor) if is_lent else writable_copy(anchor)
 
     def direct(self, learned: LearnedUses) -> list[Direct]:
-        return [Direct(number, dim) for number, dim in enumerate(self.dims) if dim is not None]
+        own = [Direct(number, dim) for number, dim in enumerate(self.dims) if dim is not None]
+        if self.size == 1:  # all rows are of this sample
+            own += [Direct(number, None) for number in sorted(learned.others)]
+        return own
 
     def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
         self.placing.seen.clear()
+        if self.trace is not None:
+            self.trace.calls.clear()
         is_one = self.size == 1
         placing = VmappedSamples(1, None) if is_one else self.placing
         outputs, extras = record(placing, handles, lambda: self.call(*handles))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import shared_units
+from jacfunc._factored.derived import Derived, parameters_of
 from jacfunc._factored.parts import Part, merged, rows, write
-from jacfunc._factored.use import Derived, Use, UsedPart
+from jacfunc._factored.use import Use, UsedPart
 from jacfunc._linear_map import EVERY, LeafNumbers
 from jacfunc._types import Leaves
 from jacfunc.layers import Rows
@@ -153,15 +154,8 @@ class FactoredJacobian:
     def params_of(self, operations: Container[int]) -> set[int]:
         """Numbers of the parameters that operations with these numbers use."""
         every = [*self.uses, *self.derived.values()]
-        pending = [part[0] for x in every if x.key[0] in operations for part in x.parts]
-        params = set[int]()
-        while pending:
-            number = pending.pop()
-            if derived := self.derived.get(number):
-                pending += [part[0] for part in derived.parts]
-            else:
-                params.add(number)
-        return params
+        numbers = [part[0] for x in every if x.key[0] in operations for part in x.parts]
+        return parameters_of(numbers, self.derived)
 
     def contracting(self) -> AbstractContextManager[Any]:
         """A context in which products are recorded only if the Jacobian is differentiated further.

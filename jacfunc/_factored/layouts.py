@@ -13,8 +13,18 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Size, Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from jacfunc.layers import Rule
+
+
+def begins() -> None:
+    """Tell a recorder that operations are counted from here, where the user's function begins.
+
+    What is done before, to lend a module, may change from one evaluation to the next.
+    """
+    if has_torch_function(()):
+        handle_torch_function(begins, ())
 
 
 class Unlike(Exception):  # noqa: N818 (the layouts have to be learned again)
@@ -72,11 +82,14 @@ def layouts_between(one: Size, every: Size, size: int) -> list[Layout | None]:
 class Site:
     """A tensor of an operation: its shape for one sample alone, and where a batch has samples."""
 
+    func: Any
     one: Size
     layout: Layout | None
 
-    def fits(self, shape: Size, size: int) -> bool:
-        """Is this the shape of the tensor for a batch of this size?"""
+    def fits(self, func: Any, shape: Size, size: int) -> bool:
+        """Is it this operation, and has the tensor this shape for a batch of this size?"""
+        if func is not self.func:
+            return False
         if self.layout is None:
             return shape == self.one
         dim = self.layout.dim
@@ -116,6 +129,7 @@ class Trace:
 class Seen:
     """A tensor of a batch beside that of one sample alone, and the layouts that it may have."""
 
+    func: Any
     one: Tensor
     every: Tensor
     layouts: list[Layout | None]
@@ -158,7 +172,7 @@ class Evidence:
                 beside = [x for x, other in known.get(key[0], ()) if x and _share(x, shape, other)]
                 layouts = [layout for layout in layouts if layout in beside]
             if len(layouts) == 1:
-                sites[key] = Site(seen[key].one.shape, layouts[0])
+                sites[key] = Site(seen[key].func, seen[key].one.shape, layouts[0])
             else:
                 sites[key] = None
                 unknown.add(key[0])

@@ -29,6 +29,19 @@ Place: TypeAlias = Callable[[Tensor], Tensor]
 class Placing(Protocol):
     """Says where the tensors of one evaluation hold the samples."""
 
+    @property
+    def can_share(self) -> bool:
+        """Does it know the results that all samples share?"""
+        ...
+
+    def is_shared(self, key: Key, func: Any) -> bool | None:
+        """Do all samples share a result? None if that is not known yet."""
+        ...
+
+    def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
+        """Do all samples share this result, by what can be learned from it?"""
+        ...
+
     def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
         """A tensor that goes into an operation, as ``[B, *shape]`` of all samples."""
         ...
@@ -53,6 +66,13 @@ class VmappedSamples:
 
     size: int
     level: Level
+    can_share = False
+
+    def is_shared(self, key: Key, func: Any) -> bool | None:
+        return False
+
+    def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
+        return False
 
     def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
         return of_all_samples(tensor, self.size, self.level)
@@ -90,6 +110,21 @@ class PlainSamples:
     sites: Mapping[Key, Site]
     trace: Trace | None = None
     seen: dict[Key, Seen] = field(default_factory=dict)
+    can_share = True
+
+    def is_shared(self, key: Key, func: Any) -> bool | None:
+        if self.trace is not None:
+            return None
+        site = self.sites.get(key)
+        return site is not None and site.layout is None and site.func is func
+
+    def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
+        if not (isinstance(out, Tensor) and out.requires_grad):
+            return False
+        try:
+            return self.layout(key, out, func) is None
+        except NoLayout:
+            return False
 
     def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
         layout = None if is_parameter else self.layout(key, tensor, func, rule)
@@ -124,12 +159,12 @@ class PlainSamples:
             site = self.sites.get(key, Unlike)
             if site is None:
                 raise NoLayout
-            if site is Unlike or not site.fits(tensor.shape, self.size):
+            if site is Unlike or not site.fits(func, tensor.shape, self.size):
                 raise Unlike
             return site.layout
         one = self.trace.tensor(key, func, rule)
         layouts = [] if one is None else layouts_between(one.shape, tensor.shape, self.size)
         if not layouts:
             raise NoLayout
-        self.seen[key] = Seen(one, tensor, layouts)
+        self.seen[key] = Seen(func, one, tensor, layouts)
         return layouts[0]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused
-from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace
+from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
+from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins
 from jacfunc._factored.placing import Placing
 from jacfunc._factored.use import (
     METADATA,
@@ -18,7 +19,6 @@ from jacfunc._factored.use import (
     RAW_MEMORY,
     UNSEEN_WRITE,
     VIEWS,
-    Derived,
     Path,
     TrackedParameter,
     UnruledUse,
@@ -122,6 +122,9 @@ class UseRecorder(TorchFunctionMode):
         args: Args = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is begins:
+            self._operations.clear()
+            return None
         kwargs = kwargs or {}
         number = len(self._operations)
         self._operations.append(func)
@@ -151,6 +154,8 @@ class UseRecorder(TorchFunctionMode):
             return self._use(number, self._rules[func], func, args, kwargs)
         if has_parameter and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
+        if is_used and self._placing.can_share and func not in METADATA | RAW_MEMORY:
+            return self._derive(number, func, args, kwargs)
         if has_parameter and func not in METADATA:
             self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
         return func(*args, **kwargs)
@@ -244,8 +249,8 @@ class UseRecorder(TorchFunctionMode):
         if not params:
             self._note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs)
-        by_position = zip(rule.defaults, args, strict=False)
-        args = tuple(twins.get(name, value) for name, value in by_position)
+        names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
+        args = tuple(twins.get(name, x) for name, x in zip(names, args, strict=False))
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         self._note_unruled((*args, *kwargs.values()))
         out = self._placing.call(rule, func, args, kwargs)
@@ -286,6 +291,29 @@ class UseRecorder(TorchFunctionMode):
             return {}
         return rule.forms_of(**{**named, **every})
 
+    def _derive(
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call an operation without a rule, whose result all samples may share."""
+        tensors = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self._tracked]
+        key, is_shared, out = (number, OUT), self._placing.is_shared((number, OUT), func), None
+        if is_shared is None:  # to be learned, on tensors that it may write into
+            out = func(*args, **kwargs)
+            is_shared = self._placing.becomes_shared(key, func, out)
+        params = [param for param in map(self._find, tensors) if param is not None]
+        if not is_shared or len(params) < len(tensors):
+            self._note_unruled((*args, *kwargs.values()))
+            return func(*args, **kwargs) if out is None else out
+        with untracked():
+            twins = [param.twin.view_as(param.twin) for param in params]
+        by_id = {id(x): twin for x, twin in zip(tensors, twins, strict=True)}
+        named = {name: replaced(x, by_id) for name, x in kwargs.items()}
+        out = func(*replaced(args, by_id), **named)
+        with untracked():
+            if not out.requires_grad:
+                return out
+            return self._derived_from(key, out, through_graph(out, params, twins, self._grad_mode))
+
     def _derived_from(self, key: Key, out: Tensor, parts: Sequence[UsedPart]) -> Tensor:
         """Track a result that all samples share, as if it were a parameter itself.
 
@@ -304,15 +332,8 @@ class UseRecorder(TorchFunctionMode):
         self._inputs += [(x, x._version) for x in tensors if not x.is_inference()]
 
     def parameters(self, numbers: Iterable[int]) -> set[int]:
-        """The parameters with these numbers, and those that results with such a number are of."""
-        pending, params = list(numbers), set[int]()
-        while pending:
-            number = pending.pop()
-            if derived := self.derived.get(number):
-                pending += [part[0] for part in derived.parts]
-            else:
-                params.add(number)
-        return params
+        """The parameters with these numbers, and those that derived results are made of."""
+        return parameters_of(list(numbers), self.derived)
 
 
 def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
@@ -321,6 +342,15 @@ def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
         return False
     items = args[1] if isinstance(args[1], tuple) else args[1:2]
     return any(isinstance(item, Tensor | list) for item in items)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from _tensors(value)
 
 
 def _flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:

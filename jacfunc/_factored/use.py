@@ -155,15 +155,6 @@ UsedPart: TypeAlias = tuple[int, Path, FormOf]
 
 
 @dataclass(frozen=True)
-class Derived:
-    """A result that all samples share: its value, and the parts of parameters it was made of."""
-
-    key: Key
-    value: Tensor
-    parts: Sequence[UsedPart]
-
-
-@dataclass(frozen=True)
 class Use:
     """An operation with a rule, whose output cotangents are pulled back onto.
 

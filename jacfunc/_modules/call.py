@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._factored import FactoredJacobian
+from jacfunc._factored import FactoredJacobian, begins
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Dims, Samples
 from jacfunc._lock import alone
@@ -213,6 +213,7 @@ class ModuleCall:
                     params[name].register_hook(hook)
             followed = (args, kwargs) if params else None
             with state.lent_for_evaluation(params or variables, followed):
+                begins()
                 output = module(*args, **kwargs)
                 if inside_derivative():  # where no graph is looked at
                     with untracked():

@@ -185,6 +185,8 @@ class Independence:
             if coupled.what:
                 return coupled.what, True
             calls.is_large = coupled.rows >= MANY_ROWS and coupled.entries >= MANY_ENTRIES
+            if not coupled.was_shown:
+                calls.count -= 1  # the next call is as good as this one
         kinds.put(kind, calls)
         return None, calls.is_compared
 

@@ -104,12 +104,12 @@ class SampledCall:
         return {**ways, "one by one": self._one_by_one}
 
     def _as_a_whole(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        if self.learned_as_a_whole.others:
-            raise Refused("parameters are used by operations without a rule")
-        jacobian, call = self._whole(start, stop)
-        if self.learned_as_a_whole.others:
-            raise Refused("parameters are used by operations without a rule")
-        return jacobian, call
+        learned, is_one = self.learned_as_a_whole, stop - start == 1
+        if not learned.others or is_one:
+            jacobian, call = self._whole(start, stop)
+            if not learned.others or is_one:
+                return jacobian, call
+        raise Refused("operations without a rule use parameters")
 
     def _whole(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         assert self.whole is not None
@@ -137,13 +137,13 @@ class SampledCall:
         jacobian, call = self._whole(start, stop)
         others = sorted(self.learned_as_a_whole.others)
         rest, _ = self._each(start, stop, others)
-        return replace(jacobian, rest=(rest, [Direct(number, 1) for number in others])), call
+        return replace(jacobian, rest=(rest, [Direct(number) for number in others])), call
 
     def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         params = self.first_call().primals
         numbers = range(len(params))
         each, call = self._each(start, stop, numbers)
-        direct = [Direct(number, 0) for number in numbers]
+        direct = [Direct(number) for number in numbers]
         return FactoredJacobian(stop - start, (), direct, call.primals, each), call
 
     def _each(
