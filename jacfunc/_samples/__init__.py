@@ -4,5 +4,6 @@ from jacfunc._samples.again import FirstSamples, first_again
 from jacfunc._samples.comparing import Subject, at, has_batch
 from jacfunc._samples.coupled_losses import GradientOf, loss_coupling
 from jacfunc._samples.coupling import Coupling, coupling
+from jacfunc._samples.held import HeldSamples, ParameterBlocks
 from jacfunc._samples.refusals import check_randomness, under_vmap
 from jacfunc._samples.writing import SampleWriter
