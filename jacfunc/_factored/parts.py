@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacfunc._factored.views import Path, shares_memory
+from jacfunc._factored.use import Path, shares_memory
 from jacfunc.layers import Form, Outer, Rows
 
 

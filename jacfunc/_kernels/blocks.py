@@ -152,7 +152,7 @@ def _ranges(side: Sequence[SampleRange]) -> list[slice]:
 
 def _leaf_rows(jacobian: FactoredJacobian, number: int, axes: KeptAxes) -> LeafRows:
     """All rows of output leaf ``number``, in the order diagonal, kept, traced."""
-    out, size = jacobian.sample_outputs[number], jacobian.samples.size
+    out, size = jacobian.sample_outputs[number], jacobian.size
     orders = axes.ordered(out.dim())
     order = torch.arange(out.numel(), device=out.device).view(out.shape)
     order = order.permute([axis for group in orders for axis in group]).flatten()

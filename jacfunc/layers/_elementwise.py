@@ -54,6 +54,28 @@ def total(input: Tensor, other: Any, alpha: float = 1) -> Mapping[str, FormOf]:
     }
 
 
+@rule(Tensor.expand, Tensor.expand_as, *_both("broadcast_to"), rest="sizes")
+def expanded(
+    input: Tensor, sizes: tuple[Any, ...] = (), size: Any = None, implicit: bool = False
+) -> Mapping[str, FormOf]:
+    """``z = input``, with broadcasting."""
+    return {"input": lambda seeds: _rows(seeds, input)}
+
+
+@rule(Tensor.repeat, rest="sizes")
+def repeated(input: Tensor, sizes: tuple[Any, ...]) -> Mapping[str, FormOf]:
+    """``z = input``, so many times in each dimension."""
+    counts = sizes[0] if isinstance(sizes[0], tuple | list) else sizes
+    shape = (1,) * (len(counts) + 1 - input.dim()) + tuple(input.shape[1:])
+
+    def form(seeds: Tensor) -> Rows:
+        apart = [size for pair in zip(counts, shape, strict=True) for size in pair]
+        total = seeds.reshape(*seeds.shape[:2], *apart).sum(tuple(range(2, 2 + len(apart), 2)))
+        return Rows(total.reshape(*total.shape[:2], *input.shape[1:]))
+
+    return {"input": form}
+
+
 @rule(*_both("sub", "subtract"))
 def difference(input: Tensor, other: Any, alpha: float = 1) -> Mapping[str, FormOf]:
     """``z = input − alpha · other``."""
