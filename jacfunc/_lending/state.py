@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from jacfunc._arguments import are_plain
 from jacfunc._errors import Refused
 from jacfunc._faults import apart, check_scripted
 from jacfunc._lending.constants import Constants, constants_of, version_of
@@ -20,7 +21,7 @@ from jacfunc._lending.part import ModulePart, are_same, attributes_of, by_first_
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.snapshot import Snapshot
 from jacfunc._lending.stale import check_fresh
-from jacfunc._torch import recording
+from jacfunc._torch import recording, untracked
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,24 +204,45 @@ class ModuleState:
         until the next evaluation. ``arguments`` are those of the evaluation, if it is
         differentiated by ``params``.
         """
-        loan, copies = self.loans[-1], self.copies
+        loan = self.loans[-1]
+        try:
+            # who watches the function need not see what is done to lend it
+            with untracked() if self._is_plain else nullcontext():
+                learn = self._lend(loan, params, arguments)
+            yield
+        except BaseException:
+            loan.take_back()
+            raise
+        if learn is not None:
+            learn()
+
+    def _lend(
+        self, loan: Loan, params: Mapping[str, Tensor], arguments: Any
+    ) -> Callable[[], None] | None:
+        """Put the tensors of an evaluation in place; what is to be called after it, if anything."""
         if loan.evaluation is not None:
             loan.take_back()
+        copies = self.copies
         others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
-        values = {name: copies.get(id(p), p) for name, p in others.items()}
+        values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
         mode, aliases = self.module.training, loan.watch.aliases
-        with self.constants.lent(values, mode, aliases, self.copied_versions) as constants:
-            new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
-            for buffer in self.buffers.values():
-                new[id(buffer)] = copies.get(id(buffer), buffer).clone()
-            for name, param in others.items():
-                new[id(param)] = constants[name]
-            try:
-                loan.lend(EvaluationState(params.values(), arguments), new)
-                yield
-            except BaseException:
-                loan.take_back()
-                raise
+        constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
+        new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
+        for buffer in self.buffers.values():
+            new[id(buffer)] = copies.get(id(buffer), buffer).clone()
+        for name, param in others.items():
+            new[id(param)] = constants[name]
+        loan.lend(EvaluationState(params.values(), arguments), new)
+        return learn
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Has no tensor a class of its own, whose clone would be another where nobody sees it?
+
+        What containers among the attributes hold is not looked at.
+        """
+        tensors = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
+        return are_plain(tensors) and not any(part.plain for part in self.every_part)
 
     def check_fresh(self, outputs: Sequence[Any]) -> None:
         """Refuse outputs of the last evaluation that depend on parameters by another way.
