@@ -149,12 +149,12 @@ class UseRecorder(TorchFunctionMode):
             with self:
                 return self._openings[func](*args, **kwargs)
         if is_used and func in VIEWS:
-            return self._view(func, args, kwargs)
+            return self._view(number, func, args, kwargs)
         if is_used and func in self._rules:
             return self._use(number, self._rules[func], func, args, kwargs)
         if has_parameter and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
-        if is_used and self._placing.can_share and func not in METADATA | RAW_MEMORY:
+        if is_used and func not in METADATA and func not in RAW_MEMORY:
             return self._derive(number, func, args, kwargs)
         if has_parameter and func not in METADATA:
             self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
@@ -203,21 +203,20 @@ class UseRecorder(TorchFunctionMode):
         return tracked
 
     def _view(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
         """Call a function that makes views of a parameter, and track the views, too."""
         whole, result = self._find(args[0]) if args else None, func(*args, **kwargs)
         # a view selects entries of J's rows in the same way only if the parameter is contiguous
         if whole is None or not (whole.path or whole.twin.is_contiguous()):
-            self._note_unruled((*args, *kwargs.values()))
-            return result
+            return self._derive(number, func, args, kwargs)
 
         views = list(result) if isinstance(result, tuple | list) else [result]
         are_parts = [is_part(view, whole.handle, _flat(args[1:], kwargs)) for view in views]
-        if len(views) > MOST_PARTS or not all(are_parts):
-            self._note_unruled(args)
         if len(views) > MOST_PARTS or not any(are_parts):
-            return result
+            return self._derive(number, func, args, kwargs)
+        if not all(are_parts):
+            self._note_unruled(args)
         # tuples: the function may change its lists later
         options = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
         named = {k: tuple(a) if isinstance(a, list) else a for k, a in kwargs.items()}
@@ -295,6 +294,9 @@ class UseRecorder(TorchFunctionMode):
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
         """Call an operation without a rule, whose result all samples may share."""
+        if not self._placing.can_share:
+            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
+            return func(*args, **kwargs)
         tensors = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self._tracked]
         key, is_shared, out = (number, OUT), self._placing.is_shared((number, OUT), func), None
         if is_shared is None:  # to be learned, on tensors that it may write into
