@@ -237,13 +237,15 @@ def gradient_norms(
         at_outputs = Loss("gradient_norms", loss, targets, at_batch.outputs)
         at_outputs.check_samples(options.independence)
         gradient = at_outputs.gradient()
+        like = torch.cat([leaf.new_empty(0) for leaf in (*gradient, *at_batch.params.values())])
         chunks = []
         for samples, jacobian in at_batch.factors():
             cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
             parts = at_batch.parts_of(jacobian, cotangents)
             with at_batch.contracting():
-                squares = [norms(parts[name], at_batch.params[name])[0] for name in parts]
-                chunks.append(sum(squares, cotangents[0].new_zeros(cotangents[0].shape[1])))
-        return torch.cat(chunks).sqrt()
+                pairs = [(parts[name], at_batch.params[name]) for name in parts]
+                size = cotangents[0].shape[1]
+                chunks.append(norms(pairs)[0].sqrt() if pairs else like.new_zeros(size))
+        return torch.cat(chunks).to(like.dtype)
 
     return gradient_norms_of

@@ -86,6 +86,22 @@ def place_of(seeds: Tensor) -> Hashable:
     return seeds.data_ptr(), seeds.dtype, seeds.shape[:2], seeds.numel()
 
 
+def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:
+    """A tensor like the parameter, in which the values of each part are added in its place."""
+    block = values_of_parts[0][1].new_zeros((1, 1, *param.shape))
+    for part, values in values_of_parts:
+        part.place_in(block).add_(values)
+    return block[0, 0]
+
+
+def are_disjoint(parts: Sequence[Part], param: Tensor) -> bool:
+    """Is no entry of the parameter in two parts? Then squares have no cross terms."""
+    if len(parts) == 1:
+        return True
+    entries = torch.stack([part.entries(param.shape) for part in parts])
+    return bool((entries.sum(0) <= 1).all())
+
+
 def write(parts: Sequence[Part], block: Tensor) -> None:
     """Write the sum of all parts into a block ``[B, K, *param]``."""
     if len(parts) == 1 and not parts[0].path:
