@@ -77,13 +77,12 @@ def _sum(first: Part, others: Sequence[Part]) -> Part:
 
 
 def place_of(seeds: Tensor) -> Hashable:
-    """The same for cotangents that are the same memory, such as those of a weight and its bias.
+    """The same for cotangents with the same memory, such as those of a weight and of its bias.
 
-    It is valid while the cotangents are kept, as nothing else comes to lie at their address.
+    It tells while the cotangents are kept, as nothing else comes to lie at their address.
     """
-    if not seeds.is_contiguous():
-        return id(seeds)
-    return seeds.data_ptr(), seeds.dtype, seeds.shape[:2], seeds.numel()
+    sizes = zip(seeds.shape, seeds.stride(), strict=True)
+    return seeds.data_ptr(), seeds.dtype, *(pair for pair in sizes if pair[0] != 1)
 
 
 def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:

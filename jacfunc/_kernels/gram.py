@@ -127,7 +127,7 @@ class Gram:
         axis = 1 if self.axes.kept > 1 else 2
         for start, stop, end in self._blocks(lefts, rights, axis, self._by_output.nbytes):
             some, others = cut(lefts, axis, start, stop), cut(rights, axis, 0, end)
-            products = some.flatten(1, 2) @ others.flatten(1, 2).mT
+            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
             part = cut(cut(self._by_output, axis, start, stop), axis + 2, 0, end)
             factors = weights if axis == 1 else weights[start:stop, :end]
             part.addcmul_(products.view(part.shape), factors.unsqueeze(1))
@@ -160,7 +160,8 @@ class Gram:
         """Add the products of rows that lie beside each other."""
         lefts, rights = self._both(self._by_rows, *zip(*chunks, strict=True))
         for start, stop, end in self._blocks(lefts, rights, 1, 0):
-            products = lefts[:, start:stop].flatten(1, 2) @ rights[:, :end].flatten(1, 2).mT
+            some, others = cut(lefts, 1, start, stop), cut(rights, 1, 0, end)
+            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
             part = self._by_sample[:, start:stop, :, :end]
             part.add_(products.view(part.shape))
 

@@ -78,7 +78,7 @@ class Pair:
         left, right = self.left, self.right
         if isinstance(left, Outer) and isinstance(right, Outer):
             lefts, rights = (x.inputs.to(dtype).transpose(0, 1) for x in (left, right))
-            products = lefts.flatten(1, 2) @ rights.flatten(1, 2).mT
+            products = torch.bmm(lefts.flatten(1, 2), rights.flatten(1, 2).mT)
             return products.view(*lefts.shape[:3], *rights.shape[1:3])
         assert isinstance(left, Gather)
         assert isinstance(right, Gather)
