@@ -576,6 +576,19 @@ def test_half_precision() -> None:
     assert_close(flat(halved.diagonal()), flat(exact.diagonal()).double(), 0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_holds_norms_whose_squares_it_does_not(dtype: torch.dtype) -> None:
+    model, x = nn.Linear(8, 1).to(dtype), torch.full((2, 8), 200.0, dtype=dtype)
+
+    def total(out: Tensor, y: None) -> Tensor:
+        return out.sum()
+
+    found = jacfunc.gradient_norms(model, total)(x, None)
+    assert found.dtype == dtype
+    exact = x.new_tensor([8 * 200.0**2 + 1], dtype=torch.float64).sqrt()
+    assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps / 2 * exact.max()
+
+
 # --- forms ---
 
 
