@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, place_of, rows
-from jacfunc._kernels.routes import Axes, Pair, Positional, seeds_of
+from jacfunc._kernels.routes import Axes, Pair, Positional, places_of_rows, seeds_of
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
-from jacfunc.layers import Outer, Rows
+from jacfunc.layers import Outer
 
 BLOCKS, BLOCKED = 4, 2**24
-"""A symmetric product is computed in at most so many blocks of rows, each up to the diagonal, and
-in one for so many multiplications: a block has an overhead."""
+"""A symmetric product is computed in at most so many blocks of rows, each up to the diagonal. A
+block is worth its overhead if it has so many of the product's multiplications."""
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]
 """Rows ``[B, K, p]`` of the same entries on both sides."""
@@ -90,7 +90,7 @@ class Gram:
                 weighted[place] = pair, weights
         chunks: list[Iterator[Chunk]] = []
         for left, right, param, pair in written:
-            place = _places_of_rows(left, right) if weighted else None
+            place = places_of_rows(left, right) if weighted else None
             if place in weighted:  # outer products with the number 1
                 weighted[place][1].add_(1)
             elif left and right:
@@ -147,12 +147,16 @@ class Gram:
     def _add_by_rows(self, chunks: Iterable[Chunk]) -> None:
         """Add the products of rows, those of small chunks beside each other."""
         waiting: list[Chunk] = []
+        nbytes, large = 0, self.at_once // 4
         for chunk in chunks:
-            nbytes = sum(left.nbytes for left, _ in (*waiting, chunk))
-            if waiting and nbytes > self.at_once // 2:
-                self._add_beside(waiting)
-                waiting = []
+            if chunk[0].nbytes > large:
+                self._add_beside([chunk])
+                continue
             waiting.append(chunk)
+            nbytes += chunk[0].nbytes
+            if nbytes > large:
+                self._add_beside(waiting)
+                waiting, nbytes = [], 0
         if waiting:
             self._add_beside(waiting)
 
@@ -239,14 +243,3 @@ def cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
     """A range of an axis; the tensor itself if that is all of it."""
     size = stop - start
     return tensor if size == tensor.shape[axis] else tensor.narrow(axis, start, size)
-
-
-def _places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
-    """The places of both sides' rows in memory; None if these are not rows of a whole parameter."""
-    both = [part.form for part in (*lefts, *rights) if not part.path]
-    if len(lefts) != 1 or len(rights) != 1 or len(both) != 2:
-        return None
-    left, right = both
-    if isinstance(left, Rows) and isinstance(right, Rows):
-        return place_of(left.products), place_of(right.products)
-    return None
