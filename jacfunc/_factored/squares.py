@@ -16,8 +16,9 @@ from jacfunc.layers import Form, Gather, Outer, Rows
 
 KnownForm: TypeAlias = Outer | Gather | Rows
 
-MOVED = 8
-"""How many multiplications take as long as one number that is written and read again."""
+MOVED, PAIRED = 8, 64
+"""How many multiplications take as long as a number written and read again, and as a product of
+two numbers that are looked up."""
 
 
 class SquaredSums:
@@ -125,7 +126,7 @@ def _squared(form: KnownForm, sums: SquaredSums, at_once: int) -> Tensor:
         return (total.mT if form.is_transposed else total).reshape(form.shape)
     num_seeds, _, _, positions, outs = form.cotangents.shape
     ins, pairs = form.width, positions * (positions + 1) // 2
-    by_pairs = pairs * (outs * ins + MOVED * (num_seeds * outs + ins))
+    by_pairs = pairs * (outs * ins + PAIRED * (num_seeds * outs + ins))
     by_rows = num_seeds * outs * ins * (positions + MOVED)
     total = _squared_by_pairs(form) if by_pairs < by_rows else _squared_by_rows(form, at_once)
     return (total.mT if form.is_transposed else total).reshape(form.shape)
