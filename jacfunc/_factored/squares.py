@@ -145,7 +145,7 @@ def _squared_by_pairs(form: Outer) -> Tensor:
 
 def _sum_of_products(left: Tensor, *pairs: Tensor) -> Tensor:
     """``Σₖ G[k, …, first] G[k, …, second]``, for as many k at a time as stay in the cache."""
-    of_one = left[0].nbytes * (len(pairs[0]) // left.shape[3] if pairs else 1)
+    of_one = left[0].nbytes * (len(pairs[0]) // max(1, left.shape[3]) if pairs else 1)
     total: Tensor | None = None
     step = _samples_within(SQUARED_BYTES, of_one)
     for seeds in left.split(step) if step < len(left) else [left]:

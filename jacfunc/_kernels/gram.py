@@ -209,7 +209,7 @@ class Gram:
             yield rows(parts, zeros).reshape(size, num_seeds, -1).to(dtype)
             return
         bytes_of_one = num_seeds * max(self.sizes) * form.width * self.like.element_size()
-        step = max(1, self.at_once // bytes_of_one)
+        step = max(1, self.at_once // max(1, bytes_of_one))
         for group in range(form.groups):
             inputs = form.inputs[:, group].to(dtype)
             for seeds in form.cotangents[:, :, group].split(step, -1):  # [K, B, T, o]

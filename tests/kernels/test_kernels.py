@@ -295,6 +295,14 @@ def test_small_parameters_share_one_product() -> None:
     assert_close(jacfunc.ntk(model, None, x), torch.einsum("acp,bdp->abcd", rows, rows))
 
 
+def test_sequences_without_positions() -> None:
+    class Summed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).sum(1)
+
+    assert jacfunc.ntk(Summed(4, 3), None, torch.ones(5, 0, 4)).equal(torch.zeros(5, 5, 3, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_half_precision_products_are_rounded_at_the_end(dtype: torch.dtype) -> None:
     """The factors of this network are its input, and numbers that half precision holds exactly."""
