@@ -576,6 +576,19 @@ def test_half_precision() -> None:
     assert_close(flat(halved.diagonal()), flat(exact.diagonal()).double(), 0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_holds_norms_whose_squares_it_does_not(dtype: torch.dtype) -> None:
+    model, x = nn.Linear(8, 1).to(dtype), torch.full((2, 8), 200.0, dtype=dtype)
+
+    def total(out: Tensor, y: None) -> Tensor:
+        return out.sum()
+
+    found = jacfunc.gradient_norms(model, total)(x, None)
+    assert found.dtype == dtype
+    exact = x.new_tensor([8 * 200.0**2 + 1], dtype=torch.float64).sqrt()
+    assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps / 2 * exact.max()
+
+
 # --- forms ---
 
 
@@ -595,7 +608,7 @@ def test_squares_of_other_forms() -> None:
     block, param = torch.randn(7, 6, 3, 4).double(), torch.zeros(3, 4).double()
     parts = [Part((), Own(block))]
     assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
-    assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
+    assert_close(norms([(parts, param)]), block.square().flatten(2).sum(2).T)
 
 
 def written(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
@@ -617,10 +630,10 @@ def test_squares_of_outer_products(positions: int, groups: int, is_transposed: b
     param = torch.zeros(shape, dtype=torch.float64)
     block = written(parts, (7, 6, *shape))
     assert_close(squared(parts, param, SquaredSums(), few), block.square().sum((0, 1)))
-    assert_close(norms(parts, param, few), block.square().flatten(2).sum(2).T)
+    assert_close(norms([(parts, param)], few), block.square().flatten(2).sum(2).T)
     again = [*parts, Part((), Rows(block.transpose(0, 1).clone()))]
     assert_close(squared(again, param, SquaredSums(), few), (2 * block).square().sum((0, 1)))
-    assert_close(norms(again, param, few), (2 * block).square().flatten(2).sum(2).T)
+    assert_close(norms([(again, param)], few), (2 * block).square().flatten(2).sum(2).T)
 
 
 def test_squares_of_lookups() -> None:
@@ -628,7 +641,7 @@ def test_squares_of_lookups() -> None:
     parts = [Part((), Gather(index, torch.randn(3, 2, 4, 5).double(), torch.Size((6, 5))))]
     param, block = torch.zeros(6, 5).double(), written(parts, (2, 3, 6, 5))
     assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
-    assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
+    assert_close(norms([(parts, param)]), block.square().flatten(2).sum(2).T)
 
 
 # --- refusals ---
