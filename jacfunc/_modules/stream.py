@@ -40,8 +40,9 @@ def stream_jacobian(
 ) -> Callable[..., Items]:
     """A module's Jacobian in its parameters, a block at a time: to reduce one that would not fit.
 
-    The module is evaluated once, and each block is pulled back from that evaluation when the loop
-    asks for it. Norms, projections and Gram matrices are sums over blocks.
+    The module is evaluated once, and its Jacobian is kept as factors of layers, which are small.
+    Each block is written when the loop asks for it. Norms, projections and Gram matrices are sums
+    over blocks.
 
     Args:
         module: any ``nn.Module``.
@@ -54,6 +55,9 @@ def stream_jacobian(
         in_dims: the dimension of samples in the inputs, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
             16 MiB, or an eighth of all.
+        memory: bytes that the stream may take, as a number or in words (``"2 GiB"``): what it
+            keeps, a block, and the one before, which a loop still has. The sizes of blocks, and of
+            what is kept for later ones, follow.
         randomness: how samples draw random numbers, as in :func:`jacfunc.module_jacobian`.
         independent: when to compare batches to see whether samples depend on each other, as in
             :func:`jacfunc.module_jacobian`.
@@ -73,9 +77,12 @@ def stream_jacobian(
         NotImplementedError: what torch refuses; inside a transform, where no graph is kept.
 
     Cost:
-        One evaluation. By rows, the pullbacks of a whole Jacobian; by parameters, for each one the
-        part of these pullbacks that leads to it. Memory of one evaluation, of one block, and of a
-        copy of the module and the batch.
+        About the time of the whole Jacobian. One evaluation, two at the first call of a kind; by
+        samples, one of each chunk. By parameters, all rows are pulled back once. Memory of one
+        evaluation, of a block, of a copy of the module and the batch, and of what is kept for the
+        blocks to come: factors of layers, or blocks where these are smaller, of up to an eighth of
+        the free memory. Beyond that, and for parameters that no rule in ``jacfunc.layers`` knows,
+        rows are pulled back again for the parameters that are left.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:

@@ -61,9 +61,10 @@ class Budget:
     def held(self, samples: HeldSamples, size: int | None) -> tuple[int, Chunk]:
         """Bytes that may be held for later blocks, and how many rows are swept at once."""
         room = self.room(samples.most_bytes)
+        if room is None and samples.factor_bytes <= MODEST_BYTES:
+            return MODEST_BYTES, size
         if room is None:
-            device = (*samples.params, *samples.outputs)[0].device
-            return max(MODEST_BYTES, free_bytes(device) // HELD_SHARE), size
+            return max(MODEST_BYTES, free_bytes(samples.params[0].device) // HELD_SHARE), size
         return room // 2, FittedChunks(room // 2, size)
 
 

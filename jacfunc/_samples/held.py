@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from jacfunc._assembly import empty
 from jacfunc._factored import FactoredJacobian, Part
-from jacfunc._memory import MOST_SWEPT_BYTES, Chunk, evenly, in_chunks, of_leaf
+from jacfunc._memory import LARGE, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks, of_leaf
 from jacfunc._torch import memory_of
 from jacfunc._types import Leaves
 from jacfunc.layers import Rows
@@ -64,6 +65,11 @@ class HeldSamples:
         return sum(factors.samples.size for factors in self.every)
 
     @cached_property
+    def num_rows(self) -> int:
+        """How many rows the Jacobian of a sample has."""
+        return sum(out.numel() for out in self.outputs)
+
+    @cached_property
     def row_bytes(self) -> int:
         """The bytes of a row of all samples."""
         return self.size * sum(param.nbytes for param in self.params)
@@ -71,8 +77,13 @@ class HeldSamples:
     @cached_property
     def most_bytes(self) -> int:
         """The bytes of the largest parameter's rows."""
-        rows = self.size * sum(out.numel() for out in self.outputs)
-        return rows * max((param.nbytes for param in self.params), default=0)
+        largest = max((param.nbytes for param in self.params), default=0)
+        return self.size * self.num_rows * largest
+
+    @cached_property
+    def factor_bytes(self) -> int:
+        """The bytes of what all rows are pulled back to."""
+        return self.num_rows * sum(factors.nbytes for factors in self.every)
 
     def dtype(self, leaf: int, number: int) -> torch.dtype:
         """The dtype of the block of an output leaf by a parameter."""
@@ -82,6 +93,10 @@ class HeldSamples:
         """A place ``[B, K, *param]`` for so many rows of an output leaf by a parameter."""
         param = self.params[number]
         return empty(param, (self.size, rows, *param.shape), self.dtype(leaf, number))
+
+    def blocks(self, number: int) -> list[Tensor]:
+        """Places ``[B, M, *param]`` for the blocks of a parameter, one for each output leaf."""
+        return [self.place(leaf, number, out.numel()) for leaf, out in enumerate(self.outputs)]
 
     def sweep(self, leaf: int, rows: slice, chunk: Chunk, fill: Fill) -> None:
         """Pull rows of an output leaf back, and hand their parts to ``fill``.
@@ -160,11 +175,24 @@ class ParameterBlocks:
     def __init__(self, samples: HeldSamples, room: int, chunk: Chunk) -> None:
         self._samples, self._room, self._chunk = samples, room, chunk
         self._held: dict[int, HeldParts] = {}
+        self._keep_pages()
+
+    def _keep_pages(self) -> None:
+        """Have pages for blocks of each size, or those of one size would go for those of the next.
+
+        Pages serve what is larger than half of them, so they take no more than two largest blocks.
+        """
+        places: list[list[Tensor]] = []
+        last = sys.maxsize
+        for number, param in sorted(enumerate(self._samples.params), key=lambda x: -x[1].nbytes):
+            nbytes = self._samples.size * self._samples.num_rows * param.nbytes
+            if LARGE <= nbytes <= last // 2 and not param.is_cuda:
+                places.append(self._samples.blocks(number))
+                last = nbytes
 
     def of(self, number: int) -> Leaves:
         """The blocks of a parameter, ``[B, M, *param]`` for each output leaf."""
-        outputs, held = self._samples.outputs, self._held.pop(number, None)
-        blocks = [self._samples.place(i, number, out.numel()) for i, out in enumerate(outputs)]
+        blocks, held = self._samples.blocks(number), self._held.pop(number, None)
         if held is None:
             self._sweep(number, blocks)
         else:
