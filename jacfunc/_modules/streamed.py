@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from jacfunc._calls import FlatCall, OfCalls
-from jacfunc._errors import Refused, Stale, is_out_of_memory
-from jacfunc._factored import FactoredJacobian
-from jacfunc._linear_map import JacobianOperator, Samples, linearize, one_sample
+from jacfunc._errors import Refused
+from jacfunc._factored import Direct, FactoredJacobian
+from jacfunc._linear_map import JacobianOperator, linearize
 from jacfunc._log import note
 from jacfunc._memory import MODEST_BYTES, STAGED_BYTES, Chunk, FittedChunks, PeakBytes, free_bytes
-from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import ModuleCall
-from jacfunc._samples import HeldSamples
+from jacfunc._samples import HeldSamples, SampledCall
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves
 from jacfunc._units import in_bytes
@@ -80,8 +79,7 @@ class StreamedCall:
         self, call: ModuleCall, batch: SampledCall | None, random_state: RandomState, budget: Budget
     ) -> None:
         self.batch, self.budget, self.names = batch, budget, tuple(call.state.point)
-        self._call, self._random_state, self._is_refused = call, random_state, False
-        self._flat: FlatCall | None = None
+        self._call, self._random_state = call, random_state
 
     def answer(self, work: Callable[[], ResultT]) -> ResultT:
         """What ``work`` returns; it changes nothing outside, and draws what the call would have."""
@@ -109,27 +107,16 @@ class StreamedCall:
             return HeldSamples([_factors(flat)]), flat
 
     def between(self, start: int, stop: int) -> tuple[HeldSamples, FlatCall]:
-        """The samples from start to stop: together, or one by one where that is refused."""
+        """The samples from start to stop: evaluated."""
         batch = self.batch
         assert batch is not None
         self._random_state.repeat()
-        if not self._is_refused:
-            try:
-                factors, flat = batch.factors(start, stop)
-                return HeldSamples([factors]), flat
-            except Exception as error:  # a rule for layers may raise anything
-                if is_out_of_memory(error) or isinstance(error, Stale):
-                    raise
-                batch.check_randomness(error)
-                note("samples are evaluated one by one: %s", error)
-            self._is_refused = True
-            self._random_state.repeat()
-        every = []
-        for number in range(start, stop):
-            with self._random_state.of_one(batch.samples.randomness):
-                flat = batch.call_of(one_sample(batch.samples.leaves, batch.samples.dims, number))
-                every.append(_factors(flat))
-        return HeldSamples(every), flat
+        try:
+            factors, flat = batch.factors(start, stop)
+        except Exception as error:
+            batch.check_randomness(error)
+            raise
+        return HeldSamples([factors]), flat
 
     def go_on(self) -> None:
         """Let the samples that follow draw other numbers, if each sample draws its own."""
@@ -162,5 +149,5 @@ def _factors(flat: FlatCall) -> FactoredJacobian:
     linearization = operator.refusing(
         "keep a graph", lambda: linearize(OfCalls(of_all, flat.state), flat.primals)
     )
-    numbers = range(len(flat.primals))
-    return FactoredJacobian(Samples((), ()), (), numbers, flat.primals, linearization)
+    every = [Direct(number, None) for number in range(len(flat.primals))]
+    return FactoredJacobian(1, (), every, flat.primals, linearization)

@@ -62,7 +62,7 @@ class HeldSamples:
     @cached_property
     def size(self) -> int:
         """How many samples there are."""
-        return sum(factors.samples.size for factors in self.every)
+        return sum(factors.size for factors in self.every)
 
     @cached_property
     def num_rows(self) -> int:
@@ -104,7 +104,7 @@ class HeldSamples:
         ``chunk`` says how many at once; by default as many as the heap keeps the cotangents of.
         """
         total = rows.stop - rows.start
-        stops = accumulate((factors.samples.size for factors in self.every), initial=0)
+        stops = accumulate((factors.size for factors in self.every), initial=0)
         for factors, ends in zip(self.every, pairwise(stops), strict=True):
 
             def take(
@@ -142,7 +142,7 @@ class HeldParts:
     def add(self, cell: Cell, parts: list[Part], param: Tensor, dtype: torch.dtype) -> None:
         """Hold parts; or what they are written out as, where that is less."""
         new = {key: nbytes for key, nbytes in _storages(parts) if key not in self._memories}
-        shape = (cell.factors.samples.size, cell.rows.stop - cell.rows.start, *param.shape)
+        shape = (cell.factors.size, cell.rows.stop - cell.rows.start, *param.shape)
         written = prod(shape) * dtype.itemsize
         if sum(new.values()) > written:
             block = param.new_empty(shape, dtype=dtype)
