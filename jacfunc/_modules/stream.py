@@ -13,9 +13,9 @@ from jacfunc._lending import CurrentState, Select
 from jacfunc._memory import in_chunks, of_leaf
 from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
+from jacfunc._modules.held import ParameterBlocks, RowBlocks
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
-from jacfunc._modules.streamed import Budget, StreamedCall
-from jacfunc._samples import ParameterBlocks
+from jacfunc._modules.streamed import Budget, SampleBlocks, StreamedCall
 from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import flatten, unflatten
 from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
@@ -99,6 +99,7 @@ def stream_jacobian(
     nbytes = check_memory(API, memory)
     at_once = (chunk_size or FEW_CALLS) if by == "samples" or memory is not None else None
     independence = Independence.of(API, independent, at_once)
+    current = CurrentState(API, module, select)
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
         if inside_transform():
@@ -109,7 +110,7 @@ def stream_jacobian(
         # blocks come later, and must be those of the module and the batch as they are now
         budget = Budget(API, nbytes)
         with budget.keeping():
-            state, arguments = CurrentState(API, module, select).kept((args, kwargs), copy)
+            state, arguments = current.kept((args, kwargs), copy)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(API, state, arguments, independence=independence)
         batch = call.batch(Batching(in_dims, randomness)) if per_sample else None
@@ -144,10 +145,11 @@ def _by_params(call: StreamedCall, chunk_size: int | None) -> Items:
 def _by_rows(call: StreamedCall, chunk_size: int | None) -> Items:
     samples, flat = call.answer(call.evaluated)
     chunk, start = call.budget.chunk(chunk_size, samples.row_bytes), 0
+    blocks = RowBlocks(samples, call.budget.is_open and chunk_size is None)
     for leaf, out in enumerate(samples.outputs):
 
         def take(begin: int, end: int, leaf: int = leaf) -> Leaves:
-            return call.answer(lambda: samples.rows(leaf, slice(begin, end), chunk_size))
+            return call.answer(partial(blocks.of, leaf, begin, end))
 
         for rows in in_chunks(out.numel(), of_leaf(chunk, leaf), take):
             stop = start + rows[0].shape[1]
@@ -157,27 +159,20 @@ def _by_rows(call: StreamedCall, chunk_size: int | None) -> Items:
 
 
 def _by_samples(call: StreamedCall, chunk_size: int | None) -> Items:
-    assert call.batch is not None
+    every = SampleBlocks(call, call.budget.is_open and chunk_size is None)
     call.answer(call.check_independent)
     structure: list[Any] = []
     start = 0
 
     def blocks_of(begin: int, end: int) -> Leaves:
-        samples, flat = call.between(begin, end)
-        call.go_on()
-        every = [samples.rows(i, slice(0, out.numel())) for i, out in enumerate(samples.outputs)]
-        blocks = tuple(
-            tuple(call.shaped(row, out) for row in rows)
-            for rows, out in zip(every, samples.outputs, strict=True)
-        )
-        leaves, spec = flatten(flat.jacobian(blocks))
+        leaves, spec = flatten(every.of(begin, end))
         structure[:] = [spec]
         return tuple(leaves)
 
     def take(begin: int, end: int) -> Leaves:
         return call.answer(partial(blocks_of, begin, end))
 
-    for blocks in in_chunks(call.batch.samples.size, call.budget.chunk(chunk_size, 0), take):
+    for blocks in in_chunks(call.size, call.budget.chunk(chunk_size, 0), take):
         stop = start + len(blocks[0])
         yield slice(start, stop), unflatten(structure[0], blocks)
         start = stop
