@@ -133,23 +133,16 @@ class RowBlocks:
 
     def of(self, leaf: int, start: int, stop: int) -> Leaves:
         """Rows of an output leaf, ``[B, K, *param]`` of each parameter."""
-        factors, rows = self._samples.factors, slice(start, stop)
-        if self._cell is None or not self._cell.holds(leaf, rows):
+        factors, width = self._samples.factors, stop - start
+        if self._cell is None or not self._cell.holds(leaf, slice(start, stop)):
             self._cell = None  # or it would stay beside the next one
-            end = self._end(leaf, start, stop)
-            parts = factors.parts_of_rows(start, end, leaf)
-            self._cell = Cell(leaf, slice(start, end), parts)
-        blocks = self._samples.places(leaf, factors.size, stop - start)
-        factors.write(self._cell.of(EVERY, rows), blocks)
+            fitting = MOST_SWEPT_BYTES // max(1, factors.nbytes * width)
+            blocks_at_once = max(1, fitting) if self._sweeps_more else 1
+            end = min(start + width * blocks_at_once, self._samples.outputs[leaf].numel())
+            self._cell = Cell(leaf, slice(start, end), factors.parts_of_rows(start, end, leaf))
+        blocks = self._samples.places(leaf, factors.size, width)
+        factors.write(self._cell.of(EVERY, slice(start, stop)), blocks)
         return blocks
-
-    def _end(self, leaf: int, start: int, stop: int) -> int:
-        """Where the rows end that are pulled back together: a number of blocks."""
-        total, width = self._samples.outputs[leaf].numel(), stop - start
-        if not self._sweeps_more or not width:
-            return stop
-        fitting = MOST_SWEPT_BYTES // max(1, self._samples.factors.nbytes)
-        return min(total, start + max(1, fitting // width) * width)
 
 
 @dataclass
@@ -163,11 +156,8 @@ class HeldParts:
 
     def add(self, samples: HeldSamples, cell: Cell, number: int) -> None:
         """Hold the parts of parameter ``number``; or the rows themselves, where these are less."""
-        parts, param, dtype = (
-            cell.parts[number],
-            samples.params[number],
-            samples.dtype(cell.leaf, number),
-        )
+        parts, param = cell.parts[number], samples.params[number]
+        dtype = samples.dtype(cell.leaf, number)
         new = {key: nbytes for key, nbytes in _storages(parts) if key not in self._memories}
         shape = (samples.size, cell.rows.stop - cell.rows.start, *param.shape)
         written = prod(shape) * dtype.itemsize

@@ -15,7 +15,7 @@ from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.held import ParameterBlocks, RowBlocks
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
-from jacfunc._modules.streamed import Budget, SampleBlocks, StreamedCall
+from jacfunc._modules.streamed import Budget, GroupedSamples, StreamedCall
 from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import flatten, unflatten
 from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
@@ -159,7 +159,7 @@ def _by_rows(call: StreamedCall, chunk_size: int | None) -> Items:
 
 
 def _by_samples(call: StreamedCall, chunk_size: int | None) -> Items:
-    every = SampleBlocks(call, call.budget.is_open and chunk_size is None)
+    every = GroupedSamples(call, call.budget.is_open and chunk_size is None)
     call.answer(call.check_independent)
     structure: list[Any] = []
     start = 0

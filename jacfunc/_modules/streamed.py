@@ -148,7 +148,7 @@ class StreamedCall:
         return block if self.batch is not None else block[0]
 
 
-class SampleBlocks:
+class GroupedSamples:
     """Jacobians of some samples after the other.
 
     Args:
