@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored.use import Path, shares_memory
-from jacfunc.layers import Form, Outer, Rows
+from jacfunc.layers import Form, Gather, Outer, Rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Part:
         sizes = (*block.shape[:2], *place.shape)
         strides = (*block.stride()[:2], *place.stride())
         return block.as_strided(sizes, strides, place.storage_offset())
+
+    def of_samples(self, samples: slice, seeds: slice) -> Part:
+        """The part of some of the samples, and of some cotangents of each."""
+        form = self.form
+        if not isinstance(form, Outer | Gather | Rows):
+            form = Rows(form.rows().transpose(0, 1))
+        return Part(self.path, form.of_samples(samples, seeds))
 
     def entries(self, shape: torch.Size) -> Tensor:
         """Which entries of a parameter of this shape belong to the part."""

@@ -107,7 +107,7 @@ def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) 
     for start in range(0, size, step):
         stop = min(start + step, size)
         chunk = [
-            Part(part.path, _of_samples(form, start, stop))
+            Part(part.path, form.of_samples(slice(start, stop)))
             for part, form in zip(parts, forms, strict=True)
         ]
         shape = (stop - start, num_seeds, *param.shape)
@@ -233,15 +233,6 @@ def _as_known(form: Form, param: Tensor) -> KnownForm:
 def _seeds(form: KnownForm) -> Tensor:
     """The cotangents of a form, or its rows: ``[K, B, …]``."""
     return form.products if isinstance(form, Rows) else form.cotangents
-
-
-def _of_samples(form: KnownForm, start: int, stop: int) -> KnownForm:
-    """The form of the samples from start to stop."""
-    if isinstance(form, Rows):
-        return Rows(form.products[:, start:stop])
-    if isinstance(form, Gather):
-        return Gather(form.index[start:stop], form.cotangents[:, start:stop], form.shape)
-    return form.of_samples(slice(start, stop))
 
 
 def _samples_within(nbytes: int, bytes_of_one: int) -> int:
