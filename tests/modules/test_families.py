@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacfunc
-from tests.curvature.test_curvature import scores, sign_matrix
 from tests.kinds.families import FAMILIES, Batch, of_classes
 from tests.kinds.modules import B, Calls
 from tests.modules.test_module_kinds import rows
@@ -219,7 +220,7 @@ def stream_of_samples(case: Case) -> Answer:
 
 def ntk(case: Case) -> Answer:
     got = jacfunc.ntk(case.picked, case.picked_names, (case.batch,))
-    want = torch.einsum("aip,bjp->abij", case.matrix, case.matrix)
+    want = torch.einsum("aip,bjp->abij", case.matrix, case.matrix).to(case.output)
     return got, want.reshape(B, B, *case.output.shape[1:] * 2)
 
 
@@ -249,23 +250,39 @@ def ggn_diagonal(case: Case) -> Answer:
     return in_a_row(ggn(case).diagonal()), case.gauss_newton().diagonal()
 
 
+def scores(case: Case, draws: int, generator: torch.Generator) -> Tensor:
+    """Minus the gradients of log likelihoods at targets that are drawn, ``[K, B, M]``."""
+    output = case.output
+    if case.family.loss is not of_classes:
+        noise = torch.randn(draws, *output.shape, generator=generator, dtype=output.dtype)
+        return noise.flatten(2)
+    chances = output.softmax(-1)
+    drawn = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
+    hits = F.one_hot(drawn.T, output.shape[-1]).reshape(draws, *output.shape)
+    return (chances - hits).flatten(2)
+
+
 def fisher(case: Case) -> Answer:
     likelihood: Any = "categorical" if case.family.loss is of_classes else "gaussian"
-    generator = torch.Generator().manual_seed(7)  # as that of the scores
-    of = jacfunc.fisher(
-        case.picked, likelihood, draws=2, generator=generator, select=case.picked_names
-    )
-    drawn = scores(likelihood, case.output, 2).flatten(2).to(case.matrix)
-    gradients = torch.einsum("kbm,bmp->kbp", drawn, case.matrix)
+    one, same = (torch.Generator().manual_seed(7) for _ in range(2))
+    of = jacfunc.fisher(case.picked, likelihood, draws=2, generator=one, select=case.picked_names)
+    gradients = torch.einsum("kbm,bmp->kbp", scores(case, 2, same).to(case.matrix), case.matrix)
     return in_a_row(of(case.batch).diagonal()), gradients.square().sum((0, 1)) / (2 * B)
 
 
 def random_projection(case: Case) -> Answer:
-    got = jacfunc.random_projection(case.picked, 5, select=case.picked_names)(case.batch)
-    sizes = {name: block[0].numel() for name, block in case.blocks.items()}
-    numbers = case.output[0].numel()
-    signs = [sign_matrix(name, 5).rows(size // numbers) for name, size in sizes.items()]
-    return got, (case.matrix @ torch.cat(signs)).reshape(*case.output.shape, 5)
+    """The random matrix is that of a module of the same parameters whose Jacobian is one."""
+    select = {"select": case.picked_names}
+
+    def parameters(model: nn.Module, x: Tensor) -> Tensor:
+        every = torch.cat([attrgetter(name)(model).flatten() for name in case.names])
+        return every.expand(len(x), -1)
+
+    identity = Calls(case.module, parameters)
+    (signs,) = jacfunc.random_projection(identity, 5, **select)(torch.zeros(1))
+    assert torch.equal(signs.abs(), torch.full_like(signs, 5**-0.5))
+    got = jacfunc.random_projection(case.picked, 5, **select)(case.batch)
+    return got, (case.matrix @ signs).reshape(*case.output.shape, 5)
 
 
 DOORS = {
