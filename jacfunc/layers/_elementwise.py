@@ -65,13 +65,15 @@ def expanded(
 @rule(Tensor.repeat, rest="sizes")
 def repeated(input: Tensor, sizes: tuple[Any, ...]) -> Mapping[str, FormOf]:
     """``z = input``, so many times in each dimension."""
-    counts = sizes[0] if isinstance(sizes[0], tuple | list) else sizes
-    shape = (1,) * (len(counts) + 1 - input.dim()) + tuple(input.shape[1:])
+    shape = input.shape[1:]
 
     def form(seeds: Tensor) -> Rows:
-        apart = [size for pair in zip(counts, shape, strict=True) for size in pair]
+        # how often can't be told from the arguments, where samples are repeated, too
+        ones = (1,) * (seeds.dim() - 2 - len(shape)) + tuple(shape)
+        pairs = zip(seeds.shape[2:], ones, strict=True)
+        apart = [size for z, one in pairs for size in (z // max(one, 1), one)]
         total = seeds.reshape(*seeds.shape[:2], *apart).sum(tuple(range(2, 2 + len(apart), 2)))
-        return Rows(total.reshape(*total.shape[:2], *input.shape[1:]))
+        return Rows(total.reshape(*total.shape[:2], *shape))
 
     return {"input": form}
 
