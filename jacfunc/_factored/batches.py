@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from jacfunc._errors import Refused
 from jacfunc._factored.factored_jacobian import Direct
 from jacfunc._factored.layouts import OUT, Layout, NoLayout, Sites, Trace
 from jacfunc._factored.placing import Placing, PlainSamples, VmappedSamples
-from jacfunc._linear_map import Dims, SampleFunction, Samples, writable_copy
+from jacfunc._linear_map import Dims, SampleFunction, Samples, one_sample, writable_copy
 from jacfunc._torch import innermost
 from jacfunc._types import LeafFunction, Leaves
 
@@ -109,17 +109,21 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class VmappedBatch:
-    """A function of parameters and one sample, vmapped over all samples.
+    """A function of its primals and one sample, vmapped over all samples.
 
     Args:
-        of_one: the function of the parameters and the data of one sample.
+        of_one: the function of the primals and the data of one sample.
         call: the call of one sample.
+        primals: parameters, and tensors of all samples.
+        own: of each primal that every sample has its own of, by number, the number of its leaf
+            among those of the samples.
     """
 
     of_one: SampleFunction
     call: LeafFunction
     primals: Leaves
     samples: Samples
+    own: Mapping[int, int] = field(default_factory=dict)
     trace: Trace | None = None
 
     @property
@@ -128,12 +132,14 @@ class VmappedBatch:
 
     @property
     def params(self) -> Leaves:
-        return self.primals
+        return one_sample(self.primals, [self._dim(n) for n in range(len(self.primals))], 0)
 
     def tracked(self, learned: LearnedUses) -> Sequence[int]:
-        return range(len(self.primals))
+        return [number for number in range(len(self.primals)) if number not in self.own]
 
     def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
+        if number in self.own:
+            return writable_copy(anchor)
         if number in learned.lent:
             return anchor.view_as(anchor)
         own = self.samples.each(anchor) if number in learned.others else anchor
@@ -141,15 +147,29 @@ class VmappedBatch:
 
     def direct(self, learned: LearnedUses) -> list[Direct]:
         dim = 0 if self.samples.is_mapped else None
-        return [Direct(number, dim) for number in sorted(learned.others)]
+        others = [Direct(number, dim) for number in sorted(learned.others)]
+        return others + [Direct(number, self._dim(number)) for number in self.own]
 
     def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
-        def recorded(params: Leaves, data: Leaves) -> Image:
-            placing = VmappedSamples(self.size, innermost())
-            return record(placing, params, lambda: self.of_one(params, data))
+        params = self.tracked(learned)
+        leaves = list(self.samples.leaves)
+        for number, leaf in self.own.items():
+            leaves[leaf] = handles[number]
 
-        dims = [0 if number in learned.others else None for number in range(len(handles))]
-        return self.samples.map(recorded, handles, dims)
+        def recorded(values: Leaves, data: Leaves) -> Image:
+            primals = dict(zip(params, values, strict=True))
+            primals |= {number: data[leaf] for number, leaf in self.own.items()}
+            every = tuple(primals[number] for number in range(len(handles)))
+            placing = VmappedSamples(self.size, innermost())
+            return record(placing, every, lambda: self.of_one(every, data))
+
+        dims = [0 if number in learned.others else None for number in params]
+        samples = replace(self.samples, leaves=tuple(leaves))
+        return samples.map(recorded, tuple([handles[number] for number in params]), dims)
+
+    def _dim(self, number: int) -> int | None:
+        """The dimension of the samples in a primal."""
+        return self.samples.dims[self.own[number]] if number in self.own else None
 
 
 @dataclass(frozen=True)
@@ -171,8 +191,7 @@ class WholeBatch:
 
     @property
     def params(self) -> Leaves:
-        pairs = zip(self.primals, self.dims, strict=True)
-        return tuple([x if dim is None else x.select(dim, 0) for x, dim in pairs])
+        return one_sample(self.primals, self.dims, 0)
 
     def tracked(self, learned: LearnedUses) -> Sequence[int]:
         return [n for n, d in enumerate(self.dims) if d is None and n not in learned.others]

@@ -23,8 +23,15 @@ from jacfunc.layers import Rows
 class Pullbacks(Protocol):
     """Evaluated outputs, and the pullback of K cotangents at once."""
 
-    outputs: Leaves
-    extras: Leaves
+    @property
+    def outputs(self) -> Leaves:
+        """Differentiable leaves of what the function returned."""
+        ...
+
+    @property
+    def extras(self) -> Leaves:
+        """Other tensors that it returned."""
+        ...
 
     def pull_batch(
         self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY
@@ -143,7 +150,7 @@ class FactoredJacobian:
             directly = (*products[len(self.uses) :], *others)
             for direct, product in zip(self._every_direct, directly, strict=True):
                 by_number[direct.number].append(Part((), direct.rows(product)))
-            for number in reversed(self.derived):  # each is made of parameters and earlier ones
+            for number in reversed([*self.derived]):  # each is made of parameters and earlier ones
                 if parts := by_number[number]:
                     derived = self.derived[number]
                     shape = (self.size, len(cotangents[0]), *derived.value.shape)
@@ -153,8 +160,10 @@ class FactoredJacobian:
 
     def params_of(self, operations: Container[int]) -> set[int]:
         """Numbers of the parameters that operations with these numbers use."""
-        every = [*self.uses, *self.derived.values()]
-        numbers = [part[0] for x in every if x.key[0] in operations for part in x.parts]
+        parts = [part for use in self.uses if use.key[0] in operations for part in use.parts]
+        for result in self.derived.values():
+            parts += result.parts if result.key[0] in operations else ()
+        numbers = [number for number, _, _ in parts]
         return parameters_of(numbers, self.derived)
 
     def contracting(self) -> AbstractContextManager[Any]:

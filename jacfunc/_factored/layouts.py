@@ -56,7 +56,8 @@ class Layout:
         dim = self.dim + lead
         if self.outer == self.inner == 1:
             return (tensor.movedim(dim, lead) if self.dim else tensor).unsqueeze(dim + 1)
-        apart = tensor.unflatten(dim, (self.outer, size, self.inner)).movedim(dim + 1, lead)
+        sizes = (self.outer, size, self.inner)
+        apart: Tensor = tensor.unflatten(dim, sizes).movedim(dim + 1, lead)
         return apart.flatten(dim + 1, dim + 2)
 
 

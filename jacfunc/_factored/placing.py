@@ -14,7 +14,7 @@ from jacfunc._factored.layouts import (
     Layout,
     NoLayout,
     Seen,
-    Site,
+    Sites,
     Trace,
     Unlike,
     layouts_between,
@@ -107,7 +107,7 @@ class PlainSamples:
     """
 
     size: int
-    sites: Mapping[Key, Site]
+    sites: Sites
     trace: Trace | None = None
     seen: dict[Key, Seen] = field(default_factory=dict)
     can_share = True
@@ -138,7 +138,9 @@ class PlainSamples:
 
     def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
         layout, size = self.layout((number, OUT), out, func), self.size
-        return out, out, layout and (lambda products: layout.of_all(products, size, 1))
+        if layout is None:
+            return out, out, None
+        return out, out, lambda products: layout.of_all(products, size, 1)
 
     def placed(self, tensor: Tensor, layout: Layout | None) -> Tensor:
         """The tensor as ``[B, *one]``."""
@@ -156,15 +158,17 @@ class PlainSamples:
             NoLayout: if it does not hold the samples in one dimension.
         """
         if self.trace is None:
-            site = self.sites.get(key, Unlike)
+            if key not in self.sites:
+                raise Unlike
+            site = self.sites[key]
             if site is None:
                 raise NoLayout
-            if site is Unlike or not site.fits(func, tensor.shape, self.size):
+            if not site.fits(func, tensor.shape, self.size):
                 raise Unlike
             return site.layout
         one = self.trace.tensor(key, func, rule)
         layouts = [] if one is None else layouts_between(one.shape, tensor.shape, self.size)
-        if not layouts:
+        if one is None or not layouts:
             raise NoLayout
         self.seen[key] = Seen(func, one, tensor, layouts)
         return layouts[0]

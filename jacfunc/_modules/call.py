@@ -14,7 +14,7 @@ from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
 from jacfunc._factored import FactoredJacobian, begins
 from jacfunc._lending import ModuleState
-from jacfunc._linear_map import Dims, Samples
+from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.checks import check_call, check_module_inputs, check_parameters, check_samples
@@ -107,10 +107,11 @@ class ModuleCall:
         def call_of(leaves: Leaves) -> FlatCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
-        def whole(leaves: Leaves) -> tuple[FlatCall, Dims]:
+        def whole(leaves: Leaves) -> tuple[FlatCall, dict[int, int]]:
             call = self.flat_call(split.merge(leaves))
-            by_leaf = {id(leaf): dim for leaf, dim in zip(leaves, dims, strict=True)}
-            return call, [by_leaf.get(id(primal)) for primal in call.primals]
+            places = {id(x): i for i, x in enumerate(leaves) if dims[i] is not None}
+            numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
+            return call, {n: places[id(call.primals[n])] for n in numbers}
 
         def guard(jacobian: FactoredJacobian) -> None:
             check = self.independence.check_evaluation

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import TypeAlias
 
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, is_out_of_memory
@@ -28,10 +29,13 @@ from jacfunc._samples.whole import WholeBatches
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
 
-WholeCall = Callable[[Leaves], tuple[FlatCall, Dims]]
-"""The call of some samples at once, and the dimension in which each primal holds the samples."""
+WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
+"""The call of some samples at once; and for each primal that holds samples the number of its leaf
+among the tensors of these samples."""
 
-Guard = Callable[[FactoredJacobian], None]
+Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
+
+Guard: TypeAlias = Callable[[FactoredJacobian], None]
 """Refuses a batch whose samples depend on each other, once it is evaluated."""
 
 
@@ -69,57 +73,77 @@ class SampledCall:
     def factors(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         """The samples from start to stop, evaluated, and a call that knows the trees.
 
-        They are evaluated as a whole, if all uses of parameters have rules; else under vmap; else
-        as a whole, and one by one for the parameters without rules; else one by one alone. What was
-        refused once is not tried again for calls of this kind.
+        They are evaluated as a whole, if all uses of parameters have rules and no random numbers
+        are drawn; else under vmap; else as a whole, and one by one for the parameters without
+        rules; else one by one alone. What was refused once is not tried again for calls of this
+        kind.
 
         Raises:
             Refused: if the samples do not even run one by one.
         """
         if not is_outermost():
             return self._vmapped(start, stop)
+        random_state = self.random_state()
         refused = _refused().get_or_make(self.kind.version, self.kind.kind, set)
+        *others, last = [way for way in self._ways() if _name(way) not in refused]
         with alone():
-            for name, way in self._ways().items():
-                if name in refused:
-                    continue
+            for way in others:
                 try:
                     return way(start, stop)
                 except Exception as error:  # a way may fail by whatever the function raises
-                    is_refused = not (isinstance(error, Stale) or is_out_of_memory(error))
-                    if name == "one by one" or not is_refused or self._is_final(error):
+                    if is_out_of_memory(error) or isinstance(error, Stale) or self._is_ours(error):
                         raise
-                    self.check_randomness(error)
-                    note("samples are not evaluated %s: %s", name, error)
-                    refused.add(name)
-        raise AssertionError("the last way is never remembered as refused")
+                    note("samples are not evaluated %s: %s", _name(way), error)
+                    refused.add(_name(way))
+                random_state.repeat()
+            try:
+                return last(start, stop)
+            except Refused as error:
+                self.check_randomness(error)
+                raise
 
-    def _ways(self) -> dict[str, Callable[[int, int], tuple[FactoredJacobian, FlatCall]]]:
-        """The ways to evaluate samples, by their names, the cheapest first."""
-        ways = {"as a whole": self._as_a_whole} if self.whole else {}
-        if not self.differentiates[1]:
-            ways["under vmap"] = self._vmapped
-        if self.whole:
-            ways["as a whole and one by one"] = self._mixed
-        return {**ways, "one by one": self._one_by_one}
+    def _ways(self) -> list[Way]:
+        """The ways to evaluate samples, the cheapest first."""
+        if self.whole is None:
+            return [self._vmapped, self._one_by_one]
+        ways: list[Way] = [self._as_a_whole, self._vmapped]
+        if self.samples.randomness == "different":
+            ways.append(self._drawing)
+        return [*ways, self._mixed, self._one_by_one]
 
     def _as_a_whole(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        return self._ruled(start, stop, may_draw=False)
+
+    def _drawing(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        return self._ruled(start, stop, may_draw=True)
+
+    def _ruled(self, start: int, stop: int, may_draw: bool) -> tuple[FactoredJacobian, FlatCall]:
+        """As a whole, if all uses of parameters have rules."""
         learned, is_one = self.learned_as_a_whole, stop - start == 1
         if not learned.others or is_one:
-            jacobian, call = self._whole(start, stop)
+            jacobian, call = self._whole(start, stop, may_draw)
             if not learned.others or is_one:
                 return jacobian, call
         raise Refused("operations without a rule use parameters")
 
-    def _whole(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+    def _mixed(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        jacobian, call = self._whole(start, stop, may_draw=False)
+        others = sorted(self.learned_as_a_whole.others)
+        rest, _ = self._each(start, stop, others)
+        return replace(jacobian, rest=(rest, [Direct(number) for number in others])), call
+
+    def _whole(self, start: int, stop: int, may_draw: bool) -> tuple[FactoredJacobian, FlatCall]:
         assert self.whole is not None
         samples, whole = self.samples, self.whole
 
         def call_of(start: int, stop: int) -> tuple[FlatCall, Dims]:
-            return whole(narrowed(samples.leaves, samples.dims, start, stop))
+            call, leaf_of = whole(narrowed(samples.leaves, samples.dims, start, stop))
+            dims = [
+                samples.dims[leaf_of[n]] if n in leaf_of else None for n in range(len(call.primals))
+            ]
+            return call, dims
 
-        learned, random_state = self.learned_as_a_whole, self.random_state()
-        batches = WholeBatches(call_of, learned, random_state, samples.randomness)
+        batches = WholeBatches(call_of, self.learned_as_a_whole, self.random_state(), may_draw)
         jacobian, call = batches.factored(start, stop)
         if self.guard is not None:
             self.guard(jacobian)
@@ -128,20 +152,18 @@ class SampledCall:
     def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         one, every = OneSample(self.api, self.call_of), self.samples
         samples = replace(every, leaves=narrowed(every.leaves, every.dims, start, stop))
+        call, repeat = self.first_call(), self.random_state().repeat
+        primals: Leaves = call.primals
+        own: Mapping[int, int] = {}
+        if self.whole is not None:
+            of_all, own = self.whole(samples.leaves)
+            primals = of_all.primals
         with alone():
-            call, repeat = self.first_call(), self.random_state().repeat
-            batch = VmappedBatch(one.of_params, call, call.primals, samples)
+            batch = VmappedBatch(one.of_params, call, primals, samples, own)
             return factored(batch, learned_uses(self.kind), repeat), one.call
 
-    def _mixed(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        jacobian, call = self._whole(start, stop)
-        others = sorted(self.learned_as_a_whole.others)
-        rest, _ = self._each(start, stop, others)
-        return replace(jacobian, rest=(rest, [Direct(number) for number in others])), call
-
     def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        params = self.first_call().primals
-        numbers = range(len(params))
+        numbers = range(len(self.first_call().primals))
         each, call = self._each(start, stop, numbers)
         direct = [Direct(number) for number in numbers]
         return FactoredJacobian(stop - start, (), direct, call.primals, each), call
@@ -162,7 +184,7 @@ class SampledCall:
         """What evaluations of the batch as a whole have shown."""
         return learned_uses(self.kind.among("as a whole"))
 
-    def _is_final(self, error: Exception) -> bool:
+    def _is_ours(self, error: Exception) -> bool:
         """Is it an error in words of the public function, which no other way avoids?"""
         return isinstance(error, ValueError | TypeError) and str(error).startswith(f"{self.api}: ")
 
@@ -181,6 +203,10 @@ class SampledCall:
     def check_randomness(self, error: Exception) -> None:
         """Say in words of the door that a module drew random numbers, if that was the error."""
         check_randomness(self.api, self.samples.randomness, error)
+
+
+def _name(way: Way) -> str:
+    return way.__name__.strip("_").replace("_", " ")
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -36,13 +36,13 @@ class WholeBatches:
             of its primals holds the samples, or None.
         learned: what earlier evaluations have shown.
         random_state: as every evaluation finds it.
-        randomness: what samples may draw.
+        may_draw: may the batch draw random numbers?
     """
 
     call_of: Callable[[int, int], tuple[FlatCall, Dims]]
     learned: LearnedUses
     random_state: RandomState
-    randomness: str
+    may_draw: bool
 
     def factored(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         """The samples from start to stop, evaluated, and the call that was made.
@@ -56,7 +56,8 @@ class WholeBatches:
             if size > 1 and learned.sites is None:
                 trace = self._trace(start + learned.lessons % size)
             placing = PlainSamples(size, learned.sites or {}, trace)
-            batch = self._batch(start, stop, placing)
+            call, dims = self.call_of(start, stop)
+            batch = WholeBatch(call, call.primals, dims, size, placing)
             try:
                 jacobian = factored(batch, learned, self.random_state.repeat)
             except Unlike:
@@ -67,29 +68,20 @@ class WholeBatches:
                     raise Refused("a tensor of the batch has no dimension of samples") from error
                 learned.others |= error.numbers
                 continue
-            self._check_randomness()
+            if not self.may_draw and self.random_state.has_changed():
+                raise Refused(RANDOM)
             if trace is None or self._learn(jacobian, placing, start):
-                return jacobian, batch.call
+                return jacobian, call
         raise Refused("it calls other operations at every evaluation")
-
-    def _batch(self, start: int, stop: int, placing: PlainSamples) -> WholeBatch:
-        call, dims = self.call_of(start, stop)
-        return WholeBatch(call, call.primals, dims, stop - start, placing)
 
     def _trace(self, number: int) -> Trace:
         """The operations of one sample alone."""
         trace, learned = Trace(number), self.learned
-        one = replace(self._batch(number, number + 1, PlainSamples(1, {})), trace=trace)
+        call, dims = self.call_of(number, number + 1)
+        one = WholeBatch(call, call.primals, dims, 1, PlainSamples(1, {}), trace)
         as_of_batch = LearnedUses(set(learned.others), set(learned.written))
         factored(one, as_of_batch, self.random_state.repeat)
         return trace
-
-    def _check_randomness(self) -> None:
-        """Refuse numbers that are drawn for the batch, where samples draw none, or all the same."""
-        if self.randomness != "different" and self.random_state.has_changed():
-            if self.randomness == "error":
-                raise Refused(RANDOM)
-            raise Refused("all samples draw the same numbers, and the batch as a whole does not")
 
     def _learn(self, jacobian: FactoredJacobian, placing: PlainSamples, start: int) -> bool:
         """Learn the layouts from an evaluation; False if they are others than it was made with."""
