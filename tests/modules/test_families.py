@@ -49,31 +49,32 @@ def looped(module: nn.Module, batch: Batch, wrt: str) -> Truth:
     return Truth(output, by_params, [of_leaf[-1] for of_leaf in blocks] if wrt else [])
 
 
-@cache
-def truth(name: str, mode: str, *, by_inputs: bool = False, whole: bool = False) -> Truth:
-    """Checkpoints change no number: the loops run without."""
-    family = FAMILIES[name]
-    if mode == "checkpointed" or (family.batch is family.embedded and not by_inputs):
-        mode = "train" if mode == "checkpointed" else mode
-        return truth(
-            name, mode, by_inputs=family.batch is family.embedded or by_inputs, whole=whole
-        )
-    module, wrt = family.make(mode), family.wrt if by_inputs else ""
-    batch = (family.embedded if by_inputs else family.batch)()
-    if whole:
-        return looped(module, batch, wrt)
+def looped_by_samples(module: nn.Module, batch: Batch, wrt: str) -> Truth:
+    """The same of each sample alone, as a batch of one: blocks ``[B, *out, …]``."""
     ones = [{key: value[b : b + 1] for key, value in batch.items()} for b in range(B)]
     singles = [looped(module, one, wrt) for one in ones]
-    outs = float_leaves(singles[0].output)
     by_params = [
         {key: torch.cat([single.params[n][key] for single in singles]) for key in blocks}
         for n, blocks in enumerate(singles[0].params)
     ]
+    outs = float_leaves(singles[0].output) if wrt else []
     inputs = [
         torch.cat([single.inputs[n].squeeze(out.dim()) for single in singles])
-        for n, out in enumerate(outs[: len(singles[0].inputs)])
+        for n, out in enumerate(outs)
     ]
     return Truth(singles[0].output, by_params, inputs)
+
+
+@cache
+def truth(name: str, mode: str, by_inputs: bool = False, whole: bool = False) -> Truth:
+    """Checkpoints change no number: the loops run without."""
+    if mode == "checkpointed":
+        return truth(name, "train", by_inputs, whole)
+    family = FAMILIES[name]
+    if family.batch is family.embedded and family.wrt and not by_inputs:
+        return truth(name, mode, True, whole)
+    batch, wrt = (family.embedded, family.wrt) if by_inputs else (family.batch, "")
+    return (looped if whole else looped_by_samples)(family.make(mode), batch(), wrt)
 
 
 class Case:
@@ -334,3 +335,17 @@ def assert_agrees(got: Any, want: Any, rtol: float) -> None:
     """Within what rounding makes of the largest entry."""
     largest = max(float(block.abs().max()) for block in float_leaves(want))
     assert_same(got, want, rtol=rtol, atol=rtol * largest)
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "T5"])
+def test_adapters_may_be_switched_off(name: str) -> None:
+    pytest.importorskip("peft", reason="the extra test-hf is not installed")
+    case = Case(f"{name} with LoRA", "eval")
+    batch, wrt, rtol = case.family.embedded(), case.family.wrt, case.family.rtol
+    jac = jacfunc.module_jacobian(case.module, "inputs", inputs=wrt, per_sample=True)
+    with_adapters = place(case.inputs_truth.output, case.inputs_truth.inputs)
+    assert_agrees(jac(**batch), with_adapters, rtol)
+    with case.module.disable_adapter():
+        want = looped_by_samples(case.module, batch, wrt)
+        assert_agrees(jac(**batch), place(want.output, want.inputs), rtol)
+    assert_agrees(jac(**batch), with_adapters, rtol)
