@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,6 @@ from jacfunc._linear_map import (
     linearize,
     map_of_graph,
 )
-from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import (
     MathAttention,
     Pull,
@@ -37,17 +35,6 @@ from jacfunc._torch import (
     untracked,
 )
 from jacfunc._types import Leaves
-
-
-def learned_uses(kind: CallKind) -> LearnedUses:
-    """What earlier calls of this kind have shown; evaluations add to it."""
-    return _learned_uses().get_or_make(kind.version, kind.kind, LearnedUses)
-
-
-@cache
-def _learned_uses() -> Remembered[LearnedUses]:
-    """The learned uses of this process, by function, or by module and its version."""
-    return Remembered()
 
 
 def factored(

@@ -16,7 +16,6 @@ from jacfunc._factored import (
     LearnedUses,
     VmappedBatch,
     factored,
-    learned_uses,
 )
 from jacfunc._linear_map import Dims, Samples, narrowed, one_sample
 from jacfunc._lock import alone
@@ -160,7 +159,7 @@ class SampledCall:
             primals = of_all.primals
         with alone():
             batch = VmappedBatch(one.of_params, call, primals, samples, own)
-            return factored(batch, learned_uses(self.kind), repeat), one.call
+            return factored(batch, LearnedUses.of(self.kind), repeat), one.call
 
     def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         numbers = range(len(self.first_call().primals))
@@ -182,7 +181,7 @@ class SampledCall:
     @property
     def learned_as_a_whole(self) -> LearnedUses:
         """What evaluations of the batch as a whole have shown."""
-        return learned_uses(self.kind.among("as a whole"))
+        return LearnedUses.of(self.kind.among("as a whole"))
 
     def _is_ours(self, error: Exception) -> bool:
         """Is it an error in words of the public function, which no other way avoids?"""
