@@ -14,6 +14,7 @@ import torch
 import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.kinds.modules import floats, integers
 
@@ -976,6 +977,30 @@ class Ragged(Layers):
         return x.new_zeros(len(x), 2).index_add(0, graph, self.one(nodes).sin())
 
 
+@stands_for("packed sequences", inputs=ragged, looks=True)
+class Packed(Parts):
+    """Time steps of all sequences that are long enough, the longest sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__(gru=nn.GRU(2, 2, batch_first=True), out=nn.Linear(2, 2))
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, count, batch_first=True, enforce_sorted=False)
+        return self.out(self.gru(packed)[1][0]).sin()
+
+
+@stands_for("an expert for each sample, in a loop", inputs=ordered, looks=True)
+class ExpertsInALoop(Parts):
+    def __init__(self) -> None:
+        super().__init__(gate=nn.Linear(2, 2), first=nn.Linear(2, 2), second=nn.Linear(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts, gates = (self.first, self.second), self.gate(x).softmax(1)
+        chosen = gates.argmax(1).tolist()
+        each = [gates[n, e] * experts[e](x[n]).tanh() for n, e in enumerate(chosen)]
+        return torch.stack(each)
+
+
 @stands_for("samples backwards", (2,))
 class Backwards(Layers):
     def forward(self, x: Tensor) -> Tensor:
@@ -1002,6 +1027,16 @@ class BySize(Layers):
     def forward(self, x: Tensor) -> Tensor:
         order = x.norm(dim=1).argsort()
         return self.one(x[order])[order.argsort()]
+
+
+@stands_for("an order made by Python", inputs=ordered, looks=True, within=COUPLED)
+class PythonsOrder(Layers):
+    """What Python reads of the samples says in which order a layer gets them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = sorted(range(len(x)), key=lambda n: x[n].norm().item())
+        h = self.one(torch.stack([x[n] for n in order])).sin()
+        return torch.stack([h[order.index(n)] for n in range(len(x))])
 
 
 def growing(seed: int) -> tuple[Tensor]:
