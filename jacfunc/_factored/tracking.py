@@ -13,7 +13,7 @@ from jacfunc._errors import Refused
 from jacfunc._factored.tracked import UNSEEN_WRITE, TrackedParameter, UnruledUse
 from jacfunc._factored.use import Use
 from jacfunc._factored.views import METADATA, RAW_MEMORY, VIEWS, Path, View, is_part
-from jacfunc._faults import TAKES_DERIVATIVES
+from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
 from jacfunc._linear_map import Anchor, nodes_of_call
 from jacfunc._torch import (
     batched,
@@ -99,7 +99,9 @@ class UseRecorder(TorchFunctionMode):
         if has_parameter and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
         if has_parameter and func not in METADATA:
-            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
+            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY | FREEZING)
+        if has_parameter and func in FREEZING:
+            self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
         return func(*args, **kwargs)
 
     def _has_tracked(self, values: Iterable[Any]) -> bool:
@@ -214,17 +216,15 @@ class UseRecorder(TorchFunctionMode):
         """The output of an operation, batched, once the operation is recorded."""
         out = batched(out, self._size, self._level)
         values, dim = unbatched(out, self._level)
+        if values._is_view():  # a write into one would change the node that it is differentiated by
+            values, dim = unbatched(out := out.clone(), self._level)
         if values.requires_grad:
             ends = {twin.grad_fn for twin in twins}
             nodes = nodes_of_call(values, ends)
-            last = values.grad_fn
-            anchor = Anchor.behind(values)
-            self._uses.append(Use(anchor, dim, parts, last, ends, nodes, values.nbytes))
-            self._inputs += [
-                (x, x._version)
-                for x in (below_transforms(x) for x in inputs if isinstance(x, Tensor))
-                if not x.is_inference()
-            ]
+            use = Use(Anchor.behind(values), dim, parts, values.grad_fn, ends, nodes, values.nbytes)
+            self._uses.append(use)
+            below = (below_transforms(x) for x in inputs if isinstance(x, Tensor))
+            self._inputs += [(x, x._version) for x in below if not x.is_inference()]
         return out
 
     def _of_all(self, value: Any) -> Any:
