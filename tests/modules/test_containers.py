@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc._trees import Split, flatten, paths, unflatten
-from tests.truth.doors import DOORS, Call
+from tests.truth.batches import DOORS, Call
 
 
 @dataclasses.dataclass

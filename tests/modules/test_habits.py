@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import jacfunc
-from tests.truth.doors import DOORS, Call
+from tests.truth.batches import DOORS, Call
 
 EVERY_DOOR = pytest.mark.parametrize("door", DOORS)
 

@@ -27,7 +27,7 @@ from tests.modules.test_module_kinds import (
     says_what_to_do,
     seed,
 )
-from tests.truth.doors import DOORS, Call
+from tests.truth.batches import DOORS, Call
 from tests.truth.oracles import assert_same, place
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched: the weights are random
