@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from jacfunc._assembly import shared_units
 from jacfunc._curvature.loss import Loss, LossFunction
-from jacfunc._factored import FactoredJacobian, SignMatrix, projected
+from jacfunc._curvature.signs import SignMatrix, projected
+from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
 from jacfunc._modules import BatchOptions, Independence, Independent, ModuleAtBatch

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jacfunc._factored.views import Path, shares_memory
+from jacfunc._factored.use import Path, shares_memory
 from jacfunc.layers import Form, Outer, Rows
 
 
@@ -70,10 +70,20 @@ def _sum(first: Part, others: Sequence[Part]) -> Part:
     if outers:
         return Part(first.path, outers[0].beside(outers[1:]))
     products = [form.products for form in forms if isinstance(form, Rows)]
-    total = products[0]
-    for product in products[1:]:
-        total = total + product
+    total = products[0] + products[1]
+    for product in products[2:]:
+        total += product
     return Part(first.path, Rows(total))
+
+
+def place_of(seeds: Tensor) -> Hashable:
+    """The same for cotangents that are the same memory, such as those of a weight and its bias.
+
+    It is valid while the cotangents are kept, as nothing else comes to lie at their address.
+    """
+    if not seeds.is_contiguous():
+        return id(seeds)
+    return seeds.data_ptr(), seeds.dtype, seeds.shape[:2], seeds.numel()
 
 
 def write(parts: Sequence[Part], block: Tensor) -> None:

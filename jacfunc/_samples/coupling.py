@@ -37,12 +37,14 @@ class Coupling:
         rows: outputs of a sample.
         entries: entries of all samples' Jacobians together.
         was_evaluated: could the batch be evaluated as a whole?
+        was_shown: were the samples different from each other, so that something could show?
     """
 
     what: str | None = None
     rows: int = 0
     entries: int = 0
     was_evaluated: bool = True
+    was_shown: bool = True
 
 
 def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Coupling:
@@ -93,7 +95,8 @@ class _Comparison:
         size = self.subject.size
         numel = sum(out.numel() for out in outputs)
         what = self._what_changes(generator, thorough) if size > 1 else None
-        return Coupling(what, numel // size, numel * self.subject.width)
+        was_shown = size == 1 or self.subject.has_different_samples
+        return Coupling(what, numel // size, numel * self.subject.width, was_shown=was_shown)
 
     def _what_changes(self, generator: torch.Generator, thorough: bool) -> str | None:
         """What changes with the other samples, in words; None if nothing does."""

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from jacfunc._types import product_dtype
+
 CACHED = 2**20
 """About as many bytes as a core's own caches hold; copies of more take up to twice as long."""
 
@@ -58,18 +60,29 @@ class Outer:
         return self.inputs.shape[-1]
 
     def rows(self) -> Tensor:
-        left, right = self._factors()
-        matrices = torch.einsum("kbgto,bgti->bkgoi", left, right)
+        matrices = self.matrices()
         if self.is_transposed:
             matrices = matrices.transpose(-1, -2)
-        return matrices.reshape(*matrices.shape[:2], *self.shape)
+        dtype = torch.promote_types(self.cotangents.dtype, self.inputs.dtype)
+        return matrices.reshape(*matrices.shape[:2], *self.shape).to(dtype)
+
+    def matrices(self) -> Tensor:
+        """The Jacobian as ``[B, K, groups, O, I]``, in the dtype of products."""
+        left, right = self.factors()
+        num_seeds, size, groups, positions, outs = left.shape
+        if positions == 1:
+            matrices: Tensor = left.transpose(0, 1).mT * right.unsqueeze(1)
+            return matrices
+        by_group = left.permute(1, 2, 0, 4, 3).flatten(2, 3) @ right
+        return by_group.view(size, groups, num_seeds, outs, right.shape[-1]).transpose(1, 2)
 
     def write(self, block: Tensor) -> None:
-        left, right = self._factors()
+        left, right = self.cotangents, self.inputs
         (groups, positions, outs), ins = left.shape[2:], right.shape[-1]
         order = (groups, ins, outs) if self.is_transposed else (groups, outs, ins)
         place = as_matrices(block, order)
-        if place is None or block.dtype != left.dtype or groups > 1 < positions:
+        is_same = block.dtype == torch.promote_types(left.dtype, right.dtype)
+        if place is None or not is_same or groups > 1 < positions:
             block.copy_(self.rows())
             return
         if self.is_transposed:
@@ -77,11 +90,12 @@ class Outer:
         if positions == 1:
             torch.mul(left.transpose(0, 1).transpose(-1, -2), right.unsqueeze(1), out=place)
             return
+        left, right = self.factors()
         _write_products(left[:, :, 0].mT, right[:, 0], place[:, :, 0])
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """Cotangents and inputs in one dtype, the wider: autocast rounds the output of a layer."""
-        dtype = torch.promote_types(self.cotangents.dtype, self.inputs.dtype)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Cotangents and inputs in the dtype of products: autocast rounds the output of a layer."""
+        dtype = product_dtype(self.cotangents, self.inputs)
         return self.cotangents.to(dtype), self.inputs.to(dtype)
 
     def of_samples(self, samples: slice) -> Outer:

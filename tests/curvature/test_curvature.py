@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import jacfunc
 from jacfunc._assembly import shared_units
+from jacfunc._curvature.signs import SignMatrix, projected
 from jacfunc._factored.parts import Part
-from jacfunc._factored.projection import SignMatrix, projected
 from jacfunc._factored.squares import SquaredSums, norms, squared
 from jacfunc.layers._forms import Gather, Outer, Rows
 from tests.truth.factors import at_batch

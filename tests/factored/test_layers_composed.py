@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import jacfunc
 from jacfunc._factored.parts import Part, rows, write
-from jacfunc._factored.views import View
+from jacfunc._factored.use import View
 from jacfunc.layers._forms import Rows
 from jacfunc.strategies._structured import Structured
 from tests.truth.learned import learning
