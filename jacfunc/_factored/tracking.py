@@ -155,12 +155,14 @@ class UseRecorder(TorchFunctionMode):
             return self._use(number, self._rules[func], func, args, kwargs)
         if has_parameter and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
+        if has_parameter and func in FREEZING:
+            self._note_unruled(args, may_write_unseen=True)
+            self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
+            return func(*args, **kwargs)
         if is_used and self._placing.can_share and func not in METADATA | RAW_MEMORY:
             return self._derive(number, func, args, kwargs)
         if has_parameter and func not in METADATA:
-            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY | FREEZING)
-        if has_parameter and func in FREEZING:
-            self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
+            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
         return func(*args, **kwargs)
 
     def _has_tracked(self, values: Iterable[Any]) -> bool:
