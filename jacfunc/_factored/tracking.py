@@ -28,11 +28,10 @@ from jacfunc._factored.use import (
     is_part,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._linear_map import Anchor, differentiable_alias, nodes_of_call
+from jacfunc._linear_map import Anchor, differentiable_alias, no_view, nodes_of_call
 from jacfunc._torch import (
     below_transforms,
     innermost,
-    no_view,
     untracked,
 )
 from jacfunc.layers import FormOf, Rule, table

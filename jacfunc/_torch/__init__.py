@@ -35,7 +35,6 @@ from jacfunc._torch.vmap import (
     has_strided_samples,
     holds_nan,
     innermost,
-    no_view,
     of_all_samples,
     sweep_batch,
     unbatched,

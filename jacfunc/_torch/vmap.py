@@ -68,17 +68,6 @@ def call_of_all_samples(
     return _functorch._add_batch_dim(out, 0, level[1])
 
 
-def no_view(tensor: Tensor) -> Tensor:
-    """The tensor, or for a view the same memory as a result of its own.
-
-    A write into a view changes the node that it is differentiated by, and that of its base.
-    """
-    if not below_transforms(tensor)._is_view():
-        return tensor
-    own: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
-    return own
-
-
 def below_vmap(func: Callable[[Leaves], Leaves], leaves: Leaves) -> Leaves:
     """Apply ``func`` to the leaves ``[B, *shape]`` of all samples, from inside the vmap over them.
 
