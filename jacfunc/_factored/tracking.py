@@ -27,8 +27,8 @@ from jacfunc._factored.use import (
     View,
     is_part,
 )
-from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._linear_map import Anchor, differentiable_alias, nodes_of_call
+from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
+from jacfunc._linear_map import Anchor, differentiable_alias, no_view, nodes_of_call
 from jacfunc._torch import (
     below_transforms,
     innermost,
@@ -154,6 +154,10 @@ class UseRecorder(TorchFunctionMode):
             return self._use(number, self._rules[func], func, args, kwargs)
         if has_parameter and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
+        if has_parameter and func in FREEZING:
+            self._note_unruled(args, may_write_unseen=True)
+            self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
+            return func(*args, **kwargs)
         if is_used and func not in METADATA and func not in RAW_MEMORY:
             return self._derive(number, func, args, kwargs)
         if has_parameter and func not in METADATA:
@@ -254,6 +258,7 @@ class UseRecorder(TorchFunctionMode):
         self._note_unruled((*args, *kwargs.values()))
         out = self._placing.call(rule, func, args, kwargs)
         with untracked():
+            out = no_view(out)
             parts = [(p.number, p.path, forms[name]) for name, p in params.items()]
             try:
                 out, values, place = self._placing.result(number, func, out)
