@@ -29,7 +29,13 @@ OPERATIONS = 2
 SMALLEST, LARGEST, FRESH = 4**8, 2**21, LARGE
 """Bytes of results: in a cache, in memory that a heap uses again, in new pages."""
 
-MOST_SEEDS = 256
+TOUCHED = 2**22
+"""Bytes that are written of a block of new pages: what is measured must not take much memory."""
+
+MATRIX_BYTES = 2**23
+"""Bytes of a matrix that is read for one vector: more than the caches next to the processor."""
+
+MOST_SEEDS, MOST_IMAGES = 256, 16
 SIDE = 32
 
 
@@ -64,7 +70,7 @@ class Machine:
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         """Seconds of a multiplication or addition, in products with this many seeds at once."""
-        seeds = power_of_four(seeds, 1, MOST_SEEDS)
+        seeds = power_of_four(seeds, 1, MOST_IMAGES if is_conv else MOST_SEEDS)
         return self._conv_flop(seeds, forward) if is_conv else self._flop(seeds)
 
     @cached_property
@@ -99,11 +105,18 @@ class Machine:
         return max(scaled.operation - self.push_batch.operation, 0.0)
 
     def _measure_write(self, size: int) -> float:
-        tensor = self._ones(size // self._ones(()).element_size())
-        return self._seconds(lambda: tensor + tensor) / size
+        touched, number = min(size, TOUCHED), self._ones(()).element_size()
+        source = self._ones(touched // number)
+
+        def write() -> Tensor:
+            whole = source.new_empty(size // number)
+            return torch.add(source, source, out=whole[: len(source)])
+
+        return self._seconds(write) / touched
 
     def _measure_flop(self, seeds: int) -> float:
-        side = 512 if seeds > 1 else 2048
+        number = self._ones(()).element_size()
+        side = 512 if seeds > 1 else math.isqrt(MATRIX_BYTES // number)
         matrix, vectors = self._ones(side, side), self._ones(seeds, side)
         product = (lambda: matrix @ vectors[0]) if seeds == 1 else (lambda: vectors @ matrix)
         return self._seconds(product) / (2 * side**2 * seeds)
@@ -153,9 +166,13 @@ def _push_batch(operator: JacobianOperator, seeds: int | None = None) -> Callabl
     return partial(operator.pushforward_batch, next(basis(operator.primals, seeds)))
 
 
-@cache
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The machine for a device and a dtype, measured once in a process."""
+    """The machine for a device and a dtype, measured once in a process for a number of threads."""
+    return _machine(device, dtype, torch.get_num_threads())
+
+
+@cache
+def _machine(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
     return Machine(device, dtype)
 
 
