@@ -22,6 +22,11 @@ from jacfunc.strategies import Reverse, Strategy, Sweeping
 BUDGET_SHARE = 0.5
 """Share of the free memory that is the budget, where the user gives none."""
 
+ENOUGH_SEEDS, ENOUGH_BYTES = 128, 2**24
+"""A chunk of more seeds that takes more bytes is no faster, and leaves the heap in pieces: then the
+process takes two or three times the bytes that are counted.
+"""
+
 
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     """The plan in chunks that keep to the budget, where one sweep might not."""
@@ -35,8 +40,9 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
         return plan
     kept = costs.outputs if strategy.sweeps.are_pushes else costs.kept
     room = _room(budget, costs.result + kept, strict=memory is not None)
+    most = max(ENOUGH_SEEDS, ENOUGH_BYTES // max(1, costs.seed_bytes(strategy)))
     chunk = FittedChunks(
-        room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None
+        room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else most
     )
     reason = f"{plan.reason}; chunks within {in_bytes(budget)}"
     return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
