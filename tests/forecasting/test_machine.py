@@ -45,6 +45,14 @@ def test_it_is_measured_once(here: Machine) -> None:
     assert machine(CPU, torch.float64) is machine(CPU, torch.float64)
 
 
+def test_a_disturbed_call_does_not_count() -> None:
+    took = iter([1.0, 0.5, 1e-3])
+    busy = Machine(CPU, torch.float32, clock=lambda run, device: next(took))
+    assert busy.write(10**5) == pytest.approx(1e-3 / 4**8)
+    quiet = Machine(CPU, torch.float32, clock=lambda run, device: 1e-6)
+    assert quiet.write(10**5) == pytest.approx(1e-6 / 4**8)
+
+
 def test_each_number_of_threads_is_measured_for_itself() -> None:
     threads, before = torch.get_num_threads(), machine(CPU, torch.float64)
     try:
