@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._errors import Refused
+from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
 from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins
 from jacfunc._factored.placing import Placing
@@ -91,14 +91,14 @@ class UseRecorder(TorchFunctionMode):
 
         Raises:
             Refused: if an input of an operation was written into later, as autograd refuses it.
-            RuntimeError: if a parameter that is no copy was written into, unseen.
+            UnseenWrite: if a parameter that is no copy was written into, unseen.
         """
         with untracked():
             if any(x._version != version for x, version in self._inputs):
                 raise Refused("what went into a layer was written into after it")
             written = {t.number for t in self._tracked.values() if not t.is_intact}
         if written & self._lent:
-            raise RuntimeError(UNSEEN_WRITE)
+            raise UnseenWrite(UNSEEN_WRITE)
         unruled = self._unruled
         for numbers, more in ((unruled.written, written), (unruled.numbers, written)):
             params = self.parameters(numbers | more)
@@ -182,7 +182,7 @@ class UseRecorder(TorchFunctionMode):
             if tracked := self._tracked.get(id(value)):
                 is_lent = tracked.number in self._lent
                 if is_lent and not tracked.is_intact:
-                    raise RuntimeError(UNSEEN_WRITE)
+                    raise UnseenWrite(UNSEEN_WRITE)
                 self._unruled.numbers.add(tracked.number)
                 if is_lent:
                     raise Refused("a parameter that is no copy may be written into")

@@ -701,10 +701,16 @@ class Branching(nn.Module):
         return out if bool((x.sum() > 1e9).item()) else out.tanh()
 
 
-def test_refusals_of_vmap_and_transforms() -> None:
+def test_what_vmap_refuses_is_evaluated_as_a_batch() -> None:
+    x, y, module = torch.randn(5, 4), classes(), Branching()
+    got = jacfunc.ggn(module, F.cross_entropy)(x, y).diagonal()
+    straight = nn.Sequential(module.layer, nn.Tanh())
+    want = jacfunc.ggn(straight, F.cross_entropy)(x, y).matrix().diagonal()
+    torch.testing.assert_close(torch.cat([block.flatten() for block in got.values()]), want)
+
+
+def test_refusals_of_transforms() -> None:
     x, y = torch.randn(5, 4), classes()
-    with pytest.raises(NotImplementedError, match="ggn: per-sample factors need a module that"):
-        jacfunc.ggn(Branching(), F.cross_entropy)(x, y).diagonal()
     norms_of = jacfunc.gradient_norms(mlp(), F.cross_entropy)
     with pytest.raises(NotImplementedError, match="gradient_norms: the graph of an evaluation"):
         torch.vmap(lambda x: norms_of(x, y))(x[None])
