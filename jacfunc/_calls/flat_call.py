@@ -176,6 +176,12 @@ class FlatCall:
             return blocks[0][0]
         return self.output_tree([self.input_tree(row) for row in blocks])
 
+    @property
+    def output_shapes(self) -> list[torch.Size]:
+        """The shapes of the output leaves, as the function returned them."""
+        assert self._output is not None
+        return [leaf.shape for leaf in self._output.leaves]
+
     def output_tree(self, values: Sequence[Any]) -> Tree:
         """The tree of the output, with one value for each output leaf."""
         assert self._output is not None

@@ -23,7 +23,6 @@ from jacfunc._torch import is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves
 from jacfunc.strategies import Evaluation, Looped, Reverse, Strategy, Structured, in_words_of
 
-
 FINAL = Stale, UnseenWrite, ValueError, TypeError
 """Errors that no other way avoids."""
 
