@@ -462,7 +462,7 @@ def test_rules_see_every_use(name):
     with learning() as learned:
         jacobian(x)
     others = [{names[number] for number in uses.others} for uses in learned]
-    if len(others) == 1:  # the batch as a whole, in which what parameters alone make is covered, too
+    if len(others) == 1:  # as a whole: what parameters alone make is covered, too
         assert others == [set()]
     else:
         assert others[1] == UNCOVERED.get(name, set())
