@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from jacfunc._factored.factored_jacobian import Direct
 from jacfunc._factored.layouts import OUT, Layout, NoLayout, Sites, Trace
 from jacfunc._factored.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._linear_map import Dims, SampleFunction, Samples, one_sample, writable_copy
+from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import innermost
 from jacfunc._types import LeafFunction, Leaves
 
@@ -43,6 +45,11 @@ class LearnedUses:
     sites: Sites | None = None
     lessons: int = 0
 
+    @classmethod
+    def of(cls, kind: CallKind) -> LearnedUses:
+        """What earlier calls of this kind have shown; evaluations add to it."""
+        return learned_uses().get_or_make(kind.version, kind.kind, cls)
+
     @property
     def lent(self) -> set[int]:
         """Parameters that the function gets without a copy."""
@@ -60,6 +67,12 @@ class LearnedUses:
         self.written |= written
         self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - unruled
         return bool(is_void)
+
+
+@cache
+def learned_uses() -> Remembered[LearnedUses]:
+    """The learned uses of this process, by function, or by module and its version."""
+    return Remembered()
 
 
 class Batch(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,6 @@ from jacfunc._linear_map import (
     linearize,
     map_of_graph,
 )
-from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import (
     MathAttention,
     Pull,
@@ -37,17 +35,6 @@ from jacfunc._torch import (
     untracked,
 )
 from jacfunc._types import Leaves
-
-
-def learned_uses(kind: CallKind) -> LearnedUses:
-    """What earlier calls of this kind have shown; evaluations add to it."""
-    return _learned_uses().get_or_make(kind.version, kind.kind, LearnedUses)
-
-
-@cache
-def _learned_uses() -> Remembered[LearnedUses]:
-    """The learned uses of this process, by function, or by module and its version."""
-    return Remembered()
 
 
 def factored(
@@ -68,7 +55,8 @@ def factored(
         # vmap shows no graph: every parameter is differentiated as it is
         params = batch.primals
         unfactored = linearize(*batch.samples.with_own_params(batch.of_one, params))
-        every = [Direct(number) for number in range(len(params))]
+        dim = 0 if batch.samples.is_mapped else None
+        every = [Direct(number, dim) for number in range(len(params))]
         return FactoredJacobian(batch.size, (), every, params, unfactored)
     while True:
         repeat_draws()

@@ -13,9 +13,9 @@ from jacfunc._lending import CurrentState, Select
 from jacfunc._memory import in_chunks, of_leaf
 from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
+from jacfunc._modules.held import ParameterBlocks, RowBlocks
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
-from jacfunc._modules.streamed import Budget, StreamedCall
-from jacfunc._samples import ParameterBlocks
+from jacfunc._modules.streamed import Budget, GroupedSamples, StreamedCall
 from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import flatten, unflatten
 from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
@@ -40,8 +40,9 @@ def stream_jacobian(
 ) -> Callable[..., Items]:
     """A module's Jacobian in its parameters, a block at a time: to reduce one that would not fit.
 
-    The module is evaluated once, and each block is pulled back from that evaluation when the loop
-    asks for it. Norms, projections and Gram matrices are sums over blocks.
+    The module is evaluated once, and its Jacobian is kept as factors of layers, which are small.
+    Each block is written when the loop asks for it. Norms, projections and Gram matrices are sums
+    over blocks.
 
     Args:
         module: any ``nn.Module``.
@@ -54,6 +55,9 @@ def stream_jacobian(
         in_dims: the dimension of samples in the inputs, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
             16 MiB, or an eighth of all.
+        memory: bytes that the stream may take, as a number or in words (``"2 GiB"``): what it
+            keeps, a block, and the one before, which a loop still has. The sizes of blocks, and of
+            what is kept for later ones, follow.
         randomness: how samples draw random numbers, as in :func:`jacfunc.module_jacobian`.
         independent: when to compare batches to see whether samples depend on each other, as in
             :func:`jacfunc.module_jacobian`.
@@ -73,9 +77,12 @@ def stream_jacobian(
         NotImplementedError: what torch refuses; inside a transform, where no graph is kept.
 
     Cost:
-        One evaluation. By rows, the pullbacks of a whole Jacobian; by parameters, for each one the
-        part of these pullbacks that leads to it. Memory of one evaluation, of one block, and of a
-        copy of the module and the batch.
+        About the time of the whole Jacobian. One evaluation, two at the first call of a kind; by
+        samples, one of each chunk. By parameters, all rows are pulled back once. Memory of one
+        evaluation, of a block, of a copy of the module and the batch, and of what is kept for the
+        blocks to come: factors of layers, or blocks where these are smaller, of up to an eighth of
+        the free memory. Beyond that, and for parameters that no rule in ``jacfunc.layers`` knows,
+        rows are pulled back again for the parameters that are left.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:
@@ -92,6 +99,7 @@ def stream_jacobian(
     nbytes = check_memory(API, memory)
     at_once = (chunk_size or FEW_CALLS) if by == "samples" or memory is not None else None
     independence = Independence.of(API, independent, at_once)
+    current = CurrentState(API, module, select)
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
         if inside_transform():
@@ -102,7 +110,7 @@ def stream_jacobian(
         # blocks come later, and must be those of the module and the batch as they are now
         budget = Budget(API, nbytes)
         with budget.keeping():
-            state, arguments = CurrentState(API, module, select).kept((args, kwargs), copy)
+            state, arguments = current.kept((args, kwargs), copy)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(API, state, arguments, independence=independence)
         batch = call.batch(Batching(in_dims, randomness)) if per_sample else None
@@ -137,10 +145,11 @@ def _by_params(call: StreamedCall, chunk_size: int | None) -> Items:
 def _by_rows(call: StreamedCall, chunk_size: int | None) -> Items:
     samples, flat = call.answer(call.evaluated)
     chunk, start = call.budget.chunk(chunk_size, samples.row_bytes), 0
+    blocks = RowBlocks(samples, call.budget.is_open and chunk_size is None)
     for leaf, out in enumerate(samples.outputs):
 
         def take(begin: int, end: int, leaf: int = leaf) -> Leaves:
-            return call.answer(lambda: samples.rows(leaf, slice(begin, end), chunk_size))
+            return call.answer(partial(blocks.of, leaf, begin, end))
 
         for rows in in_chunks(out.numel(), of_leaf(chunk, leaf), take):
             stop = start + rows[0].shape[1]
@@ -150,27 +159,20 @@ def _by_rows(call: StreamedCall, chunk_size: int | None) -> Items:
 
 
 def _by_samples(call: StreamedCall, chunk_size: int | None) -> Items:
-    assert call.batch is not None
+    every = GroupedSamples(call, call.budget.is_open and chunk_size is None)
     call.answer(call.check_independent)
     structure: list[Any] = []
     start = 0
 
     def blocks_of(begin: int, end: int) -> Leaves:
-        samples, flat = call.between(begin, end)
-        call.go_on()
-        every = [samples.rows(i, slice(0, out.numel())) for i, out in enumerate(samples.outputs)]
-        blocks = tuple(
-            tuple(call.shaped(row, out) for row in rows)
-            for rows, out in zip(every, samples.outputs, strict=True)
-        )
-        leaves, spec = flatten(flat.jacobian(blocks))
+        leaves, spec = flatten(every.of(begin, end))
         structure[:] = [spec]
         return tuple(leaves)
 
     def take(begin: int, end: int) -> Leaves:
         return call.answer(partial(blocks_of, begin, end))
 
-    for blocks in in_chunks(call.batch.samples.size, call.budget.chunk(chunk_size, 0), take):
+    for blocks in in_chunks(call.size, call.budget.chunk(chunk_size, 0), take):
         stop = start + len(blocks[0])
         yield slice(start, stop), unflatten(structure[0], blocks)
         start = stop

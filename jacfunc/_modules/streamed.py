@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,9 +16,10 @@ from jacfunc._linear_map import JacobianOperator, linearize
 from jacfunc._log import note
 from jacfunc._memory import MODEST_BYTES, STAGED_BYTES, Chunk, FittedChunks, PeakBytes, free_bytes
 from jacfunc._modules.call import ModuleCall
-from jacfunc._samples import HeldSamples, SampledCall
+from jacfunc._modules.held import Cell, HeldSamples
+from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, Tree
 from jacfunc._units import in_bytes
 from jacfunc.strategies import Structured, in_words_of
 
@@ -25,6 +27,9 @@ ResultT = TypeVar("ResultT")
 
 HELD_SHARE = 8
 """What is held for later blocks may take an eighth of the free memory, if no budget is given."""
+
+GRAPH = 4
+"""The graph of an evaluation keeps about as much as the cotangents of four rows."""
 
 
 class Budget:
@@ -36,6 +41,11 @@ class Budget:
     def keeping(self) -> AbstractContextManager[Any]:
         """A context in which what is made is kept from block to block."""
         return nullcontext() if self._nbytes is None else self._counter
+
+    @property
+    def is_open(self) -> bool:
+        """Is there no limit?"""
+        return self._nbytes is None
 
     def room(self, block: int) -> int | None:
         """Bytes left beside a block of this size and the one before, which a loop still has."""
@@ -60,9 +70,10 @@ class Budget:
     def held(self, samples: HeldSamples, size: int | None) -> tuple[int, Chunk]:
         """Bytes that may be held for later blocks, and how many rows are swept at once."""
         room = self.room(samples.most_bytes)
+        if room is None and samples.factor_bytes <= MODEST_BYTES:
+            return MODEST_BYTES, size
         if room is None:
-            device = (*samples.params, *samples.outputs)[0].device
-            return max(MODEST_BYTES, free_bytes(device) // HELD_SHARE), size
+            return max(MODEST_BYTES, free_bytes(samples.params[0].device) // HELD_SHARE), size
         return room // 2, FittedChunks(room // 2, size)
 
 
@@ -96,14 +107,19 @@ class StreamedCall:
         if self.batch is not None:
             self._call.check_independent(self.batch)
 
+    @property
+    def size(self) -> int:
+        """How many samples there are; the call as a whole is one."""
+        return 1 if self.batch is None else self.batch.size
+
     def evaluated(self) -> tuple[HeldSamples, FlatCall]:
         """All samples, evaluated once for all blocks, and the call of one, for its trees."""
         self.check_independent()
         with self.budget.keeping():
             if self.batch is not None:
-                return self.between(0, self.batch.samples.size)
+                return self.between(0, self.size)
             flat = self._call.flat_call(self._call.arguments)
-            return HeldSamples([_factors(flat)]), flat
+            return HeldSamples(_factors(flat)), flat
 
     def between(self, start: int, stop: int) -> tuple[HeldSamples, FlatCall]:
         """The samples from start to stop: evaluated."""
@@ -115,7 +131,7 @@ class StreamedCall:
         except Exception as error:
             batch.check_randomness(error)
             raise
-        return HeldSamples([factors]), flat
+        return HeldSamples(factors), flat
 
     def go_on(self) -> None:
         """Let the samples that follow draw other numbers, if each sample draws its own."""
@@ -130,6 +146,73 @@ class StreamedCall:
     def unbatched(self, block: Tensor) -> Tensor:
         """A block with the batch in front, which the call as a whole does not have."""
         return block if self.batch is not None else block[0]
+
+
+class GroupedSamples:
+    """Jacobians of some samples after the other.
+
+    Args:
+        evaluates_more: may more samples be evaluated at once than are asked for, and held?
+    """
+
+    def __init__(self, call: StreamedCall, evaluates_more: bool) -> None:
+        self._call, self._evaluates_more = call, evaluates_more
+        self._group: SampleGroup | None = None
+        self._fitting = 0
+
+    def of(self, start: int, stop: int) -> Tree:
+        """What module_jacobian returns for the samples from start to stop."""
+        group = self._holding(start, stop)
+        every = zip(group.rows(start, stop), group.samples.outputs, strict=True)
+        return group.flat.jacobian(
+            tuple(tuple(self._call.shaped(row, out) for row in rows) for rows, out in every)
+        )
+
+    def _holding(self, start: int, stop: int) -> SampleGroup:
+        """A group of evaluated samples that has these."""
+        if self._group is None or not self._group.holds(start, stop):
+            self._group = None  # or its graph would stay beside the next one
+            end = max(stop, min(start + self._fitting, self._call.size))
+            self._group = SampleGroup(start, *self._call.between(start, end))
+            self._call.go_on()
+            if self._evaluates_more:
+                self._fitting = MODEST_BYTES // max(1, self._group.bytes_of_one)
+        return self._group
+
+
+@dataclass
+class SampleGroup:
+    """Consecutive samples that were evaluated; ``start`` is the number of the first."""
+
+    start: int
+    samples: HeldSamples
+    flat: FlatCall
+    _cells: list[Cell] = field(default_factory=list)
+
+    def holds(self, start: int, stop: int) -> bool:
+        """Are these samples among them?"""
+        return self.start <= start and stop <= self.start + self.samples.size
+
+    @property
+    def bytes_of_one(self) -> int:
+        """About the bytes that are kept of a sample: its graph, and factors of all rows."""
+        samples = self.samples
+        return (samples.factor_bytes + GRAPH * samples.factors.nbytes) // samples.size
+
+    def rows(self, start: int, stop: int) -> list[Leaves]:
+        """All rows ``[B, M, *param]`` of some samples, for each output leaf."""
+        samples, leaves = self.samples, range(len(self.samples.outputs))
+        if stop - start == samples.size:
+            return [samples.all_rows(leaf) for leaf in leaves]
+        if not self._cells:  # one sweep serves all samples of the group
+            for leaf in leaves:
+                samples.sweep(leaf, None, self._cells.append)
+        size, some = stop - start, slice(start - self.start, stop - self.start)
+        every = [samples.places(i, size, out.numel()) for i, out in enumerate(samples.outputs)]
+        for cell in self._cells:
+            blocks = [block[:, cell.rows] for block in every[cell.leaf]]
+            samples.factors.write(cell.of(some, cell.rows), blocks)
+        return every
 
 
 def _factors(flat: FlatCall) -> FactoredJacobian:

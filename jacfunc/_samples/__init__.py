@@ -5,6 +5,5 @@ from jacfunc._samples.call import SampledCall
 from jacfunc._samples.comparing import Subject, at, has_batch
 from jacfunc._samples.coupled_losses import GradientOf, loss_coupling
 from jacfunc._samples.coupling import Coupling, coupling
-from jacfunc._samples.held import HeldSamples, ParameterBlocks
 from jacfunc._samples.one import OneSample, SampleBlocks
 from jacfunc._samples.writing import SampleWriter

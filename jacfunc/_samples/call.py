@@ -9,14 +9,13 @@ from functools import cache, partial
 from typing import TypeAlias
 
 from jacfunc._calls import FlatCall
-from jacfunc._errors import Refused, Stale, is_out_of_memory
+from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._factored import (
     Direct,
     FactoredJacobian,
     LearnedUses,
     VmappedBatch,
     factored,
-    learned_uses,
 )
 from jacfunc._linear_map import Dims, Samples, narrowed, one_sample
 from jacfunc._lock import alone
@@ -91,7 +90,7 @@ class SampledCall:
                 try:
                     return way(start, stop)
                 except Exception as error:  # a way may fail by whatever the function raises
-                    if is_out_of_memory(error) or isinstance(error, Stale) or self._is_ours(error):
+                    if is_out_of_memory(error) or self._is_final(error):
                         raise
                     note("samples are not evaluated %s: %s", _name(way), error)
                     refused.add(_name(way))
@@ -160,7 +159,7 @@ class SampledCall:
             primals = of_all.primals
         with alone():
             batch = VmappedBatch(one.of_params, call, primals, samples, own)
-            return factored(batch, learned_uses(self.kind), repeat), one.call
+            return factored(batch, LearnedUses.of(self.kind), repeat), one.call
 
     def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         numbers = range(len(self.first_call().primals))
@@ -182,10 +181,12 @@ class SampledCall:
     @property
     def learned_as_a_whole(self) -> LearnedUses:
         """What evaluations of the batch as a whole have shown."""
-        return learned_uses(self.kind.among("as a whole"))
+        return LearnedUses.of(self.kind.among("as a whole"))
 
-    def _is_ours(self, error: Exception) -> bool:
-        """Is it an error in words of the public function, which no other way avoids?"""
+    def _is_final(self, error: Exception) -> bool:
+        """Is it an error that no other way avoids, such as one in words of the public function?"""
+        if isinstance(error, Stale | UnseenWrite):
+            return True
         return isinstance(error, ValueError | TypeError) and str(error).startswith(f"{self.api}: ")
 
     def first_call(self) -> FlatCall:

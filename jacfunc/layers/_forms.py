@@ -14,6 +14,9 @@ from torch import Tensor
 
 from jacfunc._types import product_dtype
 
+EVERY = slice(None)
+"""All samples, or all cotangents."""
+
 CACHED = 2**20
 """About as many bytes as a core's own caches hold; copies of more take up to twice as long."""
 
@@ -98,11 +101,10 @@ class Outer:
         dtype = product_dtype(self.cotangents, self.inputs)
         return self.cotangents.to(dtype), self.inputs.to(dtype)
 
-    def of_samples(self, samples: slice) -> Outer:
-        """The form of some of the samples."""
-        return Outer(
-            self.inputs[samples], self.cotangents[:, samples], self.shape, self.is_transposed
-        )
+    def of_samples(self, samples: slice, seeds: slice = EVERY) -> Outer:
+        """The form of some of the samples, and of some cotangents of each."""
+        cotangents = self.cotangents[seeds, samples]
+        return Outer(self.inputs[samples], cotangents, self.shape, self.is_transposed)
 
     def beside(self, others: Sequence[Outer]) -> Outer:
         """One form with the positions of this one and of others of the same parameter."""
@@ -137,6 +139,10 @@ class Gather:
     def write(self, block: Tensor) -> None:
         block.zero_().scatter_add_(2, self._places(), self._by_sample().to(block.dtype))
 
+    def of_samples(self, samples: slice, seeds: slice = EVERY) -> Gather:
+        """The form of some of the samples, and of some cotangents of each."""
+        return Gather(self.index[samples], self.cotangents[seeds, samples], self.shape)
+
     def _by_sample(self) -> Tensor:
         return self.cotangents.transpose(0, 1)
 
@@ -156,6 +162,10 @@ class Rows:
 
     def write(self, block: Tensor) -> None:
         block.copy_(self.rows())
+
+    def of_samples(self, samples: slice, seeds: slice = EVERY) -> Rows:
+        """The form of some of the samples, and of some cotangents of each."""
+        return Rows(self.products[seeds, samples])
 
 
 def _write_products(left: Tensor, right: Tensor, place: Tensor) -> None:

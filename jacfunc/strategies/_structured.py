@@ -8,7 +8,7 @@ from functools import partial
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sweep
-from jacfunc._factored import FactoredJacobian, VmappedBatch, factored, learned_uses
+from jacfunc._factored import FactoredJacobian, LearnedUses, VmappedBatch, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
@@ -81,7 +81,7 @@ class Structured(Sweeping):
             return operator.func(*params)
 
         batch = VmappedBatch(of_one, operator.func, operator.primals, Samples((), ()))
-        uses = learned_uses(operator.call_kind)
+        uses = LearnedUses.of(operator.call_kind)
         with alone():
             factors = operator.refusing(
                 "look into layers", lambda: factored(batch, uses, operator.rewind_generators)
