@@ -84,7 +84,10 @@ class SampledCall:
             return self._vmapped(start, stop)
         random_state = self.random_state()
         refused = _refused().get_or_make(self.kind.version, self.kind.kind, set)
-        *others, last = [way for way in self._ways() if _name(way) not in refused]
+        ways = self._ways()
+        if refused:
+            ways = [way for way in ways if _name(way) not in refused]
+        *others, last = ways
         with alone():
             for way in others:
                 try:

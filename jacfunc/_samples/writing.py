@@ -80,7 +80,9 @@ class SampleWriter:
                 parts = factors.parts_of_rows(begin, end, number)
                 # not before: what the sweep took for a while need not lie beside the result
                 blocks = self._places(factors, number, total)
-                factors.write(parts, [block[samples, begin:end] for block in blocks])
+                if (factors.size, end - begin) != (total, grid.rows[number]):
+                    blocks = tuple(block[samples, begin:end] for block in blocks)
+                factors.write(parts, blocks)
                 return ()
 
             for _ in in_chunks(rows, chunk or evenly(rows, factors.nbytes, at_once), fill):
