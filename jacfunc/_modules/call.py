@@ -118,7 +118,7 @@ class ModuleCall:
 
         state, point = self.state, tuple(self.state.point)
         of_call = self.argnums, point, split.kinds, tuple(dims)
-        kind = CallKind(state.module, of_call, state.origin or state)
+        kind = CallKind(state.module, of_call, state.version)
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
         can_be_whole = is_outermost() and not self.with_buffers

@@ -115,7 +115,7 @@ class OwnArguments:
         return self._spec, tuple(map(kind_of, self._leaves))
 
     def copied(self, chosen: Tree) -> Arguments:
-        """The arguments with the chosen ones, which are kept as they are, and copies of the rest."""
+        """The arguments with the chosen ones as they are, and copies of the rest."""
         with self._sight():
             leaves, spec = self._leaves, self._spec
             if chosen is not None:
