@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_plain
-from jacfunc._errors import Refused
+from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.batches import Batch, Image, LearnedUses, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
 from jacfunc._factored.layouts import NoLayout, Unlike
@@ -63,6 +63,9 @@ def factored(
         try:
             jacobian, others = _evaluated(batch, learned, unruled)
         except (Unlike, NoLayout):
+            raise
+        except UnseenWrite:
+            learned.ruled = None  # later evaluations get copies again
             raise
         except Exception:
             # the function may have failed because a handle is no copy: then go on with copies

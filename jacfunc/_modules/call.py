@@ -106,7 +106,8 @@ class ModuleCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
         def whole(leaves: Leaves) -> tuple[FlatCall, dict[int, int]]:
-            call = self.flat_call(split.merge(leaves))
+            is_every = leaves is samples.leaves
+            call = self.flat_call(self.arguments if is_every else split.merge(leaves))
             places = {id(x): i for i, x in enumerate(leaves) if dims[i] is not None}
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}

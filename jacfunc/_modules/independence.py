@@ -87,9 +87,7 @@ class Independence:
 
         compare = self._comparison(api, subject_of)
         kind = _with_hooks(kind)
-        what, is_compared = self._what_changes(
-            lambda: _kinds_of_state(state), kind, compare
-        )
+        what, is_compared = self._what_changes(lambda: _kinds_of_state(state), kind, compare)
         self._refuse(api, what)
         return is_compared
 
