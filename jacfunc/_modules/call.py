@@ -112,7 +112,7 @@ class ModuleCall:
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
 
-        def guard(jacobian: FactoredJacobian) -> None:
+        def guard(batch: SampledCall, jacobian: FactoredJacobian) -> None:
             check = self.independence.check_evaluation
             kind, operations = batch.kind.kind, (jacobian.signature, jacobian.moves_samples)
             check(self.api, self.state, kind, operations, lambda: self._subject(batch))
@@ -123,16 +123,8 @@ class ModuleCall:
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
         can_be_whole = is_outermost() and not self.with_buffers
-        batch = SampledCall(
-            self.api,
-            call_of,
-            samples,
-            kind,
-            whole if can_be_whole else None,
-            guard,
-            differentiates,
-        )
-        return batch
+        way = whole if can_be_whole else None
+        return SampledCall(self.api, call_of, samples, kind, way, guard, differentiates)
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""

@@ -34,7 +34,7 @@ among the tensors of these samples."""
 
 Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
 
-Guard: TypeAlias = Callable[[FactoredJacobian], None]
+Guard: TypeAlias = Callable[["SampledCall", FactoredJacobian], None]
 """Refuses a batch whose samples depend on each other, once it is evaluated."""
 
 
@@ -148,7 +148,7 @@ class SampledCall:
         batches = WholeBatches(call_of, self.learned_as_a_whole, self.random_state(), may_draw)
         jacobian, call = batches.factored(start, stop)
         if self.guard is not None:
-            self.guard(jacobian)
+            self.guard(self, jacobian)
         return jacobian, call
 
     def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
