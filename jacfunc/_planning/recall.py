@@ -109,7 +109,7 @@ def recall(strategy: Planner, call: CallKind) -> Planned | None:
     """The plan of an earlier call of this kind, by this strategy or by an equal one."""
     own = own_plans().get_or_make(strategy, None, Remembered)
     planned = own.get(call.callable, call.kind)
-    if planned is None and strategy.memory is None:
+    if planned is None and (strategy.memory is None or isinstance(call.callable, nn.Module)):
         planned = shared_plans().get(_owner(call.callable), (strategy, call.kind))
         if planned is not None:
             own.put(call.callable, call.kind, planned)
@@ -117,15 +117,16 @@ def recall(strategy: Planner, call: CallKind) -> Planned | None:
 
 
 def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:
-    """Keep a plan: for equal strategies, too, unless it keeps to a budget.
+    """Keep a plan: for equal strategies, too, unless it keeps to what was free when it was made.
 
-    A budget may be what was free when the plan was made; and functions of one code may differ in
-    what they take, by what they find in globals.
+    Within a budget functions of one code share none: they may differ in what they take, by what
+    they find in globals.
     """
     own_plans().get_or_make(strategy, None, Remembered).put(call.callable, call.kind, planned)
     plan, chunk = planned
     is_fitted = is_bounded(plan) or isinstance(chunk, FittedChunks)
-    if strategy.memory is None and not is_fitted:
+    has_budget = strategy.memory is not None
+    if isinstance(call.callable, nn.Module) if has_budget else not is_fitted:
         shared_plans().put(_owner(call.callable), (strategy, call.kind), planned)
 
 
