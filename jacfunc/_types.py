@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -38,3 +39,14 @@ def is_tensor(leaf: object) -> bool:
 def is_differentiable(leaf: object) -> bool:
     """Is the leaf a floating or complex tensor? Every other leaf is a constant."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def product_dtype(*factors: Tensor) -> torch.dtype:
+    """The dtype in which products of the factors are computed: the widest of theirs.
+
+    On a CPU it is at least float32. There products in half precision take up to ten times as long,
+    and each step of a sum is rounded.
+    """
+    dtype = reduce(torch.promote_types, {factor.dtype for factor in factors})
+    is_half = dtype.itemsize == 2 and dtype.is_floating_point
+    return torch.float32 if is_half and factors[0].device.type == "cpu" else dtype

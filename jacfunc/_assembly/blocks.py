@@ -46,7 +46,7 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
     return results
 
 
-def stack_leaves(chunks: Iterable[Leaves], leaves: Leaves) -> list[Leaves]:
+def _stack_leaves(chunks: Iterable[Leaves], leaves: Leaves) -> list[Leaves]:
     """Rows ``[M_i, *in_j]`` of each output leaf, from chunks that hold rows of one leaf each."""
     iterator = iter(chunks)
     return [stack(_up_to(iterator, leaf.numel()), leaf.numel()) for leaf in leaves]
@@ -56,7 +56,7 @@ def stacked_rows(chunks: Iterable[Leaves], outputs: Leaves, primals: Leaves) -> 
     """Blocks ``[*out_i, *in_j]``, from chunks that hold rows of one output leaf each."""
     if len(outputs) == 1:  # most functions have one output, and no chunk need be told from another
         return rows_to_blocks(stack(chunks, outputs[0].numel()), outputs, primals)
-    pairs = zip(stack_leaves(chunks, outputs), outputs, strict=True)
+    pairs = zip(_stack_leaves(chunks, outputs), outputs, strict=True)
     return tuple([rows_to_blocks(rows, (out,), primals)[0] for rows, out in pairs])
 
 

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import shared_units
+from jacfunc._factored.derived import Derived, parameters_of
 from jacfunc._factored.parts import Part, merged, rows, write
-from jacfunc._factored.use import Use
-from jacfunc._linear_map import EVERY, LeafNumbers, Linearization, Samples
+from jacfunc._factored.use import Use, UsedPart
+from jacfunc._linear_map import EVERY, LeafNumbers
 from jacfunc._types import Leaves
 from jacfunc.layers import Rows
+
+
+class Pullbacks(Protocol):
+    """Evaluated outputs, and the pullback of K cotangents at once."""
+
+    @property
+    def outputs(self) -> Leaves:
+        """Differentiable leaves of what the function returned."""
+        ...
+
+    @property
+    def extras(self) -> Leaves:
+        """Other tensors that it returned."""
+        ...
+
+    def pull_batch(
+        self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY
+    ) -> Leaves:
+        """Products, with K in front, of cotangents ``of`` some outputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A primal that is differentiated as it is: where its products ``[K, …]`` hold the samples."""
+
+    number: int
+    dim: int | None = 0
+
+    def rows(self, product: Tensor) -> Rows:
+        """The rows of its Jacobian."""
+        return Rows(product.unsqueeze(1) if self.dim is None else product.movedim(self.dim + 1, 1))
 
 
 @dataclass(frozen=True)
@@ -24,20 +57,28 @@ class FactoredJacobian:
     """An evaluation of all samples; cotangents are pulled back onto the operations with parameters.
 
     Args:
-        samples: the samples that were evaluated.
+        size: how many samples were evaluated.
         uses: the operations with rules that use parameters.
-        others: numbers of the parameters that are used where no rule sees it. They are
-            differentiated as they are, with a copy for each sample.
-        params: all parameters.
+        direct: primals that are differentiated as they are: inputs, and parameters that are used
+            where no rule sees it.
+        params: all primals, as one sample has them.
         linearization: the map of cotangents of the outputs to those of the uses' outputs, and of
-            ``others``.
+            the direct primals.
+        derived: results that all samples share, by the numbers that they have beside parameters.
+        rest: another map of the same outputs' cotangents, and what it leads to directly.
+        signature: equal for evaluations that called the same operations.
+        moves_samples: were numbers moved to where other numbers say?
     """
 
-    samples: Samples
+    size: int
     uses: Sequence[Use]
-    others: Sequence[int]
+    direct: Sequence[Direct]
     params: Leaves
-    linearization: Linearization
+    linearization: Pullbacks
+    derived: Mapping[int, Derived] = field(default_factory=dict)
+    rest: tuple[Pullbacks, Sequence[Direct]] | None = None
+    signature: int = 0
+    moves_samples: bool = False
 
     @property
     def outputs(self) -> Leaves:
@@ -45,9 +86,19 @@ class FactoredJacobian:
         return self.linearization.outputs
 
     @property
+    def extras(self) -> Leaves:
+        """What the function returned beside the outputs, ``[B, …]``."""
+        return self.linearization.extras
+
+    @property
     def sample_outputs(self) -> Leaves:
         """The outputs of one sample."""
         return tuple(out[0] for out in self.outputs)
+
+    @property
+    def sample_extras(self) -> Leaves:
+        """The extras that the call of one sample returned beside the outputs."""
+        return tuple(extra[0] for extra in self.extras)
 
     @property
     def carries_graph(self) -> bool:
@@ -57,17 +108,16 @@ class FactoredJacobian:
     @property
     def nbytes(self) -> int:
         """The bytes of what one row's cotangents are pulled back to."""
-        others = sum(self.params[i].nbytes for i in self.others) * self.samples.size
+        others = sum(self.params[x.number].nbytes for x in self._every_direct) * self.size
         return others + sum(use.nbytes for use in self.uses)
 
     @property
-    def sample_extras(self) -> Leaves:
-        """The extras that the call of one sample returned beside the outputs."""
-        return tuple(extra[0] for extra in self.linearization.extras)
+    def _every_direct(self) -> Sequence[Direct]:
+        return self.direct if self.rest is None else [*self.direct, *self.rest[1]]
 
     def rows(self, start: int, stop: int, of: int) -> Leaves:
         """Rows of output leaf number ``of``, written out: ``[B, K, *param]`` of each parameter."""
-        lead = (self.samples.size, stop - start)
+        lead = (self.size, stop - start)
         pairs = zip(self.params, self.parts_of_rows(start, stop, of), strict=True)
         with self.contracting():
             return tuple(
@@ -91,16 +141,30 @@ class FactoredJacobian:
         if not cotangents or not len(cotangents[0]):
             return [[] for _ in self.params]
         products = self.linearization.pull_batch(cotangents, EVERY, of)
-        parts: list[list[Part]] = [[] for _ in self.params]
+        others = self.rest[0].pull_batch(cotangents, EVERY, of) if self.rest else ()
+        by_number: dict[int, list[Part]] = {number: [] for number in range(len(self.params))}
+        by_number |= {number: [] for number in self.derived}
         with self.contracting():
             for use, product in zip(self.uses, products, strict=False):
-                seeds = use.cotangents(product)
-                for number, path, form_of in use.forms:
-                    parts[number].append(Part(path, form_of(seeds)))
-            for number, product in zip(self.others, products[len(self.uses) :], strict=True):
-                rows = product if self.samples.is_mapped else product.unsqueeze(1)
-                parts[number].append(Part((), Rows(rows)))
-            return [merged(param_parts) for param_parts in parts]
+                _add(by_number, use.parts, use.place(product))
+            directly = (*products[len(self.uses) :], *others)
+            for direct, product in zip(self._every_direct, directly, strict=True):
+                by_number[direct.number].append(Part((), direct.rows(product)))
+            for number in reversed([*self.derived]):  # each is made of parameters and earlier ones
+                if parts := by_number[number]:
+                    derived = self.derived[number]
+                    shape = (self.size, len(cotangents[0]), *derived.value.shape)
+                    seeds = rows(merged(parts), partial(derived.value.new_zeros, shape))
+                    _add(by_number, derived.parts, seeds.transpose(0, 1))
+            return [merged(by_number[number]) for number in range(len(self.params))]
+
+    def params_of(self, operations: Container[int]) -> set[int]:
+        """Numbers of the parameters that operations with these numbers use."""
+        parts = [part for use in self.uses if use.key[0] in operations for part in use.parts]
+        for result in self.derived.values():
+            parts += result.parts if result.key[0] in operations else ()
+        numbers = [number for number, _, _ in parts]
+        return parameters_of(numbers, self.derived)
 
     def contracting(self) -> AbstractContextManager[Any]:
         """A context in which products are recorded only if the Jacobian is differentiated further.
@@ -108,3 +172,9 @@ class FactoredJacobian:
         Inputs of layers always have a graph, which would make products have one.
         """
         return torch.set_grad_enabled(self.carries_graph)
+
+
+def _add(by_number: Mapping[int, list[Part]], parts: Sequence[UsedPart], seeds: Tensor) -> None:
+    """Add the form of each part, made from cotangents ``[K, B, *z]`` of the operation's result."""
+    for number, path, form_of in parts:
+        by_number[number].append(Part(path, form_of(seeds)))

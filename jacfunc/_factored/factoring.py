@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused
-from jacfunc._factored.factored_jacobian import FactoredJacobian
-from jacfunc._factored.tracked import UnruledUse
+from jacfunc._factored.batches import Batch, Image, LearnedUses, VmappedBatch
+from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
+from jacfunc._factored.layouts import NoLayout, Unlike
+from jacfunc._factored.placing import Placing
 from jacfunc._factored.tracking import UseRecorder
-from jacfunc._factored.use import Use
+from jacfunc._factored.use import UnruledUse
 from jacfunc._faults import watched_once
 from jacfunc._linear_map import (
     Anchor,
     Graph,
     LeadsOut,
-    SampleFunction,
-    Samples,
     differentiable_alias,
     linearize,
     map_of_graph,
-    writable_copy,
 )
-from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import (
     MathAttention,
     Pull,
@@ -36,76 +34,15 @@ from jacfunc._torch import (
     recording,
     untracked,
 )
-from jacfunc._types import LeafFunction, Leaves
-
-
-@dataclass
-class LearnedUses:
-    """How the function uses its parameters, by number, as earlier calls of one kind have shown.
-
-    Args:
-        others: parameters that are used where no rule sees it.
-        written: parameters that the function writes into.
-        ruled: parameters that only operations with rules get, which read them alone; None before
-            the first evaluation.
-    """
-
-    others: set[int] = field(default_factory=set)
-    written: set[int] = field(default_factory=set)
-    ruled: set[int] | None = None
-
-    @classmethod
-    def of(cls, kind: CallKind) -> LearnedUses:
-        """What earlier calls of this kind have shown; evaluations add to it."""
-        return learned_uses().get_or_make(kind.version, kind.kind, cls)
-
-    @property
-    def lent(self) -> set[int]:
-        """Parameters that the function gets without a copy."""
-        return (self.ruled or set()) - self.others
-
-    def handle(self, anchor: Tensor, number: int, samples: Samples) -> Tensor:
-        """What the function gets as parameter ``number``: a copy if it may write into it."""
-        if number in self.lent:
-            return anchor.view_as(anchor)
-        own = samples.each(anchor) if number in self.others else anchor
-        return own if number in self.others - self.written else writable_copy(own)
-
-    def learn(self, count: int, others: set[int], unruled: UnruledUse) -> bool:
-        """Take in what one evaluation of ``count`` parameters showed.
-
-        Returns:
-            Whether the evaluation is void, as the function should have got other handles.
-        """
-        shared = self.others - self.written
-        is_void = self.lent & unruled.numbers or shared & unruled.written or others - self.others
-        self.others |= others
-        self.written |= unruled.written
-        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - unruled.numbers
-        return bool(is_void)
-
-
-@cache
-def learned_uses() -> Remembered[LearnedUses]:
-    """The learned uses of this process, by function, or by module and its version."""
-    return Remembered()
+from jacfunc._types import Leaves
 
 
 def factored(
-    of_one: SampleFunction,
-    call: LeafFunction,
-    params: Leaves,
-    samples: Samples,
-    learned: LearnedUses,
-    repeat_draws: Callable[[], None],
+    batch: Batch, learned: LearnedUses, repeat_draws: Callable[[], None]
 ) -> FactoredJacobian:
     """Evaluate all samples, with the Jacobian of each parameter as factors.
 
     The evaluation is repeated until ``learned`` holds all that it needed to know.
-
-    Args:
-        of_one: the function of the parameters and the data of one sample.
-        call: the call of one sample, whose kind tells what earlier calls have shown.
 
     Raises:
         Refused: inside a transform that differentiates, where no graph is kept.
@@ -113,84 +50,114 @@ def factored(
     if inside_derivative() or torch.compiler.is_compiling():
         raise Refused("factors of layers are found on a plain graph, which no transform keeps")
     if inside_transform():
+        assert isinstance(batch, VmappedBatch)
         repeat_draws()
         # vmap shows no graph: every parameter is differentiated as it is
-        unfactored = linearize(*samples.with_own_params(of_one, params))
-        return FactoredJacobian(samples, (), range(len(params)), params, unfactored)
+        params = batch.primals
+        unfactored = linearize(*batch.samples.with_own_params(batch.of_one, params))
+        dim = 0 if batch.samples.is_mapped else None
+        every = [Direct(number, dim) for number in range(len(params))]
+        return FactoredJacobian(batch.size, (), every, params, unfactored)
     while True:
         repeat_draws()
-        unruled = UnruledUse()
+        unruled, count = UnruledUse(), len(batch.primals)
         try:
-            jacobian, others = _evaluated(of_one, call, params, samples, learned, unruled)
+            jacobian, others = _evaluated(batch, learned, unruled)
+        except (Unlike, NoLayout):
+            raise
         except Exception:
             # the function may have failed because a handle is no copy: then go on with copies
-            if not learned.learn(len(params), set(), unruled):
+            if not learned.learn(count, set(), unruled.numbers, unruled.written):
                 raise
             continue
-        if not learned.learn(len(params), others, unruled):
+        if not learned.learn(count, others, unruled.numbers, unruled.written):
             return jacobian
 
 
-def _evaluated(
-    of_one: SampleFunction,
-    call: LeafFunction,
-    params: Leaves,
-    samples: Samples,
-    learned: LearnedUses,
-    unruled: UnruledUse,
-) -> tuple[FactoredJacobian, set[int]]:
-    """The factors of one evaluation, and the parameters that are used where no rule sees it."""
-    grad_mode, others = torch.is_grad_enabled(), sorted(learned.others)
+class _Handles(NamedTuple):
+    """What the function gets for its primals, in one evaluation.
+
+    Args:
+        every: one for each primal.
+        twins: what operations with rules get in the place of these.
+        starts: the nodes at which the graph of the evaluation begins, with numbers of primals.
+        direct: anchors of the primals that are differentiated as they are.
+        grad_mode: is a graph kept of the outputs?
+        further: may the outputs be differentiated further, by primals that have a graph?
+    """
+
+    every: list[Tensor]
+    twins: list[Tensor]
+    starts: dict[Any, int]
+    direct: list[Anchor]
+    grad_mode: bool
+    further: bool
+
+    @classmethod
+    def of(cls, batch: Batch, learned: LearnedUses) -> _Handles:
+        check_plain(batch.primals)
+        grad_mode = torch.is_grad_enabled()
+        further = grad_mode and any(primal.requires_grad for primal in batch.primals)
+        with recording():
+            anchors = [differentiable_alias(primal, grad_mode) for primal in batch.primals]
+            twins = [anchor.view_as(anchor) for anchor in anchors]
+            every = [batch.handle(i, anchor, learned) for i, anchor in enumerate(anchors)]
+            # the function may write into these
+            direct = [Anchor.behind(every[x.number]) for x in batch.direct(learned)]
+        starts = {handle.grad_fn: number for number, handle in enumerate(every)}
+        return cls(every, twins, starts, direct, grad_mode, further)
+
+
+def _recorded(
+    batch: Batch, learned: LearnedUses, handles: _Handles, unruled: UnruledUse
+) -> tuple[Image, UseRecorder]:
+    """Outputs and extras of one evaluation, and the operations that used parameters in it."""
+    recorders: list[UseRecorder] = []
+
+    def record(placing: Placing, primals: Leaves, evaluate: Callable[[], Image]) -> Image:
+        with untracked():
+            recorder = UseRecorder(
+                placing, learned.lent, unruled, handles.starts, handles.grad_mode, batch.trace
+            )
+            for number in batch.tracked(learned):
+                recorder.track(number, primals[number], handles.twins[number])
+        with recorder:
+            image = evaluate()
+        recorder.finish()
+        recorders[:] = [recorder]
+        return image
+
+    def of_all(*primals: Tensor) -> Image:
+        return batch.evaluate(record, primals, learned)
+
+    grad_mode, further = handles.grad_mode, handles.further
+    pull = Pull(None, (grad_mode, further), LeadsOut(handles.starts, grad_mode, further))
     with recording(), MathAttention():
-        check_plain(params)
-        anchors = [differentiable_alias(param, grad_mode) for param in params]
-        twins = [anchor.view_as(anchor) for anchor in anchors]
-        handles = [learned.handle(anchor, i, samples) for i, anchor in enumerate(anchors)]
-        behind = [Anchor.behind(handles[i]) for i in others]  # of_one may write into them
-        starts = [handle.grad_fn for handle in handles]
-        uses: list[Use] = []
-        recorder = partial(UseRecorder, samples.size, learned.lent, unruled)
-        of_all = _recording(of_one, samples, others, twins, recorder, uses)
-        further = grad_mode and any(param.requires_grad for param in params)
-        pull = Pull(None, (grad_mode, further), LeadsOut(set(starts), grad_mode, further))
-        outputs, extras = watched_once(of_all, handles, params, pull, call)
+        image = watched_once(of_all, handles.every, batch.primals, pull, batch.call)
+    return image, recorders[0]
+
+
+def _evaluated(
+    batch: Batch, learned: LearnedUses, unruled: UnruledUse
+) -> tuple[FactoredJacobian, set[int]]:
+    """The factors of one evaluation, and new parameters that are used where no rule sees it."""
+    handles, direct = _Handles.of(batch, learned), batch.direct(learned)
+    (outputs, extras), recorder = _recorded(batch, learned, handles, unruled)
+    uses, starts = recorder.uses, handles.starts
     cut = set(starts).union(*(use.ends for use in uses))
-    state = getattr(call, "state", None)
+    state = getattr(batch.call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
     graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in uses)))
     if not all(use.is_complete(graph) for use in uses):
         raise Refused("a parameter is used in a derivative that the function takes itself")
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
-    differentiated = further or (grad_mode and graph.leads_out)
-    targets = [*(use.anchor for use in uses), *behind]
+    differentiated = handles.further or (handles.grad_mode and graph.leads_out)
+    targets = [*(use.anchor for use in uses), *handles.direct]
     linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
-    unruled_numbers = {i for i, node in enumerate(starts) if node in graph.met}
-    return FactoredJacobian(samples, uses, others, params, linearization), unruled_numbers
-
-
-def _recording(
-    of_one: SampleFunction,
-    samples: Samples,
-    others: Sequence[int],
-    twins: Sequence[Tensor],
-    recorder: Callable[[], UseRecorder],
-    uses: list[Use],
-) -> Callable[..., tuple[Leaves, Leaves]]:
-    """The function of all samples, which takes handles of the parameters and fills ``uses``."""
-    dims = [0 if i in others else None for i in range(len(twins))]
-
-    def recorded(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
-        with untracked():
-            recording = recorder()
-            for number, (param, twin) in enumerate(zip(params, twins, strict=True)):
-                recording.track(number, param, twin)
-        with recording:
-            outputs, extras = of_one(params, data)
-        uses[:] = recording.uses()
-        return outputs, extras
-
-    def of_all(*handles: Tensor) -> tuple[Leaves, Leaves]:
-        return samples.map(recorded, handles, dims)
-
-    return of_all
+    met = recorder.parameters(number for node, number in starts.items() if node in graph.met)
+    jacobian = FactoredJacobian(
+        batch.size, uses, direct, batch.params, linearization, recorder.derived
+    )
+    jacobian = replace(jacobian, signature=recorder.signature, moves_samples=recorder.moves_samples)
+    return jacobian, met - {primal.number for primal in direct}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jacfunc._factored.views import Path, shares_memory
-from jacfunc.layers import Form, Outer, Rows
+from jacfunc._factored.use import Path, shares_memory
+from jacfunc.layers import Form, Gather, Outer, Rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class Part:
         sizes = (*block.shape[:2], *place.shape)
         strides = (*block.stride()[:2], *place.stride())
         return block.as_strided(sizes, strides, place.storage_offset())
+
+    def of_samples(self, samples: slice, seeds: slice) -> Part:
+        """The part of some of the samples, and of some cotangents of each."""
+        form = self.form
+        if not isinstance(form, Outer | Gather | Rows):
+            form = Rows(form.rows().transpose(0, 1))
+        return Part(self.path, form.of_samples(samples, seeds))
 
     def entries(self, shape: torch.Size) -> Tensor:
         """Which entries of a parameter of this shape belong to the part."""
@@ -70,10 +77,35 @@ def _sum(first: Part, others: Sequence[Part]) -> Part:
     if outers:
         return Part(first.path, outers[0].beside(outers[1:]))
     products = [form.products for form in forms if isinstance(form, Rows)]
-    total = products[0]
-    for product in products[1:]:
-        total = total + product
+    total = products[0] + products[1]
+    for product in products[2:]:
+        total += product
     return Part(first.path, Rows(total))
+
+
+def place_of(seeds: Tensor) -> Hashable:
+    """The same for cotangents with the same memory, such as those of a weight and of its bias.
+
+    It tells while the cotangents are kept, as nothing else comes to lie at their address.
+    """
+    sizes = zip(seeds.shape, seeds.stride(), strict=True)
+    return seeds.data_ptr(), seeds.dtype, *(pair for pair in sizes if pair[0] != 1)
+
+
+def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:
+    """A tensor like the parameter, in which the values of each part are added in its place."""
+    block = values_of_parts[0][1].new_zeros((1, 1, *param.shape))
+    for part, values in values_of_parts:
+        part.place_in(block).add_(values)
+    return block[0, 0]
+
+
+def are_disjoint(parts: Sequence[Part], param: Tensor) -> bool:
+    """Is no entry of the parameter in two parts? Then squares have no cross terms."""
+    if len(parts) == 1:
+        return True
+    entries = torch.stack([part.entries(param.shape) for part in parts])
+    return bool((entries.sum(0) <= 1).all())
 
 
 def write(parts: Sequence[Part], block: Tensor) -> None:

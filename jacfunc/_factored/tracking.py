@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._errors import Refused
-from jacfunc._factored.tracked import UNSEEN_WRITE, TrackedParameter, UnruledUse
-from jacfunc._factored.use import Use
-from jacfunc._factored.views import METADATA, RAW_MEMORY, VIEWS, Path, View, is_part
-from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._linear_map import Anchor, nodes_of_call
+from jacfunc._errors import Refused, UnseenWrite
+from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
+from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins
+from jacfunc._factored.placing import Placing
+from jacfunc._factored.use import (
+    METADATA,
+    MOVING,
+    RAW_MEMORY,
+    UNSEEN_WRITE,
+    VIEWS,
+    Path,
+    TrackedParameter,
+    UnruledUse,
+    Use,
+    UsedPart,
+    View,
+    is_part,
+)
+from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
+from jacfunc._linear_map import Anchor, differentiable_alias, no_view, nodes_of_call
 from jacfunc._torch import (
-    batched,
     below_transforms,
-    call_of_all_samples,
     innermost,
-    of_all_samples,
-    unbatched,
     untracked,
 )
 from jacfunc.layers import FormOf, Rule, table
+
+Args: TypeAlias = tuple[Any, ...]
+
+_PLAIN = frozenset({bool, int, float, str})
 
 MOST_PARTS = 32
 """A parameter that is split into more parts than this is faster without factors."""
@@ -38,38 +52,63 @@ class UseRecorder(TorchFunctionMode):
     graph to the parameter itself then shows a use that no rule has seen.
 
     Args:
-        size: the number of samples.
+        placing: says where tensors hold the samples.
+        starts: nodes at which the walk through the graph ends, with the numbers of the parameters.
+            Those of results that all samples share are added.
+        grad_mode: may the Jacobian be differentiated further?
+        trace: is told of all operations, if there is one.
         lent: numbers of the parameters that are no copies, which must not be written into.
         unruled: is told which parameters operations without a rule get.
     """
 
-    def __init__(self, size: int, lent: Set[int], unruled: UnruledUse) -> None:
+    def __init__(
+        self,
+        placing: Placing,
+        lent: Set[int],
+        unruled: UnruledUse,
+        starts: dict[Any, int],
+        grad_mode: bool,
+        trace: Trace | None = None,
+    ) -> None:
         super().__init__()
-        self._lent, self._unruled = lent, unruled
-        self._uses: list[Use] = []
+        self._placing, self._trace, self._grad_mode = placing, trace, grad_mode
+        self._lent, self._unruled, self._starts = lent, unruled, starts
+        self.uses: list[Use] = []
         self._inputs: list[tuple[Tensor, int]] = []
         """Inputs of recorded operations, and the versions that they had then."""
-        self._size = size
+        self._operations: list[Any] = []
+        self.moves_samples = False
+        """Has the function moved numbers to where other numbers say?"""
+        self.derived: dict[int, Derived] = {}
+        """Results that all samples share, by the numbers that they have among parameters."""
+        self._count = 1 + max(starts.values(), default=0)
         self._tracked: dict[int, TrackedParameter] = {}
         self._level = innermost()
         self._rules, self._openings = table().rules, table().openings
 
-    def uses(self) -> list[Use]:
-        """The recorded operations, once the function has run.
+    def finish(self) -> None:
+        """Check the record once the function has run.
 
         Raises:
             Refused: if an input of an operation was written into later, as autograd refuses it.
-            RuntimeError: if a parameter that is no copy was written into, unseen.
+            UnseenWrite: if a parameter that is no copy was written into, unseen.
         """
         with untracked():
             if any(x._version != version for x, version in self._inputs):
                 raise Refused("what went into a layer was written into after it")
             written = {t.number for t in self._tracked.values() if not t.is_intact}
         if written & self._lent:
-            raise RuntimeError(UNSEEN_WRITE)
-        self._unruled.numbers.update(written)
-        self._unruled.written.update(written)
-        return self._uses
+            raise UnseenWrite(UNSEEN_WRITE)
+        unruled = self._unruled
+        for numbers, more in ((unruled.written, written), (unruled.numbers, written)):
+            params = self.parameters(numbers | more)
+            numbers.clear()
+            numbers.update(params)
+
+    @property
+    def signature(self) -> int:
+        """Equal for evaluations that called the same functions with the same numbers and words."""
+        return hash(tuple(self._operations))
 
     def track(self, number: int, handle: Tensor, twin: Tensor, path: Path = ()) -> None:
         """Track a tensor that is parameter ``number``, or the view of it that the path makes."""
@@ -80,11 +119,28 @@ class UseRecorder(TorchFunctionMode):
         self,
         func: Callable[..., Any],
         types: Any,
-        args: tuple[Any, ...] = (),
+        args: Args = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        # called for every operation: as short as it can be
+        if func is begins:
+            self._operations.clear()
+            return None
         kwargs = kwargs or {}
+        number = len(self._operations)
+        self._operations.append(func)
+        self._operations += [x for x in (*args, *kwargs.values()) if type(x) in _PLAIN]
+        if self._trace is None:
+            return self._called(number, func, args, kwargs)
+        self._trace.calls[number] = func, args, kwargs
+        result = self._trace.results[number] = self._called(number, func, args, kwargs)
+        return result
+
+    def _called(
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        # called for every operation: as short as it can be
+        if func in MOVING or _is_chosen_by_tensor(func, args):
+            self.moves_samples = True
         if func in TAKES_DERIVATIVES and self._is_at_own_level():
             raise Refused("the function takes a derivative itself, of what may stand for others")
         has_parameter = self._has_tracked(args) or self._has_tracked(kwargs.values())
@@ -93,11 +149,17 @@ class UseRecorder(TorchFunctionMode):
             with self:
                 return self._openings[func](*args, **kwargs)
         if is_used and func in VIEWS:
-            return self._view(func, args, kwargs)
+            return self._view(number, func, args, kwargs)
         if is_used and func in self._rules:
-            return self._use(self._rules[func], func, args, kwargs)
+            return self._use(number, self._rules[func], func, args, kwargs)
         if has_parameter and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
+        if has_parameter and func in FREEZING:
+            self._note_unruled(args, may_write_unseen=True)
+            self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
+            return func(*args, **kwargs)
+        if is_used and func not in METADATA and func not in RAW_MEMORY:
+            return self._derive(number, func, args, kwargs)
         if has_parameter and func not in METADATA:
             self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
         return func(*args, **kwargs)
@@ -120,7 +182,7 @@ class UseRecorder(TorchFunctionMode):
             if tracked := self._tracked.get(id(value)):
                 is_lent = tracked.number in self._lent
                 if is_lent and not tracked.is_intact:
-                    raise RuntimeError(UNSEEN_WRITE)
+                    raise UnseenWrite(UNSEEN_WRITE)
                 self._unruled.numbers.add(tracked.number)
                 if is_lent:
                     raise Refused("a parameter that is no copy may be written into")
@@ -145,21 +207,20 @@ class UseRecorder(TorchFunctionMode):
         return tracked
 
     def _view(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
         """Call a function that makes views of a parameter, and track the views, too."""
         whole, result = self._find(args[0]) if args else None, func(*args, **kwargs)
         # a view selects entries of J's rows in the same way only if the parameter is contiguous
         if whole is None or not (whole.path or whole.twin.is_contiguous()):
-            self._note_unruled((*args, *kwargs.values()))
-            return result
+            return self._derive(number, func, args, kwargs)
 
         views = list(result) if isinstance(result, tuple | list) else [result]
         are_parts = [is_part(view, whole.handle, _flat(args[1:], kwargs)) for view in views]
-        if len(views) > MOST_PARTS or not all(are_parts):
-            self._note_unruled(args)
         if len(views) > MOST_PARTS or not any(are_parts):
-            return result
+            return self._derive(number, func, args, kwargs)
+        if not all(are_parts):
+            self._note_unruled(args)
         # tuples: the function may change its lists later
         options = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
         named = {k: tuple(a) if isinstance(a, list) else a for k, a in kwargs.items()}
@@ -174,69 +235,129 @@ class UseRecorder(TorchFunctionMode):
         return result
 
     def _use(
-        self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        number: int,
+        rule: Rule,
+        func: Callable[..., Any],
+        args: Args,
+        kwargs: Mapping[str, Any],
     ) -> Any:
         """Call an operation that has a rule, with twins of the parameters that the rule covers."""
         named = rule.named(args, kwargs) or {}
         with untracked():
-            forms = self._forms(rule, named) if named else {}
+            forms = self._forms(number, func, rule, named) if named else {}
             tracked = {name: self._find(named[name]) for name in forms}
             params = {name: param for name, param in tracked.items() if param is not None}
             twins = {name: param.twin.view_as(param.twin) for name, param in params.items()}
         if not params:
             self._note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs)
-        by_position = zip(rule.defaults, args, strict=False)
-        args = tuple(twins.get(name, value) for name, value in by_position)
+        names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
+        args = tuple(twins.get(name, x) for name, x in zip(names, args, strict=False))
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         self._note_unruled((*args, *kwargs.values()))
-        if rule.keeps_lead and args:
-            out = call_of_all_samples(func, args, kwargs, self._level)
-        else:
-            out = func(*args, **kwargs)
+        out = self._placing.call(rule, func, args, kwargs)
         with untracked():
+            out = no_view(out)
             parts = [(p.number, p.path, forms[name]) for name, p in params.items()]
-            return self._recorded(out, parts, twins.values(), named.values())
-
-    def _forms(self, rule: Rule, named: Mapping[str, Any]) -> Mapping[str, FormOf]:
-        """The form of each parameter, by argument; none where an argument is a sparse tensor."""
-        if not all(map(_is_dense, named.values())):
-            return {}
-        return rule.forms_of(**{name: self._of_all(value) for name, value in named.items()})
-
-    def _recorded(
-        self,
-        out: Tensor,
-        parts: Sequence[tuple[int, Path, FormOf]],
-        twins: Iterable[Tensor],
-        inputs: Iterable[Any],
-    ) -> Tensor:
-        """The output of an operation, batched, once the operation is recorded."""
-        out = batched(out, self._size, self._level)
-        values, dim = unbatched(out, self._level)
-        if values.requires_grad:
-            ends = {twin.grad_fn for twin in twins}
-            nodes = nodes_of_call(values, ends)
-            last = values.grad_fn
-            anchor = Anchor.behind(values)
-            self._uses.append(Use(anchor, dim, parts, last, ends, nodes, values.nbytes))
-            self._inputs += [
-                (x, x._version)
-                for x in (below_transforms(x) for x in inputs if isinstance(x, Tensor))
-                if not x.is_inference()
-            ]
+            try:
+                out, values, place = self._placing.result(number, func, out)
+            except NoLayout as error:
+                raise NoLayout(self.parameters(p.number for p in params.values())) from error
+            if not values.requires_grad:
+                return out
+            self._watch_inputs(named.values())
+            if place is None:
+                return self._derived_from((number, OUT), out, parts)
+            ends = {twin.grad_fn for twin in twins.values()}
+            nodes, last = nodes_of_call(values, ends), values.grad_fn
+            anchor, key = Anchor.behind(values), (number, OUT)
+            self.uses.append(Use(key, anchor, place, parts, last, ends, nodes, values.nbytes))
         return out
 
-    def _of_all(self, value: Any) -> Any:
-        """A tensor as ``[B, *shape]`` of all samples; anything else as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        return of_all_samples(value, self._size, self._level)
+    def _forms(
+        self, number: int, func: Callable[..., Any], rule: Rule, named: Mapping[str, Any]
+    ) -> Mapping[str, FormOf]:
+        """The form of each parameter, by argument; none where an argument has no samples in it.
+
+        Sparse tensors of all samples can't be had from inside vmap.
+        """
+        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        if not all(x.layout == torch.strided for x in tensors.values()):
+            return {}
+        place = self._placing.of_all
+        try:
+            every = {
+                name: place((number, name), x, func, rule, id(x) in self._tracked)
+                for name, x in tensors.items()
+            }
+        except NoLayout:
+            return {}
+        return rule.forms_of(**{**named, **every})
+
+    def _derive(
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call an operation without a rule, whose result all samples may share."""
+        if not self._placing.can_share:
+            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
+            return func(*args, **kwargs)
+        tensors = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self._tracked]
+        key, is_shared, out = (number, OUT), self._placing.is_shared((number, OUT), func), None
+        if is_shared is None:  # to be learned, on tensors that it may write into
+            out = func(*args, **kwargs)
+            is_shared = self._placing.becomes_shared(key, func, out)
+        params = [param for param in map(self._find, tensors) if param is not None]
+        if not is_shared or len(params) < len(tensors):
+            self._note_unruled((*args, *kwargs.values()))
+            return func(*args, **kwargs) if out is None else out
+        with untracked():
+            twins = [param.twin.view_as(param.twin) for param in params]
+        by_id = {id(x): twin for x, twin in zip(tensors, twins, strict=True)}
+        named = {name: replaced(x, by_id) for name, x in kwargs.items()}
+        out = func(*replaced(args, by_id), **named)
+        with untracked():
+            if not out.requires_grad:
+                return out
+            return self._derived_from(key, out, through_graph(out, params, twins, self._grad_mode))
+
+    def _derived_from(self, key: Key, out: Tensor, parts: Sequence[UsedPart]) -> Tensor:
+        """Track a result that all samples share, as if it were a parameter itself.
+
+        What its own uses pull back goes on to the parameters that it was made of.
+        """
+        anchor = differentiable_alias(out, self._grad_mode)
+        handle, number = anchor.view_as(anchor), self._count + len(self.derived)
+        self.derived[number] = Derived(key, out.detach(), parts)
+        self._starts[handle.grad_fn] = number
+        self.track(number, handle, anchor.view_as(anchor))
+        return handle
+
+    def _watch_inputs(self, inputs: Iterable[Any]) -> None:
+        """Keep the versions of what went into a recorded operation."""
+        tensors = (below_transforms(x) for x in inputs if isinstance(x, Tensor))
+        self._inputs += [(x, x._version) for x in tensors if not x.is_inference()]
+
+    def parameters(self, numbers: Iterable[int]) -> set[int]:
+        """The parameters with these numbers, and those that derived results are made of."""
+        return parameters_of(list(numbers), self.derived)
 
 
-def _is_dense(value: Any) -> bool:
-    """Is it no sparse tensor? Those of all samples can't be had from inside vmap."""
-    return not isinstance(value, Tensor) or value.layout == torch.strided
+def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
+    """Does a call choose entries of a tensor by the numbers in another one?"""
+    if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
+        return False
+    items = args[1] if isinstance(args[1], tuple) else args[1:2]
+    return any(isinstance(item, Tensor | list) for item in items)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from _tensors(value)
 
 
 def _flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:

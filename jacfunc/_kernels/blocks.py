@@ -13,9 +13,10 @@ from torch import Tensor
 
 from jacfunc._assembly import empty
 from jacfunc._factored import FactoredJacobian, Part
-from jacfunc._kernels.gram import Axes, Gram
+from jacfunc._kernels.gram import Gram
+from jacfunc._kernels.routes import Axes
 from jacfunc._kernels.sampled_function import KernelSamples
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Tree, product_dtype
 
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps a sequence, and shows how much of it is done, as ``tqdm.tqdm`` does."""
@@ -98,11 +99,11 @@ class LeafRows:
 
     def times(self, other: LeafRows) -> Tensor:
         """The kernel of this side with another, ``[B1, B2, *diagonal, *kept, *kept]``."""
-        gram = Gram(self.like, (self.size, other.size), self.axes, other is self)
-        for left, right, param in zip(self.parts, other.parts, self.params, strict=True):
-            gram.add(left, right, param)
+        like = self.like.new_empty((), dtype=product_dtype(self.like, *self.params))
+        gram = Gram(like, (self.size, other.size), self.axes, other is self)
+        gram.add(self.parts, other.parts, self.params)
         diagonal, kept, _ = self.shapes
-        total = gram.whole().permute(1, 3, 0, 2, 4)
+        total = gram.whole().permute(1, 3, 0, 2, 4).to(self.like.dtype)
         return total.reshape(self.size, other.size, *diagonal, *kept, *kept)
 
     def mirrored(self, block: Tensor) -> Tensor:
@@ -152,12 +153,12 @@ def _ranges(side: Sequence[SampleRange]) -> list[slice]:
 
 def _leaf_rows(jacobian: FactoredJacobian, number: int, axes: KeptAxes) -> LeafRows:
     """All rows of output leaf ``number``, in the order diagonal, kept, traced."""
-    out, size = jacobian.sample_outputs[number], jacobian.samples.size
+    out, size = jacobian.sample_outputs[number], jacobian.size
     orders = axes.ordered(out.dim())
-    order = torch.arange(out.numel(), device=out.device).view(out.shape)
-    order = order.permute([axis for group in orders for axis in group]).flatten()
-    seeds = torch.eye(out.numel(), dtype=out.dtype, device=out.device)[order]
-    cotangents = seeds.view(-1, 1, *out.shape).expand(-1, size, *out.shape)
+    # units of the outputs [*out], in this order
+    units = torch.eye(out.numel(), dtype=out.dtype, device=out.device).view(*out.shape, -1)
+    seeds = units.permute(*(axis for group in orders for axis in group), out.dim())
+    cotangents = seeds.reshape(-1, 1, *out.shape).expand(-1, size, *out.shape)
     parts = jacobian.parts_of_cotangents((cotangents,), slice(number, number + 1))
     shapes = [tuple(out.shape[axis] for axis in group) for group in orders]
     return LeafRows(parts, jacobian.params, size, shapes, out)

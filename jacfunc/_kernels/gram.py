@@ -1,63 +1,48 @@
-"""Adds up the product ``J₁ J₂ᵀ`` from factored Jacobians, one parameter after the other.
+"""Adds up the product ``J₁ J₂ᵀ`` over all parameters, from factored Jacobians.
 
-Each parameter takes the cheaper of two routes, by counted operations. Through positions:
-``Σₜₛ (a₁ₜ·a₂ₛ)(g₁ₜ·g₂ₛ)``, never longer than its inputs and outputs; with one position that is
-``(A₁A₂ᵀ)∘(G₁G₂ᵀ)``. Or through rows, which are written out for a few outputs at a time.
-
-Source: Novak, Sohl-Dickstein, Schoenholz, "Fast finite width neural tangent kernel" (ICML 2022),
-section 3.3 on structured derivatives, for the two routes.
+Each parameter takes the cheaper of two routes. At one position the route through positions is
+``(A₁A₂ᵀ)∘(G₁G₂ᵀ)``, and parameters with the same cotangents, as weight and bias have, share
+``G₁G₂ᵀ``. Rows are written out for a few outputs at a time, and small ones lie beside each other
+in one product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import chain
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from jacfunc._factored import Part, rows
+from jacfunc._factored import Part, place_of, rows
+from jacfunc._kernels.routes import Axes, Pair, Positional, places_of_rows, seeds_of
 from jacfunc._memory import MULTIPLIED_BYTES
-from jacfunc.layers import Gather, Outer
+from jacfunc._types import Leaves
+from jacfunc.layers import Outer
 
-BLOCKS = 4
-"""A symmetric product is computed in so many blocks of rows, each up to the diagonal."""
+BLOCKS, BLOCKED = 4, 2**24
+"""A symmetric product is computed in at most so many blocks of rows, each up to the diagonal. A
+block is worth its overhead if it has so many of the product's multiplications."""
 
-MOVED = 16
-"""How many multiplications take as long as writing one number and reading it again."""
+Chunk: TypeAlias = tuple[Tensor, Tensor]
+"""Rows ``[B, K, p]`` of the same entries on both sides."""
 
-
-Positional: TypeAlias = Outer | Gather
-"""Forms with positions, which the first route takes."""
-
-
-@dataclass(frozen=True)
-class Axes:
-    """How many of the K cotangents are diagonal, kept and traced: K is their product."""
-
-    diagonal: int
-    kept: int
-    traced: int
-
-    def split(self, seeds: Tensor) -> Tensor:
-        """Cotangents ``[K, B, …]`` as ``[D, B, F, S, …]``: diagonal, samples, kept, traced."""
-        axes: Tensor = seeds.unflatten(0, (self.diagonal, self.kept, self.traced)).movedim(3, 1)
-        return axes
+Side = TypeVar("Side")
 
 
 class Gram:
-    """The sum ``[D, B₁, F, B₂, F]`` over parameters, which are added one after the other.
+    """The sum ``[D, B₁, F, B₂, F]`` over parameters.
 
     Args:
-        like: a tensor of the sum's dtype and device.
+        like: a tensor of the sum's device, and of the dtype in which products are computed.
         sizes: the number of samples of both sides.
         axes: how many cotangents are diagonal, kept and traced.
-        is_symmetric: are both sides the same? Then entries above the diagonal are left out until
+        is_symmetric: are both sides the same? Then entries above the diagonal may be left out until
             :meth:`whole` mirrors them.
         at_once: bytes of rows, or of products of positions, that are made at once.
-        blocks: of rows, in which a symmetric sum is made.
+        blocked: multiplications for which a block of a symmetric product is worth its overhead.
     """
 
     def __init__(
@@ -67,155 +52,194 @@ class Gram:
         axes: Axes,
         is_symmetric: bool,
         at_once: int = MULTIPLIED_BYTES,
-        blocks: int = BLOCKS,
+        blocked: int = BLOCKED,
     ) -> None:
-        self.axes, self.is_symmetric = axes, is_symmetric
-        self.at_once, self.blocks = at_once, blocks
-        first, second = sizes
-        self.total = like.new_zeros((axes.diagonal, first, axes.kept, second, axes.kept))
+        self.like, self.sizes, self.axes, self.is_symmetric = like, sizes, axes, is_symmetric
+        self.at_once, self.blocked, self._is_half = at_once, blocked, False
 
-    def add(self, left: Sequence[Part], right: Sequence[Part], param: Tensor) -> None:
-        """Add what one parameter contributes, from its parts on both sides."""
-        if not left or not right:
-            return
-        pair = _positional(left, right)
-        if pair is not None and not self._is_cheaper_by_rows(*pair):
-            self._add_by_positions(*pair)
-            return
-        step = None if pair is None else self._few_outputs(pair[0])
-        lefts = self._chunks(left, param, step, self.total.shape[1])
-        rights = self._chunks(right, param, step, self.total.shape[3])
-        for chunk in lefts:
-            self._add_by_rows(chunk, chunk if self.is_symmetric else next(rights))
+    @cached_property
+    def _by_sample(self) -> Tensor:
+        """The sum of what is added in the order ``[D, B₁, F, B₂, F]``."""
+        (first, second), kept = self.sizes, self.axes.kept
+        return self.like.new_zeros((self.axes.diagonal, first, kept, second, kept))
+
+    @cached_property
+    def _by_output(self) -> Tensor:
+        """The sum of what is added in the order of cotangents, ``[D, F, B₁, F, B₂]``."""
+        (first, second), kept = self.sizes, self.axes.kept
+        return self.like.new_zeros((self.axes.diagonal, kept, first, kept, second))
+
+    def add(
+        self, lefts: Sequence[list[Part]], rights: Sequence[list[Part]], params: Leaves
+    ) -> None:
+        """Add what parameters contribute, from the parts of each on both sides."""
+        weighted: dict[Hashable, tuple[Pair, Tensor]] = {}
+        written: list[tuple[list[Part], list[Part], Tensor, Pair | None]] = []
+        place: Hashable
+        for left, right, param in zip(lefts, rights, params, strict=True):
+            pair = Pair.of(left, right)
+            if pair is None or pair.is_cheaper_by_rows(self.axes, self.is_symmetric):
+                written.append((left, right, param, pair))
+            elif not pair.has_one_position:
+                self._add_by_positions(pair)
+            else:
+                weights = pair.weights(self.like.dtype)
+                place = place_of(pair.left.cotangents), place_of(pair.right.cotangents)
+                if place in weighted:
+                    weights += weighted[place][1]
+                weighted[place] = pair, weights
+        chunks: list[Iterator[Chunk]] = []
+        for left, right, param, pair in written:
+            place = places_of_rows(left, right) if weighted else None
+            if place in weighted:  # outer products with the number 1
+                weighted[place][1].add_(1)
+            elif left and right:
+                chunks.append(self._chunks(left, right, param, pair))
+        self._add_by_rows(chain.from_iterable(chunks))
+        for pair, weights in weighted.values():
+            self._add_weighted(pair, weights)
 
     def whole(self) -> Tensor:
         """The sum, with the entries above the diagonal."""
-        if not self.is_symmetric:
-            return self.total
-        order = torch.arange(self.total.shape[1], device=self.total.device)
-        is_computed = (order.unsqueeze(1) >= order)[:, None, :, None]
-        return torch.where(is_computed, self.total, self.total.movedim((1, 2), (3, 4)))
+        sums = []
+        if "_by_output" in vars(self):
+            axis = 1 if self.axes.kept > 1 else 2
+            sums.append(self._mirrored(self._by_output, axis).permute(0, 2, 1, 4, 3))
+        if "_by_sample" in vars(self) or not sums:
+            sums.append(self._mirrored(self._by_sample, 1))
+        return sums[0] if len(sums) == 1 else sums[1] + sums[0]
 
-    def _add_by_rows(self, left: Tensor, right: Tensor) -> None:
-        """Add the products of rows ``[B, K, P]`` of both sides."""
-        lefts = self._as_matrices(left)
-        rights = lefts if self.is_symmetric else self._as_matrices(right)
-        kept = self.axes.kept
-        for start, stop in self._ranges(self.at_once):
-            end = stop if self.is_symmetric else rights.shape[1] // kept
-            products = lefts[:, start * kept : stop * kept] @ rights[:, : end * kept].mT
-            self._part(start, stop, end).add_(products.view_as(self._part(start, stop, end)))
+    def _mirrored(self, total: Tensor, axis: int) -> Tensor:
+        """A sum with the entries whose index on this axis is less than that two axes on."""
+        if not self._is_half:
+            return total
+        index = torch.arange(total.shape[axis], device=total.device)
+        behind = index[(..., *(None,) * (4 - axis))]
+        is_computed = behind >= index[(..., *(None,) * (2 - axis))]
+        return torch.where(is_computed, total, total.movedim((1, 2), (3, 4)))
+
+    def _add_weighted(self, pair: Pair, weights: Tensor) -> None:
+        """Add products of cotangents at one position, times products of inputs ``[B₁, B₂]``.
+
+        Blocks are of outputs, which come first among cotangents, or of samples if one is kept.
+        """
+        lefts, rights = self._both(self._by_outputs, pair.left, pair.right)
+        axis = 1 if self.axes.kept > 1 else 2
+        for start, stop, end in self._blocks(lefts, rights, axis, self._by_output.nbytes):
+            some, others = cut(lefts, axis, start, stop), cut(rights, axis, 0, end)
+            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
+            part = cut(cut(self._by_output, axis, start, stop), axis + 2, 0, end)
+            factors = weights if axis == 1 else weights[start:stop, :end]
+            part.addcmul_(products.view(part.shape), factors.unsqueeze(1))
+
+    def _add_by_positions(self, pair: Pair) -> None:
+        """Add the products of cotangents at all pairs of positions, weighted by those of inputs."""
+        lefts, rights = self._both(self._by_positions, pair.left, pair.right)
+        similarity = pair.similarity(self.like.dtype)[:, :, None, :, :, None]
+        nbytes = similarity.nbytes * self.axes.diagonal * self.axes.kept**2
+        for start, stop, end in self._blocks(lefts, rights, 2, nbytes):
+            some, others = lefts[:, :, start:stop], rights[:, :, :end]
+            products = some.flatten(2, 4) @ others.flatten(2, 4).mT
+            products = products.view(*some.shape[:5], *others.shape[2:5])
+            products.mul_(similarity[:, start:stop, :, :, :end])
+            self._by_sample[:, start:stop, :, :end].add_(products.sum((1, 4, 7)))
+
+    def _add_by_rows(self, chunks: Iterable[Chunk]) -> None:
+        """Add the products of rows, those of small chunks beside each other."""
+        waiting: list[Chunk] = []
+        nbytes, large = 0, self.at_once // 4
+        for chunk in chunks:
+            if chunk[0].nbytes > large:
+                self._add_beside([chunk])
+                continue
+            waiting.append(chunk)
+            nbytes += chunk[0].nbytes
+            if nbytes > large:
+                self._add_beside(waiting)
+                waiting, nbytes = [], 0
+        if waiting:
+            self._add_beside(waiting)
+
+    def _add_beside(self, chunks: Sequence[Chunk]) -> None:
+        """Add the products of rows that lie beside each other."""
+        lefts, rights = self._both(self._by_rows, *zip(*chunks, strict=True))
+        for start, stop, end in self._blocks(lefts, rights, 1, 0):
+            some, others = cut(lefts, 1, start, stop), cut(rights, 1, 0, end)
+            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
+            part = self._by_sample[:, start:stop, :, :end]
+            part.add_(products.view(part.shape))
+
+    def _blocks(
+        self, lefts: Tensor, rights: Tensor, axis: int, nbytes: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Ranges of the first side's axis, each with the end of those on the other side.
+
+        Args:
+            nbytes: of the products of all ranges.
+        """
+        size, count = lefts.shape[axis], 1
+        if self.is_symmetric:
+            multiplications = lefts.numel() * rights[0, ..., 0].numel()
+            count = min(BLOCKS, multiplications // self.blocked)
+        count = max(1, count, -(-nbytes // self.at_once))
+        step = -(-size // count)
+        self._is_half |= self.is_symmetric and step < size
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            yield start, stop, stop if self.is_symmetric else rights.shape[axis]
 
     def _chunks(
-        self, parts: Sequence[Part], param: Tensor, step: int | None, size: int
-    ) -> Iterator[Tensor]:
-        """Rows ``[B, K, P]`` for ``step`` outputs at a time; for all if there are no positions."""
-        form, num_seeds = parts[0].form, self.axes.diagonal * self.axes.kept * self.axes.traced
-        if step is None or not isinstance(form, Outer):
-            zeros = partial(param.new_zeros, (size, num_seeds, *param.shape))
-            yield rows(parts, zeros).reshape(size, num_seeds, -1)
+        self, left: Sequence[Part], right: Sequence[Part], param: Tensor, pair: Pair | None
+    ) -> Iterator[Chunk]:
+        """Rows of one parameter: for a few outputs at a time, or all if there are no positions."""
+        lefts = self._written(left, param, pair.left if pair else None, self.sizes[0])
+        if self.is_symmetric:
+            yield from ((chunk, chunk) for chunk in lefts)
             return
-        for g in range(form.groups):
-            inputs = form.inputs[:, g].to(form.cotangents.dtype)
-            for seeds in form.cotangents[:, :, g].split(step, -1):  # [K, B, T, o]
-                left = seeds.permute(1, 0, 3, 2).flatten(1, 2)
-                yield torch.bmm(left, inputs).view(size, num_seeds, -1)
+        rights = self._written(right, param, pair.right if pair else None, self.sizes[1])
+        yield from zip(lefts, rights, strict=True)
 
-    def _few_outputs(self, form: Positional) -> int:
-        """How many outputs to write the rows out for at once."""
-        seeds = _seeds(form)
-        return max(
-            1, self.at_once // (seeds.shape[:2].numel() * _width(form) * seeds.element_size())
-        )
+    def _written(
+        self, parts: Sequence[Part], param: Tensor, form: Positional | None, size: int
+    ) -> Iterator[Tensor]:
+        """Rows ``[B, K, p]`` of one side, for as many outputs at a time as both sides have room."""
+        num_seeds, dtype = self.axes.count, self.like.dtype
+        if not isinstance(form, Outer):
+            zeros = partial(param.new_zeros, (size, num_seeds, *param.shape))
+            yield rows(parts, zeros).reshape(size, num_seeds, -1).to(dtype)
+            return
+        bytes_of_one = num_seeds * max(self.sizes) * form.width * self.like.element_size()
+        step = max(1, self.at_once // max(1, bytes_of_one))
+        for group in range(form.groups):
+            inputs = form.inputs[:, group].to(dtype)
+            for seeds in form.cotangents[:, :, group].split(step, -1):  # [K, B, T, o]
+                outputs = seeds.to(dtype).permute(1, 0, 3, 2).flatten(1, 2)
+                yield torch.bmm(outputs, inputs).view(size, num_seeds, -1)
 
-    def _as_matrices(self, rows: Tensor) -> Tensor:
-        """Rows ``[B, K, P]`` as matrices ``[D, B·F, S·P]``."""
-        seeds = self.axes.split(rows.transpose(0, 1))
-        return seeds.flatten(3).flatten(1, 2)
+    def _both(
+        self, matrices: Callable[[Side], Tensor], left: Side, right: Side
+    ) -> tuple[Tensor, Tensor]:
+        """What is made of both sides, once if they are the same."""
+        lefts = matrices(left)
+        return lefts, lefts if self.is_symmetric else matrices(right)
 
-    def _add_by_positions(self, left: Positional, right: Positional) -> None:
-        """Add the products of cotangents at all pairs of positions, weighted by those of inputs."""
-        lefts, rights = _vectors(left, self.axes), _vectors(right, self.axes)
-        similarity = _similarity(left, right)  # [g, B₁, T₁, B₂, T₂]
-        (_, groups, _, kept, places, _), others = lefts.shape, rights.shape[4]
-        numbers = self.axes.diagonal * groups * kept * places * rights[0, 0, ..., 0].numel()
-        for start, stop in self._ranges(self.at_once // (numbers * lefts.element_size())):
-            end = stop if self.is_symmetric else rights.shape[2]
-            vectors = lefts[:, :, start:stop].flatten(2, 4)
-            products = vectors @ rights[:, :, :end].flatten(2, 4).mT
-            pairs = products.view(-1, groups, stop - start, kept, places, end, kept, others)
-            weights = similarity[:, start:stop, :, :end].unsqueeze(2).unsqueeze(5)
-            part = self._part(start, stop, end)
-            if groups * places * others == 1:
-                part.addcmul_(pairs.view_as(part), weights[0].view(stop - start, 1, end, 1))
-            else:
-                part.add_(pairs.mul_(weights).sum((1, 4, 7)))
+    def _by_outputs(self, form: Positional) -> Tensor:
+        """Cotangents at one position, ``[D, F, B, S·O]``."""
+        seeds = self.axes.split(form.cotangents.to(self.like.dtype))  # [D, F, S, B, …, O]
+        return seeds.transpose(2, 3).flatten(3)
 
-    def _part(self, start: int, stop: int, end: int) -> Tensor:
-        """The sum for samples from start to stop with those up to ``end`` of the other side."""
-        return self.total[:, start:stop, :, :end]
+    def _by_positions(self, form: Positional) -> Tensor:
+        """Cotangents at all positions, ``[D, g, B, F, T, S·O]``."""
+        seeds = self.axes.split(seeds_of(form).to(self.like.dtype))
+        return seeds.permute(0, 4, 3, 1, 5, 2, 6).flatten(5)
 
-    def _ranges(self, most: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the first side's samples, with ``most`` samples at most."""
-        size = self.total.shape[1]
-        step = max(1, min(most, -(-size // self.blocks) if self.is_symmetric else size))
-        for start in range(0, size, step):
-            yield start, min(start + step, size)
-
-    def _is_cheaper_by_rows(self, left: Positional, right: Positional) -> bool:
-        """Is the route through rows cheaper, by multiplications and numbers written?"""
-        axes = self.axes
-        (groups, places, outs), ins = _seeds(left).shape[2:], _width(left)
-        others = _seeds(right).shape[3]
-        first, second = self.total.shape[1], self.total.shape[3]
-        pairs, seeds = first * second, axes.diagonal * axes.kept**2
-        length = axes.traced * outs
-        positions = groups * pairs * places * others * (ins + seeds * (length + MOVED))
-        sides = first * places + (0 if self.is_symmetric else second * others)
-        numbers = axes.diagonal * axes.kept * length * ins * groups
-        rows = numbers * (sides + MOVED * (first + second)) + pairs * seeds * length * ins * groups
-        return rows < positions
+    def _by_rows(self, chunks: Sequence[Tensor]) -> Tensor:
+        """Rows that lie beside each other, ``[D, B, F, S·P]``."""
+        beside = chunks[0] if len(chunks) == 1 else torch.cat(tuple(chunks), -1)
+        return self.axes.split(beside.transpose(0, 1)).permute(0, 3, 1, 2, 4).flatten(3)
 
 
-def _positional(
-    lefts: Sequence[Part], rights: Sequence[Part]
-) -> tuple[Positional, Positional] | None:
-    """The forms of both sides, if there is one on each and both have positions."""
-    if len(lefts) != 1 or len(rights) != 1 or lefts[0].path != rights[0].path:
-        return None
-    left, right = lefts[0].form, rights[0].form
-    if (
-        isinstance(left, Outer)
-        and isinstance(right, Outer)
-        and left.is_transposed == right.is_transposed
-    ):
-        return left, right
-    return (left, right) if isinstance(left, Gather) and isinstance(right, Gather) else None
-
-
-def _vectors(form: Positional, axes: Axes) -> Tensor:
-    """The cotangents of a form as vectors, ``[D, g, B, F, T, S·O]``."""
-    seeds = axes.split(_seeds(form))  # [D, B, F, S, g, T, O]
-    return seeds.permute(0, 4, 1, 2, 5, 3, 6).flatten(5)
-
-
-def _seeds(form: Positional) -> Tensor:
-    """The cotangents of a form, ``[K, B, g, T, O]``."""
-    return form.cotangents if isinstance(form, Outer) else form.cotangents.unsqueeze(2)
-
-
-def _width(form: Positional) -> int:
-    """The number of inputs at a position; for a table, that of its rows."""
-    return form.inputs.shape[-1] if isinstance(form, Outer) else form.shape[0]
-
-
-def _similarity(left: Positional, right: Positional) -> Tensor:
-    """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
-    if isinstance(left, Outer) and isinstance(right, Outer):
-        lefts, rights = (form.inputs.transpose(0, 1) for form in (left, right))
-        products = lefts.flatten(1, 2) @ rights.flatten(1, 2).mT
-        return products.view(*lefts.shape[:3], *rights.shape[1:3]).to(left.cotangents.dtype)
-    assert isinstance(left, Gather)
-    assert isinstance(right, Gather)
-    is_same = left.index[:, :, None, None] == right.index
-    return is_same.unsqueeze(0).to(left.cotangents.dtype)
+def cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """A range of an axis; the tensor itself if that is all of it."""
+    size = stop - start
+    return tensor if size == tensor.shape[axis] else tensor.narrow(axis, start, size)

@@ -12,8 +12,8 @@ import torch
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
-from jacfunc._modules import SampledCall
 from jacfunc._remembered import CallKind
+from jacfunc._samples import SampledCall
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured
@@ -115,4 +115,4 @@ def samples_of(
 
     kind = CallKind(func, (kinds_of((params, args)), tuple(dims)), func)
     samples = Samples(split.leaves, dims, randomness)
-    return FunctionSamples(SampledCall(api, call_of, samples, kind, has_layers=True))
+    return FunctionSamples(SampledCall(api, call_of, samples, kind))

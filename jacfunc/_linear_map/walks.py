@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class LeadsOut:
         has_left: is the answer always yes, as the primals themselves have a graph?
     """
 
-    starts: set[Any]
+    starts: Collection[Any]
     grad_mode: bool
     has_left: bool
     _visited: set[Any] = field(default_factory=set)

@@ -15,10 +15,10 @@ from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import CurrentState, Select
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
-from jacfunc._modules.batch import SampledCall
 from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.independence import Independence
+from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Randomness, Tree
@@ -214,4 +214,4 @@ class ModuleAtBatch:
         )
 
     def _outputs_of(self, factors: FactoredJacobian) -> BatchOutputs:
-        return BatchOutputs(factors.outputs, factors.linearization.extras, self.last_call)
+        return BatchOutputs(factors.outputs, factors.extras, self.last_call)

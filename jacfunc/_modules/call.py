@@ -12,15 +12,16 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
+from jacfunc._factored import FactoredJacobian, begins
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
-from jacfunc._modules.batch import SampledCall
+from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.checks import check_call, check_module_inputs, check_parameters, check_samples
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import InputChoice
 from jacfunc._remembered import CallKind
-from jacfunc._samples import Subject
+from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
 from jacfunc._trees import (
     Arguments,
@@ -90,12 +91,12 @@ class ModuleCall:
         if batching is None:
             with self.undisturbed():
                 return evaluate(self.api, self.flat_call(self.arguments), strategy, sink)
-        batch = self.batch(batching, sink)
+        batch = self.batch(batching)
         with self.undisturbed():
             self.check_independent(batch)
-            return batch.run(strategy)
+            return SampledJacobian(batch, sink).by(strategy)
 
-    def batch(self, batching: Batching, sink: Sink | None = None) -> SampledCall:
+    def batch(self, batching: Batching) -> SampledCall:
         """The call at many samples, which are those of its arguments."""
         check_samples(self.api, self.state)
         every_dim = sample_dims(self.api, batching.in_dims, self.arguments)
@@ -106,18 +107,40 @@ class ModuleCall:
         def call_of(leaves: Leaves) -> FlatCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
+        def whole(leaves: Leaves) -> tuple[FlatCall, dict[int, int]]:
+            call = self.flat_call(split.merge(leaves))
+            places = {id(x): i for i, x in enumerate(leaves) if dims[i] is not None}
+            numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
+            return call, {n: places[id(call.primals[n])] for n in numbers}
+
+        def guard(jacobian: FactoredJacobian) -> None:
+            check = self.independence.check_evaluation
+            kind, operations = batch.kind.kind, (jacobian.signature, jacobian.moves_samples)
+            check(self.api, self.state, kind, operations, lambda: self._subject(batch))
+
         state, point = self.state, tuple(self.state.point)
         of_call = self.argnums, point, kinds_of(self.arguments), tuple(dims)
         kind = CallKind(state.module, of_call, state.origin or state)
         samples = Samples(split.leaves, dims, batching.randomness)
-        has_layers = not self._differentiates("inputs")
-        return SampledCall(self.api, call_of, samples, kind, has_layers, sink or Sink())
+        differentiates = self._differentiates("params"), self._differentiates("inputs")
+        can_be_whole = is_outermost() and not self.with_buffers
+        batch = SampledCall(
+            self.api,
+            call_of,
+            samples,
+            kind,
+            whole if can_be_whole else None,
+            guard,
+            differentiates,
+        )
+        return batch
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost():
-            kind = batch.kind.kind
-            self.independence.check(self.api, self.state, kind, lambda: self._subject(batch))
+            check, kind = self.independence.check, batch.kind.kind
+            if check(self.api, self.state, kind, lambda: self._subject(batch)):
+                batch.learned_as_a_whole.sites = None  # they are learned anew, too
 
     def _subject(self, batch: SampledCall) -> Subject:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""
@@ -191,6 +214,7 @@ class ModuleCall:
                     params[name].register_hook(hook)
             followed = (args, kwargs) if params else None
             with state.lent_for_evaluation(params or variables, followed):
+                begins()
                 output = module(*args, **kwargs)
                 if inside_derivative():  # where no graph is looked at
                     with untracked():

@@ -36,6 +36,10 @@ class KnownCalls:
 
     count: int = 0
     is_large: bool = False
+    is_compared: bool = False
+    """Were batches compared at the last call?"""
+    signatures: set[int] = field(default_factory=set)
+    """Operations of evaluations after which batches were compared."""
 
     @property
     def is_due(self) -> bool:
@@ -51,11 +55,13 @@ class Independence:
         independent: what the user has said.
         at_once: samples that are evaluated together, drawn at random; None for all.
         by_rows: is every output of a sample swept?
+        is_thorough: are many halves compared at every call, not at the first alone?
     """
 
     independent: Independent = None
     at_once: int | None = None
     by_rows: bool = True
+    is_thorough: bool = False
 
     @classmethod
     def of(
@@ -71,17 +77,58 @@ class Independence:
 
     def check(
         self, api: str, state: ModuleState, kind: Hashable, subject_of: Callable[[], Subject]
-    ) -> None:
+    ) -> bool:
         """Refuse a module whose samples depend on each other, where it is time to compare.
+
+        Returns:
+            Whether it was time.
 
         Raises:
             ValueError: if they do.
             Refused: if the module returns other numbers each time.
         """
 
+        compare = self._comparison(api, subject_of)
+        kind = _with_hooks(kind)
+        what, is_compared = self._what_changes(lambda: _kinds_of_state(state), kind, compare)
+        self._refuse(api, what)
+        return is_compared
+
+    def check_evaluation(
+        self,
+        api: str,
+        state: ModuleState,
+        kind: Hashable,
+        operations: tuple[int, bool],
+        subject_of: Callable[[], Subject],
+    ) -> None:
+        """Refuse such a module once a batch was evaluated, which may have shown that it is time.
+
+        It is where other operations were called than before, or where numbers were moved to where
+        other numbers say.
+
+        Args:
+            operations: the signature of the evaluation, and whether numbers were moved.
+        """
+        if self.independent is True:
+            return
+        calls = _kinds_of_state(state).get(_with_hooks(kind))
+        signature, moves_samples = operations
+        if calls is None or (signature in calls.signatures and not moves_samples):
+            return
+        if not calls.is_compared:
+            self._refuse(api, self._comparison(api, subject_of)(calls.count).what)
+            calls.is_compared = True
+        if len(calls.signatures) >= MOST_KINDS:
+            calls.signatures.clear()
+        calls.signatures.add(signature)
+
+    def _comparison(self, api: str, subject_of: Callable[[], Subject]) -> Callable[[int], Coupling]:
+        """Compares batches, with the number of the call."""
+
         def compare(number: int) -> Coupling:
             try:
-                return coupling(subject_of(), number, number == 1, self.at_once)
+                return coupling(subject_of(), number, self.is_thorough or number == 1, self.at_once)
             except Refused as refusal:
                 raise Refused(
                     f"{api}: per_sample needs samples that can be compared with those of another "
@@ -89,8 +136,10 @@ class Independence:
                     "generators, or pass independent=True to take each sample alone."
                 ) from refusal
 
-        kind = kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
-        if what := self._what_changes(lambda: _kinds_of_state(state), kind, compare):
+        return compare
+
+    def _refuse(self, api: str, what: str | None) -> None:
+        if what:
             raise ValueError(
                 f"{api}: per_sample needs samples that do not depend on each other, got a module "
                 f"with {what}. Use module_jacobian without per_sample, which differentiates the "
@@ -108,7 +157,7 @@ class Independence:
         def compare(number: int) -> Coupling:
             return loss_coupling(gradient_of, outputs, number)
 
-        if self._what_changes(lambda: _kinds_of_loss(loss), kind, compare):
+        if self._what_changes(lambda: _kinds_of_loss(loss), kind, compare)[0]:
             raise ValueError(
                 f"{api}: the loss must be a sum or mean over samples, got one whose gradient in "
                 "the outputs of a sample changes with those of others. Use a loss that adds up "
@@ -120,24 +169,28 @@ class Independence:
         kinds_of: Callable[[], Recent[KnownCalls]],
         kind: Hashable,
         compare: Callable[[int], Coupling],
-    ) -> str | None:
-        """What changes with the other samples, in words, where it is time to compare.
+    ) -> tuple[str | None, bool]:
+        """What changes with the other samples, in words, and whether it was time to compare.
 
         That is at the first call of a kind since the module has changed; at the second, fourth,
         eighth, …, as values that nobody sees may have changed; at every call where it costs little.
         """
         if self.independent is True:
-            return None
+            return None, False
         kinds = kinds_of()
         calls = kinds.pop(kind, None) or KnownCalls()
         calls.count += 1
-        if calls.is_due or self.independent == "always" or (self.by_rows and calls.is_large):
+        is_always = self.independent == "always" or (self.by_rows and calls.is_large)
+        calls.is_compared = calls.is_due or is_always
+        if calls.is_compared:
             coupled = compare(calls.count)
             if coupled.what:
-                return coupled.what
+                return coupled.what, True
             calls.is_large = coupled.rows >= MANY_ROWS and coupled.entries >= MANY_ENTRIES
+            if not coupled.was_shown:
+                calls.count -= 1  # the next call is as good as this one
         kinds.put(kind, calls)
-        return None
+        return None, calls.is_compared
 
 
 def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -> None:
@@ -151,6 +204,11 @@ def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -
     if calls.is_due:
         look()
     kinds.put(kind, calls)
+
+
+def _with_hooks(kind: Hashable) -> Hashable:
+    """A kind of call, beside the hooks that all modules have now."""
+    return kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
 
 
 @dataclass

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import rows_to_blocks, stack_leaves, sweep_leaves
-from jacfunc._errors import Refused
+from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._lending import CurrentState, Select
-from jacfunc._linear_map import EVERY, JacobianOperator, narrowed
-from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, in_chunks
-from jacfunc._modules.batch import SampledCall
+from jacfunc._memory import in_chunks, of_leaf
 from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
+from jacfunc._modules.held import ParameterBlocks, RowBlocks
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
-from jacfunc._planning import Auto
+from jacfunc._modules.streamed import Budget, GroupedSamples, StreamedCall
 from jacfunc._torch import RandomState, inside_transform
-from jacfunc._trees import Split, flatten, unflatten
-from jacfunc._types import Leaves, Randomness, Tree, is_tensor
+from jacfunc._trees import flatten, unflatten
+from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
 
 API = "stream_jacobian"
 By = Literal["params", "rows", "samples"]
@@ -38,14 +33,16 @@ def stream_jacobian(
     per_sample: bool = False,
     in_dims: Tree = 0,
     chunk_size: int | None = None,
+    memory: Memory = None,
     randomness: Randomness = "error",
     independent: Independent = None,
     copy: bool = True,
 ) -> Callable[..., Items]:
     """A module's Jacobian in its parameters, a block at a time: to reduce one that would not fit.
 
-    The module is evaluated once, and each block is pulled back from that evaluation when the loop
-    asks for it. Norms, projections and Gram matrices are sums over blocks.
+    The module is evaluated once, and its Jacobian is kept as factors of layers, which are small.
+    Each block is written when the loop asks for it. Norms, projections and Gram matrices are sums
+    over blocks.
 
     Args:
         module: any ``nn.Module``.
@@ -58,6 +55,9 @@ def stream_jacobian(
         in_dims: the dimension of samples in the inputs, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
             16 MiB, or an eighth of all.
+        memory: bytes that the stream may take, as a number or in words (``"2 GiB"``): what it
+            keeps, a block, and the one before, which a loop still has. The sizes of blocks, and of
+            what is kept for later ones, follow.
         randomness: how samples draw random numbers, as in :func:`jacfunc.module_jacobian`.
         independent: when to compare batches to see whether samples depend on each other, as in
             :func:`jacfunc.module_jacobian`.
@@ -77,9 +77,12 @@ def stream_jacobian(
         NotImplementedError: what torch refuses; inside a transform, where no graph is kept.
 
     Cost:
-        One evaluation. By rows, the pullbacks of a whole Jacobian; by parameters, for each one the
-        part of these pullbacks that leads to it. Memory of one evaluation, of one block, and of a
-        copy of the module and the batch.
+        About the time of the whole Jacobian. One evaluation, two at the first call of a kind; by
+        samples, one of each chunk. By parameters, all rows are pulled back once. Memory of one
+        evaluation, of a block, of a copy of the module and the batch, and of what is kept for the
+        blocks to come: factors of layers, or blocks where these are smaller, of up to an eighth of
+        the free memory. Beyond that, and for parameters that no rule in ``jacfunc.layers`` knows,
+        rows are pulled back again for the parameters that are left.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:
@@ -93,8 +96,10 @@ def stream_jacobian(
     check_module(API, module)
     check_chunk_size(API, chunk_size)
     _check_by(by, per_sample)
-    at_once = (chunk_size or FEW_CALLS) if by == "samples" else None
+    nbytes = check_memory(API, memory)
+    at_once = (chunk_size or FEW_CALLS) if by == "samples" or memory is not None else None
     independence = Independence.of(API, independent, at_once)
+    current = CurrentState(API, module, select)
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
         if inside_transform():
@@ -103,16 +108,14 @@ def stream_jacobian(
                 "got a call inside a transform. Use module_jacobian there."
             )
         # blocks come later, and must be those of the module and the batch as they are now
-        state, arguments = CurrentState(API, module, select).kept((args, kwargs), copy)
+        budget = Budget(API, nbytes)
+        with budget.keeping():
+            state, arguments = current.kept((args, kwargs), copy)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(API, state, arguments, independence=independence)
-        batching = Batching(in_dims, randomness)
-        batch = call.batch(batching) if per_sample else None
-        chunk: Chunk = chunk_size or FittedChunks.by_share(STAGED_BYTES)
-        if batch is not None and by == "samples":
-            return _by_samples(call, batch, batching, chunk, random_state)
-        evaluate = partial(EvaluatedModule, call, batch, random_state)
-        return _by_rows(evaluate, chunk) if by == "rows" else _by_params(evaluate, chunk)
+        batch = call.batch(Batching(in_dims, randomness)) if per_sample else None
+        streamed = StreamedCall(call, batch, random_state, budget)
+        return BLOCKS[by](streamed, chunk_size)
 
     return stream_jacobian_of
 
@@ -130,109 +133,50 @@ def _check_by(by: object, per_sample: bool) -> None:
         )
 
 
-def _by_samples(
-    call: ModuleCall,
-    batch: SampledCall,
-    batching: Batching,
-    chunk: Chunk,
-    random_state: RandomState,
-) -> Items:
-    split, strategy = Split.of(call.arguments, is_tensor), Auto()
+def _by_params(call: StreamedCall, chunk_size: int | None) -> Items:
+    samples, flat = call.answer(call.evaluated)
+    blocks = ParameterBlocks(samples, *call.budget.held(samples, chunk_size))
+    for number, name in enumerate(call.names):
+        rows = call.answer(partial(blocks.of, number))
+        yield name, flat.output_tree(list(map(call.shaped, rows, samples.outputs)))
+        del rows  # or they would stay beside the next block
+
+
+def _by_rows(call: StreamedCall, chunk_size: int | None) -> Items:
+    samples, flat = call.answer(call.evaluated)
+    chunk, start = call.budget.chunk(chunk_size, samples.row_bytes), 0
+    blocks = RowBlocks(samples, call.budget.is_open and chunk_size is None)
+    for leaf, out in enumerate(samples.outputs):
+
+        def take(begin: int, end: int, leaf: int = leaf) -> Leaves:
+            return call.answer(partial(blocks.of, leaf, begin, end))
+
+        for rows in in_chunks(out.numel(), of_leaf(chunk, leaf), take):
+            stop = start + rows[0].shape[1]
+            yield slice(start, stop), flat.input_tree(list(map(call.unbatched, rows)))
+            start = stop
+            del rows  # or they would stay beside the next block
+
+
+def _by_samples(call: StreamedCall, chunk_size: int | None) -> Items:
+    every = GroupedSamples(call, call.budget.is_open and chunk_size is None)
+    call.answer(call.check_independent)
     structure: list[Any] = []
-    with call.undisturbed():
-        random_state.repeat()
-        call.check_independent(batch)
-
-    def take(start: int, stop: int) -> Leaves:
-        leaves = narrowed(batch.samples.leaves, batch.samples.dims, start, stop)
-        part = replace(call, arguments=split.merge(leaves))
-        with part.undisturbed():
-            random_state.repeat()
-            evaluation = part.batch(batching).run(strategy)
-        blocks, spec = flatten(evaluation.jacobian())
-        structure[:] = [spec]
-        return tuple(blocks)
-
-    for place, blocks in _with_places(in_chunks(batch.samples.size, chunk, take)):
-        yield place, unflatten(structure[0], blocks)
-
-
-def _by_rows(evaluate: Callable[[], EvaluatedModule], chunk: Chunk) -> Items:
-    module = evaluate()
-    for place, rows in _with_places(sweep_leaves(module.pulled, module.outputs, chunk)):
-        blocks = [row.movedim(1, 0) for row in rows] if module.is_sampled else rows
-        yield place, module.flat.input_tree(blocks)
-
-
-def _with_places(chunks: Iterator[Leaves]) -> Iterator[tuple[slice, Leaves]]:
-    """Each chunk with its place among all rows, or all samples."""
     start = 0
-    for leaves in chunks:
-        stop = start + leaves[0].shape[0]
-        yield slice(start, stop), leaves
+
+    def blocks_of(begin: int, end: int) -> Leaves:
+        leaves, spec = flatten(every.of(begin, end))
+        structure[:] = [spec]
+        return tuple(leaves)
+
+    def take(begin: int, end: int) -> Leaves:
+        return call.answer(partial(blocks_of, begin, end))
+
+    for blocks in in_chunks(call.size, call.budget.chunk(chunk_size, 0), take):
+        stop = start + len(blocks[0])
+        yield slice(start, stop), unflatten(structure[0], blocks)
         start = stop
+        del blocks  # or they would stay beside the next ones
 
 
-def _by_params(evaluate: Callable[[], EvaluatedModule], chunk: Chunk) -> Items:
-    module = evaluate()
-    for number, name in enumerate(module.names):
-        onto = partial(module.pulled, chosen=slice(number, number + 1))
-        chunks = sweep_leaves(onto, module.outputs, chunk)
-        rows = [row for (row,) in stack_leaves(chunks, module.outputs)]
-        blocks = [
-            rows_to_blocks((row,), (out,), (row.new_empty(()).expand(row.shape[1:]),))[0][0]
-            for row, out in zip(rows, module.outputs, strict=True)
-        ]
-        if module.is_sampled:  # ``[*out, B, *param]``
-            pairs = zip(blocks, module.outputs, strict=True)
-            blocks = [block.movedim(out.dim(), 0) for block, out in pairs]
-        yield name, module.flat.output_tree(blocks)
-
-
-@contextmanager
-def _in_words() -> Iterator[None]:
-    """A context that says in words of the door what torch refused."""
-    try:
-        yield
-    except Refused as refusal:
-        if str(refusal).startswith(f"{API}:"):
-            raise
-        raise Refused(
-            f"{API}: the module must be one whose rows can be pulled back from one graph, got a "
-            f"refusal: {refusal}. Use module_jacobian, which knows other ways."
-        ) from refusal
-
-
-class EvaluatedModule:
-    """A module evaluated once, from which rows are pulled back as they are asked for."""
-
-    def __init__(
-        self, call: ModuleCall, batch: SampledCall | None, random_state: RandomState
-    ) -> None:
-        self._call, self._random_state = call, random_state
-        self.names, self.is_sampled = tuple(call.state.point), batch is not None
-        self._size: int | None = None
-        with call.undisturbed(), _in_words():
-            random_state.repeat()
-            if batch is None:
-                self.flat = call.flat_call(call.arguments)
-                self._operator = JacobianOperator(self.flat, self.flat.primals)
-                self.outputs = self._operator.outputs
-                return
-            call.check_independent(batch)
-            self._operator, one = batch.operator()
-            self._size = batch.samples.size
-            with batch.under_vmap("rows of every sample need", "Use by='samples'"):
-                self.outputs = tuple(out[0] for out in self._operator.outputs)
-        self.flat = one.call
-
-    def pulled(self, cotangents: Leaves, of: slice, chosen: slice = EVERY) -> Leaves:
-        """Rows of the Jacobian, ``[K, *param]``, or of every sample's, ``[K, B, *param]``."""
-        if self._size is not None:
-            cotangents = tuple(
-                seed.unsqueeze(1).expand(seed.shape[0], self._size, *seed.shape[1:])
-                for seed in cotangents
-            )
-        with self._call.undisturbed(), _in_words():
-            self._random_state.repeat()
-            return self._operator.pullback_onto(chosen, cotangents, of)
+BLOCKS = {"params": _by_params, "rows": _by_rows, "samples": _by_samples}

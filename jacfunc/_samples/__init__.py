@@ -1,8 +1,9 @@
-"""The samples of a batch: whether they are independent, and how they are written."""
+"""The samples of a batch: how they are evaluated, whether they are independent, and written."""
 
 from jacfunc._samples.again import FirstSamples, first_again
+from jacfunc._samples.call import SampledCall
 from jacfunc._samples.comparing import Subject, at, has_batch
 from jacfunc._samples.coupled_losses import GradientOf, loss_coupling
 from jacfunc._samples.coupling import Coupling, coupling
-from jacfunc._samples.refusals import check_randomness, under_vmap
+from jacfunc._samples.one import OneSample, SampleBlocks
 from jacfunc._samples.writing import SampleWriter

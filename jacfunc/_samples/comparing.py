@@ -43,6 +43,13 @@ class Subject:
         """How many samples there are."""
         return self.samples.size
 
+    @property
+    def has_different_samples(self) -> bool:
+        """Is one sample different from the next, in any tensor?"""
+        pairs = zip(self.samples.leaves, self.samples.dims, strict=True)
+        moved = ((x.detach(), x.detach().roll(1, d)) for x, d in pairs if d is not None)
+        return not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in moved)
+
     def of(self, numbers: Tensor) -> Subject:
         """The module at other samples, taken from this batch by their numbers."""
         pairs = zip(self.samples.leaves, self.samples.dims, strict=True)

@@ -28,6 +28,10 @@ COARSE = 0.1
 """Relative difference between a sample alone and in its batch that is no rounding."""
 
 
+BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
+"""Operations, by parts of their names, after which sums may have another order of terms."""
+
+
 @dataclass(frozen=True)
 class Coupling:
     """What a comparison of batches has shown.
@@ -37,12 +41,14 @@ class Coupling:
         rows: outputs of a sample.
         entries: entries of all samples' Jacobians together.
         was_evaluated: could the batch be evaluated as a whole?
+        was_shown: were the samples different from each other, so that something could show?
     """
 
     what: str | None = None
     rows: int = 0
     entries: int = 0
     was_evaluated: bool = True
+    was_shown: bool = True
 
 
 def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Coupling:
@@ -93,7 +99,8 @@ class _Comparison:
         size = self.subject.size
         numel = sum(out.numel() for out in outputs)
         what = self._what_changes(generator, thorough) if size > 1 else None
-        return Coupling(what, numel // size, numel * self.subject.width)
+        was_shown = size == 1 or self.subject.has_different_samples
+        return Coupling(what, numel // size, numel * self.subject.width, was_shown=was_shown)
 
     def _what_changes(self, generator: torch.Generator, thorough: bool) -> str | None:
         """What changes with the other samples, in words; None if nothing does."""
@@ -179,14 +186,14 @@ class _Comparison:
 
         It may where two evaluations of one batch differ, as on accelerators; where the other batch
         meets other operations or shapes, as mixtures of experts do; and in sums over samples whose
-        order is that of their indices.
+        order is that of indices.
         """
         if not one.agrees_roughly(two):
             return False
         if not one.is_same_as(again):
             return True
         operations = self._operations(self.subject)
-        is_sorted = any("embedding_bag" in str(func) for func, _ in operations)
+        is_sorted = any(name in str(func) for func, _ in operations for name in BY_INDEX)
         return (one.is_sum and is_sorted) or operations != self._operations(other)
 
     def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:

@@ -1,17 +1,18 @@
-"""Jacobians of samples by layers: written where they belong in the result, without a copy."""
+"""Rows of evaluated batches, written where they belong in the result, without a copy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import Grid, Sink, stack
+from jacfunc._assembly import Sink, stack
 from jacfunc._factored import FactoredJacobian
 from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
 from jacfunc._samples.again import first_again
+from jacfunc._samples.call import SampledCall
+from jacfunc._samples.one import OneSample
 from jacfunc._types import Leaves
 
 SWEPT_SHARE = 5
@@ -23,35 +24,36 @@ class SampleWriter:
     """Writes blocks of samples, a chunk at a time, into the places that the sink gives.
 
     Args:
-        factors_of: evaluates the samples from start to stop.
-        grid: the sizes of a sample's leaves; to be called after an evaluation.
+        one: takes the call that was made, with its trees.
         places: tensors for all blocks; allocated after the first evaluation.
         most_swept: bytes of cotangents that are swept at once, at most.
     """
 
-    factors_of: Callable[[int, int], FactoredJacobian]
+    batch: SampledCall
     sink: Sink
-    grid: Callable[[], Grid]
+    one: OneSample
     places: Leaves | None = None
     most_swept: int = MOST_SWEPT_BYTES
 
-    def leaves(self, total: int, samples: Chunk, rows: Chunk) -> Leaves:
-        """Blocks ``[B, *out, *param]``, outputs and extras of all samples, one after the other."""
+    def leaves(self, samples: Chunk, rows: Chunk) -> Leaves:
+        """Blocks ``[B, *out, *in]``, outputs and extras of all samples, one after the other."""
+        total = self.batch.size
 
         def take(start: int, stop: int) -> Leaves:
-            factors = self.factors_of(start, stop)
-            beside = (*factors.outputs, *factors.linearization.extras)
+            factors, call = self.batch.factors(start, stop)
+            self.one.take_call(call, factors.sample_outputs, factors.params)
+            beside = (*factors.outputs, *factors.extras)
             if factors.carries_graph:
                 return (*self._blocks(factors), *beside)
             self._write(factors, start, total, rows)
             return beside
 
         def again(size: int) -> Leaves:
-            return self.factors_of(0, size).outputs
+            return self.batch.factors(0, size)[0].outputs
 
         def outputs_of(leaves: Leaves) -> Leaves:
-            count = len(self.grid().rows)
-            start = 0 if self.places is not None else count * len(self.grid().columns)
+            count = len(self.one.grid().rows)
+            start = 0 if self.places is not None else count * len(self.one.grid().columns)
             return leaves[start : start + count]
 
         chunks = first_again(in_chunks(total, samples, take), outputs_of, again)
@@ -68,10 +70,10 @@ class SampleWriter:
 
     def _write(self, factors: FactoredJacobian, start: int, total: int, chunk: Chunk) -> None:
         """Write the blocks of samples, of which the first has the number ``start``."""
-        grid = self.grid()
+        grid = self.one.grid()
         result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
         at_once = min(max(result // SWEPT_SHARE, LEAST_SWEPT_BYTES), self.most_swept)
-        samples = slice(start, start + factors.samples.size)
+        samples = slice(start, start + factors.size)
         for number, rows in enumerate(grid.rows):
 
             def fill(begin: int, end: int, number: int = number) -> Leaves:
@@ -86,7 +88,7 @@ class SampleWriter:
 
     def _places(self, factors: FactoredJacobian, number: int, total: int) -> Leaves:
         """Places for the blocks of an output, ``[B, M, *param]``."""
-        params, grid = factors.params, self.grid()
+        params, grid = factors.params, self.one.grid()
         if self.places is None:
             like = tuple(_like(out, param) for out in factors.sample_outputs for param in params)
             self.places = self.sink.places(like, total, grid)

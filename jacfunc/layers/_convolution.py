@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc.layers._forms import Outer, Rows, summed
+from jacfunc.layers._forms import EVERY, Outer, Rows, summed
 from jacfunc.layers._rules import FormOf, rule
 
 Ints: TypeAlias = int | Sequence[int]
@@ -125,10 +125,10 @@ class Convolution(Outer):
             samples = slice(start, start + step)
             block[samples].copy_(self.of_samples(samples).rows())
 
-    def of_samples(self, samples: slice) -> Convolution:
-        """The form of some of the samples, with nothing unfolded yet."""
-        images, seeds = self.images[samples], self.seeds[:, samples]
-        return Convolution(images, seeds, self.windows, self.groups, self.shape, self.is_transposed)
+    def of_samples(self, samples: slice, seeds: slice = EVERY) -> Convolution:
+        """The form of some of the samples and cotangents, with nothing unfolded yet."""
+        images, some = self.images[samples], self.seeds[seeds, samples]
+        return Convolution(images, some, self.windows, self.groups, self.shape, self.is_transposed)
 
     def _by_position(self, images: Tensor, lead: int) -> Tensor:
         """``[*lead, N, channels, …, *places]`` as ``[*lead, groups, T, channels · …]``."""

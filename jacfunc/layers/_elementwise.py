@@ -54,6 +54,30 @@ def total(input: Tensor, other: Any, alpha: float = 1) -> Mapping[str, FormOf]:
     }
 
 
+@rule(Tensor.expand, Tensor.expand_as, *_both("broadcast_to"), rest="sizes")
+def expanded(
+    input: Tensor, sizes: tuple[Any, ...] = (), size: Any = None, implicit: bool = False
+) -> Mapping[str, FormOf]:
+    """``z = input``, with broadcasting."""
+    return {"input": lambda seeds: _rows(seeds, input)}
+
+
+@rule(Tensor.repeat, rest="sizes")
+def repeated(input: Tensor, sizes: tuple[Any, ...]) -> Mapping[str, FormOf]:
+    """``z = input``, so many times in each dimension."""
+    shape = input.shape[1:]
+
+    def form(seeds: Tensor) -> Rows:
+        # how often can't be told from the arguments, where samples are repeated, too
+        ones = (1,) * (seeds.dim() - 2 - len(shape)) + tuple(shape)
+        pairs = zip(seeds.shape[2:], ones, strict=True)
+        apart = [size for z, one in pairs for size in (z // max(one, 1), one)]
+        total = seeds.reshape(*seeds.shape[:2], *apart).sum(tuple(range(2, 2 + len(apart), 2)))
+        return Rows(total.reshape(*total.shape[:2], *shape))
+
+    return {"input": form}
+
+
 @rule(*_both("sub", "subtract"))
 def difference(input: Tensor, other: Any, alpha: float = 1) -> Mapping[str, FormOf]:
     """``z = input − alpha · other``."""

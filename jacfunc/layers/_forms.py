@@ -12,6 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from jacfunc._types import product_dtype
+
+EVERY = slice(None)
+"""All samples, or all cotangents."""
+
 CACHED = 2**20
 """About as many bytes as a core's own caches hold; copies of more take up to twice as long."""
 
@@ -58,18 +63,29 @@ class Outer:
         return self.inputs.shape[-1]
 
     def rows(self) -> Tensor:
-        left, right = self._factors()
-        matrices = torch.einsum("kbgto,bgti->bkgoi", left, right)
+        matrices = self.matrices()
         if self.is_transposed:
             matrices = matrices.transpose(-1, -2)
-        return matrices.reshape(*matrices.shape[:2], *self.shape)
+        dtype = torch.promote_types(self.cotangents.dtype, self.inputs.dtype)
+        return matrices.reshape(*matrices.shape[:2], *self.shape).to(dtype)
+
+    def matrices(self) -> Tensor:
+        """The Jacobian as ``[B, K, groups, O, I]``, in the dtype of products."""
+        left, right = self.factors()
+        num_seeds, size, groups, positions, outs = left.shape
+        if positions == 1:
+            matrices: Tensor = left.transpose(0, 1).mT * right.unsqueeze(1)
+            return matrices
+        by_group = left.permute(1, 2, 0, 4, 3).flatten(2, 3) @ right
+        return by_group.view(size, groups, num_seeds, outs, right.shape[-1]).transpose(1, 2)
 
     def write(self, block: Tensor) -> None:
-        left, right = self._factors()
+        left, right = self.cotangents, self.inputs
         (groups, positions, outs), ins = left.shape[2:], right.shape[-1]
         order = (groups, ins, outs) if self.is_transposed else (groups, outs, ins)
         place = as_matrices(block, order)
-        if place is None or block.dtype != left.dtype or groups > 1 < positions:
+        is_same = block.dtype == torch.promote_types(left.dtype, right.dtype)
+        if place is None or not is_same or groups > 1 < positions:
             block.copy_(self.rows())
             return
         if self.is_transposed:
@@ -77,18 +93,18 @@ class Outer:
         if positions == 1:
             torch.mul(left.transpose(0, 1).transpose(-1, -2), right.unsqueeze(1), out=place)
             return
+        left, right = self.factors()
         _write_products(left[:, :, 0].mT, right[:, 0], place[:, :, 0])
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """Cotangents and inputs in one dtype, the wider: autocast rounds the output of a layer."""
-        dtype = torch.promote_types(self.cotangents.dtype, self.inputs.dtype)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Cotangents and inputs in the dtype of products: autocast rounds the output of a layer."""
+        dtype = product_dtype(self.cotangents, self.inputs)
         return self.cotangents.to(dtype), self.inputs.to(dtype)
 
-    def of_samples(self, samples: slice) -> Outer:
-        """The form of some of the samples."""
-        return Outer(
-            self.inputs[samples], self.cotangents[:, samples], self.shape, self.is_transposed
-        )
+    def of_samples(self, samples: slice, seeds: slice = EVERY) -> Outer:
+        """The form of some of the samples, and of some cotangents of each."""
+        cotangents = self.cotangents[seeds, samples]
+        return Outer(self.inputs[samples], cotangents, self.shape, self.is_transposed)
 
     def beside(self, others: Sequence[Outer]) -> Outer:
         """One form with the positions of this one and of others of the same parameter."""
@@ -123,6 +139,10 @@ class Gather:
     def write(self, block: Tensor) -> None:
         block.zero_().scatter_add_(2, self._places(), self._by_sample().to(block.dtype))
 
+    def of_samples(self, samples: slice, seeds: slice = EVERY) -> Gather:
+        """The form of some of the samples, and of some cotangents of each."""
+        return Gather(self.index[samples], self.cotangents[seeds, samples], self.shape)
+
     def _by_sample(self) -> Tensor:
         return self.cotangents.transpose(0, 1)
 
@@ -142,6 +162,10 @@ class Rows:
 
     def write(self, block: Tensor) -> None:
         block.copy_(self.rows())
+
+    def of_samples(self, samples: slice, seeds: slice = EVERY) -> Rows:
+        """The form of some of the samples, and of some cotangents of each."""
+        return Rows(self.products[seeds, samples])
 
 
 def _write_products(left: Tensor, right: Tensor, place: Tensor) -> None:

@@ -29,14 +29,19 @@ class Rule:
         defaults: the names of these arguments, in order, and their defaults.
         keeps_lead: the first argument may have more dimensions in front, which the output has,
             too.
+        rest: the name of the argument that takes all further ones by position, as a tuple.
     """
 
     forms_of: Callable[..., Mapping[str, FormOf]]
     defaults: Mapping[str, Any]
     keeps_lead: bool = False
+    rest: str | None = None
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments by name; None for a call that the rule does not know."""
+        if self.rest is not None:
+            count = list(self.defaults).index(self.rest)
+            args = *args[:count], args[count:]
         if len(args) > len(self.defaults) or not kwargs.keys() <= self.defaults.keys():
             return None
         return {**self.defaults, **dict(zip(self.defaults, args, strict=False)), **kwargs}
@@ -61,7 +66,9 @@ def table() -> Table:
     return Table()
 
 
-def rule(*functions: Callable[..., Any], keeps_lead: bool = False) -> Callable[[Func], Func]:
+def rule(
+    *functions: Callable[..., Any], keeps_lead: bool = False, rest: str | None = None
+) -> Callable[[Func], Func]:
     """Decorate a function that says how operations use their parameters.
 
     The decorated function takes the operations' own arguments, each tensor as ``[B, *shape]`` of
@@ -75,6 +82,8 @@ def rule(*functions: Callable[..., Any], keeps_lead: bool = False) -> Callable[[
         keeps_lead: their first argument may have any number of dimensions in front, and the output
             has them, too, as with a linear layer. Then the operation is called once with all
             samples, not under vmap, which would make it of simpler operations.
+        rest: the argument of the decorated function that takes all further arguments by position,
+            as a tuple, where the operations take any number of them.
 
     Returns:
         A decorator, which returns the decorated function as it is.
@@ -100,7 +109,7 @@ def rule(*functions: Callable[..., Any], keeps_lead: bool = False) -> Callable[[
     def register(forms_of: Func) -> Func:
         parameters = inspect.signature(forms_of).parameters.values()
         defaults = {p.name: None if p.default is p.empty else p.default for p in parameters}
-        table().rules.update(dict.fromkeys(functions, Rule(forms_of, defaults, keeps_lead)))
+        table().rules.update(dict.fromkeys(functions, Rule(forms_of, defaults, keeps_lead, rest)))
         return forms_of
 
     return register

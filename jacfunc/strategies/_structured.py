@@ -8,7 +8,7 @@ from functools import partial
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sweep
-from jacfunc._factored import FactoredJacobian, LearnedUses, factored
+from jacfunc._factored import FactoredJacobian, LearnedUses, VmappedBatch, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
 from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
@@ -80,14 +80,11 @@ class Structured(Sweeping):
         def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
             return operator.func(*params)
 
+        batch = VmappedBatch(of_one, operator.func, operator.primals, Samples((), ()))
         uses = LearnedUses.of(operator.call_kind)
-        whole = Samples((), ())
         with alone():
             factors = operator.refusing(
-                "look into layers",
-                lambda: factored(
-                    of_one, operator.func, operator.primals, whole, uses, operator.rewind_generators
-                ),
+                "look into layers", lambda: factored(batch, uses, operator.rewind_generators)
             )
         operator.keep_image(factors.sample_outputs, factors.sample_extras)
         return factors

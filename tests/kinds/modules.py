@@ -38,10 +38,9 @@ def no_forward(why: str, *wrt: str, words: str = "no forward mode") -> Refusal:
     return Refusal(words, why, wrt or ("params", "inputs"), strategies=("forward",))
 
 
-def no_vmap(why: str, *wrt: str, strategies: tuple[str, ...] = ("reverse", "forward")) -> Refusal:
-    """Samples can't be taken at once; one by one they can."""
-    words = "Use strategy='looped', which takes the samples one by one"
-    return Refusal(words, why, wrt or ("params", "inputs"), ("per sample",), strategies)
+def no_vmap(why: str) -> Refusal:
+    """Nothing is refused, but samples run as a batch or one by one, not under vmap."""
+    return Refusal("", why, modes=())
 
 
 def coupled(why: str) -> Refusal:
@@ -64,6 +63,11 @@ class ModuleKind:
     is_random: bool = False
     refusals: tuple[Refusal, ...] = ()
     rtol: float = 1e-9
+
+    @property
+    def runs_under_vmap(self) -> bool:
+        """Can all samples be taken at once by vmap?"""
+        return all(refusal.modes for refusal in self.refusals)
 
     def refusals_of(self, wrt: str, mode: str, strategy: str) -> list[Refusal]:
         """Those for this call: torch decides which of them comes first."""
@@ -357,7 +361,7 @@ COUPLED = Refusal(
 
 OLD_STYLE = (
     no_forward("an autograd.Function without jvp"),
-    no_vmap("an autograd.Function of the old style", strategies=("reverse",)),
+    no_vmap("an autograd.Function of the old style"),
 )
 
 WRONG_LRN = (
@@ -1384,8 +1388,7 @@ RUNNING = (
         (3,),
         refusals=(
             no_forward("autograd knows no tangents", words="can't push tangents forward"),
-            no_vmap("torch.autograd.grad does not run inside functorch", "params"),
-            no_vmap("torch.autograd.grad does not run inside functorch", strategies=("forward",)),
+            no_vmap("torch.autograd.grad does not run inside functorch"),
         ),
     ),
     kind("torch.func.grad inside", FunctionalForce, (3,)),

@@ -338,8 +338,7 @@ def random_cases() -> Iterator[Any]:
 
 def is_looped(name: str, strategy: str) -> bool:
     """Do samples go one by one?"""
-    no_vmap = KINDS[name].refusals_of("params", "per sample", "reverse")
-    return strategy == "looped" or (strategy == "auto" and bool(no_vmap))
+    return strategy == "looped" or (strategy == "forward" and not KINDS[name].runs_under_vmap)
 
 
 @pytest.mark.parametrize(("name", "randomness", "strategy"), list(random_cases()))

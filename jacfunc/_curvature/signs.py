@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from jacfunc._factored.parts import Part, rows
+from jacfunc._factored import Part, rows
 from jacfunc._memory import DRAWN_BYTES
 from jacfunc.layers import Outer
 

@@ -42,6 +42,10 @@ class OneSample:
             self._grid = Grid.of(outputs, self.call.primals)
         return outputs, extras
 
+    def take_call(self, call: FlatCall, outputs: Leaves, primals: Leaves) -> None:
+        """Take the trees of a call that was made elsewhere, and the sizes of one sample."""
+        self.call, self._grid = call, Grid.of(outputs, primals)
+
     def grid(self) -> Grid:
         """The sizes of the leaves of one sample."""
         return self._grid

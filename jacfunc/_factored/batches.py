@@ -1,0 +1,266 @@
+"""The two ways to evaluate all samples of a batch: under vmap, or as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from jacfunc._errors import Refused
+from jacfunc._factored.factored_jacobian import Direct
+from jacfunc._factored.layouts import OUT, Layout, NoLayout, Sites, Trace
+from jacfunc._factored.placing import Placing, PlainSamples, VmappedSamples
+from jacfunc._linear_map import Dims, SampleFunction, Samples, one_sample, writable_copy
+from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
+from jacfunc._torch import innermost
+from jacfunc._types import LeafFunction, Leaves
+
+Image: TypeAlias = tuple[Leaves, Leaves]
+"""Outputs and extras."""
+
+Record: TypeAlias = Callable[[Placing, Leaves, Callable[[], Image]], Image]
+"""``record(placing, handles, evaluate)`` calls ``evaluate`` and records uses of the handles."""
+
+
+@dataclass
+class LearnedUses:
+    """How the function uses its parameters, by number, as earlier calls of one kind have shown.
+
+    Args:
+        others: parameters that are used where no rule sees it.
+        written: parameters that the function writes into.
+        ruled: parameters that only operations with rules get, which read them alone; None before
+            the first evaluation.
+        sites: where tensors of a batch that is evaluated as a whole hold the samples; None before
+            they are learned.
+        signatures: of the evaluations that these were learned from.
+        moves_samples: were numbers moved to where other numbers say? Then layouts may change with
+            the numbers.
+        lessons: how often they were learned.
+    """
+
+    others: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+    ruled: set[int] | None = None
+    sites: Sites | None = None
+    signatures: set[int] = field(default_factory=set)
+    moves_samples: bool = False
+    lessons: int = 0
+
+    @classmethod
+    def of(cls, kind: CallKind) -> LearnedUses:
+        """What earlier calls of this kind have shown; evaluations add to it."""
+        return learned_uses().get_or_make(kind.version, kind.kind, cls)
+
+    @property
+    def lent(self) -> set[int]:
+        """Parameters that the function gets without a copy."""
+        return (self.ruled or set()) - self.others
+
+    def learn_sites(self, sites: Sites, signature: int) -> None:
+        """Take in where the tensors of one evaluation hold the samples."""
+        if sites != self.sites or len(self.signatures) >= MOST_KINDS:
+            self.signatures.clear()
+        self.sites = sites
+        self.signatures.add(signature)
+
+    def learn(self, count: int, others: set[int], unruled: set[int], written: set[int]) -> bool:
+        """Take in what one evaluation of ``count`` parameters showed.
+
+        Returns:
+            Whether the evaluation is void, as the function should have got other handles.
+        """
+        shared = self.others - self.written
+        is_void = self.lent & unruled or shared & written or others - self.others
+        self.others |= others
+        self.written |= written
+        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - unruled
+        return bool(is_void)
+
+
+@cache
+def learned_uses() -> Remembered[LearnedUses]:
+    """The learned uses of this process, by function, or by module and its version."""
+    return Remembered()
+
+
+class Batch(Protocol):
+    """A function of its primals at all samples, in one of the two ways."""
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        ...
+
+    @property
+    def call(self) -> LeafFunction:
+        """A call whose kind tells what earlier calls have shown."""
+        ...
+
+    @property
+    def primals(self) -> Leaves:
+        """What the function is differentiated by."""
+        ...
+
+    @property
+    def params(self) -> Leaves:
+        """The primals as one sample has them."""
+        ...
+
+    @property
+    def trace(self) -> Trace | None:
+        """What is told of all operations, if anything is."""
+        ...
+
+    def tracked(self, learned: LearnedUses) -> Sequence[int]:
+        """Numbers of the parameters whose uses are looked for."""
+        ...
+
+    def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
+        """What the function gets as a primal: a copy if it may write into it."""
+        ...
+
+    def direct(self, learned: LearnedUses) -> list[Direct]:
+        """The primals that are differentiated as they are."""
+        ...
+
+    def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
+        """Outputs and extras of all samples, ``[B, …]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class VmappedBatch:
+    """A function of its primals and one sample, vmapped over all samples.
+
+    Args:
+        of_one: the function of the primals and the data of one sample.
+        call: the call of one sample.
+        primals: parameters, and tensors of all samples.
+        own: of each primal that every sample has its own of, by number, the number of its leaf
+            among those of the samples.
+    """
+
+    of_one: SampleFunction
+    call: LeafFunction
+    primals: Leaves
+    samples: Samples
+    own: Mapping[int, int] = field(default_factory=dict)
+    trace: Trace | None = None
+
+    @property
+    def size(self) -> int:
+        return self.samples.size
+
+    @property
+    def params(self) -> Leaves:
+        return one_sample(self.primals, [self._dim(n) for n in range(len(self.primals))], 0)
+
+    def tracked(self, learned: LearnedUses) -> Sequence[int]:
+        return [number for number in range(len(self.primals)) if number not in self.own]
+
+    def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
+        if number in self.own:
+            return writable_copy(anchor)
+        if number in learned.lent:
+            return anchor.view_as(anchor)
+        own = self.samples.each(anchor) if number in learned.others else anchor
+        return own if number in learned.others - learned.written else writable_copy(own)
+
+    def direct(self, learned: LearnedUses) -> list[Direct]:
+        dim = 0 if self.samples.is_mapped else None
+        others = [Direct(number, dim) for number in sorted(learned.others)]
+        return others + [Direct(number, self._dim(number)) for number in self.own]
+
+    def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
+        params = self.tracked(learned)
+        leaves = list(self.samples.leaves)
+        for number, leaf in self.own.items():
+            leaves[leaf] = handles[number]
+
+        def recorded(values: Leaves, data: Leaves) -> Image:
+            primals = dict(zip(params, values, strict=True))
+            primals |= {number: data[leaf] for number, leaf in self.own.items()}
+            every = tuple(primals[number] for number in range(len(handles)))
+            placing = VmappedSamples(self.size, innermost())
+            return record(placing, every, lambda: self.of_one(every, data))
+
+        dims = [0 if number in learned.others else None for number in params]
+        samples = replace(self.samples, leaves=tuple(leaves))
+        return samples.map(recorded, tuple([handles[number] for number in params]), dims)
+
+    def _dim(self, number: int) -> int | None:
+        """The dimension of the samples in a primal."""
+        return self.samples.dims[self.own[number]] if number in self.own else None
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """A call that takes all samples at once, evaluated as its owner does.
+
+    Args:
+        dims: for each primal the dimension of the samples; None if all samples share it.
+        placing: says where the tensors of the evaluation hold the samples.
+        trace: is told of all operations, where there is one sample alone.
+    """
+
+    call: LeafFunction
+    primals: Leaves
+    dims: Dims
+    size: int
+    placing: PlainSamples
+    trace: Trace | None = None
+
+    @property
+    def params(self) -> Leaves:
+        return one_sample(self.primals, self.dims, 0)
+
+    def tracked(self, learned: LearnedUses) -> Sequence[int]:
+        return [n for n, d in enumerate(self.dims) if d is None and n not in learned.others]
+
+    def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
+        is_lent = self.dims[number] is None and number in learned.lent
+        return anchor.view_as(anchor) if is_lent else writable_copy(anchor)
+
+    def direct(self, learned: LearnedUses) -> list[Direct]:
+        own = [Direct(number, dim) for number, dim in enumerate(self.dims) if dim is not None]
+        if self.size == 1:  # all rows are of this sample
+            own += [Direct(number, None) for number in sorted(learned.others)]
+        return own
+
+    def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
+        self.placing.seen.clear()
+        if self.trace is not None:
+            self.trace.calls.clear()
+        is_one = self.size == 1
+        placing = VmappedSamples(1, None) if is_one else self.placing
+        outputs, extras = record(placing, handles, lambda: self.call(*handles))
+        count = len(outputs)
+        place = self._of_one if is_one else self._of_all
+        leaves = [place(~number, x, number < count) for number, x in enumerate((*outputs, *extras))]
+        return tuple(leaves[:count]), tuple(leaves[count:])
+
+    def _of_one(self, number: int, leaf: Tensor, is_output: bool) -> Tensor:
+        """What was returned for one sample alone, ``[1, *out]``."""
+        if self.trace is not None:
+            self.trace.calls[number] = None, (), {}
+            self.trace.results[number] = leaf
+        if leaf.dim() and leaf.shape[0] != 1:
+            raise Refused("for one sample it does not return a batch of one")
+        return leaf if leaf.dim() else leaf.unsqueeze(0)
+
+    def _of_all(self, number: int, leaf: Tensor, is_output: bool) -> Tensor:
+        """What was returned for all samples, ``[B, *out]``."""
+        try:
+            layout = self.placing.layout((number, OUT), leaf, None)
+        except NoLayout as error:
+            raise Refused("what it returns does not hold the samples in one dimension") from error
+        if layout is None and is_output:
+            raise Refused("an output has no dimension with the samples")
+        if layout == Layout(0):
+            return leaf
+        every = self.placing.placed(leaf, layout)
+        return every.squeeze(1) if leaf.dim() else every

@@ -1,0 +1,174 @@
+"""Where the tensors of an evaluation hold the samples: as vmap knows, or by learned layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from jacfunc._factored.layouts import (
+    OUT,
+    Key,
+    Layout,
+    NoLayout,
+    Seen,
+    Sites,
+    Trace,
+    Unlike,
+    layouts_between,
+)
+from jacfunc._torch import Level, batched, call_of_all_samples, of_all_samples, unbatched
+from jacfunc.layers import Rule
+
+Place: TypeAlias = Callable[[Tensor], Tensor]
+"""Makes ``[K, B, *z]`` of products with respect to a tensor, which have K in front."""
+
+
+class Placing(Protocol):
+    """Says where the tensors of one evaluation hold the samples."""
+
+    @property
+    def can_share(self) -> bool:
+        """Does it know the results that all samples share?"""
+        ...
+
+    def is_shared(self, key: Key, func: Any) -> bool | None:
+        """Do all samples share a result? None if that is not known yet."""
+        ...
+
+    def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
+        """Do all samples share this result, by what can be learned from it?"""
+        ...
+
+    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
+        """A tensor that goes into an operation, as ``[B, *shape]`` of all samples."""
+        ...
+
+    def call(
+        self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """The result of an operation that has a rule."""
+        ...
+
+    def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
+        """The result to go on with, that of all samples, and where this one holds the samples.
+
+        There is no place if all samples share the result.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class VmappedSamples:
+    """Samples under a vmap, or one sample alone, where ``level`` is None."""
+
+    size: int
+    level: Level
+    can_share = False
+
+    def is_shared(self, key: Key, func: Any) -> bool | None:
+        return False
+
+    def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
+        return False
+
+    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
+        return of_all_samples(tensor, self.size, self.level)
+
+    def call(
+        self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        out: Tensor = (
+            call_of_all_samples(func, args, kwargs, self.level)
+            if rule.keeps_lead and args
+            else func(*args, **kwargs)
+        )
+        return out
+
+    def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
+        out = batched(out, self.size, self.level)
+        values, dim = unbatched(out, self.level)
+        if dim is None:
+            return out, values, lambda products: products.unsqueeze(1)
+        return out, values, lambda products: products.movedim(dim + 1, 1)
+
+
+@dataclass
+class PlainSamples:
+    """The samples of a batch that is evaluated as a whole.
+
+    Args:
+        size: how many there are.
+        sites: what was learned of calls of this kind.
+        trace: one sample alone, if layouts are to be learned now.
+        seen: what is to be learned from.
+    """
+
+    size: int
+    sites: Sites
+    trace: Trace | None = None
+    seen: dict[Key, Seen] = field(default_factory=dict)
+    can_share = True
+
+    def is_shared(self, key: Key, func: Any) -> bool | None:
+        if self.trace is not None:
+            return None
+        site = self.sites.get(key)
+        return site is not None and site.layout is None and site.func is func
+
+    def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
+        if not (isinstance(out, Tensor) and out.requires_grad):
+            return False
+        try:
+            return self.layout(key, out, func) is None
+        except NoLayout:
+            return False
+
+    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
+        layout = None if is_parameter else self.layout(key, tensor, func, rule)
+        return self.placed(tensor, layout)
+
+    def call(
+        self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        out: Tensor = func(*args, **kwargs)
+        return out
+
+    def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
+        layout, size = self.layout((number, OUT), out, func), self.size
+        if layout is None:
+            return out, out, None
+        return out, out, lambda products: layout.of_all(products, size, 1)
+
+    def placed(self, tensor: Tensor, layout: Layout | None) -> Tensor:
+        """The tensor as ``[B, *one]``."""
+        if layout is None:
+            return tensor.expand(self.size, *tensor.shape)
+        return layout.of_all(tensor, self.size)
+
+    def layout(
+        self, key: Key, tensor: Tensor, func: Any, rule: Rule | None = None
+    ) -> Layout | None:
+        """Where a tensor holds the samples; None if they share it.
+
+        Raises:
+            Unlike: if the tensor is not one of those that were learned.
+            NoLayout: if it does not hold the samples in one dimension.
+        """
+        if self.trace is None:
+            if key not in self.sites:
+                raise Unlike
+            site = self.sites[key]
+            if site is None:
+                raise NoLayout
+            if not site.fits(func, tensor.shape, self.size):
+                raise Unlike
+            return site.layout
+        one = self.trace.tensor(key, func, rule)
+        layouts = [] if one is None else layouts_between(one.shape, tensor.shape, self.size)
+        if one is None or not layouts:
+            raise NoLayout
+        self.seen[key] = Seen(func, one, tensor, layouts)
+        return layouts[0]

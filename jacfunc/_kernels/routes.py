@@ -1,0 +1,119 @@
+"""The two routes by which one parameter adds to ``J₁ J₂ᵀ``, and which of them is cheaper.
+
+Through positions: ``Σₜₛ (a₁ₜ·a₂ₛ)(g₁ₜ·g₂ₛ)``, never longer than its inputs and outputs. Or through
+rows, which are written out.
+
+Source: Novak, Sohl-Dickstein, Schoenholz, "Fast finite width neural tangent kernel" (ICML 2022),
+section 3.3 on structured derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._factored import Part, place_of
+from jacfunc.layers import Gather, Outer, Rows
+
+MOVED = 16
+"""How many multiplications take as long as writing one number and reading it again."""
+
+Positional: TypeAlias = Outer | Gather
+"""Forms with positions, which the first route takes."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How many of the K cotangents are diagonal, kept and traced: K is their product."""
+
+    diagonal: int
+    kept: int
+    traced: int
+
+    @property
+    def count(self) -> int:
+        """The number K of cotangents."""
+        return self.diagonal * self.kept * self.traced
+
+    def split(self, seeds: Tensor) -> Tensor:
+        """Cotangents ``[K, …]`` as ``[D, F, S, …]``: diagonal, kept, traced."""
+        return seeds.reshape(self.diagonal, self.kept, self.traced, *seeds.shape[1:])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The forms of one parameter on both sides, which have positions."""
+
+    left: Positional
+    right: Positional
+
+    @classmethod
+    def of(cls, lefts: Sequence[Part], rights: Sequence[Part]) -> Pair | None:
+        """The pair of one form on each side; None for several, and forms of other kinds."""
+        if len(lefts) != 1 or len(rights) != 1 or lefts[0].path != rights[0].path:
+            return None
+        left, right = lefts[0].form, rights[0].form
+        if isinstance(left, Outer) and isinstance(right, Outer):
+            return cls(left, right) if left.is_transposed == right.is_transposed else None
+        return cls(left, right) if isinstance(left, Gather) and isinstance(right, Gather) else None
+
+    @property
+    def has_one_position(self) -> bool:
+        """Is there one group and one position on both sides?"""
+        return all(seeds_of(form).shape[2:4] == (1, 1) for form in (self.left, self.right))
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """The products of inputs at the only position, ``[B₁, B₂]``."""
+        left, right = self.left, self.right
+        if isinstance(left, Outer) and isinstance(right, Outer):
+            return left.inputs.to(dtype).flatten(1) @ right.inputs.to(dtype).flatten(1).mT
+        return self.similarity(dtype)[0, :, 0, :, 0]
+
+    def similarity(self, dtype: torch.dtype) -> Tensor:
+        """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
+        left, right = self.left, self.right
+        if isinstance(left, Outer) and isinstance(right, Outer):
+            lefts, rights = (x.inputs.to(dtype).transpose(0, 1) for x in (left, right))
+            products = torch.bmm(lefts.flatten(1, 2), rights.flatten(1, 2).mT)
+            return products.view(*lefts.shape[:3], *rights.shape[1:3])
+        assert isinstance(left, Gather)
+        assert isinstance(right, Gather)
+        is_same = left.index[:, :, None, None] == right.index
+        return is_same.unsqueeze(0).to(dtype)
+
+    def is_cheaper_by_rows(self, axes: Axes, is_symmetric: bool) -> bool:
+        """Is the route through rows cheaper, by multiplications and numbers written?"""
+        (first, groups, places, outs), ins = seeds_of(self.left).shape[1:], width(self.left)
+        second, _, others, _ = seeds_of(self.right).shape[1:]
+        pairs, seeds = first * second, axes.diagonal * axes.kept**2
+        length = axes.traced * outs
+        positions = groups * pairs * places * others * (ins + seeds * (length + MOVED))
+        sides = first * places + (0 if is_symmetric else second * others)
+        numbers = axes.diagonal * axes.kept * length * ins * groups
+        rows = numbers * (sides + MOVED * (first + second)) + pairs * seeds * length * ins * groups
+        return rows < positions
+
+
+def seeds_of(form: Positional) -> Tensor:
+    """The cotangents of a form, ``[K, B, g, T, O]``."""
+    return form.cotangents if isinstance(form, Outer) else form.cotangents.unsqueeze(2)
+
+
+def width(form: Positional) -> int:
+    """The number of inputs at a position; for a table, that of its rows."""
+    return form.width if isinstance(form, Outer) else form.shape[0]
+
+
+def places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
+    """The places of both sides' rows in memory; None if these are not rows of a whole parameter."""
+    both = [part.form for part in (*lefts, *rights) if not part.path]
+    if len(lefts) != 1 or len(rights) != 1 or len(both) != 2:
+        return None
+    left, right = both
+    if isinstance(left, Rows) and isinstance(right, Rows):
+        return place_of(left.products), place_of(right.products)
+    return None

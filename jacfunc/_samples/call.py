@@ -1,0 +1,216 @@
+"""The call of a function or a module at many samples, and the ways to evaluate them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TypeAlias
+
+from jacfunc._calls import FlatCall
+from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
+from jacfunc._factored import (
+    Direct,
+    FactoredJacobian,
+    LearnedUses,
+    VmappedBatch,
+    factored,
+)
+from jacfunc._linear_map import Dims, Samples, narrowed, one_sample
+from jacfunc._lock import alone
+from jacfunc._log import note
+from jacfunc._remembered import CallKind, Remembered
+from jacfunc._samples.each import EachSample
+from jacfunc._samples.one import OneSample
+from jacfunc._samples.refusals import check_randomness, under_vmap
+from jacfunc._samples.whole import WholeBatches
+from jacfunc._torch import RandomState, is_outermost
+from jacfunc._types import Leaves
+
+WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
+"""The call of some samples at once; and for each primal that holds samples the number of its leaf
+among the tensors of these samples."""
+
+Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
+
+Guard: TypeAlias = Callable[[FactoredJacobian], None]
+"""Refuses a batch whose samples depend on each other, once it is evaluated."""
+
+
+@dataclass(frozen=True)
+class SampledCall:
+    """The call of a function or a module at many samples.
+
+    Args:
+        call_of: makes the call of a single sample from the tensors of that sample.
+        samples: the tensors of all samples.
+        kind: the identity of the whole call.
+        whole: makes the call of all samples at once, where the function is made for batches.
+        guard: is called with each batch that was evaluated as a whole.
+        differentiates: is it differentiated by parameters, and by inputs?
+    """
+
+    api: str
+    call_of: Callable[[Leaves], FlatCall]
+    samples: Samples
+    kind: CallKind
+    whole: WholeCall | None = None
+    guard: Guard | None = None
+    differentiates: tuple[bool, bool] = (True, False)
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return self.samples.size
+
+    @property
+    def differentiates_inputs_alone(self) -> bool:
+        """Has every sample primals of its own alone, so that there are no parameters?"""
+        return self.differentiates == (False, True)
+
+    def factors(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        """The samples from start to stop, evaluated, and a call that knows the trees.
+
+        They are evaluated as a whole, if all uses of parameters have rules and no random numbers
+        are drawn; else under vmap; else as a whole, and one by one for the parameters without
+        rules; else one by one alone. What was refused once is not tried again for calls of this
+        kind.
+
+        Raises:
+            Refused: if the samples do not even run one by one.
+        """
+        if not is_outermost():
+            return self._vmapped(start, stop)
+        random_state = self.random_state()
+        refused = _refused().get_or_make(self.kind.version, self.kind.kind, set)
+        *others, last = [way for way in self._ways() if _name(way) not in refused]
+        with alone():
+            for way in others:
+                try:
+                    return way(start, stop)
+                except Exception as error:  # a way may fail by whatever the function raises
+                    if is_out_of_memory(error) or self._is_final(error):
+                        raise
+                    note("samples are not evaluated %s: %s", _name(way), error)
+                    refused.add(_name(way))
+                random_state.repeat()
+            try:
+                return last(start, stop)
+            except Refused as error:
+                self.check_randomness(error)
+                raise
+
+    def _ways(self) -> list[Way]:
+        """The ways to evaluate samples, the cheapest first."""
+        if self.whole is None:
+            return [self._vmapped, self._one_by_one]
+        ways: list[Way] = [self._as_a_whole, self._vmapped]
+        if self.samples.randomness == "different":
+            ways.append(self._drawing)
+        return [*ways, self._mixed, self._one_by_one]
+
+    def _as_a_whole(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        return self._ruled(start, stop, may_draw=False)
+
+    def _drawing(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        return self._ruled(start, stop, may_draw=True)
+
+    def _ruled(self, start: int, stop: int, may_draw: bool) -> tuple[FactoredJacobian, FlatCall]:
+        """As a whole, if all uses of parameters have rules."""
+        learned, is_one = self.learned_as_a_whole, stop - start == 1
+        if not learned.others or is_one:
+            jacobian, call = self._whole(start, stop, may_draw)
+            if not learned.others or is_one:
+                return jacobian, call
+        raise Refused("operations without a rule use parameters")
+
+    def _mixed(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        jacobian, call = self._whole(start, stop, may_draw=False)
+        others = sorted(self.learned_as_a_whole.others)
+        rest, _ = self._each(start, stop, others)
+        return replace(jacobian, rest=(rest, [Direct(number) for number in others])), call
+
+    def _whole(self, start: int, stop: int, may_draw: bool) -> tuple[FactoredJacobian, FlatCall]:
+        assert self.whole is not None
+        samples, whole = self.samples, self.whole
+
+        def call_of(start: int, stop: int) -> tuple[FlatCall, Dims]:
+            call, leaf_of = whole(narrowed(samples.leaves, samples.dims, start, stop))
+            dims = [
+                samples.dims[leaf_of[n]] if n in leaf_of else None for n in range(len(call.primals))
+            ]
+            return call, dims
+
+        batches = WholeBatches(call_of, self.learned_as_a_whole, self.random_state(), may_draw)
+        jacobian, call = batches.factored(start, stop)
+        if self.guard is not None:
+            self.guard(jacobian)
+        return jacobian, call
+
+    def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        one, every = OneSample(self.api, self.call_of), self.samples
+        samples = replace(every, leaves=narrowed(every.leaves, every.dims, start, stop))
+        call, repeat = self.first_call(), self.random_state().repeat
+        primals: Leaves = call.primals
+        own: Mapping[int, int] = {}
+        if self.whole is not None:
+            of_all, own = self.whole(samples.leaves)
+            primals = of_all.primals
+        with alone():
+            batch = VmappedBatch(one.of_params, call, primals, samples, own)
+            return factored(batch, LearnedUses.of(self.kind), repeat), one.call
+
+    def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        numbers = range(len(self.first_call().primals))
+        each, call = self._each(start, stop, numbers)
+        direct = [Direct(number) for number in numbers]
+        return FactoredJacobian(stop - start, (), direct, call.primals, each), call
+
+    def _each(
+        self, start: int, stop: int, numbers: list[int] | range
+    ) -> tuple[EachSample, FlatCall]:
+        leaves, dims = self.samples.leaves, self.samples.dims
+
+        def make(number: int) -> FlatCall:
+            return self.call_of(one_sample(leaves, dims, number))
+
+        calls = [partial(make, number) for number in range(start, stop)]
+        return EachSample.of(calls, numbers, self.random_state(), self.samples.randomness)
+
+    @property
+    def learned_as_a_whole(self) -> LearnedUses:
+        """What evaluations of the batch as a whole have shown."""
+        return LearnedUses.of(self.kind.among("as a whole"))
+
+    def _is_final(self, error: Exception) -> bool:
+        """Is it an error that no other way avoids, such as one in words of the public function?"""
+        if isinstance(error, Stale | UnseenWrite):
+            return True
+        return isinstance(error, ValueError | TypeError) and str(error).startswith(f"{self.api}: ")
+
+    def first_call(self) -> FlatCall:
+        """The call of the first sample."""
+        return self.call_of(one_sample(self.samples.leaves, self.samples.dims, 0))
+
+    def random_state(self) -> RandomState:
+        """The state of the generators now."""
+        return RandomState(self.samples.leaves)
+
+    def under_vmap(self, needs: str, way_out: str) -> AbstractContextManager[None]:
+        """A context that refuses what fails under vmap alone; ``needs`` begins the message."""
+        return under_vmap(self.api, self.samples.randomness, self.first_call, needs, way_out)
+
+    def check_randomness(self, error: Exception) -> None:
+        """Say in words of the door that a module drew random numbers, if that was the error."""
+        check_randomness(self.api, self.samples.randomness, error)
+
+
+def _name(way: Way) -> str:
+    return way.__name__.strip("_").replace("_", " ")
+
+
+@cache
+def _refused() -> Remembered[set[str]]:
+    """The ways to evaluate samples that were refused, by module and kind of call."""
+    return Remembered()
