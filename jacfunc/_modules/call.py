@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._factored import FactoredJacobian, begins
+from jacfunc._factored import FactoredJacobian, begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
@@ -113,7 +113,7 @@ class ModuleCall:
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
 
-        def guard(jacobian: FactoredJacobian) -> None:
+        def guard(batch: SampledCall, jacobian: FactoredJacobian) -> None:
             check = self.independence.check_evaluation
             kind, operations = batch.kind.kind, (jacobian.signature, jacobian.moves_samples)
             check(self.api, self.state, kind, operations, lambda: self._subject(batch))
@@ -123,7 +123,7 @@ class ModuleCall:
         kind = CallKind(state.module, of_call, state.origin or state)
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
-        batch = SampledCall(
+        return SampledCall(
             self.api,
             call_of,
             samples,
@@ -133,7 +133,6 @@ class ModuleCall:
             guard,
             differentiates,
         )
-        return batch
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
@@ -216,6 +215,7 @@ class ModuleCall:
             with state.lent_for_evaluation(params or variables, followed):
                 begins()
                 output = module(*args, **kwargs)
+                ends()
                 if inside_derivative():  # where no graph is looked at
                     with untracked():
                         state.check_fresh(flatten(output)[0])
