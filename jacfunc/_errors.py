@@ -13,6 +13,10 @@ class Stale(ValueError):  # noqa: N818 (the outputs are stale)
     """The function does not compute its outputs from its arguments; no other strategy is tried."""
 
 
+class UnseenWrite(RuntimeError):  # noqa: N818 (it has happened)
+    """The function has changed a parameter that it got without a copy; no other way is tried."""
+
+
 RANDOM = (
     "it is random, under randomness='error'. Pass randomness='same', to draw the same numbers for "
     "all, or 'different', to draw others for each"

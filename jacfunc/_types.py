@@ -47,6 +47,6 @@ def product_dtype(*factors: Tensor) -> torch.dtype:
     On a CPU it is at least float32. There products in half precision take up to ten times as long,
     and each step of a sum is rounded.
     """
-    dtype = reduce(torch.promote_types, [factor.dtype for factor in factors])
-    is_half = dtype.is_floating_point and dtype.itemsize == 2
+    dtype = reduce(torch.promote_types, {factor.dtype for factor in factors})
+    is_half = dtype.itemsize == 2 and dtype.is_floating_point
     return torch.float32 if is_half and factors[0].device.type == "cpu" else dtype

@@ -21,6 +21,7 @@ from jacfunc._forecasting.costs import counted_costs
 from jacfunc._lending.constants import constants_of
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
+from jacfunc._memory import PeakBytes
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.budget import bounded
 from jacfunc._planning.plan import Plan, alternatives
@@ -413,3 +414,12 @@ def test_a_backward_pass_that_raises_under_vmap_goes_by_rows(strategy: str) -> N
         jac = jacfunc.jacobian(lambda x: Raising.apply(x)[:3], strategy=strategy)(x)
     torch.testing.assert_close(jac, 3 * torch.eye(500)[:3])
     assert not any("Forward" in step for step in steps)
+
+
+def test_rows_that_go_one_by_one_take_no_second_result() -> None:
+    x = torch.ones(10_000)
+    jac = jacfunc.jacobian(lambda x: Raising.apply(x)[:32], strategy=Auto())
+    jac(x)
+    with PeakBytes() as counter:
+        result = jac(x)
+    assert counter.peak < 1.2 * result.nbytes

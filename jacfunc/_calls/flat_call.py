@@ -17,7 +17,16 @@ from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
 from jacfunc._remembered import CallKind
 from jacfunc._torch import run_as_written, untracked
-from jacfunc._trees import Split, StructureError, flatten, kind_of, kinds_of, map_tensors, paths
+from jacfunc._trees import (
+    Split,
+    StructureError,
+    flatten,
+    kind_of,
+    kinds_of,
+    map_tensors,
+    paths,
+    without_settings,
+)
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree, is_tensor
 
 
@@ -81,8 +90,8 @@ class FlatCall:
         )
         """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
-        self._maps_tensor_to_tensor = False
         self._beside: Split | None = None
+        self._maps_tensor_to_tensor = False
 
     @property
     def call_kind(self) -> CallKind:
@@ -138,7 +147,8 @@ class FlatCall:
             if self._has_aux or self._output.constants:
                 self._beside = Split.of((self._output.constants, aux), is_tensor)
             if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
-                check_outputs(self._api, flatten(output)[0], partial(paths, output, "output"))
+                told = without_settings(output, "output")
+                check_outputs(self._api, list(told.values()), lambda: list(told))
         return self._output.leaves, self._beside.leaves if self._beside else ()
 
     def _args_with(self, primals: Leaves) -> list[Tree]:
@@ -166,6 +176,12 @@ class FlatCall:
             return blocks[0][0]
         return self.output_tree([self.input_tree(row) for row in blocks])
 
+    @property
+    def output_shapes(self) -> list[torch.Size]:
+        """The shapes of the output leaves, as the function returned them."""
+        assert self._output is not None
+        return [leaf.shape for leaf in self._output.leaves]
+
     def output_tree(self, values: Sequence[Any]) -> Tree:
         """The tree of the output, with one value for each output leaf."""
         assert self._output is not None
@@ -190,10 +206,9 @@ class FlatCall:
                 f"{self._api}: {name} must be a tuple of {len(self._splits)}, as the primals are, "
                 f"got {type(trees).__name__}. Write (x,) for the only one."
             )
-        pairs = enumerate(zip(self._splits, trees, strict=True))
         return tuple(
             value
-            for n, (split, tree) in pairs
+            for n, (split, tree) in enumerate(zip(self._splits, trees, strict=True))
             for value in self._align(split, tree, f"{name}[{n}]")
         )
 

@@ -17,7 +17,7 @@ from jacfunc._factored import Part, SquaredSums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
 from jacfunc._modules import BatchOutputs, ModuleAtBatch
 from jacfunc._torch import is_pushing
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, product_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,14 +172,15 @@ class GaussNewton:
                     [0., 1.]])
         """
         params = self.point.params
-        totals = {name: param.new_zeros((param.numel(),) * 2) for name, param in params.items()}
+        named = params.items()
+        totals = {name: p.new_zeros((p.numel(),) * 2, dtype=product_dtype(p)) for name, p in named}
         for _, parts in self._parts():
             with self.point.contracting():
                 for name, param_parts in parts.items():
                     for block in written(param_parts, params[name]):
                         flat = block.reshape(-1, params[name].numel())
                         totals[name].addmm_(flat.T, flat)
-        return totals
+        return {name: total.to(params[name].dtype) for name, total in totals.items()}
 
     def matrix(self) -> Tensor:
         """The whole matrix ``[N, N]``; :func:`jacfunc.param_slices` names its columns.
@@ -204,7 +205,8 @@ class GaussNewton:
                     [1., 1., 2.]])
         """
         params = self.point.params
-        total = torch.diag(torch.cat([param.new_zeros(param.numel()) for param in params.values()]))
+        diagonal = torch.cat([param.new_zeros(param.numel()) for param in params.values()])
+        total = torch.diag(diagonal.to(product_dtype(diagonal)))
         for lead, parts in self._parts():
             with self.point.contracting():
                 blocks = [
@@ -213,7 +215,7 @@ class GaussNewton:
                 ]
                 flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
                 total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
-        return total
+        return total.to(diagonal.dtype)
 
     def _times(self, tangents: Leaves) -> Leaves:
         """``G v = Jᵀ H J v``."""

@@ -215,8 +215,7 @@ def gradient_norms(
         NotImplementedError: inside a transform, and a module that does not run under vmap.
 
     Cost:
-        One evaluation, one pullback, one small contraction a layer; memory of all layers' inputs
-        and cotangents.
+        One evaluation, one pullback, a contraction a layer; memory of all inputs and cotangents.
 
     Example:
         >>> import torch, jacfunc
@@ -237,13 +236,15 @@ def gradient_norms(
         at_outputs = Loss("gradient_norms", loss, targets, at_batch.outputs)
         at_outputs.check_samples(options.independence)
         gradient = at_outputs.gradient()
+        like = torch.cat([leaf.new_empty(0) for leaf in (*gradient, *at_batch.params.values())])
         chunks = []
         for samples, jacobian in at_batch.factors():
             cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
-            parts = at_batch.parts_of(jacobian, cotangents)
+            named = at_batch.parts_of(jacobian, cotangents).items()
             with at_batch.contracting():
-                squares = [norms(parts[name], at_batch.params[name])[0] for name in parts]
-                chunks.append(sum(squares, cotangents[0].new_zeros(cotangents[0].shape[1])))
-        return torch.cat(chunks).sqrt()
+                pairs = [(parts, at_batch.params[name]) for name, parts in named]
+                none = like.new_zeros(cotangents[0].shape[1])
+                chunks.append(norms(pairs)[0].sqrt() if pairs else none)
+        return torch.cat(chunks).to(like.dtype)
 
     return gradient_norms_of

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import RANDOM, Refused
+from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import (
     JacobianOperator,
     check_agreement,
@@ -39,7 +40,8 @@ class BatchProducts:
 
     A backward pass of the user's own, or one with hooks, may not be the transpose of the forward
     pass, or not be differentiable in u. So ``J v`` is compared with ``Jᵀ u`` for a random u, at the
-    first points and now and then; the graph also for a random v, when it is made.
+    first points and now and then; the graph also for a random v, when it is made. Where neither way
+    is right, rows of J are pulled back and multiplied by v.
     """
 
     def __init__(self, at_batch: ModuleAtBatch) -> None:
@@ -53,7 +55,11 @@ class BatchProducts:
         )
         self._at_batch, self._state = at_batch, flat.state
         # no bound methods: they would make a cycle, which keeps the module and the batch alive
-        self._ways = [BatchProducts._pushed_forward, BatchProducts._pushed_on_graph]
+        self._ways = [
+            BatchProducts._pushed_forward,
+            BatchProducts._pushed_on_graph,
+            BatchProducts._multiplied_by_rows,
+        ]
         with at_batch.undisturbed():
             self._pulling.rewind_generators()
             before = RandomState(at_batch.batch.samples.leaves)
@@ -79,17 +85,18 @@ class BatchProducts:
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
         with self._at_batch.undisturbed(), self._in_words():
-            try:
-                products = self._ways[0](self, tangents)
-            except Refused as refusal:
-                if len(self._ways) == 1:
-                    raise
-                note("J v takes the other way: %s", refusal)
-                self._ways = self._ways[1:]
-                return self._ways[0](self, tangents)
-        if len(self._ways) > 1:
-            self._ways = [BatchProducts._pushed_on_graph, BatchProducts._pushed_forward]
-        return products
+            while len(self._ways) > 1:
+                way, *others = self._ways
+                try:
+                    products = way(self, tangents)
+                except Refused as refusal:
+                    note("J v takes another way: %s", refusal)
+                    self._ways = others
+                    continue
+                if way is BatchProducts._pushed_forward:  # for the next, the graph pays
+                    self._ways = [others[0], way, *others[1:]]
+                return products
+            return self._ways[0](self, tangents)
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -144,9 +151,27 @@ class BatchProducts:
         self._now_and_then("on graph", check)
         return transposed
 
+    def _multiplied_by_rows(self, tangents: Leaves) -> Leaves:
+        """``J v`` from rows of every sample's J, which are pulled back as factors."""
+        chunks = [_multiplied(jacobian, tangents) for _, jacobian in self._at_batch.factors()]
+        return tuple(map(torch.cat, zip(*chunks, strict=True)))
+
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
         """Run a check at the first calls of this kind, and then at fewer and fewer."""
         now_and_then(self._state, ("J v", way, self._at_batch.batch.kind.kind), check)
+
+
+def _multiplied(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:
+    """Every sample's J, a row after the other, times tangents of the parameters."""
+    products, vector = [], torch.cat([v.flatten() for v in tangents])
+    for number, out in enumerate(jacobian.outputs):
+        columns = []
+        for row in range(out[0].numel()):
+            blocks = jacobian.rows(row, row + 1, number)
+            flat = torch.cat([block.flatten(2) for block in blocks], 2)
+            columns.append(flat @ vector)
+        products.append(torch.cat(columns, 1).reshape(out.shape))
+    return tuple(products)
 
 
 def _check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:

@@ -16,7 +16,7 @@ from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
 from jacfunc._modules import BatchOptions, Independence, Independent, ModuleAtBatch
-from jacfunc._types import Leaves, Randomness, Tree
+from jacfunc._types import Leaves, Randomness, Tree, product_dtype
 
 API = "random_projection"
 
@@ -129,11 +129,12 @@ def _projected(
     leaves = (*cotangents, *at_batch.params.values())
     dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
     num_seeds, num_samples = cotangents[0].shape[:2]
-    total = cotangents[0].new_zeros((num_samples, num_seeds, size), dtype=dtype)
+    shape = (num_samples, num_seeds, size)
+    total = cotangents[0].new_zeros(shape, dtype=product_dtype(*leaves))
     with at_batch.contracting():
         for name, parts in parts_by_name.items():
             zeros = partial(total.new_zeros, (*total.shape[:2], *at_batch.params[name].shape))
             # a compiled module gives its parameters longer names
             plain_name = name.replace("_orig_mod.", "")
             total += projected(parts, zeros, SignMatrix(f"{seed}:{plain_name}", size, total))
-    return total
+    return total.to(dtype)

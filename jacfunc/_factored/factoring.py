@@ -55,7 +55,8 @@ def factored(
         # vmap shows no graph: every parameter is differentiated as it is
         params = batch.primals
         unfactored = linearize(*batch.samples.with_own_params(batch.of_one, params))
-        every = [Direct(number) for number in range(len(params))]
+        dim = 0 if batch.samples.is_mapped else None
+        every = [Direct(number, dim) for number in range(len(params))]
         return FactoredJacobian(batch.size, (), every, params, unfactored)
     while True:
         repeat_draws()

@@ -84,13 +84,28 @@ def _sum(first: Part, others: Sequence[Part]) -> Part:
 
 
 def place_of(seeds: Tensor) -> Hashable:
-    """The same for cotangents that are the same memory, such as those of a weight and its bias.
+    """The same for cotangents with the same memory, such as those of a weight and of its bias.
 
-    It is valid while the cotangents are kept, as nothing else comes to lie at their address.
+    It tells while the cotangents are kept, as nothing else comes to lie at their address.
     """
-    if not seeds.is_contiguous():
-        return id(seeds)
-    return seeds.data_ptr(), seeds.dtype, seeds.shape[:2], seeds.numel()
+    sizes = zip(seeds.shape, seeds.stride(), strict=True)
+    return seeds.data_ptr(), seeds.dtype, *(pair for pair in sizes if pair[0] != 1)
+
+
+def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:
+    """A tensor like the parameter, in which the values of each part are added in its place."""
+    block = values_of_parts[0][1].new_zeros((1, 1, *param.shape))
+    for part, values in values_of_parts:
+        part.place_in(block).add_(values)
+    return block[0, 0]
+
+
+def are_disjoint(parts: Sequence[Part], param: Tensor) -> bool:
+    """Is no entry of the parameter in two parts? Then squares have no cross terms."""
+    if len(parts) == 1:
+        return True
+    entries = torch.stack([part.entries(param.shape) for part in parts])
+    return bool((entries.sum(0) <= 1).all())
 
 
 def write(parts: Sequence[Part], block: Tensor) -> None:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
-from jacfunc._factored.parts import Part, rows
+from jacfunc._factored.parts import Part, are_disjoint, place_of, placed, rows
 from jacfunc._memory import SQUARED_BYTES
+from jacfunc._types import product_dtype
 from jacfunc.layers import Form, Gather, Outer, Rows
 
 KnownForm: TypeAlias = Outer | Gather | Rows
+
+MOVED, PAIRED = 8, 64
+"""How many multiplications take as long as a number written and read again, and as a product of
+two numbers that are looked up."""
 
 
 class SquaredSums:
     """Keeps sums ``Σₖ Gₖ²`` of cotangents, which the weight and the bias of a layer share."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+        self._sums: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def of(self, left: Tensor) -> Tensor:
         """The sum over k of the squares of cotangents ``[K, B, …]``."""
-        if not left.is_contiguous():
-            return _sum_of_products(left)
-        flat = left.reshape(len(left), -1)
-        place = flat.data_ptr(), flat.shape
+        place = place_of(left)
         if place not in self._sums:
             # kept with the cotangents, so that nothing else comes to lie at their address
-            self._sums[place] = flat, _sum_of_products(flat)
+            self._sums[place] = left, _sum_of_products(left)
         return self._sums[place][1].view(left.shape[1:])
 
 
@@ -39,22 +41,62 @@ def squared(
 ) -> Tensor:
     """``Σ_{b,k} J[b, k]²`` of one parameter, ``[*param]``, with ``at_once`` bytes written out."""
     if len(parts) == 1 and not parts[0].path:
-        return _squared(_as_known(parts[0].form, param), sums, at_once).view(param.shape)
-    if _are_disjoint(parts, param):
+        total = _squared(_as_known(parts[0].form, param), sums, at_once).view(param.shape)
+    elif are_disjoint(parts, param):
         forms = [(part, _as_known(part.form, param)) for part in parts]
-        return placed([(part, _squared(form, sums, at_once)) for part, form in forms], param)
-    total = torch.zeros_like(param, requires_grad=False)
-    for block in written(parts, param, at_once):
-        total = total + block.square().sum((0, 1))
-    return total
+        total = placed([(part, _squared(form, sums, at_once)) for part, form in forms], param)
+    else:
+        blocks = written(parts, param, at_once)
+        total = next(blocks).square().sum((0, 1))
+        for block in blocks:
+            total += block.square().sum((0, 1))
+    return total.to(param.dtype)
 
 
-def norms(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Tensor:
-    """``|J[b, k]|²`` of one parameter, ``[K, B]``, with ``at_once`` bytes written out."""
-    if _are_disjoint(parts, param):
-        return torch.stack([_norms(_as_known(part.form, param), at_once) for part in parts]).sum(0)
-    blocks = written(parts, param, at_once)
-    return torch.cat([b.square().reshape(*b.shape[:2], -1).sum(2) for b in blocks]).t()
+def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARED_BYTES) -> Tensor:
+    """``|J[b, k]|²`` over parameters that have parts, ``[K, B]``, in the dtype of products.
+
+    Args:
+        params: the parts of each parameter's Jacobian, and the parameter.
+        at_once: bytes of rows that are written out at once.
+    """
+    squares: list[Tensor] = []
+    forms: list[KnownForm] = []
+    for parts, param in params:
+        if are_disjoint(parts, param):
+            forms += [_as_known(part.form, param) for part in parts]
+        else:
+            blocks = written(parts, param, at_once)
+            squares.append(torch.cat([_squared_norms(block) for block in blocks]).t())
+    outers = [form for form in forms if _has_one_position(form)]
+    numbers = {place_of(form.cotangents): number for number, form in enumerate(outers)}
+    ones, beside = [0] * len(outers), []
+    for form in forms:
+        if isinstance(form, Rows):
+            number = numbers.get(place_of(form.products)) if numbers else None
+            if number is None:
+                beside.append(
+                    form.products.flatten(2)
+                    if form.products.dim() > 2
+                    else form.products.unsqueeze(2)
+                )
+            else:  # these are outer products of the same cotangents with the number 1
+                ones[number] += 1
+        elif not _has_one_position(form):
+            squares.append(_norms(form, at_once))
+    if len(beside) > 1 and sum(products.nbytes for products in beside) <= at_once:
+        beside = [torch.cat(beside, 2)]
+    squares += map(_squared_norms, beside)
+    if outers:
+        squares.append(_norms_at_one_position(outers, ones))
+    return squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
+
+
+def _norms_at_one_position(outers: Sequence[Outer], ones: Sequence[int]) -> Tensor:
+    """``Σ |G|² (|A|² + n)`` over outer products ``G ⊗ A`` and n others ``G ⊗ 1``: ``[K, B]``."""
+    lefts = torch.stack([_squared_norms(form.cotangents) for form in outers])
+    rights = torch.stack([_squared_norms(form.inputs.to(lefts.dtype), 1) for form in outers])
+    return (lefts * (rights + lefts.new_tensor(ones).unsqueeze(1)).unsqueeze(1)).sum(0)
 
 
 def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:
@@ -72,61 +114,44 @@ def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) 
         yield rows(chunk, partial(_seeds(forms[0]).new_zeros, shape))
 
 
-def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:
-    """A tensor like the parameter, in which the values of each part are added in its place."""
-    block = values_of_parts[0][1].new_zeros((1, 1, *param.shape))
-    for part, values in values_of_parts:
-        part.place_in(block).add_(values)
-    return block[0, 0]
-
-
-def _are_disjoint(parts: Sequence[Part], param: Tensor) -> bool:
-    """Is no entry of the parameter in two parts? Then squares have no cross terms."""
-    if len(parts) == 1:
-        return True
-    entries = torch.stack([part.entries(param.shape) for part in parts])
-    return bool((entries.sum(0) <= 1).all())
-
-
 def _squared(form: KnownForm, sums: SquaredSums, at_once: int) -> Tensor:
     """``Σ_{b,k}`` of the squared entries of a form, in the shape of the part."""
     if isinstance(form, Gather):
         return _squared_gather(form)
     if isinstance(form, Rows):
         return sums.of(form.products).sum(0)
+    if _has_one_position(form):
+        left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
+        total = sums.of(left).flatten(1).mT @ right.flatten(1).square()
+        return (total.mT if form.is_transposed else total).reshape(form.shape)
     num_seeds, _, _, positions, outs = form.cotangents.shape
     ins, pairs = form.width, positions * (positions + 1) // 2
-    by_pairs = pairs * (outs * ins + num_seeds * outs + ins)
-    by_rows = num_seeds * outs * ins * (positions + 1)
-    is_cheaper = by_pairs < by_rows
-    total = _squared_by_pairs(form, sums) if is_cheaper else _squared_by_rows(form, at_once)
+    by_pairs = pairs * (outs * ins + PAIRED * (num_seeds * outs + ins))
+    by_rows = num_seeds * outs * ins * (positions + MOVED)
+    total = _squared_by_pairs(form) if by_pairs < by_rows else _squared_by_rows(form, at_once)
     return (total.mT if form.is_transposed else total).reshape(form.shape)
 
 
-def _squared_by_pairs(form: Outer, sums: SquaredSums) -> Tensor:
+def _squared_by_pairs(form: Outer) -> Tensor:
     """``Σ_{t,s} (G_t · G_s) ⊗ (A_t · A_s)``, each pair of positions once: ``[groups, O, I]``."""
     left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
-    positions = left.shape[3]
-    if positions == 1:
-        lefts, rights = sums.of(left), right.square()
-    else:
-        first, second = torch.triu_indices(positions, positions, device=left.device)
-        lefts = _sum_of_products(left, first, second)
-        twice = torch.where(first == second, 1, 2).to(left.dtype).unsqueeze(-1)
-        rights = right[:, :, first] * right[:, :, second] * twice
+    first, second = torch.triu_indices(left.shape[3], left.shape[3], device=left.device)
+    lefts = _sum_of_products(left, first, second)
+    twice = torch.where(first == second, 1, 2).to(left.dtype).unsqueeze(-1)
+    rights = right[:, :, first] * right[:, :, second] * twice
     lefts, rights = (x.transpose(0, 1).flatten(1, 2) for x in (lefts, rights))
     return torch.bmm(lefts.mT, rights)
 
 
 def _sum_of_products(left: Tensor, *pairs: Tensor) -> Tensor:
-    """``Σₖ G[k, …, first] G[k, …, second]``, for one k after the other, to save memory."""
+    """``Σₖ G[k, …, first] G[k, …, second]``, for as many k at a time as stay in the cache."""
+    of_one = left[0].nbytes * (len(pairs[0]) // max(1, left.shape[3]) if pairs else 1)
     total: Tensor | None = None
-    for seed in left:
-        factors = [seed[:, :, places] for places in pairs] if pairs else [seed, seed]
-        if total is None:
-            total = factors[0] * factors[1]
-        else:
-            total.addcmul_(*factors)
+    step = _samples_within(SQUARED_BYTES, of_one)
+    for seeds in left.split(step) if step < len(left) else [left]:
+        first, second = [seeds[:, :, :, places] for places in pairs] or [seeds, seeds]
+        products = (first * second).sum(0)
+        total = products if total is None else total.add_(products)
     assert total is not None
     return total
 
@@ -167,43 +192,42 @@ def _summed_by_row(form: Gather) -> Tensor:
     return is_same.to(form.cotangents.dtype) @ form.cotangents
 
 
-def _norms(form: KnownForm, at_once: int) -> Tensor:
+def _norms(form: Outer | Gather, at_once: int) -> Tensor:
     """The squared norms of a form's rows, ``[K, B]``."""
     if isinstance(form, Gather):
         return (form.cotangents * _summed_by_row(form)).sum((2, 3))
-    if isinstance(form, Rows):
-        return (
-            form.products.square().flatten(2).sum(2)
-            if form.products.dim() > 2
-            else (form.products.square())
-        )
     num_seeds, _, _, positions, outs = form.cotangents.shape
     ins = form.width
-    by_pairs = positions * positions * (ins + num_seeds * outs)
-    if by_pairs > num_seeds * outs * ins * (positions + 1):
-        return torch.cat([block.square_().sum((1, 3, 4)) for block in _blocks(form, at_once)]).t()
+    by_pairs = positions * positions * (ins + num_seeds * (outs + MOVED))
+    if by_pairs > num_seeds * outs * ins * (positions + MOVED):
+        blocks = _blocks(form, at_once)
+        return torch.cat([_squared_norms(block, 3).sum(1) for block in blocks]).t()
     left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
-    if positions == 1:
-        return (left.square().sum((3, 4)) * right.square().sum((2, 3))).sum(2)
     return ((left @ left.mT) * (right @ right.mT)).sum((2, 3, 4))
 
 
+def _squared_norms(blocks: Tensor, lead: int = 2) -> Tensor:
+    """The squared norms of blocks ``[*lead, …]``."""
+    flat = blocks.flatten(lead) if blocks.dim() > lead else blocks.unsqueeze(lead)
+    squares: Tensor = torch.linalg.vecdot(flat, flat)
+    return squares
+
+
+def _has_one_position(form: KnownForm) -> TypeGuard[Outer]:
+    """Is it an outer product in one group and at one position?"""
+    return isinstance(form, Outer) and form.cotangents.shape[2:4] == (1, 1)
+
+
 def _as_known(form: Form, param: Tensor) -> KnownForm:
-    """The form in the parameter's precision at least; rows if the form is none of the three."""
-    if isinstance(form, Outer):
-        seeds = _precise(form.cotangents, param)
-        if seeds is form.cotangents:
-            return form  # a convolution may have nothing unfolded yet
-        return Outer(form.inputs, seeds, form.shape, form.is_transposed)
-    if isinstance(form, Gather):
-        return Gather(form.index, _precise(form.cotangents, param), form.shape)
-    products = form.products if isinstance(form, Rows) else form.rows().transpose(0, 1)
-    return Rows(_precise(products, param))
-
-
-def _precise(seeds: Tensor, param: Tensor) -> Tensor:
-    """The seeds in the parameter's precision at least."""
-    return seeds.to(torch.promote_types(seeds.dtype, param.dtype))
+    """The form in the dtype of products; rows if the form is none of the three."""
+    known = form if isinstance(form, KnownForm) else Rows(form.rows().transpose(0, 1))
+    before = _seeds(known)
+    seeds = before.to(product_dtype(before, param))
+    if seeds is before:
+        return known  # a convolution may have nothing unfolded yet
+    if isinstance(known, Outer):
+        return Outer(known.inputs, seeds, known.shape, known.is_transposed)
+    return Gather(known.index, seeds, known.shape) if isinstance(known, Gather) else Rows(seeds)
 
 
 def _seeds(form: KnownForm) -> Tensor:

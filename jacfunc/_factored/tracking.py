@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._errors import Refused
+from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
 from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins
 from jacfunc._factored.placing import Placing
@@ -27,8 +27,8 @@ from jacfunc._factored.use import (
     View,
     is_part,
 )
-from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._linear_map import Anchor, differentiable_alias, nodes_of_call
+from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
+from jacfunc._linear_map import Anchor, differentiable_alias, no_view, nodes_of_call
 from jacfunc._torch import (
     below_transforms,
     innermost,
@@ -91,14 +91,14 @@ class UseRecorder(TorchFunctionMode):
 
         Raises:
             Refused: if an input of an operation was written into later, as autograd refuses it.
-            RuntimeError: if a parameter that is no copy was written into, unseen.
+            UnseenWrite: if a parameter that is no copy was written into, unseen.
         """
         with untracked():
             if any(x._version != version for x, version in self._inputs):
                 raise Refused("what went into a layer was written into after it")
             written = {t.number for t in self._tracked.values() if not t.is_intact}
         if written & self._lent:
-            raise RuntimeError(UNSEEN_WRITE)
+            raise UnseenWrite(UNSEEN_WRITE)
         unruled = self._unruled
         for numbers, more in ((unruled.written, written), (unruled.numbers, written)):
             params = self.parameters(numbers | more)
@@ -149,12 +149,16 @@ class UseRecorder(TorchFunctionMode):
             with self:
                 return self._openings[func](*args, **kwargs)
         if is_used and func in VIEWS:
-            return self._view(func, args, kwargs)
+            return self._view(number, func, args, kwargs)
         if is_used and func in self._rules:
             return self._use(number, self._rules[func], func, args, kwargs)
         if has_parameter and func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
-        if is_used and self._placing.can_share and func not in METADATA | RAW_MEMORY:
+        if has_parameter and func in FREEZING:
+            self._note_unruled(args, may_write_unseen=True)
+            self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
+            return func(*args, **kwargs)
+        if is_used and func not in METADATA and func not in RAW_MEMORY:
             return self._derive(number, func, args, kwargs)
         if has_parameter and func not in METADATA:
             self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
@@ -178,7 +182,7 @@ class UseRecorder(TorchFunctionMode):
             if tracked := self._tracked.get(id(value)):
                 is_lent = tracked.number in self._lent
                 if is_lent and not tracked.is_intact:
-                    raise RuntimeError(UNSEEN_WRITE)
+                    raise UnseenWrite(UNSEEN_WRITE)
                 self._unruled.numbers.add(tracked.number)
                 if is_lent:
                     raise Refused("a parameter that is no copy may be written into")
@@ -203,21 +207,20 @@ class UseRecorder(TorchFunctionMode):
         return tracked
 
     def _view(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
         """Call a function that makes views of a parameter, and track the views, too."""
         whole, result = self._find(args[0]) if args else None, func(*args, **kwargs)
         # a view selects entries of J's rows in the same way only if the parameter is contiguous
         if whole is None or not (whole.path or whole.twin.is_contiguous()):
-            self._note_unruled((*args, *kwargs.values()))
-            return result
+            return self._derive(number, func, args, kwargs)
 
         views = list(result) if isinstance(result, tuple | list) else [result]
         are_parts = [is_part(view, whole.handle, _flat(args[1:], kwargs)) for view in views]
-        if len(views) > MOST_PARTS or not all(are_parts):
-            self._note_unruled(args)
         if len(views) > MOST_PARTS or not any(are_parts):
-            return result
+            return self._derive(number, func, args, kwargs)
+        if not all(are_parts):
+            self._note_unruled(args)
         # tuples: the function may change its lists later
         options = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
         named = {k: tuple(a) if isinstance(a, list) else a for k, a in kwargs.items()}
@@ -255,6 +258,7 @@ class UseRecorder(TorchFunctionMode):
         self._note_unruled((*args, *kwargs.values()))
         out = self._placing.call(rule, func, args, kwargs)
         with untracked():
+            out = no_view(out)
             parts = [(p.number, p.path, forms[name]) for name, p in params.items()]
             try:
                 out, values, place = self._placing.result(number, func, out)
@@ -295,6 +299,9 @@ class UseRecorder(TorchFunctionMode):
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
         """Call an operation without a rule, whose result all samples may share."""
+        if not self._placing.can_share:
+            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
+            return func(*args, **kwargs)
         tensors = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self._tracked]
         key, is_shared, out = (number, OUT), self._placing.is_shared((number, OUT), func), None
         if is_shared is None:  # to be learned, on tensors that it may write into

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from jacfunc._errors import Refused
 from jacfunc._faults.lookups import Args, tensors_of
-from jacfunc._torch import inside_transform
+from jacfunc._torch import constant, inside_transform, is_pushing, is_tracked
+from jacfunc._trees import map_tensors
 
 FUNCTIONAL = torch.autograd.functional.__name__
 _BETWEEN = frozenset(
     {"torch.autograd", "torch.autograd.grad_mode", "torch.overrides", "torch._tensor"}
-    | {"torch.utils._contextlib"}
+    | {"torch.utils._contextlib", nn.Module.__module__}
 )
 _OURS = f"{__name__.partition('.')[0]}."
 """What modules of jacfunc have in front of their names."""
@@ -53,6 +55,42 @@ def require_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     if not is_on or not inside_transform() or f"{asker()}.".startswith("torch."):
         return func(*args, **kwargs)
     return args[0]
+
+
+@dataclass(slots=True)
+class Frozen:
+    """Tensors that a function has told to require no gradient, for a while; by identity.
+
+    Torch lets leaves alone be told so, and a module's parameters are none while it is lent.
+    Adapters of language models are switched off so inside a call. Meanwhile operations get such a
+    tensor as a constant.
+    """
+
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Is it frozen?"""
+        return id(tensor) in self.tensors
+
+    def switches(self, args: Args, kwargs: Mapping[str, Any]) -> bool:
+        """Take in a call of ``requires_grad_``; False if torch's own must do what it says."""
+        tensor = args[0]
+        if kwargs.get("requires_grad", args[1] if len(args) > 1 else True):
+            return self.tensors.pop(id(tensor), None) is not None
+        if is_tracked(tensor) and (inside_transform() or not tensor.is_leaf):
+            self.tensors[id(tensor)] = tensor
+            return True
+        return inside_transform()
+
+    def made_constant(self, arguments: Any) -> Any:
+        """The arguments of an operation, with constants in the place of these tensors."""
+
+        def as_constant(x: Tensor) -> Tensor:
+            if not self.has(x):
+                return x
+            return constant(x) if is_pushing() else x.detach()
+
+        return map_tensors(as_constant, arguments)
 
 
 def is_checked_for_checkpoint() -> bool:

@@ -39,35 +39,27 @@ class Formula(Protocol):
         """What the kernel returns, computed by the formula."""
 
 
-def by_formula(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    is_derived_again: Callable[[Tensor], bool],
-) -> Any:
-    """``func(*args)``, computed by its formula where the derivatives would be wrong."""
-
-    def kernel() -> Any:
-        return func(*args, **kwargs)
-
+def formula_of(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Formula | None:
+    """The formula of a call; None for wrong arguments, of which torch says what is wrong."""
     try:
-        formula = FORMULAS[func](*args, **kwargs)
-    except TypeError:  # wrong arguments: torch says so
-        return kernel()
-    return formula.result(kernel) if formula.is_needed(is_derived_again) else kernel()
+        return FORMULAS[func](*args, **kwargs)
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class WeightNorm:
-    """``g · v / ‖v‖``, as torch's second derivative is wrong, and its kernel has no vmap rule."""
+    """``g · v / ‖v‖``; of the kernel torch has no forward mode and a wrong second derivative."""
 
     v: Tensor
     g: Tensor
     dim: int = 0
 
     def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """Always, but in a single forward mode, which torch refuses itself."""
-        return not is_pushing() or any(map(is_derived_again, (self.v, self.g)))
+        """Always."""
+        return True
 
     def result(self, kernel: Callable[[], Any]) -> Tensor:
         """The formula that torch uses where it has no kernel."""

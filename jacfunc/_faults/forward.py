@@ -176,23 +176,14 @@ class ForwardWatch(Watch):
         self._around = around
         self._is_recording = torch.is_grad_enabled()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def pushed(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        kwargs = kwargs or {}
-        try:
-            return self._pushed(func, args, kwargs)
-        except (RuntimeError, IndexError) as error:
-            self.remember(error, args, kwargs)
-            raise
+        """A call in forward mode.
 
-    def _pushed(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        Raises:
+            Refused: if its tangents would be wrong.
+        """
         name = name_of(func)
         if name == "get__" and _asks_for_graph(func, args[0]):
             return True

@@ -117,6 +117,9 @@ CONSTANT_TO_TORCH = (
 )
 ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
 SETTING: Any = getattr(Tensor.data, "__set__")  # noqa: B009
+REQUIRING: Any = getattr(Tensor.requires_grad, "__set__")  # noqa: B009
+FREEZING = frozenset({REQUIRING, Tensor.requires_grad_})
+"""Operations that say whether a tensor requires a gradient."""
 RULES: dict[Callable[..., Any], _Rule] = {
     **{f: _refuse_if_tracked for name in CONSTANT_TO_TORCH for f in forms(f"special_{name}")},
     **dict.fromkeys((*forms("sinc"), Tensor.sinc_), _sinc),
@@ -126,6 +129,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
     ASKING: _requires_grad,
     SETTING: _set_data,
+    REQUIRING: as_it_is,
     Tensor.requires_grad_: require_grad,
     Tensor.detach: as_it_is,
     **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),

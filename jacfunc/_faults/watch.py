@@ -14,10 +14,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused, lacks_forward_rule, writes_outside
-from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, cuts_off
-from jacfunc._faults.formulas import by_formula
-from jacfunc._faults.lookups import LOOKUPS, STRIDING, Args, lies_alone, lookup, tensors_of
-from jacfunc._faults.operations import RULES, WATCHED
+from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, Frozen, cuts_off
+from jacfunc._faults.formulas import formula_of
+from jacfunc._faults.lookups import (
+    LOOKUPS,
+    STRIDING,
+    Args,
+    lies_alone,
+    lookup,
+    tensors_of,
+)
+from jacfunc._faults.operations import ASKING, FREEZING, RULES, WATCHED
 from jacfunc._remembered import Remembered
 from jacfunc._torch import (
     DRAWING,
@@ -47,7 +54,7 @@ class Watch(TorchFunctionMode):
 
     _caught: Any = None
     stays_watched = False
-    """Must the function be watched again, because it has called an operation that has a rule?"""
+    """Must the function be watched again, as an operation was done by a rule or a formula?"""
     drew = False
     """Has the function drawn random numbers?"""
     strides = False
@@ -64,6 +71,7 @@ class Watch(TorchFunctionMode):
         primals: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
+        self._frozen = Frozen()
         self._primals = primals
         self._pull = pull
         self._keeps_graph = keeps_graph
@@ -81,6 +89,8 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         # called for every operation: as short as it can be
         try:
+            if self._frozen.tensors and func not in FREEZING and func is not ASKING:
+                args, kwargs = self._frozen.made_constant((args, kwargs or {}))
             if is_pushing():
                 return self.pushed(func, args, kwargs or {})
             if func not in WATCHED:
@@ -100,10 +110,16 @@ class Watch(TorchFunctionMode):
         """What an operation returns that has a rule or a formula."""
         if func in RULES:
             self._note(func, args, kwargs)
+            if func in FREEZING and self._frozen.switches(args, kwargs):
+                return args[0]
+            if func is ASKING and self._frozen.has(args[0]):
+                return False
             return RULES[func](func, args, kwargs)
-        if torch.compiler.is_compiling():
+        formula = None if torch.compiler.is_compiling() else formula_of(func, args, kwargs)
+        if formula is None or not formula.is_needed(self._is_derived_again):
             return func(*args, **kwargs)
-        return by_formula(func, args, kwargs, self._is_derived_again)
+        self.stays_watched = True
+        return formula.result(lambda: func(*args, **kwargs))
 
     def _note(self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> None:
         """Note what the call of an operation with a rule tells about the function."""

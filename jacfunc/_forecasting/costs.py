@@ -110,13 +110,18 @@ class Costs:
         """How many seeds the strategy sweeps in all."""
         return self.columns if strategy.sweeps.are_pushes else self.rows
 
-    def most_bytes(self, strategy: Sweeping) -> int:
-        """A bound of the bytes of a sweep of all seeds, as if nothing were freed before its end."""
+    def seed_bytes(self, strategy: Sweeping) -> int:
+        """A bound of the bytes that a seed takes in a sweep, as if nothing were freed meanwhile."""
         moved = sum(op.read + op.written for op in self.operations)
-        results = 2
         if strategy.sweeps.by_layers:  # no gradient of a parameter is ever there
-            moved, results = moved - sum(op.primal_bytes for op in self.operations), 1
-        return self.kept + results * self.result + 2 * self.seeds(strategy) * moved
+            moved -= sum(op.primal_bytes for op in self.operations)
+        return 2 * moved
+
+    def most_bytes(self, strategy: Sweeping) -> int:
+        """A bound of the bytes of a sweep of all seeds."""
+        results = 1 if strategy.sweeps.by_layers else 2
+        swept = self.seeds(strategy) * self.seed_bytes(strategy)
+        return self.kept + results * self.result + swept
 
     def least_bytes(self, strategy: Sweeping) -> int:
         """Bytes that a sweep takes at least: products of the largest operation with its seeds."""

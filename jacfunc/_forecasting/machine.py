@@ -19,7 +19,11 @@ from jacfunc._memory import LARGE
 from jacfunc._torch import outside_transforms
 from jacfunc._types import Leaves
 
-REPEATS, ENOUGH = 5, 0.05
+REPEATS, FEWEST, ENOUGH = 9, 3, 0.05
+"""Calls of which the fastest counts, and seconds after which no further one is made but the fewest:
+on a busy machine one call in a few takes several times as long.
+"""
+
 SHORT, LONG = 2, 12
 """Links of two chains of tiny operations: their times differ by the time of the links between."""
 
@@ -29,7 +33,13 @@ OPERATIONS = 2
 SMALLEST, LARGEST, FRESH = 4**8, 2**21, LARGE
 """Bytes of results: in a cache, in memory that a heap uses again, in new pages."""
 
-MOST_SEEDS = 256
+TOUCHED = 2**22
+"""Bytes that are written of a block of new pages: what is measured must not take much memory."""
+
+MATRIX_BYTES = 2**23
+"""Bytes of a matrix that is read for one vector: more than the caches next to the processor."""
+
+MOST_SEEDS, MOST_IMAGES = 256, 16
 SIDE = 32
 
 
@@ -51,8 +61,14 @@ Way: TypeAlias = Callable[[JacobianOperator], Callable[[], Any]]
 class Machine:
     """How fast a machine does the parts of a sweep, on one device in one dtype."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        clock: Callable[[Callable[[], Any], torch.device], float] = seconds_of,
+    ) -> None:
         self.device = device
+        self._clock = clock
         self._ones = partial(torch.ones, device=device, dtype=dtype)
         # a cache for each machine: one on the methods would keep all machines alive
         self._write, self._flop = cache(self._measure_write), cache(self._measure_flop)
@@ -64,7 +80,7 @@ class Machine:
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         """Seconds of a multiplication or addition, in products with this many seeds at once."""
-        seeds = power_of_four(seeds, 1, MOST_SEEDS)
+        seeds = power_of_four(seeds, 1, MOST_IMAGES if is_conv else MOST_SEEDS)
         return self._conv_flop(seeds, forward) if is_conv else self._flop(seeds)
 
     @cached_property
@@ -99,11 +115,18 @@ class Machine:
         return max(scaled.operation - self.push_batch.operation, 0.0)
 
     def _measure_write(self, size: int) -> float:
-        tensor = self._ones(size // self._ones(()).element_size())
-        return self._seconds(lambda: tensor + tensor) / size
+        touched, number = min(size, TOUCHED), self._ones(()).element_size()
+        source = self._ones(touched // number)
+
+        def write() -> Tensor:
+            whole = source.new_empty(size // number)
+            return torch.add(source, source, out=whole[: len(source)])
+
+        return self._seconds(write) / touched
 
     def _measure_flop(self, seeds: int) -> float:
-        side = 512 if seeds > 1 else 2048
+        number = self._ones(()).element_size()
+        side = 512 if seeds > 1 else math.isqrt(MATRIX_BYTES // number)
         matrix, vectors = self._ones(side, side), self._ones(seeds, side)
         product = (lambda: matrix @ vectors[0]) if seeds == 1 else (lambda: vectors @ matrix)
         return self._seconds(product) / (2 * side**2 * seeds)
@@ -139,9 +162,9 @@ class Machine:
         """Seconds of the fastest of a few calls, as others are only disturbed."""
         with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             run()
-            times = [seconds_of(run, self.device)]
-            while len(times) < REPEATS and sum(times) < ENOUGH:
-                times.append(seconds_of(run, self.device))
+            times: list[float] = []
+            while len(times) < FEWEST or (len(times) < REPEATS and sum(times) < ENOUGH):
+                times.append(self._clock(run, self.device))
             return min(times)
 
 
@@ -153,9 +176,13 @@ def _push_batch(operator: JacobianOperator, seeds: int | None = None) -> Callabl
     return partial(operator.pushforward_batch, next(basis(operator.primals, seeds)))
 
 
-@cache
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The machine for a device and a dtype, measured once in a process."""
+    """The machine for a device and a dtype, measured once in a process for a number of threads."""
+    return _machine(device, dtype, torch.get_num_threads())
+
+
+@cache
+def _machine(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
     return Machine(device, dtype)
 
 

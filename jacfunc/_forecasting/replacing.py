@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from jacfunc._memory import DispatchMode
 from jacfunc._types import Tree
 
 
-class Replacing(TorchDispatchMode):
+class Replacing(DispatchMode):
     """Replaces each tensor that a call meets by its fake, parameters as well, and counts FLOPs.
 
     FakeTensorMode replaces tensors, too, but below the counter of memory, for which a view of a

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, place_of, rows
-from jacfunc._kernels.routes import Axes, Pair, Positional, seeds_of
+from jacfunc._kernels.routes import Axes, Pair, Positional, places_of_rows, seeds_of
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
-from jacfunc.layers import Outer, Rows
+from jacfunc.layers import Outer
 
 BLOCKS, BLOCKED = 4, 2**24
-"""A symmetric product is computed in at most so many blocks of rows, each up to the diagonal, and
-in one for so many multiplications: a block has an overhead."""
+"""A symmetric product is computed in at most so many blocks of rows, each up to the diagonal. A
+block is worth its overhead if it has so many of the product's multiplications."""
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]
 """Rows ``[B, K, p]`` of the same entries on both sides."""
@@ -90,7 +90,7 @@ class Gram:
                 weighted[place] = pair, weights
         chunks: list[Iterator[Chunk]] = []
         for left, right, param, pair in written:
-            place = _places_of_rows(left, right) if weighted else None
+            place = places_of_rows(left, right) if weighted else None
             if place in weighted:  # outer products with the number 1
                 weighted[place][1].add_(1)
             elif left and right:
@@ -127,7 +127,7 @@ class Gram:
         axis = 1 if self.axes.kept > 1 else 2
         for start, stop, end in self._blocks(lefts, rights, axis, self._by_output.nbytes):
             some, others = cut(lefts, axis, start, stop), cut(rights, axis, 0, end)
-            products = some.flatten(1, 2) @ others.flatten(1, 2).mT
+            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
             part = cut(cut(self._by_output, axis, start, stop), axis + 2, 0, end)
             factors = weights if axis == 1 else weights[start:stop, :end]
             part.addcmul_(products.view(part.shape), factors.unsqueeze(1))
@@ -147,12 +147,16 @@ class Gram:
     def _add_by_rows(self, chunks: Iterable[Chunk]) -> None:
         """Add the products of rows, those of small chunks beside each other."""
         waiting: list[Chunk] = []
+        nbytes, large = 0, self.at_once // 4
         for chunk in chunks:
-            nbytes = sum(left.nbytes for left, _ in (*waiting, chunk))
-            if waiting and nbytes > self.at_once // 2:
-                self._add_beside(waiting)
-                waiting = []
+            if chunk[0].nbytes > large:
+                self._add_beside([chunk])
+                continue
             waiting.append(chunk)
+            nbytes += chunk[0].nbytes
+            if nbytes > large:
+                self._add_beside(waiting)
+                waiting, nbytes = [], 0
         if waiting:
             self._add_beside(waiting)
 
@@ -160,7 +164,8 @@ class Gram:
         """Add the products of rows that lie beside each other."""
         lefts, rights = self._both(self._by_rows, *zip(*chunks, strict=True))
         for start, stop, end in self._blocks(lefts, rights, 1, 0):
-            products = lefts[:, start:stop].flatten(1, 2) @ rights[:, :end].flatten(1, 2).mT
+            some, others = cut(lefts, 1, start, stop), cut(rights, 1, 0, end)
+            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
             part = self._by_sample[:, start:stop, :, :end]
             part.add_(products.view(part.shape))
 
@@ -204,7 +209,7 @@ class Gram:
             yield rows(parts, zeros).reshape(size, num_seeds, -1).to(dtype)
             return
         bytes_of_one = num_seeds * max(self.sizes) * form.width * self.like.element_size()
-        step = max(1, self.at_once // bytes_of_one)
+        step = max(1, self.at_once // max(1, bytes_of_one))
         for group in range(form.groups):
             inputs = form.inputs[:, group].to(dtype)
             for seeds in form.cotangents[:, :, group].split(step, -1):  # [K, B, T, o]
@@ -238,14 +243,3 @@ def cut(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
     """A range of an axis; the tensor itself if that is all of it."""
     size = stop - start
     return tensor if size == tensor.shape[axis] else tensor.narrow(axis, start, size)
-
-
-def _places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
-    """The places of both sides' rows in memory; None if these are not rows of a whole parameter."""
-    both = [part.form for part in (*lefts, *rights) if not part.path]
-    if len(lefts) != 1 or len(rights) != 1 or len(both) != 2:
-        return None
-    left, right = both
-    if isinstance(left, Rows) and isinstance(right, Rows):
-        return place_of(left.products), place_of(right.products)
-    return None

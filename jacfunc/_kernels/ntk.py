@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -152,4 +152,4 @@ def _batches(x: Any) -> Iterable[Any]:
 
 def _is_tree(x: Any) -> bool:
     """Is it one batch: a tensor, a tuple, a dict or another tree, and no list of batches?"""
-    return isinstance(x, Tensor | tuple | dict) or not isinstance(x, Iterable)
+    return isinstance(x, Tensor | tuple | Mapping) or not isinstance(x, Iterable)

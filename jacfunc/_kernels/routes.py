@@ -9,15 +9,15 @@ section 3.3 on structured derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from jacfunc._factored import Part
-from jacfunc.layers import Gather, Outer
+from jacfunc._factored import Part, place_of
+from jacfunc.layers import Gather, Outer, Rows
 
 MOVED = 16
 """How many multiplications take as long as writing one number and reading it again."""
@@ -78,7 +78,7 @@ class Pair:
         left, right = self.left, self.right
         if isinstance(left, Outer) and isinstance(right, Outer):
             lefts, rights = (x.inputs.to(dtype).transpose(0, 1) for x in (left, right))
-            products = lefts.flatten(1, 2) @ rights.flatten(1, 2).mT
+            products = torch.bmm(lefts.flatten(1, 2), rights.flatten(1, 2).mT)
             return products.view(*lefts.shape[:3], *rights.shape[1:3])
         assert isinstance(left, Gather)
         assert isinstance(right, Gather)
@@ -106,3 +106,14 @@ def seeds_of(form: Positional) -> Tensor:
 def width(form: Positional) -> int:
     """The number of inputs at a position; for a table, that of its rows."""
     return form.width if isinstance(form, Outer) else form.shape[0]
+
+
+def places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
+    """The places of both sides' rows in memory; None if these are not rows of a whole parameter."""
+    both = [part.form for part in (*lefts, *rights) if not part.path]
+    if len(lefts) != 1 or len(rights) != 1 or len(both) != 2:
+        return None
+    left, right = both
+    if isinstance(left, Rows) and isinstance(right, Rows):
+        return place_of(left.products), place_of(right.products)
+    return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._torch import recording
-from jacfunc._trees import flatten, unflatten
+from jacfunc._trees import flatten, flatten_containers, unflatten
 
 SIMPLE = frozenset({bool, int, float, str, type(None)})
 FEW_ENTRIES = 1000
@@ -42,9 +42,20 @@ def keeps(value: object) -> bool:
         return _is_of_numpy(value)
     if not isinstance(value, _SHALLOW):
         return True
-    if len(value) > FEW_ENTRIES:
+    if _size(value) > FEW_ENTRIES:
         return False
     return not isinstance(value, tuple) or any(map(keeps, value))
+
+
+def _size(container: Any) -> int:
+    """The number of entries, also of a class whose own ``len`` counts something else, or raises."""
+    kind: Any = next(each for each in _SHALLOW if isinstance(container, each))
+    return int(kind.__len__(container))
+
+
+def _entries(container: Any) -> Iterator[Any]:
+    """The values of a dict, or what another container has: an iterator, which asks for no size."""
+    return iter(container.values() if isinstance(container, dict) else container)
 
 
 def objects_in(value: object, visited: set[int]) -> list[Any]:
@@ -69,8 +80,8 @@ def _objects_in(value: object, visited: set[int]) -> Iterator[Any]:
             continue
         visited.add(id(item))
         if isinstance(item, _SHALLOW):
-            if len(item) <= FEW_ENTRIES:
-                pending += item.values() if isinstance(item, dict) else item
+            if _size(item) <= FEW_ENTRIES:
+                pending += _entries(item)
         elif isinstance(item, MethodType):
             pending.append(item.__self__)
         elif isinstance(item, partial):
@@ -91,7 +102,7 @@ def tensors_in(value: object) -> list[Tensor]:
         if isinstance(item, Tensor):
             tensors.append(item)
         elif isinstance(item, _SHALLOW):
-            pending += item.values() if isinstance(item, dict) else item
+            pending += _entries(item)
         elif isinstance(item, FunctionType):
             cells = [cell for cell in item.__closure__ or () if cell != CellType()]
             pending += [cell.cell_contents for cell in cells]
@@ -131,7 +142,7 @@ def copy_with(value: Any, new: dict[int, Any]) -> Any:
     What ``new`` lacks is copied, and added to it. Objects stay the same: whoever lends the module
     copies their attributes, too.
     """
-    leaves, spec = flatten(value)
+    leaves, spec = flatten_containers(value)
     return unflatten(spec, [_leaf_with(leaf, new) for leaf in leaves])
 
 

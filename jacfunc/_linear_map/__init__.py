@@ -12,6 +12,7 @@ from jacfunc._linear_map.graph import (
     differentiable_alias,
     linearize,
     map_of_graph,
+    no_view,
     writable_copy,
 )
 from jacfunc._linear_map.linearization import (

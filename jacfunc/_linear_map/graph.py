@@ -30,6 +30,7 @@ from jacfunc._linear_map.walks import Graph, LeadsOut
 from jacfunc._torch import (
     MathAttention,
     Pull,
+    below_transforms,
     is_outermost,
     noise_like,
     outside_transforms,
@@ -86,6 +87,17 @@ def writable_copy(anchor: Tensor) -> Tensor:
     # not a view: a write into a view would change the node that the view came from
     own = torch.empty_strided(anchor.shape, strides, dtype=anchor.dtype, device=anchor.device)
     return own.copy_(anchor)
+
+
+def no_view(tensor: Tensor) -> Tensor:
+    """The tensor, or for a view the same memory as a result of its own.
+
+    A write into a view changes the node that it is differentiated by, and that of its base.
+    """
+    if not below_transforms(tensor)._is_view():
+        return tensor
+    own: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return own
 
 
 def linearize(func: LeafFunction, primals: Leaves) -> Linearization:

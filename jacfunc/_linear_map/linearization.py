@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._faults import can_be_pushed, handled
@@ -118,14 +120,14 @@ class Linearization:
             if cotangents[0].shape[0] == 1:
                 # the vmaps outside do not batch the seeds of larger chunks either
                 return one_by_one(lambda seeds: self.sweep(seeds, onto, of), cotangents)
-            products, _ = sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), cotangents)
+            return sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), cotangents)[0]
         except Exception as error:  # a backward pass of the user's own may raise anything
             if isinstance(error, Refused) or is_out_of_memory(error):
                 raise
             handled(error)
             note("the backward pass could not be batched, rows go one by one: %s", error)
-            return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
-        return products
+        # not where the error is known: its traceback holds what was swept at once
+        return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
 
 
 def spread(cotangents: Leaves, outputs: Leaves, of: LeafNumbers) -> Leaves:
@@ -139,8 +141,22 @@ def spread(cotangents: Leaves, outputs: Leaves, of: LeafNumbers) -> Leaves:
 
 def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
     """Products of K seeds ``[K, *shape]``, swept one after the other without vmap."""
-    products = [sweep(tuple(seed[k] for seed in seeds)) for k in range(seeds[0].shape[0])]
-    return tuple(torch.stack(leaf) for leaf in zip(*products, strict=True))
+    count = seeds[0].shape[0]
+    products = (sweep(tuple(seed[k] for seed in seeds)) for k in range(count))
+    first = next(products)
+    if count == 1 or inside_transform() or not all(map(_is_bare, first)):
+        return tuple(map(torch.stack, zip(first, *products, strict=True)))
+    # each product is copied at once: all of them, and their copies, would take twice the result
+    every = tuple(leaf.new_empty((count, *leaf.shape)) for leaf in first)
+    for k, product in enumerate(chain((first,), products)):
+        for rows, row in zip(every, product, strict=True):
+            rows[k] = row
+    return every
+
+
+def _is_bare(leaf: Tensor) -> bool:
+    """Is it numbers alone: no graph, no layout and no class of its own?"""
+    return type(leaf) is Tensor and leaf.layout == torch.strided and not leaf.requires_grad
 
 
 def batched_like(seeds: Leaves, leaves: Leaves) -> Leaves:

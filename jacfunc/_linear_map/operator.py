@@ -115,9 +115,11 @@ class JacobianOperator:
             check_fallback(error)
             handled(error)
             note("tangents could not be pushed at once, columns go one by one: %s", error)
-            return one_by_one(self.pushforward, tangents)
-        self._keep(outputs, extras, was_pushed=True)
-        return products
+        else:
+            self._keep(outputs, extras, was_pushed=True)
+            return products
+        # not where the error is known: its traceback holds what was pushed at once
+        return one_by_one(self.pushforward, tangents)
 
     def pushforward_each(self, tangents: Leaves) -> Leaves:
         """K pushforwards without vmap, one after the other: ``[K, *in]`` → ``[K, *out]``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,7 +13,33 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class PeakBytes(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):
+    """A mode that does not load torch's compiler.
+
+    Torch's own modes load it at the first operation, to say that they are not to be compiled: that
+    takes a second and 75 MB of the process's first call. Where it is not loaded, nothing is
+    compiled.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        own = vars(cls).get("__torch_dispatch__")
+        super().__init_subclass__(**kwargs)
+        if own is not None:
+            cls.__torch_dispatch__ = _uncompiled(own, cls.__torch_dispatch__)  # type: ignore[method-assign]
+
+
+def _uncompiled(own: Callable[..., Any], by_torch: Callable[..., Any]) -> Callable[..., Any]:
+    """A mode's handler; torch's wrapper of it once the compiler is there."""
+
+    @wraps(own)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        is_loaded = hasattr(sys.modules.get("torch._dynamo"), "disable")
+        return (by_torch if is_loaded else own)(*args, **kwargs)
+
+    return dispatch
+
+
+class PeakBytes(DispatchMode):
     """Peak bytes of the tensors made inside the ``with`` block, above what lived before.
 
     It sees every operation below autograd and the functorch transforms, so backward passes and

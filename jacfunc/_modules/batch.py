@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jacfunc._assembly import Sink
-from jacfunc._errors import Refused, Stale, is_out_of_memory
+from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
 from jacfunc._log import note
 from jacfunc._memory import Chunk
@@ -22,6 +22,9 @@ from jacfunc._samples import (
 from jacfunc._torch import is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves
 from jacfunc.strategies import Evaluation, Looped, Reverse, Strategy, Structured, in_words_of
+
+FINAL = Stale, UnseenWrite, ValueError, TypeError
+"""Errors that no other way avoids."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class SampledJacobian:
                 return self._written(chunk, strategy.chunk_size)
             return self._vmapped(strategy, chunk)
         except errors as error:
-            if is_out_of_memory(error) or isinstance(error, Stale | ValueError | TypeError):
+            if is_out_of_memory(error) or isinstance(error, FINAL):
                 raise
             self.batch.check_randomness(error)  # no plan is better in this
             raise Refused(f"the samples can't be swept together: {error}") from error

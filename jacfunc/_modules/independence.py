@@ -55,11 +55,13 @@ class Independence:
         independent: what the user has said.
         at_once: samples that are evaluated together, drawn at random; None for all.
         by_rows: is every output of a sample swept?
+        is_thorough: are many halves compared at every call, not at the first alone?
     """
 
     independent: Independent = None
     at_once: int | None = None
     by_rows: bool = True
+    is_thorough: bool = False
 
     @classmethod
     def of(
@@ -126,7 +128,7 @@ class Independence:
 
         def compare(number: int) -> Coupling:
             try:
-                return coupling(subject_of(), number, number == 1, self.at_once)
+                return coupling(subject_of(), number, self.is_thorough or number == 1, self.at_once)
             except Refused as refusal:
                 raise Refused(
                     f"{api}: per_sample needs samples that can be compared with those of another "

@@ -14,6 +14,7 @@ from jacfunc._lock import alone
 from jacfunc._modules.call import Batching, ModuleCall, Wrt, argnums_of
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
+from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import InputChoice, Key
 from jacfunc._planning import resolve
 from jacfunc._types import Memory, Randomness, Tree
@@ -155,7 +156,8 @@ def module_jacobian(
             call = ModuleCall(
                 API, state, arguments, argnums, choice, full_output, create_graph, independence
             )
-            result = call.jacobian(chosen_strategy, sink, batching)
+            result = None if batching else by_samples(call, chosen_strategy, sink)
+            result = result or call.jacobian(chosen_strategy, sink, batching)
         jacobian = result.blocks[0][0] if flat else result.jacobian()
         return ModuleResult(jacobian, *result.value_and_aux()) if full_output else jacobian
 

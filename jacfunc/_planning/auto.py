@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 from jacfunc._assembly import Sink
 from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._lock import alone
 from jacfunc._memory import Chunk
 from jacfunc._planning.budget import bounded, bounded_samples, with_fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, fastest
-from jacfunc._planning.plan import Direction, Plan, carry_out, rows_first
-from jacfunc._planning.recall import Planner, recall, remember
+from jacfunc._planning.plan import Direction, Plan, blocks_by, rows_first
+from jacfunc._planning.recall import Planner, by_memory
 from jacfunc._types import Blocks
 from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
 
@@ -66,7 +64,9 @@ class Auto(Streaming):
         if costs is None:
             return rows_first(by_sizes(operator, self.directions), operator), None
         batch_costs = costs.times(samples.size, samples.are_copied)
-        plan = rows_first(with_fewer_rows(fastest(batch_costs, directions), batch_costs), operator)
+        plan = fastest(batch_costs, directions).changed(
+            lambda plan: rows_first(with_fewer_rows(plan, batch_costs), operator)
+        )
         return bounded_samples(plan, costs, samples.size, self.memory)
 
 
@@ -76,12 +76,9 @@ def by_plan(
     """Blocks ``[*out_i, *in_j]`` by the plan of an earlier call of this kind, or by a new one."""
     if torch.compiler.is_compiling():
         return by_sizes(operator, directions).into(sink, operator)
-    kind = operator.call_kind
-    recalled = recall(strategy, kind)
-    # a first call evaluates more than once, with the same random numbers
-    with alone() if recalled is None else nullcontext():
-        before = strategy.plan(operator) if recalled is None else recalled[0]
-        plan, blocks = carry_out(before, sink, operator)
-    if recalled is None or plan is not before:
-        remember(strategy, kind, (plan, None))
-    return blocks
+    return by_memory(
+        strategy,
+        operator.call_kind,
+        lambda: (strategy.plan(operator), None),
+        lambda plan, _: blocks_by(plan, sink, operator),
+    )

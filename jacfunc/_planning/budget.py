@@ -22,9 +22,24 @@ from jacfunc.strategies import Reverse, Strategy, Sweeping
 BUDGET_SHARE = 0.5
 """Share of the free memory that is the budget, where the user gives none."""
 
+ENOUGH_SEEDS, ENOUGH_BYTES = 128, 2**24
+"""A chunk of more seeds that takes more bytes is no faster, and leaves the heap in pieces: then the
+process takes two or three times the bytes that are counted.
+"""
+
 
 def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
-    """The plan in chunks that keep to the budget, where one sweep might not."""
+    """The plan in chunks that keep to the budget, where one sweep might not.
+
+    It has a second only where neither of the two needs chunks.
+    """
+    own, second = _in_chunks(plan, costs, memory), plan.second
+    if second is None or (own is plan and _in_chunks(second, costs, memory) is second):
+        return own
+    return replace(own, second=None)
+
+
+def _in_chunks(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     strategy = plan.strategy
     if not _has_chunks(strategy) or strategy.sweeps.by_layers:
         return plan
@@ -35,8 +50,9 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
         return plan
     kept = costs.outputs if strategy.sweeps.are_pushes else costs.kept
     room = _room(budget, costs.result + kept, strict=memory is not None)
+    most = max(ENOUGH_SEEDS, ENOUGH_BYTES // max(1, costs.seed_bytes(strategy)))
     chunk = FittedChunks(
-        room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else None
+        room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else most
     )
     reason = f"{plan.reason}; chunks within {in_bytes(budget)}"
     return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
@@ -45,8 +61,19 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
 def bounded_samples(plan: Plan, one: Costs, batch: int, memory: int | None) -> tuple[Plan, Chunk]:
     """The plan for each sample of a vmapped batch, and how many samples at once keep to the budget.
 
-    ``one`` are the costs of a sample.
+    ``one`` are the costs of a sample. It has a second only where neither of the two needs chunks.
     """
+    own, second = _samples_in_chunks(plan, one, batch, memory), plan.second
+    if second is None or (
+        own == (plan, None) and _samples_in_chunks(second, one, batch, memory) == (second, None)
+    ):
+        return own
+    return replace(own[0], second=None), own[1]
+
+
+def _samples_in_chunks(
+    plan: Plan, one: Costs, batch: int, memory: int | None
+) -> tuple[Plan, Chunk]:
     strategy, batch_costs = plan.strategy, one.times(batch)
     if not _has_chunks(strategy) or not _is_scarce(strategy, batch_costs, memory):
         return plan, None

@@ -64,12 +64,18 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     possible = list(seconds)
     best = min(possible, key=lambda s: seconds[s] * _reluctance(s, costs))
     rivals = [s for s in possible if type(s) is not type(best)]
-    reason = f"{sizes}: forecast {in_seconds(seconds[best])}"
-    if rivals:
-        second = min(rivals, key=seconds.__getitem__)
-        reason += f", {in_seconds(seconds[second])} by {second}"
-    following = alternatives(best, directions, costs.rows, costs.columns)
-    return Plan(best, reason, seconds[best], following)
+
+    def plan_of(strategy: Sweeping) -> Plan:
+        following = alternatives(strategy, directions, costs.rows, costs.columns)
+        reason = f"{sizes}: forecast {in_seconds(seconds[strategy])}"
+        return Plan(strategy, reason, seconds[strategy], following)
+
+    plan = plan_of(best)
+    if not rivals:
+        return plan
+    second = plan_of(min(rivals, key=seconds.__getitem__))
+    told = f"{plan.reason}, {in_seconds(second.seconds)} by {second.strategy}"
+    return replace(plan, reason=told, second=second)
 
 
 def candidates(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import NamedTuple, TypeVar
 
 from jacfunc._assembly import Sink, numel
 from jacfunc._errors import Refused
 from jacfunc._forecasting import Forecast
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import is_heard, note
-from jacfunc._memory import MODEST_BYTES
+from jacfunc._memory import MODEST_BYTES, Chunk
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
 from jacfunc.strategies import Forward, Reverse, Strategy, Streaming, Structured, blocks_into
@@ -26,6 +27,24 @@ ResultT = TypeVar("ResultT")
 UNMAPPED = 0
 """In place of a number of samples at once: no plan runs under vmap, samples go one by one."""
 
+TIMED_RUNS = 2
+"""Runs of a plan that are timed, after the first, in which torch sets things up."""
+
+
+class Timing(NamedTuple):
+    """How long a plan took.
+
+    Args:
+        seconds: of its fastest run that was timed.
+        left: how many runs are still to be timed.
+        before: the plan that took longer than forecast, instead of which this one is tried; with
+            the number of samples at once.
+    """
+
+    seconds: float = inf
+    left: int = TIMED_RUNS
+    before: tuple[Plan, Chunk] | None = None
+
 
 @dataclass(frozen=True)
 class Plan(Streaming):
@@ -37,6 +56,8 @@ class Plan(Streaming):
         seconds: what it was forecast to take on this machine; None where nothing was forecast.
         otherwise: what to try next, in order, where torch refuses.
         forecast: calls, FLOPs and bytes, where they were asked for.
+        second: the plan of another kind that has the next best forecast.
+        timing: how long it took in the calls for which it was remembered.
 
     Example:
         >>> import torch, jacfunc
@@ -53,10 +74,17 @@ class Plan(Streaming):
     seconds: float | None = None
     otherwise: tuple[Direction, ...] = ()
     forecast: Forecast | None = None
+    second: Plan | None = field(default=None, repr=False, compare=False)
+    timing: Timing = field(default=Timing(), repr=False, compare=False)
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the first strategy that torch does not refuse."""
         return attempt(self, lambda plan: blocks_into(sink, plan.strategy, operator))[1]
+
+    def changed(self, change: Callable[[Plan], Plan]) -> Plan:
+        """The plan after a change, which is made to its second, too."""
+        plan = change(self)
+        return plan if self.second is None else replace(plan, second=change(self.second))
 
     def instead(self, refusal: Refused) -> Plan:
         """The plan to try after a refusal."""
@@ -113,15 +141,10 @@ def rows_first(plan: Plan, one: JacobianOperator) -> Plan:
     return replace(plan, otherwise=tuple(d for d in plan.otherwise if not d.sweeps.are_pushes))
 
 
-def carry_out(plan: Plan, sink: Sink, operator: JacobianOperator) -> tuple[Plan, Blocks]:
-    """The plan that ran, and the blocks; logged where someone listens."""
-    if is_heard():
-        return attempt(plan, lambda plan: _logged(plan, sink, operator))
-    return attempt(plan, lambda plan: blocks_into(sink, plan.strategy, operator))
-
-
-def _logged(plan: Plan, sink: Sink, operator: JacobianOperator) -> Blocks:
-    """Blocks by the plan's strategy; what ran, why and how long is logged at INFO."""
+def blocks_by(plan: Plan, sink: Sink, operator: JacobianOperator) -> Blocks:
+    """Blocks by the plan's strategy; what ran, why and how long is logged where someone listens."""
+    if not is_heard():
+        return blocks_into(sink, plan.strategy, operator)
     start = time.perf_counter()
     blocks = blocks_into(sink, plan.strategy, operator)
     took = in_seconds(time.perf_counter() - start)

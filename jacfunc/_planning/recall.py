@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -9,17 +13,24 @@ from torch import nn
 
 from jacfunc._calls import fingerprint
 from jacfunc._linear_map import JacobianOperator
+from jacfunc._lock import alone
+from jacfunc._log import note
 from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._planning.budget import is_bounded
-from jacfunc._planning.plan import Plan
+from jacfunc._planning.plan import Plan, ResultT, Timing, attempt
 from jacfunc._remembered import CallKind, Recent, Remembered
+from jacfunc._torch import is_outermost
 from jacfunc._types import Memory
+from jacfunc._units import in_seconds
 
 Planned = tuple[Plan, Chunk]
 """A plan, and with how many samples at once it runs."""
 
 MOST_CODES = 1000
 """Fingerprints of functions whose plans are kept."""
+
+FAR = 3.0
+"""A plan that took this many times its forecast gives another one a try."""
 
 
 class Planner(Protocol):
@@ -33,6 +44,54 @@ class Planner(Protocol):
 
 class Code:
     """Stands for all functions of one fingerprint, as the owner of their plans."""
+
+
+def by_memory(
+    strategy: Planner,
+    kind: CallKind,
+    make: Callable[[], Planned],
+    run: Callable[[Plan, Chunk], ResultT],
+    clock: Callable[[], float] = time.perf_counter,
+) -> ResultT:
+    """What ``run`` returns for the plan of an earlier call of this kind, or for a new one.
+
+    The first calls after the one that plans are timed, where nothing is added to a transform's
+    work. A plan that takes far longer than forecast gives its second a try, and the faster of the
+    two is kept.
+    """
+    recalled = recall(strategy, kind)
+    # a first call evaluates more than once, with the same random numbers
+    with alone() if recalled is None else nullcontext():
+        planned = recalled or make()
+        plan, chunk = planned
+        is_timed = recalled is not None and plan.timing.left > 0 and is_outermost()
+        start = clock() if is_timed else 0.0
+        ran, result = attempt(plan, lambda each: run(each, chunk))
+    if ran is not plan:
+        following = plan.timing.before or (ran, chunk)
+    else:
+        following = following_run(planned, clock() - start) if is_timed else planned
+    if recalled is None or following is not planned:
+        remember(strategy, kind, following)
+    return result
+
+
+def following_run(planned: Planned, seconds: float) -> Planned:
+    """What the next call takes, after a run that took so many seconds."""
+    plan, chunk = planned
+    best, left, before = plan.timing
+    timed = replace(plan, timing=Timing(min(best, seconds), left - 1))
+    took, second = timed.timing.seconds, plan.second
+    if before is not None:
+        return (timed, chunk) if took < before[0].timing.seconds else before
+    if timed.timing.left or plan.seconds is None or second is None or second.seconds is None:
+        return timed, chunk
+    if took <= max(FAR * plan.seconds, second.seconds):
+        return timed, chunk
+    note("%s took %s, so %s is tried", plan.strategy, in_seconds(took), second.strategy)
+    reason = f"{second.reason}; {plan.strategy} took {in_seconds(took)}"
+    tried = replace(second, reason=reason, timing=Timing(left=1, before=(timed, chunk)))
+    return tried, None
 
 
 def recall(strategy: Planner, call: CallKind) -> Planned | None:

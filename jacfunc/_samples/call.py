@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TypeAlias
 
 from jacfunc._calls import FlatCall
-from jacfunc._errors import Refused, Stale, is_out_of_memory
+from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._factored import (
     Direct,
     FactoredJacobian,
@@ -90,7 +90,7 @@ class SampledCall:
                 try:
                     return way(start, stop)
                 except Exception as error:  # a way may fail by whatever the function raises
-                    if is_out_of_memory(error) or isinstance(error, Stale) or self._is_ours(error):
+                    if is_out_of_memory(error) or self._is_final(error):
                         raise
                     note("samples are not evaluated %s: %s", _name(way), error)
                     refused.add(_name(way))
@@ -183,8 +183,10 @@ class SampledCall:
         """What evaluations of the batch as a whole have shown."""
         return LearnedUses.of(self.kind.among("as a whole"))
 
-    def _is_ours(self, error: Exception) -> bool:
-        """Is it an error in words of the public function, which no other way avoids?"""
+    def _is_final(self, error: Exception) -> bool:
+        """Is it an error that no other way avoids, such as one in words of the public function?"""
+        if isinstance(error, Stale | UnseenWrite):
+            return True
         return isinstance(error, ValueError | TypeError) and str(error).startswith(f"{self.api}: ")
 
     def first_call(self) -> FlatCall:

@@ -65,8 +65,6 @@ def call_of_all_samples(
         return func(*args, **kwargs)
     with temporarily_pop_interpreter_stack():
         out = func(values.movedim(dim, 0), *others, **kwargs)
-        # a write into a view would change the node that it is differentiated by
-        out = out.clone() if out._is_view() else out
     return _functorch._add_batch_dim(out, 0, level[1])
 
 

@@ -1,16 +1,14 @@
 """Trees and leaves: the only package that knows optree."""
 
 from jacfunc._trees.in_dims import Arguments, check_batch, sample_dims
+from jacfunc._trees.split import Split, kind_of, kinds_of, paths, without_settings
 from jacfunc._trees.tree import (
-    Split,
     StructureError,
     aligned,
     broadcast_prefix,
     flatten,
-    kind_of,
-    kinds_of,
+    flatten_containers,
     map_tensors,
-    paths,
     stack_trees,
     unflatten,
 )

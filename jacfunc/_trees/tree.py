@@ -1,72 +1,73 @@
 """Takes trees apart into leaves and puts them together again; the only importer of optree.
 
 Dictionaries keep their insertion order, and ``None`` is structure. A node type that torch's own
-pytree knows (HuggingFace's ``ModelOutput``, say) is registered with optree when it is first met.
+pytree knows (HuggingFace's ``ModelOutput``, say) is registered with optree when it is first met,
+and so is the class of an object with tensors in it (a dataclass, a ``UserDict``, a cache).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from typing import Any
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cache, partial
+from typing import Any, TypeAlias
 
 import optree
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
 from jacfunc._lock import alone
-from jacfunc._types import Tree, is_differentiable
+from jacfunc._trees.objects import Attribute, can_hold, holds_tensors, parts, put_together
+from jacfunc._types import Tree
 
 NAMESPACE = "jacfunc"
 """Register a node type with optree globally or in this namespace, and jacfunc sees through it."""
 
+Structure: TypeAlias = optree.PyTreeSpec
+"""What a tree is without its leaves."""
+
 # A Jacobian's columns follow named_parameters(), whose order optree's default (sorted keys) would
 # lose. The context is entered for the life of the process, in our namespace alone.
 _INSERTION_ORDER = optree.dict_insertion_ordered(True, namespace=NAMESPACE)
-
 _INSERTION_ORDER.__enter__()
+LEAF = optree.treespec_leaf(namespace=NAMESPACE)
 
-_LEAF = optree.treespec_leaf(namespace=NAMESPACE)
 
-
-def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
+def flatten(tree: Tree) -> tuple[list[Any], Structure]:
     """The leaves of a tree, left to right, and its structure."""
     if type(tree) is Tensor:  # the usual case; the general way costs as much as a small sweep
-        return [tree], _LEAF
-    leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
-    foreign = {type(leaf) for leaf in leaves} & torch_pytree.SUPPORTED_NODES.keys()
-    if not foreign:
-        return leaves, spec
-    with alone():
-        # another thread may have registered some while this one waited
-        kinds = {type(leaf) for leaf in optree.tree_leaves(tree, namespace=NAMESPACE)}
-        for kind in foreign & kinds:
-            _register(kind)
-    return flatten(tree)
+        return [tree], LEAF
+    try:
+        leaves, spec = optree.tree_flatten(tree, namespace=NAMESPACE)
+    except RecursionError:  # an object that leads to itself is no tree
+        return flatten_containers(tree)
+    return flatten(tree) if _has_new_kinds(tree, leaves) else (leaves, spec)
 
 
-def unflatten(spec: optree.PyTreeSpec, leaves: Sequence[Any]) -> Tree:
+def flatten_containers(tree: Tree) -> tuple[list[Any], Structure]:
+    """The leaves of a tree, and its structure; objects that hold tensors are leaves of it."""
+    leaves, spec = optree.tree_flatten(tree, _object_test(), namespace=NAMESPACE)
+    return flatten_containers(tree) if _has_foreign_kinds(tree, leaves) else (leaves, spec)
+
+
+def unflatten(spec: Structure, leaves: Sequence[Any]) -> Tree:
     """A tree of this structure; in the place of a leaf may be anything, even a tree."""
-    return leaves[0] if spec is _LEAF else optree.tree_unflatten(spec, leaves)
-
-
-def paths(tree: Tree, root: str) -> list[str]:
-    """The path of each leaf, written as code: ``params['encoder.weight']``."""
-    return Split.of(tree, lambda _: True).paths(root)
+    return leaves[0] if spec is LEAF else optree.tree_unflatten(spec, leaves)
 
 
 class StructureError(ValueError):
     """The structures of two trees differ; the message begins with the place."""
 
 
-def aligned(spec: optree.PyTreeSpec, tree: Tree, root: str) -> list[Any]:
+def aligned(spec: Structure, tree: Tree, root: str) -> list[Any]:
     """The subtrees of ``tree`` where the structure has leaves; dicts are matched by key.
 
     Raises:
         StructureError: if keys, a length or a kind of node differ somewhere.
     """
-    if _is_leaf(spec):
+    if is_leaf(spec):
         return [tree]
     flatten(tree)  # registers node types that are met for the first time
     try:
@@ -75,11 +76,12 @@ def aligned(spec: optree.PyTreeSpec, tree: Tree, root: str) -> list[Any]:
         raise StructureError(_mismatch(spec, tree, root)) from error
 
 
-def _is_leaf(spec: optree.PyTreeSpec) -> bool:
+def is_leaf(spec: Structure) -> bool:
+    """Is it the structure of a lone leaf?"""
     return spec.num_leaves == 1 and spec.num_nodes == 1
 
 
-def _mismatch(spec: optree.PyTreeSpec, tree: Tree, root: str) -> str:
+def _mismatch(spec: Structure, tree: Tree, root: str) -> str:
     """Words for the outermost place where a structure and a tree differ."""
     level = spec.one_level()
     assert level is not None, "anything fits a leaf"
@@ -95,7 +97,7 @@ def _mismatch(spec: optree.PyTreeSpec, tree: Tree, root: str) -> str:
     return f"{root} has another structure"
 
 
-def _root_in_words(spec: optree.PyTreeSpec) -> str:
+def _root_in_words(spec: Structure) -> str:
     """Words for the outermost node of a structure."""
     return _in_words(optree.tree_unflatten(spec, [None] * spec.num_leaves))
 
@@ -117,6 +119,7 @@ def broadcast_prefix(prefix: Tree, tree: Tree, root: str = "dims") -> list[Any]:
     if isinstance(prefix, int):
         return [prefix] * len(flatten(tree)[0])
     leaf = object()
+    flatten(tree)  # registers node types that are met for the first time
     full = optree.tree_map(lambda _: leaf, tree, namespace=NAMESPACE)
     # None is structure in the tree and a value in the prefix: keep it in both, drop it at the end
     values, spec = optree.tree_flatten(prefix, none_is_leaf=True, namespace=NAMESPACE)
@@ -143,20 +146,52 @@ def map_tensors(func: Callable[[Tensor], Any], tree: Tree) -> Tree:
     return unflatten(spec, [func(x) if isinstance(x, Tensor) else x for x in leaves])
 
 
-def kind_of(leaf: object) -> Hashable:
-    """Shape, dtype and device of a tensor, or a setting's value: equal for leaves of equal cost."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
-    return leaf if isinstance(leaf, bool | int | float | str) else type(leaf).__qualname__
+def _has_new_kinds(tree: Tree, leaves: Sequence[Any]) -> bool:
+    """Should some leaves of the tree be nodes? Their classes are registered, for the next time."""
+    kinds: set[Any] = {type(leaf) for leaf in leaves}
+    if _closed().issuperset(kinds) and not kinds & torch_pytree.SUPPORTED_NODES.keys():
+        return False
+    _closed().update(kind for kind in kinds if not can_hold(kind))
+    objects = {type(leaf) for leaf in leaves if type(leaf) not in _closed() and holds_tensors(leaf)}
+    with alone():
+        is_foreign = _has_foreign_kinds(tree, leaves)
+        # another thread may have registered some while this one waited
+        for kind in objects - _objects() - torch_pytree.SUPPORTED_NODES.keys():
+            _register_object(kind)
+            _objects().add(kind)
+    return is_foreign or bool(objects)
 
 
-def kinds_of(tree: Tree) -> Hashable:
-    """Structure and kinds of the leaves of a tree: equal for trees of equal cost."""
-    leaves, spec = flatten(tree)
-    return spec, tuple([kind_of(leaf) for leaf in leaves])
+def _has_foreign_kinds(tree: Tree, leaves: Sequence[Any]) -> bool:
+    """The same, of node types that torch's pytree knows."""
+    foreign = {type(leaf) for leaf in leaves} & torch_pytree.SUPPORTED_NODES.keys()
+    if not foreign:
+        return False
+    with alone():
+        kinds = {type(leaf) for leaf in optree.tree_leaves(tree, namespace=NAMESPACE)}
+        for kind in foreign & kinds:
+            _register_foreign(kind)
+    return True
 
 
-def _register(kind: type) -> None:
+def _object_test() -> Callable[[Any], bool] | None:
+    """Tells whether something is an object whose class was registered for its tensors."""
+    return (lambda thing: type(thing) in _objects()) if _objects() else None
+
+
+@cache
+def _closed() -> set[Any]:
+    """Classes whose objects are no trees, whatever they hold."""
+    return {Tensor, nn.Parameter, bool, int, float, str}
+
+
+@cache
+def _objects() -> set[Any]:
+    """Classes of objects that were met with tensors in them."""
+    return set()
+
+
+def _register_foreign(kind: type) -> None:
     """Register with optree, in our namespace, a node type that torch's pytree knows."""
     node = torch_pytree.SUPPORTED_NODES[kind]
 
@@ -180,62 +215,29 @@ def _register(kind: type) -> None:
     optree.register_pytree_node(kind, take_apart, put_together, namespace=NAMESPACE)
 
 
-@dataclass(slots=True)
-class Split:
-    """A tree split into chosen leaves, by default the differentiable ones, and constants."""
+def _register_object(kind: type) -> None:
+    """Register a class of objects that hold tensors."""
 
-    spec: optree.PyTreeSpec
-    is_chosen: tuple[bool, ...]
-    leaves: tuple[Any, ...]
-    constants: tuple[Any, ...]
+    def take_apart(thing: Any) -> tuple[list[Any], Any, list[Any]]:
+        keys, values = parts(thing)
+        return values, tuple(keys), keys
 
-    @classmethod
-    def of(cls, tree: Tree, chosen: Callable[[object], bool] = is_differentiable) -> Split:
-        """Split a tree; ``chosen`` tells for each leaf whether it is one."""
-        # the commonest tree by far, and a leaf of every choice
-        if type(tree) is Tensor and tree.is_floating_point():
-            return cls(_LEAF, (True,), (tree,), ())
-        everything, spec = flatten(tree)
-        is_chosen = tuple(map(chosen, everything))
-        if all(is_chosen):
-            return cls(spec, is_chosen, tuple(everything), ())
-        leaves = tuple(leaf for leaf, yes in zip(everything, is_chosen, strict=True) if yes)
-        constants = tuple(leaf for leaf, yes in zip(everything, is_chosen, strict=True) if not yes)
-        return cls(spec, is_chosen, leaves, constants)
+    optree.register_pytree_node(
+        kind, take_apart, partial(put_together, kind), path_entry_type=Inside, namespace=NAMESPACE
+    )
 
-    def merge(self, leaves: Sequence[Any], constants: Sequence[Any] | None = None) -> Tree:
-        """The tree with new chosen leaves, and with new constants if there are any."""
-        if not self.constants:
-            return unflatten(self.spec, leaves)
-        new, kept = iter(leaves), iter(self.constants if constants is None else constants)
-        return unflatten(self.spec, [next(new if yes else kept) for yes in self.is_chosen])
 
-    def place(self, values: Sequence[Any]) -> Tree:
-        """A tree with a value in the place of each chosen leaf, and None for each constant."""
-        return self.merge(values, [None] * len(self.constants))
+class Inside(optree.PyTreeEntry):
+    """The way from an object to an item or an attribute of it."""
 
-    @property
-    def is_bare(self) -> bool:
-        """Is the tree a single leaf, in no container?"""
-        return _is_leaf(self.spec)
+    def codify(self, /, node: str = "") -> str:
+        if not isinstance(self.entry, Attribute):
+            return f"{node}[{self.entry!r}]"
+        if self.entry.name == "data" and issubclass(self.type, UserDict):
+            return node  # which reads its items from there
+        return f"{node}.{self.entry.name}"
 
-    def align(self, tree: Tree, root: str) -> list[Any]:
-        """What another tree has in the places of the chosen leaves.
 
-        Raises:
-            StructureError: if the structures differ, or a tensor is in the place of a constant.
-        """
-        values = aligned(self.spec, tree, root)
-        if not self.constants:
-            return values
-        for value, yes, accessor in zip(values, self.is_chosen, self.spec.accessors(), strict=True):
-            if isinstance(value, Tensor) and not yes:
-                raise StructureError(
-                    f"{accessor.codify(root)} is a tensor, not None as for a constant"
-                )
-        return [value for value, yes in zip(values, self.is_chosen, strict=True) if yes]
-
-    def paths(self, root: str) -> list[str]:
-        """The path of each chosen leaf, written as code."""
-        accessors = self.spec.accessors()
-        return [a.codify(root) for a, yes in zip(accessors, self.is_chosen, strict=True) if yes]
+def is_inside(way: Sequence[Any]) -> bool:
+    """Does the way from the root to a leaf lead through an object?"""
+    return any(isinstance(step, Inside) for step in way)

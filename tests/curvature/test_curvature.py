@@ -576,6 +576,19 @@ def test_half_precision() -> None:
     assert_close(flat(halved.diagonal()), flat(exact.diagonal()).double(), 0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_holds_norms_whose_squares_it_does_not(dtype: torch.dtype) -> None:
+    model, x = nn.Linear(8, 1).to(dtype), torch.full((2, 8), 200.0, dtype=dtype)
+
+    def total(out: Tensor, y: None) -> Tensor:
+        return out.sum()
+
+    found = jacfunc.gradient_norms(model, total)(x, None)
+    assert found.dtype == dtype
+    exact = x.new_tensor([8 * 200.0**2 + 1], dtype=torch.float64).sqrt()
+    assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps / 2 * exact.max()
+
+
 # --- forms ---
 
 
@@ -595,7 +608,7 @@ def test_squares_of_other_forms() -> None:
     block, param = torch.randn(7, 6, 3, 4).double(), torch.zeros(3, 4).double()
     parts = [Part((), Own(block))]
     assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
-    assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
+    assert_close(norms([(parts, param)]), block.square().flatten(2).sum(2).T)
 
 
 def written(parts: list[Part], shape: tuple[int, ...]) -> Tensor:
@@ -617,10 +630,10 @@ def test_squares_of_outer_products(positions: int, groups: int, is_transposed: b
     param = torch.zeros(shape, dtype=torch.float64)
     block = written(parts, (7, 6, *shape))
     assert_close(squared(parts, param, SquaredSums(), few), block.square().sum((0, 1)))
-    assert_close(norms(parts, param, few), block.square().flatten(2).sum(2).T)
+    assert_close(norms([(parts, param)], few), block.square().flatten(2).sum(2).T)
     again = [*parts, Part((), Rows(block.transpose(0, 1).clone()))]
     assert_close(squared(again, param, SquaredSums(), few), (2 * block).square().sum((0, 1)))
-    assert_close(norms(again, param, few), (2 * block).square().flatten(2).sum(2).T)
+    assert_close(norms([(again, param)], few), (2 * block).square().flatten(2).sum(2).T)
 
 
 def test_squares_of_lookups() -> None:
@@ -628,7 +641,7 @@ def test_squares_of_lookups() -> None:
     parts = [Part((), Gather(index, torch.randn(3, 2, 4, 5).double(), torch.Size((6, 5))))]
     param, block = torch.zeros(6, 5).double(), written(parts, (2, 3, 6, 5))
     assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
-    assert_close(norms(parts, param), block.square().flatten(2).sum(2).T)
+    assert_close(norms([(parts, param)]), block.square().flatten(2).sum(2).T)
 
 
 # --- refusals ---
@@ -688,10 +701,16 @@ class Branching(nn.Module):
         return out if bool((x.sum() > 1e9).item()) else out.tanh()
 
 
-def test_refusals_of_vmap_and_transforms() -> None:
+def test_what_vmap_refuses_is_evaluated_as_a_batch() -> None:
+    x, y, module = torch.randn(5, 4), classes(), Branching()
+    got = jacfunc.ggn(module, F.cross_entropy)(x, y).diagonal()
+    straight = nn.Sequential(module.layer, nn.Tanh())
+    want = jacfunc.ggn(straight, F.cross_entropy)(x, y).matrix().diagonal()
+    torch.testing.assert_close(torch.cat([block.flatten() for block in got.values()]), want)
+
+
+def test_refusals_of_transforms() -> None:
     x, y = torch.randn(5, 4), classes()
-    with pytest.raises(NotImplementedError, match="ggn: per-sample factors need a module that"):
-        jacfunc.ggn(Branching(), F.cross_entropy)(x, y).diagonal()
     norms_of = jacfunc.gradient_norms(mlp(), F.cross_entropy)
     with pytest.raises(NotImplementedError, match="gradient_norms: the graph of an evaluation"):
         torch.vmap(lambda x: norms_of(x, y))(x[None])
@@ -758,13 +777,12 @@ class Applied(nn.Module):
 
 def test_products_where_graphs_are_not_differentiated_again() -> None:
     model, case, inputs, targets, true = posed("mlp")
-    pushed = Applied(model, OncePushed)
-    found = jacfunc.ggn(pushed, case.loss)(inputs, targets)
-    vector = {key: torch.randn_like(param) for key, param in pushed.named_parameters()}
-    for _ in range(3):
-        assert_close(flat(found @ vector), true.matrix @ flat(vector))
-    with pytest.raises(NotImplementedError, match="ggn: products need a module whose J v"):
-        jacfunc.ggn(Applied(model, Once), case.loss)(inputs, targets) @ vector
+    for function in (OncePushed, Once):
+        applied = Applied(model, function)
+        found = jacfunc.ggn(applied, case.loss)(inputs, targets)
+        vector = {key: torch.randn_like(param) for key, param in applied.named_parameters()}
+        for _ in range(3):
+            assert_close(flat(found @ vector), true.matrix @ flat(vector))
 
 
 def test_refusal_of_outputs_without_a_batch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,54 @@ def test_it_is_measured_once(here: Machine) -> None:
     with Forbidden():
         assert (here.write(1_100_000), here.flop(60, False, True), here.pull) == costs
     assert machine(CPU, torch.float64) is machine(CPU, torch.float64)
+
+
+def test_a_disturbed_call_does_not_count() -> None:
+    took = iter([1.0, 0.5, 1e-3])
+    busy = Machine(CPU, torch.float32, clock=lambda run, device: next(took))
+    assert busy.write(10**5) == pytest.approx(1e-3 / 4**8)
+    quiet = Machine(CPU, torch.float32, clock=lambda run, device: 1e-6)
+    assert quiet.write(10**5) == pytest.approx(1e-6 / 4**8)
+
+
+def test_each_number_of_threads_is_measured_for_itself() -> None:
+    threads, before = torch.get_num_threads(), machine(CPU, torch.float64)
+    try:
+        torch.set_num_threads(threads + 1)
+        assert machine(CPU, torch.float64) is not before
+    finally:
+        torch.set_num_threads(threads)
+    assert machine(CPU, torch.float64) is before
+
+
+FIRST_CALL = """
+import sys, torch, jacfunc
+from torch import nn
+from jacfunc._forecasting.machine import Machine
+
+def bytes_of(what):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(what)]
+    return 1024 * int(line.split()[1])
+
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+jacfunc.jacobian(lambda x: model(x).sin())(torch.ones(3))
+for strategy in ("auto", "structured"):
+    jacfunc.module_jacobian(model, per_sample=True, strategy=strategy)(torch.ones(2, 3))
+before, fresh = bytes_of("VmRSS"), Machine(torch.device("cpu"), torch.float64)
+fresh.write(10**9), fresh.flop(1, False, False), fresh.flop(256, True, True)
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+print(bytes_of("VmHWM") - before < 2**25)
+"""
+
+
+def test_the_first_call_of_a_process_takes_little_memory() -> None:
+    """Torch's compiler would take a second and 75 MB, blocks of new pages twice 32 MiB."""
+    run = [sys.executable, "-c", FIRST_CALL]
+    root = Path(__file__).parents[2]
+    told = subprocess.run(run, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert told.split("\n")[0] == "[]"
+    if sys.platform == "linux":
+        assert told.split() == ["[]", "True"]
 
 
 def test_measuring_disturbs_nobody() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacfunc
 from jacfunc._kernels.blocks import KeptAxes, LeafRows, SampleRange
@@ -254,6 +256,62 @@ def test_a_kernel_takes_a_fraction_of_the_jacobian() -> None:
     with PeakBytes() as counter:
         jacfunc.ntk(model, None, x)
     assert counter.peak <= 0.05 * whole
+
+
+class Products(TorchDispatchMode):
+    """Counts the products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.split(".")[0] in {"mm", "bmm", "addmm", "baddbmm"}
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def products_of(rows: LeafRows) -> int:
+    """How many products of matrices the kernel of some rows takes."""
+    with Products() as products:
+        rows.times(rows)
+    return products.count
+
+
+def test_weight_and_bias_share_the_product_of_cotangents() -> None:
+    model, x1, _ = case("mlp")
+    assert products_of(rows_of(model, x1)) == 2 * 3  # of inputs and of cotangents, in each layer
+
+
+def test_small_parameters_share_one_product() -> None:
+    torch.manual_seed(0)
+    norms = [nn.LayerNorm(6) for _ in range(5)]
+    model = nn.Sequential(*norms).double().requires_grad_(True)
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert products_of(rows_of(model, x)) == 1
+    rows = written_out(model, x)
+    assert_close(jacfunc.ntk(model, None, x), torch.einsum("acp,bdp->abcd", rows, rows))
+
+
+def test_sequences_without_positions() -> None:
+    class Summed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).sum(1)
+
+    assert jacfunc.ntk(Summed(4, 3), None, torch.ones(5, 0, 4)).equal(torch.zeros(5, 5, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_products_are_rounded_at_the_end(dtype: torch.dtype) -> None:
+    """The factors of this network are its input, and numbers that half precision holds exactly."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(300, 1).to(dtype), torch.randn(5, 300).to(dtype)
+    exact = x.double() @ x.double().mT + 1
+    found = jacfunc.ntk(model, None, x)[:, :, 0, 0]
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps / 2 * exact.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import torch.distributions as D
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.kinds.modules import floats, integers
 
@@ -932,20 +933,110 @@ class ClassToken(Layers):
         return self.leave(self.enter(weights @ h).tanh())[:, 0]
 
 
-@stands_for("tokens in front of the batch", (3, 2))
+@stands_for("tokens in front of the batch", (B, 2))
 class TokensFirst(Layers):
-    """As recurrent nets and attention want them by default."""
+    """As recurrent nets and attention want them by default; as many as there are samples."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.transpose(0, 1).contiguous()
-        h = self.enter(h.view(-1, 2)).tanh().view(3, -1, 3)
+        h = self.enter(h.view(-1, 2)).tanh().view(B, -1, 3)
         return self.leave(h.cumsum(0)[1:].sin()).sum(0)
+
+
+def ordered(seed: int) -> tuple[Tensor]:
+    """By size at first, later in any order."""
+    x = floats(B, 2, seed=seed)
+    return (x[x.norm(dim=1).argsort()] if seed == 1 else x,)
+
+
+@stands_for("samples parted by a mask", inputs=ordered, looks=True)
+class Parted(Layers):
+    """Those of which something is true first, all by the same layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x[:, 0] > 0
+        h = self.one(torch.cat([x[mask], x[~mask]])).sin()
+        out = torch.empty_like(h)
+        out[mask], out[~mask] = h.split([int(mask.sum()), int((~mask).sum())])
+        return out
+
+
+def ragged(seed: int) -> tuple[Tensor, Tensor]:
+    """Samples with 2, 2, 1 and 3 nodes, at first in this order."""
+    counts = torch.tensor([2, 2, 1, 3])
+    return floats(B, 3, 2, seed=seed), counts.roll(seed - 1)
+
+
+@stands_for("graphs of several sizes", inputs=ragged, looks=True)
+class Ragged(Layers):
+    """The nodes of all in one row, as many as there are."""
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        graph = torch.arange(len(x)).repeat_interleave(count)
+        nodes = torch.cat([one[:n] for one, n in zip(x, count.tolist(), strict=True)])
+        return x.new_zeros(len(x), 2).index_add(0, graph, self.one(nodes).sin())
+
+
+@stands_for("packed sequences", inputs=ragged, looks=True)
+class Packed(Parts):
+    """Time steps of all sequences that are long enough, the longest sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__(gru=nn.GRU(2, 2, batch_first=True), out=nn.Linear(2, 2))
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, count, batch_first=True, enforce_sorted=False)
+        return self.out(self.gru(packed)[1][0]).sin()
+
+
+@stands_for("an expert for each sample, in a loop", inputs=ordered, looks=True)
+class ExpertsInALoop(Parts):
+    def __init__(self) -> None:
+        super().__init__(gate=nn.Linear(2, 2), first=nn.Linear(2, 2), second=nn.Linear(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts, gates = (self.first, self.second), self.gate(x).softmax(1)
+        chosen = gates.argmax(1).tolist()
+        each = [gates[n, e] * experts[e](x[n]).tanh() for n, e in enumerate(chosen)]
+        return torch.stack(each)
+
+
+@stands_for("samples backwards", (2,))
+class Backwards(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x.flip(0)).sin().flip(0)
+
+
+@stands_for("the last two in each other's place", (2,))
+class LastTwo(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(torch.cat([x[:-2], x[-1:], x[-2:-1]])) if len(x) > 1 else self.one(x)
+        return torch.cat([h[:-2], h[-1:], h[-2:-1]]) if len(x) > 1 else h
 
 
 @stands_for("a row for each place in the batch", (2,), within=COUPLED)
 class PlaceInBatch(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return self.one(x) * (1 + torch.arange(len(x)))[:, None]
+
+
+@stands_for("samples in the order of their size", inputs=ordered, looks=True, within=COUPLED)
+class BySize(Layers):
+    """As packed sequences are, and back again: sums over samples are rounded in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.norm(dim=1).argsort()
+        return self.one(x[order])[order.argsort()]
+
+
+@stands_for("an order made by Python", inputs=ordered, looks=True, within=COUPLED)
+class PythonsOrder(Layers):
+    """What Python reads of the samples says in which order a layer gets them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = sorted(range(len(x)), key=lambda n: x[n].norm().item())
+        h = self.one(torch.stack([x[n] for n in order])).sin()
+        return torch.stack([h[order.index(n)] for n in range(len(x))])
 
 
 def growing(seed: int) -> tuple[Tensor]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacfunc
-from tests.curvature.test_curvature import scores, sign_matrix
 from tests.kinds.families import FAMILIES, Batch, of_classes
 from tests.kinds.modules import B, Calls
 from tests.modules.test_module_kinds import rows
@@ -48,31 +49,32 @@ def looped(module: nn.Module, batch: Batch, wrt: str) -> Truth:
     return Truth(output, by_params, [of_leaf[-1] for of_leaf in blocks] if wrt else [])
 
 
-@cache
-def truth(name: str, mode: str, *, by_inputs: bool = False, whole: bool = False) -> Truth:
-    """Checkpoints change no number: the loops run without."""
-    family = FAMILIES[name]
-    if mode == "checkpointed" or (family.batch is family.embedded and not by_inputs):
-        mode = "train" if mode == "checkpointed" else mode
-        return truth(
-            name, mode, by_inputs=family.batch is family.embedded or by_inputs, whole=whole
-        )
-    module, wrt = family.make(mode), family.wrt if by_inputs else ""
-    batch = (family.embedded if by_inputs else family.batch)()
-    if whole:
-        return looped(module, batch, wrt)
+def looped_by_samples(module: nn.Module, batch: Batch, wrt: str) -> Truth:
+    """The same of each sample alone, as a batch of one: blocks ``[B, *out, …]``."""
     ones = [{key: value[b : b + 1] for key, value in batch.items()} for b in range(B)]
     singles = [looped(module, one, wrt) for one in ones]
-    outs = float_leaves(singles[0].output)
     by_params = [
         {key: torch.cat([single.params[n][key] for single in singles]) for key in blocks}
         for n, blocks in enumerate(singles[0].params)
     ]
+    outs = float_leaves(singles[0].output) if wrt else []
     inputs = [
         torch.cat([single.inputs[n].squeeze(out.dim()) for single in singles])
-        for n, out in enumerate(outs[: len(singles[0].inputs)])
+        for n, out in enumerate(outs)
     ]
     return Truth(singles[0].output, by_params, inputs)
+
+
+@cache
+def truth(name: str, mode: str, by_inputs: bool = False, whole: bool = False) -> Truth:
+    """Checkpoints change no number: the loops run without."""
+    if mode == "checkpointed":
+        return truth(name, "train", by_inputs, whole)
+    family = FAMILIES[name]
+    if family.batch is family.embedded and family.wrt and not by_inputs:
+        return truth(name, mode, True, whole)
+    batch, wrt = (family.embedded, family.wrt) if by_inputs else (family.batch, "")
+    return (looped if whole else looped_by_samples)(family.make(mode), batch(), wrt)
 
 
 class Case:
@@ -219,7 +221,7 @@ def stream_of_samples(case: Case) -> Answer:
 
 def ntk(case: Case) -> Answer:
     got = jacfunc.ntk(case.picked, case.picked_names, (case.batch,))
-    want = torch.einsum("aip,bjp->abij", case.matrix, case.matrix)
+    want = torch.einsum("aip,bjp->abij", case.matrix, case.matrix).to(case.output)
     return got, want.reshape(B, B, *case.output.shape[1:] * 2)
 
 
@@ -249,23 +251,39 @@ def ggn_diagonal(case: Case) -> Answer:
     return in_a_row(ggn(case).diagonal()), case.gauss_newton().diagonal()
 
 
+def scores(case: Case, draws: int, generator: torch.Generator) -> Tensor:
+    """Minus the gradients of log likelihoods at targets that are drawn, ``[K, B, M]``."""
+    output = case.output
+    if case.family.loss is not of_classes:
+        noise = torch.randn(draws, *output.shape, generator=generator, dtype=output.dtype)
+        return noise.flatten(2)
+    chances = output.softmax(-1)
+    drawn = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
+    hits = F.one_hot(drawn.T, output.shape[-1]).reshape(draws, *output.shape)
+    return (chances - hits).flatten(2)
+
+
 def fisher(case: Case) -> Answer:
     likelihood: Any = "categorical" if case.family.loss is of_classes else "gaussian"
-    generator = torch.Generator().manual_seed(7)  # as that of the scores
-    of = jacfunc.fisher(
-        case.picked, likelihood, draws=2, generator=generator, select=case.picked_names
-    )
-    drawn = scores(likelihood, case.output, 2).flatten(2).to(case.matrix)
-    gradients = torch.einsum("kbm,bmp->kbp", drawn, case.matrix)
+    one, same = (torch.Generator().manual_seed(7) for _ in range(2))
+    of = jacfunc.fisher(case.picked, likelihood, draws=2, generator=one, select=case.picked_names)
+    gradients = torch.einsum("kbm,bmp->kbp", scores(case, 2, same).to(case.matrix), case.matrix)
     return in_a_row(of(case.batch).diagonal()), gradients.square().sum((0, 1)) / (2 * B)
 
 
 def random_projection(case: Case) -> Answer:
-    got = jacfunc.random_projection(case.picked, 5, select=case.picked_names)(case.batch)
-    sizes = {name: block[0].numel() for name, block in case.blocks.items()}
-    numbers = case.output[0].numel()
-    signs = [sign_matrix(name, 5).rows(size // numbers) for name, size in sizes.items()]
-    return got, (case.matrix @ torch.cat(signs)).reshape(*case.output.shape, 5)
+    """The random matrix is that of a module of the same parameters whose Jacobian is one."""
+    select = {"select": case.picked_names}
+
+    def parameters(model: nn.Module, x: Tensor) -> Tensor:
+        every = torch.cat([attrgetter(name)(model).flatten() for name in case.names])
+        return every.expand(len(x), -1)
+
+    identity = Calls(case.module, parameters)
+    (signs,) = jacfunc.random_projection(identity, 5, **select)(torch.zeros(1))
+    assert torch.equal(signs.abs(), torch.full_like(signs, 5**-0.5))
+    got = jacfunc.random_projection(case.picked, 5, **select)(case.batch)
+    return got, (case.matrix @ signs).reshape(*case.output.shape, 5)
 
 
 DOORS = {
@@ -317,3 +335,17 @@ def assert_agrees(got: Any, want: Any, rtol: float) -> None:
     """Within what rounding makes of the largest entry."""
     largest = max(float(block.abs().max()) for block in float_leaves(want))
     assert_same(got, want, rtol=rtol, atol=rtol * largest)
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "T5"])
+def test_adapters_may_be_switched_off(name: str) -> None:
+    pytest.importorskip("peft", reason="the extra test-hf is not installed")
+    case = Case(f"{name} with LoRA", "eval")
+    batch, wrt, rtol = case.family.embedded(), case.family.wrt, case.family.rtol
+    jac = jacfunc.module_jacobian(case.module, "inputs", inputs=wrt, per_sample=True)
+    with_adapters = place(case.inputs_truth.output, case.inputs_truth.inputs)
+    assert_agrees(jac(**batch), with_adapters, rtol)
+    with case.module.disable_adapter():
+        want = looped_by_samples(case.module, batch, wrt)
+        assert_agrees(jac(**batch), place(want.output, want.inputs), rtol)
+    assert_agrees(jac(**batch), with_adapters, rtol)

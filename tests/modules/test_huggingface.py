@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from tests.modules.test_module_kinds import (
     says_what_to_do,
     seed,
 )
+from tests.truth.batches import DOORS, Call
 from tests.truth.oracles import assert_same, place
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched: the weights are random
@@ -139,18 +141,10 @@ def by(want: Judged, wrt: Any, select: str) -> Any:
     return place(want.output, trees)
 
 
-def refusal_of(name: str, attention: str, call: str, mode: str, how: str, strategy: str) -> str:
-    """Words of the error, where transformers or torch can't do it; empty where they can."""
-    drops = ("sdpa", "positions", "train", "per sample", "forward")
-    if (attention, call, mode, how, strategy) == drops:
-        return "its dropout ends the process"
-    if strategy in ("looped", "auto") or call == "positions":
-        return ""
-    # masks are looked at, but for those of causal models where attention is eager
-    looks = ("BERT", "T5", "DistilBERT") + (("GPT-2", "Llama") if attention == "sdpa" else ())
-    if how == "per sample" and name in looks:
-        return "Use strategy='looped', which takes the samples one by one"
-    return "padding_idx" if strategy == "forward" and name in ("BERT", "DistilBERT") else ""
+def refusal_of(name: str, call: str, strategy: str) -> str:
+    """Words of the error, where torch can't do it; empty where it can."""
+    looks_up = name in ("BERT", "DistilBERT") and call == "keywords"
+    return "padding_idx" if looks_up and strategy == "forward" else ""
 
 
 CASES = [
@@ -169,7 +163,7 @@ def test_every_family(case: tuple[str, str, str, str, str, str]) -> None:
     kind = kind_of(*case[:4], rtol=family.rtol if strategy in ("forward", "auto") else 1e-9)
     wrt, select = ("params", "*") if call == "keywords" else (("params", "inputs"), family.select)
     options = {"randomness": "same"} if (mode, how) == ("train", "per sample") else {}
-    if words := refusal_of(*case):
+    if words := refusal_of(name, call, strategy):
         with pytest.raises(NotImplementedError, match=words) as caught:
             jacobian_of(kind, wrt, how, strategy, select=select, **options)
         assert says_what_to_do(str(caught.value)), caught.value
@@ -215,19 +209,88 @@ def test_a_model_that_was_not_called_before_collects_nothing_twice() -> None:
         assert len(jac.hidden_states) == len(module(*inputs).hidden_states) == 2
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+class OfIds(nn.Module):
+    """A model that is called with token ids alone, and returns its cache, as models do by default.
+
+    A model of two stacks has a cache of two.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model, self.is_double = (
+            made(FAMILIES[name], "eager", "eval", use_cache=True),
+            name == "T5",
+        )
+
+    def forward(self, ids: Tensor) -> Any:
+        more = {"decoder_input_ids": ids[:, :2]} if self.is_double else {}
+        return self.model(input_ids=ids, **more)
+
+
+CACHED = {
+    "logits": lambda tree: tree.logits,
+    "keys": lambda tree: layers_of(tree.past_key_values)[0].keys,
+}
+"""What is taken out of an output with a cache, or out of a result like it."""
+
+
+def layers_of(cache: Any) -> list[Any]:
+    double = isinstance(cache, tf.EncoderDecoderCache)
+    return (cache.cross_attention_cache if double else cache).layers
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if not door.startswith("inputs")])
+@pytest.mark.parametrize("what", CACHED)
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "T5"])
-def test_caches_are_no_trees(name: str, strategy: str) -> None:
-    module = made(FAMILIES[name], "eager", "eval", use_cache=True)
-    jac = jacfunc.module_jacobian(module, select=FAMILIES[name].select, strategy=strategy)
-    with pytest.raises(TypeError, match=r"must return tensors, got \w+Cache at output"):
-        jac(**batch_of(name))
+def test_caches_are_outputs(name: str, what: str, door: str) -> None:
+    near = {"rtol": FAMILIES[name].rtol, "atol": FAMILIES[name].rtol / 10}
+    DOORS[door](Call(OfIds(name), integers(WORDS, B, LENGTH), pick=CACHED[what], tolerances=near))
 
 
-def test_caches_are_found_where_they_are() -> None:
-    module = made(FAMILIES["GPT-2"], "eager", "eval", use_cache=True)
-    with pytest.raises(TypeError, match=r"DynamicCache at output.*past_key_values"):
-        jacfunc.module_jacobian(module)(**batch_of("GPT-2"))
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_caches_are_inputs(name: str) -> None:
+    """Each evaluation adds to a cache of its own; the user's stays as it is."""
+    module, ids = made(FAMILIES[name], "eager", "eval", use_cache=True), integers(WORDS, B, LENGTH)
+    cache = module(ids[:, :2]).past_key_values
+
+    def logits(n: slice) -> Tensor:
+        own = copy.deepcopy(cache)
+        for layer in own.layers:
+            layer.keys, layer.values = layer.keys.detach()[n], layer.values.detach()[n]
+        return module(ids[n, 2:], past_key_values=own).logits
+
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    (weight, param), *_ = (pair for pair in module.named_parameters() if "attn" in pair[0])
+    out = logits(slice(None))
+    rows = [torch.autograd.grad(o, param, retain_graph=True)[0] for o in out.flatten()]
+    want = torch.stack(rows).reshape(*out.shape, *param.shape)
+    for per_sample, strategy in product((False, True), ("auto", "reverse", "looped")):
+        jac = jacfunc.module_jacobian(
+            module, select=weight, per_sample=per_sample, strategy=strategy
+        )
+        got = jac(ids[:, 2:], past_key_values=cache).logits[weight]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert cache.get_seq_length() == 2
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", ["BatchEncoding", "BatchFeature"])
+def test_batches_of_transformers_are_inputs(kind: str, door: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, batch: Any) -> Tensor:
+            return torch.tanh(self.layer(batch["x"] * batch.data["mask"]))
+
+    seed()
+
+    def batch(x: Tensor) -> Any:
+        return getattr(tf, kind)({"x": x, "mask": torch.ones_like(x).int(), "words": "any"})
+
+    DOORS[door](Call(Net().double(), floats(B, 3), batch))
 
 
 @pytest.mark.parametrize("how", MODES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import combinations
 
 import pytest
 import torch
@@ -76,6 +77,23 @@ def test_every_door_is_right(name: str, door: str) -> None:
         assert_true(door, got, truth(name, seed), module)
 
 
+@pytest.mark.parametrize("door", ["both, auto", "ntk", "stream by samples"])
+@pytest.mark.parametrize("name", KINDS)
+def test_batches_of_other_sizes(name: str, door: str) -> None:
+    """Sites that were learned of one batch are not those of another."""
+    kind = KINDS[name]
+    module = kind.make()
+    call = DOORS[door].open(module)
+    for size in (7, 1, 2, 3):
+        pairs = zip(kind.inputs(size), kind.inputs(size + 1), strict=True)
+        inputs = tuple(torch.cat(pair)[:size] for pair in pairs)
+        got = answer(call, inputs)
+        if isinstance(got, str):
+            assert may_refuse(name, door), got
+            return
+        assert_true(door, got, truth_of(module, inputs), module)
+
+
 def never_wrong(door: str, call: Call, module: nn.Module, inputs: Inputs) -> None:
     """Right for each sample alone, or refused."""
     got = answer(call, inputs)
@@ -116,6 +134,38 @@ def test_what_couples_for_some_numbers_only(name: str, door: str) -> None:
     call = DOORS[door].open(module)
     for seed in range(1, 6):
         never_wrong(door, call, module, kind.inputs(seed))
+
+
+# --- samples that change places ---
+
+
+class InPlaces(nn.Module):
+    """A layer that gets two samples in each other's place."""
+
+    def __init__(self, order: list[int], by_index: bool) -> None:
+        super().__init__()
+        self.layer, self.order, self.by_index = nn.Linear(3, 2), order, by_index
+
+    def placed(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return x
+        return x[self.order] if self.by_index else torch.stack([x[n] for n in self.order])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.placed(self.layer(self.placed(x)).tanh()).sin()
+
+
+@pytest.mark.parametrize("by_index", [True, False])
+@pytest.mark.parametrize("pair", list(combinations(range(5), 2)))
+def test_samples_that_change_places(pair: tuple[int, int], by_index: bool) -> None:
+    order = list(range(5))
+    i, j = pair
+    order[i], order[j] = j, i
+    torch.manual_seed(0)
+    module, inputs = InPlaces(order, by_index).double(), (floats(5, 3),)
+    true = truth_of(module, inputs)
+    for door in ("params, auto", "ntk", "gradient norms", "stream by params"):
+        assert_true(door, DOORS[door].open(module)(inputs), true, module)
 
 
 # --- what nobody sees ---

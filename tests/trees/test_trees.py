@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
 import jacfunc
-from jacfunc._trees.tree import (
+from jacfunc._trees import (
     Split,
     broadcast_prefix,
     flatten,

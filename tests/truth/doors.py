@@ -83,43 +83,55 @@ class Door(NamedTuple):
 # --- Jacobians ---
 
 
-def matrix(jacobian: Any, sizes: list[int]) -> Tensor:
-    """``[B, M, N]`` of blocks ``[B, *out, *in]``, a block for each output leaf and each in it."""
+def matrix(jacobian: Any, widths: list[int]) -> Tensor:
+    """``[B, M, N]`` of blocks ``[B, *out, *in]``: for each output leaf one of every width."""
     blocks = float_leaves(jacobian)
-    step = len(blocks) // len(sizes)
-    rows = [
-        torch.cat([block.reshape(len(block), size, -1) for block in blocks[n * step :][:step]], 2)
-        for n, size in enumerate(sizes)
+    flat = [
+        block.reshape(len(block), -1, width)
+        for block, width in zip(blocks, widths * (len(blocks) // len(widths)), strict=True)
     ]
-    return torch.cat(rows, 1)
+    rows = [flat[n : n + len(widths)] for n in range(0, len(flat), len(widths))]
+    return torch.cat([torch.cat(row, 2) for row in rows], 1)
 
 
-def sizes_of(module: nn.Module, inputs: Inputs) -> list[int]:
-    with torch.no_grad():
-        return [leaf[0].numel() for leaf in float_leaves(module(*inputs))]
+def widths_of(wrt: tuple[str, ...], module: nn.Module, inputs: Inputs) -> list[int]:
+    of = {
+        "params": [param.numel() for param in trained(module)],
+        "inputs": [x[0].numel() for x in float_leaves(inputs)],
+    }
+    return [width for what in wrt for width in of[what]]
 
 
 def whole(wrt: tuple[Any, ...], strategy: str, module: nn.Module) -> Call:
     jacobian = jacfunc.module_jacobian(module, wrt, per_sample=True, strategy=strategy)
-    return lambda inputs: matrix(jacobian(*inputs), sizes_of(module, inputs))
+    return lambda inputs: matrix(jacobian(*inputs), widths_of(wrt, module, inputs))
 
 
-def by_rows(blocks: list[Any], sizes: list[int]) -> Tensor:
+def by_params(blocks: list[Any], widths: list[int]) -> Tensor:
+    pairs = zip(blocks, widths, strict=True)
+    return torch.cat([matrix(block, [width]) for block, width in pairs], 2)
+
+
+def by_rows(blocks: list[Any], widths: list[int]) -> Tensor:
     rows = [[x.reshape(*x.shape[:2], -1) for x in leaves_of(block)] for block in blocks]
     return torch.cat([torch.cat(row, 2) for row in rows], 1)
 
 
+def by_samples(blocks: list[Any], widths: list[int]) -> Tensor:
+    return torch.cat([matrix(block, widths) for block in blocks])
+
+
 STREAMS: dict[Any, Callable[[list[Any], list[int]], Tensor]] = {
-    "params": lambda blocks, sizes: torch.cat([matrix(block, sizes) for block in blocks], 2),
+    "params": by_params,
     "rows": by_rows,
-    "samples": lambda blocks, sizes: torch.cat([matrix(block, sizes) for block in blocks]),
+    "samples": by_samples,
 }
 
 
 def streamed(by: Any, module: nn.Module) -> Call:
     stream = jacfunc.stream_jacobian(module, by, per_sample=True, chunk_size=3)
     return lambda inputs: STREAMS[by](
-        [block for _, block in stream(*inputs)], sizes_of(module, inputs)
+        [block for _, block in stream(*inputs)], widths_of(("params",), module, inputs)
     )
 
 

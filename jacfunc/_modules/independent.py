@@ -1,0 +1,66 @@
+"""The Jacobian of a whole batch, taken sample by sample where the samples are independent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from jacfunc._assembly import NEW_TENSORS, Sink
+from jacfunc._errors import is_out_of_memory
+from jacfunc._log import note
+from jacfunc._modules.call import POSITIONS, Batching, ModuleCall
+from jacfunc._modules.independence import Independence
+from jacfunc._planning import Auto
+from jacfunc._remembered import Remembered
+from jacfunc._torch import is_outermost
+from jacfunc._trees import flatten
+from jacfunc._types import is_tensor
+from jacfunc.strategies import Evaluation, Strategy
+
+FEWEST = 16
+"""Samples from which on it pays to look at each alone."""
+
+EVERY_CALL = Independence("always", is_thorough=True)
+
+
+def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation | None:
+    """The Jacobian of all outputs of a batch in the parameters, from that of each sample.
+
+    Row ``[b, *out]`` depends on sample b alone, so one cotangent serves the rows of all samples.
+    Batches are compared at every call: nobody has said that samples are independent.
+
+    Returns:
+        None where they are not, where it would not pay, or where it can't be told.
+    """
+    if not (isinstance(strategy, Auto) and _may_pay(call) and type(sink) is type(NEW_TENSORS)):
+        return None
+    if sink.copies or not is_outermost():
+        return None
+    kind = call.flat_call(call.arguments).call_kind
+    if _coupled().get(kind.version, kind.kind):
+        return None
+    try:
+        result = replace(call, independence=EVERY_CALL).jacobian(strategy, sink, Batching())
+        if result.call.output_shapes == [out.shape for out in result.outputs]:
+            return result
+        note("the batch is differentiated as a whole: outputs do not have it in front")
+    except Exception as error:  # the call as a whole tells what is wrong, if anything is
+        if is_out_of_memory(error):
+            raise
+        note("the batch is differentiated as a whole: %s", error)
+    _coupled().put(kind.version, kind.kind, True)
+    return None
+
+
+def _may_pay(call: ModuleCall) -> bool:
+    """May it be a batch of many samples, differentiated by parameters alone?"""
+    if call.argnums != POSITIONS["params"] or call.with_buffers or call.create_graph:
+        return False
+    sizes = {x.shape[0] if x.dim() else 0 for x in filter(is_tensor, flatten(call.arguments)[0])}
+    return len(sizes) == 1 and min(sizes) >= FEWEST
+
+
+@cache
+def _coupled() -> Remembered[bool]:
+    """Calls of modules whose samples can't be taken apart."""
+    return Remembered()

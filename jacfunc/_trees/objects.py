@@ -1,0 +1,128 @@
+"""Objects that hold tensors, taken apart into items and attributes without a call of their code."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+MOST, DEEPEST = 10_000, 30
+"""An object that leads to more things, or goes deeper (it may lead to itself), is no tree."""
+
+_BASES: tuple[Any, ...] = (object, SimpleNamespace, tuple, list, dict, OrderedDict)
+"""The built-in types from which a class that is taken apart may come."""
+_STATIC = "jacfunc", "builtins"
+"""Packages whose classes are taken as they are: our own hold tensors that are no leaves."""
+_HEAP = 1 << 9
+"""Python's flag of types that are not built in."""
+
+
+class Attribute(NamedTuple):
+    """The name of an attribute, among the keys of items."""
+
+    name: str
+
+
+_OWN = Attribute("__dict__")
+
+
+def holds_tensors(thing: object) -> bool:
+    """Is it an object with tensors in its attributes or items, at any depth?"""
+    pending: list[tuple[Any, int]] = [(thing, 0)]
+    count, holds = 0, False
+    while pending:
+        item, depth = pending.pop()
+        count += 1
+        if count > MOST or depth > DEEPEST:
+            return False
+        if isinstance(item, Tensor):
+            holds = True
+        elif type(item) in _BASES[2:]:
+            inner: Any = item.values() if isinstance(item, dict) else item
+            pending += [(value, depth + 1) for value in inner]
+        elif can_hold(_kind(item)):
+            pending += [(value, depth + 1) for value in parts(item)[1]]
+    return holds
+
+
+@cache
+def can_hold(kind: Any) -> bool:
+    """Can instances be taken apart, and put together again without their constructor?
+
+    Modules and whatever can be called do something with what they hold, and are left alone.
+    """
+    if kind.__module__.partition(".")[0] in _STATIC and kind is not SimpleNamespace:
+        return False
+    if issubclass(kind, nn.Module | type) or hasattr(kind, "__torch_function__"):
+        return False
+    return _base(kind) in _BASES and not any("__call__" in each.__dict__ for each in kind.__mro__)
+
+
+@cache
+def _base(kind: Any) -> Any:
+    """The built-in type that a class comes from."""
+    return next(each for each in kind.__mro__ if not each.__flags__ & _HEAP)
+
+
+def _kind(thing: Any) -> Any:
+    return type(thing)
+
+
+@cache
+def _slots(kind: Any) -> list[Any]:
+    """Descriptors of the attributes that do not lie in the ``__dict__``."""
+    slots: dict[str, Any] = {}
+    for each in kind.__mro__:
+        names = each.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            mangled = f"_{each.__name__.lstrip('_')}{name}" if _is_private(name) else name
+            slots.setdefault(mangled, each.__dict__.get(mangled))
+    return [slot for name, slot in slots.items() if name not in ("__dict__", "__weakref__")]
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("__") and not name.endswith("__")
+
+
+def parts(thing: Any) -> tuple[list[Any], list[Any]]:
+    """Keys of the items, and names of the attributes, and all values in this order."""
+    base = _base(_kind(thing))
+    if issubclass(base, dict):
+        items = {key: base.__getitem__(thing, key) for key in base.__iter__(thing)}
+    else:
+        items = dict(enumerate(base.__iter__(thing))) if base in (tuple, list) else {}
+    named = dict(_attributes(thing))
+    return [*items, *named], [*items.values(), *named.values()]
+
+
+def _attributes(thing: Any) -> Iterator[tuple[Attribute, Any]]:
+    for slot in _slots(_kind(thing)):
+        try:
+            yield Attribute(slot.__name__), slot.__get__(thing)
+        except AttributeError:
+            continue  # it is not set
+    own = getattr(thing, "__dict__", {})
+    if own is thing:  # some dicts are their own attributes
+        yield _OWN, None
+    else:
+        yield from ((Attribute(name), value) for name, value in own.items())
+
+
+def put_together(kind: Any, keys: Sequence[Any], values: Iterable[Any]) -> Any:
+    """An object of a class that has these parts; its constructor is not called."""
+    base = _base(kind)
+    pairs = list(zip(keys, values, strict=True))
+    items = [pair for pair in pairs if not isinstance(pair[0], Attribute)]
+    new = base.__new__(kind, [value for _, value in items]) if base is tuple else base.__new__(kind)
+    if base is list:
+        base.extend(new, [value for _, value in items])
+    elif issubclass(base, dict):
+        for key, value in items:
+            base.__setitem__(new, key, value)
+    for attribute, value in pairs[len(items) :]:
+        object.__setattr__(new, attribute.name, new if attribute == _OWN else value)
+    return new

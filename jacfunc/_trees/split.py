@@ -1,0 +1,107 @@
+"""What a call needs to know of a tree: its paths, its kind, its differentiable leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from jacfunc._trees.tree import (
+    LEAF,
+    Structure,
+    StructureError,
+    aligned,
+    flatten,
+    is_inside,
+    is_leaf,
+    unflatten,
+)
+from jacfunc._types import Tree, is_differentiable, is_tensor
+
+
+def paths(tree: Tree, root: str) -> list[str]:
+    """The path of each leaf, written as code: ``params['encoder.weight']``."""
+    return Split.of(tree, lambda _: True).paths(root)
+
+
+def kind_of(leaf: object) -> Hashable:
+    """Shape, dtype and device of a tensor, or a setting's value: equal for leaves of equal cost."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return leaf if isinstance(leaf, bool | int | float | str) else type(leaf).__qualname__
+
+
+def kinds_of(tree: Tree) -> Hashable:
+    """Structure and kinds of the leaves of a tree: equal for trees of equal cost."""
+    leaves, spec = flatten(tree)
+    return spec, tuple([kind_of(leaf) for leaf in leaves])
+
+
+def without_settings(tree: Tree, root: str) -> dict[str, Any]:
+    """The leaves of a tree by their paths, but for what objects have beside their tensors."""
+    leaves, spec = flatten(tree)
+    pairs = zip(leaves, spec.accessors(), strict=True)
+    return {way.codify(root): x for x, way in pairs if is_tensor(x) or not is_inside(way)}
+
+
+@dataclass(slots=True)
+class Split:
+    """A tree split into chosen leaves, by default the differentiable ones, and constants."""
+
+    spec: Structure
+    is_chosen: tuple[bool, ...]
+    leaves: tuple[Any, ...]
+    constants: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tree: Tree, chosen: Callable[[object], bool] = is_differentiable) -> Split:
+        """Split a tree; ``chosen`` tells for each leaf whether it is one."""
+        # the commonest tree by far, and a leaf of every choice
+        if type(tree) is Tensor and tree.is_floating_point():
+            return cls(LEAF, (True,), (tree,), ())
+        everything, spec = flatten(tree)
+        is_chosen = tuple(map(chosen, everything))
+        if all(is_chosen):
+            return cls(spec, is_chosen, tuple(everything), ())
+        leaves = tuple(leaf for leaf, yes in zip(everything, is_chosen, strict=True) if yes)
+        constants = tuple(leaf for leaf, yes in zip(everything, is_chosen, strict=True) if not yes)
+        return cls(spec, is_chosen, leaves, constants)
+
+    def merge(self, leaves: Sequence[Any], constants: Sequence[Any] | None = None) -> Tree:
+        """The tree with new chosen leaves, and with new constants if there are any."""
+        if not self.constants:
+            return unflatten(self.spec, leaves)
+        new, kept = iter(leaves), iter(self.constants if constants is None else constants)
+        return unflatten(self.spec, [next(new if yes else kept) for yes in self.is_chosen])
+
+    def place(self, values: Sequence[Any]) -> Tree:
+        """A tree with a value in the place of each chosen leaf, and None for each constant."""
+        return self.merge(values, [None] * len(self.constants))
+
+    @property
+    def is_bare(self) -> bool:
+        """Is the tree a single leaf, in no container?"""
+        return is_leaf(self.spec)
+
+    def align(self, tree: Tree, root: str) -> list[Any]:
+        """What another tree has in the places of the chosen leaves.
+
+        Raises:
+            StructureError: if the structures differ, or a tensor is in the place of a constant.
+        """
+        values = aligned(self.spec, tree, root)
+        if not self.constants:
+            return values
+        for value, yes, accessor in zip(values, self.is_chosen, self.spec.accessors(), strict=True):
+            if isinstance(value, Tensor) and not yes:
+                raise StructureError(
+                    f"{accessor.codify(root)} is a tensor, not None as for a constant"
+                )
+        return [value for value, yes in zip(values, self.is_chosen, strict=True) if yes]
+
+    def paths(self, root: str) -> list[str]:
+        """The path of each chosen leaf, written as code."""
+        accessors = self.spec.accessors()
+        return [a.codify(root) for a, yes in zip(accessors, self.is_chosen, strict=True) if yes]

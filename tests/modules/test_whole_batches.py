@@ -1,0 +1,142 @@
+"""Whole Jacobians of batches whose samples are independent, which auto takes sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+
+B = 20
+
+
+class Counted(torch.autograd.Function):
+    """The identity; counts how many cotangents are pulled back through it."""
+
+    rows = 0
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: object, output: object) -> None:
+        """Nothing is saved."""
+
+    @staticmethod
+    def backward(ctx: object, cotangent: Tensor) -> Tensor:
+        return CountedBack.apply(cotangent)
+
+
+class CountedBack(torch.autograd.Function):
+    """The identity of cotangents, which counts them."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        Counted.rows += 1
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: object, output: object) -> None:
+        """Nothing is saved."""
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        Counted.rows += x.shape[in_dims[0]]
+        return x.clone(), in_dims[0]
+
+
+class Net(nn.Module):
+    """Two layers, and something between their outputs and the result."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor] = lambda h: h) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Counted.apply(self.layers(x)))
+
+
+def inputs() -> Tensor:
+    return torch.randn(B, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def looped(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    params, out = dict(module.named_parameters()), module(x)
+    rows = [torch.autograd.grad(e, params.values(), retain_graph=True) for e in out.flatten()]
+    stacked = map(torch.stack, zip(*rows, strict=True))
+    return {n: r.view(*out.shape, *r.shape[1:]) for n, r in zip(params, stacked, strict=True)}
+
+
+def mixed(h: Tensor) -> Tensor:
+    return h + 0.1 * h.roll(1, 0)
+
+
+def two_mixed(h: Tensor) -> Tensor:
+    return torch.cat([h[:7], h[7:8] * h[12:13], h[8:]])
+
+
+def centred(h: Tensor) -> Tensor:
+    return h - h.detach().mean(0)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda h: h,
+        torch.exp,
+        mixed,
+        two_mixed,
+        centred,
+        lambda h: h.t(),
+        lambda h: h.sum(0),
+        lambda h: h.flatten(),
+        lambda h: h @ h.t(),
+        lambda h: h.sort(0)[0],
+    ],
+    ids=[
+        "plain",
+        "exp",
+        "mixed",
+        "two",
+        "centred",
+        "transposed",
+        "summed",
+        "flat",
+        "gram",
+        "sorted",
+    ],
+)
+def test_any_module(last: Callable[[Tensor], Tensor]) -> None:
+    module, x = Net(last), inputs()
+    jacobian = jacfunc.module_jacobian(module)
+    for _ in range(3):
+        got, want = jacobian(x), looped(module, x)
+        assert got.keys() == want.keys()
+        for name, block in want.items():
+            torch.testing.assert_close(got[name], block, rtol=0, atol=1e-10)
+
+
+def test_rows_of_all_samples_share_a_cotangent() -> None:
+    module, x = Net(), inputs()
+    jacobian = jacfunc.module_jacobian(module)
+    jacobian(x)
+    Counted.rows = 0
+    jacobian(x)
+    assert Counted.rows < B  # two rows of a sample, and some to compare batches; 40 as a whole
+    jacfunc.module_jacobian(module, strategy="reverse")(x)
+    assert Counted.rows > 2 * B
+
+
+def test_samples_that_depend_on_each_other_from_a_later_call_on() -> None:
+    is_on = [False]
+    module, x = Net(lambda h: mixed(h) if is_on[0] else h), inputs()
+    jacobian = jacfunc.module_jacobian(module)
+    for is_on[0] in (False, False, False, True, True, False):
+        for name, block in looped(module, x).items():
+            torch.testing.assert_close(jacobian(x)[name], block, rtol=0, atol=1e-10)
