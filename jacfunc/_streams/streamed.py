@@ -15,10 +15,9 @@ from jacfunc._factored import Direct, FactoredJacobian
 from jacfunc._linear_map import JacobianOperator, linearize
 from jacfunc._log import note
 from jacfunc._memory import MODEST_BYTES, STAGED_BYTES, Chunk, FittedChunks, PeakBytes, free_bytes
-from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.held import Cell, HeldSamples
-from jacfunc._modules.independence import FEW_CALLS
+from jacfunc._modules import FEW_CALLS, ModuleCall
 from jacfunc._samples import SampledCall
+from jacfunc._streams.held import Cell, HeldSamples
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves, Tree
 from jacfunc._units import in_bytes
