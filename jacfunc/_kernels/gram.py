@@ -26,6 +26,9 @@ BLOCKS, BLOCKED = 4, 2**24
 """A symmetric product is computed in at most so many blocks of rows, each up to the diagonal. A
 block is worth its overhead if it has so many of the product's multiplications."""
 
+SMALL = 64
+"""Rows of this part of what is made at once, or less, are copied beside others."""
+
 Chunk: TypeAlias = tuple[Tensor, Tensor]
 """Rows ``[B, K, p]`` of the same entries on both sides."""
 
@@ -147,14 +150,14 @@ class Gram:
     def _add_by_rows(self, chunks: Iterable[Chunk]) -> None:
         """Add the products of rows, those of small chunks beside each other."""
         waiting: list[Chunk] = []
-        nbytes, large = 0, self.at_once // 4
+        nbytes = 0
         for chunk in chunks:
-            if chunk[0].nbytes > large:
+            if chunk[0].nbytes > self.at_once // SMALL:
                 self._add_beside([chunk])
                 continue
             waiting.append(chunk)
             nbytes += chunk[0].nbytes
-            if nbytes > large:
+            if nbytes > self.at_once // 4:
                 self._add_beside(waiting)
                 waiting, nbytes = [], 0
         if waiting:
