@@ -15,7 +15,7 @@ from rich.tree import Tree
 import benchmarks
 from benchmarks.report import page, readme
 from benchmarks.report.progress import watching
-from benchmarks.report.tables import console, table_of
+from benchmarks.report.tables import console, of_targets, table_of
 from benchmarks.running import records
 from benchmarks.running.environment import default_device, environment, load_average, pin
 from benchmarks.running.records import Order, Run
@@ -66,11 +66,12 @@ def run(order: Order) -> None:
     """The suite, with a table a case; what is finished is in the file, whenever it is stopped."""
     try:
         with watching() as watch:
-            where = run_suite(order, watch).environment
+            done = run_suite(order, watch)
     except KeyboardInterrupt:
         console.print(f"Stopped; what is finished is in {order.path}. Go on with --resume.")
         raise
-    _say_where({**where, "load_after": load_average()}, order.path)
+    console.print(of_targets(done.cases.values()))
+    _say_where({**done.environment, "load_after": load_average()}, order.path)
 
 
 def study(kind: str, device: torch.device, output: Path, **options: Any) -> None:

@@ -2,9 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -13,6 +13,7 @@ from jacfunc._measuring import Check, Contestant, Effort, Entry, Result, measure
 
 ANSWER = "bytes of the answer"  # the size that peaks are compared with where no contestant is named
 USUAL = Effort()
+BEST: Literal["time ÷ best"] = "time ÷ best"  # who is compared so belongs to the suite by hand
 Results = Mapping[str, Result]  # by contestant
 
 
@@ -21,9 +22,14 @@ class Wanted:
     """A bound on the time of one contestant beside the fastest of others, or on its peak."""
 
     of: str
-    kind: Literal["times faster than", "time ÷", "peak ÷"]
+    kind: Literal["times faster than", "time ÷", "time ÷ best", "peak ÷"]
     bound: float
     others: tuple[str, ...]  # of a peak, the one whose peak it is divided by, or ANSWER
+
+
+def best(of: str, batch: int, *others: str) -> Wanted:
+    """What is wanted beside the best that one can write by hand, at a batch size."""
+    return Wanted(of, BEST, 1.25 if batch > 1 else 1.6, others)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,15 @@ class Case:
     effort: Effort = USUAL
     wanted: tuple[Wanted, ...] = ()
     is_quick: bool = False
+    threads: int = 1
+
+    @property
+    def by_hand(self) -> Self | None:
+        """The case with those alone who are beside the best of others, if there are any."""
+        wanted = tuple(wanted for wanted in self.wanted if wanted.kind == BEST)
+        names = {self.baseline, *(n for w in wanted for n in (w.of, *w.others))}
+        some = tuple(c for c in self.contestants if c.name in names)
+        return replace(self, wanted=wanted, contestants=some) if wanted else None
 
     def measure(
         self,
@@ -50,6 +65,7 @@ class Case:
         place: Together | None = None,
     ) -> list[Result]:
         """Results of everyone but those ``without`` whom it is to go."""
+        torch.set_num_threads(self.threads)
         problem, place = self.setup(device), place or Together()
         with warnings.catch_warnings():
             # hooks and missing batching rules are warned about; what they cost is in the table

@@ -10,6 +10,7 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
+from benchmarks.contestants import by_hand
 from benchmarks.contestants.per_sample import by_recipe, concatenating, detached
 from benchmarks.problems.judge import Answer, reference
 from benchmarks.problems.networks import CLASSES, parts
@@ -52,6 +53,11 @@ def by_matmul(problem: Problem) -> Run:
         return _folded(rows @ rows.T, batch)
 
     return run
+
+
+def by_hand_written(problem: Problem) -> Run:
+    matrix, batch = by_hand.kernel(problem), len(problem.args[0])
+    return lambda: _folded(matrix(), batch)
 
 
 def by_contraction(problem: Problem) -> Run:
@@ -129,6 +135,7 @@ KERNELS: tuple[Contestant[Problem], ...] = (
     Contestant(MATMUL, "torch.func", by_matmul),
     Contestant(CONTRACTION, "torch.func", by_contraction),
     Contestant(PRODUCTS, "torch.func", by_products),
+    Contestant(by_hand.FACTORS, "autograd", by_hand_written),
     Contestant(TORCHJD, "rival", by_torchjd),
     *(
         Contestant(f"neural-tangents: {name}", "JAX", partial(by_neural_tangents, n), counted=False)

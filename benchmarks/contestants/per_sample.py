@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jacrev
 
 import jacfunc
-from benchmarks.contestants import rivals
+from benchmarks.contestants import by_hand, rivals
 from benchmarks.problems.judge import Answer
 from benchmarks.problems.networks import CLASSES, parts, sample_by_sample
 from jacfunc import Strategy
@@ -22,6 +22,7 @@ from jacfunc.compare import Problem
 OURS, FLAT, REUSED = "jacfunc auto", "jacfunc auto, flat", "jacfunc auto, flat, out="
 RECIPE, CONCATENATED, ONE_CALL = "vmap(jacrev)", "vmap(jacrev) + cat", "jacrev"
 LAPLACE, WHOLE_BATCH, TORCHJD = "Laplace", "jacrev of the whole batch", "TorchJD"
+LOOP = "backward, looped over classes"
 FORWARD = ("jacfunc forward", "vmap(jacfwd)")
 
 STRATEGIES: dict[str, str | Strategy] = {
@@ -205,6 +206,7 @@ PARAMS: tuple[Contestant[Problem], ...] = (
     ),
     BY_RECIPE,
     BY_CONCATENATION,
+    *by_hand.JACOBIANS,
     Contestant(WHOLE_BATCH, "torch.func", by_whole_batch),
     *LOOPED,
     Contestant("backward, looped", "autograd", by_backward_loop),
@@ -224,7 +226,8 @@ INPUTS: tuple[Contestant[Problem], ...] = (
         "autograd.functional of the sum",
         "autograd.functional vectorized, of the sum",
     ),
-    Contestant("backward, looped over classes", "autograd", by_backward_loop_over_classes),
+    Contestant(LOOP, "autograd", by_backward_loop_over_classes),
+    Contestant(by_hand.ONE_GRAPH, "autograd", by_hand.by_one_graph),
     Contestant("expand and backward once", "autograd", by_expansion),
 )
 WHOLE: tuple[Contestant[Problem], ...] = (
@@ -232,6 +235,7 @@ WHOLE: tuple[Contestant[Problem], ...] = (
     Contestant(FLAT, "jacfunc", by_jacfunc_as_matrix),
     Contestant(ONE_CALL, "torch.func", by_jacrev),
     Contestant("jacrev + cat", "torch.func", partial(concatenating, by_jacrev)),
+    Contestant(by_hand.FACTORS, "autograd", by_hand.jacobian),  # right where samples are alone
     *_either(by_functional, "autograd.functional", "autograd.functional vectorized"),
     Contestant("backward, looped", "autograd", by_backward_loop),
     Contestant(LAPLACE, "rival", rivals.by_laplace),

@@ -40,7 +40,8 @@ def looked_up(order: Order, key: str) -> Case:
     """The case of this name, with the order's effort and what is planted."""
     _, case = order.chosen()[key]
     contestants = tuple(planted(c, order.planted, order.device) for c in case.contestants)
-    return replace(case, effort=scaled(case.effort, SUITES[order.suite]), contestants=contestants)
+    effort = scaled(case.effort, SUITES[order.suite].effort)
+    return replace(case, effort=effort, contestants=contestants)
 
 
 def scaled(effort: Effort, factor: float) -> Effort:
@@ -86,8 +87,8 @@ def work(
         _check(device)
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
-    setup, results = Result("", ""), None
-    with failures_in(setup), processes.seats(device) as place:
+    setup, results, is_apart = Result("", ""), None, SUITES[order.suite].is_apart
+    with failures_in(setup), processes.seats(device, is_apart) as place:
         results = case.measure(device, without, on_step, place)
     _check(device)
     reason = setup.status.replace("unsupported: ", "unsupported: setup: ")
