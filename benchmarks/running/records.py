@@ -81,7 +81,7 @@ class Suite:
 SUITES = {
     "quick": Suite(lambda case: case if case.is_quick else None, effort=0.5),
     "full": Suite(lambda case: case),
-    "hand": Suite(lambda case: case.by_hand, effort=0.3, is_apart=False),
+    "hand": Suite(lambda case: case.by_hand, is_apart=False),
 }
 LIMIT = 300.0
 """Seconds of one step of one contestant: it prepares and answers twice, or makes a round."""
