@@ -132,8 +132,8 @@ class _Layer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Any:
         mixed = self.mix(self.before(tokens)).unflatten(-1, (3, self.heads, -1))
-        of_heads = mixed.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(*of_heads, is_causal=self.is_causal)
+        q, k, v = mixed.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
         tokens = tokens + self.out(seen.transpose(1, 2).flatten(2))
         return tokens + self.narrow(F.gelu(self.widen(self.between(tokens))))
 
@@ -218,19 +218,12 @@ def build(name: str) -> nn.Module:
         return NETWORKS[name].make().eval()
 
 
-def noisy(
-    name: str,
-    batch: int,
-    wrt: Any,
-    device: Any,
-    per_sample: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Problem:
+def noisy(name: str, batch: int, wrt: Any, device: Any, dtype: Any = None, **how: Any) -> Problem:
     """A network with noise for images: no time depends on what is in them."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
-    points = (images.to(device, dtype),)
-    return Problem(build(name).to(device, dtype), points, wrt=wrt, per_sample=per_sample)
+    model = build(name).to(device, dtype)
+    return Problem(model, (images.to(device, dtype),), wrt=wrt, **how)
 
 
 def parts(problem: Problem) -> tuple[nn.Module, Tensor]:

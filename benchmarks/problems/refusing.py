@@ -1,4 +1,4 @@
-"""Activations with which a network does not run under ``vmap`` over samples."""
+"""ReLU in ways in which a network does not run under ``vmap`` over samples."""
 
 from typing import Any
 
@@ -8,20 +8,9 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 
-class _ByNumpy(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.from_numpy(x.detach().numpy().clip(0))
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, back: Tensor) -> Any:
-        (y,) = ctx.saved_tensors
-        return torch.from_numpy(back.numpy() * (y.numpy() > 0))
-
-
 class _OldStyle(Function):
+    """Its forward takes a context, as all did before ``setup_context``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
@@ -29,42 +18,41 @@ class _OldStyle(Function):
 
     @staticmethod
     def backward(ctx: Any, back: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return back * (x > 0)
+        return back * (ctx.saved_tensors[0] > 0)
 
 
-class ByNumpy(nn.Module):
-    """NumPy computes it, forward and backward."""
+class _ByNumpy(_OldStyle):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.from_numpy(x.detach().numpy().clip(0))
 
-    def forward(self, x: Tensor) -> Any:
-        return _ByNumpy.apply(x)
+    @staticmethod
+    def backward(ctx: Any, back: Tensor) -> Any:
+        return torch.from_numpy(back.numpy() * (ctx.saved_tensors[0].numpy() > 0))
 
 
 class OldStyle(nn.Module):
-    """A function whose forward takes a context, as all did before ``setup_context``."""
-
     def forward(self, x: Tensor) -> Any:
         return _OldStyle.apply(x)
 
 
+class ByNumpy(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return _ByNumpy.apply(x)
+
+
 class Masked(nn.Module):
-    """A mask that is looked at, for nothing is to be done where it hides nothing."""
+    """The mask is looked at, for nothing is to be done where it hides nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = x > 0
         return x if mask.all() else x * mask
 
 
-class Checkpointed(nn.Module):
-    """Computed again in the backward pass, by the checkpoint that is not reentrant."""
-
+class Recomputed(nn.Module):
     def forward(self, x: Tensor) -> Any:
         return checkpoint(torch.relu, x, use_reentrant=False)
 
 
-ACTIVATIONS = {
-    "numpy": ByNumpy,
-    "mask": Masked,
-    "old function": OldStyle,
-    "checkpoint": Checkpointed,
-}
+ACTIVATIONS = {"numpy": ByNumpy, "mask": Masked, "old function": OldStyle, "checkpoint": Recomputed}

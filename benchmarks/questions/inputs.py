@@ -9,8 +9,7 @@ from benchmarks.questions.params import COMPARED, EFFORT, FEW, MANY
 
 # most samples with which forward mode, a tangent a pixel, keeps to seconds and to a gigabyte
 PIXELWISE = {"mlp": MANY, "cnn": FEW, "transformer": FEW, "vit": FEW}
-SHARES = {(SMALL, FEW): 0.75, (SMALL, MANY): 0.75, ("transformer", FEW): 0.6}
-"""Wanted of the time of the recipe."""
+SHARES = {(SMALL, FEW): 0.75, (SMALL, MANY): 0.75, ("transformer", FEW): 0.6}  # of the recipe's
 REFUSED = (RECURRENT, "lstm", *ACTIVATIONS)  # by vmap, and so by the recipe
 
 

@@ -1,39 +1,60 @@
 """Norms of every sample's gradient."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import jacfunc
 from benchmarks.cases import Question, best
-from benchmarks.contestants import by_hand
-from benchmarks.problems.judge import Answer, in_double, reference
-from benchmarks.problems.networks import CLASSES, SMALL, case, labels_of, parts
-from jacfunc._measuring import Contestant, Effort, Run
+from benchmarks.contestants.by_hand import NORMS, ghost_norms
+from benchmarks.contestants.per_sample import detached
+from benchmarks.problems.judge import Answer, in_double
+from benchmarks.problems.networks import SMALL, case, labels_of, parts
+from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
-OURS, GHOST, GRADIENTS = "jacfunc", "by hand, ghost norms", "vmap(grad)"
-EFFORT = Effort(rounds=40, seconds=1.0, fewest=5, patience=5.0)
+OURS, GHOSTS, GRADIENTS = "jacfunc", "by hand, ghost norms", "vmap(grad)"
 
 
 def by_jacfunc(problem: Problem) -> Run:
     model, images = parts(problem)
     derive, labels = jacfunc.gradient_norms(model, F.cross_entropy), labels_of(images)
-    return lambda: {by_hand.NORMS: derive(images, labels)}
+    return lambda: {NORMS: derive(images, labels)}
+
+
+def by_gradients(problem: Problem) -> Run:
+    """The gradients themselves, each of a batch of one."""
+    model, images = parts(problem)
+
+    def loss(params: Answer, image: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, params, (image[None],)), label[None])
+
+    derive, params, labels = vmap(grad(loss), (None, 0, 0)), detached(model), labels_of(images)
+    return lambda: {NORMS: _norms(derive(params, images, labels).values()) / len(images)}
+
+
+def _norms(blocks: Any) -> Any:
+    return torch.cat([block.flatten(1) for block in blocks], 1).norm(dim=1)
 
 
 def expected(problem: Problem) -> Answer:
-    """From the rows that the judge takes one by one, in float64."""
-    blocks, (model, images) = reference(problem), in_double(problem)
-    scores = model(images).detach()
-    seeds = (scores.softmax(-1) - F.one_hot(labels_of(images).cpu(), CLASSES)) / len(images)
-    grads = [torch.einsum("bc,bcp->bp", seeds, block.flatten(2)) for block in blocks.values()]
-    return {by_hand.NORMS: torch.cat(grads, 1).norm(dim=1)}
+    """A backward pass a sample, in float64."""
+    model, images = in_double(problem)
+    norms, labels = [], labels_of(images)
+    for image, label in zip(images, labels, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None]) / len(images)
+        grads = torch.autograd.grad(loss, [*model.parameters()])
+        norms.append(_norms([grad[None] for grad in grads]))
+    return {NORMS: torch.cat(norms)}
 
 
 CONTESTANTS: tuple[Contestant[Problem], ...] = (
     Contestant(OURS, "jacfunc", by_jacfunc),
-    Contestant(GHOST, "autograd", by_hand.norms),
-    Contestant(GRADIENTS, "torch.func", by_hand.by_gradients),
+    Contestant(GHOSTS, "autograd", ghost_norms),
+    Contestant(GRADIENTS, "torch.func", by_gradients),
 )
 
 QUESTION = Question(
@@ -44,8 +65,7 @@ QUESTION = Question(
         case(
             *(network, batch, CONTESTANTS, expected),
             baseline=OURS,
-            effort=EFFORT,
-            wanted=(best(OURS, batch, GHOST, GRADIENTS),),
+            wanted=(best(OURS, batch, GHOSTS, GRADIENTS),),
         )
         for network in (SMALL, "groupnorm")
         for batch in (1, 8, 64)

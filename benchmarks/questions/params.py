@@ -13,14 +13,13 @@ from jacfunc._measuring import Effort
 ONE, FEW, MANY = 1, 8, 64
 COMPARED = ("mlp", "cnn", "resnet", "transformer", "vit")
 BY_HAND = (SMALL, LENET, "groupnorm", "gpt", "lstm")
-MOST = {hand.EXPANDED: FEW, hand.ROWS: ONE}  # samples with which these ways may be the best
 FAST = ("mlp", "cnn", "transformer")  # networks of which a certain speed and peak is wanted
 EFFORT = Effort(rounds=20, seconds=1.5, fewest=3, patience=15.0)
 
 
 def of_params(network: str, batch: int) -> Case:
     """A case; of many samples without whoever sweeps a whole batch, for minutes a call."""
-    absent = ways.WHOLE_BATCH, ways.TORCHJD, *(() if network in FAST else (ways.LAPLACE,))
+    absent = ways.TORCHJD, *(() if network in FAST else (ways.LAPLACE,))
     wanted = [
         Wanted(ways.OURS, "time ÷", 1.0, (ways.RECIPE,)),
         Wanted(ways.FLAT, "time ÷", 1.0, (ways.CONCATENATED,)),
@@ -31,7 +30,7 @@ def of_params(network: str, batch: int) -> Case:
         wanted += [Wanted(name, "times faster than", 10.0, (ways.LAPLACE,)) for name in names]
     wanted = wanted if network in FAST else []
     if (network, batch) == ("vit", FEW):
-        wanted = [best(ways.OURS, batch, ways.RECIPE, hand.FACTORS, hand.EXPANDED)]
+        wanted = [best(ways.OURS, batch, ways.RECIPE, hand.FACTORS)]
     return case(
         network,
         batch,
@@ -45,7 +44,7 @@ def of_params(network: str, batch: int) -> Case:
 
 def by_hand(network: str, batch: int, **options: Any) -> Case:
     """A small network, where what is not arithmetic tells, beside the best by hand."""
-    names = [ways.RECIPE, hand.FACTORS, *(name for name, most in MOST.items() if batch <= most)]
+    names = [ways.RECIPE, hand.FACTORS, *([hand.ROWS] if batch == ONE else [])]
     names += [hand.IN_FLOAT32] if options.get("dtype") == torch.float16 else []
     some = tuple(c for c in (*ways.PARAMS, hand.HALF) if c.name in (ways.OURS, *names))
     options |= {

@@ -9,12 +9,11 @@ import jacfunc
 from benchmarks.cases import BEST, Question, Wanted
 from benchmarks.problems.judge import Answer, reference
 from benchmarks.problems.networks import HIGH, case, parts
-from jacfunc._measuring import Contestant, Effort, Run
+from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
 WHOLE, WAYS = "jacfunc, the whole J", ("rows", "params", "samples")
 EVERY = 97  # of so many entries one is kept: to read all would take as long as to write them
-EFFORT = Effort(rounds=15, seconds=1.5, fewest=3, patience=10.0)
 
 
 def some(block: Tensor) -> Tensor:
@@ -54,5 +53,5 @@ QUESTION = Question(
     "streams",
     "What does it take to stream a Jacobian block by block, beside the whole at once?",
     "jacfunc, by params",
-    (case(HIGH, 8, CONTESTANTS, expected, baseline=WHOLE, effort=EFFORT, wanted=WANTED),),
+    (case(HIGH, 8, CONTESTANTS, expected, baseline=WHOLE, wanted=WANTED),),
 )

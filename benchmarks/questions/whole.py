@@ -12,8 +12,8 @@ MOST = 256
 def of_batch() -> Case:
     """Samples do not depend on each other: most of what one pulls back through all is zero."""
     some = tuple(c for c in WHOLE if c.name in (OURS, ONE_CALL, FACTORS))
-    wanted, how = (best(OURS, MOST, ONE_CALL, FACTORS),), {"baseline": OURS, "effort": EFFORT}
-    return case(TINY, MOST, some, per_sample=False, wanted=wanted, **how)
+    wanted = (best(OURS, MOST, ONE_CALL, FACTORS),)
+    return case(TINY, MOST, some, per_sample=False, baseline=OURS, effort=EFFORT, wanted=wanted)
 
 
 QUESTION = Question(

@@ -98,7 +98,6 @@ class Order:
     resume: bool = False  # what the file has is not run again
     again: str = ""  # part of the names of cases that are, nevertheless
     processes: int = 1  # measure each case in turn: a layout of memory is one process's
-    planted: float = 1.0  # the factor by which jacfunc is made slower than it is
     limit: float = LIMIT  # seconds of one step of one contestant
     table: str = TABLE  # where the questions are, ``module:NAME``
 

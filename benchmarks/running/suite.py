@@ -20,7 +20,7 @@ PRELOADED = ("benchmarks.running.worker", "torch._dynamo")
 SETUP = 2.0  # seconds that a case takes beside what its contestants are given, roughly
 SAME = (
     *("device", "device_name", "cpus", "system", "python", "torch", "jacfunc", "threads"),
-    *("rivals", "effort", "processes", "planted"),  # must not differ within one file
+    *("rivals", "effort", "processes"),  # must not differ within one file
 )
 
 
@@ -83,8 +83,7 @@ def _environment(order: Order) -> dict[str, Any]:
         where = received(process, pipe)
     if not isinstance(where, dict):
         raise CannotRunError(f"run: {order.device} must be there, got {cause(where)}. See above.")
-    how = {"processes": order.processes, "planted": order.planted}
-    return where | how | {"effort": SUITES[order.suite].effort}
+    return where | {"effort": SUITES[order.suite].effort, "processes": order.processes}
 
 
 def results_of(
