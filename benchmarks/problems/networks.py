@@ -202,7 +202,7 @@ NETWORKS: dict[str, Network] = {
     TINY: Network(partial(perceptron, 12, 12, CLASSES), 9_706),
     HIGH: Network(partial(perceptron, 1024, CLASSES), 814_090),
     "groupnorm": Network(grouped, 20_586),
-    "gpt": Network(Language, 40_954),
+    "gpt": Network(Language, 41_386),
     "lstm": Network(partial(Recurrent, nn.LSTM), 15_466),
     **{
         name: Network(partial(perceptron, 64, 64, CLASSES, between=between), 55_050)

@@ -1,6 +1,6 @@
 """Tables for the terminal, and the same tables as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -130,13 +130,15 @@ def of_target(target: Mapping[str, Any]) -> tuple[str, ...]:
     return what, wanted, f"found {value}:", said
 
 
-def of_targets(records: Iterable[Record]) -> Table:
+def of_targets(records: Collection[Record]) -> Table:
     """A row a target; what is missed stands out."""
     shown = table("", "", "case", "target", "wanted", "found", "", words=5)
+    several = len({record["question"] for record in records}) > 1
     for record in records:
         for target in record["targets"]:
             style = "red" if target["met"] is False else ""
-            add(shown, f"{record['question']}: {record['case']}", *of_target(target), style=style)
+            case = f"{record['question']}: {record['case']}" if several else record["case"]
+            add(shown, case, *of_target(target), style=style)
     return shown
 
 

@@ -61,7 +61,7 @@ SMALLER = ("params/mlp, B=8", "params/cnn, B=8", "inputs/resnet, B=8")
 REFUSED = {
     ("inputs/transformer, B=8", "vmap(jacfwd)"): "forward AD with _scaled_dot_product_flash",
     ("ntk/gru, B=64", kernels.MATMUL): "shape",
-    ("ntk/gru, B=64", by_hand.FACTORS): "GRU is not written by hand here",
+    ("ntk/gru, B=64", by_hand.FACTORS): "all inputs have to be Tensors",
 }
 """What torch cannot do, and says."""
 
