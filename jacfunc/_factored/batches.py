@@ -40,6 +40,7 @@ class LearnedUses:
         moves_samples: were numbers moved to where other numbers say? Then layouts may change with
             the numbers.
         lessons: how often they were learned.
+        is_pulled: has a pullback succeeded?
     """
 
     others: set[int] = field(default_factory=set)
@@ -49,6 +50,7 @@ class LearnedUses:
     signatures: set[int] = field(default_factory=set)
     moves_samples: bool = False
     lessons: int = 0
+    is_pulled: bool = False
 
     @classmethod
     def of(cls, kind: CallKind) -> LearnedUses:

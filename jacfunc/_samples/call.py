@@ -102,8 +102,8 @@ class SampledCall:
     def _ways(self) -> list[Way]:
         """The ways to evaluate samples, the cheapest first."""
         if self.whole is None or not self.is_whole:
-            return [self._vmapped, self._one_by_one]
-        ways: list[Way] = [self._as_a_whole, self._vmapped]
+            return [self._under_vmap, self._one_by_one]
+        ways: list[Way] = [self._as_a_whole, self._under_vmap]
         if self.samples.randomness == "different":
             ways.append(self._drawing)
         return [*ways, self._mixed, self._one_by_one]
@@ -151,6 +151,14 @@ class SampledCall:
         with alone():
             batch = VmappedBatch(one.of_params, call, primals, samples, own)
             return factored(batch, LearnedUses.of(self.kind), repeat), one.call
+
+    def _under_vmap(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        jacobian, call = self._vmapped(start, stop)
+        learned = LearnedUses.of(self.kind)
+        if not learned.is_pulled:  # checkpoints run again only then, and fail
+            jacobian.parts_of_rows(0, 1, 0)
+            learned.is_pulled = True
+        return jacobian, call
 
     def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         numbers = range(len(self.first_call().primals))
