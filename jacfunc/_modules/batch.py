@@ -9,7 +9,7 @@ from jacfunc._assembly import Sink
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
 from jacfunc._log import note
-from jacfunc._memory import Chunk
+from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._planning import (
     UNMAPPED,
     Auto,
@@ -158,7 +158,9 @@ class SampledJacobian:
         try:
             if is_whole:
                 assert isinstance(strategy, Structured | Reverse)
-                return self._written(chunk, strategy.chunk_size)
+                is_share = isinstance(chunk, FittedChunks) and chunk.counts_products
+                # no product waits to be copied, as it would for the vmapped plan that was refused
+                return self._written(None if is_share else chunk, strategy.chunk_size)
             return self._vmapped(strategy, chunk)
         except errors as error:
             if is_out_of_memory(error) or isinstance(error, FINAL):
