@@ -60,6 +60,15 @@ class LearnedUses:
         """Parameters that the function gets without a copy."""
         return (self.ruled or set()) - self.others
 
+    def copy(self) -> LearnedUses:
+        """What is known now."""
+        ruled = None if self.ruled is None else set(self.ruled)
+        return replace(self, others=set(self.others), written=set(self.written), ruled=ruled)
+
+    def restore(self, before: LearnedUses) -> None:
+        """Forget what was learned of uses since then."""
+        self.others, self.written, self.ruled = before.others, before.written, before.ruled
+
     def learn_sites(self, sites: Sites, signature: int) -> None:
         """Take in where the tensors of one evaluation hold the samples."""
         if sites != self.sites or len(self.signatures) >= MOST_KINDS:
@@ -204,7 +213,7 @@ class WholeBatch:
     Args:
         dims: for each primal the dimension of the samples; None if all samples share it.
         placing: says where the tensors of the evaluation hold the samples.
-        trace: is told of all operations, where there is one sample alone.
+        trace: is told of all operations, in an evaluation for that alone.
     """
 
     call: LeafFunction
@@ -235,7 +244,7 @@ class WholeBatch:
         self.placing.seen.clear()
         if self.trace is not None:
             self.trace.calls.clear()
-        is_one = self.size == 1
+        is_one = self.size == 1 or self.trace is not None
         placing = VmappedSamples(1, None) if is_one else self.placing
         outputs, extras = record(placing, handles, lambda: self.call(*handles))
         count = len(outputs)
@@ -248,6 +257,7 @@ class WholeBatch:
         if self.trace is not None:
             self.trace.calls[number] = None, (), {}
             self.trace.results[number] = leaf
+            return leaf
         if leaf.dim() and leaf.shape[0] != 1:
             raise Refused("for one sample it does not return a batch of one")
         return leaf if leaf.dim() else leaf.unsqueeze(0)

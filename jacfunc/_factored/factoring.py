@@ -121,10 +121,10 @@ def _recorded(
             )
             for number in batch.tracked(learned):
                 recorder.track(number, primals[number], handles.twins[number])
+        recorders[:] = [recorder]
         with recorder:
             image = evaluate()
         recorder.finish()
-        recorders[:] = [recorder]
         return image
 
     def of_all(*primals: Tensor) -> Image:

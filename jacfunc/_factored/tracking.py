@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
-from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins
+from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins, ends
 from jacfunc._factored.placing import Placing
 from jacfunc._factored.use import (
     METADATA,
@@ -77,6 +77,8 @@ class UseRecorder(TorchFunctionMode):
         self._inputs: list[tuple[Tensor, int]] = []
         """Inputs of recorded operations, and the versions that they had then."""
         self._operations: list[Any] = []
+        placing.operations = self._operations
+        self._is_over = False
         self.moves_samples = False
         """Has the function moved numbers to where other numbers say?"""
         self.derived: dict[int, Derived] = {}
@@ -124,8 +126,12 @@ class UseRecorder(TorchFunctionMode):
     ) -> Any:
         if func is begins:
             self._operations.clear()
+        if func is begins or func is ends:
+            self._is_over = func is ends
             return None
         kwargs = kwargs or {}
+        if self._is_over:
+            return func(*args, **kwargs)
         number = len(self._operations)
         self._operations.append(func)
         self._operations += [x for x in (*args, *kwargs.values()) if type(x) in _PLAIN]

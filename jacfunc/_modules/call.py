@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._factored import FactoredJacobian, begins
+from jacfunc._factored import FactoredJacobian, begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
@@ -113,7 +113,7 @@ class ModuleCall:
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
 
-        def guard(jacobian: FactoredJacobian) -> None:
+        def guard(batch: SampledCall, jacobian: FactoredJacobian) -> None:
             check = self.independence.check_evaluation
             operations = jacobian.signature, jacobian.moves_samples
             # not of the batch, which holds this: a cycle would keep the module alive
@@ -216,6 +216,7 @@ class ModuleCall:
             with state.lent_for_evaluation(params or variables, followed):
                 begins()
                 output = module(*args, **kwargs)
+                ends()
                 if inside_derivative():  # where no graph is looked at
                     with untracked():
                         state.check_fresh(flatten(output)[0])

@@ -17,24 +17,20 @@ from jacfunc._factored import (
     VmappedBatch,
     factored,
 )
-from jacfunc._linear_map import Dims, Samples, narrowed, one_sample
+from jacfunc._linear_map import Samples, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind, Remembered
 from jacfunc._samples.each import EachSample
 from jacfunc._samples.one import OneSample
 from jacfunc._samples.refusals import check_randomness, under_vmap
-from jacfunc._samples.whole import WholeBatches
+from jacfunc._samples.whole import WholeBatches, WholeCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
 
-WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
-"""The call of some samples at once; and for each primal that holds samples the number of its leaf
-among the tensors of these samples."""
-
 Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
 
-Guard: TypeAlias = Callable[[FactoredJacobian], None]
+Guard: TypeAlias = Callable[["SampledCall", FactoredJacobian], None]
 """Refuses a batch whose samples depend on each other, once it is evaluated."""
 
 
@@ -135,19 +131,12 @@ class SampledCall:
 
     def _whole(self, start: int, stop: int, may_draw: bool) -> tuple[FactoredJacobian, FlatCall]:
         assert self.whole is not None
-        samples, whole = self.samples, self.whole
-
-        def call_of(start: int, stop: int) -> tuple[FlatCall, Dims]:
-            call, leaf_of = whole(narrowed(samples.leaves, samples.dims, start, stop))
-            dims = [
-                samples.dims[leaf_of[n]] if n in leaf_of else None for n in range(len(call.primals))
-            ]
-            return call, dims
-
-        batches = WholeBatches(call_of, self.learned_as_a_whole, self.random_state(), may_draw)
-        jacobian, call = batches.factored(start, stop)
+        leaves = narrowed(self.samples.leaves, self.samples.dims, start, stop)
+        samples, random_state = replace(self.samples, leaves=leaves), self.random_state()
+        batch = WholeBatches(self.whole, samples, self.learned_as_a_whole, random_state, may_draw)
+        jacobian, call = batch.factored()
         if self.guard is not None:
-            self.guard(jacobian)
+            self.guard(self, jacobian)
         return jacobian, call
 
     def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
