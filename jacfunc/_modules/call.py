@@ -115,8 +115,9 @@ class ModuleCall:
 
         def guard(batch: SampledCall, jacobian: FactoredJacobian) -> None:
             check = self.independence.check_evaluation
-            kind, operations = batch.kind.kind, (jacobian.signature, jacobian.moves_samples)
-            check(self.api, self.state, kind, operations, lambda: self._subject(batch))
+            operations = jacobian.signature, jacobian.moves_samples
+            # not of the batch, which holds this: a cycle would keep the module alive
+            check(self.api, self.state, kind.kind, operations, lambda: self._subject(samples))
 
         state, point = self.state, tuple(self.state.point)
         of_call = self.argnums, point, kinds_of(self.arguments), tuple(dims)
@@ -138,10 +139,10 @@ class ModuleCall:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost():
             check, kind = self.independence.check, batch.kind.kind
-            if check(self.api, self.state, kind, lambda: self._subject(batch)):
+            if check(self.api, self.state, kind, lambda: self._subject(batch.samples)):
                 batch.learned_as_a_whole.sites = None  # they are learned anew, too
 
-    def _subject(self, batch: SampledCall) -> Subject:
+    def _subject(self, samples: Samples) -> Subject:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""
         state, split = self.state, Split.of(self.arguments, is_tensor)
         module = state.module
@@ -168,9 +169,9 @@ class ModuleCall:
             width += sum(param.numel() for param in state.point.values())
         if by_inputs:
             inputs = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
-            width += sum(x.numel() for x in inputs) // batch.samples.size
+            width += sum(x.numel() for x in inputs) // samples.size
         params = tuple(values.values())
-        return Subject(whole, params, batch.samples, width, by_inputs, state.as_evaluated)
+        return Subject(whole, params, samples, width, by_inputs, state.as_evaluated)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -124,7 +124,7 @@ def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:
     """
     own_plans().get_or_make(strategy, None, Remembered).put(call.callable, call.kind, planned)
     plan, chunk = planned
-    is_fitted = is_bounded(plan) or isinstance(chunk, FittedChunks)
+    is_fitted = is_bounded(plan) or (isinstance(chunk, FittedChunks) and not chunk.counts_products)
     has_budget = strategy.memory is not None
     if isinstance(call.callable, nn.Module) if has_budget else not is_fitted:
         shared_plans().put(_owner(call.callable), (strategy, call.kind), planned)
