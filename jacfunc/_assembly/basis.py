@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from jacfunc._memory import Chunk, in_chunks, of_leaf
-from jacfunc._torch import untracked
+from jacfunc._remembered import MOST_KINDS, Recent
+from jacfunc._torch import makes_plain_tensors, untracked
 from jacfunc._types import Leaves
+
+FEW_NUMBERS = 2**12
+"""Seeds of so few numbers are kept for later sweeps."""
 
 
 def numel(leaves: Leaves) -> int:
@@ -86,10 +90,27 @@ def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
 
 def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Leaves:
     """Unit seeds ``[K, B, *shape]`` for leaves ``[B, *shape]``, shared by all samples."""
+    if stop is None:
+        stop = sum(leaf.shape[1:].numel() for leaf in leaves)
+    # on an accelerator another stream may run ahead of the one that made them
+    can_be_kept = makes_plain_tensors() and all(leaf.is_cpu for leaf in leaves)
+    kind = start, stop, *((leaf.shape, leaf.dtype) for leaf in leaves)
+    seeds = _units().get(kind) if can_be_kept else None
+    # a backward pass of the user's own may have written into them
+    if seeds is not None and not any(seed._version for seed in seeds):
+        return seeds
     of_one = tuple(leaf[0] for leaf in leaves)
-    seeds = unit_seeds(of_one, start, numel(of_one) if stop is None else stop)
-    pairs = zip(seeds, leaves, strict=True)
-    return tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
+    pairs = zip(unit_seeds(of_one, start, stop), leaves, strict=True)
+    seeds = tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
+    if can_be_kept and numel(of_one) * (stop - start) <= FEW_NUMBERS:
+        _units().put(kind, seeds)
+    return seeds
+
+
+@cache
+def _units() -> Recent[Leaves]:
+    """Small seeds of earlier sweeps."""
+    return Recent(MOST_KINDS)
 
 
 def in_a_row(leaves: Leaves) -> Tensor:

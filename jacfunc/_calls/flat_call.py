@@ -103,7 +103,7 @@ class FlatCall:
     def _identity(self) -> CallKind:
         if self._origin is not None:
             state = self._origin.state
-            return CallKind(state.module, self._origin.kind(), state.origin or state)
+            return CallKind(state.module, self._origin.kind(), state.version)
         if self._has_one_tensor:
             with untracked():
                 return CallKind(self.func, kind_of(self._args[0]), self.func)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -90,7 +90,7 @@ class FactoredJacobian:
         """What the function returned beside the outputs, ``[B, …]``."""
         return self.linearization.extras
 
-    @property
+    @cached_property
     def sample_outputs(self) -> Leaves:
         """The outputs of one sample."""
         return tuple(out[0] for out in self.outputs)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_plain
-from jacfunc._errors import Refused
+from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.batches import Batch, Image, LearnedUses, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
 from jacfunc._factored.layouts import NoLayout, Unlike
@@ -65,6 +64,9 @@ def factored(
             jacobian, others = _evaluated(batch, learned, unruled)
         except (Unlike, NoLayout):
             raise
+        except UnseenWrite:
+            learned.ruled = None  # later evaluations get copies again
+            raise
         except Exception:
             # the function may have failed because a handle is no copy: then go on with copies
             if not learned.learn(count, set(), unruled.numbers, unruled.written):
@@ -79,7 +81,7 @@ class _Handles(NamedTuple):
 
     Args:
         every: one for each primal.
-        twins: what operations with rules get in the place of these.
+        twins: what operations with rules get in the place of those that are tracked.
         starts: the nodes at which the graph of the evaluation begins, with numbers of primals.
         direct: anchors of the primals that are differentiated as they are.
         grad_mode: is a graph kept of the outputs?
@@ -87,7 +89,7 @@ class _Handles(NamedTuple):
     """
 
     every: list[Tensor]
-    twins: list[Tensor]
+    twins: dict[int, Tensor]
     starts: dict[Any, int]
     direct: list[Anchor]
     grad_mode: bool
@@ -100,7 +102,7 @@ class _Handles(NamedTuple):
         further = grad_mode and any(primal.requires_grad for primal in batch.primals)
         with recording():
             anchors = [differentiable_alias(primal, grad_mode) for primal in batch.primals]
-            twins = [anchor.view_as(anchor) for anchor in anchors]
+            twins = {n: anchors[n].view_as(anchors[n]) for n in batch.tracked(learned)}
             every = [batch.handle(i, anchor, learned) for i, anchor in enumerate(anchors)]
             # the function may write into these
             direct = [Anchor.behind(every[x.number]) for x in batch.direct(learned)]
@@ -119,8 +121,8 @@ def _recorded(
             recorder = UseRecorder(
                 placing, learned.lent, unruled, handles.starts, handles.grad_mode, batch.trace
             )
-            for number in batch.tracked(learned):
-                recorder.track(number, primals[number], handles.twins[number])
+            for number, twin in handles.twins.items():
+                recorder.track(number, primals[number], twin)
         recorders[:] = [recorder]
         with recorder:
             image = evaluate()
@@ -157,7 +159,13 @@ def _evaluated(
     linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
     met = recorder.parameters(number for node, number in starts.items() if node in graph.met)
     jacobian = FactoredJacobian(
-        batch.size, uses, direct, batch.params, linearization, recorder.derived
+        batch.size,
+        uses,
+        direct,
+        batch.params,
+        linearization,
+        recorder.derived,
+        signature=recorder.signature,
+        moves_samples=recorder.moves_samples,
     )
-    jacobian = replace(jacobian, signature=recorder.signature, moves_samples=recorder.moves_samples)
     return jacobian, met - {primal.number for primal in direct}

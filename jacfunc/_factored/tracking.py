@@ -149,24 +149,27 @@ class UseRecorder(TorchFunctionMode):
             self.moves_samples = True
         if func in TAKES_DERIVATIVES and self._is_at_own_level():
             raise Refused("the function takes a derivative itself, of what may stand for others")
-        has_parameter = self._has_tracked(args) or self._has_tracked(kwargs.values())
+        tracks = bool(self._tracked)
+        has_parameter = tracks and (self._has_tracked(args) or self._has_tracked(kwargs.values()))
         is_used = has_parameter and self._is_at_own_level()
         if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
                 return self._openings[func](*args, **kwargs)
+        if not has_parameter:
+            return func(*args, **kwargs)
         if is_used and func in VIEWS:
             return self._view(number, func, args, kwargs)
         if is_used and func in self._rules:
             return self._use(number, self._rules[func], func, args, kwargs)
-        if has_parameter and func is Tensor.register_hook:
+        if func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
-        if has_parameter and func in FREEZING:
+        if func in FREEZING:
             self._note_unruled(args, may_write_unseen=True)
             self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
             return func(*args, **kwargs)
         if is_used and func not in METADATA and func not in RAW_MEMORY:
             return self._derive(number, func, args, kwargs)
-        if has_parameter and func not in METADATA:
+        if func not in METADATA:
             self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
         return func(*args, **kwargs)
 

@@ -4,4 +4,5 @@ from jacfunc._lending.attributes import SIMPLE, tensors_in
 from jacfunc._lending.current import CurrentState
 from jacfunc._lending.part import ModulePart
 from jacfunc._lending.select import Select
+from jacfunc._lending.snapshot import Version, version_of_loss
 from jacfunc._lending.state import ModuleState

@@ -5,8 +5,7 @@ A call also watches them, so that a write into one that was no copy is undone, a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -52,15 +51,17 @@ class Constants:
             watch.look(constants, self.compared)
         return watch
 
-    @contextmanager
     def lent(
         self,
         params: Mapping[str, Tensor],
         mode: bool,
         aliases: Mapping[int, Tensor],
         copied_versions: Mapping[int, Hashable],
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], Callable[[], None] | None]:
         """What one evaluation gets for each parameter, by name: a copy, or else its alias.
+
+        Beside it what to call after the evaluation, to learn which copies it has only read; None
+        where nothing is copied.
 
         ``copied_versions`` has, by identity of parameters that are copies themselves, what
         :func:`version_of` gave for the copied ones: what is known of these holds for their copies.
@@ -73,13 +74,15 @@ class Constants:
             for name, p in params.items()
             if name not in keys
         }
-        yield lent
-        if keys:
+
+        def learn() -> None:
             with outside_transforms():
                 for name, key in keys.items():
                     now = below_transforms(lent[name])
                     if now.data_ptr() == addresses[name] and torch.equal(now, params[name]):
                         self._only_read[name] = key
+
+        return lent, learn if keys else None
 
     def _keys_to_copy(
         self, params: Mapping[str, Tensor], mode: bool, copied_versions: Mapping[int, Hashable]
@@ -132,8 +135,9 @@ class ParameterWatch:
     only_read: dict[str, Hashable]
     versions: list[int] = field(default_factory=list)
     """Raised by operations of torch."""
-    numbers: list[tuple[str, Tensor]] = field(default_factory=list)
-    """Names, and numbers of each parameter that is lent without a copy."""
+    numbers: list[tuple[str, Tensor, bool]] = field(default_factory=list)
+    """Names, and numbers of each parameter that is lent without a copy, in a row if they lie so;
+    are they all that it has?"""
     copies: Leaves = ()
     """Copies of these numbers, which tell of writes that raise no version. Those of one dtype are
     in one tensor: an operation for each parameter would take a microsecond for each."""
@@ -147,14 +151,17 @@ class ParameterWatch:
                 alias, is_small = self.aliases[id(param)], param.nbytes <= left
                 left -= param.nbytes if is_small else 0
                 numbers = alias if is_small else _a_few(alias)
-                self.numbers.append((name, numbers))
+                is_row = numbers.dim() == 1 or not numbers.is_contiguous()
+                row = numbers if is_row else numbers.view(-1)
+                self.numbers.append((name, row, is_small))
         self.copies = self._rows()
 
     def _rows(self) -> Leaves:
         """The numbers as they are now, in one tensor for each dtype."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for _, numbers in self.numbers:
-            by_dtype.setdefault(numbers.dtype, []).append(numbers.reshape(-1))
+        for _, numbers, _ in self.numbers:
+            row = numbers if numbers.dim() == 1 else numbers.reshape(-1)
+            by_dtype.setdefault(numbers.dtype, []).append(row)
         return tuple(map(torch.cat, by_dtype.values()))
 
     def check(self, api: str) -> None:
@@ -186,11 +193,11 @@ class ParameterWatch:
     def _restored(self) -> dict[str, bool]:
         """Put back numbers that have changed; by name of the parameter: is it as it was again?"""
         changed, rows = {}, {row.dtype: row for row in self.copies}
-        for name, now in self.numbers:
+        for name, now, is_whole in self.numbers:
             row = rows[now.dtype]
             before, rows[now.dtype] = row[: now.numel()].view_as(now), row[now.numel() :]
             if not torch.equal(now, before) and not _are_same_bits(now, before):
-                changed[name] = now.shape == self.params[name].shape
+                changed[name] = is_whole
                 now.copy_(before)
         return changed
 

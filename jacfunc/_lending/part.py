@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,22 @@ class ModulePart:
             return self
         plain = {key: copy_with(value, new) for key, value in self.plain.items()}
         return replace(self, plain=plain)
+
+    @property
+    def hides(self) -> bool:
+        """Is it no submodule, and keeps containers that may lead to anything?"""
+        kept = () if self.is_module else self.plain.values()
+        return any(not isinstance(x, Tensor) and not _is_of_values(x) for x in kept)
+
+    def marks(self) -> list[Any]:
+        """The objects that it is made of, as weak references where there can be such."""
+        registries = [registry for _, registry in self.filled if isinstance(registry, dict)]
+        forward = getattr(type(self.module), "forward", None)
+        marks = [_mark(self.module), forward, len(self.own), self.attributes.get("training")]
+        for table in (self.own, self.params, self.buffers, *registries):
+            for key, value in table.items():
+                marks += (key, value if type(value) in SIMPLE else _mark(value))
+        return marks
 
     def is_as_at_first(self) -> bool:
         """Are all attributes, tensors, hooks and submodules still the same objects?"""
@@ -140,6 +157,23 @@ class ModulePart:
         own = vars(self.module)
         tables = [own, *(own[key] for key in _REGISTRIES)] if self.is_module else [own]
         return [(table, table.copy()) for table in tables]
+
+
+def _is_of_values(value: Any) -> bool:
+    """Is it a plain value, or a container of such?"""
+    if isinstance(value, dict):
+        return all(map(_is_of_values, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_of_values, value))
+    return type(value) in SIMPLE
+
+
+def _mark(value: Any) -> Any:
+    """A mark of a value: that of another object is another one."""
+    try:
+        return ref(value)
+    except TypeError:
+        return value
 
 
 def put_back(tables: list[tuple[Any, Any]]) -> None:

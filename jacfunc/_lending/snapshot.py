@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from operator import is_
 from typing import Any
+from weakref import ref
+
+from torch import Tensor, nn
 
 from jacfunc._lending.part import ModulePart, put_back
+from jacfunc._remembered import Remembered
 
 
 class Snapshot:
@@ -48,6 +52,60 @@ class Snapshot:
     @cached_property
     def _rows(self) -> _Rows | None:
         return None if any(part.is_scripted for part in self.parts) else _Rows(self.parts)
+
+
+class Version:
+    """A module, or a loss, as it is now: what is learned of it is remembered of its version.
+
+    Args:
+        marks: the objects that it is made of, as weak references: what remembers a version does
+            not own the module.
+    """
+
+    def __init__(self, marks: list[Any]) -> None:
+        self._marks = marks
+
+    @classmethod
+    def of(cls, called: Any, what: Hashable, marks: list[Any]) -> Version:
+        """The version before, or another one if the marks are others now."""
+        known = _versions().get(called, what)
+        if known is None or not _are_same(known._marks, marks):
+            known = cls(marks)
+            _versions().put(called, what, known)
+        return known
+
+
+@cache
+def _versions() -> Remembered[Version]:
+    """The last version of each module or loss."""
+    return Remembered()
+
+
+def version_at(
+    module: nn.Module,
+    point: Mapping[str, Tensor],
+    parts: Iterable[ModulePart],
+    beside: Iterable[ModulePart] | None = None,
+) -> Version:
+    """The version of a module at its chosen parameters, and of objects beside it if any are given.
+
+    Where these can't be told, or TorchScript hides some, it is another one each time.
+    """
+    every = [*parts, *(beside or ())]
+    marks = [mark for part in every for mark in part.marks()] + list(map(ref, point.values()))
+    if beside is not None and any(part.is_scripted or part.hides for part in every):
+        return Version(marks)
+    return Version.of(module, (bool(beside), *point), marks)
+
+
+def version_of_loss(loss: Any) -> Version:
+    """The version of a function, or of a module."""
+    parts = map(ModulePart.of, loss.modules()) if isinstance(loss, nn.Module) else ()
+    return Version.of(loss, None, [mark for part in parts for mark in part.marks()])
+
+
+def _are_same(these: list[Any], those: list[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 class _Rows:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from jacfunc._arguments import are_plain
 from jacfunc._errors import Refused
-from jacfunc._faults import apart, check_scripted
-from jacfunc._lending.constants import Constants, constants_of, version_of
+from jacfunc._faults import check_scripted
+from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
 from jacfunc._lending.originals import Originals
-from jacfunc._lending.part import ModulePart, are_same, attributes_of, by_first_name, parts_beside
+from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside
 from jacfunc._lending.select import Select, select_params
-from jacfunc._lending.snapshot import Snapshot
+from jacfunc._lending.snapshot import Snapshot, Version, version_at
 from jacfunc._lending.stale import check_fresh
-from jacfunc._torch import recording
+from jacfunc._torch import untracked
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,45 +87,24 @@ class ModuleState:
         snapshot = Snapshot([*parts.values(), *beside])
         return cls(parts, point, params, buffers, beside, hidden, snapshot, constants_of(module))
 
-    @classmethod
-    def after(
-        cls, before: ModuleState | None, api: str, module: nn.Module, select: Select
-    ) -> ModuleState:
-        """The state at a later call: the one before, unless an object was replaced.
-
-        To look takes a third of the time that it takes to make a state.
-        """
-        if before is None or not before.snapshot.is_current():
-            return cls.of(api, module, select)
-        point = select_params(api, before.params, select)
-        return before if are_same(point, before.point) else replace(before, point=point)
-
-    def copied(self) -> ModuleState:
-        """A state with copies of all values, for evaluations after these may have changed."""
-        if self.is_copy:
-            return self
-        every = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
-        new: dict[int, Any] = {id(x): x for x in every}
-        # values to differentiate at may be no parameters of the module
-        known = new | {id(x): x for x in self.point.values()}
-        with recording():  # graphs of attributes tell what was computed before
-            copies = {key: apart(x) for key, x in known.items()}
-            return replace(
-                self,
-                parts={name: part.copied(new) for name, part in self.parts.items()},
-                beside=[part.copied(new) for part in self.beside],
-                point={name: copies[id(x)] for name, x in self.point.items()},
-                copies=copies,
-                copied_versions={id(copies[key]): version_of(x) for key, x in known.items()},
-                is_copy=True,
-                origin=self,
-                loans=[],
-            )
-
     @property
     def every_part(self) -> list[ModulePart]:
         """Submodules, and objects beside them."""
         return [*self.parts.values(), *self.beside]
+
+    @cached_property
+    def version(self) -> Version:
+        """The same for states that are made of the same objects, so far as these are seen."""
+        if self.origin is not None:
+            return self.origin.version
+        return version_at(self.module, self.point, self.parts.values(), self.beside)
+
+    @cached_property
+    def version_of_parts(self) -> Version:
+        """The same for states of one choice whose submodules are made of the same objects."""
+        if self.origin is not None:
+            return self.origin.version_of_parts
+        return version_at(self.module, self.point, self.parts.values())
 
     @property
     def module(self) -> nn.Module:
@@ -203,24 +183,45 @@ class ModuleState:
         until the next evaluation. ``arguments`` are those of the evaluation, if it is
         differentiated by ``params``.
         """
-        loan, copies = self.loans[-1], self.copies
+        loan = self.loans[-1]
+        try:
+            # who watches the function need not see what is done to lend it
+            with untracked() if self._is_plain else nullcontext():
+                learn = self._lend(loan, params, arguments)
+            yield
+        except BaseException:
+            loan.take_back()
+            raise
+        if learn is not None:
+            learn()
+
+    def _lend(
+        self, loan: Loan, params: Mapping[str, Tensor], arguments: Any
+    ) -> Callable[[], None] | None:
+        """Put the tensors of an evaluation in place; what is to be called after it, if anything."""
         if loan.evaluation is not None:
             loan.take_back()
+        copies = self.copies
         others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
-        values = {name: copies.get(id(p), p) for name, p in others.items()}
+        values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
         mode, aliases = self.module.training, loan.watch.aliases
-        with self.constants.lent(values, mode, aliases, self.copied_versions) as constants:
-            new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
-            for buffer in self.buffers.values():
-                new[id(buffer)] = copies.get(id(buffer), buffer).clone()
-            for name, param in others.items():
-                new[id(param)] = constants[name]
-            try:
-                loan.lend(EvaluationState(params.values(), arguments), new)
-                yield
-            except BaseException:
-                loan.take_back()
-                raise
+        constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
+        new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
+        for buffer in self.buffers.values():
+            new[id(buffer)] = copies.get(id(buffer), buffer).clone()
+        for name, param in others.items():
+            new[id(param)] = constants[name]
+        loan.lend(EvaluationState(params.values(), arguments), new)
+        return learn
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Has no tensor a class of its own, whose clone would be another where nobody sees it?
+
+        What containers among the attributes hold is not looked at.
+        """
+        tensors = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
+        return are_plain(tensors) and not any(part.plain for part in self.every_part)
 
     def check_fresh(self, outputs: Sequence[Any]) -> None:
         """Refuse outputs of the last evaluation that depend on parameters by another way.

@@ -18,10 +18,10 @@ Dims: TypeAlias = Sequence[int | None]
 
 def narrowed(leaves: Leaves, dims: Dims, start: int, stop: int) -> Leaves:
     """The leaves of the samples from start to stop."""
-    return tuple(
-        x if d is None or (start, stop) == (0, x.shape[d]) else x.narrow(d, start, stop - start)
-        for x, d in zip(leaves, dims, strict=True)
-    )
+    if start == 0 and stop == batch_size(leaves, dims):
+        return leaves
+    pairs = zip(leaves, dims, strict=True)
+    return tuple(x if d is None else x.narrow(d, start, stop - start) for x, d in pairs)
 
 
 def sample_chunks(

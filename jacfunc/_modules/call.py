@@ -19,7 +19,7 @@ from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.checks import check_call, check_module_inputs, check_parameters, check_samples
 from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import InputChoice
+from jacfunc._modules.inputs import InputChoice, OwnArguments
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
@@ -28,10 +28,8 @@ from jacfunc._trees import (
     Split,
     check_batch,
     flatten,
-    kinds_of,
     map_tensors,
     sample_dims,
-    unflatten,
 )
 from jacfunc._types import Argnums, Leaves, Randomness, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
@@ -108,31 +106,26 @@ class ModuleCall:
             return self.flat_call(split.merge(leaves), every_dim)
 
         def whole(leaves: Leaves) -> tuple[FlatCall, dict[int, int]]:
-            call = self.flat_call(split.merge(leaves))
+            is_every = leaves is samples.leaves
+            call = self.flat_call(self.arguments if is_every else split.merge(leaves))
             places = {id(x): i for i, x in enumerate(leaves) if dims[i] is not None}
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
 
-        def guard(batch: SampledCall, jacobian: FactoredJacobian) -> None:
+        def guard(jacobian: FactoredJacobian) -> None:
             check = self.independence.check_evaluation
             operations = jacobian.signature, jacobian.moves_samples
             # not of the batch, which holds this: a cycle would keep the module alive
             check(self.api, self.state, kind.kind, operations, lambda: self._subject(samples))
 
         state, point = self.state, tuple(self.state.point)
-        of_call = self.argnums, point, kinds_of(self.arguments), tuple(dims)
-        kind = CallKind(state.module, of_call, state.origin or state)
+        of_call = self.argnums, point, split.kinds, tuple(dims)
+        kind = CallKind(state.module, of_call, state.version)
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
+        is_whole = not self.with_buffers
         return SampledCall(
-            self.api,
-            call_of,
-            samples,
-            kind,
-            whole,
-            not self.with_buffers,
-            guard,
-            differentiates,
+            self.api, call_of, samples, kind, whole, is_whole, guard, differentiates
         )
 
     def check_independent(self, batch: SampledCall) -> None:
@@ -206,7 +199,7 @@ class ModuleCall:
             )
 
         def call(params: dict[str, Tensor], chosen: Tree, arguments: Arguments) -> Tree:
-            args, kwargs = self._arguments_with(chosen, arguments, dims)
+            args, kwargs = originals.copied(chosen)
             if is_pushing():
                 state.check_forward()
             for name, own in hooks.items() if params else ():
@@ -224,32 +217,17 @@ class ModuleCall:
                     output = map_tensors(self._unbatched, output)
                 return (output, state.buffers_now()) if self.with_buffers else output
 
+        originals = OwnArguments(self.choice, arguments, dims)
         params = variables if self._differentiates("params") else {}
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)
 
         def kind() -> Hashable:
             # parameters keep their shapes: calls of one module differ in their inputs
-            return self.argnums, tuple(variables), kinds_of(arguments)
+            return self.argnums, tuple(variables), originals.kinds
 
         derivation = Derivation(self.api, call, self.argnums, self.with_buffers)
         return FlatCall(derivation, every, {}, ModuleOrigin(state, kind))
-
-    def _arguments_with(
-        self, chosen: Tree, arguments: Arguments, dims: Sequence[int | None] | None
-    ) -> Arguments:
-        """The arguments with the chosen ones, and copies of the rest: a module may write there."""
-        differentiated = {id(leaf) for leaf in flatten(chosen)[0] if is_differentiable(leaf)}
-        if chosen is not None:
-            arguments = self.choice.join(chosen, arguments)
-        leaves, spec = flatten(arguments)
-        copies = [
-            x if id(x) in differentiated or not isinstance(x, Tensor) else x.clone() for x in leaves
-        ]
-        if dims is not None:
-            copies = [x if d is None else x.unsqueeze(d) for x, d in zip(copies, dims, strict=True)]
-        with_copies: Arguments = unflatten(spec, copies)
-        return with_copies
 
     def _variables(self) -> dict[str, Tensor]:
         """Parameters for which evaluations get other tensors; all others are constants."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cache
-from operator import is_
 from typing import Any, Literal, TypeAlias
-from weakref import ref
 
-from torch import nn
 from torch.nn.modules import module as torch_module
 
 from jacfunc._errors import Refused
-from jacfunc._lending import SIMPLE, ModulePart, ModuleState
+from jacfunc._lending import ModuleState, Version, version_of_loss
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import Coupling, GradientOf, Subject, coupling, loss_coupling
 from jacfunc._types import Leaves
@@ -157,7 +154,7 @@ class Independence:
         def compare(number: int) -> Coupling:
             return loss_coupling(gradient_of, outputs, number)
 
-        if self._what_changes(lambda: _kinds_of_loss(loss), kind, compare)[0]:
+        if self._what_changes(lambda: _kinds_of(version_of_loss(loss)), kind, compare)[0]:
             raise ValueError(
                 f"{api}: the loss must be a sum or mean over samples, got one whose gradient in "
                 "the outputs of a sample changes with those of others. Use a loss that adds up "
@@ -211,70 +208,15 @@ def _with_hooks(kind: Hashable) -> Hashable:
     return kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
 
 
-@dataclass
-class _MarkedCalls:
-    """Calls of a module, or a loss, while its marks stay the same."""
-
-    marks: list[Any]
-    kinds: Recent[KnownCalls] = field(default_factory=lambda: Recent(MOST_KINDS))
-
-
 @cache
-def _calls_of() -> Remembered[_MarkedCalls]:
-    """What is remembered of each module or loss."""
+def _calls_of() -> Remembered[Recent[KnownCalls]]:
+    """The known calls of each version of a module or a loss, by kind."""
     return Remembered()
 
 
-@cache
-def _calls_of_state() -> Remembered[Recent[KnownCalls]]:
-    """What is remembered of each state, so that marks are compared once for each."""
-    return Remembered()
-
-
-def _kinds_of(called: Any, marks: list[Any]) -> Recent[KnownCalls]:
-    """The known calls of a module or a loss, by kind; none if its marks are others than before."""
-    known = _calls_of().get(called, None)
-    if known is None or not _are_same(known.marks, marks):
-        known = _MarkedCalls(marks)
-        _calls_of().put(called, None, known)
-    return known.kinds
+def _kinds_of(version: Version) -> Recent[KnownCalls]:
+    return _calls_of().get_or_make(version, None, lambda: Recent(MOST_KINDS))
 
 
 def _kinds_of_state(state: ModuleState) -> Recent[KnownCalls]:
-    """The known calls of a module at its chosen parameters, by kind."""
-    state = state.origin or state
-
-    def find() -> Recent[KnownCalls]:
-        marks = [mark for part in state.parts.values() for mark in _marks_of(part)]
-        marks += [_mark(param) for param in state.point.values()]
-        return _kinds_of(state.module, marks)
-
-    return _calls_of_state().get_or_make(state, None, find)
-
-
-def _kinds_of_loss(loss: Any) -> Recent[KnownCalls]:
-    parts = map(ModulePart.of, loss.modules()) if isinstance(loss, nn.Module) else ()
-    return _kinds_of(loss, [mark for part in parts for mark in _marks_of(part)])
-
-
-def _are_same(these: list[Any], those: list[Any]) -> bool:
-    return len(these) == len(those) and all(map(is_, these, those))
-
-
-def _marks_of(part: ModulePart) -> list[Any]:
-    """The objects that a part is made of, as weak references: what remembers them is no owner."""
-    registries = [registry for _, registry in part.filled if isinstance(registry, dict)]
-    marks: list[Any] = [ref(part.module), getattr(type(part.module), "forward", None)]
-    marks += (len(part.own), part.attributes.get("training"))
-    for table in (part.own, part.params, part.buffers, *registries):
-        for key, value in table.items():
-            marks += (key, value if type(value) in SIMPLE else _mark(value))
-    return marks
-
-
-def _mark(value: Any) -> Any:
-    """A mark of a value: that of another object is another one."""
-    try:
-        return ref(value)
-    except TypeError:
-        return value
+    return _kinds_of(state.version_of_parts)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from jacfunc._trees import Arguments, flatten, paths, unflatten
-from jacfunc._types import Tree
+from jacfunc._arguments import are_plain
+from jacfunc._torch import untracked
+from jacfunc._trees import Arguments, flatten, kind_of, paths, unflatten
+from jacfunc._types import Tree, is_tensor
 
 Key: TypeAlias = int | str
 
@@ -88,6 +91,41 @@ class InputChoice:
             place: Any = positional if isinstance(pick.key, int) else by_name
             place[pick.key] = _overlaid(place[pick.key], tree)
         return tuple(positional), by_name
+
+
+class OwnArguments:
+    """The arguments of a call, of which each evaluation gets copies: a module may write there.
+
+    With ``dims`` they are those of one sample, of which a module gets a batch of one.
+    """
+
+    def __init__(
+        self, choice: InputChoice, arguments: Arguments, dims: Sequence[int | None] | None
+    ) -> None:
+        self._choice, self._arguments, self._dims = choice, arguments, dims
+        self._leaves, self._spec = flatten(arguments)
+        tensors = list(filter(is_tensor, self._leaves))
+        self._originals = set(map(id, tensors))
+        # the clone of another class would be a plain tensor where nobody sees it made
+        self._sight: Any = untracked if are_plain(tensors) else nullcontext
+
+    @property
+    def kinds(self) -> Hashable:
+        """Structure and kinds of the leaves."""
+        return self._spec, tuple(map(kind_of, self._leaves))
+
+    def copied(self, chosen: Tree) -> Arguments:
+        """The arguments with the chosen ones as they are, and copies of the rest."""
+        with self._sight():
+            leaves, spec = self._leaves, self._spec
+            if chosen is not None:
+                leaves, spec = flatten(self._choice.join(chosen, self._arguments))
+            own = [x.clone() if id(x) in self._originals else x for x in leaves]
+            if self._dims is not None:
+                pairs = zip(own, self._dims, strict=True)
+                own = [x if dim is None else x.unsqueeze(dim) for x, dim in pairs]
+            copies: Arguments = unflatten(spec, own)
+            return copies
 
 
 def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputPick:

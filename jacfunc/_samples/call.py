@@ -30,7 +30,7 @@ from jacfunc._types import Leaves
 
 Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
 
-Guard: TypeAlias = Callable[["SampledCall", FactoredJacobian], None]
+Guard: TypeAlias = Callable[[FactoredJacobian], None]
 """Refuses a batch whose samples depend on each other, once it is evaluated."""
 
 
@@ -82,7 +82,10 @@ class SampledCall:
             return self._vmapped(start, stop)
         random_state = self.random_state()
         refused = _refused().get_or_make(self.kind.version, self.kind.kind, set)
-        *others, last = [way for way in self._ways() if _name(way) not in refused]
+        ways = self._ways()
+        if refused:
+            ways = [way for way in ways if _name(way) not in refused]
+        *others, last = ways
         with alone():
             for way in others:
                 try:
@@ -136,7 +139,7 @@ class SampledCall:
         batch = WholeBatches(self.whole, samples, self.learned_as_a_whole, random_state, may_draw)
         jacobian, call = batch.factored()
         if self.guard is not None:
-            self.guard(self, jacobian)
+            self.guard(jacobian)
         return jacobian, call
 
     def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:

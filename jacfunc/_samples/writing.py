@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,9 @@ class SampleWriter:
                 parts = factors.parts_of_rows(begin, end, number)
                 # not before: what the sweep took for a while need not lie beside the result
                 blocks = self._places(factors, number, total)
-                factors.write(parts, [block[samples, begin:end] for block in blocks])
+                if (factors.size, end - begin) != (total, grid.rows[number]):
+                    blocks = tuple(block[samples, begin:end] for block in blocks)
+                factors.write(parts, blocks)
                 return ()
 
             for _ in in_chunks(rows, chunk or evenly(rows, factors.nbytes, at_once), fill):
@@ -90,7 +93,7 @@ class SampleWriter:
         """Places for the blocks of an output, ``[B, M, *param]``."""
         params, grid = factors.params, self.one.grid()
         if self.places is None:
-            like = tuple(_like(out, param) for out in factors.sample_outputs for param in params)
+            like = tuple(x for out in factors.sample_outputs for x in _like(out, params))
             self.places = self.sink.places(like, total, grid)
         places = self.places[number * len(params) : (number + 1) * len(params)]
         return tuple(
@@ -99,7 +102,11 @@ class SampleWriter:
         )
 
 
-def _like(out: Tensor, param: Tensor) -> Tensor:
-    """A tensor like the block of one sample that takes no memory."""
-    dtype = torch.promote_types(out.dtype, param.dtype)
-    return out.new_empty((), dtype=dtype).expand(1, *out.shape, *param.shape)
+def _like(out: Tensor, params: Leaves) -> Iterator[Tensor]:
+    """Tensors like the blocks of one sample, which take no memory."""
+    numbers: dict[torch.dtype, Tensor] = {}
+    for param in params:
+        dtype = torch.promote_types(out.dtype, param.dtype)
+        if dtype not in numbers:
+            numbers[dtype] = out.new_empty((), dtype=dtype)
+        yield numbers[dtype].expand(1, *out.shape, *param.shape)

@@ -18,6 +18,7 @@ from jacfunc._torch.levels import (
     is_pushing,
     lacks_forward_kernel,
     levels,
+    makes_plain_tensors,
     memory_of,
     newer_transforms,
     num_forward_levels,

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch, _len_torch_dispatch_stack
 from torch._C._functorch import TransformType
 from torch._functorch import eager_transforms, pyfunctorch
 from torch.autograd import forward_ad
@@ -29,6 +29,13 @@ def inside_transform() -> bool:
 def is_outermost() -> bool:
     """Is neither a transform nor a compiler active? Then plain graphs can be read."""
     return not (inside_transform() or torch.compiler.is_compiling())
+
+
+def makes_plain_tensors() -> bool:
+    """Is a tensor that is made now a plain one, which may be used at any time later?"""
+    return (
+        is_outermost() and not _len_torch_dispatch_stack() and not torch.is_inference_mode_enabled()
+    )
 
 
 @contextmanager

@@ -37,9 +37,11 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | Non
             f"{api}: in_dims must have one entry for each of the {len(args)} inputs, got "
             f"{len(in_dims)}. Use None for what all samples share."
         )
-    entire = in_dims if isinstance(in_dims, int) else 0
-    positional = in_dims if isinstance(in_dims, tuple | list) else [entire] * len(args)
-    prefixes = [*positional, *(by_name.get(name, entire) for name in kwargs)]
+    leaves = flatten(arguments)[0]
+    if isinstance(in_dims, int):  # the usual case: every tensor has the samples there
+        return [in_dims if isinstance(x, Tensor) else None for x in leaves]
+    positional = in_dims if isinstance(in_dims, tuple | list) else [0] * len(args)
+    prefixes = [*positional, *(by_name.get(name, 0) for name in kwargs)]
     dims: list[Any] = []
     names = [*range(len(args)), *kwargs]
     for name, prefix, tree in zip(names, prefixes, (*args, *kwargs.values()), strict=True):
@@ -50,7 +52,6 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | Non
                 f"{api}: in_dims must have the structure of the inputs, got one where {error}. "
                 "Give dicts the same keys."
             ) from error
-    leaves = flatten(arguments)[0]
     return [d if isinstance(x, Tensor) else None for x, d in zip(leaves, dims, strict=True)]
 
 

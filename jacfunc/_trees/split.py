@@ -76,6 +76,12 @@ class Split:
         new, kept = iter(leaves), iter(self.constants if constants is None else constants)
         return unflatten(self.spec, [next(new if yes else kept) for yes in self.is_chosen])
 
+    @property
+    def kinds(self) -> Hashable:
+        """Structure and kinds of the chosen leaves, and of the constants."""
+        kinds = map(kind_of, (*self.leaves, *self.constants))
+        return self.spec, self.is_chosen, tuple(kinds)
+
     def place(self, values: Sequence[Any]) -> Tree:
         """A tree with a value in the place of each chosen leaf, and None for each constant."""
         return self.merge(values, [None] * len(self.constants))
