@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 CORE := tests/house/test_house.py tests/trees tests/assembly tests/linear_map tests/functions
 
-.PHONY: help bench suite report figures compare trust test quick check lint types overhead regret budget
+.PHONY: help bench suite report figures compare hand test quick check lint types overhead budget
 .PHONY: format clean
 
 help:
@@ -16,12 +16,11 @@ help:
 	@echo "make report    Markdown and picture of the full suite's results"
 	@echo "make figures   the README's figures, from the committed results"
 	@echo "make compare   what became slower between two results files: A=… B=…"
-	@echo "make trust     does compare find what it should, on this machine?"
+	@echo "make hand      every door beside the best by hand, in a few minutes"
 	@echo "make test      every test, every doctest, and the README's code"
 	@echo "make check     lint and types"
 	@echo "make quick     lint, types and the tests of the core, in a minute and a half"
 	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
-	@echo "make regret    auto and autotune against the best strategy picked by hand"
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
 	@echo "make format    let ruff format the code"
 
@@ -45,17 +44,14 @@ report: $(VENV)/.installed
 figures: $(VENV)/.installed
 	$(BIN)/python -m benchmarks figures
 
-trust: $(VENV)/.installed
-	$(BIN)/python -m benchmarks trust
+hand: $(VENV)/.installed
+	$(BIN)/python -m benchmarks run --suite hand $(ARGS)
 
 compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks compare $(A) $(B)
 
 overhead: $(VENV)/.installed
 	$(BIN)/python -m benchmarks overhead
-
-regret: $(VENV)/.installed
-	$(BIN)/python -m benchmarks regret $(ARGS)
 
 budget: $(VENV)/.installed
 	$(BIN)/python -m benchmarks budget

@@ -15,7 +15,7 @@ from rich.tree import Tree
 import benchmarks
 from benchmarks.report import page, readme
 from benchmarks.report.progress import watching
-from benchmarks.report.tables import console, table_of
+from benchmarks.report.tables import console, of_targets, table_of
 from benchmarks.running import records
 from benchmarks.running.environment import default_device, environment, load_average, pin
 from benchmarks.running.records import Order, Run
@@ -57,8 +57,7 @@ def _do(options: argparse.Namespace) -> bool:
             if options.command is None:
                 _say(*page.write_report(options.output / options.suite))
         case kind:
-            only = {"only": options.only} if kind == "regret" else {}
-            study(kind, torch.device(options.device), options.output, **only)
+            study(kind, torch.device(options.device), options.output)
     return False
 
 
@@ -66,25 +65,25 @@ def run(order: Order) -> None:
     """The suite, with a table a case; what is finished is in the file, whenever it is stopped."""
     try:
         with watching() as watch:
-            where = run_suite(order, watch).environment
+            done = run_suite(order, watch)
     except KeyboardInterrupt:
         console.print(f"Stopped; what is finished is in {order.path}. Go on with --resume.")
         raise
-    _say_where({**where, "load_after": load_average()}, order.path)
+    console.print(of_targets(done.cases.values()))
+    _say_where({**done.environment, "load_after": load_average()}, order.path)
 
 
-def study(kind: str, device: torch.device, output: Path, **options: Any) -> None:
-    """One of the studies beside the suite; a part of one is shown, not written."""
+def study(kind: str, device: torch.device, output: Path) -> None:
+    """One of the studies beside the suite."""
     pin()
     where = environment(device)
-    body = STUDIES[kind].measure(device, **options)
+    body = STUDIES[kind].measure(device)
     where["load_after"] = load_average()
     for shown in STUDIES[kind].tables(body):
         console.print(shown, "")
-    if not any(options.values()):
-        path, record = output / f"{kind}-{device.type}.json", {"kind": kind, "environment": where}
-        records.replace(path, json.dumps(record | body, indent=1, ensure_ascii=False) + "\n")
-        _say_where(where, path)
+    path, record = output / f"{kind}-{device.type}.json", {"kind": kind, "environment": where}
+    records.replace(path, json.dumps(record | body, indent=1, ensure_ascii=False) + "\n")
+    _say_where(where, path)
 
 
 def list_table(table: str) -> None:
@@ -130,9 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
     add("figures", help="the README's figures, from the results files")
-    studies = {n: add(n, parents=[output, device], help=s.__doc__) for n, s in STUDIES.items()}
-    part = "cases whose name contains this; not written"
-    studies["regret"].add_argument("--only", default="", metavar="SUBSTRING", help=part)
+    for name, file in STUDIES.items():
+        add(name, parents=[output, device], help=file.__doc__)
     parser.set_defaults(**vars(run.parse_args([])))
     return parser
 
@@ -143,12 +141,10 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     part = "question/case contains this; a file of their own (-part) unless with --resume"
     again = "resume, and run these cases although the file has them"
     count = "in which each case is measured; seven for what is to be compared"
-    slower = "make jacfunc so much slower, to test compare"
     limit = "for one step of one contestant (default: %(default)g)"
     run.add_argument("--only", default="", metavar="SUBSTRING", help=part)
     run.add_argument("--again", default="", metavar="SUBSTRING", help=again)
     run.add_argument("--processes", type=int, default=1, metavar="COUNT", help=count)
-    run.add_argument("--planted", type=float, default=1.0, metavar="FACTOR", help=slower)
     run.add_argument("--limit", type=float, default=records.LIMIT, metavar="SECONDS", help=limit)
 
 

@@ -1,10 +1,11 @@
 """A question, its cases, and what is wanted in each: the rows of the benchmark."""
 
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -12,7 +13,8 @@ from benchmarks.running.processes import Together
 from jacfunc._measuring import Check, Contestant, Effort, Entry, Result, measure
 
 ANSWER = "bytes of the answer"  # the size that peaks are compared with where no contestant is named
-USUAL = Effort()
+USUAL, MANY_SHORT = Effort(), Effort(rounds=60, seconds=0.6, fewest=3, patience=15.0)
+BEST: Literal["time ÷ best"] = "time ÷ best"  # who is compared so belongs to the suite by hand
 Results = Mapping[str, Result]  # by contestant
 
 
@@ -21,9 +23,14 @@ class Wanted:
     """A bound on the time of one contestant beside the fastest of others, or on its peak."""
 
     of: str
-    kind: Literal["times faster than", "time ÷", "peak ÷"]
+    kind: Literal["times faster than", "time ÷", "time ÷ best", "peak ÷"]
     bound: float
     others: tuple[str, ...]  # of a peak, the one whose peak it is divided by, or ANSWER
+
+
+def best(of: str, batch: int, *others: str) -> Wanted:
+    """What is wanted beside the best that one can write by hand, at a batch size."""
+    return Wanted(of, BEST, 1.25 if batch > 1 else 1.6, others)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,15 @@ class Case:
     effort: Effort = USUAL
     wanted: tuple[Wanted, ...] = ()
     is_quick: bool = False
+    threads: int = 1
+
+    @property
+    def by_hand(self) -> Self | None:
+        """The case with those alone who are beside the best of others, if there are any."""
+        wanted = tuple(wanted for wanted in self.wanted if wanted.kind == BEST)
+        names = {self.baseline, *(n for w in wanted for n in (w.of, *w.others))}
+        some = tuple(c for c in self.contestants if c.name in names)
+        return replace(self, wanted=wanted, contestants=some, effort=MANY_SHORT) if wanted else None
 
     def measure(
         self,
@@ -50,6 +66,7 @@ class Case:
         place: Together | None = None,
     ) -> list[Result]:
         """Results of everyone but those ``without`` whom it is to go."""
+        torch.set_num_threads(self.threads)
         problem, place = self.setup(device), place or Together()
         with warnings.catch_warnings():
             # hooks and missing batching rules are warned about; what they cost is in the table
@@ -97,15 +114,15 @@ def as_record(question: Question, case: Case, results: Sequence[Result]) -> dict
         "axis": case.axis,
         "baseline": case.baseline,
         "ours": question.ours,
-        "targets": [_target(wanted, by_name, case.sizes) for wanted in case.wanted],
+        "targets": [_target(wanted, by_name, case) for wanted in case.wanted],
         "results": [_plain(asdict(result)) for result in results],
     }
 
 
-def _target(wanted: Wanted, results: Results, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _target(wanted: Wanted, results: Results, case: Case) -> dict[str, Any]:
     """What was wanted of whom, and what came out; None where that cannot be said here."""
     ours, is_least = results[wanted.of], wanted.kind == "times faster than"
-    value, other = _value(wanted, results, sizes)
+    value, other = _value(wanted, results, case)
     met = None if ours.ok else False
     if value is not None:
         met = value >= wanted.bound if is_least else value <= wanted.bound
@@ -114,19 +131,27 @@ def _target(wanted: Wanted, results: Results, sizes: Mapping[str, int]) -> dict[
     return {"of": wanted.of, "what": what, "wanted": bound, "found": value, "met": met}
 
 
-def _value(wanted: Wanted, results: Results, sizes: Mapping[str, int]) -> tuple[float | None, str]:
+def _value(wanted: Wanted, results: Results, case: Case) -> tuple[float | None, str]:
     """The ratio that a bound is on, and whom it compares with."""
     ours = results[wanted.of]
     if wanted.kind == "peak ÷":
         (other,) = wanted.others
-        whole = sizes[ANSWER] if other == ANSWER else results[other].peak_bytes
+        whole = case.sizes[ANSWER] if other == ANSWER else results[other].peak_bytes
         return (ours.peak_bytes / whole if ours.peak_bytes and whole else None), other
-    times = {n: r.ratio.median for n in wanted.others if (r := results[n]).ok and r.ratio}
-    best = min(times, key=times.__getitem__, default="")
-    if not best or ours.ratio is None:
+    of_processor = wanted.kind == BEST and case.threads == 1
+    times = {n: t for n in wanted.others if (t := _time(results[n], of_processor))}
+    best, own = min(times, key=times.__getitem__, default=""), _time(ours, of_processor)
+    if not best or own is None:
         return None, " | ".join(wanted.others)
-    share = ours.ratio.median / times[best]
+    share = own / times[best]
     return (1 / share if wanted.kind == "times faster than" else share), best
+
+
+def _time(result: Result, of_processor: bool) -> float | None:
+    """Seconds of the processor, which no other process adds to; or beside the baseline's."""
+    if of_processor and result.ok and result.busy:
+        return statistics.median(result.busy.values())
+    return result.ratio.median if result.ok and result.ratio else None
 
 
 def _plain(result: dict[str, Any]) -> dict[str, Any]:

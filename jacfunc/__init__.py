@@ -23,8 +23,9 @@ from jacfunc._functions import (
     vmap,
 )
 from jacfunc._kernels import gram, ntk
-from jacfunc._modules import ModuleResult, module_jacobian, param_slices, stream_jacobian
+from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._planning import Autotune, Plan
+from jacfunc._streams import stream_jacobian
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [

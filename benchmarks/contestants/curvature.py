@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
+from benchmarks.contestants import by_hand
 from benchmarks.contestants.per_sample import by_recipe
 from benchmarks.problems.judge import Answer, reference
-from benchmarks.problems.networks import CLASSES, parts
+from benchmarks.problems.networks import labels_of, parts
 from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
@@ -28,7 +29,7 @@ def expected_diagonal(problem: Problem) -> Answer:
 
 def by_jacfunc(problem: Problem) -> Run:
     model, images = parts(problem)
-    ggn, labels = jacfunc.ggn(model, F.cross_entropy), _labels(images)
+    ggn, labels = jacfunc.ggn(model, F.cross_entropy), labels_of(images)
     return lambda: _as_blocks(ggn(images, labels).diagonal(), model)
 
 
@@ -39,7 +40,7 @@ def by_backpack(problem: Problem) -> Run:
 
     model, images = parts(problem)
     own, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
-    params, labels = dict(own.named_parameters()), _labels(images)
+    params, labels = dict(own.named_parameters()), labels_of(images)
 
     def run() -> Answer:
         with backpack(DiagGGNExact()):
@@ -83,14 +84,14 @@ def expected_product(problem: Problem) -> Answer:
 def by_jacfunc_product(problem: Problem) -> Run:
     """The product at a point of which nothing is known."""
     model, images = parts(problem)
-    ggn, labels, vector = jacfunc.ggn(model, F.cross_entropy), _labels(images), _vector(problem)
+    ggn, labels, vector = jacfunc.ggn(model, F.cross_entropy), labels_of(images), _vector(problem)
     return lambda: _as_blocks(ggn(images, labels) @ vector, model)
 
 
 def by_jacfunc_again(problem: Problem) -> Run:
     """The product at a point that has had one before."""
     (model, images), vector = parts(problem), _vector(problem)
-    operator = jacfunc.ggn(model, F.cross_entropy)(images, _labels(images))
+    operator = jacfunc.ggn(model, F.cross_entropy)(images, labels_of(images))
     return lambda: _as_blocks(operator @ vector, model)
 
 
@@ -99,7 +100,7 @@ def by_curvlinops(problem: Problem) -> Run:
 
     model, images = parts(problem)
     params, vector = dict(model.named_parameters()), list(_vector(problem).values())
-    data, loss, values = [(images, _labels(images))], nn.CrossEntropyLoss(), list(params.values())
+    data, loss, values = [(images, labels_of(images))], nn.CrossEntropyLoss(), list(params.values())
     operator = GGNLinearOperator(model, loss, values, data, check_deterministic=False)
 
     def run() -> Answer:
@@ -119,10 +120,6 @@ def _hessians(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
     chances = scores.softmax(-1)
     hessians: Tensor = chances.diag_embed() - chances[:, :, None] * chances[:, None, :]
     return hessians / len(scores)
-
-
-def _labels(images: Tensor) -> Tensor:
-    return torch.arange(len(images), device=images.device) % CLASSES
 
 
 def _vector(problem: Problem) -> Answer:
@@ -145,6 +142,7 @@ def _as_blocks(answer: Any, model: nn.Module) -> Answer:
 
 DIAGONAL: tuple[Contestant[Problem], ...] = (
     Contestant(OURS, "jacfunc", by_jacfunc),
+    Contestant(by_hand.FACTORS, "autograd", by_hand.diagonal),
     Contestant(BACKPACK, "rival", by_backpack),
     Contestant(MATERIALIZED, "torch.func", by_materialized),
 )

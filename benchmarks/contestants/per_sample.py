@@ -1,8 +1,9 @@
-"""Who takes Jacobians of networks: jacfunc, torch's recipe, its older function, and forum posts.
+"""Who takes Jacobians of networks: jacfunc, torch's recipe, by hand, and forum posts.
 
 Answers are blocks ``[B, C, *param]`` by name, or one tensor ``[B, C, P]`` in the module's order.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jacrev
 
 import jacfunc
-from benchmarks.contestants import rivals
+from benchmarks.contestants import by_hand, rivals
 from benchmarks.problems.judge import Answer
 from benchmarks.problems.networks import CLASSES, parts, sample_by_sample
 from jacfunc import Strategy
@@ -21,7 +22,8 @@ from jacfunc.compare import Problem
 
 OURS, FLAT, REUSED = "jacfunc auto", "jacfunc auto, flat", "jacfunc auto, flat, out="
 RECIPE, CONCATENATED, ONE_CALL = "vmap(jacrev)", "vmap(jacrev) + cat", "jacrev"
-LAPLACE, WHOLE_BATCH, TORCHJD = "Laplace", "jacrev of the whole batch", "TorchJD"
+LAPLACE, TORCHJD = "Laplace", "TorchJD"
+LOOP = "backward, looped over classes"
 FORWARD = ("jacfunc forward", "vmap(jacfwd)")
 
 STRATEGIES: dict[str, str | Strategy] = {
@@ -86,16 +88,6 @@ def by_jacrev(problem: Problem) -> Run:
     return lambda: derive(params)
 
 
-def by_whole_batch(problem: Problem) -> Run:
-    """What ``CurvatureInterface.jacobians`` does in laplace-torch 0.3, in our words.
-    Each of the B · C rows is pulled back through the whole batch. The parameters are not detached
-    there, so that a graph of the sweep is kept until it ends.
-    """
-    model, images = parts(problem)
-    derive = jacrev(lambda params: functional_call(model, params, (images,)))
-    return lambda: _joined(derive(dict(model.named_parameters()))).detach()
-
-
 def concatenating(way: Callable[[Problem], Run], problem: Problem) -> Run:
     """A way whose blocks are put into one matrix."""
     blocks = way(problem)
@@ -104,27 +96,6 @@ def concatenating(way: Callable[[Problem], Run], problem: Problem) -> Run:
 
 def _joined(blocks: Answer) -> Tensor:
     return torch.cat([block.flatten(2) for block in blocks.values()], -1)
-
-
-def by_functional(vectorize: bool, problem: Problem) -> Run:
-    """Torch's older function, one call: with all images, or by inputs with a single one."""
-    (model, images), derive = parts(problem), torch.autograd.functional.jacobian
-    params = detached(model)
-    if not problem.by_params:
-        return lambda: {"input": derive(model, images, vectorize=vectorize)[:, :, 0]}
-
-    def scores(*values: Tensor) -> Any:
-        return functional_call(model, dict(zip(params, values, strict=True)), (images,))
-
-    values: Any = tuple(params.values())
-    return lambda: dict(zip(params, derive(scores, values, vectorize=vectorize), strict=True))
-
-
-def by_functional_of_sum(vectorize: bool, problem: Problem) -> Run:
-    """The Jacobian by inputs of the sum of all scores: samples do not touch each other."""
-    model, images = parts(problem)
-    total, derive = lambda points: model(points).sum(0), torch.autograd.functional.jacobian
-    return lambda: {"input": derive(total, images, vectorize=vectorize).movedim(0, 1)}
 
 
 def by_backward_loop(problem: Problem) -> Run:
@@ -148,10 +119,11 @@ def by_backward_loop(problem: Problem) -> Run:
 def by_backward_loop_over_classes(problem: Problem) -> Run:
     """The Jacobian by inputs: a backward pass a class, of its scores summed over samples."""
     model, images = parts(problem)
+    own = copy.deepcopy(model).requires_grad_(False)
 
     def run() -> Answer:
         points = images.detach().requires_grad_()
-        totals = model(points).sum(0)
+        totals = own(points).sum(0)
         rows = [torch.autograd.grad(total, points, retain_graph=True)[0] for total in totals]
         return {"input": torch.stack(rows, 1)}
 
@@ -182,20 +154,8 @@ def _ours(
     return tuple(ours)
 
 
-def _either(way: Callable[[bool, Problem], Run], *names: str) -> tuple[Contestant[Problem], ...]:
-    """A way of torch's older function, without and with vectorization."""
-    ways = (partial(way, is_vectorized) for is_vectorized in (False, True))
-    return tuple(map(Contestant, names, ("autograd", "autograd"), ways))
-
-
 BY_RECIPE = Contestant(RECIPE, "torch.func", partial(by_recipe, jacrev))
 BY_CONCATENATION = Contestant(CONCATENATED, "torch.func", partial(concatenating, BY_RECIPE.prepare))
-LOOPED = _either(
-    lambda vectorize, problem: sample_by_sample(partial(by_functional, vectorize), problem),
-    "autograd.functional, looped",
-    "autograd.functional vectorized, looped",
-)
-
 PARAMS: tuple[Contestant[Problem], ...] = (
     *_ours(STRATEGIES | {"structured": "structured"}),
     Contestant(FLAT, "jacfunc", partial(by_jacfunc, flat=True)),
@@ -205,8 +165,7 @@ PARAMS: tuple[Contestant[Problem], ...] = (
     ),
     BY_RECIPE,
     BY_CONCATENATION,
-    Contestant(WHOLE_BATCH, "torch.func", by_whole_batch),
-    *LOOPED,
+    *by_hand.JACOBIANS,
     Contestant("backward, looped", "autograd", by_backward_loop),
     Contestant(LAPLACE, "rival", rivals.by_laplace),
     Contestant("Opacus", "rival", rivals.by_opacus),
@@ -218,13 +177,8 @@ INPUTS: tuple[Contestant[Problem], ...] = (
     *_ours(STRATEGIES | {"forward": "forward"}),
     BY_RECIPE,
     Contestant("vmap(jacfwd)", "torch.func", partial(by_recipe, jacfwd)),
-    *LOOPED,
-    *_either(
-        by_functional_of_sum,
-        "autograd.functional of the sum",
-        "autograd.functional vectorized, of the sum",
-    ),
-    Contestant("backward, looped over classes", "autograd", by_backward_loop_over_classes),
+    Contestant(LOOP, "autograd", by_backward_loop_over_classes),
+    Contestant(by_hand.ONE_GRAPH, "autograd", by_hand.by_one_graph),
     Contestant("expand and backward once", "autograd", by_expansion),
 )
 WHOLE: tuple[Contestant[Problem], ...] = (
@@ -232,7 +186,7 @@ WHOLE: tuple[Contestant[Problem], ...] = (
     Contestant(FLAT, "jacfunc", by_jacfunc_as_matrix),
     Contestant(ONE_CALL, "torch.func", by_jacrev),
     Contestant("jacrev + cat", "torch.func", partial(concatenating, by_jacrev)),
-    *_either(by_functional, "autograd.functional", "autograd.functional vectorized"),
+    Contestant(by_hand.FACTORS, "autograd", by_hand.jacobian),  # right where samples are alone
     Contestant("backward, looped", "autograd", by_backward_loop),
     Contestant(LAPLACE, "rival", rivals.by_laplace),
     Contestant(TORCHJD, "rival", rivals.by_torchjd),

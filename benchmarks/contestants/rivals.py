@@ -19,7 +19,7 @@ from jacfunc.compare import Problem
 
 PACKAGES = (
     *("backpack-for-pytorch", "curvlinops-for-pytorch", "jax", "laplace-torch"),
-    *("neural-tangents", "opacus", "torchjd", "transformers"),
+    *("opacus", "torchjd", "transformers"),
 )
 
 

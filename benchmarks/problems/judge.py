@@ -14,7 +14,7 @@ from jacfunc.compare import Problem
 Func = Callable[[Any], Any]
 # blocks ``[B, C, *param]`` by parameter name, ``{"input": [B, C, *image]}``, or others by name
 Answer = dict[str, Tensor]
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+TOLERANCE = {torch.float16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-8}
 """Largest error of an answer, relative to the largest entry of its block."""
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.cases import ANSWER, Case
-from benchmarks.problems.judge import Answer, check, reference
+from benchmarks.problems.judge import TOLERANCE, Answer, check, reference
+from benchmarks.problems.refusing import ACTIVATIONS
 from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
@@ -25,11 +26,11 @@ class Network(NamedTuple):
     parameters: int
 
 
-def perceptron(*widths: int) -> nn.Module:
+def perceptron(*widths: int, between: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them, from the pixels to scores."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in pairwise((PIXELS**2, *widths)):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), between()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -42,6 +43,13 @@ def lenet(first: int, second: int, padding: int) -> nn.Module:
         *(nn.Linear(second * side**2, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()),
         nn.Linear(84, CLASSES),
     )
+
+
+def grouped() -> nn.Module:
+    """Two convolutions with a stride, normalized over groups of channels."""
+    first = nn.Conv2d(1, 16, 3, 2, padding=1), nn.GroupNorm(4, 16), nn.SiLU()
+    second = nn.Conv2d(16, 32, 3, 2, padding=1), nn.GroupNorm(4, 32), nn.SiLU()
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 49, CLASSES))
 
 
 def resnet() -> nn.Module:
@@ -80,11 +88,11 @@ def _settled(channels: int) -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """A GRU that reads an image row by row."""
+    """It reads an image row by row."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, kind: Any = nn.GRU, width: int = 48) -> None:
         super().__init__()
-        self.read = nn.GRU(PIXELS, width, batch_first=True)
+        self.read = kind(PIXELS, width, batch_first=True)
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Any:
@@ -115,19 +123,35 @@ class Transformer(nn.Module):
 class _Layer(nn.Module):
     """Attention, written out so that each parameter is a linear layer's, then a perceptron."""
 
-    def __init__(self, width: int, heads: int = 3) -> None:
+    def __init__(self, width: int, heads: int = 3, is_causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.is_causal = heads, is_causal
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.widen, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, tokens: Tensor) -> Any:
         mixed = self.mix(self.before(tokens)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = mixed.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        tokens = tokens + self.out(seen)
+        q, k, v = mixed.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        tokens = tokens + self.out(seen.transpose(1, 2).flatten(2))
         return tokens + self.narrow(F.gelu(self.widen(self.between(tokens))))
+
+
+class Language(nn.Module):
+    """A small GPT whose words are the rows of an image, by how bright they are."""
+
+    def __init__(self, words: int = 32, width: int = 48, depth: int = 2) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(PIXELS, width)
+        self.layers = nn.Sequential(*(_Layer(width, is_causal=True) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Any:
+        count = self.words.num_embeddings
+        words = (images.mean((1, 3)) * count + count / 2).long().clamp(0, count - 1)
+        places = self.places(torch.arange(PIXELS, device=images.device))
+        return self.head(self.norm(self.layers(self.words(words) + places))[:, -1])
 
 
 VIT: dict[str, Any] = {
@@ -162,6 +186,7 @@ class VisionTransformer(nn.Module):
 
 LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"
 SHORT, WIDE = "transformer of 4 patches", "transformer of 606k"
+SMALL, TINY, HIGH = "mlp of 55k", "mlp of 10k", "mlp of 815k"
 NETWORKS: dict[str, Network] = {
     "mlp": Network(partial(perceptron, 224, 224, CLASSES), 228_490),
     "cnn": Network(partial(lenet, 16, 32, padding=2), 212_542),  # as large as memory has room for
@@ -173,6 +198,16 @@ NETWORKS: dict[str, Network] = {
     SHORT: Network(partial(Transformer, PIXELS // 2), 99_586),
     WIDE: Network(partial(Transformer, width=192), 605_962),
     RECURRENT: Network(Recurrent, 11_722),
+    SMALL: Network(partial(perceptron, 64, 64, CLASSES), 55_050),
+    TINY: Network(partial(perceptron, 12, 12, CLASSES), 9_706),
+    HIGH: Network(partial(perceptron, 1024, CLASSES), 814_090),
+    "groupnorm": Network(grouped, 20_586),
+    "gpt": Network(Language, 41_386),
+    "lstm": Network(partial(Recurrent, nn.LSTM), 15_466),
+    **{
+        name: Network(partial(perceptron, 64, 64, CLASSES, between=between), 55_050)
+        for name, between in ACTIVATIONS.items()
+    },
 }
 
 
@@ -183,18 +218,22 @@ def build(name: str) -> nn.Module:
         return NETWORKS[name].make().eval()
 
 
-def noisy(name: str, batch: int, wrt: Any, device: Any, per_sample: bool = True) -> Problem:
+def noisy(name: str, batch: int, wrt: Any, device: Any, dtype: Any = None, **how: Any) -> Problem:
     """A network with noise for images: no time depends on what is in them."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 1, PIXELS, PIXELS, generator=generator)
-    points = (images.to(device),)
-    return Problem(build(name).to(device), points, wrt=wrt, per_sample=per_sample)
+    model = build(name).to(device, dtype)
+    return Problem(model, (images.to(device, dtype),), wrt=wrt, **how)
 
 
 def parts(problem: Problem) -> tuple[nn.Module, Tensor]:
     """The network and its images."""
     assert problem.module is not None
     return problem.module, problem.args[0]
+
+
+def labels_of(images: Tensor) -> Tensor:
+    return torch.arange(len(images), device=images.device) % CLASSES
 
 
 def sample_by_sample(way: Callable[[Problem], Run], problem: Problem) -> Run:
@@ -215,19 +254,25 @@ def case(
     expected: Callable[[Problem], Answer] = reference,
     wrt: str = "params",
     per_sample: bool = True,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Case:
     """A network at one batch size, judged by what is ``expected``.
     Its answer is the Jacobian of every sample, also where that is only contracted.
     """
-    parameters = NETWORKS[network].parameters
+    parameters, precision = NETWORKS[network].parameters, str(dtype).removeprefix("torch.")
     width = parameters if wrt == "params" else PIXELS**2
-    answer = batch * CLASSES * width * torch.float32.itemsize
+    answer = batch * CLASSES * width * dtype.itemsize
+    others = [] if dtype == torch.float32 else [precision]
+    others += [f"{options['threads']} threads"] if "threads" in options else []
     return Case(
-        name=f"{network}, B={batch}",
-        setup=partial(noisy, network, batch, wrt, per_sample=per_sample),
+        name=", ".join([network, f"B={batch}", *others]),
+        setup=partial(noisy, network, batch, wrt, per_sample=per_sample, dtype=dtype),
         contestants=contestants,
-        check=lambda problem: partial(check, expected=expected(problem)),
+        check=lambda problem: partial(
+            check, expected=expected(problem), tolerance=TOLERANCE[dtype]
+        ),
+        dtype=precision,
         sizes={"batch": batch, "parameters": parameters, "classes": CLASSES, ANSWER: answer},
         **options,
     )

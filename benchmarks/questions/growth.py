@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 
 from benchmarks.cases import ANSWER, Case, Question
-from benchmarks.contestants.kernels import KERNEL, MATMUL, OURS, by_jacfunc, by_matmul
+from benchmarks.contestants.by_hand import KERNEL
+from benchmarks.contestants.kernels import MATMUL, OURS, by_jacfunc, by_matmul
 from benchmarks.problems.judge import Answer, check, in_double
 from benchmarks.problems.networks import PIXELS, perceptron
 from jacfunc._measuring import Check, Contestant, Effort

@@ -97,15 +97,12 @@ def _answered(records: Sequence[Record]) -> Iterator[str]:
     yield tables.escaped(f"Time ÷ that of {baselines}. {tables.MARKS}")
     yield tables.markdown(tables.of_ratios(records))
     failures = tables.table("", "", "case", "who failed", "why", words=3)
-    targets = tables.table("", "", "case", "target", "wanted", "found", "", words=5)
     for record in records:
         for result in record["results"]:
             if result["status"] != "ok":
                 tables.add(failures, record["case"], result["contestant"], result["status"])
-        for target in record["targets"]:
-            style = "red" if target["met"] is False else ""
-            tables.add(targets, record["case"], *tables.of_target(target), style=style)
-    yield from (tables.markdown(shown) for shown in (failures, targets) if shown.row_count)
+    both = failures, tables.of_targets(records)
+    yield from (tables.markdown(shown) for shown in both if shown.row_count)
     yield "<details><summary>Every case</summary>"
     for record in records:
         yield tables.escaped(record["case"])

@@ -13,7 +13,16 @@ from pathlib import Path
 
 from benchmarks.running.records import Record, Run, read
 from benchmarks.studies import STUDIES
-from benchmarks.verdicts.intervals import is_contested, number, ratios, span, winners
+from benchmarks.verdicts.intervals import (
+    beside,
+    is_contested,
+    number,
+    ratios,
+    rounds_of,
+    span,
+    time_of,
+    winners,
+)
 
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RESULTS = "benchmarks/results"
@@ -71,6 +80,30 @@ def _row(records: Sequence[Record]) -> tuple[str, ...] | None:
     return records[0]["asks"], records[0]["ours"], beside, middle, span(times), counts
 
 
+def regret(root: Path) -> str:
+    """How near auto and autotune come to the best strategy that is picked by hand."""
+    name, parts = f"{RESULTS}/full-cpu.json", []
+    if not (root / name).exists():
+        return headline(root)
+    cases = Run.read(root / name).cases.values()
+    for chooser, bound in (("auto", 1.10), ("autotune", 1.05)):
+        found = [ratio for case in cases if (ratio := _regret(case, f"jacfunc {chooser}"))]
+        share = f"{bound:.2f} times that in {sum(r <= bound for r in found)} of {len(found)} cases"
+        ends = f"median {number(statistics.median(found))}, worst {number(max(found))}"
+        parts.append(f'of `"{chooser}"` is at most {share} ({ends})')
+    said = f"Beside the best strategy picked by hand, the time {'; '.join(parts)}"
+    return _wrapped(f"{said} (`python -m benchmarks run --suite full`, `{name}`).")
+
+
+def _regret(record: Record, chooser: str) -> float | None:
+    """Time of a chooser ÷ that of the best of the strategies that are named."""
+    named = tuple(f"jacfunc {way}" for way in ("reverse", "forward", "looped", "structured"))
+    names = [r["contestant"] for r in record["results"] if r["contestant"].startswith(named)]
+    times = {name: time_of(record, name) for name in names if rounds_of(record, name)}
+    ratio = beside(record, chooser, min(times, key=times.__getitem__, default=""))
+    return ratio.mid if ratio else None
+
+
 def study(kind: str, root: Path) -> str:
     """What a study says in a sentence, from its file."""
     name = f"{RESULTS}/{kind}-cpu.json"
@@ -88,5 +121,5 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-FIGURES: dict[str, Callable[[Path], str]] = {"headline": headline}
+FIGURES: dict[str, Callable[[Path], str]] = {"headline": headline, "regret": regret}
 FIGURES |= {kind: partial(study, kind) for kind in STUDIES}

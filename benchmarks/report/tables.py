@@ -1,6 +1,6 @@
 """Tables for the terminal, and the same tables as Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -128,6 +128,18 @@ def of_target(target: Mapping[str, Any]) -> tuple[str, ...]:
     said = {True: "met", False: "missed", None: "not decided here"}[target["met"]]
     what, wanted = f"{target['of']} {target['what']}:", f"wanted {target['wanted']},"
     return what, wanted, f"found {value}:", said
+
+
+def of_targets(records: Collection[Record]) -> Table:
+    """A row a target; what is missed stands out."""
+    shown = table("", "", "case", "target", "wanted", "found", "", words=5)
+    several = len({record["question"] for record in records}) > 1
+    for record in records:
+        for target in record["targets"]:
+            style = "red" if target["met"] is False else ""
+            case = f"{record['question']}: {record['case']}" if several else record["case"]
+            add(shown, case, *of_target(target), style=style)
+    return shown
 
 
 def of_ratios(records: Sequence[Record]) -> Table:

@@ -3,7 +3,6 @@
 import os
 import platform
 import subprocess
-import time
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -81,9 +80,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if changed else head
-
-
-def synchronised() -> float:
-    """A clock for pytest-benchmark: it is read when the GPU has done what it was given."""
-    torch.cuda.synchronize()
-    return time.perf_counter()

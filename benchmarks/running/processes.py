@@ -134,10 +134,10 @@ class Apart(Together):
 
 
 @contextmanager
-def seats(device: torch.device) -> Iterator[Together]:
+def seats(device: torch.device, is_apart: bool) -> Iterator[Together]:
     """Where the entries of a case take their steps."""
     with ExitStack() as processes:
-        yield Apart(processes) if device.type == "cpu" else Together()
+        yield Apart(processes) if is_apart and device.type == "cpu" else Together()
 
 
 class _Distant(Entry):

@@ -3,7 +3,7 @@
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,21 @@ def replace(path: Path, text: str) -> None:
 
 TABLE = "benchmarks.questions:QUESTIONS"
 
-SUITES = {"quick": 0.5, "full": 1.0}  # by which the effort of a case is multiplied
+
+@dataclass(frozen=True)
+class Suite:
+    """Which cases are run, or which part of them, and how."""
+
+    of: Callable[[Case], Case | None]
+    effort: float = 1.0  # by which the effort of a case is multiplied
+    is_apart: bool = True  # a process for each contestant
+
+
+SUITES = {
+    "quick": Suite(lambda case: case if case.is_quick else None, effort=0.5),
+    "full": Suite(lambda case: case),
+    "hand": Suite(lambda case: case.by_hand, is_apart=False),
+}
 LIMIT = 300.0
 """Seconds of one step of one contestant: it prepares and answers twice, or makes a round."""
 
@@ -84,7 +98,6 @@ class Order:
     resume: bool = False  # what the file has is not run again
     again: str = ""  # part of the names of cases that are, nevertheless
     processes: int = 1  # measure each case in turn: a layout of memory is one process's
-    planted: float = 1.0  # the factor by which jacfunc is made slower than it is
     limit: float = LIMIT  # seconds of one step of one contestant
     table: str = TABLE  # where the questions are, ``module:NAME``
 
@@ -96,8 +109,8 @@ class Order:
 
     def chosen(self) -> dict[str, tuple[Question, Case]]:
         """The suite's cases in the order of the table."""
-        cases = by_key(questions(self.table))
-        return {k: qc for k, qc in cases.items() if self.suite == "full" or qc[1].is_quick}
+        cases, of = by_key(questions(self.table)).items(), SUITES[self.suite].of
+        return {key: (question, some) for key, (question, case) in cases if (some := of(case))}
 
     def wants(self, key: str, run: Run) -> bool:
         """Is a case to be run, beside what the file has?"""

@@ -20,7 +20,7 @@ PRELOADED = ("benchmarks.running.worker", "torch._dynamo")
 SETUP = 2.0  # seconds that a case takes beside what its contestants are given, roughly
 SAME = (
     *("device", "device_name", "cpus", "system", "python", "torch", "jacfunc", "threads"),
-    *("rivals", "effort", "processes", "planted"),  # must not differ within one file
+    *("rivals", "effort", "processes"),  # must not differ within one file
 )
 
 
@@ -39,7 +39,7 @@ def run_suite(order: Order, watch: Watch) -> Run:
     run = begun(order, where)
     missing = {key: case for key, case in cases.items() if order.wants(key, run)}
     calls = {k: case.effort.seconds * len(case.contestants) for k, (_, case) in missing.items()}
-    effort, count = SUITES[order.suite], order.processes
+    effort, count = SUITES[order.suite].effort, order.processes
     watch.begin({key: count * (SETUP + effort * seconds) for key, seconds in calls.items()})
     for key, (question, case) in missing.items():
         watch.case(key)
@@ -83,8 +83,7 @@ def _environment(order: Order) -> dict[str, Any]:
         where = received(process, pipe)
     if not isinstance(where, dict):
         raise CannotRunError(f"run: {order.device} must be there, got {cause(where)}. See above.")
-    how = {"effort": SUITES[order.suite], "processes": order.processes, "planted": order.planted}
-    return where | how
+    return where | {"effort": SUITES[order.suite].effort, "processes": order.processes}
 
 
 def results_of(

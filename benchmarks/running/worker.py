@@ -20,7 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.running import processes
 from benchmarks.running.environment import environment, pin
 from benchmarks.running.records import SUITES, Order
-from jacfunc._measuring import Contestant, Effort, Result, Run, failures_in, seconds_of
+from jacfunc._measuring import Effort, Result, failures_in
 from jacfunc._memory import free_bytes
 
 SHARE = 0.8  # of the memory that is available, what a case may have on the CPU
@@ -37,10 +37,9 @@ class Outcome:
 
 
 def looked_up(order: Order, key: str) -> Case:
-    """The case of this name, with the order's effort and what is planted."""
+    """The case of this name, with the suite's effort."""
     _, case = order.chosen()[key]
-    contestants = tuple(planted(c, order.planted, order.device) for c in case.contestants)
-    return replace(case, effort=scaled(case.effort, SUITES[order.suite]), contestants=contestants)
+    return replace(case, effort=scaled(case.effort, SUITES[order.suite].effort))
 
 
 def scaled(effort: Effort, factor: float) -> Effort:
@@ -48,27 +47,6 @@ def scaled(effort: Effort, factor: float) -> Effort:
     rounds = max(effort.fewest, round(effort.rounds * factor))
     seconds, patience = effort.seconds * factor, effort.patience * factor
     return replace(effort, rounds=rounds, seconds=seconds, patience=patience)
-
-
-def planted(contestant: Contestant[Any], factor: float, device: str) -> Contestant[Any]:
-    """Jacfunc made slower on purpose: a comparison of two runs must find it."""
-    if factor == 1 or contestant.family != "jacfunc":
-        return contestant
-
-    def prepare(problem: Any) -> Run:
-        run = contestant.prepare(problem)
-
-        def slowed() -> Any:
-            kept: list[Any] = []
-            took = seconds_of(lambda: kept.append(run()), torch.device(device))
-            end = time.perf_counter() + (factor - 1) * took
-            while time.perf_counter() < end:
-                continue
-            return kept[0]
-
-        return slowed
-
-    return replace(contestant, prepare=prepare)
 
 
 def work(
@@ -86,8 +64,8 @@ def work(
         _check(device)
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
-    setup, results = Result("", ""), None
-    with failures_in(setup), processes.seats(device) as place:
+    setup, results, is_apart = Result("", ""), None, SUITES[order.suite].is_apart
+    with failures_in(setup), processes.seats(device, is_apart) as place:
         results = case.measure(device, without, on_step, place)
     _check(device)
     reason = setup.status.replace("unsupported: ", "unsupported: setup: ")

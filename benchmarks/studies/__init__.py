@@ -1,14 +1,13 @@
-"""Studies beside the suite: what jacfunc's choices, budgets and Python cost; is compare right?
-
-Each is a file with ``measure(device, ...)``, which gives the body of its results file, and with
-what is told of such a body: ``tables(body)``, and a sentence for the README, ``says(body)``.
+"""Studies beside the suite: what budgets and jacfunc's own Python cost.
+Each has ``measure(device)``, which gives the body of its results file, and what is told of that:
+``tables(body)``, and a sentence for the README, ``says(body)``.
 """
 
 from pathlib import Path
 
-from benchmarks.studies import budget, overhead, regret, trust
+from benchmarks.studies import budget, overhead
 
-STUDIES = {"regret": regret, "budget": budget, "overhead": overhead, "trust": trust}
+STUDIES = {"budget": budget, "overhead": overhead}
 
 
 def files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ def sentence(records: Sequence[Record]) -> str:
     names = [name for name, _ in others.most_common(2)]
     names += [f"{len(others) - 2} more"] if len(others) > 2 else []
     wins = f"elsewhere {' or '.join(names)} {'wins' if len(names) == 1 else 'win'}" if names else ""
-    more = _directions(records), _growth(records, ours), wins, _in_jax(contested)
+    more = _growth(records, ours), wins, _in_jax(contested)
     parts = first + _beside_other(contested), *more
     return "; ".join(filter(None, parts)) + "."
 
@@ -48,28 +48,6 @@ def _in_jax(records: Iterable[Record]) -> str:
         faster += any(r is not None and intervals.verdict(r) == "faster" for r in ratios)
         asked += any(ratios)
     return f"compiled by JAX, {faster} of {asked} are faster still" if faster else ""
-
-
-def _directions(records: Sequence[Record]) -> str:
-    """The number of outputs an input from which on forward mode always wins, if shapes vary."""
-    shapes = sorted(filter(None, map(_direction, records)), reverse=True)
-    if len({share for share, _ in shapes}) < 4:
-        return ""
-    count = f"forward beats reverse in {sum(wins for _, wins in shapes)} of {len(shapes)}"
-    lost = max((share for share, wins in shapes if not wins), default=0.0)
-    least = min((share for share, _ in shapes if share > lost), default=None)
-    return count + (f", always from {intervals.number(least)} outputs an input on" if least else "")
-
-
-def _direction(record: Record) -> tuple[float, bool] | None:
-    """Outputs by inputs, and whether jacfunc's best way forward beats its best in reverse."""
-    sizes = record["sizes"]
-    own = [r["contestant"] for r in record["results"] if r["family"] == "jacfunc" and r["time"]]
-    forward, reverse = ([name for name in own if way in name] for way in ("forward", "reverse"))
-    if record["axis"] or not {"inputs", "outputs"} <= sizes.keys() or not forward or not reverse:
-        return None
-    times = [[intervals.time_of(record, name) for name in names] for names in (forward, reverse)]
-    return sizes["outputs"] / max(sizes["inputs"], 1), min(times[0]) < min(times[1])
 
 
 def _growth(records: Sequence[Record], ours: str) -> str:

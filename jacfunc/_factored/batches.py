@@ -14,7 +14,7 @@ from jacfunc._factored.factored_jacobian import Direct
 from jacfunc._factored.layouts import OUT, Layout, NoLayout, Sites, Trace
 from jacfunc._factored.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._linear_map import Dims, SampleFunction, Samples, one_sample, writable_copy
-from jacfunc._remembered import CallKind, Remembered
+from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
 from jacfunc._torch import innermost
 from jacfunc._types import LeafFunction, Leaves
 
@@ -36,14 +36,21 @@ class LearnedUses:
             the first evaluation.
         sites: where tensors of a batch that is evaluated as a whole hold the samples; None before
             they are learned.
+        signatures: of the evaluations that these were learned from.
+        moves_samples: were numbers moved to where other numbers say? Then layouts may change with
+            the numbers.
         lessons: how often they were learned.
+        is_pulled: has a pullback succeeded?
     """
 
     others: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
     ruled: set[int] | None = None
     sites: Sites | None = None
+    signatures: set[int] = field(default_factory=set)
+    moves_samples: bool = False
     lessons: int = 0
+    is_pulled: bool = False
 
     @classmethod
     def of(cls, kind: CallKind) -> LearnedUses:
@@ -54,6 +61,22 @@ class LearnedUses:
     def lent(self) -> set[int]:
         """Parameters that the function gets without a copy."""
         return (self.ruled or set()) - self.others
+
+    def copy(self) -> LearnedUses:
+        """What is known now."""
+        ruled = None if self.ruled is None else set(self.ruled)
+        return replace(self, others=set(self.others), written=set(self.written), ruled=ruled)
+
+    def restore(self, before: LearnedUses) -> None:
+        """Forget what was learned of uses since then."""
+        self.others, self.written, self.ruled = before.others, before.written, before.ruled
+
+    def learn_sites(self, sites: Sites, signature: int) -> None:
+        """Take in where the tensors of one evaluation hold the samples."""
+        if sites != self.sites or len(self.signatures) >= MOST_KINDS:
+            self.signatures.clear()
+        self.sites = sites
+        self.signatures.add(signature)
 
     def learn(self, count: int, others: set[int], unruled: set[int], written: set[int]) -> bool:
         """Take in what one evaluation of ``count`` parameters showed.
@@ -192,7 +215,7 @@ class WholeBatch:
     Args:
         dims: for each primal the dimension of the samples; None if all samples share it.
         placing: says where the tensors of the evaluation hold the samples.
-        trace: is told of all operations, where there is one sample alone.
+        trace: is told of all operations, in an evaluation for that alone.
     """
 
     call: LeafFunction
@@ -223,7 +246,7 @@ class WholeBatch:
         self.placing.seen.clear()
         if self.trace is not None:
             self.trace.calls.clear()
-        is_one = self.size == 1
+        is_one = self.size == 1 or self.trace is not None
         placing = VmappedSamples(1, None) if is_one else self.placing
         outputs, extras = record(placing, handles, lambda: self.call(*handles))
         count = len(outputs)
@@ -236,6 +259,7 @@ class WholeBatch:
         if self.trace is not None:
             self.trace.calls[number] = None, (), {}
             self.trace.results[number] = leaf
+            return leaf
         if leaf.dim() and leaf.shape[0] != 1:
             raise Refused("for one sample it does not return a batch of one")
         return leaf if leaf.dim() else leaf.unsqueeze(0)

@@ -123,10 +123,10 @@ def _recorded(
             )
             for number, twin in handles.twins.items():
                 recorder.track(number, primals[number], twin)
+        recorders[:] = [recorder]
         with recorder:
             image = evaluate()
         recorder.finish()
-        recorders[:] = [recorder]
         return image
 
     def of_all(*primals: Tensor) -> Image:

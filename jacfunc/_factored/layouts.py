@@ -1,13 +1,13 @@
 """Where the tensors of a batch hold its samples, if the batch is evaluated as a whole.
 
-The shapes of one sample, evaluated alone as a batch of one, tell in which dimension. Where that
-dimension holds more than the samples, their order is told by the numbers: those of the sample
-alone, and cotangents that are zero for all other samples.
+The shapes in a batch of another size tell in which dimension. Where that dimension holds more than
+the samples, their order is told by the numbers: those in the other batch, and cotangents that are
+zero for some of the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,6 +25,12 @@ def begins() -> None:
     """
     if has_torch_function(()):
         handle_torch_function(begins, ())
+
+
+def ends() -> None:
+    """Tell a recorder that the user's function is over."""
+    if has_torch_function(()):
+        handle_torch_function(ends, ())
 
 
 class Unlike(Exception):  # noqa: N818 (the layouts have to be learned again)
@@ -65,16 +71,16 @@ Shared = None
 """In the place of a layout: all samples share the tensor."""
 
 
-def layouts_between(one: Size, every: Size, size: int) -> list[Layout | None]:
-    """The layouts that a tensor of a batch may have, by its shape and that of one sample alone."""
-    if one == every:
+def layouts_between(shape: Size, size: int, other: Size, other_size: int) -> list[Layout | None]:
+    """The layouts that a tensor may have, by its shapes in batches of two sizes."""
+    if shape == other:
         return [Shared]
-    if len(one) != len(every):
+    if len(shape) != len(other):
         return []
-    dims = [dim for dim, (few, many) in enumerate(zip(one, every, strict=True)) if few != many]
-    if len(dims) != 1 or every[dims[0]] != size * one[dims[0]]:
+    dims = [dim for dim, pair in enumerate(zip(shape, other, strict=True)) if pair[0] != pair[1]]
+    count = shape[dims[0]] // size
+    if len(dims) != 1 or (shape[dims[0]], other[dims[0]]) != (size * count, other_size * count):
         return []
-    count = one[dims[0]]
     outers = [1, count, *(n for n in range(2, count) if count % n == 0)]
     return [Layout(dims[0], outer, count // outer) for outer in dict.fromkeys(outers)]
 
@@ -89,7 +95,7 @@ class Site:
 
     def fits(self, func: Any, shape: Size, size: int) -> bool:
         """Is it this operation, and has the tensor this shape for a batch of this size?"""
-        if func is not self.func:
+        if func != self.func:
             return False
         if self.layout is None:
             return shape == self.one
@@ -108,17 +114,28 @@ OUT = "out"
 
 @dataclass
 class Trace:
-    """The operations of one sample alone, by number: what each was called with, and returned."""
+    """The operations of another batch, by number: what each was called with, and returned.
 
-    number: int
-    """Which sample it is."""
+    Args:
+        samples: numbers of the samples of this batch, of which the other batch is made: one of
+            them, or all of them twice.
+    """
+
+    samples: list[int]
     calls: dict[int, tuple[Any, tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
     results: dict[int, Any] = field(default_factory=dict)
+
+    def is_like(self, operations: Sequence[Any]) -> bool:
+        """Did an evaluation call these functions, with values of other kinds in between?"""
+        numbers = [number for number in self.calls if number >= 0]
+        last = max(numbers, default=-1)
+        are_same = all(n < len(operations) and operations[n] == self.calls[n][0] for n in numbers)
+        return are_same and not any(callable(x) for x in operations[last + 1 :])
 
     def tensor(self, key: Key, func: Any, rule: Rule | None) -> Tensor | None:
         """A tensor of the operation with this number; None if that is another function."""
         number, name = key
-        if number not in self.calls or self.calls[number][0] is not func:
+        if number not in self.calls or self.calls[number][0] != func:
             return None
         _, args, kwargs = self.calls[number]
         named = {} if rule is None else rule.named(args, kwargs) or {}
@@ -128,10 +145,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor of a batch beside that of one sample alone, and the layouts that it may have."""
+    """A tensor of a batch beside that of another batch, and the layouts that it may have."""
 
     func: Any
-    one: Tensor
+    other: Tensor
     every: Tensor
     layouts: list[Layout | None]
 
@@ -146,14 +163,14 @@ class Evidence:
     """What tells the layouts that were seen apart.
 
     Args:
-        number: of the sample that was evaluated alone.
+        samples: of this batch, of which the other batch is made.
         is_random: does the function draw, so that its numbers can't be compared?
         inside: numbers of some samples.
         pulled: for results of operations a cotangent ``[1, *z]``, pulled back from outputs with a
             cotangent that is zero for all other samples.
     """
 
-    number: int
+    samples: list[int]
     size: int
     is_random: bool
     inside: Tensor
@@ -173,11 +190,18 @@ class Evidence:
                 beside = [x for x, other in known.get(key[0], ()) if x and _share(x, shape, other)]
                 layouts = [layout for layout in layouts if layout in beside]
             if len(layouts) == 1:
-                sites[key] = Site(seen[key].func, seen[key].one.shape, layouts[0])
+                sites[key] = Site(seen[key].func, self._one(seen[key], layouts[0]), layouts[0])
             else:
                 sites[key] = None
                 unknown.add(key[0])
         return sites, unknown
+
+    def _one(self, seen: Seen, layout: Layout | None) -> Size:
+        """The shape of a tensor for one sample alone."""
+        shape = list(seen.every.shape)
+        if layout is not None:
+            shape[layout.dim] //= self.size
+        return Size(shape)
 
     def _possible(self, key: Key, seen: Seen) -> list[Layout | None]:
         """The layouts that neither the numbers nor the cotangents contradict."""
@@ -190,10 +214,12 @@ class Evidence:
         return layouts
 
     def _has_numbers(self, seen: Seen, layout: Layout | None) -> bool:
-        """Are the numbers of one sample those of the sample alone?"""
-        every = seen.every.detach()
-        numbers = every if layout is None else layout.of_all(every, self.size)[self.number]
-        return are_near(seen.one.detach(), numbers)
+        """Are the numbers of samples those that they have in the other batch?"""
+        every, other = seen.every.detach(), seen.other.detach()
+        if layout is None:
+            return are_near(other, every)
+        numbers = layout.of_all(every, self.size)[self.samples]
+        return are_near(layout.of_all(other, len(self.samples)), numbers)
 
     def _is_zero_outside(self, pulled: Tensor, layout: Layout) -> bool:
         outside = torch.ones(self.size, dtype=torch.bool, device=pulled.device)

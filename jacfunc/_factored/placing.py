@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -28,6 +28,9 @@ Place: TypeAlias = Callable[[Tensor], Tensor]
 
 class Placing(Protocol):
     """Says where the tensors of one evaluation hold the samples."""
+
+    operations: Sequence[Any]
+    """Functions that are called, and plain values that they are called with."""
 
     @property
     def can_share(self) -> bool:
@@ -60,12 +63,13 @@ class Placing(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class VmappedSamples:
     """Samples under a vmap, or one sample alone, where ``level`` is None."""
 
     size: int
     level: Level
+    operations: Sequence[Any] = ()
     can_share = False
 
     def is_shared(self, key: Key, func: Any) -> bool | None:
@@ -102,21 +106,23 @@ class PlainSamples:
     Args:
         size: how many there are.
         sites: what was learned of calls of this kind.
-        trace: one sample alone, if layouts are to be learned now.
+        trace: another batch, if layouts are to be learned now.
         seen: what is to be learned from.
+        operations: functions that were called, and plain values that they were called with.
     """
 
     size: int
     sites: Sites
     trace: Trace | None = None
     seen: dict[Key, Seen] = field(default_factory=dict)
+    operations: Sequence[Any] = ()
     can_share = True
 
     def is_shared(self, key: Key, func: Any) -> bool | None:
         if self.trace is not None:
             return None
         site = self.sites.get(key)
-        return site is not None and site.layout is None and site.func is func
+        return site is not None and site.layout is None and site.func == func
 
     def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
         if not (isinstance(out, Tensor) and out.requires_grad):
@@ -166,9 +172,11 @@ class PlainSamples:
             if not site.fits(func, tensor.shape, self.size):
                 raise Unlike
             return site.layout
-        one = self.trace.tensor(key, func, rule)
-        layouts = [] if one is None else layouts_between(one.shape, tensor.shape, self.size)
-        if one is None or not layouts:
+        other, size = self.trace.tensor(key, func, rule), len(self.trace.samples)
+        if other is None:
             raise NoLayout
-        self.seen[key] = Seen(func, one, tensor, layouts)
+        layouts = layouts_between(tensor.shape, self.size, other.shape, size)
+        if not layouts:
+            raise NoLayout
+        self.seen[key] = Seen(func, other, tensor, layouts)
         return layouts[0]

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
-from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins
+from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins, ends
 from jacfunc._factored.placing import Placing
 from jacfunc._factored.use import (
     METADATA,
@@ -28,7 +28,7 @@ from jacfunc._factored.use import (
     is_part,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._linear_map import Anchor, differentiable_alias, no_view, nodes_of_call
+from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
 from jacfunc._torch import (
     below_transforms,
     innermost,
@@ -77,6 +77,8 @@ class UseRecorder(TorchFunctionMode):
         self._inputs: list[tuple[Tensor, int]] = []
         """Inputs of recorded operations, and the versions that they had then."""
         self._operations: list[Any] = []
+        placing.operations = self._operations
+        self._is_over = False
         self.moves_samples = False
         """Has the function moved numbers to where other numbers say?"""
         self.derived: dict[int, Derived] = {}
@@ -125,8 +127,12 @@ class UseRecorder(TorchFunctionMode):
     ) -> Any:
         if func is begins:
             self._operations.clear()
+        if func is begins or func is ends:
+            self._is_over = func is ends
             return None
         kwargs = kwargs or {}
+        if self._is_over:
+            return func(*args, **kwargs)
         number = len(self._operations)
         self._operations.append(func)
         self._operations += [x for x in (*args, *kwargs.values()) if type(x) in _PLAIN]
@@ -256,6 +262,12 @@ class UseRecorder(TorchFunctionMode):
         if not params:
             self._note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs)
+        covered = {id(named[name]) for name in params}
+        if self._placing.can_share and any(
+            id(x) in self._tracked and id(x) not in covered
+            for x in _tensors((*args, *kwargs.values()))
+        ):
+            return self._derive(number, func, args, kwargs)
         names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
         args = tuple(twins.get(name, x) for name, x in zip(names, args, strict=False))
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
@@ -271,9 +283,9 @@ class UseRecorder(TorchFunctionMode):
             if not values.requires_grad:
                 return out
             self._watch_inputs(named.values())
-            if place is None:
-                return self._derived_from((number, OUT), out, parts)
             ends = {twin.grad_fn for twin in twins.values()}
+            if place is None:
+                return self._derived_from((number, OUT), out, parts, ends)
             nodes, last = nodes_of_call(values, ends), values.grad_fn
             anchor, key = Anchor.behind(values), (number, OUT)
             self.uses.append(Use(key, anchor, place, parts, last, ends, nodes, values.nbytes))
@@ -323,13 +335,24 @@ class UseRecorder(TorchFunctionMode):
         with untracked():
             if not out.requires_grad:
                 return out
-            return self._derived_from(key, out, through_graph(out, params, twins, self._grad_mode))
+            parts, ends = (
+                through_graph(out, params, twins, self._grad_mode),
+                {t.grad_fn for t in twins},
+            )
+            return self._derived_from(key, out, parts, ends)
 
-    def _derived_from(self, key: Key, out: Tensor, parts: Sequence[UsedPart]) -> Tensor:
+    def _derived_from(
+        self, key: Key, out: Tensor, parts: Sequence[UsedPart], ends: set[Any]
+    ) -> Tensor:
         """Track a result that all samples share, as if it were a parameter itself.
 
         What its own uses pull back goes on to the parameters that it was made of.
+
+        Raises:
+            NoLayout: if it depends on something else, too, which would be cut off.
         """
+        if Graph.of((out,), ends).leads_out:
+            raise NoLayout(self.parameters(part[0] for part in parts))
         anchor = differentiable_alias(out, self._grad_mode)
         handle, number = anchor.view_as(anchor), self._count + len(self.derived)
         self.derived[number] = Derived(key, out.detach(), parts)

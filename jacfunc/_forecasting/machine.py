@@ -69,10 +69,14 @@ class Machine:
     ) -> None:
         self.device = device
         self._clock = clock
-        self._ones = partial(torch.ones, device=device, dtype=dtype)
+        self._dtype = dtype
         # a cache for each machine: one on the methods would keep all machines alive
         self._write, self._flop = cache(self._measure_write), cache(self._measure_flop)
         self._conv_flop = cache(self._measure_conv_flop)
+
+    def _ones(self, *shape: int) -> Tensor:
+        with outside_transforms():  # nor does a count of memory outside see it
+            return torch.ones(shape, device=self.device, dtype=self._dtype)
 
     def write(self, size: float) -> float:
         """Seconds to write a byte of a result of this size."""
@@ -115,7 +119,7 @@ class Machine:
         return max(scaled.operation - self.push_batch.operation, 0.0)
 
     def _measure_write(self, size: int) -> float:
-        touched, number = min(size, TOUCHED), self._ones(()).element_size()
+        touched, number = min(size, TOUCHED), self._ones().element_size()
         source = self._ones(touched // number)
 
         def write() -> Tensor:
@@ -125,7 +129,7 @@ class Machine:
         return self._seconds(write) / touched
 
     def _measure_flop(self, seeds: int) -> float:
-        number = self._ones(()).element_size()
+        number = self._ones().element_size()
         side = 512 if seeds > 1 else math.isqrt(MATRIX_BYTES // number)
         matrix, vectors = self._ones(side, side), self._ones(seeds, side)
         product = (lambda: matrix @ vectors[0]) if seeds == 1 else (lambda: vectors @ matrix)

@@ -16,7 +16,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from jacfunc._factored import Part, place_of, rows
+from jacfunc._factored import Part, rows
 from jacfunc._kernels.routes import Axes, Pair, Positional, places_of_rows, seeds_of
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
@@ -25,6 +25,9 @@ from jacfunc.layers import Outer
 BLOCKS, BLOCKED = 4, 2**24
 """A symmetric product is computed in at most so many blocks of rows, each up to the diagonal. A
 block is worth its overhead if it has so many of the product's multiplications."""
+
+SMALL = 64
+"""Rows of this part of what is made at once, or less, are copied beside others."""
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]
 """Rows ``[B, K, p]`` of the same entries on both sides."""
@@ -75,24 +78,24 @@ class Gram:
         """Add what parameters contribute, from the parts of each on both sides."""
         weighted: dict[Hashable, tuple[Pair, Tensor]] = {}
         written: list[tuple[list[Part], list[Part], Tensor, Pair | None]] = []
-        place: Hashable
         for left, right, param in zip(lefts, rights, params, strict=True):
             pair = Pair.of(left, right)
             if pair is None or pair.is_cheaper_by_rows(self.axes, self.is_symmetric):
                 written.append((left, right, param, pair))
-            elif not pair.has_one_position:
+                continue
+            alone = pair.at_one_position(self.like.dtype)
+            if alone is None:
                 self._add_by_positions(pair)
-            else:
-                weights = pair.weights(self.like.dtype)
-                place = place_of(pair.left.cotangents), place_of(pair.right.cotangents)
-                if place in weighted:
-                    weights += weighted[place][1]
-                weighted[place] = pair, weights
+                continue
+            places, weights = alone
+            if places in weighted:
+                weights += weighted[places][1]
+            weighted[places] = pair, weights
         chunks: list[Iterator[Chunk]] = []
         for left, right, param, pair in written:
-            place = places_of_rows(left, right) if weighted else None
-            if place in weighted:  # outer products with the number 1
-                weighted[place][1].add_(1)
+            places = places_of_rows(left, right) if weighted else None
+            if places in weighted:  # outer products with the number 1
+                weighted[places][1].add_(1)
             elif left and right:
                 chunks.append(self._chunks(left, right, param, pair))
         self._add_by_rows(chain.from_iterable(chunks))
@@ -147,14 +150,14 @@ class Gram:
     def _add_by_rows(self, chunks: Iterable[Chunk]) -> None:
         """Add the products of rows, those of small chunks beside each other."""
         waiting: list[Chunk] = []
-        nbytes, large = 0, self.at_once // 4
+        nbytes = 0
         for chunk in chunks:
-            if chunk[0].nbytes > large:
+            if chunk[0].nbytes > self.at_once // SMALL:
                 self._add_beside([chunk])
                 continue
             waiting.append(chunk)
             nbytes += chunk[0].nbytes
-            if nbytes > large:
+            if nbytes > self.at_once // 4:
                 self._add_beside(waiting)
                 waiting, nbytes = [], 0
         if waiting:

@@ -61,17 +61,18 @@ class Pair:
             return cls(left, right) if left.is_transposed == right.is_transposed else None
         return cls(left, right) if isinstance(left, Gather) and isinstance(right, Gather) else None
 
-    @property
-    def has_one_position(self) -> bool:
-        """Is there one group and one position on both sides?"""
-        return all(seeds_of(form).shape[2:4] == (1, 1) for form in (self.left, self.right))
+    def at_one_position(self, dtype: torch.dtype) -> tuple[Hashable, Tensor] | None:
+        """The places of both sides' cotangents, and the products of inputs ``[B₁, B₂]``.
 
-    def weights(self, dtype: torch.dtype) -> Tensor:
-        """The products of inputs at the only position, ``[B₁, B₂]``."""
+        None if there are several positions or groups.
+        """
         left, right = self.left, self.right
+        if any(seeds_of(form).shape[2:4] != (1, 1) for form in (left, right)):
+            return None
+        places = places_of(left.cotangents, right.cotangents)
         if isinstance(left, Outer) and isinstance(right, Outer):
-            return left.inputs.to(dtype).flatten(1) @ right.inputs.to(dtype).flatten(1).mT
-        return self.similarity(dtype)[0, :, 0, :, 0]
+            return places, left.inputs.to(dtype).flatten(1) @ right.inputs.to(dtype).flatten(1).mT
+        return places, self.similarity(dtype)[0, :, 0, :, 0]
 
     def similarity(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
@@ -108,6 +109,12 @@ def width(form: Positional) -> int:
     return form.width if isinstance(form, Outer) else form.shape[0]
 
 
+def places_of(left: Tensor, right: Tensor) -> Hashable:
+    """The places of both sides' cotangents in memory."""
+    place = place_of(left)
+    return place, place if right is left else place_of(right)
+
+
 def places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
     """The places of both sides' rows in memory; None if these are not rows of a whole parameter."""
     both = [part.form for part in (*lefts, *rights) if not part.path]
@@ -115,5 +122,5 @@ def places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
         return None
     left, right = both
     if isinstance(left, Rows) and isinstance(right, Rows):
-        return place_of(left.products), place_of(right.products)
+        return places_of(left.products, right.products)
     return None

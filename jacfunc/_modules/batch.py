@@ -9,8 +9,17 @@ from jacfunc._assembly import Sink
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
 from jacfunc._log import note
-from jacfunc._memory import Chunk
-from jacfunc._planning import UNMAPPED, Auto, Autotune, Plan, SampledWays, attempt, recall, remember
+from jacfunc._memory import Chunk, FittedChunks
+from jacfunc._planning import (
+    UNMAPPED,
+    Auto,
+    Autotune,
+    Plan,
+    SampledWays,
+    by_memory,
+    recall,
+    remember,
+)
 from jacfunc._samples import (
     FirstSamples,
     OneSample,
@@ -108,34 +117,32 @@ class SampledJacobian:
         batch = self.batch
         random_state = batch.random_state()
 
-        def run(plan: Plan) -> SampleBlocks:
+        def run(plan: Plan, chunk: Chunk) -> SampleBlocks:
             random_state.repeat()  # what was tried before has drawn
-            return self._refusable(plan.strategy, chunk)
+            result = self._refusable(plan.strategy, chunk)
+            note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
+            return result
 
         # one strategy may plan for several doors, which want different things of one module
         kind = batch.kind.among(batch.samples.randomness, self.sink.copies, levels())
-        memory = recall(strategy, kind)
-        plan, chunk = memory or self._plan(strategy)
-        if chunk == UNMAPPED:
+        recalled = recall(strategy, kind)
+        if recalled is not None and recalled[1] == UNMAPPED:
             note("samples go one by one, as none of the plans ran before")
             return self._looped(strategy)
         try:
-            plan, result = attempt(plan, run)
+            return by_memory(strategy, kind, lambda: self._plan(strategy), run)
         except Refused as refusal:
             note("samples go one by one: %s", refusal)
-            remember(strategy, kind, (plan, UNMAPPED))
-            random_state.repeat()
-            return self._looped(strategy)
-        if memory is None or plan is not memory[0]:
-            remember(strategy, kind, (plan, chunk))
-        note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
-        return result
+            remember(strategy, kind, (Plan(Looped(), "no other plan ran"), UNMAPPED))
+        # not where the refusal is known: its traceback holds what was tried
+        random_state.repeat()
+        return self._looped(strategy)
 
     def _plan(self, strategy: Auto | Autotune) -> tuple[Plan, Chunk]:
         call = self.batch.first_call()
         operator = JacobianOperator(call, call.primals)
-        can_be_whole = self.batch.whole is not None and is_outermost()
-        ways = SampledWays(self.batch.size, can_be_whole, self.sink.copies)
+        has_layers = is_outermost() and not self.batch.differentiates_inputs_alone
+        ways = SampledWays(self.batch.size, has_layers, self.sink.copies)
         plan, chunk = in_words_of(
             self.batch.api, lambda: strategy.plan_samples(operator, ways, self._refusable)
         )
@@ -151,7 +158,9 @@ class SampledJacobian:
         try:
             if is_whole:
                 assert isinstance(strategy, Structured | Reverse)
-                return self._written(chunk, strategy.chunk_size)
+                is_share = isinstance(chunk, FittedChunks) and chunk.counts_products
+                # no product waits to be copied, as it would for the vmapped plan that was refused
+                return self._written(None if is_share else chunk, strategy.chunk_size)
             return self._vmapped(strategy, chunk)
         except errors as error:
             if is_out_of_memory(error) or isinstance(error, FINAL):

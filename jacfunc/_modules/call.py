@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._factored import FactoredJacobian, begins
+from jacfunc._factored import FactoredJacobian, begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
@@ -112,28 +112,28 @@ class ModuleCall:
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
 
-        def guard(batch: SampledCall, jacobian: FactoredJacobian) -> None:
+        def guard(jacobian: FactoredJacobian) -> None:
             check = self.independence.check_evaluation
-            kind, operations = batch.kind.kind, (jacobian.signature, jacobian.moves_samples)
-            check(self.api, self.state, kind, operations, lambda: self._subject(batch))
+            operations = jacobian.signature, jacobian.moves_samples
+            # not of the batch, which holds this: a cycle would keep the module alive
+            check(self.api, self.state, kind.kind, operations, lambda: self._subject(samples))
 
         state, point = self.state, tuple(self.state.point)
         of_call = self.argnums, point, split.kinds, tuple(dims)
         kind = CallKind(state.module, of_call, state.version)
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
-        can_be_whole = is_outermost() and not self.with_buffers
-        way = whole if can_be_whole else None
-        return SampledCall(self.api, call_of, samples, kind, way, guard, differentiates)
+        is_whole = not self.with_buffers
+        return SampledCall(self.api, call_of, samples, kind, whole, is_whole, guard, differentiates)
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost():
             check, kind = self.independence.check, batch.kind.kind
-            if check(self.api, self.state, kind, lambda: self._subject(batch)):
+            if check(self.api, self.state, kind, lambda: self._subject(batch.samples)):
                 batch.learned_as_a_whole.sites = None  # they are learned anew, too
 
-    def _subject(self, batch: SampledCall) -> Subject:
+    def _subject(self, samples: Samples) -> Subject:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""
         state, split = self.state, Split.of(self.arguments, is_tensor)
         module = state.module
@@ -160,9 +160,9 @@ class ModuleCall:
             width += sum(param.numel() for param in state.point.values())
         if by_inputs:
             inputs = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
-            width += sum(x.numel() for x in inputs) // batch.samples.size
+            width += sum(x.numel() for x in inputs) // samples.size
         params = tuple(values.values())
-        return Subject(whole, params, batch.samples, width, by_inputs, state.as_evaluated)
+        return Subject(whole, params, samples, width, by_inputs, state.as_evaluated)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -207,6 +207,7 @@ class ModuleCall:
             with state.lent_for_evaluation(params or variables, followed):
                 begins()
                 output = module(*args, **kwargs)
+                ends()
                 if inside_derivative():  # where no graph is looked at
                     with untracked():
                         state.check_fresh(flatten(output)[0])

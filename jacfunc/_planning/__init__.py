@@ -6,5 +6,5 @@ from jacfunc._planning.autotune import Autotune
 from jacfunc._planning.budget import BUDGET_SHARE
 from jacfunc._planning.by_name import directed, resolve
 from jacfunc._planning.choice import SampledWays
-from jacfunc._planning.plan import UNMAPPED, Plan, attempt
+from jacfunc._planning.plan import UNMAPPED, Plan
 from jacfunc._planning.recall import by_memory, recall, remember

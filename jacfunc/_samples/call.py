@@ -17,24 +17,20 @@ from jacfunc._factored import (
     VmappedBatch,
     factored,
 )
-from jacfunc._linear_map import Dims, Samples, narrowed, one_sample
+from jacfunc._linear_map import Samples, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind, Remembered
 from jacfunc._samples.each import EachSample
 from jacfunc._samples.one import OneSample
 from jacfunc._samples.refusals import check_randomness, under_vmap
-from jacfunc._samples.whole import WholeBatches
+from jacfunc._samples.whole import WholeBatches, WholeCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
 
-WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
-"""The call of some samples at once; and for each primal that holds samples the number of its leaf
-among the tensors of these samples."""
-
 Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
 
-Guard: TypeAlias = Callable[["SampledCall", FactoredJacobian], None]
+Guard: TypeAlias = Callable[[FactoredJacobian], None]
 """Refuses a batch whose samples depend on each other, once it is evaluated."""
 
 
@@ -47,6 +43,7 @@ class SampledCall:
         samples: the tensors of all samples.
         kind: the identity of the whole call.
         whole: makes the call of all samples at once, where the function is made for batches.
+        is_whole: may the batch be evaluated so? Buffers that it leaves are not each sample's own.
         guard: is called with each batch that was evaluated as a whole.
         differentiates: is it differentiated by parameters, and by inputs?
     """
@@ -56,6 +53,7 @@ class SampledCall:
     samples: Samples
     kind: CallKind
     whole: WholeCall | None = None
+    is_whole: bool = True
     guard: Guard | None = None
     differentiates: tuple[bool, bool] = (True, False)
 
@@ -106,9 +104,9 @@ class SampledCall:
 
     def _ways(self) -> list[Way]:
         """The ways to evaluate samples, the cheapest first."""
-        if self.whole is None:
-            return [self._vmapped, self._one_by_one]
-        ways: list[Way] = [self._as_a_whole, self._vmapped]
+        if self.whole is None or not self.is_whole:
+            return [self._under_vmap, self._one_by_one]
+        ways: list[Way] = [self._as_a_whole, self._under_vmap]
         if self.samples.randomness == "different":
             ways.append(self._drawing)
         return [*ways, self._mixed, self._one_by_one]
@@ -139,19 +137,14 @@ class SampledCall:
         self, start: int, stop: int, may_draw: bool, learned: LearnedUses
     ) -> tuple[FactoredJacobian, FlatCall]:
         assert self.whole is not None
-        samples, whole = self.samples, self.whole
-
-        def call_of(start: int, stop: int) -> tuple[FlatCall, Dims]:
-            call, leaf_of = whole(narrowed(samples.leaves, samples.dims, start, stop))
-            dims = [
-                samples.dims[leaf_of[n]] if n in leaf_of else None for n in range(len(call.primals))
-            ]
-            return call, dims
-
-        batches = WholeBatches(call_of, learned, self.random_state(), may_draw)
-        jacobian, call = batches.factored(start, stop)
+        leaves = narrowed(self.samples.leaves, self.samples.dims, start, stop)
+        is_every = leaves is self.samples.leaves
+        samples = self.samples if is_every else replace(self.samples, leaves=leaves)
+        random_state = self.random_state()
+        batch = WholeBatches(self.whole, samples, learned, random_state, may_draw)
+        jacobian, call = batch.factored()
         if self.guard is not None:
-            self.guard(self, jacobian)
+            self.guard(jacobian)
         return jacobian, call
 
     def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
@@ -166,6 +159,14 @@ class SampledCall:
         with alone():
             batch = VmappedBatch(one.of_params, call, primals, samples, own)
             return factored(batch, LearnedUses.of(self.kind), repeat), one.call
+
+    def _under_vmap(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        jacobian, call = self._vmapped(start, stop)
+        learned = LearnedUses.of(self.kind)
+        if not learned.is_pulled:  # checkpoints run again only then, and fail
+            jacobian.parts_of_rows(0, 1, 0)
+            learned.is_pulled = True
+        return jacobian, call
 
     def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         numbers = range(len(self.first_call().primals))

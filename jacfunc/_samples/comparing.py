@@ -93,7 +93,8 @@ class BatchGraph:
             return [None] * len(self.anchors)
         seeds = tuple(cotangents[i] for i in live)
         self.renew()
-        pulled = iter(run_backward(tuple(self.outputs[i] for i in live), targets, seeds, False))
+        with MathAttention():  # checkpoints run again
+            pulled = iter(run_backward(tuple(self.outputs[i] for i in live), targets, seeds, False))
         grads = (next(pulled) if x.requires_grad else None for x in self.anchors)
         return [None if grad is None else grad.to_dense() for grad in grads]
 

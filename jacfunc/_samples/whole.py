@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -20,70 +21,132 @@ from jacfunc._factored import (
     WholeBatch,
     factored,
 )
-from jacfunc._linear_map import Dims
+from jacfunc._linear_map import Samples, narrowed
+from jacfunc._log import note
 from jacfunc._torch import RandomState, noise_like
+from jacfunc._types import Leaves
 
-MOST_LESSONS = 8
-"""How often a batch is evaluated until it is known where its tensors hold the samples."""
+WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
+"""The call of some samples at once; and for each primal that holds samples the number of its leaf
+among the tensors of these samples."""
+
+Evaluated: TypeAlias = tuple[FactoredJacobian, FlatCall]
+"""Some samples, evaluated, and the call that was made."""
 
 
 @dataclass(frozen=True)
 class WholeBatches:
-    """A call that takes all samples at once.
+    """A batch that is evaluated as a whole.
+
+    To learn where its tensors hold the samples, it is evaluated beside another batch: one of its
+    samples alone, or all of them twice where one sample alone calls other operations.
 
     Args:
-        call_of: makes the call of the samples from start to stop, and says in which dimension each
-            of its primals holds the samples, or None.
+        call_of: makes the call of some samples.
+        samples: the samples of the batch.
         learned: what earlier evaluations have shown.
         random_state: as every evaluation finds it.
         may_draw: may the batch draw random numbers?
     """
 
-    call_of: Callable[[int, int], tuple[FlatCall, Dims]]
+    call_of: WholeCall
+    samples: Samples
     learned: LearnedUses
     random_state: RandomState
     may_draw: bool
 
-    def factored(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        """The samples from start to stop, evaluated, and the call that was made.
+    def factored(self) -> Evaluated:
+        """All samples, evaluated.
 
         Raises:
             Refused: if the tensors of the batch do not hold the samples in one dimension.
         """
-        learned, size = self.learned, stop - start
-        for _ in range(MOST_LESSONS):
-            trace = None
-            if size > 1 and learned.sites is None:
-                trace = self._trace(start + learned.lessons % size)
-            placing = PlainSamples(size, learned.sites or {}, trace)
-            call, dims = self.call_of(start, stop)
-            batch = WholeBatch(call, call.primals, dims, size, placing)
+        learned, size = self.learned, self.samples.size
+        if size == 1 or (learned.sites is not None and not learned.moves_samples):
+            result = self._as_learned()
+            if result and (size == 1 or not result[0].moves_samples):
+                return result
+        for trace in self._traces():
+            before = learned.copy()
+            result, is_like = self._learned_from(trace)
+            if result:
+                return result
+            if is_like:
+                break
+            learned.restore(before)
+            note("a batch of other samples is looked at: those calls other operations")
+        raise Refused("its tensors do not hold the samples in one dimension")
+
+    def _as_learned(self) -> Evaluated | None:
+        """An evaluation that knows the layouts; None if it calls operations that are not learned.
+
+        Raises:
+            Refused: if it draws and must not.
+        """
+        learned, size = self.learned, self.samples.size
+        batch, call = self._batch(self.samples, PlainSamples(size, learned.sites or {}))
+        try:
+            jacobian = factored(batch, learned, self.random_state.repeat)
+        except Unlike:
+            return None
+        self._check_random()
+        learned.moves_samples = jacobian.moves_samples
+        is_known = size == 1 or jacobian.signature in learned.signatures
+        return (jacobian, call) if is_known else None
+
+    def _learned_from(self, trace: Trace) -> tuple[Evaluated | None, bool]:
+        """An evaluation beside another batch, and whether that calls the same operations."""
+        learned, placing = self.learned, PlainSamples(self.samples.size, {}, trace)
+        batch, call = self._batch(self.samples, placing)
+        while True:
             try:
                 jacobian = factored(batch, learned, self.random_state.repeat)
-            except Unlike:
-                learned.sites = None
-                continue
+                break
             except NoLayout as error:
-                if error.numbers <= learned.others:
-                    raise Refused("a tensor of the batch has no dimension of samples") from error
+                if error.numbers <= learned.others or not trace.is_like(placing.operations):
+                    return None, trace.is_like(placing.operations)
                 learned.others |= error.numbers
-                continue
-            if not self.may_draw and self.random_state.has_changed():
-                raise Refused(RANDOM)
-            if trace is None or self._learn(jacobian, placing, start):
-                return jacobian, call
-        raise Refused("it calls other operations at every evaluation")
+        self._check_random()
+        if not trace.is_like(placing.operations):
+            return None, False
+        learned.moves_samples = jacobian.moves_samples
+        if self._learn(jacobian, placing):
+            return (jacobian, call), True
+        return self._as_learned(), True
 
-    def _trace(self, number: int) -> Trace:
-        """The operations of one sample alone."""
-        trace, learned = Trace(number), self.learned
-        call, dims = self.call_of(number, number + 1)
-        one = WholeBatch(call, call.primals, dims, 1, PlainSamples(1, {}), trace)
-        as_of_batch = LearnedUses(set(learned.others), set(learned.written))
-        factored(one, as_of_batch, self.random_state.repeat)
+    def _traces(self) -> Iterator[Trace]:
+        """Other batches, the smaller ones first."""
+        size, count = self.samples.size, self.learned.lessons
+        for number in dict.fromkeys([count % size, size - 1, size // 2]):
+            yield self._trace([number], narrowed(*self._tensors, number, number + 1))
+        pairs = list(zip(*self._tensors, strict=True))
+        twice = tuple(x if dim is None else torch.cat([x, x], dim) for x, dim in pairs)
+        yield self._trace([*range(size)] * 2, twice)
+
+    @property
+    def _tensors(self) -> tuple[Leaves, list[int | None]]:
+        return self.samples.leaves, list(self.samples.dims)
+
+    def _trace(self, numbers: list[int], leaves: Leaves) -> Trace:
+        """The operations of another batch."""
+        samples, learned = replace(self.samples, leaves=leaves), self.learned
+        trace = Trace(numbers)
+        batch, _ = self._batch(samples, PlainSamples(len(numbers), {}))
+        own = LearnedUses(set(learned.others), set(learned.written))
+        factored(replace(batch, trace=trace), own, self.random_state.repeat)
         return trace
 
-    def _learn(self, jacobian: FactoredJacobian, placing: PlainSamples, start: int) -> bool:
+    def _batch(self, samples: Samples, placing: PlainSamples) -> tuple[WholeBatch, FlatCall]:
+        call, leaf_of = self.call_of(samples.leaves)
+        numbers = range(len(call.primals))
+        dims = [samples.dims[leaf_of[n]] if n in leaf_of else None for n in numbers]
+        return WholeBatch(call, call.primals, dims, placing.size, placing), call
+
+    def _check_random(self) -> None:
+        if not self.may_draw and self.random_state.has_changed():
+            raise Refused(RANDOM)
+
+    def _learn(self, jacobian: FactoredJacobian, placing: PlainSamples) -> bool:
         """Learn the layouts from an evaluation; False if they are others than it was made with."""
         learned, size, trace = self.learned, jacobian.size, placing.trace
         assert trace is not None
@@ -98,13 +161,14 @@ class WholeBatches:
             cotangents.append(seeds.unsqueeze(0))
         products = jacobian.linearization.pull_batch(tuple(cotangents))
         pulled = {use.key: x for use, x in zip(jacobian.uses, products, strict=False)}
-        evidence = Evidence(trace.number - start, size, is_random, inside, pulled)
-        learned.sites, unknown = evidence.sites(placing.seen)
+        evidence = Evidence(trace.samples, size, is_random, inside, pulled)
+        sites, unknown = evidence.sites(placing.seen)
         if any(number < 0 for number in unknown):
             raise Refused("what it returns for a sample changes with the batch")
+        learned.learn_sites(sites, jacobian.signature)
         others = jacobian.params_of(unknown)
         learned.others |= others
         first = {key: seen.layouts[0] for key, seen in placing.seen.items()}
         return not others and all(
-            site is None or site.layout == first[key] for key, site in learned.sites.items()
+            site is None or site.layout == first[key] for key, site in sites.items()
         )

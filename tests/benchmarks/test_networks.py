@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.cases import ANSWER, Case
-from benchmarks.contestants import kernels, per_sample
+from benchmarks.contestants import by_hand, kernels, per_sample
 from benchmarks.problems.judge import reference
 from benchmarks.problems.networks import CLASSES, NETWORKS, PIXELS, build, noisy, parts
 from benchmarks.questions import (
@@ -28,8 +28,10 @@ from benchmarks.questions import (
     ggn_product,
     growth,
     inputs,
+    norms,
     ntk,
     params,
+    streams,
     whole,
 )
 from benchmarks.questions.growth import Point
@@ -39,7 +41,9 @@ from jacfunc.compare import Problem
 
 QUESTIONS = tuple(
     file.QUESTION
-    for file in (params, inputs, whole, ntk, ggn_diagonal, ggn_product, buffer, growth)
+    for file in (
+        *(params, inputs, whole, ntk, norms, ggn_diagonal, ggn_product, buffer, streams, growth),
+    )
 )
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}
 QUICK = [name for name, case in CASES.items() if case.is_quick]
@@ -56,7 +60,8 @@ SMALLER = ("params/mlp, B=8", "params/cnn, B=8", "inputs/resnet, B=8")
 
 REFUSED = {
     ("inputs/transformer, B=8", "vmap(jacfwd)"): "forward AD with _scaled_dot_product_flash",
-    **{("ntk/gru, B=64", name): "shape" for name in kernels.RECIPES},
+    ("ntk/gru, B=64", kernels.MATMUL): "shape",
+    ("ntk/gru, B=64", by_hand.FACTORS): "all inputs have to be Tensors",
 }
 """What torch cannot do, and says."""
 
@@ -98,6 +103,25 @@ def test_everyone_gives_the_right_answer_or_says_why_not(name: str, device: str)
     installed(name)
     case = small(name) if name in (*SMALL, *SMALLER) else CASES[name]
     assert_right(name, measured(case, device))
+
+
+BY_HAND = {
+    (question.name, case.setup.args[0], case.dtype): case
+    for question in QUESTIONS
+    for case in question.cases
+    if case.by_hand
+}
+"""A case for each network: with few samples those of one network are the same."""
+
+
+@pytest.mark.parametrize("key", BY_HAND, ids=" ".join)
+def test_who_is_beside_the_best_by_hand_is_right(key: tuple[str, str, str], device: str) -> None:
+    installed(key[1])
+    case = BY_HAND[key].by_hand
+    assert case is not None
+    network, batch, *rest = case.setup.args
+    few = partial(case.setup.func, network, min(batch, 2), *rest, **case.setup.keywords)
+    assert_right(case.name, measured(replace(case, setup=few, threads=1), device))
 
 
 @pytest.mark.parametrize("name", ["params/mlp, B=8", "ntk/lenet, B=8", "ggn-product/lenet, B=64"])
@@ -177,7 +201,7 @@ def test_a_wrong_block_is_a_result(prepare: Any, status: str, device: str) -> No
 def test_a_wrong_kernel_is_found(device: str) -> None:
     def prepare(problem: Problem) -> Any:
         run = kernels.by_matmul(problem)
-        return lambda: {kernels.KERNEL: run()[kernels.KERNEL].transpose(-1, -2) * 1.001}
+        return lambda: {by_hand.KERNEL: run()[by_hand.KERNEL].transpose(-1, -2) * 1.001}
 
     for case in (small("ntk/lenet, B=8"), growth.QUESTION.cases[0]):
         wrong = replace(case, contestants=(Contestant("wrong", "jacfunc", prepare),))

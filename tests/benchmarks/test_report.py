@@ -133,7 +133,7 @@ def test_other_files_are_told_in_short(text):
 
 def test_the_committed_files_can_be_told():
     bodies = {path.name: read(path) for path in studies.files(RESULTS)}
-    assert {"regret-cpu.json", "budget-cpu.json", "overhead-cpu.json"} <= bodies.keys()
+    assert {"budget-cpu.json", "overhead-cpu.json"} <= bodies.keys()
     for body in bodies.values():
         assert all(table.row_count for table in studies.STUDIES[body["kind"]].tables(body))
 

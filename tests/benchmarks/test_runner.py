@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.__main__ import STOPPED, main
+from benchmarks.cases import Question, as_record, best
 from benchmarks.report import tables
 from benchmarks.report.progress import Watch
 from benchmarks.running import processes, suite, worker
 from benchmarks.running.processes import DEVICE_LOST
 from benchmarks.running.records import Order, Run
 from benchmarks.running.suite import CannotRunError
-from benchmarks.studies import trust
-from benchmarks.verdicts.comparing import Change
 from jacfunc._measuring.results import Result, WrongAnswerError, pooled, summarize
 from jacfunc._measuring.rounds import Contestant, Effort
 from tests.benchmarks import table as benchmark_table
@@ -303,31 +303,46 @@ def test_two_cases_of_one_name_are_refused(tmp_path):
         order(tmp_path, "TWICE").chosen()
 
 
-# --- what is planted, and how long ---
-
-
-def test_what_is_planted_slows_jacfunc_alone(tmp_path):
-    ours, theirs = worker.looked_up(order(tmp_path, planted=3.0), "first/one").contestants
-    original = benchmark_table.GOOD
-    assert theirs is original[1]
-    sleeping = Contestant("jacfunc", "jacfunc", lambda x: lambda: time.sleep(x) or x)
-    slowed = worker.planted(sleeping, 3.0, "cpu").prepare(0.05)
-    start = time.perf_counter()
-    assert slowed() == 0.05
-    assert time.perf_counter() - start >= 3 * 0.05
-    x = torch.arange(3.0)
-    assert torch.equal(ours.prepare(x)(), x * x)
-
-
-def test_what_is_planted_is_in_the_file(tmp_path):
-    planted, _ = run(tmp_path, only="first/one", planted=1.5)
-    assert planted.environment["planted"] == 1.5
+# --- how long, and by which clock ---
 
 
 def test_less_effort_means_fewer_rounds_but_not_too_few():
     effort = worker.scaled(Effort(rounds=40, seconds=1.0, fewest=5, patience=20.0), 0.5)
     assert effort == Effort(rounds=20, seconds=0.5, fewest=5, patience=10.0)
     assert worker.scaled(effort, 0.01).rounds == effort.fewest
+
+
+@pytest.mark.parametrize(("threads", "ratio"), [(1, 2.0), (2, 5.0)])
+def test_beside_the_best_the_processor_counts_where_it_has_one_thread(threads, ratio):
+    """What other processes take is not charged to anyone; of two threads it would be the sum."""
+    wanted = best("jacfunc", 8, "by hand", "absent")
+    names = ("jacfunc", "by hand", "absent")
+    case = benchmark_table.case(
+        "one", tuple(Contestant(n, n, None) for n in names), wanted=(wanted,), threads=threads
+    )
+    results = [
+        Result("jacfunc", "jacfunc", seconds={0: 9.0, 1: 5.0}, busy={1: 2.0}),
+        Result("by hand", "autograd", seconds={0: 9.0, 1: 1.0}, busy={1: 1.0}),
+        Result("absent", "rival", "not installed: absent"),
+    ]
+    summarize({result.contestant: result for result in results}, "by hand")
+    (target,) = as_record(Question("a", "?", "jacfunc", (case,)), case, results)["targets"]
+    assert (target["found"], target["met"]) == (ratio, False)
+    assert target["what"] == "time ÷ best by hand"
+
+
+def test_the_suite_by_hand_has_those_alone_who_are_compared(tmp_path):
+    case = benchmark_table.case("one", wanted=(best("jacfunc", 1, "by hand"),))
+    others = (*case.contestants, Contestant("slow", "rival", None))
+    cases = replace(case, contestants=others), benchmark_table.case("without")
+    assert [c.by_hand and [x.name for x in c.by_hand.contestants] for c in cases] == [
+        ["jacfunc", "by hand"],
+        None,
+    ]
+    chosen = Order("hand", "cpu", tmp_path).chosen()
+    assert {"inputs", "params", "whole", "ntk", "norms", "ggn-diagonal", "streams"} == {
+        key.partition("/")[0] for key in chosen
+    }
 
 
 def test_time_left_follows_what_finished_cases_took():
@@ -414,17 +429,6 @@ def test_whoever_has_rounds_is_compared_with_a_baseline_that_has_none_by_the_war
     summarize({"base": base, "fast": fast}, "base")
     assert fast.ratio.median == 0.5
     assert fast.time.median == 0.4
-
-
-# --- can it be trusted? ---
-
-
-def test_a_share_counts_pairs_alone():
-    verdicts = ("equivalent", "equivalent", "regressed", "fails", "baseline")
-    changes = [Change("q/c", str(n), v, None, ("ok", "ok")) for n, v in enumerate(verdicts)]
-    share = trust.share("the same code", "equivalent", changes)
-    assert (trust.right(share), share["pairs"], trust.is_met(share)) == (2, 3, False)
-    assert trust.is_met(trust.share("", "equivalent", changes[:2]))
 
 
 # --- the command line ---

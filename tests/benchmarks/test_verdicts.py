@@ -192,21 +192,6 @@ def test_a_sentence_counts_cases_in_which_we_fail():
     assert "in 1 of 2 cases, at 0.50 of the time of torch.func; elsewhere" in sentence(cases)
 
 
-def test_a_sentence_on_shapes_says_where_forward_mode_wins():
-    cases = [
-        record(
-            result("jacfunc reverse", flat(1.0)),
-            result("jacfunc forward", flat(time)),
-            result(BASE, flat(1.5)),
-            ours="jacfunc reverse",
-            inputs=inputs,
-            outputs=64,
-        )
-        for inputs, time in ((1, 0.2), (4, 0.5), (16, 1.4), (64, 0.9), (256, 5.0))
-    ]
-    assert "forward beats reverse in 3 of 5, always from 16 outputs an input on" in sentence(cases)
-
-
 def test_a_sentence_on_growth_says_the_fitted_exponents():
     cases = [
         record(

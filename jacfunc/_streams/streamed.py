@@ -15,9 +15,9 @@ from jacfunc._factored import Direct, FactoredJacobian
 from jacfunc._linear_map import JacobianOperator, linearize
 from jacfunc._log import note
 from jacfunc._memory import MODEST_BYTES, STAGED_BYTES, Chunk, FittedChunks, PeakBytes, free_bytes
-from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.held import Cell, HeldSamples
+from jacfunc._modules import FEW_CALLS, ModuleCall
 from jacfunc._samples import SampledCall
+from jacfunc._streams.held import Cell, HeldSamples
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves, Tree
 from jacfunc._units import in_bytes
@@ -158,7 +158,7 @@ class GroupedSamples:
     def __init__(self, call: StreamedCall, evaluates_more: bool) -> None:
         self._call, self._evaluates_more = call, evaluates_more
         self._group: SampleGroup | None = None
-        self._fitting = 0
+        self._fitting = FEW_CALLS if evaluates_more else 0
 
     def of(self, start: int, stop: int) -> Tree:
         """What module_jacobian returns for the samples from start to stop."""
@@ -170,14 +170,19 @@ class GroupedSamples:
 
     def _holding(self, start: int, stop: int) -> SampleGroup:
         """A group of evaluated samples that has these."""
-        if self._group is None or not self._group.holds(start, stop):
-            self._group = None  # or its graph would stay beside the next one
+        group = self._group
+        if group is not None and group.holds(start, stop):
+            return group
+        while True:
+            group = self._group = None  # or its graph would stay beside the next one
             end = max(stop, min(start + self._fitting, self._call.size))
-            self._group = SampleGroup(start, *self._call.between(start, end))
-            self._call.go_on()
+            group = SampleGroup(start, *self._call.between(start, end))
             if self._evaluates_more:
-                self._fitting = MODEST_BYTES // max(1, self._group.bytes_of_one)
-        return self._group
+                self._fitting = MODEST_BYTES // max(1, group.bytes_of_one)
+            if end <= max(stop, start + self._fitting):  # else the first guess was too large
+                self._call.go_on()
+                self._group = group
+                return group
 
 
 @dataclass

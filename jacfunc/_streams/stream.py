@@ -11,11 +11,16 @@ from torch import nn
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._lending import CurrentState, Select
 from jacfunc._memory import in_chunks, of_leaf
-from jacfunc._modules.call import Batching, ModuleCall
-from jacfunc._modules.checks import check_module
-from jacfunc._modules.held import ParameterBlocks, RowBlocks
-from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
-from jacfunc._modules.streamed import Budget, GroupedSamples, StreamedCall
+from jacfunc._modules import (
+    FEW_CALLS,
+    Batching,
+    Independence,
+    Independent,
+    ModuleCall,
+    check_module,
+)
+from jacfunc._streams.held import ParameterBlocks, RowBlocks
+from jacfunc._streams.streamed import Budget, GroupedSamples, StreamedCall
 from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import flatten, unflatten
 from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor

@@ -1,13 +1,18 @@
-"""The quick cases of ``python -m benchmarks`` under pytest-benchmark: ``pytest benchmarks``.
+"""The quick cases of ``python -m benchmarks`` under pytest-benchmark, which tests skip.
+
+``pytest -o addopts= tests/benchmarks/timed.py`` times them; on CUDA add
+``--benchmark-timer=tests.benchmarks.timed.synchronised``.
 
 A contestant that fails is skipped with the reason: pytest-benchmark leaves out of its file whatever
 fails. Nobody is run in a process of his own here.
 """
 
+import time
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.cases import by_key
 from benchmarks.questions import QUESTIONS
@@ -41,3 +46,9 @@ def test_question(key: str, way: Contestant[Any], benchmark: Any) -> None:
         benchmark.pedantic(run, rounds=CASES[key].effort.fewest, warmup_rounds=1)
     if not result.ok:
         pytest.skip(result.status)
+
+
+def synchronised() -> float:
+    """A clock for pytest-benchmark: it is read when the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
