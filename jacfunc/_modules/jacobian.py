@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from jacfunc._assembly import sink_for
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
-from jacfunc._modules.call import Batching, ModuleCall, Wrt, argnums_of
+from jacfunc._modules.call import Batching, ModuleCall
 from jacfunc._modules.checks import check_module
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
 from jacfunc._modules.independent import by_samples
-from jacfunc._modules.inputs import InputChoice, Key
+from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
 from jacfunc._planning import resolve
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
