@@ -187,6 +187,20 @@ def test_strategies_that_are_equal_plan_once_unless_in_a_budget(
     assert len(plans) == count
 
 
+def test_transforms_of_a_module_within_one_budget_share_a_plan() -> None:
+    module, plans = nn.Linear(3, 2), list[Plan]()
+
+    class Counting(Auto):
+        def plan(self, operator: JacobianOperator) -> Plan:
+            plans.append(super().plan(operator))
+            return plans[-1]
+
+    for memory, count in ((10**6, 1), (10**6, 1), (2000, 2), (2000, 2)):
+        strategy = Counting(memory=memory)
+        jacfunc.module_jacobian(module, strategy=strategy)(points(20))
+        assert len(plans) == count
+
+
 def test_a_plan_for_the_memory_that_was_free_serves_one_strategy() -> None:
     plans: list[Plan] = []
 
@@ -381,22 +395,44 @@ class Read(nn.Module):
         return h[:, :2] * (2 if h.isfinite().all().item() else 3)
 
 
-class Raising(torch.autograd.Function):
-    """A backward pass that takes one cotangent at a time, and says so in its own way."""
+class UnforeseenError(Exception):
+    """An error of a user's own."""
 
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return 3 * x
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+def raising(error: type[Exception]) -> Any:
+    """An operation whose backward pass takes one cotangent at a time, and raises its own error."""
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise ValueError("one at a time")
-        return 3 * g
+    class Raising(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 3 * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                raise error("one at a time")
+            return 3 * g
+
+    return Raising
+
+
+ERRORS = (ValueError, TypeError, KeyError, RuntimeError, UnforeseenError)
+
+
+class Tripled(nn.Module):
+    """Sixty parameters for each of its numbers, through an operation that vmap does not take."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.layer, self.operation = nn.Linear(60, 40), raising(error)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.operation.apply(self.layer(x))
+        return h[:, :2]
 
 
 @pytest.mark.parametrize("strategy", ["auto", "autotune"])
@@ -411,15 +447,73 @@ def test_samples_that_are_not_vmapped_go_by_rows(strategy: str) -> None:
 def test_a_backward_pass_that_raises_under_vmap_goes_by_rows(strategy: str) -> None:
     x = torch.ones(500)
     with trail() as steps:
-        jac = jacfunc.jacobian(lambda x: Raising.apply(x)[:3], strategy=strategy)(x)
+        jac = jacfunc.jacobian(lambda x: raising(ValueError).apply(x)[:3], strategy=strategy)(x)
     torch.testing.assert_close(jac, 3 * torch.eye(500)[:3])
     assert not any("Forward" in step for step in steps)
 
 
 def test_rows_that_go_one_by_one_take_no_second_result() -> None:
     x = torch.ones(10_000)
-    jac = jacfunc.jacobian(lambda x: Raising.apply(x)[:32], strategy=Auto())
+    jac = jacfunc.jacobian(lambda x: raising(ValueError).apply(x)[:32], strategy=Auto())
     jac(x)
     with PeakBytes() as counter:
         result = jac(x)
     assert counter.peak < 1.2 * result.nbytes
+
+
+@pytest.mark.parametrize("door", ["whole", "samples", "flat"])
+@pytest.mark.parametrize("module", [Read(), *map(Tripled, ERRORS)], ids=lambda m: type(m).__name__)
+def test_no_module_is_swept_by_its_parameters(module: nn.Module, door: str) -> None:
+    """Two rows of a sample, 2440 parameters; another transform knows what the first has learned."""
+    x = torch.linspace(-1, 1, 720).view(12, 60)
+    options: dict[str, Any] = {"per_sample": door != "whole", "flat": door == "flat"}
+    params = list(module.parameters())
+    expected = torch.stack(
+        [
+            torch.cat(
+                [grad.flatten() for grad in torch.autograd.grad(out, params, retain_graph=True)]
+            )
+            for out in (row for sample in x for row in module(sample[None])[0])
+        ]
+    )
+    for number in range(2):
+        jac = jacfunc.module_jacobian(module, independent=door != "whole" or None, **options)
+        with trail() as steps, PeakBytes() as counter:
+            found = jac(x)
+        assert not any("Forward" in step for step in steps)
+        if number:
+            assert not any("was refused" in step for step in steps)
+        assert counter.peak <= 2 * expected.nbytes
+        rows = (
+            found
+            if door == "flat"
+            else torch.cat([block.flatten(2) for block in found.values()], 2)
+        )
+        torch.testing.assert_close(rows.flatten(0, 1), expected)
+
+
+EVALUATED: list[int] = []
+"""The samples of each evaluation of :class:`Last`, which a module's own attributes would forget."""
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(3, 8, batch_first=True)
+
+    def forward(self, steps: Tensor) -> Tensor:
+        EVALUATED.append(len(steps))
+        last: Tensor = self.layer(steps)[0][:, -1, :2]
+        return last
+
+
+def test_a_recurrent_layer_of_one_sample_is_planned_once() -> None:
+    module, counts = Last(), []
+    for _ in range(3):
+        EVALUATED.clear()
+        with trail() as steps:
+            jac = jacfunc.module_jacobian(module, per_sample=True, independent=True)
+            jac(torch.ones(1, 5, 3))
+        assert not any("Forward" in step or "refused" in step for step in steps)
+        counts.append(len(EVALUATED))
+    assert counts[0] > counts[1] == counts[2]

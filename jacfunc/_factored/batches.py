@@ -14,7 +14,7 @@ from jacfunc._factored.factored_jacobian import Direct
 from jacfunc._factored.layouts import OUT, Layout, NoLayout, Sites, Trace
 from jacfunc._factored.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._linear_map import Dims, SampleFunction, Samples, one_sample, writable_copy
-from jacfunc._remembered import CallKind, Remembered
+from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
 from jacfunc._torch import innermost
 from jacfunc._types import LeafFunction, Leaves
 
@@ -36,6 +36,9 @@ class LearnedUses:
             the first evaluation.
         sites: where tensors of a batch that is evaluated as a whole hold the samples; None before
             they are learned.
+        signatures: of the evaluations that these were learned from.
+        moves_samples: were numbers moved to where other numbers say? Then layouts may change with
+            the numbers.
         lessons: how often they were learned.
     """
 
@@ -43,6 +46,8 @@ class LearnedUses:
     written: set[int] = field(default_factory=set)
     ruled: set[int] | None = None
     sites: Sites | None = None
+    signatures: set[int] = field(default_factory=set)
+    moves_samples: bool = False
     lessons: int = 0
 
     @classmethod
@@ -54,6 +59,13 @@ class LearnedUses:
     def lent(self) -> set[int]:
         """Parameters that the function gets without a copy."""
         return (self.ruled or set()) - self.others
+
+    def learn_sites(self, sites: Sites, signature: int) -> None:
+        """Take in where the tensors of one evaluation hold the samples."""
+        if sites != self.sites or len(self.signatures) >= MOST_KINDS:
+            self.signatures.clear()
+        self.sites = sites
+        self.signatures.add(signature)
 
     def learn(self, count: int, others: set[int], unruled: set[int], written: set[int]) -> bool:
         """Take in what one evaluation of ``count`` parameters showed.

@@ -16,8 +16,8 @@ from jacfunc._memory import LARGE, largest
 from jacfunc._torch import below_transforms, is_pushing, uncompiled
 from jacfunc.strategies import Sweeping
 
-LOOKING = 8.0
-"""To look for uses of parameters takes the overhead of this many evaluations."""
+LOOKING = 3.0
+"""To look for uses of parameters takes the overhead of this many plain evaluations."""
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,8 @@ class SampledJacobian:
     def _plan(self, strategy: Auto | Autotune) -> tuple[Plan, Chunk]:
         call = self.batch.first_call()
         operator = JacobianOperator(call, call.primals)
-        can_be_whole = self.batch.whole is not None and is_outermost()
-        ways = SampledWays(self.batch.size, can_be_whole, self.sink.copies)
+        has_layers = is_outermost() and not self.batch.differentiates_inputs_alone
+        ways = SampledWays(self.batch.size, has_layers, self.sink.copies)
         plan, chunk = in_words_of(
             self.batch.api, lambda: strategy.plan_samples(operator, ways, self._refusable)
         )

@@ -121,13 +121,13 @@ class ModuleCall:
         kind = CallKind(state.module, of_call, state.origin or state)
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
-        can_be_whole = is_outermost() and not self.with_buffers
         batch = SampledCall(
             self.api,
             call_of,
             samples,
             kind,
-            whole if can_be_whole else None,
+            whole,
+            not self.with_buffers,
             guard,
             differentiates,
         )

@@ -30,7 +30,7 @@ MOST_CODES = 1000
 """Fingerprints of functions whose plans are kept."""
 
 FAR = 3.0
-"""A plan that took this many times its forecast gives another one a try."""
+"""A forecast that is wrong by this factor says little of which plan is the fastest."""
 
 
 class Planner(Protocol):
@@ -56,8 +56,8 @@ def by_memory(
     """What ``run`` returns for the plan of an earlier call of this kind, or for a new one.
 
     The first calls after the one that plans are timed, where nothing is added to a transform's
-    work. A plan that takes far longer than forecast gives its second a try, and the faster of the
-    two is kept.
+    work. Where the forecast was far off, the plan's second may get a try, and the faster of the two
+    is kept.
     """
     recalled = recall(strategy, kind)
     # a first call evaluates more than once, with the same random numbers
@@ -84,9 +84,7 @@ def following_run(planned: Planned, seconds: float) -> Planned:
     took, second = timed.timing.seconds, plan.second
     if before is not None:
         return (timed, chunk) if took < before[0].timing.seconds else before
-    if timed.timing.left or plan.seconds is None or second is None or second.seconds is None:
-        return timed, chunk
-    if took <= max(FAR * plan.seconds, second.seconds):
+    if timed.timing.left or second is None or not _may_be_faster(second, plan, took):
         return timed, chunk
     note("%s took %s, so %s is tried", plan.strategy, in_seconds(took), second.strategy)
     reason = f"{second.reason}; {plan.strategy} took {in_seconds(took)}"
@@ -94,11 +92,24 @@ def following_run(planned: Planned, seconds: float) -> Planned:
     return tried, None
 
 
+def _may_be_faster(second: Plan, plan: Plan, took: float) -> bool:
+    """Is the plan's forecast so wrong that the second may be faster?
+
+    A machine that was measured while it was busy makes all forecasts too long, and no order of them
+    is certain.
+    """
+    if plan.seconds is None or second.seconds is None:
+        return False
+    if took > FAR * plan.seconds:
+        return second.seconds < took
+    return FAR * took < plan.seconds and second.seconds < FAR * plan.seconds
+
+
 def recall(strategy: Planner, call: CallKind) -> Planned | None:
     """The plan of an earlier call of this kind, by this strategy or by an equal one."""
     own = own_plans().get_or_make(strategy, None, Remembered)
     planned = own.get(call.callable, call.kind)
-    if planned is None and strategy.memory is None:
+    if planned is None and (strategy.memory is None or isinstance(call.callable, nn.Module)):
         planned = shared_plans().get(_owner(call.callable), (strategy, call.kind))
         if planned is not None:
             own.put(call.callable, call.kind, planned)
@@ -106,15 +117,16 @@ def recall(strategy: Planner, call: CallKind) -> Planned | None:
 
 
 def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:
-    """Keep a plan: for equal strategies, too, unless it keeps to a budget.
+    """Keep a plan: for equal strategies, too, unless it keeps to what was free when it was made.
 
-    A budget may be what was free when the plan was made; and functions of one code may differ in
-    what they take, by what they find in globals.
+    Within a budget functions of one code share none: they may differ in what they take, by what
+    they find in globals.
     """
     own_plans().get_or_make(strategy, None, Remembered).put(call.callable, call.kind, planned)
     plan, chunk = planned
     is_fitted = is_bounded(plan) or isinstance(chunk, FittedChunks)
-    if strategy.memory is None and not is_fitted:
+    has_budget = strategy.memory is not None
+    if isinstance(call.callable, nn.Module) if has_budget else not is_fitted:
         shared_plans().put(_owner(call.callable), (strategy, call.kind), planned)
 
 

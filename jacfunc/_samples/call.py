@@ -47,6 +47,7 @@ class SampledCall:
         samples: the tensors of all samples.
         kind: the identity of the whole call.
         whole: makes the call of all samples at once, where the function is made for batches.
+        is_whole: may the batch be evaluated so? Buffers that it leaves are not each sample's own.
         guard: is called with each batch that was evaluated as a whole.
         differentiates: is it differentiated by parameters, and by inputs?
     """
@@ -56,6 +57,7 @@ class SampledCall:
     samples: Samples
     kind: CallKind
     whole: WholeCall | None = None
+    is_whole: bool = True
     guard: Guard | None = None
     differentiates: tuple[bool, bool] = (True, False)
 
@@ -103,7 +105,7 @@ class SampledCall:
 
     def _ways(self) -> list[Way]:
         """The ways to evaluate samples, the cheapest first."""
-        if self.whole is None:
+        if self.whole is None or not self.is_whole:
             return [self._vmapped, self._one_by_one]
         ways: list[Way] = [self._as_a_whole, self._vmapped]
         if self.samples.randomness == "different":

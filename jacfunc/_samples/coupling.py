@@ -28,6 +28,10 @@ COARSE = 0.1
 """Relative difference between a sample alone and in its batch that is no rounding."""
 
 
+BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
+"""Operations, by parts of their names, after which sums may have another order of terms."""
+
+
 @dataclass(frozen=True)
 class Coupling:
     """What a comparison of batches has shown.
@@ -182,14 +186,14 @@ class _Comparison:
 
         It may where two evaluations of one batch differ, as on accelerators; where the other batch
         meets other operations or shapes, as mixtures of experts do; and in sums over samples whose
-        order is that of their indices.
+        order is that of indices.
         """
         if not one.agrees_roughly(two):
             return False
         if not one.is_same_as(again):
             return True
         operations = self._operations(self.subject)
-        is_sorted = any("embedding_bag" in str(func) for func, _ in operations)
+        is_sorted = any(name in str(func) for func, _ in operations for name in BY_INDEX)
         return (one.is_sum and is_sorted) or operations != self._operations(other)
 
     def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:

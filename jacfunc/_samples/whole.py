@@ -51,17 +51,17 @@ class WholeBatches:
             Refused: if the tensors of the batch do not hold the samples in one dimension.
         """
         learned, size = self.learned, stop - start
+        is_known = size == 1 or (learned.sites is not None and not learned.moves_samples)
+        is_new = False
         for _ in range(MOST_LESSONS):
-            trace = None
-            if size > 1 and learned.sites is None:
-                trace = self._trace(start + learned.lessons % size)
-            placing = PlainSamples(size, learned.sites or {}, trace)
+            trace = None if is_known else self._trace(start + learned.lessons % size)
+            placing = PlainSamples(size, (is_known and learned.sites) or {}, trace)
             call, dims = self.call_of(start, stop)
             batch = WholeBatch(call, call.primals, dims, size, placing)
             try:
                 jacobian = factored(batch, learned, self.random_state.repeat)
             except Unlike:
-                learned.sites = None
+                is_known = False
                 continue
             except NoLayout as error:
                 if error.numbers <= learned.others:
@@ -70,9 +70,20 @@ class WholeBatches:
                 continue
             if not self.may_draw and self.random_state.has_changed():
                 raise Refused(RANDOM)
-            if trace is None or self._learn(jacobian, placing, start):
+            learned.moves_samples = jacobian.moves_samples
+            if trace is not None:
+                if self._learn(jacobian, placing, start):
+                    return jacobian, call
+                is_known = is_new = True
+            elif size == 1 or (is_new or not jacobian.moves_samples) and self._is_known(jacobian):
                 return jacobian, call
+            else:
+                is_known = False
         raise Refused("it calls other operations at every evaluation")
+
+    def _is_known(self, jacobian: FactoredJacobian) -> bool:
+        """Were layouts learned from an evaluation that called the same operations?"""
+        return jacobian.signature in self.learned.signatures
 
     def _trace(self, number: int) -> Trace:
         """The operations of one sample alone."""
@@ -99,12 +110,13 @@ class WholeBatches:
         products = jacobian.linearization.pull_batch(tuple(cotangents))
         pulled = {use.key: x for use, x in zip(jacobian.uses, products, strict=False)}
         evidence = Evidence(trace.number - start, size, is_random, inside, pulled)
-        learned.sites, unknown = evidence.sites(placing.seen)
+        sites, unknown = evidence.sites(placing.seen)
         if any(number < 0 for number in unknown):
             raise Refused("what it returns for a sample changes with the batch")
+        learned.learn_sites(sites, jacobian.signature)
         others = jacobian.params_of(unknown)
         learned.others |= others
         first = {key: seen.layouts[0] for key, seen in placing.seen.items()}
         return not others and all(
-            site is None or site.layout == first[key] for key, site in learned.sites.items()
+            site is None or site.layout == first[key] for key, site in sites.items()
         )

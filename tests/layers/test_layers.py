@@ -332,8 +332,9 @@ def test_samples(case: Case, dtype: torch.dtype) -> None:
         for name, block in jac.items():
             assert block.dtype == dtype
             assert_near(block, wanted[name], TOLERANCE[dtype])
-    (met,) = learned
-    assert len(met.others) == case.others  # nothing is right only because no rule was asked
+    met = learned[-1]
+    # nothing is right only because no rule was asked; as a whole, all is covered
+    assert len(met.others) == (case.others if len(learned) > 1 else 0)
 
 
 @EVERY_DTYPE
@@ -426,4 +427,4 @@ def test_a_complex_factor_is_left_to_the_other_engine() -> None:
         jac = jacobian(x)
     (found,), (wanted,) = jac.values(), looped(module, x).values()
     assert_near(found, wanted, 1e-10)
-    assert [met.others for met in learned] == [{0}]
+    assert [met.others for met in learned] == [{0}, {0}]  # as a whole, then under vmap
