@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -163,6 +164,16 @@ class FlatCall:
         own = {id(primal) for primal in primals}
         args, kwargs = map_tensors(lambda x: x if id(x) in own else x.clone(), (args, self._kwargs))
         return self.func(*args, **kwargs)
+
+    def without_graph(self) -> FlatCall:
+        """The call with its trees, but without the graph of its last evaluation."""
+        call = copy(self)
+        splits = [
+            x and replace(x, leaves=tuple(map(Tensor.detach, x.leaves)))
+            for x in (self._output, self._beside)
+        ]
+        call._output, call._beside = splits
+        return call
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
         """The function's own ``(output, aux)``, from outputs and extras."""

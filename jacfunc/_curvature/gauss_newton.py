@@ -12,7 +12,7 @@ from torch import Tensor
 from jacfunc._arguments import check_like
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
-from jacfunc._curvature.sums import Add, NamedParts, added_up
+from jacfunc._curvature.sums import NamedParts, added_up
 from jacfunc._errors import Refused
 from jacfunc._factored import SquaredSums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
@@ -148,7 +148,9 @@ class GaussNewton:
                 squares = squared(param_parts, params[name], sums)
                 totals[name] = totals[name].add_(squares) if name in totals else squares
 
-        self._add_up(add, sum(param.nbytes for param in params.values()))
+        added_up(
+            self.point, self._sample_curvature, add, sum(param.nbytes for param in params.values())
+        )
         for name in params.keys() - totals.keys():
             totals[name] = torch.zeros_like(params[name])
         return {name: totals[name] for name in params}
@@ -184,7 +186,9 @@ class GaussNewton:
                     flat = block.reshape(-1, params[name].numel())
                     totals[name].addmm_(flat.T, flat)
 
-        self._add_up(add, sum(total.nbytes for total in totals.values()))
+        added_up(
+            self.point, self._sample_curvature, add, sum(total.nbytes for total in totals.values())
+        )
         return {name: total.to(params[name].dtype) for name, total in totals.items()}
 
     def matrix(self) -> Tensor:
@@ -221,7 +225,7 @@ class GaussNewton:
             flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
             total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
 
-        self._add_up(add, total.nbytes)
+        added_up(self.point, self._sample_curvature, add, total.nbytes)
         return total.to(diagonal.dtype)
 
     def _times(self, tangents: Leaves) -> Leaves:
@@ -232,9 +236,6 @@ class GaussNewton:
     def _as_map(self) -> LinearMap:
         """The product as a map differentiable by the vector; it is its own transpose."""
         return LinearMap(self._times, partial(one_by_one, self._times), self._as_map)
-
-    def _add_up(self, add: Add, result: int) -> None:
-        added_up(self.point, self._sample_curvature, add, result)
 
     @cached_property
     def _products(self) -> BatchProducts:

@@ -78,8 +78,8 @@ def in_ranges(
     for side in sides:
         steps = []
         for samples in side:
-            if samples.size:
-                BlockBytes.of(samples, 1, axes)  # the first evaluation learns, and takes more
+            if samples.size:  # the first evaluation learns, and takes more
+                samples.between(0, min(2, samples.size))
             steps.append(_fitting(samples, axes, most, budget, totals[0] * totals[-1]))
         every.append(_cut(side, steps))
     return every

@@ -94,8 +94,7 @@ class Budget:
         """What ``work(start, stop)`` returns of consecutive samples, as many at once as fit.
 
         One sample comes first. Where n samples take b bytes, k·n take at most k·b. No piece is done
-        twice, as work may add to a sum. The first may take more than others like it, because of
-        what is learned then: so the second tells whether one sample fits.
+        twice, as work may add to a sum.
 
         Args:
             at_most: samples at once; None for no limit.
@@ -120,7 +119,7 @@ class Budget:
             del answer  # or it would stay beside the next one
             room = self.beside(result)
             assert room is not None
-            if step == 1 and (start > 0 or total <= 1) and counter.peak > room:
+            if step == 1 and counter.peak > room:
                 self.check_work(counter.peak, result)
             fitting = min(most, max(1, step * room // max(counter.peak, 1)))
             is_settled = start > 0 and step <= fitting <= GROWTH * step

@@ -138,12 +138,18 @@ class ModuleAtBatch:
         if self.budget.is_open and (self.chunk_size or self.size) >= self.size:
             yield work(slice(None), self._all_factors)
             return
-        _ = self._independent  # batches are compared before anything is counted
+        if not self.budget.is_open:
+            self._learn_from_few()
 
         def between(start: int, stop: int) -> Leaves:
             return work(slice(start, stop), self.between(start, stop))
 
         yield from self.budget.pieces(self.size, self.chunk_size, between, result)
+
+    def _learn_from_few(self) -> None:
+        """Compare batches, and evaluate two samples: the first evaluation learns, and takes more."""
+        if not hasattr(self, "last_call"):
+            self.between(0, min(2, self.size))
 
     @cached_property
     def _all_factors(self) -> FactoredJacobian:
@@ -174,7 +180,8 @@ class ModuleAtBatch:
         with self.undisturbed():
             batch = self._independent
             with self.factored():
-                factors, self.last_call = batch.factors(start, stop)
+                factors, call = batch.factors(start, stop)
+                self.last_call = call.without_graph()
             in_words_of(self.api, lambda: self._evaluations.check((start, stop), factors.outputs))
         return factors
 
