@@ -97,11 +97,14 @@ def _fitting(
     assert room is not None
     if counted.needed > room // 2:
         budget.check_work(2 * counted.needed, counted.result * entries)
-    size = max(1, min(most, counted.fitting(room // 2)))
-    if 1 < size < most:  # counted again, as much of it does not grow with the samples
-        more = max(1, min(most, BlockBytes.of(samples, size, axes).fitting(room // 2)))
-        size = more if more > GROWTH * size or more < size else size
-    return size
+    size = 1
+    for at_most in (min(2, most), most):  # counted again, as some of it does not grow with samples
+        fitting = max(1, min(at_most, counted.fitting(room // 2)))
+        if size <= fitting <= GROWTH * size:
+            break
+        size = fitting
+        counted = BlockBytes.of(samples, size, axes)
+    return max(1, min(size, counted.fitting(room // 2)))
 
 
 def _cut(side: Sequence[KernelSamples], steps: Sequence[int]) -> list[SampleRange]:

@@ -93,8 +93,9 @@ class Budget:
     ) -> Iterator[Leaves]:
         """What ``work(start, stop)`` returns of consecutive samples, as many at once as fit.
 
-        One sample comes first. Where n samples take b bytes, k·n take at most k·b. No piece is done
-        twice, as work may add to a sum.
+        One sample comes first, which must fit, and two after it: one alone may be spared some
+        copies. Where n samples take b bytes, k·n take at most k·b. No piece is done twice, as work
+        may add to a sum.
 
         Args:
             at_most: samples at once; None for no limit.
@@ -121,6 +122,7 @@ class Budget:
             assert room is not None
             if step == 1 and counter.peak > room:
                 self.check_work(counter.peak, result)
-            fitting = min(most, max(1, step * room // max(counter.peak, 1)))
+            most_next = most if step > 1 else min(most, 2)
+            fitting = min(most_next, max(1, step * room // max(counter.peak, 1)))
             is_settled = start > 0 and step <= fitting <= GROWTH * step
             start, step = max(stop, 1), fitting
