@@ -106,7 +106,10 @@ def _checked_tensors(api: str, out: Tree, flat: bool = False) -> Sequence[Tensor
 def _aligned(api: str, spec: Any, out: Tree) -> Sequence[Tensor]:
     """The leaves of ``out`` by key, as its dicts may have another order than the result's."""
     try:
-        return aligned(spec, out, "out")
+        tensors = aligned(spec, out, "out")
+        if all(map(is_tensor, tensors)):
+            return tensors
+        raise StructureError("there is a tree in the place of a tensor")
     except StructureError as error:
         raise ValueError(
             f"{api}: out must have the structure of the result, got one where {error}. "

@@ -166,13 +166,11 @@ class FlatCall:
         return self.func(*args, **kwargs)
 
     def without_graph(self) -> FlatCall:
-        """The call with its trees, but without the graph of its last evaluation."""
+        """The call with its trees, but without the leaves of the last output and their graph."""
         call = copy(self)
-        splits = [
-            x and replace(x, leaves=tuple(map(Tensor.detach, x.leaves)))
-            for x in (self._output, self._beside)
-        ]
-        call._output, call._beside = splits
+        for name in ("_output", "_beside"):
+            split = getattr(self, name)
+            setattr(call, name, split and replace(split, leaves=()))
         return call
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:

@@ -248,7 +248,7 @@ def test_how_samples_draw_is_checked_by_every_door(name: str) -> None:
 def test_jacobians_check_how_samples_draw(door: Any) -> None:
     with pytest.raises(ValueError, match="randomness must be 'error', 'same' or 'different', got"):
         door(nn.Linear(2, 1), per_sample=True, randomness=None)
-    with pytest.raises(ValueError, match="randomness must be .* got 'all'"):
+    with pytest.raises(ValueError, match=r"randomness must be .* got 'all'"):
         jacfunc.ntk(lambda p, x: p @ x, torch.ones(3), torch.ones(2, 3), randomness="all")
 
 
