@@ -28,7 +28,7 @@ from jacfunc._factored.use import (
     is_part,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._linear_map import Anchor, differentiable_alias, no_view, nodes_of_call
+from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
 from jacfunc._torch import (
     below_transforms,
     innermost,
@@ -252,6 +252,12 @@ class UseRecorder(TorchFunctionMode):
         if not params:
             self._note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs)
+        covered = {id(named[name]) for name in params}
+        if self._placing.can_share and any(
+            id(x) in self._tracked and id(x) not in covered
+            for x in _tensors((*args, *kwargs.values()))
+        ):
+            return self._derive(number, func, args, kwargs)
         names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
         args = tuple(twins.get(name, x) for name, x in zip(names, args, strict=False))
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
@@ -267,9 +273,9 @@ class UseRecorder(TorchFunctionMode):
             if not values.requires_grad:
                 return out
             self._watch_inputs(named.values())
-            if place is None:
-                return self._derived_from((number, OUT), out, parts)
             ends = {twin.grad_fn for twin in twins.values()}
+            if place is None:
+                return self._derived_from((number, OUT), out, parts, ends)
             nodes, last = nodes_of_call(values, ends), values.grad_fn
             anchor, key = Anchor.behind(values), (number, OUT)
             self.uses.append(Use(key, anchor, place, parts, last, ends, nodes, values.nbytes))
@@ -319,13 +325,24 @@ class UseRecorder(TorchFunctionMode):
         with untracked():
             if not out.requires_grad:
                 return out
-            return self._derived_from(key, out, through_graph(out, params, twins, self._grad_mode))
+            parts, ends = (
+                through_graph(out, params, twins, self._grad_mode),
+                {t.grad_fn for t in twins},
+            )
+            return self._derived_from(key, out, parts, ends)
 
-    def _derived_from(self, key: Key, out: Tensor, parts: Sequence[UsedPart]) -> Tensor:
+    def _derived_from(
+        self, key: Key, out: Tensor, parts: Sequence[UsedPart], ends: set[Any]
+    ) -> Tensor:
         """Track a result that all samples share, as if it were a parameter itself.
 
         What its own uses pull back goes on to the parameters that it was made of.
+
+        Raises:
+            NoLayout: if it depends on something else, too, which would be cut off.
         """
+        if Graph.of((out,), ends).leads_out:
+            raise NoLayout(self.parameters(part[0] for part in parts))
         anchor = differentiable_alias(out, self._grad_mode)
         handle, number = anchor.view_as(anchor), self._count + len(self.derived)
         self.derived[number] = Derived(key, out.detach(), parts)
