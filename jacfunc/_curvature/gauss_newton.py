@@ -151,9 +151,7 @@ class GaussNewton:
         added_up(
             self.point, self._sample_curvature, add, sum(param.nbytes for param in params.values())
         )
-        for name in params.keys() - totals.keys():
-            totals[name] = torch.zeros_like(params[name])
-        return {name: totals[name] for name in params}
+        return {n: totals[n] if n in totals else torch.zeros_like(p) for n, p in params.items()}
 
     def blocks(self) -> dict[str, Tensor]:
         """The exact diagonal blocks, one a parameter.
@@ -230,8 +228,7 @@ class GaussNewton:
 
     def _times(self, tangents: Leaves) -> Leaves:
         """``G v = Jᵀ H J v``."""
-        products = self._products
-        return products.pulled(self._batch_curvature.times(products.pushed(tangents)))
+        return self._products.pulled(self._batch_curvature.times(self._products.pushed(tangents)))
 
     def _as_map(self) -> LinearMap:
         """The product as a map differentiable by the vector; it is its own transpose."""

@@ -48,7 +48,8 @@ def ggn(
         chunk_size: samples taken at once; None takes all, evaluated only once.
         memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
             returns and keeps: as many samples are taken at once as fit. Batches are compared
-            before, eight samples at once, which ``independent=True`` skips.
+            before, eight samples at once, which ``independent=True`` skips. Products
+            take the batch as a whole, and are not bounded.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
         copy: later answers are computed from copies of parameters, buffers and the batch. With
@@ -131,7 +132,8 @@ def fisher(
         chunk_size: samples taken at once; None takes all.
         memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
             returns and keeps: as many samples are taken at once as fit. Batches are compared
-            before, eight samples at once, which ``independent=True`` skips.
+            before, eight samples at once, which ``independent=True`` skips. Products
+            take the batch as a whole, and are not bounded.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
         copy: later answers are computed from copies of parameters, buffers and the batch. With

@@ -147,7 +147,7 @@ class ModuleAtBatch:
         yield from self.budget.pieces(self.size, self.chunk_size, between, result)
 
     def _learn_from_few(self) -> None:
-        """Compare batches, and evaluate two samples, as the first evaluation takes more than others."""
+        """Compare batches, and evaluate two samples: a first evaluation takes more than others."""
         if not hasattr(self, "last_call"):
             self.between(0, min(2, self.size))
 

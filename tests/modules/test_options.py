@@ -347,3 +347,9 @@ def test_parameters_of_a_kernel_are_selected() -> None:
         jacfunc.ntk(module, None, x, select="nose.*")
     with pytest.raises(ValueError, match="ntk: select must be left out for a function, got 'a'"):
         jacfunc.ntk(lambda p, x: p @ x, torch.ones(3), torch.ones(2, 3), select="a")
+
+
+def test_blocks_of_one_row_are_of_one_row_under_a_budget() -> None:
+    module, x, _ = problem(3)
+    stream = jacfunc.stream_jacobian(module, "rows", chunk_size=1, memory="1 MiB")
+    assert [rows.stop - rows.start for rows, _ in stream(x)] == [1] * 9
