@@ -17,9 +17,15 @@ from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
-from jacfunc._modules.checks import check_call, check_module_inputs, check_parameters, check_samples
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import InputChoice, OwnArguments
+from jacfunc._modules.options import (
+    Batching,
+    check_call,
+    check_module_inputs,
+    check_parameters,
+    check_samples,
+)
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
@@ -31,7 +37,7 @@ from jacfunc._trees import (
     map_tensors,
     sample_dims,
 )
-from jacfunc._types import Argnums, Leaves, Randomness, Tree, is_differentiable, is_tensor
+from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
 Wrt: TypeAlias = Literal["params", "inputs"]
@@ -53,14 +59,6 @@ def argnums_of(api: str, wrt: Any) -> Argnums:
         )
     positions = tuple(POSITIONS[name] for name in names)
     return positions[0] if isinstance(wrt, str) else positions
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Which dimensions of the inputs hold the samples, and how samples draw random numbers."""
-
-    in_dims: Tree = 0
-    randomness: Randomness = "error"
 
 
 @dataclass(frozen=True)
