@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly.blocks import Allocate
+from jacfunc._assembly.blocks import Allocate, allocated
+from jacfunc._assembly.pages import empty
 from jacfunc._assembly.sinks import Grid, MatrixSink, Sink
 from jacfunc._torch import inside_transform
 from jacfunc._trees import StructureError, aligned, flatten
@@ -33,6 +36,58 @@ def sink_for(
             f"{api}: out must come alone, got dtype or device beside it. The tensors of out have "
             "their own: leave one of the two out."
         )
+    tensors = _checked_tensors(api, out, flat)
+    return IntoMatrix(api, out) if flat else IntoBlocks(api, out, tensors)
+
+
+@dataclass(frozen=True)
+class Places:
+    """The tensors of ``out=`` for a tree of results that is no Jacobian; None for new ones."""
+
+    api: str
+    out: Tree
+
+    @classmethod
+    def of(cls, api: str, out: Tree) -> Places:
+        """Raises TypeError or ValueError for an ``out`` that can't be written into."""
+        if out is not None:
+            _checked_tensors(api, out)
+        return cls(api, out)
+
+    def tensors(self, tree: Tree, likes: Leaves, shapes: Sequence[tuple[int, ...]]) -> Leaves:
+        """The tensors for the leaves of a tree like the result: of these shapes, or refused.
+
+        New ones are like ``likes``.
+        """
+        if self.out is None:
+            return tuple(empty(like, shape) for like, shape in zip(likes, shapes, strict=True))
+        places = _aligned(self.api, flatten(tree)[1], self.out)
+        for place, shape in zip(places, shapes, strict=True):
+            if place.shape != shape:
+                raise ValueError(
+                    f"{self.api}: out must have the shapes of the result, got "
+                    f"{tuple(place.shape)} for {shape}. Pass what an earlier call returned."
+                )
+        return tuple(places)
+
+    def into(self, tree_of: Callable[[Sequence[Any]], Tree]) -> Allocate:
+        """Makes the tensors that chunks of samples are written into."""
+        if self.out is None:
+            return allocated
+
+        def places(first: Leaves, total: int) -> Leaves:
+            shapes = [(total, *leaf.shape[1:]) for leaf in first]
+            return self.tensors(tree_of(first), first, shapes)
+
+        return places
+
+    def placed(self, tree: Tree) -> Tree:
+        """What the user gets for a tree of results: ``out``, into which they were written."""
+        return tree if self.out is None else self.out
+
+
+def _checked_tensors(api: str, out: Tree, flat: bool = False) -> Sequence[Tensor]:
+    """The tensors of ``out``, if they can be written into."""
     tensors = flatten(out)[0]
     if not all(map(is_tensor, tensors)) or (flat and not isinstance(out, Tensor)):
         what = "a matrix" if flat else "a tree of tensors"
@@ -45,7 +100,21 @@ def sink_for(
             f"{api}: out must be plain tensors outside all transforms, got one that requires grad "
             "or a call inside a transform. Leave out= away there."
         )
-    return IntoMatrix(api, out) if flat else IntoBlocks(api, out, tensors)
+    return tensors
+
+
+def _aligned(api: str, spec: Any, out: Tree) -> Sequence[Tensor]:
+    """The leaves of ``out`` by key, as its dicts may have another order than the result's."""
+    try:
+        tensors = aligned(spec, out, "out")
+        if all(map(is_tensor, tensors)):
+            return tensors
+        raise StructureError("there is a tree in the place of a tensor")
+    except StructureError as error:
+        raise ValueError(
+            f"{api}: out must have the structure of the result, got one where {error}. "
+            "Pass what an earlier call returned."
+        ) from error
 
 
 class IntoBlocks(Sink):
@@ -62,13 +131,7 @@ class IntoBlocks(Sink):
     def placed(self, tree: Tree) -> Tree:
         """The user's tree, filled by key, as its dicts may have another order than the result's."""
         leaves, spec = flatten(tree)
-        try:
-            places = aligned(spec, self.tree, "out")
-        except StructureError as error:
-            raise ValueError(
-                f"{self.api}: out must have the structure of the result, got one where {error}. "
-                "Pass what an earlier call returned."
-            ) from error
+        places = _aligned(self.api, spec, self.tree)
         if all(place is leaf for place, leaf in zip(places, leaves, strict=True)):
             return tree
         blocks = [leaf.clone() for leaf in leaves]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -163,6 +164,14 @@ class FlatCall:
         own = {id(primal) for primal in primals}
         args, kwargs = map_tensors(lambda x: x if id(x) in own else x.clone(), (args, self._kwargs))
         return self.func(*args, **kwargs)
+
+    def without_graph(self) -> FlatCall:
+        """The call with its trees, but without the leaves of the last output and their graph."""
+        call = copy(self)
+        for name in ("_output", "_beside"):
+            split = getattr(self, name)
+            setattr(call, name, split and replace(split, leaves=()))
+        return call
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
         """The function's own ``(output, aux)``, from outputs and extras."""

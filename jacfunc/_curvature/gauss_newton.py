@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from jacfunc._arguments import check_like
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
+from jacfunc._curvature.sums import NamedParts, added_up
 from jacfunc._errors import Refused
-from jacfunc._factored import Part, SquaredSums, rows, squared, written
+from jacfunc._factored import SquaredSums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
 from jacfunc._modules import BatchOutputs, ModuleAtBatch
 from jacfunc._torch import is_pushing
@@ -140,15 +141,17 @@ class GaussNewton:
         """
         params = self.point.params
         totals: dict[str, Tensor] = {}
-        for _, parts in self._parts():
+
+        def add(_: torch.Size, parts: NamedParts) -> None:
             sums = SquaredSums()
-            with self.point.contracting():
-                for name, param_parts in parts.items():
-                    squares = squared(param_parts, params[name], sums)
-                    totals[name] = totals[name].add_(squares) if name in totals else squares
-        for name in params.keys() - totals.keys():
-            totals[name] = torch.zeros_like(params[name])
-        return {name: totals[name] for name in params}
+            for name, param_parts in parts.items():
+                squares = squared(param_parts, params[name], sums)
+                totals[name] = totals[name].add_(squares) if name in totals else squares
+
+        added_up(
+            self.point, self._sample_curvature, add, sum(param.nbytes for param in params.values())
+        )
+        return {n: totals[n] if n in totals else torch.zeros_like(p) for n, p in params.items()}
 
     def blocks(self) -> dict[str, Tensor]:
         """The exact diagonal blocks, one a parameter.
@@ -174,12 +177,16 @@ class GaussNewton:
         params = self.point.params
         named = params.items()
         totals = {name: p.new_zeros((p.numel(),) * 2, dtype=product_dtype(p)) for name, p in named}
-        for _, parts in self._parts():
-            with self.point.contracting():
-                for name, param_parts in parts.items():
-                    for block in written(param_parts, params[name]):
-                        flat = block.reshape(-1, params[name].numel())
-                        totals[name].addmm_(flat.T, flat)
+
+        def add(_: torch.Size, parts: NamedParts) -> None:
+            for name, param_parts in parts.items():
+                for block in written(param_parts, params[name]):
+                    flat = block.reshape(-1, params[name].numel())
+                    totals[name].addmm_(flat.T, flat)
+
+        added_up(
+            self.point, self._sample_curvature, add, sum(total.nbytes for total in totals.values())
+        )
         return {name: total.to(params[name].dtype) for name, total in totals.items()}
 
     def matrix(self) -> Tensor:
@@ -207,32 +214,25 @@ class GaussNewton:
         params = self.point.params
         diagonal = torch.cat([param.new_zeros(param.numel()) for param in params.values()])
         total = torch.diag(diagonal.to(product_dtype(diagonal)))
-        for lead, parts in self._parts():
-            with self.point.contracting():
-                blocks = [
-                    rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
-                    for name, param in params.items()
-                ]
-                flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
-                total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
+
+        def add(lead: torch.Size, parts: NamedParts) -> None:
+            blocks = [
+                rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
+                for name, param in params.items()
+            ]
+            flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
+            total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
+
+        added_up(self.point, self._sample_curvature, add, total.nbytes)
         return total.to(diagonal.dtype)
 
     def _times(self, tangents: Leaves) -> Leaves:
         """``G v = Jᵀ H J v``."""
-        products = self._products
-        return products.pulled(self._batch_curvature.times(products.pushed(tangents)))
+        return self._products.pulled(self._batch_curvature.times(self._products.pushed(tangents)))
 
     def _as_map(self) -> LinearMap:
         """The product as a map differentiable by the vector; it is its own transpose."""
         return LinearMap(self._times, partial(one_by_one, self._times), self._as_map)
-
-    def _parts(self) -> Iterator[tuple[torch.Size, dict[str, list[Part]]]]:
-        """The columns of ``Jᵀ S``, some samples at a time: their ``[b, R]``, and parts by name."""
-        roots = self._sample_curvature.roots
-        for samples, jacobian in self.point.factors():
-            cotangents = tuple(root[:, samples] for root in roots)
-            num_roots, size = cotangents[0].shape[:2]
-            yield torch.Size((size, num_roots)), self.point.parts_of(jacobian, cotangents)
 
     @cached_property
     def _products(self) -> BatchProducts:

@@ -1,4 +1,4 @@
-"""Public functions: Gauss-Newton and Fisher matrices of modules, and norms of gradients."""
+"""Public functions: Gauss-Newton and Fisher matrices of modules."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jacfunc._curvature.gauss_newton import GaussNewton
 from jacfunc._curvature.likelihoods import Likelihood, check_likelihood, drawn
 from jacfunc._curvature.loss import Captured, Loss, LossFunction
-from jacfunc._factored import norms
 from jacfunc._lending import Select
 from jacfunc._lock import alone
-from jacfunc._modules import BatchOptions, BatchOutputs, Independence, Independent
-from jacfunc._types import Randomness, Tree
+from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent
+from jacfunc._types import Memory, Randomness, Tree
 
 
 def ggn(
@@ -26,6 +25,7 @@ def ggn(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    memory: Memory = None,
     independent: Independent = None,
     copy: bool = True,
 ) -> Callable[..., GaussNewton]:
@@ -46,6 +46,10 @@ def ggn(
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`; the same numbers are
             drawn for all that is asked.
         chunk_size: samples taken at once; None takes all, evaluated only once.
+        memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
+            returns and keeps: as many samples are taken at once as fit. Batches are compared
+            before, eight samples at once, which ``independent=True`` skips. Products
+            take the batch as a whole, and are not bounded.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
         copy: later answers are computed from copies of parameters, buffers and the batch. With
@@ -76,15 +80,9 @@ def ggn(
         >>> float((G @ v)["bias"].abs().max()) < 1e-6  # softmax does not see a shift of all classes
         True
     """
-    options = BatchOptions(
-        "ggn",
-        module,
-        select,
-        in_dims,
-        randomness,
-        chunk_size,
-        Independence.of("ggn", independent, chunk_size),
-        copy=copy,
+    batching = Batching(in_dims, randomness)
+    options = BatchOptions.read(
+        "ggn", module, select, batching, chunk_size, memory, independent, chunk_size, copy=copy
     )
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
@@ -111,6 +109,7 @@ def fisher(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    memory: Memory = None,
     independent: Independent = None,
     copy: bool = True,
 ) -> Callable[..., GaussNewton]:
@@ -131,6 +130,10 @@ def fisher(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
+        memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
+            returns and keeps: as many samples are taken at once as fit. Batches are compared
+            before, eight samples at once, which ``independent=True`` skips. Products
+            take the batch as a whole, and are not bounded.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
         copy: later answers are computed from copies of parameters, buffers and the batch. With
@@ -157,14 +160,10 @@ def fisher(
         >>> (F.diagonal()["bias"] - 1).abs().max() < 0.05
         tensor(True)
     """
-    options = BatchOptions(
-        "fisher",
-        module,
-        select,
-        in_dims,
-        randomness,
-        chunk_size,
-        Independence.of("fisher", independent, chunk_size, by_rows=False),
+    options = BatchOptions.read(
+        *("fisher", module, select, Batching(in_dims, randomness), chunk_size, memory),
+        *(independent, chunk_size),
+        by_rows=False,
         copy=copy,
     )
     check_likelihood("fisher", likelihood, draws, reduction)
@@ -173,78 +172,9 @@ def fisher(
         at_batch = options.at((args, kwargs), is_kept=True)
         leaves, is_mean = at_batch.outputs.leaves, reduction == "mean"
         with alone():
-            curvature = drawn("fisher", likelihood, leaves, draws, generator, is_mean)
+            curvature = at_batch.budget.keep(
+                lambda: drawn("fisher", likelihood, leaves, draws, generator, is_mean)
+            )
         return GaussNewton(at_batch, lambda outputs: curvature)
 
     return fisher_of
-
-
-def gradient_norms(
-    module: nn.Module,
-    loss: LossFunction,
-    *,
-    select: Select = None,
-    in_dims: Tree = 0,
-    randomness: Randomness = "error",
-    chunk_size: int | None = None,
-    independent: Independent = None,
-) -> Callable[..., Tensor]:
-    """Norms of every sample's gradient, from factors of layers: no gradient is written out.
-
-    ``‖g_b‖`` with ``Σ_b g_b = ∇ loss``: what each sample adds to the gradient, which under a mean
-    over the batch is 1/B of its own. For a linear layer at one position this is the product of two
-    norms (Goodfellow 2015); at several, of two Gram matrices, if these are smaller.
-
-    Args:
-        module: any ``nn.Module`` whose outputs have the batch in front.
-        loss: ``loss(outputs, targets)`` of the batch, one number.
-        select: parameters, as in :func:`jacfunc.module_jacobian`.
-        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
-        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
-        chunk_size: samples taken at once; None takes all, evaluated only once.
-        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
-            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
-
-    Returns:
-        A function of the module's own inputs and, last among those by position, the targets. It
-        returns ``[B]``.
-
-    Raises:
-        TypeError, ValueError: arguments that do not fit, a module that couples samples, a loss
-            whose gradient in one sample's outputs changes with those of others.
-        NotImplementedError: inside a transform, and a module that does not run under vmap.
-
-    Cost:
-        One evaluation, one pullback, a contraction a layer; memory of all inputs and cotangents.
-
-    Example:
-        >>> import torch, jacfunc
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> loss = lambda out, y: (out - y).square().sum() / 2
-        >>> x, y = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), model.weight.new_zeros(2, 1)
-        >>> expected = model(x).detach().abs().flatten() * torch.tensor([5.0, 1.0])
-        >>> torch.allclose(jacfunc.gradient_norms(model, loss)(x, y), expected)
-        True
-    """
-    independence = Independence.of("gradient_norms", independent, chunk_size, by_rows=False)
-    options = BatchOptions(
-        "gradient_norms", module, select, in_dims, randomness, chunk_size, independence
-    )
-
-    def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
-        at_batch, targets = options.with_targets(args, kwargs)
-        at_outputs = Loss("gradient_norms", loss, targets, at_batch.outputs)
-        at_outputs.check_samples(options.independence)
-        gradient = at_outputs.gradient()
-        like = torch.cat([leaf.new_empty(0) for leaf in (*gradient, *at_batch.params.values())])
-        chunks = []
-        for samples, jacobian in at_batch.factors():
-            cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
-            named = at_batch.parts_of(jacobian, cotangents).items()
-            with at_batch.contracting():
-                pairs = [(parts, at_batch.params[name]) for name, parts in named]
-                none = like.new_zeros(cotangents[0].shape[1])
-                chunks.append(norms(pairs)[0].sqrt() if pairs else none)
-        return torch.cat(chunks).to(like.dtype)
-
-    return gradient_norms_of

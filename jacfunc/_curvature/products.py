@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._factored import FactoredJacobian
@@ -153,8 +154,8 @@ class BatchProducts:
 
     def _multiplied_by_rows(self, tangents: Leaves) -> Leaves:
         """``J v`` from rows of every sample's J, which are pulled back as factors."""
-        chunks = [_multiplied(jacobian, tangents) for _, jacobian in self._at_batch.factors()]
-        return tuple(map(torch.cat, zip(*chunks, strict=True)))
+        pieces = self._at_batch.pieces(lambda _, jacobian: _multiplied(jacobian, tangents))
+        return stack(pieces, self._at_batch.size)
 
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
         """Run a check at the first calls of this kind, and then at fewer and fewer."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jacfunc._assembly import shared_units
+from jacfunc._assembly import Places, shared_units, stack
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._curvature.signs import SignMatrix, projected
 from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
-from jacfunc._modules import BatchOptions, Independence, Independent, ModuleAtBatch
-from jacfunc._types import Leaves, Randomness, Tree, product_dtype
+from jacfunc._memory import DRAWN_BYTES
+from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch
+from jacfunc._types import Leaves, Memory, Randomness, Tree, product_dtype
 
 API = "random_projection"
 
@@ -31,6 +33,8 @@ def random_projection(
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    memory: Memory = None,
+    out: Tree = None,
     independent: Independent = None,
 ) -> Callable[..., Any]:
     """Every sample's Jacobian times a fixed random matrix, which is never whole in memory.
@@ -49,6 +53,9 @@ def random_projection(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
+        memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
+            returns: as many samples are taken at once as fit, as in :func:`jacfunc.ggn`.
+        out: the result of an earlier call, to be overwritten: a loop allocates memory once.
         independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
@@ -75,8 +82,11 @@ def random_projection(
         >>> bool(features[0, 0] @ features[1, 0] / 21 - 1 < 0.3)  # of J Jᵀ, which is 21
         True
     """
-    independence = Independence.of(API, independent, chunk_size, by_rows=loss is None)
-    options = BatchOptions(API, module, select, in_dims, randomness, chunk_size, independence)
+    options = BatchOptions.read(
+        *(API, module, select, Batching(in_dims, randomness), chunk_size, memory),
+        *(independent, chunk_size),
+        by_rows=loss is None,
+    )
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"{API}: size must be a positive number of columns, got {size!r}. "
@@ -84,57 +94,75 @@ def random_projection(
         )
 
     def random_projection_of(*args: Tree, **kwargs: Any) -> Tree:
+        places = Places.of(API, out)
         if loss is None:
-            return _of_jacobians(options.at((args, kwargs)), size, seed)
+            at_batch = options.at((args, kwargs))
+            return Projections(at_batch, size, seed).of_jacobians(places)
         at_batch, targets = options.with_targets(args, kwargs)
         at_outputs = Loss(API, loss, targets, at_batch.outputs)
         at_outputs.check_samples(options.independence)
-        gradient = at_outputs.gradient()
-        chunks = [
-            _projected(
-                at_batch, jacobian, tuple(x[chunk].unsqueeze(0) for x in gradient), size, seed
-            )
-            for chunk, jacobian in at_batch.factors()
-        ]
-        return torch.cat(chunks).squeeze(1)
+        gradient = at_batch.budget.keep(at_outputs.gradient)
+        return Projections(at_batch, size, seed).of_gradients(gradient, places)
 
     return random_projection_of
 
 
-def _of_jacobians(at_batch: ModuleAtBatch, size: int, seed: int) -> Tree:
-    """A tree like the outputs, of ``[B, *out, size]``."""
-    chunks: list[Leaves] = []
-    for _, jacobian in at_batch.factors():
-        leaves = [slice(number, number + 1) for number in range(len(jacobian.outputs))]
-        units = [shared_units(jacobian.outputs[of]) for of in leaves]
-        rows = [
-            _projected(at_batch, jacobian, seeds, size, seed, of)
-            for seeds, of in zip(units, leaves, strict=True)
-        ]
-        pairs = zip(rows, jacobian.sample_outputs, strict=True)
-        chunks.append(tuple(x.reshape(len(x), *leaf.shape, size) for x, leaf in pairs))
-    return at_batch.last_call.output_tree([torch.cat(leaf) for leaf in zip(*chunks, strict=True)])
+@dataclass(frozen=True)
+class Projections:
+    """Projections of all samples of a batch, by the matrix of a size and a seed."""
 
+    at_batch: ModuleAtBatch
+    size: int
+    seed: int
 
-def _projected(
-    at_batch: ModuleAtBatch,
-    jacobian: FactoredJacobian,
-    cotangents: Leaves,
-    size: int,
-    seed: int,
-    of: LeafNumbers | None = None,
-) -> Tensor:
-    """The projection ``[B, K, size]`` of what cotangents ``[K, B, *out]`` are pulled back to."""
-    parts_by_name = at_batch.parts_of(jacobian, cotangents, of)
-    leaves = (*cotangents, *at_batch.params.values())
-    dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
-    num_seeds, num_samples = cotangents[0].shape[:2]
-    shape = (num_samples, num_seeds, size)
-    total = cotangents[0].new_zeros(shape, dtype=product_dtype(*leaves))
-    with at_batch.contracting():
-        for name, parts in parts_by_name.items():
-            zeros = partial(total.new_zeros, (*total.shape[:2], *at_batch.params[name].shape))
-            # a compiled module gives its parameters longer names
-            plain_name = name.replace("_orig_mod.", "")
-            total += projected(parts, zeros, SignMatrix(f"{seed}:{plain_name}", size, total))
-    return total.to(dtype)
+    def of_jacobians(self, places: Places) -> Tree:
+        """A tree like the outputs, of ``[B, *out, size]``."""
+
+        def work(_: slice, jacobian: FactoredJacobian) -> Leaves:
+            rows = []
+            for number, leaf in enumerate(jacobian.sample_outputs):
+                of = slice(number, number + 1)
+                row = self._projected(jacobian, shared_units(jacobian.outputs[of]), of)
+                rows.append(row.reshape(len(row), *leaf.shape, self.size))
+            return tuple(rows)
+
+        return self._stacked(work, places, lambda rows: self.at_batch.last_call.output_tree(rows))
+
+    def of_gradients(self, gradient: Leaves, places: Places) -> Tree:
+        """Projections ``[B, size]`` of gradients, which are given in the outputs."""
+
+        def work(samples: slice, jacobian: FactoredJacobian) -> Leaves:
+            cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
+            return (self._projected(jacobian, cotangents).squeeze(1),)
+
+        return self._stacked(work, places, lambda rows: rows[0])
+
+    def _stacked(
+        self,
+        work: Callable[[slice, FactoredJacobian], Leaves],
+        places: Places,
+        tree_of: Callable[[Sequence[Any]], Tree],
+    ) -> Tree:
+        into = places.into(tree_of)
+        return places.placed(tree_of(stack(self.at_batch.pieces(work), self.at_batch.size, into)))
+
+    def _projected(
+        self, jacobian: FactoredJacobian, cotangents: Leaves, of: LeafNumbers | None = None
+    ) -> Tensor:
+        """The projection ``[B, K, size]`` of what cotangents ``[K, B, *out]`` pull back to."""
+        at_batch, size = self.at_batch, self.size
+        parts_by_name = at_batch.parts_of(jacobian, cotangents, of)
+        leaves = (*cotangents, *at_batch.params.values())
+        dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
+        num_seeds, num_samples = cotangents[0].shape[:2]
+        shape = (num_samples, num_seeds, size)
+        total = cotangents[0].new_zeros(shape, dtype=product_dtype(*leaves))
+        at_once = at_batch.budget.at_most(DRAWN_BYTES)
+        with at_batch.contracting():
+            for name, parts in parts_by_name.items():
+                zeros = partial(total.new_zeros, (*total.shape[:2], *at_batch.params[name].shape))
+                # a compiled module gives its parameters longer names
+                plain_name = name.replace("_orig_mod.", "")
+                signs = SignMatrix(f"{self.seed}:{plain_name}", size, total, at_once)
+                total += projected(parts, zeros, signs)
+        return total.to(dtype)

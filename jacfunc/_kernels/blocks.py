@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import empty
+from jacfunc._assembly import Places
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._kernels.gram import Gram
 from jacfunc._kernels.routes import Axes
@@ -119,6 +119,7 @@ def product_of(
     second: Sequence[SampleRange],
     axes: KeptAxes,
     progress: Progress | None,
+    places: Places,
 ) -> Tree:
     """A kernel ``J₁ J₂ᵀ`` for each output leaf; of one side with itself, half is computed."""
     is_symmetric = second is first
@@ -126,23 +127,25 @@ def product_of(
     pairs = [
         (i, j) for i in range(len(rows)) for j in range(i + 1 if is_symmetric else len(columns))
     ]
-    results: list[Tensor] = []
+    results: Leaves = ()
     row, lefts = -1, list[LeafRows]()
     for i, j in progress(pairs) if progress else pairs:
         if row != i:
             row, lefts = i, first[i].rows(axes)
         rights = lefts if is_symmetric and i == j else second[j].rows(axes)
         blocks = [left.times(right) for left, right in zip(lefts, rights, strict=True)]
-        if len(pairs) == 1:
-            return first[0].samples.last_call.output_tree(blocks)
+        tree_of = first[0].samples.last_call.output_tree
+        if len(pairs) == 1 and places.out is None:
+            return tree_of(blocks)
         if not results:
             sizes = rows[-1].stop, columns[-1].stop
-            results = [empty(block, (*sizes, *block.shape[2:])) for block in blocks]
+            shapes = [(*sizes, *block.shape[2:]) for block in blocks]
+            results = places.tensors(tree_of(blocks), tuple(blocks), shapes)
         for left, block, result in zip(lefts, blocks, results, strict=True):
             result[rows[i], columns[j]] = block
             if is_symmetric and i != j:
                 result[columns[j], rows[i]] = left.mirrored(block)
-    return first[0].samples.last_call.output_tree(results)
+    return places.placed(first[0].samples.last_call.output_tree(results))
 
 
 def _ranges(side: Sequence[SampleRange]) -> list[slice]:

@@ -7,13 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jacfunc._arguments import check_chunk_size
+from jacfunc._arguments import check_chunk_size, check_memory
+from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._kernels.blocks import KeptAxes, Progress, SampleRange, product_of
+from jacfunc._kernels.fitting import in_ranges
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
-from jacfunc._modules import BatchOptions, Independence, Independent
+from jacfunc._lending import Select
+from jacfunc._memory import Budget
+from jacfunc._modules import Batching, BatchOptions, Independent, check_randomness_option
 from jacfunc._trees import map_tensors
-from jacfunc._types import Argnums, Randomness, Tree
+from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
 API = "ntk"
@@ -27,9 +31,12 @@ def ntk(
     *,
     trace_axes: int | Sequence[int] = (),
     diagonal_axes: int | Sequence[int] = (),
+    select: Select = None,
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
+    memory: Memory = None,
+    out: Tree = None,
     independent: Independent = None,
     progress: Progress | None = None,
 ) -> Tree:
@@ -39,16 +46,22 @@ def ntk(
 
     Args:
         func: a module, or ``func(params, *inputs)`` of a single sample.
-        params: of a function, the tree that it is differentiated by. Of a module, which of its
-            parameters, as ``select`` of :func:`jacfunc.module_jacobian`: None for all.
+        params: of a function, the tree that it is differentiated by. Of a module None, or what
+            ``select`` says.
         x1: a batch: a tensor, a dict or another tree, or a tuple of positional inputs; or a list
             or another iterable of batches, such as a ``DataLoader``.
         x2: another one; None for the kernel of the first with itself, of which half is computed.
         trace_axes: axes of a sample's output along which ``i = j`` is summed over.
         diagonal_axes: axes along which only ``i = j`` is computed.
+        select: which parameters of a module, as in :func:`jacfunc.module_jacobian`:
+            ``"*lora*"`` for those of adapters.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.
+        memory: bytes that the call may take, as a number or in words (``"2 GiB"``), with its
+            result: as many samples of either side are taken at once as fit. Batches are compared
+            before, eight samples at once, which ``independent=True`` skips.
+        out: the result of an earlier call, to be overwritten: a loop allocates memory once.
         independent: each sample of a module is taken alone, as a batch of one; True skips,
             ``"always"`` insists on looking whether others change it, as in
             :func:`jacfunc.module_jacobian`. A function is given one sample at a time.
@@ -67,6 +80,8 @@ def ntk(
     Cost:
         An evaluation of each side and M pullbacks onto the outputs of layers; products of factors,
         in whichever order is cheaper. With n chunks a side n evaluations for each of the first.
+        With ``memory`` two evaluations of a sample and one of a chunk more for each batch, to see
+        what they take.
 
     Source:
         Novak, Sohl-Dickstein, Schoenholz, "Fast finite width neural tangent kernel" (ICML 2022).
@@ -79,32 +94,33 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
-    axes = KeptAxes.of(trace_axes, diagonal_axes)
-    check_chunk_size(API, chunk_size)
-    options = None
+    axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
+    batching = Batching(in_dims, randomness)
     if isinstance(func, nn.Module):
-        independence = Independence.of(API, independent, chunk_size)
         # an iterable of batches, or progress, may run code that changes the module between blocks
         is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
-        options = BatchOptions(
-            API, func, params, in_dims, randomness, chunk_size, independence, stays=is_watched
+        options = BatchOptions.read(
+            *(API, func, _selected(params, select), batching, chunk_size, memory),
+            *(independent, chunk_size),
+            stays=is_watched,
         )
+        budget = Budget(API, options.memory)
 
-    def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
-        if options is not None:
-            return options.at((args, {}))
-        return samples_of(API, func, params, args, in_dims, randomness)
+        def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
+            with budget.keeping():
+                return options.at((args, {}))
+    else:
+        _check_function(select, randomness, chunk_size)
+        budget = Budget(API, check_memory(API, memory))
 
-    def chunks(x: Any) -> list[SampleRange]:
-        ranges: list[SampleRange] = []
-        for batch in _batches(x):
-            samples = samples_at(batch if isinstance(batch, tuple) else (batch,))
-            size, step = samples.size, chunk_size or samples.size
-            ranges += [SampleRange(samples, n, min(n + step, size)) for n in range(0, size, step)]
-        return ranges
+        def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
+            return samples_of(API, func, params, args, in_dims, randomness)
 
-    first = chunks(x1)
-    return product_of(first, first if x2 is None else chunks(x2), axes, progress)
+    sides = [[samples_at(_positional(batch)) for batch in _batches(x1)]]
+    if x2 is not None:
+        sides.append([samples_at(_positional(batch)) for batch in _batches(x2)])
+    ranges = in_ranges(sides, axes, chunk_size, budget)
+    return product_of(ranges[0], ranges[-1], axes, progress, places)
 
 
 def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
@@ -134,12 +150,12 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
         tensor([[ 5., 11.],
                 [11., 25.]])
     """
-    strategy = Structured()
+    strategy, new = Structured(), Places.of("gram", None)
 
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
         call = FlatCall(Derivation("gram", func, argnums), args, kwargs)
         whole = [SampleRange(SingleCall(call, strategy), 0, 1)]
-        kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None))
+        kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None, new))
         return map_tensors(lambda kernel: kernel[0, 0], kernels)
 
     return gram_of
@@ -153,3 +169,28 @@ def _batches(x: Any) -> Iterable[Any]:
 def _is_tree(x: Any) -> bool:
     """Is it one batch: a tensor, a tuple, a dict or another tree, and no list of batches?"""
     return isinstance(x, Tensor | tuple | Mapping) or not isinstance(x, Iterable)
+
+
+def _positional(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _check_function(select: Select, randomness: object, chunk_size: object) -> None:
+    """Refuse options that do not fit a function, or that only a module has."""
+    check_chunk_size(API, chunk_size)
+    check_randomness_option(API, randomness)
+    if select is not None:
+        raise ValueError(
+            f"{API}: select must be left out for a function, got {select!r}. Give it the "
+            "parameters to differentiate by as params, and let it close over the others."
+        )
+
+
+def _selected(params: Select, select: Select) -> Select:
+    """The selection of a module's parameters, which has two places, of which one may be filled."""
+    if params is not None and select is not None:
+        raise ValueError(
+            f"{API}: parameters of a module must be selected once, got {params!r} in the second "
+            f"place and select={select!r}. Pass None in the second place."
+        )
+    return params if select is None else select

@@ -115,7 +115,9 @@ def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:
         chunk if isinstance(chunk, FittedChunks) and not torch.compiler.is_compiling() else None
     )
     most, start = largest(chunk, total), 0
-    step = most if fitted is None else fitted.settled[-1] if fitted.settled else fitted.first
+    step = most
+    if fitted is not None:
+        step = min(most, fitted.settled[-1] if fitted.settled else fitted.first)
     while start < max(total, 1):
         stop = min(start + step, total)
         counting = fitted if fitted is not None and not fitted.settled else None

@@ -2,80 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jacfunc._arguments import check_chunk_size
+from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
-from jacfunc._lending import CurrentState, Select
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
-from jacfunc._modules.call import Batching, ModuleCall
-from jacfunc._modules.checks import check_module
-from jacfunc._modules.independence import Independence
+from jacfunc._memory import Budget
+from jacfunc._modules.call import ModuleCall
+from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
-from jacfunc._types import Leaves, Randomness, Tree
+from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
 
 
 @dataclass(frozen=True)
-class BatchOptions:
-    """A module, and what a user has said about all calls of it.
-
-    Args:
-        stays: are all calls made at the parameters of the first, whatever becomes of the module?
-        copy: are later answers computed from copies, or else from the tensors themselves?
-    """
-
-    api: str
-    module: nn.Module
-    select: Select
-    in_dims: Tree
-    randomness: Randomness
-    chunk_size: int | None
-    independence: Independence = field(default_factory=Independence)
-    stays: bool = False
-    copy: bool = True
+class BatchOptions(ModuleOptions):
+    """The options of a door whose calls are evaluated for all samples, maybe several times."""
 
     def __post_init__(self) -> None:
-        check_module(self.api, self.module)
-        check_chunk_size(self.api, self.chunk_size)
-        if self.randomness == "different" and self.chunk_size is not None:
-            raise ValueError(
-                f"{self.api}: with randomness='different' all samples must be taken at once, to "
-                f"draw the same numbers in every answer, got chunk_size={self.chunk_size}. Leave "
-                "it out, or use randomness='same'."
-            )
+        in_chunks = {"chunk_size": self.chunk_size, "memory": self.memory}
+        for name, value in in_chunks.items():
+            if self._batching.randomness == "different" and value is not None:
+                raise ValueError(
+                    f"{self.api}: with randomness='different' all samples must be taken at once, "
+                    f"to draw the same numbers in every answer, got {name}={value}. Leave it out, "
+                    "or use randomness='same'."
+                )
 
     def at(self, arguments: Arguments, is_kept: bool = False) -> ModuleAtBatch:
         """One call of the module; ``is_kept`` if the answers come after the door has returned."""
         return self._at(arguments, None, is_kept)[0]
-
-    def _at(self, arguments: Arguments, targets: Tree, is_kept: bool) -> tuple[ModuleAtBatch, Tree]:
-        if not is_outermost():
-            raise NotImplementedError(
-                f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
-                "transform, which keeps none. Use module_jacobian there."
-            )
-        if is_kept or self.stays:
-            state, (arguments, targets) = self._current.kept((arguments, targets), self.copy)
-        else:
-            state = self._current.now()
-        call = ModuleCall(self.api, state, arguments, independence=self.independence)
-        batch = call.batch(Batching(self.in_dims, self.randomness))
-        random_state = RandomState(batch.samples.leaves)
-        return ModuleAtBatch(call, batch, self.chunk_size, random_state), targets
-
-    @cached_property
-    def _current(self) -> CurrentState:
-        return CurrentState(self.api, self.module, self.select, self.stays)
 
     def with_targets(
         self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_kept: bool = False
@@ -87,6 +52,27 @@ class BatchOptions:
                 "none. Call it as (inputs, targets)."
             )
         return self._at((args[:-1], kwargs), args[-1], is_kept)
+
+    def _at(self, arguments: Arguments, targets: Tree, is_kept: bool) -> tuple[ModuleAtBatch, Tree]:
+        if not is_outermost():
+            raise NotImplementedError(
+                f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
+                "transform, which keeps none. Use module_jacobian there."
+            )
+        budget = Budget(self.api, self.memory)
+        if is_kept or self.stays:
+            state, (arguments, targets) = self.kept((arguments, targets), budget)
+        else:
+            state = self.current.now()
+        call = ModuleCall(self.api, state, arguments, independence=self.independence)
+        batch = call.batch(self._batching)
+        random_state = RandomState(batch.samples.leaves)
+        return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
+
+    @property
+    def _batching(self) -> Batching:
+        assert self.batching is not None
+        return self.batching
 
 
 @dataclass(frozen=True)
@@ -109,12 +95,14 @@ class ModuleAtBatch:
     Args:
         chunk_size: samples that are evaluated at once; None for all.
         random_state: as it was when the call began: every evaluation draws the same numbers.
+        budget: of bytes, by which fewer samples may be evaluated at once.
     """
 
     call: ModuleCall
     batch: SampledCall
     chunk_size: int | None
     random_state: RandomState
+    budget: Budget
     last_call: FlatCall = field(init=False)
     """The call of a sample that was evaluated last: it has the trees of the output."""
 
@@ -139,15 +127,29 @@ class ModuleAtBatch:
             self.random_state.repeat()
             yield
 
-    def factors(self) -> Iterator[tuple[slice, FactoredJacobian]]:
-        """The Jacobian in each parameter as factors, chunk by chunk of the samples."""
-        step = self.chunk_size or self.size
-        if step >= self.size:
-            yield slice(None), self._all_factors
+    def pieces(
+        self, work: Callable[[slice, FactoredJacobian], Leaves], result: int = 0
+    ) -> Iterator[Leaves]:
+        """What ``work`` returns of some samples after the other, with their Jacobian as factors.
+
+        It returns leaves with its samples in front, which are kept, or none if it adds to a
+        ``result`` of so many bytes.
+        """
+        if self.budget.is_open and (self.chunk_size or self.size) >= self.size:
+            yield work(slice(None), self._all_factors)
             return
-        for start in range(0, self.size, step):
-            stop = min(start + step, self.size)
-            yield slice(start, stop), self.between(start, stop)
+        if not self.budget.is_open:
+            self._learn_from_few()
+
+        def between(start: int, stop: int) -> Leaves:
+            return work(slice(start, stop), self.between(start, stop))
+
+        yield from self.budget.pieces(self.size, self.chunk_size, between, result)
+
+    def _learn_from_few(self) -> None:
+        """Compare batches, and evaluate two samples: a first evaluation takes more than others."""
+        if not hasattr(self, "last_call"):
+            self.between(0, min(2, self.size))
 
     @cached_property
     def _all_factors(self) -> FactoredJacobian:
@@ -178,7 +180,8 @@ class ModuleAtBatch:
         with self.undisturbed():
             batch = self._independent
             with self.factored():
-                factors, self.last_call = batch.factors(start, stop)
+                factors, call = batch.factors(start, stop)
+                self.last_call = call.without_graph()
             in_words_of(self.api, lambda: self._evaluations.check((start, stop), factors.outputs))
         return factors
 
@@ -203,15 +206,14 @@ class ModuleAtBatch:
 
     @cached_property
     def outputs(self) -> BatchOutputs:
-        """The outputs of all samples, evaluated chunk by chunk."""
-        chunks = [self._outputs_of(factors) for _, factors in self.factors()]
-        if len(chunks) == 1:
-            return chunks[0]
-        leaves = zip(*(chunk.leaves for chunk in chunks), strict=True)
-        extras = zip(*(chunk.extras for chunk in chunks), strict=True)
-        return BatchOutputs(
-            tuple(map(torch.cat, leaves)), tuple(map(torch.cat, extras)), chunks[-1].call
-        )
+        """The outputs of all samples, evaluated some at a time."""
+        count = 0
 
-    def _outputs_of(self, factors: FactoredJacobian) -> BatchOutputs:
-        return BatchOutputs(factors.outputs, factors.extras, self.last_call)
+        def returned(_: slice, jacobian: FactoredJacobian) -> Leaves:
+            nonlocal count
+            count = len(jacobian.outputs)
+            return (*jacobian.outputs, *jacobian.extras)
+
+        with self.budget.keeping():
+            leaves = stack(self.pieces(returned), self.size)
+        return BatchOutputs(leaves[:count], leaves[count:], self.last_call)

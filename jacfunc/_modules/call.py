@@ -16,15 +16,16 @@ from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
-from jacfunc._modules.checks import (
+from jacfunc._modules.independence import Independence
+from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments
+from jacfunc._modules.options import (
+    Batching,
     check_call,
     check_devices,
     check_module_inputs,
     check_parameters,
     check_samples,
 )
-from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
@@ -36,16 +37,8 @@ from jacfunc._trees import (
     map_tensors,
     sample_dims,
 )
-from jacfunc._types import Argnums, Leaves, Randomness, Tree, is_differentiable, is_tensor
+from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Which dimensions of the inputs hold the samples, and how samples draw random numbers."""
-
-    in_dims: Tree = 0
-    randomness: Randomness = "error"
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from jacfunc._assembly import sink_for
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
-from jacfunc._modules.call import Batching, ModuleCall
-from jacfunc._modules.checks import check_module
-from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
+from jacfunc._modules.call import ModuleCall
+from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
+from jacfunc._modules.options import Batching, ModuleOptions, check_module
 from jacfunc._planning import resolve
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
@@ -141,16 +141,15 @@ def module_jacobian(
         >>> jacfunc.module_jacobian(model, per_sample=True, flat=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2, 8])
     """
-    check_module(API, module)
-    argnums, current = argnums_of(API, wrt), CurrentState(API, module, select)
-    chosen_strategy = resolve(API, strategy, chunk_size, memory)
-    independence = Independence.of(API, independent, None if memory is None else FEW_CALLS)
     batching = Batching(in_dims, randomness) if per_sample else None
+    options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
+    argnums, independence = argnums_of(API, wrt), options.independence
+    chosen_strategy = resolve(API, strategy, chunk_size, memory)
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         arguments = args, kwargs
         with alone():
-            state = current.now()
+            state = options.current.now()
             choice = InputChoice.of(API, module, inputs, arguments)
             sink = sink_for(API, out, flat, dtype, device)
             call = ModuleCall(

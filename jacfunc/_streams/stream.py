@@ -8,19 +8,11 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from jacfunc._arguments import check_chunk_size, check_memory
-from jacfunc._lending import CurrentState, Select
-from jacfunc._memory import in_chunks, of_leaf
-from jacfunc._modules import (
-    FEW_CALLS,
-    Batching,
-    Independence,
-    Independent,
-    ModuleCall,
-    check_module,
-)
+from jacfunc._lending import Select
+from jacfunc._memory import Budget, in_chunks, of_leaf
+from jacfunc._modules import FEW_CALLS, Batching, Independent, ModuleCall, ModuleOptions
 from jacfunc._streams.held import ParameterBlocks, RowBlocks
-from jacfunc._streams.streamed import Budget, GroupedSamples, StreamedCall
+from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
 from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import flatten, unflatten
 from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
@@ -98,13 +90,12 @@ def stream_jacobian(
         >>> {name: block.square().sum((1, 2, 3)) for name, block in blocks if block.dim() == 4}
         {'weight': tensor([6., 6., 6., 6., 6.])}
     """
-    check_module(API, module)
-    check_chunk_size(API, chunk_size)
     _check_by(by, per_sample)
-    nbytes = check_memory(API, memory)
-    at_once = (chunk_size or FEW_CALLS) if by == "samples" or memory is not None else None
-    independence = Independence.of(API, independent, at_once)
-    current = CurrentState(API, module, select)
+    batching = Batching(in_dims, randomness) if per_sample else None
+    at_once = (chunk_size or FEW_CALLS) if by == "samples" else None
+    options = ModuleOptions.read(
+        API, module, select, batching, chunk_size, memory, independent, at_once, copy=copy
+    )
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
         if inside_transform():
@@ -113,12 +104,11 @@ def stream_jacobian(
                 "got a call inside a transform. Use module_jacobian there."
             )
         # blocks come later, and must be those of the module and the batch as they are now
-        budget = Budget(API, nbytes)
-        with budget.keeping():
-            state, arguments = current.kept((args, kwargs), copy)
+        budget = Budget(API, options.memory)
+        state, arguments = options.kept((args, kwargs), budget)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
-        call = ModuleCall(API, state, arguments, independence=independence)
-        batch = call.batch(Batching(in_dims, randomness)) if per_sample else None
+        call = ModuleCall(API, state, arguments, independence=options.independence)
+        batch = None if batching is None else call.batch(batching)
         streamed = StreamedCall(call, batch, random_state, budget)
         return BLOCKS[by](streamed, chunk_size)
 
@@ -140,7 +130,7 @@ def _check_by(by: object, per_sample: bool) -> None:
 
 def _by_params(call: StreamedCall, chunk_size: int | None) -> Items:
     samples, flat = call.answer(call.evaluated)
-    blocks = ParameterBlocks(samples, *call.budget.held(samples, chunk_size))
+    blocks = ParameterBlocks(samples, *held(call.budget, samples, chunk_size))
     for number, name in enumerate(call.names):
         rows = call.answer(partial(blocks.of, number))
         yield name, flat.output_tree(list(map(call.shaped, rows, samples.outputs)))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,13 +13,12 @@ from jacfunc._errors import Refused
 from jacfunc._factored import Direct, FactoredJacobian
 from jacfunc._linear_map import JacobianOperator, linearize
 from jacfunc._log import note
-from jacfunc._memory import MODEST_BYTES, STAGED_BYTES, Chunk, FittedChunks, PeakBytes, free_bytes
+from jacfunc._memory import MODEST_BYTES, Budget, Chunk, FittedChunks, free_bytes
 from jacfunc._modules import FEW_CALLS, ModuleCall
 from jacfunc._samples import SampledCall
 from jacfunc._streams.held import Cell, HeldSamples
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves, Tree
-from jacfunc._units import in_bytes
 from jacfunc.strategies import Structured, in_words_of
 
 ResultT = TypeVar("ResultT")
@@ -32,49 +30,14 @@ GRAPH = 4
 """The graph of an evaluation keeps about as much as the cotangents of four rows."""
 
 
-class Budget:
-    """How many bytes a stream may take, and how many it keeps from block to block."""
-
-    def __init__(self, api: str, nbytes: int | None) -> None:
-        self._api, self._nbytes, self._counter = api, nbytes, PeakBytes()
-
-    def keeping(self) -> AbstractContextManager[Any]:
-        """A context in which what is made is kept from block to block."""
-        return nullcontext() if self._nbytes is None else self._counter
-
-    @property
-    def is_open(self) -> bool:
-        """Is there no limit?"""
-        return self._nbytes is None
-
-    def room(self, block: int) -> int | None:
-        """Bytes left beside a block of this size and the one before, which a loop still has."""
-        if self._nbytes is None:
-            return None
-        taken = self._counter.live + 2 * block
-        if taken >= self._nbytes:
-            raise ValueError(
-                f"{self._api}: memory must hold what is kept for all blocks and two blocks, "
-                f"{in_bytes(taken)}, got {in_bytes(self._nbytes)}. Give more, or take smaller "
-                "blocks: by rows, by samples, or of fewer samples."
-            )
-        return self._nbytes - taken
-
-    def chunk(self, size: int | None, block: int) -> Chunk:
-        """How many rows or samples a block has, of so many bytes each; at most ``size``."""
-        room = self.room(block)
-        if room is None:
-            return size or FittedChunks.by_share(STAGED_BYTES)
-        return FittedChunks(block + room // 2, size)
-
-    def held(self, samples: HeldSamples, size: int | None) -> tuple[int, Chunk]:
-        """Bytes that may be held for later blocks, and how many rows are swept at once."""
-        room = self.room(samples.most_bytes)
-        if room is None and samples.factor_bytes <= MODEST_BYTES:
-            return MODEST_BYTES, size
-        if room is None:
-            return max(MODEST_BYTES, free_bytes(samples.params[0].device) // HELD_SHARE), size
-        return room // 2, FittedChunks(room // 2, size)
+def held(budget: Budget, samples: HeldSamples, size: int | None) -> tuple[int, Chunk]:
+    """Bytes that may be held for later blocks, and how many rows are swept at once."""
+    room = budget.room(samples.most_bytes)
+    if room is None and samples.factor_bytes <= MODEST_BYTES:
+        return MODEST_BYTES, size
+    if room is None:
+        return max(MODEST_BYTES, free_bytes(samples.params[0].device) // HELD_SHARE), size
+    return room // 2, FittedChunks(room // 2, size)
 
 
 class StreamedCall:

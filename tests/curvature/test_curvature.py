@@ -330,7 +330,7 @@ def test_projections_are_products_with_one_matrix(name: str, chunk_size: int | N
 def test_projections_of_several_draws_a_parameter(name: str) -> None:
     model, _, inputs, _, true = posed(name)
     point = at_batch(model, *(inputs if isinstance(inputs, tuple) else (inputs,)))
-    ((_, factors),) = point.factors()
+    factors = point.between(0, point.size)
     total = torch.zeros_like(true.jacobian @ random_matrix(model, 70))
     start = 0
     for number, leaf in enumerate(factors.sample_outputs):

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from jacfunc._factored import FactoredJacobian
-from jacfunc._modules import BatchOptions, Independence, ModuleAtBatch
+from jacfunc._modules import Batching, BatchOptions, ModuleAtBatch
 
 
 def at_batch(module: nn.Module, *inputs: Tensor) -> ModuleAtBatch:
     """The module at a batch, whose samples are taken to be independent."""
-    options = BatchOptions("test", module, None, 0, "error", None, Independence(True))
+    options = BatchOptions.read("test", module, None, Batching(), None, None, True)
     return options.at((inputs, {}))
 
 
@@ -21,6 +21,6 @@ def at_batch(module: nn.Module, *inputs: Tensor) -> ModuleAtBatch:
 def factors_of(module: nn.Module, *inputs: Tensor) -> Iterator[FactoredJacobian]:
     """The Jacobians of all samples as factors, while the module is lent for pullbacks."""
     point = at_batch(module, *inputs)
-    ((_, jacobian),) = point.factors()
+    jacobian = point.between(0, point.size)
     with point.undisturbed():
         yield jacobian

@@ -1,19 +1,95 @@
-"""Checks of a module and of a call of it, before anything is evaluated."""
+"""Options of the doors for modules, and checks of a call, before anything is evaluated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
-from typing import TypeAlias
+from dataclasses import dataclass
+from functools import cache, cached_property, wraps
+from typing import Self, TypeAlias, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jacfunc._lending import ModuleState
+from jacfunc._arguments import check_chunk_size, check_memory
+from jacfunc._lending import CurrentState, ModuleState, Select
+from jacfunc._memory import Budget
+from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
 from jacfunc._remembered import Remembered
 from jacfunc._torch import inside_derivative
 from jacfunc._trees import flatten
-from jacfunc._types import Tree, is_differentiable
+from jacfunc._types import Memory, Randomness, Tree, is_differentiable
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Which dimensions of the inputs hold the samples, and how samples draw random numbers."""
+
+    in_dims: Tree = 0
+    randomness: Randomness = "error"
+
+
+@dataclass(frozen=True)
+class ModuleOptions:
+    """A module, and what a user has said about all calls of it: read here for every door.
+
+    Args:
+        batching: of the samples of each call; None for calls that are taken as a whole.
+        memory: bytes that a call may take; None for no limit.
+        copy: are later answers computed from copies, or else from the tensors themselves?
+        stays: are all calls made at the parameters of the first, whatever becomes of the module?
+    """
+
+    api: str
+    module: nn.Module
+    select: Select
+    batching: Batching | None
+    chunk_size: int | None
+    memory: int | None
+    independence: Independence
+    copy: bool = True
+    stays: bool = False
+
+    @classmethod
+    def read(
+        cls,
+        api: str,
+        module: nn.Module,
+        select: Select,
+        batching: Batching | None,
+        chunk_size: int | None,
+        memory: Memory,
+        independent: Independent,
+        at_once: int | None = None,
+        by_rows: bool = True,
+        copy: bool = True,
+        stays: bool = False,
+    ) -> Self:
+        """The options of a door, checked; for ``at_once`` and ``by_rows`` see Independence.
+
+        Raises:
+            TypeError, ValueError: options that do not fit.
+        """
+        check_module(api, module)
+        check_chunk_size(api, chunk_size)
+        nbytes = check_memory(api, memory)
+        if batching is not None:
+            check_randomness_option(api, batching.randomness)
+        few = at_once if nbytes is None else at_once or FEW_CALLS
+        independence = Independence.of(api, independent, few, by_rows)
+        return cls(
+            api, module, select, batching, chunk_size, nbytes, independence, copy=copy, stays=stays
+        )
+
+    @cached_property
+    def current(self) -> CurrentState:
+        """The state of the module from call to call."""
+        return CurrentState(self.api, self.module, self.select, self.stays)
+
+    def kept(self, data: Tree, budget: Budget) -> tuple[ModuleState, Tree]:
+        """The state at a call that begins, and its data, for answers that come later."""
+        with budget.keeping():
+            return self.current.kept(data, self.copy)
+
 
 StateCheck: TypeAlias = Callable[[str, ModuleState], None]
 
@@ -42,6 +118,15 @@ def check_module(api: str, module: object) -> None:
         raise TypeError(
             f"{api}: module must be an nn.Module, got {type(module).__name__}. "
             "For a function use jacfunc.jacobian."
+        )
+
+
+def check_randomness_option(api: str, randomness: object) -> None:
+    """Refuse another word than those that vmap knows."""
+    if randomness not in get_args(Randomness):
+        raise ValueError(
+            f"{api}: randomness must be 'error', 'same' or 'different', got {randomness!r}. "
+            "Let all samples draw the same numbers, or each its own."
         )
 
 

@@ -1,0 +1,93 @@
+"""Public function: norms of every sample's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacfunc._assembly import stack
+from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._factored import FactoredJacobian, norms
+from jacfunc._lending import Select
+from jacfunc._modules import Batching, BatchOptions, Independent
+from jacfunc._types import Leaves, Memory, Randomness, Tree
+
+
+def gradient_norms(
+    module: nn.Module,
+    loss: LossFunction,
+    *,
+    select: Select = None,
+    in_dims: Tree = 0,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+    memory: Memory = None,
+    independent: Independent = None,
+) -> Callable[..., Tensor]:
+    """Norms of every sample's gradient, from factors of layers: no gradient is written out.
+
+    ``‖g_b‖`` with ``Σ_b g_b = ∇ loss``: what each sample adds to the gradient, which under a mean
+    over the batch is 1/B of its own. For a linear layer at one position this is the product of two
+    norms (Goodfellow 2015); at several, of two Gram matrices, if these are smaller.
+
+    Args:
+        module: any ``nn.Module`` whose outputs have the batch in front.
+        loss: ``loss(outputs, targets)`` of the batch, one number.
+        select: parameters, as in :func:`jacfunc.module_jacobian`.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
+        chunk_size: samples taken at once; None takes all, evaluated only once.
+        memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
+            returns and keeps: as many samples are taken at once as fit. Batches are compared
+            before, eight samples at once, which ``independent=True`` skips.
+        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
+            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+
+    Returns:
+        A function of the module's own inputs and, last among those by position, the targets. It
+        returns ``[B]``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, a module that couples samples, a loss
+            whose gradient in one sample's outputs changes with those of others.
+        NotImplementedError: inside a transform, and a module that does not run under vmap.
+
+    Cost:
+        One evaluation, one pullback, a contraction a layer; memory of all inputs and cotangents.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> loss = lambda out, y: (out - y).square().sum() / 2
+        >>> x, y = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), model.weight.new_zeros(2, 1)
+        >>> expected = model(x).detach().abs().flatten() * torch.tensor([5.0, 1.0])
+        >>> torch.allclose(jacfunc.gradient_norms(model, loss)(x, y), expected)
+        True
+    """
+    api, batching = "gradient_norms", Batching(in_dims, randomness)
+    options = BatchOptions.read(
+        api, module, select, batching, chunk_size, memory, independent, chunk_size, by_rows=False
+    )
+
+    def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
+        at_batch, targets = options.with_targets(args, kwargs)
+        at_outputs = Loss(api, loss, targets, at_batch.outputs)
+        at_outputs.check_samples(options.independence)
+        gradient = at_batch.budget.keep(at_outputs.gradient)
+        like = torch.cat([leaf.new_empty(0) for leaf in (*gradient, *at_batch.params.values())])
+
+        def norms_of(samples: slice, jacobian: FactoredJacobian) -> Leaves:
+            cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
+            named = at_batch.parts_of(jacobian, cotangents).items()
+            with at_batch.contracting():
+                pairs = [(parts, at_batch.params[name]) for name, parts in named]
+                none = like.new_zeros(cotangents[0].shape[1])
+                return (norms(pairs)[0].sqrt() if pairs else none,)
+
+        (result,) = stack(at_batch.pieces(norms_of), at_batch.size)
+        return result.to(like.dtype)
+
+    return gradient_norms_of

@@ -1,0 +1,128 @@
+"""A budget of bytes for the work of one call, which is counted as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+from jacfunc._memory.chunks import GROWTH, Chunk, FittedChunks
+from jacfunc._memory.counting import PeakBytes
+from jacfunc._memory.limits import STAGED_BYTES
+from jacfunc._types import Leaves
+from jacfunc._units import in_bytes
+
+ResultT = TypeVar("ResultT")
+
+
+class Budget:
+    """How many bytes the work of a call may take, and how many it keeps from piece to piece.
+
+    Args:
+        nbytes: the limit; None if there is none.
+    """
+
+    def __init__(self, api: str, nbytes: int | None) -> None:
+        self._api, self._nbytes, self._counter = api, nbytes, PeakBytes()
+
+    def keeping(self) -> AbstractContextManager[Any]:
+        """A context in which what is made is kept from piece to piece."""
+        return nullcontext() if self._nbytes is None else self._counter
+
+    @property
+    def is_open(self) -> bool:
+        """Is there no limit?"""
+        return self._nbytes is None
+
+    def room(self, block: int) -> int | None:
+        """Bytes left beside a block of this size and the one before, which a loop still has."""
+        if self._nbytes is None:
+            return None
+        taken = self._counter.live + 2 * block
+        if taken >= self._nbytes:
+            raise ValueError(
+                f"{self._api}: memory must hold what is kept for all blocks and two blocks, "
+                f"{in_bytes(taken)}, got {in_bytes(self._nbytes)}. Give more, or take smaller "
+                "blocks: by rows, by samples, or of fewer samples."
+            )
+        return self._nbytes - taken
+
+    def chunk(self, size: int | None, block: int) -> Chunk:
+        """How many rows or samples a block has, of so many bytes each; at most ``size``."""
+        room = self.room(block)
+        if room is None:
+            return size or FittedChunks.by_share(STAGED_BYTES)
+        return FittedChunks(block + room // 2, size)
+
+    def beside(self, result: int) -> int | None:
+        """Bytes left for work beside what is kept and a result of this size."""
+        return None if self._nbytes is None else self._nbytes - self._counter.live - result
+
+    def at_most(self, nbytes: int) -> int:
+        """So many bytes, or an eighth of the budget if that is less."""
+        return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // 8))
+
+    def keep(self, work: Callable[[], ResultT]) -> ResultT:
+        """What ``work`` returns, which is kept from now on; it can't be done in pieces.
+
+        Raises:
+            ValueError: if that takes more than the budget.
+        """
+        if self._nbytes is None:
+            return work()
+        before = self._counter.live
+        with self._counter, PeakBytes() as counter:
+            result = work()
+        self._check(before + counter.peak)
+        return result
+
+    def check_work(self, work: int, result: int) -> None:
+        """Refuse a budget without room for work beside what is kept and a result, in bytes."""
+        self._check(self._counter.live + work + result)
+
+    def _check(self, taken: int) -> None:
+        if self._nbytes is not None and taken > self._nbytes:
+            raise ValueError(
+                f"{self._api}: memory must hold the result, what is kept for it, and the work on "
+                f"one sample, {in_bytes(taken)}, got {in_bytes(self._nbytes)}. Give more, or "
+                "choose fewer parameters with select=."
+            )
+
+    def pieces(
+        self, total: int, at_most: int | None, work: Callable[[int, int], Leaves], result: int = 0
+    ) -> Iterator[Leaves]:
+        """What ``work(start, stop)`` returns of consecutive samples, as many at once as fit.
+
+        One sample comes first, which must fit, and two after it: one alone may be spared some
+        copies. Where n samples take b bytes, k·n take at most k·b. No piece is done twice, as work
+        may add to a sum.
+
+        Args:
+            at_most: samples at once; None for no limit.
+            result: bytes of what the pieces add up to, beside those of all that ``work`` returns.
+
+        Raises:
+            ValueError: if one sample takes more than the budget.
+        """
+        most = min(at_most or total, total)
+        start, step, is_settled = 0, most if self.is_open else 1, self.is_open
+        while start < max(total, 1):
+            stop = min(start + step, total)
+            if is_settled:
+                yield work(start, stop)
+                start = max(stop, 1)
+                continue
+            with PeakBytes() as counter:
+                answer = work(start, stop)
+            if start == 0:
+                result += sum(leaf.nbytes for leaf in answer) * total // max(stop, 1)
+            yield answer
+            del answer  # or it would stay beside the next one
+            room = self.beside(result)
+            assert room is not None
+            if step == 1 and counter.peak > room:
+                self.check_work(counter.peak, result)
+            most_next = most if step > 1 else min(most, 2)
+            fitting = min(most_next, max(1, step * room // max(counter.peak, 1)))
+            is_settled = start > 0 and step <= fitting <= GROWTH * step
+            start, step = max(stop, 1), fitting
