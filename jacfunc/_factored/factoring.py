@@ -102,7 +102,7 @@ class _Handles(NamedTuple):
         further = grad_mode and any(primal.requires_grad for primal in batch.primals)
         with recording():
             anchors = [differentiable_alias(primal, grad_mode) for primal in batch.primals]
-            twins = {n: anchors[n].view_as(anchors[n]) for n in batch.tracked(learned)}
+            twins = {number: anchors[number] for number in batch.tracked(learned)}
             every = [batch.handle(i, anchor, learned) for i, anchor in enumerate(anchors)]
             # the function may write into these
             direct = [Anchor.behind(every[x.number]) for x in batch.direct(learned)]
