@@ -12,7 +12,8 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._factored import FactoredJacobian, begins, ends
+from jacfunc._factored import FactoredJacobian
+from jacfunc._layouts import begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
@@ -122,9 +123,7 @@ class ModuleCall:
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
         is_whole = not self.with_buffers
-        return SampledCall(
-            self.api, call_of, samples, kind, whole, is_whole, guard, differentiates
-        )
+        return SampledCall(self.api, call_of, samples, kind, whole, is_whole, guard, differentiates)
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
