@@ -93,7 +93,7 @@ class UseRecorder(TorchFunctionMode):
         with untracked():
             if any(x._version != version for x, version in self._inputs):
                 raise Refused("what went into a layer was written into after it")
-            written = {t.number for t in self._tracked.values() if not t.is_intact}
+            written = {t.number for t in self._tracked.values() if _is_written(t)}
         if written & self._lent:
             raise UnseenWrite(UNSEEN_WRITE)
         unruled = self._unruled
@@ -109,8 +109,9 @@ class UseRecorder(TorchFunctionMode):
 
     def track(self, number: int, handle: Tensor, twin: Tensor, path: Path = ()) -> None:
         """Track a tensor that is parameter ``number``, or the view of it that the path makes."""
-        version = below_transforms(handle)._version
-        self._tracked[id(handle)] = TrackedParameter(number, handle, twin, path, version)
+        memory = below_transforms(handle)
+        tracked = TrackedParameter(number, handle, twin, path, memory, memory._version)
+        self._tracked[id(handle)] = tracked
 
     def __torch_function__(
         self,
@@ -185,7 +186,7 @@ class UseRecorder(TorchFunctionMode):
         for value in values:
             if tracked := self._tracked.get(id(value)):
                 is_lent = tracked.number in self._lent
-                if is_lent and not tracked.is_intact:
+                if is_lent and _is_written(tracked):
                     raise UnseenWrite(UNSEEN_WRITE)
                 self._unruled.numbers.add(tracked.number)
                 if is_lent:
@@ -206,7 +207,7 @@ class UseRecorder(TorchFunctionMode):
     def _find(self, value: Any) -> TrackedParameter | None:
         """The tracked parameter that a value is, if nothing has written into it."""
         tracked = self._tracked.get(id(value))
-        if tracked is None or not tracked.is_intact or tracked.number in self._unruled.written:
+        if tracked is None or _is_written(tracked) or tracked.number in self._unruled.written:
             return None
         return tracked
 
@@ -356,12 +357,19 @@ class UseRecorder(TorchFunctionMode):
 
     def _watch_inputs(self, inputs: Iterable[Any]) -> None:
         """Keep the versions of what went into a recorded operation."""
-        tensors = (below_transforms(x) for x in inputs if isinstance(x, Tensor))
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if self._level is not None:
+            tensors = list(map(below_transforms, tensors))
         self._inputs += [(x, x._version) for x in tensors if not x.is_inference()]
 
     def parameters(self, numbers: Iterable[int]) -> set[int]:
         """The parameters with these numbers, and those that derived results are made of."""
         return parameters_of(list(numbers), self.derived)
+
+
+def _is_written(tracked: TrackedParameter) -> bool:
+    """Has something written into the tensor since it is tracked?"""
+    return tracked.memory._version != tracked.version
 
 
 def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:

@@ -133,12 +133,10 @@ class TrackedParameter:
     """Operations with a rule get it in place of the handle."""
     path: Path
     """The views that lead from the parameter to the handle."""
+    memory: Tensor
+    """The handle without the wrappers of transforms, which knows of writes."""
     version: int
-
-    @property
-    def is_intact(self) -> bool:
-        """Has nothing written into the tensor since it is tracked?"""
-        return below_transforms(self.handle)._version == self.version
+    """That of the memory when it was tracked: if it is another one, something has written there."""
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,10 @@ class Samples:
     @property
     def size(self) -> int:
         """How many there are."""
-        sizes = (x.shape[d] for x, d in zip(self.leaves, self.dims, strict=True) if d is not None)
-        return next(sizes, 1)
+        for leaf, dim in zip(self.leaves, self.dims, strict=True):
+            if dim is not None:
+                return leaf.shape[dim]
+        return 1
 
     def each(self, param: Tensor) -> Tensor:
         """A parameter as ``[B, *param]``, each sample's own."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,10 +18,11 @@ from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import InputChoice, OwnArguments
+from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments
 from jacfunc._modules.options import (
     Batching,
     check_call,
+    check_devices,
     check_module_inputs,
     check_parameters,
     check_samples,
@@ -40,26 +40,6 @@ from jacfunc._trees import (
 )
 from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
-
-Wrt: TypeAlias = Literal["params", "inputs"]
-POSITIONS = {"params": 0, "inputs": 1}
-"""Positions of what a module is differentiated by, as ``argnums`` counts them."""
-
-
-def argnums_of(api: str, wrt: Any) -> Argnums:
-    """The positions of ``"params"``, ``"inputs"``, or a tuple of both.
-
-    Raises:
-        ValueError: if ``wrt`` is anything else.
-    """
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not names or any(n not in POSITIONS for n in names) or len(set(names)) < len(names):
-        raise ValueError(
-            f"{api}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
-            "Choose single parameters with select=, single inputs with inputs=."
-        )
-    positions = tuple(POSITIONS[name] for name in names)
-    return positions[0] if isinstance(wrt, str) else positions
 
 
 @dataclass(frozen=True)
@@ -167,7 +147,8 @@ class ModuleCall:
     def undisturbed(self) -> Iterator[None]:
         """Around all sweeps of the call, which is checked first: nothing outside is changed."""
         state, params = self.state, self._variables()
-        check_call(self.api, state, self.create_graph)
+        check_call(self.api, self.create_graph)
+        check_devices(self.api, state)
         if self._differentiates("inputs"):
             check_module_inputs(self.api, self.choice.split(self.arguments))
         if self._differentiates("params"):

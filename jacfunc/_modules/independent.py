@@ -8,8 +8,9 @@ from functools import cache
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
 from jacfunc._log import note
-from jacfunc._modules.call import POSITIONS, ModuleCall
+from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence
+from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching
 from jacfunc._planning import Auto
 from jacfunc._remembered import Remembered

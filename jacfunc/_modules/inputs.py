@@ -1,4 +1,4 @@
-"""The choice of inputs that a module is differentiated by: by position, by name, or by path."""
+"""What a module is differentiated by: parameters or inputs; these by position, name or path."""
 
 from __future__ import annotations
 
@@ -7,16 +7,37 @@ import re
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from jacfunc._arguments import are_plain
 from jacfunc._torch import untracked
 from jacfunc._trees import Arguments, flatten, kind_of, paths, unflatten
-from jacfunc._types import Tree, is_tensor
+from jacfunc._types import Argnums, Tree, is_tensor
 
 Key: TypeAlias = int | str
+
+
+Wrt: TypeAlias = Literal["params", "inputs"]
+POSITIONS = {"params": 0, "inputs": 1}
+"""Positions of what a module is differentiated by, as ``argnums`` counts them."""
+
+
+def argnums_of(api: str, wrt: Any) -> Argnums:
+    """The positions of ``"params"``, ``"inputs"``, or a tuple of both.
+
+    Raises:
+        ValueError: if ``wrt`` is anything else.
+    """
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not names or any(n not in POSITIONS for n in names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"{api}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
+            "Choose single parameters with select=, single inputs with inputs=."
+        )
+    positions = tuple(POSITIONS[name] for name in names)
+    return positions[0] if isinstance(wrt, str) else positions
 
 
 @dataclass(frozen=True)

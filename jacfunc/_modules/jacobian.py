@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from jacfunc._assembly import sink_for
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
-from jacfunc._modules.call import ModuleCall, Wrt, argnums_of
+from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
-from jacfunc._modules.inputs import InputChoice, Key
+from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
 from jacfunc._modules.options import Batching, ModuleOptions, check_module
 from jacfunc._planning import resolve
 from jacfunc._types import Memory, Randomness, Tree

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Self, get_args
+from functools import cache, cached_property, wraps
+from typing import Self, TypeAlias, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,6 +14,7 @@ from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._memory import Budget
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
+from jacfunc._remembered import Remembered
 from jacfunc._torch import inside_derivative
 from jacfunc._trees import flatten
 from jacfunc._types import Memory, Randomness, Tree, is_differentiable
@@ -89,6 +91,27 @@ class ModuleOptions:
             return self.current.kept(data, self.copy)
 
 
+StateCheck: TypeAlias = Callable[[str, ModuleState], None]
+
+
+@cache
+def _passed() -> Remembered[bool]:
+    """The states that a check has passed."""
+    return Remembered()
+
+
+def _once_for_a_state(check: StateCheck) -> StateCheck:
+    """The check, which is not made again of a state that has passed it: states do not change."""
+
+    @wraps(check)
+    def once(api: str, state: ModuleState) -> None:
+        if not _passed().get(state, check):
+            check(api, state)
+            _passed().put(state, check, True)
+
+    return once
+
+
 def check_module(api: str, module: object) -> None:
     """Refuse what is no module: functions have doors of their own."""
     if not isinstance(module, nn.Module):
@@ -107,13 +130,18 @@ def check_randomness_option(api: str, randomness: object) -> None:
         )
 
 
-def check_call(api: str, state: ModuleState, create_graph: bool) -> None:
-    """Refuse a detached result inside another derivative, and modules on several devices."""
+def check_call(api: str, create_graph: bool) -> None:
+    """Refuse a detached result inside another derivative."""
     if not create_graph and inside_derivative():
         raise ValueError(
             f"{api}: inside another derivative the result must keep its graph, got "
             "create_graph=False, whose derivative would be zero. Pass create_graph=True."
         )
+
+
+@_once_for_a_state
+def check_devices(api: str, state: ModuleState) -> None:
+    """Refuse modules on several devices."""
     for name, part in state.parts.items():
         module = part.module
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
@@ -134,6 +162,7 @@ def check_module_inputs(api: str, inputs: Tree) -> None:
         )
 
 
+@_once_for_a_state
 def check_parameters(api: str, state: ModuleState) -> None:
     """Refuse chosen parameters of TorchScript, whose compiled code may take them for constants."""
     for part in state.parts.values():
@@ -148,6 +177,17 @@ def check_parameters(api: str, state: ModuleState) -> None:
 
 def check_samples(api: str, state: ModuleState) -> None:
     """Refuse modules whose samples are known to depend on each other, or not to lie in front."""
+    _check_norms(api, state)
+    if getattr(state.parts[""].module, "batch_first", True) is False:
+        raise ValueError(
+            f"{api}: per_sample needs a module with the batch in front, got batch_first=False. "
+            "Use batch_first=True, or leave per_sample out."
+        )
+
+
+@_once_for_a_state
+def _check_norms(api: str, state: ModuleState) -> None:
+    """Refuse batch normalization over the batch."""
     for name, part in state.parts.items():
         module = part.module
         scripted = str(module.original_name) if part.is_scripted else ""
@@ -158,8 +198,3 @@ def check_samples(api: str, state: ModuleState) -> None:
                 f"normalization over the batch in {name or 'the module'}. "
                 "Call module.eval(), or leave per_sample out."
             )
-    if getattr(state.parts[""].module, "batch_first", True) is False:
-        raise ValueError(
-            f"{api}: per_sample needs a module with the batch in front, got batch_first=False. "
-            "Use batch_first=True, or leave per_sample out."
-        )

@@ -121,22 +121,27 @@ class SampledCall:
         """As a whole, if all uses of parameters have rules."""
         learned, is_one = self.learned_as_a_whole, stop - start == 1
         if not learned.others or is_one:
-            jacobian, call = self._whole(start, stop, may_draw)
+            jacobian, call = self._whole(start, stop, may_draw, learned)
             if not learned.others or is_one:
                 return jacobian, call
         raise Refused("operations without a rule use parameters")
 
     def _mixed(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        jacobian, call = self._whole(start, stop, may_draw=False)
-        others = sorted(self.learned_as_a_whole.others)
+        learned = self.learned_as_a_whole
+        jacobian, call = self._whole(start, stop, False, learned)
+        others = sorted(learned.others)
         rest, _ = self._each(start, stop, others)
         return replace(jacobian, rest=(rest, [Direct(number) for number in others])), call
 
-    def _whole(self, start: int, stop: int, may_draw: bool) -> tuple[FactoredJacobian, FlatCall]:
+    def _whole(
+        self, start: int, stop: int, may_draw: bool, learned: LearnedUses
+    ) -> tuple[FactoredJacobian, FlatCall]:
         assert self.whole is not None
         leaves = narrowed(self.samples.leaves, self.samples.dims, start, stop)
-        samples, random_state = replace(self.samples, leaves=leaves), self.random_state()
-        batch = WholeBatches(self.whole, samples, self.learned_as_a_whole, random_state, may_draw)
+        is_every = leaves is self.samples.leaves
+        samples = self.samples if is_every else replace(self.samples, leaves=leaves)
+        random_state = self.random_state()
+        batch = WholeBatches(self.whole, samples, learned, random_state, may_draw)
         jacobian, call = batch.factored()
         if self.guard is not None:
             self.guard(jacobian)
