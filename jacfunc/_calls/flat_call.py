@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jacfunc._arguments import check_aux_pair, check_inputs, check_outputs, wrap_argnums
 from jacfunc._calls.derivation import Derivation
+from jacfunc._calls.origin import ModuleOrigin
 from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
@@ -28,31 +29,7 @@ from jacfunc._trees import (
     paths,
     without_settings,
 )
-from jacfunc._types import Blocks, LeafFunction, Leaves, Tree, is_tensor
-
-
-@dataclass(frozen=True)
-class ModuleOrigin:
-    """The module whose call is differentiated.
-
-    Args:
-        state: its :class:`jacfunc._lending.ModuleState`.
-        kind: equal for calls of the module that cost the same; asked for when it is needed.
-    """
-
-    state: Any
-    kind: Callable[[], Hashable]
-
-
-@dataclass(frozen=True)
-class OfCalls:
-    """A leaf function that calls a module, with the ``state`` of that module."""
-
-    func: LeafFunction
-    state: Any
-
-    def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
-        return self.func(*primals)
+from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 
 
 class FlatCall:

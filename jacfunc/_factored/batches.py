@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
 from jacfunc._errors import Refused
 from jacfunc._factored.factored_jacobian import Direct
-from jacfunc._factored.layouts import OUT, Layout, NoLayout, Sites, Trace
-from jacfunc._factored.placing import Placing, PlainSamples, VmappedSamples
+from jacfunc._factored.learned import LearnedUses
+from jacfunc._layouts import (
+    OUT,
+    Layout,
+    NoLayout,
+    Placing,
+    PlainSamples,
+    Trace,
+    VmappedSamples,
+)
 from jacfunc._linear_map import Dims, SampleFunction, Samples, one_sample, writable_copy
-from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
 from jacfunc._torch import innermost
 from jacfunc._types import LeafFunction, Leaves
 
@@ -23,79 +29,6 @@ Image: TypeAlias = tuple[Leaves, Leaves]
 
 Record: TypeAlias = Callable[[Placing, Leaves, Callable[[], Image]], Image]
 """``record(placing, handles, evaluate)`` calls ``evaluate`` and records uses of the handles."""
-
-
-@dataclass
-class LearnedUses:
-    """How the function uses its parameters, by number, as earlier calls of one kind have shown.
-
-    Args:
-        others: parameters that are used where no rule sees it.
-        written: parameters that the function writes into.
-        ruled: parameters that only operations with rules get, which read them alone; None before
-            the first evaluation.
-        sites: where tensors of a batch that is evaluated as a whole hold the samples; None before
-            they are learned.
-        signatures: of the evaluations that these were learned from.
-        moves_samples: were numbers moved to where other numbers say? Then layouts may change with
-            the numbers.
-        lessons: how often they were learned.
-        is_pulled: has a pullback succeeded?
-    """
-
-    others: set[int] = field(default_factory=set)
-    written: set[int] = field(default_factory=set)
-    ruled: set[int] | None = None
-    sites: Sites | None = None
-    signatures: set[int] = field(default_factory=set)
-    moves_samples: bool = False
-    lessons: int = 0
-    is_pulled: bool = False
-
-    @classmethod
-    def of(cls, kind: CallKind) -> LearnedUses:
-        """What earlier calls of this kind have shown; evaluations add to it."""
-        return learned_uses().get_or_make(kind.version, kind.kind, cls)
-
-    @property
-    def lent(self) -> set[int]:
-        """Parameters that the function gets without a copy."""
-        return (self.ruled or set()) - self.others
-
-    def copy(self) -> LearnedUses:
-        """What is known now."""
-        ruled = None if self.ruled is None else set(self.ruled)
-        return replace(self, others=set(self.others), written=set(self.written), ruled=ruled)
-
-    def restore(self, before: LearnedUses) -> None:
-        """Forget what was learned of uses since then."""
-        self.others, self.written, self.ruled = before.others, before.written, before.ruled
-
-    def learn_sites(self, sites: Sites, signature: int) -> None:
-        """Take in where the tensors of one evaluation hold the samples."""
-        if sites != self.sites or len(self.signatures) >= MOST_KINDS:
-            self.signatures.clear()
-        self.sites = sites
-        self.signatures.add(signature)
-
-    def learn(self, count: int, others: set[int], unruled: set[int], written: set[int]) -> bool:
-        """Take in what one evaluation of ``count`` parameters showed.
-
-        Returns:
-            Whether the evaluation is void, as the function should have got other handles.
-        """
-        shared = self.others - self.written
-        is_void = self.lent & unruled or shared & written or others - self.others
-        self.others |= others
-        self.written |= written
-        self.ruled = (set(range(count)) if self.ruled is None else self.ruled) - unruled
-        return bool(is_void)
-
-
-@cache
-def learned_uses() -> Remembered[LearnedUses]:
-    """The learned uses of this process, by function, or by module and its version."""
-    return Remembered()
 
 
 class Batch(Protocol):

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, UnseenWrite
-from jacfunc._factored.batches import Batch, Image, LearnedUses, VmappedBatch
+from jacfunc._factored.batches import Batch, Image, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
-from jacfunc._factored.layouts import NoLayout, Unlike
-from jacfunc._factored.placing import Placing
+from jacfunc._factored.learned import LearnedUses
 from jacfunc._factored.tracking import UseRecorder
 from jacfunc._factored.use import UnruledUse
 from jacfunc._faults import watched_once
+from jacfunc._layouts import NoLayout, Placing, Unlike
 from jacfunc._linear_map import (
     Anchor,
     Graph,

@@ -11,8 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
-from jacfunc._factored.layouts import OUT, Key, NoLayout, Trace, begins, ends
-from jacfunc._factored.placing import Placing
 from jacfunc._factored.use import (
     METADATA,
     MOVING,
@@ -28,12 +26,9 @@ from jacfunc._factored.use import (
     is_part,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
+from jacfunc._layouts import OUT, Key, NoLayout, Placing, Trace, begins, ends
 from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
-from jacfunc._torch import (
-    below_transforms,
-    innermost,
-    untracked,
-)
+from jacfunc._torch import below_transforms, innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
 
 Args: TypeAlias = tuple[Any, ...]

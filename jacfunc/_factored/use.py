@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._factored.layouts import Key
+from jacfunc._layouts import Key
 from jacfunc._linear_map import Anchor, Graph
 from jacfunc._torch import below_transforms
 from jacfunc.layers import FormOf

@@ -70,7 +70,7 @@ class SampleRange:
     def rows(self, axes: KeptAxes) -> list[LeafRows]:
         """All rows of the Jacobian of each output leaf."""
         jacobian = self.samples.between(self.start, self.stop)
-        with self.samples.undisturbed(), self.samples.factored():
+        with self.samples.undisturbed():
             return [_leaf_rows(jacobian, number, axes) for number in range(len(jacobian.outputs))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,10 +40,6 @@ class KernelSamples(Protocol):
         """The context for pullbacks."""
         ...
 
-    def factored(self) -> AbstractContextManager[Any]:
-        """A context for work under vmap, in which refusals name the public function."""
-        ...
-
 
 @dataclass(eq=False)
 class FunctionSamples:
@@ -57,17 +53,10 @@ class FunctionSamples:
     def size(self) -> int:
         return self.batch.samples.size
 
-    def between(self, start: int, stop: int) -> FactoredJacobian:
-        with self.factored():
-            return self._evaluated(start, stop)
-
-    def factored(self) -> AbstractContextManager[Any]:
-        return self.batch.under_vmap("per-sample factors need", "Write func in other operations")
-
     def undisturbed(self) -> AbstractContextManager[Any]:
         return torch.no_grad()
 
-    def _evaluated(self, start: int, stop: int) -> FactoredJacobian:
+    def between(self, start: int, stop: int) -> FactoredJacobian:
         jacobian, call = self.batch.factors(start, stop)
         self.last_call = call.without_graph()
         self.evaluations.check((start, stop), jacobian.outputs)
@@ -84,9 +73,6 @@ class SingleCall:
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
         return self.strategy.factors(JacobianOperator(self.last_call, self.last_call.primals))
-
-    def factored(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     def undisturbed(self) -> AbstractContextManager[Any]:
         return torch.no_grad()

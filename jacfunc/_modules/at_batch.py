@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -166,22 +166,16 @@ class ModuleAtBatch:
         if of is None:
             of = nonzero_numbers(cotangents)
             cotangents = chosen_leaves(cotangents, of)
-        with self.undisturbed(), self.factored():
+        with self.undisturbed():
             every = factors.parts_of_cotangents(cotangents, of)
         return {name: parts for name, parts in zip(self.params, every, strict=True) if parts}
-
-    def factored(self) -> AbstractContextManager[None]:
-        """Around what is done under vmap: its refusals are in words of the door."""
-        way_out = "Use module_jacobian(per_sample=True), which can take the samples one by one"
-        return self.batch.under_vmap("per-sample factors need", way_out)
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
         """The samples from start to stop, evaluated."""
         with self.undisturbed():
             batch = self._independent
-            with self.factored():
-                factors, call = batch.factors(start, stop)
-                self.last_call = call.without_graph()
+            factors, call = batch.factors(start, stop)
+            self.last_call = call.without_graph()
             in_words_of(self.api, lambda: self._evaluations.check((start, stop), factors.outputs))
         return factors
 

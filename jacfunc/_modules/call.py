@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._factored import FactoredJacobian, begins, ends
+from jacfunc._factored import FactoredJacobian
+from jacfunc._layouts import begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone

@@ -2,8 +2,9 @@
 
 from jacfunc._samples.again import FirstSamples, first_again
 from jacfunc._samples.call import SampledCall
-from jacfunc._samples.comparing import Subject, at, has_batch
+from jacfunc._samples.comparing import Subject
 from jacfunc._samples.coupled_losses import GradientOf, loss_coupling
 from jacfunc._samples.coupling import Coupling, coupling
+from jacfunc._samples.halves import at, has_batch
 from jacfunc._samples.one import OneSample, SampleBlocks
 from jacfunc._samples.writing import SampleWriter

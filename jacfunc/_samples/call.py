@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeAlias
@@ -23,7 +22,6 @@ from jacfunc._log import note
 from jacfunc._remembered import CallKind, Remembered
 from jacfunc._samples.each import EachSample
 from jacfunc._samples.one import OneSample
-from jacfunc._samples.refusals import check_randomness, under_vmap
 from jacfunc._samples.whole import WholeBatches, WholeCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
@@ -79,7 +77,7 @@ class SampledCall:
             Refused: if the samples do not even run one by one.
         """
         if not is_outermost():
-            return self._vmapped(start, stop)
+            return self._in_words(self._vmapped, start, stop)
         random_state = self.random_state()
         refused = _refused().get_or_make(self.kind.version, self.kind.kind, set)
         ways = self._ways()
@@ -96,11 +94,20 @@ class SampledCall:
                     note("samples are not evaluated %s: %s", _name(way), error)
                     refused.add(_name(way))
                 random_state.repeat()
-            try:
-                return last(start, stop)
-            except Refused as error:
-                self.check_randomness(error)
+            return self._in_words(last, start, stop)
+
+    def _in_words(self, way: Way, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+        """The samples by a way that is the last; its refusal is in words of the door."""
+        try:
+            return way(start, stop)
+        except (RuntimeError, Refused) as error:
+            self.check_randomness(error)
+            if not isinstance(error, Refused) or str(error).startswith(f"{self.api}: "):
                 raise
+            raise Refused(
+                f"{self.api}: samples must be such that each can be differentiated alone, got a "
+                f"refusal: {error}. Write the function in other operations."
+            ) from error
 
     def _ways(self) -> list[Way]:
         """The ways to evaluate samples, the cheapest first."""
@@ -204,13 +211,17 @@ class SampledCall:
         """The state of the generators now."""
         return RandomState(self.samples.leaves)
 
-    def under_vmap(self, needs: str, way_out: str) -> AbstractContextManager[None]:
-        """A context that refuses what fails under vmap alone; ``needs`` begins the message."""
-        return under_vmap(self.api, self.samples.randomness, self.first_call, needs, way_out)
-
     def check_randomness(self, error: Exception) -> None:
-        """Say in words of the door that a module drew random numbers, if that was the error."""
-        check_randomness(self.api, self.samples.randomness, error)
+        """Say in words of the door that a module drew random numbers, if that was the error.
+
+        Raises:
+            NotImplementedError: if it was.
+        """
+        if self.samples.randomness == "error" and "randomness" in str(error):
+            raise NotImplementedError(
+                f"{self.api}: per_sample must know how samples draw random numbers, got a module "
+                "that draws and randomness='error'. Pass randomness='same' or 'different'."
+            ) from error
 
 
 def _name(way: Way) -> str:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
-from math import comb
 
 import torch
 from torch import Tensor
 
 from jacfunc._linear_map import Dims, Samples, differentiable_alias
+from jacfunc._samples.halves import Half, at
 from jacfunc._torch import MathAttention, RandomState, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
-
-MOST_HALVES = 6
-"""Halves of one check. Of up to 20 samples, for each ordered pair one half has the first alone."""
 
 
 @dataclass(frozen=True)
@@ -176,83 +172,3 @@ class Quantity:
 
     def _expected(self, other: Quantity) -> Tensor:
         return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
-
-
-@dataclass(frozen=True)
-class Half:
-    """A half of the samples, and the batch in which samples from inside replace the others.
-
-    Args:
-        inside: numbers of the samples that stay.
-        outside: numbers of the samples that are replaced.
-        sources: for each place of the other batch, the number of the sample that it gets.
-        is_of_unbatched: are outputs compared that have no batch in front, not those that have one?
-    """
-
-    inside: Tensor
-    outside: Tensor
-    sources: Tensor
-    is_of_unbatched: bool = False
-
-    @classmethod
-    def of(cls, is_inside: Tensor, generator: torch.Generator) -> Half:
-        inside, outside = is_inside.nonzero()[:, 0], (~is_inside).nonzero()[:, 0]
-        sources = torch.arange(len(is_inside), device="cpu")
-        drawn = torch.randint(len(inside), outside.shape, generator=generator, device="cpu")
-        sources[outside] = inside[drawn]
-        return cls(inside, outside, sources)
-
-    def other(self, generator: torch.Generator) -> Half:
-        """The half of all other samples, which stay while those inside this one are replaced."""
-        is_inside = torch.ones(len(self.sources), dtype=torch.bool, device="cpu")
-        is_inside[self.inside] = False
-        return replace(Half.of(is_inside, generator), is_of_unbatched=self.is_of_unbatched)
-
-    def compares(self, out: Tensor) -> bool:
-        """Is this output compared? One number for the whole batch is not."""
-        return out.dim() > 0 and has_batch(out, len(self.sources)) != self.is_of_unbatched
-
-    def rows(self, out: Tensor) -> Tensor | None:
-        """The rows of an output that are compared; None if none are."""
-        if not self.compares(out):
-            return None
-        return out if self.is_of_unbatched else at(out, self.inside, 0)
-
-    def cotangents(self, outputs: Leaves, number: int) -> Leaves:
-        """Random cotangents; those of rows that are not compared are zero."""
-        seeds = []
-        for out in outputs:
-            if not self.compares(out):
-                seeds.append(torch.zeros_like(out))
-                continue
-            generator = torch.Generator(out.device).manual_seed(number)
-            seed = torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
-            if not self.is_of_unbatched:
-                seed.index_fill_(0, self.outside.to(out.device), 0)
-            seeds.append(seed)
-        return tuple(seeds)
-
-
-def halves(size: int, generator: torch.Generator) -> list[Half]:
-    """Random halves of the samples: for any two samples, one half has the first without the second.
-
-    Each sample lies in half of the halves, and each in other ones: no such choice of halves
-    contains another (Sperner 1928). Of more samples than there are choices, some lie in the same.
-    """
-    count = next(n for n in range(2, size + 2) if comb(n, n // 2) >= size or n == MOST_HALVES)
-    choices = list(combinations(range(count), count // 2))
-    total = len(choices)
-    order = torch.randperm(max(size, total), generator=generator, device="cpu")[:size] % total
-    own = [choices[i] for i in order.tolist()]
-    every = [torch.tensor([n in choice for choice in own], device="cpu") for n in range(count)]
-    return [Half.of(x, generator) for x in every if 0 < int(x.sum()) < size]
-
-
-def has_batch(out: Tensor, size: int) -> bool:
-    """Has an output a row for each sample?"""
-    return out.dim() > 0 and out.shape[0] == size
-
-
-def at(leaf: Tensor, numbers: Tensor, dim: int) -> Tensor:
-    """The samples of a leaf that have these numbers, in a dimension."""
-    return leaf.index_select(dim, numbers.to(leaf.device))

@@ -8,8 +8,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._samples.comparing import Half, Quantity, at, halves
+from jacfunc._samples.comparing import Quantity
 from jacfunc._samples.coupling import Coupling
+from jacfunc._samples.halves import Half, at, halves
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves
 

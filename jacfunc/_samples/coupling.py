@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._linear_map import CHANGING
 from jacfunc._log import note
-from jacfunc._samples.comparing import BatchGraph, Half, Quantity, Subject, halves, has_batch
+from jacfunc._memory import DispatchMode
+from jacfunc._samples.comparing import BatchGraph, Quantity, Subject
+from jacfunc._samples.halves import Half, halves, has_batch
 from jacfunc._torch import RandomState, uncompiled
 from jacfunc._types import Leaves
 
@@ -232,7 +233,7 @@ class _Comparison:
         return None
 
 
-class _OperationRecorder(TorchDispatchMode):
+class _OperationRecorder(DispatchMode):
     """Records the operations that run, and the shapes of their arguments."""
 
     def __init__(self) -> None:

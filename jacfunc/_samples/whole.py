@@ -10,17 +10,8 @@ import torch
 
 from jacfunc._calls import FlatCall
 from jacfunc._errors import RANDOM, Refused
-from jacfunc._factored import (
-    Evidence,
-    FactoredJacobian,
-    LearnedUses,
-    NoLayout,
-    PlainSamples,
-    Trace,
-    Unlike,
-    WholeBatch,
-    factored,
-)
+from jacfunc._factored import FactoredJacobian, LearnedUses, WholeBatch, factored
+from jacfunc._layouts import Evidence, NoLayout, PlainSamples, Trace, Unlike
 from jacfunc._linear_map import Samples, narrowed
 from jacfunc._log import note
 from jacfunc._torch import RandomState, noise_like

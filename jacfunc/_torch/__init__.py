@@ -29,7 +29,6 @@ from jacfunc._torch.orders import is_second_order_forward, is_third_order, num_d
 from jacfunc._torch.pullback import Pull, innermost_level, is_right_twice
 from jacfunc._torch.random import DRAWING, RandomState, may_draw, noise_like
 from jacfunc._torch.vmap import (
-    Level,
     batched,
     below_vmap,
     call_of_all_samples,

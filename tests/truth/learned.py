@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jacfunc._factored.batches import LearnedUses, learned_uses
+from jacfunc._factored.learned import LearnedUses, learned_uses
 
 
 @contextmanager

@@ -8,18 +8,18 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from jacfunc._factored.layouts import (
+from jacfunc._layouts.evidence import Seen
+from jacfunc._layouts.layouts import (
     OUT,
     Key,
     Layout,
     NoLayout,
-    Seen,
     Sites,
-    Trace,
     Unlike,
     layouts_between,
 )
-from jacfunc._torch import Level, batched, call_of_all_samples, of_all_samples, unbatched
+from jacfunc._layouts.traces import Trace
+from jacfunc._torch import batched, call_of_all_samples, of_all_samples, unbatched
 from jacfunc.layers import Rule
 
 Place: TypeAlias = Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ class VmappedSamples:
     """Samples under a vmap, or one sample alone, where ``level`` is None."""
 
     size: int
-    level: Level
+    level: Any
     operations: Sequence[Any] = ()
     can_share = False
 

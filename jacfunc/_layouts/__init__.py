@@ -1,0 +1,11 @@
+"""Where the tensors of a batch hold its samples, if the batch is evaluated as a whole.
+
+The shapes in a batch of another size tell in which dimension. Where that dimension holds more than
+the samples, their order is told by the numbers: those in the other batch, and cotangents that are
+zero for some of the samples.
+"""
+
+from jacfunc._layouts.evidence import Evidence
+from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
+from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
+from jacfunc._layouts.traces import Trace, begins, ends

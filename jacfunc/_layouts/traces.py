@@ -1,0 +1,59 @@
+"""The operations of one evaluation, by number, to find them again in another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from jacfunc._layouts.layouts import OUT, Key
+from jacfunc.layers import Rule
+
+
+def begins() -> None:
+    """Tell a recorder that operations are counted from here, where the user's function begins.
+
+    What is done before, to lend a module, may change from one evaluation to the next.
+    """
+    if has_torch_function(()):
+        handle_torch_function(begins, ())
+
+
+def ends() -> None:
+    """Tell a recorder that the user's function is over."""
+    if has_torch_function(()):
+        handle_torch_function(ends, ())
+
+
+@dataclass
+class Trace:
+    """The operations of another batch, by number: what each was called with, and returned.
+
+    Args:
+        samples: numbers of the samples of this batch, of which the other batch is made: one of
+            them, or all of them twice.
+    """
+
+    samples: list[int]
+    calls: dict[int, tuple[Any, tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
+    results: dict[int, Any] = field(default_factory=dict)
+
+    def is_like(self, operations: Sequence[Any]) -> bool:
+        """Did an evaluation call these functions, with values of other kinds in between?"""
+        numbers = [number for number in self.calls if number >= 0]
+        last = max(numbers, default=-1)
+        are_same = all(n < len(operations) and operations[n] == self.calls[n][0] for n in numbers)
+        return are_same and not any(callable(x) for x in operations[last + 1 :])
+
+    def tensor(self, key: Key, func: Any, rule: Rule | None) -> Tensor | None:
+        """A tensor of the operation with this number; None if that is another function."""
+        number, name = key
+        if number not in self.calls or self.calls[number][0] != func:
+            return None
+        _, args, kwargs = self.calls[number]
+        named = {} if rule is None else rule.named(args, kwargs) or {}
+        value = self.results.get(number) if name == OUT else named.get(name)
+        return value if isinstance(value, Tensor) else None
