@@ -156,7 +156,8 @@ class FactoredJacobian:
                     shape = (self.size, len(cotangents[0]), *derived.value.shape)
                     seeds = rows(merged(parts), partial(derived.value.new_zeros, shape))
                     _add(by_number, derived.parts, seeds.transpose(0, 1))
-            return [merged(by_number[number]) for number in range(len(self.params))]
+            every = [by_number[number] for number in range(len(self.params))]
+            return [merged(parts) if len(parts) > 1 else parts for parts in every]
 
     def params_of(self, operations: Container[int]) -> set[int]:
         """Numbers of the parameters that operations with these numbers use."""
