@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._factored.use import TrackedParameter, UsedPart
+from jacfunc._factored.tracked import TrackedParameter
+from jacfunc._factored.use import UsedPart
 from jacfunc._layouts import Key
 from jacfunc._linear_map import Anchor, Graph, Linearization, map_of_graph
 from jacfunc.layers import Rows

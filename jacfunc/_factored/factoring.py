@@ -13,8 +13,8 @@ from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.batches import Batch, Image, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
 from jacfunc._factored.learned import LearnedUses
+from jacfunc._factored.tracked import TrackedParameters, UnruledUse
 from jacfunc._factored.tracking import UseRecorder
-from jacfunc._factored.use import UnruledUse
 from jacfunc._faults import watched_once
 from jacfunc._layouts import NoLayout, Placing, Unlike
 from jacfunc._linear_map import (
@@ -118,11 +118,10 @@ def _recorded(
 
     def record(placing: Placing, primals: Leaves, evaluate: Callable[[], Image]) -> Image:
         with untracked():
-            recorder = UseRecorder(
-                placing, learned.lent, unruled, handles.starts, handles.grad_mode, batch.trace
-            )
+            params = TrackedParameters(learned.lent, unruled)
             for number, twin in handles.twins.items():
-                recorder.track(number, primals[number], twin)
+                params.track(number, primals[number], twin)
+            recorder = UseRecorder(placing, params, handles.starts, handles.grad_mode, batch.trace)
         recorders[:] = [recorder]
         with recorder:
             image = evaluate()

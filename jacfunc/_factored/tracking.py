@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from jacfunc._errors import Refused, UnseenWrite
+from jacfunc._errors import Refused
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
-from jacfunc._factored.use import (
-    METADATA,
-    MOVING,
-    RAW_MEMORY,
-    READING,
-    UNSEEN_WRITE,
-    VIEWS,
-    Path,
-    TrackedParameter,
-    UnruledUse,
-    Use,
-    UsedPart,
-    View,
-    is_part,
-)
+from jacfunc._factored.tracked import TrackedParameters, Versions, in_a_row, tensors_in
+from jacfunc._factored.use import METADATA, RAW_MEMORY, VIEWS, Use, UsedPart, View, is_part
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._layouts import OUT, Key, NoLayout, Placing, Trace, begins, ends
+from jacfunc._layouts import OUT, Args, Key, NoLayout, OperationRecorder, Placing, Trace
 from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
-from jacfunc._torch import below_transforms, innermost, untracked
+from jacfunc._torch import innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
-
-Args: TypeAlias = tuple[Any, ...]
-
-_PLAIN = frozenset({bool, int, float, str})
 
 MOST_PARTS = 32
 """A parameter that is split into more parts than this is faster without factors."""
 
 
-class UseRecorder(TorchFunctionMode):
+class UseRecorder(OperationRecorder):
     """A context that records every operation with a rule that is called with a tracked parameter.
 
     Parameters are known by identity, so a function must call operations with them as they are, or
@@ -49,40 +31,30 @@ class UseRecorder(TorchFunctionMode):
 
     Args:
         placing: says where tensors hold the samples.
+        params: the parameters whose uses are looked for.
         starts: nodes at which the walk through the graph ends, with the numbers of the parameters.
             Those of results that all samples share are added.
         grad_mode: may the Jacobian be differentiated further?
         trace: is told of all operations, if there is one.
-        lent: numbers of the parameters that are no copies, which must not be written into.
-        unruled: is told which parameters operations without a rule get.
     """
 
     def __init__(
         self,
         placing: Placing,
-        lent: Set[int],
-        unruled: UnruledUse,
+        params: TrackedParameters,
         starts: dict[Any, int],
         grad_mode: bool,
         trace: Trace | None = None,
     ) -> None:
-        super().__init__()
-        self._placing, self._trace, self._grad_mode = placing, trace, grad_mode
-        self._lent, self._unruled, self._starts = lent, unruled, starts
+        super().__init__(trace)
+        placing.operations = self.operations
+        self._placing, self._params = placing, params
+        self._starts, self._grad_mode = starts, grad_mode
         self.uses: list[Use] = []
-        self._inputs: list[tuple[Tensor, int]] = []
-        """Inputs of recorded operations, and the versions that they had then."""
-        self._operations: list[Any] = []
-        placing.operations = self._operations
-        self._is_over = False
-        self.reads_values = False
-        """Did Python read numbers?"""
-        self.moves_samples = False
-        """Has the function moved numbers to where other numbers say?"""
+        self._inputs = Versions()
         self.derived: dict[int, Derived] = {}
         """Results that all samples share, by the numbers that they have among parameters."""
         self._count = 1 + max(starts.values(), default=0)
-        self._tracked: dict[int, TrackedParameter] = {}
         self._level = innermost()
         self._rules, self._openings = table().rules, table().openings
 
@@ -94,64 +66,21 @@ class UseRecorder(TorchFunctionMode):
             UnseenWrite: if a parameter that is no copy was written into, unseen.
         """
         with untracked():
-            if any(x._version != version for x, version in self._inputs):
+            if self._inputs.have_changed():
                 raise Refused("what went into a layer was written into after it")
-            written = {t.number for t in self._tracked.values() if _is_written(t)}
-        if written & self._lent:
-            raise UnseenWrite(UNSEEN_WRITE)
-        unruled = self._unruled
-        for numbers, more in ((unruled.written, written), (unruled.numbers, written)):
-            params = self.parameters(numbers | more)
+            written = self._params.written()
+        unruled = self._params.unruled
+        for numbers in (unruled.written, unruled.numbers):
+            params = self.parameters(numbers | written)
             numbers.clear()
             numbers.update(params)
 
-    @property
-    def signature(self) -> int:
-        """Equal for evaluations that called the same functions with the same numbers and words."""
-        return hash(tuple(self._operations))
-
-    def track(self, number: int, handle: Tensor, twin: Tensor, path: Path = ()) -> None:
-        """Track a tensor that is parameter ``number``, or the view of it that the path makes."""
-        memory = below_transforms(handle)
-        tracked = TrackedParameter(number, handle, twin, path, memory, memory._version)
-        self._tracked[id(handle)] = tracked
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Args = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is begins:
-            self._operations.clear()
-        if func is begins or func is ends:
-            self._is_over = func is ends
-            return None
-        kwargs = kwargs or {}
-        if self._is_over:
-            return func(*args, **kwargs)
-        number = len(self._operations)
-        self._operations.append(func)
-        self._operations += [x for x in (*args, *kwargs.values()) if type(x) in _PLAIN]
-        if self._trace is None:
-            return self._called(number, func, args, kwargs)
-        self._trace.calls[number] = func, args, kwargs
-        result = self._trace.results[number] = self._called(number, func, args, kwargs)
-        return result
-
-    def _called(
+    def call(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
-        # called for every operation: as short as it can be
-        if func in MOVING or _is_chosen_by_tensor(func, args):
-            self.moves_samples = True
-        elif func in READING:
-            self.reads_values = True
         if func in TAKES_DERIVATIVES and self._is_at_own_level():
             raise Refused("the function takes a derivative itself, of what may stand for others")
-        tracks = bool(self._tracked)
-        has_parameter = tracks and (self._has_tracked(args) or self._has_tracked(kwargs.values()))
+        has_parameter = self._params.by_id and self._params.are_among((*args, *kwargs.values()))
         is_used = has_parameter and self._is_at_own_level()
         if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
@@ -165,41 +94,14 @@ class UseRecorder(TorchFunctionMode):
         if func is Tensor.register_hook:
             raise Refused("a parameter has a hook, which layers' factors pass by")
         if func in FREEZING:
-            self._note_unruled(args, may_write_unseen=True)
-            self._tracked.pop(id(args[0]), None)  # it may be a constant from here on
+            self._params.note_unruled(args, may_write_unseen=True)
+            self._params.by_id.pop(id(args[0]), None)  # it may be a constant from here on
             return func(*args, **kwargs)
         if is_used and func not in METADATA and func not in RAW_MEMORY:
             return self._derive(number, func, args, kwargs)
         if func not in METADATA:
-            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
+            self._params.note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
         return func(*args, **kwargs)
-
-    def _has_tracked(self, values: Iterable[Any]) -> bool:
-        """Is a tracked tensor among the arguments, or in lists of them?"""
-        for value in values:
-            if id(value) in self._tracked:
-                return True
-            if isinstance(value, tuple | list) and self._has_tracked(value):
-                return True
-        return False
-
-    def _note_unruled(self, values: Iterable[Any], may_write_unseen: bool = False) -> None:
-        """Note the parameters among the arguments of an operation without a rule.
-
-        Nothing tells whether the operation writes into them.
-        """
-        for value in values:
-            if tracked := self._tracked.get(id(value)):
-                is_lent = tracked.number in self._lent
-                if is_lent and _is_written(tracked):
-                    raise UnseenWrite(UNSEEN_WRITE)
-                self._unruled.numbers.add(tracked.number)
-                if is_lent:
-                    raise Refused("a parameter that is no copy may be written into")
-                if may_write_unseen:
-                    self._unruled.written.add(tracked.number)
-            elif isinstance(value, tuple | list):
-                self._note_unruled(value, may_write_unseen)
 
     def _is_at_own_level(self) -> bool:
         """Is the operation differentiated, and inside no further transform?"""
@@ -209,39 +111,22 @@ class UseRecorder(TorchFunctionMode):
         """Is the operation under our vmap? Then torch's fused layers must be opened anyway."""
         return self._level is not None and innermost() == self._level
 
-    def _find(self, value: Any) -> TrackedParameter | None:
-        """The tracked parameter that a value is, if nothing has written into it."""
-        tracked = self._tracked.get(id(value))
-        if tracked is None or _is_written(tracked) or tracked.number in self._unruled.written:
-            return None
-        return tracked
-
     def _view(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
         """Call a function that makes views of a parameter, and track the views, too."""
-        whole, result = self._find(args[0]) if args else None, func(*args, **kwargs)
+        whole, result = self._params.find(args[0]) if args else None, func(*args, **kwargs)
         # a view selects entries of J's rows in the same way only if the parameter is contiguous
         if whole is None or not (whole.path or whole.twin.is_contiguous()):
             return self._derive(number, func, args, kwargs)
 
         views = list(result) if isinstance(result, tuple | list) else [result]
-        are_parts = [is_part(view, whole.handle, _flat(args[1:], kwargs)) for view in views]
+        are_parts = [is_part(view, whole.handle, in_a_row(args[1:], kwargs)) for view in views]
         if len(views) > MOST_PARTS or not any(are_parts):
             return self._derive(number, func, args, kwargs)
         if not all(are_parts):
-            self._note_unruled(args)
-        # tuples: the function may change its lists later
-        options = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
-        named = {k: tuple(a) if isinstance(a, list) else a for k, a in kwargs.items()}
-        twins = func(whole.twin, *options, **named)
-        for item, view in enumerate(views):
-            if are_parts[item]:
-                is_single = view is result
-                step = View(func, options, named, None if is_single else item)
-                twin = twins if is_single else twins[item]
-                with untracked():
-                    self.track(whole.number, view, twin, (*whole.path, step))
+            self._params.note_unruled(args)
+        self._params.track_views(whole, View(func, args[1:], kwargs), result, are_parts)
         return result
 
     def _use(
@@ -256,22 +141,20 @@ class UseRecorder(TorchFunctionMode):
         named = rule.named(args, kwargs) or {}
         with untracked():
             forms = self._forms(number, func, rule, named) if named else {}
-            tracked = {name: self._find(named[name]) for name in forms}
+            tracked = {name: self._params.find(named[name]) for name in forms}
             params = {name: param for name, param in tracked.items() if param is not None}
             twins = {name: param.twin.view_as(param.twin) for name, param in params.items()}
         if not params:
-            self._note_unruled((*args, *kwargs.values()))
+            self._params.note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs)
         covered = {id(named[name]) for name in params}
-        if self._placing.can_share and any(
-            id(x) in self._tracked and id(x) not in covered
-            for x in _tensors((*args, *kwargs.values()))
-        ):
+        every = {id(x) for x in tensors_in((*args, *kwargs.values()))}
+        if self._placing.can_share and (every - covered) & self._params.by_id.keys():
             return self._derive(number, func, args, kwargs)
         names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
         args = tuple(twins.get(name, x) for name, x in zip(names, args, strict=False))
         kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
-        self._note_unruled((*args, *kwargs.values()))
+        self._params.note_unruled((*args, *kwargs.values()))
         out = self._placing.call(rule, func, args, kwargs)
         with untracked():
             out = no_view(out)
@@ -282,7 +165,7 @@ class UseRecorder(TorchFunctionMode):
                 raise NoLayout(self.parameters(p.number for p in params.values())) from error
             if not values.requires_grad:
                 return out
-            self._watch_inputs(named.values())
+            self._inputs.keep(named.values())
             ends = {twin.grad_fn for twin in twins.values()}
             if place is None:
                 return self._derived_from((number, OUT), out, parts, ends)
@@ -302,11 +185,10 @@ class UseRecorder(TorchFunctionMode):
         if not all(x.layout == torch.strided for x in tensors.values()):
             return {}
         place = self._placing.of_all
+        params = self._params.by_id
         try:
-            every = {
-                name: place((number, name), x, func, rule, id(x) in self._tracked)
-                for name, x in tensors.items()
-            }
+            pairs = tensors.items()
+            every = {n: place((number, n), x, func, rule, id(x) in params) for n, x in pairs}
         except NoLayout:
             return {}
         return rule.forms_of(**{**named, **every})
@@ -316,16 +198,16 @@ class UseRecorder(TorchFunctionMode):
     ) -> Any:
         """Call an operation without a rule, whose result all samples may share."""
         if not self._placing.can_share:
-            self._note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
+            self._params.note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
             return func(*args, **kwargs)
-        tensors = [x for x in _tensors((*args, *kwargs.values())) if id(x) in self._tracked]
+        tensors = [x for x in tensors_in((*args, *kwargs.values())) if id(x) in self._params.by_id]
         key, is_shared, out = (number, OUT), self._placing.is_shared((number, OUT), func), None
         if is_shared is None:  # to be learned, on tensors that it may write into
             out = func(*args, **kwargs)
             is_shared = self._placing.becomes_shared(key, func, out)
-        params = [param for param in map(self._find, tensors) if param is not None]
+        params = [param for param in map(self._params.find, tensors) if param is not None]
         if not is_shared or len(params) < len(tensors):
-            self._note_unruled((*args, *kwargs.values()))
+            self._params.note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs) if out is None else out
         with untracked():
             twins = [param.twin.view_as(param.twin) for param in params]
@@ -335,11 +217,8 @@ class UseRecorder(TorchFunctionMode):
         with untracked():
             if not out.requires_grad:
                 return out
-            parts, ends = (
-                through_graph(out, params, twins, self._grad_mode),
-                {t.grad_fn for t in twins},
-            )
-            return self._derived_from(key, out, parts, ends)
+            parts = through_graph(out, params, twins, self._grad_mode)
+            return self._derived_from(key, out, parts, {twin.grad_fn for twin in twins})
 
     def _derived_from(
         self, key: Key, out: Tensor, parts: Sequence[UsedPart], ends: set[Any]
@@ -357,47 +236,9 @@ class UseRecorder(TorchFunctionMode):
         handle, number = anchor.view_as(anchor), self._count + len(self.derived)
         self.derived[number] = Derived(key, out.detach(), parts)
         self._starts[handle.grad_fn] = number
-        self.track(number, handle, anchor.view_as(anchor))
+        self._params.track(number, handle, anchor.view_as(anchor))
         return handle
-
-    def _watch_inputs(self, inputs: Iterable[Any]) -> None:
-        """Keep the versions of what went into a recorded operation."""
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        if self._level is not None:
-            tensors = list(map(below_transforms, tensors))
-        self._inputs += [(x, x._version) for x in tensors if not x.is_inference()]
 
     def parameters(self, numbers: Iterable[int]) -> set[int]:
         """The parameters with these numbers, and those that derived results are made of."""
         return parameters_of(list(numbers), self.derived)
-
-
-def _is_written(tracked: TrackedParameter) -> bool:
-    """Has something written into the tensor since it is tracked?"""
-    return tracked.memory._version != tracked.version
-
-
-def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
-    """Does a call choose entries of a tensor by the numbers in another one?"""
-    if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
-        return False
-    items = args[1] if isinstance(args[1], tuple) else args[1:2]
-    return any(isinstance(item, Tensor | list) for item in items)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif type(value) in (tuple, list):
-            yield from _tensors(value)
-
-
-def _flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments, with the items of lists in the place of these."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, tuple | list):
-            yield from value
-        else:
-            yield value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -58,26 +58,6 @@ RAW_MEMORY: frozenset[Callable[..., Any]] = frozenset(
 """Accesses to the memory itself: a write there does not raise the version of the tensor."""
 
 
-_BY_INDEX = (
-    *("gather", "take", "take_along_dim", "index_select", "index_add", "index_copy", "index_put"),
-    *("index_fill", "index_reduce", "masked_select", "masked_scatter", "nonzero", "argwhere"),
-    *("scatter", "scatter_add", "scatter_reduce", "unique", "unique_consecutive", "bincount"),
-    *("multinomial", "histc", "put", "index_add_", "index_copy_", "index_put_", "index_fill_"),
-    *("index_reduce_", "masked_scatter_", "scatter_", "scatter_add_", "scatter_reduce_", "put_"),
-)
-MOVING: frozenset[Callable[..., Any]] = frozenset(
-    getattr(place, name) for name in _BY_INDEX for place in (torch, Tensor) if hasattr(place, name)
-)
-"""Operations that move numbers to where other numbers say, maybe to other samples."""
-
-
-READING: frozenset[Callable[..., Any]] = frozenset(
-    getattr(Tensor, name)
-    for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
-)
-"""Reads of numbers by Python, which may choose by them what to do."""
-
-
 @dataclass(frozen=True)
 class View:
     """A call that makes a view of a tensor: a part of it, or its entries in another order."""
@@ -121,38 +101,6 @@ def _holds_tensors(option: Any) -> bool:
 def shares_memory(tensor: Tensor, other: Tensor) -> bool:
     """Have both tensors the same storage?"""
     return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-UNSEEN_WRITE = (
-    "a parameter must be written into by operations that Python sees, or from the first call on, "
-    "got a write by others, which has changed it. Write into a copy of it."
-)
-
-
-@dataclass(frozen=True)
-class TrackedParameter:
-    """A tensor that a function has, which is a parameter or a view of one."""
-
-    number: int
-    handle: Tensor
-    """The tensor, known by its identity."""
-    twin: Tensor
-    """Operations with a rule get it in place of the handle."""
-    path: Path
-    """The views that lead from the parameter to the handle."""
-    memory: Tensor
-    """The handle without the wrappers of transforms, which knows of writes."""
-    version: int
-    """That of the memory when it was tracked: if it is another one, something has written there."""
-
-
-@dataclass(frozen=True)
-class UnruledUse:
-    """Parameters, by number, that operations without a rule have got as arguments."""
-
-    numbers: set[int] = field(default_factory=set)
-    written: set[int] = field(default_factory=set)
-    """Parameters that were written into, or may have been."""
 
 
 UsedPart: TypeAlias = tuple[int, Path, FormOf]

@@ -1,7 +1,4 @@
-"""What jacfunc needs of torch's internals: transforms, vmap, autograd, random numbers.
-
-Torch's private names are used in this package alone.
-"""
+"""Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
 from jacfunc._torch.attention import MathAttention
 from jacfunc._torch.autograd import off_graph, recording, run_backward, untracked

@@ -1,0 +1,102 @@
+"""Records the operations that a function calls, and what they may depend on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jacfunc._layouts.traces import Trace, begins, ends
+
+Args: TypeAlias = tuple[Any, ...]
+
+_PLAIN = frozenset({bool, int, float, str})
+
+_BY_INDEX = (
+    *("gather", "take", "take_along_dim", "index_select", "index_add", "index_copy", "index_put"),
+    *("index_fill", "index_reduce", "masked_select", "masked_scatter", "nonzero", "argwhere"),
+    *("scatter", "scatter_add", "scatter_reduce", "unique", "unique_consecutive", "bincount"),
+    *("multinomial", "histc", "put", "index_add_", "index_copy_", "index_put_", "index_fill_"),
+    *("index_reduce_", "masked_scatter_", "scatter_", "scatter_add_", "scatter_reduce_", "put_"),
+)
+MOVING: frozenset[Callable[..., Any]] = frozenset(
+    getattr(place, name) for name in _BY_INDEX for place in (torch, Tensor) if hasattr(place, name)
+)
+"""Operations that move numbers to where other numbers say, maybe to other samples."""
+
+READING: frozenset[Callable[..., Any]] = frozenset(
+    getattr(Tensor, name)
+    for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
+)
+"""Reads of numbers by Python, which may choose by them what to do."""
+
+
+class OperationRecorder(TorchFunctionMode):
+    """A context that numbers the operations of a function, from where the user's part begins.
+
+    Args:
+        trace: is told of all operations, if there is one.
+    """
+
+    def __init__(self, trace: Trace | None) -> None:
+        super().__init__()
+        self._trace = trace
+        self.operations: list[Any] = []
+        """Functions that were called, and plain values that they were called with."""
+        self.moves_samples = False
+        """Has the function moved numbers to where other numbers say?"""
+        self.reads_values = False
+        """Did Python read numbers?"""
+        self._is_over = False
+
+    @property
+    def signature(self) -> int:
+        """Equal for evaluations that called the same functions with the same numbers and words."""
+        return hash(tuple(self.operations))
+
+    @abstractmethod
+    def call(
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The result of the operation with this number."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Args = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        # called for every operation: as short as it can be
+        if func is begins:
+            self.operations.clear()
+        if func is begins or func is ends:
+            self._is_over = func is ends
+            return None
+        kwargs = kwargs or {}
+        if self._is_over:
+            return func(*args, **kwargs)
+        number = len(self.operations)
+        self.operations.append(func)
+        self.operations += [x for x in (*args, *kwargs.values()) if type(x) in _PLAIN]
+        if func in MOVING or _is_chosen_by_tensor(func, args):
+            self.moves_samples = True
+        elif func in READING:
+            self.reads_values = True
+        if self._trace is None:
+            return self.call(number, func, args, kwargs)
+        self._trace.calls[number] = func, args, kwargs
+        result = self._trace.results[number] = self.call(number, func, args, kwargs)
+        return result
+
+
+def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
+    """Does a call choose entries of a tensor by the numbers in another one?"""
+    if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
+        return False
+    items = args[1] if isinstance(args[1], tuple) else args[1:2]
+    return any(isinstance(item, Tensor | list) for item in items)
