@@ -68,6 +68,7 @@ class FactoredJacobian:
         rest: another map of the same outputs' cotangents, and what it leads to directly.
         signature: equal for evaluations that called the same operations.
         moves_samples: were numbers moved to where other numbers say?
+        reads_values: did Python read numbers, so that they may tell which operations run?
     """
 
     size: int
@@ -79,6 +80,7 @@ class FactoredJacobian:
     rest: tuple[Pullbacks, Sequence[Direct]] | None = None
     signature: int = 0
     moves_samples: bool = False
+    reads_values: bool = False
 
     @property
     def outputs(self) -> Leaves:

@@ -167,5 +167,6 @@ def _evaluated(
         recorder.derived,
         signature=recorder.signature,
         moves_samples=recorder.moves_samples,
+        reads_values=recorder.reads_values,
     )
     return jacobian, met - {primal.number for primal in direct}

@@ -15,6 +15,7 @@ from jacfunc._factored.use import (
     METADATA,
     MOVING,
     RAW_MEMORY,
+    READING,
     UNSEEN_WRITE,
     VIEWS,
     Path,
@@ -74,6 +75,8 @@ class UseRecorder(TorchFunctionMode):
         self._operations: list[Any] = []
         placing.operations = self._operations
         self._is_over = False
+        self.reads_values = False
+        """Did Python read numbers?"""
         self.moves_samples = False
         """Has the function moved numbers to where other numbers say?"""
         self.derived: dict[int, Derived] = {}
@@ -143,6 +146,8 @@ class UseRecorder(TorchFunctionMode):
         # called for every operation: as short as it can be
         if func in MOVING or _is_chosen_by_tensor(func, args):
             self.moves_samples = True
+        elif func in READING:
+            self.reads_values = True
         if func in TAKES_DERIVATIVES and self._is_at_own_level():
             raise Refused("the function takes a derivative itself, of what may stand for others")
         tracks = bool(self._tracked)

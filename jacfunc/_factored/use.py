@@ -71,6 +71,13 @@ MOVING: frozenset[Callable[..., Any]] = frozenset(
 """Operations that move numbers to where other numbers say, maybe to other samples."""
 
 
+READING: frozenset[Callable[..., Any]] = frozenset(
+    getattr(Tensor, name)
+    for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
+)
+"""Reads of numbers by Python, which may choose by them what to do."""
+
+
 @dataclass(frozen=True)
 class View:
     """A call that makes a view of a tensor: a part of it, or its entries in another order."""

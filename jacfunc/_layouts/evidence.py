@@ -34,9 +34,9 @@ class Evidence:
     Args:
         samples: of this batch, of which the other batch is made.
         is_random: does the function draw, so that its numbers can't be compared?
-        inside: numbers of some samples.
-        pulled: for results of operations a cotangent ``[1, *z]``, pulled back from outputs with a
-            cotangent that is zero for all other samples.
+        inside: groups of samples ``[K, B]``: which samples are in each.
+        pulled: for results of operations cotangents ``[K, *z]``, pulled back from outputs with a
+            cotangent for each group that is zero for all other samples.
     """
 
     samples: list[int]
@@ -91,9 +91,8 @@ class Evidence:
         return are_near(layout.of_all(other, len(self.samples)), numbers)
 
     def _is_zero_outside(self, pulled: Tensor, layout: Layout) -> bool:
-        outside = torch.ones(self.size, dtype=torch.bool, device=pulled.device)
-        outside[self.inside] = False
-        rest = layout.of_all(pulled[0], self.size)[outside]
+        outside = ~self.inside.to(pulled.device)
+        rest = layout.of_all(pulled, self.size, 1)[outside]
         return not bool(((rest != 0) & ~rest.isnan()).any())
 
 

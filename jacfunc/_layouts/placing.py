@@ -125,7 +125,8 @@ class PlainSamples:
         return site is not None and site.layout is None and site.func == func
 
     def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
-        if not (isinstance(out, Tensor) and out.requires_grad):
+        # complex values need conjugates, which no rule takes
+        if not (isinstance(out, Tensor) and out.requires_grad) or out.is_complex():
             return False
         try:
             return self.layout(key, out, func) is None

@@ -26,11 +26,14 @@ TRANSPOSE_ROUNDING = 0.4
 """An inner product errs by less than this power of a dtype's precision, relative to its terms."""
 
 
-def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> None:
+def check_agreement(
+    outputs: Leaves, others: Leaves, same_way: bool = False, power: float = ROUNDING
+) -> None:
     """Compare the outputs of two evaluations at one point.
 
     In float64 on a CPU, outputs that were evaluated in the same way must be equal bit by bit: those
-    of a deterministic function are. Inside transforms the numbers of all samples are compared.
+    of a deterministic function are. Else they may differ by ``power`` of the precision. Inside
+    transforms the numbers of all samples are compared.
 
     Raises:
         Refused: if the outputs differ.
@@ -38,10 +41,10 @@ def check_agreement(outputs: Leaves, others: Leaves, same_way: bool = False) -> 
     if torch.compiler.is_compiling():
         return
     if not (inside_transform() or torch._C._len_torch_dispatch_stack()):
-        is_same = _agree(outputs, others, same_way)
+        is_same = _agree(outputs, others, same_way, power)
     else:
         with outside_transforms():
-            is_same = _agree(outputs, others, same_way)
+            is_same = _agree(outputs, others, same_way, power)
     if not is_same:
         raise Refused(CHANGING)
 
@@ -107,14 +110,14 @@ def _precision(leaves: Leaves) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _agree(outputs: Leaves, others: Leaves, same_way: bool) -> bool:
+def _agree(outputs: Leaves, others: Leaves, same_way: bool, power: float) -> bool:
     if len(outputs) != len(others):
         return False
     with untracked():
-        return all(_are_near(x, y, same_way) for x, y in zip(outputs, others, strict=True))
+        return all(_are_near(x, y, same_way, power) for x, y in zip(outputs, others, strict=True))
 
 
-def _are_near(output: Tensor, other: Tensor, same_way: bool) -> bool:
+def _are_near(output: Tensor, other: Tensor, same_way: bool, power: float) -> bool:
     if output.shape != other.shape or output.dtype != other.dtype:
         return False
     x, y = below_transforms(output), below_transforms(other)
@@ -125,7 +128,7 @@ def _are_near(output: Tensor, other: Tensor, same_way: bool) -> bool:
     is_equal = (x == y) | (x.isnan() & y.isnan())
     if not (same_way and x.dtype == torch.float64 and x.device.type == "cpu"):
         scale = torch.where(x.isfinite(), x, 0).abs().max()
-        is_equal |= (x - y).abs() <= scale * torch.finfo(x.dtype).eps ** ROUNDING
+        is_equal |= (x - y).abs() <= scale * torch.finfo(x.dtype).eps ** power
     return bool(is_equal.all())
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TypeAlias
 
+import torch
+from torch import Tensor
+
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._factored import (
@@ -16,7 +19,7 @@ from jacfunc._factored import (
     VmappedBatch,
     factored,
 )
-from jacfunc._linear_map import Samples, narrowed, one_sample
+from jacfunc._linear_map import Samples, check_agreement, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind, Remembered
@@ -27,6 +30,9 @@ from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
 
 Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
+
+ALONE_ROUNDING = 2 / 3
+"""A sample alone differs from the sample in a batch by less than this power of the precision."""
 
 Guard: TypeAlias = Callable[[FactoredJacobian], None]
 """Refuses a batch whose samples depend on each other, once it is evaluated."""
@@ -136,6 +142,8 @@ class SampledCall:
     def _mixed(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         learned = self.learned_as_a_whole
         jacobian, call = self._whole(start, stop, False, learned)
+        if stop - start == 1:  # it is differentiated by all parameters directly
+            return jacobian, call
         others = sorted(learned.others)
         rest, _ = self._each(start, stop, others)
         return replace(jacobian, rest=(rest, [Direct(number) for number in others])), call
@@ -150,9 +158,26 @@ class SampledCall:
         random_state = self.random_state()
         batch = WholeBatches(self.whole, samples, learned, random_state, may_draw)
         jacobian, call = batch.factored()
+        if jacobian.reads_values:
+            self._check_alone(jacobian, start)
         if self.guard is not None:
             self.guard(jacobian)
         return jacobian, call
+
+    def _check_alone(self, jacobian: FactoredJacobian, start: int) -> None:
+        """Compare each sample with the sample alone, whose numbers may lead another way.
+
+        Raises:
+            Refused: if outputs differ.
+        """
+        random_state = self.random_state()
+        for number in range(jacobian.size):
+            random_state.repeat()
+            call = self.call_of(one_sample(self.samples.leaves, self.samples.dims, start + number))
+            with torch.no_grad():
+                alone, _ = call(*map(Tensor.clone, call.primals))
+            rows = tuple([out[number] for out in jacobian.outputs])
+            check_agreement(tuple(map(Tensor.detach, rows)), alone, power=ALONE_ROUNDING)
 
     def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
         one, every = OneSample(self.api, self.call_of), self.samples

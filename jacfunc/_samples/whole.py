@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from jacfunc._calls import FlatCall
 from jacfunc._errors import RANDOM, Refused
@@ -143,13 +144,11 @@ class WholeBatches:
         assert trace is not None
         is_random = self.random_state.has_changed()
         learned.lessons += 1
-        generator = torch.Generator().manual_seed(learned.lessons)
-        inside = torch.randperm(size, generator=generator, device="cpu")[: size // 2]
+        inside = groups_of(size)
         cotangents = []
         for noise in noise_like(jacobian.outputs, seed=learned.lessons):
-            seeds = torch.zeros_like(noise)
-            seeds[inside] = noise[inside]
-            cotangents.append(seeds.unsqueeze(0))
+            groups = inside.to(noise.device).reshape(*inside.shape, *(1,) * (noise.dim() - 1))
+            cotangents.append(torch.where(groups, noise, 0))
         products = jacobian.linearization.pull_batch(tuple(cotangents))
         pulled = {use.key: x for use, x in zip(jacobian.uses, products, strict=False)}
         evidence = Evidence(trace.samples, size, is_random, inside, pulled)
@@ -163,3 +162,13 @@ class WholeBatches:
         return not others and all(
             site is None or site.layout == first[key] for key, site in sites.items()
         )
+
+
+def groups_of(size: int) -> Tensor:
+    """Groups ``[K, B]`` of samples: for any two samples, one has the first without the second.
+
+    They go by the bits of the samples' numbers.
+    """
+    bits = torch.arange((size - 1).bit_length(), device="cpu").unsqueeze(1)
+    ones = (torch.arange(size, device="cpu") >> bits & 1).bool()
+    return torch.cat([ones, ~ones])
