@@ -25,6 +25,7 @@ class LearnedUses:
             the numbers.
         lessons: how often they were learned.
         is_pulled: has a pullback succeeded?
+        refused: names of ways to evaluate the samples that were refused.
     """
 
     others: set[int] = field(default_factory=set)
@@ -35,6 +36,7 @@ class LearnedUses:
     moves_samples: bool = False
     lessons: int = 0
     is_pulled: bool = False
+    refused: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, kind: CallKind) -> LearnedUses:

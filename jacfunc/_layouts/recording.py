@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -82,7 +82,7 @@ class OperationRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         number = len(self.operations)
         self.operations.append(func)
-        self.operations += [x for x in (*args, *kwargs.values()) if type(x) in _PLAIN]
+        self.operations += _plain_values((*args, *kwargs.values()))
         if func in MOVING or _is_chosen_by_tensor(func, args):
             self.moves_samples = True
         elif func in READING:
@@ -92,6 +92,15 @@ class OperationRecorder(TorchFunctionMode):
         self._trace.calls[number] = func, args, kwargs
         result = self._trace.results[number] = self.call(number, func, args, kwargs)
         return result
+
+
+def _plain_values(values: Iterable[Any]) -> Iterator[Any]:
+    """The numbers and words among values, and in tuples and lists of them."""
+    for value in values:
+        if type(value) in _PLAIN:
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from [item for item in value if type(item) in _PLAIN]
 
 
 def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:

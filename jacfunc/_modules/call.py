@@ -109,8 +109,7 @@ class ModuleCall:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost():
             check, kind = self.independence.check, batch.kind.kind
-            if check(self.api, self.state, kind, lambda: self._subject(batch.samples)):
-                batch.learned_as_a_whole.sites = None  # they are learned anew, too
+            check(self.api, self.state, kind, lambda: self._subject(batch.samples))
 
     def _subject(self, samples: Samples) -> Subject:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""

@@ -74,22 +74,16 @@ class Independence:
 
     def check(
         self, api: str, state: ModuleState, kind: Hashable, subject_of: Callable[[], Subject]
-    ) -> bool:
+    ) -> None:
         """Refuse a module whose samples depend on each other, where it is time to compare.
-
-        Returns:
-            Whether it was time.
 
         Raises:
             ValueError: if they do.
             Refused: if the module returns other numbers each time.
         """
-
         compare = self._comparison(api, subject_of)
         kind = _with_hooks(kind)
-        what, is_compared = self._what_changes(lambda: _kinds_of_state(state), kind, compare)
-        self._refuse(api, what)
-        return is_compared
+        self._refuse(api, self._what_changes(lambda: _kinds_of_state(state), kind, compare))
 
     def check_evaluation(
         self,
@@ -154,7 +148,7 @@ class Independence:
         def compare(number: int) -> Coupling:
             return loss_coupling(gradient_of, outputs, number)
 
-        if self._what_changes(lambda: _kinds_of(version_of_loss(loss)), kind, compare)[0]:
+        if self._what_changes(lambda: _kinds_of(version_of_loss(loss)), kind, compare):
             raise ValueError(
                 f"{api}: the loss must be a sum or mean over samples, got one whose gradient in "
                 "the outputs of a sample changes with those of others. Use a loss that adds up "
@@ -166,14 +160,14 @@ class Independence:
         kinds_of: Callable[[], Recent[KnownCalls]],
         kind: Hashable,
         compare: Callable[[int], Coupling],
-    ) -> tuple[str | None, bool]:
-        """What changes with the other samples, in words, and whether it was time to compare.
+    ) -> str | None:
+        """What changes with the other samples, in words, where it is time to compare.
 
         That is at the first call of a kind since the module has changed; at the second, fourth,
         eighth, …, as values that nobody sees may have changed; at every call where it costs little.
         """
         if self.independent is True:
-            return None, False
+            return None
         kinds = kinds_of()
         calls = kinds.pop(kind, None) or KnownCalls()
         calls.count += 1
@@ -182,12 +176,12 @@ class Independence:
         if calls.is_compared:
             coupled = compare(calls.count)
             if coupled.what:
-                return coupled.what, True
+                return coupled.what
             calls.is_large = coupled.rows >= MANY_ROWS and coupled.entries >= MANY_ENTRIES
             if not coupled.was_shown:
                 calls.count -= 1  # the next call is as good as this one
         kinds.put(kind, calls)
-        return None, calls.is_compared
+        return None
 
 
 def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -22,7 +22,7 @@ from jacfunc._factored import (
 from jacfunc._linear_map import Samples, check_agreement, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._remembered import CallKind, Remembered
+from jacfunc._remembered import CallKind
 from jacfunc._samples.each import EachSample
 from jacfunc._samples.one import OneSample
 from jacfunc._samples.whole import WholeBatches, WholeCall
@@ -85,7 +85,7 @@ class SampledCall:
         if not is_outermost():
             return self._in_words(self._vmapped, start, stop)
         random_state = self.random_state()
-        refused = _refused().get_or_make(self.kind.version, self.kind.kind, set)
+        refused = LearnedUses.of(self.kind).refused
         ways = self._ways()
         if refused:
             ways = [way for way in ways if _name(way) not in refused]
@@ -251,9 +251,3 @@ class SampledCall:
 
 def _name(way: Way) -> str:
     return way.__name__.strip("_").replace("_", " ")
-
-
-@cache
-def _refused() -> Remembered[set[str]]:
-    """The ways to evaluate samples that were refused, by module and kind of call."""
-    return Remembered()

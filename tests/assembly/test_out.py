@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,7 +140,9 @@ def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
     with factors_of(model, x) as jacobian:
         counted = Counted(**vars(jacobian))
         grid = Grid.of(jacobian.sample_outputs, jacobian.params)
-        writer = SampleWriter(lambda *_: counted, Sink(), lambda: grid, most_swept=bytes_at_once)
-        blocks = writer.leaves(len(x), None, None)[: len(jacobian.params)]
+        batch = SimpleNamespace(size=len(x), factors=lambda *_: (counted, None))
+        one = SimpleNamespace(take_call=lambda *_: None, grid=lambda: grid)
+        writer = SampleWriter(batch, Sink(), one, most_swept=bytes_at_once)
+        blocks = writer.leaves(None, None)[: len(jacobian.params)]
     torch.testing.assert_close(torch.cat([block.flatten(2) for block in blocks], 2), expected)
     assert sweeps == {1: [1] * 5, 400: [2, 2, 1], 2**23: [5]}[bytes_at_once]
