@@ -12,13 +12,7 @@ from torch import Tensor
 
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
-from jacfunc._factored import (
-    Direct,
-    FactoredJacobian,
-    LearnedUses,
-    VmappedBatch,
-    factored,
-)
+from jacfunc._factored import Direct, FactoredJacobian, LearnedUses, VmappedBatch, factored
 from jacfunc._linear_map import Samples, check_agreement, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note

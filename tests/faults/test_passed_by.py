@@ -63,14 +63,19 @@ def test_hooks_of_parameters_see_the_rows_of_each_sample(name, strategy):
         torch.testing.assert_close(block, expected[key])
 
 
-def test_what_goes_by_factors_or_forward_refuses_hooks_of_parameters():
+def test_forward_refuses_hooks_of_parameters_which_factors_go_round():
     module = net()
     module[2].bias.register_hook(lambda g: 2 * g)
-    for strategy in ("structured", "forward"):
-        with pytest.raises(NotImplementedError, match=r"module_jacobian: .* hook"):
-            jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(X)
-    with pytest.raises(NotImplementedError, match=r"ntk: .* a parameter has a hook"):
-        jacfunc.ntk(module, dict(module.named_parameters()), X)
+    with pytest.raises(NotImplementedError, match=r"module_jacobian: .* hook"):
+        jacfunc.module_jacobian(module, per_sample=True, strategy="forward")(X)
+    expected = rows_of_samples(module, X)
+    for key, block in jacfunc.module_jacobian(module, per_sample=True, strategy="structured")(
+        X
+    ).items():
+        torch.testing.assert_close(block, expected[key])
+    rows = torch.cat([block.flatten(2) for block in expected.values()], -1)
+    kernel = jacfunc.ntk(module, dict(module.named_parameters()), X)
+    torch.testing.assert_close(kernel, torch.einsum("aip,bjp->abij", rows, rows))
     with pytest.raises(NotImplementedError, match="parameters must have no hooks"):
         jacfunc.module_jacobian(module, create_graph=True)(X)
     # what is not differentiated may have some
@@ -113,12 +118,6 @@ PASSED_BY = {
     "inside a transform": lambda point: torch.func.jacrev(
         lambda x: jacfunc.jacrev(lambda y: squared(y) * x)(point)
     )(POINT),
-    "per sample": lambda point: jacfunc.module_jacobian(
-        Gated(POINT), per_sample=True, strategy="reverse"
-    )(point[:, None]),
-    "parameters": lambda point: jacfunc.module_jacobian(
-        Gated(point), per_sample=True, strategy="structured"
-    )(POINT[:, None]),
 }
 
 
@@ -135,6 +134,20 @@ class Gated(nn.Module):
 def test_classes_of_tensors_that_a_transform_passes_by_are_refused(name):
     with pytest.raises(NotImplementedError, match="pass by the __torch_function__ of Doubled"):
         PASSED_BY[name](POINT.as_subclass(Doubled))
+
+
+def test_classes_of_tensors_are_right_for_each_sample():
+    x, gate = POINT[:, None], POINT
+    of_gate = jacfunc.module_jacobian(
+        Gated(gate.as_subclass(Doubled)), per_sample=True, strategy="structured"
+    )(x)
+    expected = torch.eye(3, dtype=D) * 2 * x[:, :, None]
+    torch.testing.assert_close(of_gate["gate"].as_subclass(torch.Tensor), expected)
+    of_inputs = jacfunc.module_jacobian(Gated(gate), "inputs", per_sample=True, strategy="reverse")(
+        x.as_subclass(Doubled)
+    )
+    expected = (2 * gate)[None, :, None].expand(3, 3, 1)
+    torch.testing.assert_close(of_inputs.as_subclass(torch.Tensor), expected)
 
 
 # --- reentrant checkpoints ---

@@ -73,8 +73,7 @@ MODULES = {
     "checkpoint": (Checkpointed, (3, 4)),
     "gru": (LastOfGRU, (3, 5, 4)),
 }
-# what torch has no forward mode, or no batching rule over samples, for
-NO_FORWARD = {"weight norm"}
+# what torch has no batching rule over samples for
 NO_VMAP = {"gru"}
 
 
@@ -113,7 +112,6 @@ CASES = [
     pytest.param(name, strategy, id=f"{name}-{strategy}")
     for name in MODULES
     for strategy in ("auto", "reverse", "looped", "forward")
-    if strategy != "forward" or name not in NO_FORWARD
 ]
 PER_SAMPLE_CASES = [
     case for case in CASES if case.values[0] not in NO_VMAP or case.values[1] != "forward"
@@ -140,13 +138,6 @@ def test_per_sample(name, strategy):
     )
     torch.testing.assert_close(jac[0], params)
     torch.testing.assert_close(jac[1], inputs)
-
-
-@pytest.mark.parametrize("name", sorted(NO_FORWARD))
-def test_missing_forward_modes_are_refused(name):
-    module, x = case(name)
-    with pytest.raises(NotImplementedError, match=r"module_jacobian: .* no forward mode"):
-        jacfunc.module_jacobian(module, strategy="forward")(x)
 
 
 @pytest.mark.parametrize("name", sorted(NO_VMAP))
