@@ -41,9 +41,9 @@ def batch_size(leaves: Leaves, dims: Dims) -> int:
 
 
 def one_sample(leaves: Leaves, dims: Dims, number: int) -> Leaves:
-    """The leaves of one sample, without the dimension of samples."""
+    """The leaves of one sample, without the dimension of samples, each with its own memory."""
     pairs = zip(leaves, dims, strict=True)
-    return tuple(x if d is None else x.select(d, number) for x, d in pairs)
+    return tuple(x if d is None else x.select(d, number).clone() for x, d in pairs)
 
 
 SampleFunction: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]

@@ -110,8 +110,12 @@ class WholeBatches:
         """Other batches, the smaller ones first."""
         size, count = self.samples.size, self.learned.lessons
         for number in dict.fromkeys([count % size, size - 1, size // 2]):
-            yield self._trace([number], narrowed(*self._tensors, number, number + 1))
-        pairs = list(zip(*self._tensors, strict=True))
+            pairs = zip(
+                narrowed(*self._tensors, number, number + 1), self.samples.dims, strict=True
+            )
+            own = tuple(x if dim is None else x.clone() for x, dim in pairs)
+            yield self._trace([number], own)
+        pairs = zip(*self._tensors, strict=True)
         twice = tuple(x if dim is None else torch.cat([x, x], dim) for x, dim in pairs)
         yield self._trace([*range(size)] * 2, twice)
 
