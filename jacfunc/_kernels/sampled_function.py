@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
-from jacfunc.strategies import Structured
+from jacfunc.strategies import Structured, in_words_of
 
 
 class KernelSamples(Protocol):
@@ -59,7 +60,8 @@ class FunctionSamples:
     def between(self, start: int, stop: int) -> FactoredJacobian:
         jacobian, call = self.batch.factors(start, stop)
         self.last_call = call.without_graph()
-        self.evaluations.check((start, stop), jacobian.outputs)
+        check = partial(self.evaluations.check, (start, stop), jacobian.outputs)
+        in_words_of(self.batch.api, check)
         return jacobian
 
 

@@ -11,7 +11,7 @@ MOST = {
     "module_jacobian, per sample": (54, 190),
     "module_jacobian, by layers": (63, 304),
     "ntk": (61, 364),
-    "ggn, diagonal": (65, 372),
+    "ggn, diagonal": (65, 374),
 }
 
 

@@ -863,26 +863,18 @@ class LowRank(nn.Module):
         return torch.tanh(self.base(x) + self.up(self.down(x)))
 
 
-NO_FORWARD_NORM = (no_forward("torch's fused weight norm has none", "params"),)
-WRONG_SOLVE = Refusal(
-    "inside an outer vmap its forward derivative misreads memory",
-    "torch's pushforwards of LU factors are wrong under two vmaps",
-    modes=("per sample",),
-    strategies=("forward",),
-)
+WRONG_SOLVE = no_vmap("torch's pushforwards of LU factors are wrong under two vmaps")
 
 PARAMETRIZED = (
     kind(
         "weight_norm",
         lambda: parametrizations.weight_norm(nn.Linear(3, 2)),
         (3,),
-        refusals=NO_FORWARD_NORM,
     ),
     kind(
         "weight_norm conv",
         lambda: parametrizations.weight_norm(nn.Conv2d(1, 2, 2)),
         (1, 2, 3),
-        refusals=NO_FORWARD_NORM,
     ),
     kind(
         "spectral_norm train",

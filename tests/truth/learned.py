@@ -14,4 +14,5 @@ def learning() -> Iterator[list[LearnedUses]]:
     known = {id(uses) for uses in learned_uses().values()}
     learned: list[LearnedUses] = []
     yield learned
-    learned += [uses for uses in learned_uses().values() if id(uses) not in known]
+    every = [uses for uses in learned_uses().values() if id(uses) not in known]
+    learned += [uses for uses in every if uses.ruled is not None]  # of evaluations that were made
