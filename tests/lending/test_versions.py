@@ -90,12 +90,15 @@ def test_ntk_evaluates_a_known_module_once() -> None:
 def test_a_call_leaves_nothing_for_the_garbage_collector() -> None:
     module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
     jacobian = jacfunc.module_jacobian(module, "inputs", per_sample=True)
-    for _ in range(3):
+    for _ in range(4):
         jacobian(x)
     gc.collect()
     gc.disable()
+    left = []
     try:
-        jacobian(x)
-        assert gc.collect() == 0
+        for _ in range(3):  # others in this process may leave something, too
+            jacobian(x)
+            left.append(gc.collect())
     finally:
         gc.enable()
+    assert min(left) == 0
