@@ -10,6 +10,7 @@ import torch
 from torch import Size, Tensor
 
 from jacfunc._layouts.layouts import Key, Layout, Site, Sites
+from jacfunc._rounding import are_near
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class Evidence:
         """Are the numbers of samples those that they have in the other batch?"""
         every, other = seen.every.detach(), seen.other.detach()
         if layout is None:
-            return are_near(other, every)
+            return _agree(other, every)
         numbers = layout.of_all(every, self.size)[self.samples]
-        return are_near(layout.of_all(other, len(self.samples)), numbers)
+        return _agree(layout.of_all(other, len(self.samples)), numbers)
 
     def _is_zero_outside(self, pulled: Tensor, layout: Layout) -> bool:
         outside = ~self.inside.to(pulled.device)
@@ -101,15 +102,8 @@ def _share(layout: Layout, shape: Size, other: Size) -> bool:
     return layout.dim < min(len(shape), len(other)) and shape[layout.dim] == other[layout.dim]
 
 
-def are_near(one: Tensor, other: Tensor) -> bool:
+def _agree(one: Tensor, other: Tensor) -> bool:
     """Do two tensors differ by rounding alone?"""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    if torch.equal(one, other):
-        return True
-    is_equal = (one == other) | (one.isnan() & other.isnan())
-    scale = torch.where(one.isfinite(), one, 0).abs().max()
-    near = (one - other).abs() <= scale * torch.finfo(one.dtype).eps ** ROUNDING
-    return bool((is_equal | near).all())
+    return are_near(one, other, ROUNDING) if one.is_floating_point() else torch.equal(one, other)

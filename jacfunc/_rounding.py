@@ -1,0 +1,21 @@
+"""Numbers that may differ by rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def are_near(numbers: Tensor, others: Tensor, power: float | None) -> bool:
+    """Are tensors of one shape equal, or apart by less than this power of the dtype's precision?
+
+    The difference is relative to the largest finite number. A nan is near a nan. With None for the
+    power, all other numbers must be equal.
+    """
+    if torch.equal(numbers, others):
+        return True
+    is_near = (numbers == others) | (numbers.isnan() & others.isnan())
+    if power is not None:
+        scale = torch.where(numbers.isfinite(), numbers, 0).abs().max()
+        is_near |= (numbers - others).abs() <= scale * torch.finfo(numbers.dtype).eps ** power
+    return bool(is_near.all())
