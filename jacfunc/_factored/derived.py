@@ -30,15 +30,19 @@ class Derived:
 
 
 def through_graph(
-    out: Tensor, params: Sequence[TrackedParameter], twins: Sequence[Tensor], further: bool
+    out: Tensor,
+    params: Sequence[TrackedParameter],
+    twins: Sequence[Tensor],
+    graph: Graph,
+    further: bool,
 ) -> list[UsedPart]:
     """The parts of parameters that an operation without a rule has made a result of.
 
     Args:
         twins: what the operation got in the place of the parameters.
+        graph: from the result back to these.
         further: may products be differentiated further?
     """
-    graph = Graph.of((out,), {twin.grad_fn for twin in twins})
     linear = map_of_graph((out,), (), list(map(Anchor.at, twins)), graph, further)
     return [
         (param.number, param.path, partial(_pulled, linear, number))
@@ -54,7 +58,7 @@ def _pulled(linear: Linearization, number: int, seeds: Tensor) -> Rows:
 
 def replaced(value: Any, twins: Mapping[int, Tensor]) -> Any:
     """An argument with twins in the place of the tensors with these identities, in lists, too."""
-    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+    if type(value) in (tuple, list):
         return type(value)(replaced(item, twins) for item in value)
     return twins.get(id(value), value)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacfunc._errors import Refused
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
-from jacfunc._factored.tracked import TrackedParameters, Versions, in_a_row, tensors_in
+from jacfunc._factored.tracked import TrackedParameters, Versions, tensors_among, without_lists
 from jacfunc._factored.use import METADATA, RAW_MEMORY, VIEWS, Use, UsedPart, View, is_part
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
 from jacfunc._layouts import OUT, Args, Key, NoLayout, OperationRecorder, Placing, Trace
@@ -121,7 +121,7 @@ class UseRecorder(OperationRecorder):
             return self._derive(number, func, args, kwargs)
 
         views = list(result) if isinstance(result, tuple | list) else [result]
-        are_parts = [is_part(view, whole.handle, in_a_row(args[1:], kwargs)) for view in views]
+        are_parts = [is_part(view, whole.handle, without_lists(args[1:], kwargs)) for view in views]
         if len(views) > MOST_PARTS or not any(are_parts):
             return self._derive(number, func, args, kwargs)
         if not all(are_parts):
@@ -148,7 +148,7 @@ class UseRecorder(OperationRecorder):
             self._params.note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs)
         covered = {id(named[name]) for name in params}
-        every = {id(x) for x in tensors_in((*args, *kwargs.values()))}
+        every = {id(x) for x in tensors_among((*args, *kwargs.values()))}
         if self._placing.can_share and (every - covered) & self._params.by_id.keys():
             return self._derive(number, func, args, kwargs)
         names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
@@ -168,7 +168,7 @@ class UseRecorder(OperationRecorder):
             self._inputs.keep(named.values())
             ends = {twin.grad_fn for twin in twins.values()}
             if place is None:
-                return self._derived_from((number, OUT), out, parts, ends)
+                return self._derived_from((number, OUT), out, parts, Graph.of((out,), ends))
             nodes, last = nodes_of_call(values, ends), values.grad_fn
             anchor, key = Anchor.behind(values), (number, OUT)
             self.uses.append(Use(key, anchor, place, parts, last, ends, nodes, values.nbytes))
@@ -200,7 +200,9 @@ class UseRecorder(OperationRecorder):
         if not self._placing.can_share:
             self._params.note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
             return func(*args, **kwargs)
-        tensors = [x for x in tensors_in((*args, *kwargs.values())) if id(x) in self._params.by_id]
+        tensors = [
+            x for x in tensors_among((*args, *kwargs.values())) if id(x) in self._params.by_id
+        ]
         key, is_shared, out = (number, OUT), self._placing.is_shared((number, OUT), func), None
         if is_shared is None:  # to be learned, on tensors that it may write into
             out = func(*args, **kwargs)
@@ -217,11 +219,12 @@ class UseRecorder(OperationRecorder):
         with untracked():
             if not out.requires_grad:
                 return out
-            parts = through_graph(out, params, twins, self._grad_mode)
-            return self._derived_from(key, out, parts, {twin.grad_fn for twin in twins})
+            graph = Graph.of((out,), {twin.grad_fn for twin in twins})
+            parts = through_graph(out, params, twins, graph, self._grad_mode)
+            return self._derived_from(key, out, parts, graph)
 
     def _derived_from(
-        self, key: Key, out: Tensor, parts: Sequence[UsedPart], ends: set[Any]
+        self, key: Key, out: Tensor, parts: Sequence[UsedPart], graph: Graph
     ) -> Tensor:
         """Track a result that all samples share, as if it were a parameter itself.
 
@@ -230,7 +233,7 @@ class UseRecorder(OperationRecorder):
         Raises:
             NoLayout: if it depends on something else, too, which would be cut off.
         """
-        if Graph.of((out,), ends).leads_out:
+        if graph.leads_out:
             raise NoLayout(self.parameters(part[0] for part in parts))
         anchor = differentiable_alias(out, self._grad_mode)
         handle, number = anchor.view_as(anchor), self._count + len(self.derived)
