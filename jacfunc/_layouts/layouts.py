@@ -44,14 +44,13 @@ class Layout:
         return apart.flatten(dim + 1, dim + 2)
 
 
-Shared = None
-"""In the place of a layout: all samples share the tensor."""
-
-
 def layouts_between(shape: Size, size: int, other: Size, other_size: int) -> list[Layout | None]:
-    """The layouts that a tensor may have, by its shapes in batches of two sizes."""
+    """The layouts that a tensor may have, by its shapes in batches of two sizes.
+
+    None in the place of a layout says that all samples share the tensor.
+    """
     if shape == other:
-        return [Shared]
+        return [None]
     if len(shape) != len(other):
         return []
     dims = [dim for dim, pair in enumerate(zip(shape, other, strict=True)) if pair[0] != pair[1]]

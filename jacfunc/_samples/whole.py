@@ -109,19 +109,14 @@ class WholeBatches:
     def _traces(self) -> Iterator[Trace]:
         """Other batches, the smaller ones first."""
         size, count = self.samples.size, self.learned.lessons
+        leaves, dims = self.samples.leaves, self.samples.dims
         for number in dict.fromkeys([count % size, size - 1, size // 2]):
-            pairs = zip(
-                narrowed(*self._tensors, number, number + 1), self.samples.dims, strict=True
-            )
+            pairs = zip(narrowed(leaves, dims, number, number + 1), dims, strict=True)
             own = tuple(x if dim is None else x.clone() for x, dim in pairs)
             yield self._trace([number], own)
-        pairs = zip(*self._tensors, strict=True)
+        pairs = zip(leaves, dims, strict=True)
         twice = tuple(x if dim is None else torch.cat([x, x], dim) for x, dim in pairs)
         yield self._trace([*range(size)] * 2, twice)
-
-    @property
-    def _tensors(self) -> tuple[Leaves, list[int | None]]:
-        return self.samples.leaves, list(self.samples.dims)
 
     def _trace(self, numbers: list[int], leaves: Leaves) -> Trace:
         """The operations of another batch."""
