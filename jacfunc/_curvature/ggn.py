@@ -63,7 +63,7 @@ def ggn(
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
-        NotImplementedError: inside a transform, and a module that does not run under vmap.
+        NotImplementedError: inside a transform, and a module that torch can't differentiate.
 
     Cost:
         Nothing yet; see :class:`jacfunc.GaussNewton`.
@@ -147,7 +147,7 @@ def fisher(
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
-        NotImplementedError: inside a transform, and a module that does not run under vmap.
+        NotImplementedError: inside a transform, and a module that torch can't differentiate.
 
     Cost:
         One evaluation, kept; then see :class:`jacfunc.GaussNewton`, with ``R = draws``.

@@ -53,7 +53,7 @@ def gradient_norms(
     Raises:
         TypeError, ValueError: arguments that do not fit, a module that couples samples, a loss
             whose gradient in one sample's outputs changes with those of others.
-        NotImplementedError: inside a transform, and a module that does not run under vmap.
+        NotImplementedError: inside a transform, and a module that torch can't differentiate.
 
     Cost:
         One evaluation, one pullback, a contraction a layer; memory of all inputs and cotangents.

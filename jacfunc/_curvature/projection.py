@@ -66,7 +66,7 @@ def random_projection(
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a module or a loss that couples samples.
-        NotImplementedError: inside a transform, and a module that does not run under vmap.
+        NotImplementedError: inside a transform, and a module that torch can't differentiate.
 
     Cost:
         One evaluation, M pullbacks at once (two and one with a loss, in chunks), and at most

@@ -84,7 +84,7 @@ def _sum(first: Part, others: Sequence[Part]) -> Part:
 
 
 def place_of(seeds: Tensor) -> Hashable:
-    """The same for cotangents with the same memory, such as those of a weight and of its bias.
+    """A key that is equal for cotangents with the same memory, as a weight and its bias have.
 
     It tells while the cotangents are kept, as nothing else comes to lie at their address.
     """

@@ -94,14 +94,14 @@ class ModuleState:
 
     @cached_property
     def version(self) -> Version:
-        """The same for states that are made of the same objects, so far as these are seen."""
+        """One object for all states that are made of the same objects, so far as these are seen."""
         if self.origin is not None:
             return self.origin.version
         return version_at(self.module, self.point, self.parts.values(), self.beside)
 
     @cached_property
     def version_of_parts(self) -> Version:
-        """The same for states of one choice whose submodules are made of the same objects."""
+        """One object for all states of one choice whose submodules are of the same objects."""
         if self.origin is not None:
             return self.origin.version_of_parts
         return version_at(self.module, self.point, self.parts.values())

@@ -92,7 +92,7 @@ def module_jacobian(
         device: device of the result, which is moved chunk by chunk.
         out: the result of an earlier call, to be overwritten: a loop allocates memory once.
         strategy: as in :func:`jacfunc.jacobian`. ``"looped"`` also takes the samples one by one;
-            so does ``"auto"`` where the module does not run under vmap.
+            so do all others where the module runs neither as a batch nor under vmap.
         chunk_size: seeds swept at once, for a strategy given by name.
         memory: bytes that the call may take, with its result, as a number or in words
             (``"2 GiB"``). Seeds, and samples, are taken in chunks that fit.

@@ -163,7 +163,7 @@ def _has_new_kinds(tree: Tree, leaves: Sequence[Any]) -> bool:
 
 
 def _has_foreign_kinds(tree: Tree, leaves: Sequence[Any]) -> bool:
-    """The same, of node types that torch's pytree knows."""
+    """Should some leaves be nodes, of types that torch's pytree knows? These are registered."""
     foreign = {type(leaf) for leaf in leaves} & torch_pytree.SUPPORTED_NODES.keys()
     if not foreign:
         return False
