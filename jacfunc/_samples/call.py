@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -19,11 +19,12 @@ from jacfunc._log import note
 from jacfunc._remembered import CallKind
 from jacfunc._samples.each import EachSample
 from jacfunc._samples.one import OneSample
-from jacfunc._samples.whole import WholeBatches, WholeCall
+from jacfunc._samples.whole import Evaluated, WholeBatches, WholeCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
 
-Way: TypeAlias = Callable[[int, int], tuple[FactoredJacobian, FlatCall]]
+Way: TypeAlias = Callable[[int, int, RandomState], Evaluated]
+"""Evaluates the samples from start to stop, which draw from this state of the generators."""
 
 ALONE_ROUNDING = 2 / 3
 """A sample alone differs from the sample in a batch by less than this power of the precision."""
@@ -65,7 +66,7 @@ class SampledCall:
         """Has every sample primals of its own alone, so that there are no parameters?"""
         return self.differentiates == (False, True)
 
-    def factors(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+    def factors(self, start: int, stop: int) -> Evaluated:
         """The samples from start to stop, evaluated, and a call that knows the trees.
 
         They are evaluated as a whole, if all uses of parameters have rules and no random numbers
@@ -77,7 +78,7 @@ class SampledCall:
             Refused: if the samples do not even run one by one.
         """
         if not is_outermost():
-            return self._in_words(self._vmapped, start, stop)
+            return self._in_words(self._vmapped, start, stop, self.random_state())
         random_state = self.random_state()
         refused = LearnedUses.of(self.kind).refused
         ways = self._ways()
@@ -87,19 +88,19 @@ class SampledCall:
         with alone():
             for way in others:
                 try:
-                    return way(start, stop)
+                    return way(start, stop, random_state)
                 except Exception as error:  # a way may fail by whatever the function raises
                     if is_out_of_memory(error) or self._is_final(error):
                         raise
                     note("samples are not evaluated %s: %s", _name(way), error)
                     refused.add(_name(way))
                 random_state.repeat()
-            return self._in_words(last, start, stop)
+            return self._in_words(last, start, stop, random_state)
 
-    def _in_words(self, way: Way, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+    def _in_words(self, way: Way, start: int, stop: int, random_state: RandomState) -> Evaluated:
         """The samples by a way that is the last; its refusal is in words of the door."""
         try:
-            return way(start, stop)
+            return way(start, stop, random_state)
         except (RuntimeError, Refused) as error:
             self.check_randomness(error)
             if not isinstance(error, Refused) or str(error).startswith(f"{self.api}: "):
@@ -118,38 +119,35 @@ class SampledCall:
             ways.append(self._drawing)
         return [*ways, self._mixed, self._one_by_one]
 
-    def _as_a_whole(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        return self._ruled(start, stop, may_draw=False)
+    def _as_a_whole(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
+        return self._ruled(start, stop, random_state, may_draw=False)
 
-    def _drawing(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        return self._ruled(start, stop, may_draw=True)
+    def _drawing(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
+        return self._ruled(start, stop, random_state, may_draw=True)
 
-    def _ruled(self, start: int, stop: int, may_draw: bool) -> tuple[FactoredJacobian, FlatCall]:
+    def _ruled(self, start: int, stop: int, random_state: RandomState, may_draw: bool) -> Evaluated:
         """As a whole, if all uses of parameters have rules."""
         learned, is_one = self.learned_as_a_whole, stop - start == 1
         if not learned.others or is_one:
-            jacobian, call = self._whole(start, stop, may_draw, learned)
+            jacobian, call = self._whole(start, stop, random_state, may_draw)
             if not learned.others or is_one:
                 return jacobian, call
         raise Refused("operations without a rule use parameters")
 
-    def _mixed(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        learned = self.learned_as_a_whole
-        jacobian, call = self._whole(start, stop, False, learned)
+    def _mixed(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
+        jacobian, call = self._whole(start, stop, random_state, may_draw=False)
         if stop - start == 1:  # it is differentiated by all parameters directly
             return jacobian, call
-        others = sorted(learned.others)
-        rest, _ = self._each(start, stop, others)
+        others = sorted(self.learned_as_a_whole.others)
+        rest, _ = self._each(start, stop, random_state, others)
         return replace(jacobian, rest=(rest, [Direct(number) for number in others])), call
 
-    def _whole(
-        self, start: int, stop: int, may_draw: bool, learned: LearnedUses
-    ) -> tuple[FactoredJacobian, FlatCall]:
+    def _whole(self, start: int, stop: int, random_state: RandomState, may_draw: bool) -> Evaluated:
         assert self.whole is not None
         leaves = narrowed(self.samples.leaves, self.samples.dims, start, stop)
         is_every = leaves is self.samples.leaves
         samples = self.samples if is_every else replace(self.samples, leaves=leaves)
-        random_state = self.random_state()
+        learned = self.learned_as_a_whole
         batch = WholeBatches(self.whole, samples, learned, random_state, may_draw)
         jacobian, call = batch.factored()
         if jacobian.reads_values:
@@ -173,10 +171,10 @@ class SampledCall:
             rows = tuple([out[number] for out in jacobian.outputs])
             check_agreement(tuple(map(Tensor.detach, rows)), alone, power=ALONE_ROUNDING)
 
-    def _vmapped(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+    def _vmapped(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         one, every = OneSample(self.api, self.call_of), self.samples
         samples = replace(every, leaves=narrowed(every.leaves, every.dims, start, stop))
-        call, repeat = self.first_call(), self.random_state().repeat
+        call = self.first_call()
         primals: Leaves = call.primals
         own: Mapping[int, int] = {}
         if self.whole is not None:
@@ -184,24 +182,24 @@ class SampledCall:
             primals = of_all.primals
         with alone():
             batch = VmappedBatch(one.of_params, call, primals, samples, own)
-            return factored(batch, LearnedUses.of(self.kind), repeat), one.call
+            return factored(batch, LearnedUses.of(self.kind), random_state.repeat), one.call
 
-    def _under_vmap(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
-        jacobian, call = self._vmapped(start, stop)
+    def _under_vmap(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
+        jacobian, call = self._vmapped(start, stop, random_state)
         learned = LearnedUses.of(self.kind)
         if not learned.is_pulled:  # checkpoints run again only then, and fail
             jacobian.parts_of_rows(0, 1, 0)
             learned.is_pulled = True
         return jacobian, call
 
-    def _one_by_one(self, start: int, stop: int) -> tuple[FactoredJacobian, FlatCall]:
+    def _one_by_one(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         numbers = range(len(self.first_call().primals))
-        each, call = self._each(start, stop, numbers)
+        each, call = self._each(start, stop, random_state, numbers)
         direct = [Direct(number) for number in numbers]
         return FactoredJacobian(stop - start, (), direct, call.primals, each), call
 
     def _each(
-        self, start: int, stop: int, numbers: list[int] | range
+        self, start: int, stop: int, random_state: RandomState, numbers: Sequence[int]
     ) -> tuple[EachSample, FlatCall]:
         leaves, dims = self.samples.leaves, self.samples.dims
 
@@ -209,9 +207,9 @@ class SampledCall:
             return self.call_of(one_sample(leaves, dims, number))
 
         calls = [partial(make, number) for number in range(start, stop)]
-        return EachSample.of(calls, numbers, self.random_state(), self.samples.randomness)
+        return EachSample.of(calls, numbers, random_state, self.samples.randomness)
 
-    @property
+    @cached_property
     def learned_as_a_whole(self) -> LearnedUses:
         """What evaluations of the batch as a whole have shown."""
         return LearnedUses.of(self.kind.among("as a whole"))
