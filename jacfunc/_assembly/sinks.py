@@ -27,7 +27,7 @@ Sweep: TypeAlias = Callable[[Chunk], Iterable[Leaves]]
 """From the number of seeds at once to the products of all seeds, chunk by chunk."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Grid:
     """The Jacobian as a matrix: rows of each output leaf, columns of each input leaf."""
 
@@ -40,7 +40,7 @@ class Grid:
     def of(cls, outputs: Leaves, primals: Leaves) -> Grid:
         leaves = (*outputs, *primals)
         dtype = reduce(
-            torch.promote_types, [x.dtype for x in leaves] or [torch.get_default_dtype()]
+            torch.promote_types, {x.dtype for x in leaves} or {torch.get_default_dtype()}
         )
         device = leaves[0].device if leaves else torch.get_default_device()
         return cls([x.numel() for x in outputs], [x.numel() for x in primals], dtype, device)

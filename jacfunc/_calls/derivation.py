@@ -9,7 +9,7 @@ from typing import Any
 from jacfunc._types import Argnums
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Derivation:
     """What is differentiated, before any arguments come.
 

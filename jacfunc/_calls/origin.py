@@ -11,7 +11,7 @@ from torch import Tensor
 from jacfunc._types import LeafFunction, Leaves
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ModuleOrigin:
     """The module whose call is differentiated.
 

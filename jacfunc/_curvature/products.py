@@ -24,8 +24,7 @@ from jacfunc._linear_map import (
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
 from jacfunc._torch import RandomState, noise_like
-from jacfunc._trees import Split
-from jacfunc._types import LeafFunction, Leaves, is_tensor
+from jacfunc._types import LeafFunction, Leaves
 
 NOT_TRANSPOSED = (
     "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
@@ -46,7 +45,7 @@ class BatchProducts:
     """
 
     def __init__(self, at_batch: ModuleAtBatch) -> None:
-        flat = at_batch.call.flat_call(at_batch.call.arguments, None)
+        flat = at_batch.call.flat_call()
         calls: list[FlatCall] = [flat]
         is_strict = at_batch.batch.samples.randomness == "error"
         func = flat if is_strict else OfCalls(_by_samples(at_batch, calls), flat.state)
@@ -181,7 +180,7 @@ def _check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
         return
     call, batch = at_batch.call, at_batch.batch
     fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, at_batch.size - 1)
-    flat = call.flat_call(Split.of(call.arguments, is_tensor).merge(fewer), None)
+    flat = call.flat_call(fewer)
     with at_batch.undisturbed():
         try:
             fewer_outputs, _ = flat(*map(Tensor.clone, flat.primals))

@@ -109,7 +109,7 @@ class VmappedBatch:
     def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
         if number in self.own:
             return writable_copy(anchor)
-        if number in learned.lent:
+        if learned.is_lent(number):
             return anchor.view_as(anchor)
         own = self.samples.each(anchor) if number in learned.others else anchor
         return own if number in learned.others - learned.written else writable_copy(own)
@@ -141,7 +141,7 @@ class VmappedBatch:
         return self.samples.dims[self.own[number]] if number in self.own else None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class WholeBatch:
     """A call that takes all samples at once, evaluated as its owner does.
 
@@ -160,13 +160,14 @@ class WholeBatch:
 
     @property
     def params(self) -> Leaves:
-        return one_sample(self.primals, self.dims, 0)
+        pairs = zip(self.primals, self.dims, strict=True)
+        return tuple([x if dim is None else x.select(dim, 0) for x, dim in pairs])
 
     def tracked(self, learned: LearnedUses) -> Sequence[int]:
         return [n for n, d in enumerate(self.dims) if d is None and n not in learned.others]
 
     def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
-        is_lent = self.dims[number] is None and number in learned.lent
+        is_lent = self.dims[number] is None and learned.is_lent(number)
         return anchor.view_as(anchor) if is_lent else writable_copy(anchor)
 
     def direct(self, learned: LearnedUses) -> list[Direct]:

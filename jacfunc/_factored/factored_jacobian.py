@@ -40,7 +40,7 @@ class Pullbacks(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Direct:
     """A primal that is differentiated as it is: where its products ``[K, …]`` hold the samples."""
 
@@ -52,7 +52,7 @@ class Direct:
         return Rows(product.unsqueeze(1) if self.dim is None else product.movedim(self.dim + 1, 1))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FactoredJacobian:
     """An evaluation of all samples; cotangents are pulled back onto the operations with parameters.
 
@@ -95,12 +95,12 @@ class FactoredJacobian:
     @cached_property
     def sample_outputs(self) -> Leaves:
         """The outputs of one sample."""
-        return tuple(out[0] for out in self.outputs)
+        return tuple([out.select(0, 0) for out in self.outputs])
 
     @property
     def sample_extras(self) -> Leaves:
         """The extras that the call of one sample returned beside the outputs."""
-        return tuple(extra[0] for extra in self.extras)
+        return tuple([extra.select(0, 0) for extra in self.extras])
 
     @property
     def carries_graph(self) -> bool:

@@ -48,6 +48,10 @@ class LearnedUses:
         """Parameters that the function gets without a copy."""
         return (self.ruled or set()) - self.others
 
+    def is_lent(self, number: int) -> bool:
+        """Does the function get this parameter without a copy?"""
+        return self.ruled is not None and number in self.ruled and number not in self.others
+
     def copy(self) -> LearnedUses:
         """What is known now."""
         ruled = None if self.ruled is None else set(self.ruled)

@@ -12,7 +12,7 @@ from jacfunc._factored.use import Path, shares_memory
 from jacfunc.layers import Form, Gather, Outer, Rows
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Part:
     """The form of one use, and the views that lead to the part of the parameter that was used."""
 

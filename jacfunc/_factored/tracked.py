@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ UNSEEN_WRITE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TrackedParameter:
     """A tensor that a function has, which is a parameter or a view of one."""
 
@@ -35,7 +35,7 @@ class TrackedParameter:
     """That of the memory when it was tracked: if it is another one, something has written there."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class UnruledUse:
     """Parameters, by number, that operations without a rule have got as arguments."""
 
@@ -79,12 +79,15 @@ class TrackedParameters:
                     step = View(view.func, args, kwargs, None if is_single else item)
                     self.track(whole.number, handle, of_twin[item], (*whole.path, step))
 
-    def are_among(self, values: Iterable[Any]) -> bool:
-        """Is a tracked tensor among the arguments, or in lists of them?"""
+    def are_among(self, values: Iterable[Any], without: Collection[int] = ()) -> bool:
+        """Is a tracked tensor among the arguments, or in lists of them?
+
+        Those with identities in ``without`` do not count.
+        """
         for value in values:
-            if id(value) in self.by_id:
+            if id(value) in self.by_id and id(value) not in without:
                 return True
-            if isinstance(value, tuple | list) and self.are_among(value):
+            if isinstance(value, tuple | list) and self.are_among(value, without):
                 return True
         return False
 

@@ -138,22 +138,24 @@ class UseRecorder(OperationRecorder):
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Call an operation that has a rule, with twins of the parameters that the rule covers."""
-        named = rule.named(args, kwargs) or {}
+        named, params = rule.named(args, kwargs) or {}, {}
         with untracked():
             forms = self._forms(number, func, rule, named) if named else {}
-            tracked = {name: self._params.find(named[name]) for name in forms}
-            params = {name: param for name, param in tracked.items() if param is not None}
+            for name in forms:
+                param = self._params.find(named[name])
+                if param is not None:
+                    params[name] = param
             twins = {name: param.twin.view_as(param.twin) for name, param in params.items()}
         if not params:
             self._params.note_unruled((*args, *kwargs.values()))
             return func(*args, **kwargs)
         covered = {id(named[name]) for name in params}
-        every = {id(x) for x in tensors_among((*args, *kwargs.values()))}
-        if self._placing.can_share and (every - covered) & self._params.by_id.keys():
+        if self._placing.can_share and self._params.are_among((*args, *kwargs.values()), covered):
             return self._derive(number, func, args, kwargs)
         names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
-        args = tuple(twins.get(name, x) for name, x in zip(names, args, strict=False))
-        kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
+        args = tuple([twins.get(name, x) for name, x in zip(names, args, strict=False)])
+        if kwargs:
+            kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         self._params.note_unruled((*args, *kwargs.values()))
         out = self._placing.call(rule, func, args, kwargs)
         with untracked():

@@ -107,7 +107,7 @@ UsedPart: TypeAlias = tuple[int, Path, FormOf]
 """The number of a parameter, the views that lead to the part that was used, and its form."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Use:
     """An operation with a rule, whose output cotangents are pulled back onto.
 

@@ -93,8 +93,8 @@ def samples_of(
     Raises:
         TypeError, ValueError: ``in_dims`` that do not fit the inputs.
     """
-    leaf_dims = sample_dims(api, in_dims, (args, {}))
     split = Split.of((args, {}), is_tensor)
+    leaf_dims = sample_dims(api, in_dims, (args, {}), split)
     dims = [d for d, is_leaf in zip(leaf_dims, split.is_chosen, strict=True) if is_leaf]
     check_batch(api, split.leaves, dims)
 

@@ -76,8 +76,10 @@ class Site:
             return False
         if self.layout is None:
             return shape == self.one
-        dim = self.layout.dim
-        return (*self.one[:dim], size * self.one[dim], *self.one[dim + 1 :]) == tuple(shape)
+        one, dim = self.one, self.layout.dim
+        if dim == 0:  # the usual case
+            return bool(shape) and shape[0] == size * one[0] and shape[1:] == one[1:]
+        return (*one[:dim], size * one[dim], *one[dim + 1 :]) == tuple(shape)
 
 
 Key: TypeAlias = tuple[int, str]

@@ -122,8 +122,8 @@ class ModuleState:
 
     def hooks(self) -> dict[str, list[Any]]:
         """Hooks on gradients that a user has set on chosen parameters, by name."""
-        hooks = {name: self.params[name]._backward_hooks for name in self.point}
-        return {name: list(own.values()) for name, own in hooks.items() if own}
+        params = [(name, self.params[name]) for name in self.point]
+        return {name: list(p._backward_hooks.values()) for name, p in params if p._backward_hooks}
 
     def buffers_now(self) -> dict[str, Tensor]:
         """The buffers that the module has left, while it is lent for an evaluation."""

@@ -50,7 +50,7 @@ SampleFunction: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]
 """``of_one(params, data) -> (outputs, extras)``: a function of parameters and one sample's data."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Samples:
     """Data of a batch, and the dimension in which each leaf holds its samples.
 

@@ -36,7 +36,7 @@ FINAL = Stale, UnseenWrite, ValueError, TypeError
 """Errors that no other way avoids."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SampledJacobian:
     """The Jacobian of every sample of a call.
 
@@ -86,7 +86,8 @@ class SampledJacobian:
 
         first = FirstSamples(batch.call_of, samples, batch.random_state())
         chunks = sample_chunks(take, samples.leaves, samples.dims, self.sink.at_once(chunk))
-        chunks, size = first_again(chunks, one.outputs_in, first.outputs), samples.size
+        size = samples.size
+        chunks = first_again(chunks, size, one.outputs_in, first.outputs)
         return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
 
     def _looped(self, strategy: Strategy) -> SampleBlocks:
@@ -103,7 +104,7 @@ class SampledJacobian:
                 yield tuple(block.unsqueeze(0) for block in blocks)
 
         first = FirstSamples(batch.call_of, samples, random_state)
-        chunks = first_again(each(), one.outputs_in, first.output)
+        chunks = first_again(each(), size, one.outputs_in, first.output)
         return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
 
     def _written(self, chunk: Chunk, rows: Chunk) -> SampleBlocks:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ModuleCall:
     """A module at the arguments of one call; by default differentiated by its parameters.
 
@@ -67,7 +68,7 @@ class ModuleCall:
         """The Jacobian of every sample; of the call as a whole, without ``batching``."""
         if batching is None:
             with self.undisturbed():
-                return evaluate(self.api, self.flat_call(self.arguments), strategy, sink)
+                return evaluate(self.api, self.flat_call(), strategy, sink)
         batch = self.batch(batching)
         with self.undisturbed():
             self.check_independent(batch)
@@ -76,17 +77,16 @@ class ModuleCall:
     def batch(self, batching: Batching) -> SampledCall:
         """The call at many samples, which are those of its arguments."""
         check_samples(self.api, self.state)
-        every_dim = sample_dims(self.api, batching.in_dims, self.arguments)
-        split = Split.of(self.arguments, is_tensor)
+        split = self._split
+        every_dim = sample_dims(self.api, batching.in_dims, self.arguments, split)
         dims = [d for d, is_leaf in zip(every_dim, split.is_chosen, strict=True) if is_leaf]
         check_batch(self.api, split.leaves, dims)
 
         def call_of(leaves: Leaves) -> FlatCall:
-            return self.flat_call(split.merge(leaves), every_dim)
+            return self.flat_call(leaves, every_dim)
 
         def whole(leaves: Leaves) -> tuple[FlatCall, dict[int, int]]:
-            is_every = leaves is samples.leaves
-            call = self.flat_call(self.arguments if is_every else split.merge(leaves))
+            call = self.flat_call(leaves)
             places = {id(x): i for i, x in enumerate(leaves) if dims[i] is not None}
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
@@ -113,7 +113,7 @@ class ModuleCall:
 
     def _subject(self, samples: Samples) -> Subject:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""
-        state, split = self.state, Split.of(self.arguments, is_tensor)
+        state, split = self.state, self._split
         module = state.module
         scripted = {
             id(param)
@@ -160,12 +160,26 @@ class ModuleCall:
         ):
             yield
 
-    def flat_call(self, arguments: Arguments, dims: Sequence[int | None] | None = None) -> FlatCall:
-        """The call as a function of leaves, at these arguments.
+    @cached_property
+    def _split(self) -> Split:
+        """The arguments, split into tensors and constants."""
+        return Split.of(self.arguments, is_tensor)
 
-        With ``dims`` the arguments are those of one sample, without the dimension of samples; the
+    def _with(self, leaves: Leaves | None) -> tuple[Split, Arguments]:
+        """The arguments, with other tensors if any are given."""
+        if leaves is None or leaves is self._split.leaves:
+            return self._split, self.arguments
+        return replace(self._split, leaves=leaves), self._split.merge(leaves)
+
+    def flat_call(
+        self, leaves: Leaves | None = None, dims: Sequence[int | None] | None = None
+    ) -> FlatCall:
+        """The call as a function of leaves, at its arguments or with other tensors among these.
+
+        With ``dims`` these tensors are those of one sample, without the dimension of samples; the
         module gets a batch of one.
         """
+        split, arguments = self._with(leaves)
         # plans go by what this closes over, the module above all
         state, module, variables = self.state, self.state.module, self._variables()
         hooks = state.hooks() if variables else {}
@@ -194,7 +208,7 @@ class ModuleCall:
                     output = map_tensors(self._unbatched, output)
                 return (output, state.buffers_now()) if self.with_buffers else output
 
-        originals = OwnArguments(self.choice, arguments, dims)
+        originals = OwnArguments(self.choice, arguments, split, dims)
         params = variables if self._differentiates("params") else {}
         chosen = self.choice.split(arguments) if self._differentiates("inputs") else None
         every = (params, chosen, arguments)

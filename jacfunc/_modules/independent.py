@@ -38,7 +38,7 @@ def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation |
         return None
     if sink.copies or not is_outermost():
         return None
-    kind = call.flat_call(call.arguments).call_kind
+    kind = call.flat_call().call_kind
     if _coupled().get(kind.version, kind.kind):
         return None
     try:

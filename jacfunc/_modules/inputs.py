@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from jacfunc._arguments import are_plain
 from jacfunc._torch import untracked
-from jacfunc._trees import Arguments, flatten, kind_of, paths, unflatten
-from jacfunc._types import Argnums, Tree, is_tensor
+from jacfunc._trees import Arguments, Split, flatten, kind_of, paths, unflatten
+from jacfunc._types import Argnums, Tree
 
 Key: TypeAlias = int | str
 
@@ -121,24 +121,26 @@ class OwnArguments:
     """
 
     def __init__(
-        self, choice: InputChoice, arguments: Arguments, dims: Sequence[int | None] | None
+        self,
+        choice: InputChoice,
+        arguments: Arguments,
+        split: Split,
+        dims: Sequence[int | None] | None,
     ) -> None:
-        self._choice, self._arguments, self._dims = choice, arguments, dims
-        self._leaves, self._spec = flatten(arguments)
-        tensors = list(filter(is_tensor, self._leaves))
-        self._originals = set(map(id, tensors))
+        self._choice, self._arguments, self._split, self._dims = choice, arguments, split, dims
+        self._originals = set(map(id, split.leaves))
         # the clone of another class would be a plain tensor where nobody sees it made
-        self._sight: Any = untracked if are_plain(tensors) else nullcontext
+        self._sight: Any = untracked if are_plain(split.leaves) else nullcontext
 
     @property
     def kinds(self) -> Hashable:
         """Structure and kinds of the leaves."""
-        return self._spec, tuple(map(kind_of, self._leaves))
+        return self._split.spec, tuple(map(kind_of, self._split.everything))
 
     def copied(self, chosen: Tree) -> Arguments:
         """The arguments with the chosen ones as they are, and copies of the rest."""
         with self._sight():
-            leaves, spec = self._leaves, self._spec
+            leaves, spec = self._split.everything, self._split.spec
             if chosen is not None:
                 leaves, spec = flatten(self._choice.join(chosen, self._arguments))
             own = [x.clone() if id(x) in self._originals else x for x in leaves]

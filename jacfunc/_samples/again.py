@@ -22,6 +22,7 @@ from jacfunc._types import Leaves
 
 def first_again(
     chunks: Iterable[Leaves],
+    total: int,
     outputs_of: Callable[[Leaves], Leaves],
     evaluate_first: Callable[[int], Leaves],
 ) -> Iterator[Leaves]:
@@ -31,6 +32,7 @@ def first_again(
     chunk returns something else for the first.
 
     Args:
+        total: how many samples all chunks have.
         outputs_of: finds the outputs in a chunk.
         evaluate_first: evaluates the first samples, so many, and returns their outputs.
 
@@ -39,7 +41,7 @@ def first_again(
     """
     count, size, first = 0, 0, Leaves()
     for leaves in chunks:
-        if not count:
+        if not count and (leaves and leaves[0].shape[0] < total):
             size, first = leaves[0].shape[0], detached(outputs_of(leaves))
         count += 1
         yield leaves

@@ -33,7 +33,7 @@ Guard: TypeAlias = Callable[[FactoredJacobian], None]
 """Refuses a batch whose samples depend on each other, once it is evaluated."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SampledCall:
     """The call of a function or a module at many samples.
 

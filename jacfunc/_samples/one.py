@@ -56,7 +56,7 @@ class OneSample:
         return leaves[start : start + len(self._grid.rows)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SampleBlocks:
     """Blocks, outputs and extras of all samples, one after the other, each with the batch in front.
 

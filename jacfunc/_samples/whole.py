@@ -26,7 +26,7 @@ Evaluated: TypeAlias = tuple[FactoredJacobian, FlatCall]
 """Some samples, evaluated, and the call that was made."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class WholeBatches:
     """A batch that is evaluated as a whole.
 

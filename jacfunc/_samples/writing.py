@@ -57,7 +57,7 @@ class SampleWriter:
             start = 0 if self.places is not None else count * len(self.one.grid().columns)
             return leaves[start : start + count]
 
-        chunks = first_again(in_chunks(total, samples, take), outputs_of, again)
+        chunks = first_again(in_chunks(total, samples, take), total, outputs_of, again)
         leaves = stack(chunks, total)
         return leaves if self.places is None else (*self.places, *leaves)
 

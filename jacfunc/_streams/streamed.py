@@ -81,7 +81,7 @@ class StreamedCall:
         with self.budget.keeping():
             if self.batch is not None:
                 return self.between(0, self.size)
-            flat = self._call.flat_call(self._call.arguments)
+            flat = self._call.flat_call()
             return HeldSamples(_factors(flat)), flat
 
     def between(self, start: int, stop: int) -> tuple[HeldSamples, FlatCall]:

@@ -7,15 +7,19 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from jacfunc._trees.tree import StructureError, broadcast_prefix, flatten
+from jacfunc._trees.split import Split
+from jacfunc._trees.tree import StructureError, broadcast_prefix
 from jacfunc._types import Tree
 
 Arguments: TypeAlias = tuple[tuple[Tree, ...], dict[str, Tree]]
 """``(args, kwargs)`` of a call."""
 
 
-def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | None]:
+def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -> list[int | None]:
     """For every leaf of the arguments, left to right, the dimension of its samples, or None.
+
+    Args:
+        tensors: the arguments, split into tensors and constants.
 
     Raises:
         ValueError, TypeError: if ``in_dims`` does not fit the arguments.
@@ -37,9 +41,8 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | Non
             f"{api}: in_dims must have one entry for each of the {len(args)} inputs, got "
             f"{len(in_dims)}. Use None for what all samples share."
         )
-    leaves = flatten(arguments)[0]
     if isinstance(in_dims, int):  # the usual case: every tensor has the samples there
-        return [in_dims if isinstance(x, Tensor) else None for x in leaves]
+        return [in_dims if is_tensor else None for is_tensor in tensors.is_chosen]
     positional = in_dims if isinstance(in_dims, tuple | list) else [0] * len(args)
     prefixes = [*positional, *(by_name.get(name, 0) for name in kwargs)]
     dims: list[Any] = []
@@ -52,7 +55,8 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments) -> list[int | Non
                 f"{api}: in_dims must have the structure of the inputs, got one where {error}. "
                 "Give dicts the same keys."
             ) from error
-    return [d if isinstance(x, Tensor) else None for x, d in zip(leaves, dims, strict=True)]
+    pairs = zip(tensors.is_chosen, dims, strict=True)
+    return [dim if is_tensor else None for is_tensor, dim in pairs]
 
 
 def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) -> None:

@@ -69,6 +69,14 @@ class Split:
         constants = tuple(leaf for leaf, yes in zip(everything, is_chosen, strict=True) if not yes)
         return cls(spec, is_chosen, leaves, constants)
 
+    @property
+    def everything(self) -> Sequence[Any]:
+        """All leaves of the tree, in order."""
+        if not self.constants:
+            return self.leaves
+        new, kept = iter(self.leaves), iter(self.constants)
+        return [next(new if yes else kept) for yes in self.is_chosen]
+
     def merge(self, leaves: Sequence[Any], constants: Sequence[Any] | None = None) -> Tree:
         """The tree with new chosen leaves, and with new constants if there are any."""
         if not self.constants:

@@ -88,8 +88,6 @@ def _costs_of_sample(problem: Problem) -> Costs | None:
     """Costs of one sample, or of the batch as a whole, evaluated as jacfunc does it."""
     call = problem.call()
     with call.undisturbed():
-        if problem.is_sampled:
-            flat = call.batch(problem.batching).first_call()
-        else:
-            flat = call.flat_call(call.arguments)
+        one = call.batch(problem.batching).first_call if problem.is_sampled else call.flat_call
+        flat = one()
         return counted_costs(JacobianOperator(flat, flat.primals))

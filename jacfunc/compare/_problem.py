@@ -184,7 +184,7 @@ class Problem:
         tensors = Split.of(arguments, is_tensor)
         if not self.is_sampled:
             return tensors, [None] * len(tensors.leaves)
-        every = sample_dims(API, self.in_dims, arguments)
+        every = sample_dims(API, self.in_dims, arguments, tensors)
         return tensors, [d for d, yes in zip(every, tensors.is_chosen, strict=True) if yes]
 
     def varied(self) -> list[int]:
