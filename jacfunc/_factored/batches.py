@@ -54,11 +54,6 @@ class Batch(Protocol):
         """The primals as one sample has them."""
         ...
 
-    @property
-    def trace(self) -> Trace | None:
-        """What is told of all operations, if anything is."""
-        ...
-
     def tracked(self, learned: LearnedUses) -> Sequence[int]:
         """Numbers of the parameters whose uses are looked for."""
         ...
@@ -93,7 +88,6 @@ class VmappedBatch:
     primals: Leaves
     samples: Samples
     own: Mapping[int, int] = field(default_factory=dict)
-    trace: Trace | None = None
 
     @property
     def size(self) -> int:
@@ -181,7 +175,7 @@ class WholeBatch:
         if self.trace is not None:
             self.trace.calls.clear()
         is_one = self.size == 1 or self.trace is not None
-        placing = VmappedSamples(1, None) if is_one else self.placing
+        placing = VmappedSamples(1, None, self.trace) if is_one else self.placing
         outputs, extras = record(placing, handles, lambda: self.call(*handles))
         count = len(outputs)
         place = self._of_one if is_one else self._of_all

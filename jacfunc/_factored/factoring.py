@@ -121,7 +121,7 @@ def _recorded(
             params = TrackedParameters(learned.lent, unruled)
             for number, twin in handles.twins.items():
                 params.track(number, primals[number], twin)
-            recorder = UseRecorder(placing, params, handles.starts, handles.grad_mode, batch.trace)
+            recorder = UseRecorder(placing, params, handles.starts, handles.grad_mode)
         recorders[:] = [recorder]
         with recorder:
             image = evaluate()

@@ -23,6 +23,7 @@ class LearnedUses:
         signatures: of the evaluations that these were learned from.
         moves_samples: were numbers moved to where other numbers say? Then layouts may change with
             the numbers.
+        mixes: may operations mix the samples, though the outputs did not show it?
         lessons: how often they were learned.
         is_pulled: has a pullback succeeded?
         refused: names of ways to evaluate the samples that were refused.
@@ -34,6 +35,7 @@ class LearnedUses:
     sites: Sites | None = None
     signatures: set[int] = field(default_factory=set)
     moves_samples: bool = False
+    mixes: bool = False
     lessons: int = 0
     is_pulled: bool = False
     refused: set[str] = field(default_factory=set)

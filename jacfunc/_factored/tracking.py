@@ -13,7 +13,7 @@ from jacfunc._factored.derived import Derived, parameters_of, replaced, through_
 from jacfunc._factored.tracked import TrackedParameters, Versions, tensors_among, without_lists
 from jacfunc._factored.use import METADATA, RAW_MEMORY, VIEWS, Use, UsedPart, View, is_part
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._layouts import OUT, Args, Key, NoLayout, OperationRecorder, Placing, Trace
+from jacfunc._layouts import OUT, Args, Key, NoLayout, OperationRecorder, Placing
 from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
 from jacfunc._torch import innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
@@ -35,7 +35,6 @@ class UseRecorder(OperationRecorder):
         starts: nodes at which the walk through the graph ends, with the numbers of the parameters.
             Those of results that all samples share are added.
         grad_mode: may the Jacobian be differentiated further?
-        trace: is told of all operations, if there is one.
     """
 
     def __init__(
@@ -44,9 +43,8 @@ class UseRecorder(OperationRecorder):
         params: TrackedParameters,
         starts: dict[Any, int],
         grad_mode: bool,
-        trace: Trace | None = None,
     ) -> None:
-        super().__init__(trace)
+        super().__init__(placing.listener)
         placing.operations = self.operations
         self._placing, self._params = placing, params
         self._starts, self._grad_mode = starts, grad_mode

@@ -7,6 +7,7 @@ zero for some of the samples.
 
 from jacfunc._layouts.evidence import Evidence
 from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
+from jacfunc._layouts.mixing import Mixing
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import Args, OperationRecorder
 from jacfunc._layouts.traces import Trace, begins, ends

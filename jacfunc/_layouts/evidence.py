@@ -85,11 +85,7 @@ class Evidence:
 
     def _has_numbers(self, seen: Seen, layout: Layout | None) -> bool:
         """Are the numbers of samples those that they have in the other batch?"""
-        every, other = seen.every.detach(), seen.other.detach()
-        if layout is None:
-            return _agree(other, every)
-        numbers = layout.of_all(every, self.size)[self.samples]
-        return _agree(layout.of_all(other, len(self.samples)), numbers)
+        return has_numbers(seen.every, self.size, seen.other, self.samples, layout)
 
     def _is_zero_outside(self, pulled: Tensor, layout: Layout) -> bool:
         outside = ~self.inside.to(pulled.device)
@@ -102,7 +98,18 @@ def _share(layout: Layout, shape: Size, other: Size) -> bool:
     return layout.dim < min(len(shape), len(other)) and shape[layout.dim] == other[layout.dim]
 
 
-def _agree(one: Tensor, other: Tensor) -> bool:
+def has_numbers(
+    every: Tensor, size: int, other: Tensor, samples: list[int], layout: Layout | None
+) -> bool:
+    """Has a tensor for these samples the numbers that it has in another batch, of them alone?"""
+    every, other = every.detach(), other.detach()
+    if layout is None:
+        return agree(other, every)
+    numbers = layout.of_all(every, size)[samples]
+    return agree(layout.of_all(other, len(samples)), numbers)
+
+
+def agree(one: Tensor, other: Tensor) -> bool:
     """Do two tensors differ by rounding alone?"""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

@@ -18,7 +18,7 @@ from jacfunc._layouts.layouts import (
     Unlike,
     layouts_between,
 )
-from jacfunc._layouts.traces import Trace
+from jacfunc._layouts.traces import Listener, Trace
 from jacfunc._torch import batched, call_of_all_samples, of_all_samples, unbatched
 from jacfunc.layers import Rule
 
@@ -31,6 +31,8 @@ class Placing(Protocol):
 
     operations: Sequence[Any]
     """Functions that are called, and plain values that they are called with."""
+    listener: Listener | None
+    """Is told of all operations, if there is one."""
 
     @property
     def can_share(self) -> bool:
@@ -69,6 +71,7 @@ class VmappedSamples:
 
     size: int
     level: Any
+    listener: Listener | None = None
     operations: Sequence[Any] = ()
     can_share = False
 
@@ -107,6 +110,7 @@ class PlainSamples:
         size: how many there are.
         sites: what was learned of calls of this kind.
         trace: another batch, if layouts are to be learned now.
+        listener: is told of all operations, if there is one.
         seen: what is to be learned from.
         operations: functions that were called, and plain values that they were called with.
     """
@@ -114,6 +118,7 @@ class PlainSamples:
     size: int
     sites: Sites
     trace: Trace | None = None
+    listener: Listener | None = None
     seen: dict[Key, Seen] = field(default_factory=dict)
     operations: Sequence[Any] = ()
     can_share = True

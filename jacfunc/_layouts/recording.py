@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._layouts.traces import Trace, begins, ends
+from jacfunc._layouts.traces import Listener, begins, ends
 
 Args: TypeAlias = tuple[Any, ...]
 
@@ -39,12 +39,12 @@ class OperationRecorder(TorchFunctionMode):
     """A context that numbers the operations of a function, from where the user's part begins.
 
     Args:
-        trace: is told of all operations, if there is one.
+        listener: is told of all operations, if there is one.
     """
 
-    def __init__(self, trace: Trace | None) -> None:
+    def __init__(self, listener: Listener | None) -> None:
         super().__init__()
-        self._trace = trace
+        self._listener = listener
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
         self.moves_samples = False
@@ -74,6 +74,8 @@ class OperationRecorder(TorchFunctionMode):
         # called for every operation: as short as it can be
         if func is begins:
             self.operations.clear()
+            if self._listener is not None:
+                self._listener.begin()
         if func is begins or func is ends:
             self._is_over = func is ends
             return None
@@ -87,10 +89,9 @@ class OperationRecorder(TorchFunctionMode):
             self.moves_samples = True
         elif func in READING:
             self.reads_values = True
-        if self._trace is None:
-            return self.call(number, func, args, kwargs)
-        self._trace.calls[number] = func, args, kwargs
-        result = self._trace.results[number] = self.call(number, func, args, kwargs)
+        result = self.call(number, func, args, kwargs)
+        if self._listener is not None:
+            self._listener.hear(number, func, args, kwargs, result)
         return result
 
 

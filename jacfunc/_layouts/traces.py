@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -28,6 +28,25 @@ def ends() -> None:
         handle_torch_function(ends, ())
 
 
+class Listener(Protocol):
+    """Is told of all operations of an evaluation."""
+
+    def begin(self) -> None:
+        """Forget all: only what follows is part of the user's function."""
+        ...
+
+    def hear(
+        self,
+        number: int,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+    ) -> None:
+        """Take in an operation that has ended."""
+        ...
+
+
 @dataclass
 class Trace:
     """The operations of another batch, by number: what each was called with, and returned.
@@ -40,6 +59,27 @@ class Trace:
     samples: list[int]
     calls: dict[int, tuple[Any, tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
     results: dict[int, Any] = field(default_factory=dict)
+    versions: dict[int, list[int]] = field(default_factory=dict)
+    """Those of the tensors in each result when the operation had ended."""
+
+    def begin(self) -> None:
+        for kept in (self.calls, self.results, self.versions):
+            kept.clear()
+
+    def hear(
+        self,
+        number: int,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+    ) -> None:
+        self.calls[number], self.results[number] = (func, args, kwargs), result
+        self.versions[number] = _versions(result)
+
+    def was_written(self, number: int) -> bool:
+        """Was something written into the result of an operation after it had ended?"""
+        return self.versions[number] != _versions(self.results[number])
 
     def is_like(self, operations: Sequence[Any]) -> bool:
         """Did an evaluation call these functions, with values of other kinds in between?"""
@@ -57,3 +97,18 @@ class Trace:
         named = {} if rule is None else rule.named(args, kwargs) or {}
         value = self.results.get(number) if name == OUT else named.get(name)
         return value if isinstance(value, Tensor) else None
+
+
+def pairs_in(value: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors in two values of one structure, at any depth of containers, in pairs."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        yield value, other
+    elif isinstance(value, Mapping) and isinstance(other, Mapping):
+        yield from pairs_in(list(value.values()), list(other.values()))
+    elif isinstance(value, tuple | list) and isinstance(other, tuple | list):
+        for one, two in zip(value, other, strict=False):
+            yield from pairs_in(one, two)
+
+
+def _versions(value: Any) -> list[int]:
+    return [tensor._version for tensor, _ in pairs_in(value, value)]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
-from jacfunc._factored import FactoredJacobian
 from jacfunc._layouts import begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
@@ -91,9 +90,8 @@ class ModuleCall:
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
 
-        def guard(jacobian: FactoredJacobian) -> None:
-            check = self.independence.check_evaluation
-            operations = jacobian.signature, jacobian.moves_samples
+        def guard(signature: int, may_mix: bool) -> None:
+            check, operations = self.independence.check_evaluation, (signature, may_mix)
             # not of the batch, which holds this: a cycle would keep the module alive
             check(self.api, self.state, kind.kind, operations, lambda: self._subject(samples))
 

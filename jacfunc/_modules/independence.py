@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
@@ -34,7 +34,7 @@ class KnownCalls:
     count: int = 0
     is_large: bool = False
     is_compared: bool = False
-    """Were batches compared at the last call?"""
+    """Were many halves compared at the last call?"""
     signatures: set[int] = field(default_factory=set)
     """Operations of evaluations after which batches were compared."""
 
@@ -95,20 +95,21 @@ class Independence:
     ) -> None:
         """Refuse such a module once a batch was evaluated, which may have shown that it is time.
 
-        It is where other operations were called than before, or where numbers were moved to where
-        other numbers say.
+        It is where other operations were called than before, or where their numbers may make
+        samples depend on each other.
 
         Args:
-            operations: the signature of the evaluation, and whether numbers were moved.
+            operations: the signature of the evaluation, and whether its operations may do so.
         """
         if self.independent is True:
             return
         calls = _kinds_of_state(state).get(_with_hooks(kind))
-        signature, moves_samples = operations
-        if calls is None or (signature in calls.signatures and not moves_samples):
+        signature, may_mix = operations
+        if calls is None or (signature in calls.signatures and not may_mix):
             return
         if not calls.is_compared:
-            self._refuse(api, self._comparison(api, subject_of)(calls.count).what)
+            thorough = replace(self, is_thorough=True)
+            self._refuse(api, thorough._comparison(api, subject_of)(calls.count).what)
             calls.is_compared = True
         if len(calls.signatures) >= MOST_KINDS:
             calls.signatures.clear()
@@ -172,8 +173,9 @@ class Independence:
         calls = kinds.pop(kind, None) or KnownCalls()
         calls.count += 1
         is_always = self.independent == "always" or (self.by_rows and calls.is_large)
-        calls.is_compared = calls.is_due or is_always
-        if calls.is_compared:
+        is_due = calls.is_due or is_always
+        calls.is_compared = is_due and (self.is_thorough or calls.count == 1)
+        if is_due:
             coupled = compare(calls.count)
             if coupled.what:
                 return coupled.what

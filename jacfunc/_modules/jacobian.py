@@ -105,10 +105,10 @@ def module_jacobian(
             are replaced: the rest must have the same outputs and derivatives, to the last bit. None
             compares at the first call of a module or a kind of call, at the second, fourth, eighth,
             …, and at every call that costs much more than the comparison; ``"always"`` compares at
-            every call, True at none. A dependence that only global state switches on is seen at the
-            next comparison. An output of no dimension, such as a loss, is that of the sample alone.
-            A module that is made for one sample may return for a batch what it returns for one of
-            its samples.
+            every call, True at none. Every call is compared, too, where operations may mix samples
+            though outputs do not show it. An output of no dimension, such as a loss, is that of the
+            sample alone. A module that is made for one sample may return for a batch what it
+            returns for one of its samples.
 
     Returns:
         A function of the module's own inputs, which returns for each output leaf: for ``"params"``

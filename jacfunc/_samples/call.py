@@ -29,8 +29,9 @@ Way: TypeAlias = Callable[[int, int, RandomState], Evaluated]
 ALONE_ROUNDING = 2 / 3
 """A sample alone differs from the sample in a batch by less than this power of the precision."""
 
-Guard: TypeAlias = Callable[[FactoredJacobian], None]
-"""Refuses a batch whose samples depend on each other, once it is evaluated."""
+Guard: TypeAlias = Callable[[int, bool], None]
+"""Refuses a batch whose samples depend on each other, once it is evaluated: with the signature of
+its operations, and whether these may make samples depend by their numbers."""
 
 
 @dataclass(eq=False)
@@ -153,7 +154,8 @@ class SampledCall:
         if jacobian.reads_values:
             self._check_alone(jacobian, start)
         if self.guard is not None:
-            self.guard(jacobian)
+            may_mix = learned.mixes and not jacobian.reads_values
+            self.guard(jacobian.signature, jacobian.moves_samples or may_mix)
         return jacobian, call
 
     def _check_alone(self, jacobian: FactoredJacobian, start: int) -> None:

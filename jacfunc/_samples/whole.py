@@ -12,7 +12,7 @@ from torch import Tensor
 from jacfunc._calls import FlatCall
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._factored import FactoredJacobian, LearnedUses, WholeBatch, factored
-from jacfunc._layouts import Evidence, NoLayout, PlainSamples, Trace, Unlike
+from jacfunc._layouts import Evidence, Mixing, NoLayout, PlainSamples, Trace, Unlike
 from jacfunc._linear_map import Samples, narrowed
 from jacfunc._log import note
 from jacfunc._torch import RandomState, noise_like
@@ -88,7 +88,9 @@ class WholeBatches:
 
     def _learned_from(self, trace: Trace) -> tuple[Evaluated | None, bool]:
         """An evaluation beside another batch, and whether that calls the same operations."""
-        learned, placing = self.learned, PlainSamples(self.samples.size, {}, trace)
+        learned, size = self.learned, self.samples.size
+        mixing = Mixing(trace, size)
+        placing = PlainSamples(size, {}, trace, mixing)
         batch, call = self._batch(self.samples, placing)
         while True:
             try:
@@ -102,6 +104,8 @@ class WholeBatches:
         if not trace.is_like(placing.operations):
             return None, False
         learned.moves_samples = jacobian.moves_samples
+        # of numbers that are drawn nothing can be told
+        learned.mixes |= mixing.was_seen and not self.random_state.has_changed()
         if self._learn(jacobian, placing):
             return (jacobian, call), True
         return self._as_learned(), True

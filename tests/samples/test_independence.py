@@ -315,6 +315,49 @@ def test_what_nobody_sees_is_met_sooner_or_later() -> None:
         door(x)
 
 
+SWITCH = torch.zeros((), dtype=torch.float64)
+SWITCHED_BY: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a buffer": lambda m, h: h - m.switch * h.mean(0),
+    "a tensor outside": lambda m, h: h - SWITCH * h.mean(0),
+    "the data": lambda m, h: h - (m.seen.abs().amax() > 5).to(h) * h.mean(0),
+    "the data, sample by sample": lambda m, h: h + (h.abs() > 9) * h.flip(0),
+    "the data, in place": lambda m, h: h.clone().sub_((m.seen.abs().amax() > 5) * h.mean(0)),
+    "the data, by the first sample": lambda m, h: h + (m.seen[0, 0] > 5) * h[-1],
+}
+
+
+class SwitchedByNumbers(Mixing):
+    """What it does to a batch changes with numbers alone: the operations stay the same."""
+
+    def __init__(self, mix: Callable[..., Tensor]) -> None:
+        super().__init__(mix)
+        self.register_buffer("switch", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.detach()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", SWITCHED_BY)
+@pytest.mark.parametrize("door_name", ["layers", *CHEAP[1:]])
+def test_numbers_that_couple_samples_later(name: str, door_name: str) -> None:
+    """At the third call nothing is compared but where operations may mix the samples."""
+    model, x = SwitchedByNumbers(SWITCHED_BY[name]).double(), batch()
+    door = DOORS.get(door_name) or per_sample("params", strategy="structured")
+    door(model, x)
+    door(model, x)
+    if name.startswith("the data"):
+        x = x.clone()
+        x[0] = 400.0
+    model.switch.fill_(1)
+    SWITCH.fill_(1)
+    try:
+        with pytest.raises(ValueError, match=MIXED):
+            door(model, x)
+    finally:
+        SWITCH.fill_(0)
+
+
 def test_at_every_call_where_outputs_are_many() -> None:
     flags: list[int] = []
     model = nn.Sequential(nn.Linear(3, 200), Mixing(lambda m, h: h - h.mean(0) if flags else h))

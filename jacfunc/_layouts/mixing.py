@@ -1,0 +1,74 @@
+"""Finds operations that may mix the samples of a batch, whether or not the outputs show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from jacfunc._layouts.evidence import agree, has_numbers
+from jacfunc._layouts.layouts import layouts_between
+from jacfunc._layouts.traces import Trace, pairs_in
+
+_NEW = frozenset(
+    getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros")
+)
+"""Functions that take dtype and device alone from their first argument."""
+
+_CAST = frozenset({Tensor.to, Tensor.type_as})
+"""Functions that take dtype and device alone from all other arguments."""
+
+
+@dataclass
+class Mixing:
+    """Compares each result with the one in another batch, while a batch is evaluated.
+
+    A result mixes samples if it was made of a tensor that holds samples and holds none itself, such
+    as a mean over the batch, or if it holds for a sample other numbers than in the other batch. The
+    outputs need not show that: a factor may be zero today, and another number tomorrow.
+
+    Args:
+        trace: the operations of the other batch.
+        size: how many samples this batch has.
+    """
+
+    trace: Trace
+    size: int
+    was_seen: bool = False
+
+    def begin(self) -> None:
+        self.was_seen = False
+
+    def hear(
+        self,
+        number: int,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+    ) -> None:
+        """Look at one operation of this batch."""
+        if self.was_seen or func in _NEW or number not in self.trace.calls:
+            return
+        other_func, other_args, other_kwargs = self.trace.calls[number]
+        # a result that was written into later had other numbers when its operation ended
+        if other_func != func or self.trace.was_written(number):
+            return
+        others = self.trace.results[number]
+        if func in _CAST:
+            args, kwargs = args[:1], {}
+        own = pairs_in((args, kwargs), (other_args, other_kwargs))
+        holds_samples = any(one.shape != other.shape for one, other in own)
+        for one, other in pairs_in(result, others):
+            if one.shape == other.shape:
+                self.was_seen |= holds_samples or not agree(one, other)
+            else:
+                self.was_seen |= not self._is_by_sample(one, other)
+
+    def _is_by_sample(self, one: Tensor, other: Tensor) -> bool:
+        """Has each sample in one dimension the numbers that it has in the other batch?"""
+        samples = self.trace.samples
+        layouts = layouts_between(one.shape, self.size, other.shape, len(samples))
+        return any(has_numbers(one, self.size, other, samples, layout) for layout in layouts)
