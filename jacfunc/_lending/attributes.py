@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from random import Random
@@ -89,6 +89,17 @@ def _objects_in(value: object, visited: set[int]) -> Iterator[Any]:
         if not isinstance(item, MethodType) and type(own := _own(item)) is dict and own:
             yield item
             pending += own.values()
+
+
+def containers_in(values: Iterable[object]) -> list[Any]:
+    """The lists, dicts and the like among values."""
+    return [value for value in values if isinstance(value, list | dict | set | deque)]
+
+
+def refill(container: Any, before: Any) -> None:
+    """Fill a container again as its copy is filled."""
+    container.clear()
+    (container.extend if isinstance(container, list | deque) else container.update)(before)
 
 
 def tensors_in(value: object) -> list[Tensor]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from jacfunc._lending.attributes import containers_in, refill
 from jacfunc._lending.constants import ParameterWatch
-from jacfunc._lending.part import Attributes, ModulePart, attributes_of, give_back, lend
+from jacfunc._lending.part import (
+    OF_EVERY_MODULE,
+    Attributes,
+    ModulePart,
+    attributes_of,
+    give_back,
+    lend,
+)
 
 
 @dataclass(eq=False, slots=True)
@@ -20,6 +29,8 @@ class EvaluationState:
     arguments: Any = None
     attributes: list[Attributes] | None = None
     """None as long as these are in place."""
+    contents: list[tuple[Any, Any]] = field(default_factory=list)
+    """Containers that hooks may change in a backward pass, with copies."""
 
 
 @dataclass(eq=False, slots=True)
@@ -46,8 +57,26 @@ class Loan:
             self.evaluation = None
         give_back(self.parts, self.before)
 
+    def keep_contents(self) -> EvaluationState:
+        """The last evaluation, once what its hooks find in containers is kept for each pullback.
+
+        A hook may take out of a list what another one has put there in the evaluation.
+        """
+        evaluation = self.evaluation
+        assert evaluation is not None
+        if any(part.has_hooks for part in self.parts):
+            own = (pair for part in self.parts for pair in vars(part.module).items())
+            containers = containers_in(x for key, x in own if key not in OF_EVERY_MODULE)
+            modules = [part.module for part in self.parts if part.is_module]
+            params = (x for module in modules for x in module._parameters.values())
+            containers += [vars(param) for param in params if param is not None]
+            evaluation.contents = [(container, copy(container)) for container in containers]
+        return evaluation
+
     def renew(self, evaluation: EvaluationState) -> None:
         """Put what an earlier evaluation left in place again, for its pullbacks."""
+        for container, before in evaluation.contents:
+            refill(container, before)
         if self.evaluation is evaluation or evaluation.attributes is None:
             return
         self.take_back()

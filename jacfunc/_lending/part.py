@@ -11,10 +11,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in
+from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in, refill
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 _REGISTRIES = tuple(
     key
@@ -44,12 +44,14 @@ class ModulePart:
     is_module: bool
     is_scripted: bool
     is_table: bool
+    has_hooks: bool
+    """Has it hooks, which run in a forward or a backward pass?"""
 
     @classmethod
     def of(cls, module: Any) -> ModulePart:
         """The part as it is now."""
         attributes, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
-        own = {key: value for key, value in attributes.items() if key not in _OF_EVERY_MODULE}
+        own = {key: value for key, value in attributes.items() if key not in OF_EVERY_MODULE}
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
         registries = [attributes[key] for key in _REGISTRIES if is_module and not is_scripted]
@@ -65,6 +67,7 @@ class ModulePart:
             is_module,
             is_scripted,
             isinstance(module, _TABLES),
+            any("hooks" in key and attributes.get(key) for key in _REGISTRIES if is_module),
         )
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
@@ -179,8 +182,7 @@ def _mark(value: Any) -> Any:
 def put_back(tables: list[tuple[Any, Any]]) -> None:
     """Fill each dict again as its copy tells (see :meth:`ModulePart.tables_now`)."""
     for table, before in tables:
-        table.clear()
-        table.update(before)
+        refill(table, before)
 
 
 def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:

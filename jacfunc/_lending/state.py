@@ -211,6 +211,9 @@ class ModuleState:
             new[id(buffer)] = copies.get(id(buffer), buffer).clone()
         for name, param in others.items():
             new[id(param)] = constants[name]
+        for param in (*self.params.values(), *self.hidden.values()):
+            if own := vars(param):  # what libraries keep beside a parameter
+                vars(new[id(param)]).update(own)
         loan.lend(EvaluationState(params.values(), arguments), new)
         return learn
 
@@ -237,9 +240,7 @@ class ModuleState:
 
     def as_evaluated(self) -> Callable[[], None]:
         """A function that pullbacks call first: it puts the tensors of this evaluation in place."""
-        evaluation = self.loans[-1].evaluation
-        assert evaluation is not None
-        return partial(self._renew, evaluation)
+        return partial(self._renew, self.loans[-1].keep_contents())
 
     def _renew(self, evaluation: EvaluationState) -> None:
         self.loans[-1].renew(evaluation)
