@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from jacfunc._layouts.layouts import OUT, Key
 from jacfunc.layers import Rule
@@ -18,13 +19,13 @@ def begins() -> None:
 
     What is done before, to lend a module, may change from one evaluation to the next.
     """
-    if has_torch_function(()):
+    if torch._C._len_torch_function_stack():
         handle_torch_function(begins, ())
 
 
 def ends() -> None:
     """Tell a recorder that the user's function is over."""
-    if has_torch_function(()):
+    if torch._C._len_torch_function_stack():
         handle_torch_function(ends, ())
 
 

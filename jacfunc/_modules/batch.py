@@ -59,7 +59,8 @@ class SampledJacobian:
             raise
 
     def _by(self, strategy: Strategy) -> SampleBlocks:
-        if isinstance(strategy, Looped):
+        is_alone = self.batch.size == 1 and not isinstance(strategy, Structured)
+        if is_alone or isinstance(strategy, Looped):
             return self._looped(strategy)
         if isinstance(strategy, Auto | Autotune):
             return self._planned(strategy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -140,3 +141,41 @@ def test_samples_that_depend_on_each_other_from_a_later_call_on() -> None:
     for is_on[0] in (False, False, False, True, True, False):
         for name, block in looped(module, x).items():
             torch.testing.assert_close(jacobian(x)[name], block, rtol=0, atol=1e-10)
+
+
+class Counting(nn.Module):
+    """Counts how often it is evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS.append(len(x))
+        return self.layer(x).tanh()
+
+
+CALLS: list[int] = []
+
+
+@pytest.mark.parametrize("wrt", ["params", "inputs"])
+def test_layouts_are_learned_beside_one_sample_and_once(wrt: Literal["params", "inputs"]) -> None:
+    """What is done to lend the module, such as copies of constants, is no part of the function."""
+    door = jacfunc.module_jacobian(
+        Counting(), wrt, per_sample=True, strategy="structured", independent=True
+    )
+    CALLS.clear()
+    door(torch.ones(4, 3))
+    assert sorted(CALLS) == [1, 4]
+    CALLS.clear()
+    door(torch.zeros(4, 3))
+    assert CALLS == [4]
+
+
+def test_one_sample_is_evaluated_plainly_and_once() -> None:
+    door = jacfunc.module_jacobian(Counting(), per_sample=True, strategy="reverse")
+    door(torch.ones(1, 3))
+    CALLS.clear()
+    result = door(torch.ones(1, 3))
+    assert CALLS == [1]
+    assert result["weight"].shape == (1, 2, 2, 3)
