@@ -15,7 +15,13 @@ from jacfunc._kernels.fitting import in_ranges
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
 from jacfunc._lending import Select
 from jacfunc._memory import Budget
-from jacfunc._modules import Batching, BatchOptions, Independent, check_randomness_option
+from jacfunc._modules import (
+    Batching,
+    BatchOptions,
+    FunctionAsModule,
+    Independent,
+    check_randomness_option,
+)
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
@@ -39,13 +45,14 @@ def ntk(
     out: Tree = None,
     independent: Independent = None,
     progress: Progress | None = None,
+    batched: bool = False,
 ) -> Tree:
     """Empirical neural tangent kernel: contracts the factors of layers, J is never formed.
 
     ``K[a, b, *i, *j] = Σₚ J₁[a, *i, p] J₂[b, *j, p]`` over all parameters p.
 
     Args:
-        func: a module, or ``func(params, *inputs)`` of a single sample.
+        func: a module, or ``func(params, *inputs)`` of a single sample (see ``batched``).
         params: of a function, the tree that it is differentiated by. Of a module None, or what
             ``select`` says.
         x1: a batch: a tensor, a dict or another tree, or a tuple of positional inputs; or a list
@@ -54,7 +61,8 @@ def ntk(
         trace_axes: axes of a sample's output along which ``i = j`` is summed over.
         diagonal_axes: axes along which only ``i = j`` is computed.
         select: which parameters of a module, as in :func:`jacfunc.module_jacobian`:
-            ``"*lora*"`` for those of adapters.
+            ``"*lora*"`` for those of adapters. With ``batched`` those of a function, as in
+            :func:`jacfunc.ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.
@@ -64,9 +72,11 @@ def ntk(
         out: the result of an earlier call, to be overwritten: a loop allocates memory once.
         independent: each sample of a module is taken alone, as a batch of one; True skips,
             ``"always"`` insists on looking whether others change it, as in
-            :func:`jacfunc.module_jacobian`. A function is given one sample at a time.
+            :func:`jacfunc.module_jacobian`. A function of a single sample needs no such look.
         progress: wraps the sequence of blocks, to watch it: ``tqdm.tqdm``, or
             ``rich.progress.track``.
+        batched: call a function with batches, as a module is called; it returns the batch in front.
+            By default it gets one sample.
 
     Returns:
         For each output leaf a kernel ``[B1, B2, *diagonal, *out, *out]``, ``out`` being the axes
@@ -96,6 +106,9 @@ def ntk(
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     batching = Batching(in_dims, randomness)
+    BatchOptions.check_called(API, func)
+    if batched and not isinstance(func, nn.Module):
+        func, params = FunctionAsModule(API, func, params), None
     if isinstance(func, nn.Module):
         # an iterable of batches, or progress, may run code that changes the module between blocks
         is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
@@ -182,7 +195,8 @@ def _check_function(select: Select, randomness: object, chunk_size: object) -> N
     if select is not None:
         raise ValueError(
             f"{API}: select must be left out for a function, got {select!r}. Give it the "
-            "parameters to differentiate by as params, and let it close over the others."
+            "parameters to differentiate by as params, and let it close over the others; or pass "
+            "batched=True, if it takes batches."
         )
 
 

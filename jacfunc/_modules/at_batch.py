@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
+from jacfunc._lending import CurrentState, ModuleState
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
+from jacfunc._modules.function import FunctionAsModule, FunctionState
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
@@ -26,7 +29,10 @@ from jacfunc.strategies import in_words_of
 
 @dataclass(frozen=True)
 class BatchOptions(ModuleOptions):
-    """The options of a door whose calls are evaluated for all samples, maybe several times."""
+    """The options of a door whose calls are evaluated for all samples, maybe several times.
+
+    It takes functions, too: ``func(params, *inputs)``, called with the parameters of each call.
+    """
 
     def __post_init__(self) -> None:
         in_chunks = {"chunk_size": self.chunk_size, "memory": self.memory}
@@ -37,6 +43,23 @@ class BatchOptions(ModuleOptions):
                     f"to draw the same numbers in every answer, got {name}={value}. Leave it out, "
                     "or use randomness='same'."
                 )
+
+    @staticmethod
+    def check_called(api: str, module: object) -> None:
+        """Refuse what is neither a module nor a function."""
+        if not callable(module) or isinstance(module, type):
+            what = getattr(module, "__name__", type(module).__name__)
+            raise TypeError(
+                f"{api}: module must be an nn.Module or a function, got {what}. Pass a module, or "
+                "func(params, *inputs) of a batch."
+            )
+
+    @cached_property
+    def current(self) -> CurrentState:
+        """The state of the module from call to call."""
+        assert isinstance(self.module, nn.Module)
+        kind = FunctionState if isinstance(self.module, FunctionAsModule) else ModuleState
+        return CurrentState(self.api, self.module, self.select, self.stays, kind)
 
     def at(self, arguments: Arguments, is_kept: bool = False) -> ModuleAtBatch:
         """One call of the module; ``is_kept`` if the answers come after the door has returned."""
@@ -59,6 +82,10 @@ class BatchOptions(ModuleOptions):
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
+        if not isinstance(self.module, nn.Module):
+            (params, *inputs), kwargs = self._with_params(arguments)
+            at_params = replace(self, module=FunctionAsModule(self.api, self.module, params))
+            return at_params._at((tuple(inputs), kwargs), targets, is_kept)
         budget = Budget(self.api, self.memory)
         if is_kept or self.stays:
             state, (arguments, targets) = self.kept((arguments, targets), budget)
@@ -68,6 +95,15 @@ class BatchOptions(ModuleOptions):
         batch = call.batch(self._batching)
         random_state = RandomState(batch.samples.leaves)
         return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
+
+    def _with_params(self, arguments: Arguments) -> Arguments:
+        """The arguments of a function, of which the first must be its parameters."""
+        if not arguments[0]:
+            raise TypeError(
+                f"{self.api}: the first positional argument must be the parameters of the "
+                "function, got none. Call it as (params, *inputs)."
+            )
+        return arguments
 
     @property
     def _batching(self) -> Batching:
@@ -114,6 +150,32 @@ class ModuleAtBatch:
     def params(self) -> dict[str, Tensor]:
         """The chosen parameters, by name."""
         return self.call.state.point
+
+    def tree(self, named: dict[str, Tensor]) -> Tree:
+        """A result by names of parameters, in the form in which these came.
+
+        It is a dict for a module; for a function a tree like its parameters.
+        """
+        module = self.call.state.module
+        return module.tree(named) if isinstance(module, FunctionAsModule) else named
+
+    def named(self, vector: Tree) -> dict[str, Any]:
+        """What a vector in this form has for each chosen parameter.
+
+        Raises:
+            TypeError, ValueError: names or a structure other than those of the parameters.
+        """
+        params, module = self.params, self.call.state.module
+        if isinstance(module, FunctionAsModule):
+            return module.named(self.api, vector, params)
+        if not isinstance(vector, Mapping) or vector.keys() != params.keys():
+            names = vector.keys() ^ params.keys() if isinstance(vector, Mapping) else params
+            raise ValueError(
+                f"{self.api}: vector must name the chosen parameters, got "
+                f"{', '.join(sorted(names))} in only one of them. Give a tensor like each "
+                "parameter, by name."
+            )
+        return {name: vector[name] for name in params}
 
     @property
     def size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
-from typing import Self, TypeAlias, get_args
+from typing import Any, Self, TypeAlias, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -40,7 +40,7 @@ class ModuleOptions:
     """
 
     api: str
-    module: nn.Module
+    module: Callable[..., Any]
     select: Select
     batching: Batching | None
     chunk_size: int | None
@@ -53,7 +53,7 @@ class ModuleOptions:
     def read(
         cls,
         api: str,
-        module: nn.Module,
+        module: Callable[..., Any],
         select: Select,
         batching: Batching | None,
         chunk_size: int | None,
@@ -69,7 +69,7 @@ class ModuleOptions:
         Raises:
             TypeError, ValueError: options that do not fit.
         """
-        check_module(api, module)
+        cls.check_called(api, module)
         check_chunk_size(api, chunk_size)
         nbytes = check_memory(api, memory)
         if batching is not None:
@@ -80,9 +80,15 @@ class ModuleOptions:
             api, module, select, batching, chunk_size, nbytes, independence, copy=copy, stays=stays
         )
 
+    @staticmethod
+    def check_called(api: str, module: object) -> None:
+        """Refuse what the door does not take."""
+        check_module(api, module)
+
     @cached_property
     def current(self) -> CurrentState:
         """The state of the module from call to call."""
+        assert isinstance(self.module, nn.Module)
         return CurrentState(self.api, self.module, self.select, self.stays)
 
     def kept(self, data: Tree, budget: Budget) -> tuple[ModuleState, Tree]:

@@ -1,0 +1,137 @@
+"""A function of parameters and a batch, as a module whose parameters are the leaves of a tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from jacfunc._calls import modules_of
+from jacfunc._lending import Constants, ModuleState, Select, Version
+from jacfunc._torch import recording
+from jacfunc._trees import Split, StructureError, kinds_of
+from jacfunc._types import Tree, is_differentiable, is_tensor
+
+_STEP = re.compile(r"\['([^']*)'\]|\[([^\]]*)\]|\.(\w+)")
+"""A step of a path that is written as code: an item by its key or number, or an attribute."""
+_PLAIN = bool | int | float | str
+
+
+class FunctionAsModule(nn.Module):
+    """``func(params, *batch)`` at a tree of parameters, made anew for each call.
+
+    Its parameters are the floating leaves of the tree, by their paths (``"encoder.weight"``), and
+    its buffers all other tensors in it. They are tensors of its own, which share the memory of the
+    leaves: the function may close over the same tensors, which are constants there.
+
+    Args:
+        func: what is called with a tree like ``params`` and the arguments of the module.
+        params: the point.
+    """
+
+    def __init__(self, api: str, func: Callable[..., Any], params: Tree) -> None:
+        super().__init__()
+        split = Split.of(params, is_tensor)
+        if not any(map(is_differentiable, split.leaves)):
+            raise TypeError(
+                f"{api}: params must hold at least one floating point tensor to differentiate by, "
+                f"got {type(params).__name__}. A function is called as func(params, *inputs)."
+            )
+        self.func = func
+        self.kinds = kinds_of(params)
+        self.is_plain = all(isinstance(x, _PLAIN) for x in split.constants)
+        self._names = _names_of(split)
+        self._split = replace(split, leaves=())
+        tensors: dict[str, Any] = self._parameters
+        for name, leaf in zip(self._names, split.leaves, strict=True):
+            if is_differentiable(leaf):
+                tensors[name] = _as_parameter(leaf)
+            else:
+                self._buffers[name] = leaf
+        # what the function calls is lent, too, and afterwards as it was. Attributes that lead to
+        # many objects at once are left alone: so the innermost modules come first
+        inner = [part for module in modules_of(func) for part in module.modules()]
+        vars(self).update({f"(module {n})": part for n, part in enumerate(reversed(inner))})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = self._parameters | self._buffers
+        params = self._split.merge([tensors[name] for name in self._names])
+        return self.func(params, *args, **kwargs)
+
+    def tree(self, named: Mapping[str, Any]) -> Tree:
+        """The tree of parameters with a value for each name, and None in all other places."""
+        return self._split.place([named.get(name) for name in self._names])
+
+    def named(self, api: str, tree: Tree, names: Collection[str]) -> dict[str, Any]:
+        """The values that a tree like the parameters has for these names.
+
+        Raises:
+            ValueError: if it has another structure, or anything but None for other names.
+        """
+        try:
+            named = dict(zip(self._names, self._split.align(tree, "vector"), strict=True))
+            if others := [n for n, x in named.items() if x is not None and n not in names]:
+                raise StructureError(f"vector has something for {', '.join(others)}")
+        except StructureError as error:
+            raise ValueError(
+                f"{api}: vector must have the structure of the parameters, got one where {error}. "
+                "Give a tensor like each chosen parameter, and None for all else."
+            ) from error
+        return {name: named[name] for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionState(ModuleState):
+    """The state of a function at parameters.
+
+    What is known of it is remembered of the function, which lives longer than the module that was
+    made for a call.
+    """
+
+    @classmethod
+    def of(cls, api: str, module: nn.Module, select: Select) -> Self:
+        # a function is not meant to write into what it is given: that is undone and refused
+        return replace(super().of(api, module, select), constants=Constants(most_copied=0))
+
+    @cached_property
+    def version(self) -> Version:
+        if self.origin is not None:
+            return self.origin.version
+        return self._version_of(self.beside)
+
+    @cached_property
+    def version_of_parts(self) -> Version:
+        if self.origin is not None:
+            return self.origin.version_of_parts
+        return self._version_of(part for part in self.beside if part.is_module)
+
+    @property
+    def functions(self) -> list[Any]:
+        return [*super().functions, self.module.func]
+
+    def _version_of(self, parts: Iterable[Any]) -> Version:
+        """The version of the function with these parts, which it refers to."""
+        every, module = list(parts), self.module
+        marks = [mark for part in every for mark in part.marks()]
+        if not module.is_plain or any(part.is_scripted or part.hides for part in every):
+            return Version(marks)
+        what = len(every) < len(self.beside), module.kinds, *self.point
+        return Version.of(module.func, what, marks)
+
+
+def _as_parameter(leaf: Tensor) -> Tensor:
+    """A tensor that shares memory with the leaf and requires a gradient."""
+    with recording():
+        own = leaf.clone() if leaf.is_inference() else leaf.detach()
+        return own.requires_grad_()
+
+
+def _names_of(split: Split) -> tuple[str, ...]:
+    """A name for each leaf: its path with dots, as code where dots would not tell two apart."""
+    paths = split.paths("")
+    names = [".".join("".join(step) for step in _STEP.findall(path)) or "params" for path in paths]
+    return tuple(names if len(set(names)) == len(names) else paths)
