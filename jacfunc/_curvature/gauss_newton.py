@@ -17,7 +17,7 @@ from jacfunc._curvature.sums import NamedParts, added_up
 from jacfunc._errors import Refused
 from jacfunc._factored import SquaredSums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
-from jacfunc._modules import BatchOutputs, ModuleAtBatch
+from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, by_name
 from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves, Params, product_dtype
 
@@ -86,7 +86,7 @@ class GaussNewton(Generic[Params]):
             {'weight': tensor([[1., 2.]])}
         """
         params, api = self.point.params, self.point.api
-        tangents = tuple(self.point.named(vector).values())
+        tangents = tuple(by_name(api, self.point.call.state, vector).values())
         check_like(api, "vector", tangents, tuple(params.values()))
         if is_pushing():
             raise Refused(
@@ -222,8 +222,8 @@ class GaussNewton(Generic[Params]):
         return total.to(diagonal.dtype)
 
     def _in_form(self, named: dict[str, Tensor]) -> Params:
-        """What there is by name, in the form of the parameters and in their order."""
-        result: Params = self.point.tree({name: named[name] for name in self.point.params})
+        """What there is by name, in the form of the parameters."""
+        result: Params = as_tree(self.point.call.state, named)
         return result
 
     def _times(self, tangents: Leaves) -> Leaves:

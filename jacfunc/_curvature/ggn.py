@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from jacfunc._curvature.gauss_newton import GaussNewton
-from jacfunc._curvature.likelihoods import Likelihood, check_likelihood, drawn
+from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
 from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._lending import Select
 from jacfunc._lock import alone
@@ -170,10 +170,17 @@ def fisher(
     Args:
         module: any ``nn.Module``, or a function ``func(params, *inputs)`` of a tree of parameters,
             with the batch in front of its outputs.
-        likelihood: ``"categorical"``, of logits with the classes in the last dimension, or
-            ``"gaussian"``, of means, with unit variance. Positions of a sample are independent.
+        likelihood: ``"categorical"``, of logits with the classes in the last dimension;
+            ``"bernoulli"``, of logits; or ``"gaussian"``, of means, with unit variance. Positions
+            of a sample are independent. Or a loss of torch, as a function, as a module, or in a
+            ``functools.partial`` with settings: ``cross_entropy``, with the classes in dimension 1;
+            ``mse_loss``, which is a Gaussian with variance 1/2 and without its constant;
+            ``binary_cross_entropy_with_logits``; or ``poisson_nll_loss``, of logarithms of rates.
+            The expectation is then that of :func:`ggn` with this loss. Class weights, smoothed
+            labels and an ``ignore_index`` among the classes are refused: they make it no likelihood.
         draws: targets of each sample.
-        reduction: ``"mean"`` or ``"sum"`` over samples; positions are always added up.
+        reduction: ``"mean"`` or ``"sum"`` over samples, while positions are added up; of a loss
+            over all that it reduces. None is what the loss says, else the mean.
         generator: to draw from, on the device of the outputs; torch's default one if None.
         select: parameters, as in :func:`jacfunc.ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
@@ -192,7 +199,7 @@ def fisher(
 
     Returns:
         A function of the module's own inputs, or of the function's, its parameters first. It draws
-        and returns a :class:`jacfunc.GaussNewton`: the matrix of these draws, whatever is asked of it.
+        and returns a :class:`jacfunc.GaussNewton`: the matrix of these draws, whatever is asked.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -208,6 +215,9 @@ def fisher(
         >>> F = jacfunc.fisher(model, "gaussian", draws=10_000, generator=generator)(x)
         >>> (F.diagonal()["bias"] - 1).abs().max() < 0.05
         tensor(True)
+        >>> F = jacfunc.fisher(model, torch.nn.functional.cross_entropy)(x)
+        >>> F.matrix().shape
+        torch.Size([9, 9])
     """
     options = BatchOptions.read(
         *("fisher", module, select, Batching(in_dims, randomness), chunk_size, memory),
@@ -215,14 +225,16 @@ def fisher(
         by_rows=False,
         copy=copy,
     )
-    check_likelihood("fisher", likelihood, draws, reduction)
+    check_draws("fisher", draws)
+    predictive = Predictive.of("fisher", likelihood, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         at_batch = options.at((args, kwargs), is_kept=True)
-        leaves, is_mean = at_batch.outputs.leaves, reduction == "mean"
+        outputs = at_batch.outputs
+        tree, leaves = outputs.tree(outputs.leaves), outputs.leaves
         with alone():
             curvature = at_batch.budget.keep(
-                lambda: drawn("fisher", likelihood, leaves, draws, generator, is_mean)
+                lambda: predictive.drawn("fisher", tree, leaves, draws, generator)
             )
         return GaussNewton(at_batch, lambda outputs: curvature)
 

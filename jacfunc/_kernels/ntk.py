@@ -105,10 +105,7 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
-    batching = Batching(in_dims, randomness)
-    BatchOptions.check_called(API, func)
-    if batched and not isinstance(func, nn.Module):
-        func, params = FunctionAsModule(API, func, params), None
+    batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     if isinstance(func, nn.Module):
         # an iterable of batches, or progress, may run code that changes the module between blocks
         is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
@@ -172,6 +169,14 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
         return map_tensors(lambda kernel: kernel[0, 0], kernels)
 
     return gram_of
+
+
+def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
+    """What is called, and its parameters: a function of batches is a module that has its own."""
+    BatchOptions.check_called(API, func)
+    if batched and not isinstance(func, nn.Module):
+        return FunctionAsModule(API, func, params), None
+    return func, params
 
 
 def _batches(x: Any) -> Iterable[Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,32 +149,6 @@ class ModuleAtBatch:
     def params(self) -> dict[str, Tensor]:
         """The chosen parameters, by name."""
         return self.call.state.point
-
-    def tree(self, named: dict[str, Tensor]) -> Tree:
-        """A result by names of parameters, in the form in which these came.
-
-        It is a dict for a module; for a function a tree like its parameters.
-        """
-        module = self.call.state.module
-        return module.tree(named) if isinstance(module, FunctionAsModule) else named
-
-    def named(self, vector: Tree) -> dict[str, Any]:
-        """What a vector in this form has for each chosen parameter.
-
-        Raises:
-            TypeError, ValueError: names or a structure other than those of the parameters.
-        """
-        params, module = self.params, self.call.state.module
-        if isinstance(module, FunctionAsModule):
-            return module.named(self.api, vector, params)
-        if not isinstance(vector, Mapping) or vector.keys() != params.keys():
-            names = vector.keys() ^ params.keys() if isinstance(vector, Mapping) else params
-            raise ValueError(
-                f"{self.api}: vector must name the chosen parameters, got "
-                f"{', '.join(sorted(names))} in only one of them. Give a tensor like each "
-                "parameter, by name."
-            )
-        return {name: vector[name] for name in params}
 
     @property
     def size(self) -> int:

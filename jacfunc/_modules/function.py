@@ -123,6 +123,33 @@ class FunctionState(ModuleState):
         return Version.of(module.func, what, marks)
 
 
+def as_tree(state: ModuleState, named: Mapping[str, Tensor]) -> Tree:
+    """A tensor for each chosen parameter in the form in which parameters come.
+
+    It is a dict by name for a module; for a function a tree like its parameters.
+    """
+    module, in_order = state.module, {name: named[name] for name in state.point}
+    return module.tree(in_order) if isinstance(module, FunctionAsModule) else in_order
+
+
+def by_name(api: str, state: ModuleState, vector: Tree) -> dict[str, Any]:
+    """What a vector in this form has for each chosen parameter.
+
+    Raises:
+        ValueError: names, or a structure, other than those of the parameters.
+    """
+    params, module = state.point, state.module
+    if isinstance(module, FunctionAsModule):
+        return module.named(api, vector, params)
+    if not isinstance(vector, Mapping) or vector.keys() != params.keys():
+        wrong = vector.keys() ^ params.keys() if isinstance(vector, Mapping) else params
+        raise ValueError(
+            f"{api}: vector must name the chosen parameters, got {', '.join(sorted(wrong))} in "
+            "only one of them. Give a tensor like each parameter, by name."
+        )
+    return {name: vector[name] for name in params}
+
+
 def _as_parameter(leaf: Tensor) -> Tensor:
     """A tensor that shares memory with the leaf and requires a gradient."""
     with recording():
