@@ -177,7 +177,7 @@ def fisher(
             ``mse_loss``, which is a Gaussian with variance 1/2 and without its constant;
             ``binary_cross_entropy_with_logits``; or ``poisson_nll_loss``, of logarithms of rates.
             The expectation is then that of :func:`ggn` with this loss. Class weights, smoothed
-            labels and an ``ignore_index`` among the classes are refused: they make it no likelihood.
+            labels and an ``ignore_index`` from 0 on are refused: with them it is no likelihood.
         draws: targets of each sample.
         reduction: ``"mean"`` or ``"sum"`` over samples, while positions are added up; of a loss
             over all that it reduces. None is what the loss says, else the mean.

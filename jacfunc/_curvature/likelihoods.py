@@ -103,8 +103,9 @@ class Predictive:
                 f"{api}: with {self.loss} the module must return one tensor, got "
                 f"{type(outputs).__name__}. Return what the loss is given."
             )
+        scores = [self.score(api, out, draws, generator) for out in leaves]
         scale = 1.0 / math.sqrt(draws * self.terms(leaves[0]))
-        return Drawn(tuple(self.score(api, out, draws, generator) * scale for out in leaves))
+        return Drawn(tuple(score * scale for score in scores))
 
 
 def check_draws(api: str, draws: object) -> None:
@@ -138,7 +139,7 @@ def _check_is_likelihood(api: str, loss: TorchLoss) -> None:
     if odd:
         raise ValueError(
             f"{api}: the loss must be minus the logarithm of a likelihood of all targets that may "
-            f"be drawn, got {loss.function.__name__} with a {odd[0]} of its own. Leave it out, or "
+            f"be drawn, got {loss.function.__name__} with {odd[0]} set. Leave it out, or "
             "use jacfunc.ggn, which draws nothing."
         )
 
@@ -161,18 +162,18 @@ def _categorical(
 ) -> Tensor:
     """The gradients ``softmax - onehot``; the classes are in one dimension of the outputs."""
     if logits.dim() < 2:
-        where = "last dimension" if dim == -1 else f"dimension {dim}"
+        where = "likelihood='categorical' the last dimension"
         raise ValueError(
-            f"{api}: with likelihood='categorical' the {where} of the outputs must hold "
-            f"the classes, got shape {tuple(logits.shape)}. Return logits "
-            f"{'[B, …, C]' if dim == -1 else '[B, C, …]'}."
+            f"{api}: with {where if dim < 0 else f'cross_entropy dimension {dim}'} of the outputs "
+            f"must hold the classes, got shape {tuple(logits.shape)}. Return logits "
+            f"{'[B, …, C]' if dim < 0 else '[B, C, …]'}."
         )
     chances = logits.movedim(dim, -1).softmax(-1)
     classes = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
     targets = classes.t().reshape(draws, *chances.shape[:-1])
     hits = torch.zeros_like(chances).expand(draws, *chances.shape)
     gradients = chances - hits.scatter(-1, targets.unsqueeze(-1), 1.0)
-    return gradients if dim == -1 else gradients.movedim(-1, dim + 1)
+    return gradients if dim < 0 else gradients.movedim(-1, dim + 1)
 
 
 def _gaussian(
