@@ -97,10 +97,11 @@ class BatchOptions(ModuleOptions):
 
     def _with_params(self, arguments: Arguments) -> Arguments:
         """The arguments of a function, of which the first must be its parameters."""
-        if not arguments[0]:
+        args, kwargs = arguments
+        if len(args) + len(kwargs) < 2 or not args:
             raise TypeError(
-                f"{self.api}: the first positional argument must be the parameters of the "
-                "function, got none. Call it as (params, *inputs)."
+                f"{self.api}: a function must be called with its parameters and inputs, got "
+                f"{len(args) + len(kwargs)} beside targets. Call it as (params, *inputs)."
             )
         return arguments
 

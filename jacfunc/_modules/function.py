@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from jacfunc._calls import modules_of
-from jacfunc._lending import Constants, ModuleState, Select, Version
+from jacfunc._lending import Constants, ModuleState, Select, Snapshot, Version
 from jacfunc._torch import recording
 from jacfunc._trees import Split, StructureError, kinds_of
 from jacfunc._types import Tree, is_differentiable, is_tensor
@@ -52,10 +52,6 @@ class FunctionAsModule(nn.Module):
                 tensors[name] = _as_parameter(leaf)
             else:
                 self._buffers[name] = leaf
-        # what the function calls is lent, too, and afterwards as it was. Attributes that lead to
-        # many objects at once are left alone: so the innermost modules come first
-        inner = [part for module in modules_of(func) for part in module.modules()]
-        vars(self).update({f"(module {n})": part for n, part in enumerate(reversed(inner))})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._parameters | self._buffers
@@ -94,8 +90,28 @@ class FunctionState(ModuleState):
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> Self:
-        # a function is not meant to write into what it is given: that is undone and refused
-        return replace(super().of(api, module, select), constants=Constants(most_copied=0))
+        """The state at a call that begins.
+
+        The modules that the function refers to are lent, too, and afterwards they are as they were.
+        """
+        assert isinstance(module, FunctionAsModule)
+        state = super().of(api, module, select)
+        below = [ModuleState.of(api, each, None) for each in modules_of(module.func)]
+        every: list[ModuleState] = [state, *below]
+        parts = {id(part.module): part for each in every for part in each.every_part}
+        names = [(f"(module {n}) ", each) for n, each in enumerate(below)]
+        params = [(at + n, x) for at, each in names for n, x in each.params.items()]
+        hidden = [(at + n, x) for at, each in names for n, x in each.hidden.items()]
+        buffers = [(at + n, x) for at, each in names for n, x in each.buffers.items()]
+        return replace(
+            state,
+            beside=[part for part in parts.values() if part.module is not module],
+            hidden={**state.hidden, **dict(params + hidden)},
+            buffers={**state.buffers, **dict(buffers)},
+            snapshot=Snapshot(list(parts.values())),
+            # a function is not meant to write into what it is given: that is undone and refused
+            constants=Constants(most_copied=0),
+        )
 
     @cached_property
     def version(self) -> Version:
