@@ -46,7 +46,7 @@ def modules_of(func: Any) -> list[nn.Module]:
         >>> import torch
         >>> from jacfunc._calls.reach import modules_of
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1))
-        >>> modules_of(lambda p, x: torch.func.functional_call(model, p, x)) == [model]
+        >>> modules_of(model.forward) == [model]
         True
     """
     things = islice(_things(func, 0, set()), MOST)
