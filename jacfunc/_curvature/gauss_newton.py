@@ -10,14 +10,13 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_like
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._curvature.sums import NamedParts, added_up
 from jacfunc._errors import Refused
 from jacfunc._factored import SquaredSums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
-from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, by_name
+from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves, Params, product_dtype
 
@@ -86,8 +85,7 @@ class GaussNewton(Generic[Params]):
             {'weight': tensor([[1., 2.]])}
         """
         params, api = self.point.params, self.point.api
-        tangents = tuple(by_name(api, self.point.call.state, vector).values())
-        check_like(api, "vector", tangents, tuple(params.values()))
+        tangents = tangents_of(api, self.point.call.state, vector)
         if is_pushing():
             raise Refused(
                 f"{api}: products must be differentiated in reverse mode, got one inside forward "
@@ -179,9 +177,8 @@ class GaussNewton(Generic[Params]):
                     flat = block.reshape(-1, params[name].numel())
                     totals[name].addmm_(flat.T, flat)
 
-        added_up(
-            self.point, self._sample_curvature, add, sum(total.nbytes for total in totals.values())
-        )
+        nbytes = sum(total.nbytes for total in totals.values())
+        added_up(self.point, self._sample_curvature, add, nbytes)
         return self._in_form({name: total.to(params[name].dtype) for name, total in totals.items()})
 
     def matrix(self) -> Tensor:

@@ -20,6 +20,7 @@ from jacfunc._modules import (
     BatchOptions,
     FunctionAsModule,
     Independent,
+    check_called,
     check_randomness_option,
 )
 from jacfunc._trees import map_tensors
@@ -173,7 +174,7 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
 
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
     """What is called, and its parameters: a function of batches is a module that has its own."""
-    BatchOptions.check_called(API, func)
+    check_called(API, func)
     if batched and not isinstance(func, nn.Module):
         return FunctionAsModule(API, func, params), None
     return func, params

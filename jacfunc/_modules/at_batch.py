@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
-from jacfunc._lending import CurrentState, ModuleState
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.function import FunctionAsModule, FunctionState
+from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
@@ -30,8 +30,10 @@ from jacfunc.strategies import in_words_of
 class BatchOptions(ModuleOptions):
     """The options of a door whose calls are evaluated for all samples, maybe several times.
 
-    It takes functions, too: ``func(params, *inputs)``, called with the parameters of each call.
+    It takes functions, too: ``func(params, *inputs)``, at the parameters of each call.
     """
+
+    takes_functions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         in_chunks = {"chunk_size": self.chunk_size, "memory": self.memory}
@@ -42,23 +44,6 @@ class BatchOptions(ModuleOptions):
                     f"to draw the same numbers in every answer, got {name}={value}. Leave it out, "
                     "or use randomness='same'."
                 )
-
-    @staticmethod
-    def check_called(api: str, module: object) -> None:
-        """Refuse what is neither a module nor a function."""
-        if not callable(module) or isinstance(module, type):
-            what = getattr(module, "__name__", type(module).__name__)
-            raise TypeError(
-                f"{api}: module must be an nn.Module or a function, got {what}. Pass a module, or "
-                "func(params, *inputs) of a batch."
-            )
-
-    @cached_property
-    def current(self) -> CurrentState:
-        """The state of the module from call to call."""
-        assert isinstance(self.module, nn.Module)
-        kind = FunctionState if isinstance(self.module, FunctionAsModule) else ModuleState
-        return CurrentState(self.api, self.module, self.select, self.stays, kind)
 
     def at(self, arguments: Arguments, is_kept: bool = False) -> ModuleAtBatch:
         """One call of the module; ``is_kept`` if the answers come after the door has returned."""
@@ -82,9 +67,8 @@ class BatchOptions(ModuleOptions):
                 "transform, which keeps none. Use module_jacobian there."
             )
         if not isinstance(self.module, nn.Module):
-            (params, *inputs), kwargs = self._with_params(arguments)
-            at_params = replace(self, module=FunctionAsModule(self.api, self.module, params))
-            return at_params._at((tuple(inputs), kwargs), targets, is_kept)
+            module, arguments = FunctionAsModule.called(self.api, self.module, arguments)
+            return replace(self, module=module)._at(arguments, targets, is_kept)
         budget = Budget(self.api, self.memory)
         if is_kept or self.stays:
             state, (arguments, targets) = self.kept((arguments, targets), budget)
@@ -94,16 +78,6 @@ class BatchOptions(ModuleOptions):
         batch = call.batch(self._batching)
         random_state = RandomState(batch.samples.leaves)
         return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
-
-    def _with_params(self, arguments: Arguments) -> Arguments:
-        """The arguments of a function, of which the first must be its parameters."""
-        args, kwargs = arguments
-        if len(args) + len(kwargs) < 2 or not args:
-            raise TypeError(
-                f"{self.api}: a function must be called with its parameters and inputs, got "
-                f"{len(args) + len(kwargs)} beside targets. Call it as (params, *inputs)."
-            )
-        return arguments
 
     @property
     def _batching(self) -> Batching:

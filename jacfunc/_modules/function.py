@@ -10,11 +10,12 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from jacfunc._arguments import check_like
 from jacfunc._calls import modules_of
 from jacfunc._lending import Constants, ModuleState, Select, Snapshot, Version
 from jacfunc._torch import recording
-from jacfunc._trees import Split, StructureError, kinds_of
-from jacfunc._types import Tree, is_differentiable, is_tensor
+from jacfunc._trees import Arguments, Split, StructureError, kinds_of
+from jacfunc._types import Leaves, Tree, is_differentiable, is_tensor
 
 _STEP = re.compile(r"\['([^']*)'\]|\[([^\]]*)\]|\.(\w+)")
 """A step of a path that is written as code: an item by its key or number, or an attribute."""
@@ -52,6 +53,19 @@ class FunctionAsModule(nn.Module):
                 tensors[name] = _as_parameter(leaf)
             else:
                 self._buffers[name] = leaf
+
+    @classmethod
+    def called(
+        cls, api: str, func: Callable[..., Any], arguments: Arguments
+    ) -> tuple[Self, Arguments]:
+        """The module of one call of a function, and the arguments beside the parameters."""
+        args, kwargs = arguments
+        if len(args) + len(kwargs) < 2 or not args:
+            raise TypeError(
+                f"{api}: a function must be called with its parameters and inputs, got "
+                f"{len(args) + len(kwargs)} beside targets. Call it as (params, *inputs)."
+            )
+        return cls(api, func, args[0]), (args[1:], kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._parameters | self._buffers
@@ -139,6 +153,16 @@ class FunctionState(ModuleState):
         return Version.of(module.func, what, marks)
 
 
+def check_called(api: str, called: object) -> None:
+    """Refuse what is neither a module nor a function."""
+    if not callable(called) or isinstance(called, type):
+        what = getattr(called, "__name__", type(called).__name__)
+        raise TypeError(
+            f"{api}: module must be an nn.Module or a function, got {what}. Pass a module, or "
+            "func(params, *inputs) of a batch."
+        )
+
+
 def as_tree(state: ModuleState, named: Mapping[str, Tensor]) -> Tree:
     """A tensor for each chosen parameter in the form in which parameters come.
 
@@ -148,22 +172,24 @@ def as_tree(state: ModuleState, named: Mapping[str, Tensor]) -> Tree:
     return module.tree(in_order) if isinstance(module, FunctionAsModule) else in_order
 
 
-def by_name(api: str, state: ModuleState, vector: Tree) -> dict[str, Any]:
+def tangents_of(api: str, state: ModuleState, vector: Tree) -> Leaves:
     """What a vector in this form has for each chosen parameter.
 
     Raises:
-        ValueError: names, or a structure, other than those of the parameters.
+        TypeError, ValueError: names or a structure, shapes or dtypes, other than the parameters'.
     """
     params, module = state.point, state.module
     if isinstance(module, FunctionAsModule):
-        return module.named(api, vector, params)
-    if not isinstance(vector, Mapping) or vector.keys() != params.keys():
+        vector = module.named(api, vector, params)
+    elif not isinstance(vector, Mapping) or vector.keys() != params.keys():
         wrong = vector.keys() ^ params.keys() if isinstance(vector, Mapping) else params
         raise ValueError(
             f"{api}: vector must name the chosen parameters, got {', '.join(sorted(wrong))} in "
             "only one of them. Give a tensor like each parameter, by name."
         )
-    return {name: vector[name] for name in params}
+    tangents = tuple(vector[name] for name in params)
+    check_like(api, "vector", tangents, tuple(params.values()))
+    return tangents
 
 
 def _as_parameter(leaf: Tensor) -> Tensor:

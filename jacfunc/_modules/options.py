@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
-from typing import Any, Self, TypeAlias, get_args
+from typing import Any, ClassVar, Self, TypeAlias, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._memory import Budget
+from jacfunc._modules.function import FunctionAsModule, FunctionState, check_called
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
 from jacfunc._remembered import Remembered
 from jacfunc._torch import inside_derivative
@@ -48,6 +49,7 @@ class ModuleOptions:
     independence: Independence
     copy: bool = True
     stays: bool = False
+    takes_functions: ClassVar[bool] = False
 
     @classmethod
     def read(
@@ -69,7 +71,7 @@ class ModuleOptions:
         Raises:
             TypeError, ValueError: options that do not fit.
         """
-        cls.check_called(api, module)
+        (check_called if cls.takes_functions else check_module)(api, module)
         check_chunk_size(api, chunk_size)
         nbytes = check_memory(api, memory)
         if batching is not None:
@@ -80,16 +82,12 @@ class ModuleOptions:
             api, module, select, batching, chunk_size, nbytes, independence, copy=copy, stays=stays
         )
 
-    @staticmethod
-    def check_called(api: str, module: object) -> None:
-        """Refuse what the door does not take."""
-        check_module(api, module)
-
     @cached_property
     def current(self) -> CurrentState:
         """The state of the module from call to call."""
         assert isinstance(self.module, nn.Module)
-        return CurrentState(self.api, self.module, self.select, self.stays)
+        kind = FunctionState if isinstance(self.module, FunctionAsModule) else ModuleState
+        return CurrentState(self.api, self.module, self.select, self.stays, kind)
 
     def kept(self, data: Tree, budget: Budget) -> tuple[ModuleState, Tree]:
         """The state at a call that begins, and its data, for answers that come later."""
