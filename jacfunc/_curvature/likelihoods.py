@@ -72,11 +72,10 @@ class Predictive:
             is_mean = _checked(api, reduction or "mean") == "mean"
             return cls(_BY_NAME[likelihood], len if is_mean else _one)
         if loss is None or (row := _of_loss(loss)) is None:
-            what = likelihood if isinstance(likelihood, str) else _in_words(likelihood)
             raise ValueError(
                 f"{api}: likelihood must be one of {', '.join(map(repr, get_args(Name)))} or one "
-                f"of torch's losses {', '.join(f.__name__ for f, _, _ in _BY_LOSS)}, got {what!r}. "
-                "For another loss use jacfunc.ggn, which draws nothing."
+                f"of torch's losses {', '.join(f.__name__ for f, _, _ in _BY_LOSS)}, got "
+                f"{_in_words(likelihood)}. For another loss use jacfunc.ggn, which draws nothing."
             )
         own, name = loss.reduction, loss.function.__name__
         if own is not None and reduction not in (None, own):
@@ -104,7 +103,7 @@ class Predictive:
                 f"{type(outputs).__name__}. Return what the loss is given."
             )
         scores = [self.score(api, out, draws, generator) for out in leaves]
-        scale = 1.0 / math.sqrt(draws * self.terms(leaves[0]))
+        scale = 1.0 / math.sqrt(draws * max(1, self.terms(leaves[0])))  # there may be no samples
         return Drawn(tuple(score * scale for score in scores))
 
 
@@ -154,7 +153,10 @@ def _of_loss(loss: TorchLoss) -> tuple[Score, Callable[[Tensor], int]] | None:
 
 
 def _in_words(likelihood: object) -> str:
-    return getattr(likelihood, "__name__", type(likelihood).__name__)
+    name = str(getattr(likelihood, "__name__", type(likelihood).__name__))
+    if isinstance(likelihood, type):
+        return f"the class {name}"
+    return repr(likelihood) if isinstance(likelihood, str) else name
 
 
 def _categorical(

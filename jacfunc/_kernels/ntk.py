@@ -175,6 +175,11 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
     """What is called, and its parameters: a function of batches is a module that has its own."""
     check_called(API, func)
+    if not isinstance(batched, bool):
+        raise TypeError(
+            f"{API}: batched must be True or False, got {batched!r}. Write batched=True for a "
+            "function of batches."
+        )
     if batched and not isinstance(func, nn.Module):
         return FunctionAsModule(API, func, params), None
     return func, params

@@ -183,9 +183,10 @@ def tangents_of(api: str, state: ModuleState, vector: Tree) -> Leaves:
         vector = module.named(api, vector, params)
     elif not isinstance(vector, Mapping) or vector.keys() != params.keys():
         wrong = vector.keys() ^ params.keys() if isinstance(vector, Mapping) else params
+        names = ", ".join(sorted(map(str, wrong)))
         raise ValueError(
-            f"{api}: vector must name the chosen parameters, got {', '.join(sorted(wrong))} in "
-            "only one of them. Give a tensor like each parameter, by name."
+            f"{api}: vector must name the chosen parameters, got {names} in only one of them. "
+            "Give a tensor like each parameter, by name."
         )
     tangents = tuple(vector[name] for name in params)
     check_like(api, "vector", tangents, tuple(params.values()))

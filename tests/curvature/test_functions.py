@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -54,6 +55,14 @@ def posed(name: str) -> Posed:
     case = CASES[name]
     params, x, y = case.params(), numbers(B, 3), numbers(B, 2)
     return Posed(case.func, params, x, y, rows_of(case, params, x))
+
+
+def of_module(module: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    def func(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = functional_call(module, params, (x,))
+        return out
+
+    return func
 
 
 # --- answers ---
@@ -133,15 +142,65 @@ def test_some_parameters_are_named_by_their_paths() -> None:
     )
 
 
-# --- calls after each other ---
+class Called:
+    """A function with a network beside it, as an object and as a method."""
 
+    def __call__(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return self.method(params, x)
 
-def of_module(module: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    def func(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        out: Tensor = functional_call(module, params, (x,))
+    def method(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = functional_call(NETWORK, params, (x,))
         return out
 
-    return func
+
+class Holding(nn.Module):
+    """A module with a method that takes the parameters of another one inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = NETWORK
+
+    def method(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = functional_call(self.inner, params, (x,))
+        return out
+
+
+def scaled(params: dict[str, Tensor], x: Tensor, scale: float) -> Tensor:
+    return of_module(NETWORK)(params, x) * scale
+
+
+KINDS: dict[str, tuple[Callable[..., Any], Callable[[Tensor], Any]]] = {
+    "an object": (Called(), lambda x: (x,)),
+    "a method": (Called().method, lambda x: (x,)),
+    "a method of a module": (Holding().method, lambda x: (x,)),
+    "a partial": (partial(scaled, scale=1.0), lambda x: (x,)),
+    "functional_call itself": (partial(functional_call, NETWORK), lambda x: ((x,),)),
+    "samples under vmap": (
+        lambda p, x: torch.vmap(lambda one: functional_call(NETWORK, p, (one.unsqueeze(0),))[0])(x),
+        lambda x: (x,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_can_be_called(name: str) -> None:
+    func, arguments = KINDS[name]
+    params, x, y = dict(NETWORK.named_parameters()), numbers(B, 3), numbers(B, 2)
+    expected = jacfunc.gradient_norms(NETWORK, half_square)(x, y)
+    norms = jacfunc.gradient_norms(func, half_square)
+    torch.testing.assert_close(norms(params, *arguments(x), y), expected)
+
+
+def test_inputs_by_keyword_and_samples_behind() -> None:
+    params, x, y = dict(NETWORK.named_parameters()), numbers(B, 3), numbers(B, 2)
+    expected = jacfunc.gradient_norms(NETWORK, half_square)(x, y)
+    norms = jacfunc.gradient_norms(lambda p, x: of_module(NETWORK)(p, x.T), half_square, in_dims=1)
+    torch.testing.assert_close(norms(params, x.T, y), expected)
+    by_name = jacfunc.gradient_norms(of_module(NETWORK), half_square)
+    torch.testing.assert_close(by_name(params, y, x=x), expected)
+
+
+# --- calls after each other ---
 
 
 class Convolutions(TorchDispatchMode):

@@ -31,7 +31,7 @@ def test_a_kernel_of_a_function_of_batches(name: str, options: dict[str, Any]) -
     func, params, x1, x2, expected = posed(name)
     found = jacfunc.ntk(func, params, x1, x2, batched=True, **options)
     torch.testing.assert_close(found, expected)
-    traced = jacfunc.ntk(func, params, x1, x2, batched=True, trace_axes=-1, out=None, **options)
+    traced = jacfunc.ntk(func, params, x1, x2, batched=True, trace_axes=-1, **options)
     torch.testing.assert_close(traced, expected.diagonal(dim1=2, dim2=3).sum(-1))
     again = jacfunc.ntk(func, params, x1, batched=True, **options)
     torch.testing.assert_close(again[:, :, 0, 1], again[:, :, 1, 0].T)
@@ -88,6 +88,7 @@ def test_a_function_of_one_sample_is_another_one() -> None:
     [
         ({"func": 3}, TypeError, "ntk: module must be an nn.Module or a function, got int"),
         ({"params": None}, TypeError, "ntk: params must hold at least one floating point"),
+        ({"batched": "yes"}, TypeError, "ntk: batched must be True or False, got 'yes'"),
         ({"select": "v"}, ValueError, "ntk: select must match trainable parameters, got 'v'"),
         (
             {"func": lambda p, x: x @ p["w"] - (x @ p["w"]).mean(0)},
@@ -97,6 +98,7 @@ def test_a_function_of_one_sample_is_another_one() -> None:
     ],
 )
 def test_refusals(options: dict[str, Any], error: type[Exception], words: str) -> None:
-    given: dict[str, Any] = {"func": affine, "params": {"w": numbers(3, 2), "b": numbers(2)}}
+    params = {"w": numbers(3, 2), "b": numbers(2)}
+    usual: dict[str, Any] = {"func": affine, "params": params, "batched": True}
     with pytest.raises(error, match=f"^{words}"):
-        jacfunc.ntk(**{**given, **options}, x1=numbers(4, 3), batched=True)
+        jacfunc.ntk(**{**usual, **options}, x1=numbers(4, 3))
