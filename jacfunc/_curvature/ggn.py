@@ -71,7 +71,8 @@ def ggn(
         loss: ``loss(outputs, targets)`` of the batch, one number, as in training: a mean or sum
             over samples. It gets what the module returns.
         select: parameters, as in :func:`jacfunc.module_jacobian`: ``"head.*"`` for the last layer.
-            Those of a function are named by their paths in the tree: ``"layers.0.weight"``.
+            Those of a function are all floating tensors in its tree, by their paths:
+            ``"layers.0.weight"``.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`; the same numbers are
             drawn for all that is asked.

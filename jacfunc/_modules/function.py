@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -22,12 +22,64 @@ _STEP = re.compile(r"\['([^']*)'\]|\[([^\]]*)\]|\.(\w+)")
 _PLAIN = bool | int | float | str
 
 
+@dataclass(slots=True)
+class ParamTree:
+    """A tree of parameters without its tensors, which have names.
+
+    Args:
+        kinds: equal for trees of equal structure, shapes, dtypes and plain values.
+        is_known: are all values beside the tensors plain, so that ``kinds`` tells them apart?
+    """
+
+    names: tuple[str, ...]
+    split: Split
+    kinds: Hashable
+    is_known: bool
+
+    @classmethod
+    def of(cls, params: Tree) -> tuple[ParamTree, dict[str, Tensor]]:
+        """The tree, and its tensors by their paths (``"encoder.weight"``)."""
+        split = Split.of(params, is_tensor)
+        paths = split.paths("")
+        # as code where dots would not tell two apart
+        names = [".".join(map("".join, _STEP.findall(path))) or "params" for path in paths]
+        names = names if len(set(names)) == len(names) else paths
+        is_known = all(isinstance(x, _PLAIN) for x in split.constants)
+        tree = cls(tuple(names), replace(split, leaves=()), kinds_of(params), is_known)
+        return tree, dict(zip(names, split.leaves, strict=True))
+
+    def with_tensors(self, tensors: Mapping[str, Any]) -> Tree:
+        """The tree with these tensors."""
+        return self.split.merge([tensors[name] for name in self.names])
+
+    def place(self, named: Mapping[str, Any]) -> Tree:
+        """The tree with a value for each of these names, and None in all other places."""
+        return self.split.place([named.get(name) for name in self.names])
+
+    def named(self, api: str, tree: Tree, names: Collection[str]) -> dict[str, Any]:
+        """The values that a tree like the parameters has for these names.
+
+        Raises:
+            ValueError: if it has another structure, or anything but None for other names.
+        """
+        try:
+            named = dict(zip(self.names, self.split.align(tree, "vector"), strict=True))
+            if others := [n for n, x in named.items() if x is not None and n not in names]:
+                raise StructureError(f"vector has something for {', '.join(others)}")
+        except StructureError as error:
+            raise ValueError(
+                f"{api}: vector must have the structure of the parameters, got one where {error}. "
+                "Give a tensor like each chosen parameter, and None for all else."
+            ) from error
+        return {name: named[name] for name in names}
+
+
 class FunctionAsModule(nn.Module):
     """``func(params, *batch)`` at a tree of parameters, made anew for each call.
 
-    Its parameters are the floating leaves of the tree, by their paths (``"encoder.weight"``), and
-    its buffers all other tensors in it. They are tensors of its own, which share the memory of the
-    leaves: the function may close over the same tensors, which are constants there.
+    Its parameters are the floating leaves of the tree, and its buffers all other tensors in it.
+    They are tensors of its own, which share the memory of the leaves: the function may close over
+    the same tensors, which are constants there.
 
     Args:
         func: what is called with a tree like ``params`` and the arguments of the module.
@@ -36,23 +88,19 @@ class FunctionAsModule(nn.Module):
 
     def __init__(self, api: str, func: Callable[..., Any], params: Tree) -> None:
         super().__init__()
-        split = Split.of(params, is_tensor)
-        if not any(map(is_differentiable, split.leaves)):
+        self.func = func
+        self.tree, tensors = ParamTree.of(params)
+        own: dict[str, Any] = self._parameters
+        for name, leaf in tensors.items():
+            if is_differentiable(leaf):
+                own[name] = _as_parameter(leaf)
+            else:
+                self._buffers[name] = leaf
+        if not own:
             raise TypeError(
                 f"{api}: params must hold at least one floating point tensor to differentiate by, "
                 f"got {type(params).__name__}. A function is called as func(params, *inputs)."
             )
-        self.func = func
-        self.kinds = kinds_of(params)
-        self.is_plain = all(isinstance(x, _PLAIN) for x in split.constants)
-        self._names = _names_of(split)
-        self._split = replace(split, leaves=())
-        tensors: dict[str, Any] = self._parameters
-        for name, leaf in zip(self._names, split.leaves, strict=True):
-            if is_differentiable(leaf):
-                tensors[name] = _as_parameter(leaf)
-            else:
-                self._buffers[name] = leaf
 
     @classmethod
     def called(
@@ -68,30 +116,8 @@ class FunctionAsModule(nn.Module):
         return cls(api, func, args[0]), (args[1:], kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = self._parameters | self._buffers
-        params = self._split.merge([tensors[name] for name in self._names])
+        params = self.tree.with_tensors(self._parameters | self._buffers)
         return self.func(params, *args, **kwargs)
-
-    def tree(self, named: Mapping[str, Any]) -> Tree:
-        """The tree of parameters with a value for each name, and None in all other places."""
-        return self._split.place([named.get(name) for name in self._names])
-
-    def named(self, api: str, tree: Tree, names: Collection[str]) -> dict[str, Any]:
-        """The values that a tree like the parameters has for these names.
-
-        Raises:
-            ValueError: if it has another structure, or anything but None for other names.
-        """
-        try:
-            named = dict(zip(self._names, self._split.align(tree, "vector"), strict=True))
-            if others := [n for n, x in named.items() if x is not None and n not in names]:
-                raise StructureError(f"vector has something for {', '.join(others)}")
-        except StructureError as error:
-            raise ValueError(
-                f"{api}: vector must have the structure of the parameters, got one where {error}. "
-                "Give a tensor like each chosen parameter, and None for all else."
-            ) from error
-        return {name: named[name] for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +172,11 @@ class FunctionState(ModuleState):
     def _version_of(self, parts: Iterable[Any]) -> Version:
         """The version of the function with these parts, which it refers to."""
         every, module = list(parts), self.module
+        assert isinstance(module, FunctionAsModule)
         marks = [mark for part in every for mark in part.marks()]
-        if not module.is_plain or any(part.is_scripted or part.hides for part in every):
+        if not module.tree.is_known or any(part.is_scripted or part.hides for part in every):
             return Version(marks)
-        what = len(every) < len(self.beside), module.kinds, *self.point
+        what = len(every) < len(self.beside), module.tree.kinds, *self.point
         return Version.of(module.func, what, marks)
 
 
@@ -169,7 +196,7 @@ def as_tree(state: ModuleState, named: Mapping[str, Tensor]) -> Tree:
     It is a dict by name for a module; for a function a tree like its parameters.
     """
     module, in_order = state.module, {name: named[name] for name in state.point}
-    return module.tree(in_order) if isinstance(module, FunctionAsModule) else in_order
+    return module.tree.place(in_order) if isinstance(module, FunctionAsModule) else in_order
 
 
 def tangents_of(api: str, state: ModuleState, vector: Tree) -> Leaves:
@@ -180,7 +207,7 @@ def tangents_of(api: str, state: ModuleState, vector: Tree) -> Leaves:
     """
     params, module = state.point, state.module
     if isinstance(module, FunctionAsModule):
-        vector = module.named(api, vector, params)
+        vector = module.tree.named(api, vector, params)
     elif not isinstance(vector, Mapping) or vector.keys() != params.keys():
         wrong = vector.keys() ^ params.keys() if isinstance(vector, Mapping) else params
         names = ", ".join(sorted(map(str, wrong)))
@@ -198,10 +225,3 @@ def _as_parameter(leaf: Tensor) -> Tensor:
     with recording():
         own = leaf.clone() if leaf.is_inference() else leaf.detach()
         return own.requires_grad_()
-
-
-def _names_of(split: Split) -> tuple[str, ...]:
-    """A name for each leaf: its path with dots, as code where dots would not tell two apart."""
-    paths = split.paths("")
-    names = [".".join("".join(step) for step in _STEP.findall(path)) or "params" for path in paths]
-    return tuple(names if len(set(names)) == len(names) else paths)
