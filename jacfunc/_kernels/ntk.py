@@ -108,12 +108,10 @@ def ntk(
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     if isinstance(func, nn.Module):
-        # an iterable of batches, or progress, may run code that changes the module between blocks
-        is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
         options = BatchOptions.read(
             *(API, func, _selected(params, select), batching, chunk_size, memory),
             *(independent, chunk_size),
-            stays=is_watched,
+            stays=_may_change(progress, x1, x2),
         )
         budget = Budget(API, options.memory)
 
@@ -183,6 +181,11 @@ def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], 
     if batched and not isinstance(func, nn.Module):
         return FunctionAsModule(API, func, params), None
     return func, params
+
+
+def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:
+    """May the module change between blocks? An iterable of batches, or progress, may run code."""
+    return progress is not None or not (_is_tree(x1) and _is_tree(x2))
 
 
 def _batches(x: Any) -> Iterable[Any]:
