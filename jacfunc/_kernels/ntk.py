@@ -86,7 +86,7 @@ def ntk(
     Raises:
         TypeError, ValueError: arguments that do not fit, samples that depend on each other.
         NotImplementedError: what torch refuses, a call inside a transform that differentiates, and
-            of a module inside any; inside ``vmap``, for ensembles, give a function.
+            of a module inside any; inside ``vmap``, for ensembles, give a function of a sample.
 
     Cost:
         An evaluation of each side and M pullbacks onto the outputs of layers; products of factors,
