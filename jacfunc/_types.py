@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 Tree: TypeAlias = Any
 """Any nesting of containers that optree or torch's own pytree knows."""
+
+Params = TypeVar("Params", default=dict[str, Tensor])
+"""The tree of a function's parameters; of a module a dict by name."""
+
+_Params = TypeVar("_Params", contravariant=True)
+
+
+class OfParams(Protocol[_Params]):
+    """A function of parameters and a batch: ``func(params, *inputs)``."""
+
+    def __call__(self, params: _Params, /, *inputs: Any, **named: Any) -> Any: ...
+
 
 Leaves: TypeAlias = tuple[Tensor, ...]
 """Tensors of a tree, in order; a chunk of K seeds or products is Leaves of ``[K, *shape]``."""

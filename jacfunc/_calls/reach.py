@@ -1,4 +1,4 @@
-"""Whether a function may call a module, read from the objects that it refers to."""
+"""Which modules a function may call, read from the objects that it refers to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def reaches_module(func: Any) -> bool:
         >>> reaches_module(torch.sin), reaches_module(model.forward)
         (False, True)
     """
-    return _reaching().get_or_make(func, None, lambda: _reaches_module(func))
+    return _reaching().get_or_make(func, None, lambda: bool(modules_of(func)))
 
 
 @cache
@@ -39,8 +39,18 @@ def _reaching() -> Remembered[bool]:
     return Remembered()
 
 
-def _reaches_module(func: Any) -> bool:
-    return any(isinstance(thing, nn.Module) for thing in islice(_things(func, 0, set()), MOST))
+def modules_of(func: Any) -> list[nn.Module]:
+    """The modules that a function refers to, each once, without those inside them.
+
+    Example:
+        >>> import torch
+        >>> from jacfunc._calls.reach import modules_of
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+        >>> modules_of(model.forward) == [model]
+        True
+    """
+    things = islice(_things(func, 0, set()), MOST)
+    return [thing for thing in things if isinstance(thing, nn.Module)]
 
 
 def _things(thing: Any, depth: int, visited: set[int]) -> Iterator[Any]:
@@ -73,7 +83,7 @@ def _parts(thing: Any) -> Iterator[Any]:
         yield from thing
     elif isinstance(thing, dict):
         yield from thing.values()
-    else:
+    elif not isinstance(thing, nn.Module):
         yield from getattr(thing, "__dict__", {}).values()
 
 

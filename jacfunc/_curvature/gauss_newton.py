@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Generic
 
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_like
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._curvature.sums import NamedParts, added_up
 from jacfunc._errors import Refused
 from jacfunc._factored import SquaredSums, rows, squared, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
-from jacfunc._modules import BatchOutputs, ModuleAtBatch
+from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
-from jacfunc._types import Leaves, product_dtype
+from jacfunc._types import Leaves, Params, product_dtype
 
 
 @dataclass(frozen=True, eq=False)
-class GaussNewton:
+class GaussNewton(Generic[Params]):
     """``G = Σ_b J_bᵀ H_b J_b`` at a point, each of its forms computed when it is asked for.
 
     ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
@@ -57,14 +57,14 @@ class GaussNewton:
     point: ModuleAtBatch
     curvature_of: Callable[[BatchOutputs], OutputCurvature]
 
-    def product(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def product(self, vector: Params | Mapping[str, Tensor]) -> Params:
         """``G v``, by one product with J, one with H and one with Jᵀ; samples may be coupled.
 
         Args:
-            vector: tensors like the parameters, by name.
+            vector: tensors like the parameters, by name; of a function in a tree like its own.
 
         Returns:
-            The product, as tensors like the parameters, by name.
+            The product, in the same form.
 
         Raises:
             TypeError, ValueError: names, shapes or dtypes that are not those of the parameters.
@@ -85,14 +85,7 @@ class GaussNewton:
             {'weight': tensor([[1., 2.]])}
         """
         params, api = self.point.params, self.point.api
-        if vector.keys() != params.keys():
-            wrong = sorted(vector.keys() ^ params.keys())
-            raise ValueError(
-                f"{api}: vector must name the chosen parameters, got {', '.join(wrong)} in only "
-                "one of them. Give a tensor like each parameter, by name."
-            )
-        tangents = tuple(vector[name] for name in params)
-        check_like(api, "vector", tangents, tuple(params.values()))
+        tangents = tangents_of(api, self.point.call.state, vector)
         if is_pushing():
             raise Refused(
                 f"{api}: products must be differentiated in reverse mode, got one inside forward "
@@ -109,18 +102,18 @@ class GaussNewton:
                 f"{api}: the product must be one that torch can take, got a refusal: {refusal}. "
                 "Use diagonal(), blocks() or matrix(), which take the samples apart."
             ) from refusal
-        return dict(zip(params, result, strict=True))
+        return self._in_form(dict(zip(params, result, strict=True)))
 
     __matmul__ = product
 
-    def diagonal(self) -> dict[str, Tensor]:
+    def diagonal(self) -> Params:
         """The exact diagonal, from the layers' inputs and cotangents; J is never written out.
 
         ``diag(G)[p] = Σ_b Σ_r (J_bᵀ S_b)[p, r]²`` with ``H_b = S_b S_bᵀ``. Samples must not be
         coupled.
 
         Returns:
-            A tensor like each parameter, by name.
+            A tensor like each parameter, by name; of a function in a tree like its own.
 
         Raises:
             TypeError, ValueError: a module or a loss that couples samples, or a loss that is not
@@ -148,16 +141,16 @@ class GaussNewton:
                 squares = squared(param_parts, params[name], sums)
                 totals[name] = totals[name].add_(squares) if name in totals else squares
 
-        added_up(
-            self.point, self._sample_curvature, add, sum(param.nbytes for param in params.values())
-        )
-        return {n: totals[n] if n in totals else torch.zeros_like(p) for n, p in params.items()}
+        nbytes = sum(param.nbytes for param in params.values())
+        added_up(self.point, self._sample_curvature, add, nbytes)
+        zeros = {n: torch.zeros_like(p) for n, p in params.items() if n not in totals}
+        return self._in_form(totals | zeros)
 
-    def blocks(self) -> dict[str, Tensor]:
+    def blocks(self) -> Params:
         """The exact diagonal blocks, one a parameter.
 
         Returns:
-            Matrices ``[numel, numel]`` by name.
+            Matrices ``[numel, numel]``, by name; of a function in a tree like its own.
 
         Raises:
             TypeError, ValueError: as :meth:`diagonal`.
@@ -184,13 +177,12 @@ class GaussNewton:
                     flat = block.reshape(-1, params[name].numel())
                     totals[name].addmm_(flat.T, flat)
 
-        added_up(
-            self.point, self._sample_curvature, add, sum(total.nbytes for total in totals.values())
-        )
-        return {name: total.to(params[name].dtype) for name, total in totals.items()}
+        nbytes = sum(total.nbytes for total in totals.values())
+        added_up(self.point, self._sample_curvature, add, nbytes)
+        return self._in_form({name: total.to(params[name].dtype) for name, total in totals.items()})
 
     def matrix(self) -> Tensor:
-        """The whole matrix ``[N, N]``; :func:`jacfunc.param_slices` names its columns.
+        """The whole matrix ``[N, N]``; :func:`jacfunc.param_slices` names a module's columns.
 
         Returns:
             One symmetric matrix of all chosen parameters.
@@ -225,6 +217,11 @@ class GaussNewton:
 
         added_up(self.point, self._sample_curvature, add, total.nbytes)
         return total.to(diagonal.dtype)
+
+    def _in_form(self, named: dict[str, Tensor]) -> Params:
+        """What there is by name, in the form of the parameters."""
+        result: Params = as_tree(self.point.call.state, named)
+        return result
 
     def _times(self, tangents: Leaves) -> Leaves:
         """``G v = Jᵀ H J v``."""

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import nn
 
 from jacfunc._curvature.gauss_newton import GaussNewton
-from jacfunc._curvature.likelihoods import Likelihood, check_likelihood, drawn
+from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
 from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._lending import Select
 from jacfunc._lock import alone
 from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent
-from jacfunc._types import Memory, Randomness, Tree
+from jacfunc._types import Memory, OfParams, Params, Randomness, Tree
 
 
+class GgnOptions(TypedDict, total=False):
+    """Options of :func:`ggn`, by name."""
+
+    select: Select
+    in_dims: Tree
+    randomness: Randomness
+    chunk_size: int | None
+    memory: Memory
+    independent: Independent
+    copy: bool
+
+
+class FisherOptions(GgnOptions, total=False):
+    """Options of :func:`fisher`, by name."""
+
+    draws: int
+    reduction: Literal["mean", "sum"] | None
+    generator: torch.Generator | None
+
+
+@overload
 def ggn(
-    module: nn.Module,
+    module: nn.Module, loss: LossFunction, **options: Unpack[GgnOptions]
+) -> Callable[..., GaussNewton]: ...
+@overload
+def ggn(
+    module: OfParams[Params], loss: LossFunction, **options: Unpack[GgnOptions]
+) -> Callable[..., GaussNewton[Params]]: ...
+def ggn(
+    module: nn.Module | Callable[..., Any],
     loss: LossFunction,
     *,
     select: Select = None,
@@ -28,7 +56,7 @@ def ggn(
     memory: Memory = None,
     independent: Independent = None,
     copy: bool = True,
-) -> Callable[..., GaussNewton]:
+) -> Callable[..., GaussNewton[Any]]:
     """The generalized Gauss-Newton matrix of a loss, from factors of layers and without J.
 
     ``G = Σ_b J_bᵀ H_b J_b``, with ``J_b = ∂ module(x_b) / ∂ params`` and ``H_b`` the second
@@ -38,10 +66,13 @@ def ggn(
     of whatever the module is made of.
 
     Args:
-        module: any ``nn.Module`` whose outputs have the batch in front.
+        module: any ``nn.Module``, or a function ``func(params, *inputs)`` of a tree of parameters,
+            with the batch in front of its outputs.
         loss: ``loss(outputs, targets)`` of the batch, one number, as in training: a mean or sum
             over samples. It gets what the module returns.
         select: parameters, as in :func:`jacfunc.module_jacobian`: ``"head.*"`` for the last layer.
+            Those of a function are all floating tensors in its tree, by their paths:
+            ``"layers.0.weight"``.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`; the same numbers are
             drawn for all that is asked.
@@ -58,8 +89,9 @@ def ggn(
             not noticed.
 
     Returns:
-        A function of the module's own inputs and, last among those by position, the targets. It
-        returns a :class:`jacfunc.GaussNewton`: products, diagonal, blocks, the whole matrix.
+        A function of the module's own inputs, or of the function's, its parameters first; and, last
+        among those by position, of the targets. It returns a :class:`jacfunc.GaussNewton`:
+        products, diagonal, blocks, the whole matrix.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -79,13 +111,22 @@ def ggn(
         >>> v = {name: torch.ones_like(param) for name, param in model.named_parameters()}
         >>> float((G @ v)["bias"].abs().max()) < 1e-6  # softmax does not see a shift of all classes
         True
+
+        Of a function, answers have the tree of its parameters:
+
+        >>> def linear(params, x):
+        ...     return x @ params["w"]
+        >>> G = jacfunc.ggn(linear, torch.nn.functional.mse_loss)
+        >>> G({"w": torch.ones(2, 1)}, torch.eye(2), torch.ones(2, 1)).diagonal()
+        {'w': tensor([[1.],
+                [1.]])}
     """
     batching = Batching(in_dims, randomness)
     options = BatchOptions.read(
         "ggn", module, select, batching, chunk_size, memory, independent, chunk_size, copy=copy
     )
 
-    def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton:
+    def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         at_batch, targets = options.with_targets(args, kwargs, is_kept=True)
 
         captured = Captured.of(loss)
@@ -98,12 +139,20 @@ def ggn(
     return ggn_of
 
 
+@overload
 def fisher(
-    module: nn.Module,
+    module: nn.Module, likelihood: Likelihood, **options: Unpack[FisherOptions]
+) -> Callable[..., GaussNewton]: ...
+@overload
+def fisher(
+    module: OfParams[Params], likelihood: Likelihood, **options: Unpack[FisherOptions]
+) -> Callable[..., GaussNewton[Params]]: ...
+def fisher(
+    module: nn.Module | Callable[..., Any],
     likelihood: Likelihood,
     *,
     draws: int = 1,
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Literal["mean", "sum"] | None = None,
     generator: torch.Generator | None = None,
     select: Select = None,
     in_dims: Tree = 0,
@@ -112,7 +161,7 @@ def fisher(
     memory: Memory = None,
     independent: Independent = None,
     copy: bool = True,
-) -> Callable[..., GaussNewton]:
+) -> Callable[..., GaussNewton[Any]]:
     """The Fisher matrix by Monte Carlo: of gradients at targets that the module itself predicts.
 
     ``F = Σ_b 1/K Σ_k g_bk g_bkᵀ``, ``g_bk = -∂ log p(y_bk | x_b) / ∂ params`` with ``y_bk`` drawn
@@ -120,13 +169,21 @@ def fisher(
     (Martens 2020), at K cotangents a sample rather than one for each output: for many classes.
 
     Args:
-        module: any ``nn.Module`` whose outputs have the batch in front.
-        likelihood: ``"categorical"``, of logits with the classes in the last dimension, or
-            ``"gaussian"``, of means, with unit variance. Positions of a sample are independent.
+        module: any ``nn.Module``, or a function ``func(params, *inputs)`` of a tree of parameters,
+            with the batch in front of its outputs.
+        likelihood: ``"categorical"``, of logits with the classes in the last dimension;
+            ``"bernoulli"``, of logits; or ``"gaussian"``, of means, with unit variance. Positions
+            of a sample are independent. Or a loss of torch, as a function, as a module, or in a
+            ``functools.partial`` with settings: ``cross_entropy``, with the classes in dimension 1;
+            ``mse_loss``, which is a Gaussian with variance 1/2 and without its constant;
+            ``binary_cross_entropy_with_logits``; or ``poisson_nll_loss``, of logarithms of rates.
+            The expectation is then that of :func:`ggn` with this loss. Class weights, smoothed
+            labels and an ``ignore_index`` from 0 on are refused: with them it is no likelihood.
         draws: targets of each sample.
-        reduction: ``"mean"`` or ``"sum"`` over samples; positions are always added up.
+        reduction: ``"mean"`` or ``"sum"`` over samples, while positions are added up; of a loss
+            over all that it reduces. None is what the loss says, else the mean.
         generator: to draw from, on the device of the outputs; torch's default one if None.
-        select: parameters, as in :func:`jacfunc.module_jacobian`.
+        select: parameters, as in :func:`jacfunc.ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
@@ -142,8 +199,8 @@ def fisher(
             not noticed.
 
     Returns:
-        A function of the module's own inputs, which draws and returns a
-        :class:`jacfunc.GaussNewton`: the matrix of these draws, whatever is asked of it.
+        A function of the module's own inputs, or of the function's, its parameters first. It draws
+        and returns a :class:`jacfunc.GaussNewton`: the matrix of these draws, whatever is asked.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -159,6 +216,9 @@ def fisher(
         >>> F = jacfunc.fisher(model, "gaussian", draws=10_000, generator=generator)(x)
         >>> (F.diagonal()["bias"] - 1).abs().max() < 0.05
         tensor(True)
+        >>> F = jacfunc.fisher(model, torch.nn.functional.cross_entropy)(x)
+        >>> F.matrix().shape
+        torch.Size([9, 9])
     """
     options = BatchOptions.read(
         *("fisher", module, select, Batching(in_dims, randomness), chunk_size, memory),
@@ -166,14 +226,16 @@ def fisher(
         by_rows=False,
         copy=copy,
     )
-    check_likelihood("fisher", likelihood, draws, reduction)
+    check_draws("fisher", draws)
+    predictive = Predictive.of("fisher", likelihood, reduction)
 
-    def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton:
+    def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         at_batch = options.at((args, kwargs), is_kept=True)
-        leaves, is_mean = at_batch.outputs.leaves, reduction == "mean"
+        outputs = at_batch.outputs
+        tree, leaves = outputs.tree(outputs.leaves), outputs.leaves
         with alone():
             curvature = at_batch.budget.keep(
-                lambda: drawn("fisher", likelihood, leaves, draws, generator, is_mean)
+                lambda: predictive.drawn("fisher", tree, leaves, draws, generator)
             )
         return GaussNewton(at_batch, lambda outputs: curvature)
 

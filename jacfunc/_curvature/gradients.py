@@ -17,7 +17,7 @@ from jacfunc._types import Leaves, Memory, Randomness, Tree
 
 
 def gradient_norms(
-    module: nn.Module,
+    module: nn.Module | Callable[..., Any],
     loss: LossFunction,
     *,
     select: Select = None,
@@ -34,9 +34,10 @@ def gradient_norms(
     norms (Goodfellow 2015); at several, of two Gram matrices, if these are smaller.
 
     Args:
-        module: any ``nn.Module`` whose outputs have the batch in front.
+        module: any ``nn.Module``, or a function ``func(params, *inputs)`` of a tree of parameters,
+            with the batch in front of its outputs.
         loss: ``loss(outputs, targets)`` of the batch, one number.
-        select: parameters, as in :func:`jacfunc.module_jacobian`.
+        select: parameters, as in :func:`jacfunc.ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all, evaluated only once.
@@ -47,8 +48,8 @@ def gradient_norms(
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
     Returns:
-        A function of the module's own inputs and, last among those by position, the targets. It
-        returns ``[B]``.
+        A function of the module's own inputs, or of the function's, its parameters first; and, last
+        among those by position, of the targets. It returns ``[B]``.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a module that couples samples, a loss

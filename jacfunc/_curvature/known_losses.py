@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -10,36 +12,79 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Settings: TypeAlias = Mapping[str, Any]
-"""``reduction``, and ``ignore_index`` of cross entropy."""
+"""Settings of a loss, by the names of torch."""
 
 Root: TypeAlias = Callable[[Tensor, Tensor, Settings], Tensor | None]
 """Makes ``S [B, M, R]`` with ``H = S Sᵀ`` for M outputs a sample, in double precision."""
 
-DEFAULTS = {"reduction": "mean", "ignore_index": -100}
-"""The settings of the losses that are functions."""
+DEFAULTS: Settings = {
+    "weight": None,
+    "pos_weight": None,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "log_input": True,
+    "full": False,
+    "eps": 1e-8,
+}
+"""The settings of a loss that is called without any."""
+
+
+@dataclass(frozen=True)
+class TorchLoss:
+    """A loss of torch: its function, and the settings that it is called with."""
+
+    function: Any
+    own: Settings
+
+    @classmethod
+    def of(cls, loss: Any) -> TorchLoss | None:
+        """From the function, by itself or with settings in a ``functools.partial``, or its module.
+
+        None for what is no such loss, has hooks, or settings that are not known here.
+        """
+        own: Settings = {}
+        if isinstance(loss, partial) and not loss.args:
+            loss, own = loss.func, loss.keywords
+        elif isinstance(loss, nn.Module):
+            if loss._forward_hooks or loss._forward_pre_hooks:
+                return None
+            own = {name: getattr(loss, name) for name in DEFAULTS if hasattr(loss, name)}
+            loss = FUNCTION_OF.get(type(loss))
+        is_known = any(loss is function for function in FUNCTION_OF.values())
+        return cls(loss, own) if is_known and own.keys() <= DEFAULTS.keys() else None
+
+    @property
+    def settings(self) -> Settings:
+        """All settings."""
+        return {**DEFAULTS, **self.own}
+
+    @property
+    def reduction(self) -> Any:
+        """The reduction, if it was set."""
+        return self.own.get("reduction")
+
+    @property
+    def root(self) -> Root | None:
+        """The formula for a root, if there is one for the loss with these settings."""
+        is_weighted = any(self.settings[name] is not None for name in ("weight", "pos_weight"))
+        rows = (root for function, root in ROOTS if function is self.function)
+        return None if is_weighted else next(rows, None)
 
 
 def known_root(loss: Any, outputs: Any, targets: Any) -> Tensor | None:
     """``S [B, M, R]`` with ``H = S Sᵀ``; None if there is no formula for the loss or arguments."""
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
         return None
-    if type(loss) in MODULES and _is_plain(loss):
-        return MODULES[type(loss)](outputs, targets, vars(loss))
-    for known, root in FUNCTIONS:
-        if loss is known:
-            return root(outputs, targets, DEFAULTS)
-    return None
+    known = TorchLoss.of(loss)
+    root = None if known is None else known.root
+    return None if known is None or root is None else root(outputs, targets, known.settings)
 
 
 def is_known(loss: Any) -> bool:
     """Is it a loss of torch that is a sum or mean over samples, with a formula here?"""
-    return (type(loss) in MODULES and _is_plain(loss)) or any(loss is f for f, _ in FUNCTIONS)
-
-
-def _is_plain(loss: nn.Module) -> bool:
-    """Has the loss neither weights nor hooks?"""
-    is_weighted = any(buffer is not None for buffer in loss._buffers.values())
-    return not (is_weighted or loss._forward_hooks or loss._forward_pre_hooks)
+    known = TorchLoss.of(loss)
+    return known is not None and known.root is not None
 
 
 def _of_cross_entropy(outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor | None:
@@ -85,13 +130,14 @@ def _diagonal(curvature: Tensor, settings: Settings) -> Tensor:
     return (curvature / share).sqrt().reshape(len(curvature), -1).diag_embed()
 
 
-FUNCTIONS: tuple[tuple[Any, Root], ...] = (
+ROOTS: tuple[tuple[Any, Root], ...] = (
     (F.cross_entropy, _of_cross_entropy),
     (F.mse_loss, _of_squares),
     (F.binary_cross_entropy_with_logits, _of_logits),
 )
-MODULES: Mapping[type, Root] = {
-    nn.CrossEntropyLoss: _of_cross_entropy,
-    nn.MSELoss: _of_squares,
-    nn.BCEWithLogitsLoss: _of_logits,
+FUNCTION_OF: Mapping[type, Any] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.MSELoss: F.mse_loss,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
 }

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jacfunc._assembly import in_a_row
-from jacfunc._types import Leaves
+from jacfunc._curvature.known_losses import TorchLoss
+from jacfunc._types import Leaves, product_dtype
 
-Likelihood = Literal["categorical", "gaussian"]
+Name: TypeAlias = Literal["categorical", "gaussian", "bernoulli"]
+Likelihood: TypeAlias = Name | Callable[..., Tensor]
+"""A likelihood by name, or a loss of torch that is minus the logarithm of one."""
+
+Score: TypeAlias = Callable[[str, Tensor, int, torch.Generator | None], Tensor]
+"""Draws R targets for outputs, and returns the gradients of ``-log p``, ``[R, B, *out]``."""
 
 
 @dataclass(frozen=True)
@@ -37,58 +46,175 @@ class Drawn:
         )
 
 
-def drawn(
-    api: str,
-    likelihood: Likelihood,
-    outputs: Leaves,
-    draws: int,
-    generator: torch.Generator | None,
-    is_mean: bool,
-) -> Drawn:
-    """Draw targets, and return the gradients of their log likelihoods in the outputs."""
-    scale = 1.0 / math.sqrt(draws * (outputs[0].shape[0] if is_mean else 1))
-    score = _SCORES[likelihood]
-    return Drawn(tuple(score(api, out, draws, generator) * scale for out in outputs))
+@dataclass(frozen=True)
+class Predictive:
+    """The distribution of targets that outputs of a module stand for.
+
+    Args:
+        score: draws from it.
+        terms: how many terms the mean over a batch is divided by, for these outputs.
+        loss: the name of the loss of torch that it is of; None for a likelihood by name.
+    """
+
+    score: Score
+    terms: Callable[[Tensor], int]
+    loss: str | None = None
+
+    @classmethod
+    def of(cls, api: str, likelihood: object, reduction: object) -> Predictive:
+        """The distribution by its name, or by a loss.
+
+        Raises:
+            ValueError: another likelihood or reduction than there are.
+        """
+        loss = TorchLoss.of(likelihood)
+        if isinstance(likelihood, str) and likelihood in _BY_NAME:
+            is_mean = _checked(api, reduction or "mean") == "mean"
+            return cls(_BY_NAME[likelihood], len if is_mean else _one)
+        if loss is None or (row := _of_loss(loss)) is None:
+            raise ValueError(
+                f"{api}: likelihood must be one of {', '.join(map(repr, get_args(Name)))} or one "
+                f"of torch's losses {', '.join(f.__name__ for f, _, _ in _BY_LOSS)}, got "
+                f"{_in_words(likelihood)}. For another loss use jacfunc.ggn, which draws nothing."
+            )
+        own, name = loss.reduction, loss.function.__name__
+        if own is not None and reduction not in (None, own):
+            raise ValueError(
+                f"{api}: reduction must be that of the loss, got {reduction!r} beside a {name} "
+                f"with reduction={own!r}. Leave it out."
+            )
+        _check_is_likelihood(api, loss)
+        score, terms = row
+        is_mean = _checked(api, reduction or own or "mean") == "mean"
+        return cls(score, terms if is_mean else _one, name)
+
+    def drawn(
+        self, api: str, outputs: Any, leaves: Leaves, draws: int, generator: torch.Generator | None
+    ) -> Drawn:
+        """Draw targets, and return the gradients of ``-log p`` in the outputs.
+
+        Args:
+            outputs: what the module returns.
+            leaves: the tensors in it.
+        """
+        if self.loss is not None and not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"{api}: with {self.loss} the module must return one tensor, got "
+                f"{type(outputs).__name__}. Return what the loss is given."
+            )
+        scores = [self.score(api, out, draws, generator) for out in leaves]
+        scale = 1.0 / math.sqrt(draws * max(1, self.terms(leaves[0])))  # there may be no samples
+        return Drawn(tuple(score * scale for score in scores))
 
 
-def check_likelihood(api: str, likelihood: object, draws: object, reduction: object) -> None:
-    """Raise ValueError for options of :func:`jacfunc.fisher` that are none."""
-    if likelihood not in _SCORES:
-        raise ValueError(
-            f"{api}: likelihood must be one of {', '.join(map(repr, get_args(Likelihood)))}, got "
-            f"{likelihood!r}. For another loss use jacfunc.ggn, which draws nothing."
-        )
+def check_draws(api: str, draws: object) -> None:
+    """Refuse all but a positive number of targets."""
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(
             f"{api}: draws must be a positive number of targets a sample, got {draws!r}. "
             "Pass draws=1, or more for less noise."
         )
+
+
+def _checked(api: str, reduction: object) -> object:
     if reduction not in ("mean", "sum"):
         raise ValueError(
             f"{api}: reduction must be 'mean' or 'sum', got {reduction!r}. "
             "Choose as in the loss that is trained."
         )
+    return reduction
 
 
-def _categorical(api: str, logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    """The gradients ``softmax - onehot``, ``[R, B, *out]``; classes are in the last dimension."""
-    if logits.dim() < 2:
+def _check_is_likelihood(api: str, loss: TorchLoss) -> None:
+    """Refuse settings by which a loss is no longer minus the logarithm of a likelihood."""
+    settings = loss.settings
+    odd = [
+        name
+        for name, plain in {"weight": None, "pos_weight": None, "label_smoothing": 0.0}.items()
+        if settings[name] is not plain and settings[name] != plain
+    ]
+    odd += ["ignore_index"] if settings["ignore_index"] >= 0 else []
+    odd += [] if settings["log_input"] else ["log_input"]
+    if odd:
         raise ValueError(
-            f"{api}: with likelihood='categorical' the last dimension of the outputs must hold "
-            f"the classes, got shape {tuple(logits.shape)}. Return logits [B, …, C]."
+            f"{api}: the loss must be minus the logarithm of a likelihood of all targets that may "
+            f"be drawn, got {loss.function.__name__} with {odd[0]} set. Leave it out, or "
+            "use jacfunc.ggn, which draws nothing."
         )
-    chances = logits.softmax(-1)
+
+
+def _one(outputs: Tensor) -> int:
+    return 1
+
+
+def _of_loss(loss: TorchLoss) -> tuple[Score, Callable[[Tensor], int]] | None:
+    rows = (row for row in _BY_LOSS if row[0] is loss.function)
+    return next(((score, terms) for _, score, terms in rows), None)
+
+
+def _in_words(likelihood: object) -> str:
+    name = str(getattr(likelihood, "__name__", type(likelihood).__name__))
+    if isinstance(likelihood, type):
+        return f"the class {name}"
+    return repr(likelihood) if isinstance(likelihood, str) else name
+
+
+def _categorical(
+    api: str, logits: Tensor, draws: int, generator: torch.Generator | None, *, dim: int = -1
+) -> Tensor:
+    """The gradients ``softmax - onehot``; the classes are in one dimension of the outputs."""
+    if logits.dim() < 2:
+        where = "likelihood='categorical' the last dimension"
+        raise ValueError(
+            f"{api}: with {where if dim < 0 else f'cross_entropy dimension {dim}'} of the outputs "
+            f"must hold the classes, got shape {tuple(logits.shape)}. Return logits "
+            f"{'[B, …, C]' if dim < 0 else '[B, C, …]'}."
+        )
+    chances = logits.movedim(dim, -1).softmax(-1)
     classes = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
-    targets = classes.t().reshape(draws, *logits.shape[:-1])
+    targets = classes.t().reshape(draws, *chances.shape[:-1])
     hits = torch.zeros_like(chances).expand(draws, *chances.shape)
-    return chances - hits.scatter(-1, targets.unsqueeze(-1), 1.0)
+    gradients = chances - hits.scatter(-1, targets.unsqueeze(-1), 1.0)
+    return gradients if dim < 0 else gradients.movedim(-1, dim + 1)
 
 
-def _gaussian(api: str, mean: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
-    """The gradients ``mean - target``, ``[R, B, *out]``; the variance is one."""
-    return torch.randn(
+def _gaussian(
+    api: str,
+    mean: Tensor,
+    draws: int,
+    generator: torch.Generator | None,
+    *,
+    variance: float = 1.0,
+) -> Tensor:
+    """The gradients ``(mean - target) / variance``."""
+    noise = torch.randn(
         (draws, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device
     )
+    return noise / math.sqrt(variance)
 
 
-_SCORES = {"categorical": _categorical, "gaussian": _gaussian}
+def _bernoulli(api: str, logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """The gradients ``sigmoid - target``, exact where a chance is almost one."""
+    scores = logits.to(product_dtype(logits)).expand(draws, *logits.shape)
+    hits = torch.bernoulli(scores.sigmoid(), generator=generator) == 1
+    return torch.where(hits, -(-scores).sigmoid(), scores.sigmoid()).to(logits.dtype)
+
+
+def _poisson(api: str, logs: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+    """The gradients ``rate - target``; outputs are the logarithms of rates."""
+    rates = logs.to(product_dtype(logs)).exp().expand(draws, *logs.shape)
+    return (rates - torch.poisson(rates, generator=generator)).to(logs.dtype)
+
+
+_BY_NAME: Mapping[str, Score] = {
+    "categorical": _categorical,
+    "gaussian": _gaussian,
+    "bernoulli": _bernoulli,
+}
+_BY_LOSS: tuple[tuple[Any, Score, Callable[[Tensor], int]], ...] = (
+    (F.cross_entropy, partial(_categorical, dim=1), lambda out: out.numel() // out.shape[1]),
+    (F.mse_loss, partial(_gaussian, variance=0.5), Tensor.numel),
+    (F.binary_cross_entropy_with_logits, _bernoulli, Tensor.numel),
+    (F.poisson_nll_loss, _poisson, Tensor.numel),
+)
+"""Losses, draws from their likelihoods, and over how many terms they take the mean."""

@@ -24,7 +24,7 @@ API = "random_projection"
 
 
 def random_projection(
-    module: nn.Module,
+    module: nn.Module | Callable[..., Any],
     size: int,
     loss: LossFunction | None = None,
     *,
@@ -44,12 +44,13 @@ def random_projection(
     names of the parameters fix R, whatever the batch, the device or the chunks.
 
     Args:
-        module: any ``nn.Module`` whose outputs have the batch in front.
+        module: any ``nn.Module``, or a function ``func(params, *inputs)`` of a tree of parameters,
+            with the batch in front of its outputs.
         size: columns of R.
         loss: ``loss(outputs, targets)`` of the batch, one number: its gradient, as far as each
             sample adds to it, is projected instead of the Jacobian.
         seed: of R.
-        select: parameters, as in :func:`jacfunc.module_jacobian`.
+        select: parameters, as in :func:`jacfunc.ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
@@ -60,9 +61,9 @@ def random_projection(
             insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
 
     Returns:
-        A function of the module's own inputs, which returns ``[B, *out, size]`` for each output
-        leaf; with a loss also of the targets, last among the arguments by position, which returns
-        ``[B, size]``.
+        A function of the module's own inputs, or of the function's, its parameters first. It
+        returns ``[B, *out, size]`` for each output leaf; with a loss, which is also given the
+        targets, last among the arguments by position, ``[B, size]``.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a module or a loss that couples samples.

@@ -15,7 +15,14 @@ from jacfunc._kernels.fitting import in_ranges
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
 from jacfunc._lending import Select
 from jacfunc._memory import Budget
-from jacfunc._modules import Batching, BatchOptions, Independent, check_randomness_option
+from jacfunc._modules import (
+    Batching,
+    BatchOptions,
+    FunctionAsModule,
+    Independent,
+    check_called,
+    check_randomness_option,
+)
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
@@ -39,13 +46,14 @@ def ntk(
     out: Tree = None,
     independent: Independent = None,
     progress: Progress | None = None,
+    batched: bool = False,
 ) -> Tree:
     """Empirical neural tangent kernel: contracts the factors of layers, J is never formed.
 
     ``K[a, b, *i, *j] = Σₚ J₁[a, *i, p] J₂[b, *j, p]`` over all parameters p.
 
     Args:
-        func: a module, or ``func(params, *inputs)`` of a single sample.
+        func: a module, or ``func(params, *inputs)`` of a single sample (see ``batched``).
         params: of a function, the tree that it is differentiated by. Of a module None, or what
             ``select`` says.
         x1: a batch: a tensor, a dict or another tree, or a tuple of positional inputs; or a list
@@ -54,7 +62,8 @@ def ntk(
         trace_axes: axes of a sample's output along which ``i = j`` is summed over.
         diagonal_axes: axes along which only ``i = j`` is computed.
         select: which parameters of a module, as in :func:`jacfunc.module_jacobian`:
-            ``"*lora*"`` for those of adapters.
+            ``"*lora*"`` for those of adapters. With ``batched`` those of a function, as in
+            :func:`jacfunc.ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.
@@ -64,9 +73,11 @@ def ntk(
         out: the result of an earlier call, to be overwritten: a loop allocates memory once.
         independent: each sample of a module is taken alone, as a batch of one; True skips,
             ``"always"`` insists on looking whether others change it, as in
-            :func:`jacfunc.module_jacobian`. A function is given one sample at a time.
+            :func:`jacfunc.module_jacobian`. A function of a single sample needs no such look.
         progress: wraps the sequence of blocks, to watch it: ``tqdm.tqdm``, or
             ``rich.progress.track``.
+        batched: call a function with batches, as a module is called; it returns the batch in front.
+            By default it gets one sample.
 
     Returns:
         For each output leaf a kernel ``[B1, B2, *diagonal, *out, *out]``, ``out`` being the axes
@@ -75,7 +86,7 @@ def ntk(
     Raises:
         TypeError, ValueError: arguments that do not fit, samples that depend on each other.
         NotImplementedError: what torch refuses, a call inside a transform that differentiates, and
-            of a module inside any; inside ``vmap``, for ensembles, give a function.
+            of a module inside any; inside ``vmap``, for ensembles, give a function of a sample.
 
     Cost:
         An evaluation of each side and M pullbacks onto the outputs of layers; products of factors,
@@ -95,14 +106,12 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
-    batching = Batching(in_dims, randomness)
+    batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     if isinstance(func, nn.Module):
-        # an iterable of batches, or progress, may run code that changes the module between blocks
-        is_watched = progress is not None or not (_is_tree(x1) and _is_tree(x2))
         options = BatchOptions.read(
             *(API, func, _selected(params, select), batching, chunk_size, memory),
             *(independent, chunk_size),
-            stays=is_watched,
+            stays=_may_change(progress, x1, x2),
         )
         budget = Budget(API, options.memory)
 
@@ -161,6 +170,24 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
     return gram_of
 
 
+def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
+    """What is called, and its parameters: a function of batches is a module that has its own."""
+    check_called(API, func)
+    if not isinstance(batched, bool):
+        raise TypeError(
+            f"{API}: batched must be True or False, got {batched!r}. Write batched=True for a "
+            "function of batches."
+        )
+    if batched and not isinstance(func, nn.Module):
+        return FunctionAsModule(API, func, params), None
+    return func, params
+
+
+def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:
+    """May the module change between blocks? An iterable of batches, or progress, may run code."""
+    return progress is not None or not (_is_tree(x1) and _is_tree(x2))
+
+
 def _batches(x: Any) -> Iterable[Any]:
     """The batches of an argument: a tree is one batch, any other iterable holds several."""
     return [x] if _is_tree(x) else x
@@ -182,7 +209,8 @@ def _check_function(select: Select, randomness: object, chunk_size: object) -> N
     if select is not None:
         raise ValueError(
             f"{API}: select must be left out for a function, got {select!r}. Give it the "
-            "parameters to differentiate by as params, and let it close over the others."
+            "parameters to differentiate by as params, and let it close over the others; or pass "
+            "batched=True, if it takes batches."
         )
 
 

@@ -25,10 +25,19 @@ class CurrentState:
 
     Args:
         stays: does every call get a copy of the state of the first?
+        kind: the class of the state.
     """
 
-    def __init__(self, api: str, module: nn.Module, select: Select, stays: bool = False) -> None:
+    def __init__(
+        self,
+        api: str,
+        module: nn.Module,
+        select: Select,
+        stays: bool = False,
+        kind: type[ModuleState] = ModuleState,
+    ) -> None:
         self._api, self._module, self._select, self._stays = api, module, select, stays
+        self._kind = kind
         self._last: ModuleState | None = None
 
     def now(self) -> ModuleState:
@@ -44,7 +53,7 @@ class CurrentState:
         """The state before, unless an object was replaced: to look takes a third of the time."""
         last, select = self._last, self._select
         if last is None or not last.snapshot.is_current():
-            return ModuleState.of(self._api, self._module, select)
+            return self._kind.of(self._api, self._module, select)
         point = select_params(self._api, last.params, select)
         return last if are_same(point, last.point) else replace(last, point=point)
 

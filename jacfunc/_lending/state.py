@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Se
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -61,7 +61,7 @@ class ModuleState:
     """The loans to calls that run, the innermost last."""
 
     @classmethod
-    def of(cls, api: str, module: nn.Module, select: Select) -> ModuleState:
+    def of(cls, api: str, module: nn.Module, select: Select) -> Self:
         """The state of a module as it is now.
 
         Raises:

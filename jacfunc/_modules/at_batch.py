@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall
@@ -16,6 +17,7 @@ from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
+from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
@@ -26,7 +28,12 @@ from jacfunc.strategies import in_words_of
 
 @dataclass(frozen=True)
 class BatchOptions(ModuleOptions):
-    """The options of a door whose calls are evaluated for all samples, maybe several times."""
+    """The options of a door whose calls are evaluated for all samples, maybe several times.
+
+    It takes functions, too: ``func(params, *inputs)``, at the parameters of each call.
+    """
+
+    takes_functions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         in_chunks = {"chunk_size": self.chunk_size, "memory": self.memory}
@@ -59,6 +66,9 @@ class BatchOptions(ModuleOptions):
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
                 "transform, which keeps none. Use module_jacobian there."
             )
+        if not isinstance(self.module, nn.Module):
+            module, arguments = FunctionAsModule.called(self.api, self.module, arguments)
+            return replace(self, module=module)._at(arguments, targets, is_kept)
         budget = Budget(self.api, self.memory)
         if is_kept or self.stays:
             state, (arguments, targets) = self.kept((arguments, targets), budget)

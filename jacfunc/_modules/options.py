@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
-from typing import Self, TypeAlias, get_args
+from typing import Any, ClassVar, Self, TypeAlias, get_args
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._memory import Budget
+from jacfunc._modules.function import FunctionAsModule, FunctionState, check_called
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
 from jacfunc._remembered import Remembered
 from jacfunc._torch import inside_derivative
@@ -40,7 +41,7 @@ class ModuleOptions:
     """
 
     api: str
-    module: nn.Module
+    module: Callable[..., Any]
     select: Select
     batching: Batching | None
     chunk_size: int | None
@@ -48,12 +49,13 @@ class ModuleOptions:
     independence: Independence
     copy: bool = True
     stays: bool = False
+    takes_functions: ClassVar[bool] = False
 
     @classmethod
     def read(
         cls,
         api: str,
-        module: nn.Module,
+        module: Callable[..., Any],
         select: Select,
         batching: Batching | None,
         chunk_size: int | None,
@@ -69,7 +71,7 @@ class ModuleOptions:
         Raises:
             TypeError, ValueError: options that do not fit.
         """
-        check_module(api, module)
+        (check_called if cls.takes_functions else check_module)(api, module)
         check_chunk_size(api, chunk_size)
         nbytes = check_memory(api, memory)
         if batching is not None:
@@ -83,7 +85,9 @@ class ModuleOptions:
     @cached_property
     def current(self) -> CurrentState:
         """The state of the module from call to call."""
-        return CurrentState(self.api, self.module, self.select, self.stays)
+        assert isinstance(self.module, nn.Module)
+        kind = FunctionState if isinstance(self.module, FunctionAsModule) else ModuleState
+        return CurrentState(self.api, self.module, self.select, self.stays, kind)
 
     def kept(self, data: Tree, budget: Budget) -> tuple[ModuleState, Tree]:
         """The state at a call that begins, and its data, for answers that come later."""

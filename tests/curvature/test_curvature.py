@@ -676,7 +676,7 @@ def test_refusals_of_modules() -> None:
     with pytest.raises(ValueError, match="gradient_norms: per_sample needs samples that do not"):
         jacfunc.gradient_norms(normed, F.cross_entropy)(x, y)
     with pytest.raises(TypeError, match=r"fisher: module must be an nn\.Module"):
-        jacfunc.fisher(torch.sin, "gaussian")
+        jacfunc.fisher("a module", "gaussian")
     with pytest.raises(ValueError, match="random_projection: size must be a positive number"):
         jacfunc.random_projection(mlp(), 0)
     with pytest.raises(ValueError, match="fisher: likelihood must be one of 'categorical', 'gaus"):

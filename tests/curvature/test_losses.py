@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,6 +36,11 @@ KNOWN = {
         numbers(5, 4).cos(),
         CLASSES.clamp(min=0),
     ),
+    "settings in a partial": (
+        partial(F.cross_entropy, reduction="sum", ignore_index=3, label_smoothing=0.1),
+        numbers(5, 4).cos(),
+        CLASSES.clamp(min=0),
+    ),
     "one class": (F.cross_entropy, numbers(5, 1), torch.zeros(5, dtype=torch.long)),
     "mse_loss": (F.mse_loss, numbers(5, 2, 3), numbers(5, 2, 3).cos()),
     "MSELoss, summed": (nn.MSELoss(reduction="sum"), numbers(5), numbers(5).cos()),
@@ -55,6 +61,9 @@ UNKNOWN = {
     "positions": (F.cross_entropy, numbers(5, 4, 2), torch.zeros(5, 2, dtype=torch.long)),
     "broadcast": (F.mse_loss, numbers(5, 2), numbers(5, 1)),
     "a tree": (F.mse_loss, (numbers(5, 2),), numbers(5, 2)),
+    "a weight in a partial": (partial(F.mse_loss, weight=numbers(5, 2)), *[numbers(5, 2)] * 2),
+    "an old setting": (partial(F.mse_loss, size_average=False), *[numbers(5, 2)] * 2),
+    "a loss without a formula": (F.poisson_nll_loss, numbers(5, 2), numbers(5, 2).exp()),
     "another loss": (F.huber_loss, numbers(5, 2), numbers(5, 2)),
     "another module": (nn.HuberLoss(), numbers(5, 2), numbers(5, 2)),
 }
