@@ -19,13 +19,13 @@ def begins() -> None:
 
     What is done before, to lend a module, may change from one evaluation to the next.
     """
-    if torch._C._len_torch_function_stack():
+    if torch._C._is_torch_function_mode_enabled():
         handle_torch_function(begins, ())
 
 
 def ends() -> None:
     """Tell a recorder that the user's function is over."""
-    if torch._C._len_torch_function_stack():
+    if torch._C._is_torch_function_mode_enabled():
         handle_torch_function(ends, ())
 
 

@@ -105,7 +105,7 @@ class ModuleCall:
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
-        if is_outermost():
+        if is_outermost() and batch.size > 1:
             check, kind = self.independence.check, batch.kind.kind
             check(self.api, self.state, kind, lambda: self._subject(batch.samples))
 

@@ -178,4 +178,4 @@ def test_one_sample_is_evaluated_plainly_and_once() -> None:
     CALLS.clear()
     result = door(torch.ones(1, 3))
     assert CALLS == [1]
-    assert result["weight"].shape == (1, 2, 2, 3)
+    assert result["layer.weight"].shape == (1, 2, 2, 3)
