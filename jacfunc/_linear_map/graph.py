@@ -186,7 +186,9 @@ def map_of_graph(
         as_evaluated: puts a module back as it was, before each pullback, which may run it again.
     """
 
-    def swept(cotangents: Leaves, onto: slice, of: LeafNumbers, keeps: bool) -> Leaves:
+    def swept(
+        cotangents: Leaves, onto: slice, of: LeafNumbers, keeps: bool, retains: bool = True
+    ) -> Leaves:
         targets, sources = anchors[onto], chosen_leaves(outputs, of)
         active = _with_graph(sources) if anchors else []
         if not active:
@@ -197,7 +199,7 @@ def map_of_graph(
         edges = tuple([anchor.edge for anchor in targets])
         if as_evaluated is not None:
             as_evaluated()
-        results = _run_backward(sources, edges, seeds, keeps or rules.is_forced)
+        results = _run_backward(sources, edges, seeds, keeps or rules.is_forced, retains)
         pairs = zip(results, targets, strict=True)
         products = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
         if keeps:
@@ -205,8 +207,11 @@ def map_of_graph(
         products = _detached(products)
         return products if rules.reason is None else once(products, sources, rules.reason)
 
-    def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
-        return swept(cotangents, onto, of, rules.keeps_graph and torch.is_grad_enabled())
+    def sweep(
+        cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY, retains: bool = True
+    ) -> Leaves:
+        keeps = rules.keeps_graph and torch.is_grad_enabled()
+        return swept(cotangents, onto, of, keeps, retains)
 
     def transpose() -> Linearization:
         check_nodes(graph.nodes, True)
@@ -221,4 +226,5 @@ def map_of_graph(
         rules.names,
         keeps_graph=rules.keeps_graph,
         transpose=transpose,
+        last=partial(sweep, retains=False),
     )
