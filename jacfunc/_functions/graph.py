@@ -175,7 +175,9 @@ def _graph(outputs: Split, inputs: Split) -> GraphRows:
                 "be a view or copy of the one that was used, or written into since: pass that "
                 "one; or leave it out, as the Jacobian by it is zero."
             )
-    return GraphRows(outputs.leaves, inputs.leaves, paths)
+    every = (*outputs.leaves, *inputs.leaves)
+    retaining = tuple([leaf for leaf in every if leaf.retains_grad])
+    return GraphRows(outputs.leaves, inputs.leaves, paths, retaining=retaining)
 
 
 def _batch_size(outputs: Split, inputs: Split) -> int:
@@ -205,9 +207,9 @@ def _check_independent(graph: GraphRows, chunk: Chunk) -> None:
     samples, one group has the first without the second. A nan is no such path, as it may come of a
     zero times the infinite derivative of a sample's own.
     """
-    groups = groups_of(len(graph.outputs[0]))
-    pairs = zip(graph.outputs, noise_like(graph.outputs), strict=True)
     with recording():
+        groups = groups_of(len(graph.outputs[0]))
+        pairs = zip(graph.outputs, noise_like(graph.outputs), strict=True)
         noisy = [(out * noise).flatten(1).sum(1) for out, noise in pairs]
         sums = tuple([groups.to(sample) @ sample for sample in noisy])
     if isinstance(chunk, FittedChunks):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -25,15 +25,15 @@ MOST_ALONE = 3
 """So many rows are swept one by one under auto: a vmap would take longer than it saves."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class GraphRows:
     """The Jacobian of outputs by inputs, row by row, from the graph between them.
 
     Args:
         paths: what lies between the two.
         create_graph: are rows differentiable?
-        frees: does the last row free the graph? It has a sweep of its own, without vmap: a sweep
-            that fails under vmap is repeated row by row, and needs the graph again.
+        retaining: tensors whose ``.grad`` a sweep would write, as they retain their gradients.
+        frees: does the last sweep free the graph?
     """
 
     outputs: Leaves
@@ -41,10 +41,13 @@ class GraphRows:
     paths: Paths
     create_graph: bool = False
     frees: bool = False
+    retaining: Leaves = ()
+    _is_free: bool = field(default=False, init=False)
 
     def blocks(self, sink: Sink, chunk: Chunk) -> Blocks:
         """Finished blocks ``[*out, *in]``."""
         blocks = sink.rows(self.sweep, chunk, self.outputs, self.inputs)
+        self._free()
         return sink.finished(blocks, Grid.of(self.outputs, self.inputs), ())
 
     def sample_blocks(self, sink: Sink, chunk: Chunk, size: int) -> Blocks:
@@ -53,25 +56,33 @@ class GraphRows:
         The derivative of a sum by the inputs of a sample is that of the sample's own outputs, as
         all others do not depend on these inputs.
         """
-        outputs, inputs = self.outputs, self.inputs
-        grid = replace(Grid.of(outputs, inputs), columns=[x.shape[1:].numel() for x in inputs])
+        inputs = self.inputs
+        grid = replace(
+            Grid.of(self.outputs, inputs), columns=[leaf.shape[1:].numel() for leaf in inputs]
+        )
         if self.create_graph:
-            rows = NEW_TENSORS.rows(self.sweep, chunk, outputs, inputs)
-            pairs = zip(rows, outputs, strict=True)
+            rows = NEW_TENSORS.rows(self.sweep, chunk, self.outputs, inputs)
+            pairs = zip(rows, self.outputs, strict=True)
             blocks = tuple(tuple(x.movedim(out.dim(), 0) for x in row) for row, out in pairs)
-            return sink.finished(blocks, grid, (size,))
-        likes = tuple([_like(out, leaf) for out in outputs for leaf in inputs])
-        every = sink.places(likes, size, grid)
-        width = len(inputs)
-        blocks = tuple(every[n * width : (n + 1) * width] for n in range(len(outputs)))
-        for number, places in enumerate(blocks):
-            start = 0
-            for chunk_rows in self._rows_of(number, chunk):
-                for place, row, leaf in zip(places, chunk_rows, inputs, strict=True):
-                    matrix = place.view(size, outputs[number].numel(), *leaf.shape[1:])
-                    matrix[:, start : start + len(row)] = row.transpose(0, 1)
-                start += len(chunk_rows[0])
+        else:
+            likes = tuple([_like(out, leaf) for out in self.outputs for leaf in inputs])
+            places, width = sink.places(likes, size, grid), len(inputs)
+            count = range(len(self.outputs))
+            blocks = tuple(places[n * width : (n + 1) * width] for n in count)
+            self._write(blocks, chunk)
+        self._free()
         return sink.finished(blocks, grid, (size,))
+
+    def _write(self, blocks: Blocks, chunk: Chunk) -> None:
+        """Write the rows of all samples into blocks ``[B, *out, *in]``."""
+        for number, (places, out) in enumerate(zip(blocks, self.outputs, strict=True)):
+            start = 0
+            for rows in self._rows_of(number, chunk):
+                stop = start + len(rows[0])
+                for place, row in zip(places, rows, strict=True):
+                    size, shape = row.shape[1], row.shape[2:]
+                    place.view(size, out.numel(), *shape)[:, start:stop] = row.transpose(0, 1)
+                start = stop
 
     def sweep(self, chunk: Chunk) -> Iterator[Leaves]:
         """All rows ``[K, *in]``, in chunks that hold rows of one output leaf each."""
@@ -80,30 +91,50 @@ class GraphRows:
 
     def _rows_of(self, number: int, chunk: Chunk) -> Iterator[Leaves]:
         """The rows of one output leaf."""
-        frees = self.frees and number == self._last
-        count = self.outputs[number].numel() - frees
-        if count or not frees:
-            yield from in_chunks(count, of_leaf(chunk, number), partial(self._rows, number))
-        if frees:
-            yield self._rows(number, count, count + 1, is_last=True)
+        yield from in_chunks(
+            self.outputs[number].numel(), of_leaf(chunk, number), partial(self._rows, number)
+        )
 
-    def _rows(self, number: int, start: int, stop: int, is_last: bool = False) -> Leaves:
+    def _rows(self, number: int, start: int, stop: int) -> Leaves:
+        out = self.outputs[number]
         if start == stop:
             return tuple([leaf.new_empty((0, *leaf.shape)) for leaf in self.inputs])
-        seeds = unit_seeds((self.outputs[number],), start, stop)
-        pull = self._pull_and_free if is_last else self._linearization.pull_batch
+        seeds, of = unit_seeds((out,), start, stop), slice(number, number + 1)
+        is_last = number == self._last and stop == out.numel()
+        if stop - start == 1 and is_last and self.frees:
+            rows = tuple([row.unsqueeze(0) for row in self._freeing((seeds[0][0],), of)])
+        else:
+            rows = self._pulled(lambda: self._linearization.pull_batch(seeds, EVERY, of))
+        return tuple([row if row.layout == torch.strided else row.to_dense() for row in rows])
+
+    def _freeing(self, cotangents: Leaves, of: slice) -> Leaves:
+        """One cotangent, pulled back for the last time.
+
+        It is not under vmap: a sweep that fails there is repeated row by row, for which the graph
+        must still be there.
+        """
+        last = self._linearization.last
+        assert last is not None
+        self._is_free = True
+        return self._pulled(lambda: last(cotangents, EVERY, of))
+
+    def _free(self) -> None:
+        """Free the graph, unless the last row has done so."""
+        if self.frees and not self._is_free:
+            self._freeing(tuple(map(torch.zeros_like, self.outputs)), EVERY)
+
+    def _pulled(self, pull: Callable[[], Leaves]) -> Leaves:
+        """What ``pull`` returns; a ``.grad`` that it writes is as before."""
+        grads = [leaf.grad for leaf in self.retaining]
         try:
-            rows = pull(seeds, EVERY, slice(number, number + 1))
+            return pull()
         except Exception as error:  # hooks and backward passes of the user's may raise anything
             if isinstance(error, Refused) or is_out_of_memory(error):
                 raise
             raise _in_words(error) from error
-        return tuple([row if row.layout == torch.strided else row.to_dense() for row in rows])
-
-    def _pull_and_free(self, seeds: Leaves, onto: slice, of: slice) -> Leaves:
-        assert self._linearization.last is not None
-        rows = self._linearization.last((seeds[0][0],), onto, of)
-        return tuple([row.unsqueeze(0) for row in rows])
+        finally:
+            for leaf, grad in zip(self.retaining, grads, strict=True):
+                leaf.grad = grad
 
     @cached_property
     def _last(self) -> int:
@@ -138,7 +169,7 @@ class GraphRows:
         if few and chosen.memory is None:
             return 1
         costs = Costs.of_graph(self.outputs, self.inputs, self.paths.nbytes)
-        plan = bounded(Plan(reverse, f"{costs.rows} outputs of a graph"), costs, chosen.memory)
+        plan = bounded(Plan(reverse, f"{costs.rows} rows of a graph"), costs, chosen.memory)
         note("%s: %s", plan.strategy, plan.reason)
         assert isinstance(plan.strategy, Reverse)
         return plan.strategy.chunk_size
@@ -164,5 +195,10 @@ def _in_words(error: Exception) -> Exception:
             f"{API}: tensors that the graph keeps must be as they were in the forward pass, got "
             f"one that was written into since: {what}. Take the Jacobian before the write (of an "
             "optimizer's step, say), or write into a clone."
+        )
+    if "escaped from inside a function being vmapped" in told:
+        return ValueError(
+            f"{API}: tensors between inputs and outputs must not retain their gradients, got one "
+            "that does. Call retain_grad() on it afterwards, or pass strategy='looped'."
         )
     return Refused(f"torch can't pull cotangents back through it ({told})")

@@ -90,24 +90,21 @@ class Paths:
         """The paths from tensors that have a graph to the ends."""
         above: dict[Any, list[tuple[int, Any]]] = {}
         leaves: dict[int, Any] = {}
+        edges = [(node, number, None) for node, number, *_ in map(get_gradient_edge, tensors)]
         pending: list[Any] = []
-
-        def step(below: Any, number: int, node: Any) -> None:
-            if below not in above:
-                above[below] = []
-                pending.append(below)
-            above[below].append((number, node))
-
-        for tensor in tensors:
-            step(*get_gradient_edge(tensor)[:2], None)
-        while pending:
-            node = pending.pop()
-            edges = node.next_functions
-            for below, number in edges:
-                if below is not None:
-                    step(below, number, node)
-            if not edges and hasattr(node, "variable"):
-                leaves[id(node.variable)] = node
+        while edges or pending:
+            for below, number, node in edges:
+                if below in above:
+                    above[below].append((number, node))
+                elif below is not None:
+                    above[below] = [(number, node)]
+                    pending.append(below)
+            edges = []
+            if pending:
+                node = pending.pop()
+                edges = [(below, number, node) for below, number in node.next_functions]
+                if not edges and hasattr(node, "variable"):
+                    leaves[id(node.variable)] = node
         nodes: set[Any] = set()
         met = []
         for end in ends:
