@@ -55,7 +55,7 @@ def graph_jacobian(
         device: device of the result.
         out: the result of an earlier call, to be overwritten.
         create_graph: make the result differentiable; by default it is detached.
-        retain_graph: keep the graph for later. By default the last sweep frees it, as
+        retain_graph: keep the graph for later. By default it is freed, as
             ``torch.autograd.grad`` does, unless ``create_graph``.
         independent: with ``per_sample``, True if samples are known not to depend on each other. By
             default this is looked at: random cotangents of some samples must give zeros in all
@@ -75,28 +75,30 @@ def graph_jacobian(
         NotImplementedError: complex tensors, and what torch refuses.
 
     Cost:
-        M/K sweeps of K pullbacks, for M outputs and chunks of K; the last row has a sweep of its
-        own if it frees the graph. Per sample M is that of one sample, and as many more sweeps as
-        ``2 * log2(B)`` rows need show whether samples are independent. Hooks run once a sweep; a
-        tensor on the way that retains its gradient gets that of a sweep.
+        M/K sweeps of K pullbacks, for M outputs and chunks of K, and one pullback to free the graph
+        where the last row was not swept alone. Per sample M is that of one sample, and
+        ``2 * log2(B)`` more rows show whether samples are independent. Hooks run at every sweep. A
+        tensor between the two that retains its gradient needs ``"looped"``, which leaves there what
+        autograd leaves.
 
     Example:
-        Two losses of one network, and the direction that lessens both: their gradients' mean, if
-        these do not point apart.
+        Two losses of one network, each with its own gradient:
 
         >>> import torch, jacfunc
         >>> model = torch.nn.Linear(3, 1)
         >>> error = model(torch.ones(4, 3)) - 1
-        >>> losses = torch.stack([error.square().mean(), error.abs().mean()])
-        >>> J = jacfunc.graph_jacobian(losses, dict(model.named_parameters()))
-        >>> {name: tuple(block.shape) for name, block in J.items()}
-        {'weight': (2, 1, 3), 'bias': (2, 1)}
+        >>> losses = [error.square().mean(), error.abs().mean()]
+        >>> squared, absolute = jacfunc.graph_jacobian(losses, dict(model.named_parameters()))
+        >>> {name: tuple(block.shape) for name, block in squared.items()}
+        {'weight': (1, 3), 'bias': (1,)}
+
+        Each sample's Jacobian of the outputs in hidden features:
+
+        >>> hidden = torch.tanh(model(torch.ones(4, 3)))
+        >>> jacfunc.graph_jacobian(hidden.sin(), hidden, per_sample=True).shape
+        torch.Size([4, 1, 1])
     """
-    if not is_outermost():
-        raise ValueError(
-            f"{API}: it must be called outside of transforms, got a call inside vmap, a derivative "
-            "or a compiler, where a tensor's graph can't be read. Use jacobian(func) there."
-        )
+    _check_call(independent)
     chosen = resolve(API, strategy, chunk_size, memory)
     sink = sink_for(API, out, flat, dtype, device)
     out_split, in_split = _split("outputs", outputs), _split("inputs", inputs)
@@ -125,6 +127,19 @@ def graph_jacobian(
 
 MUST = "the graph must be one that can be pulled back"
 INSTEAD = " Differentiate the function itself, with jacfunc.jacobian(func)."
+
+
+def _check_call(independent: object) -> None:
+    if not is_outermost():
+        raise ValueError(
+            f"{API}: it must be called outside of transforms, got a call inside vmap, a derivative "
+            "or a compiler, where a tensor's graph can't be read. Use jacobian(func) there."
+        )
+    if independent is not None and independent is not True:
+        raise ValueError(
+            f"{API}: independent must be None or True, got {independent!r}. Pass True if you know "
+            "that samples do not depend on each other."
+        )
 
 
 def _split(name: str, tree: Tree) -> Split:
