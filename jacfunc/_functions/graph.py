@@ -225,7 +225,7 @@ def _check_independent(graph: GraphRows, chunk: Chunk) -> None:
     with recording():
         groups = groups_of(len(graph.outputs[0]))
         pairs = zip(graph.outputs, noise_like(graph.outputs), strict=True)
-        noisy = [(out * noise).flatten(1).sum(1) for out, noise in pairs]
+        noisy = [(out * noise).unsqueeze(1).flatten(1).sum(1) for out, noise in pairs]
         sums = tuple([groups.to(sample) @ sample for sample in noisy])
     if isinstance(chunk, FittedChunks):
         chunk = replace(chunk, settled=[], by_leaf={})
@@ -234,7 +234,7 @@ def _check_independent(graph: GraphRows, chunk: Chunk) -> None:
         outside = ~groups[start : start + len(rows[0])]
         start = (start + len(rows[0])) % max(len(groups), 1)
         for row in rows:
-            reached = row.flatten(2).nan_to_num(0.0).any(2)
+            reached = row.unsqueeze(2).flatten(2).nan_to_num(0.0).any(2)
             if bool((reached & outside.to(row.device)).any()):
                 raise ValueError(
                     f"{API}: per_sample needs samples that do not depend on each other, got "
