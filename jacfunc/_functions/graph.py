@@ -7,16 +7,15 @@ from typing import Literal
 
 import torch
 
-from jacfunc._assembly import sink_for
+from jacfunc._assembly import numel, sink_for
 from jacfunc._functions.graph_rows import API, GraphRows
 from jacfunc._linear_map import Paths
-from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._planning import resolve
 from jacfunc._samples import groups_of
 from jacfunc._torch import is_outermost, noise_like, recording
 from jacfunc._trees import Split, without_settings
 from jacfunc._types import Blocks, Memory, Tree, is_tensor
-from jacfunc.strategies import Strategy, in_words_of
+from jacfunc.strategies import Reverse, Strategy, in_words_of
 
 
 def graph_jacobian(
@@ -115,7 +114,9 @@ def graph_jacobian(
         rows = replace(graph, outputs=sums, create_graph=create_graph, frees=frees)
         chunk = rows.chunk(chosen)
         if independent is not True:
-            _check_independent(graph, chunk)
+            # the groups that it looks at may be more than there are rows to make room for
+            within = chosen if memory is None else Reverse(chunk or max(1, numel(sums)))
+            _check_independent(graph, within)
         return rows.sample_blocks(sink, chunk, size)
 
     finished = in_words_of(API, blocks, MUST, INSTEAD)
@@ -215,7 +216,7 @@ def _batch_size(outputs: Split, inputs: Split) -> int:
     return int(size[0])
 
 
-def _check_independent(graph: GraphRows, chunk: Chunk) -> None:
+def _check_independent(graph: GraphRows, strategy: Strategy) -> None:
     """Refuse samples whose outputs lead to the inputs of others.
 
     Random cotangents of each of some groups of samples must give zeros in all others: for any two
@@ -227,14 +228,12 @@ def _check_independent(graph: GraphRows, chunk: Chunk) -> None:
         pairs = zip(graph.outputs, noise_like(graph.outputs), strict=True)
         noisy = [(out * noise).unsqueeze(1).flatten(1).sum(1) for out, noise in pairs]
         sums = tuple([groups.to(sample) @ sample for sample in noisy])
-    if isinstance(chunk, FittedChunks):
-        chunk = replace(chunk, settled=[], by_leaf={})
-    start = 0
-    for rows in replace(graph, outputs=sums).sweep(chunk):
+    of_groups, start = replace(graph, outputs=sums), 0
+    for rows in of_groups.sweep(of_groups.chunk(strategy)):
         outside = ~groups[start : start + len(rows[0])]
         start = (start + len(rows[0])) % max(len(groups), 1)
         for row in rows:
-            reached = row.unsqueeze(2).flatten(2).nan_to_num(0.0).any(2)
+            reached = ((row > 0) | (row < 0)).unsqueeze(2).flatten(2).any(2)
             if bool((reached & outside.to(row.device)).any()):
                 raise ValueError(
                     f"{API}: per_sample needs samples that do not depend on each other, got "

@@ -14,7 +14,7 @@ from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._forecasting import Costs
 from jacfunc._linear_map import EVERY, Anchor, Linearization, Paths, map_of_graph
 from jacfunc._log import note
-from jacfunc._memory import Chunk, in_chunks, of_leaf
+from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
 from jacfunc._planning import Auto, Plan, bounded
 from jacfunc._types import Blocks, Leaves
 from jacfunc.strategies import Looped, Reverse, Strategy
@@ -83,6 +83,7 @@ class GraphRows:
                     size, shape = row.shape[1], row.shape[2:]
                     place.view(size, out.numel(), *shape)[:, start:stop] = row.transpose(0, 1)
                 start = stop
+                del rows, row  # or they would stay beside the next chunk
 
     def sweep(self, chunk: Chunk) -> Iterator[Leaves]:
         """All rows ``[K, *in]``, in chunks that hold rows of one output leaf each."""
@@ -164,7 +165,9 @@ class GraphRows:
                 "jacobian(func) does."
             )
         if not isinstance(chosen, Auto):
-            return reverse.chunk_size
+            size = reverse.chunk_size
+            # what was settled in sweeps of another graph says nothing of this one
+            return size.anew() if isinstance(size, FittedChunks) else size
         few = reverse.chunk_size is None and numel(self.outputs) <= MOST_ALONE
         if few and chosen.memory is None:
             return 1

@@ -303,7 +303,7 @@ def test_sweeps_are_counted() -> None:
         ({"chunk_size": 5, "retain_graph": True}, 4),
         ({"chunk_size": 1}, 18),  # the last row frees it
         ({"per_sample": True, "retain_graph": True, "independent": True}, 3),  # rows one by one
-        ({"per_sample": True, "retain_graph": True}, 3 + 6),  # two groups for each bit of 6
+        ({"per_sample": True, "retain_graph": True}, 3 + 1),  # six groups, under vmap
     ):
         y = x.sin()
         sweeps = Sweeps(y)
@@ -509,6 +509,10 @@ def test_chunks_keep_to_the_memory() -> None:
         with PeakBytes() as counter:
             graph_jacobian(y, x, memory=memory, retain_graph=True)
         assert result <= counter.peak <= memory
+        y = model(x)
+        with PeakBytes() as counter:
+            graph_jacobian(y, x, per_sample=True, memory=memory // 16)
+        assert result // 32 <= counter.peak <= memory // 16
     with pytest.raises(ValueError, match=r"memory: it must hold the Jacobian"):
         graph_jacobian(model(x), x, memory=result // 2)
 
