@@ -3,7 +3,7 @@
 A network learns digits of which half the classes are rare, and each class has a loss of its own.
 The gradient of the mean over all images may point where the loss of a rare class grows. Jacobian
 descent steps against a direction d with ``J d ≥ 0``, J being the Jacobian of all losses: here
-UPGrad, the mean of the gradients, each of which is first projected onto the cone of such directions:
+UPGrad, the mean of the gradients, each first projected onto the cone of such directions:
 
     d = (1/m) Σ_i Jᵀ v_i      v_i = argmin { vᵀ J Jᵀ v : v ≥ e_i }
 
