@@ -53,7 +53,8 @@ def graph_jacobian(
         dtype: dtype of the result.
         device: device of the result.
         out: the result of an earlier call, to be overwritten.
-        create_graph: make the result differentiable; by default it is detached.
+        create_graph: make the result differentiable, where gradients are on; by default it is
+            detached.
         retain_graph: keep the graph for later. By default it is freed, as
             ``torch.autograd.grad`` does, unless ``create_graph``.
         independent: with ``per_sample``, True if samples are known not to depend on each other. By
