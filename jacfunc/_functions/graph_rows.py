@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,34 +102,34 @@ class GraphRows:
         if start == stop:
             return tuple([leaf.new_empty((0, *leaf.shape)) for leaf in self.inputs])
         seeds, of = unit_seeds((out,), start, stop), slice(number, number + 1)
-        is_last = number == self._last and stop == out.numel()
-        if stop - start == 1 and is_last and self.frees:
-            rows = tuple([row.unsqueeze(0) for row in self._freeing((seeds[0][0],), of)])
+        if stop - start > 1:
+            rows = self._pulled(self._linearization.pull_batch, seeds, of)
         else:
-            rows = self._pulled(lambda: self._linearization.pull_batch(seeds, EVERY, of))
+            is_last = number == self._last and stop == out.numel()
+            pull = self._freeing if is_last and self.frees else self._linearization.sweep
+            rows = tuple([row.unsqueeze(0) for row in self._pulled(pull, (seeds[0][0],), of)])
         return tuple([row if row.layout == torch.strided else row.to_dense() for row in rows])
 
-    def _freeing(self, cotangents: Leaves, of: slice) -> Leaves:
+    def _freeing(self, *task: Any) -> Leaves:
         """One cotangent, pulled back for the last time.
 
         It is not under vmap: a sweep that fails there is repeated row by row, for which the graph
         must still be there.
         """
-        last = self._linearization.last
-        assert last is not None
         self._is_free = True
-        return self._pulled(lambda: last(cotangents, EVERY, of))
+        assert self._linearization.last is not None
+        return self._linearization.last(*task)
 
     def _free(self) -> None:
         """Free the graph, unless the last row has done so."""
         if self.frees and not self._is_free:
-            self._freeing(tuple(map(torch.zeros_like, self.outputs)), EVERY)
+            self._pulled(self._freeing, tuple(map(torch.zeros_like, self.outputs)), EVERY)
 
-    def _pulled(self, pull: Callable[[], Leaves]) -> Leaves:
+    def _pulled(self, pull: Callable[..., Leaves], cotangents: Leaves, of: slice) -> Leaves:
         """What ``pull`` returns; a ``.grad`` that it writes is as before."""
         grads = [leaf.grad for leaf in self.retaining]
         try:
-            return pull()
+            return pull(cotangents, EVERY, of)
         except Exception as error:  # hooks and backward passes of the user's may raise anything
             if isinstance(error, Refused) or is_out_of_memory(error):
                 raise
