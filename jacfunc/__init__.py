@@ -1,6 +1,7 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
 Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``vmap``.
+Tensors with a graph: ``graph_jacobian``.
 Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
@@ -12,6 +13,7 @@ from jacfunc._functions import (
     Explanation,
     estimate,
     explain,
+    graph_jacobian,
     hessian,
     jacfwd,
     jacobian,
@@ -47,6 +49,7 @@ __all__ = [
     "ggn",
     "gradient_norms",
     "gram",
+    "graph_jacobian",
     "hessian",
     "jacfwd",
     "jacobian",

@@ -8,6 +8,7 @@ from jacfunc._assembly.basis import (
     shared_units,
     sweep,
     sweep_leaves,
+    unit_seeds,
 )
 from jacfunc._assembly.blocks import columns_to_blocks, rows_to_blocks, stack
 from jacfunc._assembly.out import Places, sink_for

@@ -14,6 +14,7 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest
 from jacfunc._torch import below_transforms, is_pushing, uncompiled
+from jacfunc._types import Leaves
 from jacfunc.strategies import Sweeping
 
 LOOKING = 3.0
@@ -67,6 +68,27 @@ class Costs:
             sum(below_transforms(out).nbytes for out in outputs),
             recorder.live,
             speeds,
+        )
+
+    @classmethod
+    def of_graph(cls, outputs: Leaves, primals: Leaves, swept: int) -> Costs:
+        """Costs of pulling back through a graph that was there before, of which bytes are known.
+
+        Args:
+            swept: bytes of the cotangents between primals and outputs, for one seed.
+        """
+        pairs = [(out, primal) for out in outputs for primal in primals]
+        return cls(
+            [Operation(read=swept, written=swept)],
+            numel(outputs),
+            numel(primals),
+            [
+                out.numel() * primal.numel() * torch.promote_types(out.dtype, primal.dtype).itemsize
+                for out, primal in pairs
+            ],
+            sum(out.nbytes for out in outputs),
+            0,
+            machine(outputs[0].device, outputs[0].dtype),
         )
 
     @property

@@ -171,6 +171,12 @@ def _detached(leaves: Leaves) -> Leaves:
         return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
 
 
+def _with_zeros(results: Sequence[Tensor | None], targets: Sequence[Anchor]) -> Leaves:
+    """The products of a backward pass; zeros where no path leads."""
+    pairs = zip(results, targets, strict=True)
+    return tuple([anchor.zeros() if product is None else product for product, anchor in pairs])
+
+
 def map_of_graph(
     outputs: Leaves,
     extras: Leaves,
@@ -186,27 +192,24 @@ def map_of_graph(
         as_evaluated: puts a module back as it was, before each pullback, which may run it again.
     """
 
-    def swept(cotangents: Leaves, onto: slice, of: LeafNumbers, keeps: bool) -> Leaves:
+    def swept(
+        cotangents: Leaves, onto: slice, of: LeafNumbers, keeps: bool, retains: bool = True
+    ) -> Leaves:
         targets, sources = anchors[onto], chosen_leaves(outputs, of)
         active = _with_graph(sources) if anchors else []
         if not active:
             return tuple(anchor.zeros() for anchor in targets)
-        seeds = cotangents
         if len(active) < len(sources):
-            sources, seeds = (tuple([x[i] for i in active]) for x in (sources, seeds))
+            sources, cotangents = (chosen_leaves(x, active) for x in (sources, cotangents))
         edges = tuple([anchor.edge for anchor in targets])
         if as_evaluated is not None:
             as_evaluated()
-        results = _run_backward(sources, edges, seeds, keeps or rules.is_forced)
-        pairs = zip(results, targets, strict=True)
-        products = tuple([anchor.zeros() if x is None else x for x, anchor in pairs])
-        if keeps:
-            return products
-        products = _detached(products)
-        return products if rules.reason is None else once(products, sources, rules.reason)
+        task = sources, edges, cotangents, keeps or rules.is_forced, retains
+        products = _with_zeros(_run_backward(*task), targets)
+        return products if keeps else once(_detached(products), sources, rules.reason)
 
-    def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
-        return swept(cotangents, onto, of, rules.keeps_graph and torch.is_grad_enabled())
+    def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers, retains: bool = True) -> Leaves:
+        return swept(cotangents, onto, of, rules.keeps_graph and torch.is_grad_enabled(), retains)
 
     def transpose() -> Linearization:
         check_nodes(graph.nodes, True)
@@ -221,4 +224,5 @@ def map_of_graph(
         rules.names,
         keeps_graph=rules.keeps_graph,
         transpose=transpose,
+        last=partial(sweep, retains=False),
     )

@@ -55,6 +55,7 @@ class Linearization:
         num_transforms: how many transforms were active when it was evaluated.
         keeps_graph: do products of a sweep carry a graph where grad mode is on?
         transpose: makes the map of tangents; None where sweeps are not of a plain graph.
+        last: the sweep that frees a plain graph.
     """
 
     outputs: Leaves
@@ -65,6 +66,7 @@ class Linearization:
     num_transforms: int = 0
     keeps_graph: bool = True
     transpose: Callable[[], Linearization] | None = None
+    last: Callable[..., Leaves] | None = None
     _transposed: Linearization | None = None
 
     def pull(self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY) -> Leaves:

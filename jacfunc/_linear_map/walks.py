@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from jacfunc._torch import below_transforms
 
@@ -66,6 +68,67 @@ class Graph:
             pending += [(below, node) for below, _ in edges]
             outside = outside or (not edges and hasattr(node, "variable"))
         return cls(kinds, met, outside)
+
+
+@dataclass(slots=True)
+class Paths:
+    """The nodes on all paths from some tensors back to others, in a graph of the user's.
+
+    A walk such as :class:`Graph` stops at its starts. Here one start may lie behind another, and
+    what lies behind all of them is no part of the sweep.
+
+    Args:
+        nodes: those on the way, without the ends that nothing lies behind.
+        met: for each end, does a path lead there?
+    """
+
+    nodes: set[Any]
+    met: list[bool]
+
+    @classmethod
+    def between(cls, tensors: Iterable[Tensor], ends: Sequence[Tensor]) -> Paths:
+        """The paths from tensors that have a graph to the ends."""
+        above: dict[Any, list[tuple[int, Any]]] = {}
+        leaves: dict[int, Any] = {}
+        edges = [(node, number, None) for node, number, *_ in map(get_gradient_edge, tensors)]
+        pending: list[Any] = []
+        while edges or pending:
+            for below, number, node in edges:
+                if below in above:
+                    above[below].append((number, node))
+                elif below is not None:
+                    above[below] = [(number, node)]
+                    pending.append(below)
+            edges = []
+            if pending:
+                node = pending.pop()
+                edges = [(below, number, node) for below, number in node.next_functions]
+                if not edges and hasattr(node, "variable"):
+                    leaves[id(node.variable)] = node
+        nodes: set[Any] = set()
+        met = []
+        for end in ends:
+            at = leaves.get(id(end)) if end.is_leaf else end.grad_fn
+            edge = end.output_nr
+            over = [node for number, node in above.get(at, ()) if number == edge]
+            met.append(bool(over))
+            while over:
+                node = over.pop()
+                if node is not None and node not in nodes:
+                    nodes.add(node)
+                    over += [parent for _, parent in above[node]]
+        return cls(nodes, met)
+
+    @property
+    def graph(self) -> Graph:
+        """The kinds of the nodes, as what is told of a graph."""
+        return Graph(set(map(type, self.nodes)), {}, leads_out=True)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of one cotangent at each of the nodes."""
+        every = (each for node in self.nodes for each in node._input_metadata)
+        return sum(prod(each.shape) * each.dtype.itemsize for each in every)
 
 
 @dataclass(slots=True)

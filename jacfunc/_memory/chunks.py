@@ -56,6 +56,10 @@ class FittedChunks:
         """
         return cls(room, counts_products=True)
 
+    def anew(self) -> FittedChunks:
+        """Chunks for sweeps of another kind, of which nothing is settled."""
+        return replace(self, settled=[], by_leaf={})
+
     @property
     def first(self) -> int:
         """The size of the first chunk: a single seed is not vmapped, so its work tells nothing."""
@@ -91,7 +95,7 @@ def of_leaf(chunk: Chunk, number: int) -> Chunk:
     """The chunk for sweeps through one output leaf; the first leaf has that of all leaves."""
     if number == 0 or not isinstance(chunk, FittedChunks):
         return chunk
-    return chunk.by_leaf.setdefault(number, replace(chunk, settled=[], by_leaf={}))
+    return chunk.by_leaf.setdefault(number, chunk.anew())
 
 
 def largest(chunk: Chunk, total: int) -> int:

@@ -3,7 +3,7 @@
 import jacfunc._planning.old_pickles  # it names modules that are no more, for pickles
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
-from jacfunc._planning.budget import BUDGET_SHARE
+from jacfunc._planning.budget import BUDGET_SHARE, bounded
 from jacfunc._planning.by_name import directed, resolve
 from jacfunc._planning.choice import SampledWays
 from jacfunc._planning.plan import UNMAPPED, Plan

@@ -26,12 +26,13 @@ def run_backward(
     inputs: Sequence[Tensor | GradientEdge],
     cotangents: Leaves,
     create_graph: bool,
+    retain_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """The products of ``torch.autograd.grad`` with ``retain_graph`` and ``allow_unused``."""
+    """The products of ``torch.autograd.grad`` with ``allow_unused``."""
     products: tuple[Tensor | None, ...] = _engine_run_backward(
         outputs,
         cotangents,
-        True,  # retain_graph
+        retain_graph,
         create_graph,
         inputs,
         allow_unreachable=True,

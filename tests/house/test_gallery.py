@@ -59,5 +59,14 @@ def test_planted_images_are_found_by_projected_gradients(capsys):
     assert found["relative influence"] > found["cosine"] > found["influence"]
 
 
+def test_no_loss_grows_by_jacobian_descent(capsys):
+    found = result_of("jacobian_descent", capsys)
+    by_images, by_jacobian = found["mean over images"], found["Jacobian descent"]
+    assert by_jacobian.worsened == 0
+    assert by_images.worsened > 0.04
+    assert by_jacobian.rare > by_images.rare + 0.4
+    assert by_jacobian.common > 0.85
+
+
 def test_the_gallery_shows_every_script():
     assert SHOWN.keys() == {path.stem for path in GALLERY.glob("*.py")}

@@ -128,6 +128,12 @@ def of_tree(tree: dict[str, Tensor]) -> Tensor:
     return wave(tree["a"]) * tree["b"]
 
 
+def of_a_graph(x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    result: Tensor = jacfunc.graph_jacobian(wave(x), x)
+    return result
+
+
 def jacobian_of(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     return rows_of(func(x), [x])
@@ -155,6 +161,7 @@ FUNCTIONS: dict[str, Check] = {
     "structured": gives(J, lambda: jacfunc.jacobian(wave, strategy="structured")(X)),
     "value": gives(J, lambda: jacfunc.value_and_jacobian(wave, strategy="forward")(X)[1]),
     "of a tree": gives(J * 2, lambda: jacfunc.jacfwd(of_tree)({"a": X, "b": X.new_tensor(2)})["a"]),
+    "of a graph": gives(J, lambda: of_a_graph(X)),
     "hessian": gives(H, lambda: jacfunc.hessian(scalar)(X)),
     "hessian, forward": gives(H, lambda: jacfunc.hessian(scalar, strategy="forward")(X)),
     "jacrev of jacfwd": gives(H, lambda: jacfunc.jacrev(jacfunc.jacfwd(scalar))(X)),
