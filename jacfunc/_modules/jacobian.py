@@ -12,6 +12,7 @@ from jacfunc._assembly import sink_for
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
+from jacfunc._modules.detached import warn_if_followed
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
@@ -99,7 +100,10 @@ def module_jacobian(
         randomness: with ``per_sample``, how samples draw from torch's default generators: they must
             not (``"error"``), all draw the ``"same"`` numbers, or each draws ``"different"`` ones.
         create_graph: make the result differentiable in parameters and inputs. By default it is
-            detached.
+            detached. Where gradients are on, two signs that a loss uses it all the same are warned
+            of: a tensor among the arguments that was computed with gradients; and by ``"inputs"``,
+            a module in training whose parameters have changed since the last call. Under
+            ``torch.no_grad()`` nothing is warned of.
         independent: with ``per_sample``, when to compare batches to see whether samples depend on
             each other; a module whose samples do is refused. In another batch half of the samples
             are replaced: the rest must have the same outputs and derivatives, to the last bit. None
@@ -150,6 +154,8 @@ def module_jacobian(
         arguments = args, kwargs
         with alone():
             state = options.current.now()
+            if not create_graph:
+                warn_if_followed(API, state, arguments, argnums)
             choice = InputChoice.of(API, module, inputs, arguments)
             sink = sink_for(API, out, flat, dtype, device)
             call = ModuleCall(
