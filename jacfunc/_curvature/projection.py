@@ -18,6 +18,7 @@ from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
 from jacfunc._memory import DRAWN_BYTES
 from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch
+from jacfunc._showing import named
 from jacfunc._types import Leaves, Memory, Randomness, Tree, product_dtype
 
 API = "random_projection"
@@ -105,7 +106,7 @@ def random_projection(
         gradient = at_batch.budget.keep(at_outputs.gradient)
         return Projections(at_batch, size, seed).of_gradients(gradient, places)
 
-    return random_projection_of
+    return named("random_projection", module, random_projection_of)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jacfunc._assembly import NEW_TENSORS, sink_for
 from jacfunc._calls import Derivation, FlatCall
+from jacfunc._showing import named
 from jacfunc._types import Tree
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
@@ -28,7 +29,7 @@ def deriving(
         sink = NEW_TENSORS if out is None else sink_for(api, out)
         return pack(evaluate(api, call, strategy, sink))
 
-    return derived
+    return named(api, derivation.func, derived)
 
 
 def watches_itself(func: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from jacfunc._arguments import check_like
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._linear_map import JacobianOperator
+from jacfunc._showing import named
 from jacfunc._types import Tree
 from jacfunc.strategies import in_words_of
 
@@ -96,6 +97,7 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
         products = in_words_of("vjp", lambda: operator.pullback(seeds))
         return call.input_tree(products)
 
+    named("vjp", func, pullback)
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from jacfunc._calls import Derivation
 from jacfunc._functions.derive import deriving, jacobian_by
 from jacfunc._planning import directed, resolve
+from jacfunc._showing import named
 from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Evaluation, Forward, Reverse, Strategy
 
@@ -241,4 +242,5 @@ def hessian(
     """
     chosen = resolve("hessian", strategy, chunk_size, memory)
     inner = jacobian_by(Derivation("hessian", func, argnums, has_aux), Reverse())
-    return jacobian_by(Derivation("hessian", inner, argnums, has_aux), chosen, out)
+    outer = jacobian_by(Derivation("hessian", inner, argnums, has_aux), chosen, out)
+    return named("hessian", func, outer)

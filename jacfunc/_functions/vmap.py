@@ -19,6 +19,7 @@ from jacfunc._functions.derive import watches_itself
 from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
+from jacfunc._showing import named
 from jacfunc._torch import RandomState, as_written, sweep_batch
 from jacfunc._trees import (
     Split,
@@ -103,7 +104,7 @@ def vmap(
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
         return unflatten(structure[0], moved)
 
-    return mapped
+    return named("vmap", func, mapped)
 
 
 def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:

@@ -23,6 +23,7 @@ from jacfunc._modules import (
     check_called,
     check_randomness_option,
 )
+from jacfunc._showing import named
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
@@ -167,7 +168,7 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
         kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None, new))
         return map_tensors(lambda kernel: kernel[0, 0], kernels)
 
-    return gram_of
+    return named("gram", func, gram_of)
 
 
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:

@@ -24,9 +24,7 @@ def _versions() -> Remembered[int]:
     return Remembered()
 
 
-def warn_if_followed(
-    api: str, state: ModuleState, arguments: Arguments, argnums: Argnums
-) -> None:
+def warn_if_followed(api: str, state: ModuleState, arguments: Arguments, argnums: Argnums) -> None:
     """Warn, where gradients are on, of two signs that the detached result is used in a loss.
 
     An input comes out of other computations that require gradients; or the result is by inputs, and

@@ -18,6 +18,7 @@ from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
 from jacfunc._modules.options import Batching, ModuleOptions, check_module
 from jacfunc._planning import resolve
+from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
 
@@ -166,7 +167,7 @@ def module_jacobian(
         jacobian = result.blocks[0][0] if flat else result.jacobian()
         return ModuleResult(jacobian, *result.value_and_aux()) if full_output else jacobian
 
-    return module_jacobian_of
+    return named("module_jacobian", module, module_jacobian_of)
 
 
 def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:

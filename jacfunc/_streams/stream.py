@@ -11,6 +11,7 @@ from torch import nn
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
 from jacfunc._modules import FEW_CALLS, Batching, Independent, ModuleCall, ModuleOptions
+from jacfunc._showing import named
 from jacfunc._streams.held import ParameterBlocks, RowBlocks
 from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
 from jacfunc._torch import RandomState, inside_transform
@@ -112,7 +113,7 @@ def stream_jacobian(
         streamed = StreamedCall(call, batch, random_state, budget)
         return BLOCKS[by](streamed, chunk_size)
 
-    return stream_jacobian_of
+    return named("stream_jacobian", module, stream_jacobian_of)
 
 
 def _check_by(by: object, per_sample: bool) -> None:

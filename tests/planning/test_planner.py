@@ -308,7 +308,7 @@ def test_explain_puts_the_forecast_beside_what_was_seen() -> None:
     assert lines[0].startswith("Reverse(chunk_size=None): 200 outputs, 100 inputs")
     assert "forecast" in lines[-1]
     assert "seen" in lines[-1]
-    assert "<pre>Reverse(" in told._repr_html_()
+    assert "<table><caption>Reverse(" in told._repr_html_()
 
 
 def test_explain_keeps_to_the_budget_that_it_foretells() -> None:
