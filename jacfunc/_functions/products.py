@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Literal, overload
 
 from jacfunc._arguments import check_like
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._showing import named
+from jacfunc._signatures import AuxT, InT, OutT
 from jacfunc._types import Tree
 from jacfunc.strategies import in_words_of
 
 
+@overload
+def jvp(
+    func: Callable[..., OutT],
+    primals: tuple[Tree, ...],
+    tangents: tuple[Tree, ...],
+    *,
+    has_aux: Literal[False] = False,
+) -> tuple[OutT, OutT]: ...
+@overload
+def jvp(
+    func: Callable[..., tuple[OutT, AuxT]],
+    primals: tuple[Tree, ...],
+    tangents: tuple[Tree, ...],
+    *,
+    has_aux: Literal[True],
+) -> tuple[OutT, OutT, AuxT]: ...
 def jvp(
     func: Callable[..., Any],
     primals: tuple[Tree, ...],
@@ -57,6 +74,18 @@ def jvp(
     return (value, pushed, aux) if has_aux else (value, pushed)
 
 
+@overload
+def vjp(
+    func: Callable[Concatenate[InT, ...], OutT], primal: InT, /, *, has_aux: Literal[False] = False
+) -> tuple[OutT, Callable[[OutT], tuple[InT]]]: ...
+@overload
+def vjp(
+    func: Callable[..., OutT], *primals: Tree, has_aux: Literal[False] = False
+) -> tuple[OutT, Callable[[OutT], tuple[Tree, ...]]]: ...
+@overload
+def vjp(
+    func: Callable[..., tuple[OutT, AuxT]], *primals: Tree, has_aux: Literal[True]
+) -> tuple[OutT, Callable[[OutT], tuple[Tree, ...]], AuxT]: ...
 def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tuple[Any, ...]:
     """vᵀ·J without J: evaluates ``func`` once and returns its pullback.
 

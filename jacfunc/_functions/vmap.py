@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Concatenate, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._showing import named
+from jacfunc._signatures import FunctionOf, InT, OutT
 from jacfunc._torch import RandomState, as_written, sweep_batch
 from jacfunc._trees import (
     Split,
@@ -34,6 +35,24 @@ from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import in_words_of
 
 
+@overload
+def vmap(
+    func: Callable[Concatenate[InT, ...], OutT],
+    in_dims: Tree = 0,
+    out_dims: Tree = 0,
+    randomness: Randomness = ...,
+    *,
+    chunk_size: int | None = None,
+) -> FunctionOf[InT, OutT]: ...
+@overload
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Tree = 0,
+    out_dims: Tree = 0,
+    randomness: Randomness = ...,
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., Tree]: ...
 def vmap(
     func: Callable[..., Any],
     in_dims: Tree = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 from torch import Tensor, nn
 
@@ -24,11 +24,41 @@ from jacfunc._modules import (
     check_randomness_option,
 )
 from jacfunc._showing import named
+from jacfunc._signatures import OutT
 from jacfunc._trees import map_tensors
 from jacfunc._types import Argnums, Memory, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
 API = "ntk"
+
+
+class KernelOptions(TypedDict, total=False):
+    """What :func:`ntk` takes by keyword."""
+
+    trace_axes: int | Sequence[int]
+    diagonal_axes: int | Sequence[int]
+    select: Select
+    in_dims: Tree
+    randomness: Randomness
+    chunk_size: int | None
+    memory: Memory
+    out: Tree
+    independent: Independent
+    progress: Progress | None
+
+
+@overload
+def ntk(
+    func: nn.Module, params: Any, x1: Any, x2: Any = None, **options: Unpack[KernelOptions]
+) -> Tree: ...
+@overload
+def ntk(
+    func: Callable[..., OutT],
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    **options: Unpack[KernelOptions],
+) -> OutT: ...
 
 
 def ntk(
@@ -133,7 +163,7 @@ def ntk(
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
 
-def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
+def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]:
     """Gramian of ``func``'s Jacobian, from the factors of layers where there are some.
 
     ``K[*i, *j] = Σₚ J[*i, p] J[*j, p]`` over all entries p of what ``argnums`` names.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import sink_for
+from jacfunc._calls import warn_if_followed
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.detached import warn_if_followed
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
-from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
+from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
 from jacfunc._modules.options import Batching, ModuleOptions, check_module
 from jacfunc._planning import resolve
 from jacfunc._showing import named
@@ -47,6 +47,51 @@ class ModuleResult(NamedTuple):
     buffers: dict[str, Tensor]
 
 
+class JacobianOptions(TypedDict, total=False):
+    """What :func:`module_jacobian` takes by keyword, whatever the form of its result."""
+
+    select: Select
+    inputs: Key | Sequence[Key] | None
+    per_sample: bool
+    in_dims: Tree
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    out: Tree
+    strategy: str | Strategy
+    chunk_size: int | None
+    memory: Memory
+    randomness: Randomness
+    create_graph: bool
+    independent: Independent
+
+
+@overload
+def module_jacobian(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    flat: Literal[True],
+    full_output: Literal[False] = False,
+    **options: Unpack[JacobianOptions],
+) -> Callable[..., Tensor]: ...
+@overload
+def module_jacobian(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    flat: bool = False,
+    full_output: Literal[True],
+    **options: Unpack[JacobianOptions],
+) -> Callable[..., ModuleResult]: ...
+@overload
+def module_jacobian(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    flat: bool = False,
+    full_output: bool = False,
+    **options: Unpack[JacobianOptions],
+) -> Callable[..., Tree]: ...
 def module_jacobian(
     module: nn.Module,
     wrt: Wrt | tuple[Wrt, ...] = "params",
@@ -149,6 +194,7 @@ def module_jacobian(
     batching = Batching(in_dims, randomness) if per_sample else None
     options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
     argnums, independence = argnums_of(API, wrt), options.independence
+    by_inputs = argnums != POSITIONS["params"]
     chosen_strategy = resolve(API, strategy, chunk_size, memory)
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
@@ -156,7 +202,7 @@ def module_jacobian(
         with alone():
             state = options.current.now()
             if not create_graph:
-                warn_if_followed(API, state, arguments, argnums)
+                warn_if_followed(API, module, state.point, arguments, by_inputs)
             choice = InputChoice.of(API, module, inputs, arguments)
             sink = sink_for(API, out, flat, dtype, device)
             call = ModuleCall(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
@@ -21,6 +21,33 @@ from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
 API = "stream_jacobian"
 By = Literal["params", "rows", "samples"]
 Items = Iterator[tuple[Any, Tree]]
+
+
+class StreamOptions(TypedDict, total=False):
+    """What :func:`stream_jacobian` takes by keyword."""
+
+    select: Select
+    per_sample: bool
+    in_dims: Tree
+    chunk_size: int | None
+    memory: Memory
+    randomness: Randomness
+    independent: Independent
+    copy: bool
+
+
+@overload
+def stream_jacobian(
+    module: nn.Module, by: Literal["params"] = "params", **options: Unpack[StreamOptions]
+) -> Callable[..., Iterator[tuple[str, Tree]]]: ...
+@overload
+def stream_jacobian(
+    module: nn.Module, by: Literal["rows"], **options: Unpack[StreamOptions]
+) -> Callable[..., Iterator[tuple[slice, dict[str, Tensor]]]]: ...
+@overload
+def stream_jacobian(
+    module: nn.Module, by: Literal["samples"], **options: Unpack[StreamOptions]
+) -> Callable[..., Iterator[tuple[slice, Tree]]]: ...
 
 
 def stream_jacobian(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import cache
 
 import torch
+from torch import Tensor, nn
 
-from jacfunc._lending import ModuleState
-from jacfunc._modules.inputs import POSITIONS
 from jacfunc._remembered import Remembered
 from jacfunc._torch import is_outermost
 from jacfunc._trees import Arguments
-from jacfunc._types import Argnums
 
 STACK_LEVEL = 3
 """The caller of the function that calls :func:`warn_if_followed`."""
@@ -24,7 +23,9 @@ def _versions() -> Remembered[int]:
     return Remembered()
 
 
-def warn_if_followed(api: str, state: ModuleState, arguments: Arguments, argnums: Argnums) -> None:
+def warn_if_followed(
+    api: str, module: nn.Module, params: Mapping[str, Tensor], arguments: Arguments, by_inputs: bool
+) -> None:
     """Warn, where gradients are on, of two signs that the detached result is used in a loss.
 
     An input comes out of other computations that require gradients; or the result is by inputs, and
@@ -36,7 +37,7 @@ def warn_if_followed(api: str, state: ModuleState, arguments: Arguments, argnums
     sign = ""
     if any(getattr(x, "grad_fn", None) is not None for x in (*args, *kwargs.values())):
         sign = "an input that was computed with gradients"
-    elif argnums != POSITIONS["params"] and state.module.training and _has_changed(state):
+    elif by_inputs and module.training and _has_changed(module, params):
         sign = "parameters that were trained since the last call"
     if sign:
         warnings.warn(
@@ -47,11 +48,11 @@ def warn_if_followed(api: str, state: ModuleState, arguments: Arguments, argnums
         )
 
 
-def _has_changed(state: ModuleState) -> bool:
+def _has_changed(module: nn.Module, params: Mapping[str, Tensor]) -> bool:
     """Was the first parameter written to since the last call?"""
-    name, param = next(iter(state.point.items()), ("", None))
+    name, param = next(iter(params.items()), ("", None))
     if param is None or param.is_inference():
         return False
-    before = _versions().get(state.module, name)
-    _versions().put(state.module, name, param._version)
+    before = _versions().get(module, name)
+    _versions().put(module, name, param._version)
     return before is not None and before != param._version
