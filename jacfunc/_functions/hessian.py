@@ -11,8 +11,7 @@ from jacfunc._calls import Derivation
 from jacfunc._functions.derive import deriving, jacobian_by
 from jacfunc._planning import resolve
 from jacfunc._showing import named
-from jacfunc._signatures import FunctionOf, InT, SweepOptions
-from jacfunc._types import Argnums, Memory, Tree
+from jacfunc._types import Argnums, FunctionOf, InT, Memory, SweepOptions, Tree
 from jacfunc.strategies import Evaluation, Reverse, Strategy
 
 

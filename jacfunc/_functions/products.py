@@ -9,8 +9,7 @@ from jacfunc._arguments import check_like
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._showing import named
-from jacfunc._signatures import AuxT, InT, OutT
-from jacfunc._types import Tree
+from jacfunc._types import AuxT, InT, OutT, Tree
 from jacfunc.strategies import in_words_of
 
 

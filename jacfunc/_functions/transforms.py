@@ -10,8 +10,7 @@ from torch import Tensor
 from jacfunc._calls import Derivation
 from jacfunc._functions.derive import jacobian_by
 from jacfunc._planning import directed, resolve
-from jacfunc._signatures import FunctionOf, InT, SweepOptions
-from jacfunc._types import Argnums, Memory, Randomness, Tree
+from jacfunc._types import Argnums, FunctionOf, InT, Memory, Randomness, SweepOptions, Tree
 from jacfunc.strategies import Forward, Reverse, Strategy
 
 

@@ -20,7 +20,6 @@ from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._showing import named
-from jacfunc._signatures import FunctionOf, InT, OutT
 from jacfunc._torch import RandomState, as_written, sweep_batch
 from jacfunc._trees import (
     Split,
@@ -31,7 +30,7 @@ from jacfunc._trees import (
     stack_trees,
     unflatten,
 )
-from jacfunc._types import Leaves, Randomness, Tree, is_tensor
+from jacfunc._types import FunctionOf, InT, Leaves, OutT, Randomness, Tree, is_tensor
 from jacfunc.strategies import in_words_of
 
 

@@ -24,9 +24,8 @@ from jacfunc._modules import (
     check_randomness_option,
 )
 from jacfunc._showing import named
-from jacfunc._signatures import OutT
 from jacfunc._trees import map_tensors
-from jacfunc._types import Argnums, Memory, Randomness, Tree
+from jacfunc._types import Argnums, Memory, OutT, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
 API = "ntk"
