@@ -9,10 +9,15 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from jacfunc._faults import is_watching
 from jacfunc._remembered import Remembered
 from jacfunc._torch import is_outermost
 from jacfunc._trees import Arguments
 
+CUT_OFF = (
+    "{api}: inside another derivative the result must keep its graph, got create_graph=False, "
+    "whose derivative would be zero. Pass create_graph=True."
+)
 STACK_LEVEL = 3
 """The caller of the function that calls :func:`warn_if_followed`."""
 
@@ -30,12 +35,17 @@ def warn_if_followed(
 
     An input comes out of other computations that require gradients; or the result is by inputs, and
     the module in training has other parameters than at the last call.
+
+    Raises:
+        ValueError: with such an input in a function of which another derivative is taken.
     """
     if not (torch.is_grad_enabled() and is_outermost()):
         return
     args, kwargs = arguments
     sign = ""
     if any(getattr(x, "grad_fn", None) is not None for x in (*args, *kwargs.values())):
+        if is_watching():
+            raise ValueError(CUT_OFF.format(api=api))
         sign = "an input that was computed with gradients"
     elif by_inputs and module.training and _has_changed(module, params):
         sign = "parameters that were trained since the last call"

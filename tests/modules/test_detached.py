@@ -76,3 +76,21 @@ def test_who_looks_at_the_result_alone_is_not_warned(model):
     torch.testing.assert_close(quiet, jacfunc.module_jacobian(model, "inputs")(features.detach()))
     # a leaf was made by the user, maybe out of habit
     jacfunc.module_jacobian(model, "inputs")(torch.randn(3, 2, requires_grad=True))
+
+
+@pytest.mark.parametrize("door", [jacfunc.jacrev, jacfunc.jacobian, jacfunc.hessian])
+def test_inside_another_derivative_a_detached_result_is_refused(model, door):
+    inner = jacfunc.module_jacobian(model, "inputs", per_sample=True)
+    x = torch.randn(3, 2)
+    for _ in range(2):
+        says = r"module_jacobian: inside another derivative .* Pass create_graph=True"
+        with pytest.raises(NotImplementedError, match=says):
+            door(lambda x: inner(x.sin()))(x)
+
+
+def test_with_a_graph_the_derivative_is_the_second_one():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = torch.randn(1, 2, dtype=torch.float64)
+    inner = jacfunc.module_jacobian(model, "inputs", flat=True, create_graph=True)
+    expected = torch.func.hessian(lambda x: model(x[None])[0])(x[0])
+    torch.testing.assert_close(jacfunc.jacrev(inner)(x)[:, :, 0], expected)
