@@ -107,7 +107,7 @@ def _answered(records: Sequence[Record]) -> Iterator[str]:
     baselines = ", ".join(dict.fromkeys(record["baseline"] for record in records))
     yield said(f"Time ÷ that of {baselines}. {tables.MARKS}")
     yield tables.as_html(tables.of_ratios(records))
-    yield tables.as_html(tables.of_targets(records))
+    yield from map(tables.as_html, [tables.of_targets(records)] * bool(met(records)))
     shown = [tables.of_case(record) for record in records]
     parts = [(said(f"{case.title}. {case.caption}"), tables.as_html(case)) for case in shown]
     yield _folded("Every case", [part for pair in parts for part in pair])
