@@ -39,11 +39,17 @@ class ProjectionOptions(TypedDict, total=False):
 
 @overload
 def random_projection(
-    module: nn.Module, size: int, loss: None = None, **options: Unpack[ProjectionOptions]
+    module: nn.Module | Callable[..., Any],
+    size: int,
+    loss: None = None,
+    **options: Unpack[ProjectionOptions],
 ) -> Callable[..., Tree]: ...
 @overload
 def random_projection(
-    module: nn.Module, size: int, loss: LossFunction, **options: Unpack[ProjectionOptions]
+    module: nn.Module | Callable[..., Any],
+    size: int,
+    loss: LossFunction,
+    **options: Unpack[ProjectionOptions],
 ) -> Callable[..., Tensor]: ...
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._kernels.blocks import KeptAxes, Progress, SampleRange, product_of
+from jacfunc._kernels.blocks import KeptAxes, KernelOptions, Progress, SampleRange, product_of
 from jacfunc._kernels.fitting import in_ranges
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
 from jacfunc._lending import Select
@@ -29,21 +29,6 @@ from jacfunc._types import Argnums, Memory, OutT, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
 API = "ntk"
-
-
-class KernelOptions(TypedDict, total=False):
-    """What :func:`ntk` takes by keyword."""
-
-    trace_axes: int | Sequence[int]
-    diagonal_axes: int | Sequence[int]
-    select: Select
-    in_dims: Tree
-    randomness: Randomness
-    chunk_size: int | None
-    memory: Memory
-    out: Tree
-    independent: Independent
-    progress: Progress | None
 
 
 @overload

@@ -31,6 +31,10 @@ def predict(params: Params, x: Tensor) -> Tensor:
     return params["weight"] @ x + params["bias"]
 
 
+def predict_batch(params: Params, x: Tensor) -> Tensor:
+    return x @ params["weight"].T + params["bias"]
+
+
 def pair(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.sin(), x.cos()
 
@@ -85,10 +89,13 @@ assert_type(jacfunc.param_slices(model), dict[str, slice])
 # --- kernels and curvature ---
 
 assert_type(jacfunc.ntk(predict, params, A), Tensor)
+assert_type(jacfunc.ntk(predict_batch, params, A, batched=True), Tensor)
 G = jacfunc.ggn(model, F.cross_entropy)(batch, labels)
 assert_type(G @ dict(model.named_parameters()), Params)
 assert_type(G.diagonal(), Params)
 assert_type(G.matrix(), Tensor)
+of_params = jacfunc.ggn(predict_batch, F.mse_loss)(params, A, A)
+assert_type(of_params.diagonal(), Params)
 assert_type(jacfunc.gradient_norms(model, F.cross_entropy)(batch, labels), Tensor)
 assert_type(jacfunc.random_projection(model, 8, F.cross_entropy)(batch, labels), Tensor)
 
