@@ -83,14 +83,18 @@ class UseRecorder(OperationRecorder):
         if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
                 return self._openings[func](*args, **kwargs)
+        if func is Tensor.register_hook and has_parameter:
+            raise Refused("a parameter has a hook, which layers' factors pass by")
+        if func is Tensor.register_hook and self._is_under_vmap():
+            raise Refused("a hook on a tensor under vmap gets the cotangents of all samples at once")
+        if func is Tensor.retain_grad:
+            return None  # nobody reads what it keeps, and a second sweep would add to that
         if not has_parameter:
             return func(*args, **kwargs)
         if is_used and func in VIEWS:
             return self._view(number, func, args, kwargs)
         if is_used and func in self._rules:
             return self._use(number, self._rules[func], func, args, kwargs)
-        if func is Tensor.register_hook:
-            raise Refused("a parameter has a hook, which layers' factors pass by")
         if func in FREEZING:
             self._params.note_unruled(args, may_write_unseen=True)
             self._params.by_id.pop(id(args[0]), None)  # it may be a constant from here on
