@@ -106,7 +106,7 @@ class Loss:
             outputs = replace(self.outputs, leaves=leaves)
             return replace(self, outputs=outputs, targets=targets).gradient()
 
-        if not is_known(self.func):
+        if size and not is_known(self.func):
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:

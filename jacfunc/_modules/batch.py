@@ -59,6 +59,8 @@ class SampledJacobian:
             raise
 
     def _by(self, strategy: Strategy) -> SampleBlocks:
+        if not self.batch.size:
+            return self._written(None, None)
         is_alone = self.batch.size == 1 and not isinstance(strategy, Structured)
         if is_alone or isinstance(strategy, Looped):
             return self._looped(strategy)

@@ -78,6 +78,8 @@ class SampledCall:
         Raises:
             Refused: if the samples do not even run one by one.
         """
+        if start == stop:
+            return self._none()
         if not is_outermost():
             return self._in_words(self._vmapped, start, stop, self.random_state())
         random_state = self.random_state()
@@ -200,6 +202,11 @@ class SampledCall:
         direct = [Direct(number) for number in numbers]
         return FactoredJacobian(stop - start, (), direct, call.primals, each), call
 
+    def _none(self) -> Evaluated:
+        """No samples: a sample of zeros shows the shapes of what there would be."""
+        call = self.first_call()
+        return FactoredJacobian(0, (), (), call.primals, EachSample.none(call)), call
+
     def _each(
         self, start: int, stop: int, random_state: RandomState, numbers: Sequence[int]
     ) -> tuple[EachSample, FlatCall]:
@@ -223,8 +230,12 @@ class SampledCall:
         return isinstance(error, ValueError | TypeError) and str(error).startswith(f"{self.api}: ")
 
     def first_call(self) -> FlatCall:
-        """The call of the first sample."""
-        return self.call_of(one_sample(self.samples.leaves, self.samples.dims, 0))
+        """The call of the first sample; of zeros, if there is none."""
+        leaves, dims = self.samples.leaves, self.samples.dims
+        if not self.size:
+            pairs = zip(leaves, dims, strict=True)
+            leaves = tuple(x if d is None else x.new_zeros(*_with_one(x, d)) for x, d in pairs)
+        return self.call_of(one_sample(leaves, dims, 0))
 
     def random_state(self) -> RandomState:
         """The state of the generators now."""
@@ -241,6 +252,13 @@ class SampledCall:
                 f"{self.api}: per_sample must know how samples draw random numbers, got a module "
                 "that draws and randomness='error'. Pass randomness='same' or 'different'."
             ) from error
+
+
+def _with_one(leaf: Tensor, dim: int) -> list[int]:
+    """The shape of a leaf of an empty batch, with one sample in it."""
+    shape = list(leaf.shape)
+    shape[dim] = 1
+    return shape
 
 
 def _name(way: Way) -> str:

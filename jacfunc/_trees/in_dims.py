@@ -60,7 +60,7 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -
 
 
 def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) -> None:
-    """Check that all tensors with samples have the same number of them, and at least one.
+    """Check that all tensors with samples have the same number of them.
 
     Raises:
         ValueError: if they do not.
@@ -76,9 +76,4 @@ def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) 
         raise ValueError(
             f"{api}: with per_sample every input tensor must have the same batch, got "
             f"{sorted(sizes) or 'none'}. Say in in_dims what all samples share, and where."
-        )
-    if sizes == {0}:
-        raise ValueError(
-            f"{api}: per_sample needs at least one sample, got an empty batch. "
-            "Pass inputs with samples, or leave per_sample out."
         )
