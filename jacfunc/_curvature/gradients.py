@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
-from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._curvature.loss import Loss, LossFunction, check_loss
 from jacfunc._factored import FactoredJacobian, norms
 from jacfunc._lending import Select
 from jacfunc._modules import Batching, BatchOptions, Independent
@@ -70,6 +70,7 @@ def gradient_norms(
         True
     """
     api, batching = "gradient_norms", Batching(in_dims, randomness)
+    check_loss(api, loss)
     options = BatchOptions.read(
         api, module, select, batching, chunk_size, memory, independent, chunk_size, by_rows=False
     )

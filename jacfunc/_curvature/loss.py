@@ -26,6 +26,16 @@ LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(outputs, targets)`` of a batch, as in training."""
 
 
+def check_loss(api: str, loss: object) -> None:
+    """Refuse what is no function, and a class of losses in the place of a loss."""
+    if not callable(loss) or isinstance(loss, type):
+        kind = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(
+            f"{api}: loss must be a function loss(outputs, targets), got {kind}. Pass "
+            "torch.nn.functional.cross_entropy, or an instance of torch.nn.CrossEntropyLoss."
+        )
+
+
 class OutputCurvature(Protocol):
     """``H [B, M, M]``, with a block for the M outputs of each sample."""
 
@@ -81,7 +91,9 @@ class Loss:
         with as_written():
             value: Any = self.func(self.outputs.tree(leaves), self.targets)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+            kind = (
+                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            )
             raise ValueError(
                 f"{self.api}: loss(outputs, targets) must be one number for the batch, got {kind}. "
                 "Return the sum or the mean over samples."

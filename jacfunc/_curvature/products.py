@@ -71,7 +71,8 @@ class BatchProducts:
                 raise ValueError(
                     f"{at_batch.api}: every output must have the batch in front, got shape "
                     f"{tuple(out.shape)} for a batch of {at_batch.size}. Use a module that "
-                    "transposes it, or that returns other outputs alone."
+                    "transposes it, or that returns other outputs alone; a lone sample needs a "
+                    "batch of one."
                 )
         _check_shapes(at_batch, leaves)
         self.outputs = BatchOutputs(leaves, extras, calls[-1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import Places, shared_units, stack
-from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._curvature.loss import Loss, LossFunction, check_loss
 from jacfunc._curvature.signs import SignMatrix, projected
 from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import Select
@@ -118,6 +118,13 @@ def random_projection(
         *(independent, chunk_size),
         by_rows=loss is None,
     )
+    if loss is not None:
+        check_loss(API, loss)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(
+            f"{API}: seed must be an int, got {type(seed).__name__}. The same seed gives the same "
+            "matrix."
+        )
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"{API}: size must be a positive number of columns, got {size!r}. "

@@ -86,7 +86,7 @@ class UseRecorder(OperationRecorder):
         if func is Tensor.register_hook and has_parameter:
             raise Refused("a parameter has a hook, which layers' factors pass by")
         if func is Tensor.register_hook and self._is_under_vmap():
-            raise Refused("a hook on a tensor under vmap gets the cotangents of all samples at once")
+            raise Refused("under vmap a tensor's hook gets the cotangents of all samples at once")
         if func is Tensor.retain_grad:
             return None  # nobody reads what it keeps, and a second sweep would add to that
         if not has_parameter:

@@ -54,7 +54,19 @@ class KeptAxes:
 
     @classmethod
     def of(cls, traced: int | Sequence[int], diagonal: int | Sequence[int]) -> KeptAxes:
-        """From arguments of :func:`jacfunc.ntk`."""
+        """From arguments of :func:`jacfunc.ntk`.
+
+        Raises:
+            TypeError: if they are no numbers of axes.
+        """
+        every = {"trace_axes": traced, "diagonal_axes": diagonal}
+        for name, axes in every.items():
+            numbers = axes if isinstance(axes, Sequence) else (axes,)
+            if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+                raise TypeError(
+                    f"ntk: {name} must be the number of an axis of one sample's output, or several "
+                    f"of these, got {axes!r}. Count without the batch."
+                )
         return cls(
             (traced,) if isinstance(traced, int) else tuple(traced),
             (diagonal,) if isinstance(diagonal, int) else tuple(diagonal),

@@ -121,6 +121,7 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
+    _check_progress(progress)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
@@ -143,6 +144,7 @@ def ntk(
     sides = [[samples_at(_positional(batch)) for batch in _batches(x1)]]
     if x2 is not None:
         sides.append([samples_at(_positional(batch)) for batch in _batches(x2)])
+    _check_sides(sides)
     ranges = in_ranges(sides, axes, chunk_size, budget)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
@@ -206,6 +208,25 @@ def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:
 def _batches(x: Any) -> Iterable[Any]:
     """The batches of an argument: a tree is one batch, any other iterable holds several."""
     return [x] if _is_tree(x) else x
+
+
+def _check_progress(progress: object) -> None:
+    """Refuse what does not wrap a sequence."""
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            f"{API}: progress must be a function that wraps a sequence, got "
+            f"{type(progress).__name__}. Pass tqdm.tqdm, or leave it out."
+        )
+
+
+def _check_sides(sides: Sequence[Sequence[Any]]) -> None:
+    """Refuse an iterable that held no batch."""
+    for name, side in zip(("x1", "x2"), sides, strict=False):
+        if not side:
+            raise ValueError(
+                f"{API}: {name} must hold at least one batch, got an iterable of none. Pass a "
+                "batch, or an iterable of batches that has not been used up."
+            )
 
 
 def _is_tree(x: Any) -> bool:

@@ -192,7 +192,12 @@ class ModuleAtBatch:
             batch = self._independent
             factors, call = batch.factors(start, stop)
             self.last_call = call.without_graph()
-            in_words_of(self.api, lambda: self._evaluations.check((start, stop), factors.outputs))
+            in_words_of(
+                self.api,
+                lambda: self._evaluations.check((start, stop), factors.outputs),
+                "each evaluation must give the same",
+                " Draw from torch's default generators, and keep nothing from call to call.",
+            )
         return factors
 
     @cached_property

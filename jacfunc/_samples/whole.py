@@ -92,9 +92,7 @@ class WholeBatches:
         is_known = size == 1 or jacobian.signature in learned.signatures
         return (jacobian, call) if is_known else None
 
-    def _learned_from(
-        self, trace: Trace, other: FactoredJacobian
-    ) -> tuple[Evaluated | None, bool]:
+    def _learned_from(self, trace: Trace, other: FactoredJacobian) -> tuple[Evaluated | None, bool]:
         """An evaluation beside another batch, and whether that calls the same operations."""
         learned, size = self.learned, self.samples.size
         mixing = Mixing(trace, size)
