@@ -112,13 +112,15 @@ class Loss:
 
         def gradient_of(output_samples: Tensor, target_samples: Tensor) -> Leaves:
             leaves = tuple(at(out, output_samples, 0) for out in self.outputs.leaves)
-            targets = map_tensors(
-                lambda x: at(x, target_samples, 0) if has_batch(x, size) else x, self.targets
-            )
+            targets = self.targets
+            if self.outputs.are_in_front:  # else nobody knows where the targets have them
+                targets = map_tensors(
+                    lambda x: at(x, target_samples, 0) if has_batch(x, size) else x, targets
+                )
             outputs = replace(self.outputs, leaves=leaves)
             return replace(self, outputs=outputs, targets=targets).gradient()
 
-        if size and not is_known(self.func):
+        if size and not (is_known(self.func) and self.outputs.are_in_front):
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
@@ -173,6 +175,8 @@ class Loss:
 
     def _known(self) -> tuple[Tensor, float] | None:
         """Columns ``[B, M, R]`` by a formula, if one is known, and what squares are negligible."""
+        if not self.outputs.are_in_front:
+            return None
         outputs = self.outputs.tree(self.outputs.leaves)
         with torch.no_grad():
             columns = known_root(self.func, outputs, self.targets)

@@ -75,7 +75,7 @@ class BatchProducts:
                     "batch of one."
                 )
         _check_shapes(at_batch, leaves)
-        self.outputs = BatchOutputs(leaves, extras, calls[-1])
+        self.outputs = BatchOutputs(leaves, extras, calls[-1], at_batch.call.output_dims)
 
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""

@@ -91,8 +91,9 @@ def _from_dict(
                 f"Nearest names: {', '.join(_nearest(str(name), params))}."
             )
         if not is_differentiable(value) or value.shape != params[name].shape:
-            is_tensor = isinstance(value, Tensor)
-            what = f"{value.dtype} of shape {tuple(value.shape)}" if is_tensor else repr(value)
+            what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            if isinstance(value, Tensor) and not is_differentiable(value):
+                what += f" of {value.dtype}"
             raise ValueError(
                 f"{api}: select must give floating point tensors in the shapes of the parameters, "
                 f"got {what} for {name}, which has {tuple(params[name].shape)}. "

@@ -19,6 +19,7 @@ from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
+from jacfunc._modules.trials import IN_FRONT, OutputDims
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
@@ -75,6 +76,7 @@ class BatchOptions(ModuleOptions):
         else:
             state = self.current.now()
         call = ModuleCall(self.api, state, arguments, independence=self.independence)
+        call = call.with_samples(self._batching)
         batch = call.batch(self._batching)
         random_state = RandomState(batch.samples.leaves)
         return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
@@ -92,10 +94,16 @@ class BatchOutputs:
     leaves: Leaves
     extras: Leaves
     call: FlatCall
+    dims: OutputDims = IN_FRONT
 
     def tree(self, leaves: Leaves) -> Tree:
-        """The tree of the output, with other leaves in it."""
-        return self.call.value(leaves, self.extras)[0]
+        """What the module returns, with other leaves in it."""
+        return self.dims.as_returned(self.call.value(leaves, self.extras)[0])
+
+    @property
+    def are_in_front(self) -> bool:
+        """Does the module itself return the samples in front?"""
+        return self.dims == IN_FRONT
 
 
 @dataclass(eq=False)
@@ -231,4 +239,5 @@ class ModuleAtBatch:
 
         with self.budget.keeping():
             leaves = stack(self.pieces(returned), self.size)
-        return BatchOutputs(leaves[:count], leaves[count:], self.last_call)
+        dims = self.call.output_dims
+        return BatchOutputs(leaves[:count], leaves[count:], self.last_call, dims)

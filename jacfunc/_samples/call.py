@@ -231,11 +231,7 @@ class SampledCall:
 
     def first_call(self) -> FlatCall:
         """The call of the first sample; of zeros, if there is none."""
-        leaves, dims = self.samples.leaves, self.samples.dims
-        if not self.size:
-            pairs = zip(leaves, dims, strict=True)
-            leaves = tuple(x if d is None else x.new_zeros(*_with_one(x, d)) for x, d in pairs)
-        return self.call_of(one_sample(leaves, dims, 0))
+        return self.call_of(one_sample(self.samples.leaves, self.samples.dims, 0))
 
     def random_state(self) -> RandomState:
         """The state of the generators now."""
@@ -252,13 +248,6 @@ class SampledCall:
                 f"{self.api}: per_sample must know how samples draw random numbers, got a module "
                 "that draws and randomness='error'. Pass randomness='same' or 'different'."
             ) from error
-
-
-def _with_one(leaf: Tensor, dim: int) -> list[int]:
-    """The shape of a leaf of an empty batch, with one sample in it."""
-    shape = list(leaf.shape)
-    shape[dim] = 1
-    return shape
 
 
 def _name(way: Way) -> str:

@@ -136,7 +136,10 @@ def stream_jacobian(
         state, arguments = options.kept((args, kwargs), budget)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(API, state, arguments, independence=options.independence)
-        batch = None if batching is None else call.batch(batching)
+        batch = None
+        if batching is not None:
+            call = call.with_samples(batching)
+            batch = call.batch(batching)
         streamed = StreamedCall(call, batch, random_state, budget)
         return BLOCKS[by](streamed, chunk_size)
 

@@ -72,14 +72,13 @@ def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) 
                 f"{dim}, got shape {tuple(leaf.shape)}. Say in in_dims what all samples share."
             )
     sizes = {x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None}
-    if not sizes:
+    if not leaves:
         raise ValueError(
-            f"{api}: with per_sample an input must hold the batch, got "
-            f"{'None for every tensor in in_dims' if leaves else 'no tensor'}. Pass the samples of "
-            "a batch in tensors, and say in in_dims what all samples share."
+            f"{api}: with per_sample an input must hold the batch, got no tensor. Pass the samples "
+            "in tensors, all of them at once."
         )
-    if len(sizes) > 1:
+    if len(sizes) != 1:
         raise ValueError(
             f"{api}: with per_sample every input tensor must have the same batch, got "
-            f"{sorted(sizes)}. Say in in_dims what all samples share, and where."
+            f"{sorted(sizes) or 'none'}. Say in in_dims what all samples share, and where."
         )
