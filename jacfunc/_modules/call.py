@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -92,10 +92,11 @@ class ModuleCall:
     def _trials(self) -> Trials:
         return Trials(self.api, self.state, self._split.kinds, self._returned)
 
-    def _returned(self, leaves: Leaves) -> Tree:
+    def _returned(self, leaves: Leaves, prepare: Callable[[], object]) -> Tree:
         """What the module returns for tensors in the place of those of the arguments."""
         args, kwargs = self._split.merge(tuple(map(Tensor.clone, leaves)))
         with self.undisturbed(), torch.no_grad(), self.state.lent_for_evaluation(self._variables()):
+            prepare()
             return self.state.module(*args, **kwargs)
 
     def batch(self, batching: Batching) -> SampledCall:

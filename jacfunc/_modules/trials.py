@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -14,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Dims, one_sample
-from jacfunc._lock import alone
 from jacfunc._remembered import Remembered
 from jacfunc._trees import flatten, unflatten
 from jacfunc._types import Leaves, Tree
@@ -78,13 +76,14 @@ class Trials:
 
     Args:
         kind: of the call's arguments.
-        evaluate: what the module returns for tensors in the place of those of the call.
+        evaluate: what the module returns for tensors in the place of those of the call; before
+            that it calls a function, of which nothing stays that it sets on the module.
     """
 
     api: str
     state: ModuleState
     kind: Hashable
-    evaluate: Callable[[Leaves], Tree]
+    evaluate: Callable[[Leaves, Callable[[], object]], Tree]
 
     def output_dims(self, leaves: Leaves, dims: Dims) -> OutputDims:
         """Where the outputs hold the samples that the leaves hold in these dimensions."""
@@ -99,7 +98,7 @@ class Trials:
                 tuple(x if dim is None else torch.stack([x] * count, dim) for x, dim in pairs)
                 for count in (1, 2)
             )
-            return OutputDims.of(self.evaluate(one), self.evaluate(two), behind)
+            return OutputDims.of(self.evaluate(one, _nothing), self.evaluate(two, _nothing), behind)
 
         return _known_dims().get_or_make(self.state.version, (self.kind, tuple(dims)), make)
 
@@ -127,16 +126,21 @@ class Trials:
         called = [name for name in names if parts[name].is_scripted]
         if called:
             return called
-        with alone(), ExitStack() as stack:
+
+        def watch() -> None:
             for name in names:
-                hook = partial(_note_call, called, name)
-                stack.callback(parts[name].module.register_forward_pre_hook(hook).remove)
-            try:
-                self.evaluate(leaves)
-            except Exception:
-                if not called:
-                    raise
+                parts[name].module.register_forward_pre_hook(partial(_note_call, called, name))
+
+        try:
+            self.evaluate(leaves, watch)
+        except Exception:
+            if not called:
+                raise
         return called
+
+
+def _nothing() -> None:
+    return
 
 
 def _note_call(called: list[str], name: str, *_: Any) -> None:
