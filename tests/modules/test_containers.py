@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import UserDict
-from collections.abc import Callable
+from collections import ChainMap, OrderedDict, UserDict, UserList
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +74,22 @@ class Irreps(tuple):
         return self[0]
 
 
+class Lookup(Mapping):
+    """A mapping of its own, with a setting."""
+
+    def __init__(self, x: Any) -> None:
+        self._items, self.is_frozen = {"x": x}, True
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
 class Items(list):
     """A list with an attribute, whose constructor takes the items one by one."""
 
@@ -118,6 +134,10 @@ MAKES: dict[str, Callable[[Tensor], Any]] = {
     "attrs": lambda x: Attrs(private=x),
     "namespace": lambda x: SimpleNamespace(x=x, name="any"),
     "user dict": lambda x: UserDict(x=x),
+    "user list": lambda x: UserList([x]),
+    "ordered dict": lambda x: OrderedDict(x=x),
+    "chained dicts": lambda x: ChainMap({}, {"x": x}),
+    "mapping": Lookup,
     "own attributes": lambda x: OwnAttributes(x=x),
     "list": lambda x: Items(x),
     "tuple": lambda x: Irreps((x,), name="1x0e"),
@@ -129,8 +149,15 @@ MAKES: dict[str, Callable[[Tensor], Any]] = {
 
 def inside(container: Any) -> Any:
     """What is in the place of the tensor, in a container, or in containers of containers."""
-    while hasattr(container, "x") or isinstance(container, UserDict):
-        container = container["x"] if isinstance(container, UserDict) else container.x
+    while not isinstance(container, Tensor):
+        if isinstance(container, Mapping) and "x" in container:
+            container = container["x"]
+        elif isinstance(container, UserList):
+            container = container[0]
+        elif hasattr(container, "x"):
+            container = container.x
+        else:
+            break
     return container
 
 
@@ -162,7 +189,7 @@ EVERY_DOOR = pytest.mark.parametrize("door", DOORS)
 @EVERY_DOOR
 @EVERY_CONTAINER
 def test_batches_in_containers(name: str, door: str) -> None:
-    if door == "ntk" and isinstance(MAKES[name](floats()), tuple | list):
+    if door == "ntk" and isinstance(MAKES[name](floats()), tuple | list | UserList):
         return  # a tuple is taken for several arguments there, and a list for batches
     DOORS[door](Call(net(lambda x: x), floats(), MAKES[name]))
 
