@@ -136,7 +136,7 @@ class Independence:
                 f"{api}: per_sample needs samples that do not depend on each other, got a module "
                 f"with {what}. Use module_jacobian without per_sample, which differentiates the "
                 "batch as a whole, or pass independent=True to take each sample alone all the "
-                "same. A lone sample needs a batch of one: x.unsqueeze(0)."
+                "same; give a lone sample a batch of one, x.unsqueeze(0)."
             )
 
     def check_loss(self, api: str, loss: Any, outputs: Leaves, gradient_of: GradientOf) -> None:

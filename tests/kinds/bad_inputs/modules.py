@@ -130,7 +130,7 @@ SHARED: dict[str, Shared] = {
     "words": (given("x"), ValueError, "must hold the batch, got no tensor"),
     "an array": (given(np.ones((5, 3))), ValueError, "must hold the batch, got no tensor"),
     "a number": (given(torch.tensor(1.0)), ValueError, r"in its dimension 0, got shape \(\)"),
-    "a lone sample": (given(X[0]), ValueError, r"A lone sample needs a batch of one"),
+    "a lone sample": (given(X[0]), ValueError, r"give a lone sample a batch of one"),
     "two sizes": (
         made(lambda: nn.Bilinear(3, 3, 2), X, X[:4]),
         ValueError,
