@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from jacfunc._curvature.gauss_newton import GaussNewton
+from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
-from jacfunc._curvature.loss import Captured, Loss, LossFunction, check_loss
+from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._lending import Select
 from jacfunc._lock import alone
 from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent

@@ -26,16 +26,6 @@ LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss(outputs, targets)`` of a batch, as in training."""
 
 
-def check_loss(api: str, loss: object) -> None:
-    """Refuse what is no function, and a class of losses in the place of a loss."""
-    if not callable(loss) or isinstance(loss, type):
-        kind = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
-        raise TypeError(
-            f"{api}: loss must be a function loss(outputs, targets), got {kind}. Pass "
-            "torch.nn.functional.cross_entropy, or an instance of torch.nn.CrossEntropyLoss."
-        )
-
-
 class OutputCurvature(Protocol):
     """``H [B, M, M]``, with a block for the M outputs of each sample."""
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import Places, shared_units, stack
-from jacfunc._curvature.loss import Loss, LossFunction, check_loss
+from jacfunc._curvature.known_losses import check_loss
+from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._curvature.signs import SignMatrix, projected
 from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import Select

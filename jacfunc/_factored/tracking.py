@@ -83,10 +83,8 @@ class UseRecorder(OperationRecorder):
         if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
                 return self._openings[func](*args, **kwargs)
-        if func is Tensor.register_hook and has_parameter:
-            raise Refused("a parameter has a hook, which layers' factors pass by")
-        if func is Tensor.register_hook and self._is_under_vmap():
-            raise Refused("under vmap a tensor's hook gets the cotangents of all samples at once")
+        if func is Tensor.register_hook and (has_parameter or self._is_under_vmap()):
+            raise Refused("it has a hook on a parameter, or under vmap on all samples of a tensor")
         if func is Tensor.retain_grad:
             return None  # nobody reads what it keeps, and a second sweep would add to that
         if not has_parameter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, TypeAlias, Unpack, overload
 
 from torch import Tensor, nn
 
@@ -29,6 +29,9 @@ from jacfunc._types import Argnums, Memory, OutT, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
 API = "ntk"
+
+SamplesAt: TypeAlias = Callable[[tuple[Tree, ...]], KernelSamples]
+"""Gives the samples of a batch, from the positional arguments of the function."""
 
 
 @overload
@@ -141,10 +144,9 @@ def ntk(
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             return samples_of(API, func, params, args, in_dims, randomness)
 
-    sides = [[samples_at(_positional(batch)) for batch in _batches(x1)]]
+    sides = [_side("x1", x1, samples_at)]
     if x2 is not None:
-        sides.append([samples_at(_positional(batch)) for batch in _batches(x2)])
-    _check_sides(sides)
+        sides.append(_side("x2", x2, samples_at))
     ranges = in_ranges(sides, axes, chunk_size, budget)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
@@ -219,14 +221,19 @@ def _check_progress(progress: object) -> None:
         )
 
 
-def _check_sides(sides: Sequence[Sequence[Any]]) -> None:
-    """Refuse an iterable that held no batch."""
-    for name, side in zip(("x1", "x2"), sides, strict=False):
-        if not side:
-            raise ValueError(
-                f"{API}: {name} must hold at least one batch, got an iterable of none. Pass a "
-                "batch, or an iterable of batches that has not been used up."
-            )
+def _side(name: str, x: Any, samples_at: SamplesAt) -> list[KernelSamples]:
+    """The samples of each batch of an argument.
+
+    Raises:
+        ValueError: if it holds no batch.
+    """
+    side = [samples_at(_positional(batch)) for batch in _batches(x)]
+    if not side:
+        raise ValueError(
+            f"{API}: {name} must hold at least one batch, got an iterable of none. Pass a batch, "
+            "or an iterable of batches that has not been used up."
+        )
+    return side
 
 
 def _is_tree(x: Any) -> bool:

@@ -78,8 +78,9 @@ class SampledCall:
         Raises:
             Refused: if the samples do not even run one by one.
         """
-        if start == stop:
-            return self._none()
+        if start == stop:  # a sample of zeros shows the shapes of what there would be
+            call = self.first_call()
+            return FactoredJacobian(0, (), (), call.primals, EachSample.none(call)), call
         if not is_outermost():
             return self._in_words(self._vmapped, start, stop, self.random_state())
         random_state = self.random_state()
@@ -201,11 +202,6 @@ class SampledCall:
         each, call = self._each(start, stop, random_state, numbers)
         direct = [Direct(number) for number in numbers]
         return FactoredJacobian(stop - start, (), direct, call.primals, each), call
-
-    def _none(self) -> Evaluated:
-        """No samples: a sample of zeros shows the shapes of what there would be."""
-        call = self.first_call()
-        return FactoredJacobian(0, (), (), call.primals, EachSample.none(call)), call
 
     def _each(
         self, start: int, stop: int, random_state: RandomState, numbers: Sequence[int]
