@@ -165,14 +165,14 @@ class Loss:
 
     def _known(self) -> tuple[Tensor, float] | None:
         """Columns ``[B, M, R]`` by a formula, if one is known, and what squares are negligible."""
-        if not self.outputs.are_in_front:
+        if not (is_known(self.func) and self.outputs.are_in_front):
             return None
         outputs = self.outputs.tree(self.outputs.leaves)
         with torch.no_grad():
+            self(*self.outputs.leaves)  # which raises for targets that do not fit
             columns = known_root(self.func, outputs, self.targets)
             if columns is None:
                 return None
-            self(*self.outputs.leaves)  # which raises for targets that do not fit
         rounding = torch.finfo(columns.dtype).eps * columns.shape[1]
         return columns, rounding * float(columns.square().amax())
 

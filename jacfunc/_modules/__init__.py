@@ -6,4 +6,9 @@ from jacfunc._modules.function import FunctionAsModule, as_tree, check_called, t
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent, now_and_then
 from jacfunc._modules.inputs import Wrt, argnums_of
 from jacfunc._modules.jacobian import ModuleResult, module_jacobian, param_slices
-from jacfunc._modules.options import Batching, ModuleOptions, check_randomness_option
+from jacfunc._modules.options import (
+    Batching,
+    ModuleOptions,
+    batching_of,
+    check_randomness_option,
+)

@@ -16,7 +16,7 @@ from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
-from jacfunc._modules.options import Batching, ModuleOptions, check_module
+from jacfunc._modules.options import ModuleOptions, batching_of, check_module
 from jacfunc._planning import resolve
 from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
@@ -179,10 +179,10 @@ def module_jacobian(
         That of the strategy; per sample one vectorized sweep over the whole batch. To compare
         batches takes up to seven evaluations and twelve pullbacks at the first call of a kind, and
         two of each later. Where inputs hold samples elsewhere than in front, one sample and two are
-        evaluated before, once for each kind of call. Parameters that it is not differentiated by are copied, up to 64 MiB,
-        until the module is seen only to read them. A later write into one raises an error: any
-        write into parameters of 8 KiB together, which is also undone; into larger ones a write by
-        an operation of torch, or one that shows in some of their numbers.
+        evaluated before, once for each kind of call. Parameters that it is not differentiated by
+        are copied, up to 64 MiB, until the module is seen only to read them. A later write into one
+        raises an error: any write into parameters of 8 KiB together, which is also undone; into
+        larger ones a write by an operation of torch, or one that shows in some of their numbers.
 
     Example:
         >>> import torch, jacfunc
@@ -193,7 +193,7 @@ def module_jacobian(
         >>> jacfunc.module_jacobian(model, per_sample=True, flat=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2, 8])
     """
-    batching = Batching(in_dims, randomness) if per_sample else None
+    batching = batching_of(API, per_sample, in_dims, randomness)
     options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
     argnums, independence = argnums_of(API, wrt), options.independence
     by_inputs = argnums != POSITIONS["params"]

@@ -135,6 +135,21 @@ def check_randomness_option(api: str, randomness: object) -> None:
         )
 
 
+def batching_of(
+    api: str, per_sample: bool, in_dims: Tree, randomness: Randomness
+) -> Batching | None:
+    """How samples lie in a batch; None for a call as a whole, of which there are no dimensions."""
+    check_randomness_option(api, randomness)
+    if per_sample:
+        return Batching(in_dims, randomness)
+    if type(in_dims) is not int or in_dims != 0:
+        raise ValueError(
+            f"{api}: in_dims must come with per_sample=True, got {in_dims!r} without it. Pass "
+            "per_sample=True, or leave in_dims out."
+        )
+    return None
+
+
 def check_call(api: str, create_graph: bool) -> None:
     """Refuse a detached result inside another derivative."""
     if not create_graph and inside_derivative():

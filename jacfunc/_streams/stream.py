@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
-from jacfunc._modules import FEW_CALLS, Batching, Independent, ModuleCall, ModuleOptions
+from jacfunc._modules import FEW_CALLS, Independent, ModuleCall, ModuleOptions, batching_of
 from jacfunc._showing import named
 from jacfunc._streams.held import ParameterBlocks, RowBlocks
 from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
@@ -119,7 +119,7 @@ def stream_jacobian(
         {'weight': tensor([6., 6., 6., 6., 6.])}
     """
     _check_by(by, per_sample)
-    batching = Batching(in_dims, randomness) if per_sample else None
+    batching = batching_of(API, per_sample, in_dims, randomness)
     at_once = (chunk_size or FEW_CALLS) if by == "samples" else None
     options = ModuleOptions.read(
         API, module, select, batching, chunk_size, memory, independent, at_once, copy=copy

@@ -339,6 +339,24 @@ ROWS: list[Bad] = [
         TypeError,
         "at least one floating point tensor to differentiate, got torch.int64",
     ),
+    Bad("module_jacobian", "in_dims of a whole", jacobian(in_dims=1), ValueError, "must come with"),
+    Bad(
+        "module_jacobian", "in_dims={}", jacobian(in_dims={}), ValueError, "in_dims must come with"
+    ),
+    Bad(
+        "module_jacobian",
+        "randomness of a whole",
+        jacobian(randomness="x"),
+        ValueError,
+        "randomness must be",
+    ),
+    Bad(
+        "stream_jacobian",
+        "in_dims of a whole",
+        lambda: jacfunc.stream_jacobian(net(), in_dims=1),
+        ValueError,
+        "in_dims must come with",
+    ),
     Bad("module_jacobian", "strategy='x'", jacobian(strategy="x"), ValueError, "strategy must be"),
     Bad("module_jacobian", "strategy=3", jacobian(strategy=3), TypeError, "strategy must be"),
     Bad(
