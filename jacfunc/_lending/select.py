@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -51,13 +52,32 @@ def select_params(api: str, params: Mapping[str, Tensor], select: Any) -> dict[s
 
 def _holds(api: str, predicate: Callable[..., Any], name: str, param: Tensor) -> bool:
     """Does a predicate hold for a parameter?"""
-    answer = predicate(name, param)
+    try:
+        answer = predicate(name, param)
+    except TypeError as error:
+        if _takes_two(predicate):
+            raise
+        raise TypeError(
+            f"{api}: a predicate must take a name and a parameter, got one that does not: {error}. "
+            "It is called as predicate(name, parameter)."
+        ) from error
     if isinstance(answer, Tensor) and answer.numel() != 1:
         raise TypeError(
             f"{api}: a predicate must say yes or no to a parameter, got a tensor of shape "
             f"{tuple(answer.shape)}. It is called as predicate(name, parameter)."
         )
     return bool(answer)
+
+
+def _takes_two(predicate: Callable[..., Any]) -> bool:
+    """Can it be called with two arguments, as far as is known?"""
+    try:
+        inspect.signature(predicate).bind("", None)
+    except TypeError:
+        return False
+    except ValueError:  # of some functions in C nothing is known
+        return True
+    return True
 
 
 def _patterns(api: str, select: Any) -> list[str]:

@@ -109,6 +109,11 @@ SHARED: dict[str, Shared] = {
     "select: parameters": (choosing([*net().parameters()]), TypeError, "got Parameter"),
     "select: a module": (choosing(nn.Linear(3, 4)), TypeError, "got Linear"),
     "select: nothing holds": (choosing(lambda *_: False), ValueError, "predicate that holds"),
+    "select: of a name alone": (
+        choosing(lambda name: name == "0.weight"),
+        TypeError,
+        "must take a name and a parameter",
+    ),
     "select: no answer": (choosing(lambda _, p: p > 0), TypeError, "must say yes or no"),
     "select: a shape": (choosing({"0.bias": X}), ValueError, r"got shape \(5, 3\) for 0.bias"),
     "select: integers": (
