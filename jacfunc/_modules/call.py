@@ -30,7 +30,7 @@ from jacfunc._modules.options import (
     dims_of_samples,
     without_batch,
 )
-from jacfunc._modules.trials import IN_FRONT, OutputDims, Trials
+from jacfunc._modules.trials import IN_FRONT, OutputDims, Trials, norms_over_batch
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
@@ -104,7 +104,8 @@ class ModuleCall:
         split = self._split
         every_dim, dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)
         check_batch_first(self.api, self.state, dims)
-        self._trials.check_norms(split.leaves)
+        if norms := norms_over_batch(self.state):
+            self._trials.check_norms(norms, split.leaves)
 
         def call_of(leaves: Leaves) -> FlatCall:
             return self.flat_call(leaves, every_dim)

@@ -102,15 +102,14 @@ class Trials:
 
         return _known_dims().get_or_make(self.state.version, (self.kind, tuple(dims)), make)
 
-    def check_norms(self, leaves: Leaves) -> None:
-        """Refuse batch normalization over the batch, where the module calls it.
+    def check_norms(self, names: tuple[str, ...], leaves: Leaves) -> None:
+        """Refuse the batch normalizations with these names, if the module calls one.
 
         Raises:
             ValueError: if it does.
         """
-        names = _norms().get_or_make(self.state, None, lambda: tuple(_over_batch(self.state)))
         kind = names, self.kind
-        if not names or _unused_norms().get(self.state.version, kind):
+        if _unused_norms().get(self.state.version, kind):
             return
         if called := self._called(names, leaves):
             raise ValueError(
@@ -147,8 +146,12 @@ def _note_call(called: list[str], name: str, *_: Any) -> None:
     called.append(name)
 
 
-def _over_batch(state: ModuleState) -> Iterator[str]:
+def norms_over_batch(state: ModuleState) -> tuple[str, ...]:
     """The names of batch normalizations that take the batch for their statistics."""
+    return _norms().get_or_make(state, None, lambda: tuple(_over_batch(state)))
+
+
+def _over_batch(state: ModuleState) -> Iterator[str]:
     for name, part in state.parts.items():
         module = part.module
         scripted = str(module.original_name) if part.is_scripted else ""
