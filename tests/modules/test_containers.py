@@ -363,3 +363,74 @@ def test_an_output_that_a_function_must_not_return_is_named() -> None:
         TypeError, match=r"^jacrev: func must return tensors, got str at output\[1]"
     ):
         jacfunc.jacrev(lambda x: [Batch(x), "words"])(floats())
+
+
+class Scaled(nn.Module):
+    """A layer, and what all samples share, from a batch that is a dict of any kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, batch: Any) -> Any:
+        return UserDict(logits=self.layer(batch["x"]) * batch["shared"]["scale"].sum())
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "dict": dict,
+    "user dict": UserDict,
+    "encoding": lambda items: Encoding(items, kind="pt"),
+}
+
+
+class Encoding(UserDict):
+    """As ``BatchEncoding`` is: a setting beside the items."""
+
+    def __init__(self, items: Any, *, kind: str) -> None:
+        super().__init__(items)
+        self.kind = kind
+
+
+@pytest.mark.parametrize("inner", KINDS)
+@pytest.mark.parametrize("outer", KINDS)
+def test_in_dims_of_dicts_fit_any_kind_of_dict(outer: str, inner: str) -> None:
+    torch.manual_seed(0)
+    module, x, scale = Scaled().double(), floats(), torch.rand(7).double()
+    batch = KINDS[outer]({"x": x, "shared": KINDS[inner]({"scale": scale})})
+    want = torch.einsum("om,bi->bomi", torch.eye(2).double(), x) * scale.sum()
+    for shared in (None, {"scale": None}):
+        jac = jacfunc.module_jacobian(
+            module, per_sample=True, in_dims=({"x": 0, "shared": shared},)
+        )
+        torch.testing.assert_close(jac(batch)["logits"]["layer.weight"], want)
+    with pytest.raises(ValueError, match=r"in_dims must have the structure .* of 'x', 'shared'"):
+        jacfunc.module_jacobian(module, per_sample=True, in_dims=({"x": 0},))(batch)
+
+
+def test_targets_and_vectors_in_user_dicts() -> None:
+    torch.manual_seed(0)
+    module, x, y = Scaled().double(), floats(), torch.tensor([0, 1, 1])
+    batch = UserDict(x=x, shared={"scale": torch.ones(1).double()})
+    shared: Any = {"in_dims": ({"x": 0, "shared": None},)}
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs["logits"], targets["y"])
+
+    ones = {name: torch.ones_like(p) for name, p in module.named_parameters()}
+    plain = jacfunc.ggn(module.layer, nn.functional.cross_entropy)(x, y)
+    G = jacfunc.ggn(module, loss, **shared)(batch, UserDict(y=y))
+    torch.testing.assert_close(G.matrix(), plain.matrix())
+    got = G @ UserDict(ones)
+    want = plain @ {name.removeprefix("layer."): x for name, x in ones.items()}
+    torch.testing.assert_close(list(got.values()), list(want.values()))
+    norms = jacfunc.gradient_norms(module, loss, **shared)(batch, UserDict(y=y))
+    gradients = [
+        torch.autograd.grad(loss(module({**batch, "x": x[n : n + 1]}), {"y": y[n : n + 1]}) / 3, p)
+        for n in range(3)
+        for p in [list(module.parameters())]
+    ]
+    each = [torch.cat([g.flatten() for g in row]).norm() for row in gradients]
+    torch.testing.assert_close(norms, torch.stack(each))
+    batches = [UserDict(batch, x=part) for part in (x[:1], x[1:])]
+    kernel = jacfunc.ntk(module, None, batches, **shared)["logits"]
+    torch.testing.assert_close(kernel, jacfunc.ntk(module.layer, None, x))
