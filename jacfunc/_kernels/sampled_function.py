@@ -13,6 +13,7 @@ import torch
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
+from jacfunc._modules import SAME_EACH_TIME
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
@@ -61,7 +62,7 @@ class FunctionSamples:
         jacobian, call = self.batch.factors(start, stop)
         self.last_call = call.without_graph()
         check = partial(self.evaluations.check, (start, stop), jacobian.outputs)
-        in_words_of(self.batch.api, check)
+        in_words_of(self.batch.api, check, *SAME_EACH_TIME)
         return jacobian
 
 

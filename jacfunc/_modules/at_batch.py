@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,12 @@ from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
+
+SAME_EACH_TIME = (
+    "each evaluation must give the same",
+    " Draw from torch's default generators, and keep nothing from call to call.",
+)
+"""What must hold of evaluations of the same samples, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -200,12 +206,8 @@ class ModuleAtBatch:
             batch = self._independent
             factors, call = batch.factors(start, stop)
             self.last_call = call.without_graph()
-            in_words_of(
-                self.api,
-                lambda: self._evaluations.check((start, stop), factors.outputs),
-                "each evaluation must give the same",
-                " Draw from torch's default generators, and keep nothing from call to call.",
-            )
+            check = partial(self._evaluations.check, (start, stop), factors.outputs)
+            in_words_of(self.api, check, *SAME_EACH_TIME)
         return factors
 
     @cached_property
