@@ -12,3 +12,4 @@ from jacfunc._modules.options import (
     batching_of,
     check_randomness_option,
 )
+from jacfunc._modules.trials import IN_FRONT, OutputDims
