@@ -40,6 +40,15 @@ class KernelOptions(TypedDict, total=False):
     batched: bool
 
 
+def check_progress(progress: object) -> None:
+    """Refuse what does not wrap a sequence."""
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            "ntk: progress must be a function that wraps a sequence, got "
+            f"{type(progress).__name__}. Pass tqdm.tqdm, or leave it out."
+        )
+
+
 @dataclass(frozen=True)
 class KeptAxes:
     """The axes of a sample's output that the kernel does not have twice.

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._kernels.blocks import KeptAxes, KernelOptions, Progress, SampleRange, product_of
+from jacfunc._kernels.blocks import (
+    KeptAxes,
+    KernelOptions,
+    Progress,
+    SampleRange,
+    check_progress,
+    product_of,
+)
 from jacfunc._kernels.fitting import in_ranges
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
 from jacfunc._lending import Select
@@ -124,7 +131,7 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
-    _check_progress(progress)
+    check_progress(progress)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
@@ -210,15 +217,6 @@ def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:
 def _batches(x: Any) -> Iterable[Any]:
     """The batches of an argument: a tree is one batch, any other iterable holds several."""
     return [x] if _is_tree(x) else x
-
-
-def _check_progress(progress: object) -> None:
-    """Refuse what does not wrap a sequence."""
-    if progress is not None and not callable(progress):
-        raise TypeError(
-            f"{API}: progress must be a function that wraps a sequence, got "
-            f"{type(progress).__name__}. Pass tqdm.tqdm, or leave it out."
-        )
 
 
 def _side(name: str, x: Any, samples_at: SamplesAt) -> list[KernelSamples]:
