@@ -107,8 +107,13 @@ class Predictive:
         return Drawn(tuple(score * scale for score in scores))
 
 
-def check_draws(api: str, draws: object) -> None:
-    """Refuse all but a positive number of targets."""
+def check_draws(api: str, draws: object, generator: object) -> None:
+    """Refuse all but a positive number of targets, and all but a generator to draw from."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{api}: generator must be a torch.Generator, got {type(generator).__name__}. Write "
+            "torch.Generator().manual_seed(0), or leave it out."
+        )
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(
             f"{api}: draws must be a positive number of targets a sample, got {draws!r}. "

@@ -245,6 +245,7 @@ WITHOUT_MODULE: dict[str, Callable[[Any], Any]] = {
     "fisher": lambda module: jacfunc.fisher(module, "gaussian"),
     "gradient_norms": lambda module: jacfunc.gradient_norms(module, F.cross_entropy),
     "random_projection": lambda module: jacfunc.random_projection(module, 4),
+    "ntk": lambda module: jacfunc.ntk(module, None, X),
 }
 LOSSES: dict[str, Any] = {"None": None, "words": "mse", "the class": nn.CrossEntropyLoss}
 WITH_LOSS: dict[str, Callable[[Any], Any]] = {
@@ -289,6 +290,13 @@ AXES: dict[str, tuple[Any, type[Exception], str]] = {
     "None": (None, TypeError, "the number of an axis"),
     "True": (True, TypeError, "the number of an axis"),
     "twice": ((0, 0), ValueError, "must not share an axis"),
+}
+NO_VECTORS: dict[str, Any] = {
+    "a tensor": torch.ones(26),
+    "a list": [X],
+    "None": None,
+    "an array": np.ones(26),
+    "a number": 2.0,
 }
 SEEDS: dict[str, Any] = {"1.5": 1.5, "None": None, "words": "a", "True": True}
 
@@ -379,6 +387,11 @@ ROWS: list[Bad] = [
         "chunk_size must come with a strategy's name",
     ),
     Bad("ggn", "times another name", times({"a": X}), ValueError, "name the chosen parameters"),
+    *(
+        Bad("ggn", f"times {name}", times(vector), TypeError, "vector must be a dict of tensors")
+        for name, vector in NO_VECTORS.items()
+    ),
+    Bad("ggn", "times a number as name", times({3: X}), ValueError, "name the chosen parameters"),
     Bad("ggn", "times nothing", times({}), ValueError, "must name the chosen parameters"),
     Bad(
         "ggn",
@@ -396,6 +409,9 @@ ROWS: list[Bad] = [
     ),
     Bad("fisher", "draws=0", fisher("gaussian", draws=0), ValueError, "draws must be"),
     Bad("fisher", "draws=1.5", fisher("gaussian", draws=1.5), ValueError, "draws must be"),
+    Bad("fisher", "generator=3", fisher("gaussian", generator=3), TypeError, "generator must be"),
+    Bad("fisher", "likelihood='x'", fisher("x"), ValueError, "likelihood must be one of"),
+    Bad("fisher", "likelihood=[]", fisher([]), ValueError, "likelihood must be one of"),
     Bad("fisher", "reduction='none'", fisher("gaussian", reduction="none"), ValueError, "reduc"),
     *(
         Bad("random_projection", f"seed: {name}", projection(4, seed=seed), TypeError, "seed must")
