@@ -108,11 +108,11 @@ class Predictive:
 
 
 def check_draws(api: str, draws: object, generator: object) -> None:
-    """Refuse all but a positive number of targets, and all but a generator to draw from."""
+    """Refuse all but a positive number of targets, and what draws none."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
-            f"{api}: generator must be a torch.Generator, got {type(generator).__name__}. Write "
-            "torch.Generator().manual_seed(0), or leave it out."
+            f"{api}: generator must be a torch.Generator or None, got {type(generator).__name__}. "
+            "Write torch.Generator().manual_seed(0) for a seed."
         )
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(
