@@ -147,7 +147,7 @@ def stream_jacobian(
 
 
 def _check_by(by: object, per_sample: bool) -> None:
-    if by not in get_args(By):
+    if not isinstance(by, str) or by not in get_args(By):
         raise ValueError(
             f"{API}: by must be one of {', '.join(map(repr, get_args(By)))}, got {by!r}. "
             "Take parameters, rows of the Jacobian, or samples one after the other."

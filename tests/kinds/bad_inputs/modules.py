@@ -129,6 +129,11 @@ SHARED: dict[str, Shared] = {
     "in_dims: no input": (given(X, in_dims={"y": 0}), ValueError, "given by keyword, got 'y'"),
     "in_dims: words": (given(X, in_dims="0"), TypeError, "in_dims must be an int"),
     "independent: False": (given(X, independent=False), ValueError, "None, True or 'always'"),
+    "independent: an array": (
+        given(X, independent=np.ones(3)),
+        ValueError,
+        "None, True or 'always'",
+    ),
     "independent: words": (given(X, independent="no"), ValueError, "None, True or 'always'"),
     "no input": (given(), ValueError, "must hold the batch, got no tensor"),
     "None": (given(None), ValueError, "must hold the batch, got no tensor"),
