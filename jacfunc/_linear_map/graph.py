@@ -171,6 +171,12 @@ def _detached(leaves: Leaves) -> Leaves:
         return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
 
 
+def _without_graph(products: Leaves, outputs: Leaves, reason: str | None) -> Leaves:
+    """The products detached; for a reason they raise when somebody differentiates them."""
+    products = _detached(products)
+    return products if reason is None else once(products, outputs, reason)
+
+
 def _with_zeros(results: Sequence[Tensor | None], targets: Sequence[Anchor]) -> Leaves:
     """The products of a backward pass; zeros where no path leads."""
     pairs = zip(results, targets, strict=True)
@@ -206,7 +212,7 @@ def map_of_graph(
             as_evaluated()
         task = sources, edges, cotangents, keeps or rules.is_forced, retains
         products = _with_zeros(_run_backward(*task), targets)
-        return products if keeps else once(_detached(products), sources, rules.reason)
+        return products if keeps else _without_graph(products, sources, rules.reason)
 
     def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers, retains: bool = True) -> Leaves:
         return swept(cotangents, onto, of, rules.keeps_graph and torch.is_grad_enabled(), retains)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from torch import Tensor
@@ -80,7 +81,7 @@ class Samples:
         """Does a leaf hold samples, so that they need a vmap?"""
         return any(dim is not None for dim in self.dims)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many there are."""
         for leaf, dim in zip(self.leaves, self.dims, strict=True):
