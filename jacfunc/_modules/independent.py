@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from torch import Tensor
+
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
 from jacfunc._log import note
@@ -43,7 +45,7 @@ def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation |
         return None
     try:
         result = replace(call, independence=EVERY_CALL).jacobian(strategy, sink, Batching())
-        if result.call.output_shapes == [out.shape for out in result.outputs]:
+        if _has_batch(call, result):
             return result
         note("the batch is differentiated as a whole: outputs do not have it in front")
     except Exception as error:  # the call as a whole tells what is wrong, if anything is
@@ -60,6 +62,17 @@ def _may_pay(call: ModuleCall) -> bool:
         return False
     sizes = {x.shape[0] if x.dim() else 0 for x in filter(is_tensor, flatten(call.arguments)[0])}
     return len(sizes) == 1 and min(sizes) >= FEWEST
+
+
+def _has_batch(call: ModuleCall, result: Evaluation) -> bool:
+    """Has every output of the batch as a whole the samples in front?"""
+    shapes = [out.shape for out in result.outputs]
+    if result.call.output_shapes == shapes:
+        return True
+    every = call.flat_call(call.arguments)  # the samples were evaluated alone, or a few at once
+    with call.undisturbed():
+        every(*map(Tensor.clone, every.primals))
+    return every.output_shapes == shapes
 
 
 @cache
