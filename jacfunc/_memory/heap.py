@@ -39,7 +39,7 @@ def give_back() -> None:
 
 @cache
 def _trim() -> Callable[[int], int] | None:
-    """glibc's ``malloc_trim``, which finds free pages between blocks in use, too."""
+    """``malloc_trim`` of glibc, which finds free pages between blocks in use, too."""
     if os.name != "posix":
         return None
     trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)

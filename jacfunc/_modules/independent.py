@@ -24,8 +24,6 @@ from jacfunc.strategies import Evaluation, Strategy
 FEWEST = 16
 """Samples from which on it pays to look at each alone."""
 
-EVERY_CALL = Independence("always", is_thorough=True)
-
 
 def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation | None:
     """The Jacobian of all outputs of a batch in the parameters, from that of each sample.
@@ -44,7 +42,9 @@ def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation |
     if _coupled().get(kind.version, kind.kind):
         return None
     try:
-        result = replace(call, independence=EVERY_CALL).jacobian(strategy, sink, Batching())
+        few = None if strategy.memory is None else _sizes(call).pop()
+        every_call = Independence("always", at_once=few, is_thorough=True)
+        result = replace(call, independence=every_call).jacobian(strategy, sink, Batching())
         if _has_batch(call, result):
             return result
         note("the batch is differentiated as a whole: outputs do not have it in front")
@@ -60,8 +60,13 @@ def _may_pay(call: ModuleCall) -> bool:
     """May it be a batch of many samples, differentiated by parameters alone?"""
     if call.argnums != POSITIONS["params"] or call.with_buffers or call.create_graph:
         return False
-    sizes = {x.shape[0] if x.dim() else 0 for x in filter(is_tensor, flatten(call.arguments)[0])}
+    sizes = _sizes(call)
     return len(sizes) == 1 and min(sizes) >= FEWEST
+
+
+def _sizes(call: ModuleCall) -> set[int]:
+    """How many samples the tensors of the call hold, if they have the batch in front."""
+    return {x.shape[0] if x.dim() else 0 for x in filter(is_tensor, flatten(call.arguments)[0])}
 
 
 def _has_batch(call: ModuleCall, result: Evaluation) -> bool:
