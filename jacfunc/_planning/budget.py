@@ -22,7 +22,7 @@ from jacfunc.strategies import Reverse, Strategy, Sweeping
 BUDGET_SHARE = 0.5
 """Share of the free memory that is the budget, where the user gives none."""
 
-HEAP_FACTOR = 4
+HEAP_FACTOR = 6
 """The heap of a CPU takes up to so many times the bytes that a chunk counts: torch's tensors are
 aligned, and a freed block is too small for the next one of its size.
 """
@@ -46,7 +46,7 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
 
 def _in_chunks(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     strategy = plan.strategy
-    if not _has_chunks(strategy) or strategy.sweeps.by_layers:
+    if not _has_chunks(strategy):
         return plan
     if not _is_scarce(strategy, costs, memory):
         return plan
