@@ -74,7 +74,7 @@ def _has_batch(call: ModuleCall, result: Evaluation) -> bool:
     shapes = [out.shape for out in result.outputs]
     if result.call.output_shapes == shapes:
         return True
-    every = call.flat_call(call.arguments)  # the samples were evaluated alone, or a few at once
+    every = call.flat_call()  # the samples were evaluated alone, or a few at once
     with call.undisturbed():
         every(*map(Tensor.clone, every.primals))
     return every.output_shapes == shapes

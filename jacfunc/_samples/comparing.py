@@ -177,7 +177,7 @@ class Quantity:
         return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
 
 
-class OperationRecorder(DispatchMode):
+class OperationsCalled(DispatchMode):
     """Records the operations that run, and the shapes of their arguments."""
 
     def __init__(self) -> None:

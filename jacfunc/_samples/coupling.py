@@ -18,7 +18,7 @@ import torch
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._linear_map import CHANGING, detached
 from jacfunc._log import note
-from jacfunc._samples.comparing import BatchGraph, OperationRecorder, Quantity, Subject
+from jacfunc._samples.comparing import BatchGraph, OperationsCalled, Quantity, Subject
 from jacfunc._samples.halves import Half, halves, has_batch
 from jacfunc._torch import RandomState, uncompiled
 from jacfunc._types import Leaves
@@ -208,7 +208,7 @@ class _Comparison:
         return (one.is_sum and is_sorted) or operations != self._operations(other)
 
     def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:
-        recorder = OperationRecorder()
+        recorder = OperationsCalled()
         with uncompiled(), recorder:
             subject.evaluate(self.random_state)
         return recorder.operations
