@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from jacfunc._memory.chunks import GROWTH, Chunk, FittedChunks
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._memory.heap import give_back
 from jacfunc._memory.limits import STAGED_BYTES
 from jacfunc._types import Leaves
 from jacfunc._units import in_bytes
@@ -112,6 +113,7 @@ class Budget:
                 yield work(start, stop)
                 start = max(stop, 1)
                 continue
+            give_back()  # what was learned before the first piece, and what the one before took
             with PeakBytes() as counter:
                 answer = work(start, stop)
             if start == 0:

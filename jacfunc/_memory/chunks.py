@@ -11,6 +11,7 @@ import torch
 from jacfunc._errors import is_out_of_memory
 from jacfunc._log import note
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._memory.heap import give_back
 from jacfunc._types import Leaves
 
 GROWTH = 1.25
@@ -70,8 +71,10 @@ class FittedChunks:
         if self.counts_products:
             products = take(start, stop)
             return products, sum(product.nbytes for product in products)
+        give_back()  # what was learned before the first chunk
         with PeakBytes() as counter:
             products = take(start, stop)
+        give_back()  # before the result is allocated, and the next chunk, which is larger
         return products, counter.peak
 
     def next(self, size: int, nbytes: int, most: int) -> int:

@@ -1,7 +1,10 @@
-"""Keeps freed memory in the C library's heap, so that later calls need not ask the system."""
+"""What the C library's heap does with freed memory: keep it for later calls, or give it back."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -22,3 +25,22 @@ def keep_heap() -> None:
     here; nothing is written into it. A threshold that the user has set stays as it is.
     """
     torch.UntypedStorage(KEPT_BYTES)  # no operation: modes and transforms would see one
+
+
+def give_back() -> None:
+    """Give the free pages of the heap back to the system, where the C library has a way to.
+
+    What is allocated next, in other sizes, need then not lie beside them.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """``malloc_trim`` of glibc, which finds free pages between blocks in use, too."""
+    if os.name != "posix":
+        return None
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from torch import Tensor
+
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
 from jacfunc._log import note
@@ -21,8 +23,6 @@ from jacfunc.strategies import Evaluation, Strategy
 
 FEWEST = 16
 """Samples from which on it pays to look at each alone."""
-
-EVERY_CALL = Independence("always", is_thorough=True)
 
 
 def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation | None:
@@ -42,8 +42,10 @@ def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation |
     if _coupled().get(kind.version, kind.kind):
         return None
     try:
-        result = replace(call, independence=EVERY_CALL).jacobian(strategy, sink, Batching())
-        if result.call.output_shapes == [out.shape for out in result.outputs]:
+        few = None if strategy.memory is None else _sizes(call).pop()
+        every_call = Independence("always", at_once=few, is_thorough=True)
+        result = replace(call, independence=every_call).jacobian(strategy, sink, Batching())
+        if _has_batch(call, result):
             return result
         note("the batch is differentiated as a whole: outputs do not have it in front")
     except Exception as error:  # the call as a whole tells what is wrong, if anything is
@@ -58,8 +60,24 @@ def _may_pay(call: ModuleCall) -> bool:
     """May it be a batch of many samples, differentiated by parameters alone?"""
     if call.argnums != POSITIONS["params"] or call.with_buffers or call.create_graph:
         return False
-    sizes = {x.shape[0] if x.dim() else 0 for x in filter(is_tensor, flatten(call.arguments)[0])}
+    sizes = _sizes(call)
     return len(sizes) == 1 and min(sizes) >= FEWEST
+
+
+def _sizes(call: ModuleCall) -> set[int]:
+    """How many samples the tensors of the call hold, if they have the batch in front."""
+    return {x.shape[0] if x.dim() else 0 for x in filter(is_tensor, flatten(call.arguments)[0])}
+
+
+def _has_batch(call: ModuleCall, result: Evaluation) -> bool:
+    """Has every output of the batch as a whole the samples in front?"""
+    shapes = [out.shape for out in result.outputs]
+    if result.call.output_shapes == shapes:
+        return True
+    every = call.flat_call()  # the samples were evaluated alone, or a few at once
+    with call.undisturbed():
+        every(*map(Tensor.clone, every.primals))
+    return every.output_shapes == shapes
 
 
 @cache

@@ -22,6 +22,11 @@ from jacfunc.strategies import Reverse, Strategy, Sweeping
 BUDGET_SHARE = 0.5
 """Share of the free memory that is the budget, where the user gives none."""
 
+HEAP_FACTOR = 6
+"""The heap of a CPU takes up to so many times the bytes that a chunk counts: torch's tensors are
+aligned, and a freed block is too small for the next one of its size.
+"""
+
 ENOUGH_SEEDS, ENOUGH_BYTES = 128, 2**24
 """A chunk of more seeds that takes more bytes is no faster, and leaves the heap in pieces: then the
 process takes two or three times the bytes that are counted.
@@ -41,7 +46,7 @@ def bounded(plan: Plan, costs: Costs, memory: int | None) -> Plan:
 
 def _in_chunks(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     strategy = plan.strategy
-    if not _has_chunks(strategy) or strategy.sweeps.by_layers:
+    if not _has_chunks(strategy):
         return plan
     if not _is_scarce(strategy, costs, memory):
         return plan
@@ -52,7 +57,7 @@ def _in_chunks(plan: Plan, costs: Costs, memory: int | None) -> Plan:
     room = _room(budget, costs.result + kept, strict=memory is not None)
     most = max(ENOUGH_SEEDS, ENOUGH_BYTES // max(1, costs.seed_bytes(strategy)))
     chunk = FittedChunks(
-        room, strategy.chunk_size if isinstance(strategy.chunk_size, int) else most
+        _counted(room, costs), strategy.chunk_size if isinstance(strategy.chunk_size, int) else most
     )
     reason = f"{plan.reason}; chunks within {in_bytes(budget)}"
     return replace(plan, strategy=replace(strategy, chunk_size=chunk), reason=reason)
@@ -83,8 +88,9 @@ def _samples_in_chunks(
     room = _room(budget, batch_costs.result, strict=memory is not None)
     plan = replace(plan, reason=f"{plan.reason}; samples within {in_bytes(budget)}")
     if one.most_bytes(strategy) <= room:
-        return plan, FittedChunks(room)
-    rows = replace(strategy, chunk_size=FittedChunks(max(room - one.result - one.kept, 1)))
+        return plan, FittedChunks(_counted(room, one))
+    left = max(room - one.result - one.kept, 1)
+    rows = replace(strategy, chunk_size=FittedChunks(_counted(left, one)))
     return replace(plan, strategy=rows), 1
 
 
@@ -125,6 +131,11 @@ def _is_scarce(strategy: Direction, costs: Costs, memory: int | None) -> bool:
 
 def _budget(costs: Costs, memory: int | None) -> int:
     return memory if memory is not None else int(BUDGET_SHARE * free_bytes(costs.speeds.device))
+
+
+def _counted(room: int, costs: Costs) -> int:
+    """Bytes that a chunk may count, where the heap must not take more than ``room``."""
+    return max(1, room // HEAP_FACTOR) if costs.speeds.device.type == "cpu" else room
 
 
 def _room(budget: int, taken: int, strict: bool) -> int:

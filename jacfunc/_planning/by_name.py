@@ -62,7 +62,7 @@ def _named(api: str, name: str, chunk_size: int | None, budget: int | None) -> S
     if name == "auto":
         return Auto(both, budget, Structured(chunk_size))
     if name == "structured":
-        return Structured(chunk_size)
+        return directed(api, Structured(chunk_size), budget)
     if name == "autotune":
         if chunk_size is not None:
             raise ValueError(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacfunc._linear_map import Dims, Samples, differentiable_alias
+from jacfunc._memory import DispatchMode
 from jacfunc._samples.halves import Half, at
 from jacfunc._torch import MathAttention, RandomState, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
@@ -173,3 +175,16 @@ class Quantity:
 
     def _expected(self, other: Quantity) -> Tensor:
         return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
+
+
+class OperationsCalled(DispatchMode):
+    """Records the operations that run, and the shapes of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [x.shape for x in args if isinstance(x, Tensor)]
+        self.operations.append((func, shapes))
+        return func(*args, **(kwargs or {}))

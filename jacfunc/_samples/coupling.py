@@ -14,13 +14,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from jacfunc._errors import Refused, is_out_of_memory
-from jacfunc._linear_map import CHANGING
+from jacfunc._linear_map import CHANGING, detached
 from jacfunc._log import note
-from jacfunc._memory import DispatchMode
-from jacfunc._samples.comparing import BatchGraph, Quantity, Subject
+from jacfunc._samples.comparing import BatchGraph, OperationsCalled, Quantity, Subject
 from jacfunc._samples.halves import Half, halves, has_batch
 from jacfunc._torch import RandomState, uncompiled
 from jacfunc._types import Leaves
@@ -58,7 +56,8 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
     Args:
         number: the number of this check; with another one, other halves are compared.
         thorough: compare several halves, and one sample alone.
-        at_once: samples of a batch; a random few if there are more. None for all.
+        at_once: samples of a batch; a random few if there are more. None for all, and to keep
+            their graph for all comparisons, where memory need not be spared.
     """
     generator = torch.Generator().manual_seed(number)
     random_state = RandomState(subject.samples.leaves)
@@ -68,7 +67,8 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
         order = torch.randperm(size, generator=generator, device="cpu")
         batch = subject.of(order[:count].sort()[0])
         try:
-            result = _Comparison(batch, random_state, number).result(generator, thorough)
+            comparison = _Comparison(batch, random_state, number, keeps_graph=at_once is None)
+            result = comparison.result(generator, thorough)
             if result.was_evaluated or count == size:
                 return result
             count = size  # a module may take batches of one size
@@ -88,10 +88,12 @@ class _Comparison:
     subject: Subject
     random_state: RandomState
     number: int
+    keeps_graph: bool
+    """Is the batch evaluated once for all comparisons, or each time, so that one graph is there?"""
 
     def result(self, generator: torch.Generator, thorough: bool) -> Coupling:
         try:
-            outputs = self._base.outputs
+            outputs = self._outputs
         except Exception as error:  # a module may take one sample alone
             if is_out_of_memory(error):
                 raise
@@ -125,15 +127,15 @@ class _Comparison:
         the module takes a batch for something else, and nothing is said of samples.
         """
         size = self.subject.size
-        if all(has_batch(out, size) or not out.dim() for out in self._base.outputs):
+        if all(has_batch(out, size) or not out.dim() for out in self._outputs):
             return None
         half = replace(half, is_of_unbatched=True)
         if not (self._changed(half) and self._changed(half.other(generator))):
             return None
-        alone = self._outputs_of(0) or self._base.outputs
+        alone = self._outputs_of(0) or self._outputs
         shapes = [
             str(tuple(out.shape))
-            for out, one in zip(self._base.outputs, alone, strict=True)
+            for out, one in zip(self._outputs, alone, strict=True)
             if half.compares(out) and out.dim() == one.dim()
         ]
         if not shapes:
@@ -141,8 +143,16 @@ class _Comparison:
         return f"outputs of shape {', '.join(shapes)}, without the batch of {size} in front,"
 
     @cached_property
-    def _base(self) -> BatchGraph:
+    def _outputs(self) -> Leaves:
+        return detached(self._graph().outputs)
+
+    @cached_property
+    def _kept(self) -> BatchGraph:
         return self.subject.evaluate(self.random_state)
+
+    def _graph(self) -> BatchGraph:
+        """The batch on its graph."""
+        return self._kept if self.keeps_graph else self.subject.evaluate(self.random_state)
 
     @cached_property
     def _is_random(self) -> bool:
@@ -158,18 +168,18 @@ class _Comparison:
 
     def _changed(self, half: Half) -> str | None:
         """What of a half changes when the samples outside are replaced, in words."""
-        cotangents: Leaves | None = half.cotangents(self._base.outputs, self.number)
+        cotangents: Leaves | None = half.cotangents(self._outputs, self.number)
         try:
-            own = self._base.quantities(half, cotangents)
+            own = self._graph().quantities(half, cotangents)
         except Exception as error:  # torch has no type for what it can't differentiate
             if is_out_of_memory(error):
                 raise
             note("whether samples depend was seen from values alone: %s", error)
             cotangents = None
-            own = self._base.quantities(half, None)
+            own = self._graph().quantities(half, None)
         other = self.subject.of(half.sources)
         graph = other.evaluate(self.random_state)
-        if any(x.shape != y.shape for x, y in zip(self._base.outputs, graph.outputs, strict=True)):
+        if any(x.shape != y.shape for x, y in zip(self._outputs, graph.outputs, strict=True)):
             return "shapes of outputs"
         others = graph.quantities(half, cotangents)
         if all(one.agrees(two) for one, two in zip(own, others, strict=True)):
@@ -198,7 +208,7 @@ class _Comparison:
         return (one.is_sum and is_sorted) or operations != self._operations(other)
 
     def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:
-        recorder = _OperationRecorder()
+        recorder = OperationsCalled()
         with uncompiled(), recorder:
             subject.evaluate(self.random_state)
         return recorder.operations
@@ -219,7 +229,7 @@ class _Comparison:
         outputs = self._outputs_of(number)
         if outputs is None:
             return None
-        for out, alone in zip(self._base.outputs, outputs, strict=True):
+        for out, alone in zip(self._outputs, outputs, strict=True):
             if not has_batch(out, self.subject.size):
                 continue
             row = out.detach()[number]
@@ -231,16 +241,3 @@ class _Comparison:
             if bool((is_off | (row.isnan() != one.isnan())).any()):
                 return "outputs that change with the number of samples"
         return None
-
-
-class _OperationRecorder(DispatchMode):
-    """Records the operations that run, and the shapes of their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shapes = [x.shape for x in args if isinstance(x, Tensor)]
-        self.operations.append((func, shapes))
-        return func(*args, **(kwargs or {}))

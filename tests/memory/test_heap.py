@@ -47,3 +47,78 @@ def test_what_a_call_takes_for_a_while_is_there_for_the_next(strategy: str) -> N
     """Unless somebody has said how much the heap is to keep: that stays as it is."""
     chosen = faults_of_a_call(strategy, MALLOC_TRIM_THRESHOLD_="131072")
     assert faults_of_a_call(strategy) < chosen / 20
+
+
+PIECES = """
+import torch
+from jacfunc._memory import give_back, keep_heap
+
+def anonymous():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return 1024 * int(line.split()[1])
+
+keep_heap()
+blocks = [torch.ones(2**17) for _ in range(100)]
+kept = blocks[::2]
+full = anonymous()
+del blocks
+freed = anonymous()
+give_back()
+print((full - freed) / 2**19, (full - anonymous()) / 2**19)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody else says what a process takes")
+def test_pages_between_blocks_in_use_are_given_back() -> None:
+    """Of a hundred blocks every second one is free, and the heap's end is in use."""
+    run = [sys.executable, "-W", "ignore", "-c", PIECES]
+    told = subprocess.run(run, env=dict(os.environ), capture_output=True, text=True, check=True)
+    kept, given = map(float, told.stdout.split())
+    assert kept < 5
+    assert given > 45
+
+
+WITHIN = """
+import sys, torch, jacfunc
+from torch import nn
+torch.set_num_threads(1)
+
+def bytes_of(what):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(what)]
+    return 1024 * int(line.split()[1])
+
+def convolving():
+    layers = nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5)
+    last = nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.Linear(120, 10)
+    return nn.Sequential(*layers, *last)
+
+kind, megabytes = sys.argv[1], int(sys.argv[2])
+out = convolving()(torch.randn(2, 1, 28, 28))
+torch.vmap(lambda u: torch.autograd.grad(out, out, u, retain_graph=True))(torch.ones(3, 2, 10))
+if kind == "function":
+    first, second = torch.randn(256, 64) / 16, torch.randn(64, 64) / 8
+    X = torch.randn(megabytes * 2**18 // (256 * 64 + 64 * 64), 256)
+    x, jacobian = (first, second), lambda memory: jacfunc.jacobian(
+        lambda both: (torch.tanh(X @ both[0]) @ both[1])[:, 0], memory=memory
+    )
+    result = 4 * len(X) * (256 * 64 + 64 * 64)
+else:
+    model = convolving()
+    each = 40 * sum(param.numel() for param in model.parameters())
+    x = torch.randn(megabytes * 2**20 // each, 1, 28, 28)
+    jacobian = lambda memory: jacfunc.module_jacobian(model, memory=memory)
+    result = len(x) * each
+before, code = bytes_of("VmRSS"), bytes_of("RssFile")
+J = jacobian(2 * result)(x)
+taken = bytes_of("VmHWM") - before - (bytes_of("RssFile") - code)
+print(taken / (2 * result))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody else says what a process takes")
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_the_first_call_of_a_process_keeps_to_its_budget(kind: str) -> None:
+    """As the system sees it: the heap takes more than tensors do, and is left in pieces."""
+    run = [sys.executable, "-W", "ignore", "-c", WITHIN, kind, "40"]
+    told = subprocess.run(run, env=dict(os.environ), capture_output=True, text=True, check=True)
+    assert float(told.stdout) <= 1.2

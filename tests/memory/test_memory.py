@@ -15,6 +15,7 @@ from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._memory.chunks import FittedChunks, in_chunks
 from jacfunc._memory.counting import PeakBytes
+from jacfunc._planning.budget import HEAP_FACTOR
 
 ROWS, COLUMNS = 512, 256
 SLACK = 4 * 4 * (ROWS + COLUMNS)  # a few vectors: the point, its image, one seed more
@@ -202,6 +203,33 @@ def test_a_tenth_of_the_unchunked_peak_is_enough(name, device):
     peak, jac = peak_of(derive(budget))
     assert peak <= budget
     torch.testing.assert_close(jac, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per", [True, False], ids=["per sample", "whole"])
+def test_a_budget_holds_for_layers_that_are_asked_for(per, device):
+    """Convolutions of layers are unfolded, which takes several times the result."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 196, 10))
+    model, x = model.to(device), torch.randn(12, 3, 16, 16, device=device)
+    compute = jacfunc.module_jacobian(model, per_sample=per, strategy="structured")
+    compute(x)
+    _, expected = peak_of(lambda: compute(x))
+    budget = 2 * sum(block.nbytes for block in expected.values())
+    bounded = jacfunc.module_jacobian(model, per_sample=per, strategy="structured", memory=budget)
+    peak, jac = peak_of(lambda: bounded(x))
+    assert peak <= budget
+    torch.testing.assert_close(jac, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_cpu_a_chunk_counts_a_part_of_its_room():
+    """The heap takes several times what a chunk counts: see ``HEAP_FACTOR``."""
+    rows, columns = 2000, 1000
+    func = tanh_of(torch.randn(rows, columns))
+    result, x = 4 * rows * columns, torch.randn(columns)
+    compute = jacfunc.jacrev(func, memory=2 * result)
+    peak, jac = peak_of(lambda: compute(x))
+    assert peak <= result + result // HEAP_FACTOR
+    torch.testing.assert_close(jac, jacfunc.jacrev(func)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_single_sample_that_is_too_large_goes_by_rows(device):

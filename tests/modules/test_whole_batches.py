@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+from jacfunc._log import trail
 
 B = 20
 
@@ -74,6 +75,10 @@ def looped(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {n: r.view(*out.shape, *r.shape[1:]) for n, r in zip(params, stacked, strict=True)}
 
 
+def nbytes(blocks: dict[str, Tensor]) -> int:
+    return sum(block.nbytes for block in blocks.values())
+
+
 def mixed(h: Tensor) -> Tensor:
     return h + 0.1 * h.roll(1, 0)
 
@@ -86,7 +91,7 @@ def centred(h: Tensor) -> Tensor:
     return h - h.detach().mean(0)
 
 
-@pytest.mark.parametrize(
+any_last = pytest.mark.parametrize(
     "last",
     [
         lambda h: h,
@@ -113,6 +118,9 @@ def centred(h: Tensor) -> Tensor:
         "sorted",
     ],
 )
+
+
+@any_last
 def test_any_module(last: Callable[[Tensor], Tensor]) -> None:
     module, x = Net(last), inputs()
     jacobian = jacfunc.module_jacobian(module)
@@ -132,6 +140,24 @@ def test_rows_of_all_samples_share_a_cotangent() -> None:
     assert Counted.rows < B  # two rows of a sample, and some to compare batches; 40 as a whole
     jacfunc.module_jacobian(module, strategy="reverse")(x)
     assert Counted.rows > 2 * B
+
+
+@any_last
+def test_any_module_within_a_budget(last: Callable[[Tensor], Tensor]) -> None:
+    """Samples go a few at once: what comes of a chunk says little of the batch as a whole."""
+    module, x = Net(last), inputs()
+    want = looped(module, x)
+    got = jacfunc.module_jacobian(module, memory=3000 + 2 * nbytes(want))(x)
+    for name, block in want.items():
+        torch.testing.assert_close(got[name], block, rtol=0, atol=1e-10)
+
+
+def test_samples_that_go_a_few_at_once_are_not_taken_as_a_whole_after_all() -> None:
+    module, x = Net(), inputs()
+    with trail() as steps:
+        jacfunc.module_jacobian(module, memory=2 * nbytes(looped(module, x)))(x)
+    assert any("samples at once" in step for step in steps)
+    assert not any("as a whole" in step for step in steps)
 
 
 def test_samples_that_depend_on_each_other_from_a_later_call_on() -> None:

@@ -87,6 +87,7 @@ class Speeds:
         self._large_byte = large_byte
         self.evaluate = self.pull = self.pull_batch = self.push = self.push_batch = Millisecond()
         self.pull_each, self.scaling = Millisecond(), 0.0
+        self.device = torch.device("cpu")
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         return self._flops[forward]

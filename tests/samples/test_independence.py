@@ -13,6 +13,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 import jacfunc
+from jacfunc._linear_map import Samples
+from jacfunc._memory import PeakBytes
+from jacfunc._samples import Subject, coupling
+from jacfunc._types import Leaves
 from tests.kinds.losses import half_square
 
 MIXED = "samples that do not depend on each other"
@@ -664,3 +668,21 @@ def test_a_module_for_batches_of_one_size_is_seen_whole() -> None:
     norms = jacfunc.gradient_norms(model, half_square, chunk_size=2)
     with pytest.raises(ValueError, match=MIXED):
         norms(batch(20), TARGETS)
+
+
+def test_where_memory_is_to_be_spared_one_graph_is_there_at_a_time() -> None:
+    layers, x = tuple(torch.randn(20, 8, 8)), torch.randn(400, 8)
+
+    def whole(params: Leaves, leaves: Leaves) -> Leaves:
+        (h,) = leaves
+        for weight in params:
+            h = torch.tanh(h @ weight)
+        return (h,)
+
+    def peak(at_once: int | None) -> int:
+        subject = Subject(whole, layers, Samples((x,), (0,)), 1, False, lambda: lambda: None)
+        with PeakBytes() as counter:
+            assert coupling(subject, 1, True, at_once).what is None
+        return counter.peak
+
+    assert peak(400) < 0.7 * peak(None)
