@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jacfunc._arguments import check_chunk_size, check_randomness
 from jacfunc._calls import Derivation
 from jacfunc._functions.derive import deriving, jacobian_by
 from jacfunc._planning import directed, resolve
@@ -56,6 +57,7 @@ def jacrev(
                 [0., 4., 0.],
                 [0., 0., 6.]])
     """
+    check_chunk_size("jacrev", chunk_size)
     reverse = directed("jacrev", Reverse(chunk_size), memory)
     return jacobian_by(Derivation("jacrev", func, argnums, has_aux), reverse, out)
 
@@ -102,6 +104,8 @@ def jacfwd(
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    check_chunk_size("jacfwd", chunk_size)
+    check_randomness("jacfwd", randomness, "'same' gives one dropout mask to the whole Jacobian.")
     forward = directed("jacfwd", Forward(chunk_size, randomness), memory)
     return jacobian_by(Derivation("jacfwd", func, argnums, has_aux), forward, out)
 

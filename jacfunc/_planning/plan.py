@@ -46,6 +46,16 @@ class Timing(NamedTuple):
     before: tuple[Plan, Chunk] | None = None
 
 
+def check_strategy(api: str, strategy: object) -> None:
+    """Refuse what is no strategy; a class is none, though it has the method."""
+    is_object = not isinstance(strategy, type) and isinstance(strategy, Strategy)
+    if not is_object or not callable(strategy.materialize):
+        raise TypeError(
+            f"{api}: strategy must be a name or an object with materialize(operator), "
+            f"got {strategy!r}. Try Reverse(), Forward() or Looped()."
+        )
+
+
 @dataclass(frozen=True)
 class Plan(Streaming):
     """A chosen strategy, with the reason; it is a strategy itself, so that it can be used again.
@@ -58,6 +68,9 @@ class Plan(Streaming):
         forecast: calls, FLOPs and bytes, where they were asked for.
         second: the plan of another kind that has the next best forecast.
         timing: how long it took in the calls for which it was remembered.
+
+    Raises:
+        TypeError: for a strategy that is none.
 
     Example:
         >>> import torch, jacfunc
@@ -76,6 +89,10 @@ class Plan(Streaming):
     forecast: Forecast | None = None
     second: Plan | None = field(default=None, repr=False, compare=False)
     timing: Timing = field(default=Timing(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for strategy in (self.strategy, *self.otherwise):
+            check_strategy("Plan", strategy)
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the first strategy that torch does not refuse."""

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 from jacfunc._assembly import NEW_TENSORS, Grid, Sink
 from jacfunc._calls import FlatCall
-from jacfunc._errors import Refused
+from jacfunc._errors import Nameless, Refused, is_out_of_memory, out_of_memory
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks, Leaves, Tree
-from jacfunc.strategies._strategy import Strategy, blocks_into
+from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, blocks_into
 
 ResultT = TypeVar("ResultT")
 
@@ -50,22 +50,38 @@ class Evaluation:
 def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENSORS) -> Evaluation:
     """The Jacobian of a call by a strategy, with the outputs."""
     operator = JacobianOperator(call, call.primals)
-    blocks = in_words_of(api, lambda: blocks_into(sink, strategy, operator))
+    blocks = in_words_of(
+        api, lambda: blocks_into(sink, strategy, operator), instead=way_out(strategy)
+    )
     if sink.copies:
         blocks = sink.finished(blocks, Grid.of(operator.outputs, operator.primals), ())
     return Evaluation(call, blocks, operator.image, sink)
+
+
+ANOTHER = " Let jacobian(strategy='auto') choose, or name another strategy."
+NONE_LEFT = " No strategy is left to try: write the function in other operations."
+SMALLER = " Give memory= or a chunk_size, or take products (jvp, vjp) instead."
+
+
+def way_out(strategy: Strategy) -> str:
+    """What to do where a strategy is refused: one that chooses has tried all others."""
+    chooses = isinstance(strategy, Streaming) and not isinstance(strategy, Sweeping)
+    return NONE_LEFT if chooses else ANOTHER
 
 
 def in_words_of(
     api: str,
     sweep: Callable[[], ResultT],
     must: str = "the function must be one that this strategy can sweep",
-    instead: str = " Let jacobian(strategy='auto') choose, or name another strategy.",
+    instead: str = ANOTHER,
+    smaller: str = SMALLER,
 ) -> ResultT:
     """The result of a sweep.
 
     Raises:
         Refused: if torch refuses, with a message that begins with the name of the public function.
+        ValueError: if a budget is too small, or a user's strategy returns no blocks.
+        RuntimeError: if memory ran out.
     """
     try:
         return sweep()
@@ -74,3 +90,10 @@ def in_words_of(
         if is_worded or str(refusal).startswith(f"{api}: "):
             raise
         raise Refused(f"{api}: {must}, got a refusal: {refusal}.{instead}") from refusal
+    except Nameless as error:  # whoever raised it does not know the door
+        raise ValueError(f"{api}: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        is_worded = isinstance(error.__cause__, RuntimeError | MemoryError)
+        if is_worded or not is_out_of_memory(error):
+            raise
+        raise out_of_memory(api, error, smaller) from error
