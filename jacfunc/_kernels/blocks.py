@@ -165,6 +165,8 @@ def _leaf_rows(jacobian: FactoredJacobian, number: int, axes: KeptAxes) -> LeafR
     units = torch.eye(out.numel(), dtype=out.dtype, device=out.device).view(*out.shape, out.numel())
     seeds = units.permute(*(axis for group in orders for axis in group), out.dim())
     cotangents = seeds.reshape(out.numel(), 1, *out.shape).expand(-1, size, *out.shape)
-    parts = jacobian.parts_of_cotangents((cotangents,), slice(number, number + 1))
+    every = jacobian.parts_of_cotangents((cotangents,), slice(number, number + 1))
+    pairs = zip(every, jacobian.params, strict=True)
+    parts = [of_one if param.numel() else [] for of_one, param in pairs]
     shapes = [tuple(out.shape[axis] for axis in group) for group in orders]
     return LeafRows(parts, jacobian.params, size, shapes, out)
