@@ -165,8 +165,8 @@ def check_inputs(
     for place, leaf in enumerate(leaves):
         if is_differentiable(leaf) and leaf.layout is not torch.strided:
             raise NotImplementedError(
-                f"{api}: inputs must be dense, got {leaf.layout} at {paths()[place]}. Differentiate "
-                "by its values, of which the function makes the sparse tensor."
+                f"{api}: inputs must be dense, got {leaf.layout} at {paths()[place]}. "
+                "Differentiate by its values, of which the function makes the sparse tensor."
             )
         if isinstance(leaf, torch.Tensor) and leaf.is_complex():
             raise NotImplementedError(

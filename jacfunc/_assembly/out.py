@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,12 @@ from torch import Tensor
 from jacfunc._assembly.blocks import Allocate, allocated
 from jacfunc._assembly.pages import empty
 from jacfunc._assembly.sinks import Grid, MatrixSink, Sink
-from jacfunc._torch import inside_transform
+from jacfunc._assembly.writable import (
+    check_holds_numbers,
+    check_target,
+    check_unread,
+    check_writable,
+)
 from jacfunc._trees import StructureError, aligned, flatten
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 
@@ -23,20 +28,25 @@ def sink_for(
     flat: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    read: Iterable[object] = (),
 ) -> Sink:
     """The sink for the blocks of one call, as its options say.
+
+    Args:
+        read: what the call reads, tensors among it, into which nothing may be written.
 
     Raises:
         TypeError, ValueError: an ``out`` that can't be written into, or a dtype beside it.
     """
     if out is None:
+        check_target(api, dtype, device)
         return MatrixSink(dtype, device) if flat else Sink(dtype, device)
     if dtype is not None or device is not None:
         raise ValueError(
             f"{api}: out must come alone, got dtype or device beside it. The tensors of out have "
             "their own: leave one of the two out."
         )
-    tensors = _checked_tensors(api, out, flat)
+    tensors = _checked_tensors(api, out, read, flat)
     return IntoMatrix(api, out) if flat else IntoBlocks(api, out, tensors)
 
 
@@ -48,10 +58,10 @@ class Places:
     out: Tree
 
     @classmethod
-    def of(cls, api: str, out: Tree) -> Places:
+    def of(cls, api: str, out: Tree, read: Iterable[object] = ()) -> Places:
         """Raises TypeError or ValueError for an ``out`` that can't be written into."""
         if out is not None:
-            _checked_tensors(api, out)
+            _checked_tensors(api, out, read)
         return cls(api, out)
 
     def tensors(self, tree: Tree, likes: Leaves, shapes: Sequence[tuple[int, ...]]) -> Leaves:
@@ -62,7 +72,8 @@ class Places:
         if self.out is None:
             return tuple(empty(like, shape) for like, shape in zip(likes, shapes, strict=True))
         places = _aligned(self.api, flatten(tree)[1], self.out)
-        for place, shape in zip(places, shapes, strict=True):
+        for place, like, shape in zip(places, likes, shapes, strict=True):
+            check_holds_numbers(self.api, place, like.device)
             if place.shape != shape:
                 raise ValueError(
                     f"{self.api}: out must have the shapes of the result, got "
@@ -86,7 +97,9 @@ class Places:
         return tree if self.out is None else self.out
 
 
-def _checked_tensors(api: str, out: Tree, flat: bool = False) -> Sequence[Tensor]:
+def _checked_tensors(
+    api: str, out: Tree, read: Iterable[object], flat: bool = False
+) -> Sequence[Tensor]:
     """The tensors of ``out``, if they can be written into."""
     tensors = flatten(out)[0]
     if not all(map(is_tensor, tensors)) or (flat and not isinstance(out, Tensor)):
@@ -95,11 +108,8 @@ def _checked_tensors(api: str, out: Tree, flat: bool = False) -> Sequence[Tensor
             f"{api}: out must be {what}, got {type(out).__name__}. Pass what an earlier call "
             "returned."
         )
-    if any(tensor.requires_grad for tensor in tensors) or inside_transform():
-        raise ValueError(
-            f"{api}: out must be plain tensors outside all transforms, got one that requires grad "
-            "or a call inside a transform. Leave out= away there."
-        )
+    check_writable(api, tensors)
+    check_unread(api, tensors, read)
     return tensors
 
 
@@ -177,6 +187,8 @@ class IntoBlocks(Sink):
                 f"{len(self.out)} of {[tuple(out.shape) for out in self.out][:5]}. "
                 "Pass what an earlier call returned."
             )
+        for out in self.out:
+            check_holds_numbers(self.api, out, grid.device)
         return tuple(self.out)
 
 
@@ -192,14 +204,15 @@ class IntoMatrix(MatrixSink):
         check_undifferentiated(self.api, [block for row in blocks for block in row])
         ((matrix,),) = super().finished(blocks, grid, batch)
         if matrix is not self.out:
-            self._checked(matrix.shape).copy_(matrix)
+            self._checked(matrix.shape, matrix.device).copy_(matrix)
         return ((self.out,),)
 
     def _empty(self, products: Leaves, shape: tuple[int, ...], grid: Grid) -> Tensor:
-        self.matrix = self._checked(shape)
+        self.matrix = self._checked(shape, grid.device)
         return self.matrix
 
-    def _checked(self, shape: Sequence[int]) -> Tensor:
+    def _checked(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        check_holds_numbers(self.api, self.out, device)
         if self.out.shape != tuple(shape):
             raise ValueError(
                 f"{self.api}: out must have the shape of the matrix, {tuple(shape)}, got "

@@ -31,6 +31,7 @@ from jacfunc._trees import (
 )
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 
+
 class FlatCall:
     """``func(*args, **kwargs)`` as a leaf function of the arguments that ``argnums`` names.
 

@@ -49,7 +49,7 @@ class Timing(NamedTuple):
 def check_strategy(api: str, strategy: object) -> None:
     """Refuse what is no strategy; a class is none, though it has the method."""
     is_object = not isinstance(strategy, type) and isinstance(strategy, Strategy)
-    if not is_object or not callable(strategy.materialize):
+    if not is_object or not callable(getattr(strategy, "materialize", None)):
         raise TypeError(
             f"{api}: strategy must be a name or an object with materialize(operator), "
             f"got {strategy!r}. Try Reverse(), Forward() or Looped()."
