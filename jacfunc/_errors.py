@@ -17,6 +17,10 @@ class Nameless(ValueError):  # noqa: N818 (what it lacks is told, not what went 
     """A ValueError whose message lacks the name of the public function, which a door puts there."""
 
 
+class LeftTorch(Nameless, Stale):
+    """The function computes outputs of its arguments outside of torch; no other way is tried."""
+
+
 class UnseenWrite(RuntimeError):  # noqa: N818 (it has happened)
     """The function has changed a parameter that it got without a copy; no other way is tried."""
 

@@ -130,7 +130,7 @@ def _aligned(api: str, spec: Any, out: Tree) -> Sequence[Tensor]:
 class IntoBlocks(Sink):
     """Puts each block into a tensor of the user's: as it comes where possible, or by a copy."""
 
-    copies = True
+    copies, allocates = True, False
 
     def __init__(self, api: str, tree: Tree, out: Sequence[Tensor]) -> None:
         super().__init__()
@@ -183,9 +183,9 @@ class IntoBlocks(Sink):
         lead = batch[0] if batch else 1
         if [lead * size for size in sizes] != [out.numel() for out in self.out]:
             raise ValueError(
-                f"{self.api}: out must hold a tensor for each of the {len(sizes)} blocks, got "
-                f"{len(self.out)} of {[tuple(out.shape) for out in self.out][:5]}. "
-                "Pass what an earlier call returned."
+                f"{self.api}: out must hold a tensor for each of the {len(sizes)} blocks, in the "
+                f"order of the result, got {len(self.out)} of "
+                f"{[tuple(out.shape) for out in self.out][:5]}. Pass what an earlier call returned."
             )
         for out in self.out:
             check_holds_numbers(self.api, out, grid.device)
@@ -194,6 +194,8 @@ class IntoBlocks(Sink):
 
 class IntoMatrix(MatrixSink):
     """Writes all blocks into the user's matrix ``[*batch, M, N]``."""
+
+    allocates = False
 
     def __init__(self, api: str, out: Tensor) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from jacfunc._faults.backward import (
 )
 from jacfunc._faults.callers import TAKES_DERIVATIVES
 from jacfunc._faults.forward import ForwardWatch, PushContext
+from jacfunc._faults.leaving import check_stays_in_torch
 from jacfunc._faults.lookups import apart
 from jacfunc._faults.nested import NestedWatch, watched_once
 from jacfunc._faults.operations import FREEZING

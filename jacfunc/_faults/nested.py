@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from jacfunc._errors import Refused
 from jacfunc._faults.callers import CUT_OFF
 from jacfunc._faults.forward import FAULTY, PushContext, check_push, check_pushed
+from jacfunc._faults.leaving import check_stays_in_torch
 from jacfunc._faults.lookups import tensors_of
 from jacfunc._faults.watch import Watch, name_of, unwatched, watch_on
 from jacfunc._lock import alone
@@ -81,6 +82,11 @@ def watched_once(
     watch.check_copies(primals)
     if watch.has_cut_off and not all(out.requires_grad for out in outputs):
         raise Refused(CUT_OFF)
+    if watch.leaves_torch:
+        constants = [number for number, out in enumerate(outputs) if not out.requires_grad]
+        if constants:
+            watch.stays_watched = True
+            check_stays_in_torch(func, primals, outputs, constants)
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
     draws = is_known and watch.drew and call.state is None
     if is_known and not (watch.stays_watched or draws or any(map(_may_catch, call.functions))):

@@ -24,6 +24,7 @@ from jacfunc._faults.callers import (
     require_grad,
 )
 from jacfunc._faults.formulas import FORMULAS
+from jacfunc._faults.leaving import WAYS_OUT
 from jacfunc._faults.lookups import (
     LOOKUPS,
     STRIDING,
@@ -131,7 +132,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     SETTING: _set_data,
     REQUIRING: as_it_is,
     Tensor.requires_grad_: require_grad,
-    Tensor.detach: as_it_is,
+    **dict.fromkeys((Tensor.detach, *WAYS_OUT), as_it_is),
     **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),
     SWITCH: refuse_in_checkpoint,
 }

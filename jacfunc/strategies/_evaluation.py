@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -60,7 +61,7 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENS
 
 ANOTHER = " Let jacobian(strategy='auto') choose, or name another strategy."
 NONE_LEFT = " No strategy is left to try: write the function in other operations."
-SMALLER = " Give memory= or a chunk_size, or take products (jvp, vjp) instead."
+SMALLER = " Take it in chunks (memory=, chunk_size=), of fewer leaves, or products (jvp, vjp)."
 
 
 def way_out(strategy: Strategy) -> str:
@@ -76,15 +77,22 @@ def in_words_of(
     instead: str = ANOTHER,
     smaller: str = SMALLER,
 ) -> ResultT:
-    """The result of a sweep.
+    """The result of a sweep; for its errors see :func:`worded`."""
+    with worded(api, must, instead, smaller):
+        return sweep()
+
+
+@contextmanager
+def worded(api: str, must: str, instead: str = NONE_LEFT, smaller: str = SMALLER) -> Iterator[None]:
+    """A context of which errors begin with the name of the public function, and say what to do.
 
     Raises:
-        Refused: if torch refuses, with a message that begins with the name of the public function.
+        Refused: if torch refuses.
         ValueError: if a budget is too small, or a user's strategy returns no blocks.
         RuntimeError: if memory ran out.
     """
     try:
-        return sweep()
+        yield
     except Refused as refusal:
         is_worded = isinstance(refusal.__cause__, Refused)  # by a public function inside
         if is_worded or str(refusal).startswith(f"{api}: "):

@@ -7,11 +7,14 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from jacfunc._assembly import NEW_TENSORS, Sink, Sweep
+from jacfunc._assembly import NEW_TENSORS, Sink, Sweep, numel
 from jacfunc._errors import Nameless
 from jacfunc._linear_map import JacobianOperator, check_numbers
 from jacfunc._memory import Chunk
 from jacfunc._types import Blocks
+
+MANY = 2**14
+"""So many columns take more memory, as seeds, than it takes to evaluate the function once more."""
 
 
 @runtime_checkable
@@ -111,6 +114,8 @@ class Sweeping(Streaming):
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         sweeps, products = self.sweeps, self.products(operator)
         if sweeps.over == "columns":
+            if numel(operator.primals) >= MANY:
+                sink.check_fits(operator.outputs, operator.primals)
             operator.forget()  # what was evaluated to plan is no part of the result
             return sink.columns(
                 lambda chunk: map(check_numbers, products(chunk)),
@@ -118,6 +123,7 @@ class Sweeping(Streaming):
                 lambda: operator.outputs,
                 operator.primals,
             )
+        sink.check_fits(operator.outputs, operator.primals)
         return sink.rows(products, sweeps.chunk_size, operator.outputs, operator.primals)
 
 
