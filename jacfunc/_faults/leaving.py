@@ -43,11 +43,13 @@ def check_stays_in_torch(
         LeftTorch: if one of them has another value on both sides of the point.
     """
     random_state = RandomState(primals)
+    # a number that changes by less than its own rounding does not show it
+    size = max(torch.finfo(x.dtype).eps for x in (*primals, *outputs)) ** 0.5
 
     def beside(step: int) -> list[Tensor]:
         random_state.repeat()
         with torch.no_grad():
-            evaluated, _ = func(*_moved(primals, step))
+            evaluated, _ = func(*_moved(primals, step * size))
         return [evaluated[number] for number in constants]
 
     with random_state.kept():
@@ -65,12 +67,11 @@ def check_stays_in_torch(
                 )
 
 
-def _moved(primals: Leaves, step: int) -> list[Tensor]:
-    """Copies of the primals, each entry moved by about the root of its precision."""
+def _moved(primals: Leaves, step: float) -> list[Tensor]:
+    """Copies of the primals, each entry moved by up to so much of its size, and of 1."""
     moved = []
     for primal in map(Tensor.detach, primals):
         # no entry moves as its neighbours do, and none is drawn at random, which vmap refuses
         ways = torch.arange(1, 1 + primal.numel(), device=primal.device).cos().view(primal.shape)
-        size = torch.finfo(primal.dtype).eps ** 0.5 * (1 + primal.abs())
-        moved.append(primal + step * size * ways.to(primal.dtype))
+        moved.append(primal + step * (1 + primal.abs()) * ways.to(primal.dtype))
     return moved

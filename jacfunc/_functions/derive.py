@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import unwrap
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ def deriving(
 
 def _read(func: Any, *arguments: Tree) -> list[Any]:
     """What a call reads, as far as that is known."""
+    func = unwrap(func)
     own = [*func.parameters(), *func.buffers()] if isinstance(func, nn.Module) else []
     return [*flatten(arguments)[0], *own]
 
