@@ -17,6 +17,7 @@ from jacfunc._assembly.writable import (
     check_target,
     check_unread,
     check_writable,
+    read_by,
 )
 from jacfunc._trees import StructureError, aligned, flatten
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor
@@ -46,7 +47,8 @@ def sink_for(
             f"{api}: out must come alone, got dtype or device beside it. The tensors of out have "
             "their own: leave one of the two out."
         )
-    tensors = _checked_tensors(api, out, read, flat)
+    tensors = _checked_tensors(api, out, flat)
+    check_unread(api, tensors, read)
     return IntoMatrix(api, out) if flat else IntoBlocks(api, out, tensors)
 
 
@@ -58,11 +60,16 @@ class Places:
     out: Tree
 
     @classmethod
-    def of(cls, api: str, out: Tree, read: Iterable[object] = ()) -> Places:
+    def of(cls, api: str, out: Tree) -> Places:
         """Raises TypeError or ValueError for an ``out`` that can't be written into."""
         if out is not None:
-            _checked_tensors(api, out, read)
+            _checked_tensors(api, out)
         return cls(api, out)
+
+    def check_unread(self, func: Any, *arguments: Tree) -> None:
+        """Raises ValueError if the user's tensors are what a call reads."""
+        if self.out is not None:
+            check_unread(self.api, flatten(self.out)[0], read_by(func, *arguments))
 
     def tensors(self, tree: Tree, likes: Leaves, shapes: Sequence[tuple[int, ...]]) -> Leaves:
         """The tensors for the leaves of a tree like the result: of these shapes, or refused.
@@ -97,9 +104,7 @@ class Places:
         return tree if self.out is None else self.out
 
 
-def _checked_tensors(
-    api: str, out: Tree, read: Iterable[object], flat: bool = False
-) -> Sequence[Tensor]:
+def _checked_tensors(api: str, out: Tree, flat: bool = False) -> Sequence[Tensor]:
     """The tensors of ``out``, if they can be written into."""
     tensors = flatten(out)[0]
     if not all(map(is_tensor, tensors)) or (flat and not isinstance(out, Tensor)):
@@ -109,7 +114,6 @@ def _checked_tensors(
             "returned."
         )
     check_writable(api, tensors)
-    check_unread(api, tensors, read)
     return tensors
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from inspect import unwrap
 from itertools import chain, combinations
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacfunc._torch import inside_transform, memory_of
+from jacfunc._trees import flatten
+from jacfunc._types import Tree
 
 AGAIN = "Pass what an earlier call returned."
 
@@ -47,6 +51,13 @@ def check_writable(api: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(
             f"{api}: out must be tensors that do not share memory, got two that do. {AGAIN}"
         )
+
+
+def read_by(func: Any, *arguments: Tree) -> list[Any]:
+    """What a call reads, as far as that is known: arguments, and what a module has."""
+    func = unwrap(func)
+    own = [*func.parameters(), *func.buffers()] if isinstance(func, nn.Module) else []
+    return [*flatten(arguments)[0], *own]
 
 
 def check_unread(api: str, tensors: Sequence[Tensor], read: Iterable[object]) -> None:

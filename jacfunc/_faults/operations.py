@@ -18,13 +18,13 @@ from jacfunc._faults.callers import (
     REENTRANT,
     SWITCH,
     TAKES_DERIVATIVES,
+    WAYS_OUT,
     as_it_is,
     is_checked_for_checkpoint,
     refuse_in_checkpoint,
     require_grad,
 )
 from jacfunc._faults.formulas import FORMULAS
-from jacfunc._faults.leaving import WAYS_OUT
 from jacfunc._faults.lookups import (
     LOOKUPS,
     STRIDING,

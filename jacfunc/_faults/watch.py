@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused, lacks_forward_rule, writes_outside
-from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, Frozen, cuts_off
+from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, WAYS_OUT, Frozen, cuts_off
 from jacfunc._faults.formulas import formula_of
-from jacfunc._faults.leaving import WAYS_OUT
 from jacfunc._faults.lookups import (
     LOOKUPS,
     STRIDING,

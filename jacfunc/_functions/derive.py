@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from inspect import unwrap
 from typing import Any
 
-from torch import nn
-
-from jacfunc._assembly import NEW_TENSORS, sink_for
+from jacfunc._assembly import NEW_TENSORS, read_by, sink_for
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._trees import flatten
 from jacfunc._types import Tree
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
@@ -29,18 +25,11 @@ def deriving(
     @wraps(derivation.func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
         call = FlatCall(derivation, args, kwargs)
-        read = () if out is None else _read(derivation.func, args, kwargs)
+        read = () if out is None else read_by(derivation.func, args, kwargs)
         sink = NEW_TENSORS if out is None else sink_for(api, out, read=read)
         return pack(evaluate(api, call, strategy, sink))
 
     return derived
-
-
-def _read(func: Any, *arguments: Tree) -> list[Any]:
-    """What a call reads, as far as that is known."""
-    func = unwrap(func)
-    own = [*func.parameters(), *func.buffers()] if isinstance(func, nn.Module) else []
-    return [*flatten(arguments)[0], *own]
 
 
 def watches_itself(func: Any) -> bool:

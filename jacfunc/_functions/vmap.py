@@ -33,7 +33,7 @@ from jacfunc._trees import (
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import in_words_of
 
-OTHERWISE = " Write func in other operations, or loop over the samples."
+OTHERWISE = " Use other operations in func, or loop over the samples."
 FEWER = " Take fewer samples at once with chunk_size."
 
 

@@ -129,6 +129,7 @@ def ntk(
     if x2 is not None:
         sides.append([samples_at(_positional(batch)) for batch in _batches(x2)])
     ranges = in_ranges(sides, axes, chunk_size, budget)
+    places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jacfunc._assembly import sink_for
-from jacfunc._lending import CurrentState, ModuleState, Select
+from jacfunc._assembly import read_by, sink_for
+from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
@@ -17,7 +17,6 @@ from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
 from jacfunc._modules.options import Batching, ModuleOptions, check_module
 from jacfunc._planning import resolve
-from jacfunc._trees import flatten
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
 
@@ -152,7 +151,7 @@ def module_jacobian(
         with alone():
             state = options.current.now()
             choice = InputChoice.of(API, module, inputs, arguments)
-            read = () if out is None else _read(state, arguments)
+            read = () if out is None else read_by(module, arguments)
             sink = sink_for(API, out, flat, dtype, device, read)
             call = ModuleCall(
                 API, state, arguments, argnums, choice, full_output, create_graph, independence
@@ -163,11 +162,6 @@ def module_jacobian(
         return ModuleResult(jacobian, *result.value_and_aux()) if full_output else jacobian
 
     return module_jacobian_of
-
-
-def _read(state: ModuleState, arguments: Tree) -> list[Any]:
-    """What a call reads, into which no result may be written."""
-    return [*flatten(arguments)[0], *state.params.values(), *state.buffers.values()]
 
 
 def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:

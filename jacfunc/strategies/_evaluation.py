@@ -60,7 +60,7 @@ def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENS
 
 
 ANOTHER = " Let jacobian(strategy='auto') choose, or name another strategy."
-NONE_LEFT = " No strategy is left to try: write the function in other operations."
+NONE_LEFT = " Use other operations: no strategy is left to try."
 SMALLER = " Take it in chunks (memory=, chunk_size=), of fewer leaves, or products (jvp, vjp)."
 
 

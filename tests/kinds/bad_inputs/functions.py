@@ -376,7 +376,7 @@ def _of_objects() -> list[Bad]:
     checked = partial(check_jacobian, torch.sin, X.double())
     costs = jacfunc.estimate(torch.sin, X)
     vmapped = partial(torch.vmap(lambda x: jacfunc.estimate(torch.sin, x)), XS)
-    return rows + [
+    rows += [
         Bad("Plan", "a name", lambda: jacfunc.Plan("reverse", "x"), TypeError, "strategy must be"),
         Bad("Plan", "a number", lambda: jacfunc.Plan(3, "x"), TypeError, "strategy must be"),
         Bad(
@@ -436,6 +436,7 @@ def _of_objects() -> list[Bad]:
             "atol must be",
         ),
     ]
+    return rows
 
 
 HUGE = 2**24
@@ -450,10 +451,12 @@ def _of_size() -> list[Bad]:
         call = partial(POINTS[door], lambda x: x * 2, many)
         rows.append(Bad(door, "a huge result", call, RuntimeError, f"{words}.* 1 PiB"))
     own = lambda x: x.sum() + torch.empty(2**48)  # noqa: E731
-    for door in ("jacrev", "jacfwd", "jacobian", "hessian", "jvp", "vjp", "gram", "plan"):
-        rows.append(Bad(door, "a huge tensor", partial(CALLS[door], own), RuntimeError, words))
-    call = partial(at(jacfunc.vmap, XS), own)
-    return [*rows, Bad("vmap", "a huge tensor", call, RuntimeError, words)]
+    doors = ("jacrev", "jacfwd", "jacobian", "hessian", "jvp", "vjp", "gram", "plan")
+    calls = {**{door: CALLS[door] for door in doors}, "vmap": at(jacfunc.vmap, XS)}
+    return rows + [
+        Bad(door, "a huge tensor", partial(call, own), RuntimeError, words)
+        for door, call in calls.items()
+    ]
 
 
 ROWS = [
