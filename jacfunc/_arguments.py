@@ -68,17 +68,17 @@ def check_func(api: str, func: object) -> None:
         raise TypeError(f"{api}: {must}. Pass a function of tensors, or a module.")
 
 
-def check_flag(api: str, name: str, flag: object) -> None:
+def check_flags(api: str, **flags: object) -> None:
     """Refuse what is neither True nor False, though Python would take it for one of them."""
-    if not isinstance(flag, bool):
-        raise TypeError(
-            f"{api}: {name} must be True or False, got {flag!r}. Write {name}=True or leave it out."
-        )
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            must = f"{name} must be True or False, got {flag!r}"
+            raise TypeError(f"{api}: {must}. Write {name}=True, or {name}=False.")
 
 
 def check_randomness(api: str, randomness: object, advice: str) -> None:
     """Refuse another word than those that vmap knows."""
-    if randomness not in get_args(Randomness):
+    if not isinstance(randomness, str) or randomness not in get_args(Randomness):
         must = f"randomness must be 'error', 'same' or 'different', got {randomness!r}"
         raise ValueError(f"{api}: {must}. {advice}")
 

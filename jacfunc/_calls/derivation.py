@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jacfunc._arguments import check_flag, check_func
+from jacfunc._arguments import check_flags, check_func
 from jacfunc._types import Argnums
 
 
@@ -31,4 +31,4 @@ class Derivation:
 
     def __post_init__(self) -> None:
         check_func(self.api, self.func)
-        check_flag(self.api, "has_aux", self.has_aux)
+        check_flags(self.api, has_aux=self.has_aux)

@@ -87,9 +87,9 @@ def watched_once(
         raise Refused(CUT_OFF)
     if watch.leaves_torch:
         constants = [number for number, out in enumerate(outputs) if not out.requires_grad]
-        if constants and again is None:
-            raise Refused("it leaves torch, by NumPy or Python numbers, and returns constants")
         if constants:
+            if again is None:
+                raise Refused("it leaves torch, by NumPy or Python numbers, and returns constants")
             watch.stays_watched = True
             check_stays_in_torch(again, primals, outputs, constants)
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway

@@ -65,7 +65,8 @@ class Independence:
         cls, api: str, independent: Any, at_once: int | None = None, by_rows: bool = True
     ) -> Independence:
         """Raises ValueError for anything else than None, True and "always"."""
-        if independent is not None and independent is not True and independent != "always":
+        is_word = isinstance(independent, str) and independent == "always"
+        if independent is not None and independent is not True and not is_word:
             raise ValueError(
                 f"{api}: independent must be None, True or 'always', got {independent!r}. "
                 "Pass True if you know that samples do not depend on each other."

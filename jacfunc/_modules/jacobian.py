@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from jacfunc._arguments import check_flags
 from jacfunc._assembly import read_by, sink_for
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
@@ -141,6 +142,8 @@ def module_jacobian(
         >>> jacfunc.module_jacobian(model, per_sample=True, flat=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2, 8])
     """
+    check_flags(API, per_sample=per_sample, flat=flat, full_output=full_output)
+    check_flags(API, create_graph=create_graph)
     batching = Batching(in_dims, randomness) if per_sample else None
     options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
     argnums, independence = argnums_of(API, wrt), options.independence

@@ -91,6 +91,11 @@ class Plan(Streaming):
     timing: Timing = field(default=Timing(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.otherwise, tuple):
+            raise TypeError(
+                f"Plan: otherwise must be a tuple of strategies, got {self.otherwise!r}. "
+                "Write (Forward(),) for the only one."
+            )
         for strategy in (self.strategy, *self.otherwise):
             check_strategy("Plan", strategy)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from jacfunc._arguments import check_flags
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
 from jacfunc._modules import FEW_CALLS, Batching, Independent, ModuleCall, ModuleOptions
@@ -90,6 +91,7 @@ def stream_jacobian(
         >>> {name: block.square().sum((1, 2, 3)) for name, block in blocks if block.dim() == 4}
         {'weight': tensor([6., 6., 6., 6., 6.])}
     """
+    check_flags(API, per_sample=per_sample)
     _check_by(by, per_sample)
     batching = Batching(in_dims, randomness) if per_sample else None
     at_once = (chunk_size or FEW_CALLS) if by == "samples" else None
@@ -116,7 +118,7 @@ def stream_jacobian(
 
 
 def _check_by(by: object, per_sample: bool) -> None:
-    if by not in get_args(By):
+    if not isinstance(by, str) or by not in get_args(By):
         raise ValueError(
             f"{API}: by must be one of {', '.join(map(repr, get_args(By)))}, got {by!r}. "
             "Take parameters, rows of the Jacobian, or samples one after the other."
