@@ -146,9 +146,10 @@ def _moved(primals: Leaves, step: float) -> list[Tensor]:
     """Copies of the primals, each entry moved by up to so much of its size, and of 1."""
     moved = []
     for primal in map(Tensor.detach, primals):
-        # no entry moves as its neighbours do, and none is drawn at random, which vmap refuses
-        ways = torch.arange(1, 1 + primal.numel(), device=primal.device).cos().view(primal.shape)
-        moved.append(primal + step * (1 + primal.abs()) * ways.to(primal.dtype))
+        # no entry moves as its neighbours do, but all to one side, so that a step at 0 is taken
+        # once; none is drawn at random, which vmap refuses
+        places = torch.arange(1, 1 + primal.numel(), device=primal.device).view(primal.shape)
+        moved.append(primal + step * (1 + primal.abs()) * (2 + places.cos()).to(primal.dtype))
     return moved
 
 
