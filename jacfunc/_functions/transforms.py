@@ -43,8 +43,9 @@ def jacrev(
         ``(jacobian, aux)``. Leaves that are not floating have ``None`` in their place.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors, or
-            a backward pass that can't be vmapped.
+        TypeError, ValueError: arguments that do not fit, outputs that went through NumPy.
+        NotImplementedError: complex or sparse tensors, and what torch has no backward pass for.
+        RuntimeError: a result that does not fit into memory.
 
     Cost:
         One evaluation, M/K sweeps of K pullbacks for M outputs and chunks of K. Each output leaf

@@ -66,8 +66,8 @@ SMALLER = " Take it in chunks (memory=, chunk_size=), of fewer leaves, or produc
 
 def way_out(strategy: Strategy) -> str:
     """What to do where a strategy is refused: one that chooses has tried all others."""
-    chooses = isinstance(strategy, Streaming) and not isinstance(strategy, Sweeping)
-    return NONE_LEFT if chooses else ANOTHER
+    is_chosen = isinstance(strategy, Sweeping) or not isinstance(strategy, Streaming)
+    return ANOTHER if is_chosen else NONE_LEFT
 
 
 def in_words_of(
@@ -77,9 +77,13 @@ def in_words_of(
     instead: str = ANOTHER,
     smaller: str = SMALLER,
 ) -> ResultT:
-    """The result of a sweep; for its errors see :func:`worded`."""
-    with worded(api, must, instead, smaller):
+    """The result of a sweep; its errors are those of :func:`worded`."""
+    try:
         return sweep()
+    except WORDLESS as error:
+        if not _lacks_words(api, error):
+            raise
+        raise _in_words(api, error, must, instead, smaller) from error
 
 
 @contextmanager
@@ -88,20 +92,33 @@ def worded(api: str, must: str, instead: str = NONE_LEFT, smaller: str = SMALLER
 
     Raises:
         Refused: if torch refuses.
-        ValueError: if a budget is too small, or a user's strategy returns no blocks.
+        ValueError: if whoever raised it does not know the door: for a budget that is too small, or
+            a user's strategy that returns no blocks.
         RuntimeError: if memory ran out.
     """
     try:
         yield
-    except Refused as refusal:
-        is_worded = isinstance(refusal.__cause__, Refused)  # by a public function inside
-        if is_worded or str(refusal).startswith(f"{api}: "):
+    except WORDLESS as error:
+        if not _lacks_words(api, error):
             raise
-        raise Refused(f"{api}: {must}, got a refusal: {refusal}.{instead}") from refusal
-    except Nameless as error:  # whoever raised it does not know the door
-        raise ValueError(f"{api}: {error}") from error
-    except (RuntimeError, MemoryError) as error:
-        is_worded = isinstance(error.__cause__, RuntimeError | MemoryError)
-        if is_worded or not is_out_of_memory(error):
-            raise
-        raise out_of_memory(api, error, smaller) from error
+        raise _in_words(api, error, must, instead, smaller) from error
+
+
+WORDLESS = Nameless, RuntimeError, MemoryError  # a refusal is a RuntimeError, too
+
+
+def _lacks_words(api: str, error: Exception) -> bool:
+    """Is it an error of ours, or of an allocator, that no public function has worded yet?"""
+    if isinstance(error, Nameless):
+        return True
+    if isinstance(error, Refused):  # by a public function inside
+        return not (isinstance(error.__cause__, Refused) or str(error).startswith(f"{api}: "))
+    return is_out_of_memory(error) and not isinstance(error.__cause__, RuntimeError | MemoryError)
+
+
+def _in_words(api: str, error: Exception, must: str, instead: str, smaller: str) -> Exception:
+    if isinstance(error, Nameless):
+        return ValueError(f"{api}: {error}")
+    if isinstance(error, Refused):
+        return Refused(f"{api}: {must}, got a refusal: {error}.{instead}")
+    return out_of_memory(api, error, smaller)

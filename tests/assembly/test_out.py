@@ -235,5 +235,5 @@ def test_keys_in_another_order(strategy: str) -> None:
 def test_blocks_of_other_shapes_in_another_order_are_refused(strategy: str, sizes: Any) -> None:
     tree = {"a": torch.randn(sizes[0]), "b": torch.randn(sizes[1])}
     out = turned(jacfunc.jacrev(of_two)(tree))
-    with pytest.raises(ValueError, match="^jacobian: out must h"):
+    with pytest.raises(ValueError, match=r"^jacobian: out must h"):
         jacfunc.jacobian(of_two, strategy=strategy, out=out)(tree)
