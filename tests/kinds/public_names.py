@@ -111,7 +111,7 @@ def of_module(door: Callable[..., Any], *inner: Any, **good: Any) -> Public:
     return Public(door.__name__, door, {"module": MODEL, "x": XS, **good}, call, FREE)
 
 
-PUBLIC = [
+OF_FUNCTIONS = [
     *map(
         transform,
         (
@@ -150,6 +150,10 @@ PUBLIC = [
         )
     ),
     Public("Plan", jacfunc.Plan, {"strategy": jacfunc.Reverse(), "reason": "why"}, jacfunc.Plan),
+]
+"""The doors for functions, and the objects that they take."""
+
+OF_MODULES = [
     of_module(jacfunc.module_jacobian),
     of_module(jacfunc.stream_jacobian),
     of_module(jacfunc.ggn, GOALS, loss=squared),
@@ -159,6 +163,7 @@ PUBLIC = [
     Public("param_slices", jacfunc.param_slices, {"module": MODEL}, jacfunc.param_slices),
     Public("ntk", jacfunc.ntk, {"func": MODEL, "params": None, "x1": XS}, jacfunc.ntk, FREE),
 ]
+"""The doors for modules."""
 
 JUNK: dict[str, Any] = {
     "None": None,
