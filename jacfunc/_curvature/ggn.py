@@ -226,7 +226,7 @@ def fisher(
         by_rows=False,
         copy=copy,
     )
-    check_draws("fisher", draws)
+    check_draws("fisher", draws, generator)
     predictive = Predictive.of("fisher", likelihood, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:

@@ -113,7 +113,25 @@ def _of_form() -> list[Bad]:
     return rows
 
 
+def _of_fisher() -> list[Bad]:
+    fisher = DOORS["fisher"]
+    options: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"generator": 0}, TypeError, "generator must be a torch.Generator"),
+        ({"generator": "x"}, TypeError, "generator must be a torch.Generator"),
+        ({"reduction": ""}, ValueError, "reduction must be 'mean' or 'sum'"),
+        ({"reduction": 0}, ValueError, "reduction must be 'mean' or 'sum'"),
+        ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum'"),
+        ({"draws": 0}, ValueError, "draws must be a positive number"),
+        ({"draws": 1.5}, ValueError, "draws must be a positive number"),
+    ]
+    return [
+        Bad("fisher", str(bad), partial(fisher, **bad), error, words)
+        for bad, error, words in options
+    ]
+
+
 ROWS = [
+    *_of_fisher(),
     *(
         Bad(door, name, partial(call, **options), error, words)
         for door, call in DOORS.items()
