@@ -88,6 +88,12 @@ class Public(NamedTuple):
 FREE = frozenset({"chunk_size", "memory", "strategy", "copy", "independent", "randomness"})
 
 
+def on_a_graph(**options: Any) -> Any:
+    """``graph_jacobian`` of a forward pass that is made for each call."""
+    x = X.clone().requires_grad_()
+    return jacfunc.graph_jacobian(**{"outputs": x.sin(), "inputs": x, **options})
+
+
 def transform(door: Callable[..., Any]) -> Public:
     def call(x: Any, **options: Any) -> Any:
         return door(**options)(x)
@@ -137,6 +143,13 @@ OF_FUNCTIONS = [
         {"func": of_sample, "x": XS},
         lambda x, **options: jacfunc.vmap(**options)(x),
         frozenset({"chunk_size", "randomness"}),
+    ),
+    Public(
+        "graph_jacobian",
+        jacfunc.graph_jacobian,
+        {},
+        on_a_graph,
+        frozenset({"chunk_size", "memory", "strategy", "retain_graph"}),
     ),
     Public("empty_cache", jacfunc.empty_cache, {}, jacfunc.empty_cache),
     *(

@@ -439,6 +439,39 @@ def _of_objects() -> list[Bad]:
     return rows
 
 
+def _of_graphs() -> list[Bad]:
+    """Bad inputs of graph_jacobian."""
+
+    def on_a_graph(**options: Any) -> Any:
+        x = X.clone().requires_grad_()
+        return jacfunc.graph_jacobian(x.sin(), x, **options)
+
+    def into_its_input() -> Any:
+        x = torch.ones(1).requires_grad_()
+        return jacfunc.graph_jacobian(x.sin(), x, out=x.detach().view(1, 1))
+
+    zeros = torch.zeros(3, 3)
+    options: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+        "per_sample=1": ({"per_sample": 1}, TypeError, "per_sample must be True or False"),
+        "flat='x'": ({"flat": "x"}, TypeError, "flat must be True or False"),
+        "create_graph=None": ({"create_graph": None}, TypeError, "create_graph must be True or"),
+        "retain_graph=0": ({"retain_graph": 0}, TypeError, "retain_graph must be True or False"),
+        "chunk_size=0": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        "memory='x'": ({"memory": "x"}, ValueError, "memory must be"),
+        "dtype=int64": ({"dtype": torch.int64}, TypeError, "dtype must be real and floating"),
+        "device='nowhere'": ({"device": "nowhere"}, ValueError, "device must be one that torch"),
+        "out: integers": ({"out": zeros.long()}, TypeError, "out must be real and floating"),
+        "out: meta": ({"out": zeros.to("meta")}, ValueError, "out must hold numbers"),
+    }
+    return [
+        Bad("graph_jacobian", "out: its input", into_its_input, ValueError, "out must not be what"),
+        *(
+            Bad("graph_jacobian", name, partial(on_a_graph, **bad), error, words)
+            for name, (bad, error, words) in options.items()
+        ),
+    ]
+
+
 HUGE = 2**24
 """Entries of a vector whose Jacobian has 2⁵⁰ bytes, more than any machine."""
 
@@ -465,5 +498,6 @@ ROWS = [
     *_of_out(),
     *_of_products(),
     *_of_objects(),
+    *_of_graphs(),
     *_of_size(),
 ]
