@@ -101,7 +101,7 @@ def graph_jacobian(
     """
     retains = create_graph if retain_graph is None else retain_graph
     flags = {"per_sample": per_sample, "flat": flat, "create_graph": create_graph}
-    _check_call(independent, retain_graph=retains, **flags)
+    _check_call(independent, **flags, retain_graph=retains)
     chosen = resolve(API, strategy, chunk_size, memory)
     read = () if out is None else read_by(None, outputs, inputs)
     sink = sink_for(API, out, flat, dtype, device, read)
