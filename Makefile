@@ -11,9 +11,9 @@ CORE := tests/house/test_house.py tests/trees tests/assembly tests/linear_map te
 .PHONY: format clean
 
 help:
-	@echo "make bench     the quick suite: tables, Markdown and picture in two minutes"
+	@echo "make bench     the quick suite: tables, page and picture in two minutes"
 	@echo "make suite     the full suite beside every rival; ARGS=--resume goes on with it"
-	@echo "make report    Markdown and picture of the full suite's results"
+	@echo "make report    page and picture of the full suite's results"
 	@echo "make figures   the README's figures, from the committed results"
 	@echo "make compare   what became slower between two results files: A=… B=…"
 	@echo "make hand      every door beside the best by hand, in a few minutes"

@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", parents=[output, device, table], help="time every contestant")
     _add_run_options(run)
     add("list", parents=[table], help="questions, cases and contestants")
-    report = add("report", parents=[output], help="Markdown and picture")
+    report = add("report", parents=[output], help="page and picture")
     report.add_argument("--suite", choices=tuple(records.SUITES), default="full")
     compare = add("compare", help="two results files; fails if one is slower")
     compare.add_argument("before", type=Path, metavar="A.json")

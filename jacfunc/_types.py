@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -42,6 +42,28 @@ Memory: TypeAlias = int | str | None
 
 Randomness: TypeAlias = Literal["error", "same", "different"]
 """For random functions: refuse them, draw the same numbers for all, or others for each."""
+
+InT = TypeVar("InT")
+OutT = TypeVar("OutT")
+AuxT = TypeVar("AuxT")
+ArgumentT = TypeVar("ArgumentT", contravariant=True)
+ResultT = TypeVar("ResultT", covariant=True)
+
+
+class FunctionOf(Protocol[ArgumentT, ResultT]):
+    """A function whose first argument, and whose result, have known types."""
+
+    def __call__(self, argument: ArgumentT, /, *args: Any, **kwargs: Any) -> ResultT:
+        """The result."""
+        ...
+
+
+class SweepOptions(TypedDict, total=False):
+    """What all Jacobians of functions take by keyword."""
+
+    chunk_size: int | None
+    memory: Memory
+    out: Tree
 
 
 def is_tensor(leaf: object) -> bool:

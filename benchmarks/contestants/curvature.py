@@ -1,7 +1,6 @@
 """Who takes the GGN of the mean cross-entropy: its exact diagonal, or its product with a vector."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ def expected_diagonal(problem: Problem) -> Answer:
 def by_jacfunc(problem: Problem) -> Run:
     model, images = parts(problem)
     ggn, labels = jacfunc.ggn(model, F.cross_entropy), labels_of(images)
-    return lambda: _as_blocks(ggn(images, labels).diagonal(), model)
+    return lambda: ggn(images, labels).diagonal()
 
 
 def by_backpack(problem: Problem) -> Run:
@@ -85,14 +84,14 @@ def by_jacfunc_product(problem: Problem) -> Run:
     """The product at a point of which nothing is known."""
     model, images = parts(problem)
     ggn, labels, vector = jacfunc.ggn(model, F.cross_entropy), labels_of(images), _vector(problem)
-    return lambda: _as_blocks(ggn(images, labels) @ vector, model)
+    return lambda: ggn(images, labels) @ vector
 
 
 def by_jacfunc_again(problem: Problem) -> Run:
     """The product at a point that has had one before."""
     (model, images), vector = parts(problem), _vector(problem)
     operator = jacfunc.ggn(model, F.cross_entropy)(images, labels_of(images))
-    return lambda: _as_blocks(operator @ vector, model)
+    return lambda: operator @ vector
 
 
 def by_curvlinops(problem: Problem) -> Run:
@@ -129,15 +128,6 @@ def _vector(problem: Problem) -> Answer:
         name: torch.randn(param.shape, generator=generator).to(param.device)
         for name, param in parts(problem)[0].named_parameters()
     }
-
-
-def _as_blocks(answer: Any, model: nn.Module) -> Answer:
-    """Blocks by name, of one vector or of a tree."""
-    if not isinstance(answer, Tensor):
-        return dict(answer)
-    params = dict(model.named_parameters())
-    pieces = answer.split([param.numel() for param in params.values()])
-    return {n: piece.view_as(params[n]) for n, piece in zip(params, pieces, strict=True)}
 
 
 DIAGONAL: tuple[Contestant[Problem], ...] = (

@@ -154,20 +154,12 @@ class Language(nn.Module):
         return self.head(self.norm(self.layers(self.words(words) + places))[:, -1])
 
 
-VIT: dict[str, Any] = {
-    "image_size": PIXELS,
-    "patch_size": 7,
-    "num_channels": 1,
-    "num_labels": CLASSES,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    # a bias of the keys has no effect on any score, and the rest has little at its start
-    "qkv_bias": False,
-    "initializer_range": 0.2,
-    "attn_implementation": "eager",  # the fused kernels know no forward mode
-}
+VIT: dict[str, Any] = {"image_size": PIXELS, "patch_size": 7, "num_channels": 1}
+VIT |= {"num_labels": CLASSES, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+# a bias of the keys has no effect on any score, the rest has little at its start, and the fused
+# kernels know no forward mode
+VIT |= {"num_attention_heads": 3, "qkv_bias": False, "initializer_range": 0.2}
+VIT |= {"attn_implementation": "eager"}
 
 
 class VisionTransformer(nn.Module):

@@ -1,1 +1,1 @@
-"""How a run is told: on the terminal, as Markdown with a picture, and in the README."""
+"""How a run is told: on the terminal, as a page with a picture, and in the README."""

@@ -1,28 +1,20 @@
-"""The picture for the README: who wins at which shape, and times beside the baseline's."""
+"""The picture for the README: times beside the baseline's."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.running.records import Record, Run
-from benchmarks.verdicts.intervals import beside, number, winners
+from benchmarks.verdicts.intervals import beside
 
 FAMILIES = ("jacfunc", "torch.func", "autograd", "rival", "JAX", "bound")
 # panels; cases at most in one; and the samples of those that are shown
 PANELS, ROWS, BATCH = 3, 6, 64
 # questions with a panel each; where they were not asked, the first ones that were
-FIRST = ("params", "ntk")
-STYLE: Any = {
-    "svg.hashsalt": "jacfunc",
-    "svg.fonttype": "none",
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid.axis": "x",
-    "grid.alpha": 0.3,
-}
+FIRST = ("params", "ntk", "hessians")
+STYLE: Any = {"svg.hashsalt": "jacfunc", "svg.fonttype": "none", "font.size": 8}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9}
+STYLE |= {"axes.grid.axis": "x", "grid.alpha": 0.3}
 
 
 def machine(run: Run) -> str:
@@ -39,17 +31,13 @@ def draw(run: Run, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(record["question"] for record in run.cases.values()))
-    maps = [grid for name in names if (grid := shapes(run.of(name)))][:1]
-    shown = [name for name in dict.fromkeys((*FIRST, *names)) if name in names]
-    shown = shown[: PANELS - len(maps)]
+    shown = [name for name in dict.fromkeys((*FIRST, *names)) if name in names][:PANELS]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         figure.suptitle(title, fontsize=10)
-        panels = iter(figure.subplots(1, len(maps) + len(shown), squeeze=False).flat)
-        for grid in maps:
-            _winners(next(panels), grid)
-        for name in shown:
-            _ratios(next(panels), many(list(run.of(name))))
+        panels = figure.subplots(1, len(shown), squeeze=False).flat
+        for panel, name in zip(panels, shown, strict=True):
+            _ratios(panel, many(list(run.of(name))))
         figure.savefig(path, format="svg", metadata={"Date": None, "Title": title})
 
 
@@ -69,27 +57,6 @@ def many(records: Sequence[Record]) -> list[Record]:
     """The cases of many samples, where there are some."""
     large = [record for record in records if record["sizes"].get("batch") == BATCH]
     return (large or list(records))[:ROWS]
-
-
-def _winners(panel: Any, records: Sequence[Record]) -> None:
-    """A letter and a color for the fastest, and how many times faster than the baseline it is."""
-    fastest = Counter(names[0] for record in records if (names := winners(record)))
-    letters = {name: chr(ord("A") + n) for n, (name, _) in enumerate(fastest.most_common())}
-    sizes = [record["sizes"] for record in records]
-    inputs, outputs = (sorted({size[side] for size in sizes}) for side in ("inputs", "outputs"))
-    for record in records:
-        place = inputs.index(record["sizes"]["inputs"]), outputs.index(record["sizes"]["outputs"])
-        name = next(iter(winners(record)), "")
-        ratio = beside(record, name, record["baseline"])
-        text = f"{letters.get(name, '–')}\n{number(1 / ratio.mid)}×" if ratio else "–"
-        color = f"C{list(letters).index(name) % 10}" if name in letters else "none"
-        panel.plot(*place, "s", markersize=22, color=color, alpha=0.35, markeredgewidth=0)
-        panel.text(*place, text, ha="center", va="center")
-    key = "\n".join(f"{letter}: {name}" for name, letter in letters.items())
-    panel.set_title(f"the fastest way, and how many times faster\nthan {records[0]['baseline']}")
-    panel.set_xticks(range(len(inputs)), inputs)
-    panel.set_yticks(range(len(outputs)), outputs)
-    panel.set(xlabel=f"inputs\n{key}", ylabel="outputs", xmargin=0.15, ymargin=0.15)
 
 
 def _ratios(panel: Any, records: Sequence[Record]) -> None:

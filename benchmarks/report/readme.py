@@ -11,18 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.report import advice
 from benchmarks.running.records import Record, Run, read
 from benchmarks.studies import STUDIES
-from benchmarks.verdicts.intervals import (
-    beside,
-    is_contested,
-    number,
-    ratios,
-    rounds_of,
-    span,
-    time_of,
-    winners,
-)
+from benchmarks.verdicts.intervals import is_contested, number, ratios, span, winners
 
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RESULTS = "benchmarks/results"
@@ -71,12 +63,11 @@ def headline(root: Path) -> str:
 
 
 def _row(records: Sequence[Record]) -> tuple[str, ...] | None:
-    if not (pairs := ratios(records)):
+    beside, times = ratios(records)
+    if not times:
         return None
-    others, times = dict.fromkeys(name for name, _ in pairs), [ratio for _, ratio in pairs]
     won = sum(record["ours"] in winners(record) for record in records)
     middle, counts = number(statistics.median(times)), f"{won} of {len(records)}"
-    beside = next(iter(others)) if len(others) == 1 else "the fastest other"
     return records[0]["asks"], records[0]["ours"], beside, middle, span(times), counts
 
 
@@ -87,21 +78,12 @@ def regret(root: Path) -> str:
         return headline(root)
     cases = Run.read(root / name).cases.values()
     for chooser, bound in (("auto", 1.10), ("autotune", 1.05)):
-        found = [ratio for case in cases if (ratio := _regret(case, f"jacfunc {chooser}"))]
+        found = [ratio for case in cases if (ratio := advice.regret(case, f"jacfunc {chooser}"))]
         share = f"{bound:.2f} times that in {sum(r <= bound for r in found)} of {len(found)} cases"
         ends = f"median {number(statistics.median(found))}, worst {number(max(found))}"
         parts.append(f'of `"{chooser}"` is at most {share} ({ends})')
     said = f"Beside the best strategy picked by hand, the time {'; '.join(parts)}"
     return _wrapped(f"{said} (`python -m benchmarks run --suite full`, `{name}`).")
-
-
-def _regret(record: Record, chooser: str) -> float | None:
-    """Time of a chooser ÷ that of the best of the strategies that are named."""
-    named = tuple(f"jacfunc {way}" for way in ("reverse", "forward", "looped", "structured"))
-    names = [r["contestant"] for r in record["results"] if r["contestant"].startswith(named)]
-    times = {name: time_of(record, name) for name in names if rounds_of(record, name)}
-    ratio = beside(record, chooser, min(times, key=times.__getitem__, default=""))
-    return ratio.mid if ratio else None
 
 
 def study(kind: str, root: Path) -> str:

@@ -1,20 +1,23 @@
-"""Tables for the terminal, and the same tables as Markdown."""
+"""Tables for the terminal, and the same tables as HTML."""
 
 from collections.abc import Collection, Mapping, Sequence
+from html import escape as escaped
 from typing import Any
 
 from rich.console import Console
-from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from benchmarks.running.records import Record
 from benchmarks.verdicts.comparing import Comparison, Verdict
 from benchmarks.verdicts.intervals import BOUND, beside, number, rounds_of, winners
+from jacfunc._units import UNKNOWN, in_bytes, in_seconds
 
 LOG_WIDTH = 140  # a log has no width of its own, and the usual 80 columns break the tables
 NOTHING = "–"
 MARKS = "★ the fastest in PyTorch; = ties: within 5 %, or not told apart by the rounds there are."
+
+CLASSES = {"red": "bad", "bold green": "best", "green": "good"}
 
 console = Console()
 if not console.is_terminal:
@@ -35,40 +38,27 @@ def add(shown: Table, *cells: str, style: str = "") -> None:
     shown.add_row(*map(Text, cells), style=style)
 
 
-def markdown(shown: Table) -> str:
-    """The headings, a rule and the rows of a table; red rows are set in italics."""
-    heads = [escaped(str(column.header)) or " " for column in shown.columns]
-    rule = ["---:" if column.justify == "right" else "---" for column in shown.columns]
-    lines = [heads, rule]
+def as_html(shown: Table) -> str:
+    """The headings and rows of a table, which scrolls by itself where the page is narrow."""
+    kinds = ["number" if column.justify == "right" else "" for column in shown.columns]
+    heads = (in_tag("th", escaped(str(column.header))) for column in shown.columns)
+    lines = [in_tag("tr", "".join(heads))]
     cells = zip(*(column.cells for column in shown.columns), strict=True)
     for row, plain in zip(shown.rows, cells, strict=True):
-        sign = {"red": "*", "bold green": "**"}.get(str(row.style), "")
-        texts = [escaped(str(cell)) for cell in plain]
-        lines.append([f"{sign}{text}{sign}" if text.strip() else text for text in texts])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        pairs = zip(plain, kinds, strict=True)
+        line = "".join(in_tag("td", escaped(str(cell)), kind) for cell, kind in pairs)
+        lines.append(in_tag("tr", line, CLASSES.get(str(row.style), "")))
+    return in_tag("div", in_tag("table", "\n".join(lines)), "wide")
 
 
-def escaped(plain: str) -> str:
-    """Text in which Markdown takes nothing for its own."""
-    for sign in "\\|*_<>`[]":
-        plain = plain.replace(sign, f"\\{sign}")
-    return plain.replace("\n", " ")
+def in_tag(tag: str, content: str, kind: str = "") -> str:
+    """Content, which is HTML, in a tag of a class."""
+    return f"<{tag} class={kind}>{content}</{tag}>" if kind else f"<{tag}>{content}</{tag}>"
 
 
-UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
-
-
-def in_seconds(seconds: float | None) -> str:
-    """``1.23 ms``."""
-    if seconds is None:
-        return NOTHING
-    unit, scale = next(pair for pair in UNITS if seconds >= pair[1] or pair is UNITS[-1])
-    return f"{seconds / scale:.3g} {unit}"
-
-
-def in_bytes(count: float | None) -> str:
-    """``1.2 MB``."""
-    return NOTHING if count is None else decimal(round(count))
+def said(plain: str) -> str:
+    """A paragraph of plain text."""
+    return in_tag("p", escaped(plain))
 
 
 def spread(values: Mapping[str, float] | None) -> str:
@@ -118,7 +108,7 @@ def _cells(record: Record, result: Record) -> tuple[str, ...]:
         str(len(rounds_of(record, result["contestant"]))),
         in_bytes(result["peak_bytes"]),
         NOTHING if error is None else f"{error:.0e}",
-        ", ".join(part for part in parts if part != NOTHING) or NOTHING,
+        ", ".join(part for part in parts if part != UNKNOWN) or NOTHING,
     )
 
 

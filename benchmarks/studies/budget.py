@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import jacfunc
 from benchmarks.problems import formulas
-from benchmarks.report.tables import add, in_bytes, in_seconds, table
+from benchmarks.report.tables import add, table
 from benchmarks.verdicts.intervals import span
 from jacfunc._measuring import Run, interleaved, peak_bytes
+from jacfunc._units import in_bytes, in_seconds
 
 CHUNKS = (8, 16, 32, 64, 128, 256)
 SHARE = 10  # the budget is the unchunked peak divided by this

@@ -156,11 +156,16 @@ def against(record: Record) -> str | None:
     return min(timed, key=lambda name: (time_of(record, name), name), default=None)
 
 
-def ratios(records: Iterable[Record]) -> list[tuple[str, float]]:
-    """Whom ours is held against in each case, and ours beside them, where both have a time."""
-    pairs = ((record, other) for record in records if (other := against(record)))
-    intervals = ((other, beside(record, record["ours"], other)) for record, other in pairs)
-    return [(other, interval.mid) for other, interval in intervals if interval]
+def ratios(records: Iterable[Record]) -> tuple[str, list[float]]:
+    """Whom ours is held against, in a word, and ours beside them in each case with both times."""
+    names, times, several = set[str](), list[float](), "the fastest other"
+    for record in records:
+        other = against(record)
+        if other and (interval := beside(record, record["ours"], other)):
+            names.add(other)
+            times.append(interval.mid)
+            several = several if record["baseline"] == record["ours"] else "the baseline"
+    return names.pop() if len(names) == 1 else several, times
 
 
 def is_contested(record: Record) -> bool:

@@ -18,22 +18,24 @@ def sentence(records: Sequence[Record]) -> str:
     first = f"{ours} is the fastest or ties with it in {count} of {cases}"
     first = first if contested else f"{ours} has no rival here"
     others = Counter(names[0] for names in won if names and ours not in names)
-    names = [name for name, _ in others.most_common(2)]
-    names += [f"{len(others) - 2} more"] if len(others) > 2 else []
-    wins = f"elsewhere {' or '.join(names)} {'wins' if len(names) == 1 else 'win'}" if names else ""
-    more = _growth(records, ours), wins, _in_jax(contested)
+    more = _growth(records, ours), _elsewhere(others), _in_jax(contested)
     parts = first + _beside_other(contested), *more
     return "; ".join(filter(None, parts)) + "."
 
 
+def _elsewhere(others: Counter[str]) -> str:
+    """Who wins where ours does not, and of several how often: the first three."""
+    if len(others) < 2:
+        return "".join(f"elsewhere {name} wins" for name in others)
+    parts = [f"{name} in {count}" for name, count in others.most_common(3)]
+    return f"elsewhere the fastest is {', '.join(parts)}"
+
+
 def _beside_other(records: Sequence[Record]) -> str:
     """Times of ours, and of whom: of one contestant, or of several in one word."""
-    if not (pairs := intervals.ratios(records)):
+    other, times = intervals.ratios(records)
+    if not times:
         return ""
-    names, times = {name for name, _ in pairs}, [ratio for _, ratio in pairs]
-    is_baseline = records[0]["baseline"] == records[0]["ours"]
-    several = "the fastest other" if is_baseline else "the baseline"
-    other = names.pop() if len(names) == 1 else several
     middle, low, high = map(intervals.number, (statistics.median(times), min(times), max(times)))
     return f", at {middle} of the time of {other}{f' ({low} to {high})' * (len(times) > 1)}"
 

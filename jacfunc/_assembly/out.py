@@ -29,12 +29,12 @@ def sink_for(
     flat: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    read: Iterable[object] = (),
+    read: Callable[[], Iterable[object]] = tuple,
 ) -> Sink:
     """The sink for the blocks of one call, as its options say.
 
     Args:
-        read: what the call reads, tensors among it, into which nothing may be written.
+        read: tells what the call reads, tensors among it, into which nothing may be written.
 
     Raises:
         TypeError, ValueError: an ``out`` that can't be written into, or a dtype beside it.
@@ -48,7 +48,7 @@ def sink_for(
             "their own: leave one of the two out."
         )
     tensors = _checked_tensors(api, out, flat)
-    check_unread(api, tensors, read)
+    check_unread(api, tensors, read())
     return IntoMatrix(api, out) if flat else IntoBlocks(api, out, tensors)
 
 

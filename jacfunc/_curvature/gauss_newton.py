@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Generic
 
@@ -55,7 +55,7 @@ class GaussNewton(Generic[Params]):
     """
 
     point: ModuleAtBatch
-    curvature_of: Callable[[BatchOutputs], OutputCurvature]
+    curvature_of: Callable[[BatchOutputs], OutputCurvature] = field(repr=False)
 
     def product(self, vector: Params | Mapping[str, Tensor]) -> Params:
         """``G v``, by one product with J, one with H and one with Jᵀ; samples may be coupled.

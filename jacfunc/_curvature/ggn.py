@@ -14,6 +14,7 @@ from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._lending import Select
 from jacfunc._lock import alone
 from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent
+from jacfunc._showing import named
 from jacfunc._types import Memory, OfParams, Params, Randomness, Tree
 
 
@@ -136,7 +137,7 @@ def ggn(
 
         return GaussNewton(at_batch, curvature_of)
 
-    return ggn_of
+    return named("ggn", module, ggn_of)
 
 
 @overload
@@ -239,4 +240,4 @@ def fisher(
             )
         return GaussNewton(at_batch, lambda outputs: curvature)
 
-    return fisher_of
+    return named("fisher", module, fisher_of)

@@ -13,6 +13,7 @@ from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._factored import FactoredJacobian, norms
 from jacfunc._lending import Select
 from jacfunc._modules import Batching, BatchOptions, Independent
+from jacfunc._showing import named
 from jacfunc._types import Leaves, Memory, Randomness, Tree
 
 
@@ -91,4 +92,4 @@ def gradient_norms(
         (result,) = stack(at_batch.pieces(norms_of), at_batch.size)
         return result.to(like.dtype)
 
-    return gradient_norms_of
+    return named("gradient_norms", module, gradient_norms_of)

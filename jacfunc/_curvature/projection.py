@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,39 @@ from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
 from jacfunc._memory import DRAWN_BYTES
 from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch
+from jacfunc._showing import named
 from jacfunc._types import Leaves, Memory, Randomness, Tree, product_dtype
 
 API = "random_projection"
+
+
+class ProjectionOptions(TypedDict, total=False):
+    """What :func:`random_projection` takes by keyword."""
+
+    seed: int
+    select: Select
+    in_dims: Tree
+    randomness: Randomness
+    chunk_size: int | None
+    memory: Memory
+    out: Tree
+    independent: Independent
+
+
+@overload
+def random_projection(
+    module: nn.Module | Callable[..., Any],
+    size: int,
+    loss: None = None,
+    **options: Unpack[ProjectionOptions],
+) -> Callable[..., Tree]: ...
+@overload
+def random_projection(
+    module: nn.Module | Callable[..., Any],
+    size: int,
+    loss: LossFunction,
+    **options: Unpack[ProjectionOptions],
+) -> Callable[..., Tensor]: ...
 
 
 def random_projection(
@@ -106,7 +136,7 @@ def random_projection(
         gradient = at_batch.budget.keep(at_outputs.gradient)
         return Projections(at_batch, size, seed).of_gradients(gradient, places)
 
-    return random_projection_of
+    return named("random_projection", module, random_projection_of)
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,11 @@ def _modes() -> list[Any]:
     return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
 
 
+def is_watching() -> bool:
+    """Is a function evaluated of which a derivative of ours is taken, and watched?"""
+    return any(isinstance(mode, Watch) for mode in _modes())
+
+
 def watch_on() -> None:
     """Make outer watches watch again: they count orders of derivatives, and one is taken here."""
     for watch in _modes() if torch._C._len_torch_function_stack() else ():

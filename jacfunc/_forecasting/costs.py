@@ -165,7 +165,7 @@ class Costs:
         if sweeps.are_pushes:
             cost = self.speeds.push_batch if sweeps.is_vmapped else self.speeds.push
             return count * self._push(chunk, cost) + copies
-        return self._evaluation() + count * self._pull(chunk) + copies
+        return self.evaluation() + count * self._pull(chunk, count) + copies
 
     def _by_layers(self) -> float:
         """Seconds by layers: all operations are looked at; no gradients are made but the result."""
@@ -178,7 +178,7 @@ class Costs:
         flops = self.rows * sum(op.primal_flops for op in self.operations)
         products = flops * self.speeds.flop(self.rows, False, False)
         pulled = replace(self, operations=passing)._pull(self.rows)
-        return overhead + self._evaluation() + pulled + products + self._write_blocks()
+        return overhead + self.evaluation() + pulled + products + self._write_blocks()
 
     def least_push(self) -> float:
         """Seconds that forward mode takes at least, by a rule of thumb instead of a measurement.
@@ -187,13 +187,17 @@ class Costs:
         """
         return 2 * self.speeds.pull_batch.seconds(len(self.operations))
 
-    def _evaluation(self) -> float:
+    def evaluation(self) -> float:
+        """Seconds of an evaluation that keeps its graph."""
         return self.speeds.evaluate.seconds(len(self.operations)) + sum(
             self._multiply(op, 1, True) + self._write(op.written) for op in self.operations
         )
 
-    def _pull(self, seeds: int) -> float:
-        cost = self.speeds.pull if seeds == 1 else self.speeds.pull_batch
+    def _pull(self, seeds: int, sweeps: int = 1) -> float:
+        if seeds > 1:
+            cost = self.speeds.pull_batch
+        else:
+            cost = self.speeds.pull if sweeps == 1 else self.speeds.pull_each
         return cost.seconds(len(self.operations)) + sum(
             seeds * self._multiply(op, seeds, False) + self._write(seeds * op.read)
             for op in self.operations

@@ -18,6 +18,7 @@ from jacfunc._measuring import seconds_of
 from jacfunc._memory import LARGE
 from jacfunc._torch import outside_transforms
 from jacfunc._types import Leaves
+from jacfunc.strategies import Looped
 
 REPEATS, FEWEST, ENOUGH = 9, 3, 0.05
 """Calls of which the fastest counts, and seconds after which no further one is made but the fewest:
@@ -27,8 +28,8 @@ on a busy machine one call in a few takes several times as long.
 SHORT, LONG = 2, 12
 """Links of two chains of tiny operations: their times differ by the time of the links between."""
 
-OPERATIONS = 2
-"""How many operations a link has."""
+OPERATIONS, LENGTH = 2, 4
+"""How many operations a link has, and how long its vectors are."""
 
 SMALLEST, LARGEST, FRESH = 4**8, 2**21, LARGE
 """Bytes of results: in a cache, in memory that a heap uses again, in new pages."""
@@ -98,6 +99,12 @@ class Machine:
         return self._cost(lambda operator: partial(operator.pullback, operator.outputs))
 
     @cached_property
+    def pull_each(self) -> Cost:
+        """Cost of a row of several that are pulled back one by one: with its seed, and a copy."""
+        every = self._cost(lambda operator: partial(Looped().materialize, operator))
+        return Cost(every.call / LENGTH, every.operation / LENGTH)
+
+    @cached_property
     def pull_batch(self) -> Cost:
         """Cost of a vmapped pullback."""
         return self._cost(_pull_batch)
@@ -148,7 +155,7 @@ class Machine:
         return self._seconds(sweep) / (seeds * 2 * 2 * 4 * 9 * SIDE**2)
 
     def _cost(self, way: Way, link: Link = lambda x, matrix: torch.tanh(matrix @ x)) -> Cost:
-        matrix = self._ones(4, 4) / 8
+        matrix = self._ones(LENGTH, LENGTH) / 8
 
         def chain(links: int) -> float:
             def func(x: Tensor) -> tuple[Leaves, Leaves]:

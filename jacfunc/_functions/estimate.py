@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import Derivation
 from jacfunc._forecasting import CallForecast, Forecast
 from jacfunc._lock import alone
+from jacfunc._showing import html_table
 from jacfunc._torch import inside_transform
 from jacfunc._types import Argnums, Tree
 from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
@@ -119,13 +119,7 @@ class Estimate:
 
     def _repr_html_(self) -> str:
         """The table as HTML, for notebooks."""
-        head = "".join(f"<th>{cell}</th>" for cell in HEADER)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
-            for row in self.rows
-        )
-        caption = html.escape(self._title())
-        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+        return html_table(self._title(), HEADER, map(_cells, self.rows))
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as dicts of plain strings and numbers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from jacfunc._lock import alone
 from jacfunc._log import trail
 from jacfunc._memory import PeakBytes
 from jacfunc._planning import Auto, Autotune, Plan, resolve
+from jacfunc._showing import html_table
 from jacfunc._types import Argnums, Memory, Tree
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.strategies import Strategy, Sweeping, in_words_of
@@ -154,8 +154,10 @@ class Explanation:
         )
 
     def _repr_html_(self) -> str:
-        """The lines as HTML, for notebooks."""
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        """The lines as a table in HTML, for notebooks."""
+        steps = [("then", step, "") for step in self.steps]
+        title = f"{self.plan.strategy}: {self.plan.reason}"
+        return html_table(title, ("", "forecast", "seen"), [*self._rows(), *steps])
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         forecast = self.plan.forecast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -103,8 +104,7 @@ def graph_jacobian(
     flags = {"per_sample": per_sample, "flat": flat, "create_graph": create_graph}
     _check_call(independent, **flags, retain_graph=retains)
     chosen = resolve(API, strategy, chunk_size, memory)
-    read = () if out is None else read_by(None, outputs, inputs)
-    sink = sink_for(API, out, flat, dtype, device, read)
+    sink = sink_for(API, out, flat, dtype, device, partial(read_by, None, outputs, inputs))
     out_split, in_split = _split("outputs", outputs), _split("inputs", inputs)
     graph = _graph(out_split, in_split)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Literal, overload
 
 from jacfunc._arguments import check_like
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._types import Tree
+from jacfunc._showing import named
+from jacfunc._types import AuxT, InT, OutT, Tree
 from jacfunc.strategies import in_words_of
 
 MUST = "the function must be one that this product can be taken of"
@@ -18,6 +19,22 @@ PULL, PUSH = (
 LESS = " Take smaller arguments, or fewer at once."
 
 
+@overload
+def jvp(
+    func: Callable[..., OutT],
+    primals: tuple[Tree, ...],
+    tangents: tuple[Tree, ...],
+    *,
+    has_aux: Literal[False] = False,
+) -> tuple[OutT, OutT]: ...
+@overload
+def jvp(
+    func: Callable[..., tuple[OutT, AuxT]],
+    primals: tuple[Tree, ...],
+    tangents: tuple[Tree, ...],
+    *,
+    has_aux: Literal[True],
+) -> tuple[OutT, OutT, AuxT]: ...
 def jvp(
     func: Callable[..., Any],
     primals: tuple[Tree, ...],
@@ -62,6 +79,18 @@ def jvp(
     return (value, pushed, aux) if has_aux else (value, pushed)
 
 
+@overload
+def vjp(
+    func: Callable[Concatenate[InT, ...], OutT], primal: InT, /, *, has_aux: Literal[False] = False
+) -> tuple[OutT, Callable[[OutT], tuple[InT]]]: ...
+@overload
+def vjp(
+    func: Callable[..., OutT], *primals: Tree, has_aux: Literal[False] = False
+) -> tuple[OutT, Callable[[OutT], tuple[Tree, ...]]]: ...
+@overload
+def vjp(
+    func: Callable[..., tuple[OutT, AuxT]], *primals: Tree, has_aux: Literal[True]
+) -> tuple[OutT, Callable[[OutT], tuple[Tree, ...]], AuxT]: ...
 def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tuple[Any, ...]:
     """vᵀ·J without J: evaluates ``func`` once and returns its pullback.
 
@@ -102,6 +131,7 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
         products = in_words_of("vjp", lambda: operator.pullback(seeds), MUST, PUSH, LESS)
         return call.input_tree(products)
 
+    named("vjp", func, pullback)
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 

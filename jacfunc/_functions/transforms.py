@@ -1,18 +1,36 @@
-"""Jacobians and Hessians of functions of trees, as functions of the same arguments."""
+"""Jacobians of functions of trees, as functions of the same arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Literal, Unpack, overload
+
+from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size, check_randomness
 from jacfunc._calls import Derivation
-from jacfunc._functions.derive import deriving, jacobian_by
+from jacfunc._functions.derive import jacobian_by
 from jacfunc._planning import directed, resolve
-from jacfunc._types import Argnums, Memory, Randomness, Tree
-from jacfunc.strategies import Evaluation, Forward, Reverse, Strategy
+from jacfunc._types import Argnums, FunctionOf, InT, Memory, Randomness, SweepOptions, Tree
+from jacfunc.strategies import Forward, Reverse, Strategy
 
 
+@overload
+def jacrev(
+    func: Callable[Concatenate[InT, ...], Tensor],
+    argnums: Literal[0] = 0,
+    *,
+    has_aux: Literal[False] = False,
+    **options: Unpack[SweepOptions],
+) -> FunctionOf[InT, InT]: ...
+@overload
+def jacrev(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    **options: Unpack[SweepOptions],
+) -> Callable[..., Tree]: ...
 def jacrev(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -63,6 +81,24 @@ def jacrev(
     return jacobian_by(Derivation("jacrev", func, argnums, has_aux), reverse, out)
 
 
+@overload
+def jacfwd(
+    func: Callable[Concatenate[InT, ...], Tensor],
+    argnums: Literal[0] = 0,
+    has_aux: Literal[False] = False,
+    *,
+    randomness: Randomness = ...,
+    **options: Unpack[SweepOptions],
+) -> FunctionOf[InT, InT]: ...
+@overload
+def jacfwd(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    randomness: Randomness = ...,
+    **options: Unpack[SweepOptions],
+) -> Callable[..., Tree]: ...
 def jacfwd(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -111,6 +147,24 @@ def jacfwd(
     return jacobian_by(Derivation("jacfwd", func, argnums, has_aux), forward, out)
 
 
+@overload
+def jacobian(
+    func: Callable[Concatenate[InT, ...], Tensor],
+    argnums: Literal[0] = 0,
+    *,
+    has_aux: Literal[False] = False,
+    strategy: str | Strategy = ...,
+    **options: Unpack[SweepOptions],
+) -> FunctionOf[InT, InT]: ...
+@overload
+def jacobian(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    strategy: str | Strategy = ...,
+    **options: Unpack[SweepOptions],
+) -> Callable[..., Tree]: ...
 def jacobian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -154,96 +208,3 @@ def jacobian(
     """
     chosen = resolve("jacobian", strategy, chunk_size, memory)
     return jacobian_by(Derivation("jacobian", func, argnums, has_aux), chosen, out)
-
-
-def value_and_jacobian(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    strategy: str | Strategy = "auto",
-    has_aux: bool = False,
-    chunk_size: int | None = None,
-    memory: Memory = None,
-    out: Tree = None,
-) -> Callable[..., Any]:
-    """Value and Jacobian of ``func``; the value comes from the evaluation that J needs anyway.
-
-    ``(f(x), ∂f/∂x)``.
-
-    Args:
-        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
-        argnums: which positional arguments to differentiate; negative counts from the end.
-        strategy: as in :func:`jacobian`.
-        has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
-        chunk_size: seeds swept at once, for a strategy given by name.
-        memory: as in :func:`jacrev`, for a strategy given by name; ``"auto"`` keeps to half of
-            what is free where none is given.
-        out: as in :func:`jacrev`.
-
-    Returns:
-        A function of the same arguments: ``(value, jacobian)``, or ``((value, aux), jacobian)``
-        with ``has_aux``; blocks ``[*out, *in]`` as in :func:`jacrev`.
-
-    Raises:
-        TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
-
-    Cost:
-        That of :func:`jacobian`.
-
-    Example:
-        >>> import torch, jacfunc
-        >>> jacfunc.value_and_jacobian(torch.square)(torch.tensor([3.0]))
-        (tensor([9.]), tensor([[6.]]))
-    """
-
-    def pack(evaluation: Evaluation) -> Any:
-        value, aux = evaluation.value_and_aux()
-        return (value, aux) if has_aux else value, evaluation.jacobian()
-
-    chosen = resolve("value_and_jacobian", strategy, chunk_size, memory)
-    return deriving(Derivation("value_and_jacobian", func, argnums, has_aux), chosen, pack, out)
-
-
-def hessian(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    strategy: str | Strategy = "reverse",
-    has_aux: bool = False,
-    chunk_size: int | None = None,
-    memory: Memory = None,
-    out: Tree = None,
-) -> Callable[..., Any]:
-    """Hessian of ``func``: the Jacobian, by ``strategy``, of its reverse-mode Jacobian.
-
-    ``H[i, j, k] = ∂² func(*args)[i] / ∂ x[j] ∂ x[k]``.
-
-    Args:
-        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
-        argnums: which positional arguments to differentiate; negative counts from the end.
-        strategy: of the outer sweep, as in :func:`jacobian`: ``"reverse"`` differentiates the
-            backward graph, ``"forward"`` pushes tangents through it.
-        has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
-        chunk_size: seeds of the outer sweep at once, for a strategy given by name.
-        memory: as in :func:`jacrev`, for a strategy given by name.
-        out: as in :func:`jacrev`: a Hessian of an earlier call.
-
-    Returns:
-        A function of the same arguments: the output tree of input trees of input trees of blocks
-        ``[*out, *in, *in]``; or ``(hessian, aux)``.
-
-    Raises:
-        TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
-
-    Cost:
-        M·N pullbacks through the graph of the Jacobian, or N pushforwards through all of it.
-
-    Example:
-        >>> import torch, jacfunc
-        >>> jacfunc.hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
-        tensor([[ 6.,  0.],
-                [ 0., 12.]])
-    """
-    chosen = resolve("hessian", strategy, chunk_size, memory)
-    inner = jacobian_by(Derivation("hessian", func, argnums, has_aux), Reverse())
-    return jacobian_by(Derivation("hessian", inner, argnums, has_aux), chosen, out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Concatenate, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from jacfunc._functions.derive import watches_itself
 from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
+from jacfunc._showing import named
 from jacfunc._torch import RandomState, as_written, sweep_batch
 from jacfunc._trees import (
     Split,
@@ -30,13 +31,31 @@ from jacfunc._trees import (
     stack_trees,
     unflatten,
 )
-from jacfunc._types import Leaves, Randomness, Tree, is_tensor
+from jacfunc._types import FunctionOf, InT, Leaves, OutT, Randomness, Tree, is_tensor
 from jacfunc.strategies import in_words_of
 
 OTHERWISE = " Use other operations in func, or loop over the samples."
 FEWER = " Take fewer samples at once with chunk_size."
 
 
+@overload
+def vmap(
+    func: Callable[Concatenate[InT, ...], OutT],
+    in_dims: Tree = 0,
+    out_dims: Tree = 0,
+    randomness: Randomness = ...,
+    *,
+    chunk_size: int | None = None,
+) -> FunctionOf[InT, OutT]: ...
+@overload
+def vmap(
+    func: Callable[..., Any],
+    in_dims: Tree = 0,
+    out_dims: Tree = 0,
+    randomness: Randomness = ...,
+    *,
+    chunk_size: int | None = None,
+) -> Callable[..., Tree]: ...
 def vmap(
     func: Callable[..., Any],
     in_dims: Tree = 0,
@@ -111,7 +130,7 @@ def vmap(
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
         return unflatten(structure[0], moved)
 
-    return mapped
+    return named("vmap", func, mapped)
 
 
 def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None]:

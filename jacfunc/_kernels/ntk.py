@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._kernels.blocks import KeptAxes, Progress, SampleRange, product_of
+from jacfunc._kernels.blocks import KeptAxes, KernelOptions, Progress, SampleRange, product_of
 from jacfunc._kernels.fitting import in_ranges
 from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
 from jacfunc._lending import Select
@@ -23,11 +23,26 @@ from jacfunc._modules import (
     check_called,
     check_randomness_option,
 )
+from jacfunc._showing import named
 from jacfunc._trees import map_tensors
-from jacfunc._types import Argnums, Memory, Randomness, Tree
+from jacfunc._types import Argnums, Memory, OutT, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
 API = "ntk"
+
+
+@overload
+def ntk(
+    func: nn.Module, params: Any, x1: Any, x2: Any = None, **options: Unpack[KernelOptions]
+) -> Tree: ...
+@overload
+def ntk(
+    func: Callable[..., OutT],
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    **options: Unpack[KernelOptions],
+) -> OutT: ...
 
 
 def ntk(
@@ -133,7 +148,7 @@ def ntk(
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
 
-def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
+def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]:
     """Gramian of ``func``'s Jacobian, from the factors of layers where there are some.
 
     ``K[*i, *j] = Σₚ J[*i, p] J[*j, p]`` over all entries p of what ``argnums`` names.
@@ -168,7 +183,7 @@ def gram(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Tree]:
         kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None, new))
         return map_tensors(lambda kernel: kernel[0, 0], kernels)
 
-    return gram_of
+    return named("gram", func, gram_of)
 
 
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:

@@ -116,6 +116,12 @@ class ModuleAtBatch:
     last_call: FlatCall = field(init=False)
     """The call of a sample that was evaluated last: it has the trees of the output."""
 
+    def __repr__(self) -> str:
+        numbers = sum(param.numel() for param in self.params.values())
+        chosen = f"{len(self.params)} parameters of {numbers:,} numbers"
+        name = type(self.call.state.module).__name__
+        return f"<{self.api} of {name}, {chosen}, {self.size} samples>"
+
     @property
     def api(self) -> str:
         return self.call.api

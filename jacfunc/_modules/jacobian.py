@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_flags
 from jacfunc._assembly import read_by, sink_for
+from jacfunc._calls import warn_if_followed
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
-from jacfunc._modules.inputs import InputChoice, Key, Wrt, argnums_of
+from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
 from jacfunc._modules.options import Batching, ModuleOptions, check_module
 from jacfunc._planning import resolve
+from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
 
@@ -46,6 +49,51 @@ class ModuleResult(NamedTuple):
     buffers: dict[str, Tensor]
 
 
+class JacobianOptions(TypedDict, total=False):
+    """What :func:`module_jacobian` takes by keyword, whatever the form of its result."""
+
+    select: Select
+    inputs: Key | Sequence[Key] | None
+    per_sample: bool
+    in_dims: Tree
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    out: Tree
+    strategy: str | Strategy
+    chunk_size: int | None
+    memory: Memory
+    randomness: Randomness
+    create_graph: bool
+    independent: Independent
+
+
+@overload
+def module_jacobian(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    flat: Literal[True],
+    full_output: Literal[False] = False,
+    **options: Unpack[JacobianOptions],
+) -> Callable[..., Tensor]: ...
+@overload
+def module_jacobian(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    flat: bool = False,
+    full_output: Literal[True],
+    **options: Unpack[JacobianOptions],
+) -> Callable[..., ModuleResult]: ...
+@overload
+def module_jacobian(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    flat: bool = False,
+    full_output: bool = False,
+    **options: Unpack[JacobianOptions],
+) -> Callable[..., Tree]: ...
 def module_jacobian(
     module: nn.Module,
     wrt: Wrt | tuple[Wrt, ...] = "params",
@@ -100,7 +148,10 @@ def module_jacobian(
         randomness: with ``per_sample``, how samples draw from torch's default generators: they must
             not (``"error"``), all draw the ``"same"`` numbers, or each draws ``"different"`` ones.
         create_graph: make the result differentiable in parameters and inputs. By default it is
-            detached.
+            detached. Where gradients are on, two signs that a loss uses it all the same are warned
+            of: a tensor among the arguments that was computed with gradients; and by ``"inputs"``,
+            a module in training whose parameters have changed since the last call. Under
+            ``torch.no_grad()`` nothing is warned of.
         independent: with ``per_sample``, when to compare batches to see whether samples depend on
             each other; a module whose samples do is refused. In another batch half of the samples
             are replaced: the rest must have the same outputs and derivatives, to the last bit. None
@@ -147,15 +198,17 @@ def module_jacobian(
     batching = Batching(in_dims, randomness) if per_sample else None
     options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
     argnums, independence = argnums_of(API, wrt), options.independence
+    by_inputs = argnums != POSITIONS["params"]
     chosen_strategy = resolve(API, strategy, chunk_size, memory)
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         arguments = args, kwargs
         with alone():
             state = options.current.now()
+            if not create_graph:
+                warn_if_followed(API, module, state.point, arguments, by_inputs)
             choice = InputChoice.of(API, module, inputs, arguments)
-            read = () if out is None else read_by(module, arguments)
-            sink = sink_for(API, out, flat, dtype, device, read)
+            sink = sink_for(API, out, flat, dtype, device, partial(read_by, module, arguments))
             call = ModuleCall(
                 API, state, arguments, argnums, choice, full_output, create_graph, independence
             )
@@ -164,7 +217,7 @@ def module_jacobian(
         jacobian = result.blocks[0][0] if flat else result.jacobian()
         return ModuleResult(jacobian, *result.value_and_aux()) if full_output else jacobian
 
-    return module_jacobian_of
+    return named("module_jacobian", module, module_jacobian_of)
 
 
 def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._arguments import check_chunk_size, check_flags, check_memory, check_randomness
+from jacfunc._calls import CUT_OFF
 from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._memory import Budget
 from jacfunc._modules.function import FunctionAsModule, FunctionState, check_called
@@ -134,10 +135,7 @@ def check_randomness_option(api: str, randomness: object) -> None:
 def check_call(api: str, create_graph: bool) -> None:
     """Refuse a detached result inside another derivative."""
     if not create_graph and inside_derivative():
-        raise ValueError(
-            f"{api}: inside another derivative the result must keep its graph, got "
-            "create_graph=False, whose derivative would be zero. Pass create_graph=True."
-        )
+        raise ValueError(CUT_OFF.format(api=api))
 
 
 @_once_for_a_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import NamedTuple, TypeVar
@@ -14,8 +14,9 @@ from jacfunc._forecasting import Forecast
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import is_heard, note
 from jacfunc._memory import MODEST_BYTES, Chunk
+from jacfunc._showing import html_table
 from jacfunc._types import Blocks
-from jacfunc._units import in_seconds
+from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
 from jacfunc.strategies import Forward, Reverse, Strategy, Streaming, Structured, blocks_into
 
 NUMBER = 8
@@ -56,9 +57,11 @@ def check_strategy(api: str, strategy: object) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Streaming):
     """A chosen strategy, with the reason; it is a strategy itself, so that it can be used again.
+
+    It prints as a few lines, in a notebook as a table.
 
     Args:
         strategy: what runs.
@@ -98,6 +101,28 @@ class Plan(Streaming):
             )
         for strategy in (self.strategy, *self.otherwise):
             check_strategy("Plan", strategy)
+
+    def __repr__(self) -> str:
+        rows = list(self._rows())
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(["Plan:", *(f"  {name.ljust(width)}  {said}" for name, said in rows)])
+
+    def _repr_html_(self) -> str:
+        """The lines as a table in HTML, for notebooks."""
+        return html_table("Plan", (), self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "strategy", str(self.strategy)
+        yield "reason", self.reason
+        if self.otherwise:
+            yield "if refused", ", then ".join(map(str, self.otherwise))
+        if (cost := self.forecast) is not None:
+            yield "calls", f"{in_digits(cost.evaluations)}, with {in_digits(cost.sweeps)} sweeps"
+            yield "FLOPs", in_counts(cost.flops)
+            yield "result", in_bytes(cost.result_bytes)
+            yield "peak", in_bytes(cost.peak_bytes)
+        if self.seconds is not None:
+            yield "time", in_seconds(self.seconds)
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the first strategy that torch does not refuse."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from jacfunc._arguments import check_flags
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
 from jacfunc._modules import FEW_CALLS, Batching, Independent, ModuleCall, ModuleOptions
+from jacfunc._showing import named
 from jacfunc._streams.held import ParameterBlocks, RowBlocks
 from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
 from jacfunc._torch import RandomState, inside_transform
@@ -21,6 +22,33 @@ from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
 API = "stream_jacobian"
 By = Literal["params", "rows", "samples"]
 Items = Iterator[tuple[Any, Tree]]
+
+
+class StreamOptions(TypedDict, total=False):
+    """What :func:`stream_jacobian` takes by keyword."""
+
+    select: Select
+    per_sample: bool
+    in_dims: Tree
+    chunk_size: int | None
+    memory: Memory
+    randomness: Randomness
+    independent: Independent
+    copy: bool
+
+
+@overload
+def stream_jacobian(
+    module: nn.Module, by: Literal["params"] = "params", **options: Unpack[StreamOptions]
+) -> Callable[..., Iterator[tuple[str, Tree]]]: ...
+@overload
+def stream_jacobian(
+    module: nn.Module, by: Literal["rows"], **options: Unpack[StreamOptions]
+) -> Callable[..., Iterator[tuple[slice, dict[str, Tensor]]]]: ...
+@overload
+def stream_jacobian(
+    module: nn.Module, by: Literal["samples"], **options: Unpack[StreamOptions]
+) -> Callable[..., Iterator[tuple[slice, Tree]]]: ...
 
 
 def stream_jacobian(
@@ -114,7 +142,7 @@ def stream_jacobian(
         streamed = StreamedCall(call, batch, random_state, budget)
         return BLOCKS[by](streamed, chunk_size)
 
-    return stream_jacobian_of
+    return named("stream_jacobian", module, stream_jacobian_of)
 
 
 def _check_by(by: object, per_sample: bool) -> None:

@@ -17,7 +17,7 @@ TIE = 1.05
 """A result is as fast as the fastest if it takes up to so many times its time."""
 
 LITTLE = 0.8
-"""A strategy is named for its memory only below this share of what the fastest takes."""
+"""A slower result is named for its memory only below this share of what all faster ones take."""
 
 NOT_ENOUGH = "jacfunc.stream_jacobian or products (jacfunc.jvp, vjp, ntk, ggn)"
 
@@ -33,11 +33,11 @@ def best(results: Sequence[Result]) -> Result | None:
 
 
 def front(results: Sequence[Result]) -> list[Result]:
-    """The fastest result, and from there on each that takes less memory than all before."""
+    """The fastest result, and from there on each that takes clearly less memory than all before."""
     unbeaten: list[Result] = []
     least = math.inf
     for result in sorted(timed(results), key=lambda r: (_duration(r).median, r.peak_bytes or 0)):
-        if result.peak_bytes is not None and result.peak_bytes < least:
+        if result.peak_bytes is not None and result.peak_bytes < LITTLE * least:
             least = result.peak_bytes
             unbeaten.append(result)
     return unbeaten

@@ -94,6 +94,7 @@ def _compared(
 ) -> Comparison:
     with _progress_bar(progress) as on_step:
         on_step("reference", None)
+        problem.check_samples()
         reference, baseline = reference_of(problem), baseline_of(problem)
         sizes = Sizes.of(problem, reference)
         sizes.check(problem.device)

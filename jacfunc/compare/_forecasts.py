@@ -8,7 +8,7 @@ from jacfunc._calls import Derivation
 from jacfunc._forecasting import CallForecast, Costs, counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import note
-from jacfunc._measuring import Result
+from jacfunc._measuring import Result, seconds_of
 from jacfunc._memory import free_bytes
 from jacfunc._planning import BUDGET_SHARE, resolve
 from jacfunc._units import in_bytes, in_seconds
@@ -72,22 +72,30 @@ def _of_function(problem: Problem, strategies: Mapping[str, Sweeping]) -> dict[s
 
 def _of_module(problem: Problem, strategies: Mapping[str, Sweeping]) -> dict[str, Needs]:
     """What strategies would take of a module, by the costs of one sample, as auto forecasts it."""
-    costs, samples = _costs_of_sample(problem), problem.size()
+    (costs, extra), samples = _costs_of_sample(problem), problem.size()
     if costs is None:
         return {}
     batch = costs.times(samples)
     return {
         name: (batch.seconds(strategy), None, batch.least_bytes(strategy))
         if strategy.sweeps.is_vmapped
-        else (samples * costs.seconds(strategy), None, 0)
+        else (samples * (extra + costs.seconds(strategy)), None, 0)
         for name, strategy in strategies.items()
     }
 
 
-def _costs_of_sample(problem: Problem) -> Costs | None:
-    """Costs of one sample, or of the batch as a whole, evaluated as jacfunc does it."""
+def _costs_of_sample(problem: Problem) -> tuple[Costs | None, float]:
+    """Costs of one sample, or of the batch as a whole, evaluated as jacfunc does it.
+
+    With the seconds that an evaluation takes beyond its operations: a module is lent for it.
+    """
     call = problem.call()
     with call.undisturbed():
         one = call.batch(problem.batching).first_call if problem.is_sampled else call.flat_call
         flat = one()
-        return counted_costs(JacobianOperator(flat, flat.primals))
+        operator = JacobianOperator(flat, flat.primals)
+        costs = counted_costs(operator)
+        if costs is None:
+            return None, 0.0
+        took = seconds_of(lambda: operator.unevaluated().outputs, problem.device)
+        return costs, max(0.0, took - costs.evaluation())

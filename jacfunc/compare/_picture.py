@@ -24,8 +24,8 @@ PLACES = ((5, 4), (-10, -10), (5, -10), (-10, 4), (-2, 9), (-2, -15))
 def draw(path: Path, title: str, results: Sequence[Result]) -> None:
     """Write an SVG file: a numbered point for each right answer, and the names in a key below.
 
-    Numbers go from the fastest on. A bar shows the quartiles of a time; stairs join the contestants
-    that nobody beats at both time and memory.
+    Numbers go from the fastest on. A bar shows the quartiles of a time; stairs join the fastest
+    and those that take clearly less memory than all that are faster.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

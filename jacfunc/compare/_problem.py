@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -171,11 +172,17 @@ class Problem:
         """Where the inputs of a module hold its samples."""
         return Batching(self.in_dims, self.randomness)
 
+    def check_samples(self) -> None:
+        """Refuse samples that are known to depend on each other, by batch normalization, say."""
+        if self.is_sampled:
+            with _told_of_the_whole():
+                self.call().batch(self.batching)
+
     def check_independent(self) -> None:
         """Refuse samples that depend on each other: no sample has a Jacobian of its own."""
         if self.is_sampled:
             call = self.call()
-            with call.undisturbed():
+            with _told_of_the_whole(), call.undisturbed():
                 call.check_independent(call.batch(self.batching))
 
     def samples(self) -> tuple[Split, list[int | None]]:
@@ -220,3 +227,13 @@ class Problem:
 def _name_of(target: object) -> str:
     name = getattr(target, "__name__", type(target).__name__)
     return "a function" if name == "<lambda>" else str(name)
+
+
+@contextmanager
+def _told_of_the_whole() -> Iterator[None]:
+    """Refusals of samples say how the batch is compared as a whole."""
+    try:
+        yield
+    except ValueError as error:
+        whole = "For the batch as a whole: --whole, or Problem(..., per_sample=False)."
+        raise type(error)(f"{error} {whole}") from error

@@ -255,7 +255,7 @@ def test_many_winners_are_counted_not_listed():
         record(result("jacfunc", flat(2.0)), result(name, flat(1.0)), result(BASE, flat(3.0)))
         for name in ("a", "a", "a", "b", "b", "c", "d")
     ]
-    assert sentence(cases).endswith("; elsewhere a or b or 2 more win.")
+    assert sentence(cases).endswith("; elsewhere the fastest is a in 3, b in 2, c in 1.")
 
 
 # --- two runs ---

@@ -435,6 +435,19 @@ def test_the_front_is_what_nobody_beats_at_both():
     assert [r.contestant for r in front(rows)] == ["b", "a", "d"]
 
 
+def test_a_little_memory_is_not_worth_much_time():
+    rows = [row("a", 1.0, 100), row("b", 59.0, 97), row("c", 60.0, 81), row("d", 61.0, 79)]
+    assert [r.contestant for r in front(rows)] == ["a", "d"]
+
+
+def test_coupled_samples_are_refused_with_the_way_to_compare_the_batch():
+    norm = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    whole = r"For the batch as a whole: --whole, or Problem\(\.\.\., per_sample=False\)\.$"
+    with pytest.raises(ValueError, match=rf"^compare: .* Call module\.eval\(\).* {whole}"):
+        compare((norm, torch.randn(4, 3)), **QUICK)
+    assert compare(Problem(norm, (torch.randn(4, 3),), per_sample=False), **QUICK).best
+
+
 # --- what is shown ---
 
 

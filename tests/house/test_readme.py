@@ -54,6 +54,26 @@ def test_the_readmes_code_runs():
     exec(compile("\n".join(blocks), "README.md", "exec"), {})
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch's loop is oneDNN's")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_what_is_said_of_recurrent_layers_is_so(kind):
+    layer, x = getattr(torch.nn, kind)(3, 2, batch_first=True), torch.randn(4, 5, 3)
+    params = {name: param.detach() for name, param in layer.named_parameters()}
+
+    def func(params, x):
+        return torch.func.functional_call(layer, params, (x[None],))[0]
+
+    per_sample = torch.vmap(torch.func.jacrev(func), (None, 0))
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.vmap(func, (None, 0))(params, x)
+    if kind == "LSTM":
+        one = torch.func.jacrev(func)(params, x[1])["weight_hh_l0"]
+        torch.testing.assert_close(per_sample(params, x)["weight_hh_l0"][1], one)
+    else:
+        with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+            per_sample(params, x)
+
+
 @TEXTS
 def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())

@@ -87,6 +87,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("wrt", ["params", "inputs"])
 @pytest.mark.parametrize("what", CHANGES)
+# a written parameter is what training looks like
+@pytest.mark.filterwarnings("ignore:module_jacobian. create_graph must be True:UserWarning")
 def test_a_change_between_two_calls_counts(what: str, wrt: Any, per_sample: bool) -> None:
     torch.manual_seed(0)
     module, x = Changing(), torch.rand(4, 3).double()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import jacfunc
 from jacfunc import Forward, Looped, Plan, Reverse, Structured
 from jacfunc._forecasting.costs import Costs
-from jacfunc._forecasting.machine import LARGEST
+from jacfunc._forecasting.machine import LARGEST, Cost
 from jacfunc._forecasting.recording import Operation, Recorder
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
@@ -86,7 +86,7 @@ class Speeds:
         self._flops = {True: forward_flop, False: backward_flop}
         self._large_byte = large_byte
         self.evaluate = self.pull = self.pull_batch = self.push = self.push_batch = Millisecond()
-        self.scaling = 0.0
+        self.pull_each, self.scaling = Millisecond(), 0.0
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         return self._flops[forward]
@@ -117,6 +117,13 @@ def test_results_that_need_fresh_pages_are_taken_in_chunks() -> None:
 def test_a_chunk_that_was_given_stays() -> None:
     given = (Reverse(7), Forward(7))
     assert fastest(invented(100, 100), given).strategy == Reverse(7)
+
+
+def test_rows_one_by_one_take_what_each_takes_with_its_seed() -> None:
+    for rows, seconds in ((1, 2e-3), (100, 1e-3 + 100 * 3e-3)):
+        costs = invented(rows, 10)
+        costs.speeds.pull_each = Cost(3e-3, 0.0)
+        assert costs.seconds(Looped()) == pytest.approx(seconds)
 
 
 def test_seconds_count_sweeps_and_evaluations() -> None:
@@ -308,7 +315,7 @@ def test_explain_puts_the_forecast_beside_what_was_seen() -> None:
     assert lines[0].startswith("Reverse(chunk_size=None): 200 outputs, 100 inputs")
     assert "forecast" in lines[-1]
     assert "seen" in lines[-1]
-    assert "<pre>Reverse(" in told._repr_html_()
+    assert "<table><caption>Reverse(" in told._repr_html_()
 
 
 def test_explain_keeps_to_the_budget_that_it_foretells() -> None:

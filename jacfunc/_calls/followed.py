@@ -1,0 +1,68 @@
+"""A warning where a result without a graph seems to be meant for a loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from jacfunc._faults import is_watching
+from jacfunc._remembered import Remembered
+from jacfunc._torch import is_outermost
+from jacfunc._trees import Arguments
+
+CUT_OFF = (
+    "{api}: inside another derivative the result must keep its graph, got create_graph=False, "
+    "whose derivative would be zero. Pass create_graph=True."
+)
+STACK_LEVEL = 3
+"""The caller of the function that calls :func:`warn_if_followed`."""
+
+
+@cache
+def _versions() -> Remembered[int]:
+    """The version of a parameter of each module, as it was at the last call."""
+    return Remembered()
+
+
+def warn_if_followed(
+    api: str, module: nn.Module, params: Mapping[str, Tensor], arguments: Arguments, by_inputs: bool
+) -> None:
+    """Warn, where gradients are on, of two signs that the detached result is used in a loss.
+
+    An input comes out of other computations that require gradients; or the result is by inputs, and
+    the module in training has other parameters than at the last call.
+
+    Raises:
+        ValueError: with such an input in a function of which another derivative is taken.
+    """
+    if not (torch.is_grad_enabled() and is_outermost()):
+        return
+    args, kwargs = arguments
+    sign = ""
+    if any(getattr(x, "grad_fn", None) is not None for x in (*args, *kwargs.values())):
+        if is_watching():
+            raise ValueError(CUT_OFF.format(api=api))
+        sign = "an input that was computed with gradients"
+    elif by_inputs and module.training and _has_changed(module, params):
+        sign = "parameters that were trained since the last call"
+    if sign:
+        warnings.warn(
+            f"{api}: create_graph must be True where a loss is to train by the result, which is "
+            f"detached otherwise, got False with {sign}. Pass create_graph=True, or call it under "
+            "torch.no_grad() if nothing is to train by it.",
+            stacklevel=STACK_LEVEL,
+        )
+
+
+def _has_changed(module: nn.Module, params: Mapping[str, Tensor]) -> bool:
+    """Was the first parameter written to since the last call?"""
+    name, param = next(iter(params.items()), ("", None))
+    if param is None or param.is_inference():
+        return False
+    before = _versions().get(module, name)
+    _versions().put(module, name, param._version)
+    return before is not None and before != param._version
