@@ -99,7 +99,7 @@ def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Lea
     # a backward pass of the user's own may have written into them
     if seeds is not None and not any(seed._version for seed in seeds):
         return seeds
-    of_one = tuple(leaf[0] for leaf in leaves)
+    of_one = tuple(leaf[0] if len(leaf) else leaf.new_empty(leaf.shape[1:]) for leaf in leaves)
     pairs = zip(unit_seeds(of_one, start, stop), leaves, strict=True)
     seeds = tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
     if can_be_kept and numel(of_one) * (stop - start) <= FEW_NUMBERS:

@@ -224,7 +224,9 @@ class GaussNewton(Generic[Params]):
         return result
 
     def _times(self, tangents: Leaves) -> Leaves:
-        """``G v = Jᵀ H J v``."""
+        """``G v = Jᵀ H J v``; zero where there are no samples, or no parameters."""
+        if not (self.point.size and tangents):
+            return tuple(map(torch.zeros_like, tangents))
         return self._products.pulled(self._batch_curvature.times(self._products.pushed(tangents)))
 
     def _as_map(self) -> LinearMap:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from jacfunc._curvature.gauss_newton import GaussNewton
+from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
 from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._lending import Select
@@ -122,6 +123,7 @@ def ggn(
         {'w': tensor([[1.],
                 [1.]])}
     """
+    check_loss("ggn", loss)
     batching = Batching(in_dims, randomness)
     options = BatchOptions.read(
         "ggn", module, select, batching, chunk_size, memory, independent, chunk_size, copy=copy

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
+from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._factored import FactoredJacobian, norms
 from jacfunc._lending import Select
@@ -70,6 +71,7 @@ def gradient_norms(
         True
     """
     api, batching = "gradient_norms", Batching(in_dims, randomness)
+    check_loss(api, loss)
     options = BatchOptions.read(
         api, module, select, batching, chunk_size, memory, independent, chunk_size, by_rows=False
     )

@@ -72,6 +72,16 @@ class TorchLoss:
         return None if is_weighted else next(rows, None)
 
 
+def check_loss(api: str, loss: object) -> None:
+    """Refuse what is no function, and a class of losses in the place of a loss."""
+    if not callable(loss) or isinstance(loss, type):
+        kind = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(
+            f"{api}: loss must be a function loss(outputs, targets), got {kind}. Pass "
+            "torch.nn.functional.cross_entropy, or an instance of torch.nn.CrossEntropyLoss."
+        )
+
+
 def known_root(loss: Any, outputs: Any, targets: Any) -> Tensor | None:
     """``S [B, M, R]`` with ``H = S Sᵀ``; None if there is no formula for the loss or arguments."""
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):

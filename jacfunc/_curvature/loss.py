@@ -81,7 +81,9 @@ class Loss:
         with as_written():
             value: Any = self.func(self.outputs.tree(leaves), self.targets)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
+            kind = (
+                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            )
             raise ValueError(
                 f"{self.api}: loss(outputs, targets) must be one number for the batch, got {kind}. "
                 "Return the sum or the mean over samples."
@@ -100,13 +102,15 @@ class Loss:
 
         def gradient_of(output_samples: Tensor, target_samples: Tensor) -> Leaves:
             leaves = tuple(at(out, output_samples, 0) for out in self.outputs.leaves)
-            targets = map_tensors(
-                lambda x: at(x, target_samples, 0) if has_batch(x, size) else x, self.targets
-            )
+            targets = self.targets
+            if self.outputs.are_in_front:  # else nobody knows where the targets have them
+                targets = map_tensors(
+                    lambda x: at(x, target_samples, 0) if has_batch(x, size) else x, targets
+                )
             outputs = replace(self.outputs, leaves=leaves)
             return replace(self, outputs=outputs, targets=targets).gradient()
 
-        if not is_known(self.func):
+        if size and not (is_known(self.func) and self.outputs.are_in_front):
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
@@ -161,12 +165,14 @@ class Loss:
 
     def _known(self) -> tuple[Tensor, float] | None:
         """Columns ``[B, M, R]`` by a formula, if one is known, and what squares are negligible."""
+        if not (is_known(self.func) and self.outputs.are_in_front):
+            return None
         outputs = self.outputs.tree(self.outputs.leaves)
         with torch.no_grad():
+            self(*self.outputs.leaves)  # which raises for targets that do not fit
             columns = known_root(self.func, outputs, self.targets)
             if columns is None:
                 return None
-            self(*self.outputs.leaves)  # which raises for targets that do not fit
         rounding = torch.finfo(columns.dtype).eps * columns.shape[1]
         return columns, rounding * float(columns.square().amax())
 

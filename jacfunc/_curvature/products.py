@@ -28,7 +28,7 @@ from jacfunc._types import LeafFunction, Leaves
 
 NOT_TRANSPOSED = (
     "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
-    "them alone"
+    "them alone, or is not linear"
 )
 
 
@@ -71,10 +71,11 @@ class BatchProducts:
                 raise ValueError(
                     f"{at_batch.api}: every output must have the batch in front, got shape "
                     f"{tuple(out.shape)} for a batch of {at_batch.size}. Use a module that "
-                    "transposes it, or that returns other outputs alone."
+                    "transposes it, or that returns other outputs alone; a lone sample needs a "
+                    "batch of one."
                 )
         _check_shapes(at_batch, leaves)
-        self.outputs = BatchOutputs(leaves, extras, calls[-1])
+        self.outputs = BatchOutputs(leaves, extras, calls[-1], at_batch.call.output_dims)
 
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
@@ -154,7 +155,9 @@ class BatchProducts:
     def _multiplied_by_rows(self, tangents: Leaves) -> Leaves:
         """``J v`` from rows of every sample's J, which are pulled back as factors."""
         pieces = self._at_batch.pieces(lambda _, jacobian: _multiplied(jacobian, tangents))
-        return stack(pieces, self._at_batch.size)
+        products = stack(pieces, self._at_batch.size)
+        self._now_and_then("by rows", lambda: self._check(products, tangents))
+        return products
 
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
         """Run a check at the first calls of this kind, and then at fewer and fewer."""

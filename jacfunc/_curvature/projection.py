@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import Places, shared_units, stack
+from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._curvature.signs import SignMatrix, projected
 from jacfunc._factored import FactoredJacobian
@@ -118,6 +119,13 @@ def random_projection(
         *(independent, chunk_size),
         by_rows=loss is None,
     )
+    if loss is not None:
+        check_loss(API, loss)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(
+            f"{API}: seed must be an int, got {type(seed).__name__}. The same seed gives the same "
+            "matrix."
+        )
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"{API}: size must be a positive number of columns, got {size!r}. "

@@ -23,6 +23,8 @@ def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result:
     Args:
         result: bytes of the sum.
     """
+    if not point.size:
+        return
     roots = point.budget.keep(lambda: curvature.roots)
 
     def add_some(samples: slice, jacobian: FactoredJacobian) -> Leaves:

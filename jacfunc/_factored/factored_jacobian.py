@@ -95,12 +95,12 @@ class FactoredJacobian:
     @cached_property
     def sample_outputs(self) -> Leaves:
         """The outputs of one sample."""
-        return tuple([out.select(0, 0) for out in self.outputs])
+        return tuple([_first(out) for out in self.outputs])
 
     @property
     def sample_extras(self) -> Leaves:
         """The extras that the call of one sample returned beside the outputs."""
-        return tuple([extra.select(0, 0) for extra in self.extras])
+        return tuple([_first(extra) for extra in self.extras])
 
     @property
     def carries_graph(self) -> bool:
@@ -140,7 +140,7 @@ class FactoredJacobian:
 
     def parts_of_cotangents(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> list[list[Part]]:
         """Pull back cotangents ``[K, B, *out]`` of some outputs or all, as parts by parameter."""
-        if not cotangents or not len(cotangents[0]):
+        if not cotangents or not len(cotangents[0]) or not self.size:
             return [[] for _ in self.params]
         products = self.linearization.pull_batch(cotangents, EVERY, of)
         others = self.rest[0].pull_batch(cotangents, EVERY, of) if self.rest else ()
@@ -175,6 +175,11 @@ class FactoredJacobian:
         Inputs of layers always have a graph, which would make products have one.
         """
         return torch.set_grad_enabled(self.carries_graph)
+
+
+def _first(leaf: Tensor) -> Tensor:
+    """The first sample of a leaf; zeros like it, if there is none."""
+    return leaf.select(0, 0) if len(leaf) else leaf.new_zeros(leaf.shape[1:])
 
 
 def _add(by_number: Mapping[int, list[Part]], parts: Sequence[UsedPart], seeds: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from jacfunc._errors import Refused
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
 from jacfunc._factored.tracked import TrackedParameters, Versions, tensors_among, without_lists
-from jacfunc._factored.use import METADATA, RAW_MEMORY, VIEWS, Use, UsedPart, View, is_part
+from jacfunc._factored.use import HOOKING, METADATA, RAW_MEMORY, VIEWS, Use, UsedPart, View, is_part
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
 from jacfunc._layouts import OUT, Args, Key, NoLayout, OperationRecorder, Placing
 from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
@@ -83,14 +83,17 @@ class UseRecorder(OperationRecorder):
         if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
                 return self._openings[func](*args, **kwargs)
+        if func in HOOKING:
+            if func is Tensor.retain_grad:
+                return None  # nobody reads what it keeps, and a second sweep would add to that
+            if has_parameter or self._is_under_vmap():
+                raise Refused("a hook on a parameter, or on all samples of a tensor, is passed by")
         if not has_parameter:
             return func(*args, **kwargs)
         if is_used and func in VIEWS:
             return self._view(number, func, args, kwargs)
         if is_used and func in self._rules:
             return self._use(number, self._rules[func], func, args, kwargs)
-        if func is Tensor.register_hook:
-            raise Refused("a parameter has a hook, which layers' factors pass by")
         if func in FREEZING:
             self._params.note_unruled(args, may_write_unseen=True)
             self._params.by_id.pop(id(args[0]), None)  # it may be a constant from here on

@@ -58,6 +58,10 @@ RAW_MEMORY: frozenset[Callable[..., Any]] = frozenset(
 """Accesses to the memory itself: a write there does not raise the version of the tensor."""
 
 
+HOOKING: frozenset[Callable[..., Any]] = frozenset([Tensor.register_hook, Tensor.retain_grad])
+"""What a backward pass has to do beside the derivatives."""
+
+
 @dataclass(frozen=True)
 class View:
     """A call that makes a view of a tensor: a part of it, or its entries in another order."""

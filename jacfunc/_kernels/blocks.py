@@ -40,6 +40,15 @@ class KernelOptions(TypedDict, total=False):
     batched: bool
 
 
+def check_progress(progress: object) -> None:
+    """Refuse what does not wrap a sequence."""
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            "ntk: progress must be a function that wraps a sequence, got "
+            f"{type(progress).__name__}. Pass tqdm.tqdm, or leave it out."
+        )
+
+
 @dataclass(frozen=True)
 class KeptAxes:
     """The axes of a sample's output that the kernel does not have twice.
@@ -54,7 +63,19 @@ class KeptAxes:
 
     @classmethod
     def of(cls, traced: int | Sequence[int], diagonal: int | Sequence[int]) -> KeptAxes:
-        """From arguments of :func:`jacfunc.ntk`."""
+        """From arguments of :func:`jacfunc.ntk`.
+
+        Raises:
+            TypeError: if they are no numbers of axes.
+        """
+        every = {"trace_axes": traced, "diagonal_axes": diagonal}
+        for name, axes in every.items():
+            numbers = axes if isinstance(axes, Sequence) else (axes,)
+            if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+                raise TypeError(
+                    f"ntk: {name} must be the number of an axis of one sample's output, or several "
+                    f"of these, got {axes!r}. Count without the batch."
+                )
         return cls(
             (traced,) if isinstance(traced, int) else tuple(traced),
             (diagonal,) if isinstance(diagonal, int) else tuple(diagonal),

@@ -111,5 +111,5 @@ def _cut(side: Sequence[KernelSamples], steps: Sequence[int]) -> list[SampleRang
     return [
         SampleRange(samples, start, min(start + step, samples.size))
         for samples, step in zip(side, steps, strict=True)
-        for start in range(0, samples.size, step)
+        for start in range(0, max(samples.size, 1), max(step, 1))
     ]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack, overload
 
-from torch import Tensor, nn
+from torch import nn
 
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._kernels.blocks import KeptAxes, KernelOptions, Progress, SampleRange, product_of
+from jacfunc._kernels.blocks import (
+    KeptAxes,
+    KernelOptions,
+    Progress,
+    SampleRange,
+    check_progress,
+    product_of,
+)
 from jacfunc._kernels.fitting import in_ranges
-from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of
+from jacfunc._kernels.sampled_function import (
+    KernelSamples,
+    SingleCall,
+    is_tree,
+    samples_of,
+    side_of,
+)
 from jacfunc._lending import Select
 from jacfunc._memory import Budget
 from jacfunc._modules import (
@@ -121,6 +134,7 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
+    check_progress(progress)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
@@ -140,9 +154,9 @@ def ntk(
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             return samples_of(API, func, params, args, in_dims, randomness)
 
-    sides = [[samples_at(_positional(batch)) for batch in _batches(x1)]]
+    sides = [side_of(API, "x1", x1, samples_at)]
     if x2 is not None:
-        sides.append([samples_at(_positional(batch)) for batch in _batches(x2)])
+        sides.append(side_of(API, "x2", x2, samples_at))
     ranges = in_ranges(sides, axes, chunk_size, budget)
     places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
@@ -201,21 +215,7 @@ def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], 
 
 def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:
     """May the module change between blocks? An iterable of batches, or progress, may run code."""
-    return progress is not None or not (_is_tree(x1) and _is_tree(x2))
-
-
-def _batches(x: Any) -> Iterable[Any]:
-    """The batches of an argument: a tree is one batch, any other iterable holds several."""
-    return [x] if _is_tree(x) else x
-
-
-def _is_tree(x: Any) -> bool:
-    """Is it one batch: a tensor, a tuple, a dict or another tree, and no list of batches?"""
-    return isinstance(x, Tensor | tuple | Mapping) or not isinstance(x, Iterable)
-
-
-def _positional(batch: Any) -> tuple[Any, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
+    return progress is not None or not (is_tree(x1) and is_tree(x2))
 
 
 def _check_function(select: Select, randomness: object, chunk_size: object) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
+from jacfunc._modules import SAME_EACH_TIME
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
 from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
@@ -61,7 +63,7 @@ class FunctionSamples:
         jacobian, call = self.batch.factors(start, stop)
         self.last_call = call.without_graph()
         check = partial(self.evaluations.check, (start, stop), jacobian.outputs)
-        in_words_of(self.batch.api, check)
+        in_words_of(self.batch.api, check, *SAME_EACH_TIME)
         return jacobian
 
 
@@ -105,3 +107,36 @@ def samples_of(
     kind = CallKind(func, (kinds_of((params, args)), tuple(dims)), func)
     samples = Samples(split.leaves, dims, randomness)
     return FunctionSamples(SampledCall(api, call_of, samples, kind))
+
+
+SamplesAt: TypeAlias = Callable[[tuple[Tree, ...]], KernelSamples]
+"""Gives the samples of a batch, from the positional arguments of the function."""
+
+
+def side_of(api: str, name: str, x: Any, samples_at: SamplesAt) -> list[KernelSamples]:
+    """The samples of each batch of an argument.
+
+    Raises:
+        ValueError: if it holds no batch.
+    """
+    side = [samples_at(_positional(batch)) for batch in _batches(x)]
+    if not side:
+        raise ValueError(
+            f"{api}: {name} must hold at least one batch, got an iterable of none. Pass a batch, "
+            "or an iterable of batches that has not been used up."
+        )
+    return side
+
+
+def _batches(x: Any) -> Iterable[Any]:
+    """The batches of an argument: a tree is one batch, any other iterable holds several."""
+    return [x] if is_tree(x) else x
+
+
+def is_tree(x: Any) -> bool:
+    """Is it one batch: a tensor, a tuple, a dict or another tree, and no list of batches?"""
+    return isinstance(x, Tensor | tuple | Mapping) or not isinstance(x, Iterable)
+
+
+def _positional(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)

@@ -41,9 +41,20 @@ def batch_size(leaves: Leaves, dims: Dims) -> int:
 
 
 def one_sample(leaves: Leaves, dims: Dims, number: int) -> Leaves:
-    """The leaves of one sample, without the dimension of samples, each with its own memory."""
+    """The leaves of one sample, without the dimension of samples, each with its own memory.
+
+    There are zeros for those of an empty batch.
+    """
     pairs = zip(leaves, dims, strict=True)
-    return tuple(x if d is None else x.select(d, number).clone() for x, d in pairs)
+    return tuple(x if d is None else _select(x, d, number) for x, d in pairs)
+
+
+def _select(leaf: Tensor, dim: int, number: int) -> Tensor:
+    if leaf.shape[dim]:
+        return leaf.select(dim, number).clone()
+    shape = list(leaf.shape)
+    del shape[dim]
+    return leaf.new_zeros(shape)
 
 
 SampleFunction: TypeAlias = Callable[[Leaves, Leaves], tuple[Leaves, Leaves]]

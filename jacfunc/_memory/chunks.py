@@ -78,7 +78,7 @@ class FittedChunks:
         """The size of the chunk after one of this size, which took so many bytes."""
         room = self.room
         if self.counts_products:
-            room = max(room, nbytes * most // (SHARE * size))
+            room = max(room, nbytes * most // (SHARE * max(size, 1)))
         fitting = min(most, max(1, int(size * room / max(nbytes, 1))))
         if ROUND <= fitting < most:
             fitting -= fitting % ROUND

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -19,11 +19,18 @@ from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
+from jacfunc._modules.trials import IN_FRONT, OutputDims
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
+
+SAME_EACH_TIME = (
+    "each evaluation must give the same",
+    " Draw from torch's default generators, and keep nothing from call to call.",
+)
+"""What must hold of evaluations of the same samples, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class BatchOptions(ModuleOptions):
         else:
             state = self.current.now()
         call = ModuleCall(self.api, state, arguments, independence=self.independence)
+        call = call.with_samples(self._batching)
         batch = call.batch(self._batching)
         random_state = RandomState(batch.samples.leaves)
         return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
@@ -92,10 +100,16 @@ class BatchOutputs:
     leaves: Leaves
     extras: Leaves
     call: FlatCall
+    dims: OutputDims = IN_FRONT
 
     def tree(self, leaves: Leaves) -> Tree:
-        """The tree of the output, with other leaves in it."""
-        return self.call.value(leaves, self.extras)[0]
+        """What the module returns, with other leaves in it."""
+        return self.dims.as_returned(self.call.value(leaves, self.extras)[0])
+
+    @property
+    def are_in_front(self) -> bool:
+        """Does the module itself return the samples in front?"""
+        return self.dims == IN_FRONT
 
 
 @dataclass(eq=False)
@@ -192,7 +206,8 @@ class ModuleAtBatch:
             batch = self._independent
             factors, call = batch.factors(start, stop)
             self.last_call = call.without_graph()
-            in_words_of(self.api, lambda: self._evaluations.check((start, stop), factors.outputs))
+            check = partial(self._evaluations.check, (start, stop), factors.outputs)
+            in_words_of(self.api, check, *SAME_EACH_TIME)
         return factors
 
     @cached_property
@@ -226,4 +241,5 @@ class ModuleAtBatch:
 
         with self.budget.keeping():
             leaves = stack(self.pieces(returned), self.size)
-        return BatchOutputs(leaves[:count], leaves[count:], self.last_call)
+        dims = self.call.output_dims
+        return BatchOutputs(leaves[:count], leaves[count:], self.last_call, dims)

@@ -71,6 +71,8 @@ class SampledJacobian:
             raise
 
     def _by(self, strategy: Strategy) -> SampleBlocks:
+        if not self.batch.size:
+            return self._written(None, None)
         is_alone = self.batch.size == 1 and not isinstance(strategy, Structured)
         if is_alone or isinstance(strategy, Looped):
             return self._looped(strategy)
@@ -98,7 +100,10 @@ class SampledJacobian:
             return sweep_batch(blocks, leaves, samples.randomness, dims)[0]
 
         first = FirstSamples(batch.call_of, samples, batch.random_state())
-        chunks = sample_chunks(take, samples.leaves, samples.dims, self.sink.at_once(chunk))
+        at_once = self.sink.at_once(chunk)
+        if samples.randomness == "different" and _is_share(at_once):
+            at_once = None  # or the draws would depend on how many samples come at once
+        chunks = sample_chunks(take, samples.leaves, samples.dims, at_once)
         size = samples.size
         chunks = first_again(chunks, size, one.outputs_in, first.outputs)
         return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
@@ -172,9 +177,8 @@ class SampledJacobian:
         try:
             if is_whole:
                 assert isinstance(strategy, Structured | Reverse)
-                is_share = isinstance(chunk, FittedChunks) and chunk.counts_products
                 # no product waits to be copied, as it would for the vmapped plan that was refused
-                return self._written(None if is_share else chunk, strategy.chunk_size)
+                return self._written(None if _is_share(chunk) else chunk, strategy.chunk_size)
             return self._vmapped(strategy, chunk)
         except errors as error:
             if is_out_of_memory(error) or isinstance(error, FINAL):
@@ -190,3 +194,8 @@ class SampledJacobian:
         if isinstance(strategy, Structured):
             return True
         return isinstance(strategy, Reverse) and self.batch.differentiates_inputs_alone
+
+
+def _is_share(chunk: Chunk) -> bool:
+    """Is it chosen for what waits to be copied, and not for a budget?"""
+    return isinstance(chunk, FittedChunks) and chunk.counts_products

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -21,22 +21,24 @@ from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments
 from jacfunc._modules.options import (
     Batching,
+    check_batch_first,
     check_call,
     check_devices,
     check_module_inputs,
     check_parameters,
-    check_samples,
+    compared_parameters,
+    dims_of_samples,
+    without_batch,
 )
+from jacfunc._modules.trials import IN_FRONT, OutputDims, Trials, norms_over_batch
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
 from jacfunc._trees import (
     Arguments,
     Split,
-    check_batch,
     flatten,
     map_tensors,
-    sample_dims,
 )
 from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate, worded
@@ -51,6 +53,7 @@ class ModuleCall:
         argnums: what it is differentiated by, see :func:`argnums_of`.
         choice: which of the inputs, if by inputs.
         with_buffers: does it return its output and its buffers, rather than the output alone?
+        output_dims: where the outputs hold the samples, if there are samples.
         create_graph: is the Jacobian differentiable in parameters and inputs?
     """
 
@@ -62,24 +65,47 @@ class ModuleCall:
     with_buffers: bool = False
     create_graph: bool = False
     independence: Independence = field(default_factory=Independence)
+    output_dims: OutputDims = IN_FRONT
 
     def jacobian(self, strategy: Strategy, sink: Sink, batching: Batching | None) -> Evaluation:
         """The Jacobian of every sample; of the call as a whole, without ``batching``."""
         if batching is None:
             with self.undisturbed():
                 return evaluate(self.api, self.flat_call(), strategy, sink)
-        batch = self.batch(batching)
-        with self.undisturbed():
-            self.check_independent(batch)
+        call = self.with_samples(batching)
+        batch = call.batch(batching)
+        with call.undisturbed():
+            call.check_independent(batch)
             return SampledJacobian(batch, sink).by(strategy)
+
+    def with_samples(self, batching: Batching) -> ModuleCall:
+        """The call with the samples in front of its outputs, where its inputs have them elsewhere.
+
+        To see where the outputs have them, the first call of a kind is made with one sample.
+        """
+        if type(batching.in_dims) is int and batching.in_dims == 0:
+            return self
+        dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)[1]
+        return replace(self, output_dims=self._trials.output_dims(self._split.leaves, dims))
+
+    @property
+    def _trials(self) -> Trials:
+        return Trials(self.api, self.state, self._split.kinds, self._returned)
+
+    def _returned(self, leaves: Leaves, prepare: Callable[[], object]) -> Tree:
+        """What the module returns for tensors in the place of those of the arguments."""
+        args, kwargs = self._split.merge(tuple(map(Tensor.clone, leaves)))
+        with self.undisturbed(), torch.no_grad(), self.state.lent_for_evaluation(self._variables()):
+            prepare()
+            return self.state.module(*args, **kwargs)
 
     def batch(self, batching: Batching) -> SampledCall:
         """The call at many samples, which are those of its arguments."""
-        check_samples(self.api, self.state)
         split = self._split
-        every_dim = sample_dims(self.api, batching.in_dims, self.arguments, split)
-        dims = [d for d, is_leaf in zip(every_dim, split.is_chosen, strict=True) if is_leaf]
-        check_batch(self.api, split.leaves, dims)
+        every_dim, dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)
+        check_batch_first(self.api, self.state, dims)
+        if norms := norms_over_batch(self.state):
+            self._trials.check_norms(norms, split.leaves)
 
         def call_of(leaves: Leaves) -> FlatCall:
             return self.flat_call(leaves, every_dim)
@@ -113,22 +139,13 @@ class ModuleCall:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""
         state, split = self.state, self._split
         module = state.module
-        scripted = {
-            id(param)
-            for part in state.parts.values()
-            if part.is_scripted
-            for param in part.params.values()
-        }
-        values = {
-            name: state.point.get(name, param)
-            for name, param in state.params.items()
-            if is_differentiable(param) and id(param) not in scripted
-        }
+        values = compared_parameters(state)
 
         def whole(params: Leaves, leaves: Leaves) -> Leaves:
             args, kwargs = split.merge(leaves)
             with state.lent_for_evaluation(dict(zip(values, params, strict=True))):
                 output = module(*args, **kwargs)
+            output = self.output_dims.in_front(output)
             return tuple(filter(is_differentiable, flatten(output)[0]))
 
         by_inputs, width = self._differentiates("inputs"), 0
@@ -203,8 +220,9 @@ class ModuleCall:
                 if inside_derivative():  # where no graph is looked at
                     with untracked():
                         state.check_fresh(flatten(output)[0])
+                output = self.output_dims.in_front(output)
                 if dims is not None:
-                    output = map_tensors(self._unbatched, output)
+                    output = map_tensors(partial(without_batch, self.api), output)
                 return (output, state.buffers_now()) if self.with_buffers else output
 
         originals = OwnArguments(self.choice, arguments, split, dims)
@@ -226,16 +244,6 @@ class ModuleCall:
     def _differentiates(self, what: str) -> bool:
         argnums = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         return POSITIONS[what] in argnums
-
-    def _unbatched(self, output: Tensor) -> Tensor:
-        """The output of a batch of one without the batch, which a loss does not have."""
-        if output.dim() and output.shape[0] != 1:
-            raise ValueError(
-                f"{self.api}: per_sample needs every output to have the batch in front, got shape "
-                f"{tuple(output.shape)} for a batch of one. Use a module that transposes it, or "
-                "that returns other outputs alone."
-            )
-        return output.squeeze(0)
 
 
 def _tensors_of(state: ModuleState) -> Leaves:

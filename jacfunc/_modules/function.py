@@ -208,9 +208,13 @@ def tangents_of(api: str, state: ModuleState, vector: Tree) -> Leaves:
     params, module = state.point, state.module
     if isinstance(module, FunctionAsModule):
         vector = module.tree.named(api, vector, params)
-    elif not isinstance(vector, Mapping) or vector.keys() != params.keys():
-        wrong = vector.keys() ^ params.keys() if isinstance(vector, Mapping) else params
-        names = ", ".join(sorted(map(str, wrong)))
+    elif not isinstance(vector, Mapping):
+        raise TypeError(
+            f"{api}: vector must be a dict of tensors by the names of parameters, got "
+            f"{type(vector).__name__}. Give a tensor like each parameter, by name."
+        )
+    elif vector.keys() != params.keys():
+        names = ", ".join(sorted(map(str, vector.keys() ^ params.keys())))
         raise ValueError(
             f"{api}: vector must name the chosen parameters, got {names} in only one of them. "
             "Give a tensor like each parameter, by name."

@@ -65,8 +65,8 @@ class Independence:
         cls, api: str, independent: Any, at_once: int | None = None, by_rows: bool = True
     ) -> Independence:
         """Raises ValueError for anything else than None, True and "always"."""
-        is_word = isinstance(independent, str) and independent == "always"
-        if independent is not None and independent is not True and not is_word:
+        is_always = isinstance(independent, str) and independent == "always"
+        if independent is not None and independent is not True and not is_always:
             raise ValueError(
                 f"{api}: independent must be None, True or 'always', got {independent!r}. "
                 "Pass True if you know that samples do not depend on each other."
@@ -136,7 +136,8 @@ class Independence:
             raise ValueError(
                 f"{api}: per_sample needs samples that do not depend on each other, got a module "
                 f"with {what}. Use module_jacobian without per_sample, which differentiates the "
-                "batch as a whole, or pass independent=True to take each sample alone all the same."
+                "batch as a whole, or pass independent=True to take each sample alone all the "
+                "same; give a lone sample a batch of one, x.unsqueeze(0)."
             )
 
     def check_loss(self, api: str, loss: Any, outputs: Leaves, gradient_of: GradientOf) -> None:

@@ -30,8 +30,9 @@ def argnums_of(api: str, wrt: Any) -> Argnums:
     Raises:
         ValueError: if ``wrt`` is anything else.
     """
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not names or any(n not in POSITIONS for n in names) or len(set(names)) < len(names):
+    names = wrt if isinstance(wrt, tuple | list) else (wrt,)
+    every = [*POSITIONS]
+    if not names or any(name not in every or names.count(name) > 1 for name in names):
         raise ValueError(
             f"{api}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
             "Choose single parameters with select=, single inputs with inputs=."
@@ -56,13 +57,24 @@ class InputPick:
 
     def of(self, arguments: Arguments) -> Tree:
         """The argument; leaves that the path does not name are constants in it."""
-        args, kwargs = arguments
-        tree = args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+        tree = self.argument(arguments)
         if not self.path:
             return tree
         leaves, spec = flatten(tree)
         pairs = zip(leaves, paths(tree, ""), strict=True)
         return unflatten(spec, [x if self.names(path) else _constant(x) for x, path in pairs])
+
+    def argument(self, arguments: Arguments) -> Tree:
+        """The argument as a whole."""
+        args, kwargs = arguments
+        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+
+    def overlaps(self, other: InputPick, arguments: Arguments) -> bool:
+        """Do both name a leaf?"""
+        if self.key != other.key:
+            return False
+        every = paths(self.argument(arguments), "")
+        return not every or any(self.names(path) and other.names(path) for path in every)
 
     def names(self, path: str) -> bool:
         """Does the pick name the leaf at a path? It names all leaves below its own; * fits all."""
@@ -84,13 +96,31 @@ class InputChoice:
         """The choice by positions, names and paths: ``0``, ``"mask"``, ``"batch['image']"``.
 
         Raises:
-            ValueError: if there is no such argument, or no such path in it.
+            TypeError, ValueError: if it is no such choice, if there is no such argument, or no such
+                path in it, or if two name the same.
         """
         if inputs is None:
             return cls()
-        is_single = isinstance(inputs, int | str)
-        keys: Sequence[Any] = [inputs] if is_single else list(inputs)  # type: ignore[arg-type]
-        return cls(tuple(_pick(api, module, key, arguments) for key in keys), is_single)
+        is_single = _is_key(inputs)
+        keys: Any = inputs if isinstance(inputs, Sequence) and not is_single else [inputs]
+        if wrong := next((type(key).__name__ for key in keys if not _is_key(key)), None):
+            raise TypeError(
+                f"{api}: inputs must be a position, a name or a path, or several of these, got "
+                f"{wrong}. Write 0, 'mask' or \"batch['image']\"."
+            )
+        if not keys:
+            raise ValueError(
+                f"{api}: inputs must name at least one input, got {inputs!r}. Leave it out to "
+                "choose all."
+            )
+        picks = tuple(_pick(api, module, key, arguments) for key in keys)
+        for number, (key, pick) in enumerate(zip(keys, picks, strict=True)):
+            if any(pick.overlaps(other, arguments) for other in picks[:number]):
+                raise ValueError(
+                    f"{api}: inputs must name each input once, got {key!r} beside others that "
+                    "name it. Leave one out."
+                )
+        return cls(picks, is_single)
 
     def split(self, arguments: Arguments) -> Tree:
         """The chosen arguments: one as it is, several as a tuple, all by keyword as a dict."""
@@ -151,6 +181,11 @@ class OwnArguments:
             return copies
 
 
+def _is_key(key: object) -> bool:
+    """Is it a position, a name or a path?"""
+    return isinstance(key, int | str) and not isinstance(key, bool)
+
+
 def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputPick:
     """The pick that a key means; positional arguments have names, too: those of ``forward``."""
     args, kwargs = arguments
@@ -166,8 +201,8 @@ def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputP
             f"{api}: inputs must be positions or names of this call's inputs, got {key!r}. "
             f"There are {', '.join(map(repr, known))}."
         )
-    pick = InputPick(name, path)
-    tree = args[name] if isinstance(name, int) else kwargs[name]
+    pick = InputPick(name % len(args) if isinstance(name, int) else name, path)
+    tree = pick.argument(arguments)
     if path and not any(map(pick.names, paths(tree, ""))):
         raise ValueError(
             f"{api}: inputs must be paths to leaves, got {key!r}. "

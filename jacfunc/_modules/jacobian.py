@@ -18,7 +18,7 @@ from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
-from jacfunc._modules.options import Batching, ModuleOptions, check_module
+from jacfunc._modules.options import ModuleOptions, batching_of, check_module
 from jacfunc._planning import resolve
 from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
@@ -132,7 +132,8 @@ def module_jacobian(
         per_sample: differentiate each sample of the batch on its own, as a batch of one.
         in_dims: with ``per_sample``, the dimension of samples in the inputs, None for an input that
             all samples share, or prefix trees of these: in a tuple for positional inputs, in a dict
-            for inputs by keyword.
+            for inputs by keyword. It is 1 for recurrent layers with the steps in front, whose
+            outputs and states have the samples there, too; in results they come in front.
         flat: return one matrix ``[M, N]``, per sample ``[B, M, N]``, instead of trees of blocks. It
             is written without a copy; :func:`jacfunc.param_slices` names its columns.
         full_output: return a :class:`jacfunc.ModuleResult`: Jacobian, outputs, and the buffers as
@@ -179,10 +180,11 @@ def module_jacobian(
     Cost:
         That of the strategy; per sample one vectorized sweep over the whole batch. To compare
         batches takes up to seven evaluations and twelve pullbacks at the first call of a kind, and
-        two of each later. Parameters that it is not differentiated by are copied, up to 64 MiB,
-        until the module is seen only to read them. A later write into one raises an error: any
-        write into parameters of 8 KiB together, which is also undone; into larger ones a write by
-        an operation of torch, or one that shows in some of their numbers.
+        two of each later. Where inputs hold samples elsewhere than in front, one sample and two are
+        evaluated before, once for each kind of call. Parameters that it is not differentiated by
+        are copied, up to 64 MiB, until the module is seen only to read them. A later write into one
+        raises an error: any write into parameters of 8 KiB together, which is also undone; into
+        larger ones a write by an operation of torch, or one that shows in some of their numbers.
 
     Example:
         >>> import torch, jacfunc
@@ -195,7 +197,7 @@ def module_jacobian(
     """
     check_flags(API, per_sample=per_sample, flat=flat, full_output=full_output)
     check_flags(API, create_graph=create_graph)
-    batching = Batching(in_dims, randomness) if per_sample else None
+    batching = batching_of(API, per_sample, in_dims, randomness)
     options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
     argnums, independence = argnums_of(API, wrt), options.independence
     by_inputs = argnums != POSITIONS["params"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any, ClassVar, Self, TypeAlias
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from jacfunc._arguments import check_chunk_size, check_flags, check_memory, check_randomness
 from jacfunc._calls import CUT_OFF
@@ -18,7 +18,7 @@ from jacfunc._modules.function import FunctionAsModule, FunctionState, check_cal
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
 from jacfunc._remembered import Remembered
 from jacfunc._torch import inside_derivative
-from jacfunc._trees import flatten
+from jacfunc._trees import Arguments, Split, check_batch, flatten, sample_dims
 from jacfunc._types import Memory, Randomness, Tree, is_differentiable
 
 
@@ -132,6 +132,21 @@ def check_randomness_option(api: str, randomness: object) -> None:
     check_randomness(api, randomness, "Let all samples draw the same numbers, or each its own.")
 
 
+def batching_of(
+    api: str, per_sample: bool, in_dims: Tree, randomness: Randomness
+) -> Batching | None:
+    """How samples lie in a batch; None for a call as a whole, of which there are no dimensions."""
+    check_randomness_option(api, randomness)
+    if per_sample:
+        return Batching(in_dims, randomness)
+    if type(in_dims) is not int or in_dims != 0:
+        raise ValueError(
+            f"{api}: in_dims must come with per_sample=True, got {in_dims!r} without it. Pass "
+            "per_sample=True, or leave in_dims out."
+        )
+    return None
+
+
 def check_call(api: str, create_graph: bool) -> None:
     """Refuse a detached result inside another derivative."""
     if not create_graph and inside_derivative():
@@ -174,26 +189,54 @@ def check_parameters(api: str, state: ModuleState) -> None:
                 )
 
 
-def check_samples(api: str, state: ModuleState) -> None:
-    """Refuse modules whose samples are known to depend on each other, or not to lie in front."""
-    _check_norms(api, state)
-    if getattr(state.parts[""].module, "batch_first", True) is False:
+def dims_of_samples(
+    api: str, in_dims: Tree, arguments: Arguments, split: Split
+) -> tuple[list[int | None], list[int | None]]:
+    """The dimension of the samples in each leaf of the arguments, and in each tensor, checked."""
+    check_packed(api, arguments)
+    every_dim = sample_dims(api, in_dims, arguments, split)
+    dims = [d for d, is_leaf in zip(every_dim, split.is_chosen, strict=True) if is_leaf]
+    check_batch(api, split.leaves, dims)
+    return every_dim, dims
+
+
+def without_batch(api: str, output: Tensor) -> Tensor:
+    """The output of a batch of one without the batch, which a loss does not have."""
+    if output.dim() and output.shape[0] != 1:
         raise ValueError(
-            f"{api}: per_sample needs a module with the batch in front, got batch_first=False. "
-            "Use batch_first=True, or leave per_sample out."
+            f"{api}: per_sample needs every output to have the batch in front, got shape "
+            f"{tuple(output.shape)} for a batch of one. Use a module that transposes it, or "
+            "that returns other outputs alone."
+        )
+    return output.squeeze(0)
+
+
+def compared_parameters(state: ModuleState) -> dict[str, Tensor]:
+    """All differentiable parameters but TorchScript's, with the values to differentiate at."""
+    parts = [part for part in state.parts.values() if part.is_scripted]
+    scripted = {id(param) for part in parts for param in part.params.values()}
+    return {
+        name: state.point.get(name, param)
+        for name, param in state.params.items()
+        if is_differentiable(param) and id(param) not in scripted
+    }
+
+
+def check_packed(api: str, arguments: Arguments) -> None:
+    """Refuse packed sequences, whose rows are steps of samples, not samples."""
+    args, kwargs = arguments
+    if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())):
+        raise ValueError(
+            f"{api}: per_sample needs inputs with a dimension of samples, got a PackedSequence. "
+            "Pass padded tensors and lengths, and pack them in the module."
         )
 
 
-@_once_for_a_state
-def _check_norms(api: str, state: ModuleState) -> None:
-    """Refuse batch normalization over the batch."""
-    for name, part in state.parts.items():
-        module = part.module
-        scripted = str(module.original_name) if part.is_scripted else ""
-        is_norm = isinstance(module, _BatchNorm) or "BatchNorm" in scripted
-        if is_norm and (module.training or part.buffers.get("running_mean") is None):
-            raise ValueError(
-                f"{api}: per_sample needs samples that do not depend on each other, got batch "
-                f"normalization over the batch in {name or 'the module'}. "
-                "Call module.eval(), or leave per_sample out."
-            )
+def check_batch_first(api: str, state: ModuleState, dims: Sequence[int | None]) -> None:
+    """Refuse samples in front of the inputs of a recurrent layer that has the steps there."""
+    is_behind = getattr(state.parts[""].module, "batch_first", True) is False
+    if is_behind and all(dim is None or dim == 0 for dim in dims):
+        raise ValueError(
+            f"{api}: per_sample needs a module with the batch in front, got batch_first=False. "
+            "Pass in_dims=1, use batch_first=True, or leave per_sample out."
+        )

@@ -78,6 +78,9 @@ class SampledCall:
         Raises:
             Refused: if the samples do not even run one by one.
         """
+        if start == stop:  # a sample of zeros shows the shapes of what there would be
+            call = self.first_call()
+            return FactoredJacobian(0, (), (), call.primals, EachSample.none(call)), call
         if not is_outermost():
             return self._in_words(self._vmapped, start, stop, self.random_state())
         random_state = self.random_state()
@@ -223,7 +226,7 @@ class SampledCall:
         return isinstance(error, ValueError | TypeError) and str(error).startswith(f"{self.api}: ")
 
     def first_call(self) -> FlatCall:
-        """The call of the first sample."""
+        """The call of the first sample; of zeros, if there is none."""
         return self.call_of(one_sample(self.samples.leaves, self.samples.dims, 0))
 
     def random_state(self) -> RandomState:

@@ -43,7 +43,8 @@ class Subject:
     def has_different_samples(self) -> bool:
         """Is one sample different from the next, in any tensor?"""
         pairs = zip(self.samples.leaves, self.samples.dims, strict=True)
-        moved = ((x.detach(), x.detach().roll(1, d)) for x, d in pairs if d is not None)
+        dense = ((x.detach().to_dense(), d) for x, d in pairs if d is not None)
+        moved = ((x, x.roll(1, d)) for x, d in dense)
         return not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in moved)
 
     def of(self, numbers: Tensor) -> Subject:

@@ -52,6 +52,14 @@ class EachSample:
         outputs, extras = (tuple(map(torch.stack, leaves)) for leaves in (pairs, beside))
         return cls(outputs, extras, linearizations), call
 
+    @classmethod
+    def none(cls, call: FlatCall) -> EachSample:
+        """No samples, of the shapes that the call of one shows."""
+        with torch.no_grad():
+            leaves = call(*map(Tensor.clone, call.primals))
+        outputs, extras = (tuple(x.new_empty(0, *x.shape) for x in each) for each in leaves)
+        return cls(outputs, extras, ())
+
     def pull_batch(
         self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY
     ) -> Leaves:

@@ -12,15 +12,20 @@ from torch import Tensor
 from jacfunc._calls import FlatCall
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._factored import FactoredJacobian, LearnedUses, WholeBatch, factored
-from jacfunc._layouts import Evidence, Mixing, NoLayout, PlainSamples, Trace, Unlike
+from jacfunc._layouts import Evidence, Key, Layout, Mixing, NoLayout, PlainSamples, Trace, Unlike
 from jacfunc._linear_map import Samples, narrowed
 from jacfunc._log import note
+from jacfunc._rounding import are_near
 from jacfunc._torch import RandomState, noise_like
 from jacfunc._types import Leaves
 
 WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
 """The call of some samples at once; and for each primal that holds samples the number of its leaf
 among the tensors of these samples."""
+
+PULLED_ROUNDING = 0.3
+"""What is pulled back to a sample in two batches differs by less than this power of the precision,
+relative to the largest."""
 
 Evaluated: TypeAlias = tuple[FactoredJacobian, FlatCall]
 """Some samples, evaluated, and the call that was made."""
@@ -51,16 +56,17 @@ class WholeBatches:
         """All samples, evaluated.
 
         Raises:
-            Refused: if the tensors of the batch do not hold the samples in one dimension.
+            Refused: if the tensors of the batch do not hold the samples in one dimension, or if
+                its backward pass is not that of each sample alone.
         """
         learned, size = self.learned, self.samples.size
         if size == 1 or (learned.sites is not None and not learned.moves_samples):
             result = self._as_learned()
             if result and (size == 1 or not result[0].moves_samples):
                 return result
-        for trace in self._traces():
+        for trace, other in self._traces():
             before = learned.copy()
-            result, is_like = self._learned_from(trace)
+            result, is_like = self._learned_from(trace, other)
             if result:
                 return result
             if is_like:
@@ -86,7 +92,7 @@ class WholeBatches:
         is_known = size == 1 or jacobian.signature in learned.signatures
         return (jacobian, call) if is_known else None
 
-    def _learned_from(self, trace: Trace) -> tuple[Evaluated | None, bool]:
+    def _learned_from(self, trace: Trace, other: FactoredJacobian) -> tuple[Evaluated | None, bool]:
         """An evaluation beside another batch, and whether that calls the same operations."""
         learned, size = self.learned, self.samples.size
         mixing = Mixing(trace, size)
@@ -106,12 +112,12 @@ class WholeBatches:
         learned.moves_samples = jacobian.moves_samples
         # of numbers that are drawn nothing can be told
         learned.mixes |= mixing.was_seen and not self.random_state.has_changed()
-        if self._learn(jacobian, placing):
+        if self._learn(jacobian, placing, other):
             return (jacobian, call), True
         return self._as_learned(), True
 
-    def _traces(self) -> Iterator[Trace]:
-        """Other batches, the smaller ones first."""
+    def _traces(self) -> Iterator[tuple[Trace, FactoredJacobian]]:
+        """The operations of other batches, and these batches, the smaller ones first."""
         size, count = self.samples.size, self.learned.lessons
         leaves, dims = self.samples.leaves, self.samples.dims
         for number in dict.fromkeys([count % size, size - 1, size // 2]):
@@ -122,14 +128,13 @@ class WholeBatches:
         twice = tuple(x if dim is None else torch.cat([x, x], dim) for x, dim in pairs)
         yield self._trace([*range(size)] * 2, twice)
 
-    def _trace(self, numbers: list[int], leaves: Leaves) -> Trace:
-        """The operations of another batch."""
+    def _trace(self, numbers: list[int], leaves: Leaves) -> tuple[Trace, FactoredJacobian]:
+        """The operations of another batch, and what it was evaluated to."""
         samples, learned = replace(self.samples, leaves=leaves), self.learned
         trace = Trace(numbers)
         batch, _ = self._batch(samples, PlainSamples(len(numbers), {}))
         own = LearnedUses(set(learned.others), set(learned.written))
-        factored(replace(batch, trace=trace), own, self.random_state.repeat)
-        return trace
+        return trace, factored(replace(batch, trace=trace), own, self.random_state.repeat)
 
     def _batch(self, samples: Samples, placing: PlainSamples) -> tuple[WholeBatch, FlatCall]:
         call, leaf_of = self.call_of(samples.leaves)
@@ -141,15 +146,17 @@ class WholeBatches:
         if not self.may_draw and self.random_state.has_changed():
             raise Refused(RANDOM)
 
-    def _learn(self, jacobian: FactoredJacobian, placing: PlainSamples) -> bool:
+    def _learn(
+        self, jacobian: FactoredJacobian, placing: PlainSamples, other: FactoredJacobian
+    ) -> bool:
         """Learn the layouts from an evaluation; False if they are others than it was made with."""
         learned, size, trace = self.learned, jacobian.size, placing.trace
         assert trace is not None
         is_random = self.random_state.has_changed()
         learned.lessons += 1
         inside = groups_of(size)
-        cotangents = []
-        for noise in noise_like(jacobian.outputs, seed=learned.lessons):
+        cotangents, noises = [], noise_like(jacobian.outputs, seed=learned.lessons)
+        for noise in noises:
             groups = inside.to(noise.device).reshape(*inside.shape, *(1,) * (noise.dim() - 1))
             cotangents.append(torch.where(groups, noise, 0))
         products = jacobian.linearization.pull_batch(tuple(cotangents))
@@ -158,6 +165,12 @@ class WholeBatches:
         sites, unknown = evidence.sites(placing.seen)
         if any(number < 0 for number in unknown):
             raise Refused("what it returns for a sample changes with the batch")
+        layouts = {key: site.layout for key, site in sites.items() if site is not None}
+        rows = _rows(jacobian, products, layouts, size)
+        _check_each_alone(rows, inside)
+        if not is_random:
+            own = {key: x[-1:, trace.samples] for key, x in rows.items()}
+            _check_near(own, _rows_of_other(other, noises, layouts, trace.samples))
         learned.learn_sites(sites, jacobian.signature)
         others = jacobian.params_of(unknown)
         learned.others |= others
@@ -170,8 +183,50 @@ class WholeBatches:
 def groups_of(size: int) -> Tensor:
     """Groups ``[K, B]`` of samples: for any two samples, one has the first without the second.
 
-    They go by the bits of the samples' numbers.
+    They go by the bits of the samples' numbers. The last group has all samples.
     """
     bits = torch.arange((size - 1).bit_length(), device="cpu").unsqueeze(1)
     ones = (torch.arange(size, device="cpu") >> bits & 1).bool()
-    return torch.cat([ones, ~ones])
+    return torch.cat([ones, ~ones, torch.ones(1, size, dtype=torch.bool, device="cpu")])
+
+
+def _rows(
+    jacobian: FactoredJacobian, products: Leaves, layouts: Mapping[Key, Layout | None], size: int
+) -> dict[Key, Tensor]:
+    """What is pulled back to each operation and input, ``[K, B, *z]``."""
+    pairs = zip(jacobian.uses, products, strict=False)
+    places = ((use.key, layouts.get(use.key), product) for use, product in pairs)
+    rows = {key: layout.of_all(x, size, 1) for key, layout, x in places if layout is not None}
+    direct = zip(jacobian.direct, products[len(jacobian.uses) :], strict=True)
+    inputs = {(d.number, "in"): x.movedim(d.dim + 1, 1) for d, x in direct if d.dim is not None}
+    return rows | inputs
+
+
+def _rows_of_other(
+    other: FactoredJacobian,
+    noises: Leaves,
+    layouts: Mapping[Key, Layout | None],
+    samples: list[int],
+) -> dict[Key, Tensor]:
+    """What the same cotangents are pulled back to in another batch; none if they do not fit."""
+    pairs = [(noise[samples], out) for noise, out in zip(noises, other.outputs, strict=True)]
+    if not all(len(samples) == 1 or seed.shape == out.shape for seed, out in pairs):
+        return {}
+    cotangents = tuple(seed.reshape(1, *out.shape) for seed, out in pairs)
+    return _rows(other, other.linearization.pull_batch(cotangents), layouts, len(samples))
+
+
+def _check_each_alone(rows: Mapping[Key, Tensor], inside: Tensor) -> None:
+    """Refuse a backward pass that is another one for a sample if the others have no cotangents."""
+    for key, every in rows.items():
+        mask = inside.to(every.device).reshape(*inside.shape, *(1,) * (every.dim() - 2))
+        _check_near({key: every.where(mask, every[-1:])}, {key: every[-1:].expand_as(every)})
+
+
+def _check_near(rows: Mapping[Key, Tensor], others: Mapping[Key, Tensor]) -> None:
+    for key in rows.keys() & others.keys():
+        if not are_near(rows[key], others[key], PULLED_ROUNDING):
+            raise Refused(
+                "its backward pass is another one for a sample alone: a hook or a rule of its own "
+                "looks at the cotangents of other samples, or at their number"
+            )

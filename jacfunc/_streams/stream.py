@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_flags
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
-from jacfunc._modules import FEW_CALLS, Batching, Independent, ModuleCall, ModuleOptions
+from jacfunc._modules import FEW_CALLS, Independent, ModuleCall, ModuleOptions, batching_of
 from jacfunc._showing import named
 from jacfunc._streams.held import ParameterBlocks, RowBlocks
 from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
@@ -121,7 +121,7 @@ def stream_jacobian(
     """
     check_flags(API, per_sample=per_sample)
     _check_by(by, per_sample)
-    batching = Batching(in_dims, randomness) if per_sample else None
+    batching = batching_of(API, per_sample, in_dims, randomness)
     at_once = (chunk_size or FEW_CALLS) if by == "samples" else None
     options = ModuleOptions.read(
         API, module, select, batching, chunk_size, memory, independent, at_once, copy=copy
@@ -138,7 +138,10 @@ def stream_jacobian(
         state, arguments = options.kept((args, kwargs), budget)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(API, state, arguments, independence=options.independence)
-        batch = None if batching is None else call.batch(batching)
+        batch = None
+        if batching is not None:
+            call = call.with_samples(batching)
+            batch = call.batch(batching)
         streamed = StreamedCall(call, batch, random_state, budget)
         return BLOCKS[by](streamed, chunk_size)
 

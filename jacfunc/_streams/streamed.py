@@ -165,7 +165,7 @@ class SampleGroup:
     def bytes_of_one(self) -> int:
         """About the bytes that are kept of a sample: its graph, and factors of all rows."""
         samples = self.samples
-        return (samples.factor_bytes + GRAPH * samples.factors.nbytes) // samples.size
+        return (samples.factor_bytes + GRAPH * samples.factors.nbytes) // max(1, samples.size)
 
     def rows(self, start: int, stop: int) -> list[Leaves]:
         """All rows ``[B, M, *param]`` of some samples, for each output leaf."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from jacfunc._trees.split import Split
-from jacfunc._trees.tree import StructureError, broadcast_prefix
+from jacfunc._trees.tree import StructureError, broadcast_prefix, flatten, unflatten
 from jacfunc._types import Tree
 
 Arguments: TypeAlias = tuple[tuple[Tree, ...], dict[str, Tree]]
@@ -65,7 +66,7 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -
     names = [*range(len(args)), *kwargs]
     for name, prefix, tree in zip(names, prefixes, (*args, *kwargs.values()), strict=True):
         try:
-            dims += broadcast_prefix(prefix, tree, f"input {name!r}")
+            dims += broadcast_prefix(_fitted(prefix, tree), tree, f"input {name!r}")
         except StructureError as error:
             raise ValueError(
                 f"{api}: in_dims must have the structure of the inputs, got one where {error}. "
@@ -76,8 +77,22 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -
     return [dim if is_tensor else None for is_tensor, dim in pairs]
 
 
+def _fitted(prefix: Tree, tree: Tree) -> Tree:
+    """The prefix, with a ``UserDict`` where it has a dict for one."""
+    if isinstance(tree, UserDict) and type(prefix) is dict:
+        leaves, spec = flatten(tree)
+        like = unflatten(spec, [None] * len(leaves))
+        like.data = _fitted(prefix, tree.data)
+        return like
+    if isinstance(tree, dict) and type(prefix) is dict:
+        return {key: _fitted(value, tree.get(key)) for key, value in prefix.items()}
+    if type(tree) is type(prefix) and type(prefix) in (tuple, list) and len(prefix) == len(tree):
+        return type(prefix)(map(_fitted, prefix, tree))
+    return prefix
+
+
 def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) -> None:
-    """Check that all tensors with samples have the same number of them, and at least one.
+    """Check that all tensors with samples have the same number of them.
 
     Raises:
         ValueError: if they do not.
@@ -89,13 +104,13 @@ def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) 
                 f"{dim}, got shape {tuple(leaf.shape)}. Say in in_dims what all samples share."
             )
     sizes = {x.shape[d] for x, d in zip(leaves, dims, strict=True) if d is not None}
+    if not leaves:
+        raise ValueError(
+            f"{api}: with per_sample an input must hold the batch, got no tensor. Pass the samples "
+            "in tensors, all of them at once."
+        )
     if len(sizes) != 1:
         raise ValueError(
             f"{api}: with per_sample every input tensor must have the same batch, got "
             f"{sorted(sizes) or 'none'}. Say in in_dims what all samples share, and where."
-        )
-    if sizes == {0}:
-        raise ValueError(
-            f"{api}: per_sample needs at least one sample, got an empty batch. "
-            "Pass inputs with samples, or leave per_sample out."
         )

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from jacfunc._arguments import wrap_argnums
 from jacfunc._functions import jacobian
 from jacfunc._lending import ModuleState
 from jacfunc._measuring import Run, is_here
-from jacfunc._modules import Batching, ModuleCall, Wrt, argnums_of, module_jacobian
+from jacfunc._modules import Batching, ModuleCall, OutputDims, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
 from jacfunc._types import Argnums, Memory, Randomness, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Strategy
@@ -165,7 +165,13 @@ class Problem:
         """The call of the module, as jacfunc makes it."""
         assert self.module is not None
         state, arguments = ModuleState.of(API, self.module, None), (self.args, dict(self.kwargs))
-        return ModuleCall(API, state, arguments, argnums_of(API, self.wrt))
+        call = ModuleCall(API, state, arguments, argnums_of(API, self.wrt))
+        return call.with_samples(self.batching) if self.is_sampled else call
+
+    @cached_property
+    def output_dims(self) -> OutputDims:
+        """Where the outputs of a module hold its samples."""
+        return self.call().output_dims
 
     @property
     def batching(self) -> Batching:

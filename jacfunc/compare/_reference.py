@@ -19,6 +19,7 @@ from jacfunc._arguments import check_outputs
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._measuring import Run
+from jacfunc._modules import IN_FRONT
 from jacfunc._torch import RandomState
 from jacfunc._trees import flatten, map_tensors, paths
 from jacfunc._types import Leaves, Tree, is_differentiable
@@ -99,6 +100,8 @@ class Reference:
         # clones, so that the function may write into its arguments
         args, kwargs = tensors.merge([x.clone() if x.requires_grad else x for x in leaves])
         output = problem.target(*args, **kwargs)
+        if problem.is_sampled:
+            output = problem.output_dims.in_front(output)
         outputs = flatten(output)[0]
         check_outputs(API, outputs, lambda: paths(output, "output"))
         outputs = [out for out in outputs if is_differentiable(out)]
@@ -181,10 +184,13 @@ def by_recipe(problem: Problem) -> Run:
     # detached, as in the tutorial: with parameters that require grad the result keeps its graph
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
+    output_dims = problem.output_dims if problem.is_sampled else IN_FRONT
+
     def call(params: dict[str, Tensor], *leaves: Tensor) -> Tree:
         batch = [x if d is None else x.unsqueeze(d) for x, d in zip(leaves, dims, strict=True)]
         args, kwargs = tensors.merge(batch)
         output = functional_call(module, params, args, kwargs)
+        output = output_dims.in_front(output)
         return map_tensors(lambda x: x.squeeze(0), output) if problem.is_sampled else output
 
     argnums = 0 if problem.by_params else tuple(n + 1 for n in problem.varied())

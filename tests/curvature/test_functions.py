@@ -456,8 +456,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "a tensor for names": (
         lambda: jacfunc.ggn(nn.Linear(3, 2), half_square)(X, Y) @ W,  # type: ignore[operator]
-        ValueError,
-        "ggn: vector must name the chosen parameters, got bias, weight in only one",
+        TypeError,
+        "ggn: vector must be a dict of tensors by the names of parameters, got Tensor",
     ),
     "samples that depend on each other": (
         lambda: jacfunc.gradient_norms(lambda p, x: x @ p - (x @ p).mean(0), half_square)(W, X, Y),

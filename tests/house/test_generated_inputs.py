@@ -1,4 +1,4 @@
-"""Any thing in the place of any parameter of a door for functions: a right answer, or a sentence.
+"""Any thing in the place of any parameter of any public name: a right answer, or a sentence.
 
 ``JACFUNC_BAD_INPUTS=1000`` generates so many calls; by default there are fewer.
 """
@@ -33,7 +33,7 @@ def parameters(public: Public) -> list[str]:
     return list(dict.fromkeys([*signed, *public.good]))
 
 
-PLACES = [(public, name) for public in OF_FUNCTIONS for name in parameters(public)]
+PLACES = [(public, name) for public in [*OF_FUNCTIONS, *OF_MODULES] for name in parameters(public)]
 
 
 def outcome(public: Public, options: dict[str, Any]) -> Any:

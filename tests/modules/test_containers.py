@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import UserDict
-from collections.abc import Callable
+from collections import ChainMap, OrderedDict, UserDict, UserList
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +74,22 @@ class Irreps(tuple):
         return self[0]
 
 
+class Lookup(Mapping):
+    """A mapping of its own, with a setting."""
+
+    def __init__(self, x: Any) -> None:
+        self._items, self.is_frozen = {"x": x}, True
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
 class Items(list):
     """A list with an attribute, whose constructor takes the items one by one."""
 
@@ -118,6 +134,10 @@ MAKES: dict[str, Callable[[Tensor], Any]] = {
     "attrs": lambda x: Attrs(private=x),
     "namespace": lambda x: SimpleNamespace(x=x, name="any"),
     "user dict": lambda x: UserDict(x=x),
+    "user list": lambda x: UserList([x]),
+    "ordered dict": lambda x: OrderedDict(x=x),
+    "chained dicts": lambda x: ChainMap({}, {"x": x}),
+    "mapping": Lookup,
     "own attributes": lambda x: OwnAttributes(x=x),
     "list": lambda x: Items(x),
     "tuple": lambda x: Irreps((x,), name="1x0e"),
@@ -129,8 +149,15 @@ MAKES: dict[str, Callable[[Tensor], Any]] = {
 
 def inside(container: Any) -> Any:
     """What is in the place of the tensor, in a container, or in containers of containers."""
-    while hasattr(container, "x") or isinstance(container, UserDict):
-        container = container["x"] if isinstance(container, UserDict) else container.x
+    while not isinstance(container, Tensor):
+        if isinstance(container, Mapping) and "x" in container:
+            container = container["x"]
+        elif isinstance(container, UserList):
+            container = container[0]
+        elif hasattr(container, "x"):
+            container = container.x
+        else:
+            break
     return container
 
 
@@ -162,7 +189,7 @@ EVERY_DOOR = pytest.mark.parametrize("door", DOORS)
 @EVERY_DOOR
 @EVERY_CONTAINER
 def test_batches_in_containers(name: str, door: str) -> None:
-    if door == "ntk" and isinstance(MAKES[name](floats()), tuple | list):
+    if door == "ntk" and isinstance(MAKES[name](floats()), tuple | list | UserList):
         return  # a tuple is taken for several arguments there, and a list for batches
     DOORS[door](Call(net(lambda x: x), floats(), MAKES[name]))
 
@@ -336,3 +363,74 @@ def test_an_output_that_a_function_must_not_return_is_named() -> None:
         TypeError, match=r"^jacrev: func must return tensors, got str at output\[1]"
     ):
         jacfunc.jacrev(lambda x: [Batch(x), "words"])(floats())
+
+
+class Scaled(nn.Module):
+    """A layer, and what all samples share, from a batch that is a dict of any kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, batch: Any) -> Any:
+        return UserDict(logits=self.layer(batch["x"]) * batch["shared"]["scale"].sum())
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "dict": dict,
+    "user dict": UserDict,
+    "encoding": lambda items: Encoding(items, kind="pt"),
+}
+
+
+class Encoding(UserDict):
+    """As ``BatchEncoding`` is: a setting beside the items."""
+
+    def __init__(self, items: Any, *, kind: str) -> None:
+        super().__init__(items)
+        self.kind = kind
+
+
+@pytest.mark.parametrize("inner", KINDS)
+@pytest.mark.parametrize("outer", KINDS)
+def test_in_dims_of_dicts_fit_any_kind_of_dict(outer: str, inner: str) -> None:
+    torch.manual_seed(0)
+    module, x, scale = Scaled().double(), floats(), torch.rand(7).double()
+    batch = KINDS[outer]({"x": x, "shared": KINDS[inner]({"scale": scale})})
+    want = torch.einsum("om,bi->bomi", torch.eye(2).double(), x) * scale.sum()
+    for shared in (None, {"scale": None}):
+        jac = jacfunc.module_jacobian(
+            module, per_sample=True, in_dims=({"x": 0, "shared": shared},)
+        )
+        torch.testing.assert_close(jac(batch)["logits"]["layer.weight"], want)
+    with pytest.raises(ValueError, match=r"in_dims must have the structure .* of 'x', 'shared'"):
+        jacfunc.module_jacobian(module, per_sample=True, in_dims=({"x": 0},))(batch)
+
+
+def test_targets_and_vectors_in_user_dicts() -> None:
+    torch.manual_seed(0)
+    module, x, y = Scaled().double(), floats(), torch.tensor([0, 1, 1])
+    batch = UserDict(x=x, shared={"scale": torch.ones(1).double()})
+    shared: Any = {"in_dims": ({"x": 0, "shared": None},)}
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs["logits"], targets["y"])
+
+    ones = {name: torch.ones_like(p) for name, p in module.named_parameters()}
+    plain = jacfunc.ggn(module.layer, nn.functional.cross_entropy)(x, y)
+    G = jacfunc.ggn(module, loss, **shared)(batch, UserDict(y=y))
+    torch.testing.assert_close(G.matrix(), plain.matrix())
+    got = G @ UserDict(ones)
+    want = plain @ {name.removeprefix("layer."): x for name, x in ones.items()}
+    torch.testing.assert_close(list(got.values()), list(want.values()))
+    norms = jacfunc.gradient_norms(module, loss, **shared)(batch, UserDict(y=y))
+    gradients = [
+        torch.autograd.grad(loss(module({**batch, "x": x[n : n + 1]}), {"y": y[n : n + 1]}) / 3, p)
+        for n in range(3)
+        for p in [list(module.parameters())]
+    ]
+    each = [torch.cat([g.flatten() for g in row]).norm() for row in gradients]
+    torch.testing.assert_close(norms, torch.stack(each))
+    batches = [UserDict(batch, x=part) for part in (x[:1], x[1:])]
+    kernel = jacfunc.ntk(module, None, batches, **shared)["logits"]
+    torch.testing.assert_close(kernel, jacfunc.ntk(module.layer, None, x))

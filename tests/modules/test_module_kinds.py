@@ -425,10 +425,6 @@ UNCLEAR = {
         lambda: jacfunc.module_jacobian(nn.LazyLinear(2))(torch.ones(1, 3)),
         r"[Cc]all the module",
     ),
-    "empty batch": (
-        lambda: jacfunc.module_jacobian(nn.Linear(3, 2), per_sample=True)(torch.ones(0, 3)),
-        r"per_sample",
-    ),
     "random layers": (
         lambda: jacfunc.module_jacobian(
             nn.Dropout(), "inputs", per_sample=True, strategy="reverse"

@@ -1,0 +1,172 @@
+"""Where outputs hold the samples, and whether layers over the batch are called: seen by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from jacfunc._lending import ModuleState
+from jacfunc._linear_map import Dims, one_sample
+from jacfunc._remembered import Remembered
+from jacfunc._trees import flatten, unflatten
+from jacfunc._types import Leaves, Tree
+
+
+@dataclass(frozen=True)
+class OutputDims:
+    """For each leaf of the output the dimension of the samples; none if they are in front of all.
+
+    Recurrent layers have them in dimension 1, of outputs and of states, as of their inputs.
+    """
+
+    dims: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, one: Tree, two: Tree, dims: Iterable[int]) -> OutputDims:
+        """From what a module returned for one sample, and for two, whose inputs have these dims.
+
+        An output that has as many in front as there are samples has them there.
+        """
+        pairs = zip(flatten(one)[0], flatten(two)[0], strict=True)
+        every = tuple(_dim_of(*pair, sorted(dims)) for pair in pairs)
+        return cls(every if any(every) else ())
+
+    def in_front(self, output: Tree) -> Tree:
+        """The output with the samples in front."""
+        return self._each(output, lambda leaf, dim: leaf.movedim(dim, 0))
+
+    def as_returned(self, output: Tree) -> Tree:
+        """The output with the samples where the module has them, from one with them in front."""
+        return self._each(output, lambda leaf, dim: leaf.movedim(0, dim))
+
+    def _each(self, output: Tree, move: Callable[[Tensor, int], Tensor]) -> Tree:
+        if not self.dims:
+            return output
+        leaves, spec = flatten(output)
+        pairs = zip(leaves, self.dims, strict=True)
+        return unflatten(spec, [move(leaf, dim) if dim else leaf for leaf, dim in pairs])
+
+
+IN_FRONT = OutputDims()
+
+
+def _dim_of(one: object, two: object, dims: list[int]) -> int:
+    """The first of the dimensions that has one entry for one sample, and two for two."""
+    if not (isinstance(one, Tensor) and isinstance(two, Tensor)):
+        return 0
+    sizes = list(zip(one.shape, two.shape, strict=False))
+    return next((dim for dim in (0, *dims) if sizes[dim : dim + 1] == [(1, 2)]), 0)
+
+
+@cache
+def _known_dims() -> Remembered[OutputDims]:
+    """Where outputs hold the samples, by the version of a module and the kind of call."""
+    return Remembered()
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Evaluations of a module that are made once for calls of a kind, to see what it does.
+
+    Args:
+        kind: of the call's arguments.
+        evaluate: what the module returns for tensors in the place of those of the call; before
+            that it calls a function, of which nothing stays that it sets on the module.
+    """
+
+    api: str
+    state: ModuleState
+    kind: Hashable
+    evaluate: Callable[[Leaves, Callable[[], object]], Tree]
+
+    def output_dims(self, leaves: Leaves, dims: Dims) -> OutputDims:
+        """Where the outputs hold the samples that the leaves hold in these dimensions."""
+        pairs = zip(leaves, dims, strict=True)
+        behind = {dim % x.dim() for x, dim in pairs if dim is not None}
+        if behind == {0}:
+            return IN_FRONT
+
+        def make() -> OutputDims:
+            pairs = list(zip(one_sample(leaves, dims, 0), dims, strict=True))
+            one, two = (
+                tuple(x if dim is None else torch.stack([x] * count, dim) for x, dim in pairs)
+                for count in (1, 2)
+            )
+            return OutputDims.of(self.evaluate(one, _nothing), self.evaluate(two, _nothing), behind)
+
+        return _known_dims().get_or_make(self.state.version, (self.kind, tuple(dims)), make)
+
+    def check_norms(self, names: tuple[str, ...], leaves: Leaves) -> None:
+        """Refuse the batch normalizations with these names, if the module calls one.
+
+        Raises:
+            ValueError: if it does.
+        """
+        kind = names, self.kind
+        if _unused_norms().get(self.state.version, kind):
+            return
+        if called := self._called(names, leaves):
+            raise ValueError(
+                f"{self.api}: per_sample needs samples that do not depend on each other, got batch "
+                f"normalization over the batch in {called[0] or 'the module'}. "
+                "Call module.eval(), or leave per_sample out."
+            )
+        _unused_norms().put(self.state.version, kind, True)
+
+    def _called(self, names: Sequence[str], leaves: Leaves) -> list[str]:
+        """Which of these submodules an evaluation calls; those of TorchScript do not tell."""
+        parts = self.state.parts
+        called = [name for name in names if parts[name].is_scripted]
+        if called:
+            return called
+
+        def watch() -> None:
+            for name in names:
+                parts[name].module.register_forward_pre_hook(partial(_note_call, called, name))
+
+        try:
+            self.evaluate(leaves, watch)
+        except Exception:
+            if not called:
+                raise
+        return called
+
+
+def _nothing() -> None:
+    return
+
+
+def _note_call(called: list[str], name: str, *_: Any) -> None:
+    called.append(name)
+
+
+def norms_over_batch(state: ModuleState) -> tuple[str, ...]:
+    """The names of batch normalizations that take the batch for their statistics."""
+    return _norms().get_or_make(state, None, lambda: tuple(_over_batch(state)))
+
+
+def _over_batch(state: ModuleState) -> Iterator[str]:
+    for name, part in state.parts.items():
+        module = part.module
+        scripted = str(module.original_name) if part.is_scripted else ""
+        is_norm = isinstance(module, _BatchNorm) or "BatchNorm" in scripted
+        if is_norm and (module.training or part.buffers.get("running_mean") is None):
+            yield name
+
+
+@cache
+def _norms() -> Remembered[tuple[str, ...]]:
+    """The names of such normalizations in a state."""
+    return Remembered()
+
+
+@cache
+def _unused_norms() -> Remembered[bool]:
+    """Kinds of calls of a module that call none of these."""
+    return Remembered()
