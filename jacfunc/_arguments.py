@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from jacfunc._errors import Refused
-from jacfunc._types import Argnums, is_differentiable
+from jacfunc._types import Argnums, Randomness, is_differentiable
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -61,16 +61,38 @@ def _means_more(kind: Any) -> bool:
     return getattr(override, "__func__", override) not in plain
 
 
+def check_func(api: str, func: object) -> None:
+    """Refuse what can't be called."""
+    if not callable(func):
+        must = f"func must be callable, got {_kind(func)}"
+        raise TypeError(f"{api}: {must}. Pass a function of tensors, or a module.")
+
+
+def check_flags(api: str, **flags: object) -> None:
+    """Refuse what is neither True nor False, though Python would take it for one of them."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            must = f"{name} must be True or False, got {flag!r}"
+            raise TypeError(f"{api}: {must}. Write {name}=True, or {name}=False.")
+
+
+def check_randomness(api: str, randomness: object, advice: str) -> None:
+    """Refuse another word than those that vmap knows."""
+    if not isinstance(randomness, str) or randomness not in get_args(Randomness):
+        must = f"randomness must be 'error', 'same' or 'different', got {randomness!r}"
+        raise ValueError(f"{api}: {must}. {advice}")
+
+
 def wrap_argnums(api: str, argnums: Argnums, num_args: int) -> tuple[int, ...]:
     """Positions in ``range(num_args)`` for ``argnums``, of which negative ones count from the end.
 
     Raises:
         TypeError, ValueError: if they are no positions, or name an argument twice.
     """
-    if isinstance(argnums, int) and -num_args <= argnums < num_args:
+    if type(argnums) is int and -num_args <= argnums < num_args:
         return (argnums % num_args,)
-    positions = (argnums,) if isinstance(argnums, int) else argnums
-    if not isinstance(positions, tuple) or not all(isinstance(n, int) for n in positions):
+    positions = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in positions):
         raise TypeError(
             f"{api}: argnums must be an int or a tuple of ints, got {argnums!r}. "
             "Name positional arguments by their position."
@@ -139,8 +161,13 @@ def _parsed_bytes(words: str) -> int | None:
 def check_inputs(
     api: str, argnum: int, leaves: Sequence[Any], paths: Callable[[], Sequence[str]]
 ) -> None:
-    """Refuse complex leaves, and an argument with leaves of which none is floating."""
+    """Refuse complex and sparse leaves, and an argument with leaves of which none is floating."""
     for place, leaf in enumerate(leaves):
+        if is_differentiable(leaf) and leaf.layout is not torch.strided:
+            raise NotImplementedError(
+                f"{api}: inputs must be dense, got {leaf.layout} at {paths()[place]}. "
+                "Differentiate by its values, of which the function makes the sparse tensor."
+            )
         if isinstance(leaf, torch.Tensor) and leaf.is_complex():
             raise NotImplementedError(
                 f"{api}: inputs must be real, got {leaf.dtype} at {paths()[place]}. Differentiate "
@@ -156,7 +183,12 @@ def check_inputs(
 
 
 def check_outputs(api: str, leaves: Sequence[Any], paths: Callable[[], Sequence[str]]) -> None:
-    """Refuse outputs that are no tensors or complex, and those of which none is floating."""
+    """Refuse outputs that are no tensors or complex, those of which none is floating, and None."""
+    if not leaves:  # it is None: nothing else without leaves comes here
+        raise TypeError(
+            f"{api}: func must return tensors, got None. Return what it computes, or an empty "
+            "tuple if that is nothing."
+        )
     for place, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise TypeError(
@@ -168,7 +200,7 @@ def check_outputs(api: str, leaves: Sequence[Any], paths: Callable[[], Sequence[
                 f"{api}: outputs must be real, got {leaf.dtype} at {paths()[place]}. "
                 "Return torch.view_as_real(...) of it instead."
             )
-    if leaves and not any(is_differentiable(leaf) for leaf in leaves):
+    if not any(map(is_differentiable, leaves)):
         kinds = ", ".join(sorted({_kind(leaf) for leaf in leaves}))
         raise TypeError(
             f"{api}: func must return at least one floating point tensor, got {kinds}. "

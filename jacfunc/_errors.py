@@ -13,6 +13,14 @@ class Stale(ValueError):  # noqa: N818 (the outputs are stale)
     """The function does not compute its outputs from its arguments; no other strategy is tried."""
 
 
+class Nameless(ValueError):  # noqa: N818 (what it lacks is told, not what went wrong)
+    """A ValueError whose message lacks the name of the public function, which a door puts there."""
+
+
+class LeftTorch(Nameless, Stale):
+    """The function computes outputs of its arguments outside of torch; no other way is tried."""
+
+
 class UnseenWrite(RuntimeError):  # noqa: N818 (it has happened)
     """The function has changed a parameter that it got without a copy; no other way is tried."""
 
@@ -28,6 +36,15 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+
+
+def out_of_memory(api: str, error: Exception, way_out: str) -> RuntimeError:
+    """The error of an allocator in the words of a public function; torch's own words stay in it."""
+    kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+    told = str(error).strip().split("\n")[0].rstrip(".") or "not enough memory"
+    return kind(
+        f"{api}: the result and all else that it needs must fit into memory, got {told}.{way_out}"
+    )
 
 
 def check_fallback(error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from jacfunc._errors import Refused
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning import resolve
 from jacfunc._types import Argnums, Blocks, Leaves
-from jacfunc.strategies import Strategy
+from jacfunc.strategies import Strategy, worded
 
 __all__ = ["check_jacobian"]
 
@@ -50,7 +51,7 @@ def check_jacobian(
 
     Raises:
         AssertionError: naming the first leaf and entry that disagree.
-        TypeError: if the point is not in float64.
+        TypeError, ValueError: if the point is not in float64, or options do not fit.
 
     Cost:
         2N evaluations, the Jacobian by each strategy, one pushforward and one pullback.
@@ -61,6 +62,7 @@ def check_jacobian(
         >>> check_jacobian(torch.sin, torch.ones(3, dtype=torch.float64))
         {'reverse': 'agrees', 'forward': 'agrees', 'looped': 'agrees'}
     """
+    _check_options(strategies, {"rtol": rtol, "atol": atol})
     call = FlatCall(Derivation(API, func, argnums), args, kwargs)
     for primal in call.primals:
         if primal.dtype != torch.float64:
@@ -68,7 +70,7 @@ def check_jacobian(
                 f"{API}: the point must be in float64, got {primal.dtype}. "
                 "Finite differences in less cannot tell right from wrong; convert with .double()."
             )
-    with torch.no_grad():
+    with torch.no_grad(), worded(API, "the function must be one that torch can differentiate"):
         trial = _Trial(call, JacobianOperator(call, call.primals), rtol, atol)
         trial.operator.rewind_generators()
         expected = _finite_differences(call, trial.operator)
@@ -78,6 +80,26 @@ def check_jacobian(
         if not any(verdict.startswith("refused") for verdict in verdicts.values()):
             trial.check_adjoint()
     return verdicts
+
+
+def _check_options(strategies: Any, tolerances: dict[str, Any]) -> None:
+    """Refuse what is no choice of strategies, and tolerances that nothing, or all, would meet."""
+    if not isinstance(strategies, tuple | list):
+        raise TypeError(
+            f"{API}: strategies must be a tuple of names or strategies, got {strategies!r}. "
+            "Write ('reverse',) for the only one."
+        )
+    if not strategies:
+        raise ValueError(
+            f"{API}: strategies must name at least one, got none. Leave it out for three."
+        )
+    for name, value in tolerances.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(
+                f"{API}: {name} must be a number, got {type(value).__name__}. Try 1e-5."
+            )
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{API}: {name} must be 0 or more, and finite, got {value}. Try 1e-5.")
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,11 @@ class _Trial:
             blocks = resolve(API, strategy, None).materialize(self.operator)
         except Refused as refusal:
             return f"refused: {refusal}"
+        if not isinstance(blocks, tuple | list):
+            raise TypeError(
+                f"{API}: {_name(strategy)} must return a tuple of rows of blocks, got "
+                f"{type(blocks).__name__}. Its materialize is wrong."
+            )
         for i, (row, expected_row) in enumerate(zip(blocks, expected, strict=True)):
             for j, (block, reference) in enumerate(zip(row, expected_row, strict=True)):
                 self._compare(_name(strategy), block.to(reference.dtype), reference, i, j)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,13 @@ from torch import Tensor
 from jacfunc._assembly.blocks import Allocate, allocated
 from jacfunc._assembly.pages import empty
 from jacfunc._assembly.sinks import Grid, MatrixSink, Sink
-from jacfunc._torch import inside_transform
+from jacfunc._assembly.writable import (
+    check_holds_numbers,
+    check_target,
+    check_unread,
+    check_writable,
+    read_by,
+)
 from jacfunc._trees import StructureError, aligned, flatten
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 
@@ -23,13 +29,18 @@ def sink_for(
     flat: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    read: Callable[[], Iterable[object]] = tuple,
 ) -> Sink:
     """The sink for the blocks of one call, as its options say.
+
+    Args:
+        read: tells what the call reads, tensors among it, into which nothing may be written.
 
     Raises:
         TypeError, ValueError: an ``out`` that can't be written into, or a dtype beside it.
     """
     if out is None:
+        check_target(api, dtype, device)
         return MatrixSink(dtype, device) if flat else Sink(dtype, device)
     if dtype is not None or device is not None:
         raise ValueError(
@@ -37,6 +48,7 @@ def sink_for(
             "their own: leave one of the two out."
         )
     tensors = _checked_tensors(api, out, flat)
+    check_unread(api, tensors, read())
     return IntoMatrix(api, out) if flat else IntoBlocks(api, out, tensors)
 
 
@@ -54,6 +66,11 @@ class Places:
             _checked_tensors(api, out)
         return cls(api, out)
 
+    def check_unread(self, func: Any, *arguments: Tree) -> None:
+        """Raises ValueError if the user's tensors are what a call reads."""
+        if self.out is not None:
+            check_unread(self.api, flatten(self.out)[0], read_by(func, *arguments))
+
     def tensors(self, tree: Tree, likes: Leaves, shapes: Sequence[tuple[int, ...]]) -> Leaves:
         """The tensors for the leaves of a tree like the result: of these shapes, or refused.
 
@@ -62,7 +79,8 @@ class Places:
         if self.out is None:
             return tuple(empty(like, shape) for like, shape in zip(likes, shapes, strict=True))
         places = _aligned(self.api, flatten(tree)[1], self.out)
-        for place, shape in zip(places, shapes, strict=True):
+        for place, like, shape in zip(places, likes, shapes, strict=True):
+            check_holds_numbers(self.api, place, like.device)
             if place.shape != shape:
                 raise ValueError(
                     f"{self.api}: out must have the shapes of the result, got "
@@ -95,11 +113,7 @@ def _checked_tensors(api: str, out: Tree, flat: bool = False) -> Sequence[Tensor
             f"{api}: out must be {what}, got {type(out).__name__}. Pass what an earlier call "
             "returned."
         )
-    if any(tensor.requires_grad for tensor in tensors) or inside_transform():
-        raise ValueError(
-            f"{api}: out must be plain tensors outside all transforms, got one that requires grad "
-            "or a call inside a transform. Leave out= away there."
-        )
+    check_writable(api, tensors)
     return tensors
 
 
@@ -120,7 +134,7 @@ def _aligned(api: str, spec: Any, out: Tree) -> Sequence[Tensor]:
 class IntoBlocks(Sink):
     """Puts each block into a tensor of the user's: as it comes where possible, or by a copy."""
 
-    copies = True
+    copies, allocates = True, False
 
     def __init__(self, api: str, tree: Tree, out: Sequence[Tensor]) -> None:
         super().__init__()
@@ -173,15 +187,19 @@ class IntoBlocks(Sink):
         lead = batch[0] if batch else 1
         if [lead * size for size in sizes] != [out.numel() for out in self.out]:
             raise ValueError(
-                f"{self.api}: out must hold a tensor for each of the {len(sizes)} blocks, got "
-                f"{len(self.out)} of {[tuple(out.shape) for out in self.out][:5]}. "
-                "Pass what an earlier call returned."
+                f"{self.api}: out must hold a tensor for each of the {len(sizes)} blocks, in the "
+                f"order of the result, got {len(self.out)} of "
+                f"{[tuple(out.shape) for out in self.out][:5]}. Pass what an earlier call returned."
             )
+        for out in self.out:
+            check_holds_numbers(self.api, out, grid.device)
         return tuple(self.out)
 
 
 class IntoMatrix(MatrixSink):
     """Writes all blocks into the user's matrix ``[*batch, M, N]``."""
+
+    allocates = False
 
     def __init__(self, api: str, out: Tensor) -> None:
         super().__init__()
@@ -192,14 +210,15 @@ class IntoMatrix(MatrixSink):
         check_undifferentiated(self.api, [block for row in blocks for block in row])
         ((matrix,),) = super().finished(blocks, grid, batch)
         if matrix is not self.out:
-            self._checked(matrix.shape).copy_(matrix)
+            self._checked(matrix.shape, matrix.device).copy_(matrix)
         return ((self.out,),)
 
     def _empty(self, products: Leaves, shape: tuple[int, ...], grid: Grid) -> Tensor:
-        self.matrix = self._checked(shape)
+        self.matrix = self._checked(shape, grid.device)
         return self.matrix
 
-    def _checked(self, shape: Sequence[int]) -> Tensor:
+    def _checked(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        check_holds_numbers(self.api, self.out, device)
         if self.out.shape != tuple(shape):
             raise ValueError(
                 f"{self.api}: out must have the shape of the matrix, {tuple(shape)}, got "

@@ -9,7 +9,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from jacfunc._arguments import are_plain
 from jacfunc._assembly.basis import numel
 from jacfunc._assembly.blocks import (
     Allocate,
@@ -20,8 +22,12 @@ from jacfunc._assembly.blocks import (
     stacked_rows,
 )
 from jacfunc._assembly.pages import empty
-from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, evenly
+from jacfunc._memory import STAGED_BYTES, Chunk, FittedChunks, all_bytes, evenly
 from jacfunc._types import Blocks, Leaves, Tree
+from jacfunc._units import in_bytes
+
+VAST = 2**28
+"""Entries of a result of which it is asked whether the machine can hold them."""
 
 Sweep: TypeAlias = Callable[[Chunk], Iterable[Leaves]]
 """From the number of seeds at once to the products of all seeds, chunk by chunk."""
@@ -56,6 +62,8 @@ class Sink:
 
     copies = False
     """Are products written elsewhere, rather than being the result themselves?"""
+    allocates = True
+    """Does the result take new memory, rather than that of the user's tensors?"""
 
     def __init__(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -68,6 +76,24 @@ class Sink:
     def placed(self, tree: Tree) -> Tree:
         """The tree that the user gets, from a tree of finished blocks."""
         return tree
+
+    def check_fits(self, outputs: Leaves, primals: Leaves) -> None:
+        """Refuse a result that is larger than the machine, before a sweep fills its memory.
+
+        Raises:
+            RuntimeError: as an allocator does.
+        """
+        count = numel(outputs) * numel(primals)
+        if not self.allocates or count < VAST or not are_plain(primals) or is_compiling():
+            return
+        grid = Grid.of(outputs, primals)
+        device = torch.device(self.device or grid.device)
+        needed, there = count * (self.dtype or grid.dtype).itemsize, 0
+        if device.type != "meta" and needed > (there := all_bytes(device)):
+            raise RuntimeError(
+                f"not enough memory for a result of {in_bytes(needed)} on a machine with "
+                f"{in_bytes(there)}"
+            )
 
     def at_once(self, chunk: Chunk) -> Chunk:
         """How many seeds or samples are swept at once: not all, where their products are copied."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jacfunc._arguments import check_flags, check_func
 from jacfunc._types import Argnums
 
 
@@ -18,9 +19,16 @@ class Derivation:
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         argnums: which positional arguments it is differentiated by.
         has_aux: ``func`` returns ``(output, aux)``.
+
+    Raises:
+        TypeError: if ``func`` is not callable, or ``has_aux`` neither True nor False.
     """
 
     api: str
     func: Callable[..., Any]
     argnums: Argnums = 0
     has_aux: bool = False
+
+    def __post_init__(self) -> None:
+        check_func(self.api, self.func)
+        check_flags(self.api, has_aux=self.has_aux)

@@ -60,7 +60,7 @@ class FlatCall:
         with untracked():
             self._splits = [Split.of(args[n]) for n in self._positions]
             for n, split in zip(self._positions, self._splits, strict=True):
-                if split.constants or any(map(torch.is_complex, split.leaves)):
+                if split.constants or not all(map(_is_plain, split.leaves)):
                     check_inputs(api, n, flatten(args[n])[0], partial(paths, args[n], f"args[{n}]"))
         splits = self._splits
         self.primals: Leaves = (
@@ -124,7 +124,8 @@ class FlatCall:
             self._maps_tensor_to_tensor = is_bare and self._is_single and self._has_one_tensor
             if self._has_aux or self._output.constants:
                 self._beside = Split.of((self._output.constants, aux), is_tensor)
-            if self._output.constants or any(map(torch.is_complex, self._output.leaves)):
+            is_complex = any(map(torch.is_complex, self._output.leaves))
+            if is_complex or self._output.constants or output is None:
                 told = without_settings(output, "output")
                 check_outputs(self._api, list(told.values()), lambda: list(told))
         return self._output.leaves, self._beside.leaves if self._beside else ()
@@ -240,3 +241,8 @@ class FlatCall:
             parts.append(values[start : start + len(split.leaves)])
             start += len(split.leaves)
         return parts
+
+
+def _is_plain(leaf: Tensor) -> bool:
+    """Is it real and dense, as what is differentiated must be?"""
+    return not leaf.is_complex() and leaf.layout is torch.strided

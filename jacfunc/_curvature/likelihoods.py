@@ -67,10 +67,11 @@ class Predictive:
         Raises:
             ValueError: another likelihood or reduction than there are.
         """
+        if reduction is not None:
+            _checked(api, reduction)
         loss = TorchLoss.of(likelihood)
         if isinstance(likelihood, str) and likelihood in _BY_NAME:
-            is_mean = _checked(api, reduction or "mean") == "mean"
-            return cls(_BY_NAME[likelihood], len if is_mean else _one)
+            return cls(_BY_NAME[likelihood], _one if reduction == "sum" else len)
         if loss is None or (row := _of_loss(loss)) is None:
             raise ValueError(
                 f"{api}: likelihood must be one of {', '.join(map(repr, get_args(Name)))} or one "
@@ -122,7 +123,7 @@ def check_draws(api: str, draws: object, generator: object) -> None:
 
 
 def _checked(api: str, reduction: object) -> object:
-    if reduction not in ("mean", "sum"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
         raise ValueError(
             f"{api}: reduction must be 'mean' or 'sum', got {reduction!r}. "
             "Choose as in the loss that is trained."

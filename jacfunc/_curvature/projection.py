@@ -134,6 +134,7 @@ def random_projection(
 
     def random_projection_of(*args: Tree, **kwargs: Any) -> Tree:
         places = Places.of(API, out)
+        places.check_unread(module, args, kwargs)
         if loss is None:
             at_batch = options.at((args, kwargs))
             return Projections(at_batch, size, seed).of_jacobians(places)

@@ -131,10 +131,16 @@ def _recorded(
     def of_all(*primals: Tensor) -> Image:
         return batch.evaluate(record, primals, learned)
 
+    def unrecorded(*primals: Tensor) -> Image:
+        every = tuple([batch.handle(i, x, learned) for i, x in enumerate(primals)])
+        return batch.evaluate(lambda _, __, evaluate: evaluate(), every, learned)
+
+    # a batch as a whole is known by what is recorded of it
+    again = unrecorded if isinstance(batch, VmappedBatch) else None
     grad_mode, further = handles.grad_mode, handles.further
     pull = Pull(None, (grad_mode, further), LeadsOut(handles.starts, grad_mode, further))
     with recording(), MathAttention():
-        image = watched_once(of_all, handles.every, batch.primals, pull, batch.call)
+        image = watched_once(of_all, handles.every, batch.primals, pull, batch.call, again)
     return image, recorders[0]
 
 

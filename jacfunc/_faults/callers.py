@@ -34,6 +34,17 @@ TAKES_DERIVATIVES: dict[Callable[..., Any], int] = {
     Tensor.backward: 3,
 }
 """How a function takes derivatives itself, and the position of the argument ``create_graph``."""
+WAYS_OUT: frozenset[Callable[..., Any]] = frozenset(
+    {
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.__float__,
+        Tensor.__dlpack__,
+    }
+)
+"""Operations that hand numbers of a tensor to other code than torch."""
 _DERIVED = ("outputs", "tensors", "self")
 CUT_OFF = (
     "the function takes a derivative that keeps no graph, which would count as a constant. Pass "

@@ -7,17 +7,18 @@ from contextlib import nullcontext
 from types import BuiltinFunctionType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from jacfunc._errors import Refused
+from jacfunc._errors import LeftTorch, Refused
 from jacfunc._faults.callers import CUT_OFF
 from jacfunc._faults.forward import FAULTY, PushContext, check_push, check_pushed
 from jacfunc._faults.lookups import tensors_of
 from jacfunc._faults.watch import Watch, name_of, unwatched, watch_on
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
-from jacfunc._torch import Pull, is_batched, is_pushing
+from jacfunc._torch import Pull, RandomState, is_batched, is_pushing
 from jacfunc._types import LeafFunction, Leaves
 
 
@@ -52,6 +53,7 @@ def watched_once(
     primals: Leaves,
     pull: Pull,
     call: Any = None,
+    again: LeafFunction | None = None,
 ) -> tuple[Leaves, Leaves]:
     """``func(*copies)``, watched unless an earlier call of this kind showed nothing to watch for.
 
@@ -62,10 +64,12 @@ def watched_once(
         func: takes copies of the primals, returns outputs and extras.
         pull: the pullback that the evaluation is for.
         call: says what is called and of what kind the call is, if ``func`` does not.
+        again: evaluates ``func`` once more, where ``call`` is given and ``func`` keeps something.
     """
     keep_heap()
     watch_on()
-    call = func if call is None else call
+    if call is None:
+        call = again = func
     _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
     is_known, kind = version is not None, (kind, pull.around)
     is_pushed = pull.level is not None and is_pushing()
@@ -81,11 +85,72 @@ def watched_once(
     watch.check_copies(primals)
     if watch.has_cut_off and not all(out.requires_grad for out in outputs):
         raise Refused(CUT_OFF)
+    if watch.leaves_torch:
+        constants = [number for number, out in enumerate(outputs) if not out.requires_grad]
+        if constants:
+            if again is None:
+                raise Refused("it leaves torch, by NumPy or Python numbers, and returns constants")
+            watch.stays_watched = True
+            check_stays_in_torch(again, primals, outputs, constants)
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
     draws = is_known and watch.drew and call.state is None
     if is_known and not (watch.stays_watched or draws or any(map(_may_catch, call.functions))):
         unwatched().put(version, kind, shares)
     return outputs, extras
+
+
+def check_stays_in_torch(
+    func: LeafFunction, primals: Leaves, outputs: Leaves, constants: Sequence[int]
+) -> None:
+    """Refuse outputs that torch takes for constants, if they change with the primals.
+
+    What a function computes by NumPy or from Python numbers comes back without a graph, and its
+    derivative would be zero. So has a constant by its nature: a function that leaves torch is
+    evaluated beside the point, and only an output that changes there is refused. What ``detach()``
+    or ``torch.no_grad()`` cut off stays a constant.
+
+    Args:
+        func: of the primals, returns outputs and extras; it has left torch.
+        constants: the numbers of the outputs without a graph, or without tangents.
+
+    Raises:
+        LeftTorch: if one of them has another value on both sides of the point.
+    """
+    random_state = RandomState(primals)
+    # a number that changes by less than its own rounding does not show it
+    size = max(torch.finfo(x.dtype).eps for x in (*primals, *outputs)) ** 0.5
+
+    def beside(step: int) -> list[Tensor]:
+        random_state.repeat()
+        with torch.no_grad():
+            evaluated, _ = func(*_moved(primals, step * size))
+        return [evaluated[number] for number in constants]
+
+    with random_state.kept():
+        # at the point last: a call keeps what its last evaluation returned beside tensors
+        sides = zip(beside(1), beside(-1), beside(0), strict=True)
+        for number, (above, below, same) in zip(constants, sides, strict=True):
+            # one that changes by itself tells nothing, nor does a step to one side
+            if torch.equal(same, outputs[number]) and not (
+                torch.equal(same, above) or torch.equal(same, below)
+            ):
+                raise LeftTorch(
+                    "func must compute its outputs by torch, got one that went through NumPy or a "
+                    "Python number and lost its graph: its derivative would be zero, though its "
+                    "value changes. Compute it by torch, write a torch.autograd.Function, or "
+                    "return it beside the outputs with has_aux=True."
+                )
+
+
+def _moved(primals: Leaves, step: float) -> list[Tensor]:
+    """Copies of the primals, each entry moved by up to so much of its size, and of 1."""
+    moved = []
+    for primal in map(Tensor.detach, primals):
+        # no entry moves as its neighbours do, but all to one side, so that a step at 0 is taken
+        # once; none is drawn at random, which vmap refuses
+        places = torch.arange(1, 1 + primal.numel(), device=primal.device).view(primal.shape)
+        moved.append(primal + step * (1 + primal.abs()) * (2 + places.cos()).to(primal.dtype))
+    return moved
 
 
 def _may_catch(function: Any) -> bool:

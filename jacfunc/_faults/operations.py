@@ -18,6 +18,7 @@ from jacfunc._faults.callers import (
     REENTRANT,
     SWITCH,
     TAKES_DERIVATIVES,
+    WAYS_OUT,
     as_it_is,
     is_checked_for_checkpoint,
     refuse_in_checkpoint,
@@ -131,7 +132,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     SETTING: _set_data,
     REQUIRING: as_it_is,
     Tensor.requires_grad_: require_grad,
-    Tensor.detach: as_it_is,
+    **dict.fromkeys((Tensor.detach, *WAYS_OUT), as_it_is),
     **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),
     SWITCH: refuse_in_checkpoint,
 }

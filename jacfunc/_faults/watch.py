@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import Refused, lacks_forward_rule, writes_outside
-from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, Frozen, cuts_off
+from jacfunc._faults.callers import BY_CALLER, TAKES_DERIVATIVES, WAYS_OUT, Frozen, cuts_off
 from jacfunc._faults.formulas import formula_of
 from jacfunc._faults.lookups import (
     LOOKUPS,
@@ -57,6 +57,8 @@ class Watch(TorchFunctionMode):
     """Must the function be watched again, as an operation was done by a rule or a formula?"""
     drew = False
     """Has the function drawn random numbers?"""
+    leaves_torch = False
+    """Has the function handed numbers to other code than torch?"""
     strides = False
     """Has the function read memory by strides?"""
     pushes = False
@@ -125,6 +127,9 @@ class Watch(TorchFunctionMode):
         """Note what the call of an operation with a rule tells about the function."""
         if func in DRAWING:
             self.drew |= may_draw(func, args, kwargs)
+            return
+        if func in WAYS_OUT:
+            self.leaves_torch = True
             return
         self.strides |= func in STRIDING
         is_plain = func in BY_CALLER or (func in LOOKUPS and lookup(args, kwargs) is None)

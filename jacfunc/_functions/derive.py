@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
-from jacfunc._assembly import NEW_TENSORS, sink_for
+from jacfunc._assembly import NEW_TENSORS, read_by, sink_for
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._showing import named
 from jacfunc._types import Tree
@@ -26,7 +26,8 @@ def deriving(
     @wraps(derivation.func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
         call = FlatCall(derivation, args, kwargs)
-        sink = NEW_TENSORS if out is None else sink_for(api, out)
+        read = partial(read_by, derivation.func, args, kwargs)
+        sink = NEW_TENSORS if out is None else sink_for(api, out, read=read)
         return pack(evaluate(api, call, strategy, sink))
 
     return named(api, derivation.func, derived)

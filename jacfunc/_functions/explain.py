@@ -19,7 +19,7 @@ from jacfunc._planning import Auto, Autotune, Plan, resolve
 from jacfunc._showing import html_table
 from jacfunc._types import Argnums, Memory, Tree
 from jacfunc._units import in_bytes, in_seconds
-from jacfunc.strategies import Strategy, Sweeping
+from jacfunc.strategies import Strategy, Sweeping, in_words_of
 
 
 def plan(
@@ -60,15 +60,8 @@ def plan(
         >>> jacfunc.plan(torch.sin, torch.zeros(3)).strategy
         Reverse(chunk_size=None)
     """
-    chosen = resolve("plan", strategy, chunk_size, memory)
     derivation = Derivation("plan", func, argnums, has_aux)
-    call = FlatCall(derivation, args, kwargs)
-    with alone():
-        plan = _planned(chosen, JacobianOperator(call, call.primals))
-        if not isinstance(plan.strategy, Sweeping) or plan.strategy.sweeps.by_layers:
-            return plan
-        forecast = CallForecast(derivation, args, kwargs).forecast(plan.strategy)
-    return replace(plan, forecast=forecast)
+    return _plan_of(derivation, resolve("plan", strategy, chunk_size, memory), args, kwargs)
 
 
 def explain(
@@ -110,18 +103,11 @@ def explain(
         >>> report.plan.strategy, report.peak_bytes == report.plan.forecast.peak_bytes
         (Reverse(chunk_size=None), True)
     """
+    derivation = Derivation("explain", func, argnums, has_aux)
+    named = resolve("explain", strategy, chunk_size, memory)
     with trail() as steps:
-        chosen = plan(
-            func,
-            *args,
-            argnums=argnums,
-            strategy=strategy,
-            has_aux=has_aux,
-            chunk_size=chunk_size,
-            memory=memory,
-            **kwargs,
-        )
-        derive = jacobian_by(Derivation("explain", func, argnums, has_aux), chosen)
+        chosen = _plan_of(derivation, named, args, kwargs)
+        derive = jacobian_by(derivation, chosen)
         take = partial(derive, *args, **kwargs)
         take()
     start = time.perf_counter()
@@ -179,6 +165,21 @@ class Explanation:
         peak = forecast.peak_bytes if forecast else None
         yield "time", in_seconds(seconds), in_seconds(self.seconds)
         yield "peak", in_bytes(peak), in_bytes(self.peak_bytes)
+
+
+def _plan_of(
+    derivation: Derivation, strategy: Strategy, args: tuple[Tree, ...], kwargs: dict[str, Any]
+) -> Plan:
+    """The plan for a call, with its forecast."""
+    call = FlatCall(derivation, args, kwargs)
+    with alone():
+        plan = in_words_of(
+            derivation.api, lambda: _planned(strategy, JacobianOperator(call, call.primals))
+        )
+        if not isinstance(plan.strategy, Sweeping) or plan.strategy.sweeps.by_layers:
+            return plan
+        forecast = CallForecast(derivation, args, kwargs).forecast(plan.strategy)
+    return replace(plan, forecast=forecast)
 
 
 def _planned(strategy: Strategy, operator: JacobianOperator) -> Plan:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 
-from jacfunc._assembly import numel, sink_for
+from jacfunc._arguments import check_flags
+from jacfunc._assembly import numel, read_by, sink_for
 from jacfunc._functions.graph_rows import API, GraphRows
 from jacfunc._linear_map import Paths
 from jacfunc._planning import resolve
@@ -98,21 +100,22 @@ def graph_jacobian(
         >>> jacfunc.graph_jacobian(hidden.sin(), hidden, per_sample=True).shape
         torch.Size([4, 1, 1])
     """
-    _check_call(independent)
+    retains = create_graph if retain_graph is None else retain_graph
+    flags = {"per_sample": per_sample, "flat": flat, "create_graph": create_graph}
+    _check_call(independent, **flags, retain_graph=retains)
     chosen = resolve(API, strategy, chunk_size, memory)
-    sink = sink_for(API, out, flat, dtype, device)
+    sink = sink_for(API, out, flat, dtype, device, partial(read_by, None, outputs, inputs))
     out_split, in_split = _split("outputs", outputs), _split("inputs", inputs)
     graph = _graph(out_split, in_split)
-    frees = not (create_graph if retain_graph is None else retain_graph)
 
     def blocks() -> Blocks:
         if not per_sample:
-            rows = replace(graph, create_graph=create_graph, frees=frees)
+            rows = replace(graph, create_graph=create_graph, frees=not retains)
             return rows.blocks(sink, rows.chunk(chosen))
         size = _batch_size(out_split, in_split)
         with recording():
             sums = tuple([out.sum(0) for out in graph.outputs])
-        rows = replace(graph, outputs=sums, create_graph=create_graph, frees=frees)
+        rows = replace(graph, outputs=sums, create_graph=create_graph, frees=not retains)
         chunk = rows.chunk(chosen)
         if independent is not True:
             # the groups that it looks at may be more than there are rows to make room for
@@ -131,7 +134,8 @@ MUST = "the graph must be one that can be pulled back"
 INSTEAD = " Differentiate the function itself, with jacfunc.jacobian(func)."
 
 
-def _check_call(independent: object) -> None:
+def _check_call(independent: object, **flags: object) -> None:
+    check_flags(API, **flags)
     if not is_outermost():
         raise ValueError(
             f"{API}: it must be called outside of transforms, got a call inside vmap, a derivative "

@@ -12,6 +12,12 @@ from jacfunc._showing import named
 from jacfunc._types import AuxT, InT, OutT, Tree
 from jacfunc.strategies import in_words_of
 
+MUST = "the function must be one that this product can be taken of"
+PULL, PUSH = (
+    f" Use {instead}, or write the function in other operations." for instead in ("vjp", "jvp")
+)
+LESS = " Take smaller arguments, or fewer at once."
+
 
 @overload
 def jvp(
@@ -67,7 +73,7 @@ def jvp(
     operator = JacobianOperator(call, call.primals)
     seeds = call.aligned_inputs("tangents", tangents)
     check_like("jvp", "tangents", seeds, call.primals)
-    products = in_words_of("jvp", lambda: operator.pushforward(seeds))
+    products = in_words_of("jvp", lambda: operator.pushforward(seeds), MUST, PULL, LESS)
     value, aux = call.value(*operator.image())
     pushed = call.output_tree(products)
     return (value, pushed, aux) if has_aux else (value, pushed)
@@ -117,12 +123,12 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
     """
     call = _at_all("vjp", func, primals, has_aux)
     operator = JacobianOperator(call, call.primals)
-    value, aux = call.value(*in_words_of("vjp", operator.image))
+    value, aux = call.value(*in_words_of("vjp", operator.image, MUST, PUSH, LESS))
 
     def pullback(cotangents: Tree) -> Tree:
         seeds = call.aligned_outputs("cotangents", cotangents)
         check_like("vjp", "cotangents", seeds, operator.outputs)
-        products = in_words_of("vjp", lambda: operator.pullback(seeds))
+        products = in_words_of("vjp", lambda: operator.pullback(seeds), MUST, PUSH, LESS)
         return call.input_tree(products)
 
     named("vjp", func, pullback)
@@ -133,4 +139,15 @@ def _at_all(
     api: str, func: Callable[..., Any], primals: tuple[Tree, ...], has_aux: bool
 ) -> FlatCall:
     """The call, differentiated by all of its arguments."""
+    if not isinstance(primals, tuple | list):
+        raise TypeError(
+            f"{api}: primals must be a tuple of the arguments of func, got "
+            f"{type(primals).__name__}. Write (x,) for the only one."
+        )
+    if not primals:
+        raise ValueError(
+            f"{api}: there must be at least one primal to differentiate by, got none. "
+            "Pass the arguments of func."
+        )
+    primals = tuple(primals)
     return FlatCall(Derivation(api, func, tuple(range(len(primals))), has_aux), primals, {})

@@ -7,6 +7,7 @@ from typing import Any, Concatenate, Literal, Unpack, overload
 
 from torch import Tensor
 
+from jacfunc._arguments import check_chunk_size, check_randomness
 from jacfunc._calls import Derivation
 from jacfunc._functions.derive import jacobian_by
 from jacfunc._planning import directed, resolve
@@ -60,8 +61,9 @@ def jacrev(
         ``(jacobian, aux)``. Leaves that are not floating have ``None`` in their place.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit. NotImplementedError: complex tensors, or
-            a backward pass that can't be vmapped.
+        TypeError, ValueError: arguments that do not fit, outputs that went through NumPy.
+        NotImplementedError: complex or sparse tensors, and what torch has no backward pass for.
+        RuntimeError: a result that does not fit into memory.
 
     Cost:
         One evaluation, M/K sweeps of K pullbacks for M outputs and chunks of K. Each output leaf
@@ -74,6 +76,7 @@ def jacrev(
                 [0., 4., 0.],
                 [0., 0., 6.]])
     """
+    check_chunk_size("jacrev", chunk_size)
     reverse = directed("jacrev", Reverse(chunk_size), memory)
     return jacobian_by(Derivation("jacrev", func, argnums, has_aux), reverse, out)
 
@@ -138,6 +141,8 @@ def jacfwd(
         tensor([[1., 0.],
                 [0., 1.]])
     """
+    check_chunk_size("jacfwd", chunk_size)
+    check_randomness("jacfwd", randomness, "'same' gives one dropout mask to the whole Jacobian.")
     forward = directed("jacfwd", Forward(chunk_size, randomness), memory)
     return jacobian_by(Derivation("jacfwd", func, argnums, has_aux), forward, out)
 

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, overload
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_chunk_size
+from jacfunc._arguments import check_chunk_size, check_func, check_outputs, check_randomness
 from jacfunc._assembly import stack
 from jacfunc._calls import reaches_module
 from jacfunc._errors import Refused, check_fallback
@@ -26,12 +26,16 @@ from jacfunc._trees import (
     StructureError,
     aligned,
     broadcast_prefix,
+    check_dims,
     flatten,
     stack_trees,
     unflatten,
 )
 from jacfunc._types import FunctionOf, InT, Leaves, OutT, Randomness, Tree, is_tensor
 from jacfunc.strategies import in_words_of
+
+OTHERWISE = " Use other operations in func, or loop over the samples."
+FEWER = " Take fewer samples at once with chunk_size."
 
 
 @overload
@@ -90,7 +94,9 @@ def vmap(
         <BLANKLINE>
                 [[1.]]])
     """
+    check_func("vmap", func)
     check_chunk_size("vmap", chunk_size)
+    check_randomness("vmap", randomness, "'same' draws the same numbers for all samples.")
 
     @wraps(func, updated=())
     def mapped(*args: Tree, **kwargs: Any) -> Any:
@@ -105,6 +111,8 @@ def vmap(
             inner_args, inner_kwargs = split.merge(leaves)
             with as_written():
                 output = func(*inner_args, **inner_kwargs)
+            if output is None:
+                check_outputs("vmap", (), tuple)
             if not structure:
                 structure.append(flatten(output)[1])
             outputs = _in_words(lambda: aligned(structure[0], output, "output"), "func's output")
@@ -116,7 +124,7 @@ def vmap(
 
         chunks = sample_chunks(one_chunk, split.leaves, dims, chunk_size)
         size, must = batch_size(split.leaves, dims), "func must be one to map"
-        outputs = in_words_of("vmap", lambda: stack(chunks, size), must, instead="")
+        outputs = in_words_of("vmap", lambda: stack(chunks, size), must, OTHERWISE, FEWER)
         tree = unflatten(structure[0], outputs)
         targets = _in_words(lambda: broadcast_prefix(out_dims, tree, "out_dims"), "out_dims")
         moved = [_move(out, dim) for out, dim in zip(outputs, targets, strict=True)]
@@ -139,10 +147,10 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
                 f"shape {tuple(leaf.shape)}. Use None for what is not mapped."
             )
     sizes = {leaf.shape[dim] for dim, leaf in pairs if dim is not None}
-    if len(sizes) != 1 or 0 in sizes:
+    if len(sizes) != 1:
         raise ValueError(
-            "vmap: mapped tensors must have the same size in the mapped dimension, and not 0, "
-            f"got sizes {sorted(sizes)}. Map at least one tensor, and give in_dims for each."
+            "vmap: mapped tensors must have the same size in the mapped dimension, "
+            f"got {sorted(sizes) or 'none'}. Map at least one tensor, and give in_dims for each."
         )
     return [None if dim is None else dim % leaf.dim() for dim, leaf in pairs]
 
@@ -164,6 +172,8 @@ def _vmapped_or_looped(
             raise
         if not isinstance(error, Refused):
             check_fallback(error)
+        if batch_size(leaves, dims) == 0:
+            raise Refused(f"it does not run under vmap, and no sample is there: {error}") from error
         note("func does not run under vmap, samples go one by one: %s", error)
         handled(error)
     samples = []
@@ -200,6 +210,7 @@ def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) ->
     for number, (prefix, arg) in enumerate(zip(per_argument, args, strict=True)):
         spread = partial(broadcast_prefix, prefix, arg, f"args[{number}]")
         dims.extend(_in_words(spread, "in_dims"))
+    check_dims("vmap", "in_dims", dims)
     return dims + broadcast_prefix(0, kwargs)
 
 
@@ -224,7 +235,7 @@ def _check_all_tensors(outputs: list[Any]) -> None:
 
 def _move(out: Tensor, dim: Any) -> Tensor:
     """An output with its batch dimension moved from the front to ``dim``."""
-    if not isinstance(dim, int) or not -out.dim() <= dim < out.dim():
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -out.dim() <= dim < out.dim():
         raise ValueError(
             f"vmap: out_dims must be dimensions of the outputs, got {dim!r} for an output of "
             f"shape {tuple(out.shape)}. Give an int, or a prefix tree of ints."

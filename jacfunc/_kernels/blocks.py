@@ -138,12 +138,15 @@ class LeafRows:
 
     def times(self, other: LeafRows) -> Tensor:
         """The kernel of this side with another, ``[B1, B2, *diagonal, *kept, *kept]``."""
+        diagonal, kept, _ = self.shapes
+        shape = (self.size, other.size, *diagonal, *kept, *kept)
+        if 0 in shape:  # no entry to add up, and torch can't tell the sizes of what is empty
+            return self.like.new_empty(shape)
         like = self.like.new_empty((), dtype=product_dtype(self.like, *self.params))
         gram = Gram(like, (self.size, other.size), self.axes, other is self)
         gram.add(self.parts, other.parts, self.params)
-        diagonal, kept, _ = self.shapes
         total = gram.whole().permute(1, 3, 0, 2, 4).to(self.like.dtype)
-        return total.reshape(self.size, other.size, *diagonal, *kept, *kept)
+        return total.reshape(shape)
 
     def mirrored(self, block: Tensor) -> Tensor:
         """The block on the other side of the kernel's diagonal."""
@@ -198,9 +201,11 @@ def _leaf_rows(jacobian: FactoredJacobian, number: int, axes: KeptAxes) -> LeafR
     out, size = jacobian.sample_outputs[number], jacobian.size
     orders = axes.ordered(out.dim())
     # units of the outputs [*out], in this order
-    units = torch.eye(out.numel(), dtype=out.dtype, device=out.device).view(*out.shape, -1)
+    units = torch.eye(out.numel(), dtype=out.dtype, device=out.device).view(*out.shape, out.numel())
     seeds = units.permute(*(axis for group in orders for axis in group), out.dim())
-    cotangents = seeds.reshape(-1, 1, *out.shape).expand(-1, size, *out.shape)
-    parts = jacobian.parts_of_cotangents((cotangents,), slice(number, number + 1))
+    cotangents = seeds.reshape(out.numel(), 1, *out.shape).expand(-1, size, *out.shape)
+    every = jacobian.parts_of_cotangents((cotangents,), slice(number, number + 1))
+    pairs = zip(every, jacobian.params, strict=True)
+    parts = [of_one if param.numel() else [] for of_one, param in pairs]
     shapes = [tuple(out.shape[axis] for axis in group) for group in orders]
     return LeafRows(parts, jacobian.params, size, shapes, out)

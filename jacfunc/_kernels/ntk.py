@@ -158,6 +158,7 @@ def ntk(
     if x2 is not None:
         sides.append(side_of(API, "x2", x2, samples_at))
     ranges = in_ranges(sides, axes, chunk_size, budget)
+    places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, is_of_old_style, lacks_forward_rule
-from jacfunc._faults import ForwardWatch, PushContext
+from jacfunc._faults import ForwardWatch, PushContext, check_stays_in_torch
 from jacfunc._linear_map.linearization import batched_like
 from jacfunc._memory import keep_heap
 from jacfunc._torch import (
     MathAttention,
     at_forward_level,
+    has_tangent,
     inside_derivative,
     num_vmap_levels,
     off_graph,
@@ -55,11 +56,21 @@ def _push(
     # grad mode is on, so that the watch sees where the function turns it off
     released = not torch.is_grad_enabled() and not inside_derivative()
     grad_mode = torch.enable_grad() if released else nullcontext()
+    constants: list[int] = []
+
+    def noting(*inner: Tensor) -> tuple[Leaves, Leaves]:
+        outputs, extras = func(*inner)
+        if watch.leaves_torch:
+            constants.extend(n for n, out in enumerate(outputs) if not has_tangent(out))
+        return outputs, extras
+
     try:
         around = PushContext(outer_vmaps, not released)
         with grad_mode, ForwardWatch(around) as watch, MathAttention():
-            pushed = _jvp(func, copies, tangents)
+            pushed = _jvp(noting, copies, tangents)
         watch.check_copies(primals)
+        if constants:
+            check_stays_in_torch(func, primals, pushed[0], constants)
     except Refused:
         raise
     except RuntimeError as error:

@@ -59,7 +59,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(linear: LinearMap, depth: int, *seeds: Tensor) -> Leaves:
-        return linear.swept(seeds, depth)
+        if torch.compiler.is_compiling():
+            return linear.swept(seeds, depth)
+        # a sweep may evaluate the user's function for the first time, under a watch
+        with torch._C._EnableTorchFunction():
+            return linear.swept(seeds, depth)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Leaves) -> None:

@@ -1,6 +1,6 @@
 """How much memory there is, how much of it is used, and in which chunks work is done."""
 
-from jacfunc._memory.available import free_bytes
+from jacfunc._memory.available import all_bytes, free_bytes
 from jacfunc._memory.budget import Budget
 from jacfunc._memory.chunks import GROWTH, Chunk, FittedChunks, evenly, in_chunks, largest, of_leaf
 from jacfunc._memory.counting import DispatchMode, PeakBytes, dense_tensors

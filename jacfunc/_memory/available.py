@@ -23,6 +23,16 @@ def free_bytes(device: torch.device, meminfo: Path = MEMINFO, cgroup: Path = CGR
     return min(1024 * int(available), _free_in_container(cgroup))
 
 
+def all_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
+    """Bytes of the device's memory, or up to the limit of the container, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    limit = cgroup / "memory.max"
+    told = limit.read_text().strip() if limit.exists() else "max"
+    machine = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return machine if told == "max" else min(machine, int(told))
+
+
 def _free_in_container(cgroup: Path) -> int:
     """Bytes up to the limit of the container; without a limit, the largest number."""
     limit, used = cgroup / "memory.max", cgroup / "memory.current"

@@ -30,7 +30,15 @@ from jacfunc._samples import (
 )
 from jacfunc._torch import is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves
-from jacfunc.strategies import Evaluation, Looped, Reverse, Strategy, Structured, in_words_of
+from jacfunc.strategies import (
+    Evaluation,
+    Looped,
+    Reverse,
+    Strategy,
+    Structured,
+    in_words_of,
+    way_out,
+)
 
 FINAL = Stale, UnseenWrite, ValueError, TypeError
 """Errors that no other way avoids."""
@@ -53,7 +61,11 @@ class SampledJacobian:
         Samples go one by one where they can't be swept together.
         """
         try:
-            return in_words_of(self.batch.api, lambda: self._by(strategy).evaluation(self.sink))
+            return in_words_of(
+                self.batch.api,
+                lambda: self._by(strategy).evaluation(self.sink),
+                instead=way_out(strategy),
+            )
         except RuntimeError as error:
             self.batch.check_randomness(error)
             raise

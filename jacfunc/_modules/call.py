@@ -41,7 +41,7 @@ from jacfunc._trees import (
     map_tensors,
 )
 from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
-from jacfunc.strategies import Evaluation, Strategy, evaluate
+from jacfunc.strategies import Evaluation, Strategy, evaluate, worded
 
 
 @dataclass(eq=False)
@@ -168,6 +168,7 @@ class ModuleCall:
         if self._differentiates("params"):
             check_parameters(self.api, state)
         with (
+            worded(self.api, "the module must be one that torch can differentiate"),
             alone(),
             RandomState(_tensors_of(state)).kept(),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),

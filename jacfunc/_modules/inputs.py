@@ -32,7 +32,8 @@ def argnums_of(api: str, wrt: Any) -> Argnums:
     """
     names = wrt if isinstance(wrt, tuple | list) else (wrt,)
     every = [*POSITIONS]
-    if not names or any(name not in every or names.count(name) > 1 for name in names):
+    are_words = all(isinstance(name, str) for name in names)
+    if not (names and are_words and set(names) <= set(every) and len(set(names)) == len(names)):
         raise ValueError(
             f"{api}: wrt must be 'params', 'inputs' or a tuple of both, got {wrt!r}. "
             "Choose single parameters with select=, single inputs with inputs=."

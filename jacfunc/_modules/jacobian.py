@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from jacfunc._assembly import sink_for
+from jacfunc._arguments import check_flags
+from jacfunc._assembly import read_by, sink_for
 from jacfunc._calls import warn_if_followed
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
@@ -193,6 +195,8 @@ def module_jacobian(
         >>> jacfunc.module_jacobian(model, per_sample=True, flat=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2, 8])
     """
+    check_flags(API, per_sample=per_sample, flat=flat, full_output=full_output)
+    check_flags(API, create_graph=create_graph)
     batching = batching_of(API, per_sample, in_dims, randomness)
     options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
     argnums, independence = argnums_of(API, wrt), options.independence
@@ -206,7 +210,7 @@ def module_jacobian(
             if not create_graph:
                 warn_if_followed(API, module, state.point, arguments, by_inputs)
             choice = InputChoice.of(API, module, inputs, arguments)
-            sink = sink_for(API, out, flat, dtype, device)
+            sink = sink_for(API, out, flat, dtype, device, partial(read_by, module, arguments))
             call = ModuleCall(
                 API, state, arguments, argnums, choice, full_output, create_graph, independence
             )

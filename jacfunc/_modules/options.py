@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
-from typing import Any, ClassVar, Self, TypeAlias, get_args
+from typing import Any, ClassVar, Self, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from jacfunc._arguments import check_chunk_size, check_memory
+from jacfunc._arguments import check_chunk_size, check_flags, check_memory, check_randomness
 from jacfunc._calls import CUT_OFF
 from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._memory import Budget
@@ -74,6 +74,7 @@ class ModuleOptions:
         """
         (check_called if cls.takes_functions else check_module)(api, module)
         check_chunk_size(api, chunk_size)
+        check_flags(api, copy=copy)
         nbytes = check_memory(api, memory)
         if batching is not None:
             check_randomness_option(api, batching.randomness)
@@ -128,11 +129,7 @@ def check_module(api: str, module: object) -> None:
 
 def check_randomness_option(api: str, randomness: object) -> None:
     """Refuse another word than those that vmap knows."""
-    if randomness not in get_args(Randomness):
-        raise ValueError(
-            f"{api}: randomness must be 'error', 'same' or 'different', got {randomness!r}. "
-            "Let all samples draw the same numbers, or each its own."
-        )
+    check_randomness(api, randomness, "Let all samples draw the same numbers, or each its own.")
 
 
 def batching_of(

@@ -83,6 +83,11 @@ class Autotune(Streaming):
 
     def __post_init__(self) -> None:
         check_memory("Autotune", self.memory)
+        if self.cache is not None and not isinstance(self.cache, str | Path):
+            raise TypeError(
+                f"Autotune: cache must be the path of a file or None, got {self.cache!r}. "
+                "Write 'winners.json', or a pathlib.Path."
+            )
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""

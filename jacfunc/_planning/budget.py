@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeGuard
 
+from jacfunc._errors import Nameless
 from jacfunc._forecasting import Costs
 from jacfunc._memory import (
     CROWDED_BYTES,
@@ -141,8 +142,8 @@ def _counted(room: int, costs: Costs) -> int:
 def _room(budget: int, taken: int, strict: bool) -> int:
     """Bytes that the budget leaves for sweeps."""
     if strict and taken >= budget:
-        raise ValueError(
-            f"memory: it must hold the Jacobian and what is kept for it, {in_bytes(taken)}, "
+        raise Nameless(
+            f"memory must hold the Jacobian and what is kept for it, {in_bytes(taken)}, "
             f"got {in_bytes(budget)}. Give more, or use products (jvp, vjp) instead."
         )
     return max(budget - taken, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
-from jacfunc._planning.plan import Direction
+from jacfunc._planning.plan import Direction, check_strategy
 from jacfunc._types import Memory
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
@@ -24,11 +24,7 @@ def resolve(
     budget = check_memory(api, memory)
     if isinstance(strategy, str):
         return _named(api, strategy, chunk_size, budget)
-    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
-        raise TypeError(
-            f"{api}: strategy must be a name or an object with materialize(operator), "
-            f"got {strategy!r}. Try Reverse(), Forward() or Looped()."
-        )
+    check_strategy(api, strategy)
     for option, value in (("chunk_size", chunk_size), ("memory", memory)):
         if value is not None:
             raise ValueError(

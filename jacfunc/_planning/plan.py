@@ -47,6 +47,16 @@ class Timing(NamedTuple):
     before: tuple[Plan, Chunk] | None = None
 
 
+def check_strategy(api: str, strategy: object) -> None:
+    """Refuse what is no strategy; a class is none, though it has the method."""
+    is_object = not isinstance(strategy, type) and isinstance(strategy, Strategy)
+    if not is_object or not callable(getattr(strategy, "materialize", None)):
+        raise TypeError(
+            f"{api}: strategy must be a name or an object with materialize(operator), "
+            f"got {strategy!r}. Try Reverse(), Forward() or Looped()."
+        )
+
+
 @dataclass(frozen=True, repr=False)
 class Plan(Streaming):
     """A chosen strategy, with the reason; it is a strategy itself, so that it can be used again.
@@ -61,6 +71,9 @@ class Plan(Streaming):
         forecast: calls, FLOPs and bytes, where they were asked for.
         second: the plan of another kind that has the next best forecast.
         timing: how long it took in the calls for which it was remembered.
+
+    Raises:
+        TypeError: for a strategy that is none.
 
     Example:
         >>> import torch, jacfunc
@@ -79,6 +92,15 @@ class Plan(Streaming):
     forecast: Forecast | None = None
     second: Plan | None = field(default=None, repr=False, compare=False)
     timing: Timing = field(default=Timing(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.otherwise, tuple):
+            raise TypeError(
+                f"Plan: otherwise must be a tuple of strategies, got {self.otherwise!r}. "
+                "Write (Forward(),) for the only one."
+            )
+        for strategy in (self.strategy, *self.otherwise):
+            check_strategy("Plan", strategy)
 
     def __repr__(self) -> str:
         rows = list(self._rows())

@@ -34,10 +34,13 @@ class Winners:
         where = _where(device)
         strategy = self._strategies.get((where, key))
         if strategy is None:
-            entry = self._read().get(where, {}).get(key)
-            if entry is None:
+            entries = self._read().get(where, {})
+            if key not in entries:
                 return None
-            strategy = KINDS[entry["strategy"]](**entry["options"])
+            try:
+                strategy = KINDS[entries[key]["strategy"]](**entries[key]["options"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise self._not_ours(f"has the entry {entries[key]!r}") from error
             self._strategies.put((where, key), strategy)
         return strategy
 
@@ -53,22 +56,40 @@ class Winners:
             "options": vars(strategy),
             "seconds": seconds,
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(everything, indent=1), encoding="utf-8")
-        fresh.replace(self._path)  # at once: no reader sees half of it
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+            fresh.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+            fresh.replace(self._path)  # at once: no reader sees half of it
+        except OSError as error:
+            raise ValueError(
+                f"Autotune: cache must be a file that can be written, got {self._path} "
+                f"({error.strerror}). Name another."
+            ) from error
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return {}
         try:
-            everything: dict[str, dict[str, Any]] = json.loads(self._path.read_text("utf-8"))
+            everything: Any = json.loads(self._path.read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise self._not_ours(f"can't be read ({error.strerror})") from error
         except ValueError as error:
-            raise ValueError(
-                f"Autotune: cache must be a file that Autotune has written, got {self._path}, "
-                f"which is no JSON ({error}). Delete it, or name another."
-            ) from error
+            raise self._not_ours(f"is no JSON ({error})") from error
+        if not isinstance(everything, dict) or not all(
+            isinstance(entries, dict) for entries in everything.values()
+        ):
+            raise self._not_ours("holds no winners by machine")
         return everything
+
+    def _not_ours(self, told: str) -> ValueError:
+        """The error for a file with other contents than :meth:`put` writes."""
+        return ValueError(
+            f"Autotune: cache must be a file that Autotune has written, got {self._path}, "
+            f"which {told}. Delete it, or name another."
+        )
 
 
 @cache

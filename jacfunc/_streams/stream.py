@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 from torch import Tensor, nn
 
+from jacfunc._arguments import check_flags
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
 from jacfunc._modules import FEW_CALLS, Independent, ModuleCall, ModuleOptions, batching_of
@@ -118,6 +119,7 @@ def stream_jacobian(
         >>> {name: block.square().sum((1, 2, 3)) for name, block in blocks if block.dim() == 4}
         {'weight': tensor([6., 6., 6., 6., 6.])}
     """
+    check_flags(API, per_sample=per_sample)
     _check_by(by, per_sample)
     batching = batching_of(API, per_sample, in_dims, randomness)
     at_once = (chunk_size or FEW_CALLS) if by == "samples" else None

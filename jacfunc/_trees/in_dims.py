@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -14,6 +14,16 @@ from jacfunc._types import Tree
 
 Arguments: TypeAlias = tuple[tuple[Tree, ...], dict[str, Tree]]
 """``(args, kwargs)`` of a call."""
+
+
+def check_dims(api: str, name: str, dims: Iterable[object]) -> None:
+    """Refuse dimensions that are neither a number nor None; True is none, though it is an int."""
+    for dim in dims:
+        if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
+            raise TypeError(
+                f"{api}: {name} must hold ints, or None for what is not mapped, got {dim!r}. "
+                "A dimension is counted from 0."
+            )
 
 
 def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -> list[int | None]:
@@ -37,12 +47,18 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -
             f"{api}: in_dims must be an int, a tuple with an entry an input, or a dict by "
             f"keyword, got {in_dims!r}. Write (0, None) where the second input is shared."
         )
+    if isinstance(in_dims, Mapping) and not in_dims:
+        raise ValueError(
+            f"{api}: in_dims must say something of the inputs, got {{}}. Leave it out where the "
+            "samples are in dimension 0 of all."
+        )
     if isinstance(in_dims, tuple | list) and len(in_dims) != len(args):
         raise ValueError(
             f"{api}: in_dims must have one entry for each of the {len(args)} inputs, got "
             f"{len(in_dims)}. Use None for what all samples share."
         )
     if isinstance(in_dims, int):  # the usual case: every tensor has the samples there
+        check_dims(api, "in_dims", (in_dims,))
         return [in_dims if is_tensor else None for is_tensor in tensors.is_chosen]
     positional = in_dims if isinstance(in_dims, tuple | list) else [0] * len(args)
     prefixes = [*positional, *(by_name.get(name, 0) for name in kwargs)]
@@ -56,6 +72,7 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -
                 f"{api}: in_dims must have the structure of the inputs, got one where {error}. "
                 "Give dicts the same keys."
             ) from error
+    check_dims(api, "in_dims", dims)
     pairs = zip(tensors.is_chosen, dims, strict=True)
     return [dim if is_tensor else None for is_tensor, dim in pairs]
 

@@ -1,6 +1,6 @@
 """Strategies, which make a Jacobian explicit: each file is one way to sweep a linear map."""
 
-from jacfunc.strategies._evaluation import Evaluation, evaluate, in_words_of
+from jacfunc.strategies._evaluation import Evaluation, evaluate, in_words_of, way_out, worded
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
@@ -20,4 +20,6 @@ __all__ = [
     "blocks_into",
     "evaluate",
     "in_words_of",
+    "way_out",
+    "worded",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from jacfunc._arguments import check_chunk_size
+from jacfunc._arguments import check_chunk_size, check_randomness
 from jacfunc._assembly import Sweep, sweep
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._types import Randomness
 from jacfunc.strategies._strategy import Sweeping, Sweeps
+
+ONE_MASK = "'same' gives one dropout mask to the whole Jacobian."
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,7 @@ class Forward(Sweeping):
     def __post_init__(self) -> None:
         if not isinstance(self.chunk_size, FittedChunks):
             check_chunk_size("Forward", self.chunk_size)
-        if self.randomness not in ("error", "same", "different"):
-            raise ValueError(
-                "Forward: randomness must be 'error', 'same' or 'different', "
-                f"got {self.randomness!r}. 'same' gives one dropout mask to the whole Jacobian."
-            )
+        check_randomness("Forward", self.randomness, ONE_MASK)
 
     @property
     def sweeps(self) -> Sweeps:

@@ -40,7 +40,7 @@ class Looped(Sweeping):
     over: Literal["rows", "columns"] = "rows"
 
     def __post_init__(self) -> None:
-        if self.over not in ("rows", "columns"):
+        if not isinstance(self.over, str) or self.over not in ("rows", "columns"):
             raise ValueError(
                 f"Looped: over must be 'rows' or 'columns', got {self.over!r}. "
                 "Rows pull cotangents back, columns push tangents forward."

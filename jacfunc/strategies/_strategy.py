@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from jacfunc._assembly import NEW_TENSORS, Sink, Sweep
+import torch
+
+from jacfunc._assembly import NEW_TENSORS, Sink, Sweep, numel
+from jacfunc._errors import Nameless
 from jacfunc._linear_map import JacobianOperator, check_numbers
 from jacfunc._memory import Chunk
 from jacfunc._types import Blocks
+
+MANY = 2**14
+"""So many columns take more memory, as seeds, than it takes to evaluate the function once more."""
 
 
 @runtime_checkable
@@ -108,6 +114,8 @@ class Sweeping(Streaming):
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         sweeps, products = self.sweeps, self.products(operator)
         if sweeps.over == "columns":
+            if numel(operator.primals) >= MANY:
+                sink.check_fits(operator.outputs, operator.primals)
             operator.forget()  # what was evaluated to plan is no part of the result
             return sink.columns(
                 lambda chunk: map(check_numbers, products(chunk)),
@@ -115,6 +123,7 @@ class Sweeping(Streaming):
                 lambda: operator.outputs,
                 operator.primals,
             )
+        sink.check_fits(operator.outputs, operator.primals)
         return sink.rows(products, sweeps.chunk_size, operator.outputs, operator.primals)
 
 
@@ -123,4 +132,26 @@ def blocks_into(sink: Sink, strategy: Strategy, operator: JacobianOperator) -> B
     # a user's subclass may have a materialize of its own, which is then what runs
     if isinstance(strategy, Streaming) and type(strategy).materialize is Streaming.materialize:
         return strategy.into(sink, operator)
-    return strategy.materialize(operator)
+    blocks = strategy.materialize(operator)
+    _check_blocks(strategy, blocks, operator)
+    return blocks
+
+
+def _check_blocks(strategy: Strategy, blocks: Any, operator: JacobianOperator) -> None:
+    """Refuse what a user's strategy returns, if it is not a block for each output and input."""
+    expected = [[o.shape + p.shape for p in operator.primals] for o in operator.outputs]
+    try:
+        shapes = [[block.shape for block in row] for row in blocks]
+    except (TypeError, AttributeError):
+        shapes = None
+    if shapes != expected:
+        came = type(blocks).__name__ if shapes is None else _in_words(shapes)
+        raise Nameless(
+            f"materialize of {type(strategy).__name__} must return a tuple of rows of blocks "
+            f"[*out, *in], here of the shapes {_in_words(expected)}, got {came}. "
+            "Return a block for each output leaf by each input leaf."
+        )
+
+
+def _in_words(shapes: list[list[torch.Size]]) -> str:
+    return str([[tuple(shape) for shape in row] for row in shapes])

@@ -146,3 +146,94 @@ def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
         blocks = writer.leaves(None, None)[: len(jacobian.params)]
     torch.testing.assert_close(torch.cat([block.flatten(2) for block in blocks], 2), expected)
     assert sweeps == {1: [1] * 5, 400: [2, 2, 1], 2**23: [5]}[bytes_at_once]
+
+
+# --- where the user's tensors lie ---
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    return x * y
+
+
+SLICES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "halves of the columns": lambda whole: (whole[:, :3], whole[:, 3:]),
+    "columns by turns": lambda whole: (whole[:, ::2], whole[:, 1::2]),
+    "halves of the memory": lambda whole: (
+        whole.view(-1)[:9].view(3, 3),
+        whole.view(-1)[9:18].view(3, 3),
+    ),
+    "turned": lambda whole: (whole[:, :3].t(), whole[:, 3:].t()),
+}
+
+
+@pytest.mark.parametrize("name", SLICES)
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "forward", "looped"])
+def test_parts_of_one_tensor_are_apart(name: str, strategy: str) -> None:
+    out = SLICES[name](torch.full((3, 6), torch.nan))
+    x, y = torch.randn(3), torch.randn(3)
+    jacfunc.jacobian(product, (0, 1), strategy=strategy, out=out)(x, y)
+    torch.testing.assert_close(out, (y.diag(), x.diag()))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda whole: (whole[:, :3], whole[:, 2:5]),
+        lambda whole: (whole[:, ::2], whole[:, :3]),
+        lambda whole: (whole.view(-1)[:9].view(3, 3), whole.view(-1)[8:17].view(3, 3)),
+        lambda whole: (whole[:, :3], whole[:, :3].t()),
+    ],
+    ids=["columns", "turns", "memory", "transposed"],
+)
+def test_parts_that_share_an_entry_are_refused(parts: Any) -> None:
+    out = parts(torch.zeros(3, 6))
+    with pytest.raises(ValueError, match="jacobian: out must be tensors that do not share memory"):
+        jacfunc.jacobian(product, (0, 1), out=out)(torch.ones(3), torch.ones(3))
+
+
+def test_the_memory_beside_an_argument_may_be_written_into() -> None:
+    whole = torch.zeros(4, 3)
+    x, out = whole[0], whole[1:]
+    x.copy_(torch.randn(3))
+    jacfunc.jacrev(torch.sin, out=out)(x)
+    torch.testing.assert_close(out, x.cos().diag())
+
+
+def test_wider_and_narrower_digits() -> None:
+    x = torch.randn(3)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        out = torch.zeros(3, 3, dtype=dtype)
+        jacfunc.jacrev(torch.sin, out=out)(x)
+        torch.testing.assert_close(out, x.cos().diag().to(dtype))
+
+
+def of_two(tree: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"u": tree["a"].sin() * tree["b"].sum(), "v": tree["b"].cos()}
+
+
+def turned(tree: Any) -> Any:
+    """The tree with its keys in the other order, and no numbers."""
+    if isinstance(tree, Tensor):
+        return torch.full_like(tree, torch.nan)
+    return {name: turned(tree[name]) for name in reversed(tree)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_keys_in_another_order(strategy: str) -> None:
+    tree = {"a": torch.randn(2), "b": torch.randn(2)}
+    expected = jacfunc.jacrev(of_two)(tree)
+    out = turned(expected)
+    found = jacfunc.jacobian(of_two, strategy=strategy, out=out)(tree)
+    for i in ("u", "v"):
+        for j in ("a", "b"):
+            assert found[i][j] is out[i][j]
+            torch.testing.assert_close(out[i][j], expected[i][j])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sizes", [((3,), (2, 2)), ((2, 3), (3, 2))], ids=str)
+def test_blocks_of_other_shapes_in_another_order_are_refused(strategy: str, sizes: Any) -> None:
+    tree = {"a": torch.randn(sizes[0]), "b": torch.randn(sizes[1])}
+    out = turned(jacfunc.jacrev(of_two)(tree))
+    with pytest.raises(ValueError, match=r"^jacobian: out must h"):
+        jacfunc.jacobian(of_two, strategy=strategy, out=out)(tree)

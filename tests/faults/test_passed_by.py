@@ -336,7 +336,7 @@ def test_immutable_dicts_are_trees(transform):
     torch.testing.assert_close(out["y"], (2 * POINT).diag())
 
 
-@pytest.mark.parametrize("nothing", [(), None, {}])
+@pytest.mark.parametrize("nothing", [(), {}, {"a": None}])
 def test_forward_mode_of_nothing(nothing):
     assert jacfunc.jacfwd(lambda x: nothing)(POINT) == nothing
     assert jacfunc.jvp(lambda x: nothing, (POINT,), (POINT,)) == (nothing, nothing)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import jacfunc
+from jacfunc._memory.counting import PeakBytes
 
 X, Y = torch.ones(3), torch.ones(2)
 DOORS = {
@@ -137,7 +138,7 @@ def test_unknown_randomness() -> None:
     message = r"^Forward: randomness must be 'error', 'same' or 'different', got 'random'"
     with pytest.raises(ValueError, match=message):
         jacfunc.Forward(randomness="random")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.replace("Forward", "jacfwd")):
         jacfunc.jacfwd(torch.sin, randomness="random")
 
 
@@ -304,3 +305,55 @@ def test_a_refused_call_leaves_torch_as_it_was(strategy: str) -> None:
     assert torch._C._functorch.peek_interpreter_stack() is None
     assert torch.is_grad_enabled()
     assert torch.equal(jacfunc.jacobian(torch.square, strategy=strategy)(X), 2 * torch.eye(3))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autotune", jacfunc.Plan(jacfunc.Forward(), "mine")])
+def test_where_the_strategy_chooses_nobody_is_told_to_let_it_choose(strategy: Any) -> None:
+    message = r"^jacobian: .*Use other operations: no strategy is left to try\.$"
+    func = lambda x: torch.special.airy_ai(x)  # noqa: E731 (torch has no derivative of it)
+    with pytest.raises(NotImplementedError, match=message):
+        jacfunc.jacobian(func, strategy=strategy)(X)
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "forward", "looped", jacfunc.Reverse(2)])
+def test_where_the_user_chose_auto_is_named(strategy: Any) -> None:
+    with pytest.raises(NotImplementedError, match=r"Let jacobian\(strategy='auto'\) choose"):
+        jacfunc.jacobian(lambda x: torch.special.airy_ai(x), strategy=strategy)(X)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
+@pytest.mark.parametrize("door", [*DOORS, "gram", "jvp", "vjp"])
+def test_nothing_has_results_without_entries(door: str, shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape)
+    if door == "jvp":
+        _, found = jacfunc.jvp(torch.sin, (x,), (x,))
+        expected: tuple[int, ...] = shape
+    elif door == "vjp":
+        (found,) = jacfunc.vjp(torch.sin, x)[1](x)
+        expected = shape
+    elif door == "gram":
+        found, expected = jacfunc.gram(torch.sin)(x), shape * 2
+    else:
+        result = DOORS[door](torch.sin)(x)
+        found = result[1] if door == "value_and_jacobian" else result
+        expected = shape * (3 if door == "hessian" else 2)
+    assert tuple(found.shape) == expected
+
+
+def test_a_gramian_by_parameters_without_entries_is_zero() -> None:
+    assert torch.equal(jacfunc.gram(lambda x: x.sum(1))(torch.ones(3, 0)), torch.zeros(3, 3))
+
+
+@EVERY_DOOR
+def test_a_result_larger_than_the_machine_is_refused_before_it_fills_the_memory(door: str) -> None:
+    """The sweeps would fill the memory in chunks that fit, and only then ask for the result."""
+    many = torch.ones(1).expand(2**24)
+    with PeakBytes() as counter, pytest.raises(RuntimeError, match=rf"^{door}: .*a result of "):
+        DOORS[door](lambda x: (2 * x) if door != "hessian" else x.square().sum())(many)
+    assert counter.peak < 8 * many.numel() * 4
+
+
+def test_an_error_of_the_allocator_keeps_its_words() -> None:
+    words = r"^jacrev: .* must fit into memory, got .*memory.* bytes.*\. Take it in chunks"
+    with pytest.raises(RuntimeError, match=words):
+        jacfunc.jacrev(lambda x: x.sum() + torch.empty(2**48))(X)

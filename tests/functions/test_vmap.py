@@ -197,3 +197,20 @@ def test_random_functions_draw_as_the_word_says_when_looped():
 def test_random_functions_are_refused_with_advice_when_vmapped():
     with pytest.raises(NotImplementedError, match=r"vmap: .*Pass randomness='same'"):
         jacfunc.vmap(torch.nn.functional.dropout)(torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("in_dims", [0, 1])
+def test_an_empty_batch(in_dims: int) -> None:
+    """As of torch's own vmap: the shapes of outputs, without samples."""
+    x = torch.ones(0, 3) if in_dims == 0 else torch.ones(3, 0)
+    found = jacfunc.vmap(jacfunc.jacrev(torch.sin), in_dims=in_dims)(x)
+    expected = torch.vmap(torch.func.jacrev(torch.sin), in_dims=in_dims)(x)
+    assert found.shape == expected.shape == (0, 3, 3)
+    trees = jacfunc.vmap(lambda x: {"a": x.sum(), "b": (x, x)}, in_dims)(x)
+    assert trees["a"].shape == (0,)
+    assert trees["b"][0].shape == (0, 3)
+
+
+def test_an_empty_batch_of_what_can_not_be_vmapped() -> None:
+    with pytest.raises(NotImplementedError, match=r"^vmap: .*no sample is there.*\. Use other"):
+        jacfunc.vmap(lambda x: x * x.sum().item())(torch.ones(0, 3))
