@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import torch
@@ -82,6 +82,11 @@ def product_dtype(*factors: Tensor) -> torch.dtype:
     On a CPU it is at least float32. There products in half precision take up to ten times as long,
     and each step of a sum is rounded.
     """
-    dtype = reduce(torch.promote_types, {factor.dtype for factor in factors})
+    return _product_dtype(frozenset(factor.dtype for factor in factors), factors[0].is_cpu)
+
+
+@cache
+def _product_dtype(dtypes: frozenset[torch.dtype], is_cpu: bool) -> torch.dtype:
+    dtype = reduce(torch.promote_types, dtypes)
     is_half = dtype.itemsize == 2 and dtype.is_floating_point
-    return torch.float32 if is_half and factors[0].device.type == "cpu" else dtype
+    return torch.float32 if is_half and is_cpu else dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -81,17 +82,18 @@ def gradient_norms(
         at_outputs = Loss(api, loss, targets, at_batch.outputs)
         at_outputs.check_samples(options.independence)
         gradient = at_batch.budget.keep(at_outputs.gradient)
-        like = torch.cat([leaf.new_empty(0) for leaf in (*gradient, *at_batch.params.values())])
+        leaves = (*gradient, *at_batch.params.values())
+        dtype = reduce(torch.promote_types, {leaf.dtype for leaf in leaves})
 
         def norms_of(samples: slice, jacobian: FactoredJacobian) -> Leaves:
             cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
             named = at_batch.parts_of(jacobian, cotangents).items()
             with at_batch.contracting():
                 pairs = [(parts, at_batch.params[name]) for name, parts in named]
-                none = like.new_zeros(cotangents[0].shape[1])
-                return (norms(pairs)[0].sqrt() if pairs else none,)
+                none = gradient[0].new_zeros(cotangents[0].shape[1])
+                return (norms(pairs)[0].sqrt_() if pairs else none,)
 
         (result,) = stack(at_batch.pieces(norms_of), at_batch.size)
-        return result.to(like.dtype)
+        return result.to(dtype)
 
     return named("gradient_norms", module, gradient_norms_of)

@@ -96,7 +96,10 @@ def _norms_at_one_position(outers: Sequence[Outer], ones: Sequence[int]) -> Tens
     """``Σ |G|² (|A|² + n)`` over outer products ``G ⊗ A`` and n others ``G ⊗ 1``: ``[K, B]``."""
     lefts = torch.stack([_squared_norms(form.cotangents) for form in outers])
     rights = torch.stack([_squared_norms(form.inputs.to(lefts.dtype), 1) for form in outers])
-    return (lefts * (rights + lefts.new_tensor(ones).unsqueeze(1)).unsqueeze(1)).sum(0)
+    if any(ones):
+        rights += lefts.new_tensor(ones).unsqueeze(1)
+    squares: Tensor = torch.linalg.vecdot(lefts, rights.unsqueeze(1), dim=0)
+    return squares
 
 
 def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:
@@ -222,9 +225,10 @@ def _as_known(form: Form, param: Tensor) -> KnownForm:
     """The form in the dtype of products; rows if the form is none of the three."""
     known = form if isinstance(form, KnownForm) else Rows(form.rows().transpose(0, 1))
     before = _seeds(known)
-    seeds = before.to(product_dtype(before, param))
-    if seeds is before:
+    dtype = product_dtype(before, param)
+    if before.dtype == dtype:
         return known  # a convolution may have nothing unfolded yet
+    seeds = before.to(dtype)
     if isinstance(known, Outer):
         return Outer(known.inputs, seeds, known.shape, known.is_transposed)
     return Gather(known.index, seeds, known.shape) if isinstance(known, Gather) else Rows(seeds)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import Places
+from jacfunc._assembly import Places, shared_units
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._kernels.gram import Gram
 from jacfunc._kernels.routes import Axes
@@ -108,8 +108,7 @@ class SampleRange:
 
     def rows(self, axes: KeptAxes) -> list[LeafRows]:
         """All rows of the Jacobian of each output leaf."""
-        jacobian = self.samples.between(self.start, self.stop)
-        with self.samples.undisturbed():
+        with self.samples.evaluated(self.start, self.stop) as jacobian:
             return [_leaf_rows(jacobian, number, axes) for number in range(len(jacobian.outputs))]
 
 
@@ -198,14 +197,15 @@ def _ranges(side: Sequence[SampleRange]) -> list[slice]:
 
 def _leaf_rows(jacobian: FactoredJacobian, number: int, axes: KeptAxes) -> LeafRows:
     """All rows of output leaf ``number``, in the order diagonal, kept, traced."""
-    out, size = jacobian.sample_outputs[number], jacobian.size
-    orders = axes.ordered(out.dim())
-    # units of the outputs [*out], in this order
-    units = torch.eye(out.numel(), dtype=out.dtype, device=out.device).view(*out.shape, out.numel())
-    seeds = units.permute(*(axis for group in orders for axis in group), out.dim())
-    cotangents = seeds.reshape(out.numel(), 1, *out.shape).expand(-1, size, *out.shape)
-    every = jacobian.parts_of_cotangents((cotangents,), slice(number, number + 1))
-    pairs = zip(every, jacobian.params, strict=True)
+    alone, size = slice(number, number + 1), jacobian.size
+    out = jacobian.outputs[number]
+    (units,), shape = shared_units((out,)), out.shape[1:]
+    orders = axes.ordered(len(shape))
+    order = [axis for group in orders for axis in group]
+    if order != sorted(order):
+        places = torch.arange(len(units), device=units.device).view(shape).permute(order)
+        units = units[:, :1][places.flatten()].expand(-1, *units.shape[1:])
+    pairs = zip(jacobian.parts_of_cotangents((units,), alone), jacobian.params, strict=True)
     parts = [of_one if param.numel() else [] for of_one, param in pairs]
-    shapes = [tuple(out.shape[axis] for axis in group) for group in orders]
+    shapes = [tuple(shape[axis] for axis in group) for group in orders]
     return LeafRows(parts, jacobian.params, size, shapes, out)

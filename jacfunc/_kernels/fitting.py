@@ -79,7 +79,8 @@ def in_ranges(
         steps = []
         for samples in side:
             if samples.size:  # the first evaluation learns, and takes more
-                samples.between(0, min(2, samples.size))
+                with samples.evaluated(0, min(2, samples.size)):
+                    pass
             steps.append(_fitting(samples, axes, most, budget, totals[0] * totals[-1]))
         every.append(_cut(side, steps))
     return every

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
+from math import prod
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -182,7 +183,7 @@ class Gram:
         """
         size, count = lefts.shape[axis], 1
         if self.is_symmetric:
-            multiplications = lefts.numel() * rights[0, ..., 0].numel()
+            multiplications = lefts.numel() * prod(rights.shape[1:-1])
             count = min(BLOCKS, multiplications // self.blocked)
         count = max(1, count, -(-nbytes // self.at_once))
         step = -(-size // count)
@@ -228,8 +229,11 @@ class Gram:
 
     def _by_outputs(self, form: Positional) -> Tensor:
         """Cotangents at one position, ``[D, F, B, S·O]``."""
-        seeds = self.axes.split(form.cotangents.to(self.like.dtype))  # [D, F, S, B, …, O]
-        return seeds.transpose(2, 3).flatten(3)
+        seeds, axes = form.cotangents.to(self.like.dtype), self.axes
+        size, width = seeds.shape[1], axes.traced * seeds.shape[-1]
+        if axes.traced > 1:
+            seeds = axes.split(seeds).transpose(2, 3)  # [D, F, B, S, …, O]
+        return seeds.reshape(axes.diagonal, axes.kept, size, width)
 
     def _by_positions(self, form: Positional) -> Tensor:
         """Cotangents at all positions, ``[D, g, B, F, T, S·O]``."""

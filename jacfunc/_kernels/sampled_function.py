@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -35,12 +35,8 @@ class KernelSamples(Protocol):
         """The call of a sample that was evaluated."""
         ...
 
-    def between(self, start: int, stop: int) -> FactoredJacobian:
-        """The factored Jacobian of the samples from start to stop."""
-        ...
-
-    def undisturbed(self) -> AbstractContextManager[Any]:
-        """The context for pullbacks."""
+    def evaluated(self, start: int, stop: int) -> AbstractContextManager[FactoredJacobian]:
+        """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         ...
 
 
@@ -56,15 +52,14 @@ class FunctionSamples:
     def size(self) -> int:
         return self.batch.samples.size
 
-    def undisturbed(self) -> AbstractContextManager[Any]:
-        return torch.no_grad()
-
-    def between(self, start: int, stop: int) -> FactoredJacobian:
-        jacobian, call = self.batch.factors(start, stop)
-        self.last_call = call.without_graph()
-        check = partial(self.evaluations.check, (start, stop), jacobian.outputs)
-        in_words_of(self.batch.api, check, *SAME_EACH_TIME)
-        return jacobian
+    @contextmanager
+    def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
+        with torch.no_grad():
+            jacobian, call = self.batch.factors(start, stop)
+            self.last_call = call.without_graph()
+            check = partial(self.evaluations.check, (start, stop), jacobian.outputs)
+            in_words_of(self.batch.api, check, *SAME_EACH_TIME)
+            yield jacobian
 
 
 @dataclass(frozen=True)
@@ -75,11 +70,11 @@ class SingleCall:
     strategy: Structured
     size: int = 1
 
-    def between(self, start: int, stop: int) -> FactoredJacobian:
-        return self.strategy.factors(JacobianOperator(self.last_call, self.last_call.primals))
-
-    def undisturbed(self) -> AbstractContextManager[Any]:
-        return torch.no_grad()
+    @contextmanager
+    def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
+        with torch.no_grad():
+            operator = JacobianOperator(self.last_call, self.last_call.primals)
+            yield self.strategy.factors(operator)
 
 
 def samples_of(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -200,15 +200,21 @@ class ModuleAtBatch:
             every = factors.parts_of_cotangents(cotangents, of)
         return {name: parts for name, parts in zip(self.params, every, strict=True) if parts}
 
-    def between(self, start: int, stop: int) -> FactoredJacobian:
-        """The samples from start to stop, evaluated."""
+    @contextmanager
+    def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
+        """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
-            batch = self._independent
-            factors, call = batch.factors(start, stop)
+            factors, call = self._independent.factors(start, stop)
             self.last_call = call.without_graph()
             check = partial(self._evaluations.check, (start, stop), factors.outputs)
             in_words_of(self.api, check, *SAME_EACH_TIME)
-        return factors
+            self.random_state.repeat()
+            yield factors
+
+    def between(self, start: int, stop: int) -> FactoredJacobian:
+        """The samples from start to stop, evaluated."""
+        with self.evaluated(start, stop) as factors:
+            return factors
 
     @cached_property
     def _independent(self) -> SampledCall:
@@ -220,14 +226,11 @@ class ModuleAtBatch:
     def _evaluations(self) -> Evaluations:
         return Evaluations()
 
-    @contextmanager
-    def contracting(self) -> Iterator[None]:
+    def contracting(self) -> AbstractContextManager[Any]:
         """Around contractions of factors: no graph, and no autocast to a lower precision."""
         devices = {tensor.device.type for tensor in self.params.values()}
-        with torch.no_grad(), ExitStack() as stack:
-            for device in filter(torch.is_autocast_enabled, devices):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+        lowering = [device for device in devices if torch.is_autocast_enabled(device)]
+        return _without_autocast(lowering) if lowering else torch.no_grad()
 
     @cached_property
     def outputs(self) -> BatchOutputs:
@@ -243,3 +246,12 @@ class ModuleAtBatch:
             leaves = stack(self.pieces(returned), self.size)
         dims = self.call.output_dims
         return BatchOutputs(leaves[:count], leaves[count:], self.last_call, dims)
+        return BatchOutputs(leaves[:count], leaves[count:], self.last_call)
+
+
+@contextmanager
+def _without_autocast(devices: Sequence[str]) -> Iterator[None]:
+    with torch.no_grad(), ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -195,6 +195,8 @@ def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:
 
 def summed(products: Tensor, shape: Sequence[int]) -> Tensor:
     """``[K, B, *shape]``: products ``[K, B, *z]``, summed where shape was broadcast to z."""
+    if products.shape[2:] == tuple(shape):
+        return products
     lead = products.dim() - len(shape)
     spread = [
         n
