@@ -14,7 +14,7 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._measuring import is_here
 from jacfunc._memory import LARGE, largest
 from jacfunc._torch import below_transforms, is_pushing, uncompiled
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, product_dtype
 from jacfunc.strategies import Sweeping
 
 LOOKING = 3.0
@@ -34,8 +34,9 @@ class Costs:
         blocks: bytes of each block of the Jacobian, or of the single matrix that holds all blocks.
         outputs: bytes of the outputs.
         kept: bytes that an evaluation keeps for pullbacks, with the outputs.
-        speeds: how fast the machine is.
+        speeds: how fast the machine is, in the dtype of the outputs.
         is_copied: are products copied into the result? A strategy by layers writes there at once.
+        of_products: how fast it multiplies factors of layers, if in another dtype.
     """
 
     operations: Sequence[Operation]
@@ -46,6 +47,7 @@ class Costs:
     kept: int
     speeds: Machine
     is_copied: bool = False
+    of_products: Machine | None = None
 
     @classmethod
     def of(cls, operator: JacobianOperator, recorder: Recorder) -> Costs | None:
@@ -68,6 +70,7 @@ class Costs:
             sum(below_transforms(out).nbytes for out in outputs),
             recorder.live,
             speeds,
+            of_products=machine(outputs[0].device, product_dtype(outputs[0])),
         )
 
     @classmethod
@@ -176,7 +179,7 @@ class Costs:
         ]
         # convolutions are unfolded, and are matrix products then
         flops = self.rows * sum(op.primal_flops for op in self.operations)
-        products = flops * self.speeds.flop(self.rows, False, False)
+        products = flops * (self.of_products or self.speeds).flop(self.rows, False, False)
         pulled = replace(self, operations=passing)._pull(self.rows)
         return overhead + self.evaluation() + pulled + products + self._write_blocks()
 

@@ -18,6 +18,14 @@ aten = torch.ops.aten
 CONVOLUTIONS = frozenset({aten.convolution, aten._convolution})
 VECTOR_PRODUCTS = {aten.mv: 0, aten.dot: 0, aten.addmv: 1}
 """Products that torch's registry of FLOPs lacks; each with the argument whose size counts them."""
+ADDED = {
+    aten.addmm: 0,
+    aten.addmv: 0,
+    aten.baddbmm: 0,
+    aten.convolution: 2,
+    aten._convolution: 2,
+}
+"""Products with an argument that is added to them and takes no FLOPs, by its position."""
 BOOKKEEPING = frozenset({aten.detach, aten.alias})
 """Views that autograd makes for itself, and no sweep repeats."""
 
@@ -85,6 +93,8 @@ class Recorder(PeakBytes):
         packet = getattr(func, "_overloadpacket", None)
         if active and packet not in BOOKKEEPING:
             results = list(dense_tensors((result,)))
+            added = args[ADDED[packet]] if packet in ADDED else None
+            factors = [x for x in active if x is not added]
             is_view = {memory_of(x) for x in results} <= {memory_of(x) for x in active}
             once = 0 if is_view else _flops(packet, args, kwargs, result)
             primal_bytes = (
@@ -97,9 +107,9 @@ class Recorder(PeakBytes):
                 Operation(
                     0 if is_view else sum(x.nbytes for x in active),
                     0 if is_view else sum(x.nbytes for x in results),
-                    once * min(len(active), 2),
+                    once * min(len(factors), 2),
                     primal_bytes,
-                    once if primal_bytes else 0,
+                    once if any(memory_of(x) in self._primals for x in factors) else 0,
                     packet in CONVOLUTIONS,
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
                 )
