@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc.layers._rules import opening
+from jacfunc.layers._rules import opening, visible
 
 HiddenState: TypeAlias = tuple[Tensor, ...]
 """The hidden state ``[N, H]``, and the state of the cell if it has one."""
@@ -125,9 +125,9 @@ def _one_direction(
     outputs: list[Tensor] = []
     ends: list[HiddenState] = []
     order = list(zip(steps, sizes, strict=True))[:: -1 if is_backward else 1]
-    state = tuple(x[: order[0][1]] for x in first)
+    running = order[0][1]
+    state = tuple(x[:running] for x in first)
     for projected, size in order:
-        running = len(state[0])
         if size < running:
             ends.append(tuple(x[size:] for x in state))
             state = tuple(x[:size] for x in state)
@@ -135,6 +135,8 @@ def _one_direction(
             starts = (x[running:size] for x in first)
             state = tuple(torch.cat(both) for both in zip(state, starts, strict=True))
         state = weights.next(step, projected, state)
+        # from here on the state is no parameter, in whose uses rules are looked for
+        step, running = AS_ONE.get(step, step), size
         outputs.append(state[0])
     last = (torch.cat(parts) for parts in zip(state, *ends[::-1], strict=True))
     return torch.cat(outputs[:: -1 if is_backward else 1]), tuple(last)
@@ -182,6 +184,9 @@ STEPS: Mapping[Step, Sequence[Callable[..., Any]]] = {
     tanh_step: (torch.rnn_tanh, torch.rnn_tanh_cell),
     relu_step: (torch.rnn_relu, torch.rnn_relu_cell),
 }
+
+AS_ONE: Mapping[Step, Step] = {step: visible(step) for step in STEPS}
+"""Steps as single operations, of which fewer have to be recorded."""
 
 for of_state, (of_sequences, of_step) in STEPS.items():
     opening(of_sequences)(partial(sequences, of_state))
