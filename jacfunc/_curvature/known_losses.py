@@ -98,25 +98,27 @@ def is_known(loss: Any) -> bool:
 
 
 def _of_cross_entropy(outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor | None:
-    """The Cholesky factor of ``diag(p) - p pᵀ``, from sums over the tails of p.
+    """A triangular factor of ``diag(p) - p pᵀ``, from sums over the first entries of p.
 
     Nothing is subtracted, so it is exact even for the least likely class. (Tanabe and Sagae, "An
     exact Cholesky decomposition and the generalized inverse of the variance-covariance matrix of
-    the multinomial distribution", 1992.) Smoothed labels change the gradient alone.
+    the multinomial distribution", 1992; here in the reverse order of classes.) Smoothed labels
+    change the gradient alone.
     """
     if outputs.dim() != 2 or targets.dim() != 1 or targets.is_floating_point():
         return None
+    if outputs.shape[1] < 2:
+        return outputs.new_zeros((len(outputs), 1, 1), dtype=torch.float64)
     p = outputs.double().softmax(1)
-    tails = p.flip(1).cumsum(1).flip(1)
-    least = torch.finfo(p.dtype).tiny
-    share, after = p[:, :-1] / tails[:, :-1].clamp(min=least), tails[:, 1:]
+    sums, least = p.cumsum(1), torch.finfo(p.dtype).tiny
+    share, before = p[:, 1:] / sums[:, 1:].clamp(min=least), sums[:, :-1]
     counts = (targets != settings["ignore_index"]).to(p.dtype)
     weights = counts / counts.sum() if settings["reduction"] == "mean" else counts
-    share = share * weights.unsqueeze(1)
-    scales = (share / after.clamp(min=least)).sqrt()
-    columns: Tensor = (-p.unsqueeze(2) * scales.unsqueeze(1)).tril_(-1)
-    columns.diagonal(dim1=1, dim2=2).copy_((share * after).sqrt())
-    return columns if columns.shape[2] else columns.new_zeros(len(p), 1, 1)
+    share *= weights.unsqueeze(1)
+    scales = (share / before.clamp(min=least)).sqrt_()
+    columns: Tensor = (p.unsqueeze(2) * scales.neg_().unsqueeze(1)).triu_()
+    columns.diagonal(-1, 1, 2).copy_(share.mul_(before).sqrt_())
+    return columns
 
 
 def _of_squares(outputs: Tensor, targets: Tensor, settings: Settings) -> Tensor | None:

@@ -18,7 +18,7 @@ from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
-from jacfunc._torch import as_written, noise_like
+from jacfunc._torch import as_written, noise_like, recording
 from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable
 
@@ -92,6 +92,11 @@ class Loss:
 
     def gradient(self) -> Leaves:
         """The gradient in the outputs, ``[B, *out]``."""
+        if is_known(self.func):  # and so needs no watch
+            with recording():
+                leaves = [differentiable_alias(leaf, False) for leaf in self.outputs.leaves]
+                value, _ = self(*leaves)
+                return torch.autograd.grad(value, leaves)
         operator = JacobianOperator(self, self.outputs.leaves)
         return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
 

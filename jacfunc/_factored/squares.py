@@ -148,9 +148,11 @@ def _squared_by_pairs(form: Outer) -> Tensor:
 
 def _sum_of_products(left: Tensor, *pairs: Tensor) -> Tensor:
     """``Σₖ G[k, …, first] G[k, …, second]``, for as many k at a time as stay in the cache."""
-    of_one = left[0].nbytes * (len(pairs[0]) // max(1, left.shape[3]) if pairs else 1)
-    total: Tensor | None = None
+    of_one = left.nbytes // max(1, len(left))
+    if pairs:
+        of_one = of_one // max(1, left.shape[3]) * len(pairs[0])
     step = _samples_within(SQUARED_BYTES, of_one)
+    total: Tensor | None = None
     for seeds in left.split(step) if step < len(left) else [left]:
         first, second = [seeds[:, :, :, places] for places in pairs] or [seeds, seeds]
         products = (first * second).sum(0)

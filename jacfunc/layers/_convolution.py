@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from jacfunc.layers._forms import EVERY, Outer, Rows, summed
 from jacfunc.layers._rules import FormOf, rule
@@ -48,7 +47,7 @@ class Windows:
     def padded(self, images: Tensor) -> Tensor:
         """The images with zeros around them, as far as the kernel sees them."""
         sides = [side for pair in reversed(self.padding) for side in pair]
-        return F.pad(images, sides) if any(sides) else images
+        return torch.constant_pad_nd(images, sides) if any(sides) else images
 
     def on(self, images: Tensor, places: Sequence[int]) -> Tensor:
         """What the kernel sees of images ``[…, *sizes]``, as ``[…, *kernel, *places]``."""
@@ -57,7 +56,9 @@ class Windows:
         for n, place in enumerate(places):
             span = self.dilation[n] * (self.kernel[n] - 1) + 1
             windows = windows.unfold(first + n, span, self.stride[n])
-            windows = windows.narrow(first + n, 0, place)[..., :: self.dilation[n]]
+            windows = windows.narrow(first + n, 0, place)
+            if self.dilation[n] != 1:
+                windows = windows[..., :: self.dilation[n]]
         here = range(first, first + count)
         return windows.movedim(tuple(here), tuple(n + count for n in here))
 
@@ -133,8 +134,9 @@ class Convolution(Outer):
     def _by_position(self, images: Tensor, lead: int) -> Tensor:
         """``[*lead, N, channels, …, *places]`` as ``[*lead, groups, T, channels · …]``."""
         count = len(self.places)
-        grouped: Tensor = images.unflatten(lead + 1, (self.groups, -1))
-        moved = grouped.movedim(lead, -count - 1)
+        sizes, groups = images.shape, self.groups
+        apart = (*sizes[: lead + 1], groups, sizes[lead + 1] // groups, *sizes[lead + 2 :])
+        moved = images.reshape(apart).movedim(lead, -count - 1)
         return moved.flatten(-count - 1).flatten(lead + 1, -2).mT
 
 
