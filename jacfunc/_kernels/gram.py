@@ -8,7 +8,7 @@ in one product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from math import prod
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, rows
-from jacfunc._kernels.routes import Axes, Pair, Positional, places_of_rows, seeds_of
+from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes, seeds_of
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
 from jacfunc.layers import Outer
@@ -77,30 +77,11 @@ class Gram:
         self, lefts: Sequence[list[Part]], rights: Sequence[list[Part]], params: Leaves
     ) -> None:
         """Add what parameters contribute, from the parts of each on both sides."""
-        weighted: dict[Hashable, tuple[Pair, Tensor]] = {}
-        written: list[tuple[list[Part], list[Part], Tensor, Pair | None]] = []
-        for left, right, param in zip(lefts, rights, params, strict=True):
-            pair = Pair.of(left, right)
-            if pair is None or pair.is_cheaper_by_rows(self.axes, self.is_symmetric):
-                written.append((left, right, param, pair))
-                continue
-            alone = pair.at_one_position(self.like.dtype)
-            if alone is None:
-                self._add_by_positions(pair)
-                continue
-            places, weights = alone
-            if places in weighted:
-                weights += weighted[places][1]
-            weighted[places] = pair, weights
-        chunks: list[Iterator[Chunk]] = []
-        for left, right, param, pair in written:
-            places = places_of_rows(left, right) if weighted else None
-            if places in weighted:  # outer products with the number 1
-                weighted[places][1].add_(1)
-            elif left and right:
-                chunks.append(self._chunks(left, right, param, pair))
-        self._add_by_rows(chain.from_iterable(chunks))
-        for pair, weights in weighted.values():
+        routes = Routes.of(lefts, rights, params, self.axes, self.like.dtype, self.is_symmetric)
+        for pair in routes.by_positions:
+            self._add_by_positions(pair)
+        self._add_by_rows(chain.from_iterable(map(self._chunks, routes.by_rows)))
+        for pair, weights in routes.weighted.values():
             self._add_weighted(pair, weights)
 
     def whole(self) -> Tensor:
@@ -192,10 +173,9 @@ class Gram:
             stop = min(start + step, size)
             yield start, stop, stop if self.is_symmetric else rights.shape[axis]
 
-    def _chunks(
-        self, left: Sequence[Part], right: Sequence[Part], param: Tensor, pair: Pair | None
-    ) -> Iterator[Chunk]:
+    def _chunks(self, both: BothParts) -> Iterator[Chunk]:
         """Rows of one parameter: for a few outputs at a time, or all if there are no positions."""
+        left, right, param, pair = both
         lefts = self._written(left, param, pair.left if pair else None, self.sizes[0])
         if self.is_symmetric:
             yield from ((chunk, chunk) for chunk in lefts)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, place_of
+from jacfunc._types import Leaves
 from jacfunc.layers import Gather, Outer, Rows
 
 MOVED = 16
@@ -124,3 +125,62 @@ def places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
     if isinstance(left, Rows) and isinstance(right, Rows):
         return places_of(left.products, right.products)
     return None
+
+
+class BothParts(NamedTuple):
+    """The parts of one parameter on both sides, and their pair if they have one."""
+
+    left: list[Part]
+    right: list[Part]
+    param: Tensor
+    pair: Pair | None
+
+
+class Routes(NamedTuple):
+    """The route of each parameter.
+
+    Args:
+        weighted: pairs at one position, by the places of their cotangents, with the products of
+            inputs ``[B₁, B₂]`` of all parameters that have the same cotangents.
+        by_positions: pairs at several positions.
+        by_rows: what is to be written out.
+    """
+
+    weighted: dict[Hashable, tuple[Pair, Tensor]]
+    by_positions: list[Pair]
+    by_rows: list[BothParts]
+
+    @classmethod
+    def of(
+        cls,
+        lefts: Sequence[list[Part]],
+        rights: Sequence[list[Part]],
+        params: Leaves,
+        axes: Axes,
+        dtype: torch.dtype,
+        is_symmetric: bool,
+    ) -> Routes:
+        """The routes of parameters, from the parts of each on both sides."""
+        weighted: dict[Hashable, tuple[Pair, Tensor]] = {}
+        by_positions, written = list[Pair](), list[BothParts]()
+        for left, right, param in zip(lefts, rights, params, strict=True):
+            pair = Pair.of(left, right)
+            if pair is None or pair.is_cheaper_by_rows(axes, is_symmetric):
+                written.append(BothParts(left, right, param, pair))
+                continue
+            alone = pair.at_one_position(dtype)
+            if alone is None:
+                by_positions.append(pair)
+                continue
+            places, weights = alone
+            if places in weighted:
+                weights += weighted[places][1]
+            weighted[places] = pair, weights
+        by_rows = []
+        for both in written:
+            places = places_of_rows(both.left, both.right) if weighted else None
+            if places in weighted:  # outer products with the number 1
+                weighted[places][1].add_(1)
+            elif both.left and both.right:
+                by_rows.append(both)
+        return cls(weighted, by_positions, by_rows)

@@ -246,7 +246,6 @@ class ModuleAtBatch:
             leaves = stack(self.pieces(returned), self.size)
         dims = self.call.output_dims
         return BatchOutputs(leaves[:count], leaves[count:], self.last_call, dims)
-        return BatchOutputs(leaves[:count], leaves[count:], self.last_call)
 
 
 @contextmanager
