@@ -14,7 +14,7 @@ from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._curvature.sums import NamedParts, added_up
 from jacfunc._errors import Refused
-from jacfunc._factored import SquaredSums, rows, squared, written
+from jacfunc._factored import add_squares, rows, written
 from jacfunc._linear_map import LinearMap, is_followed, one_by_one
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
@@ -136,10 +136,7 @@ class GaussNewton(Generic[Params]):
         totals: dict[str, Tensor] = {}
 
         def add(_: torch.Size, parts: NamedParts) -> None:
-            sums = SquaredSums()
-            for name, param_parts in parts.items():
-                squares = squared(param_parts, params[name], sums)
-                totals[name] = totals[name].add_(squares) if name in totals else squares
+            add_squares(totals, {name: (parts[name], params[name]) for name in parts})
 
         nbytes = sum(param.nbytes for param in params.values())
         added_up(self.point, self._sample_curvature, add, nbytes)

@@ -90,8 +90,9 @@ def gradient_norms(
             named = at_batch.parts_of(jacobian, cotangents).items()
             with at_batch.contracting():
                 pairs = [(parts, at_batch.params[name]) for name, parts in named]
-                none = gradient[0].new_zeros(cotangents[0].shape[1])
-                return (norms(pairs)[0].sqrt_() if pairs else none,)
+                if not pairs:
+                    return (gradient[0].new_zeros(cotangents[0].shape[1]),)
+                return (norms(pairs)[0].sqrt_(),)
 
         (result,) = stack(at_batch.pieces(norms_of), at_batch.size)
         return result.to(dtype)

@@ -94,9 +94,7 @@ class Loss:
         """The gradient in the outputs, ``[B, *out]``."""
         if is_known(self.func):  # and so needs no watch
             with recording():
-                leaves = [differentiable_alias(leaf, False) for leaf in self.outputs.leaves]
-                value, _ = self(*leaves)
-                return torch.autograd.grad(value, leaves)
+                return self._pulled(self.outputs.leaves, False)
         operator = JacobianOperator(self, self.outputs.leaves)
         return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
 
@@ -120,14 +118,18 @@ class Loss:
 
     def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """The gradient at other leaves, on a graph by which it can be differentiated."""
-        anchors = [differentiable_alias(leaf, True) for leaf in leaves]
+        return self._pulled(leaves, True), ()
+
+    def _pulled(self, leaves: Leaves, differentiated: bool) -> Leaves:
+        """The gradient at other leaves; may it be differentiated further?"""
+        anchors = [differentiable_alias(leaf, differentiated) for leaf in leaves]
         copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
         starts = {copy.grad_fn for copy in copies}
         value, _ = self(*copies)
         graph = Graph.of(value, starts)
         targets = [Anchor.at(anchor) for anchor in anchors]
-        linear = map_of_graph(value, (), targets, graph, differentiated=True)
-        return linear.pull(tuple(map(torch.ones_like, value))), ()
+        linear = map_of_graph(value, (), targets, graph, differentiated)
+        return linear.pull(tuple(map(torch.ones_like, value)))
 
     @cached_property
     def _of_gradient(self) -> JacobianOperator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias, TypeGuard
 
@@ -16,30 +16,30 @@ from jacfunc.layers import Form, Gather, Outer, Rows
 
 KnownForm: TypeAlias = Outer | Gather | Rows
 
+Sums: TypeAlias = dict[Hashable, tuple[Tensor, Tensor]]
+"""Cotangents by place, which a weight and its bias share, with the sums of their squares."""
+
 MOVED, PAIRED = 8, 64
 """How many multiplications take as long as a number written and read again, and as a product of
 two numbers that are looked up."""
 
 
-class SquaredSums:
-    """Keeps sums ``Σₖ Gₖ²`` of cotangents, which the weight and the bias of a layer share."""
+def add_squares(
+    totals: dict[str, Tensor],
+    params: Mapping[str, tuple[Sequence[Part], Tensor]],
+    at_once: int = SQUARED_BYTES,
+) -> None:
+    """Add ``Σ_{b,k} J[b, k]²`` of each parameter to its total, ``[*param]``, if there is one yet.
 
-    def __init__(self) -> None:
-        self._sums: dict[Hashable, tuple[Tensor, Tensor]] = {}
-
-    def of(self, left: Tensor) -> Tensor:
-        """The sum over k of the squares of cotangents ``[K, B, …]``."""
-        place = place_of(left)
-        if place not in self._sums:
-            # kept with the cotangents, so that nothing else comes to lie at their address
-            self._sums[place] = left, _sum_of_products(left)
-        return self._sums[place][1].view(left.shape[1:])
+    ``params`` are the parts of each parameter's Jacobian, and the parameter.
+    """
+    sums: Sums = {}
+    for name, (parts, param) in params.items():
+        squares = _squared_parts(parts, param, sums, at_once)
+        totals[name] = totals[name].add_(squares) if name in totals else squares
 
 
-def squared(
-    parts: Sequence[Part], param: Tensor, sums: SquaredSums, at_once: int = SQUARED_BYTES
-) -> Tensor:
-    """``Σ_{b,k} J[b, k]²`` of one parameter, ``[*param]``, with ``at_once`` bytes written out."""
+def _squared_parts(parts: Sequence[Part], param: Tensor, sums: Sums, at_once: int) -> Tensor:
     if len(parts) == 1 and not parts[0].path:
         total = _squared(_as_known(parts[0].form, param), sums, at_once).view(param.shape)
     elif are_disjoint(parts, param):
@@ -75,11 +75,7 @@ def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARE
         if isinstance(form, Rows):
             number = numbers.get(place_of(form.products)) if numbers else None
             if number is None:
-                beside.append(
-                    form.products.flatten(2)
-                    if form.products.dim() > 2
-                    else form.products.unsqueeze(2)
-                )
+                beside.append(form.products.unsqueeze(2).flatten(2))
             else:  # these are outer products of the same cotangents with the number 1
                 ones[number] += 1
         elif not _has_one_position(form):
@@ -98,8 +94,7 @@ def _norms_at_one_position(outers: Sequence[Outer], ones: Sequence[int]) -> Tens
     rights = torch.stack([_squared_norms(form.inputs.to(lefts.dtype), 1) for form in outers])
     if any(ones):
         rights += lefts.new_tensor(ones).unsqueeze(1)
-    squares: Tensor = torch.linalg.vecdot(lefts, rights.unsqueeze(1), dim=0)
-    return squares
+    return lefts.mul_(rights.unsqueeze(1)).sum(0)
 
 
 def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:
@@ -117,15 +112,15 @@ def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) 
         yield rows(chunk, partial(_seeds(forms[0]).new_zeros, shape))
 
 
-def _squared(form: KnownForm, sums: SquaredSums, at_once: int) -> Tensor:
+def _squared(form: KnownForm, sums: Sums, at_once: int) -> Tensor:
     """``Σ_{b,k}`` of the squared entries of a form, in the shape of the part."""
     if isinstance(form, Gather):
         return _squared_gather(form)
     if isinstance(form, Rows):
-        return sums.of(form.products).sum(0)
+        return _summed(form.products, sums).sum(0)
     if _has_one_position(form):
         left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
-        total = sums.of(left).flatten(1).mT @ right.flatten(1).square()
+        total = _summed(left, sums).flatten(1).mT @ right.flatten(1).square()
         return (total.mT if form.is_transposed else total).reshape(form.shape)
     num_seeds, _, _, positions, outs = form.cotangents.shape
     ins, pairs = form.width, positions * (positions + 1) // 2
@@ -133,6 +128,15 @@ def _squared(form: KnownForm, sums: SquaredSums, at_once: int) -> Tensor:
     by_rows = num_seeds * outs * ins * (positions + MOVED)
     total = _squared_by_pairs(form) if by_pairs < by_rows else _squared_by_rows(form, at_once)
     return (total.mT if form.is_transposed else total).reshape(form.shape)
+
+
+def _summed(left: Tensor, sums: Sums) -> Tensor:
+    """The sum over k of the squares of cotangents ``[K, B, …]``."""
+    place = place_of(left)
+    if place not in sums:
+        # kept with the cotangents, so that nothing else comes to lie at their address
+        sums[place] = left, _sum_of_products(left)
+    return sums[place][1].view(left.shape[1:])
 
 
 def _squared_by_pairs(form: Outer) -> Tensor:
@@ -213,7 +217,7 @@ def _norms(form: Outer | Gather, at_once: int) -> Tensor:
 
 def _squared_norms(blocks: Tensor, lead: int = 2) -> Tensor:
     """The squared norms of blocks ``[*lead, …]``."""
-    flat = blocks.flatten(lead) if blocks.dim() > lead else blocks.unsqueeze(lead)
+    flat = blocks.unsqueeze(lead).flatten(lead)
     squares: Tensor = torch.linalg.vecdot(flat, flat)
     return squares
 

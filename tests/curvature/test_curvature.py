@@ -17,7 +17,7 @@ import jacfunc
 from jacfunc._assembly import shared_units
 from jacfunc._curvature.signs import SignMatrix, projected
 from jacfunc._factored.parts import Part
-from jacfunc._factored.squares import SquaredSums, norms, squared
+from jacfunc._factored.squares import add_squares, norms
 from jacfunc.layers._forms import Gather, Outer, Rows
 from tests.truth.factors import at_batch
 
@@ -604,10 +604,18 @@ class Own(NamedTuple):
         block.copy_(self.block)
 
 
+def squared(parts: list[Part], param: torch.Tensor, *limit: int) -> torch.Tensor:
+    """The squares of one parameter's entries, added up twice and halved."""
+    totals: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        add_squares(totals, {"param": (parts, param)}, *limit)
+    return totals["param"] / 2
+
+
 def test_squares_of_other_forms() -> None:
     block, param = torch.randn(7, 6, 3, 4).double(), torch.zeros(3, 4).double()
     parts = [Part((), Own(block))]
-    assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
+    assert_close(squared(parts, param), block.square().sum((0, 1)))
     assert_close(norms([(parts, param)]), block.square().flatten(2).sum(2).T)
 
 
@@ -629,10 +637,10 @@ def test_squares_of_outer_products(positions: int, groups: int, is_transposed: b
     parts = [Part((), Outer(inputs, cotangents, torch.Size(shape), is_transposed))]
     param = torch.zeros(shape, dtype=torch.float64)
     block = written(parts, (7, 6, *shape))
-    assert_close(squared(parts, param, SquaredSums(), few), block.square().sum((0, 1)))
+    assert_close(squared(parts, param, few), block.square().sum((0, 1)))
     assert_close(norms([(parts, param)], few), block.square().flatten(2).sum(2).T)
     again = [*parts, Part((), Rows(block.transpose(0, 1).clone()))]
-    assert_close(squared(again, param, SquaredSums(), few), (2 * block).square().sum((0, 1)))
+    assert_close(squared(again, param, few), (2 * block).square().sum((0, 1)))
     assert_close(norms([(again, param)], few), (2 * block).square().flatten(2).sum(2).T)
 
 
@@ -640,7 +648,7 @@ def test_squares_of_lookups() -> None:
     index = torch.tensor([[0, 1, 1, 1], [2, 0, 2, 3]])
     parts = [Part((), Gather(index, torch.randn(3, 2, 4, 5).double(), torch.Size((6, 5))))]
     param, block = torch.zeros(6, 5).double(), written(parts, (2, 3, 6, 5))
-    assert_close(squared(parts, param, SquaredSums()), block.square().sum((0, 1)))
+    assert_close(squared(parts, param), block.square().sum((0, 1)))
     assert_close(norms([(parts, param)]), block.square().flatten(2).sum(2).T)
 
 
