@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from zlib import crc32
 
 import torch
@@ -25,9 +26,8 @@ class SignMatrix:
         self.size, self.at_once = size, at_once
         # on the CPU, so that every device gets the same matrix; a seed there has 32 bits
         self._generator = torch.Generator().manual_seed(crc32(key.encode()))
-        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
         self.dtype = like.dtype
-        self._of_byte = (2 * bits - 1).to(like) / math.sqrt(size)
+        self._of_byte = _of_byte(size, like.dtype, like.device)
 
     def rows(self, count: int) -> Tensor:
         """Draw the next ``count`` rows, ``[count, size]``."""
@@ -80,3 +80,11 @@ def _projected_by_rows(block: Tensor, signs: SignMatrix) -> Tensor:
 def _at_once(signs: SignMatrix, like: Tensor, width: int) -> int:
     """How many outputs to take at once, each of which needs ``width`` rows of the matrix."""
     return max(1, signs.at_once // (signs.size * width * like.element_size()))
+
+
+@lru_cache(maxsize=8)
+def _of_byte(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs ``±1/√size`` that each byte stands for, ``[256, 8]``."""
+    with torch.inference_mode(False):
+        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+        return (2 * bits - 1).to(device, dtype) / math.sqrt(size)
