@@ -18,8 +18,11 @@ import jacfunc
 from jacfunc import Estimate, estimate
 from jacfunc._calls.derivation import Derivation
 from jacfunc._forecasting.call_forecast import CallForecast
+from jacfunc._forecasting.costs import counted_costs
+from jacfunc._forecasting.machine import machine
 from jacfunc._forecasting.on_fakes import Forecast
 from jacfunc._forecasting.recording import Recorder
+from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._memory.counting import PeakBytes
 from tests.kinds.problems import PROBLEMS, Problem
 
@@ -306,6 +309,28 @@ def test_what_the_function_closes_over_is_not_swept() -> None:
     for found in (recorder.operations, faked.operations):
         assert max(each.read for each in found) == hidden * x.itemsize
     assert sum(each.flops for each in faked.operations) == 2 * sum(weights)
+
+
+@pytest.mark.parametrize("is_chosen", [True, False])
+def test_what_is_added_to_a_product_takes_no_work(is_chosen: bool) -> None:
+    x, weight, bias = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
+    with Recorder((weight, bias) if is_chosen else (bias,)) as recorder:
+        F.linear(x, weight, bias)
+        F.conv1d(x[None], weight[:, None, :2].expand(-1, 5, -1), bias)
+    flops = [each.flops for each in recorder.operations if each.written]
+    assert flops == ([2 * x.numel() * 4, 2 * (2 * 5 * 4 * 2)] if is_chosen else [0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_in_half_precision_are_multiplied_as_fast_as_in_float32(
+    dtype: torch.dtype,
+) -> None:
+    x, weight = torch.ones(3, dtype=dtype), torch.ones(2, 3, dtype=dtype)
+    operator = JacobianOperator(lambda w: ((F.linear(x, w),), ()), (weight,))
+    costs = counted_costs(operator)
+    assert costs is not None
+    assert costs.of_products is machine(torch.device("cpu"), torch.float32)
+    assert costs.speeds is machine(torch.device("cpu"), dtype)
 
 
 def test_the_table_in_a_notebook(found: Estimate) -> None:
