@@ -70,12 +70,12 @@ class Outer:
         return matrices.reshape(*matrices.shape[:2], *self.shape).to(dtype)
 
     def matrices(self) -> Tensor:
-        """The Jacobian as ``[B, K, groups, O, I]``, in the dtype of products."""
-        left, right = self.factors()
-        num_seeds, size, groups, positions, outs = left.shape
-        if positions == 1:
-            matrices: Tensor = left.transpose(0, 1).mT * right.unsqueeze(1)
+        """The Jacobian as ``[B, K, groups, O, I]``, added up in the dtype of products."""
+        num_seeds, size, groups, positions, outs = self.cotangents.shape
+        if positions == 1:  # a single product is rounded once in any dtype
+            matrices: Tensor = self.cotangents.transpose(0, 1).mT * self.inputs.unsqueeze(1)
             return matrices
+        left, right = self.factors()
         by_group = left.permute(1, 2, 0, 4, 3).flatten(2, 3) @ right
         return by_group.view(size, groups, num_seeds, outs, right.shape[-1]).transpose(1, 2)
 
