@@ -10,8 +10,8 @@ MOST = {
     "jacrev": (24, 44),
     "module_jacobian, per sample": (54, 190),
     "module_jacobian, by layers": (63, 298),
-    "ntk": (61, 325),
-    "ggn, diagonal": (65, 365),
+    "ntk": (62, 327),
+    "ggn, diagonal": (66, 367),
 }
 
 
