@@ -106,16 +106,6 @@ class SampleRange:
     start: int
     stop: int
 
-    @classmethod
-    def of(cls, side: Sequence[KernelSamples], steps: Sequence[int | None]) -> list[SampleRange]:
-        """The samples of each batch, so many at once; all of them for None."""
-        ranges = []
-        for samples, step in zip(side, steps, strict=True):
-            size = samples.size
-            starts = range(0, size, step or max(size, 1))
-            ranges += [cls(samples, start, min(start + starts.step, size)) for start in starts]
-        return ranges
-
     def rows(self, axes: KeptAxes) -> list[LeafRows]:
         """All rows of the Jacobian of each output leaf."""
         with self.samples.evaluated(self.start, self.stop) as jacobian:
