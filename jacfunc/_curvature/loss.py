@@ -94,7 +94,7 @@ class Loss:
         """The gradient in the outputs, ``[B, *out]``."""
         if is_known(self.func):  # and so needs no watch
             with recording():
-                return self._pulled(self.outputs.leaves, False)
+                return self._gradient(*self.outputs.leaves, differentiated=False)[0]
         operator = JacobianOperator(self, self.outputs.leaves)
         return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
 
@@ -116,12 +116,8 @@ class Loss:
         if size and not (is_known(self.func) and self.outputs.are_in_front):
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
-    def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
-        """The gradient at other leaves, on a graph by which it can be differentiated."""
-        return self._pulled(leaves, True), ()
-
-    def _pulled(self, leaves: Leaves, differentiated: bool) -> Leaves:
-        """The gradient at other leaves; may it be differentiated further?"""
+    def _gradient(self, *leaves: Tensor, differentiated: bool = True) -> tuple[Leaves, Leaves]:
+        """The gradient at other leaves, on a graph by which it may be differentiated."""
         anchors = [differentiable_alias(leaf, differentiated) for leaf in leaves]
         copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
         starts = {copy.grad_fn for copy in copies}
@@ -129,7 +125,7 @@ class Loss:
         graph = Graph.of(value, starts)
         targets = [Anchor.at(anchor) for anchor in anchors]
         linear = map_of_graph(value, (), targets, graph, differentiated)
-        return linear.pull(tuple(map(torch.ones_like, value)))
+        return linear.pull(tuple(map(torch.ones_like, value))), ()
 
     @cached_property
     def _of_gradient(self) -> JacobianOperator:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -190,8 +190,7 @@ class ModuleAtBatch:
     ) -> dict[str, list[Part]]:
         """What cotangents ``[K, B, *out]`` pull back to parameters, by name; none if unused.
 
-        The cotangents are those ``of`` some outputs; by default of all, of which a loss may use
-        a few.
+        The cotangents are those ``of`` some outputs; by default of all, some of which may be zero.
         """
         if of is None:
             of = nonzero_numbers(cotangents)
@@ -226,11 +225,14 @@ class ModuleAtBatch:
     def _evaluations(self) -> Evaluations:
         return Evaluations()
 
-    def contracting(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def contracting(self) -> Iterator[None]:
         """Around contractions of factors: no graph, and no autocast to a lower precision."""
         devices = {tensor.device.type for tensor in self.params.values()}
-        lowering = [device for device in devices if torch.is_autocast_enabled(device)]
-        return _without_autocast(lowering) if lowering else torch.no_grad()
+        with torch.no_grad(), ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, devices):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
 
     @cached_property
     def outputs(self) -> BatchOutputs:
@@ -246,11 +248,3 @@ class ModuleAtBatch:
             leaves = stack(self.pieces(returned), self.size)
         dims = self.call.output_dims
         return BatchOutputs(leaves[:count], leaves[count:], self.last_call, dims)
-
-
-@contextmanager
-def _without_autocast(devices: Sequence[str]) -> Iterator[None]:
-    with torch.no_grad(), ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
