@@ -197,7 +197,7 @@ def test_transforms_of_a_module_within_one_budget_share_a_plan() -> None:
 
     for memory, count in ((10**6, 1), (10**6, 1), (2000, 2), (2000, 2)):
         strategy = Counting(memory=memory)
-        jacfunc.module_jacobian(module, strategy=strategy)(points(20))
+        jacfunc.module_jacobian(module, strategy=strategy)(points(12))
         assert len(plans) == count
 
 
@@ -514,4 +514,4 @@ def test_a_recurrent_layer_of_one_sample_is_planned_once() -> None:
             jac(torch.ones(1, 5, 3))
         assert not any("Forward" in step or "refused" in step for step in steps)
         counts.append(len(EVALUATED))
-    assert counts[0] > counts[1] == counts[2]
+    assert counts == [1, 1, 1]

@@ -23,8 +23,8 @@ STACK_LEVEL = 3
 
 
 @cache
-def _versions() -> Remembered[int]:
-    """The version of a parameter of each module, as it was at the last call."""
+def _versions() -> Remembered[tuple[int, int]]:
+    """The identity and version of a parameter of each module, as they were at the last call."""
     return Remembered()
 
 
@@ -59,10 +59,11 @@ def warn_if_followed(
 
 
 def _has_changed(module: nn.Module, params: Mapping[str, Tensor]) -> bool:
-    """Was the first parameter written to since the last call?"""
+    """Was the first parameter written into since the last call? Another one is no trained one."""
     name, param = next(iter(params.items()), ("", None))
     if param is None or param.is_inference():
         return False
-    before = _versions().get(module, name)
-    _versions().put(module, name, param._version)
-    return before is not None and before != param._version
+    now = id(param), param._version
+    before = _versions().get(module, name) or now
+    _versions().put(module, name, now)
+    return before != now and before[0] == now[0]

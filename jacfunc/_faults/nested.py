@@ -67,9 +67,25 @@ def watched_once(
         again: evaluates ``func`` once more, where ``call`` is given and ``func`` keeps something.
     """
     keep_heap()
-    watch_on()
+    around = watch_on()
     if call is None:
         call = again = func
+    try:
+        return _watched_once(func, copies, primals, pull, call, again)
+    finally:
+        # what is inside a derivative that the function takes is looked at there
+        for watch, leaves_torch in around:
+            watch.leaves_torch = leaves_torch
+
+
+def _watched_once(
+    func: LeafFunction,
+    copies: Sequence[Tensor],
+    primals: Leaves,
+    pull: Pull,
+    call: Any,
+    again: LeafFunction | None,
+) -> tuple[Leaves, Leaves]:
     _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
     is_known, kind = version is not None, (kind, pull.around)
     is_pushed = pull.level is not None and is_pushing()

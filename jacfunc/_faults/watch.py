@@ -216,11 +216,17 @@ def is_watching() -> bool:
     return any(isinstance(mode, Watch) for mode in _modes())
 
 
-def watch_on() -> None:
-    """Make outer watches watch again: they count orders of derivatives, and one is taken here."""
-    for watch in _modes() if torch._C._len_torch_function_stack() else ():
-        if isinstance(watch, Watch):
-            watch.stays_watched = True
+def watch_on() -> list[tuple[Watch, bool]]:
+    """Make outer watches watch again: they count orders of derivatives, and one is taken here.
+
+    Returns:
+        These watches, and whether each has seen numbers leave torch.
+    """
+    around = _modes() if torch._C._len_torch_function_stack() else ()
+    watches = [watch for watch in around if isinstance(watch, Watch)]
+    for watch in watches:
+        watch.stays_watched = True
+    return [(watch, watch.leaves_torch) for watch in watches]
 
 
 @cache

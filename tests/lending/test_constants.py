@@ -150,6 +150,7 @@ def test_copies_of_what_was_only_read_are_not_copied_again() -> None:
     assert not is_copied_again()
 
 
+@pytest.mark.filterwarnings("ignore:module_jacobian. create_graph")
 def test_new_values_may_be_written_into_where_the_old_were_not() -> None:
     """A network may keep its weights within bounds whenever it is called."""
     module = Writing(lambda weight: weight.data.clamp_(max=1.0))

@@ -244,6 +244,7 @@ def test_what_is_computed_in_the_call_is_differentiated(kept: str) -> None:
         torch.testing.assert_close(jacfunc.module_jacobian(module)(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:module_jacobian. create_graph")
 def test_constants_may_lead_to_parameters() -> None:
     """Graphs may lead to parameters that are not chosen, and may come in by inputs."""
     module, x = InAttribute().double(), floats(3, 2)
