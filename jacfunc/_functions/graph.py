@@ -4,22 +4,72 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
+from torch import Tensor
 
-from jacfunc._arguments import check_flags
 from jacfunc._assembly import numel, read_by, sink_for
+from jacfunc._functions.graph_checks import batch_size, check_call, split_of
 from jacfunc._functions.graph_rows import API, GraphRows
 from jacfunc._linear_map import Paths
 from jacfunc._planning import resolve
 from jacfunc._samples import groups_of
-from jacfunc._torch import is_outermost, noise_like, recording
-from jacfunc._trees import Split, without_settings
-from jacfunc._types import Blocks, Memory, Tree, is_tensor
+from jacfunc._torch import noise_like, recording
+from jacfunc._trees import Split
+from jacfunc._types import Blocks, Memory, Tree
 from jacfunc.strategies import Reverse, Strategy, in_words_of
 
+TensorT = TypeVar("TensorT", bound=Tensor)
 
+
+class GraphOptions(TypedDict, total=False):
+    """Options of :func:`graph_jacobian`, by name."""
+
+    per_sample: bool
+    strategy: str | Strategy
+    chunk_size: int | None
+    memory: Memory
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    out: Tree
+    create_graph: bool
+    retain_graph: bool | None
+    independent: Literal[True] | None
+
+
+@overload
+def graph_jacobian(
+    outputs: Tree, inputs: Tree, *, flat: Literal[True], **options: Unpack[GraphOptions]
+) -> Tensor: ...
+@overload
+def graph_jacobian(
+    outputs: Tensor,
+    inputs: Tensor,
+    *,
+    flat: Literal[False] = False,
+    **options: Unpack[GraphOptions],
+) -> Tensor: ...
+@overload
+def graph_jacobian(
+    outputs: Tensor,
+    inputs: dict[str, TensorT],
+    *,
+    flat: Literal[False] = False,
+    **options: Unpack[GraphOptions],
+) -> dict[str, Tensor]: ...
+@overload
+def graph_jacobian(
+    outputs: Tensor,
+    inputs: list[TensorT],
+    *,
+    flat: Literal[False] = False,
+    **options: Unpack[GraphOptions],
+) -> list[Tensor]: ...
+@overload
+def graph_jacobian(
+    outputs: Tree, inputs: Tree, *, flat: bool = False, **options: Unpack[GraphOptions]
+) -> Tree: ...
 def graph_jacobian(
     outputs: Tree,
     inputs: Tree,
@@ -102,17 +152,17 @@ def graph_jacobian(
     """
     retains = create_graph if retain_graph is None else retain_graph
     flags = {"per_sample": per_sample, "flat": flat, "create_graph": create_graph}
-    _check_call(independent, **flags, retain_graph=retains)
+    check_call(independent, **flags, retain_graph=retains)
     chosen = resolve(API, strategy, chunk_size, memory)
     sink = sink_for(API, out, flat, dtype, device, partial(read_by, None, outputs, inputs))
-    out_split, in_split = _split("outputs", outputs), _split("inputs", inputs)
+    out_split, in_split = split_of("outputs", outputs), split_of("inputs", inputs)
     graph = _graph(out_split, in_split)
 
     def blocks() -> Blocks:
         if not per_sample:
             rows = replace(graph, create_graph=create_graph, frees=not retains)
             return rows.blocks(sink, rows.chunk(chosen))
-        size = _batch_size(out_split, in_split)
+        size = batch_size(out_split, in_split)
         with recording():
             sums = tuple([out.sum(0) for out in graph.outputs])
         rows = replace(graph, outputs=sums, create_graph=create_graph, frees=not retains)
@@ -134,52 +184,6 @@ MUST = "the graph must be one that can be pulled back"
 INSTEAD = " Differentiate the function itself, with jacfunc.jacobian(func)."
 
 
-def _check_call(independent: object, **flags: object) -> None:
-    check_flags(API, **flags)
-    if not is_outermost():
-        raise ValueError(
-            f"{API}: it must be called outside of transforms, got a call inside vmap, a derivative "
-            "or a compiler, where a tensor's graph can't be read. Use jacobian(func) there."
-        )
-    if independent is not None and independent is not True:
-        raise ValueError(
-            f"{API}: independent must be None or True, got {independent!r}. Pass True if you know "
-            "that samples do not depend on each other."
-        )
-
-
-def _split(name: str, tree: Tree) -> Split:
-    """The differentiable leaves of a tree, all of which must require grad."""
-    split = Split.of(tree)
-    if split.constants or not split.leaves:
-        for path, leaf in without_settings(tree, name).items():
-            if not is_tensor(leaf):
-                raise TypeError(
-                    f"{API}: {name} must be a tree of tensors, got {type(leaf).__name__} at "
-                    f"{path}. Leave it out, or write list(model.parameters()) for parameters."
-                )
-        if not split.leaves:
-            kinds = ", ".join(sorted({str(leaf.dtype) for leaf in split.constants})) or "none"
-            raise TypeError(
-                f"{API}: {name} must hold at least one floating point tensor, got {kinds}. "
-                "Integers and booleans have no derivative."
-            )
-    for number, leaf in enumerate(split.leaves):
-        if leaf.is_complex():
-            raise NotImplementedError(
-                f"{API}: {name} must be real, got {leaf.dtype} at {split.paths(name)[number]}. "
-                "Pass torch.view_as_real(...) of an output, and compute with "
-                "torch.view_as_complex(...) of an input."
-            )
-        if not leaf.requires_grad:
-            raise ValueError(
-                f"{API}: {name} must require grad, got {split.paths(name)[number]}, which no graph "
-                "leads to. Call requires_grad_() on inputs before the forward pass, make that with "
-                "gradients on and without detach(), and leave constants out."
-            )
-    return split
-
-
 def _graph(outputs: Split, inputs: Split) -> GraphRows:
     """The graph between outputs and inputs.
 
@@ -199,26 +203,6 @@ def _graph(outputs: Split, inputs: Split) -> GraphRows:
     every = (*outputs.leaves, *inputs.leaves)
     retaining = tuple([leaf for leaf in every if leaf.retains_grad])
     return GraphRows(outputs.leaves, inputs.leaves, paths, retaining=retaining)
-
-
-def _batch_size(outputs: Split, inputs: Split) -> int:
-    """How many samples outputs and inputs have in front."""
-    named = {"outputs": outputs, "inputs": inputs}
-    shapes = {
-        path: tuple(leaf.shape)
-        for name, split in named.items()
-        for path, leaf in zip(split.paths(name), split.leaves, strict=True)
-    }
-    size = next(iter(shapes.values()))[:1]
-    for path, shape in shapes.items():
-        if not size or shape[:1] != size:
-            raise ValueError(
-                f"{API}: per_sample needs outputs and inputs with the batch in front, got "
-                f"{path} of shape {shape} beside {next(iter(shapes.values()))} of the first "
-                "output. A graph does not tell the samples of a parameter apart: take "
-                "module_jacobian(model, per_sample=True) for parameters."
-            )
-    return int(size[0])
 
 
 def _check_independent(graph: GraphRows, strategy: Strategy) -> None:

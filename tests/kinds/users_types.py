@@ -74,6 +74,14 @@ assert_type(jacfunc.vjp(named, x, has_aux=True)[2], str)
 assert_type(jacfunc.vmap(pair)(A), tuple[Tensor, Tensor])
 assert_type(jacfunc.gram(vector)(x), Tensor)
 
+# --- of a graph that is there ---
+
+losses: Tensor = model(batch).square().mean(0)
+assert_type(jacfunc.graph_jacobian(losses, model.weight), Tensor)
+assert_type(jacfunc.graph_jacobian(losses, dict(model.named_parameters())), Params)
+assert_type(jacfunc.graph_jacobian(losses, list(model.parameters())), list[Tensor])
+assert_type(jacfunc.graph_jacobian([losses], list(model.parameters()), flat=True), Tensor)
+
 # --- modules ---
 
 assert_type(jacfunc.module_jacobian(model, flat=True), Callable[..., Tensor])
