@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from jacfunc._layouts.evidence import agree, has_numbers
 from jacfunc._layouts.layouts import layouts_between
-from jacfunc._layouts.traces import Trace, pairs_in
+from jacfunc._layouts.traces import Operation, Trace, pairs_in
 
 _NEW = frozenset(
     getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros")
@@ -41,15 +39,9 @@ class Mixing:
     def begin(self) -> None:
         self.was_seen = False
 
-    def hear(
-        self,
-        number: int,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        result: Any,
-    ) -> None:
+    def hear(self, operation: Operation) -> None:
         """Look at one operation of this batch."""
+        number, func, args, kwargs, result = operation
         if self.was_seen or func in _NEW or number not in self.trace.calls:
             return
         other_func, other_args, other_kwargs = self.trace.calls[number]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ def ends() -> None:
         handle_torch_function(ends, ())
 
 
+class Operation(NamedTuple):
+    """A call of one of torch's functions, by its number in an evaluation."""
+
+    number: int
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+
+
 class Listener(Protocol):
     """Is told of all operations of an evaluation."""
 
@@ -36,14 +46,7 @@ class Listener(Protocol):
         """Forget all: only what follows is part of the user's function."""
         ...
 
-    def hear(
-        self,
-        number: int,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        result: Any,
-    ) -> None:
+    def hear(self, operation: Operation) -> None:
         """Take in an operation that has ended."""
         ...
 
@@ -67,14 +70,8 @@ class Trace:
         for kept in (self.calls, self.results, self.versions):
             kept.clear()
 
-    def hear(
-        self,
-        number: int,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        result: Any,
-    ) -> None:
+    def hear(self, operation: Operation) -> None:
+        number, func, args, kwargs, result = operation
         self.calls[number], self.results[number] = (func, args, kwargs), result
         self.versions[number] = _versions(result)
 

@@ -359,7 +359,11 @@ ROWS: list[Bad] = [
     ),
     Bad("module_jacobian", "in_dims of a whole", jacobian(in_dims=1), ValueError, "must come with"),
     Bad(
-        "module_jacobian", "in_dims={}", jacobian(in_dims={}), ValueError, "in_dims must come with"
+        "module_jacobian",
+        "empty in_dims of a whole",
+        jacobian(in_dims={}),
+        ValueError,
+        "in_dims must come with",
     ),
     Bad(
         "module_jacobian",
