@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jacfunc._layouts.evidence import agree, has_numbers
 from jacfunc._layouts.layouts import layouts_between
-from jacfunc._layouts.traces import Operation, Trace, pairs_in
+from jacfunc._layouts.traces import OperationCall, Trace, pairs_in
 
 _NEW = frozenset(
     getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros")
@@ -39,7 +39,7 @@ class Mixing:
     def begin(self) -> None:
         self.was_seen = False
 
-    def hear(self, operation: Operation) -> None:
+    def hear(self, operation: OperationCall) -> None:
         """Look at one operation of this batch."""
         number, func, args, kwargs, result = operation
         if self.was_seen or func in _NEW or number not in self.trace.calls:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._layouts.traces import Listener, Operation, begins, ends
+from jacfunc._layouts.traces import Listener, OperationCall, begins, ends
 
 Args: TypeAlias = tuple[Any, ...]
 
@@ -91,7 +91,7 @@ class OperationRecorder(TorchFunctionMode):
             self.reads_values = True
         result = self.call(number, func, args, kwargs)
         if self._listener is not None:
-            self._listener.hear(Operation(number, func, args, kwargs, result))
+            self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
 
 

@@ -29,7 +29,7 @@ def ends() -> None:
         handle_torch_function(ends, ())
 
 
-class Operation(NamedTuple):
+class OperationCall(NamedTuple):
     """A call of one of torch's functions, by its number in an evaluation."""
 
     number: int
@@ -46,7 +46,7 @@ class Listener(Protocol):
         """Forget all: only what follows is part of the user's function."""
         ...
 
-    def hear(self, operation: Operation) -> None:
+    def hear(self, operation: OperationCall) -> None:
         """Take in an operation that has ended."""
         ...
 
@@ -70,7 +70,7 @@ class Trace:
         for kept in (self.calls, self.results, self.versions):
             kept.clear()
 
-    def hear(self, operation: Operation) -> None:
+    def hear(self, operation: OperationCall) -> None:
         number, func, args, kwargs, result = operation
         self.calls[number], self.results[number] = (func, args, kwargs), result
         self.versions[number] = _versions(result)

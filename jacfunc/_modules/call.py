@@ -18,7 +18,7 @@ from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments
+from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments, noted
 from jacfunc._modules.options import (
     Batching,
     check_batch_first,
@@ -161,6 +161,7 @@ class ModuleCall:
     def undisturbed(self) -> Iterator[None]:
         """Around all sweeps of the call, which is checked first: nothing outside is changed."""
         state, params = self.state, self._variables()
+        tensors = (*state.point.values(), *state.params.values(), *state.buffers.values())
         check_call(self.api, self.create_graph)
         check_devices(self.api, state)
         if self._differentiates("inputs"):
@@ -169,8 +170,9 @@ class ModuleCall:
             check_parameters(self.api, state)
         with (
             worded(self.api, "the module must be one that torch can differentiate"),
+            noted(self.api, self._split.leaves),
             alone(),
-            RandomState(_tensors_of(state)).kept(),
+            RandomState(tensors).kept(),
             torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
             state.lent_for_call(self.api, params),
         ):
@@ -244,7 +246,3 @@ class ModuleCall:
     def _differentiates(self, what: str) -> bool:
         argnums = (self.argnums,) if isinstance(self.argnums, int) else self.argnums
         return POSITIONS[what] in argnums
-
-
-def _tensors_of(state: ModuleState) -> Leaves:
-    return (*state.point.values(), *state.params.values(), *state.buffers.values())

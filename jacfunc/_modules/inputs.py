@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from jacfunc._arguments import are_plain
+from jacfunc._errors import Refused
 from jacfunc._torch import untracked
 from jacfunc._trees import Arguments, Split, flatten, kind_of, paths, unflatten
-from jacfunc._types import Argnums, Tree
+from jacfunc._types import Argnums, Leaves, Tree
 
 Key: TypeAlias = int | str
 
@@ -185,6 +186,22 @@ class OwnArguments:
 def _is_key(key: object) -> bool:
     """Is it a position, a name or a path?"""
     return isinstance(key, int | str) and not isinstance(key, bool)
+
+
+@contextmanager
+def noted(api: str, tensors: Leaves) -> Iterator[None]:
+    """A context of which the module's own errors get a note: what it was called with."""
+    try:
+        yield
+    except Exception as error:
+        told = f"{error}{getattr(error, '__notes__', '')}"
+        if not isinstance(error, Refused) and f"{api}: " not in told:
+            shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+            error.add_note(
+                f"{api}: the module must run on its inputs, got this error of its own for shapes "
+                f"{shapes}. Where samples are taken apart they are in front, or where in_dims says."
+            )
+        raise
 
 
 def _pick(api: str, module: nn.Module, key: Any, arguments: Arguments) -> InputPick:
