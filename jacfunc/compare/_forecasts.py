@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
 
 from jacfunc._calls import Derivation
 from jacfunc._forecasting import CallForecast, Costs, counted_costs
@@ -13,7 +16,7 @@ from jacfunc._memory import free_bytes
 from jacfunc._planning import BUDGET_SHARE, resolve
 from jacfunc._units import in_bytes, in_seconds
 from jacfunc.compare._problem import API, Problem
-from jacfunc.strategies import Strategy, Sweeping
+from jacfunc.strategies import Looped, Strategy, Sweeping
 
 LONG, FAR = 60.0, 20.0
 """A call is not tried that would take so many seconds, and so many times the shortest call."""
@@ -79,16 +82,26 @@ def _of_module(problem: Problem, strategies: Mapping[str, Sweeping]) -> dict[str
     return {
         name: (batch.seconds(strategy), None, batch.least_bytes(strategy))
         if strategy.sweeps.is_vmapped
-        else (samples * (extra + costs.seconds(strategy)), None, 0)
+        else (samples * (extra(costs.rows) + costs.seconds(strategy)), None, 0)
         for name, strategy in strategies.items()
     }
 
 
-def _costs_of_sample(problem: Problem) -> tuple[Costs | None, float]:
-    """Costs of one sample, or of the batch as a whole, evaluated as jacfunc does it.
+class Beyond(NamedTuple):
+    """Seconds beyond what operations are forecast to take, of an evaluation and of a pullback.
 
-    With the seconds that an evaluation takes beyond its operations: a module is lent for it.
+    A module is lent for an evaluation, and one operation may be a whole recurrent layer.
     """
+
+    evaluation: float = 0.0
+    pullback: float = 0.0
+
+    def __call__(self, rows: int) -> float:
+        return self.evaluation + rows * self.pullback
+
+
+def _costs_of_sample(problem: Problem) -> tuple[Costs | None, Beyond]:
+    """Costs of one sample, or of the batch as a whole, evaluated as jacfunc does it."""
     call = problem.call()
     with call.undisturbed():
         one = call.batch(problem.batching).first_call if problem.is_sampled else call.flat_call
@@ -96,6 +109,11 @@ def _costs_of_sample(problem: Problem) -> tuple[Costs | None, float]:
         operator = JacobianOperator(flat, flat.primals)
         costs = counted_costs(operator)
         if costs is None:
-            return None, 0.0
-        took = seconds_of(lambda: operator.unevaluated().outputs, problem.device)
-        return costs, max(0.0, took - costs.evaluation())
+            return None, Beyond()
+        device, evaluated = problem.device, operator.unevaluated()
+        seeds = tuple(map(torch.ones_like, evaluated.outputs))
+        took = seconds_of(lambda: operator.unevaluated().outputs, device)
+        pulled = seconds_of(lambda: evaluated.pullback(seeds), device)
+        evaluation = costs.evaluation()
+        row = (costs.seconds(Looped()) - evaluation) / max(costs.rows, 1)
+        return costs, Beyond(max(0.0, took - evaluation), max(0.0, pulled - row))
