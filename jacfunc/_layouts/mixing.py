@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from jacfunc._layouts.evidence import agree, has_numbers
@@ -48,12 +49,15 @@ class Mixing:
         # a result that was written into later had other numbers when its operation ended
         if other_func != func or self.trace.was_written(number):
             return
-        others = self.trace.results[number]
         if func in _CAST:
             args, kwargs = args[:1], {}
-        own = pairs_in((args, kwargs), (other_args, other_kwargs))
+        own = list(pairs_in((args, kwargs), (other_args, other_kwargs)))
+        results = list(pairs_in(result, self.trace.results[number]))
+        if any(x.is_nested for pair in own for x in pair) or not all(map(_are_dense, results)):
+            self.was_seen = True  # of these nothing can be told
+            return
         holds_samples = any(one.shape != other.shape for one, other in own)
-        for one, other in pairs_in(result, others):
+        for one, other in results:
             if one.shape == other.shape:
                 self.was_seen |= holds_samples or not agree(one, other)
             else:
@@ -64,3 +68,8 @@ class Mixing:
         samples = self.trace.samples
         layouts = layouts_between(one.shape, self.size, other.shape, len(samples))
         return any(has_numbers(one, self.size, other, samples, layout) for layout in layouts)
+
+
+def _are_dense(pair: tuple[Tensor, Tensor]) -> bool:
+    """Have both tensors a number in each place?"""
+    return not any(x.is_nested or x.is_quantized or x.layout != torch.strided for x in pair)
