@@ -77,10 +77,11 @@ assert_type(jacfunc.gram(vector)(x), Tensor)
 # --- of a graph that is there ---
 
 losses: Tensor = model(batch).square().mean(0)
-assert_type(jacfunc.graph_jacobian(losses, model.weight), Tensor)
-assert_type(jacfunc.graph_jacobian(losses, dict(model.named_parameters())), Params)
-assert_type(jacfunc.graph_jacobian(losses, list(model.parameters())), list[Tensor])
-assert_type(jacfunc.graph_jacobian([losses], list(model.parameters()), flat=True), Tensor)
+assert_type(jacfunc.graph_jacobian(losses, model.weight, retain_graph=True), Tensor)
+by_name, in_a_row = dict(model.named_parameters()), list(model.parameters())
+assert_type(jacfunc.graph_jacobian(losses, by_name, retain_graph=True), Params)
+assert_type(jacfunc.graph_jacobian(losses, in_a_row, retain_graph=True), list[Tensor])
+assert_type(jacfunc.graph_jacobian([losses], in_a_row, flat=True), Tensor)
 
 # --- modules ---
 
