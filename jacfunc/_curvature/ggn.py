@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import nn
@@ -14,20 +14,14 @@ from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
 from jacfunc._curvature.loss import Captured, Loss, LossFunction
 from jacfunc._lending import Select
 from jacfunc._lock import alone
-from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent
+from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent, SampleOptions
 from jacfunc._showing import named
 from jacfunc._types import Memory, OfParams, Params, Randomness, Tree
 
 
-class GgnOptions(TypedDict, total=False):
+class GgnOptions(SampleOptions, total=False):
     """Options of :func:`ggn`, by name."""
 
-    select: Select
-    in_dims: Tree
-    randomness: Randomness
-    chunk_size: int | None
-    memory: Memory
-    independent: Independent
     copy: bool
 
 

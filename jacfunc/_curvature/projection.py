@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,18 @@ from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
 from jacfunc._memory import DRAWN_BYTES
-from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch
+from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch, SampleOptions
 from jacfunc._showing import named
 from jacfunc._types import Leaves, Memory, Randomness, Tree, product_dtype
 
 API = "random_projection"
 
 
-class ProjectionOptions(TypedDict, total=False):
+class ProjectionOptions(SampleOptions, total=False):
     """What :func:`random_projection` takes by keyword."""
 
     seed: int
-    select: Select
-    in_dims: Tree
-    randomness: Randomness
-    chunk_size: int | None
-    memory: Memory
     out: Tree
-    independent: Independent
 
 
 @overload

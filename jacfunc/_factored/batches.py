@@ -172,8 +172,6 @@ class WholeBatch:
 
     def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
         self.placing.seen.clear()
-        if self.trace is not None:
-            self.trace.calls.clear()
         is_one = self.size == 1 or self.trace is not None
         placing = VmappedSamples(1, None, self.trace) if is_one else self.placing
         outputs, extras = record(placing, handles, lambda: self.call(*handles))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,26 +16,19 @@ from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._kernels.gram import Gram
 from jacfunc._kernels.routes import Axes
 from jacfunc._kernels.sampled_function import KernelSamples
-from jacfunc._lending import Select
-from jacfunc._modules import Independent
-from jacfunc._types import Leaves, Memory, Randomness, Tree, product_dtype
+from jacfunc._modules import SampleOptions
+from jacfunc._types import Leaves, Tree, product_dtype
 
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
 """Wraps a sequence, and shows how much of it is done, as ``tqdm.tqdm`` does."""
 
 
-class KernelOptions(TypedDict, total=False):
+class KernelOptions(SampleOptions, total=False):
     """What :func:`jacfunc.ntk` takes by keyword."""
 
     trace_axes: int | Sequence[int]
     diagonal_axes: int | Sequence[int]
-    select: Select
-    in_dims: Tree
-    randomness: Randomness
-    chunk_size: int | None
-    memory: Memory
     out: Tree
-    independent: Independent
     progress: Progress | None
     batched: bool
 

@@ -7,7 +7,7 @@ from typing import Any, Unpack, overload
 
 from torch import nn
 
-from jacfunc._arguments import check_chunk_size, check_memory
+from jacfunc._arguments import check_chunk_size, check_flags, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._kernels.blocks import (
@@ -203,11 +203,7 @@ def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
     """What is called, and its parameters: a function of batches is a module that has its own."""
     check_called(API, func)
-    if not isinstance(batched, bool):
-        raise TypeError(
-            f"{API}: batched must be True or False, got {batched!r}. Write batched=True for a "
-            "function of batches."
-        )
+    check_flags(API, batched=batched)
     if batched and not isinstance(func, nn.Module):
         return FunctionAsModule(API, func, params), None
     return func, params

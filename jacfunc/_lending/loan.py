@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacfunc._lending.attributes import containers_in, refill
+from jacfunc._lending.attributes import containers_in
 from jacfunc._lending.constants import ParameterWatch
 from jacfunc._lending.part import (
     OF_EVERY_MODULE,
@@ -18,6 +18,7 @@ from jacfunc._lending.part import (
     attributes_of,
     give_back,
     lend,
+    put_back,
 )
 
 
@@ -75,8 +76,7 @@ class Loan:
 
     def renew(self, evaluation: EvaluationState) -> None:
         """Put what an earlier evaluation left in place again, for its pullbacks."""
-        for container, before in evaluation.contents:
-            refill(container, before)
+        put_back(evaluation.contents)
         if self.evaluation is evaluation or evaluation.attributes is None:
             return
         self.take_back()

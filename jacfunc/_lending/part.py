@@ -180,7 +180,7 @@ def _mark(value: Any) -> Any:
 
 
 def put_back(tables: list[tuple[Any, Any]]) -> None:
-    """Fill each dict again as its copy tells (see :meth:`ModulePart.tables_now`)."""
+    """Fill each container again as its copy tells (see :meth:`ModulePart.tables_now`)."""
     for table, before in tables:
         refill(table, before)
 

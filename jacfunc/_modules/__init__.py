@@ -9,6 +9,7 @@ from jacfunc._modules.jacobian import ModuleResult, module_jacobian, param_slice
 from jacfunc._modules.options import (
     Batching,
     ModuleOptions,
+    SampleOptions,
     batching_of,
     check_randomness_option,
 )

@@ -17,7 +17,7 @@ from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
-from jacfunc._modules.independence import Independence
+from jacfunc._modules.independence import Independence, compared_parameters
 from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments, noted
 from jacfunc._modules.options import (
     Batching,
@@ -26,7 +26,6 @@ from jacfunc._modules.options import (
     check_devices,
     check_module_inputs,
     check_parameters,
-    compared_parameters,
     dims_of_samples,
     without_batch,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import by_samples
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
-from jacfunc._modules.options import ModuleOptions, batching_of, check_module
+from jacfunc._modules.options import ModuleOptions, SampleOptions, batching_of, check_module
 from jacfunc._planning import resolve
 from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
@@ -49,22 +49,16 @@ class ModuleResult(NamedTuple):
     buffers: dict[str, Tensor]
 
 
-class JacobianOptions(TypedDict, total=False):
+class JacobianOptions(SampleOptions, total=False):
     """What :func:`module_jacobian` takes by keyword, whatever the form of its result."""
 
-    select: Select
     inputs: Key | Sequence[Key] | None
     per_sample: bool
-    in_dims: Tree
     dtype: torch.dtype | None
     device: torch.device | str | None
     out: Tree
     strategy: str | Strategy
-    chunk_size: int | None
-    memory: Memory
-    randomness: Randomness
     create_graph: bool
-    independent: Independent
 
 
 @overload

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, wraps
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias, TypedDict
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -28,6 +28,17 @@ class Batching:
 
     in_dims: Tree = 0
     randomness: Randomness = "error"
+
+
+class SampleOptions(TypedDict, total=False):
+    """What all doors for the samples of a module take by keyword."""
+
+    select: Select
+    in_dims: Tree
+    randomness: Randomness
+    chunk_size: int | None
+    memory: Memory
+    independent: Independent
 
 
 @dataclass(frozen=True)
@@ -209,17 +220,6 @@ def without_batch(api: str, output: Tensor) -> Tensor:
             "that returns other outputs alone."
         )
     return output.squeeze(0)
-
-
-def compared_parameters(state: ModuleState) -> dict[str, Tensor]:
-    """All differentiable parameters but TorchScript's, with the values to differentiate at."""
-    parts = [part for part in state.parts.values() if part.is_scripted]
-    scripted = {id(param) for part in parts for param in part.params.values()}
-    return {
-        name: state.point.get(name, param)
-        for name, param in state.params.items()
-        if is_differentiable(param) and id(param) not in scripted
-    }
 
 
 def check_packed(api: str, arguments: Arguments) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack, get_args, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_flags
 from jacfunc._lending import Select
 from jacfunc._memory import Budget, in_chunks, of_leaf
-from jacfunc._modules import FEW_CALLS, Independent, ModuleCall, ModuleOptions, batching_of
+from jacfunc._modules import (
+    FEW_CALLS,
+    Independent,
+    ModuleCall,
+    ModuleOptions,
+    SampleOptions,
+    batching_of,
+)
 from jacfunc._showing import named
 from jacfunc._streams.held import ParameterBlocks, RowBlocks
 from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
@@ -24,16 +31,10 @@ By = Literal["params", "rows", "samples"]
 Items = Iterator[tuple[Any, Tree]]
 
 
-class StreamOptions(TypedDict, total=False):
+class StreamOptions(SampleOptions, total=False):
     """What :func:`stream_jacobian` takes by keyword."""
 
-    select: Select
     per_sample: bool
-    in_dims: Tree
-    chunk_size: int | None
-    memory: Memory
-    randomness: Randomness
-    independent: Independent
     copy: bool
 
 
