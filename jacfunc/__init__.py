@@ -1,7 +1,7 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
 Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``vmap``.
-Tensors with a graph: ``graph_jacobian``.
+Tensors with a graph: ``graph_jacobian``. Without the Jacobian, its products: ``linearize``.
 Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
@@ -28,6 +28,7 @@ from jacfunc._kernels import gram, ntk
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._planning import Autotune, Plan
 from jacfunc._streams import stream_jacobian
+from jacfunc.operators import LinearOperator, linearize
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Explanation",
     "Forward",
     "GaussNewton",
+    "LinearOperator",
     "Looped",
     "ModuleResult",
     "Plan",
@@ -55,6 +57,7 @@ __all__ = [
     "jacobian",
     "jacrev",
     "jvp",
+    "linearize",
     "module_jacobian",
     "ntk",
     "param_slices",

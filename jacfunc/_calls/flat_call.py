@@ -35,8 +35,8 @@ from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 class FlatCall:
     """``func(*args, **kwargs)`` as a leaf function of the arguments that ``argnums`` names.
 
-    Calling it returns ``(outputs, extras)``: the differentiable leaves of the output, and all other
-    tensors that ``func`` returned. It keeps the trees of the last call, to put results into them.
+    It returns ``(outputs, extras)``: the differentiable leaves of the output, and other tensors
+    that ``func`` returned. It keeps the trees of the last call, to put results into them.
     """
 
     def __init__(
@@ -92,8 +92,7 @@ class FlatCall:
     def exact_kind(self) -> CallKind | None:
         """:attr:`call_kind`, if calls of this kind differ in nothing but the numbers in tensors.
 
-        Calls of a module do, and those of a function of one tensor. Of any other object the kind
-        has the type alone.
+        Calls of a module do, and those of a function of one tensor; others differ in objects too.
         """
         return self.call_kind if self._origin is not None or self._has_one_tensor else None
 
@@ -146,10 +145,13 @@ class FlatCall:
     def without_graph(self) -> FlatCall:
         """The call with its trees, but without the leaves of the last output and their graph."""
         call = copy(self)
-        for name in ("_output", "_beside"):
-            split = getattr(self, name)
-            setattr(call, name, split and replace(split, leaves=()))
+        call.forget_outputs()
         return call
+
+    def forget_outputs(self) -> None:
+        """Let go of the leaves of the last output, and of their graph; their trees are kept."""
+        self._output = self._output and replace(self._output, leaves=())
+        self._beside = self._beside and replace(self._beside, leaves=())
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
         """The function's own ``(output, aux)``, from outputs and extras."""

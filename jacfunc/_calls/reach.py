@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._remembered import Remembered
+from jacfunc._trees import referred
 
 DEEPEST, MOST = 6, 300
 """The longest chain of references from the function, and the most objects that are looked at."""
@@ -65,16 +66,7 @@ def _things(thing: Any, depth: int, visited: set[int]) -> Iterator[Any]:
 
 def _parts(thing: Any) -> Iterator[Any]:
     if isinstance(thing, types.FunctionType):
-        for cell in thing.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # the cell is still empty
-                continue
-        yield from thing.__defaults__ or ()
-        yield from (thing.__kwdefaults__ or {}).values()
-        if not f"{thing.__globals__.get('__name__')}.".startswith(("torch.", "jacfunc.")):
-            names = _names(thing.__code__)
-            yield from (thing.__globals__[name] for name in names if name in thing.__globals__)
+        yield from referred(thing)
     elif isinstance(thing, types.MethodType):
         yield from (thing.__self__, thing.__func__)
     elif isinstance(thing, partial):
@@ -85,11 +77,3 @@ def _parts(thing: Any) -> Iterator[Any]:
         yield from thing.values()
     elif not isinstance(thing, nn.Module):
         yield from getattr(thing, "__dict__", {}).values()
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Names of the globals and attributes that a code uses, inner functions included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)

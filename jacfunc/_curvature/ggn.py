@@ -11,8 +11,8 @@ from torch import nn
 from jacfunc._curvature.gauss_newton import GaussNewton
 from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
-from jacfunc._curvature.loss import Captured, Loss, LossFunction
-from jacfunc._lending import Select
+from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._lending import Captured, Select
 from jacfunc._lock import alone
 from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent, SampleOptions
 from jacfunc._showing import named

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
 from jacfunc._curvature.known_losses import is_known, known_root
-from jacfunc._lending import tensors_in
+from jacfunc._lending import Captured
 from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_alias, map_of_graph
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, Independence
@@ -37,32 +37,6 @@ class OutputCurvature(Protocol):
     def times(self, tangents: Leaves) -> Leaves:
         """``H u``, ``[B, *out]``."""
         ...
-
-
-@dataclass(frozen=True)
-class Captured:
-    """The tensors that a loss closes over, each with a copy from the time of the call."""
-
-    pairs: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, func: LossFunction) -> Captured:
-        """Copy the tensors that a loss closes over."""
-        return cls([(x, x.detach().clone()) for x in tensors_in(func)])
-
-    def check(self, api: str) -> None:
-        """Check that the loss is still the same.
-
-        Raises:
-            ValueError: if one of the tensors has changed.
-        """
-        for now, before in self.pairs:
-            if not torch.equal(now.nan_to_num(), before.nan_to_num()):
-                raise ValueError(
-                    f"{api}: what the loss closes over must stay as it was at the call, got a "
-                    f"tensor of shape {tuple(now.shape)} that was changed since. Call it again, "
-                    "at the new point."
-                )
 
 
 @dataclass(frozen=True)
@@ -141,7 +115,7 @@ class Loss:
     def _check_captured(self) -> None:
         """Raise ValueError if what the loss closes over has changed since the call."""
         if self.captured is not None:
-            self.captured.check(self.api)
+            self.captured.check(self.api, "the loss")
 
     @property
     def precise(self) -> Loss:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, Literal, overload
 
 from jacfunc._arguments import check_like
-from jacfunc._calls import Derivation, FlatCall
+from jacfunc._calls import at_all
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._showing import named
 from jacfunc._types import AuxT, InT, OutT, Tree
@@ -69,7 +69,7 @@ def jvp(
         >>> jacfunc.jvp(lambda x: A @ x, (torch.ones(2),), (torch.tensor([1.0, 0.0]),))
         (tensor([3., 7.]), tensor([1., 3.]))
     """
-    call = _at_all("jvp", func, primals, has_aux)
+    call = at_all("jvp", func, primals, has_aux)
     operator = JacobianOperator(call, call.primals)
     seeds = call.aligned_inputs("tangents", tangents)
     check_like("jvp", "tangents", seeds, call.primals)
@@ -121,7 +121,7 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
         >>> row, row[0].item()
         (tensor([3., 4.]), 3.0)
     """
-    call = _at_all("vjp", func, primals, has_aux)
+    call = at_all("vjp", func, primals, has_aux)
     operator = JacobianOperator(call, call.primals)
     value, aux = call.value(*in_words_of("vjp", operator.image, MUST, PUSH, LESS))
 
@@ -133,21 +133,3 @@ def vjp(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tupl
 
     named("vjp", func, pullback)
     return (value, pullback, aux) if has_aux else (value, pullback)
-
-
-def _at_all(
-    api: str, func: Callable[..., Any], primals: tuple[Tree, ...], has_aux: bool
-) -> FlatCall:
-    """The call, differentiated by all of its arguments."""
-    if not isinstance(primals, tuple | list):
-        raise TypeError(
-            f"{api}: primals must be a tuple of the arguments of func, got "
-            f"{type(primals).__name__}. Write (x,) for the only one."
-        )
-    if not primals:
-        raise ValueError(
-            f"{api}: there must be at least one primal to differentiate by, got none. "
-            "Pass the arguments of func."
-        )
-    primals = tuple(primals)
-    return FlatCall(Derivation(api, func, tuple(range(len(primals))), has_aux), primals, {})

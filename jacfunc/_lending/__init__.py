@@ -1,8 +1,8 @@
 """A module lent for a call and for its evaluations, and left as it was."""
 
-from jacfunc._lending.attributes import tensors_in
 from jacfunc._lending.constants import Constants
 from jacfunc._lending.current import CurrentState
+from jacfunc._lending.originals import Captured
 from jacfunc._lending.select import Select
 from jacfunc._lending.snapshot import Snapshot, Version, version_of_loss
 from jacfunc._lending.state import ModuleState

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from random import Random
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacfunc._torch import recording
-from jacfunc._trees import flatten, flatten_containers, unflatten
+from jacfunc._trees import flatten, flatten_containers, referred, unflatten
 
 SIMPLE = frozenset({bool, int, float, str, type(None)})
 FEW_ENTRIES = 1000
@@ -103,7 +103,7 @@ def refill(container: Any, before: Any) -> None:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Tensors that a function closes over, that a module has, or that objects keep at any depth."""
+    """Tensors that a function refers to, that a module has, or that objects keep at any depth."""
     pending, visited, tensors = [value], set[int](), list[Tensor]()
     while pending and len(visited) <= FEW_ENTRIES:
         item = pending.pop()
@@ -115,9 +115,7 @@ def tensors_in(value: object) -> list[Tensor]:
         elif isinstance(item, _SHALLOW):
             pending += _entries(item)
         elif isinstance(item, FunctionType):
-            cells = [cell for cell in item.__closure__ or () if cell != CellType()]
-            pending += [cell.cell_contents for cell in cells]
-            pending += [item.__defaults__, item.__kwdefaults__]
+            pending += referred(item)
         elif isinstance(item, MethodType):
             pending.append(item.__self__)
         elif isinstance(item, partial):

@@ -1,8 +1,9 @@
-"""A check that a module and its data are unchanged, for later answers without copies of them."""
+"""Checks that a module and its data, or what a function closes over, have not changed since."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -55,3 +56,29 @@ class Originals:
         marks += [x.data_ptr() for x in tensors if type(x) in kinds and x.layout == torch.strided]
         marks += [part.module.training for part in self._snapshot.parts if part.is_scripted]
         return marks
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The tensors that a function closes over, each with a copy from the time of a call."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, func: object) -> Captured:
+        """Copy the tensors that a function closes over."""
+        return cls([(x, x.detach().clone()) for x in tensors_in(func)])
+
+    def check(self, api: str, what: str) -> None:
+        """Check that they are as they were.
+
+        Raises:
+            ValueError: if one of the tensors has changed.
+        """
+        for now, before in self.pairs:
+            if not (torch.equal(now, before) or torch.equal(now.nan_to_num(), before.nan_to_num())):
+                raise ValueError(
+                    f"{api}: what {what} closes over must stay as it was at the call, got a "
+                    f"tensor of shape {tuple(now.shape)} that was changed since. Call it again, "
+                    "at the new point."
+                )

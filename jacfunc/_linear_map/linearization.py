@@ -95,19 +95,29 @@ class Linearization:
         sweep = self.sweep
         return LinearMap(lambda u: sweep(u, EVERY, EVERY), self.pull_batch, self._map_of_tangents)
 
-    def _map_of_tangents(self) -> LinearMap:
+    def transposed(self) -> Linearization:
+        """The map of tangents, by the graph of a pullback, which is kept.
+
+        Raises:
+            Refused: if the backward pass is no differentiable function of its cotangent.
+        """
         if self._transposed is None:
             assert self.transpose is not None
             try:
                 self._transposed = self.transpose()
             except RuntimeError as error:
                 raise Refused(
-                    "vjp: the pullback must be a differentiable function of its cotangent, got a "
+                    "the pullback must be a differentiable function of its cotangent, got a "
                     f"backward pass that is none: {str(error).rstrip('.')}. Use forward mode, or "
                     "write func in other operations."
                 ) from error
-        sweep, sweep_batch = self._transposed.sweep, self._transposed.pull_batch
-        return LinearMap(lambda v: sweep(v, EVERY, EVERY), sweep_batch, self._as_map)
+        return self._transposed
+
+    def _map_of_tangents(self) -> LinearMap:
+        transposed = self.transposed()
+        return LinearMap(
+            lambda v: transposed.sweep(v, EVERY, EVERY), transposed.pull_batch, self._as_map
+        )
 
     def pull_batch(
         self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY

@@ -9,7 +9,7 @@ import torch
 
 from jacfunc._errors import Refused, Stale, check_fallback, is_out_of_memory
 from jacfunc._faults import Watch, handled
-from jacfunc._linear_map.agreement import check_agreement
+from jacfunc._linear_map.agreement import check_agreement, detached
 from jacfunc._linear_map.graph import linearize
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, one_by_one
 from jacfunc._linear_map.push import pushforward, pushforward_batch
@@ -58,6 +58,23 @@ class JacobianOperator:
     def forget(self) -> None:
         """Drop the evaluation: its outputs, and its graph, which only pullbacks need."""
         self._linearization = self._image = None
+
+    def forget_graph(self) -> None:
+        """Drop the graph, which only pullbacks need; later evaluations must agree with this one."""
+        self._linearization = None
+        if self._image is not None:
+            outputs, extras = self._image
+            self._image = detached(outputs), detached(extras)
+
+    @property
+    def transposed(self) -> Linearization | None:
+        """The map of tangents by the graph of a pullback; None inside of transforms.
+
+        Raises:
+            Refused: if the backward pass is no differentiable function of its cotangent.
+        """
+        linearized = self._linearized
+        return linearized.transpose and linearized.transposed()
 
     @property
     def outputs(self) -> Leaves:

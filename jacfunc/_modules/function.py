@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +16,6 @@ from jacfunc._torch import recording
 from jacfunc._trees import Arguments, Split, StructureError, kinds_of
 from jacfunc._types import Leaves, Tree, is_differentiable, is_tensor
 
-_STEP = re.compile(r"\['([^']*)'\]|\[([^\]]*)\]|\.(\w+)")
-"""A step of a path that is written as code: an item by its key or number, or an attribute."""
 _PLAIN = bool | int | float | str
 
 
@@ -40,10 +37,7 @@ class ParamTree:
     def of(cls, params: Tree) -> tuple[ParamTree, dict[str, Tensor]]:
         """The tree, and its tensors by their paths (``"encoder.weight"``)."""
         split = Split.of(params, is_tensor)
-        paths = split.paths("")
-        # as code where dots would not tell two apart
-        names = [".".join(map("".join, _STEP.findall(path))) or "params" for path in paths]
-        names = names if len(set(names)) == len(names) else paths
+        names = [name or "params" for name in split.names()]
         is_known = all(isinstance(x, _PLAIN) for x in split.constants)
         tree = cls(tuple(names), replace(split, leaves=()), kinds_of(params), is_known)
         return tree, dict(zip(names, split.leaves, strict=True))

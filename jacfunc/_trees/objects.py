@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from types import SimpleNamespace
+from types import CellType, CodeType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -126,3 +126,25 @@ def put_together(kind: Any, keys: Sequence[Any], values: Iterable[Any]) -> Any:
     for attribute, value in pairs[len(items) :]:
         object.__setattr__(new, attribute.name, new if attribute == _OWN else value)
     return new
+
+
+def referred(function: FunctionType) -> Iterator[Any]:
+    """What a function of Python refers to: what it closes over, its defaults, globals by name.
+
+    Of torch's and our own functions the globals are left out.
+    """
+    cells = [cell for cell in function.__closure__ or () if cell != CellType()]
+    yield from (cell.cell_contents for cell in cells)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    table = function.__globals__
+    if not f"{table.get('__name__')}.".startswith(("torch.", "jacfunc.")):
+        yield from (table[name] for name in _names(function.__code__) if name in table)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names of the globals and attributes that a code uses, inner functions included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

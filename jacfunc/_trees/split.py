@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,10 @@ def without_settings(tree: Tree, root: str) -> dict[str, Any]:
     leaves, spec = flatten(tree)
     pairs = zip(leaves, spec.accessors(), strict=True)
     return {way.codify(root): x for x, way in pairs if is_tensor(x) or not is_inside(way)}
+
+
+_STEP = re.compile(r"\['([^']*)'\]|\[([^\]]*)\]|\.(\w+)")
+"""A step of a path that is written as code: an item by its key or number, or an attribute."""
 
 
 @dataclass(slots=True)
@@ -119,3 +124,12 @@ class Split:
         """The path of each chosen leaf, written as code."""
         accessors = self.spec.accessors()
         return [a.codify(root) for a, yes in zip(accessors, self.is_chosen, strict=True) if yes]
+
+    def names(self) -> tuple[str, ...]:
+        """The path of each chosen leaf without brackets: ``encoder.weight``.
+
+        They are written as code where dots would not tell two apart; a lone leaf is ``""``.
+        """
+        paths = self.paths("")
+        names = [".".join(map("".join, _STEP.findall(path))) for path in paths]
+        return tuple(names if len(set(names)) == len(names) else paths)

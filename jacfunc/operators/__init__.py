@@ -1,0 +1,11 @@
+"""Linear operators on trees: products with Jacobians and their like, without the matrix.
+
+:func:`jacfunc.linearize` and others make a :class:`LinearOperator`: ``A @ v``, ``A.T @ u``,
+``A.matrix()``, sums, scalings, compositions and restrictions of operators.
+"""
+
+from jacfunc.operators._linear_operator import LinearOperator
+from jacfunc.operators._linearize import linearize
+from jacfunc.operators._space import Space
+
+__all__ = ["LinearOperator", "Space", "linearize"]

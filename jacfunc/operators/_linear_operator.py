@@ -1,0 +1,192 @@
+"""Linear operators between trees: products with a vector, with many, and the whole matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Number
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._types import Leaves
+from jacfunc.operators._products import Products
+from jacfunc.operators._restriction import Choice, Which
+from jacfunc.operators._scipy import scipy_operator
+from jacfunc.operators._space import Space
+
+Map: TypeAlias = Callable[[Leaves], Leaves]
+"""From K vectors to K products, leaf by leaf."""
+
+
+class LinearOperator(Products):
+    """A linear map ``v ↦ A v`` between two trees of tensors, and its transpose ``u ↦ Aᵀ u``.
+
+    Vectors are trees, or flat tensors; a product has the form of the vector. ``A + B``, ``A - B``,
+    ``2 * A``, ``A @ B``, ``A.T`` and :meth:`restrict` are operators of operators, which compute
+    nothing until they are multiplied. A subclass says what its spaces are, and how K vectors are
+    multiplied at once.
+
+    Args:
+        api: the name of the public function that made it, with which error messages begin.
+        domain: where the vectors ``v`` are.
+        codomain: where the products ``A v`` are.
+
+    Example:
+        An operator of your own, here the sum of all elements:
+
+        >>> import torch
+        >>> from jacfunc.operators import LinearOperator, Space
+        >>> class Sum(LinearOperator):
+        ...     def __init__(self, size):
+        ...         super().__init__("Sum", Space.of(torch.ones(size)), Space.of(torch.ones(())))
+        ...     def pushforward_batch(self, tangents):
+        ...         return (tangents[0].sum(1),)
+        ...     def pullback_batch(self, cotangents):
+        ...         return (cotangents[0][:, None].expand(-1, self.domain.size),)
+        >>> A = Sum(3)
+        >>> A @ torch.tensor([1.0, 2.0, 3.0]), (2 * A).T @ torch.tensor(1.0)
+        (tensor(6.), tensor([2., 2., 2.]))
+        >>> A.matrix()
+        tensor([[1., 1., 1.]])
+    """
+
+    def __matmul__(self, other: Any) -> Any:
+        """The composition with an operator, or the product with one vector or a matrix."""
+        if isinstance(other, LinearOperator):
+            return self._after(other)
+        return self.mm(other) if self.domain.is_matrix(other) else self.mv(other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``u A``, which is ``Aᵀ u``; of rows ``[K, M]``, ``[K, N]``."""
+        if self.codomain.is_matrix(other, rows=True):
+            return self.rmm(other.T).T
+        return self.rmv(other)
+
+    # --- operators of operators ---
+
+    @property
+    def T(self) -> LinearOperator:  # noqa: N802 (as in NumPy)
+        """The transpose, ``u ↦ Aᵀ u``."""
+        return OfMaps(
+            self.api, self.codomain, self.domain, self.pullback_batch, self.pushforward_batch
+        )
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        self.domain.check_fits(self.api, other.domain)
+        self.codomain.check_fits(self.api, other.codomain)
+
+        def both(one: Map, two: Map) -> Map:
+            return lambda seeds: tuple(map(torch.add, one(seeds), two(seeds)))
+
+        return self._mapped(
+            both(self.pushforward_batch, other.pushforward_batch),
+            both(self.pullback_batch, other.pullback_batch),
+        )
+
+    def __mul__(self, factor: complex | Tensor) -> LinearOperator:
+        is_scalar = isinstance(factor, Number) or (isinstance(factor, Tensor) and not factor.dim())
+        if not is_scalar:
+            return NotImplemented
+
+        def times(products_of: Map) -> Map:
+            return lambda seeds: tuple([factor * product for product in products_of(seeds)])
+
+        return self._mapped(times(self.pushforward_batch), times(self.pullback_batch))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LinearOperator:
+        return self * -1
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return self + (-other)
+
+    def _after(self, other: LinearOperator) -> LinearOperator:
+        """``A B``: this operator applied to products of another one."""
+        self.domain.check_fits(self.api, other.codomain)
+        return OfMaps(
+            self.api,
+            other.domain,
+            self.codomain,
+            lambda seeds: self.pushforward_batch(other.pushforward_batch(seeds)),
+            lambda seeds: other.pullback_batch(self.pullback_batch(seeds)),
+        )
+
+    def restrict(self, rows: Which = None, columns: Which = None) -> LinearOperator:
+        """The operator of some rows and columns of the matrix, or of some leaves of the trees.
+
+        Args:
+            rows: which numbers of a product are wanted: patterns of names of leaves (``"2.*"``),
+                which leave a dict of these by name, or a slice or the numbers of rows, which leave
+                a flat tensor. None for all.
+            columns: which numbers of a vector may differ from zero, in the same forms.
+
+        Raises:
+            TypeError, ValueError: names or numbers that are not there.
+
+        Cost:
+            Products as of the whole operator; a matrix of 5 rows takes 5 products with ``Aᵀ``.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> value, J = jacfunc.linearize(lambda x: x**2, torch.tensor([1.0, 2.0, 3.0]))
+            >>> J.restrict(rows=[1], columns=slice(1, None)).matrix()
+            tensor([[4., 0.]])
+        """
+        into = Choice.of(self.api, "columns", self.domain, columns)
+        out = Choice.of(self.api, "rows", self.codomain, rows)
+        return OfMaps(
+            self.api,
+            into.space,
+            out.space,
+            lambda seeds: out.extract(self.pushforward_batch(into.embed(seeds))),
+            lambda seeds: into.extract(self.pullback_batch(out.embed(seeds))),
+        )
+
+    def _mapped(self, push: Map, pull: Map) -> LinearOperator:
+        return OfMaps(self.api, self.domain, self.codomain, push, pull)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
+
+        Raises:
+            ImportError: without SciPy, which the extra ``scipy`` brings.
+
+        Cost:
+            Each product as of this operator, and a copy of the vector if it is not on a CPU.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> from scipy.sparse.linalg import svds
+            >>> A = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
+            >>> value, J = jacfunc.linearize(lambda x: A @ x, torch.ones(5, dtype=torch.float64))
+            >>> svds(J.to_scipy(), k=1, return_singular_vectors=False)
+            array([5.])
+        """
+
+        def by_rows(source: Space, target: Space, products_of: Map) -> Callable[[Tensor], Tensor]:
+            return lambda rows: target.rows(products_of(source.cut(rows.to(source.device))))
+
+        push = by_rows(self.domain, self.codomain, self.pushforward_batch)
+        pull = by_rows(self.codomain, self.domain, self.pullback_batch)
+        return scipy_operator(self.shape, self.dtype, push, pull)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype})"
+
+
+class OfMaps(LinearOperator):
+    """The operator of two functions of leaves: one for ``A v``, one for ``Aᵀ u``."""
+
+    def __init__(self, api: str, domain: Space, codomain: Space, push: Map, pull: Map) -> None:
+        super().__init__(api, domain, codomain)
+        self._push, self._pull = push, pull
+
+    def pushforward_batch(self, tangents: Leaves) -> Leaves:
+        return self._push(tangents)
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        return self._pull(cotangents)

@@ -1,0 +1,175 @@
+"""``linearize``: a function's value at a point, and its Jacobian there as a linear operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from jacfunc._calls import at_all
+from jacfunc._errors import Refused
+from jacfunc._lending import Captured
+from jacfunc._linear_map import (
+    EVERY,
+    JacobianOperator,
+    chosen_leaves,
+    is_followed,
+    nonzero_numbers,
+    one_by_one,
+)
+from jacfunc._log import note
+from jacfunc._torch import RandomState, makes_plain_tensors
+from jacfunc._trees import map_tensors
+from jacfunc._types import AuxT, Leaves, OutT, Tree
+from jacfunc.operators._linear_operator import LinearOperator
+from jacfunc.operators._space import Space
+from jacfunc.strategies import in_words_of
+
+MUST = "the function must be one that this product can be taken of"
+INSTEAD = " Use the other product, or write the function in other operations."
+LESS = " Take fewer vectors at once."
+
+
+@overload
+def linearize(
+    func: Callable[..., OutT], *primals: Tree, has_aux: Literal[False] = False
+) -> tuple[OutT, LinearOperator]: ...
+@overload
+def linearize(
+    func: Callable[..., tuple[OutT, AuxT]], *primals: Tree, has_aux: Literal[True]
+) -> tuple[OutT, LinearOperator, AuxT]: ...
+def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -> tuple[Any, ...]:
+    """The value of ``func`` and its Jacobian as a linear operator, by one evaluation.
+
+    ``J v`` and ``Jᵀ u`` without J: ``value, J = linearize(func, x)``, then ``J @ v``, ``J.T @ u``.
+
+    Args:
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
+        primals: the arguments, all differentiated.
+        has_aux: ``func`` returns ``(output, aux)``.
+
+    Returns:
+        ``(value, J)`` or ``(value, J, aux)``. The domain of J are trees like the primal, or tuples
+        of trees for more than one; its codomain trees like the value. It answers from the point at
+        which it was made, with the random numbers that were drawn there. Where gradients are
+        followed, products can be differentiated by the vector and by the primals.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; a function that closes over tensors which
+            have changed since. NotImplementedError: complex tensors, and what torch refuses.
+
+    Cost:
+        One evaluation, whose graph is kept: products with ``Jᵀ`` are pullbacks on it. A product
+        with J before any with ``Jᵀ`` lets go of the graph, and is one evaluation with a tangent.
+        After one with ``Jᵀ`` the graph is kept for good, and products with J take one pullback on
+        the graph of a pullback. Beside it copies of the primals and of what ``func`` closes over.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> value, J = jacfunc.linearize(lambda x: A @ x, torch.ones(2))
+        >>> value, J @ torch.tensor([1.0, 0.0]), J.T @ torch.tensor([0.0, 1.0])
+        (tensor([3., 7.]), tensor([1., 3.]), tensor([3., 4.]))
+    """
+    api = "linearize"
+    primals = map_tensors(Tensor.clone, primals)
+    call = at_all(api, func, primals, has_aux)
+    point = JacobianOperator(call, call.primals)
+    point.rewind_generators()
+    outputs, extras = in_words_of(api, point.image, MUST, INSTEAD, LESS)
+    # the user may write into the value, and the graph needs its outputs
+    value, aux = call.value(tuple(map(Tensor.clone, outputs)), extras)
+    domain = Space.of(primals[0] if len(primals) == 1 else primals)
+    captured = Captured.of(func) if makes_plain_tensors() else None
+    operator = Linearized(api, domain, Space.of(value), point, call.forget_outputs, captured)
+    return (value, operator, aux) if has_aux else (value, operator)
+
+
+class Linearized(LinearOperator):
+    """The Jacobian of a function at a point; pullbacks keep the graph of the evaluation.
+
+    Args:
+        point: the function at the point, evaluated.
+        forget_outputs: lets go of what the last evaluation returned.
+        captured: what the function closes over; None where that can't be compared.
+    """
+
+    def __init__(
+        self,
+        api: str,
+        domain: Space,
+        codomain: Space,
+        point: JacobianOperator,
+        forget_outputs: Callable[[], None],
+        captured: Captured | None,
+    ) -> None:
+        super().__init__(api, domain, codomain)
+        self._point, self._captured = point, captured
+        self._forget_outputs = forget_outputs
+        self._was_pulled = False
+        self._is_differentiated = any(out.requires_grad for out in point.outputs)
+        forget_outputs()
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        self._was_pulled = True
+        return self._product(self._pulled, cotangents)
+
+    def pushforward_batch(self, tangents: Leaves) -> Leaves:
+        return self._product(self._pushed, tangents)
+
+    def _product(self, products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
+        """The products, of the function and the random numbers of the first evaluation."""
+        if self._captured is not None:
+            self._captured.check(self.api, "the function")
+        generators = nullcontext() if torch.compiler.is_compiling() else self._generators()
+        with generators:
+            products = in_words_of(self.api, lambda: products_of(seeds), MUST, INSTEAD, LESS)
+        self._forget_outputs()
+        return products
+
+    def _generators(self) -> Any:
+        """A context for a further evaluation: what is drawn after it does not depend on it."""
+        return RandomState(self._point.primals).kept()
+
+    def _pulled(self, cotangents: Leaves) -> Leaves:
+        pull, pull_batch = self._point.pullback, self._point.pullback_batch
+        if is_followed(cotangents):
+            return one_by_one(pull, cotangents)
+        # zeros would spoil products at infinite derivatives
+        of = EVERY if torch.compiler.is_compiling() else nonzero_numbers(cotangents)
+        cotangents = chosen_leaves(cotangents, of)
+        if cotangents and len(cotangents[0]) == 1:
+            return one_by_one(lambda seeds: pull(seeds, of), cotangents)
+        return pull_batch(cotangents, of)
+
+    def _pushed(self, tangents: Leaves) -> Leaves:
+        ways = [self._by_tangents, self._on_graph]
+        # who differentiates by the primals needs the graph of the evaluation itself
+        if self._was_pulled and not (self._is_differentiated and torch.is_grad_enabled()):
+            ways.reverse()
+        first, second = ways
+        try:
+            return first(tangents)
+        except Refused as refusal:
+            note("J v takes another way: %s", refusal)
+        return second(tangents)
+
+    def _by_tangents(self, tangents: Leaves) -> Leaves:
+        """``J v`` by an evaluation with tangents."""
+        if not self._was_pulled:
+            self._point.forget_graph()
+        if is_followed(tangents) or len(tangents[0]) == 1:
+            return one_by_one(self._point.pushforward, tangents)
+        return self._point.pushforward_batch(tangents)
+
+    def _on_graph(self, tangents: Leaves) -> Leaves:
+        """``J v`` as the transpose of ``Jᵀ u``, whose graph is kept."""
+        transposed = self._point.transposed
+        if transposed is None:
+            raise Refused("torch can't push tangents forward through it")
+        if is_followed(tangents) or len(tangents[0]) == 1:
+            return one_by_one(transposed.pull, tangents)
+        return transposed.pull_batch(tangents)

@@ -1,0 +1,36 @@
+"""Linear operators for SciPy, which knows NumPy's arrays alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rows = Callable[[Tensor], Tensor]
+"""From K vectors in rows to K products in rows."""
+
+
+def scipy_operator(shape: tuple[int, int], dtype: torch.dtype, push: Rows, pull: Rows) -> Any:
+    """A ``scipy.sparse.linalg.LinearOperator`` of these products.
+
+    NumPy has no bfloat16, and SciPy's solvers no half precision: these are float32 for it.
+    """
+    from scipy.sparse.linalg import LinearOperator as SciPyOperator
+
+    theirs = torch.promote_types(dtype, torch.float32)
+
+    def on_arrays(products_of: Rows) -> Callable[[Any], Any]:
+        def products(columns: Any) -> Any:
+            # SciPy may pass arrays that can't be written into, or that lie backwards
+            rows = torch.from_numpy(columns.reshape(len(columns), -1).T.copy()).to(dtype)
+            with torch.no_grad():
+                result = products_of(rows).to("cpu", theirs).numpy().T
+            return result[:, 0] if columns.ndim == 1 else result
+
+        return products
+
+    matvec, rmatvec = on_arrays(push), on_arrays(pull)
+    name = str(theirs).removeprefix("torch.")
+    return SciPyOperator(shape, matvec, rmatvec, matvec, dtype=name, rmatmat=rmatvec)
