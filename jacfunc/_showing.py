@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+
+Progress: TypeAlias = Callable[[Any], Iterable[Any]]
+"""Wraps a sequence, and shows how much of it is done, as ``tqdm.tqdm`` does."""
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -23,6 +26,15 @@ def named(api: str, of: object, function: FunctionT) -> FunctionT:
         name = getattr(of, "__qualname__", type(of).__qualname__)
         function.__qualname__ = f"{api}({name.rpartition('.')[2]})"
     return function
+
+
+def check_progress(api: str, progress: object) -> None:
+    """Refuse what does not wrap a sequence."""
+    if progress is not None and not callable(progress):
+        raise TypeError(
+            f"{api}: progress must be a function that wraps a sequence, got "
+            f"{type(progress).__name__}. Pass tqdm.tqdm, or leave it out."
+        )
 
 
 def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

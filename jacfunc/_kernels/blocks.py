@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +16,8 @@ from jacfunc._kernels.gram import Gram
 from jacfunc._kernels.routes import Axes
 from jacfunc._kernels.sampled_function import KernelSamples
 from jacfunc._modules import SampleOptions
+from jacfunc._showing import Progress
 from jacfunc._types import Leaves, Tree, product_dtype
-
-Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
-"""Wraps a sequence, and shows how much of it is done, as ``tqdm.tqdm`` does."""
 
 
 class KernelOptions(SampleOptions, total=False):
@@ -31,15 +28,6 @@ class KernelOptions(SampleOptions, total=False):
     out: Tree
     progress: Progress | None
     batched: bool
-
-
-def check_progress(progress: object) -> None:
-    """Refuse what does not wrap a sequence."""
-    if progress is not None and not callable(progress):
-        raise TypeError(
-            "ntk: progress must be a function that wraps a sequence, got "
-            f"{type(progress).__name__}. Pass tqdm.tqdm, or leave it out."
-        )
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,13 @@ from jacfunc._calls import Derivation, FlatCall
 from jacfunc._kernels.blocks import (
     KeptAxes,
     KernelOptions,
-    Progress,
     SampleRange,
-    check_progress,
     product_of,
 )
 from jacfunc._kernels.fitting import in_ranges
 from jacfunc._kernels.sampled_function import (
     KernelSamples,
     SingleCall,
-    is_tree,
     samples_of,
     side_of,
 )
@@ -36,8 +33,8 @@ from jacfunc._modules import (
     check_called,
     check_randomness_option,
 )
-from jacfunc._showing import named
-from jacfunc._trees import map_tensors
+from jacfunc._showing import Progress, check_progress, named
+from jacfunc._trees import is_batch, map_tensors
 from jacfunc._types import Argnums, Memory, OutT, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
@@ -134,7 +131,7 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
-    check_progress(progress)
+    check_progress(API, progress)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
@@ -211,7 +208,7 @@ def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], 
 
 def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:
     """May the module change between blocks? An iterable of batches, or progress, may run code."""
-    return progress is not None or not (is_tree(x1) and is_tree(x2))
+    return progress is not None or not (is_batch(x1) and is_batch(x2))
 
 
 def _check_function(select: Select, randomness: object, chunk_size: object) -> None:

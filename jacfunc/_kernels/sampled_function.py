@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
 
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
@@ -17,7 +16,7 @@ from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
 from jacfunc._modules import SAME_EACH_TIME
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
-from jacfunc._trees import Split, check_batch, kinds_of, sample_dims
+from jacfunc._trees import Split, check_batch, is_batch, kinds_of, positional, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured, in_words_of
 
@@ -114,7 +113,7 @@ def side_of(api: str, name: str, x: Any, samples_at: SamplesAt) -> list[KernelSa
     Raises:
         ValueError: if it holds no batch.
     """
-    side = [samples_at(_positional(batch)) for batch in _batches(x)]
+    side = [samples_at(positional(batch)) for batch in _batches(x)]
     if not side:
         raise ValueError(
             f"{api}: {name} must hold at least one batch, got an iterable of none. Pass a batch, "
@@ -125,13 +124,4 @@ def side_of(api: str, name: str, x: Any, samples_at: SamplesAt) -> list[KernelSa
 
 def _batches(x: Any) -> Iterable[Any]:
     """The batches of an argument: a tree is one batch, any other iterable holds several."""
-    return [x] if is_tree(x) else x
-
-
-def is_tree(x: Any) -> bool:
-    """Is it one batch: a tensor, a tuple, a dict or another tree, and no list of batches?"""
-    return isinstance(x, Tensor | tuple | Mapping) or not isinstance(x, Iterable)
-
-
-def _positional(batch: Any) -> tuple[Any, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
+    return [x] if is_batch(x) else x

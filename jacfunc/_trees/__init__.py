@@ -1,6 +1,13 @@
 """Trees and leaves: the only package that knows optree."""
 
-from jacfunc._trees.in_dims import Arguments, check_batch, check_dims, sample_dims
+from jacfunc._trees.in_dims import (
+    Arguments,
+    check_batch,
+    check_dims,
+    is_batch,
+    positional,
+    sample_dims,
+)
 from jacfunc._trees.objects import referred
 from jacfunc._trees.split import Split, kind_of, kinds_of, paths, without_settings
 from jacfunc._trees.tree import (

@@ -114,3 +114,13 @@ def check_batch(api: str, leaves: Sequence[Tensor], dims: Sequence[int | None]) 
             f"{api}: with per_sample every input tensor must have the same batch, got "
             f"{sorted(sizes) or 'none'}. Say in in_dims what all samples share, and where."
         )
+
+
+def is_batch(x: Any) -> bool:
+    """Is it one batch: a tensor, a tuple, a dict or another tree, and no list of batches?"""
+    return isinstance(x, Tensor | tuple | Mapping) or not isinstance(x, Iterable)
+
+
+def positional(batch: Any) -> tuple[Any, ...]:
+    """The positional arguments that a batch stands for: a tuple is several."""
+    return batch if isinstance(batch, tuple) else (batch,)

@@ -5,7 +5,7 @@
 """
 
 from jacfunc.operators._linear_operator import LinearOperator
-from jacfunc.operators._linearize import linearize
+from jacfunc.operators._linearize import Linearized, linearize
 from jacfunc.operators._space import Space
 
-__all__ = ["LinearOperator", "Space", "linearize"]
+__all__ = ["LinearOperator", "Linearized", "Space", "linearize"]

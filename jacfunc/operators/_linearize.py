@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from jacfunc._calls import at_all
 from jacfunc._errors import Refused
@@ -15,6 +17,7 @@ from jacfunc._lending import Captured
 from jacfunc._linear_map import (
     EVERY,
     JacobianOperator,
+    check_transpose,
     chosen_leaves,
     is_followed,
     nonzero_numbers,
@@ -31,6 +34,10 @@ from jacfunc.strategies import in_words_of
 MUST = "the function must be one that this product can be taken of"
 INSTEAD = " Use the other product, or write the function in other operations."
 LESS = " Take fewer vectors at once."
+NOT_TRANSPOSED = (
+    "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
+    "them alone, or is not linear"
+)
 
 
 @overload
@@ -84,7 +91,19 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     value, aux = call.value(tuple(map(Tensor.clone, outputs)), extras)
     domain = Space.of(primals[0] if len(primals) == 1 else primals)
     captured = Captured.of(func) if makes_plain_tensors() else None
-    operator = Linearized(api, domain, Space.of(value), point, call.forget_outputs, captured)
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        if captured is not None:
+            captured.check(api, "the function")
+        # what is drawn outside of products does not depend on them
+        with nullcontext() if is_compiling() else RandomState(call.primals).kept():
+            yield
+        call.forget_outputs()
+
+    is_differentiated = any(out.requires_grad for out in outputs)
+    operator = Linearized(api, domain, Space.of(value), point, around, is_differentiated)
+    call.forget_outputs()
     return (value, operator, aux) if has_aux else (value, operator)
 
 
@@ -93,8 +112,8 @@ class Linearized(LinearOperator):
 
     Args:
         point: the function at the point, evaluated.
-        forget_outputs: lets go of what the last evaluation returned.
-        captured: what the function closes over; None where that can't be compared.
+        around: a context for each product, in which the function may be evaluated again.
+        is_differentiated: may products be differentiated by the primals?
     """
 
     def __init__(
@@ -103,15 +122,15 @@ class Linearized(LinearOperator):
         domain: Space,
         codomain: Space,
         point: JacobianOperator,
-        forget_outputs: Callable[[], None],
-        captured: Captured | None,
+        around: Callable[[], AbstractContextManager[None]],
+        is_differentiated: bool = False,
     ) -> None:
         super().__init__(api, domain, codomain)
-        self._point, self._captured = point, captured
-        self._forget_outputs = forget_outputs
+        self._point, self._around = point, around
         self._was_pulled = False
-        self._is_differentiated = any(out.requires_grad for out in point.outputs)
-        forget_outputs()
+        self._is_differentiated = is_differentiated
+        self._pair: tuple[bool, Leaves, Leaves] | None = None
+        self._is_transposed = False
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
         self._was_pulled = True
@@ -121,25 +140,33 @@ class Linearized(LinearOperator):
         return self._product(self._pushed, tangents)
 
     def _product(self, products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
-        """The products, of the function and the random numbers of the first evaluation."""
-        if self._captured is not None:
-            self._captured.check(self.api, "the function")
-        generators = nullcontext() if torch.compiler.is_compiling() else self._generators()
-        with generators:
+        with self._around():
             products = in_words_of(self.api, lambda: products_of(seeds), MUST, INSTEAD, LESS)
-        self._forget_outputs()
+        if not self._is_transposed and makes_plain_tensors() and seeds and len(seeds[0]):
+            self._compare(products_of == self._pushed, seeds, products)
         return products
 
-    def _generators(self) -> Any:
-        """A context for a further evaluation: what is drawn after it does not depend on it."""
-        return RandomState(self._point.primals).kept()
+    def _compare(self, is_push: bool, seeds: Leaves, products: Leaves) -> None:
+        """Check, once, that ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, of the last v and u that were asked for.
+
+        Hooks and backward passes of the user's own may change one of the two alone.
+        """
+        first = tuple(x[0].detach() for x in seeds), tuple(x[0].detach() for x in products)
+        if self._pair is None or self._pair[0] == is_push:
+            self._pair = is_push, *first
+            return
+        _, *other = self._pair
+        (tangents, pushed), (cotangents, pulled) = (first, other) if is_push else (other, first)
+        check = partial(check_transpose, cotangents, pushed, pulled, tangents, NOT_TRANSPOSED)
+        in_words_of(self.api, check, MUST, INSTEAD, LESS)
+        self._is_transposed, self._pair = True, None
 
     def _pulled(self, cotangents: Leaves) -> Leaves:
         pull, pull_batch = self._point.pullback, self._point.pullback_batch
         if is_followed(cotangents):
             return one_by_one(pull, cotangents)
         # zeros would spoil products at infinite derivatives
-        of = EVERY if torch.compiler.is_compiling() else nonzero_numbers(cotangents)
+        of = EVERY if is_compiling() else nonzero_numbers(cotangents)
         cotangents = chosen_leaves(cotangents, of)
         if cotangents and len(cotangents[0]) == 1:
             return one_by_one(lambda seeds: pull(seeds, of), cotangents)

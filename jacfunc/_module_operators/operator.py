@@ -1,0 +1,226 @@
+"""The door to the Jacobian of a module as a linear operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Unpack, overload
+
+from torch import Tensor, nn
+
+from jacfunc._arguments import check_flags
+from jacfunc._calls import FlatCall
+from jacfunc._lending import Select
+from jacfunc._linear_map import JacobianOperator
+from jacfunc._memory import Budget
+from jacfunc._module_operators.over_batches import OverBatches
+from jacfunc._modules import (
+    BatchOptions,
+    Independent,
+    InputChoice,
+    Key,
+    ModuleAtBatch,
+    ModuleCall,
+    ModuleOptions,
+    SampleOptions,
+    Wrt,
+    argnums_of,
+    as_tree,
+    batching_of,
+)
+from jacfunc._showing import Progress, check_progress, named
+from jacfunc._torch import is_outermost
+from jacfunc._trees import Arguments, is_batch
+from jacfunc._types import Argnums, Memory, OfParams, Randomness, Tree
+from jacfunc.operators import Linearized, LinearOperator, Space
+
+API = "module_operator"
+
+
+class OperatorOptions(SampleOptions, total=False):
+    """What :func:`module_operator` takes by keyword."""
+
+    inputs: Key | Sequence[Key] | None
+    per_sample: bool
+    copy: bool
+    progress: Progress | None
+
+
+@overload
+def module_operator(
+    module: nn.Module,
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    **options: Unpack[OperatorOptions],
+) -> Callable[..., LinearOperator]: ...
+@overload
+def module_operator(
+    module: OfParams[Any],
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    **options: Unpack[OperatorOptions],
+) -> Callable[..., LinearOperator]: ...
+def module_operator(
+    module: nn.Module | Callable[..., Any],
+    wrt: Wrt | tuple[Wrt, ...] = "params",
+    *,
+    select: Select = None,
+    inputs: Key | Sequence[Key] | None = None,
+    per_sample: bool = False,
+    in_dims: Tree = 0,
+    randomness: Randomness = "error",
+    chunk_size: int | None = None,
+    memory: Memory = None,
+    independent: Independent = None,
+    copy: bool = True,
+    progress: Progress | None = None,
+) -> Callable[..., LinearOperator]:
+    """The Jacobian of a module at a batch as a linear operator: products, without J.
+
+    ``J v`` and ``Jᵀ u`` with ``J = ∂ module(*inputs) / ∂ params``: a dict of directions by name
+    gives a tree like the output, and the other way round.
+
+    Args:
+        module: any ``nn.Module``; with ``per_sample`` a function ``func(params, *inputs)``, too,
+            which is called with batches.
+        wrt: ``"params"``, ``"inputs"``, or a tuple of both: what the vectors are like.
+        select: which parameters, as in :func:`jacfunc.module_jacobian`.
+        inputs: which inputs, as in :func:`jacfunc.module_jacobian`.
+        per_sample: samples do not depend on each other, which is seen to. Products are then the
+            same; ``solve`` and the like may take samples apart.
+        in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
+        randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
+        chunk_size: samples taken at once where samples are taken apart; None takes all.
+        memory: bytes that answers may take where samples are taken apart.
+        independent: look whether samples depend on each other, as in
+            :func:`jacfunc.module_jacobian`.
+        copy: answer from copies of parameters, buffers and the batch, as in :func:`jacfunc.ggn`.
+        progress: for an iterable of batches: wraps it at each pass (``tqdm.tqdm``).
+
+    Returns:
+        A function of the module's own inputs, or of an iterable of batches, such as a
+        ``DataLoader``, which is passed through for each product and must give the same batches in
+        the same order. It returns a :class:`jacfunc.LinearOperator`. It answers from the point at
+        which it was made. Results are detached from the parameters; products can be differentiated
+        by their vectors.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit; with ``per_sample`` samples that depend on
+            each other; batches that change from pass to pass.
+        NotImplementedError: inside a transform, and what torch refuses.
+
+    Cost:
+        One evaluation of the batch; then as of :func:`jacfunc.linearize`. Of an iterable one
+        evaluation of each batch at first, and one for each product.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.Linear(3, 2)
+        >>> J = jacfunc.module_operator(model)(torch.ones(4, 3))
+        >>> J.shape, J.rmv(torch.ones(4, 2))["bias"]
+        ((8, 8), tensor([4., 4.]))
+        >>> batches = [torch.ones(4, 3), torch.ones(2, 3)]
+        >>> jacfunc.module_operator(model)(batches).rmv(torch.ones(6, 2))["bias"]
+        tensor([6., 6.])
+    """
+    check_flags(API, per_sample=per_sample)
+    check_progress(API, progress)
+    batching = batching_of(API, per_sample, in_dims, randomness)
+    kind = BatchOptions if per_sample else ModuleOptions
+    options = kind.read(
+        *(API, module, select, batching, chunk_size, memory, independent, chunk_size), copy=copy
+    )
+    argnums = argnums_of(API, wrt)
+
+    def operator_of(*args: Tree, **kwargs: Any) -> LinearOperator:
+        if not is_outermost():
+            raise NotImplementedError(
+                f"{API}: the graph of an evaluation must be kept, got a call inside a transform, "
+                "which keeps none. Use jacfunc.linearize there, or jacfunc.module_jacobian."
+            )
+        if kwargs or len(args) != 1 or is_batch(args[0]):
+            return ModuleOperator(Evaluated.at(options, (args, kwargs), argnums, inputs))
+        frozen = replace(options, stays=True)
+        return OverBatches(
+            API, lambda args: Evaluated.at(frozen, (args, {}), argnums, inputs), args[0], progress
+        )
+
+    return named(API, module, operator_of)
+
+
+@dataclass(eq=False)
+class Evaluated:
+    """A module at one batch, as a point to linearize at.
+
+    Args:
+        call: of the module.
+        flat: the same without trees.
+        at_batch: the batch, where samples are taken apart; else None.
+    """
+
+    call: ModuleCall
+    flat: FlatCall
+    at_batch: ModuleAtBatch | None
+
+    @classmethod
+    def at(
+        cls,
+        options: ModuleOptions,
+        arguments: Arguments,
+        argnums: Argnums,
+        inputs: Key | Sequence[Key] | None,
+    ) -> Evaluated:
+        """The module with the state that it has now, as the options say."""
+        if isinstance(options, BatchOptions):
+            at_batch = options.at(arguments, is_kept=True)
+            call, arguments = at_batch.call, at_batch.call.arguments
+        else:
+            at_batch = None
+            state, arguments = options.kept(arguments, Budget(API, options.memory))
+            call = ModuleCall(API, state, arguments, independence=options.independence)
+        choice = InputChoice.of(API, call.state.module, inputs, arguments)
+        call = replace(call, argnums=argnums, choice=choice)
+        if at_batch is not None:
+            assert options.batching is not None
+            batch = call.batch(options.batching)
+            with call.undisturbed():
+                call.check_independent(batch)
+        return cls(call, call.flat_call(), at_batch)
+
+    @property
+    def domain(self) -> Space:
+        """Of vectors like the parameters, the inputs, or both."""
+        call = self.call
+        every = as_tree(call.state, call.state.point), call.choice.split(call.arguments)
+        argnums = call.argnums
+        if isinstance(argnums, int):
+            return Space.of(every[argnums])
+        return Space.of(tuple(every[n] for n in argnums))
+
+    def point(self) -> JacobianOperator:
+        """The call as a linear map, not evaluated yet."""
+        point = JacobianOperator(self.flat, self.flat.primals)
+        point.rewind_generators()
+        return point
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """A context for products, in which the module may be evaluated: nothing outside changes."""
+        with self.call.undisturbed():
+            yield
+        self.flat.forget_outputs()
+
+
+class ModuleOperator(Linearized):
+    """The Jacobian of a module at a batch, as a linear operator.
+
+    Args:
+        evaluated: the module at the batch.
+    """
+
+    def __init__(self, evaluated: Evaluated) -> None:
+        point = evaluated.point()
+        with evaluated.around():
+            outputs, extras = point.image()
+            self.outputs: Tree = evaluated.flat.value(tuple(map(Tensor.clone, outputs)), extras)[0]
+        super().__init__(API, evaluated.domain, Space.of(self.outputs), point, evaluated.around)
+        self.evaluated = evaluated
