@@ -48,7 +48,7 @@ class BatchProducts:
         flat = at_batch.call.flat_call()
         calls: list[FlatCall] = [flat]
         is_strict = at_batch.batch.samples.randomness == "error"
-        func = flat if is_strict else OfCalls(_by_samples(at_batch, calls), flat.state)
+        func = flat if is_strict else OfCalls(by_samples(at_batch, calls), flat.state)
         # primals require gradients for the graph of Jᵀ u alone
         self._pulling = JacobianOperator(
             func, tuple(primal.detach().requires_grad_() for primal in flat.primals)
@@ -199,7 +199,7 @@ def _check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
             )
 
 
-def _by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
+def by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
     """The module as a function of its parameters that calls it for each sample, under vmap.
 
     ``calls`` then holds the call of a sample.

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Unpack, overload
 
-from torch import Tensor, nn
+from torch import nn
 
 from jacfunc._arguments import check_flags
-from jacfunc._calls import FlatCall
 from jacfunc._lending import Select
-from jacfunc._linear_map import JacobianOperator
-from jacfunc._memory import Budget
+from jacfunc._module_operators.evaluated import Evaluated, ModuleOperator
 from jacfunc._module_operators.over_batches import OverBatches
 from jacfunc._modules import (
     BatchOptions,
     Independent,
-    InputChoice,
     Key,
-    ModuleAtBatch,
-    ModuleCall,
     ModuleOptions,
     SampleOptions,
     Wrt,
     argnums_of,
-    as_tree,
     batching_of,
 )
 from jacfunc._showing import Progress, check_progress, named
 from jacfunc._torch import is_outermost
-from jacfunc._trees import Arguments, is_batch
-from jacfunc._types import Argnums, Memory, OfParams, Randomness, Tree
-from jacfunc.operators import Linearized, LinearOperator, Space
+from jacfunc._trees import is_batch
+from jacfunc._types import Memory, OfParams, Randomness, Tree
+from jacfunc.operators import LinearOperator
 
 API = "module_operator"
 
@@ -145,82 +138,3 @@ def module_operator(
         )
 
     return named(API, module, operator_of)
-
-
-@dataclass(eq=False)
-class Evaluated:
-    """A module at one batch, as a point to linearize at.
-
-    Args:
-        call: of the module.
-        flat: the same without trees.
-        at_batch: the batch, where samples are taken apart; else None.
-    """
-
-    call: ModuleCall
-    flat: FlatCall
-    at_batch: ModuleAtBatch | None
-
-    @classmethod
-    def at(
-        cls,
-        options: ModuleOptions,
-        arguments: Arguments,
-        argnums: Argnums,
-        inputs: Key | Sequence[Key] | None,
-    ) -> Evaluated:
-        """The module with the state that it has now, as the options say."""
-        if isinstance(options, BatchOptions):
-            at_batch = options.at(arguments, is_kept=True)
-            call, arguments = at_batch.call, at_batch.call.arguments
-        else:
-            at_batch = None
-            state, arguments = options.kept(arguments, Budget(API, options.memory))
-            call = ModuleCall(API, state, arguments, independence=options.independence)
-        choice = InputChoice.of(API, call.state.module, inputs, arguments)
-        call = replace(call, argnums=argnums, choice=choice)
-        if at_batch is not None:
-            assert options.batching is not None
-            batch = call.batch(options.batching)
-            with call.undisturbed():
-                call.check_independent(batch)
-        return cls(call, call.flat_call(), at_batch)
-
-    @property
-    def domain(self) -> Space:
-        """Of vectors like the parameters, the inputs, or both."""
-        call = self.call
-        every = as_tree(call.state, call.state.point), call.choice.split(call.arguments)
-        argnums = call.argnums
-        if isinstance(argnums, int):
-            return Space.of(every[argnums])
-        return Space.of(tuple(every[n] for n in argnums))
-
-    def point(self) -> JacobianOperator:
-        """The call as a linear map, not evaluated yet."""
-        point = JacobianOperator(self.flat, self.flat.primals)
-        point.rewind_generators()
-        return point
-
-    @contextmanager
-    def around(self) -> Iterator[None]:
-        """A context for products, in which the module may be evaluated: nothing outside changes."""
-        with self.call.undisturbed():
-            yield
-        self.flat.forget_outputs()
-
-
-class ModuleOperator(Linearized):
-    """The Jacobian of a module at a batch, as a linear operator.
-
-    Args:
-        evaluated: the module at the batch.
-    """
-
-    def __init__(self, evaluated: Evaluated) -> None:
-        point = evaluated.point()
-        with evaluated.around():
-            outputs, extras = point.image()
-            self.outputs: Tree = evaluated.flat.value(tuple(map(Tensor.clone, outputs)), extras)[0]
-        super().__init__(API, evaluated.domain, Space.of(self.outputs), point, evaluated.around)
-        self.evaluated = evaluated

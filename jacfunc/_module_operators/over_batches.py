@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacfunc._calls import FlatCall
-from jacfunc._linear_map import JacobianOperator
+from jacfunc._module_operators.evaluated import DetachedOperator, Evaluated
 from jacfunc._showing import Progress
 from jacfunc._torch import RandomState
 from jacfunc._trees import flatten, kind_of, positional
 from jacfunc._types import Leaves, Tree
-from jacfunc.operators import Linearized, LinearOperator, Space
-
-
-class AtBatch(Protocol):
-    """A module at one batch, as a point to linearize at."""
-
-    @property
-    def domain(self) -> Space: ...
-    @property
-    def flat(self) -> FlatCall: ...
-    def point(self) -> JacobianOperator: ...
-    def around(self) -> AbstractContextManager[None]: ...
+from jacfunc.operators import LinearOperator, Space
 
 
 class OverBatches(LinearOperator):
@@ -44,7 +31,7 @@ class OverBatches(LinearOperator):
     def __init__(
         self,
         api: str,
-        at: Callable[[tuple[Tree, ...]], AtBatch],
+        at: Callable[[tuple[Tree, ...]], Evaluated],
         batches: Iterable[Any],
         progress: Progress | None,
     ) -> None:
@@ -55,10 +42,7 @@ class OverBatches(LinearOperator):
         domain, codomains = None, []
         for batch in self._pass():
             evaluated = at(positional(batch))
-            point = evaluated.point()
-            with evaluated.around(), torch.no_grad():
-                outputs, extras = point.image()
-                codomain = Space.of(evaluated.flat.value(outputs, extras)[0])
+            codomain = Space.of(evaluated.outputs(evaluated.point()))
             self._sizes.append(_size_of(api, codomain.leaves))
             codomains.append(codomain)
             domain = domain or evaluated.domain
@@ -82,14 +66,14 @@ class OverBatches(LinearOperator):
         assert total is not None
         return total
 
-    def _linearized(self) -> Iterator[tuple[Linearized, slice]]:
+    def _linearized(self) -> Iterator[tuple[DetachedOperator, slice]]:
         """The operator of each batch, and its samples among all."""
         start = 0
         for size, batch in zip(self._sizes, self._pass(), strict=True):
             evaluated = self._at(positional(batch))
             spaces = evaluated.domain, self._first
             yield (
-                Linearized(self._api, *spaces, evaluated.point(), evaluated.around),
+                DetachedOperator(self._api, *spaces, evaluated.point(), evaluated.around),
                 slice(start, start + size),
             )
             start += size
@@ -98,8 +82,8 @@ class OverBatches(LinearOperator):
         """The batches, each compared with what it was at the first pass."""
         is_first, count = not self._sizes, 0
         with RandomState(()).kept():
+            self._random_state.repeat()  # a loader may draw its order, and the module a mask
             for number, batch in enumerate(self._progress(self._batches)):
-                self._random_state.repeat()  # a loader may draw, and so may the module
                 mark = tuple(map(_mark_of, flatten(batch)[0]))
                 if is_first:
                     self._marks.append(mark)
@@ -122,7 +106,7 @@ def _mark_of(leaf: object) -> Hashable:
     """Equal for equal leaves, and most likely for no others."""
     if not isinstance(leaf, Tensor):
         return kind_of(leaf)
-    return kind_of(leaf), int(torch.hash_tensor(leaf)) if leaf.numel() else 0
+    return kind_of(leaf), torch.hash_tensor(leaf).view(torch.int64).item() if leaf.numel() else 0
 
 
 def _size_of(api: str, outputs: Leaves) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from jacfunc._assembly import sweep_leaves
 from jacfunc._calls import at_all
 from jacfunc._errors import Refused
 from jacfunc._lending import Captured
@@ -28,6 +29,7 @@ from jacfunc._torch import RandomState, makes_plain_tensors
 from jacfunc._trees import map_tensors
 from jacfunc._types import AuxT, Leaves, OutT, Tree
 from jacfunc.operators._linear_operator import LinearOperator
+from jacfunc.operators._products import MANY
 from jacfunc.operators._space import Space
 from jacfunc.strategies import in_words_of
 
@@ -72,7 +74,8 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
         One evaluation, whose graph is kept: products with ``Jᵀ`` are pullbacks on it. A product
         with J before any with ``Jᵀ`` lets go of the graph, and is one evaluation with a tangent.
         After one with ``Jᵀ`` the graph is kept for good, and products with J take one pullback on
-        the graph of a pullback. Beside it copies of the primals and of what ``func`` closes over.
+        the graph of a pullback. What torch can push through in neither way takes M pullbacks for a
+        product with J. Beside it copies of the primals and of what ``func`` closes over.
 
     Example:
         >>> import torch, jacfunc
@@ -173,16 +176,15 @@ class Linearized(LinearOperator):
         return pull_batch(cotangents, of)
 
     def _pushed(self, tangents: Leaves) -> Leaves:
-        ways = [self._by_tangents, self._on_graph]
         # who differentiates by the primals needs the graph of the evaluation itself
-        if self._was_pulled and not (self._is_differentiated and torch.is_grad_enabled()):
-            ways.reverse()
-        first, second = ways
-        try:
-            return first(tangents)
-        except Refused as refusal:
-            note("J v takes another way: %s", refusal)
-        return second(tangents)
+        is_kept = self._was_pulled and not (self._is_differentiated and torch.is_grad_enabled())
+        first, second = (self._by_tangents, self._on_graph)[:: -1 if is_kept else 1]
+        for way in (first, second):
+            try:
+                return way(tangents)
+            except Refused as refusal:
+                note("J v takes another way: %s", refusal)
+        return self._by_rows(tangents)
 
     def _by_tangents(self, tangents: Leaves) -> Leaves:
         """``J v`` by an evaluation with tangents."""
@@ -200,3 +202,15 @@ class Linearized(LinearOperator):
         if is_followed(tangents) or len(tangents[0]) == 1:
             return one_by_one(transposed.pull, tangents)
         return transposed.pull_batch(tangents)
+
+    def _by_rows(self, tangents: Leaves) -> Leaves:
+        """``J v`` from all rows of J, which are pulled back: for what torch can't push through."""
+        vectors = self.domain.rows(tangents).T
+
+        def times(cotangents: Leaves, of: slice) -> Leaves:
+            rows = self._point.pullback_batch(cotangents, of)
+            return (self.domain.rows(rows) @ vectors,)
+
+        chunks = sweep_leaves(times, self.codomain.leaves, MANY)
+        columns = torch.cat([products for (products,) in chunks])
+        return self.codomain.cut(columns.T)

@@ -129,7 +129,9 @@ OF_FUNCTIONS = [
             jacfunc.gram,
         ),
     ),
-    *map(at_once, (jacfunc.vjp, jacfunc.plan, jacfunc.explain, jacfunc.estimate)),
+    *map(
+        at_once, (jacfunc.vjp, jacfunc.linearize, jacfunc.plan, jacfunc.explain, jacfunc.estimate)
+    ),
     at_once(check_jacobian, X.double()),
     Public(
         "jvp",
@@ -173,6 +175,7 @@ OF_MODULES = [
     of_module(jacfunc.fisher, likelihood="gaussian"),
     of_module(jacfunc.gradient_norms, GOALS, loss=squared),
     of_module(jacfunc.random_projection, size=2),
+    of_module(jacfunc.module_operator),
     Public("param_slices", jacfunc.param_slices, {"module": MODEL}, jacfunc.param_slices),
     Public("ntk", jacfunc.ntk, {"func": MODEL, "params": None, "x1": XS}, jacfunc.ntk, FREE),
 ]

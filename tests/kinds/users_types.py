@@ -108,6 +108,16 @@ assert_type(of_params.diagonal(), Params)
 assert_type(jacfunc.gradient_norms(model, F.cross_entropy)(batch, labels), Tensor)
 assert_type(jacfunc.random_projection(model, 8, F.cross_entropy)(batch, labels), Tensor)
 
+# --- operators ---
+
+value, J = jacfunc.linearize(vector, x)
+assert_type(value, Tensor)
+assert_type(J, jacfunc.LinearOperator)
+assert_type(J.T @ J, Any)
+assert_type((2.0 * J - J).matrix(), Tensor)
+assert_type(jacfunc.linearize(named, x, has_aux=True), tuple[Tensor, jacfunc.LinearOperator, str])
+assert_type(jacfunc.module_operator(model)(batch), jacfunc.LinearOperator)
+
 # --- costs ---
 
 assert_type(jacfunc.estimate(vector, x), jacfunc.Estimate)

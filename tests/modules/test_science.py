@@ -17,8 +17,8 @@ from tests.truth.doors import DOORS, Call, Inputs, Truth, alone, truth_of
 KINDS = {kind.name: kind for kind in SCIENCE_MODULES}
 COUPLES = {kind.name: kind for kind in COUPLED}
 MIXED = "samples that do not depend on each other"
-PER_SAMPLE = [name for name in DOORS if name != "ggn product"]
-"""Doors that take each sample alone: a product takes the batch as it is."""
+PER_SAMPLE = [name for name in DOORS if name not in ("ggn product", "operator")]
+"""Doors that take each sample alone: products take the batch as it is."""
 
 
 @cache

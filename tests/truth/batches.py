@@ -187,6 +187,13 @@ def stream_samples(call: Call) -> None:
     call.same({name: torch.cat([part[name] for part in parts]) for name in call.each}, call.each)
 
 
+def operator(call: Call) -> None:
+    J = jacfunc.module_operator(call.module, per_sample=True)(call.wrap(call.x))
+    got = J.T @ J.outputs
+    rows, outputs = call.matrix.flatten(0, 1), call.output.flatten().to(call.matrix)
+    call.same(torch.cat([block.reshape(-1) for block in got.values()]), rows.mT @ outputs)
+
+
 DOORS: dict[str, Callable[[Call], None]] = {
     "whole": whole,
     "whole, reverse": lambda call: whole(call, "reverse"),
@@ -200,5 +207,6 @@ DOORS: dict[str, Callable[[Call], None]] = {
     "random_projection": random_projection,
     "stream by params": stream_params,
     "stream by samples": stream_samples,
+    "operator": operator,
 }
 """What each door must give."""

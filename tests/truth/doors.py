@@ -222,6 +222,24 @@ def true_projection(true: Truth, module: nn.Module) -> Tensor:
     return true.params @ signs
 
 
+def operator(module: nn.Module) -> Call:
+    """``Jᵀ f``, and J times that."""
+    operator_of = jacfunc.module_operator(module, per_sample=True)
+
+    def products(inputs: Inputs) -> Tensor:
+        J = operator_of(*inputs)
+        gradient = J.rmv(J.outputs)
+        pushed = [out.reshape(len(out), -1) for out in float_leaves(J @ gradient)]
+        return torch.cat([flat(gradient), torch.cat(pushed, 1).flatten()])
+
+    return products
+
+
+def true_products(true: Truth, module: nn.Module) -> Tensor:
+    gradient = true.gradients.sum(0)
+    return torch.cat([gradient, torch.einsum("bmp,p->bm", true.params, gradient).flatten()])
+
+
 WRT: dict[str, tuple[str, ...]] = {
     "params": ("params",),
     "inputs": ("inputs",),
@@ -254,4 +272,5 @@ DOORS |= {
     "fisher": Door(fisher, true_fisher),
     "gradient norms": Door(norms, lambda true, _: true.gradients.norm(dim=1)),
     "projection": Door(projection, true_projection),
+    "operator": Door(operator, true_products),
 }

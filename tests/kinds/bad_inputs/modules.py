@@ -70,6 +70,10 @@ def projected(module: Any, *args: Any, **options: Any) -> Any:
     return jacfunc.random_projection(module, 4, **options)(*args)
 
 
+def operated(module: Any, *args: Any, **options: Any) -> Any:
+    return jacfunc.module_operator(module, per_sample=True, **options)(*args)
+
+
 DOORS: dict[str, Door] = {
     "module_jacobian": per_sample,
     "stream_jacobian": streamed,
@@ -78,6 +82,7 @@ DOORS: dict[str, Door] = {
     "fisher": drawn,
     "gradient_norms": norms,
     "random_projection": projected,
+    "module_operator": operated,
 }
 Shared = tuple[Callable[[Door], Any], type[Exception], str]
 

@@ -1,0 +1,172 @@
+"""A module at a batch as a linear operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from jacfunc._calls import FlatCall, OfCalls
+from jacfunc._curvature import by_samples
+from jacfunc._errors import RANDOM, Refused
+from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
+from jacfunc._memory import Budget
+from jacfunc._modules import (
+    BatchOptions,
+    InputChoice,
+    Key,
+    ModuleAtBatch,
+    ModuleCall,
+    ModuleOptions,
+    argnums_of,
+    as_tree,
+)
+from jacfunc._torch import RandomState
+from jacfunc._trees import Arguments
+from jacfunc._types import Argnums, LeafFunction, Leaves, Tree
+from jacfunc.operators import Linearized, Space
+
+
+@dataclass(eq=False)
+class Evaluated:
+    """A module at one batch, as a point to linearize at.
+
+    Args:
+        call: of the module.
+        at_batch: the batch, where samples are taken apart; else None.
+    """
+
+    call: ModuleCall
+    at_batch: ModuleAtBatch | None
+
+    def __post_init__(self) -> None:
+        self.flat = self.call.flat_call()
+        self._calls: list[FlatCall] = [self.flat]
+        self._func: LeafFunction = self.flat
+        if self._randomness not in (None, "error") and self._is_by_params:
+            assert self.at_batch is not None
+            self._func = OfCalls(by_samples(self.at_batch, self._calls), self.flat.state)
+
+    @classmethod
+    def at(
+        cls,
+        options: ModuleOptions,
+        arguments: Arguments,
+        argnums: Argnums,
+        inputs: Key | Sequence[Key] | None,
+    ) -> Evaluated:
+        """The module with the state that it has now, as the options say."""
+        api, at_batch = options.api, None
+        if isinstance(options, BatchOptions):
+            at_batch = options.at(arguments, is_kept=True)
+            call, arguments = at_batch.call, at_batch.call.arguments
+        else:
+            state, arguments = options.kept(arguments, Budget(api, options.memory))
+            call = ModuleCall(api, state, arguments, independence=options.independence)
+        choice = InputChoice.of(api, call.state.module, inputs, arguments)
+        evaluated = cls(replace(call, argnums=argnums, choice=choice), at_batch)
+        if options.batching is not None:
+            evaluated._check_samples(options)
+        return evaluated
+
+    def _check_samples(self, options: ModuleOptions) -> None:
+        """Refuse samples that depend on each other, and what inputs can't be told of."""
+        assert options.batching is not None
+        with self.call.undisturbed():
+            self.call.check_independent(self.call.batch(options.batching))
+        if self._randomness == "same" and not self._is_by_params:
+            raise NotImplementedError(
+                f"{options.api}: by inputs each sample must draw numbers of its own, got "
+                "randomness='same'. Use randomness='different', or jacfunc.module_jacobian."
+            )
+
+    @property
+    def _randomness(self) -> str | None:
+        """Along the batch; None where samples are not taken apart."""
+        return None if self.at_batch is None else self.at_batch.batch.samples.randomness
+
+    @property
+    def _is_by_params(self) -> bool:
+        return self.call.argnums == argnums_of(self.call.api, "params")
+
+    @property
+    def domain(self) -> Space:
+        """Of vectors like the parameters, the inputs, or both."""
+        call = self.call
+        every = as_tree(call.state, call.state.point), call.choice.split(call.arguments)
+        argnums = call.argnums
+        if isinstance(argnums, int):
+            return Space.of(every[argnums])
+        return Space.of(tuple(every[n] for n in argnums))
+
+    def point(self) -> JacobianOperator:
+        """The call as a linear map, not evaluated yet."""
+        point = JacobianOperator(self._func, self.flat.primals)
+        point.rewind_generators()
+        return point
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """A context for products, in which the module may be evaluated: nothing outside changes."""
+        with self.call.undisturbed():
+            yield
+        for call in self._calls:
+            call.forget_outputs()
+
+    def outputs(self, point: JacobianOperator) -> Tree:
+        """What the module returns, in tensors of its own, by an evaluation of the point.
+
+        Raises:
+            NotImplementedError: if the module draws random numbers under ``randomness="error"``.
+        """
+        with self.around():
+            before = RandomState(self.flat.primals)
+            leaves, extras = point.image()
+            if self._randomness == "error" and before.has_changed():
+                assert self.at_batch is not None
+                self.at_batch.batch.check_randomness(Refused(RANDOM))
+            return self._calls[-1].value(tuple(map(Tensor.clone, leaves)), extras)[0]
+
+
+class DetachedOperator(Linearized):
+    """A Jacobian whose products can be differentiated by their vectors, not by the point."""
+
+    def pushforward_batch(self, tangents: Leaves) -> Leaves:
+        return self._map(True)(tangents) if is_followed(tangents) else self._push(tangents)
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        return self._map(False)(cotangents) if is_followed(cotangents) else self._pull(cotangents)
+
+    def _push(self, tangents: Leaves) -> Leaves:
+        return super().pushforward_batch(tangents)
+
+    def _pull(self, cotangents: Leaves) -> Leaves:
+        return super().pullback_batch(cotangents)
+
+    def _map(self, is_push: bool) -> LinearMap:
+        """The products of K vectors, differentiable by these; a transform may batch them again."""
+        product = self._push if is_push else self._pull
+
+        def many(seeds: Leaves) -> Leaves:
+            lead = seeds[0].shape[:2]
+            products = product(tuple(seed.flatten(0, 1) for seed in seeds))
+            return tuple(each.unflatten(0, lead) for each in products)
+
+        return LinearMap(product, many, lambda: self._map(not is_push))
+
+
+class ModuleOperator(DetachedOperator):
+    """The Jacobian of a module at a batch, as a linear operator.
+
+    Args:
+        evaluated: the module at the batch.
+    """
+
+    def __init__(self, evaluated: Evaluated) -> None:
+        point = evaluated.point()
+        self.outputs: Tree = evaluated.outputs(point)
+        api, spaces = evaluated.call.api, (evaluated.domain, Space.of(self.outputs))
+        super().__init__(api, *spaces, point, evaluated.around)
+        self.evaluated = evaluated
