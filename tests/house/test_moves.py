@@ -11,8 +11,8 @@ MOST = {
     "jacrev": (24, 48),
     "module_jacobian, per sample": (57, 212),
     "module_jacobian, by layers": (66, 312),
-    "ntk": (66, 348),
-    "ggn, diagonal": (68, 384),
+    "ntk": (67, 348),
+    "ggn, diagonal": (70, 384),
 }
 
 
