@@ -81,8 +81,9 @@ class BatchOptions(ModuleOptions):
             state, (arguments, targets) = self.kept((arguments, targets), budget)
         else:
             state = self.current.now()
-        call = ModuleCall(self.api, state, arguments, independence=self.independence)
-        call = call.with_samples(self._batching)
+        call = ModuleCall(
+            *(self.api, state, arguments), independence=self.independence, asked=self.outputs
+        ).with_samples(self._batching, keeps_all=True)
         batch = call.batch(self._batching)
         random_state = RandomState(batch.samples.leaves)
         return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
@@ -168,18 +169,13 @@ class ModuleAtBatch:
         if self.budget.is_open and (self.chunk_size or self.size) >= self.size:
             yield work(slice(None), self._all_factors)
             return
-        if not self.budget.is_open:
-            self._learn_from_few()
+        if not (self.budget.is_open or hasattr(self, "last_call")):
+            self.between(0, min(2, self.size))  # a first evaluation takes more than others
 
         def between(start: int, stop: int) -> Leaves:
             return work(slice(start, stop), self.between(start, stop))
 
         yield from self.budget.pieces(self.size, self.chunk_size, between, result)
-
-    def _learn_from_few(self) -> None:
-        """Compare batches, and evaluate two samples: a first evaluation takes more than others."""
-        if not hasattr(self, "last_call"):
-            self.between(0, min(2, self.size))
 
     @cached_property
     def _all_factors(self) -> FactoredJacobian:
