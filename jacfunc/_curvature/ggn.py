@@ -238,7 +238,7 @@ def fisher(
     predictive = Predictive.of("fisher", likelihood, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
-        at_batch = options.at((args, kwargs), is_kept=True)
+        at_batch = options.at((args, kwargs), is_kept=True, keeps_all=True)
         drawn = partial(drawn_of, "fisher", predictive, at_batch.outputs, draws, generator)
         with alone():
             curvature = at_batch.budget.keep(drawn)

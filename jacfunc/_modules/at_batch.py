@@ -52,9 +52,11 @@ class BatchOptions(ModuleOptions):
                     "or use randomness='same'."
                 )
 
-    def at(self, arguments: Arguments, is_kept: bool = False) -> ModuleAtBatch:
-        """One call of the module; ``is_kept`` if the answers come after the door has returned."""
-        return self._at(arguments, None, is_kept)[0]
+    def at(
+        self, arguments: Arguments, is_kept: bool = False, keeps_all: bool = False
+    ) -> ModuleAtBatch:
+        """One call; ``is_kept`` for answers that come later, which may need ``keeps_all`` outputs."""
+        return self._at(arguments, None, is_kept, keeps_all)[0]
 
     def with_targets(
         self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_kept: bool = False
@@ -65,9 +67,11 @@ class BatchOptions(ModuleOptions):
                 f"{self.api}: the last positional argument must be the targets of the loss, got "
                 "none. Call it as (inputs, targets)."
             )
-        return self._at((args[:-1], kwargs), args[-1], is_kept)
+        return self._at((args[:-1], kwargs), args[-1], is_kept, keeps_all=True)
 
-    def _at(self, arguments: Arguments, targets: Tree, is_kept: bool) -> tuple[ModuleAtBatch, Tree]:
+    def _at(
+        self, arguments: Arguments, targets: Tree, is_kept: bool, keeps_all: bool
+    ) -> tuple[ModuleAtBatch, Tree]:
         if not is_outermost():
             raise NotImplementedError(
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
@@ -75,7 +79,7 @@ class BatchOptions(ModuleOptions):
             )
         if not isinstance(self.module, nn.Module):
             module, arguments = FunctionAsModule.called(self.api, self.module, arguments)
-            return replace(self, module=module)._at(arguments, targets, is_kept)
+            return replace(self, module=module)._at(arguments, targets, is_kept, keeps_all)
         budget = Budget(self.api, self.memory)
         if is_kept or self.stays:
             state, (arguments, targets) = self.kept((arguments, targets), budget)
@@ -83,7 +87,7 @@ class BatchOptions(ModuleOptions):
             state = self.current.now()
         call = ModuleCall(
             *(self.api, state, arguments), independence=self.independence, asked=self.outputs
-        ).with_samples(self._batching, keeps_all=True)
+        ).with_samples(self._batching, keeps_all)
         batch = call.batch(self._batching)
         random_state = RandomState(batch.samples.leaves)
         return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets

@@ -2,4 +2,4 @@
 
 from jacfunc._outputs.by_value import Sampled, TopK
 from jacfunc._outputs.call import Asked, ChosenCall, ChosenOutputs
-from jacfunc._outputs.options import Outputs, choice_of
+from jacfunc._outputs.options import Outputs, choice_of, of_many

@@ -150,7 +150,7 @@ def _evaluated(batch: SampledCall, start: int, stop: int) -> Leaves:
 class ChosenCall(FlatCall):
     """A call whose outputs are those that are asked for: one leaf ``[*lead, R]``.
 
-    Extras begin with all outputs, if these are kept.
+    Extras begin with all outputs, if these are kept; else its value is the outputs asked for.
     """
 
     def __init__(self, call: FlatCall, chosen: ChosenOutputs, own: Leaves, lead: int) -> None:
@@ -213,7 +213,9 @@ class ChosenCall(FlatCall):
             )
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
-        return super().value(*self.all_and_others(extras))
+        if self.chosen.keeps_all:
+            return super().value(*self.all_and_others(extras))
+        return outputs[0], self._beside.merge(extras)[1] if self._beside else None
 
     def jacobian(self, blocks: Blocks) -> Tree:
         return self.input_tree(blocks[0])

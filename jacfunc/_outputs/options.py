@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -40,6 +41,13 @@ def choice_of(api: str, outputs: Any, is_of_one: bool = True) -> Asked | None:
     if isinstance(outputs, Sequence) and outputs and all(map(_is_number, outputs)):
         return SharedNumbers(tuple(map(int, outputs)))
     return _cotangents(api, outputs, is_of_one)
+
+
+def of_many(asked: Asked | None) -> Asked | None:
+    """What is asked of several batches: nothing can be each sample's own."""
+    if isinstance(asked, OwnNumbers | OwnCotangents):
+        return replace(asked, is_of_one=False)
+    return asked
 
 
 def _is_number(value: object) -> bool:

@@ -124,6 +124,37 @@ def test_kernels_of_two_batches() -> None:
     assert_rows(shared[:, :, 0, 0], row @ row.flip(0).T)
 
 
+@EVERY_CASE
+@EVERY_CHOICE
+def test_operators(name: str, choice: str) -> None:
+    case, asked = of(name, choice)
+    rows = rows_of(asked, case.truth.params).flatten(0, 1)
+    J = jacfunc.module_operator(case.module, outputs=asked.outputs, per_sample=True)(*case.inputs)
+    assert J.shape == rows.shape
+    generator = torch.Generator().manual_seed(4)
+    v, u = (torch.randn(n, generator=generator, dtype=torch.float64) for n in reversed(rows.shape))
+    for _ in range(2):
+        assert_rows(J @ v, rows @ v)
+        assert_rows(J.T @ u, rows.T @ u)
+    assert_rows(J.matrix(), rows)
+    if "own" in choice:
+        with pytest.raises(ValueError, match=r"module_operator: outputs \[B, R.* of one batch"):
+            jacfunc.module_operator(case.module, outputs=asked.outputs, per_sample=True)(
+                [case.inputs]
+            )
+    elif choice != "drawn" and choice != "drawn alike":  # which differ by the number of a sample
+        (x,) = case.inputs
+        over = jacfunc.module_operator(case.module, outputs=asked.outputs, per_sample=True)
+        assert_rows(over([x[:2], x[2:]]) @ v, rows @ v)
+
+
+def test_an_operator_of_the_call_as_a_whole() -> None:
+    case = case_of("heads")
+    every = whole_truth(case)
+    J = jacfunc.module_operator(case.module, outputs=slice(1, 8, 3))(*case.inputs)
+    assert_rows(J.matrix(), every[1:8:3])
+
+
 # --- of a call as a whole ---
 
 
