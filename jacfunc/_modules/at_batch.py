@@ -55,7 +55,7 @@ class BatchOptions(ModuleOptions):
     def at(
         self, arguments: Arguments, is_kept: bool = False, keeps_all: bool = False
     ) -> ModuleAtBatch:
-        """One call; ``is_kept`` for answers that come later, which may need ``keeps_all`` outputs."""
+        """One call; ``is_kept`` for answers that come later, with all outputs if ``keeps_all``."""
         return self._at(arguments, None, is_kept, keeps_all)[0]
 
     def with_targets(
