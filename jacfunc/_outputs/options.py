@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
+from operator import index
 from typing import Any, TypeAlias
 
 import torch
@@ -56,14 +57,16 @@ def _is_number(value: object) -> bool:
 
 
 def _sliced(api: str, outputs: slice) -> SharedNumbers:
+    parts = outputs.start, outputs.stop, outputs.step
     try:
-        range(1)[outputs]
+        plain = slice(*(None if part is None else index(part) for part in parts))
+        range(1)[plain]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{api}: outputs must be a slice of whole numbers, got {outputs} ({error}). Write "
             "slice(0, 5) for the first five."
         ) from error
-    return SharedNumbers(outputs)
+    return SharedNumbers(plain)
 
 
 def _numbered(api: str, outputs: Tensor, is_of_one: bool) -> Asked:
