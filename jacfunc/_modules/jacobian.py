@@ -116,7 +116,7 @@ def module_jacobian(
             outputs and states have the samples there, too; in results they come in front.
         flat: return one matrix ``[M, N]``, per sample ``[B, M, N]``, instead of trees of blocks. It
             is written without a copy; :func:`jacfunc.param_slices` names its columns.
-        full_output: return a :class:`jacfunc.ModuleResult`: Jacobian, outputs, and the buffers as
+        full_output: return a :class:`jacfunc.ModuleResult`: Jacobian, all outputs, and buffers as
             the module would have left them.
         dtype: dtype of the result, which is converted chunk by chunk.
         device: device of the result, which is moved chunk by chunk.
