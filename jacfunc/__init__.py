@@ -27,6 +27,7 @@ from jacfunc._functions import (
 from jacfunc._kernels import gram, ntk
 from jacfunc._module_operators import module_operator
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
+from jacfunc._outputs import Sampled, TopK
 from jacfunc._planning import Autotune, Plan
 from jacfunc._streams import stream_jacobian
 from jacfunc.operators import LinearOperator, linearize
@@ -43,8 +44,10 @@ __all__ = [
     "ModuleResult",
     "Plan",
     "Reverse",
+    "Sampled",
     "Strategy",
     "Structured",
+    "TopK",
     "empty_cache",
     "estimate",
     "explain",

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import nn
 
+from jacfunc._curvature.chosen import Unweighted, drawn_of, loss_of
 from jacfunc._curvature.gauss_newton import GaussNewton
 from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
-from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._curvature.loss import LossFunction
 from jacfunc._lending import Captured, Select
 from jacfunc._lock import alone
-from jacfunc._modules import Batching, BatchOptions, BatchOutputs, Independent, SampleOptions
+from jacfunc._modules import Batching, BatchOptions, Independent, RowOptions
+from jacfunc._outputs import Outputs
 from jacfunc._showing import named
 from jacfunc._types import Memory, OfParams, Params, Randomness, Tree
 
 
-class GgnOptions(SampleOptions, total=False):
+class GgnOptions(RowOptions, total=False):
     """Options of :func:`ggn`, by name."""
 
     copy: bool
@@ -35,17 +38,18 @@ class FisherOptions(GgnOptions, total=False):
 
 @overload
 def ggn(
-    module: nn.Module, loss: LossFunction, **options: Unpack[GgnOptions]
+    module: nn.Module, loss: LossFunction | None, **options: Unpack[GgnOptions]
 ) -> Callable[..., GaussNewton]: ...
 @overload
 def ggn(
-    module: OfParams[Params], loss: LossFunction, **options: Unpack[GgnOptions]
+    module: OfParams[Params], loss: LossFunction | None, **options: Unpack[GgnOptions]
 ) -> Callable[..., GaussNewton[Params]]: ...
 def ggn(
     module: nn.Module | Callable[..., Any],
-    loss: LossFunction,
+    loss: LossFunction | None,
     *,
     select: Select = None,
+    outputs: Outputs = None,
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
@@ -65,10 +69,14 @@ def ggn(
         module: any ``nn.Module``, or a function ``func(params, *inputs)`` of a tree of parameters,
             with the batch in front of its outputs.
         loss: ``loss(outputs, targets)`` of the batch, one number, as in training: a mean or sum
-            over samples. It gets what the module returns.
+            over samples. It gets what the module returns. None with ``outputs`` stands for half
+            the sum of their squares, without targets: ``G = Σ_b Σ_r J_bᵀ c_br c_brᵀ J_b``.
         select: parameters, as in :func:`jacfunc.module_jacobian`: ``"head.*"`` for the last layer.
             Those of a function are all floating tensors in its tree, by their paths:
             ``"layers.0.weight"``.
+        outputs: which outputs, as in :func:`jacfunc.module_jacobian`. ``H_b`` is the second
+            derivative in these alone; the others are constants to the loss, still among the classes
+            of a softmax, for example. Cotangents of one's own need ``loss=None``.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`; the same numbers are
             drawn for all that is asked.
@@ -117,20 +125,20 @@ def ggn(
         {'w': tensor([[1.],
                 [1.]])}
     """
-    check_loss("ggn", loss)
-    batching = Batching(in_dims, randomness)
     options = BatchOptions.read(
-        "ggn", module, select, batching, chunk_size, memory, independent, chunk_size, copy=copy
+        *("ggn", module, select, Batching(in_dims, randomness), chunk_size, memory),
+        *(independent, chunk_size),
+        copy=copy,
+        outputs=outputs,
     )
+    if loss is not None or options.outputs is None:
+        check_loss("ggn", loss)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
+        if loss is None:
+            return GaussNewton(options.at((args, kwargs), is_kept=True), Unweighted)
         at_batch, targets = options.with_targets(args, kwargs, is_kept=True)
-
-        captured = Captured.of(loss)
-
-        def curvature_of(outputs: BatchOutputs) -> Loss:
-            return Loss("ggn", loss, targets, outputs, captured)
-
+        curvature_of = partial(loss_of, "ggn", loss, targets, Captured.of(loss))
         return GaussNewton(at_batch, curvature_of)
 
     return named("ggn", module, ggn_of)
@@ -152,6 +160,7 @@ def fisher(
     reduction: Literal["mean", "sum"] | None = None,
     generator: torch.Generator | None = None,
     select: Select = None,
+    outputs: Outputs = None,
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
@@ -177,10 +186,11 @@ def fisher(
             The expectation is then that of :func:`ggn` with this loss. Class weights, smoothed
             labels and an ``ignore_index`` from 0 on are refused: with them it is no likelihood.
         draws: targets of each sample.
-        reduction: ``"mean"`` or ``"sum"`` over samples, while positions are added up; of a loss
-            over all that it reduces. None is what the loss says, else the mean.
+        reduction: ``"mean"`` or ``"sum"`` over samples, while positions are added up; of a loss,
+            over all that it reduces. None: what the loss says, else the mean.
         generator: to draw from, on the device of the outputs; torch's default one if None.
         select: parameters, as in :func:`jacfunc.ggn`.
+        outputs: which outputs, but no cotangents: the others are constants, as in :func:`ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
@@ -222,18 +232,16 @@ def fisher(
         *(independent, chunk_size),
         by_rows=False,
         copy=copy,
+        outputs=outputs,
     )
     check_draws("fisher", draws, generator)
     predictive = Predictive.of("fisher", likelihood, reduction)
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
-        at_batch = options.at((args, kwargs), is_kept=True)
-        outputs = at_batch.outputs
-        tree, leaves = outputs.tree(outputs.leaves), outputs.leaves
+        at_batch = options.at((args, kwargs), is_kept=True, keeps_all=True)
+        drawn = partial(drawn_of, "fisher", predictive, at_batch.outputs, draws, generator)
         with alone():
-            curvature = at_batch.budget.keep(
-                lambda: predictive.drawn("fisher", tree, leaves, draws, generator)
-            )
+            curvature = at_batch.budget.keep(drawn)
         return GaussNewton(at_batch, lambda outputs: curvature)
 
     return named("fisher", module, fisher_of)

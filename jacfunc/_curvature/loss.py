@@ -112,6 +112,10 @@ class Loss:
         with torch.no_grad():
             return self._of_gradient.pullback(tangents)
 
+    def _products(self, tangents: Leaves) -> Leaves:
+        """``H u`` for K tangents at once, ``[K, B, *out]``."""
+        return self._of_gradient.pullback_batch(tangents)
+
     def _check_captured(self) -> None:
         """Raise ValueError if what the loss closes over has changed since the call."""
         if self.captured is not None:
@@ -191,7 +195,7 @@ class Loss:
         pairs = zip(shared_units(leaves), noise, strict=True)
         seeds = tuple(torch.cat((units, x.unsqueeze(0))) for units, x in pairs)
         with torch.no_grad():
-            products = in_a_row(self._of_gradient.pullback_batch(seeds)).transpose(0, 1)
+            products = in_a_row(self._products(seeds)).transpose(0, 1)
         # torch has no eigenvectors in half precision
         products = products.to(torch.promote_types(products.dtype, torch.float32))
         vector = in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)

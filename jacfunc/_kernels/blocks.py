@@ -15,12 +15,12 @@ from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._kernels.gram import Gram
 from jacfunc._kernels.routes import Axes
 from jacfunc._kernels.sampled_function import KernelSamples
-from jacfunc._modules import SampleOptions
+from jacfunc._modules import RowOptions
 from jacfunc._showing import Progress
 from jacfunc._types import Leaves, Tree, product_dtype
 
 
-class KernelOptions(SampleOptions, total=False):
+class KernelOptions(RowOptions, total=False):
     """What :func:`jacfunc.ntk` takes by keyword."""
 
     trace_axes: int | Sequence[int]

@@ -33,6 +33,7 @@ from jacfunc._modules import (
     check_called,
     check_randomness_option,
 )
+from jacfunc._outputs import Outputs, choice_of
 from jacfunc._showing import Progress, check_progress, named
 from jacfunc._trees import is_batch, map_tensors
 from jacfunc._types import Argnums, Memory, OutT, Randomness, Tree
@@ -64,6 +65,7 @@ def ntk(
     trace_axes: int | Sequence[int] = (),
     diagonal_axes: int | Sequence[int] = (),
     select: Select = None,
+    outputs: Outputs = None,
     in_dims: Tree = 0,
     randomness: Randomness = "error",
     chunk_size: int | None = None,
@@ -89,6 +91,10 @@ def ntk(
         select: which parameters of a module, as in :func:`jacfunc.module_jacobian`:
             ``"*lora*"`` for those of adapters. With ``batched`` those of a function, as in
             :func:`jacfunc.ggn`.
+        outputs: which outputs of every sample, as in :func:`jacfunc.module_jacobian`; a kernel of
+            R of them has the axis R in the place of the output's. Those of each sample's own,
+            ``[B, …]``, need one batch: of two, and of loaders, give what all samples share, or
+            choose by value.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples of either side at once; None takes each batch as it is.
@@ -132,28 +138,27 @@ def ntk(
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     check_progress(API, progress)
+    asked = choice_of(API, outputs, x2 is None and is_batch(x1))
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
+    budget = Budget(API, check_memory(API, memory))
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
             *(API, func, _selected(params, select), batching, chunk_size, memory),
             *(independent, chunk_size),
             stays=_may_change(progress, x1, x2),
+            outputs=asked,
         )
-        budget = Budget(API, options.memory)
 
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             with budget.keeping():
                 return options.at((args, {}))
     else:
         _check_function(select, randomness, chunk_size)
-        budget = Budget(API, check_memory(API, memory))
 
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
-            return samples_of(API, func, params, args, in_dims, randomness)
+            return samples_of(API, func, params, args, in_dims, randomness, asked)
 
-    sides = [side_of(API, "x1", x1, samples_at)]
-    if x2 is not None:
-        sides.append(side_of(API, "x2", x2, samples_at))
+    sides = [side_of(API, name, x, samples_at) for name, x in _sides(x1, x2).items()]
     ranges = in_ranges(sides, axes, chunk_size, budget)
     places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
@@ -204,6 +209,11 @@ def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], 
     if batched and not isinstance(func, nn.Module):
         return FunctionAsModule(API, func, params), None
     return func, params
+
+
+def _sides(x1: Any, x2: Any) -> dict[str, Any]:
+    """The arguments with batches; without a second one the first is both sides."""
+    return {"x1": x1} if x2 is None else {"x1": x1, "x2": x2}
 
 
 def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:

@@ -14,6 +14,7 @@ from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
 from jacfunc._modules import SAME_EACH_TIME
+from jacfunc._outputs import Asked, ChosenOutputs
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
 from jacfunc._trees import Split, check_batch, is_batch, kinds_of, positional, sample_dims
@@ -83,6 +84,7 @@ def samples_of(
     args: tuple[Tree, ...],
     in_dims: Tree,
     randomness: Randomness,
+    asked: Asked | None = None,
 ) -> FunctionSamples:
     """``func(params, *inputs)`` at a batch of inputs.
 
@@ -100,7 +102,11 @@ def samples_of(
 
     kind = CallKind(func, (kinds_of((params, args)), tuple(dims)), func)
     samples = Samples(split.leaves, dims, randomness)
-    return FunctionSamples(SampledCall(api, call_of, samples, kind))
+    batch = SampledCall(api, call_of, samples, kind)
+    if asked is not None:
+        with torch.no_grad():
+            batch = ChosenOutputs.of_batch(batch, asked).of_samples(batch)
+    return FunctionSamples(batch)
 
 
 SamplesAt: TypeAlias = Callable[[tuple[Tree, ...]], KernelSamples]

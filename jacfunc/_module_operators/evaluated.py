@@ -64,7 +64,9 @@ class Evaluated:
             call, arguments = at_batch.call, at_batch.call.arguments
         else:
             state, arguments = options.kept(arguments, Budget(api, options.memory))
-            call = ModuleCall(api, state, arguments, independence=options.independence)
+            independence, asked = options.independence, options.outputs
+            call = ModuleCall(api, state, arguments, independence=independence, asked=asked)
+            call = call.with_samples(options.batching)
         choice = InputChoice.of(api, call.state.module, inputs, arguments)
         evaluated = cls(replace(call, argnums=argnums, choice=choice), at_batch)
         if options.batching is not None:

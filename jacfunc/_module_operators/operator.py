@@ -17,11 +17,12 @@ from jacfunc._modules import (
     Independent,
     Key,
     ModuleOptions,
-    SampleOptions,
+    RowOptions,
     Wrt,
     argnums_of,
     batching_of,
 )
+from jacfunc._outputs import Outputs, of_many
 from jacfunc._showing import Progress, check_progress, named
 from jacfunc._torch import is_outermost
 from jacfunc._trees import is_batch
@@ -31,7 +32,7 @@ from jacfunc.operators import LinearOperator
 API = "module_operator"
 
 
-class OperatorOptions(SampleOptions, total=False):
+class OperatorOptions(RowOptions, total=False):
     """What :func:`module_operator` takes by keyword."""
 
     inputs: Key | Sequence[Key] | None
@@ -58,6 +59,7 @@ def module_operator(
     *,
     select: Select = None,
     inputs: Key | Sequence[Key] | None = None,
+    outputs: Outputs = None,
     per_sample: bool = False,
     in_dims: Tree = 0,
     randomness: Randomness = "error",
@@ -78,6 +80,8 @@ def module_operator(
         wrt: ``"params"``, ``"inputs"``, or a tuple of both: what the vectors are like.
         select: which parameters, as in :func:`jacfunc.module_jacobian`.
         inputs: which inputs, as in :func:`jacfunc.module_jacobian`.
+        outputs: which outputs, as in :func:`jacfunc.module_jacobian`: the others are no part of the
+            operator, which maps to ``[R]``, per sample to ``[B, R]``.
         per_sample: samples do not depend on each other, which is seen to. Products are then the
             same; ``solve`` and the like may take samples apart.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
@@ -120,7 +124,9 @@ def module_operator(
     batching = batching_of(API, per_sample, in_dims, randomness)
     kind = BatchOptions if per_sample else ModuleOptions
     options = kind.read(
-        *(API, module, select, batching, chunk_size, memory, independent, chunk_size), copy=copy
+        *(API, module, select, batching, chunk_size, memory, independent, chunk_size),
+        copy=copy,
+        outputs=outputs,
     )
     argnums = argnums_of(API, wrt)
 
@@ -132,7 +138,7 @@ def module_operator(
             )
         if kwargs or len(args) != 1 or is_batch(args[0]):
             return ModuleOperator(Evaluated.at(options, (args, kwargs), argnums, inputs))
-        frozen = replace(options, stays=True)
+        frozen = replace(options, stays=True, outputs=of_many(options.outputs))
         return OverBatches(
             API, lambda args: Evaluated.at(frozen, (args, {}), argnums, inputs), args[0], progress
         )

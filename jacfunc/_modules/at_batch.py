@@ -52,9 +52,11 @@ class BatchOptions(ModuleOptions):
                     "or use randomness='same'."
                 )
 
-    def at(self, arguments: Arguments, is_kept: bool = False) -> ModuleAtBatch:
-        """One call of the module; ``is_kept`` if the answers come after the door has returned."""
-        return self._at(arguments, None, is_kept)[0]
+    def at(
+        self, arguments: Arguments, is_kept: bool = False, keeps_all: bool = False
+    ) -> ModuleAtBatch:
+        """One call; ``is_kept`` for answers that come later, with all outputs if ``keeps_all``."""
+        return self._at(arguments, None, is_kept, keeps_all)[0]
 
     def with_targets(
         self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_kept: bool = False
@@ -65,9 +67,11 @@ class BatchOptions(ModuleOptions):
                 f"{self.api}: the last positional argument must be the targets of the loss, got "
                 "none. Call it as (inputs, targets)."
             )
-        return self._at((args[:-1], kwargs), args[-1], is_kept)
+        return self._at((args[:-1], kwargs), args[-1], is_kept, keeps_all=True)
 
-    def _at(self, arguments: Arguments, targets: Tree, is_kept: bool) -> tuple[ModuleAtBatch, Tree]:
+    def _at(
+        self, arguments: Arguments, targets: Tree, is_kept: bool, keeps_all: bool
+    ) -> tuple[ModuleAtBatch, Tree]:
         if not is_outermost():
             raise NotImplementedError(
                 f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
@@ -75,14 +79,15 @@ class BatchOptions(ModuleOptions):
             )
         if not isinstance(self.module, nn.Module):
             module, arguments = FunctionAsModule.called(self.api, self.module, arguments)
-            return replace(self, module=module)._at(arguments, targets, is_kept)
+            return replace(self, module=module)._at(arguments, targets, is_kept, keeps_all)
         budget = Budget(self.api, self.memory)
         if is_kept or self.stays:
             state, (arguments, targets) = self.kept((arguments, targets), budget)
         else:
             state = self.current.now()
-        call = ModuleCall(self.api, state, arguments, independence=self.independence)
-        call = call.with_samples(self._batching)
+        call = ModuleCall(
+            *(self.api, state, arguments), independence=self.independence, asked=self.outputs
+        ).with_samples(self._batching, keeps_all)
         batch = call.batch(self._batching)
         random_state = RandomState(batch.samples.leaves)
         return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
@@ -168,18 +173,13 @@ class ModuleAtBatch:
         if self.budget.is_open and (self.chunk_size or self.size) >= self.size:
             yield work(slice(None), self._all_factors)
             return
-        if not self.budget.is_open:
-            self._learn_from_few()
+        if not (self.budget.is_open or hasattr(self, "last_call")):
+            self.between(0, min(2, self.size))  # a first evaluation takes more than others
 
         def between(start: int, stop: int) -> Leaves:
             return work(slice(start, stop), self.between(start, stop))
 
         yield from self.budget.pieces(self.size, self.chunk_size, between, result)
-
-    def _learn_from_few(self) -> None:
-        """Compare batches, and evaluate two samples: a first evaluation takes more than others."""
-        if not hasattr(self, "last_call"):
-            self.between(0, min(2, self.size))
 
     @cached_property
     def _all_factors(self) -> FactoredJacobian:

@@ -1,4 +1,4 @@
-"""A call of a module as a function of its parameters and inputs, and the Jacobian of that."""
+"""A call of a module as a function of its parameters and inputs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import Sink
 from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
 from jacfunc._layouts import begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
-from jacfunc._modules.batch import SampledJacobian
-from jacfunc._modules.independence import Independence, compared_parameters
+from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments, noted
 from jacfunc._modules.options import (
     Batching,
@@ -27,20 +25,15 @@ from jacfunc._modules.options import (
     check_module_inputs,
     check_parameters,
     dims_of_samples,
-    without_batch,
 )
-from jacfunc._modules.trials import IN_FRONT, OutputDims, Trials, norms_over_batch
+from jacfunc._modules.trials import IN_FRONT, OutputDims, Trials, batch_norms, of_one, subject_of
+from jacfunc._outputs import Asked, ChosenOutputs
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
-from jacfunc._trees import (
-    Arguments,
-    Split,
-    flatten,
-    map_tensors,
-)
+from jacfunc._trees import Arguments, Split, flatten
 from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
-from jacfunc.strategies import Evaluation, Strategy, evaluate, worded
+from jacfunc.strategies import worded
 
 
 @dataclass(eq=False)
@@ -54,6 +47,8 @@ class ModuleCall:
         with_buffers: does it return its output and its buffers, rather than the output alone?
         output_dims: where the outputs hold the samples, if there are samples.
         create_graph: is the Jacobian differentiable in parameters and inputs?
+        asked: which outputs are asked for; None for all.
+        chosen: which these are, once it is known.
     """
 
     api: str
@@ -64,28 +59,31 @@ class ModuleCall:
     with_buffers: bool = False
     create_graph: bool = False
     independence: Independence = field(default_factory=Independence)
+    asked: Asked | None = None
     output_dims: OutputDims = IN_FRONT
+    chosen: ChosenOutputs | None = None
 
-    def jacobian(self, strategy: Strategy, sink: Sink, batching: Batching | None) -> Evaluation:
-        """The Jacobian of every sample; of the call as a whole, without ``batching``."""
-        if batching is None:
-            with self.undisturbed():
-                return evaluate(self.api, self.flat_call(), strategy, sink)
-        call = self.with_samples(batching)
-        batch = call.batch(batching)
-        with call.undisturbed():
-            call.check_independent(batch)
-            return SampledJacobian(batch, sink).by(strategy)
+    def with_samples(self, batching: Batching | None, keeps_all: bool = False) -> ModuleCall:
+        """The call of which it is known where outputs hold the samples, and which are asked for.
 
-    def with_samples(self, batching: Batching) -> ModuleCall:
-        """The call with the samples in front of its outputs, where its inputs have them elsewhere.
-
-        To see where the outputs have them, the first call of a kind is made with one sample.
+        The samples come in front of the outputs, where inputs have them elsewhere. To see where the
+        outputs have them, the first call of a kind is made with one sample. If it ``keeps_all``
+        outputs, they come beside those that are asked for.
         """
-        if type(batching.in_dims) is int and batching.in_dims == 0:
-            return self
-        dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)[1]
-        return replace(self, output_dims=self._trials.output_dims(self._split.leaves, dims))
+        call, leaves = self, self._split.leaves
+        if batching is not None and not (type(batching.in_dims) is int and batching.in_dims == 0):
+            dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)[1]
+            call = replace(self, output_dims=self._trials.output_dims(leaves, dims))
+        if self.asked is None:
+            return call
+        if batching is None:
+            whole = partial(call._returned, leaves, int)
+            chosen = ChosenOutputs.of_call(self.api, self.asked, keeps_all, whole)
+        else:
+            batch, at_once = call.batch(batching), self.independence.at_once
+            with call.undisturbed():
+                chosen = ChosenOutputs.of_batch(batch, self.asked, keeps_all, at_once)
+        return replace(call, chosen=chosen)
 
     @property
     def _trials(self) -> Trials:
@@ -103,14 +101,14 @@ class ModuleCall:
         split = self._split
         every_dim, dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)
         check_batch_first(self.api, self.state, dims)
-        if norms := norms_over_batch(self.state):
+        if norms := batch_norms(self.state):
             self._trials.check_norms(norms, split.leaves)
 
         def call_of(leaves: Leaves) -> FlatCall:
-            return self.flat_call(leaves, every_dim)
+            return self._call_of(leaves, every_dim)
 
         def whole(leaves: Leaves) -> tuple[FlatCall, dict[int, int]]:
-            call = self.flat_call(leaves)
+            call = self._call_of(leaves)
             places = {id(x): i for i, x in enumerate(leaves) if dims[i] is not None}
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
@@ -122,11 +120,15 @@ class ModuleCall:
 
         state, point = self.state, tuple(self.state.point)
         of_call = self.argnums, point, split.kinds, tuple(dims)
-        kind = CallKind(state.module, of_call, state.version)
+        every = CallKind(state.module, of_call, state.version)
+        kind = every if self.chosen is None else self.chosen.among(every)
         samples = Samples(split.leaves, dims, batching.randomness)
         differentiates = self._differentiates("params"), self._differentiates("inputs")
         is_whole = not self.with_buffers
-        return SampledCall(self.api, call_of, samples, kind, whole, is_whole, guard, differentiates)
+        batch = SampledCall(
+            self.api, call_of, samples, every, whole, is_whole, guard, differentiates
+        )
+        return batch if self.chosen is None else self.chosen.of_samples(batch)
 
     def check_independent(self, batch: SampledCall) -> None:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
@@ -136,25 +138,15 @@ class ModuleCall:
 
     def _subject(self, samples: Samples) -> Subject:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""
-        state, split = self.state, self._split
-        module = state.module
-        values = compared_parameters(state)
-
-        def whole(params: Leaves, leaves: Leaves) -> Leaves:
-            args, kwargs = split.merge(leaves)
-            with state.lent_for_evaluation(dict(zip(values, params, strict=True))):
-                output = module(*args, **kwargs)
-            output = self.output_dims.in_front(output)
-            return tuple(filter(is_differentiable, flatten(output)[0]))
-
         by_inputs, width = self._differentiates("inputs"), 0
         if self._differentiates("params"):
-            width += sum(param.numel() for param in state.point.values())
+            width += sum(param.numel() for param in self.state.point.values())
         if by_inputs:
             inputs = filter(is_differentiable, flatten(self.choice.split(self.arguments))[0])
             width += sum(x.numel() for x in inputs) // samples.size
-        params = tuple(values.values())
-        return Subject(whole, params, samples, width, by_inputs, state.as_evaluated)
+        every = self.chosen.without_own(samples) if self.chosen else samples
+        in_front = self.output_dims.in_front
+        return subject_of(self.state, self._split.merge, in_front, every, width, by_inputs)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -188,10 +180,19 @@ class ModuleCall:
             return self._split, self.arguments
         return replace(self._split, leaves=leaves), self._split.merge(leaves)
 
-    def flat_call(
+    def flat_call(self, leaves: Leaves | None = None) -> FlatCall:
+        """The call as a function of leaves, at its arguments or with other tensors among these.
+
+        It returns what is asked for of the outputs, by tensors that come after the arguments'.
+        """
+        if self.chosen is None:
+            return self._call_of(leaves)
+        return self.chosen.of_whole(self._call_of, leaves)
+
+    def _call_of(
         self, leaves: Leaves | None = None, dims: Sequence[int | None] | None = None
     ) -> FlatCall:
-        """The call as a function of leaves, at its arguments or with other tensors among these.
+        """The call with all outputs, as a function of leaves.
 
         With ``dims`` these tensors are those of one sample, without the dimension of samples; the
         module gets a batch of one.
@@ -223,7 +224,7 @@ class ModuleCall:
                         state.check_fresh(flatten(output)[0])
                 output = self.output_dims.in_front(output)
                 if dims is not None:
-                    output = map_tensors(partial(without_batch, self.api), output)
+                    output = of_one(self.api, output)
                 return (output, state.buffers_now()) if self.with_buffers else output
 
         originals = OwnArguments(self.choice, arguments, split, dims)

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from jacfunc._errors import Refused
 from jacfunc._lending import ModuleState, Version, version_of_loss
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import Coupling, GradientOf, Subject, coupling, loss_coupling
-from jacfunc._types import Leaves, is_differentiable
+from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None
 """None: compare batches now and then. True: samples are known to be independent. ``"always"``:
@@ -219,14 +218,3 @@ def _kinds_of(version: Version) -> Recent[KnownCalls]:
 
 def _kinds_of_state(state: ModuleState) -> Recent[KnownCalls]:
     return _kinds_of(state.version_of_parts)
-
-
-def compared_parameters(state: ModuleState) -> dict[str, Tensor]:
-    """All differentiable parameters but TorchScript's, with the values to differentiate at."""
-    parts = [part for part in state.parts.values() if part.is_scripted]
-    scripted = {id(param) for part in parts for param in part.params.values()}
-    return {
-        name: state.point.get(name, param)
-        for name, param in state.params.items()
-        if is_differentiable(param) and id(param) not in scripted
-    }

@@ -1,15 +1,17 @@
-"""The Jacobian of a whole batch, taken sample by sample where the samples are independent."""
+"""The Jacobian of a call of a module; of a whole batch by samples, where these are independent."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
 from jacfunc._log import note
+from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS
@@ -18,11 +20,55 @@ from jacfunc._planning import Auto
 from jacfunc._remembered import Remembered
 from jacfunc._torch import is_outermost
 from jacfunc._trees import flatten
-from jacfunc._types import is_tensor
-from jacfunc.strategies import Evaluation, Strategy
+from jacfunc._types import Tree, is_tensor
+from jacfunc.strategies import Evaluation, Strategy, evaluate
 
 FEWEST = 16
 """Samples from which on it pays to look at each alone."""
+
+
+class ModuleResult(NamedTuple):
+    """The result of ``module_jacobian(..., full_output=True)``, all of it from one evaluation.
+
+    Args:
+        jacobian: the result of the same call without ``full_output``.
+        outputs: what the module returned.
+        buffers: the buffers as the module would have left them, by name; per sample with the batch
+            in front.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> model = torch.nn.BatchNorm1d(2, affine=False)
+        >>> result = jacfunc.module_jacobian(model, "inputs", full_output=True)(torch.eye(2))
+        >>> result.jacobian.shape, result.outputs.shape, result.buffers["running_mean"]
+        (torch.Size([2, 2, 2, 2]), torch.Size([2, 2]), tensor([0.0500, 0.0500]))
+    """
+
+    jacobian: Tree
+    outputs: Tree
+    buffers: dict[str, Tensor]
+
+
+def jacobian_of(
+    call: ModuleCall, strategy: Strategy, sink: Sink, batching: Batching | None
+) -> Evaluation:
+    """The Jacobian of every sample of a call; of the call as a whole, without ``batching``."""
+    if batching is None and (by_sample := by_samples(call, strategy, sink)):
+        return by_sample
+    call = call.with_samples(batching, keeps_all=call.with_buffers)
+    if batching is None:
+        with call.undisturbed():
+            return evaluate(call.api, call.flat_call(), strategy, sink)
+    batch = call.batch(batching)
+    with call.undisturbed():
+        call.check_independent(batch)
+        return SampledJacobian(batch, sink).by(strategy)
+
+
+def packed(evaluation: Evaluation, flat: bool, full_output: bool) -> Tree:
+    """The Jacobian, as one matrix or as a tree; and what comes beside it."""
+    jacobian = evaluation.blocks[0][0] if flat else evaluation.jacobian()
+    return ModuleResult(jacobian, *evaluation.value_and_aux()) if full_output else jacobian
 
 
 def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation | None:
@@ -44,7 +90,8 @@ def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation |
     try:
         few = None if strategy.memory is None else _sizes(call).pop()
         every_call = Independence("always", at_once=few, is_thorough=True)
-        result = replace(call, independence=every_call).jacobian(strategy, sink, Batching())
+        independent = replace(call, independence=every_call)
+        result = jacobian_of(independent, strategy, sink, Batching())
         if _has_batch(call, result):
             return result
         note("the batch is differentiated as a whole: outputs do not have it in front")
@@ -61,7 +108,7 @@ def _may_pay(call: ModuleCall) -> bool:
     if call.argnums != POSITIONS["params"] or call.with_buffers or call.create_graph:
         return False
     sizes = _sizes(call)
-    return len(sizes) == 1 and min(sizes) >= FEWEST
+    return call.asked is None and len(sizes) == 1 and min(sizes) >= FEWEST
 
 
 def _sizes(call: ModuleCall) -> set[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
-from jacfunc._modules.independent import by_samples
+from jacfunc._modules.independent import ModuleResult, jacobian_of, packed
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
-from jacfunc._modules.options import ModuleOptions, SampleOptions, batching_of, check_module
+from jacfunc._modules.options import ModuleOptions, RowOptions, batching_of, check_module
+from jacfunc._outputs import Outputs
 from jacfunc._planning import resolve
 from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
@@ -27,29 +28,7 @@ from jacfunc.strategies import Strategy
 API = "module_jacobian"
 
 
-class ModuleResult(NamedTuple):
-    """The result of ``module_jacobian(..., full_output=True)``, all of it from one evaluation.
-
-    Args:
-        jacobian: the result of the same call without ``full_output``.
-        outputs: what the module returned.
-        buffers: the buffers as the module would have left them, by name; per sample with the batch
-            in front.
-
-    Example:
-        >>> import torch, jacfunc
-        >>> model = torch.nn.BatchNorm1d(2, affine=False)
-        >>> result = jacfunc.module_jacobian(model, "inputs", full_output=True)(torch.eye(2))
-        >>> result.jacobian.shape, result.outputs.shape, result.buffers["running_mean"]
-        (torch.Size([2, 2, 2, 2]), torch.Size([2, 2]), tensor([0.0500, 0.0500]))
-    """
-
-    jacobian: Tree
-    outputs: Tree
-    buffers: dict[str, Tensor]
-
-
-class JacobianOptions(SampleOptions, total=False):
+class JacobianOptions(RowOptions, total=False):
     """What :func:`module_jacobian` takes by keyword, whatever the form of its result."""
 
     inputs: Key | Sequence[Key] | None
@@ -94,6 +73,7 @@ def module_jacobian(
     *,
     select: Select = None,
     inputs: Key | Sequence[Key] | None = None,
+    outputs: Outputs = None,
     per_sample: bool = False,
     in_dims: Tree = 0,
     flat: bool = False,
@@ -123,6 +103,12 @@ def module_jacobian(
             of the derivative. By default all that are trainable. All others are constants.
         inputs: which inputs, by position, by name, or by path (``"batch['image']"``); several give
             a tuple. By default all positional ones or, if there are none, all by keyword.
+        outputs: which outputs of a sample, or of a call as a whole; by default all. No other row is
+            swept. Numbers as a list, a ``LongTensor`` or a slice, counted through all output
+            leaves, the last dimension fastest; a ``LongTensor [B, R]`` where each sample has its
+            own; :class:`jacfunc.TopK` or :class:`jacfunc.Sampled`; or cotangents, of which rows
+            are sums of rows: ``[R, *out]``, or ``[B, R, *out]`` with each sample's own, as a
+            tensor or as a tree like the output.
         per_sample: differentiate each sample of the batch on its own, as a batch of one.
         in_dims: with ``per_sample``, the dimension of samples in the inputs, None for an input that
             all samples share, or prefix trees of these: in a tuple for positional inputs, in a dict
@@ -130,7 +116,7 @@ def module_jacobian(
             outputs and states have the samples there, too; in results they come in front.
         flat: return one matrix ``[M, N]``, per sample ``[B, M, N]``, instead of trees of blocks. It
             is written without a copy; :func:`jacfunc.param_slices` names its columns.
-        full_output: return a :class:`jacfunc.ModuleResult`: Jacobian, outputs, and the buffers as
+        full_output: return a :class:`jacfunc.ModuleResult`: Jacobian, all outputs, and buffers as
             the module would have left them.
         dtype: dtype of the result, which is converted chunk by chunk.
         device: device of the result, which is moved chunk by chunk.
@@ -161,7 +147,8 @@ def module_jacobian(
         A function of the module's own inputs, which returns for each output leaf: for ``"params"``
         a dict of blocks ``[*out, *param]`` by name; for ``"inputs"`` blocks in the tree of the
         inputs (of the only one, or a tuple); for both a tuple. Per sample, each block has the batch
-        in front, ``[B, *out, *param]``, and ``out`` and inputs are those of one sample.
+        in front, ``[B, *out, *param]``, and ``out`` and inputs are those of one sample. With
+        ``outputs`` there are R rows in the place of all output leaves, ``[R, *param]``.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a name that matches nothing, parameters
@@ -175,7 +162,9 @@ def module_jacobian(
         That of the strategy; per sample one vectorized sweep over the whole batch. To compare
         batches takes up to seven evaluations and twelve pullbacks at the first call of a kind, and
         two of each later. Where inputs hold samples elsewhere than in front, one sample and two are
-        evaluated before, once for each kind of call. Parameters that it is not differentiated by
+        evaluated before, once for each kind of call. Of R outputs R rows are pulled back, each of
+        which takes the memory of all outputs; all samples are evaluated once more where outputs
+        are chosen by value, and one for cotangents. Parameters that it is not differentiated by
         are copied, up to 64 MiB, until the module is seen only to read them. A later write into one
         raises an error: any write into parameters of 8 KiB together, which is also undone; into
         larger ones a write by an operation of torch, or one that shows in some of their numbers.
@@ -188,14 +177,23 @@ def module_jacobian(
         {'weight': (5, 2, 2, 3), 'bias': (5, 2, 2)}
         >>> jacfunc.module_jacobian(model, per_sample=True, flat=True)(torch.ones(5, 3)).shape
         torch.Size([5, 2, 8])
+        >>> labels = torch.tensor([[1], [0], [0], [1], [1]])  # one row for each sample
+        >>> jac = jacfunc.module_jacobian(model, per_sample=True, outputs=labels)
+        >>> jac(torch.ones(5, 3))["bias"][:, 0]
+        tensor([[0., 1.],
+                [1., 0.],
+                [1., 0.],
+                [0., 1.],
+                [0., 1.]])
     """
     check_flags(API, per_sample=per_sample, flat=flat, full_output=full_output)
     check_flags(API, create_graph=create_graph)
     batching = batching_of(API, per_sample, in_dims, randomness)
-    options = ModuleOptions.read(API, module, select, batching, chunk_size, memory, independent)
-    argnums, independence = argnums_of(API, wrt), options.independence
+    options = ModuleOptions.read(
+        *(API, module, select, batching, chunk_size, memory, independent), outputs=outputs
+    )
+    argnums, chosen = argnums_of(API, wrt), resolve(API, strategy, chunk_size, memory)
     by_inputs = argnums != POSITIONS["params"]
-    chosen_strategy = resolve(API, strategy, chunk_size, memory)
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         arguments = args, kwargs
@@ -203,15 +201,13 @@ def module_jacobian(
             state = options.current.now()
             if not create_graph:
                 warn_if_followed(API, module, state.point, arguments, by_inputs)
-            choice = InputChoice.of(API, module, inputs, arguments)
             sink = sink_for(API, out, flat, dtype, device, partial(read_by, module, arguments))
             call = ModuleCall(
-                API, state, arguments, argnums, choice, full_output, create_graph, independence
+                *(API, state, arguments, argnums, InputChoice.of(API, module, inputs, arguments)),
+                *(full_output, create_graph, options.independence, options.outputs),
             )
-            result = None if batching else by_samples(call, chosen_strategy, sink)
-            result = result or call.jacobian(chosen_strategy, sink, batching)
-        jacobian = result.blocks[0][0] if flat else result.jacobian()
-        return ModuleResult(jacobian, *result.value_and_aux()) if full_output else jacobian
+            result = jacobian_of(call, chosen, sink, batching)
+        return packed(result, flat, full_output)
 
     return named("module_jacobian", module, module_jacobian_of)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, wraps
 from typing import Any, ClassVar, Self, TypeAlias, TypedDict
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from jacfunc._arguments import check_chunk_size, check_flags, check_memory, check_randomness
@@ -16,6 +16,7 @@ from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._memory import Budget
 from jacfunc._modules.function import FunctionAsModule, FunctionState, check_called
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
+from jacfunc._outputs import Asked, Outputs, choice_of
 from jacfunc._remembered import Remembered
 from jacfunc._torch import inside_derivative
 from jacfunc._trees import Arguments, Split, check_batch, flatten, sample_dims
@@ -41,6 +42,12 @@ class SampleOptions(TypedDict, total=False):
     independent: Independent
 
 
+class RowOptions(SampleOptions, total=False):
+    """What the doors take that ask for rows of a Jacobian."""
+
+    outputs: Outputs
+
+
 @dataclass(frozen=True)
 class ModuleOptions:
     """A module, and what a user has said about all calls of it: read here for every door.
@@ -50,6 +57,7 @@ class ModuleOptions:
         memory: bytes that a call may take; None for no limit.
         copy: are later answers computed from copies, or else from the tensors themselves?
         stays: are all calls made at the parameters of the first, whatever becomes of the module?
+        outputs: which outputs are asked for; None for all.
     """
 
     api: str
@@ -61,6 +69,7 @@ class ModuleOptions:
     independence: Independence
     copy: bool = True
     stays: bool = False
+    outputs: Asked | None = None
     takes_functions: ClassVar[bool] = False
 
     @classmethod
@@ -77,6 +86,7 @@ class ModuleOptions:
         by_rows: bool = True,
         copy: bool = True,
         stays: bool = False,
+        outputs: Outputs | Asked = None,
     ) -> Self:
         """The options of a door, checked; for ``at_once`` and ``by_rows`` see Independence.
 
@@ -90,9 +100,13 @@ class ModuleOptions:
         if batching is not None:
             check_randomness_option(api, batching.randomness)
         few = at_once if nbytes is None else at_once or FEW_CALLS
-        independence = Independence.of(api, independent, few, by_rows)
+        by_all_rows = by_rows and outputs is None
         return cls(
-            api, module, select, batching, chunk_size, nbytes, independence, copy=copy, stays=stays
+            *(api, module, select, batching, chunk_size, nbytes),
+            Independence.of(api, independent, few, by_all_rows),
+            copy,
+            stays,
+            choice_of(api, outputs),
         )
 
     @cached_property
@@ -209,17 +223,6 @@ def dims_of_samples(
     dims = [d for d, is_leaf in zip(every_dim, split.is_chosen, strict=True) if is_leaf]
     check_batch(api, split.leaves, dims)
     return every_dim, dims
-
-
-def without_batch(api: str, output: Tensor) -> Tensor:
-    """The output of a batch of one without the batch, which a loss does not have."""
-    if output.dim() and output.shape[0] != 1:
-        raise ValueError(
-            f"{api}: per_sample needs every output to have the batch in front, got shape "
-            f"{tuple(output.shape)} for a batch of one. Use a module that transposes it, or "
-            "that returns other outputs alone."
-        )
-    return output.squeeze(0)
 
 
 def check_packed(api: str, arguments: Arguments) -> None:

@@ -1,4 +1,4 @@
-"""Where outputs hold the samples, and whether layers over the batch are called: seen by trial."""
+"""What a module does with samples, as trials tell: where outputs hold them, what they change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._lending import ModuleState
-from jacfunc._linear_map import Dims, one_sample
+from jacfunc._linear_map import Dims, Samples, one_sample
 from jacfunc._remembered import Remembered
-from jacfunc._trees import flatten, unflatten
-from jacfunc._types import Leaves, Tree
+from jacfunc._samples import Subject
+from jacfunc._trees import Arguments, flatten, map_tensors, unflatten
+from jacfunc._types import Leaves, Tree, is_differentiable
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,22 @@ class OutputDims:
 
 
 IN_FRONT = OutputDims()
+
+
+def of_one(api: str, output: Tree) -> Tree:
+    """What a module returned for a batch of one, without the batch, which a loss does not have."""
+    return map_tensors(partial(_without_batch, api), output)
+
+
+def _without_batch(api: str, output: Tensor) -> Tensor:
+    """One output without the batch."""
+    if output.dim() and output.shape[0] != 1:
+        raise ValueError(
+            f"{api}: per_sample needs every output to have the batch in front, got shape "
+            f"{tuple(output.shape)} for a batch of one. Use a module that transposes it, or "
+            "that returns other outputs alone."
+        )
+    return output.squeeze(0)
 
 
 def _dim_of(one: object, two: object, dims: list[int]) -> int:
@@ -146,7 +163,7 @@ def _note_call(called: list[str], name: str, *_: Any) -> None:
     called.append(name)
 
 
-def norms_over_batch(state: ModuleState) -> tuple[str, ...]:
+def batch_norms(state: ModuleState) -> tuple[str, ...]:
     """The names of batch normalizations that take the batch for their statistics."""
     return _norms().get_or_make(state, None, lambda: tuple(_over_batch(state)))
 
@@ -170,3 +187,35 @@ def _norms() -> Remembered[tuple[str, ...]]:
 def _unused_norms() -> Remembered[bool]:
     """Kinds of calls of a module that call none of these."""
     return Remembered()
+
+
+def subject_of(
+    state: ModuleState,
+    merge: Callable[[Leaves], Arguments],
+    in_front: Callable[[Tree], Tree],
+    samples: Samples,
+    width: int,
+    by_inputs: bool,
+) -> Subject:
+    """What is compared: a module at a batch, with all parameters but TorchScript's."""
+    values = _compared_parameters(state)
+
+    def whole(params: Leaves, leaves: Leaves) -> Leaves:
+        args, kwargs = merge(leaves)
+        with state.lent_for_evaluation(dict(zip(values, params, strict=True))):
+            output = state.module(*args, **kwargs)
+        return tuple(filter(is_differentiable, flatten(in_front(output))[0]))
+
+    params = tuple(values.values())
+    return Subject(whole, params, samples, width, by_inputs, state.as_evaluated)
+
+
+def _compared_parameters(state: ModuleState) -> dict[str, Tensor]:
+    """All differentiable parameters but TorchScript's, with the values to differentiate at."""
+    parts = [part for part in state.parts.values() if part.is_scripted]
+    scripted = {id(param) for part in parts for param in part.params.values()}
+    return {
+        name: state.point.get(name, param)
+        for name, param in state.params.items()
+        if is_differentiable(param) and id(param) not in scripted
+    }

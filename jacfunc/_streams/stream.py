@@ -16,9 +16,10 @@ from jacfunc._modules import (
     Independent,
     ModuleCall,
     ModuleOptions,
-    SampleOptions,
+    RowOptions,
     batching_of,
 )
+from jacfunc._outputs import Outputs
 from jacfunc._showing import named
 from jacfunc._streams.held import ParameterBlocks, RowBlocks
 from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
@@ -31,7 +32,7 @@ By = Literal["params", "rows", "samples"]
 Items = Iterator[tuple[Any, Tree]]
 
 
-class StreamOptions(SampleOptions, total=False):
+class StreamOptions(RowOptions, total=False):
     """What :func:`stream_jacobian` takes by keyword."""
 
     per_sample: bool
@@ -57,6 +58,7 @@ def stream_jacobian(
     by: By = "params",
     *,
     select: Select = None,
+    outputs: Outputs = None,
     per_sample: bool = False,
     in_dims: Tree = 0,
     chunk_size: int | None = None,
@@ -78,6 +80,7 @@ def stream_jacobian(
             all output leaves; no block has rows of two leaves. ``"samples"`` gives ``(slice, J)``:
             some samples, and what :func:`jacfunc.module_jacobian` returns for them.
         select: which parameters, as in :func:`jacfunc.module_jacobian`.
+        outputs: which outputs, as in :func:`jacfunc.module_jacobian`; no other row is swept.
         per_sample: differentiate each sample on its own; blocks have the batch in front.
         in_dims: the dimension of samples in the inputs, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
@@ -125,7 +128,9 @@ def stream_jacobian(
     batching = batching_of(API, per_sample, in_dims, randomness)
     at_once = (chunk_size or FEW_CALLS) if by == "samples" else None
     options = ModuleOptions.read(
-        API, module, select, batching, chunk_size, memory, independent, at_once, copy=copy
+        *(API, module, select, batching, chunk_size, memory, independent, at_once),
+        copy=copy,
+        outputs=outputs,
     )
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
@@ -138,11 +143,10 @@ def stream_jacobian(
         budget = Budget(API, options.memory)
         state, arguments = options.kept((args, kwargs), budget)
         random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
-        call = ModuleCall(API, state, arguments, independence=options.independence)
-        batch = None
-        if batching is not None:
-            call = call.with_samples(batching)
-            batch = call.batch(batching)
+        call = ModuleCall(
+            *(API, state, arguments), independence=options.independence, asked=options.outputs
+        ).with_samples(batching)
+        batch = None if batching is None else call.batch(batching)
         streamed = StreamedCall(call, batch, random_state, budget)
         return BLOCKS[by](streamed, chunk_size)
 

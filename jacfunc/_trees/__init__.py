@@ -11,6 +11,7 @@ from jacfunc._trees.in_dims import (
 from jacfunc._trees.objects import referred
 from jacfunc._trees.split import Split, kind_of, kinds_of, paths, without_settings
 from jacfunc._trees.tree import (
+    Structure,
     StructureError,
     aligned,
     broadcast_prefix,

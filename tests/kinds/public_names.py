@@ -176,6 +176,7 @@ OF_MODULES = [
     of_module(jacfunc.gradient_norms, GOALS, loss=squared),
     of_module(jacfunc.random_projection, size=2),
     of_module(jacfunc.module_operator),
+    *(Public(kind.__name__, kind, {"k": 2}, kind) for kind in (jacfunc.TopK, jacfunc.Sampled)),
     Public("param_slices", jacfunc.param_slices, {"module": MODEL}, jacfunc.param_slices),
     Public("ntk", jacfunc.ntk, {"func": MODEL, "params": None, "x1": XS}, jacfunc.ntk, FREE),
 ]

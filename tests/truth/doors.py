@@ -107,6 +107,12 @@ def whole(wrt: tuple[Any, ...], strategy: str, module: nn.Module) -> Call:
     return lambda inputs: matrix(jacobian(*inputs), widths_of(wrt, module, inputs))
 
 
+def ends(module: nn.Module) -> Call:
+    """The first and the last row of every sample."""
+    rows = jacfunc.module_jacobian(module, per_sample=True, flat=True, outputs=[0, -1])
+    return lambda inputs: rows(*inputs)
+
+
 def by_params(blocks: list[Any], widths: list[int]) -> Tensor:
     pairs = zip(blocks, widths, strict=True)
     return torch.cat([matrix(block, [width]) for block, width in pairs], 2)
@@ -256,6 +262,7 @@ DOORS = {
     for name, wrt in WRT.items()
     for strategy in ("auto", "reverse", "looped", "structured")
 }
+DOORS["rows"] = Door(ends, lambda true, _: true.params[:, [0, -1]])
 DOORS |= {
     f"stream by {by}": Door(partial(streamed, by), lambda true, _: true.params) for by in STREAMS
 }

@@ -130,8 +130,54 @@ def _of_fisher() -> list[Bad]:
     ]
 
 
+def _of_outputs() -> list[Bad]:
+    """``outputs=``, and what may be passed as such."""
+    whole, several = torch.zeros(4, 1, dtype=torch.long), torch.zeros(3, 1, dtype=torch.long)
+    options: dict[str, tuple[Any, type[Exception], str]] = {
+        "a word": ("x", TypeError, "outputs must be numbers, a slice"),
+        "a number": (1, TypeError, "outputs must be numbers, a slice"),
+        "nothing": ([], TypeError, "outputs must be numbers, a slice"),
+        "True": ([True], TypeError, "outputs must be numbers, a slice"),
+        "a class": (jacfunc.TopK, TypeError, "outputs must be numbers, a slice"),
+        "a mask": (torch.ones(2).bool(), TypeError, "outputs must be numbers or cotangents"),
+        "complex": (torch.ones(2) * 1j, TypeError, "outputs must be numbers or cotangents"),
+        "no numbers": (whole[:, :0], ValueError, r"outputs must be numbers \[R\], or \[B, R\]"),
+        "numbers in a cube": (whole[None], ValueError, r"outputs must be numbers \[R\]"),
+        "no cotangents": (torch.ones(0, 2), ValueError, "outputs must be dense cotangents"),
+        "a slice of words": (slice("a"), ValueError, "outputs must be a slice of whole numbers"),
+        "a slice of no steps": (slice(0, 2, 0), ValueError, "outputs must be a slice of whole"),
+        "an empty slice": (slice(2, 2), ValueError, "outputs must choose some of the 2 outputs"),
+        "no such output": ([2], ValueError, "outputs must be numbers from -2 to 1, for 2 outputs"),
+        "none so far back": ([-3], ValueError, "outputs must be numbers from -2 to 1"),
+        "of other samples": (several, ValueError, r"outputs \[B, R\] must be for 4 samples"),
+        "too many": (jacfunc.TopK(3), ValueError, "k of TopK must be at most the 2 outputs"),
+        "no such dim": (jacfunc.Sampled(1, dim=1), ValueError, "dim of Sampled must be a dim"),
+    }
+    doors = {door: call for door, call in DOORS.items() if door not in ALL_ROWS}
+    rows = [
+        Bad(door, f"outputs: {name}", partial(call, outputs=outputs), error, words)
+        for door, call in doors.items()
+        for name, (outputs, error, words) in options.items()
+    ]
+    for kind in (jacfunc.TopK, jacfunc.Sampled):
+        for k in (0, 1.5, True, "x"):
+            words = "k must be a positive number of outputs"
+            rows.append(Bad(kind.__name__, f"k={k}", partial(kind, k), ValueError, words))
+        words, bad = "dim must be a dimension", partial(kind, 1, dim="x")
+        rows.append(Bad(kind.__name__, "dim='x'", bad, TypeError, words))
+    seed = partial(jacfunc.Sampled, 1, seed="x")  # type: ignore[arg-type]
+    rows.append(Bad("Sampled", "seed='x'", seed, TypeError, "seed must be an int"))
+    chances = partial(jacfunc.Sampled, 1, chances="x")  # type: ignore[arg-type]
+    rows.append(Bad("Sampled", "chances='x'", chances, ValueError, "chances must be"))
+    return rows
+
+
+ALL_ROWS = {"gradient_norms", "random_projection"}
+"""Doors that can't be asked for some outputs."""
+
 ROWS = [
     *_of_fisher(),
+    *_of_outputs(),
     *(
         Bad(door, name, partial(call, **options), error, words)
         for door, call in DOORS.items()
