@@ -11,7 +11,8 @@ QUESTION = Question(
     "A Gauss-Newton matrix times a vector: by which library?",
     OURS,
     tuple(
-        case(network, 64, PRODUCT, expected_product, baseline=OURS, wanted=WANTED)
+        case(network, batch, PRODUCT, expected_product, baseline=OURS, wanted=WANTED)
         for network in (LARGE, LENET, "transformer")
+        for batch in (8, 64, 128)
     ),
 )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import shared_units
-from jacfunc._curvature.likelihoods import Drawn, Predictive
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._lending import Captured
+from jacfunc._losses import DenseColumns, Drawn, Predictive
 from jacfunc._modules import BatchOutputs
 from jacfunc._outputs import ChosenCall
 from jacfunc._types import Leaves, Tree
@@ -41,7 +42,7 @@ class LossOfChosen(Loss):
         outputs = replace(self.outputs, leaves=leaves)
         return replace(self, every=self.every.precise, outputs=outputs)
 
-    def _products(self, tangents: Leaves) -> Leaves:
+    def times_batch(self, tangents: Leaves) -> Leaves:
         # one after the other: each takes as much as all outputs
         every = [self.times(tuple(u[k] for u in tangents))[0] for k in range(len(tangents[0]))]
         return (torch.stack(every),)
@@ -62,6 +63,10 @@ class Unweighted:
         return shared_units(self.outputs.leaves)
 
     def times(self, tangents: Leaves) -> Leaves:
+        """The tangents themselves."""
+        return tangents
+
+    def times_batch(self, tangents: Leaves) -> Leaves:
         """The tangents themselves."""
         return tangents
 
@@ -90,11 +95,12 @@ def drawn_of(
     outputs: BatchOutputs,
     draws: int,
     generator: torch.Generator | None,
-) -> Drawn:
+) -> Callable[[BatchOutputs], Drawn]:
     """Gradients at drawn targets in the outputs, or in those that are asked for."""
     call = outputs.call
     every = _every(call, outputs) if isinstance(call, ChosenCall) else outputs
     drawn = predictive.drawn(api, every.tree(every.leaves), every.leaves, draws, generator)
     if not isinstance(call, ChosenCall):
-        return drawn
-    return Drawn((call.rows_of(drawn.cotangents, 2),))
+        return lambda outputs: drawn.at(outputs.leaves)
+    chosen = Drawn((DenseColumns(call.rows_of(drawn.at(every.leaves).roots, 2)),))
+    return lambda _: chosen

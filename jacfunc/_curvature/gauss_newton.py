@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Generic
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any, Generic, overload
 
 import torch
 from torch import Tensor
 
+from jacfunc._curvature.forms import MatrixProducts, block_sums, matrix_sum, square_sums
 from jacfunc._curvature.loss import OutputCurvature
-from jacfunc._curvature.products import BatchProducts
-from jacfunc._curvature.sums import NamedParts, added_up
 from jacfunc._errors import Refused
-from jacfunc._factored import add_squares, rows, written
-from jacfunc._linear_map import LinearMap, is_followed, one_by_one
+from jacfunc._linear_map import is_followed, one_by_one
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
-from jacfunc._types import Leaves, Params, product_dtype
+from jacfunc._types import Leaves, Params, Tree
+from jacfunc.operators import LinearOperator, Space
 
 
-@dataclass(frozen=True, eq=False)
-class GaussNewton(Generic[Params]):
+class GaussNewton(LinearOperator, Generic[Params]):
     """``G = Σ_b J_bᵀ H_b J_b`` at a point, each of its forms computed when it is asked for.
 
     ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
@@ -31,6 +28,9 @@ class GaussNewton(Generic[Params]):
     the batch, modes and hooks, and what was evaluated, until it is dropped. With ``copy=False`` it
     keeps the tensors themselves, and refuses to answer once they have changed. Results are detached
     from the parameters; a product is differentiable by its vector, in reverse mode.
+
+    It is a :class:`jacfunc.operators.LinearOperator`, which is its own transpose: ``G @ v`` of a
+    tree or a flat vector, ``G @ V`` of many, sums, restrictions, solvers of SciPy.
 
     Args:
         point: the module, its parameters and a batch.
@@ -52,10 +52,31 @@ class GaussNewton(Generic[Params]):
         >>> precision = G.matrix() + torch.eye(10)
         >>> torch.allclose(G.matrix().diagonal()[:8], G.diagonal()["2.weight"].flatten())
         True
+        >>> torch.allclose(G @ torch.eye(10), G.matrix(), atol=1e-6)
+        True
     """
 
-    point: ModuleAtBatch
-    curvature_of: Callable[[BatchOutputs], OutputCurvature] = field(repr=False)
+    def __init__(
+        self, point: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
+    ) -> None:
+        # not by the base: who multiplies by trees needs no spaces, which take a while
+        self.api, self.point, self.curvature_of = point.api, point, curvature_of
+
+    @cached_property
+    def domain(self) -> Space:  # type: ignore[override]
+        return Space.of(as_tree(self.point.call.state, self.point.params))
+
+    @property
+    def codomain(self) -> Space:  # type: ignore[override]
+        return self.domain
+
+    def __repr__(self) -> str:
+        return f"GaussNewton(point={self.point!r})"
+
+    @property
+    def T(self) -> GaussNewton[Params]:  # noqa: N802 (as in NumPy)
+        """The matrix itself, as it is symmetric."""
+        return self
 
     def product(self, vector: Params | Mapping[str, Tensor]) -> Params:
         """``G v``, by one product with J, one with H and one with Jᵀ; samples may be coupled.
@@ -72,10 +93,10 @@ class GaussNewton(Generic[Params]):
                 is not the transpose of what a tangent takes, by hooks or by a rule of its own.
 
         Cost:
-            At first one evaluation of the batch, one with a tangent and one pullback; at the second
-            product one more evaluation and pullback, both kept, and from then on two pullbacks
-            each. The loss comes on top, and at each of the first two products a pullback that
-            tells whether the products with J and Jᵀ are each other's transpose.
+            At first one evaluation with a tangent and one pullback (at the first point of a kind
+            two evaluations); at the second product two more pullbacks, and from then on two each.
+            Now and then one tells whether products with J and Jᵀ are each other's transpose. Of a
+            loss of torch itself no graph is made: all holds less than five times the outputs.
 
         Example:
             >>> import torch, jacfunc
@@ -84,27 +105,50 @@ class GaussNewton(Generic[Params]):
             >>> G.product({"weight": torch.tensor([[1.0, 2.0]])})
             {'weight': tensor([[1., 2.]])}
         """
-        params, api = self.point.params, self.point.api
-        tangents = tangents_of(api, self.point.call.state, vector)
+        tangents = tangents_of(self.api, self.point.call.state, vector)
+        products = self.pushforward_batch(tuple(tangent[None] for tangent in tangents))
+        return self._in_form(product[0] for product in products)
+
+    @overload
+    def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: Params | Mapping[str, Tensor]) -> Params: ...
+    def __matmul__(self, other: Any) -> Any:
+        """The product with one vector or a matrix, or the composition with an operator."""
+        is_tree = not isinstance(other, Tensor | LinearOperator)
+        return self.product(other) if is_tree else super().__matmul__(other)
+
+    def mv(self, vector: Tree) -> Any:
+        is_flat = isinstance(vector, Tensor) and vector.dim() == 1
+        if is_flat and not self.domain.is_leaf(vector):
+            return super().mv(vector)
+        return self.product(vector)
+
+    def pushforward_batch(self, tangents: Leaves) -> Leaves:
+        if not (self.point.size and tangents and len(tangents[0])):
+            return tuple(map(torch.zeros_like, tangents))
         if is_pushing():
             raise Refused(
-                f"{api}: products must be differentiated in reverse mode, got one inside forward "
-                "mode. The matrix is symmetric and constant: its product with a tangent is the "
-                "derivative."
+                f"{self.api}: products must be differentiated in reverse mode, got one inside "
+                "forward mode. The matrix is symmetric and constant: its product with a tangent is "
+                "the derivative."
             )
-        product = self._as_map() if is_followed(tangents) else self._times
         try:
-            result = product(tangents)
+            if is_followed(tangents):
+                return one_by_one(self._products.as_map(), tangents)
+            return self._products.times_batch(tangents)
         except Refused as refusal:
-            if str(refusal).startswith(f"{api}: "):
+            if str(refusal).startswith(f"{self.api}: "):
                 raise
             raise Refused(
-                f"{api}: the product must be one that torch can take, got a refusal: {refusal}. "
-                "Use diagonal(), blocks() or matrix(), which take the samples apart."
+                f"{self.api}: the product must be one that torch can take, got a refusal: "
+                f"{refusal}. Use diagonal(), blocks() or matrix(), which take the samples apart."
             ) from refusal
-        return self._in_form(dict(zip(params, result, strict=True)))
 
-    __matmul__ = product
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        return self.pushforward_batch(cotangents)
 
     def diagonal(self) -> Params:
         """The exact diagonal, from the layers' inputs and cotangents; J is never written out.
@@ -132,16 +176,8 @@ class GaussNewton(Generic[Params]):
             >>> G.diagonal()
             {'weight': tensor([[1., 1.]]), 'bias': tensor([2.])}
         """
-        params = self.point.params
-        totals: dict[str, Tensor] = {}
-
-        def add(_: torch.Size, parts: NamedParts) -> None:
-            add_squares(totals, {name: (parts[name], params[name]) for name in parts})
-
-        nbytes = sum(param.nbytes for param in params.values())
-        added_up(self.point, self._sample_curvature, add, nbytes)
-        zeros = {n: torch.zeros_like(p) for n, p in params.items() if n not in totals}
-        return self._in_form(totals | zeros)
+        sums = square_sums(self.point, self._sample_curvature)
+        return self._in_form(sums[name] for name in self.point.params)
 
     def blocks(self) -> Params:
         """The exact diagonal blocks, one a parameter.
@@ -164,22 +200,16 @@ class GaussNewton(Generic[Params]):
             tensor([[1., 0.],
                     [0., 1.]])
         """
-        params = self.point.params
-        named = params.items()
-        totals = {name: p.new_zeros((p.numel(),) * 2, dtype=product_dtype(p)) for name, p in named}
+        sums = block_sums(self.point, self._sample_curvature)
+        return self._in_form(sums[name] for name in self.point.params)
 
-        def add(_: torch.Size, parts: NamedParts) -> None:
-            for name, param_parts in parts.items():
-                for block in written(param_parts, params[name]):
-                    flat = block.reshape(-1, params[name].numel())
-                    totals[name].addmm_(flat.T, flat)
-
-        nbytes = sum(total.nbytes for total in totals.values())
-        added_up(self.point, self._sample_curvature, add, nbytes)
-        return self._in_form({name: total.to(params[name].dtype) for name, total in totals.items()})
-
-    def matrix(self) -> Tensor:
+    def matrix(self, *, chunk_size: int | None = None) -> Tensor:
         """The whole matrix ``[N, N]``; :func:`jacfunc.param_slices` names a module's columns.
+
+        Args:
+            chunk_size: so many columns at once by products, which takes samples that are coupled,
+                too. By default rows of samples are multiplied, as many at once as the options of
+                the door say.
 
         Returns:
             One symmetric matrix of all chosen parameters.
@@ -200,45 +230,19 @@ class GaussNewton(Generic[Params]):
                     [0., 1., 1.],
                     [1., 1., 2.]])
         """
-        params = self.point.params
-        diagonal = torch.cat([param.new_zeros(param.numel()) for param in params.values()])
-        total = torch.diag(diagonal.to(product_dtype(diagonal)))
+        if chunk_size is not None:
+            return super().matrix(chunk_size=chunk_size)
+        return matrix_sum(self.point, self._sample_curvature)
 
-        def add(lead: torch.Size, parts: NamedParts) -> None:
-            blocks = [
-                rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
-                for name, param in params.items()
-            ]
-            flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
-            total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
-
-        added_up(self.point, self._sample_curvature, add, total.nbytes)
-        return total.to(diagonal.dtype)
-
-    def _in_form(self, named: dict[str, Tensor]) -> Params:
-        """What there is by name, in the form of the parameters."""
+    def _in_form(self, products: Iterable[Tensor]) -> Params:
+        """What there is for each parameter, in the form in which parameters come."""
+        named = dict(zip(self.point.params, products, strict=True))
         result: Params = as_tree(self.point.call.state, named)
         return result
 
-    def _times(self, tangents: Leaves) -> Leaves:
-        """``G v = Jᵀ H J v``; zero where there are no samples, or no parameters."""
-        if not (self.point.size and tangents):
-            return tuple(map(torch.zeros_like, tangents))
-        return self._products.pulled(self._batch_curvature.times(self._products.pushed(tangents)))
-
-    def _as_map(self) -> LinearMap:
-        """The product as a map differentiable by the vector; it is its own transpose."""
-        return LinearMap(self._times, partial(one_by_one, self._times), self._as_map)
-
     @cached_property
-    def _products(self) -> BatchProducts:
-        """``J v`` and ``Jᵀ u`` of the batch."""
-        return BatchProducts(self.point)
-
-    @cached_property
-    def _batch_curvature(self) -> OutputCurvature:
-        """``H`` at the outputs of the module called with the batch."""
-        return self.curvature_of(self._products.outputs)
+    def _products(self) -> MatrixProducts:
+        return MatrixProducts(self.point, self.curvature_of)
 
     @cached_property
     def _sample_curvature(self) -> OutputCurvature:

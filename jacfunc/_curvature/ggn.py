@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from jacfunc._curvature.chosen import Unweighted, drawn_of, loss_of
+from jacfunc._curvature.forms import outputs_of
 from jacfunc._curvature.gauss_newton import GaussNewton
-from jacfunc._curvature.known_losses import check_loss
-from jacfunc._curvature.likelihoods import Likelihood, Predictive, check_draws
 from jacfunc._curvature.loss import LossFunction
 from jacfunc._lending import Captured, Select
 from jacfunc._lock import alone
+from jacfunc._losses import Likelihood, Predictive, check_draws, check_loss
 from jacfunc._modules import Batching, BatchOptions, Independent, RowOptions
 from jacfunc._outputs import Outputs
 from jacfunc._showing import named
@@ -214,7 +214,7 @@ def fisher(
         NotImplementedError: inside a transform, and a module that torch can't differentiate.
 
     Cost:
-        One evaluation, kept; then see :class:`jacfunc.GaussNewton`, with ``R = draws``.
+        One evaluation; then see :class:`jacfunc.GaussNewton`, with ``R = draws``.
 
     Example:
         >>> import torch, jacfunc
@@ -239,9 +239,8 @@ def fisher(
 
     def fisher_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         at_batch = options.at((args, kwargs), is_kept=True, keeps_all=True)
-        drawn = partial(drawn_of, "fisher", predictive, at_batch.outputs, draws, generator)
+        drawn = partial(drawn_of, "fisher", predictive, outputs_of(at_batch), draws, generator)
         with alone():
-            curvature = at_batch.budget.keep(drawn)
-        return GaussNewton(at_batch, lambda outputs: curvature)
+            return GaussNewton(at_batch, at_batch.budget.keep(drawn))
 
     return named("fisher", module, fisher_of)

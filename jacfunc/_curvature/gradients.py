@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
-from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._factored import FactoredJacobian, norms
 from jacfunc._lending import Select
+from jacfunc._losses import check_loss
 from jacfunc._modules import Batching, BatchOptions, Independent
 from jacfunc._showing import named
 from jacfunc._types import Leaves, Memory, Randomness, Tree

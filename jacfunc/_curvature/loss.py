@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
-from jacfunc._curvature.known_losses import is_known, known_root
 from jacfunc._lending import Captured
 from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_alias, map_of_graph
 from jacfunc._log import note
+from jacfunc._losses import SecondDerivative, known_formula
 from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
 from jacfunc._torch import as_written, noise_like, recording
@@ -36,6 +36,10 @@ class OutputCurvature(Protocol):
 
     def times(self, tangents: Leaves) -> Leaves:
         """``H u``, ``[B, *out]``."""
+        ...
+
+    def times_batch(self, tangents: Leaves) -> Leaves:
+        """``H u`` of K vectors, ``[K, B, *out]``."""
         ...
 
 
@@ -66,7 +70,7 @@ class Loss:
 
     def gradient(self) -> Leaves:
         """The gradient in the outputs, ``[B, *out]``."""
-        if is_known(self.func):  # and so needs no watch
+        if self._formula is not None:  # and so needs no watch
             with recording():
                 return self._gradient(*self.outputs.leaves, differentiated=False)[0]
         operator = JacobianOperator(self, self.outputs.leaves)
@@ -87,7 +91,7 @@ class Loss:
             outputs = replace(self.outputs, leaves=leaves)
             return replace(self, outputs=outputs, targets=targets).gradient()
 
-        if size and not (is_known(self.func) and self.outputs.are_in_front):
+        if size and self._formula is None:
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
     def _gradient(self, *leaves: Tensor, differentiated: bool = True) -> tuple[Leaves, Leaves]:
@@ -108,13 +112,16 @@ class Loss:
 
     def times(self, tangents: Leaves) -> Leaves:
         """``H u``, ``[B, *out]``: as H is symmetric, its product is a pullback of the gradient."""
+        return self._times(tangents, lambda: self._of_gradient.pullback(tangents))
+
+    def times_batch(self, tangents: Leaves) -> Leaves:
+        """``H u`` of K vectors, ``[K, B, *out]``."""
+        return self._times(tangents, lambda: self._of_gradient.pullback_batch(tangents))
+
+    def _times(self, tangents: Leaves, by_pullback: Callable[[], Leaves]) -> Leaves:
         self._check_captured()
         with torch.no_grad():
-            return self._of_gradient.pullback(tangents)
-
-    def _products(self, tangents: Leaves) -> Leaves:
-        """``H u`` for K tangents at once, ``[K, B, *out]``."""
-        return self._of_gradient.pullback_batch(tangents)
+            return (self._fitting.times(*tangents),) if self._fitting else by_pullback()
 
     def _check_captured(self) -> None:
         """Raise ValueError if what the loss closes over has changed since the call."""
@@ -144,16 +151,26 @@ class Loss:
         # contiguous, or a matrix product with a weight would take them one after the other
         return as_leaves(columns.permute(2, 0, 1).contiguous(), self.outputs.leaves)
 
+    @cached_property
+    def _formula(self) -> SecondDerivative | None:
+        """The second derivative by a formula, where one is known."""
+        if not self.outputs.are_in_front:
+            return None
+        return known_formula(self.func, self.outputs.tree(self.outputs.leaves), self.targets)
+
+    @cached_property
+    def _fitting(self) -> SecondDerivative | None:
+        """The formula, for targets that the loss itself takes: it raises for others."""
+        if self._formula is not None:
+            self(*self.outputs.leaves)
+        return self._formula
+
     def _known(self) -> tuple[Tensor, float] | None:
         """Columns ``[B, M, R]`` by a formula, if one is known, and what squares are negligible."""
-        if not (is_known(self.func) and self.outputs.are_in_front):
-            return None
-        outputs = self.outputs.tree(self.outputs.leaves)
         with torch.no_grad():
-            self(*self.outputs.leaves)  # which raises for targets that do not fit
-            columns = known_root(self.func, outputs, self.targets)
-            if columns is None:
-                return None
+            columns = None if self._fitting is None else self._fitting.roots()
+        if columns is None:
+            return None
         rounding = torch.finfo(columns.dtype).eps * columns.shape[1]
         return columns, rounding * float(columns.square().amax())
 
@@ -195,7 +212,7 @@ class Loss:
         pairs = zip(shared_units(leaves), noise, strict=True)
         seeds = tuple(torch.cat((units, x.unsqueeze(0))) for units, x in pairs)
         with torch.no_grad():
-            products = in_a_row(self._products(seeds)).transpose(0, 1)
+            products = in_a_row(self.times_batch(seeds)).transpose(0, 1)
         # torch has no eigenvectors in half precision
         products = products.to(torch.promote_types(products.dtype, torch.float32))
         vector = in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)

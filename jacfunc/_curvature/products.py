@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall, OfCalls
-from jacfunc._errors import RANDOM, Refused
-from jacfunc._factored import FactoredJacobian
+from jacfunc._curvature.whole_batch import (
+    by_samples,
+    check_shapes,
+    multiplied,
+    pushed_batch_on_graph,
+    pushed_on_graph,
+    pushing_operator,
+    split,
+)
+from jacfunc._errors import RANDOM, Refused, is_out_of_memory
 from jacfunc._linear_map import (
     JacobianOperator,
     check_agreement,
     check_transpose,
     chosen_leaves,
-    narrowed,
     nonzero_numbers,
+    one_by_one,
 )
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
 from jacfunc._torch import RandomState, noise_like
-from jacfunc._types import LeafFunction, Leaves
+from jacfunc._types import Leaves
 
 NOT_TRANSPOSED = (
     "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
@@ -32,11 +41,16 @@ NOT_TRANSPOSED = (
 )
 
 
+Way: TypeAlias = Callable[["BatchProducts", Leaves], Leaves]
+"""A way to take ``J v``."""
+
+
 class BatchProducts:
     """``J v`` and ``Jᵀ u`` of all outputs of the batch.
 
-    The first ``J v`` is a pushforward. For the second, the graph of ``Jᵀ u``, which is linear in u,
-    is made and kept: its pullback is ``J v``, and needs no new evaluation as a pushforward does.
+    The first ``J v`` is a pushforward: by the evaluation that keeps the graph, if an earlier call
+    of this kind has shown nothing to watch for, else by one before it. For the second, the graph of
+    ``Jᵀ u``, which is linear in u, is made and kept: its pullback is ``J v``.
 
     A backward pass of the user's own, or one with hooks, may not be the transpose of the forward
     pass, or not be differentiable in u. So ``J v`` is compared with ``Jᵀ u`` for a random u, at the
@@ -46,42 +60,62 @@ class BatchProducts:
 
     def __init__(self, at_batch: ModuleAtBatch) -> None:
         flat = at_batch.call.flat_call()
-        calls: list[FlatCall] = [flat]
-        is_strict = at_batch.batch.samples.randomness == "error"
-        func = flat if is_strict else OfCalls(by_samples(at_batch, calls), flat.state)
-        # primals require gradients for the graph of Jᵀ u alone
-        self._pulling = JacobianOperator(
-            func, tuple(primal.detach().requires_grad_() for primal in flat.primals)
-        )
+        self._calls: list[FlatCall] = [flat]
+        self._is_strict = at_batch.batch.samples.randomness == "error"
+        vmapped = OfCalls(by_samples(at_batch, self._calls), flat.state)
+        func = flat if self._is_strict else vmapped
+        self._plain = JacobianOperator(func, tuple(map(Tensor.detach, flat.primals)))
+        self._pulling = self._plain
         self._at_batch, self._state = at_batch, flat.state
         # no bound methods: they would make a cycle, which keeps the module and the batch alive
-        self._ways = [
+        self._ways: list[Way] = [
             BatchProducts._pushed_forward,
             BatchProducts._pushed_on_graph,
             BatchProducts._multiplied_by_rows,
         ]
-        with at_batch.undisturbed():
-            self._pulling.rewind_generators()
-            before = RandomState(at_batch.batch.samples.leaves)
-            leaves, extras = self._pulling.image()
-            if is_strict and before.has_changed():
-                at_batch.batch.check_randomness(Refused(RANDOM))
-        for out in leaves:
-            if not out.dim() or out.shape[0] != at_batch.size:
-                raise ValueError(
-                    f"{at_batch.api}: every output must have the batch in front, got shape "
-                    f"{tuple(out.shape)} for a batch of {at_batch.size}. Use a module that "
-                    "transposes it, or that returns other outputs alone; a lone sample needs a "
-                    "batch of one."
-                )
-        _check_shapes(at_batch, leaves)
-        self.outputs = BatchOutputs(leaves, extras, calls[-1], at_batch.call.output_dims)
+        self._outputs: BatchOutputs | None = None
+        self._trial: Leaves | None = None
+        """``Jᵀ u`` of a random u."""
+        self._is_compared = False
+
+    @property
+    def outputs(self) -> BatchOutputs:
+        """What the module returns for the batch, evaluated with a graph."""
+        # no cached_property: until Python 3.12 one lock of all instances is held meanwhile, and a
+        # thread that waits for it may hold the lock that an evaluation waits for
+        if self._outputs is None:
+            with self._at_batch.undisturbed():
+                self._outputs = self._evaluated_outputs()
+        return self._outputs
+
+    def _evaluated_outputs(self) -> BatchOutputs:
+        at_batch = self._at_batch
+        leaves, extras = self._evaluated(self._pulling)
+        check_shapes(at_batch, leaves)
+        return BatchOutputs(leaves, extras, self._calls[-1], at_batch.call.output_dims)
+
+    def _evaluated(self, operator: JacobianOperator) -> tuple[Leaves, Leaves]:
+        """Its outputs and extras, of samples that draw as the options say."""
+        operator.rewind_generators()
+        before = RandomState(self._at_batch.batch.samples.leaves)
+        image = operator.image()
+        if self._is_strict and before.has_changed():
+            self._at_batch.batch.check_randomness(Refused(RANDOM))
+        return image
 
     def pulled(self, cotangents: Leaves) -> Leaves:
         """``Jᵀ u``, ``[*param]``."""
         with self._at_batch.undisturbed(), self._in_words():
             of = nonzero_numbers(cotangents)
-            return self._pulling.pullback(chosen_leaves(cotangents, of), of)
+            chosen = chosen_leaves(cotangents, of)
+            return self._on_graph(lambda pulling: pulling.pullback(chosen, of))
+
+    def pulled_batch(self, cotangents: Leaves) -> Leaves:
+        """``Jᵀ u`` of K vectors, ``[K, *param]``."""
+        with self._at_batch.undisturbed(), self._in_words():
+            of = nonzero_numbers(cotangents)
+            chosen = chosen_leaves(cotangents, of)
+            return self._on_graph(lambda pulling: pulling.pullback_batch(chosen, of))
 
     def pushed(self, tangents: Leaves) -> Leaves:
         """``J v``, ``[B, *out]``."""
@@ -91,13 +125,31 @@ class BatchProducts:
                 try:
                     products = way(self, tangents)
                 except Refused as refusal:
-                    note("J v takes another way: %s", refusal)
-                    self._ways = others
+                    self._leave(way, refusal)
                     continue
                 if way is BatchProducts._pushed_forward:  # for the next, the graph pays
                     self._ways = [others[0], way, *others[1:]]
                 return products
             return self._ways[0](self, tangents)
+
+    def pushed_batch(self, tangents: Leaves) -> Leaves:
+        """``J v`` of K vectors, ``[K, B, *out]``, at once where there is a graph for it."""
+        on_graph = BatchProducts._pushed_on_graph
+        if on_graph in self._ways:
+            with self._at_batch.undisturbed(), self._in_words():
+                try:
+                    self._compare_graph()
+                    return self._on_graph(partial(pushed_batch_on_graph, tangents=tangents))
+                except Refused as refusal:
+                    self._leave(on_graph, refusal)
+        return one_by_one(self.pushed, tangents)
+
+    def _leave(self, way: Way, refusal: Refused) -> None:
+        """Try this way no more."""
+        if str(refusal).startswith(f"{self._at_batch.api}: "):  # of the module, whichever the way
+            raise refusal
+        note("J v takes another way: %s", refusal)
+        self._ways = [other for other in self._ways if other is not way]
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -105,6 +157,8 @@ class BatchProducts:
         try:
             yield
         except Refused as refusal:
+            if str(refusal).startswith(f"{self._at_batch.api}: "):
+                raise
             raise Refused(
                 f"{self._at_batch.api}: products need a module whose J v and Jᵀ u torch can take, "
                 f"got a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no "
@@ -113,48 +167,76 @@ class BatchProducts:
 
     def _check(self, products: Leaves, tangents: Leaves) -> None:
         """Raise Refused unless ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, for a random u and the tangents v."""
-        cotangents, pulled = self._trial
-        check_transpose(cotangents, products, pulled, tangents, NOT_TRANSPOSED)
-
-    @cached_property
-    def _trial(self) -> tuple[Leaves, Leaves]:
-        """A random u, and ``Jᵀ u``."""
-        cotangents = noise_like(self.outputs.leaves, seed=1)
-        return cotangents, self._pulling.pullback(cotangents)
+        cotangents = noise_like(self.outputs.leaves, seed=1)  # not kept: it may be large
+        if self._trial is None:
+            self._trial = self._on_graph(lambda pulling: pulling.pullback(cotangents))
+        check_transpose(cotangents, products, self._trial, tangents, NOT_TRANSPOSED)
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
         """``J v`` by a pushforward."""
-        pushing = self._pulling.unevaluated()
-        with torch.no_grad():  # results are detached
-            products = pushing.pushforward(tangents)
-        check_agreement(self.outputs.leaves, pushing.outputs)
-        self._now_and_then("forward", lambda: self._check(products, tangents))
+        products = None if self._outputs else self._pushed_at_once(tangents)
+        if products is None:
+            self._plain.rewind_generators()
+            pushing = self._plain.unevaluated()
+            with torch.no_grad():  # results are detached
+                products = pushing.pushforward(tangents)
+            check_agreement(self.outputs.leaves, pushing.outputs)
+            del pushing  # and outputs with it, which may be large
+        pushed = products
+        self._now_and_then("forward", lambda: self._check(pushed, tangents))
         return products
+
+    def _pushed_at_once(self, tangents: Leaves) -> Leaves | None:
+        """``J v`` by the evaluation that keeps the graph, in calls of a kind that needs no watch.
+
+        None for other kinds, and where it fails: then two evaluations say why.
+        """
+        if (made := pushing_operator(self._plain, tangents)) is None:
+            return None
+        pulling, products = made
+        try:
+            self._evaluated(pulling)
+        except Exception as error:  # of torch's forward mode, or of the module itself
+            if is_out_of_memory(error):
+                raise
+            note("J v takes an evaluation of its own: %s", error)
+            split(self._plain.func)
+            return None
+        pulling.func = self._plain.func  # the other one holds the tangents
+        self._pulling = pulling
+        self._calls[0].forget_outputs()
+        _ = self.outputs
+        return tuple(products)
 
     def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
         """``J v`` by the pullback of ``Jᵀ u``."""
-        return self._transposed.pullback(tangents)
+        self._compare_graph()
+        return self._on_graph(partial(pushed_on_graph, tangents=tangents))
 
-    @cached_property
-    def _transposed(self) -> JacobianOperator:
-        """``Jᵀ u`` as a function of u, evaluated, whose graph is kept."""
-        pulling = self._pulling.unevaluated()
-        with torch.enable_grad():
-            pulling.image()
-        check_agreement(self.outputs.leaves, pulling.outputs)
-        zeros = tuple(map(torch.zeros_like, self.outputs.leaves))
-        transposed = JacobianOperator(lambda *u: (pulling.pullback(u), ()), zeros)
+    def _compare_graph(self) -> None:
+        """Compare products on the graph with pullbacks, once for this point."""
+        if not self._is_compared:
+            vector = noise_like(self._plain.primals, seed=2)
+            products = partial(self._on_graph, partial(pushed_on_graph, tangents=vector))
+            self._now_and_then("on graph", lambda: self._check(products(), vector))
+            self._is_compared, self._trial = True, None
 
-        def check() -> None:
-            tangents = noise_like(self._pulling.primals, seed=2)
-            self._check(transposed.pullback(tangents), tangents)
-
-        self._now_and_then("on graph", check)
-        return transposed
+    def _on_graph(self, sweep: Callable[[JacobianOperator], Leaves]) -> Leaves:
+        """A sweep of the graph; of a plain evaluation, where one with tangents left none for it."""
+        try:
+            return sweep(self._pulling)
+        except Refused as refusal:
+            if self._pulling is self._plain:
+                raise
+            note("the graph is that of an evaluation without tangents: %s", refusal)
+        split(self._plain.func)
+        self._pulling = self._plain
+        check_agreement(self.outputs.leaves, self._plain.outputs)
+        return sweep(self._plain)
 
     def _multiplied_by_rows(self, tangents: Leaves) -> Leaves:
         """``J v`` from rows of every sample's J, which are pulled back as factors."""
-        pieces = self._at_batch.pieces(lambda _, jacobian: _multiplied(jacobian, tangents))
+        pieces = self._at_batch.pieces(lambda _, jacobian: multiplied(jacobian, tangents))
         products = stack(pieces, self._at_batch.size)
         self._now_and_then("by rows", lambda: self._check(products, tangents))
         return products
@@ -162,57 +244,3 @@ class BatchProducts:
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
         """Run a check at the first calls of this kind, and then at fewer and fewer."""
         now_and_then(self._state, ("J v", way, self._at_batch.batch.kind.kind), check)
-
-
-def _multiplied(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:
-    """Every sample's J, a row after the other, times tangents of the parameters."""
-    products, vector = [], torch.cat([v.flatten() for v in tangents])
-    for number, out in enumerate(jacobian.outputs):
-        columns = []
-        for row in range(out[0].numel()):
-            blocks = jacobian.rows(row, row + 1, number)
-            flat = torch.cat([block.flatten(2) for block in blocks], 2)
-            columns.append(flat @ vector)
-        products.append(torch.cat(columns, 1).reshape(out.shape))
-    return tuple(products)
-
-
-def _check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
-    """Raise ValueError if the shape of a sample's outputs depends on the size of the batch."""
-    if at_batch.size == 1 or not any(at_batch.size in out.shape[1:] for out in outputs):
-        return
-    call, batch = at_batch.call, at_batch.batch
-    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, at_batch.size - 1)
-    flat = call.flat_call(fewer)
-    with at_batch.undisturbed():
-        try:
-            fewer_outputs, _ = flat(*map(Tensor.clone, flat.primals))
-        except Exception as error:  # a module may take batches of one size
-            note("whether outputs have a dimension of other samples was not seen: %s", error)
-            return
-    for out, smaller in zip(outputs, fewer_outputs, strict=True):
-        if out.shape[1:] != smaller.shape[1:]:
-            raise ValueError(
-                f"{at_batch.api}: outputs of a sample must have the same shape in every batch, got "
-                f"shape {tuple(out.shape)} for {at_batch.size} samples and {tuple(smaller.shape)} "
-                f"for {at_batch.size - 1}. Use a module that returns what belongs to each sample."
-            )
-
-
-def by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
-    """The module as a function of its parameters that calls it for each sample, under vmap.
-
-    ``calls`` then holds the call of a sample.
-    """
-    batch = at_batch.batch
-
-    def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
-        call = batch.call_of(data)
-        outputs, extras = call(*params)
-        calls[:] = [call]
-        return outputs, extras
-
-    def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
-        return batch.samples.map(of_one, params, [None] * len(params))
-
-    return of_all

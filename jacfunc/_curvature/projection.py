@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import Places, shared_units, stack
-from jacfunc._curvature.known_losses import check_loss
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._curvature.signs import SignMatrix, projected
 from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
+from jacfunc._losses import check_loss
 from jacfunc._memory import DRAWN_BYTES
 from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch, SampleOptions
 from jacfunc._showing import named

@@ -13,7 +13,12 @@ from jacfunc._faults.backward import (
 from jacfunc._faults.callers import TAKES_DERIVATIVES
 from jacfunc._faults.forward import ForwardWatch, PushContext
 from jacfunc._faults.lookups import apart
-from jacfunc._faults.nested import NestedWatch, check_stays_in_torch, watched_once
+from jacfunc._faults.nested import (
+    NestedWatch,
+    check_stays_in_torch,
+    is_unwatched,
+    watched_once,
+)
 from jacfunc._faults.operations import FREEZING
 from jacfunc._faults.torchscript import check_scripted
 from jacfunc._faults.watch import Watch, handled, is_watching

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from types import BuiltinFunctionType
 from typing import Any
@@ -113,6 +113,12 @@ def _watched_once(
     if is_known and not (watch.stays_watched or draws or any(map(_may_catch, call.functions))):
         unwatched().put(version, kind, shares)
     return outputs, extras
+
+
+def is_unwatched(call: Any, around: Hashable) -> bool:
+    """Has an earlier call of this kind, for the same pullback, shown nothing to watch for?"""
+    _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
+    return version is not None and unwatched().get(version, (kind, around)) is not None
 
 
 def check_stays_in_torch(

@@ -24,6 +24,7 @@ from jacfunc._linear_map.linearization import (
     one_by_one,
 )
 from jacfunc._linear_map.operator import JacobianOperator, check_numbers
+from jacfunc._linear_map.push import push_on_graph
 from jacfunc._linear_map.samples import (
     Dims,
     SampleFunction,

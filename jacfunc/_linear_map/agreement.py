@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ kernel may add up in the order in which threads come, and two evaluations may us
 
 TRANSPOSE_ROUNDING = 0.4
 """An inner product errs by less than this power of a dtype's precision, relative to its terms."""
+
+
+TERMS_AT_ONCE = 2**18
+"""Of so many numbers terms of an inner product exist at once."""
 
 
 def check_agreement(
@@ -88,18 +93,36 @@ def check_transpose(
         Refused: if they do.
     """
     with torch.no_grad():
-        left, right = _terms(cotangents, products), _terms(pulled, tangents)
-        scale = float(left.norm() + right.norm())
-        error = abs(float(left.sum() - right.sum()))
+        left, right = _inner_product(cotangents, products), _inner_product(pulled, tangents)
+    scale, error = left.norm + right.norm, abs(left.sum - right.sum)
     if error > scale * _precision((*cotangents, *products, *tangents)) ** TRANSPOSE_ROUNDING:
         raise Refused(refusal)
 
 
-def _terms(lefts: Leaves, rights: Leaves) -> Tensor:
-    """The terms of an inner product, in single precision at least."""
-    pairs = zip(lefts, rights, strict=True)
-    dtype = torch.float32
-    return torch.cat([(x.to(torch.promote_types(x.dtype, dtype)) * y).flatten() for x, y in pairs])
+class _Terms(NamedTuple):
+    """The sum of the terms of an inner product, and their norm."""
+
+    sum: float
+    norm: float
+
+
+def _inner_product(lefts: Leaves, rights: Leaves) -> _Terms:
+    """Of all leaves, in single precision at least: small ones at once, of others some rows."""
+    total, squares, small = 0.0, 0.0, []
+    for x, y in zip(lefts, rights, strict=True):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if x.numel() <= TERMS_AT_ONCE:
+            small.append((x.to(dtype) * y).flatten())
+            continue
+        count = max(1, TERMS_AT_ONCE * len(x) // x.numel())
+        for rows, others in zip(x.split(count), y.split(count), strict=True):
+            terms = rows.to(dtype) * others
+            total += float(terms.sum())
+            squares += float(terms.norm()) ** 2
+    if small:
+        terms = torch.cat(small)
+        total, squares = total + float(terms.sum()), squares + float(terms.norm()) ** 2
+    return _Terms(total, squares**0.5)
 
 
 def _precision(leaves: Leaves) -> float:

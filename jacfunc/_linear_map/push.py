@@ -12,6 +12,7 @@ from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, is_of_old_style, lacks_forward_rule
 from jacfunc._faults import ForwardWatch, PushContext, check_stays_in_torch
 from jacfunc._linear_map.linearization import batched_like
+from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
 from jacfunc._torch import (
     MathAttention,
@@ -45,6 +46,23 @@ def pushforward(
     return _push(func, primals, batched_like(tangents, primals), outer_vmaps)
 
 
+def push_on_graph(
+    func: LeafFunction, copies: Leaves, tangents: Leaves
+) -> tuple[Leaves, Leaves, Leaves]:
+    """Outputs, products of the tangents and extras of an evaluation whose graph is kept.
+
+    The graph is that of the outputs, from ``copies`` of primals that require gradients. Products
+    are constants to it: nobody may differentiate them.
+
+    Raises:
+        Refused: as :func:`pushforward`.
+    """
+    own = tuple(tangent.clone() for tangent in tangents)
+    with alone():
+        outputs, products, extras = _watched(func, copies, copies, own, PushContext(0, False))
+    return outputs, tuple(product.detach() for product in products), extras
+
+
 def _push(
     func: LeafFunction, primals: Leaves, tangents: Leaves, outer_vmaps: int
 ) -> tuple[Leaves, Leaves, Leaves]:
@@ -55,7 +73,19 @@ def _push(
     keep_heap()
     # grad mode is on, so that the watch sees where the function turns it off
     released = not torch.is_grad_enabled() and not inside_derivative()
-    grad_mode = torch.enable_grad() if released else nullcontext()
+    with torch.enable_grad() if released else nullcontext():
+        around = PushContext(outer_vmaps, not released)
+        pushed = _watched(func, copies, primals, tangents, around)
+    if not released:
+        return pushed
+    outputs, products, extras = map(off_graph, pushed)
+    return outputs, products, extras
+
+
+def _watched(
+    func: LeafFunction, copies: Leaves, primals: Leaves, tangents: Leaves, around: PushContext
+) -> tuple[Leaves, Leaves, Leaves]:
+    """A push of tangents of the copies under the watch of forward mode."""
     constants: list[int] = []
 
     def noting(*inner: Tensor) -> tuple[Leaves, Leaves]:
@@ -65,8 +95,7 @@ def _push(
         return outputs, extras
 
     try:
-        around = PushContext(outer_vmaps, not released)
-        with grad_mode, ForwardWatch(around) as watch, MathAttention():
+        with ForwardWatch(around) as watch, MathAttention():
             pushed = _jvp(noting, copies, tangents)
         watch.check_copies(primals)
         if constants:
@@ -77,10 +106,7 @@ def _push(
         if lacks_forward_rule(error) or is_of_old_style(error):
             raise Refused("torch has no forward mode for it; use strategy=Reverse()") from error
         raise
-    if not released:
-        return pushed
-    outputs, products, extras = map(off_graph, pushed)
-    return outputs, products, extras
+    return pushed
 
 
 def _jvp(func: LeafFunction, primals: Leaves, tangents: Leaves) -> tuple[Leaves, Leaves, Leaves]:

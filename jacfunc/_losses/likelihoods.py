@@ -12,38 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jacfunc._assembly import in_a_row
-from jacfunc._curvature.known_losses import TorchLoss
+from jacfunc._losses.drawn import ClassColumns, Columns, ColumnsAt, DenseColumns, Draws, Moved
+from jacfunc._losses.torch_losses import TorchLoss
 from jacfunc._types import Leaves, product_dtype
 
 Name: TypeAlias = Literal["categorical", "gaussian", "bernoulli"]
 Likelihood: TypeAlias = Name | Callable[..., Tensor]
 """A likelihood by name, or a loss of torch that is minus the logarithm of one."""
 
-Score: TypeAlias = Callable[[str, Tensor, int, torch.Generator | None], Tensor]
-"""Draws R targets for outputs, and returns the gradients of ``-log p``, ``[R, B, *out]``."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Gradients of log likelihoods at targets drawn from the module's own predictions."""
-
-    cotangents: Leaves
-    """The gradients, ``[R, B, *out]``."""
-
-    @property
-    def roots(self) -> Leaves:
-        """Columns of ``S`` with ``H = S Sᵀ``: the gradients themselves."""
-        return self.cotangents
-
-    def times(self, tangents: Leaves) -> Leaves:
-        """``H u = S (Sᵀ u)``, ``[B, *out]``."""
-        pairs = list(zip(self.cotangents, tangents, strict=True))
-        along = sum((in_a_row((s,)) * in_a_row((u.unsqueeze(0),))).sum(2) for s, u in pairs)
-        assert isinstance(along, Tensor)
-        return tuple(
-            (s * along.reshape(*along.shape, *(1,) * (s.dim() - 2))).sum(0) for s, _ in pairs
-        )
+Score: TypeAlias = Callable[[str, Tensor, int, torch.Generator | None, float], ColumnsAt]
+"""Draws R targets for outputs, at which the gradients of ``-log p`` are scaled by a number."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +69,8 @@ class Predictive:
 
     def drawn(
         self, api: str, outputs: Any, leaves: Leaves, draws: int, generator: torch.Generator | None
-    ) -> Drawn:
-        """Draw targets, and return the gradients of ``-log p`` in the outputs.
+    ) -> Draws:
+        """Draw targets, of which the gradients of ``-log p`` in the outputs are columns.
 
         Args:
             outputs: what the module returns.
@@ -103,9 +81,8 @@ class Predictive:
                 f"{api}: with {self.loss} the module must return one tensor, got "
                 f"{type(outputs).__name__}. Return what the loss is given."
             )
-        scores = [self.score(api, out, draws, generator) for out in leaves]
         scale = 1.0 / math.sqrt(draws * max(1, self.terms(leaves[0])))  # there may be no samples
-        return Drawn(tuple(score * scale for score in scores))
+        return Draws(tuple(self.score(api, out, draws, generator, scale) for out in leaves))
 
 
 def check_draws(api: str, draws: object, generator: object) -> None:
@@ -153,6 +130,10 @@ def _one(outputs: Tensor) -> int:
     return 1
 
 
+def _rows(outputs: Tensor) -> int:
+    return outputs[:, 0].numel() if outputs.dim() > 1 else 1
+
+
 def _of_loss(loss: TorchLoss) -> tuple[Score, Callable[[Tensor], int]] | None:
     rows = (row for row in _BY_LOSS if row[0] is loss.function)
     return next(((score, terms) for _, score, terms in rows), None)
@@ -166,8 +147,14 @@ def _in_words(likelihood: object) -> str:
 
 
 def _categorical(
-    api: str, logits: Tensor, draws: int, generator: torch.Generator | None, *, dim: int = -1
-) -> Tensor:
+    api: str,
+    logits: Tensor,
+    draws: int,
+    generator: torch.Generator | None,
+    scale: float,
+    *,
+    dim: int = -1,
+) -> ColumnsAt:
     """The gradients ``softmax - onehot``; the classes are in one dimension of the outputs."""
     if logits.dim() < 2:
         where = "likelihood='categorical' the last dimension"
@@ -178,35 +165,47 @@ def _categorical(
         )
     chances = logits.movedim(dim, -1).softmax(-1)
     classes = torch.multinomial(chances.flatten(0, -2), draws, True, generator=generator)
-    targets = classes.t().reshape(draws, *chances.shape[:-1])
-    hits = torch.zeros_like(chances).expand(draws, *chances.shape)
-    gradients = chances - hits.scatter(-1, targets.unsqueeze(-1), 1.0)
-    return gradients if dim < 0 else gradients.movedim(-1, dim + 1)
+    classes = classes.view(*chances.shape[:-1], draws)
+
+    def at(logits: Tensor) -> Columns:
+        columns = ClassColumns(logits.movedim(dim, -1), classes, scale)
+        return columns if dim < 0 else Moved(columns, dim)
+
+    return at
+
+
+def _written(
+    gradients: Callable[[Tensor, int, torch.Generator | None], Tensor],
+) -> Score:
+    """A score of which all gradients are kept."""
+
+    def score(
+        api: str, outputs: Tensor, draws: int, generator: torch.Generator | None, scale: float
+    ) -> ColumnsAt:
+        columns = DenseColumns(gradients(outputs, draws, generator).mul_(scale))
+        return lambda _: columns
+
+    return score
 
 
 def _gaussian(
-    api: str,
-    mean: Tensor,
-    draws: int,
-    generator: torch.Generator | None,
-    *,
-    variance: float = 1.0,
+    mean: Tensor, draws: int, generator: torch.Generator | None, *, variance: float = 1.0
 ) -> Tensor:
     """The gradients ``(mean - target) / variance``."""
     noise = torch.randn(
         (draws, *mean.shape), generator=generator, dtype=mean.dtype, device=mean.device
     )
-    return noise / math.sqrt(variance)
+    return noise.div_(math.sqrt(variance))
 
 
-def _bernoulli(api: str, logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+def _bernoulli(logits: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
     """The gradients ``sigmoid - target``, exact where a chance is almost one."""
     scores = logits.to(product_dtype(logits)).expand(draws, *logits.shape)
     hits = torch.bernoulli(scores.sigmoid(), generator=generator) == 1
     return torch.where(hits, -(-scores).sigmoid(), scores.sigmoid()).to(logits.dtype)
 
 
-def _poisson(api: str, logs: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
+def _poisson(logs: Tensor, draws: int, generator: torch.Generator | None) -> Tensor:
     """The gradients ``rate - target``; outputs are the logarithms of rates."""
     rates = logs.to(product_dtype(logs)).exp().expand(draws, *logs.shape)
     return (rates - torch.poisson(rates, generator=generator)).to(logs.dtype)
@@ -214,13 +213,13 @@ def _poisson(api: str, logs: Tensor, draws: int, generator: torch.Generator | No
 
 _BY_NAME: Mapping[str, Score] = {
     "categorical": _categorical,
-    "gaussian": _gaussian,
-    "bernoulli": _bernoulli,
+    "gaussian": _written(_gaussian),
+    "bernoulli": _written(_bernoulli),
 }
 _BY_LOSS: tuple[tuple[Any, Score, Callable[[Tensor], int]], ...] = (
-    (F.cross_entropy, partial(_categorical, dim=1), lambda out: out.numel() // out.shape[1]),
-    (F.mse_loss, partial(_gaussian, variance=0.5), Tensor.numel),
-    (F.binary_cross_entropy_with_logits, _bernoulli, Tensor.numel),
-    (F.poisson_nll_loss, _poisson, Tensor.numel),
+    (F.cross_entropy, partial(_categorical, dim=1), _rows),
+    (F.mse_loss, _written(partial(_gaussian, variance=0.5)), Tensor.numel),
+    (F.binary_cross_entropy_with_logits, _written(_bernoulli), Tensor.numel),
+    (F.poisson_nll_loss, _written(_poisson), Tensor.numel),
 )
 """Losses, draws from their likelihoods, and over how many terms they take the mean."""

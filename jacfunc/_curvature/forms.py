@@ -1,0 +1,155 @@
+"""The Gauss-Newton matrix by products of the whole batch, and by sums over its samples.
+
+Of the samples the columns of ``Jᵀ S`` are taken as parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._assembly import numel
+from jacfunc._curvature.loss import OutputCurvature
+from jacfunc._curvature.products import BatchProducts
+from jacfunc._errors import is_out_of_memory
+from jacfunc._factored import FactoredJacobian, Part, add_squares, rows, written
+from jacfunc._linear_map import LinearMap, one_by_one
+from jacfunc._log import note
+from jacfunc._modules import BatchOutputs, ModuleAtBatch
+from jacfunc._types import Leaves, product_dtype
+
+NamedParts: TypeAlias = dict[str, list[Part]]
+Add: TypeAlias = Callable[[torch.Size, NamedParts], None]
+"""Adds the columns of some samples to a sum: how many samples and columns, and parts by name."""
+
+NUMBERS_AT_ONCE = 2**24
+"""How many numbers the outputs have together, of vectors that are multiplied at once."""
+
+
+class MatrixProducts:
+    """``G v`` by products with J, H and Jᵀ of the whole batch, whose samples may be coupled."""
+
+    def __init__(
+        self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
+    ) -> None:
+        self._jacobian, self._curvature_of = BatchProducts(at_batch), curvature_of
+
+    @cached_property
+    def _curvature(self) -> OutputCurvature:
+        """``H`` at the outputs of the module called with the batch."""
+        return self._curvature_of(self._jacobian.outputs)
+
+    def times(self, tangents: Leaves) -> Leaves:
+        """``G v = Jᵀ H J v``."""
+        pushed = self._jacobian.pushed(tangents)  # first: then it needs no room beside the outputs
+        weighted = self._curvature.times(pushed)
+        del pushed
+        return self._jacobian.pulled(weighted)
+
+    def times_batch(self, tangents: Leaves) -> Leaves:
+        """``G v`` of K vectors, ``[K, *param]``, as many at once as there is room for."""
+        count = len(tangents[0])
+        if count < 2:
+            return one_by_one(self.times, tangents)
+        at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
+        every = tuple(map(torch.empty_like, tangents))
+        for start in range(0, count, at_once):
+            some = slice(start, start + at_once)
+            pushed = self._jacobian.pushed_batch(tuple(v[some] for v in tangents))
+            weighted = self._curvature.times_batch(pushed)
+            for into, products in zip(every, self._jacobian.pulled_batch(weighted), strict=True):
+                into[some] = products
+        return every
+
+    def as_map(self) -> LinearMap:
+        """The product as a map differentiable by the vector; it is its own transpose."""
+        return LinearMap(self.times, self.times_batch, self.as_map)
+
+
+def outputs_of(at_batch: ModuleAtBatch) -> BatchOutputs:
+    """The outputs of the batch as a whole, of which no graph is kept.
+
+    That takes no more than the outputs, as factors of all samples do. They are taken where
+    the batch does not fit as a whole, or only samples can be evaluated.
+    """
+    if at_batch.budget.is_open and at_batch.chunk_size is None:
+        try:
+            return BatchProducts(at_batch).outputs
+        except Exception as error:  # of the user's module
+            if is_out_of_memory(error):
+                raise
+            note("the outputs are those of the samples one by one: %s", error)
+    return at_batch.outputs
+
+
+def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result: int) -> None:
+    """Call ``add`` for some samples after the other, with a root S of their curvature.
+
+    Args:
+        result: bytes of the sum.
+    """
+    if not point.size:
+        return
+    roots = point.budget.keep(lambda: curvature.roots)
+
+    def add_some(samples: slice, jacobian: FactoredJacobian) -> Leaves:
+        cotangents = tuple(root[:, samples] for root in roots)
+        num_roots, size = cotangents[0].shape[:2]
+        parts = point.parts_of(jacobian, cotangents)
+        with point.contracting():
+            add(torch.Size((size, num_roots)), parts)
+        return ()
+
+    for _ in point.pieces(add_some, result):
+        """What was returned is empty: all is in the sum."""
+
+
+def square_sums(point: ModuleAtBatch, curvature: OutputCurvature) -> dict[str, Tensor]:
+    """The diagonal: a tensor like each parameter, by name."""
+    params = point.params
+    totals: dict[str, Tensor] = {}
+
+    def add(_: torch.Size, parts: NamedParts) -> None:
+        add_squares(totals, {name: (parts[name], params[name]) for name in parts})
+
+    added_up(point, curvature, add, sum(param.nbytes for param in params.values()))
+    return {name: torch.zeros_like(x) for name, x in params.items() if name not in totals} | totals
+
+
+def block_sums(point: ModuleAtBatch, curvature: OutputCurvature) -> dict[str, Tensor]:
+    """The diagonal blocks, ``[numel, numel]`` for each parameter."""
+    params = point.params
+    totals = {
+        name: p.new_zeros((p.numel(),) * 2, dtype=product_dtype(p)) for name, p in params.items()
+    }
+
+    def add(_: torch.Size, parts: NamedParts) -> None:
+        for name, param_parts in parts.items():
+            for block in written(param_parts, params[name]):
+                flat = block.reshape(-1, params[name].numel())
+                totals[name].addmm_(flat.T, flat)
+
+    added_up(point, curvature, add, sum(total.nbytes for total in totals.values()))
+    return {name: total.to(params[name].dtype) for name, total in totals.items()}
+
+
+def matrix_sum(point: ModuleAtBatch, curvature: OutputCurvature) -> Tensor:
+    """The whole matrix."""
+    params = point.params
+    diagonal = torch.cat([param.new_zeros(param.numel()) for param in params.values()])
+    total = torch.diag(diagonal.to(product_dtype(diagonal)))
+
+    def add(lead: torch.Size, parts: NamedParts) -> None:
+        blocks = [
+            rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
+            for name, param in params.items()
+        ]
+        flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
+        total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
+
+    added_up(point, curvature, add, total.nbytes)
+    return total.to(diagonal.dtype)

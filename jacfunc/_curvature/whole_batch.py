@@ -1,0 +1,149 @@
+"""A module evaluated with a batch as a whole: what must hold of it, and tangents pushed with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._calls import FlatCall
+from jacfunc._errors import Refused
+from jacfunc._factored import FactoredJacobian
+from jacfunc._faults import is_unwatched
+from jacfunc._linear_map import JacobianOperator, Linearization, narrowed, push_on_graph
+from jacfunc._log import note
+from jacfunc._modules import ModuleAtBatch
+from jacfunc._remembered import Remembered
+from jacfunc._types import LeafFunction, Leaves
+
+
+def multiplied(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:
+    """Every sample's J, a row after the other, times tangents of the parameters."""
+    products, vector = [], torch.cat([v.flatten() for v in tangents])
+    for number, out in enumerate(jacobian.outputs):
+        columns = []
+        for row in range(out[0].numel()):
+            blocks = jacobian.rows(row, row + 1, number)
+            flat = torch.cat([block.flatten(2) for block in blocks], 2)
+            columns.append(flat @ vector)
+        products.append(torch.cat(columns, 1).reshape(out.shape))
+    return tuple(products)
+
+
+def check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
+    """Raise ValueError unless the batch is in front of outputs, and there alone."""
+    for out in outputs:
+        if not out.dim() or out.shape[0] != at_batch.size:
+            raise ValueError(
+                f"{at_batch.api}: every output must have the batch in front, got shape "
+                f"{tuple(out.shape)} for a batch of {at_batch.size}. Use a module that transposes "
+                "it, or that returns other outputs alone; a lone sample needs a batch of one."
+            )
+    if at_batch.size == 1 or not any(at_batch.size in out.shape[1:] for out in outputs):
+        return
+    call, batch = at_batch.call, at_batch.batch
+    fewer = narrowed(batch.samples.leaves, batch.samples.dims, 0, at_batch.size - 1)
+    flat = call.flat_call(fewer)
+    with at_batch.undisturbed():
+        try:
+            fewer_outputs, _ = flat(*map(Tensor.clone, flat.primals))
+        except Exception as error:  # a module may take batches of one size
+            note("whether outputs have a dimension of other samples was not seen: %s", error)
+            return
+    for out, smaller in zip(outputs, fewer_outputs, strict=True):
+        if out.shape[1:] != smaller.shape[1:]:
+            raise ValueError(
+                f"{at_batch.api}: outputs of a sample must have the same shape in every batch, got "
+                f"shape {tuple(out.shape)} for {at_batch.size} samples and {tuple(smaller.shape)} "
+                f"for {at_batch.size - 1}. Use a module that returns what belongs to each sample."
+            )
+
+
+def by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
+    """The module as a function of its parameters that calls it for each sample, under vmap.
+
+    ``calls`` then holds the call of a sample.
+    """
+    batch = at_batch.batch
+
+    def of_one(params: Leaves, data: Leaves) -> tuple[Leaves, Leaves]:
+        call = batch.call_of(data)
+        outputs, extras = call(*params)
+        calls[:] = [call]
+        return outputs, extras
+
+    def of_all(*params: Tensor) -> tuple[Leaves, Leaves]:
+        return batch.samples.map(of_one, params, [None] * len(params))
+
+    return of_all
+
+
+@dataclass(frozen=True)
+class InPlaceOf:
+    """A leaf function that evaluates a call in a way of its own, and is watched as the call is."""
+
+    func: LeafFunction
+    call: Any
+
+    def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
+        return self.func(*primals)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.call, name)
+
+
+def pushing_operator(
+    operator: JacobianOperator, tangents: Leaves
+) -> tuple[JacobianOperator, list[Tensor]] | None:
+    """An operator whose evaluation also pushes tangents, and the list of their products then.
+
+    None for calls of a kind that must be watched: two evaluations are watched better than one.
+    """
+    call, products = operator.func, list[Tensor]()
+    is_known = is_unwatched(call, (torch.is_grad_enabled(), False))
+    if not is_known or _are_split().get(*_kind_of(call)):
+        return None
+
+    def func(*copies: Tensor) -> tuple[Leaves, Leaves]:
+        outputs, products[:], extras = push_on_graph(call, copies, tangents)
+        return outputs, extras
+
+    return JacobianOperator(InPlaceOf(func, call), operator.primals), products
+
+
+def split(call: Any) -> None:
+    """Evaluate calls of this kind twice from now on: to push tangents, and to keep a graph."""
+    _are_split().put(*_kind_of(call), True)
+
+
+@cache
+def _are_split() -> Remembered[bool]:
+    """Calls that are evaluated twice."""
+    return Remembered()
+
+
+def _kind_of(call: Any) -> tuple[Any, Any]:
+    """The version of what is called, and the kind of the call."""
+    return call.exact_kind.version, call.exact_kind.kind
+
+
+def pushed_on_graph(operator: JacobianOperator, tangents: Leaves) -> Leaves:
+    """``J v`` by the pullback of ``Jᵀ u``, whose graph is kept."""
+    return operator.refusing("push along the graph", lambda: _graph_of(operator).pull(tangents))
+
+
+def pushed_batch_on_graph(operator: JacobianOperator, tangents: Leaves) -> Leaves:
+    """``J v`` of K vectors, ``[K, *in]`` → ``[K, *out]``."""
+    return operator.refusing(
+        "push along the graph", lambda: _graph_of(operator).pull_batch(tangents)
+    )
+
+
+def _graph_of(operator: JacobianOperator) -> Linearization:
+    transposed = operator.transposed
+    if transposed is None:
+        raise Refused("torch kept no graph of it")
+    return transposed

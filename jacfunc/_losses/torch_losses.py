@@ -1,0 +1,146 @@
+"""The losses of torch that are known here, with the settings that they are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jacfunc._losses.formulas import OfClasses, OfNumbers, Second, SecondDerivative, Settings
+
+MaybeKnown: TypeAlias = SecondDerivative | None
+
+Formulas: TypeAlias = Callable[[Tensor, Tensor, Settings], MaybeKnown]
+"""Gives the second derivative at outputs and targets; None where these have other shapes."""
+
+DEFAULTS: Settings = {
+    "weight": None,
+    "pos_weight": None,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "log_input": True,
+    "full": False,
+    "eps": 1e-8,
+}
+"""The settings of a loss that is called without any."""
+
+
+@dataclass(frozen=True)
+class TorchLoss:
+    """A loss of torch: its function, and the settings that it is called with."""
+
+    function: Any
+    own: Settings
+
+    @classmethod
+    def of(cls, loss: Any) -> TorchLoss | None:
+        """From the function, by itself or with settings in a ``functools.partial``, or its module.
+
+        None for what is no such loss, has hooks, or settings that are not known here.
+        """
+        own: Settings = {}
+        if isinstance(loss, partial) and not loss.args:
+            loss, own = loss.func, loss.keywords
+        elif isinstance(loss, nn.Module):
+            if loss._forward_hooks or loss._forward_pre_hooks:
+                return None
+            own = {name: getattr(loss, name) for name in DEFAULTS if hasattr(loss, name)}
+            loss = FUNCTION_OF.get(type(loss))
+        is_known = any(loss is function for function, _ in FORMULAS)
+        return cls(loss, own) if is_known and own.keys() <= DEFAULTS.keys() else None
+
+    @property
+    def settings(self) -> Settings:
+        """All settings."""
+        return {**DEFAULTS, **self.own}
+
+    @property
+    def reduction(self) -> Any:
+        """The reduction, if it was set."""
+        return self.own.get("reduction")
+
+    def at(self, outputs: Any, targets: Any) -> MaybeKnown:
+        """The formula for the second derivative at outputs, if there is one for such arguments."""
+        if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.dim()):
+            return None
+        formulas = next(formulas for function, formulas in FORMULAS if function is self.function)
+        return formulas(outputs, targets, self.settings)
+
+
+def check_loss(api: str, loss: object) -> None:
+    """Refuse what is no function, and a class of losses in the place of a loss."""
+    if not callable(loss) or isinstance(loss, type):
+        kind = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(
+            f"{api}: loss must be a function loss(outputs, targets), got {kind}. Pass "
+            "torch.nn.functional.cross_entropy, or an instance of torch.nn.CrossEntropyLoss."
+        )
+
+
+def known_formula(loss: Any, outputs: Any, targets: Any) -> MaybeKnown:
+    """The second derivative of a loss; None if it is not known for the loss or its arguments."""
+    known = TorchLoss.of(loss)
+    return None if known is None else known.at(outputs, targets)
+
+
+def _of_cross_entropy(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
+    of_classes = (*outputs.shape[:1], *outputs.shape[2:])
+    expected = outputs.shape if targets.is_floating_point() else of_classes
+    is_batch = outputs.dim() > 1 and targets.shape == expected
+    return OfClasses(outputs, targets, settings) if is_batch else None
+
+
+def _of_squares(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
+    def second(outputs: Tensor, _: Tensor) -> Tensor:
+        return outputs.new_tensor(2.0)
+
+    is_weighted = settings["weight"] is not None  # and the mean then taken over the weights
+    return None if is_weighted else _of_numbers(second, outputs, targets, settings)
+
+
+def _of_logits(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
+    weight, positive = settings["weight"], settings["pos_weight"]
+
+    def second(outputs: Tensor, targets: Tensor) -> Tensor:
+        """``p (1 - p)``, exact where p is almost one, and what the two kinds of targets weigh."""
+        curvature = outputs.sigmoid().mul_((-outputs).sigmoid_())
+        if positive is not None:
+            curvature *= 1 + (positive - 1) * targets
+        return curvature if weight is None else curvature * weight
+
+    return _of_numbers(second, outputs, targets, settings)
+
+
+def _of_rates(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
+    def second(outputs: Tensor, _: Tensor) -> Tensor:
+        """The rates, whose logarithms the outputs are."""
+        return outputs.exp()
+
+    return _of_numbers(second, outputs, targets, settings) if settings["log_input"] else None
+
+
+def _of_numbers(second: Second, outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
+    """The formula for a mean or sum over single outputs."""
+    terms = outputs.numel() if settings["reduction"] == "mean" else 1
+    is_weighted = any(settings[name] is not None for name in ("weight", "pos_weight"))
+    is_alike = outputs.shape == targets.shape
+    return OfNumbers(outputs, targets, second, terms, is_weighted) if is_alike else None
+
+
+FORMULAS: tuple[tuple[Any, Formulas], ...] = (
+    (F.cross_entropy, _of_cross_entropy),
+    (F.mse_loss, _of_squares),
+    (F.binary_cross_entropy_with_logits, _of_logits),
+    (F.poisson_nll_loss, _of_rates),
+)
+FUNCTION_OF: Mapping[type, Any] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.MSELoss: F.mse_loss,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
+}
