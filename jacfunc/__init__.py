@@ -1,7 +1,7 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
-Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``vmap``.
-Tensors with a graph: ``graph_jacobian``. Without the Jacobian, its products: ``linearize``.
+Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``hvp``,
+``vmap``. Tensors with a graph: ``graph_jacobian``. Without the Jacobian: ``linearize``.
 Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
@@ -15,6 +15,7 @@ from jacfunc._functions import (
     explain,
     graph_jacobian,
     hessian,
+    hvp,
     jacfwd,
     jacobian,
     jacrev,
@@ -54,6 +55,7 @@ __all__ = [
     "gram",
     "graph_jacobian",
     "hessian",
+    "hvp",
     "jacfwd",
     "jacobian",
     "jacrev",

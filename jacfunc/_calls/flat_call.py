@@ -19,16 +19,8 @@ from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
 from jacfunc._remembered import CallKind
 from jacfunc._torch import run_as_written, untracked
-from jacfunc._trees import (
-    Split,
-    StructureError,
-    flatten,
-    kind_of,
-    kinds_of,
-    map_tensors,
-    paths,
-    without_settings,
-)
+from jacfunc._trees import Split, StructureError, flatten, holds_floats_alone, kind_of, kinds_of
+from jacfunc._trees import map_tensors, paths, without_settings
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 
 
@@ -74,8 +66,7 @@ class FlatCall:
     @property
     def call_kind(self) -> CallKind:
         """The identity of this call, by which plans and the like are remembered."""
-        if self._call_kind is None:
-            self._call_kind = self._identity()
+        self._call_kind = self._call_kind or self._identity()
         return self._call_kind
 
     def _identity(self) -> CallKind:
@@ -92,9 +83,12 @@ class FlatCall:
     def exact_kind(self) -> CallKind | None:
         """:attr:`call_kind`, if calls of this kind differ in nothing but the numbers in tensors.
 
-        Calls of a module do, and those of a function of one tensor; others differ in objects too.
+        Calls of a module do, and those of a function that is differentiated by all it gets.
         """
-        return self.call_kind if self._origin is not None or self._has_one_tensor else None
+        has_more = self._kwargs or len(self._positions) != len(self._args)
+        if self._origin is None and (has_more or not holds_floats_alone(self._args)):
+            return None
+        return self.call_kind
 
     @property
     def functions(self) -> list[Any]:

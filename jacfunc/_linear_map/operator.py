@@ -16,7 +16,13 @@ from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
-from jacfunc._torch import RandomState, below_transforms, holds_nan, inside_transform, levels
+from jacfunc._torch import (
+    RandomState,
+    below_transforms,
+    holds_nan,
+    inside_transform,
+    levels,
+)
 from jacfunc._trees import kind_of
 from jacfunc._types import LeafFunction, Leaves
 
@@ -31,10 +37,12 @@ class JacobianOperator:
     evaluations must return the same outputs, whatever else the function draws or keeps.
     """
 
-    def __init__(self, func: LeafFunction, primals: Leaves) -> None:
+    def __init__(
+        self, func: LeafFunction, primals: Leaves, evaluated: Linearization | None = None
+    ) -> None:
         self.primals = primals
         self.func = func
-        self._linearization: Linearization | None = None
+        self._linearization = evaluated
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
         self._random_state: RandomState | None = None

@@ -17,12 +17,20 @@ from jacfunc._memory import MODEST_BYTES, Chunk
 from jacfunc._showing import html_table
 from jacfunc._types import Blocks
 from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
-from jacfunc.strategies import Forward, Reverse, Strategy, Streaming, Structured, blocks_into
+from jacfunc.strategies import (
+    Forward,
+    Reverse,
+    ReverseOverForward,
+    Strategy,
+    Streaming,
+    Structured,
+    blocks_into,
+)
 
 NUMBER = 8
 """Bytes of one number of a seed, at most."""
 
-Direction = Reverse | Forward | Structured
+Direction = Reverse | Forward | Structured | ReverseOverForward
 ResultT = TypeVar("ResultT")
 
 UNMAPPED = 0

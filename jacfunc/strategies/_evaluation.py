@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from jacfunc._assembly import NEW_TENSORS, Grid, Sink
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Nameless, Refused, is_out_of_memory, out_of_memory
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks, Leaves, Tree
+from jacfunc.strategies._second import SecondCall
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, blocks_into
 
 ResultT = TypeVar("ResultT")
+
+
+EvaluatedCall: TypeAlias = FlatCall | SecondCall
+"""A function of leaves that knows the trees of its results."""
 
 
 @dataclass(slots=True)
@@ -28,7 +33,7 @@ class Evaluation:
         sink: where the blocks went.
     """
 
-    call: FlatCall
+    call: EvaluatedCall
     blocks: Blocks
     image: Callable[[], tuple[Leaves, Leaves]]
     sink: Sink
@@ -48,7 +53,9 @@ class Evaluation:
         return self.sink.placed(tree) if self.sink.copies else tree
 
 
-def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENSORS) -> Evaluation:
+def evaluate(
+    api: str, call: EvaluatedCall, strategy: Strategy, sink: Sink = NEW_TENSORS
+) -> Evaluation:
     """The Jacobian of a call by a strategy, with the outputs."""
     operator = JacobianOperator(call, call.primals)
     blocks = in_words_of(
