@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,8 +19,17 @@ from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
 from jacfunc._remembered import CallKind
 from jacfunc._torch import run_as_written, untracked
-from jacfunc._trees import Split, StructureError, flatten, holds_floats_alone, kind_of, kinds_of
-from jacfunc._trees import map_tensors, paths, without_settings
+from jacfunc._trees import (
+    Split,
+    StructureError,
+    flatten,
+    holds_floats_alone,
+    kind_of,
+    kinds_of,
+    map_tensors,
+    paths,
+    without_settings,
+)
 from jacfunc._types import Blocks, Leaves, Tree, is_tensor
 
 
@@ -46,7 +55,6 @@ class FlatCall:
         self._args, self._kwargs, self._origin = args, kwargs, origin
         # check_inputs refuses one that is not differentiable
         self._has_one_tensor = len(args) == 1 and type(args[0]) is Tensor and not kwargs
-        self._call_kind: CallKind | None = None
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
         with untracked():
@@ -63,13 +71,9 @@ class FlatCall:
         self._beside: Split | None = None
         self._maps_tensor_to_tensor = False
 
-    @property
+    @cached_property
     def call_kind(self) -> CallKind:
         """The identity of this call, by which plans and the like are remembered."""
-        self._call_kind = self._call_kind or self._identity()
-        return self._call_kind
-
-    def _identity(self) -> CallKind:
         if self._origin is not None:
             state = self._origin.state
             return CallKind(state.module, self._origin.kind(), state.version)

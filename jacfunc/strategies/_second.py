@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import Sweep, sweep_leaves
+from jacfunc._assembly import Sink, Sweep, sweep_leaves
 from jacfunc._calls import FlatCall
 from jacfunc._errors import ManyOutputs, Refused
 from jacfunc._linear_map import (
@@ -116,6 +116,7 @@ def product(second: SecondCall, operator: JacobianOperator, v: Leaves, by: Strat
     """
     primals = operator.primals
     if isinstance(by, ReverseOverForward):
+        _take_gradient(operator)
         operator.rewind_generators()
         seeds = *v, torch.ones_like(operator.image()[1][0])
         return pull_of_push(second.func, primals, seeds, 0)
@@ -162,12 +163,24 @@ class ReverseOverForward(Sweeping):
         """Rows, as many at once as the chunk says."""
         return Sweeps("rows", self.chunk_size)
 
+    def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
+        """Blocks ``[*out, *in, *in]``; no graph of the gradient is made."""
+        if not isinstance(operator.func, SecondCall):
+            raise Refused("reverse over forward takes second derivatives alone; use hessian")
+        _take_gradient(operator)
+        return super().into(sink, operator)
+
     def products(self, operator: JacobianOperator) -> Sweep:
         """Rows, by pullbacks of vmapped pushforwards."""
         second = operator.func
-        if not isinstance(second, SecondCall):
-            raise Refused("reverse over forward takes second derivatives alone; use hessian")
+        assert isinstance(second, SecondCall)
         return partial(sweep_leaves, partial(_pulled, operator, second), operator.outputs)
+
+
+def _take_gradient(operator: JacobianOperator) -> None:
+    """Evaluate a derivative of which no graph is kept."""
+    operator.rewind_generators()
+    operator.keep_image(*operator.refusing("pull back", partial(operator.func, *operator.primals)))
 
 
 def _pulled(
