@@ -1,7 +1,8 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
 Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``hvp``,
-``vmap``. Tensors with a graph: ``graph_jacobian``. Without the Jacobian: ``linearize``.
+``vmap``. Tensors with a graph: ``graph_jacobian``. Operators: ``linearize`` and
+``hessian_operator``, for products alone.
 Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
@@ -30,7 +31,7 @@ from jacfunc._module_operators import module_operator
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._planning import Autotune, Plan
 from jacfunc._streams import stream_jacobian
-from jacfunc.operators import LinearOperator, linearize
+from jacfunc.operators import LinearOperator, hessian_operator, linearize
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "gram",
     "graph_jacobian",
     "hessian",
+    "hessian_operator",
     "hvp",
     "jacfwd",
     "jacobian",

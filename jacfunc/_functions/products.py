@@ -8,29 +8,16 @@ from typing import Any, Concatenate, Literal, overload
 from jacfunc._arguments import check_like
 from jacfunc._calls import at_all
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._planning import Plan, attempt
+from jacfunc._planning import HESSIAN_PRODUCT, attempt
 from jacfunc._showing import named
 from jacfunc._types import AuxT, InT, OutT, Tree
-from jacfunc.strategies import (
-    Forward,
-    Reverse,
-    ReverseOverForward,
-    SecondCall,
-    in_words_of,
-    product,
-)
+from jacfunc.strategies import SecondCall, in_words_of, product
 
 MUST = "the function must be one that this product can be taken of"
 PULL, PUSH = (
     f" Use {instead}, or write the function in other operations." for instead in ("vjp", "jvp")
 )
 LESS = " Take smaller arguments, or fewer at once."
-BY_COST = Plan(
-    Reverse(),
-    "reverse over reverse mode was the fastest wherever it was measured",
-    otherwise=(Forward(), ReverseOverForward()),
-)
-"""In which order of modes a product with a Hessian is tried."""
 
 
 @overload
@@ -217,7 +204,9 @@ def hvp(
     check_like("hvp", "tangents", seeds, call.primals)
     _, products = in_words_of(
         "hvp",
-        lambda: attempt(BY_COST, lambda plan: product(second, operator, seeds, plan.strategy)),
+        lambda: attempt(
+            HESSIAN_PRODUCT, lambda plan: product(second, operator, seeds, plan.strategy)
+        ),
         MUST,
         " Write the function in other operations.",
         LESS,

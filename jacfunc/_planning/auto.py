@@ -49,8 +49,8 @@ class Auto(Streaming):
         except Refused as refusal:
             if not isinstance(self.directions[-1], ReverseOverForward):
                 raise
-            others = self.directions[1:]
-            return Plan(others[0], f"reverse mode was refused: {refusal}", None, others[1:])
+            first, *others = self.directions
+            return Plan(first, f"nothing could be forecast: {refusal}", None, tuple(others))
         if costs is None:
             return by_sizes(operator, self.directions)
         return bounded(fastest(costs, self.directions), costs, self.memory)

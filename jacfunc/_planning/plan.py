@@ -148,15 +148,22 @@ class Plan(Streaming):
 
 
 def attempt(plan: Plan, run: Callable[[Plan], ResultT]) -> tuple[Plan, ResultT]:
-    """The plan that ran and its result: of those to try, the first that torch does not refuse."""
+    """The plan that ran and its result: of those to try, the first that torch does not refuse.
+
+    Raises:
+        Refused: if all are refused, with the reason of the first.
+    """
+    reason = None
     while True:
         try:
             return plan, run(plan)
         except Refused as refusal:
             note("%s was refused: %s", plan.strategy, refusal)
             if not plan.otherwise:
-                raise  # not in a function that gets the refusal: its traceback would be a cycle
-            plan = plan.instead(refusal)
+                if reason is None:
+                    raise  # not in a function that gets the refusal: its traceback would be a cycle
+                raise Refused(reason) from None
+            reason, plan = reason or str(refusal), plan.instead(refusal)
 
 
 def alternatives(

@@ -11,7 +11,7 @@ from jacfunc.strategies._evaluation import (
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._second import ReverseOverForward, SecondCall, product
+from jacfunc.strategies._second import ReverseOverForward, SecondCall, product, products
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, Sweeps, blocks_into
 from jacfunc.strategies._structured import Structured
 
@@ -32,6 +32,7 @@ __all__ = [
     "evaluate",
     "in_words_of",
     "product",
+    "products",
     "way_out",
     "worded",
 ]

@@ -16,6 +16,10 @@ from jacfunc._linear_map import (
     Derivative,
     JacobianOperator,
     check_numbers,
+    chosen_leaves,
+    is_followed,
+    nonzero_numbers,
+    one_by_one,
     pull_of_push,
     pull_of_pushes,
 )
@@ -74,6 +78,11 @@ class SecondCall(Derivative):
         """The shapes of the output leaves, as the function returned them."""
         return self._call.output_shapes
 
+    def take(self, operator: JacobianOperator) -> None:
+        """Evaluate this derivative, which no graph is kept of, for its Jacobian ``operator``."""
+        operator.rewind_generators()
+        operator.keep_image(*operator.refusing("pull back", lambda: self(*operator.primals)))
+
     def rows(self, operator: JacobianOperator) -> Leaves:
         """Blocks ``[*out, *in]``, one output after the other; of inputs the chosen rows alone."""
         outputs = operator.outputs
@@ -116,7 +125,7 @@ def product(second: SecondCall, operator: JacobianOperator, v: Leaves, by: Strat
     """
     primals = operator.primals
     if isinstance(by, ReverseOverForward):
-        _take_gradient(operator)
+        second.take(operator)
         operator.rewind_generators()
         seeds = *v, torch.ones_like(operator.image()[1][0])
         return pull_of_push(second.func, primals, seeds, 0)
@@ -126,6 +135,24 @@ def product(second: SecondCall, operator: JacobianOperator, v: Leaves, by: Strat
         return tuple([x.to(primal.dtype).view_as(primal) for x, primal in pairs])
     pairs = zip(v, operator.outputs, strict=True)
     return operator.pullback(tuple([seed.to(row.dtype).view_as(row) for seed, row in pairs]))
+
+
+def products(second: SecondCall, operator: JacobianOperator, V: Leaves, by: Strategy) -> Leaves:
+    """``H v`` of K vectors at once, ``[K, *in]`` → ``[K, *in]``; see :func:`product`."""
+    if is_followed(V) or len(V[0]) == 1:
+        return one_by_one(lambda v: product(second, operator, v, by), V)
+    size = V[0].shape[:1]
+    if isinstance(by, ReverseOverForward):
+        second.take(operator)
+        ones = torch.ones_like(operator.image()[1][0])
+        return pull_of_pushes(second.func, operator, (*V, ones.expand(*size, *ones.shape)), 0)
+    if isinstance(by, Forward):
+        pushed = zip(operator.pushforward_batch(V), operator.primals, strict=True)
+        return tuple([x.to(primal.dtype).view(size + primal.shape) for x, primal in pushed])
+    of = nonzero_numbers(V)  # zeros would spoil products at infinite derivatives
+    pairs = zip(chosen_leaves(V, of), chosen_leaves(operator.outputs, of), strict=True)
+    rows = tuple([seed.to(row.dtype).reshape(size + row.shape) for seed, row in pairs])
+    return operator.pullback_batch(rows, of) if rows else tuple(map(torch.zeros_like, V))
 
 
 @dataclass(frozen=True)
@@ -167,7 +194,7 @@ class ReverseOverForward(Sweeping):
         """Blocks ``[*out, *in, *in]``; no graph of the gradient is made."""
         if not isinstance(operator.func, SecondCall):
             raise Refused("reverse over forward takes second derivatives alone; use hessian")
-        _take_gradient(operator)
+        operator.func.take(operator)
         return super().into(sink, operator)
 
     def products(self, operator: JacobianOperator) -> Sweep:
@@ -175,12 +202,6 @@ class ReverseOverForward(Sweeping):
         second = operator.func
         assert isinstance(second, SecondCall)
         return partial(sweep_leaves, partial(_pulled, operator, second), operator.outputs)
-
-
-def _take_gradient(operator: JacobianOperator) -> None:
-    """Evaluate a derivative of which no graph is kept."""
-    operator.rewind_generators()
-    operator.keep_image(*operator.refusing("pull back", partial(operator.func, *operator.primals)))
 
 
 def _pulled(
