@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jacfunc._errors import check_fallback
@@ -75,18 +76,27 @@ class Derivative(ABC):
         return (*outputs, *rows), extras
 
 
-def pull_of_push(func: LeafFunction, primals: Leaves, seeds: Leaves, of: int) -> Leaves:
-    """The gradient of ``⟨u, J v⟩``, pulled back through a pushforward.
+def pull_of_push(
+    func: LeafFunction, primals: Leaves, seeds: Leaves, of: int
+) -> tuple[Leaves, tuple[Leaves, Leaves]]:
+    """The gradient of ``⟨u, J v⟩``, pulled back through a pushforward; and what ``func`` returned.
 
     Args:
-        seeds: tangents v, and the cotangent u of the output with the number ``of``.
+        seeds: tangents v, and the cotangent u of the output with the number ``of``; of ones, if it
+            is left out.
     """
+    count, num_primals = 0, len(primals)
 
     def pushed(*point: Tensor) -> tuple[Leaves, Leaves]:
-        _, products, _ = pushforward(func, point, seeds[:-1])
-        return (products[of],), ()
+        nonlocal count
+        outputs, products, extras = pushforward(func, point, seeds[:num_primals])
+        count = len(outputs)
+        return (products[of],), (*outputs, *extras)
 
-    return JacobianOperator(pushed, primals).pullback(seeds[-1:])
+    operator = JacobianOperator(pushed, primals)
+    gradient = operator.pullback(seeds[num_primals:] or (torch.ones_like(operator.outputs[0]),))
+    _, rest = operator.image()
+    return gradient, (rest[:count], rest[count:])
 
 
 def pull_of_pushes(
@@ -99,7 +109,7 @@ def pull_of_pushes(
     """
 
     def pulled(seeds: Leaves) -> tuple[Leaves, Leaves]:
-        return pull_of_push(func, operator.primals, seeds, of), ()
+        return pull_of_push(func, operator.primals, seeds, of)[0], ()
 
     try:
         with alone():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
-from jacfunc._planning.plan import Direction, Plan, check_strategy
+from jacfunc._planning.plan import Direction, check_strategy
 from jacfunc._types import Memory
 from jacfunc.strategies import (
     Forward,
@@ -21,12 +21,6 @@ from jacfunc.strategies import (
 NAMES = ("auto", "autotune", "reverse", "forward", "looped", "structured")
 OVER_REVERSE = {f"{name}-over-reverse": name for name in ("reverse", "forward", "looped")}
 REVERSE_OVER_FORWARD = "reverse-over-forward"
-HESSIAN_PRODUCT = Plan(
-    Reverse(),
-    "reverse over reverse mode was the fastest wherever it was measured",
-    otherwise=(Forward(), ReverseOverForward()),
-)
-"""In which orders of modes a product of a Hessian with a vector is tried."""
 
 
 def resolve(

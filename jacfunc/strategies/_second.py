@@ -83,9 +83,8 @@ class SecondCall(Derivative):
         operator.rewind_generators()
         operator.keep_image(*operator.refusing("pull back", lambda: self(*operator.primals)))
 
-    def rows(self, operator: JacobianOperator) -> Leaves:
-        """Blocks ``[*out, *in]``, one output after the other; of inputs the chosen rows alone."""
-        outputs = operator.outputs
+    def check_outputs(self, outputs: Leaves) -> bool:
+        """Does the function return one number? Refuse it, if it must and does not."""
         is_one_number = len(outputs) == 1 and outputs[0].numel() == 1
         if self._of_one_number and not is_one_number:
             shapes = [tuple(out.shape) for out in outputs]
@@ -93,6 +92,12 @@ class SecondCall(Derivative):
                 f"func must return one number, got tensors of the shapes {shapes}. Differentiate "
                 "one of them, or their sum, or take the whole by hessian."
             )
+        return is_one_number
+
+    def rows(self, operator: JacobianOperator) -> Leaves:
+        """Blocks ``[*out, *in]``, one output after the other; of inputs the chosen rows alone."""
+        outputs = operator.outputs
+        is_one_number = self.check_outputs(outputs)
         if is_one_number and is_outermost():
             blocks: Blocks = (_only_row(operator, outputs[0]),)
         else:
@@ -125,10 +130,12 @@ def product(second: SecondCall, operator: JacobianOperator, v: Leaves, by: Strat
     """
     primals = operator.primals
     if isinstance(by, ReverseOverForward):
-        second.take(operator)
         operator.rewind_generators()
-        seeds = *v, torch.ones_like(operator.image()[1][0])
-        return pull_of_push(second.func, primals, seeds, 0)
+        result, (outputs, extras) = pull_of_push(second.func, primals, v, 0)
+        second.check_outputs(outputs)
+        second.num_values = len(outputs)
+        operator.keep_image((), (*outputs, *extras))
+        return result
     if isinstance(by, Forward):
         products = operator.pushforward(v)
         pairs = zip(products, primals, strict=True)
@@ -143,9 +150,7 @@ def products(second: SecondCall, operator: JacobianOperator, V: Leaves, by: Stra
         return one_by_one(lambda v: product(second, operator, v, by), V)
     size = V[0].shape[:1]
     if isinstance(by, ReverseOverForward):
-        second.take(operator)
-        ones = torch.ones_like(operator.image()[1][0])
-        return pull_of_pushes(second.func, operator, (*V, ones.expand(*size, *ones.shape)), 0)
+        return pull_of_pushes(second.func, operator, V, 0)
     if isinstance(by, Forward):
         pushed = zip(operator.pushforward_batch(V), operator.primals, strict=True)
         return tuple([x.to(primal.dtype).view(size + primal.shape) for x, primal in pushed])
