@@ -27,7 +27,7 @@ from jacfunc._functions import (
     vmap,
 )
 from jacfunc._kernels import gram, ntk
-from jacfunc._module_operators import module_operator
+from jacfunc._module_operators import module_hessian, module_operator
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._planning import Autotune, Plan
 from jacfunc._streams import stream_jacobian
@@ -63,6 +63,7 @@ __all__ = [
     "jacrev",
     "jvp",
     "linearize",
+    "module_hessian",
     "module_jacobian",
     "module_operator",
     "ntk",

@@ -24,12 +24,14 @@ from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._products import MANY
 from jacfunc.operators._restriction import Which
 from jacfunc.operators._space import Space
-from jacfunc.strategies import SecondCall, in_words_of, products
+from jacfunc.strategies import FirstDerivative, SecondCall, in_words_of, products
 
 API = "hessian_operator"
-MUST = "the function must be one whose gradient torch can differentiate"
-INSTEAD = " Write the function in other operations."
-LESS = " Take fewer vectors at once."
+WORDS = (
+    "the function must be one whose gradient torch can differentiate",
+    " Write the function in other operations.",
+    " Take fewer vectors at once.",
+)
 
 
 @overload
@@ -124,7 +126,7 @@ class HessianOperator(LinearOperator):
         self,
         api: str,
         space: Space,
-        second: SecondCall,
+        second: FirstDerivative,
         around: Callable[[], AbstractContextManager[None]],
     ) -> None:
         super().__init__(api, space, space)
@@ -135,6 +137,11 @@ class HessianOperator(LinearOperator):
         self._run(self._evaluated)
         # who can differentiate by the point needs the graph of the evaluation itself
         self._is_differentiated = any(row.requires_grad for row in self._point.outputs)
+
+    @property
+    def value(self) -> Tensor:
+        """The number that the function returned."""
+        return self._point.image()[1][0].clone()
 
     def gradient(self) -> Tree:
         """The gradient at the point, a tree like a vector; it was taken for the operator."""
@@ -184,9 +191,6 @@ class HessianOperator(LinearOperator):
     def diagonal(self, *, chunk_size: int | None = MANY) -> Tree:
         """The exact diagonal, a tree like a vector.
 
-        Args:
-            chunk_size: rows that are swept at once; None for all.
-
         Cost:
             As :meth:`blocks`, in the memory of one chunk of rows.
         """
@@ -227,9 +231,8 @@ class HessianOperator(LinearOperator):
     def _run(self, run: Callable[[Plan], Leaves]) -> Leaves:
         """What ``run`` returns for the first order of modes that torch does not refuse."""
         with self._around():
-            self._plan, result = in_words_of(
-                self.api, lambda: attempt(self._plan, run), MUST, INSTEAD, LESS
-            )
+            run_one = partial(attempt, self._plan, run)
+            self._plan, result = in_words_of(self.api, run_one, *WORDS)
         return result
 
     def _evaluated(self, plan: Plan) -> Leaves:

@@ -11,13 +11,20 @@ from jacfunc.strategies._evaluation import (
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._second import ReverseOverForward, SecondCall, product, products
+from jacfunc.strategies._second import (
+    FirstDerivative,
+    ReverseOverForward,
+    SecondCall,
+    product,
+    products,
+)
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, Sweeps, blocks_into
 from jacfunc.strategies._structured import Structured
 
 __all__ = [
     "EvaluatedCall",
     "Evaluation",
+    "FirstDerivative",
     "Forward",
     "Looped",
     "Reverse",

@@ -26,57 +26,34 @@ from jacfunc._linear_map import (
 from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._remembered import CallKind
 from jacfunc._torch import is_outermost, untracked
-from jacfunc._types import Blocks, Leaves, Tree
+from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._strategy import Strategy, Sweeping, Sweeps
 
 
-class SecondCall(Derivative):
-    """The reverse-mode Jacobian of a call as a call itself: its own Jacobian is the Hessian.
+class FirstDerivative(Derivative):
+    """The reverse-mode Jacobian of a leaf function, block by block.
 
     Args:
-        call: takes the arguments of the user's function.
+        func: the function.
+        primals: the point.
         chosen: numbers of rows of the only primal, along its first dimension; None for all. No
             other row of the Hessian is swept.
         of_one_number: must the function return a single number?
     """
 
     def __init__(
-        self, call: FlatCall, chosen: Tensor | None = None, of_one_number: bool = False
+        self,
+        func: LeafFunction,
+        primals: Leaves,
+        chosen: Tensor | None = None,
+        of_one_number: bool = False,
     ) -> None:
-        super().__init__(call)
-        self.primals = call.primals
+        super().__init__(func)
+        self.primals = primals
         self.chosen = chosen
-        self._call = call
         self._of_one_number = of_one_number
-
-    @property
-    def call_kind(self) -> CallKind:
-        """The identity of this call, which has other plans than the call itself."""
-        size = None if self.chosen is None else len(self.chosen)
-        return self._call.call_kind.among("twice", size)
-
-    @property
-    def may_share_module(self) -> bool:
-        """May the function call a module, which another thread may be lending?"""
-        return self._call.may_share_module
-
-    def value(self, _rows: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
-        """The function's own ``(output, aux)``."""
-        return self._call.value(extras[: self.num_values], extras[self.num_values :])
-
-    def jacobian(self, blocks: Blocks) -> Tree:
-        """The Hessian: an output tree of input trees of input trees of blocks."""
-        call, count = self._call, len(self.primals)
-        trees = [call.input_tree(row) for row in blocks]
-        rows = [call.input_tree(trees[i : i + count]) for i in range(0, len(trees), count)]
-        return call.output_tree(rows)
-
-    @property
-    def output_shapes(self) -> list[torch.Size]:
-        """The shapes of the output leaves, as the function returned them."""
-        return self._call.output_shapes
 
     def take(self, operator: JacobianOperator) -> None:
         """Evaluate this derivative, which no graph is kept of, for its Jacobian ``operator``."""
@@ -108,6 +85,43 @@ class SecondCall(Derivative):
         return tuple([row[0].index_select(out.dim(), self.chosen) for out, row in pairs])
 
 
+class SecondCall(FirstDerivative):
+    """The Jacobian of a call as a call itself: its own Jacobian is the Hessian, in user's trees."""
+
+    def __init__(
+        self, call: FlatCall, chosen: Tensor | None = None, of_one_number: bool = False
+    ) -> None:
+        super().__init__(call, call.primals, chosen, of_one_number)
+        self._call = call
+
+    @property
+    def call_kind(self) -> CallKind:
+        """The identity of this call, which has other plans than the call itself."""
+        size = None if self.chosen is None else len(self.chosen)
+        return self._call.call_kind.among("twice", size)
+
+    @property
+    def may_share_module(self) -> bool:
+        """May the function call a module, which another thread may be lending?"""
+        return self._call.may_share_module
+
+    def value(self, _rows: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
+        """The function's own ``(output, aux)``."""
+        return self._call.value(extras[: self.num_values], extras[self.num_values :])
+
+    def jacobian(self, blocks: Blocks) -> Tree:
+        """The Hessian: an output tree of input trees of input trees of blocks."""
+        call, count = self._call, len(self.primals)
+        trees = [call.input_tree(row) for row in blocks]
+        rows = [call.input_tree(trees[i : i + count]) for i in range(0, len(trees), count)]
+        return call.output_tree(rows)
+
+    @property
+    def output_shapes(self) -> list[torch.Size]:
+        """The shapes of the output leaves, as the function returned them."""
+        return self._call.output_shapes
+
+
 def _only_row(operator: JacobianOperator, out: Tensor) -> Leaves:
     """The gradient of one number ``[*out]``, as blocks ``[*out, *in]``."""
     with untracked():
@@ -120,7 +134,7 @@ def _only_row(operator: JacobianOperator, out: Tensor) -> Leaves:
         return tuple([x.to(torch.promote_types(x.dtype, out.dtype)) for x in products])
 
 
-def product(second: SecondCall, operator: JacobianOperator, v: Leaves, by: Strategy) -> Leaves:
+def product(second: FirstDerivative, operator: JacobianOperator, v: Leaves, by: Strategy) -> Leaves:
     """``H v``, ``[*in]`` → ``[*in]``, for a function that returns one number.
 
     Args:
@@ -144,7 +158,9 @@ def product(second: SecondCall, operator: JacobianOperator, v: Leaves, by: Strat
     return operator.pullback(tuple([seed.to(row.dtype).view_as(row) for seed, row in pairs]))
 
 
-def products(second: SecondCall, operator: JacobianOperator, V: Leaves, by: Strategy) -> Leaves:
+def products(
+    second: FirstDerivative, operator: JacobianOperator, V: Leaves, by: Strategy
+) -> Leaves:
     """``H v`` of K vectors at once, ``[K, *in]`` → ``[K, *in]``; see :func:`product`."""
     if is_followed(V) or len(V[0]) == 1:
         return one_by_one(lambda v: product(second, operator, v, by), V)
@@ -197,7 +213,7 @@ class ReverseOverForward(Sweeping):
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out, *in, *in]``; no graph of the gradient is made."""
-        if not isinstance(operator.func, SecondCall):
+        if not isinstance(operator.func, FirstDerivative):
             raise Refused("reverse over forward takes second derivatives alone; use hessian")
         operator.func.take(operator)
         return super().into(sink, operator)
@@ -205,12 +221,12 @@ class ReverseOverForward(Sweeping):
     def products(self, operator: JacobianOperator) -> Sweep:
         """Rows, by pullbacks of vmapped pushforwards."""
         second = operator.func
-        assert isinstance(second, SecondCall)
+        assert isinstance(second, FirstDerivative)
         return partial(sweep_leaves, partial(_pulled, operator, second), operator.outputs)
 
 
 def _pulled(
-    operator: JacobianOperator, second: SecondCall, seeds: Leaves, of: slice = slice(0, 1)
+    operator: JacobianOperator, second: FirstDerivative, seeds: Leaves, of: slice = slice(0, 1)
 ) -> Leaves:
     """Rows ``[K, *in]`` for unit seeds ``[K, *out, *in]`` of the block with this number."""
     primals = operator.primals
