@@ -10,7 +10,7 @@ from jacfunc._assembly import NEW_TENSORS, read_by, sink_for
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._showing import named
 from jacfunc._types import Tree
-from jacfunc.strategies import EvaluatedCall, Evaluation, Strategy, evaluate
+from jacfunc.strategies import Evaluation, SecondCall, Strategy, evaluate
 
 
 def deriving(
@@ -18,7 +18,7 @@ def deriving(
     strategy: Strategy,
     pack: Callable[[Evaluation], Any],
     out: Tree = None,
-    of: Callable[[FlatCall], EvaluatedCall] = lambda call: call,
+    of: Callable[[FlatCall], FlatCall | SecondCall] = lambda call: call,
 ) -> Callable[..., Any]:
     """A function of the arguments of ``func`` that returns its packed evaluation.
 

@@ -172,20 +172,18 @@ def chosen_rows(api: str, rows: object, call: FlatCall) -> Tensor:
             f"{api}: rows must be those of one tensor of at least one dimension, got {shapes}. "
             "Choose it by argnums, or take products by hvp."
         )
-    (primal,) = primals
-    count = primal.shape[0]
-    is_index = isinstance(rows, slice | list | tuple | range) or (
-        isinstance(rows, Tensor) and rows.dim() == 1
-    )
-    try:
-        if is_index:
-            index: Any = list(rows) if isinstance(rows, tuple | range) else rows
-            return torch.arange(count, device=primal.device)[index]
-    except (IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{api}: rows must lie among the {count} of the tensor, got {rows!r} ({error}). Count "
-            "from 0, or from the end by negative numbers."
-        ) from error
+    every = torch.arange(len(primals[0]), device=primals[0].device)
+    if isinstance(rows, slice):
+        return every[rows]
+    if isinstance(rows, list | tuple | range) or (isinstance(rows, Tensor) and rows.dim() == 1):
+        try:
+            index = torch.as_tensor(rows, device=every.device)
+            return every[index if index.dtype == torch.bool or len(index) else index.long()]
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{api}: rows must lie among the {len(every)} of the tensor, got {rows!r}. Count "
+                "from 0, or from the end by negative numbers."
+            ) from error
     raise TypeError(
         f"{api}: rows must be a slice, a list of integers, or a tensor of integers or booleans of "
         f"one dimension, got {type(rows).__name__}. Write [3] for the fourth row."

@@ -11,7 +11,7 @@ from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning import HessianProducts
 from jacfunc._showing import named
 from jacfunc._types import AuxT, InT, OutT, Tree
-from jacfunc.strategies import SecondCall, in_words_of, product
+from jacfunc.strategies import SecondCall, in_words_of
 
 MUST = "the function must be one that this product can be taken of"
 PULL, PUSH = (
@@ -206,7 +206,7 @@ def hvp(
     products = in_words_of(
         "hvp",
         lambda: HessianProducts().run(
-            operator, lambda plan: product(second, operator, seeds, plan.strategy)
+            operator, lambda plan: second.product(operator, seeds, plan.strategy)
         ),
         MUST,
         " Write the function in other operations.",

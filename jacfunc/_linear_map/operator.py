@@ -184,6 +184,11 @@ class JacobianOperator:
             return linearized.outputs, linearized.extras
         return self._image
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Are there outputs of an evaluation already?"""
+        return self._image is not None or self._linearization is not None
+
     def keep_image(self, outputs: Leaves, extras: Leaves) -> None:
         """Take outputs and extras of an evaluation that was made elsewhere."""
         self._image = (outputs, extras)

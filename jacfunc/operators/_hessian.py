@@ -24,7 +24,7 @@ from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._products import MANY
 from jacfunc.operators._restriction import Which
 from jacfunc.operators._space import Space
-from jacfunc.strategies import FirstDerivative, SecondCall, in_words_of, products
+from jacfunc.strategies import FirstDerivative, SecondCall, in_words_of
 
 API = "hessian_operator"
 WORDS = (
@@ -100,8 +100,6 @@ def hessian_operator(
 
 class HessianOperator(LinearOperator):
     """The Hessian of a function of one number: symmetric, on the graph of the gradient.
-
-    :func:`jacfunc.hessian_operator` and :func:`jacfunc.module_hessian` make it.
 
     Args:
         api: the name of the public function that made it, with which error messages begin.
@@ -226,7 +224,7 @@ class HessianOperator(LinearOperator):
         """K products with the Hessian; zero where there is nothing to multiply."""
         if not vectors or not len(vectors[0]):
             return vectors
-        return self._run(lambda plan: products(self._second, self._point, vectors, plan.strategy))
+        return self._run(lambda plan: self._second.products(self._point, vectors, plan.strategy))
 
     def _run(self, run: Callable[[Plan], Leaves]) -> Leaves:
         """What ``run`` returns for the first order of modes that torch does not refuse."""

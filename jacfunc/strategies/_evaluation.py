@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from jacfunc._assembly import NEW_TENSORS, Grid, Sink
 from jacfunc._calls import FlatCall
@@ -16,10 +16,6 @@ from jacfunc.strategies._second import SecondCall
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, blocks_into
 
 ResultT = TypeVar("ResultT")
-
-
-EvaluatedCall: TypeAlias = FlatCall | SecondCall
-"""A function of leaves that knows the trees of its results."""
 
 
 @dataclass(slots=True)
@@ -33,7 +29,7 @@ class Evaluation:
         sink: where the blocks went.
     """
 
-    call: EvaluatedCall
+    call: FlatCall | SecondCall
     blocks: Blocks
     image: Callable[[], tuple[Leaves, Leaves]]
     sink: Sink
@@ -54,7 +50,7 @@ class Evaluation:
 
 
 def evaluate(
-    api: str, call: EvaluatedCall, strategy: Strategy, sink: Sink = NEW_TENSORS
+    api: str, call: FlatCall | SecondCall, strategy: Strategy, sink: Sink = NEW_TENSORS
 ) -> Evaluation:
     """The Jacobian of a call by a strategy, with the outputs."""
     operator = JacobianOperator(call, call.primals)

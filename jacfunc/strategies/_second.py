@@ -84,6 +84,44 @@ class FirstDerivative(Derivative):
         pairs = zip(outputs, blocks, strict=True)
         return tuple([row[0].index_select(out.dim(), self.chosen) for out, row in pairs])
 
+    def product(self, operator: JacobianOperator, v: Leaves, by: Strategy) -> Leaves:
+        """``H v``, ``[*in]`` → ``[*in]``, for a function that returns one number.
+
+        Args:
+            operator: the Jacobian of this derivative.
+            by: the strategy whose order of modes is taken.
+        """
+        primals = operator.primals
+        if isinstance(by, ReverseOverForward):
+            operator.rewind_generators()
+            result, (outputs, extras) = pull_of_push(self.func, primals, v, 0)
+            self.check_outputs(outputs)
+            if not operator.is_evaluated:
+                self.num_values = len(outputs)
+                operator.keep_image((), (*outputs, *extras))
+            return result
+        if isinstance(by, Forward):
+            products = operator.pushforward(v)
+            pairs = zip(products, primals, strict=True)
+            return tuple([x.to(primal.dtype).view_as(primal) for x, primal in pairs])
+        pairs = zip(v, operator.outputs, strict=True)
+        return operator.pullback(tuple([seed.to(row.dtype).view_as(row) for seed, row in pairs]))
+
+    def products(self, operator: JacobianOperator, V: Leaves, by: Strategy) -> Leaves:
+        """``H v`` of K vectors at once, ``[K, *in]`` → ``[K, *in]``; see :meth:`product`."""
+        if is_followed(V) or len(V[0]) == 1:
+            return one_by_one(lambda v: self.product(operator, v, by), V)
+        size = V[0].shape[:1]
+        if isinstance(by, ReverseOverForward):
+            return pull_of_pushes(self.func, operator, V, 0)
+        if isinstance(by, Forward):
+            pushed = zip(operator.pushforward_batch(V), operator.primals, strict=True)
+            return tuple([x.to(primal.dtype).view(size + primal.shape) for x, primal in pushed])
+        of = nonzero_numbers(V)  # zeros would spoil products at infinite derivatives
+        pairs = zip(chosen_leaves(V, of), chosen_leaves(operator.outputs, of), strict=True)
+        rows = tuple([seed.to(row.dtype).reshape(size + row.shape) for seed, row in pairs])
+        return operator.pullback_batch(rows, of) if rows else tuple(map(torch.zeros_like, V))
+
 
 class SecondCall(FirstDerivative):
     """The Jacobian of a call as a call itself: its own Jacobian is the Hessian, in user's trees."""
@@ -132,48 +170,6 @@ def _only_row(operator: JacobianOperator, out: Tensor) -> Leaves:
             products = tuple([product.reshape(out.shape + product.shape) for product in products])
         # a block has the dtype of both
         return tuple([x.to(torch.promote_types(x.dtype, out.dtype)) for x in products])
-
-
-def product(second: FirstDerivative, operator: JacobianOperator, v: Leaves, by: Strategy) -> Leaves:
-    """``H v``, ``[*in]`` → ``[*in]``, for a function that returns one number.
-
-    Args:
-        second: the derivative of the function.
-        operator: its Jacobian.
-        by: the strategy whose order of modes is taken.
-    """
-    primals = operator.primals
-    if isinstance(by, ReverseOverForward):
-        operator.rewind_generators()
-        result, (outputs, extras) = pull_of_push(second.func, primals, v, 0)
-        second.check_outputs(outputs)
-        second.num_values = len(outputs)
-        operator.keep_image((), (*outputs, *extras))
-        return result
-    if isinstance(by, Forward):
-        products = operator.pushforward(v)
-        pairs = zip(products, primals, strict=True)
-        return tuple([x.to(primal.dtype).view_as(primal) for x, primal in pairs])
-    pairs = zip(v, operator.outputs, strict=True)
-    return operator.pullback(tuple([seed.to(row.dtype).view_as(row) for seed, row in pairs]))
-
-
-def products(
-    second: FirstDerivative, operator: JacobianOperator, V: Leaves, by: Strategy
-) -> Leaves:
-    """``H v`` of K vectors at once, ``[K, *in]`` → ``[K, *in]``; see :func:`product`."""
-    if is_followed(V) or len(V[0]) == 1:
-        return one_by_one(lambda v: product(second, operator, v, by), V)
-    size = V[0].shape[:1]
-    if isinstance(by, ReverseOverForward):
-        return pull_of_pushes(second.func, operator, V, 0)
-    if isinstance(by, Forward):
-        pushed = zip(operator.pushforward_batch(V), operator.primals, strict=True)
-        return tuple([x.to(primal.dtype).view(size + primal.shape) for x, primal in pushed])
-    of = nonzero_numbers(V)  # zeros would spoil products at infinite derivatives
-    pairs = zip(chosen_leaves(V, of), chosen_leaves(operator.outputs, of), strict=True)
-    rows = tuple([seed.to(row.dtype).reshape(size + row.shape) for seed, row in pairs])
-    return operator.pullback_batch(rows, of) if rows else tuple(map(torch.zeros_like, V))
 
 
 @dataclass(frozen=True)
