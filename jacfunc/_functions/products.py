@@ -8,7 +8,7 @@ from typing import Any, Concatenate, Literal, overload
 from jacfunc._arguments import check_like
 from jacfunc._calls import at_all
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._planning import HessianProducts
+from jacfunc._planning import HESSIAN_PRODUCTS
 from jacfunc._showing import named
 from jacfunc._types import AuxT, InT, OutT, Tree
 from jacfunc.strategies import SecondCall, in_words_of
@@ -170,8 +170,9 @@ def hvp(
     """H·v without H: pulls one vector back through the graph of the gradient of ``func``.
 
     ``v ↦ ∂²f(x) v`` (Pearlmutter, "Fast exact multiplication by the Hessian", 1994), by reverse
-    over reverse mode. Where that takes milliseconds, or torch refuses it, a pushforward is pulled
-    back instead if that is faster: the third and the fourth call of a kind are measured.
+    over reverse mode. Where that takes milliseconds, a pushforward is pulled back instead if that
+    was faster: the second and third calls of a kind are timed, the fourth tries it. Where torch
+    refuses an order of modes, the next is taken.
 
     Args:
         func: takes trees, returns one number, or ``(number, aux)`` with ``has_aux``.
@@ -205,7 +206,7 @@ def hvp(
     check_like("hvp", "tangents", seeds, call.primals)
     products = in_words_of(
         "hvp",
-        lambda: HessianProducts().run(
+        lambda: HESSIAN_PRODUCTS.run(
             operator, lambda plan: second.product(operator, seeds, plan.strategy)
         ),
         MUST,

@@ -127,11 +127,15 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
             outputs, extras = watched_once(func, copies, primals, pull)
         else:
             outputs, extras = second.without_values(
-                watched_once(second.recorded, copies, primals, pull, second.func, second.composed)
+                watched_once(
+                    *(second.recorded, copies, primals, pull),
+                    *(second.func, second.func, lambda: second.num_values),
+                )
             )
     state = getattr(func, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
-    graph = Graph.back_to(starts, (*outputs, *extras))
+    walk = Graph.back_to if second is None else second.graph_behind
+    graph = walk(starts, (*outputs, *extras))
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
     differentiated = is_further or (grad_mode and graph.leads_out)

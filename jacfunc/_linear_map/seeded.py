@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
-from jacfunc._torch import inside_transform
+from jacfunc._torch import inside_transform, untracked
 from jacfunc._types import Leaves
 
 
@@ -53,7 +53,8 @@ def is_followed(seeds: Leaves) -> bool:
     """May a transform, or plain autograd, differentiate by these seeds?"""
     if inside_transform():
         return True
-    return torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
+    with untracked():  # a watch around a second derivative would take it for the function's own
+        return torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
 
 
 class _Product(torch.autograd.Function):

@@ -8,4 +8,4 @@ from jacfunc._planning.by_name import directed, resolve, resolve_second
 from jacfunc._planning.choice import SampledWays
 from jacfunc._planning.plan import UNMAPPED, Plan, attempt
 from jacfunc._planning.recall import by_memory, recall, remember
-from jacfunc._planning.second import HESSIAN_PRODUCT, HessianProducts
+from jacfunc._planning.second import HESSIAN_PRODUCT, HESSIAN_PRODUCTS

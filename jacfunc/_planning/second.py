@@ -50,3 +50,7 @@ class HessianProducts:
             time.process_time,
             warms_up=True,
         )
+
+
+HESSIAN_PRODUCTS = HessianProducts()
+"""The one planner: plans are looked up faster for an object that stays."""

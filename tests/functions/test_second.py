@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,20 +40,6 @@ def central(func: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, step: float 
         return torch.autograd.grad(func(x), x)[0]
 
     return (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
-
-
-@contextmanager
-def counting(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many calls of torch's run, in the only element of a list."""
-    calls, original = [0], getattr(module, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, counted)
-        yield calls
 
 
 # --- orders of modes ---
@@ -337,6 +323,29 @@ def test_hvp_where_norms_keep_statistics() -> None:
 def looped_hessian_times(func: Any, x: Tensor, v: Tensor) -> Tensor:
     (first,) = torch.autograd.grad(func(x), x, create_graph=True)
     return torch.autograd.grad(first, x, v, create_graph=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("pulled", "pushed", "modes"),
+    [(0.01, 0.002, "rrrppppp"), (0.01, 0.02, "rrrpprrr"), (0.001, 0.0001, "rrrrrrrr")],
+    ids=["faster", "slower", "not worth a try"],
+)
+def test_hvp_measures_the_orders(
+    pulled: float, pushed: float, modes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds of the processor are counted by the function itself, by how it is evaluated."""
+    now, seen = [0.0], []
+
+    def func(x: Tensor) -> Tensor:
+        seen.append("p" if inside_transform() else "r")
+        now[0] += pushed if inside_transform() else pulled
+        return x.pow(3).sum()
+
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
+    for _ in range(7 if pulled > 0.005 else 8):
+        _, (product,) = jacfunc.hvp(func, (A[0],), (A[1],))
+        torch.testing.assert_close(product, 6 * A[0] * A[1])
+    assert "".join(seen) == modes
 
 
 @pytest.mark.parametrize(
