@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch.compiler import is_compiling
+
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._planning.plan import Plan, ResultT
+from jacfunc._planning.plan import Plan, ResultT, attempt
 from jacfunc._planning.recall import by_memory
+from jacfunc._torch import is_outermost
 from jacfunc.strategies import Forward, Reverse, ReverseOverForward
 
 WORTH = 2e-3
@@ -38,16 +42,23 @@ class HessianProducts:
     def plan(self, operator: JacobianOperator) -> Plan:
         """Reverse over reverse mode, with the order that may be faster where that takes long."""
         first = HESSIAN_PRODUCT
+        if not all(primal.is_cpu for primal in operator.primals):
+            return first  # an accelerator goes on after the clock has been read
         return Plan(first.strategy, first.reason, 0.0, first.otherwise, second=_PULLED_PUSH)
 
     def run(self, operator: JacobianOperator, run: Callable[[Plan], ResultT]) -> ResultT:
         """What ``run`` returns for the order that was the fastest for calls of this kind."""
+        if is_compiling():
+            return run(HESSIAN_PRODUCT)
+        if not is_outermost():
+            return attempt(HESSIAN_PRODUCT, run)[1]
         return by_memory(
             self,
             operator.call_kind,
             lambda: (self.plan(operator), None),
             lambda plan, _: run(plan),
-            time.process_time,
+            # a busy machine does not tell on the processor's time, but threads that wait do
+            time.process_time if torch.get_num_threads() == 1 else time.perf_counter,
             warms_up=True,
         )
 

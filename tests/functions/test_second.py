@@ -305,6 +305,14 @@ def test_hvp_is_differentiable_by_point_and_vector() -> None:
     torch.testing.assert_close(third, torch.diag(24 * x * v))
 
 
+def test_a_compiler_traces_products_in_one_graph() -> None:
+    def product(x: Tensor, v: Tensor) -> Tensor:
+        return jacfunc.hvp(lambda x: x.pow(3).sum(), (x,), (v,))[1][0]
+
+    compiled = torch.compile(product, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(A[0], A[1]), 6 * A[0] * A[1])
+
+
 def test_hvp_where_norms_keep_statistics() -> None:
     x = torch.randn(5, 5, dtype=torch.float64)
     v = torch.randn_like(x)
