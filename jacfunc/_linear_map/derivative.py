@@ -14,7 +14,6 @@ from jacfunc._faults import check_nodes, handled, suspects
 from jacfunc._linear_map.graph import Anchor, map_of_graph
 from jacfunc._linear_map.linearization import one_by_one
 from jacfunc._linear_map.operator import JacobianOperator
-from jacfunc._linear_map.push import pushforward
 from jacfunc._linear_map.walks import Graph
 from jacfunc._lock import alone
 from jacfunc._log import note
@@ -110,7 +109,9 @@ def pull_of_push(
 
     def pushed(*point: Tensor) -> tuple[Leaves, Leaves]:
         nonlocal count
-        outputs, products, extras = pushforward(func, point, seeds[:num_primals])
+        inner = JacobianOperator(func, point)
+        products = inner.pushforward(seeds[:num_primals])
+        outputs, extras = inner.image()
         count = len(outputs)
         return (products[of],), (*outputs, *extras)
 
