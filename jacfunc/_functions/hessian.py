@@ -139,8 +139,9 @@ def hessian(
         TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
 
     Cost:
-        One evaluation and M·N pullbacks through the graph of the Jacobian, of which no graph is
-        kept; or N pushforwards through all of it, whichever rows are asked for.
+        One evaluation and M·N pullbacks through the graph of the Jacobian; or N pushforwards
+        through all of it, whichever rows are asked for. No graph of a third order is kept, unless
+        arguments, or what ``func`` closes over, require gradients: ``torch.no_grad()`` spares it.
 
     Example:
         >>> import torch, jacfunc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -447,6 +448,23 @@ def test_no_third_order_graph_is_kept(what: str) -> None:
     assert kept <= saved_in(lambda: by_hand(func, owned, product=True))
     result = run()
     assert not any(leaf.requires_grad for leaf in float_leaves(result))
+
+
+def test_parameters_that_train_keep_no_third_order_graph_without_gradients() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    frozen = copy.deepcopy(model).requires_grad_(False)
+
+    def saved_by(net: nn.Module, strategy: str) -> int:
+        derive = jacfunc.hessian(lambda x: net(x).square().sum(), strategy=strategy)
+        return saved_in(lambda: derive(A[0]))
+
+    for strategy in ("looped", "reverse"):
+        with_graph = saved_by(model, strategy)
+        with torch.no_grad():
+            without = saved_by(model, strategy)
+        assert without < with_graph
+        # what the two sweeps save is for the function and its gradient alone
+        assert without <= saved_by(frozen, strategy) + 2 * len(list(model.parameters()))
 
 
 def test_a_second_sweep_keeps_no_more_for_more_rows() -> None:
