@@ -207,7 +207,7 @@ def hvp(
     products = in_words_of(
         "hvp",
         lambda: HESSIAN_PRODUCTS.run(
-            operator, lambda plan: second.product(operator, seeds, plan.strategy)
+            operator, lambda plan: second.product(operator, seeds, plan.strategy, last=True)
         ),
         MUST,
         " Write the function in other operations.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -89,10 +90,10 @@ class JacobianOperator:
         """Differentiable leaves of what the function returns at the primals."""
         return self.image()[0]
 
-    def pullback(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
-        """Jᵀ ȳ, ``[*out]`` → ``[*in]``, of the cotangents ``of`` some outputs."""
-        linearized = self._linearized
-        return self.refusing("pull cotangents back", lambda: linearized.pull(cotangents, EVERY, of))
+    def pullback(self, cotangents: Leaves, of: LeafNumbers = EVERY, last: bool = False) -> Leaves:
+        """Jᵀ ȳ, ``[*out]`` → ``[*in]``, ``of`` some outputs; the last one frees a plain graph."""
+        pull = self._linearized.pull_last if last else self._linearized.pull
+        return self.refusing("pull cotangents back", lambda: pull(cotangents, EVERY, of))
 
     def pullback_batch(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
         """K pullbacks at once, ``[K, *out]`` → ``[K, *in]``, of cotangents ``of`` some outputs."""
@@ -155,18 +156,16 @@ class JacobianOperator:
     @property
     def _linearized(self) -> Linearization:
         if self._linearization is None:
+            run = partial(linearize, self.func, self.primals)
             if self._random_state is None:
-                linearized = self.refusing("keep a graph", self._linearize)
+                linearized = self.refusing("keep a graph", run)
             else:
                 with alone():
                     self.rewind_generators()
-                    linearized = self.refusing("keep a graph", self._linearize)
+                    linearized = self.refusing("keep a graph", run)
             self._keep(linearized.outputs, linearized.extras, was_pushed=False)
             self._linearization = linearized
         return self._linearization
-
-    def _linearize(self) -> Linearization:
-        return linearize(self.func, self.primals)
 
     def _keep(self, outputs: Leaves, extras: Leaves, was_pushed: bool) -> None:
         """Keep what the first evaluation returned; later ones must agree with it."""

@@ -84,12 +84,15 @@ class FirstDerivative(Derivative):
         pairs = zip(outputs, blocks, strict=True)
         return tuple([row[0].index_select(out.dim(), self.chosen) for out, row in pairs])
 
-    def product(self, operator: JacobianOperator, v: Leaves, by: Strategy) -> Leaves:
+    def product(
+        self, operator: JacobianOperator, v: Leaves, by: Strategy, last: bool = False
+    ) -> Leaves:
         """``H v``, ``[*in]`` → ``[*in]``, for a function that returns one number.
 
         Args:
             operator: the Jacobian of this derivative.
             by: the strategy whose order of modes is taken.
+            last: is it the last product, so that a graph may be freed?
         """
         primals = operator.primals
         if isinstance(by, ReverseOverForward):
@@ -105,7 +108,8 @@ class FirstDerivative(Derivative):
             pairs = zip(products, primals, strict=True)
             return tuple([x.to(primal.dtype).view_as(primal) for x, primal in pairs])
         pairs = zip(v, operator.outputs, strict=True)
-        return operator.pullback(tuple([seed.to(row.dtype).view_as(row) for seed, row in pairs]))
+        seeds = tuple([seed.to(row.dtype).view_as(row) for seed, row in pairs])
+        return operator.pullback(seeds, last=last)
 
     def products(self, operator: JacobianOperator, V: Leaves, by: Strategy) -> Leaves:
         """``H v`` of K vectors at once, ``[K, *in]`` → ``[K, *in]``; see :meth:`product`."""
