@@ -187,11 +187,7 @@ class HessianOperator(LinearOperator):
         return self.domain.split.place(self._by_leaf(chunk_size, lambda rows, _: rows))
 
     def diagonal(self, *, chunk_size: int | None = MANY) -> Tree:
-        """The exact diagonal, a tree like a vector.
-
-        Cost:
-            As :meth:`blocks`, in the memory of one chunk of rows.
-        """
+        """The exact diagonal, a tree like a vector: as :meth:`blocks`, in the memory of a chunk."""
         parts = self._by_leaf(chunk_size, lambda rows, first: rows.diagonal(first).clone())
         pairs = zip(parts, self.domain.leaves, strict=True)
         return self.domain.split.place([part.view(leaf.shape) for part, leaf in pairs])
@@ -205,20 +201,24 @@ class HessianOperator(LinearOperator):
         for number, leaf in enumerate(self.domain.leaves):
             parts, first = [], 0
             for (rows,) in sweep(partial(self._onto_leaf, number), (leaf,), chunk_size):
-                parts.append(take(rows.reshape(len(rows), -1), first))
+                parts.append(take(rows.reshape(len(rows), leaf.numel()), first))
                 first += len(rows)
             taken.append(torch.cat(parts))
         return taken
 
     def _onto_leaf(self, number: int, units: Leaves) -> Leaves:
         """Products with vectors that are zero but for one leaf, and that leaf of each."""
-        if self._plan.strategy == HESSIAN_PRODUCT.strategy:
-            onto, row = slice(number, number + 1), self._point.outputs[number]
-            seeds = (units[0].to(row.dtype).reshape(len(units[0]), *row.shape),)
-            return self._run(lambda _: self._point.pullback_onto(onto, seeds, onto))
-        every = [x.new_zeros(len(units[0]), *x.shape) for x in self.domain.leaves]
-        every[number] = units[0]
-        return (self._times(tuple(every))[number],)
+        onto, row = slice(number, number + 1), self._point.outputs[number]
+        seeds = (units[0].to(row.dtype).reshape(len(units[0]), *row.shape),)
+
+        def onto_leaf(plan: Plan) -> Leaves:
+            if plan.strategy == HESSIAN_PRODUCT.strategy:
+                return self._point.pullback_onto(onto, seeds, onto)
+            every = [x.new_zeros(len(units[0]), *x.shape) for x in self.domain.leaves]
+            every[number] = units[0]
+            return self._second.products(self._point, tuple(every), plan.strategy)[onto]
+
+        return self._run(onto_leaf) if len(units[0]) else units
 
     def _times(self, vectors: Leaves) -> Leaves:
         """K products with the Hessian; zero where there is nothing to multiply."""

@@ -178,3 +178,13 @@ def test_inside_a_vmap(inside: Any) -> None:
         return jacfunc.hessian_operator(lambda x: x.pow(3).sum(), x)[1] @ torch.ones_like(x)
 
     torch.testing.assert_close(inside(product)(A), 6 * A)
+
+
+def test_empty_leaves() -> None:
+    x, nothing = A[0].clone(), torch.ones(0, dtype=torch.float64)
+    _, hess = jacfunc.hessian_operator(lambda x, y: x.pow(3).sum() + y.sum(), x, nothing)
+    blocks = hess.blocks()
+    torch.testing.assert_close(blocks[0], torch.diag(6 * x))
+    assert blocks[1].shape == (0, 0)
+    assert hess.diagonal()[1].shape == (0,)
+    torch.testing.assert_close(hess.matrix(), torch.diag(6 * x))
