@@ -1,7 +1,8 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
-Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``vmap``.
-Tensors with a graph: ``graph_jacobian``. Without the Jacobian, its products: ``linearize``.
+Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``hvp``,
+``vmap``. Tensors with a graph: ``graph_jacobian``. Operators: ``linearize`` and
+``hessian_operator``, for products alone.
 Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
@@ -15,6 +16,7 @@ from jacfunc._functions import (
     explain,
     graph_jacobian,
     hessian,
+    hvp,
     jacfwd,
     jacobian,
     jacrev,
@@ -25,12 +27,12 @@ from jacfunc._functions import (
     vmap,
 )
 from jacfunc._kernels import gram, ntk
-from jacfunc._module_operators import module_operator
+from jacfunc._module_operators import module_hessian, module_operator
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._outputs import Sampled, TopK
 from jacfunc._planning import Autotune, Plan
 from jacfunc._streams import stream_jacobian
-from jacfunc.operators import LinearOperator, linearize
+from jacfunc.operators import LinearOperator, hessian_operator, linearize
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [
@@ -57,11 +59,14 @@ __all__ = [
     "gram",
     "graph_jacobian",
     "hessian",
+    "hessian_operator",
+    "hvp",
     "jacfwd",
     "jacobian",
     "jacrev",
     "jvp",
     "linearize",
+    "module_hessian",
     "module_jacobian",
     "module_operator",
     "ntk",

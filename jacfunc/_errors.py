@@ -21,6 +21,10 @@ class LeftTorch(Nameless, Stale):
     """The function computes outputs of its arguments outside of torch; no other way is tried."""
 
 
+class ManyOutputs(Nameless, Stale):
+    """The function returns many numbers where it must return one; no other way is tried."""
+
+
 class UnseenWrite(RuntimeError):  # noqa: N818 (it has happened)
     """The function has changed a parameter that it got without a copy; no other way is tried."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
@@ -39,6 +39,9 @@ Argnums: TypeAlias = int | tuple[int, ...]
 
 Memory: TypeAlias = int | str | None
 """A budget in bytes, as a number or in words (``"2 GiB"``); None for none."""
+
+Rows: TypeAlias = slice | Sequence[int] | Tensor | None
+"""Rows along the first dimension of a tensor: a slice, numbers, or a mask; None for all."""
 
 Randomness: TypeAlias = Literal["error", "same", "different"]
 """For random functions: refuse them, draw the same numbers for all, or others for each."""

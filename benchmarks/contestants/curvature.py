@@ -71,7 +71,7 @@ def _contracted(blocks: Answer, hessians: Tensor) -> Answer:
 
 def expected_product(problem: Problem) -> Answer:
     """The judge's rows, once from the right and once from the left."""
-    blocks, vector = reference(problem), _vector(problem)
+    blocks, vector = reference(problem), vector_of(problem)
     pushed = sum(
         torch.einsum("bcp,p->bc", block.flatten(2), vector[name].double().flatten())
         for name, block in blocks.items()
@@ -83,13 +83,13 @@ def expected_product(problem: Problem) -> Answer:
 def by_jacfunc_product(problem: Problem) -> Run:
     """The product at a point of which nothing is known."""
     model, images = parts(problem)
-    ggn, labels, vector = jacfunc.ggn(model, F.cross_entropy), labels_of(images), _vector(problem)
+    ggn, labels, vector = jacfunc.ggn(model, F.cross_entropy), labels_of(images), vector_of(problem)
     return lambda: ggn(images, labels) @ vector
 
 
 def by_jacfunc_again(problem: Problem) -> Run:
     """The product at a point that has had one before."""
-    (model, images), vector = parts(problem), _vector(problem)
+    (model, images), vector = parts(problem), vector_of(problem)
     operator = jacfunc.ggn(model, F.cross_entropy)(images, labels_of(images))
     return lambda: operator @ vector
 
@@ -98,7 +98,7 @@ def by_curvlinops(problem: Problem) -> Run:
     from curvlinops import GGNLinearOperator
 
     model, images = parts(problem)
-    params, vector = dict(model.named_parameters()), list(_vector(problem).values())
+    params, vector = dict(model.named_parameters()), list(vector_of(problem).values())
     data, loss, values = [(images, labels_of(images))], nn.CrossEntropyLoss(), list(params.values())
     operator = GGNLinearOperator(model, loss, values, data, check_deterministic=False)
 
@@ -121,7 +121,7 @@ def _hessians(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
     return hessians / len(scores)
 
 
-def _vector(problem: Problem) -> Answer:
+def vector_of(problem: Problem) -> Answer:
     """Noise in the shape of the parameters."""
     generator = torch.Generator().manual_seed(1)
     return {

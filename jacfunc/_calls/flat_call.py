@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from jacfunc._trees import (
     Split,
     StructureError,
     flatten,
+    holds_floats_alone,
     kind_of,
     kinds_of,
     map_tensors,
@@ -54,7 +55,6 @@ class FlatCall:
         self._args, self._kwargs, self._origin = args, kwargs, origin
         # check_inputs refuses one that is not differentiable
         self._has_one_tensor = len(args) == 1 and type(args[0]) is Tensor and not kwargs
-        self._call_kind: CallKind | None = None
         self._positions = wrap_argnums(api, argnums, len(args))
         self._is_single = isinstance(argnums, int)
         with untracked():
@@ -71,14 +71,9 @@ class FlatCall:
         self._beside: Split | None = None
         self._maps_tensor_to_tensor = False
 
-    @property
+    @cached_property
     def call_kind(self) -> CallKind:
         """The identity of this call, by which plans and the like are remembered."""
-        if self._call_kind is None:
-            self._call_kind = self._identity()
-        return self._call_kind
-
-    def _identity(self) -> CallKind:
         if self._origin is not None:
             state = self._origin.state
             return CallKind(state.module, self._origin.kind(), state.version)
@@ -92,9 +87,12 @@ class FlatCall:
     def exact_kind(self) -> CallKind | None:
         """:attr:`call_kind`, if calls of this kind differ in nothing but the numbers in tensors.
 
-        Calls of a module do, and those of a function of one tensor; others differ in objects too.
+        Calls of a module do, and those of a function that is differentiated by all it gets.
         """
-        return self.call_kind if self._origin is not None or self._has_one_tensor else None
+        has_more = self._kwargs or len(self._positions) != len(self._args)
+        if self._origin is None and (has_more or not holds_floats_alone(self._args)):
+            return None
+        return self.call_kind
 
     @property
     def functions(self) -> list[Any]:

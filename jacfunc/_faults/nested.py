@@ -54,6 +54,7 @@ def watched_once(
     pull: Pull,
     call: Any = None,
     again: LeafFunction | None = None,
+    count: Callable[[], int] | None = None,
 ) -> tuple[Leaves, Leaves]:
     """``func(*copies)``, watched unless an earlier call of this kind showed nothing to watch for.
 
@@ -65,13 +66,14 @@ def watched_once(
         pull: the pullback that the evaluation is for.
         call: says what is called and of what kind the call is, if ``func`` does not.
         again: evaluates ``func`` once more, where ``call`` is given and ``func`` keeps something.
+        count: how many outputs ``again`` returns, if not all; what follows are their derivatives.
     """
     keep_heap()
     around = watch_on()
     if call is None:
         call = again = func
     try:
-        return _watched_once(func, copies, primals, pull, call, again)
+        return _watched_once(func, copies, primals, pull, call, again, count)
     finally:
         # what is inside a derivative that the function takes is looked at there
         for watch, leaves_torch in around:
@@ -85,6 +87,7 @@ def _watched_once(
     pull: Pull,
     call: Any,
     again: LeafFunction | None,
+    count: Callable[[], int] | None,
 ) -> tuple[Leaves, Leaves]:
     _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
     is_known, kind = version is not None, (kind, pull.around)
@@ -102,12 +105,13 @@ def _watched_once(
     if watch.has_cut_off and not all(out.requires_grad for out in outputs):
         raise Refused(CUT_OFF)
     if watch.leaves_torch:
-        constants = [number for number, out in enumerate(outputs) if not out.requires_grad]
+        values = outputs if count is None else outputs[: count()]
+        constants = [number for number, out in enumerate(values) if not out.requires_grad]
         if constants:
             if again is None:
                 raise Refused("it leaves torch, by NumPy or Python numbers, and returns constants")
             watch.stays_watched = True
-            check_stays_in_torch(again, primals, outputs, constants)
+            check_stays_in_torch(again, primals, values, constants)
     # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
     draws = is_known and watch.drew and call.state is None
     if is_known and not (watch.stays_watched or draws or any(map(_may_catch, call.functions))):

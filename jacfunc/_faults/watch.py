@@ -146,9 +146,10 @@ class Watch(TorchFunctionMode):
         order, leads_out = num_derivatives(tensor), False
         if self._keeps_graph and below_transforms(tensor).requires_grad:
             watches = [w for w in (self, *_modes()) if isinstance(w, Watch) and w._pull]
-            pulls = [w._pull.leads_out for w in watches if w._pull and w._pull.leads_out]
-            order += len(pulls)
-            leads_out = pulls[-1](tensor) if pulls else order > 0
+            pulls = [w._pull for w in watches if w._pull and w._pull.leads_out]
+            order += sum(pull.order for pull in pulls)
+            outer = pulls[-1].leads_out if pulls else None
+            leads_out = order > 0 if outer is None else outer(tensor)
         if order < 2 and not leads_out:
             return False
         self.stays_watched = True

@@ -10,7 +10,7 @@ from jacfunc._assembly import NEW_TENSORS, read_by, sink_for
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._showing import named
 from jacfunc._types import Tree
-from jacfunc.strategies import Evaluation, Strategy, evaluate
+from jacfunc.strategies import Evaluation, SecondCall, Strategy, evaluate
 
 
 def deriving(
@@ -18,14 +18,18 @@ def deriving(
     strategy: Strategy,
     pack: Callable[[Evaluation], Any],
     out: Tree = None,
+    of: Callable[[FlatCall], FlatCall | SecondCall] = lambda call: call,
 ) -> Callable[..., Any]:
-    """A function of the arguments of ``func`` that returns its packed evaluation."""
+    """A function of the arguments of ``func`` that returns its packed evaluation.
+
+    ``of`` makes what is evaluated from the call of ``func``.
+    """
     api = derivation.api
 
     # a module's __dict__ is its parameters: they are no attributes of the transformed function
     @wraps(derivation.func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
-        call = FlatCall(derivation, args, kwargs)
+        call = of(FlatCall(derivation, args, kwargs))
         read = partial(read_by, derivation.func, args, kwargs)
         sink = NEW_TENSORS if out is None else sink_for(api, out, read=read)
         return pack(evaluate(api, call, strategy, sink))
@@ -38,7 +42,9 @@ def watches_itself(func: Any) -> bool:
     return getattr(func, "__globals__", None) is globals()
 
 
-def jacobian_by(derivation: Derivation, strategy: Strategy, out: Tree = None) -> Callable[..., Any]:
+def jacobian_by(
+    derivation: Derivation, strategy: Strategy, out: Tree = None, **of: Any
+) -> Callable[..., Any]:
     """A function of the arguments of ``func`` that returns the Jacobian, or ``(jacobian, aux)``."""
 
     def pack(evaluation: Evaluation) -> Any:
@@ -47,4 +53,4 @@ def jacobian_by(derivation: Derivation, strategy: Strategy, out: Tree = None) ->
         _, aux = evaluation.value_and_aux()
         return evaluation.jacobian(), aux
 
-    return deriving(derivation, strategy, pack, out)
+    return deriving(derivation, strategy, pack, out, **of)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Concatenate, Literal, Unpack, overload
 
+import torch
 from torch import Tensor
 
-from jacfunc._calls import Derivation
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._functions.derive import deriving, jacobian_by
-from jacfunc._planning import resolve
-from jacfunc._showing import named
-from jacfunc._types import Argnums, FunctionOf, InT, Memory, SweepOptions, Tree
-from jacfunc.strategies import Evaluation, Reverse, Strategy
+from jacfunc._planning import resolve, resolve_second
+from jacfunc._types import Argnums, FunctionOf, InT, Memory, Rows, SweepOptions, Tree
+from jacfunc.strategies import Evaluation, SecondCall, Strategy
 
 
 @overload
@@ -88,6 +88,7 @@ def hessian(
     *,
     has_aux: Literal[False] = False,
     strategy: str | Strategy = ...,
+    rows: Rows = ...,
     **options: Unpack[SweepOptions],
 ) -> FunctionOf[Tensor, Tensor]: ...
 @overload
@@ -97,14 +98,16 @@ def hessian(
     *,
     has_aux: bool = False,
     strategy: str | Strategy = ...,
+    rows: Rows = ...,
     **options: Unpack[SweepOptions],
 ) -> Callable[..., Tree]: ...
 def hessian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
     *,
-    strategy: str | Strategy = "reverse",
+    strategy: str | Strategy = "auto",
     has_aux: bool = False,
+    rows: Rows = None,
     chunk_size: int | None = None,
     memory: Memory = None,
     out: Tree = None,
@@ -116,30 +119,73 @@ def hessian(
     Args:
         func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``.
         argnums: which positional arguments to differentiate; negative counts from the end.
-        strategy: of the outer sweep, as in :func:`jacobian`: ``"reverse"`` differentiates the
-            backward graph, ``"forward"`` pushes tangents through it.
+        strategy: ``"reverse-over-reverse"`` differentiates the backward graph,
+            ``"forward-over-reverse"`` pushes tangents through it, ``"reverse-over-forward"`` pulls
+            back through pushforwards, for what has no second backward pass. ``"auto"`` takes the
+            one that is forecast to be the fastest, or that torch does not refuse. Any other name or
+            object is the outer sweep over reverse mode, as in :func:`jacobian`.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
+        rows: along the first dimension of the only tensor that is differentiated, such as atoms: a
+            slice, numbers or a mask. Other rows of the Hessian are not swept.
         chunk_size: seeds of the outer sweep at once, for a strategy given by name.
         memory: as in :func:`jacrev`, for a strategy given by name.
         out: as in :func:`jacrev`: a Hessian of an earlier call.
 
     Returns:
         A function of the same arguments: the output tree of input trees of input trees of blocks
-        ``[*out, *in, *in]``; or ``(hessian, aux)``.
+        ``[*out, *in, *in]``, with ``rows`` ``[*out, R, *in[1:], *in]``; or ``(hessian, aux)``.
 
     Raises:
         TypeError, ValueError: arguments that do not fit. NotImplementedError: what torch refuses.
 
     Cost:
-        M·N pullbacks through the graph of the Jacobian, or N pushforwards through all of it.
+        One evaluation and M·N pullbacks through the graph of the Jacobian; or N pushforwards
+        through all of it, whichever rows are asked for. No graph of a third order is kept, unless
+        arguments, or what ``func`` closes over, require gradients: ``torch.no_grad()`` spares it.
 
     Example:
         >>> import torch, jacfunc
-        >>> jacfunc.hessian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))
+        >>> energy = lambda x: (x ** 3).sum()
+        >>> jacfunc.hessian(energy)(torch.tensor([1.0, 2.0]))
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
+        >>> jacfunc.hessian(energy, rows=[1])(torch.tensor([1.0, 2.0]))
+        tensor([[ 0., 12.]])
     """
-    chosen = resolve("hessian", strategy, chunk_size, memory)
-    inner = jacobian_by(Derivation("hessian", func, argnums, has_aux), Reverse())
-    outer = jacobian_by(Derivation("hessian", inner, argnums, has_aux), chosen, out)
-    return named("hessian", func, outer)
+
+    def twice(call: FlatCall) -> SecondCall:
+        return SecondCall(call, None if rows is None else chosen_rows("hessian", rows, call))
+
+    chosen = resolve_second("hessian", strategy, chunk_size, memory)
+    return jacobian_by(Derivation("hessian", func, argnums, has_aux), chosen, out, of=twice)
+
+
+def chosen_rows(api: str, rows: object, call: FlatCall) -> Tensor:
+    """The numbers of the rows, along the first dimension of the only primal.
+
+    Raises:
+        TypeError, ValueError: if they are none, or there is another number of primals.
+    """
+    primals = call.primals
+    if len(primals) != 1 or not primals[0].dim():
+        shapes = [tuple(primal.shape) for primal in primals]
+        raise ValueError(
+            f"{api}: rows must be those of one tensor of at least one dimension, got {shapes}. "
+            "Choose it by argnums, or take products by hvp."
+        )
+    every = torch.arange(len(primals[0]), device=primals[0].device)
+    if isinstance(rows, slice):
+        return every[rows]
+    if isinstance(rows, list | tuple | range) or (isinstance(rows, Tensor) and rows.dim() == 1):
+        try:
+            index = torch.as_tensor(rows, device=every.device)
+            return every[index if index.dtype == torch.bool or len(index) else index.long()]
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{api}: rows must lie among the {len(every)} of the tensor, got {rows!r}. Count "
+                "from 0, or from the end by negative numbers."
+            ) from error
+    raise TypeError(
+        f"{api}: rows must be a slice, a list of integers, or a tensor of integers or booleans of "
+        f"one dimension, got {type(rows).__name__}. Write [3] for the fourth row."
+    )

@@ -7,6 +7,7 @@ from jacfunc._linear_map.agreement import (
     check_transpose,
     detached,
 )
+from jacfunc._linear_map.derivative import Derivative, pull_of_push, pull_of_pushes
 from jacfunc._linear_map.graph import (
     Anchor,
     differentiable_alias,

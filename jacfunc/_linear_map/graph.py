@@ -25,7 +25,7 @@ from jacfunc._faults import (
 from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
-from jacfunc._linear_map.once import once
+from jacfunc._linear_map.seeded import once
 from jacfunc._linear_map.walks import Graph, LeadsOut
 from jacfunc._torch import (
     MathAttention,
@@ -101,7 +101,10 @@ def no_view(tensor: Tensor) -> Tensor:
 
 
 def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
-    """Evaluate a function once and keep what a pullback needs."""
+    """Evaluate a function once and keep what a pullback needs.
+
+    Of a :class:`Derivative` that is the function itself and its pullback, on one graph.
+    """
     if not is_outermost():
         return linearize_inside(func, primals)
     grad_mode = torch.is_grad_enabled()
@@ -117,11 +120,22 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
         if not is_plain:
             check_kept(primals, copies)
         leads_out = LeadsOut(starts, grad_mode, is_further)
-        pull = Pull(None, (grad_mode, is_further), leads_out)
-        outputs, extras = watched_once(func, copies, primals, pull)
+        second: Any = func if hasattr(func, "recorded") else None
+        order = 1 if second is None else 2
+        pull = Pull(None, (grad_mode, is_further, order), leads_out, order)
+        if second is None:
+            outputs, extras = watched_once(func, copies, primals, pull)
+        else:
+            outputs, extras = second.without_values(
+                watched_once(
+                    *(second.recorded, copies, primals, pull),
+                    *(second.func, second.func, lambda: second.num_values),
+                )
+            )
     state = getattr(func, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
-    graph = Graph.back_to(starts, (*outputs, *extras))
+    walk = Graph.back_to if second is None else second.graph_behind
+    graph = walk(starts, (*outputs, *extras))
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
     differentiated = is_further or (grad_mode and graph.leads_out)

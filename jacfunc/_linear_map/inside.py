@@ -21,7 +21,7 @@ from jacfunc._faults import (
     wrong_second_derivative,
 )
 from jacfunc._linear_map.linearization import LeafNumbers, Linearization, chosen_leaves, spread
-from jacfunc._linear_map.once import once
+from jacfunc._linear_map.seeded import once
 from jacfunc._linear_map.walks import Graph
 from jacfunc._torch import (
     MathAttention,

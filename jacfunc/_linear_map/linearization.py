@@ -90,6 +90,13 @@ class Linearization:
             )
         return self.sweep(batched_like(cotangents, chosen_leaves(self.outputs, of)), onto, of)
 
+    def pull_last(self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY) -> Leaves:
+        """:meth:`pull`, after which nothing is pulled back: the graph is freed on the way."""
+        is_kept = is_followed(cotangents) or (self.keeps_graph and torch.is_grad_enabled())
+        if self.last is None or is_kept:
+            return self.pull(cotangents, onto, of)
+        return self.last(cotangents, onto, of)
+
     def _as_map(self) -> LinearMap:
         """The pullback as a map that is differentiated by cotangents alone, not by the primals."""
         sweep = self.sweep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,13 @@ from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
-from jacfunc._torch import RandomState, below_transforms, holds_nan, inside_transform, levels
+from jacfunc._torch import (
+    RandomState,
+    below_transforms,
+    holds_nan,
+    inside_transform,
+    levels,
+)
 from jacfunc._trees import kind_of
 from jacfunc._types import LeafFunction, Leaves
 
@@ -31,10 +38,12 @@ class JacobianOperator:
     evaluations must return the same outputs, whatever else the function draws or keeps.
     """
 
-    def __init__(self, func: LeafFunction, primals: Leaves) -> None:
+    def __init__(
+        self, func: LeafFunction, primals: Leaves, evaluated: Linearization | None = None
+    ) -> None:
         self.primals = primals
         self.func = func
-        self._linearization: Linearization | None = None
+        self._linearization = evaluated
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
         self._random_state: RandomState | None = None
@@ -81,10 +90,10 @@ class JacobianOperator:
         """Differentiable leaves of what the function returns at the primals."""
         return self.image()[0]
 
-    def pullback(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
-        """Jᵀ ȳ, ``[*out]`` → ``[*in]``, of the cotangents ``of`` some outputs."""
-        linearized = self._linearized
-        return self.refusing("pull cotangents back", lambda: linearized.pull(cotangents, EVERY, of))
+    def pullback(self, cotangents: Leaves, of: LeafNumbers = EVERY, last: bool = False) -> Leaves:
+        """Jᵀ ȳ, ``[*out]`` → ``[*in]``, ``of`` some outputs; the last one frees a plain graph."""
+        pull = self._linearized.pull_last if last else self._linearized.pull
+        return self.refusing("pull cotangents back", lambda: pull(cotangents, EVERY, of))
 
     def pullback_batch(self, cotangents: Leaves, of: LeafNumbers = EVERY) -> Leaves:
         """K pullbacks at once, ``[K, *out]`` → ``[K, *in]``, of cotangents ``of`` some outputs."""
@@ -147,18 +156,16 @@ class JacobianOperator:
     @property
     def _linearized(self) -> Linearization:
         if self._linearization is None:
+            run = partial(linearize, self.func, self.primals)
             if self._random_state is None:
-                linearized = self.refusing("keep a graph", self._linearize)
+                linearized = self.refusing("keep a graph", run)
             else:
                 with alone():
                     self.rewind_generators()
-                    linearized = self.refusing("keep a graph", self._linearize)
+                    linearized = self.refusing("keep a graph", run)
             self._keep(linearized.outputs, linearized.extras, was_pushed=False)
             self._linearization = linearized
         return self._linearization
-
-    def _linearize(self) -> Linearization:
-        return linearize(self.func, self.primals)
 
     def _keep(self, outputs: Leaves, extras: Leaves, was_pushed: bool) -> None:
         """Keep what the first evaluation returned; later ones must agree with it."""
@@ -175,6 +182,11 @@ class JacobianOperator:
             linearized = self._linearized
             return linearized.outputs, linearized.extras
         return self._image
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Are there outputs of an evaluation already?"""
+        return self._image is not None or self._linearization is not None
 
     def keep_image(self, outputs: Leaves, extras: Leaves) -> None:
         """Take outputs and extras of an evaluation that was made elsewhere."""

@@ -1,4 +1,4 @@
-"""Linear maps that torch differentiates by their seeds, in every mode and at every nesting.
+"""Products as torch differentiates them: by their seeds alone, or not at all.
 
 The derivative of a linear map is the map itself for tangents, and its transpose for cotangents. So
 no graph of the computation is needed, and the graph that torch keeps leads to the seeds alone.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacfunc._torch import inside_transform
+from jacfunc._errors import Refused
+from jacfunc._torch import inside_transform, untracked
 from jacfunc._types import Leaves
 
 
@@ -51,7 +53,8 @@ def is_followed(seeds: Leaves) -> bool:
     """May a transform, or plain autograd, differentiate by these seeds?"""
     if inside_transform():
         return True
-    return torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
+    with untracked():  # a watch around a second derivative would take it for the function's own
+        return torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
 
 
 class _Product(torch.autograd.Function):
@@ -89,3 +92,44 @@ class _Product(torch.autograd.Function):
         ]
         products: Leaves = _Product.apply(linear, depth + 1, *every)
         return products, (0,) * len(products)
+
+
+def once(products: Leaves, outputs: Leaves, reason: str | None) -> Leaves:
+    """The products, as tensors that raise when somebody differentiates them.
+
+    They have no graph, but seem to depend on what an output that requires a gradient depends on.
+    Without a reason they are returned as they are.
+    """
+    if reason is None or not torch.is_grad_enabled():
+        return products
+    output = next((out for out in outputs if out.requires_grad), outputs[0])
+    return tuple([_raising_function(reason).apply(product, output) for product in products])
+
+
+@cache
+def _raising_function(reason: str) -> Any:
+    """The identity as an autograd function whose backward pass raises for this reason."""
+
+    class OnceAlone(torch.autograd.Function):
+        once_alone = reason
+
+        @staticmethod
+        def forward(product: Tensor, output: Tensor) -> Tensor:
+            return product.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            """Nothing is saved."""
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            raise Refused(
+                "backward: a Jacobian must not be differentiated where torch has no second "
+                f"derivative, got one such ({reason}). Detach the Jacobian."
+            )
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, product: Tensor, output: Tensor) -> Any:
+            return OnceAlone.apply(product, output), in_dims[0]
+
+    return OnceAlone

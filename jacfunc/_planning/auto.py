@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from jacfunc._assembly import Sink
+from jacfunc._errors import Refused
 from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk
@@ -17,7 +18,7 @@ from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, blocks_by, rows_first
 from jacfunc._planning.recall import Planner, by_memory
 from jacfunc._types import Blocks
-from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
+from jacfunc.strategies import Forward, Reverse, ReverseOverForward, Streaming, Structured, Sweeping
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,13 @@ class Auto(Streaming):
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The plan for this operator, which is evaluated for it."""
-        costs = counted_costs(operator)
+        try:
+            costs = counted_costs(operator)
+        except Refused as refusal:
+            if not isinstance(self.directions[-1], ReverseOverForward):
+                raise
+            first, *others = self.directions
+            return Plan(first, f"nothing could be forecast: {refusal}", None, tuple(others))
         if costs is None:
             return by_sizes(operator, self.directions)
         return bounded(fastest(costs, self.directions), costs, self.memory)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
 from jacfunc._planning.plan import Direction, check_strategy
 from jacfunc._types import Memory
-from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
+from jacfunc.strategies import (
+    Forward,
+    Looped,
+    Reverse,
+    ReverseOverForward,
+    Strategy,
+    Structured,
+)
 
 NAMES = ("auto", "autotune", "reverse", "forward", "looped", "structured")
+OVER_REVERSE = {f"{name}-over-reverse": name for name in ("reverse", "forward", "looped")}
+REVERSE_OVER_FORWARD = "reverse-over-forward"
 
 
 def resolve(
@@ -23,6 +34,7 @@ def resolve(
     check_chunk_size(api, chunk_size)
     budget = check_memory(api, memory)
     if isinstance(strategy, str):
+        check_name(api, strategy, NAMES)
         return _named(api, strategy, chunk_size, budget)
     check_strategy(api, strategy)
     for option, value in (("chunk_size", chunk_size), ("memory", memory)):
@@ -34,6 +46,35 @@ def resolve(
     return strategy
 
 
+def resolve_second(
+    api: str, strategy: str | Strategy, chunk_size: int | None, memory: Memory = None
+) -> Strategy:
+    """The strategy of a second derivative: a sweep over reverse mode, or over forward mode.
+
+    Raises:
+        TypeError, ValueError: as :func:`resolve`.
+    """
+    if isinstance(strategy, str):
+        check_name(api, strategy, ("auto", *OVER_REVERSE, REVERSE_OVER_FORWARD, *NAMES[1:]))
+        check_chunk_size(api, chunk_size)
+        if strategy == REVERSE_OVER_FORWARD:
+            return directed(api, ReverseOverForward(chunk_size), memory)
+        if strategy == "auto":
+            ways = Reverse(chunk_size), Forward(chunk_size), ReverseOverForward(chunk_size)
+            return Auto(ways, check_memory(api, memory))
+        strategy = OVER_REVERSE.get(strategy, strategy)
+    return resolve(api, strategy, chunk_size, memory)
+
+
+def check_name(api: str, name: str, names: Sequence[str]) -> None:
+    """Refuse a name that no strategy has."""
+    if name not in names:
+        raise ValueError(
+            f"{api}: strategy must be one of {', '.join(map(repr, names))}, got {name!r}. "
+            "Or pass an object, such as Reverse(chunk_size=64)."
+        )
+
+
 def directed(api: str, direction: Direction, memory: Memory) -> Strategy:
     """The strategy of one direction; in chunks that keep to the budget, where there is one."""
     budget = check_memory(api, memory)
@@ -41,11 +82,6 @@ def directed(api: str, direction: Direction, memory: Memory) -> Strategy:
 
 
 def _named(api: str, name: str, chunk_size: int | None, budget: int | None) -> Strategy:
-    if name not in NAMES:
-        raise ValueError(
-            f"{api}: strategy must be one of {', '.join(map(repr, NAMES))}, got {name!r}. "
-            "Or pass an object, such as Reverse(chunk_size=64)."
-        )
     if name == "looped":
         for option, value in (("chunk_size", chunk_size), ("memory", budget)):
             if value is not None:

@@ -17,12 +17,20 @@ from jacfunc._memory import MODEST_BYTES, Chunk
 from jacfunc._showing import html_table
 from jacfunc._types import Blocks
 from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
-from jacfunc.strategies import Forward, Reverse, Strategy, Streaming, Structured, blocks_into
+from jacfunc.strategies import (
+    Forward,
+    Reverse,
+    ReverseOverForward,
+    Strategy,
+    Streaming,
+    Structured,
+    blocks_into,
+)
 
 NUMBER = 8
 """Bytes of one number of a seed, at most."""
 
-Direction = Reverse | Forward | Structured
+Direction = Reverse | Forward | Structured | ReverseOverForward
 ResultT = TypeVar("ResultT")
 
 UNMAPPED = 0
@@ -140,15 +148,22 @@ class Plan(Streaming):
 
 
 def attempt(plan: Plan, run: Callable[[Plan], ResultT]) -> tuple[Plan, ResultT]:
-    """The plan that ran and its result: of those to try, the first that torch does not refuse."""
+    """The plan that ran and its result: of those to try, the first that torch does not refuse.
+
+    Raises:
+        Refused: if all are refused, with the reason of the first.
+    """
+    reason = None
     while True:
         try:
             return plan, run(plan)
         except Refused as refusal:
             note("%s was refused: %s", plan.strategy, refusal)
             if not plan.otherwise:
-                raise  # not in a function that gets the refusal: its traceback would be a cycle
-            plan = plan.instead(refusal)
+                if reason is None:
+                    raise  # not in a function that gets the refusal: its traceback would be a cycle
+                raise Refused(reason) from None
+            reason, plan = reason or str(refusal), plan.instead(refusal)
 
 
 def alternatives(

@@ -52,12 +52,13 @@ def by_memory(
     make: Callable[[], Planned],
     run: Callable[[Plan, Chunk], ResultT],
     clock: Callable[[], float] = time.perf_counter,
+    warms_up: bool = False,
 ) -> ResultT:
     """What ``run`` returns for the plan of an earlier call of this kind, or for a new one.
 
     The first calls after the one that plans are timed, where nothing is added to a transform's
     work. Where the forecast was far off, the plan's second may get a try, and the faster of the two
-    is kept.
+    is kept. With ``warms_up`` the second runs once before, while torch sets things up.
     """
     recalled = recall(strategy, kind)
     # a first call evaluates more than once, with the same random numbers
@@ -65,8 +66,11 @@ def by_memory(
         planned = recalled or make()
         plan, chunk = planned
         is_timed = recalled is not None and plan.timing.left > 0 and is_outermost()
-        start = clock() if is_timed else 0.0
-        ran, result = attempt(plan, lambda each: run(each, chunk))
+        for _ in range(2 if warms_up and plan.timing.before is not None else 1):
+            start = clock() if is_timed else 0.0
+            ran, result = attempt(plan, lambda each: run(each, chunk))
+            if ran is not plan:
+                break
     if ran is not plan:
         following = plan.timing.before or (ran, chunk)
     else:

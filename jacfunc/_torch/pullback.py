@@ -40,8 +40,10 @@ class Pull:
         around: equal for pullbacks that are differentiated further in the same way.
         leads_out: on a plain graph, tells whether the graph of a tensor leads to leaves outside,
             by which it may be differentiated further.
+        order: how many derivatives it takes: two where its product is pulled back, too.
     """
 
     level: int | None
     around: Hashable
     leads_out: Callable[[Tensor], bool] | None = None
+    order: int = 1

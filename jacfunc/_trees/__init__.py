@@ -9,7 +9,14 @@ from jacfunc._trees.in_dims import (
     sample_dims,
 )
 from jacfunc._trees.objects import referred
-from jacfunc._trees.split import Split, kind_of, kinds_of, paths, without_settings
+from jacfunc._trees.split import (
+    Split,
+    holds_floats_alone,
+    kind_of,
+    kinds_of,
+    paths,
+    without_settings,
+)
 from jacfunc._trees.tree import (
     Structure,
     StructureError,

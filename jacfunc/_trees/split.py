@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from jacfunc._trees.tree import (
     LEAF,
@@ -38,6 +39,16 @@ def kinds_of(tree: Tree) -> Hashable:
     """Structure and kinds of the leaves of a tree: equal for trees of equal cost."""
     leaves, spec = flatten(tree)
     return spec, tuple([kind_of(leaf) for leaf in leaves])
+
+
+def holds_floats_alone(tree: Tree) -> bool:
+    """Is it a floating tensor, or containers of Python's own that hold nothing else?"""
+    kind = type(tree)
+    if kind is dict:
+        return all(map(holds_floats_alone, tree.values()))
+    if kind is tuple or kind is list:
+        return all(map(holds_floats_alone, tree))
+    return (kind is Tensor or kind is Parameter) and bool(tree.is_floating_point())
 
 
 def without_settings(tree: Tree, root: str) -> dict[str, Any]:

@@ -4,8 +4,16 @@
 ``A.matrix()``, sums, scalings, compositions and restrictions of operators.
 """
 
+from jacfunc.operators._hessian import HessianOperator, hessian_operator
 from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._linearize import Linearized, linearize
 from jacfunc.operators._space import Space
 
-__all__ = ["LinearOperator", "Linearized", "Space", "linearize"]
+__all__ = [
+    "HessianOperator",
+    "LinearOperator",
+    "Linearized",
+    "Space",
+    "hessian_operator",
+    "linearize",
+]

@@ -12,6 +12,7 @@ from jacfunc._calls import FlatCall
 from jacfunc._errors import Nameless, Refused, is_out_of_memory, out_of_memory
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks, Leaves, Tree
+from jacfunc.strategies._second import SecondCall
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, blocks_into
 
 ResultT = TypeVar("ResultT")
@@ -28,7 +29,7 @@ class Evaluation:
         sink: where the blocks went.
     """
 
-    call: FlatCall
+    call: FlatCall | SecondCall
     blocks: Blocks
     image: Callable[[], tuple[Leaves, Leaves]]
     sink: Sink
@@ -48,7 +49,9 @@ class Evaluation:
         return self.sink.placed(tree) if self.sink.copies else tree
 
 
-def evaluate(api: str, call: FlatCall, strategy: Strategy, sink: Sink = NEW_TENSORS) -> Evaluation:
+def evaluate(
+    api: str, call: FlatCall | SecondCall, strategy: Strategy, sink: Sink = NEW_TENSORS
+) -> Evaluation:
     """The Jacobian of a call by a strategy, with the outputs."""
     operator = JacobianOperator(call, call.primals)
     blocks = in_words_of(

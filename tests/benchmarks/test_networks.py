@@ -27,6 +27,7 @@ from benchmarks.questions import (
     ggn_diagonal,
     ggn_product,
     growth,
+    hvp,
     inputs,
     norms,
     ntk,
@@ -42,7 +43,8 @@ from jacfunc.compare import Problem
 QUESTIONS = tuple(
     file.QUESTION
     for file in (
-        *(params, inputs, whole, ntk, norms, ggn_diagonal, ggn_product, buffer, streams, growth),
+        *(params, inputs, whole, ntk, norms, ggn_diagonal, ggn_product, hvp),
+        *(buffer, streams, growth),
     )
 )
 CASES = {f"{question.name}/{case.name}": case for question in QUESTIONS for case in question.cases}
@@ -53,7 +55,7 @@ CPU = torch.device("cpu")
 SMALL = (
     *("inputs/resnet, B=64", "params/vit, B=8", "inputs/transformer, B=8", "whole/mlp, B=1"),
     *("ntk/mlp of 536k, B=64", "ntk/gru, B=64", "ggn-diagonal/transformer, B=64"),
-    *("ggn-product/lenet, B=64", "buffer/lenet, B=64"),
+    *("ggn-product/lenet, B=64", "hvp/lenet, B=64", "buffer/lenet, B=64"),
 )
 SMALLER = ("params/mlp, B=8", "params/cnn, B=8", "inputs/resnet, B=8")
 """Quick ones that would take seconds."""

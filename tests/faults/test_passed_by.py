@@ -310,12 +310,16 @@ def test_second_derivatives_of_what_is_once_differentiable_are_refused_in_transf
 
     points = POINT if level not in (torch.vmap, jacfunc.vmap) else POINT[None]
     for second in (
-        jacfunc.hessian(total),
+        jacfunc.hessian(total, strategy="reverse"),
+        jacfunc.hessian(total, strategy="forward"),
         jacfunc.jacrev(jacfunc.jacrev(total)),
         torch.func.grad(lambda x: jacfunc.jacrev(total)(x).sum()),
     ):
         with pytest.raises(NotImplementedError, match="second derivative through"):
             level(second)(points)
+    # its pushforward may be pulled back
+    actual = level(jacfunc.hessian(total))(points)
+    torch.testing.assert_close(actual.view(3, 3), torch.diag(POINT.exp()))
 
 
 def test_a_first_derivative_of_what_is_once_differentiable_in_vmap():

@@ -34,6 +34,11 @@ def func(*args: Any, **kwargs: Any) -> Any:
     return X.sin() + sum(x.double().square().sum().to(X.dtype) for x in every)
 
 
+def number(*args: Any, **kwargs: Any) -> Any:
+    """A number of anything."""
+    return func(*args, **kwargs).sum()
+
+
 def of_sample(x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise OwnError("there is no tensor")
@@ -140,6 +145,18 @@ OF_FUNCTIONS = [
         jacfunc.jvp,
     ),
     Public(
+        "hvp",
+        jacfunc.hvp,
+        {"func": number, "primals": (X,), "tangents": (torch.ones(3),)},
+        jacfunc.hvp,
+    ),
+    Public(
+        "hessian_operator",
+        jacfunc.hessian_operator,
+        {"func": number, "x": X},
+        lambda func, x, **options: jacfunc.hessian_operator(func, x, **options)[0],
+    ),
+    Public(
         "vmap",
         jacfunc.vmap,
         {"func": of_sample, "x": XS},
@@ -177,6 +194,7 @@ OF_MODULES = [
     of_module(jacfunc.random_projection, size=2),
     of_module(jacfunc.module_operator),
     *(Public(kind.__name__, kind, {"k": 2}, kind) for kind in (jacfunc.TopK, jacfunc.Sampled)),
+    of_module(jacfunc.module_hessian, GOALS, loss=squared),
     Public("param_slices", jacfunc.param_slices, {"module": MODEL}, jacfunc.param_slices),
     Public("ntk", jacfunc.ntk, {"func": MODEL, "params": None, "x1": XS}, jacfunc.ntk, FREE),
 ]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
+from jacfunc.operators import HessianOperator
 
 A, x = torch.ones(2, 2), torch.ones(2)
 model, batch, labels = nn.Linear(2, 3), torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
@@ -128,6 +129,17 @@ assert_type(J.T @ J, Any)
 assert_type((2.0 * J - J).matrix(), Tensor)
 assert_type(jacfunc.linearize(named, x, has_aux=True), tuple[Tensor, jacfunc.LinearOperator, str])
 assert_type(jacfunc.module_operator(model)(batch), jacfunc.LinearOperator)
+
+# --- second order ---
+
+assert_type(jacfunc.hessian(number, rows=[0])(x), Tensor)
+assert_type(jacfunc.hvp(number, (x,), (x,)), tuple[Tensor, tuple[Tensor]])
+assert_type(jacfunc.hvp(named, (x,), (x,), has_aux=True)[2], str)
+value, H = jacfunc.hessian_operator(number, x)
+assert_type(H, HessianOperator)
+assert_type(H.T, HessianOperator)
+assert_type(H["0", [1]].matrix(), Tensor)
+assert_type(jacfunc.module_hessian(model, F.cross_entropy)(batch, labels), HessianOperator)
 
 # --- costs ---
 
