@@ -1,6 +1,7 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
 Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``vmap``.
+Traces of Hessians and Jacobians: ``laplacian``, ``hessian_diagonal``, ``divergence``.
 Tensors with a graph: ``graph_jacobian``. Without the Jacobian, its products: ``linearize``.
 Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
@@ -29,7 +30,14 @@ from jacfunc._module_operators import module_operator
 from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._planning import Autotune, Plan
 from jacfunc._streams import stream_jacobian
-from jacfunc.operators import LinearOperator, linearize
+from jacfunc.operators import (
+    LinearOperator,
+    divergence,
+    hessian_diagonal,
+    laplacian,
+    linearize,
+    value_jacobian_laplacian,
+)
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [
@@ -45,6 +53,7 @@ __all__ = [
     "Reverse",
     "Strategy",
     "Structured",
+    "divergence",
     "empty_cache",
     "estimate",
     "explain",
@@ -54,10 +63,12 @@ __all__ = [
     "gram",
     "graph_jacobian",
     "hessian",
+    "hessian_diagonal",
     "jacfwd",
     "jacobian",
     "jacrev",
     "jvp",
+    "laplacian",
     "linearize",
     "module_jacobian",
     "module_operator",
@@ -67,6 +78,7 @@ __all__ = [
     "random_projection",
     "stream_jacobian",
     "value_and_jacobian",
+    "value_jacobian_laplacian",
     "vjp",
     "vmap",
 ]

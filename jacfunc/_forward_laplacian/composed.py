@@ -153,7 +153,7 @@ def norm(
 
 
 def linalg_norm(
-    A: Tensor,  # noqa: N803 (torch's name)
+    A: Tensor,
     ord: Any = None,
     dim: Any = None,
     keepdim: bool = False,
@@ -192,7 +192,7 @@ def mse_loss(
     return squares.mean() if reduction == "mean" else squares.sum()
 
 
-def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+def softmin(input: Tensor, dim: int, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
     return (-input).softmax(dim, dtype)
 
 
@@ -233,5 +233,5 @@ def hypot(input: Tensor, other: Tensor) -> Tensor:
     return _root(input.square() + other.square())
 
 
-def lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
+def lerp(input: Tensor, end: Tensor, weight: Any) -> Any:
     return input + weight * (end - input)

@@ -39,7 +39,8 @@ def elementwise(formula: Formula) -> Rule:
     return rule
 
 
-def _number(x: Tensor, number: float) -> Tensor:
+def filled(x: Tensor, number: float) -> Tensor:
+    """The number at each entry."""
     return torch.full_like(x, number)
 
 
@@ -53,65 +54,6 @@ def _sigmoid(x: Tensor, y: Tensor) -> Derivatives:
     return slope, slope * (1 - 2 * y)
 
 
-def _silu(x: Tensor, y: Tensor) -> Derivatives:
-    s = torch.sigmoid(x)
-    slope = s * (1 - s)
-    return s + x * slope, slope * (2 + x * (1 - 2 * s))
-
-
-def _gelu(x: Tensor, y: Tensor, approximate: str = "none") -> Derivatives:
-    if approximate == "none":
-        density = torch.exp(-x * x / 2) / sqrt(2 * pi)
-        return (1 + torch.erf(x / sqrt(2))) / 2 + x * density, density * (2 - x * x)
-    scale, cubic = sqrt(2 / pi), 0.044715
-    t = torch.tanh(scale * (x + cubic * x * x * x))
-    inner, bend = scale * (1 + 3 * cubic * x * x), scale * 6 * cubic * x
-    slope = 1 - t * t
-    first = (1 + t + x * slope * inner) / 2
-    return first, slope * inner + x * slope * (bend - 2 * t * inner * inner) / 2
-
-
-def _softplus(x: Tensor, y: Tensor, beta: float = 1, threshold: float = 20) -> Derivatives:
-    s = torch.sigmoid(beta * x)
-    is_linear = beta * x > threshold
-    return torch.where(is_linear, 1.0, s), torch.where(is_linear, 0.0, beta * s * (1 - s))
-
-
-def _logsigmoid(x: Tensor, y: Tensor) -> Derivatives:
-    s = torch.sigmoid(-x)
-    return s, -s * (1 - s)
-
-
-def _mish(x: Tensor, y: Tensor) -> Derivatives:
-    t, s = torch.tanh(torch.nn.functional.softplus(x)), torch.sigmoid(x)
-    slope = (1 - t * t) * s
-    return t + x * slope, slope * (2 + x * ((1 - s) - 2 * t * s))
-
-
-def _elu(x: Tensor, y: Tensor, alpha: float = 1.0) -> Derivatives:
-    bent = alpha * torch.exp(torch.where(x > 0, 0.0, x))
-    return torch.where(x > 0, 1.0, bent), torch.where(x > 0, 0.0, bent)
-
-
-def _celu(x: Tensor, y: Tensor, alpha: float = 1.0) -> Derivatives:
-    bent = torch.exp(torch.where(x > 0, 0.0, x) / alpha)
-    return torch.where(x > 0, 1.0, bent), torch.where(x > 0, 0.0, bent / alpha)
-
-
-def _selu(x: Tensor, y: Tensor) -> Derivatives:
-    alpha, scale = 1.6732632423543772, 1.0507009873554805
-    slope, bend = _elu(x, y, alpha)
-    return scale * slope, times(scale, bend)
-
-
-def _relu(x: Tensor, y: Tensor) -> Derivatives:
-    return (x > 0).to(x.dtype), None
-
-
-def _leaky_relu(x: Tensor, y: Tensor, negative_slope: float = 0.01) -> Derivatives:
-    return torch.where(x > 0, _number(x, 1), negative_slope), None
-
-
 def _clamp(x: Tensor, y: Tensor, min: Any = None, max: Any = None) -> Derivatives:
     inside = torch.ones_like(y)
     if min is not None:
@@ -121,23 +63,15 @@ def _clamp(x: Tensor, y: Tensor, min: Any = None, max: Any = None) -> Derivative
     return inside, None
 
 
-def _hardtanh(x: Tensor, y: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Derivatives:
-    return ((x > min_val) & (x < max_val)).to(x.dtype), None
-
-
-def _relu6(x: Tensor, y: Tensor) -> Derivatives:
-    return _hardtanh(x, y, 0.0, 6.0)
-
-
 def _power(x: Tensor, y: Tensor, exponent: Any) -> Derivatives:
     if isinstance(exponent, Tensor):
         slope = torch.where(exponent == 0, 0.0, exponent * _raised(x, exponent - 1))
         factor = exponent * (exponent - 1)
         return slope, torch.where(factor == 0, 0.0, factor * _raised(x, exponent - 2))
     if exponent in (0, 1):  # a power of 0 to a negative exponent would make them nan
-        return _number(y, exponent), None
+        return filled(y, exponent), None
     if exponent == 2:
-        return 2 * x, _number(x, 2)
+        return 2 * x, filled(x, 2)
     return exponent * x ** (exponent - 1), exponent * (exponent - 1) * x ** (exponent - 2)
 
 
@@ -245,37 +179,21 @@ FORMULAS: dict[str, Formula] = {
     "sqrt": lambda x, y: (0.5 / y, -0.25 / (x * y)),
     "rsqrt": lambda x, y: (-0.5 * y / x, 0.75 * y / (x * x)),
     "reciprocal": lambda x, y: (-y * y, 2 * y * y * y),
-    "square": lambda x, y: (2 * x, _number(x, 2)),
+    "square": lambda x, y: (2 * x, filled(x, 2)),
     "pow": _power,
     "abs": lambda x, y: (torch.sign(x), None),
     "absolute": lambda x, y: (torch.sign(x), None),
-    "neg": lambda x, y: (_number(x, -1), None),
-    "negative": lambda x, y: (_number(x, -1), None),
+    "neg": lambda x, y: (filled(x, -1), None),
+    "negative": lambda x, y: (filled(x, -1), None),
     "erf": _erf,
     "erfc": _erfc,
     "erfinv": _erfinv,
     "lgamma": _polygamma(0),
     "gammaln": _polygamma(0),
     "digamma": _polygamma(1),
-    "silu": _silu,
-    "gelu": _gelu,
-    "softplus": _softplus,
-    "logsigmoid": _logsigmoid,
-    "mish": _mish,
-    "elu": _elu,
-    "celu": _celu,
-    "selu": _selu,
-    "relu": _relu,
-    "relu6": _relu6,
-    "leaky_relu": _leaky_relu,
     "clamp": _clamp,
     "clip": _clamp,
     "clamp_min": lambda x, y, min: _clamp(x, y, min),
     "clamp_max": lambda x, y, max: _clamp(x, y, None, max),
-    "hardtanh": _hardtanh,
-    "softsign": lambda x, y: (
-        1 / (1 + x.abs()) ** 2,
-        -2 * torch.sign(x) / (1 + x.abs()) ** 3,
-    ),
 }
-"""For functions of each entry, by name, their derivatives."""
+"""For mathematical functions of each entry, by name, their derivatives."""

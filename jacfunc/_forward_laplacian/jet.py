@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn, TypeAlias
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import is_out_of_memory
+from jacfunc._faults import TAKES_DERIVATIVES
 from jacfunc._torch import sweep_batch
 from jacfunc._types import Leaves
 
@@ -18,6 +19,10 @@ Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[["Propagation", Callable[..., Any], Args, Kwargs], Any]
 """From a propagation, a function of torch and its arguments, jets among them, to its result."""
+
+
+LARGE, PARTS = 2**14, 4
+"""So many numbers are squared in so many parts."""
 
 
 class NoRule(NotImplementedError):  # noqa: N818 (no error: a sweep does it instead)
@@ -45,7 +50,7 @@ class Jet(Tensor):
 
     @staticmethod
     def __new__(cls, owner: Propagation, value: Tensor, *_: Any) -> Jet:
-        jet: Jet = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        jet: Jet = Tensor._make_wrapper_subclass(
             cls, value.shape, dtype=value.dtype, device=value.device
         )
         return jet
@@ -62,7 +67,7 @@ class Jet(Tensor):
         raise NoRule(f"{_name(func)} is called where no propagation sees it")
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> NoReturn:
         reason = f"{func} is reached past the functions of torch"
@@ -93,6 +98,8 @@ class Propagation(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
+        if func in TAKES_DERIVATIVES:
+            self.give_up("it takes derivatives itself")
         if Jet not in types or not self.jets(args, kwargs or {}):
             return func(*args, **kwargs) if kwargs else func(*args)
         rule = self._rules.get(func)
@@ -143,8 +150,16 @@ class Propagation(TorchFunctionMode):
         return products.sum(0) if self.is_summed else products
 
     def squares(self, first: Tensor) -> Tensor:
-        """The squares of first derivatives as they are part of second ones."""
-        return self.summed(first.square())
+        """The squares of first derivatives as they are part of second ones.
+
+        They are summed some directions after the other: all at once would take the memory of one
+        more tensor of first derivatives, where there are no more than two or three.
+        """
+        if not self.is_summed or first.numel() < LARGE:
+            return self.summed(first.square())
+        parts: Sequence[Tensor] = torch.split(first, -(-len(first) // PARTS))
+        squares = [part.square().sum(0) for part in parts]
+        return sum(squares[1:], squares[0])
 
     def aligned(self, derivatives: Tensor, dim: int) -> Tensor:
         """First derivatives ``[N, *shape]`` with ``dim`` dimensions behind N, to be broadcast."""
@@ -195,13 +210,13 @@ def times(factor: Any, second: Tensor | None) -> Tensor | None:
 
 def _leaves(values: Any) -> list[Any]:
     """All values in nested tuples and lists."""
-    found: list[Any] = []
+    leaves: list[Any] = []
     for value in values:
         if isinstance(value, tuple | list):
-            found += _leaves(value)
+            leaves += _leaves(value)
         else:
-            found.append(value)
-    return found
+            leaves.append(value)
+    return leaves
 
 
 def _name(func: Any) -> str:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, times, total
+from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, total
 from jacfunc._types import Leaves, is_differentiable
 
 
 def multilinear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """``y' = Σᵢ g(xᵢ')``, ``y'' = Σᵢ g(xᵢ'') + 2 Σ_{i<j} g(xᵢ', xⱼ')``: product rule, all else linear.
+    """The product rule: ``y' = Σᵢ g(xᵢ')``, ``y'' = Σᵢ g(xᵢ'') + 2 Σ_{i<j} g(xᵢ', xⱼ')``.
 
     A linear map of one jet is the case without a second sum. The map is linear in each jet, while
     the others have their values.
@@ -147,10 +147,11 @@ def _zero_or_none(added: Any) -> Any:
     return torch.zeros_like(added) if is_number else None
 
 
-def linear(
-    ctx: Propagation, func: Any, args: Args, kwargs: Kwargs
-) -> Any:
+def linear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The rule of ``F.linear``: all directions in one product, if the weight is a constant."""
+    if len(args) == 3 and not kwargs and ctx.owns(args[2]):
+        with ctx:
+            return func(*args[:2]) + args[2]
     if kwargs or not args or not ctx.owns(args[0]) or ctx.jets(args[1:], {}):
         return multilinear(ctx, func, args, kwargs)
     x, weight = args[0], args[1]
@@ -163,133 +164,15 @@ def matmul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The rule of ``a @ b``: all directions in one product, if a matrix or vector is a constant."""
     if kwargs or len(args) != 2 or len(ctx.jets(args, {})) != 1:
         return multilinear(ctx, func, args, kwargs)
-    a, b = args
-    product: Callable[[Tensor], Tensor] | None = None
-    if ctx.owns(a) and b.dim() <= 2:
-        jet, product = a, lambda x: x @ b
-    elif ctx.owns(b) and b.dim() == 1 and a.dim() <= 2:
-        jet, product = b, lambda x: x @ a.mT if a.dim() == 2 else x @ a
-    if product is None or jet.value.dim() == 0:
+    (jet,) = ctx.jets(args, {})
+    is_left = args[0] is jet
+    constant = args[1] if is_left else args[0]
+    if constant.dim() > 2 or not (is_left or jet.value.dim() == 1):
         return multilinear(ctx, func, args, kwargs)
-    second = None if jet.second is None else product(jet.second)
-    return ctx.jet(func(*map(ctx.value, args)), product(jet.first), second)
-
-
-def mul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """The product rule, entry by entry: ``(ab)'' = a'' b + 2 a' b' + a b''``."""
-    a, b = _two(args, kwargs)
-    value = func(ctx.value(a), ctx.value(b))
-    dim = value.dim()
-    parts, seconds = [], []
-    for jet, other in ((a, b), (b, a)):
-        if ctx.owns(jet):
-            factor = ctx.value(other)
-            parts.append(ctx.aligned(jet.first, dim) * factor)
-            if jet.second is not None:
-                seconds.append(factor * ctx.aligned_second(jet.second, dim))
-    if len(parts) == 2:
-        pair = ctx.aligned(a.first, dim) * ctx.aligned(b.first, dim)
-        seconds.append(2 * ctx.summed(pair))
-    first = total(*parts)
-    assert first is not None
-    return ctx.jet(value, first, total(*seconds))
-
-
-def div(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """Of ``a = y b``: ``y' = (a' - y b') / b``, ``y'' = (a'' - y b'' - 2 y' b') / b``."""
-    a, b = _two(args, kwargs)
-    value = func(ctx.value(a), ctx.value(b))
-    return quotient(ctx, value, a, b)
-
-
-def rdiv(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """The rule of ``number / jet``."""
-    b, a = _two(args, kwargs)
-    return quotient(ctx, func(ctx.value(b), ctx.value(a)), a, b)
-
-
-def quotient(ctx: Propagation, value: Tensor, a: Any, b: Any) -> Any:
-    """The jet of ``value = a / b``."""
-    dim, divisor = value.dim(), ctx.value(b)
-    first: Any = ctx.aligned(a.first, dim) if ctx.owns(a) else 0
-    second: Any = None
-    if ctx.owns(a) and a.second is not None:
-        second = ctx.aligned_second(a.second, dim)
-    if ctx.owns(b):
-        slope = ctx.aligned(b.first, dim)
-        first = (first - value * slope) / divisor
-        bend = None if b.second is None else -value * ctx.aligned_second(b.second, dim)
-        second = total(second, bend, -2 * ctx.summed(first * slope))
-    else:
-        first = first / divisor
-    return ctx.jet(value, first, None if second is None else second / divisor)
-
-
-def added(sign: float, is_reversed: bool = False) -> Any:
-    """The rule of ``a + alpha b``, or of ``a - alpha b``."""
-
-    def rule(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-        named = dict(kwargs)
-        alpha = named.pop("alpha", 1)
-        a, b = _two(args, named)
-        value = func(ctx.value(a), ctx.value(b), **({"alpha": alpha} if alpha != 1 else {}))
-        if is_reversed:
-            a, b = b, a
-        dim, firsts, seconds = value.dim(), [], []
-        for jet, factor in ((a, 1), (b, sign * alpha)):
-            if ctx.owns(jet):
-                firsts.append(_scaled(factor, ctx.aligned(jet.first, dim)))
-                if jet.second is not None:
-                    seconds.append(_scaled(factor, ctx.aligned_second(jet.second, dim)))
-        if value.is_floating_point() and len(firsts) == 2:  # the sum has the shape of both
-            shape = firsts[0].shape[:1] + value.shape
-            firsts = [first.expand(shape) for first in firsts]
-        first = total(*firsts)
-        assert first is not None
-        return ctx.jet(value, first, total(*seconds))
-
-    return rule
-
-
-def _scaled(factor: float, tensor: Tensor) -> Tensor:
-    return tensor if factor == 1 else factor * tensor
-
-
-def _two(args: Args, kwargs: Kwargs) -> tuple[Any, Any]:
-    """The two operands.
-
-    Raises:
-        NotImplementedError: if there are other arguments, such as a mode of rounding.
-    """
-    named = dict(kwargs)
-    operands = [*args]
-    for name in ("input", "other"):
-        if name in named:
-            operands.append(named.pop(name))
-    if len(operands) != 2 or named:
-        raise NotImplementedError("it has further arguments")
-    return operands[0], operands[1]
-
-
-def where(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """The rule of ``where(condition, a, b)``: constants have derivatives of zero."""
-    if len(args) != 3 or kwargs:
-        raise NotImplementedError("it has no two branches, or names its arguments")
-    is_method = func is Tensor.where
-    condition, a, b = (args[1], args[0], args[2]) if is_method else args
-    value = func(*map(ctx.value, args))
-    dim = value.dim()
-
-    def chosen(name: str, align: Callable[[Tensor, int], Tensor]) -> Tensor | None:
-        pair = [getattr(x, name) if ctx.owns(x) else None for x in (a, b)]
-        if all(x is None for x in pair):
-            return None
-        zero = torch.zeros((), dtype=value.dtype, device=value.device)
-        return torch.where(condition, *(zero if x is None else align(x, dim) for x in pair))
-
-    first = chosen("first", ctx.aligned)
-    assert first is not None
-    return ctx.jet(value, first, chosen("second", ctx.aligned_second))
+    if not is_left and constant.dim() == 2:
+        constant = constant.mT
+    second = None if jet.second is None else jet.second @ constant
+    return ctx.jet(func(*map(ctx.value, args)), jet.first @ constant, second)
 
 
 def converted(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -310,15 +193,3 @@ def like_another(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any
     if not ctx.owns(args[0]):
         return func(*map(ctx.value, args), **kwargs)
     return multilinear(ctx, func, (args[0], *map(ctx.value, args[1:])), kwargs)
-
-
-def dropped(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """The rule of dropout: value and derivatives are multiplied by one mask."""
-    jet: Any = args[0] if args else kwargs["input"]
-    ones = torch.ones_like(jet.value)
-    named = {name: value for name, value in kwargs.items() if name not in ("input", "inplace")}
-    if kwargs.get("inplace", False) or (len(args) > 3 and args[3]):
-        raise NotImplementedError("it writes into its input")
-    mask = func(ones, *args[1:3], **named)
-    second = times(mask, jet.second)
-    return ctx.jet(jet.value * mask, jet.first * mask, second)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jacfunc._forward_laplacian import arithmetic, determinants, linear, reductions
 from jacfunc._forward_laplacian import composed as written
-from jacfunc._forward_laplacian import determinants, linear, reductions
+from jacfunc._forward_laplacian.activations import ACTIVATIONS
 from jacfunc._forward_laplacian.elementwise import FORMULAS, elementwise
 from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule, composed
 
@@ -24,6 +25,11 @@ def _constant(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
         return ctx.value(argument)
 
     return func(*map(value, args), **{name: value(x) for name, x in kwargs.items()})
+
+
+def _tracked(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> bool:
+    """Whether a tensor requires a gradient: one that is differentiated does."""
+    return True
 
 
 def _same(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -46,7 +52,7 @@ _CONSTANT = (
 )
 _ATTRIBUTES = (
     *("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "is_quantized"),
-    *("requires_grad", "is_meta", "is_leaf", "names", "itemsize", "nbytes", "is_mps", "is_xpu"),
+    *("is_meta", "names", "itemsize", "nbytes", "is_mps", "is_xpu"),
 )
 _LINEAR = (
     *("sum", "mean", "reshape", "view", "permute", "transpose", "t", "swapaxes", "swapdims"),
@@ -55,7 +61,7 @@ _LINEAR = (
     *("fliplr", "rot90", "narrow", "select", "index_select", "gather", "take", "trace"),
     *("take_along_dim", "diagonal", "diag", "diag_embed", "diagflat", "tril", "triu", "cumsum"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit"),
-    *("unbind", "unsafe_chunk", "unsafe_split", "contiguous", "clone", "diff", "unfold"),
+    *("unbind", "unsafe_chunk", "unsafe_split", "contiguous", "clone", "unfold"),
     *("atleast_1d", "atleast_2d", "atleast_3d", "sum_to_size", "__getitem__", "masked_fill"),
     *("pad", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "pixel_shuffle"),
     *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "pixel_unshuffle", "fold", "interpolate"),
@@ -65,27 +71,35 @@ _LINEAR = (
 )
 _JOINTLY_LINEAR = (
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"),
-    *("row_stack", "block_diag", "broadcast_tensors", "meshgrid", "index_add", "scatter_add"),
+    *(
+        "row_stack",
+        "block_diag",
+        "broadcast_tensors",
+        "meshgrid",
+        "index_add",
+        "scatter_add",
+        "diff",
+    ),
     *("select_scatter", "slice_scatter", "diagonal_scatter", "index_copy", "scatter"),
 )
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_CONSTANT, _constant),
     **dict.fromkeys(_LINEAR, linear.multilinear),
     **dict.fromkeys(_JOINTLY_LINEAR, linear.jointly_linear),
-    **{name: elementwise(formula) for name, formula in FORMULAS.items()},
-    **dict.fromkeys(("add", "__radd__"), linear.added(1)),
-    **dict.fromkeys(("sub", "subtract"), linear.added(-1)),
-    **dict.fromkeys(("rsub", "__rsub__"), linear.added(-1, is_reversed=True)),
-    **dict.fromkeys(("mul", "multiply", "__rmul__"), linear.mul),
-    **dict.fromkeys(("div", "divide", "true_divide"), linear.div),
-    **dict.fromkeys(("__rdiv__", "__rtruediv__"), linear.rdiv),
+    **{name: elementwise(formula) for name, formula in (FORMULAS | ACTIVATIONS).items()},
+    **dict.fromkeys(("add", "__radd__"), arithmetic.added(1)),
+    **dict.fromkeys(("sub", "subtract"), arithmetic.added(-1)),
+    **dict.fromkeys(("rsub", "__rsub__"), arithmetic.added(-1, is_reversed=True)),
+    **dict.fromkeys(("mul", "multiply", "__rmul__"), arithmetic.mul),
+    **dict.fromkeys(("div", "divide", "true_divide"), arithmetic.div),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), arithmetic.rdiv),
     **dict.fromkeys(("matmul",), linear.matmul),
     **dict.fromkeys(("expand_as", "view_as", "reshape_as"), linear.like_another),
     **dict.fromkeys(("to", "type", "type_as", "float", "double", "half"), linear.converted),
     **dict.fromkeys(("bfloat16", "cpu", "cuda", "long", "int", "bool"), linear.converted),
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), linear.dropped),
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), arithmetic.dropped),
     "linear": linear.linear,
-    "where": linear.where,
+    "where": arithmetic.where,
     "positive": _same,
     "softmax": reductions.softmax,
     "log_softmax": reductions.log_softmax,
@@ -141,6 +155,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     **dict.fromkeys(_getters(_ATTRIBUTES), _constant),
     **dict.fromkeys(_getters(("T", "mT", "H", "mH")), linear.multilinear),
     **dict.fromkeys(_getters(("real",)), _same),
+    **dict.fromkeys(_getters(("requires_grad",)), _tracked),
     **dict.fromkeys(_functions("norm", (torch, Tensor)), composed(written.norm)),
     **dict.fromkeys(_functions("norm", (torch.linalg,)), composed(written.linalg_norm)),
     **dict.fromkeys(_functions("layer_norm", (torch,)), composed(written.layer_norm)),

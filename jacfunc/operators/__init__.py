@@ -4,8 +4,23 @@
 ``A.matrix()``, sums, scalings, compositions and restrictions of operators.
 """
 
+from jacfunc.operators._laplacian import (
+    divergence,
+    hessian_diagonal,
+    laplacian,
+    value_jacobian_laplacian,
+)
 from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._linearize import Linearized, linearize
 from jacfunc.operators._space import Space
 
-__all__ = ["LinearOperator", "Linearized", "Space", "linearize"]
+__all__ = [
+    "LinearOperator",
+    "Linearized",
+    "Space",
+    "divergence",
+    "hessian_diagonal",
+    "laplacian",
+    "linearize",
+    "value_jacobian_laplacian",
+]
