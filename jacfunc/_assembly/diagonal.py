@@ -131,4 +131,5 @@ def _of_columns(columns: Tensor, start: int, primal: Tensor) -> Iterator[Tensor]
     low, high = max(start, 0), min(stop, size)
     if low < high:
         flat = columns[low - start : high - start].reshape(high - low, -1, size)
-        yield flat[:, :, low:high].diagonal(dim1=0, dim2=2)
+        # a copy, as a view would keep all columns
+        yield flat[:, :, low:high].diagonal(dim1=0, dim2=2).clone()
