@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MOST_FACTORS = 64
+"""Factors of a product that is taken in pairs."""
 
 
 def layer_norm(
@@ -88,7 +91,7 @@ def var(
         dim, unbiased = None, dim
     dims = _dims(input, dim)
     correction = int(unbiased) if correction is None else correction
-    count = prod(input.shape[d] for d in dims)
+    count = math.prod(input.shape[d] for d in dims)
     centred = input - input.mean(dims, keepdim=True)
     return centred.square().sum(dims, keepdim=keepdim) / (count - correction)
 
@@ -113,8 +116,7 @@ def _dims(x: Tensor, dim: Any) -> tuple[int, ...]:
 def vector_norm(
     x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    if dtype is not None:
-        raise NotImplementedError("it changes the dtype")
+    x = x if dtype is None else x.to(dtype)
     dims = _dims(x, dim)
     if ord == 1:
         return x.abs().sum(dims, keepdim=keepdim)
@@ -130,13 +132,12 @@ def _root(x: Any) -> Tensor:
 
     So a particle has the distance 0 to itself, wherever it is.
     """
-    is_zero = x.value == 0
-    if not torch.compiler.is_compiling():
-        is_still = (x.first == 0).all(0)
-        if x.second is not None:
-            bend = x.second == 0
-            is_still = is_still & (bend if bend.dim() == x.value.dim() else bend.all(0))
-        is_zero = is_zero & is_still
+    is_zero = (x.value == 0) & (x.first == 0).all(0)
+    if x.second is not None:
+        is_straight = x.second == 0
+        is_zero = is_zero & (
+            is_straight if is_straight.dim() == x.value.dim() else is_straight.all(0)
+        )
     root: Tensor = torch.where(is_zero, torch.zeros_like(x), torch.where(is_zero, 1.0, x).sqrt())
     return root
 
@@ -192,10 +193,6 @@ def mse_loss(
     return squares.mean() if reduction == "mean" else squares.sum()
 
 
-def softmin(input: Tensor, dim: int, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
-    return (-input).softmax(dim, dtype)
-
-
 def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
@@ -225,8 +222,27 @@ def attention(
     return scores.softmax(-1) @ value
 
 
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * tensor1 * tensor2
+
+
+def addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + value * tensor1 / tensor2
+
+
+def prod(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    parts = input.flatten().unbind() if dim is None else input.unbind(dim)
+    if not 0 < len(parts) <= MOST_FACTORS:
+        raise NotImplementedError(f"it has {len(parts)} factors")
+    while len(parts) > 1:
+        last = parts[-1:] if len(parts) % 2 else ()
+        parts = (*[a * b for a, b in zip(parts[::2], parts[1::2], strict=False)], *last)
+    return parts[0] if dim is None or not keepdim else parts[0].unsqueeze(dim)
+
+
 def logaddexp(input: Tensor, other: Tensor) -> Tensor:
-    return torch.logsumexp(torch.stack(torch.broadcast_tensors(input, other)), 0)
+    shape = torch.broadcast_shapes(input.shape, other.shape)
+    return torch.logsumexp(torch.stack((input.expand(shape), other.expand(shape))), 0)
 
 
 def hypot(input: Tensor, other: Tensor) -> Tensor:

@@ -64,17 +64,13 @@ class Jet(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> NoReturn:
-        raise NoRule(f"{_name(func)} is called where no propagation sees it")
+        _give_up(args, f"{_name(func)} is called where no propagation sees it")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> NoReturn:
-        reason = f"{func} is reached past the functions of torch"
-        for leaf in _leaves(args):
-            if type(leaf) is Jet:
-                leaf.owner.give_up(reason)
-        raise NoRule(reason)
+        _give_up(args, f"{func} is reached past the functions of torch")
 
 
 class Propagation(TorchFunctionMode):
@@ -100,7 +96,7 @@ class Propagation(TorchFunctionMode):
     ) -> Any:
         if func in TAKES_DERIVATIVES:
             self.give_up("it takes derivatives itself")
-        if Jet not in types or not self.jets(args, kwargs or {}):
+        if not self.jets(args, kwargs or {}):
             return func(*args, **kwargs) if kwargs else func(*args)
         rule = self._rules.get(func)
         if rule is None:
@@ -217,6 +213,14 @@ def _leaves(values: Any) -> list[Any]:
         else:
             leaves.append(value)
     return leaves
+
+
+def _give_up(args: Args, reason: str) -> NoReturn:
+    """End the propagations whose jets are among the arguments, though the function may go on."""
+    for leaf in _leaves(args):
+        if type(leaf) is Jet:
+            leaf.owner.reason = leaf.owner.reason or reason
+    raise NoRule(reason)
 
 
 def _name(func: Any) -> str:

@@ -20,16 +20,16 @@ class _Exponentials:
     """
 
     def __init__(self, ctx: Propagation, x: Any, dim: Any, dtype: Any = None) -> None:
-        if dtype is not None and dtype != x.dtype:
-            raise NotImplementedError("it changes the dtype")
+        if dtype is not None:
+            with ctx:
+                x = x.to(dtype)
         dims = (dim,) if isinstance(dim, int) else tuple(dim)
         behind = [d if d < 0 else d - x.value.dim() for d in dims] if x.value.dim() else []
-        self.largest = x.value.amax(dims, keepdim=True).detach()
-        self.largest = torch.where(self.largest.isfinite(), self.largest, 0.0)
-        powers = torch.exp(x.value - self.largest)
+        largest = x.value.amax(dims, keepdim=True).detach()
+        powers = torch.exp(x.value - torch.where(largest.isfinite(), largest, 0.0))
         total_power = powers.sum(dims, keepdim=True)
-        self.softmax = powers / total_power
-        self.value = self.largest + total_power.log()
+        # of infinitely small numbers alone it is no number, but all zeros to torch
+        self.softmax = powers / torch.where(total_power == 0, 1.0, total_power)
         self.first = (self.softmax * x.first).sum(behind, keepdim=True)
         self.beside = x.first - self.first
         bend = total(x.second, ctx.squares(self.beside))
@@ -50,7 +50,8 @@ def softmax(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """``y' = y (x - lse)'``, ``y'' = y ((x - lse)'' + ((x - lse)')²)``."""
     x, dim, dtype = _arguments(args, kwargs)
     of = _Exponentials(ctx, x, dim, dtype)
-    return ctx.jet(of.softmax, of.softmax * of.beside, of.softmax * (of.bend - of.second))
+    value = func(x.value, dim) if dtype is None else of.softmax
+    return ctx.jet(value, of.softmax * of.beside, of.softmax * (of.bend - of.second))
 
 
 def log_softmax(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -58,7 +59,7 @@ def log_softmax(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     x, dim, dtype = _arguments(args, kwargs)
     of = _Exponentials(ctx, x, dim, dtype)
     second = -of.second if x.second is None else x.second - of.second
-    return ctx.jet(func(x.value, dim), of.beside, second)
+    return ctx.jet(func(x.value, dim, dtype=dtype), of.beside, second)
 
 
 def logsumexp(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:

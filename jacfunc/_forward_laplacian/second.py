@@ -18,7 +18,7 @@ from jacfunc._forward_laplacian.jet import Jet, NoRule, Propagation
 from jacfunc._forward_laplacian.table import RULES
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._torch import RandomState
+from jacfunc._torch import RandomState, holds_nan
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, Tree
 from jacfunc.strategies import Reverse, Strategy, evaluate
@@ -142,6 +142,8 @@ class SecondOrder:
             seeds = unit_seeds(call.primals, start, min(start + step, size))
             chunks.append(propagate(call, call.primals, seeds, self._is_summed))
         last = chunks[-1]
+        if any(holds_nan(x) for c in chunks for x in (*c.first, *c.second)):
+            raise NoRule("it gives nan, which zeros and infinite derivatives may have made")
         firsts, seconds = (zip(*[getattr(c, name) for c in chunks], strict=True) for name in NAMES)
         second: Tree
         if self._is_summed:

@@ -115,7 +115,6 @@ _RULES: dict[str, Rule] = {
     "logdet": determinants.logdet,
     **dict.fromkeys(("inv", "inverse"), determinants.inv),
     "solve": determinants.solve,
-    "softmin": composed(written.softmin),
     "layer_norm": composed(written.layer_norm),
     "rms_norm": composed(written.rms_norm),
     "group_norm": composed(written.group_norm),
@@ -130,6 +129,9 @@ _RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": composed(written.attention),
     "logaddexp": composed(written.logaddexp),
     "hypot": composed(written.hypot),
+    "prod": composed(written.prod),
+    "addcmul": composed(written.addcmul),
+    "addcdiv": composed(written.addcdiv),
     "lerp": composed(written.lerp),
 }
 
