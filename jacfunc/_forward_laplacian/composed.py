@@ -226,10 +226,6 @@ def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
     return input + value * tensor1 * tensor2
 
 
-def addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
-    return input + value * tensor1 / tensor2
-
-
 def prod(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
     parts = input.flatten().unbind() if dim is None else input.unbind(dim)
     if not 0 < len(parts) <= MOST_FACTORS:

@@ -131,7 +131,6 @@ _RULES: dict[str, Rule] = {
     "hypot": composed(written.hypot),
     "prod": composed(written.prod),
     "addcmul": composed(written.addcmul),
-    "addcdiv": composed(written.addcdiv),
     "lerp": composed(written.lerp),
 }
 

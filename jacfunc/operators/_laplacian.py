@@ -17,6 +17,7 @@ from jacfunc._showing import named
 from jacfunc._types import Argnums, FunctionOf, Memory, Tree
 from jacfunc.strategies import Strategy, evaluate, worded
 
+Func: TypeAlias = Callable[..., Any]
 OfTensor: TypeAlias = Callable[Concatenate[Tensor, ...], Tensor]
 First: TypeAlias = Literal[0]
 No: TypeAlias = Literal[False]
@@ -29,14 +30,10 @@ def laplacian(
 ) -> FunctionOf[Tensor, Tensor]: ...
 @overload
 def laplacian(
-    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = ...
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = ...
 ) -> Callable[..., Tree]: ...
 def laplacian(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    has_aux: bool = False,
-    chunk_size: Size = None,
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = None
 ) -> Callable[..., Any]:
     """Laplacian of each output of ``func``, carried forward with value and gradient.
 
@@ -45,8 +42,8 @@ def laplacian(
     each operation maps value, gradient and Laplacian to its own, and no Hessian is made.
 
     Args:
-        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``. It is
-            one sample's: ``jacfunc.vmap(laplacian(func))`` takes the Laplacians of a batch.
+        func: takes trees, returns a tree of tensors, or ``(output, aux)`` with ``has_aux``; of a
+            batch, ``jacfunc.vmap(laplacian(func))`` takes each sample's Laplacian.
         argnums: which positional arguments to differentiate; negative counts from the end.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
         chunk_size: directions carried at once; None for all.
@@ -80,14 +77,10 @@ def value_jacobian_laplacian(
 ) -> FunctionOf[Tensor, tuple[Tensor, Tensor, Tensor]]: ...
 @overload
 def value_jacobian_laplacian(
-    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = ...
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = ...
 ) -> Callable[..., tuple[Tree, Tree, Tree]]: ...
 def value_jacobian_laplacian(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    has_aux: bool = False,
-    chunk_size: Size = None,
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = None
 ) -> Callable[..., Any]:
     """Value, Jacobian and Laplacian of ``func``, by the one evaluation of :func:`laplacian`.
 
@@ -105,9 +98,6 @@ def value_jacobian_laplacian(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in :func:`laplacian`.
-
-    Cost:
-        That of :func:`laplacian`.
 
     Example:
         >>> import torch, jacfunc
@@ -129,14 +119,10 @@ def hessian_diagonal(
 ) -> FunctionOf[Tensor, Tensor]: ...
 @overload
 def hessian_diagonal(
-    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = ...
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = ...
 ) -> Callable[..., Tree]: ...
 def hessian_diagonal(
-    func: Callable[..., Any],
-    argnums: Argnums = 0,
-    *,
-    has_aux: bool = False,
-    chunk_size: Size = None,
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: Size = None
 ) -> Callable[..., Any]:
     """Diagonal of the Hessian of each output, carried forward with value and gradient.
 
@@ -198,14 +184,14 @@ class Options(TypedDict, total=False):
 
 @overload
 def divergence(
-    func: Any, argnums: Argnums = 0, *, has_aux: No = False, **options: Unpack[Options]
+    func: Func, argnums: Argnums = 0, *, has_aux: No = False, **options: Unpack[Options]
 ) -> Callable[..., Tensor]: ...
 @overload
 def divergence(
-    func: Any, argnums: Argnums = 0, *, has_aux: bool = False, **options: Unpack[Options]
+    func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **options: Unpack[Options]
 ) -> Callable[..., Any]: ...
 def divergence(
-    func: Callable[..., Any],
+    func: Func,
     argnums: Argnums = 0,
     *,
     strategy: str | Strategy = "auto",
@@ -218,9 +204,8 @@ def divergence(
     ``div f(x) = Σⱼ ∂ f(x)ⱼ / ∂ xⱼ``.
 
     Args:
-        func: takes trees, returns tensors of the shapes that it is differentiated by, in this
-            order; or ``(output, aux)`` with ``has_aux``. It is one sample's:
-            ``jacfunc.vmap(divergence(func))`` takes those of a batch.
+        func: takes trees, returns tensors of the shapes that it is differentiated by, or
+            ``(output, aux)`` with ``has_aux``; of a batch, ``jacfunc.vmap(divergence(func))``.
         argnums: which positional arguments to differentiate; negative counts from the end.
         strategy: as in :func:`jacobian`: ``"auto"`` chooses forward or reverse mode by cost.
         has_aux: ``func`` returns ``(output, aux)``; aux is any Python object, handed back.
@@ -231,8 +216,7 @@ def divergence(
         A function of the same arguments: a number, ``[]``; or ``(divergence, aux)``.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit; outputs of other shapes than the inputs.
-        NotImplementedError: what torch refuses.
+        TypeError, ValueError, NotImplementedError: as in :func:`laplacian`; other shapes.
 
     Cost:
         The sweeps of :func:`jacobian`; memory of one chunk.
