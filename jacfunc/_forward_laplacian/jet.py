@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NoReturn, TypeAlias
 
@@ -19,10 +19,6 @@ Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[["Propagation", Callable[..., Any], Args, Kwargs], Any]
 """From a propagation, a function of torch and its arguments, jets among them, to its result."""
-
-
-LARGE, PARTS = 2**14, 4
-"""So many numbers are squared in so many parts."""
 
 
 class NoRule(NotImplementedError):  # noqa: N818 (no error: a sweep does it instead)
@@ -136,9 +132,12 @@ class Propagation(TorchFunctionMode):
         """The value with derivatives, broadcast to its shape; as it is, if it is not floating."""
         if not value.is_floating_point():
             return value
-        first = first.expand(first.shape[:1] + value.shape)
+        shape = value.shape
+        if first.dim() <= len(shape) or first.shape[1:] != shape:
+            first = first.expand(first.shape[:1] + shape)
         if second is not None:
-            second = second.expand(value.shape if self.is_summed else first.shape)
+            shape = shape if self.is_summed else first.shape
+            second = second if second.shape == shape else second.expand(shape)
         return Jet(self, value, first, second)
 
     def summed(self, products: Tensor) -> Tensor:
@@ -146,16 +145,8 @@ class Propagation(TorchFunctionMode):
         return products.sum(0) if self.is_summed else products
 
     def squares(self, first: Tensor) -> Tensor:
-        """The squares of first derivatives as they are part of second ones.
-
-        They are summed some directions after the other: all at once would take the memory of one
-        more tensor of first derivatives, where there are no more than two or three.
-        """
-        if not self.is_summed or first.numel() < LARGE:
-            return self.summed(first.square())
-        parts: Sequence[Tensor] = torch.split(first, -(-len(first) // PARTS))
-        squares = [part.square().sum(0) for part in parts]
-        return sum(squares[1:], squares[0])
+        """The squares of first derivatives as they are part of second ones."""
+        return self.summed(first.square())
 
     def aligned(self, derivatives: Tensor, dim: int) -> Tensor:
         """First derivatives ``[N, *shape]`` with ``dim`` dimensions behind N, to be broadcast."""

@@ -18,6 +18,7 @@ from jacfunc._forward_laplacian.jet import Jet, NoRule, Propagation
 from jacfunc._forward_laplacian.table import RULES
 from jacfunc._lock import alone
 from jacfunc._log import note
+from jacfunc._memory import keep_heap
 from jacfunc._torch import RandomState, holds_nan
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, Tree
@@ -48,6 +49,7 @@ def propagate(
     Raises:
         NoRule: where an operation has no rule.
     """
+    keep_heap()
     keeps_graph = torch.is_grad_enabled()
     ctx = Propagation(RULES, is_summed, keeps_graph)
     jets = [Jet(ctx, x, v, None) for x, v in zip(primals, directions, strict=True)]
