@@ -33,8 +33,11 @@ def elementwise(formula: Formula) -> Rule:
         slope, bend = formula(x, y, *rest, **named)
         pushed = ctx.aligned(jet.first, y.dim())
         second = jet.second if jet.second is None else ctx.aligned_second(jet.second, y.dim())
-        curved = None if bend is None else times(bend, ctx.squares(pushed))
-        return ctx.jet(y, slope * pushed, total(times(slope, second), curved))
+        if bend is not None:
+            bend = bend * ctx.squares(pushed)
+        second, bend = total(times(slope, second), bend), None
+        # the largest last, when the others are gone
+        return ctx.jet(y, slope * pushed, second)
 
     return rule
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,13 +12,17 @@ from torch.overrides import TorchFunctionMode
 
 from jacfunc._errors import is_out_of_memory
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._torch import sweep_batch
+from jacfunc._torch import inside_derivative, sweep_batch, tracked, untracked
 from jacfunc._types import Leaves
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[["Propagation", Callable[..., Any], Args, Kwargs], Any]
 """From a propagation, a function of torch and its arguments, jets among them, to its result."""
+
+
+LARGE, PARTS = 2**14, 3
+"""So many numbers are squared in so many parts."""
 
 
 class NoRule(NotImplementedError):  # noqa: N818 (no error: a sweep does it instead)
@@ -86,6 +90,19 @@ class Propagation(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._rules, self.is_summed, self._keeps_graph = rules, is_summed, keeps_graph
+        # watches outside look at what derivatives of a rule's operations would be
+        self._ruling = nullcontext if inside_derivative() else untracked
+        self._entries: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> Self:
+        self._entries.append(tracked())
+        self._entries[-1].__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entries.pop().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
@@ -100,7 +117,7 @@ class Propagation(TorchFunctionMode):
         if not torch.is_grad_enabled():
             self.give_up("it takes gradients off, or has a backward pass of its own")
         try:
-            with nullcontext() if self._keeps_graph else torch.no_grad():
+            with self._ruling(), nullcontext() if self._keeps_graph else torch.no_grad():
                 return rule(self, func, args, kwargs or {})
         except Exception as error:  # the function's own errors are raised again by the sweep
             if is_out_of_memory(error):
@@ -145,8 +162,16 @@ class Propagation(TorchFunctionMode):
         return products.sum(0) if self.is_summed else products
 
     def squares(self, first: Tensor) -> Tensor:
-        """The squares of first derivatives as they are part of second ones."""
-        return self.summed(first.square())
+        """The squares of first derivatives as they are part of second ones.
+
+        They are summed some directions after the other: there are but two or three tensors of the
+        size of all first derivatives, and all squares would be one more.
+        """
+        if not self.is_summed or first.numel() < LARGE:
+            return self.summed(first.square())
+        parts: Sequence[Tensor] = torch.split(first, -(-len(first) // PARTS))
+        squares = [part.square().sum(0) for part in parts]
+        return sum(squares[1:], squares[0])
 
     def aligned(self, derivatives: Tensor, dim: int) -> Tensor:
         """First derivatives ``[N, *shape]`` with ``dim`` dimensions behind N, to be broadcast."""

@@ -1,0 +1,93 @@
+"""Laplacians of a batch: value, gradient and Laplacian carried forward, or traces of Hessians."""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+from benchmarks.cases import Question, Wanted
+from benchmarks.contestants.functions import case, plain
+from benchmarks.problems.functions import DOUBLE, SINGLE, Function, FunctionAtPoints
+from benchmarks.problems.judge import Func, looped_twice
+from jacfunc._measuring import Contestant
+
+OURS, TRACE, TWICE = "jacfunc laplacian", "trace of vmap(hessian)", "double backward by hand"
+BATCH = 16
+WIDE, NARROW = (768, 768, 512, 512), (64, 64, 64)
+
+
+def network(inputs: int, widths: tuple[int, ...], draw: Any) -> tuple[Func, Tensor]:
+    """A perceptron with one output for any number of samples, tanh; and a batch of points."""
+    layers: list[nn.Module] = []
+    for size, width in pairwise((inputs, *widths, 1)):
+        layers += [nn.Linear(size, width, bias=False), nn.Tanh()]
+        layers[-2].weight = nn.Parameter(draw(width, size) / size**0.5, requires_grad=False)
+    model = nn.Sequential(*layers[:-1])
+    return lambda x: model(x).squeeze(-1), draw(BATCH, inputs)
+
+
+def by_trace(problem: FunctionAtPoints) -> Func:
+    hessians = torch.vmap(torch.func.hessian(problem.func))
+    return lambda x: hessians(x).diagonal(dim1=1, dim2=2).sum(-1)
+
+
+def by_diagonal(problem: FunctionAtPoints) -> Func:
+    diagonal = jacfunc.vmap(jacfunc.hessian_diagonal(problem.func))
+    return lambda x: diagonal(x).sum(-1)
+
+
+def twice(problem: FunctionAtPoints) -> Func:
+    """A backward pass of the whole batch, and one through it for each input."""
+
+    def compute(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (grads,) = torch.autograd.grad(problem.func(x).sum(), x, create_graph=True)
+        seconds = torch.zeros(len(x)).to(x)
+        for k in range(x.shape[1]):
+            (column,) = torch.autograd.grad(grads[:, k].sum(), x, retain_graph=True)
+            seconds += column[:, k]
+        return seconds
+
+    return compute
+
+
+def expected(func: Func, x: Tensor) -> Tensor:
+    """A trace a sample."""
+    return torch.stack([looped_twice(func, point).trace() for point in x])
+
+
+CONTESTANTS: tuple[Contestant[FunctionAtPoints], ...] = (
+    plain(OURS, "jacfunc", lambda problem: jacfunc.vmap(jacfunc.laplacian(problem.func))),
+    plain("jacfunc hessian_diagonal, summed", "jacfunc", by_diagonal),
+    plain(TRACE, "torch.func", by_trace),
+    plain(TWICE, "autograd", twice),
+)
+WANTED = (
+    Wanted(OURS, "times faster than", 2.4, (TRACE,)),
+    Wanted(OURS, "times faster than", 1.0, (TWICE,)),
+    Wanted(OURS, "peak ÷", 0.41, (TRACE,)),
+)
+PROBLEMS = (
+    ("mlp 768-768-512-512", 50, WIDE, SINGLE, WANTED),
+    ("mlp 64-64-64", 50, NARROW, SINGLE, ()),
+    ("mlp 64-64-64, of 3 inputs", 3, NARROW, SINGLE, ()),
+    ("mlp 64-64-64", 50, NARROW, DOUBLE, ()),
+)
+
+QUESTION = Question(
+    "laplacian",
+    "Laplacians of a batch: carried forward, or traces of Hessians?",
+    OURS,
+    tuple(
+        case(
+            *(name, Function(partial(network, inputs, widths))),
+            *({"inputs": inputs, "batch": BATCH}, dtype),
+            *(CONTESTANTS, TRACE, expected),
+            wanted=wanted,
+        )
+        for name, inputs, widths, dtype, wanted in PROBLEMS
+    ),
+)
