@@ -23,9 +23,11 @@ def network(inputs: int, widths: tuple[int, ...], draw: Any) -> tuple[Func, Tens
     """A perceptron with one output for any number of samples, tanh; and a batch of points."""
     layers: list[nn.Module] = []
     for size, width in pairwise((inputs, *widths, 1)):
-        layers += [nn.Linear(size, width, bias=False), nn.Tanh()]
-        layers[-2].weight = nn.Parameter(draw(width, size) / size**0.5, requires_grad=False)
-    model = nn.Sequential(*layers[:-1])
+        layer = nn.Linear(size, width)
+        layer.weight = nn.Parameter(draw(width, size) / size**0.5)
+        layer.bias = nn.Parameter(draw(width) / size**0.5)
+        layers += [layer, nn.Tanh()]
+    model = nn.Sequential(*layers[:-1]).requires_grad_(False)
     return lambda x: model(x).squeeze(-1), draw(BATCH, inputs)
 
 
@@ -83,9 +85,13 @@ QUESTION = Question(
     OURS,
     tuple(
         case(
-            *(name, Function(partial(network, inputs, widths))),
-            *({"inputs": inputs, "batch": BATCH}, dtype),
-            *(CONTESTANTS, TRACE, expected),
+            name,
+            Function(partial(network, inputs, widths)),
+            {"inputs": inputs, "batch": BATCH},
+            dtype,
+            CONTESTANTS,
+            TRACE,
+            expected,
             wanted=wanted,
         )
         for name, inputs, widths, dtype, wanted in PROBLEMS

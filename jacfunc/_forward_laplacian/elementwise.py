@@ -35,9 +35,7 @@ def elementwise(formula: Formula) -> Rule:
         second = jet.second if jet.second is None else ctx.aligned_second(jet.second, y.dim())
         if bend is not None:
             bend = bend * ctx.squares(pushed)
-        second, bend = total(times(slope, second), bend), None
-        # the largest last, when the others are gone
-        return ctx.jet(y, slope * pushed, second)
+        return ctx.jet(y, lambda: slope * pushed, total(times(slope, second), bend))
 
     return rule
 
@@ -155,7 +153,7 @@ FORMULAS: dict[str, Formula] = {
     "tanh": _tanh,
     "sigmoid": _sigmoid,
     "expit": _sigmoid,
-    "exp": lambda x, y: (y, y),
+    "exp": lambda x, y: (y.clone(), y),
     "exp2": lambda x, y: (y * 0.6931471805599453, y * 0.6931471805599453**2),
     "expm1": lambda x, y: (y + 1, y + 1),
     "log": lambda x, y: (1 / x, -1 / (x * x)),

@@ -17,6 +17,7 @@ from jacfunc._types import Leaves
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = Mapping[str, Any]
+First: TypeAlias = Tensor | Callable[[], Tensor]
 Rule: TypeAlias = Callable[["Propagation", Callable[..., Any], Args, Kwargs], Any]
 """From a propagation, a function of torch and its arguments, jets among them, to its result."""
 
@@ -38,14 +39,14 @@ class Jet(Tensor):
     Args:
         owner: the propagation whose directions these are.
         value: what the tensor is without derivatives, ``[*shape]``.
-        first: first derivatives, ``[N, *shape]``.
+        first: first derivatives, ``[N, *shape]``, or what computes them when they are asked for:
+            by then the tensors that it was made of may be gone.
         second: the sum of second derivatives ``[*shape]``, or each of them ``[N, *shape]``; None
             for zeros.
     """
 
     owner: Propagation
     value: Tensor
-    first: Tensor
     second: Tensor | None
 
     @staticmethod
@@ -56,9 +57,16 @@ class Jet(Tensor):
         return jet
 
     def __init__(
-        self, owner: Propagation, value: Tensor, first: Tensor, second: Tensor | None
+        self, owner: Propagation, value: Tensor, first: First, second: Tensor | None
     ) -> None:
-        self.owner, self.value, self.first, self.second = owner, value, first, second
+        self.owner, self.value, self._first, self.second = owner, value, first, second
+
+    @property
+    def first(self) -> Tensor:
+        """First derivatives, ``[N, *shape]``."""
+        if not isinstance(self._first, Tensor):
+            self._first = self._first()
+        return self._first
 
     @classmethod
     def __torch_function__(
@@ -145,15 +153,15 @@ class Propagation(TorchFunctionMode):
         """The value of a jet; whatever else as it is."""
         return of.value if self.owns(of) else of
 
-    def jet(self, value: Any, first: Tensor, second: Tensor | None) -> Any:
+    def jet(self, value: Any, first: First, second: Tensor | None) -> Any:
         """The value with derivatives, broadcast to its shape; as it is, if it is not floating."""
         if not value.is_floating_point():
             return value
         shape = value.shape
-        if first.dim() <= len(shape) or first.shape[1:] != shape:
+        if isinstance(first, Tensor) and first.shape[1:] != shape:
             first = first.expand(first.shape[:1] + shape)
         if second is not None:
-            shape = shape if self.is_summed else first.shape
+            shape = shape if self.is_summed else second.shape[:1] + shape
             second = second if second.shape == shape else second.expand(shape)
         return Jet(self, value, first, second)
 
