@@ -217,10 +217,7 @@ def total(*parts: Tensor | None) -> Tensor | None:
     there = [part for part in parts if part is not None]
     if not there:
         return None
-    first, *rest = there
-    for part in rest:
-        first = first + part
-    return first
+    return sum(there[1:], there[0])
 
 
 def times(factor: Any, second: Tensor | None) -> Tensor | None:
