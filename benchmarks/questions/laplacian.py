@@ -19,6 +19,13 @@ BATCH = 16
 WIDE, NARROW = (768, 768, 512, 512), (64, 64, 64)
 
 
+class Scalar(nn.Module):
+    """The only output of each sample as a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(-1)
+
+
 def network(inputs: int, widths: tuple[int, ...], draw: Any) -> tuple[Func, Tensor]:
     """A perceptron with one output for any number of samples, tanh; and a batch of points."""
     layers: list[nn.Module] = []
@@ -27,8 +34,7 @@ def network(inputs: int, widths: tuple[int, ...], draw: Any) -> tuple[Func, Tens
         layer.weight = nn.Parameter(draw(width, size) / size**0.5)
         layer.bias = nn.Parameter(draw(width) / size**0.5)
         layers += [layer, nn.Tanh()]
-    model = nn.Sequential(*layers[:-1]).requires_grad_(False)
-    return lambda x: model(x).squeeze(-1), draw(BATCH, inputs)
+    return nn.Sequential(*layers[:-1], Scalar()).requires_grad_(False), draw(BATCH, inputs)
 
 
 def by_trace(problem: FunctionAtPoints) -> Func:
@@ -39,6 +45,24 @@ def by_trace(problem: FunctionAtPoints) -> Func:
 def by_diagonal(problem: FunctionAtPoints) -> Func:
     diagonal = jacfunc.vmap(jacfunc.hessian_diagonal(problem.func))
     return lambda x: diagonal(x).sum(-1)
+
+
+def by_hand(problem: FunctionAtPoints) -> Func:
+    """Value, gradient and Laplacian through linear layers and tanh, of the whole batch."""
+    model: Any = problem.func
+    first, *others = [layer for layer in model if isinstance(layer, nn.Linear)]
+
+    def compute(x: Tensor) -> Tensor:
+        y, grads = first(x), first.weight.T[:, None]
+        laplacian = torch.zeros_like(y)
+        for layer in others:
+            y = torch.tanh(y)
+            slope = 1 - y * y
+            laplacian = slope * (laplacian - 2 * y * grads.square().sum(0)) @ layer.weight.T
+            y, grads = layer(y), (slope * grads) @ layer.weight.T
+        return laplacian.squeeze(-1)
+
+    return compute
 
 
 def twice(problem: FunctionAtPoints) -> Func:
@@ -64,6 +88,7 @@ def expected(func: Func, x: Tensor) -> Tensor:
 CONTESTANTS: tuple[Contestant[FunctionAtPoints], ...] = (
     plain(OURS, "jacfunc", lambda problem: jacfunc.vmap(jacfunc.laplacian(problem.func))),
     plain("jacfunc hessian_diagonal, summed", "jacfunc", by_diagonal),
+    plain("forward Laplacian by hand", "autograd", by_hand),
     plain(TRACE, "torch.func", by_trace),
     plain(TWICE, "autograd", twice),
 )

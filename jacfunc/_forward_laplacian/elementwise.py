@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule, times, total
+from jacfunc._forward_laplacian.later import later
 
 Derivatives: TypeAlias = tuple[Tensor, Tensor | None]
 """The first and the second derivative at each entry; None for a second one of zeros."""
@@ -35,7 +36,9 @@ def elementwise(formula: Formula) -> Rule:
         second = jet.second if jet.second is None else ctx.aligned_second(jet.second, y.dim())
         if bend is not None:
             bend = bend * ctx.squares(pushed)
-        return ctx.jet(y, lambda: slope * pushed, total(times(slope, second), bend))
+        return ctx.jet(
+            y, later(ctx, jet, lambda: slope * pushed), total(times(slope, second), bend)
+        )
 
     return rule
 

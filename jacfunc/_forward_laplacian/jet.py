@@ -68,6 +68,11 @@ class Jet(Tensor):
             self._first = self._first()
         return self._first
 
+    @property
+    def depth(self) -> int:
+        """How many operations wait to compute first derivatives, this one's among them."""
+        return getattr(self._first, "depth", 0)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
@@ -147,7 +152,7 @@ class Propagation(TorchFunctionMode):
 
     def jets(self, args: Args, kwargs: Kwargs) -> list[Jet]:
         """The jets among arguments, and in the lists among them."""
-        return [leaf for leaf in _leaves((args, *kwargs.values())) if self.owns(leaf)]
+        return [leaf for leaf in leaves_in((args, *kwargs.values())) if self.owns(leaf)]
 
     def value(self, of: Any) -> Any:
         """The value of a jet; whatever else as it is."""
@@ -202,16 +207,6 @@ class Propagation(TorchFunctionMode):
         return linear(*seconds) if self.is_summed else self.pushed(linear, *seconds)
 
 
-def composed(function: Callable[..., Any]) -> Rule:
-    """The rule of a function of jets that is written in functions which have rules."""
-
-    def rule(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-        with ctx:
-            return function(*args, **kwargs)
-
-    return rule
-
-
 def total(*parts: Tensor | None) -> Tensor | None:
     """The sum of second derivatives, of which None are zeros."""
     there = [part for part in parts if part is not None]
@@ -225,12 +220,12 @@ def times(factor: Any, second: Tensor | None) -> Tensor | None:
     return None if second is None else factor * second
 
 
-def _leaves(values: Any) -> list[Any]:
+def leaves_in(values: Any) -> list[Any]:
     """All values in nested tuples and lists."""
     leaves: list[Any] = []
     for value in values:
         if isinstance(value, tuple | list):
-            leaves += _leaves(value)
+            leaves += leaves_in(value)
         else:
             leaves.append(value)
     return leaves
@@ -238,7 +233,7 @@ def _leaves(values: Any) -> list[Any]:
 
 def _give_up(args: Args, reason: str) -> NoReturn:
     """End the propagations whose jets are among the arguments, though the function may go on."""
-    for leaf in _leaves(args):
+    for leaf in leaves_in(args):
         if type(leaf) is Jet:
             leaf.owner.reason = leaf.owner.reason or reason
     raise NoRule(reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, total
+from jacfunc._forward_laplacian.later import later
 from jacfunc._types import Leaves, is_differentiable
 
 
@@ -23,6 +25,8 @@ def multilinear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     call = _Call(ctx, func, args, kwargs)
     value = call.outputs(*(jet.value for jet in call.jets))
     run = _linear_part(call)
+    if len(call.jets) == 1:
+        return _of_one(call, run, value)
     firsts, seconds = [], []
     for n, jet in enumerate(call.jets):
         at = run.through(n)
@@ -33,6 +37,24 @@ def multilinear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
         pair = ctx.pushed(run.through(n, m), call.jets[n].first, call.jets[m].first)
         seconds.append(tuple(2 * ctx.summed(product) for product in pair))
     return call.packed(value, firsts, seconds)
+
+
+def _of_one(call: _Call, run: _Call, values: Leaves) -> Any:
+    """The jets of a linear map of one jet."""
+    ctx, (jet,), linear_map = call.ctx, call.jets, run.through(0)
+    firsts = cache(lambda: ctx.pushed(linear_map, jet.first))
+    seconds = None if jet.second is None else ctx.pushed_second(linear_map, jet.second)
+    constants = (run.args, tuple(run.kwargs.values()))
+    return call.contained(
+        [
+            ctx.jet(
+                value,
+                later(ctx, jet, lambda n=n: firsts()[n], constants),  # type: ignore[misc]
+                None if seconds is None else seconds[n],
+            )
+            for n, value in enumerate(values)
+        ]
+    )
 
 
 def jointly_linear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -108,6 +130,10 @@ class _Call:
             first = total(*(part[n] for part in firsts))
             assert first is not None
             jets.append(self.ctx.jet(value, first, total(*(part[n] for part in seconds))))
+        return self.contained(jets)
+
+    def contained(self, jets: list[Any]) -> Any:
+        """The jets of the result in the container that it came in."""
         return jets[0] if issubclass(self.kind, Tensor) else self.kind(jets)
 
 
@@ -157,7 +183,8 @@ def linear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     x, weight = args[0], args[1]
     value = func(x.value, *args[1:])
     second = None if x.second is None else F.linear(x.second, weight)
-    return ctx.jet(value, F.linear(x.first, weight), second)
+    first = later(ctx, x, lambda: F.linear(x.first, weight), (weight,))
+    return ctx.jet(value, first, second)
 
 
 def matmul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -172,7 +199,8 @@ def matmul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     if not is_left and constant.dim() == 2:
         constant = constant.mT
     second = None if jet.second is None else jet.second @ constant
-    return ctx.jet(func(*map(ctx.value, args)), jet.first @ constant, second)
+    first = later(ctx, jet, lambda: jet.first @ constant, (constant,))
+    return ctx.jet(func(*map(ctx.value, args)), first, second)
 
 
 def converted(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -38,9 +38,15 @@ class Derivatives(NamedTuple):
 
 
 def propagate(
-    func: LeafFunction, primals: Leaves, directions: Leaves, is_summed: bool
+    func: LeafFunction,
+    primals: Leaves,
+    directions: Leaves,
+    is_summed: bool,
+    has_first: bool = True,
 ) -> Derivatives:
     """Value and derivatives along N directions ``[N, *in_j]``, of one evaluation.
+
+    First derivatives of the outputs are empty tensors unless they ``has_first``.
 
     A forward Laplacian (Li et al. 2024, "A computational framework for neural network-based
     variational Monte Carlo with Forward Laplacian", algorithm 1): each operation maps value,
@@ -66,19 +72,19 @@ def propagate(
     extras = tuple(map(ctx.value, extras))
     if not all(map(ctx.owns, outputs)):
         raise NoRule("an output does not depend on the inputs, or on a way that no rule sees")
-    results = [_derivatives(ctx, out) for out in outputs]
+    results = [_derivatives(ctx, out, has_first) for out in outputs]
     values, firsts, seconds = zip(*results, strict=True) if results else ((), (), ())
     if not keeps_graph:
         values, firsts, seconds = map(_detached, (values, firsts, seconds))
     return Derivatives(values, extras, firsts, seconds)
 
 
-def _derivatives(ctx: Propagation, out: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _derivatives(ctx: Propagation, out: Any, has_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Value and derivatives of an output."""
     second = out.second
     if second is None:
         second = torch.zeros_like(out.value if ctx.is_summed else out.first)
-    return out.value, out.first, second
+    return out.value, out.first if has_first else out.value.new_empty(0), second
 
 
 def _detached(leaves: Leaves) -> Leaves:
@@ -91,7 +97,7 @@ class SecondDerivatives:
 
     Args:
         value, aux: what the function returned.
-        jacobian: makes the Jacobian, an output tree of input trees of blocks.
+        jacobian: makes the Jacobian, an output tree of input trees of blocks, if it was asked for.
         second: the Laplacians, a tree like the output; or the diagonals of the Hessians, an output
             tree of input trees of ``[*out_i, *in_j]``.
     """
@@ -110,12 +116,19 @@ class SecondOrder:
         is_summed: are they summed, as in a Laplacian?
         chunk_size: directions at once; None for all.
         sweep: the strategy of the outer sweep, where an operation has no rule.
+        has_jacobian: is the Jacobian asked for, too?
     """
 
     def __init__(
-        self, derivation: Derivation, is_summed: bool, chunk_size: int | None, sweep: Strategy
+        self,
+        derivation: Derivation,
+        is_summed: bool,
+        chunk_size: int | None,
+        sweep: Strategy,
+        has_jacobian: bool = False,
     ) -> None:
         self._derivation, self._is_summed = derivation, is_summed
+        self._has_jacobian = has_jacobian
         self._chunk_size, self._sweep = chunk_size, sweep
         self._gradient = _Gradient(derivation)
 
@@ -142,7 +155,7 @@ class SecondOrder:
             if start:
                 random_state.repeat()
             seeds = unit_seeds(call.primals, start, min(start + step, size))
-            chunks.append(propagate(call, call.primals, seeds, self._is_summed))
+            chunks.append(propagate(call, call.primals, seeds, self._is_summed, self._has_jacobian))
         last = chunks[-1]
         if any(holds_nan(x) for c in chunks for x in (*c.first, *c.second)):
             raise NoRule("it gives nan, which zeros and infinite derivatives may have made")

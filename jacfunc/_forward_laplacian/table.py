@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._forward_laplacian import arithmetic, determinants, linear, reductions
+from jacfunc._forward_laplacian import arithmetic, linear, reductions
 from jacfunc._forward_laplacian import composed as written
 from jacfunc._forward_laplacian.activations import ACTIVATIONS
 from jacfunc._forward_laplacian.elementwise import FORMULAS, elementwise
-from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule, composed
+from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule
+
+
+def composed(function: Callable[..., Any]) -> Rule:
+    """The rule of a function of jets that is written in functions which have rules."""
+
+    def rule(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
+        with ctx:
+            return function(*args, **kwargs)
+
+    return rule
 
 
 def _constant(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
@@ -111,10 +121,10 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("pow", "__pow__"), reductions.power),
     "__rpow__": reductions.rpower,
     **dict.fromkeys(("atan2", "arctan2"), reductions.atan2),
-    "slogdet": determinants.slogdet,
-    "logdet": determinants.logdet,
-    **dict.fromkeys(("inv", "inverse"), determinants.inv),
-    "solve": determinants.solve,
+    "slogdet": arithmetic.slogdet,
+    "logdet": arithmetic.logdet,
+    **dict.fromkeys(("inv", "inverse"), arithmetic.inv),
+    "solve": arithmetic.solve,
     "layer_norm": composed(written.layer_norm),
     "rms_norm": composed(written.rms_norm),
     "group_norm": composed(written.group_norm),

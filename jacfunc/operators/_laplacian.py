@@ -165,7 +165,7 @@ def _carrying(
 ) -> Callable[..., Any]:
     """A function of the arguments of ``func`` that returns what ``pack`` makes of the results."""
     sweep = resolve(derivation.api, "auto", chunk_size)
-    results_of = SecondOrder(derivation, is_summed, chunk_size, sweep)
+    results_of = SecondOrder(derivation, is_summed, chunk_size, sweep, pack is not _second)
 
     @wraps(derivation.func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:

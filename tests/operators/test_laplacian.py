@@ -261,6 +261,56 @@ def test_what_has_no_rule_is_swept_and_the_log_says_so(name: str, caplog: Log) -
     torch.testing.assert_close(laplacian, expected.sum(-1))
 
 
+def test_a_constant_that_is_written_into_later_is_refused_as_autograd_does(caplog: Log) -> None:
+    W = torch.randn(4, 3, dtype=torch.float64)
+
+    def func(x: Tensor) -> Tensor:
+        weight = W.clone()
+        y = F.linear(x, weight)
+        weight.mul_(2)
+        return y.sin().sum()
+
+    with caplog.at_level("INFO", "jacfunc"):
+        with pytest.raises(NotImplementedError, match="modified by an inplace operation"):
+            jacfunc.laplacian(func)(X)
+    assert "writes into what an operation has read" in swept(caplog)[0]
+
+
+def test_what_zeros_times_infinities_made_nan_is_swept(caplog: Log) -> None:
+    x = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    with caplog.at_level("INFO", "jacfunc"):
+        diagonal = jacfunc.hessian_diagonal(lambda x: x.sqrt().sum())(x)
+    assert "nan" in swept(caplog)[0]
+    assert diagonal.tolist() == [-torch.inf, -1 / 32]
+
+
+def test_a_particle_has_the_distance_zero_to_itself_wherever_it_is() -> None:
+    """``Δ |r₁ - r₂| = 4 / r`` in three dimensions, counted twice in a matrix of distances."""
+    points = torch.randn(2, 3, dtype=torch.float64)
+    laplacian = jacfunc.laplacian(lambda r: torch.cdist(r, r).sum())(points)
+    torch.testing.assert_close(laplacian, 8 / (points[0] - points[1]).norm())
+
+
+def test_its_peak_is_a_share_of_that_of_hessians() -> None:
+    """Counted: at most 0.41 of the trace of ``vmap(hessian)``, however the function is written."""
+    model = net(30, 96, 96, 64, 1).requires_grad_(False)
+    points = torch.randn(8, 30, dtype=torch.float64)
+
+    def by_names(x: Tensor) -> Tensor:
+        for layer in model:
+            y = layer(x)
+            x = y
+        return x[0]
+
+    hessians = torch.vmap(torch.func.hessian(lambda x: model(x)[0]))
+    with PeakBytes() as theirs:
+        hessians(points)
+    for func in (lambda x: model(x)[0], by_names):
+        with PeakBytes() as ours:
+            jacfunc.vmap(jacfunc.laplacian(func))(points)
+        assert ours.peak < 0.41 * theirs.peak
+
+
 class Straight(torch.autograd.Function):
     """A rounding whose derivative is 1: its own backward pass is what counts."""
 
