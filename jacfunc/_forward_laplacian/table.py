@@ -53,8 +53,8 @@ _CONSTANT = (
     *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "isclose", "allclose"),
     *("equal", "logical_and", "logical_or", "logical_not", "signbit", "any", "all", "nonzero"),
     *("argmax", "argmin", "argsort", "sign", "sgn", "floor", "ceil", "round", "trunc", "fix"),
-    *("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
-    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "bernoulli", "heaviside"),
+    *("detach", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "bernoulli"),
     *("size", "stride", "dim", "ndimension", "numel", "nelement", "element_size", "is_complex"),
     *("is_floating_point", "is_contiguous", "is_signed", "get_device", "__len__", "__bool__"),
     *("is_tensor", "result_type", "__repr__", "__format__", "searchsorted", "bucketize"),
@@ -90,7 +90,7 @@ _JOINTLY_LINEAR = (
         "scatter_add",
         "diff",
     ),
-    *("select_scatter", "slice_scatter", "diagonal_scatter", "index_copy", "scatter"),
+    *("select_scatter", "slice_scatter", "diagonal_scatter", "index_copy"),
 )
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_CONSTANT, _constant),
@@ -116,7 +116,7 @@ _RULES: dict[str, Rule] = {
     "logsumexp": reductions.logsumexp,
     **dict.fromkeys(("max", "min"), reductions.extreme),
     **dict.fromkeys(("amax", "amin"), reductions.extreme_values),
-    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), reductions.extreme_of_two),
+    **dict.fromkeys(("maximum", "minimum"), reductions.extreme_of_two),
     **dict.fromkeys(("sort", "topk"), reductions.extreme_along),
     **dict.fromkeys(("pow", "__pow__"), reductions.power),
     "__rpow__": reductions.rpower,

@@ -56,7 +56,7 @@ def laplacian(
             what torch refuses.
 
     Cost:
-        One evaluation with N directions, in about three times N activations. Where an operation
+        One evaluation with N directions, in two to three times N activations. Where an operation
         has no rule, the Hessian's diagonal is swept; the logger ``jacfunc`` says so.
 
     Example:

@@ -229,6 +229,8 @@ def test_no_hessian_is_made() -> None:
 
 
 UNRULY: dict[str, Callable[[Tensor], Tensor]] = {
+    "scatter of a number": lambda x: (x**3).scatter(0, torch.tensor([1]), 5.0) * x,
+    "filled by an input": lambda x: torch.full_like(x, 2.0).index_fill(0, torch.tensor([0]), 1) * x,
     "cumprod": lambda x: x.exp().cumprod(0) * x,
     "in place": lambda x: x.sin().mul_(x).add_(1),
     "written into": lambda x: torch.zeros(3, dtype=x.dtype).index_put_(
