@@ -125,6 +125,8 @@ class Propagation(TorchFunctionMode):
         if not self.jets(args, kwargs or {}):
             return func(*args, **kwargs) if kwargs else func(*args)
         rule = self._rules.get(func)
+        if kwargs and kwargs.get("out") is not None:
+            rule = None
         if rule is None:
             self.give_up(f"there is no rule for {_name(func)}")
         if not torch.is_grad_enabled():

@@ -411,6 +411,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         "compute its outputs by torch",
     ),
     "by a number": (lambda x: torch.tensor(2 * x.sum().item()), "compute its outputs by torch"),
+    "into out": (lambda x: torch.sum(x**2, 0, out=torch.empty(0).double()), "got a refusal"),
     "complex outputs": (lambda x: torch.exp(1j * x), "outputs must be real"),
 }
 
