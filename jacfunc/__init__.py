@@ -1,8 +1,9 @@
 """jacfunc: Jacobians, Hessians and per-sample derivatives for PyTorch.
 
 Functions of trees: ``jacobian``, ``jacrev``, ``jacfwd``, ``hessian``, ``jvp``, ``vjp``, ``hvp``,
-``vmap``. Tensors with a graph: ``graph_jacobian``. Operators: ``linearize`` and
-``hessian_operator``, for products alone.
+``vmap``. Traces of Hessians and Jacobians: ``laplacian``, ``hessian_diagonal``, ``divergence``.
+Tensors with a graph: ``graph_jacobian``.
+Operators, for products alone: ``linearize``, ``hessian_operator``, and ``jacfunc.operators``.
 Modules: ``module_jacobian``, ``stream_jacobian``; without the Jacobian ``ntk``, ``ggn`` and others.
 Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
@@ -32,7 +33,15 @@ from jacfunc._modules import ModuleResult, module_jacobian, param_slices
 from jacfunc._outputs import Sampled, TopK
 from jacfunc._planning import Autotune, Plan
 from jacfunc._streams import stream_jacobian
-from jacfunc.operators import LinearOperator, hessian_operator, linearize
+from jacfunc.operators import (
+    LinearOperator,
+    divergence,
+    hessian_diagonal,
+    hessian_operator,
+    laplacian,
+    linearize,
+    value_jacobian_laplacian,
+)
 from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [
@@ -50,6 +59,7 @@ __all__ = [
     "Strategy",
     "Structured",
     "TopK",
+    "divergence",
     "empty_cache",
     "estimate",
     "explain",
@@ -59,12 +69,14 @@ __all__ = [
     "gram",
     "graph_jacobian",
     "hessian",
+    "hessian_diagonal",
     "hessian_operator",
     "hvp",
     "jacfwd",
     "jacobian",
     "jacrev",
     "jvp",
+    "laplacian",
     "linearize",
     "module_hessian",
     "module_jacobian",
@@ -75,6 +87,7 @@ __all__ = [
     "random_projection",
     "stream_jacobian",
     "value_and_jacobian",
+    "value_jacobian_laplacian",
     "vjp",
     "vmap",
 ]

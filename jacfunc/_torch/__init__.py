@@ -1,7 +1,7 @@
 """Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
 from jacfunc._torch.attention import MathAttention
-from jacfunc._torch.autograd import off_graph, recording, run_backward, untracked
+from jacfunc._torch.autograd import off_graph, recording, run_backward, tracked, untracked
 from jacfunc._torch.compiled import as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import constant, has_tangent, is_differentiated, is_tracked
 from jacfunc._torch.entering import at_forward_level, at_reverse_level

@@ -51,3 +51,6 @@ untracked: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunc
 
 A watch that looked at each step of it took a tenth of a small network's evaluation.
 """
+
+tracked: Callable[[], AbstractContextManager[Any]] = torch._C._EnableTorchFunction
+"""Makes a context inside an untracked one in which modes see operations again."""

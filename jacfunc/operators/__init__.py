@@ -5,6 +5,12 @@
 """
 
 from jacfunc.operators._hessian import HessianOperator, hessian_operator
+from jacfunc.operators._laplacian import (
+    divergence,
+    hessian_diagonal,
+    laplacian,
+    value_jacobian_laplacian,
+)
 from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._linearize import Linearized, linearize
 from jacfunc.operators._space import Space
@@ -14,6 +20,10 @@ __all__ = [
     "LinearOperator",
     "Linearized",
     "Space",
+    "divergence",
+    "hessian_diagonal",
     "hessian_operator",
+    "laplacian",
     "linearize",
+    "value_jacobian_laplacian",
 ]

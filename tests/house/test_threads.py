@@ -164,6 +164,8 @@ FUNCTIONS: dict[str, Check] = {
     "of a graph": gives(J, lambda: of_a_graph(X)),
     "hessian": gives(H, lambda: jacfunc.hessian(scalar)(X)),
     "hessian, forward": gives(H, lambda: jacfunc.hessian(scalar, strategy="forward")(X)),
+    "laplacian": gives(H.trace(), lambda: jacfunc.laplacian(scalar)(X)),
+    "hessian_diagonal": gives(H.diagonal(), lambda: jacfunc.hessian_diagonal(scalar)(X)),
     "jacrev of jacfwd": gives(H, lambda: jacfunc.jacrev(jacfunc.jacfwd(scalar))(X)),
     "jvp": gives(J @ X, lambda: jacfunc.jvp(wave, (X,), (X,))[1]),
     "jvp in torch's vmap": gives(

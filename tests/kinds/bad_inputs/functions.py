@@ -25,6 +25,12 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     "value_and_jacobian": jacfunc.value_and_jacobian,
     "hessian": jacfunc.hessian,
 }
+TRACES: dict[str, Callable[..., Any]] = {
+    "laplacian": jacfunc.laplacian,
+    "value_jacobian_laplacian": jacfunc.value_jacobian_laplacian,
+    "hessian_diagonal": jacfunc.hessian_diagonal,
+    "divergence": jacfunc.divergence,
+}
 
 
 def at(door: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -50,7 +56,7 @@ def by_number(x: Tensor) -> Tensor:
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    **{name: at(door, X) for name, door in TRANSFORMS.items()},
+    **{name: at(door, X) for name, door in (TRANSFORMS | TRACES).items()},
     "jvp": pushed,
     "vjp": directly(jacfunc.vjp, X),
     "plan": directly(jacfunc.plan, X),
@@ -62,7 +68,10 @@ CALLS: dict[str, Callable[..., Any]] = {
 """A call of each door with a function, at one vector."""
 
 POINTS: dict[str, Callable[..., Any]] = {
-    **{name: lambda func, x, door=door: door(func)(x) for name, door in TRANSFORMS.items()},
+    **{
+        name: lambda func, x, door=door: door(func)(x)
+        for name, door in (TRANSFORMS | TRACES).items()
+    },
     "jvp": lambda func, x: jacfunc.jvp(func, (x,), (x,)),
     "vjp": jacfunc.vjp,
     "plan": jacfunc.plan,
@@ -73,10 +82,10 @@ POINTS: dict[str, Callable[..., Any]] = {
 }
 """A call of each door with a function and a point."""
 
-WITH_ARGNUMS = [*TRANSFORMS, "plan", "explain", "estimate"]
+WITH_ARGNUMS = [*TRANSFORMS, *TRACES, "plan", "explain", "estimate"]
 WITH_AUX = [name for name in CALLS if name not in ("gram", "check_jacobian")]
-WITH_MEMORY = [*TRANSFORMS, "plan", "explain"]
-WITH_STRATEGY = ["jacobian", "value_and_jacobian", "hessian", "plan", "explain"]
+WITH_MEMORY = [*TRANSFORMS, "divergence", "plan", "explain"]
+WITH_STRATEGY = ["jacobian", "value_and_jacobian", "hessian", "divergence", "plan", "explain"]
 
 
 class NoBlocks:
@@ -196,7 +205,7 @@ def _of_options() -> list[Bad]:
         call = partial(CALLS[door], torch.sin, has_aux=True)
         words = r"with has_aux=True func must return \(output, aux\)"
         rows.append(Bad(door, "no aux", call, TypeError, words))
-    for door in (*WITH_MEMORY, "estimate"):
+    for door in {*WITH_MEMORY, *TRACES, "estimate"}:
         for size, error in ((0, ValueError), (-1, ValueError), ("2", TypeError), (True, TypeError)):
             call = partial(CALLS[door], torch.sin, chunk_size=size)
             rows.append(Bad(door, f"chunk_size={size!r}", call, error, "chunk_size must be"))

@@ -1,0 +1,3 @@
+"""Value, first and second derivatives carried forward through a function's operations, by rules."""
+
+from jacfunc._forward_laplacian.second import SecondDerivatives, SecondOrder

@@ -1,0 +1,206 @@
+"""Rules of functions of one number: their first and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import pi, sqrt
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule, times, total
+from jacfunc._forward_laplacian.later import later
+
+Derivatives: TypeAlias = tuple[Tensor, Tensor | None]
+"""The first and the second derivative at each entry; None for a second one of zeros."""
+
+Formula: TypeAlias = Callable[..., Derivatives]
+"""From input, output and the further arguments of a function to its derivatives."""
+
+
+def elementwise(formula: Formula) -> Rule:
+    """The rule ``y' = f' x'``, ``y'' = f' x'' + f'' (x')²`` of a function of each entry."""
+
+    def rule(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
+        named = dict(kwargs)
+        if named.pop("inplace", False):
+            raise NotImplementedError("it writes into its input")
+        first, *rest = args or (named.pop("input"),)
+        jet: Any = first
+        if not ctx.owns(jet) or ctx.jets(tuple(rest), named):
+            raise NotImplementedError("another argument than the first depends on the inputs")
+        x, y = jet.value, func(jet.value, *rest, **named)
+        slope, bend = formula(x, y, *rest, **named)
+        pushed = ctx.aligned(jet.first, y.dim())
+        second = jet.second if jet.second is None else ctx.aligned_second(jet.second, y.dim())
+        if bend is not None:
+            bend = bend * ctx.squares(pushed)
+        return ctx.jet(
+            y, later(ctx, jet, lambda: slope * pushed), total(times(slope, second), bend)
+        )
+
+    return rule
+
+
+def filled(x: Tensor, number: float) -> Tensor:
+    """The number at each entry."""
+    return torch.full_like(x, number)
+
+
+def _tanh(x: Tensor, y: Tensor) -> Derivatives:
+    slope = 1 - y * y
+    return slope, -2 * y * slope
+
+
+def _sigmoid(x: Tensor, y: Tensor) -> Derivatives:
+    slope = y * (1 - y)
+    return slope, slope * (1 - 2 * y)
+
+
+def _clamp(x: Tensor, y: Tensor, min: Any = None, max: Any = None) -> Derivatives:
+    inside = torch.ones_like(y)
+    if min is not None:
+        inside = inside * (x >= min)
+    if max is not None:
+        inside = inside * (x <= max)
+    return inside, None
+
+
+def _power(x: Tensor, y: Tensor, exponent: Any) -> Derivatives:
+    if isinstance(exponent, Tensor):
+        slope = torch.where(exponent == 0, 0.0, exponent * _raised(x, exponent - 1))
+        factor = exponent * (exponent - 1)
+        return slope, torch.where(factor == 0, 0.0, factor * _raised(x, exponent - 2))
+    if exponent in (0, 1):  # a power of 0 to a negative exponent would make them nan
+        return filled(y, exponent), None
+    if exponent == 2:
+        return 2 * x, filled(x, 2)
+    return exponent * x ** (exponent - 1), exponent * (exponent - 1) * x ** (exponent - 2)
+
+
+def _raised(x: Tensor, exponent: Tensor) -> Tensor:
+    """The power, but 1 for an entry 0 to a negative exponent, which is multiplied by 0."""
+    return torch.where((x == 0) & (exponent < 0) & (exponent == exponent.round()), 1.0, x) ** (
+        exponent
+    )
+
+
+def _tan(x: Tensor, y: Tensor) -> Derivatives:
+    slope = 1 + y * y
+    return slope, 2 * y * slope
+
+
+def _of_inverse(slope: Tensor, bend_of_inverse: Tensor) -> Derivatives:
+    """Derivatives of an inverse function, from its slope and the bend of what it inverts."""
+    return slope, -bend_of_inverse * slope * slope * slope
+
+
+def _asin(x: Tensor, y: Tensor) -> Derivatives:
+    slope = torch.rsqrt(1 - x * x)
+    return slope, x * slope**3
+
+
+def _acos(x: Tensor, y: Tensor) -> Derivatives:
+    slope, bend = _asin(x, y)
+    return -slope, times(-1, bend)
+
+
+def _atan(x: Tensor, y: Tensor) -> Derivatives:
+    slope = 1 / (1 + x * x)
+    return slope, -2 * x * slope * slope
+
+
+def _asinh(x: Tensor, y: Tensor) -> Derivatives:
+    return _of_inverse(torch.rsqrt(1 + x * x), x)
+
+
+def _acosh(x: Tensor, y: Tensor) -> Derivatives:
+    return _of_inverse(torch.rsqrt(x - 1) * torch.rsqrt(x + 1), x)
+
+
+def _atanh(x: Tensor, y: Tensor) -> Derivatives:
+    slope = 1 / (1 - x * x)
+    return slope, 2 * x * slope * slope
+
+
+def _erf(x: Tensor, y: Tensor) -> Derivatives:
+    slope = 2 / sqrt(pi) * torch.exp(-x * x)
+    return slope, -2 * x * slope
+
+
+def _erfc(x: Tensor, y: Tensor) -> Derivatives:
+    slope, bend = _erf(x, y)
+    return -slope, times(-1, bend)
+
+
+def _erfinv(x: Tensor, y: Tensor) -> Derivatives:
+    slope = sqrt(pi) / 2 * torch.exp(y * y)
+    return slope, 2 * y * slope * slope
+
+
+def _log_to(base: float) -> Formula:
+    scale = 1 / float(torch.tensor(base, dtype=torch.float64).log())
+    return lambda x, y: (scale / x, -scale / (x * x))
+
+
+def _polygamma(order: int) -> Formula:
+    def formula(x: Tensor, y: Tensor) -> Derivatives:
+        first = torch.digamma(x) if order == 0 else torch.polygamma(order, x)
+        return first, torch.polygamma(order + 1, x)
+
+    return formula
+
+
+FORMULAS: dict[str, Formula] = {
+    "tanh": _tanh,
+    "sigmoid": _sigmoid,
+    "expit": _sigmoid,
+    "exp": lambda x, y: (y.clone(), y),
+    "exp2": lambda x, y: (y * 0.6931471805599453, y * 0.6931471805599453**2),
+    "expm1": lambda x, y: (y + 1, y + 1),
+    "log": lambda x, y: (1 / x, -1 / (x * x)),
+    "log1p": lambda x, y: (1 / (1 + x), -1 / (1 + x) ** 2),
+    "log2": _log_to(2),
+    "log10": _log_to(10),
+    "sin": lambda x, y: (torch.cos(x), -y),
+    "cos": lambda x, y: (-torch.sin(x), -y),
+    "tan": _tan,
+    "sinh": lambda x, y: (torch.cosh(x), y),
+    "cosh": lambda x, y: (torch.sinh(x), y),
+    "asin": _asin,
+    "arcsin": _asin,
+    "acos": _acos,
+    "arccos": _acos,
+    "atan": _atan,
+    "arctan": _atan,
+    "asinh": _asinh,
+    "arcsinh": _asinh,
+    "acosh": _acosh,
+    "arccosh": _acosh,
+    "atanh": _atanh,
+    "arctanh": _atanh,
+    "sqrt": lambda x, y: (0.5 / y, -0.25 / (x * y)),
+    "rsqrt": lambda x, y: (-0.5 * y / x, 0.75 * y / (x * x)),
+    "reciprocal": lambda x, y: (-y * y, 2 * y * y * y),
+    "remainder": lambda x, y, other: (filled(y, 1), None),
+    "fmod": lambda x, y, other: (filled(y, 1), None),
+    "frac": lambda x, y: (filled(x, 1), None),
+    "square": lambda x, y: (2 * x, filled(x, 2)),
+    "pow": _power,
+    "abs": lambda x, y: (torch.sign(x), None),
+    "absolute": lambda x, y: (torch.sign(x), None),
+    "neg": lambda x, y: (filled(x, -1), None),
+    "negative": lambda x, y: (filled(x, -1), None),
+    "erf": _erf,
+    "erfc": _erfc,
+    "erfinv": _erfinv,
+    "lgamma": _polygamma(0),
+    "gammaln": _polygamma(0),
+    "digamma": _polygamma(1),
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": lambda x, y, min: _clamp(x, y, min),
+    "clamp_max": lambda x, y, max: _clamp(x, y, None, max),
+}
+"""For mathematical functions of each entry, by name, their derivatives."""
