@@ -13,7 +13,7 @@ from jacfunc._types import Leaves
 from jacfunc.operators._products import Products
 from jacfunc.operators._restriction import Choice, Which
 from jacfunc.operators._scipy import scipy_operator
-from jacfunc.operators._space import Space
+from jacfunc.operators._space import Space, on_rows
 
 Map: TypeAlias = Callable[[Leaves], Leaves]
 """From K vectors to K products, leaf by leaf."""
@@ -166,12 +166,8 @@ class LinearOperator(Products):
             >>> svds(J.to_scipy(), k=1, return_singular_vectors=False)
             array([5.])
         """
-
-        def by_rows(source: Space, target: Space, products_of: Map) -> Callable[[Tensor], Tensor]:
-            return lambda rows: target.rows(products_of(source.cut(rows.to(source.device))))
-
-        push = by_rows(self.domain, self.codomain, self.pushforward_batch)
-        pull = by_rows(self.codomain, self.domain, self.pullback_batch)
+        push = on_rows(self.domain, self.codomain, self.pushforward_batch)
+        pull = on_rows(self.codomain, self.domain, self.pullback_batch)
         return scipy_operator(self.shape, self.dtype, push, pull)
 
     def __repr__(self) -> str:

@@ -93,7 +93,7 @@ class Products(ABC):
             ``min(M, N)`` products, and memory of the result and one chunk of products.
         """
         sink = sink_for(self.api, None, flat=True)
-        blocks = self._blocks(sink, chunk_size)
+        blocks = self.blocks(sink, chunk_size)
         ((matrix,),) = sink.finished(blocks, Grid.of(self.codomain.leaves, self.domain.leaves), ())
         return matrix
 
@@ -103,11 +103,32 @@ class Products(ABC):
         Returns:
             Blocks ``[*out_i, *in_j]``, as :func:`jacfunc.jacobian` returns them.
         """
-        blocks = self._blocks(NEW_TENSORS, chunk_size)
+        blocks = self.blocks(NEW_TENSORS, chunk_size)
         return self.codomain.split.place([self.domain.split.place(row) for row in blocks])
 
-    def _blocks(self, sink: Sink, chunk_size: int | None) -> Blocks:
-        """Blocks of the matrix, by rows or by columns, whichever are fewer."""
+    def diagonal(self) -> Any:
+        """The diagonal of a square matrix, as a tree like the domain, by a row at each number.
+
+        Raises:
+            ValueError: an operator that is not square.
+
+        Cost:
+            N products with ``Aᵀ``, and memory of one chunk of rows.
+        """
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"{self.api}: the operator must be square to have a diagonal, got "
+                f"{self.shape[0]} × {self.shape[1]}. Restrict it, or take that of A.T @ A."
+            )
+        numbers, start = [torch.zeros(0, dtype=self.domain.dtype, device=self.device)], 0
+        for leaves in sweep_leaves(self._rows_of, self.codomain.leaves, MANY):
+            rows = self.domain.rows(leaves)
+            numbers.append(rows.diagonal(start).clone())  # a view would keep all rows
+            start += len(rows)
+        return self.domain.tree(torch.cat(numbers))
+
+    def blocks(self, sink: Sink, chunk_size: int | None = MANY) -> Blocks:
+        """What a sink makes of the matrix, by rows or by columns, whichever are fewer."""
         check_chunk_size(self.api, chunk_size)
         primals, outputs = self.domain.leaves, self.codomain.leaves
         rows = partial(sweep_leaves, self._rows_of, outputs)

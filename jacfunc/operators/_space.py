@@ -180,3 +180,10 @@ class Space:
         shapes = ", ".join(str(tuple(x.shape)) for x in self.leaves[:3])
         more = ", …" if len(self.leaves) > 3 else ""
         return f"Space({self.size} numbers: {shapes}{more})"
+
+
+def on_rows(
+    source: Space, target: Space, products_of: Callable[[Leaves], Leaves]
+) -> Callable[[Tensor], Tensor]:
+    """Products of K vectors in rows, ``[K, N]`` → ``[K, M]``, from those of leaves."""
+    return lambda rows: target.rows(products_of(source.cut(rows.to(source.device))))
