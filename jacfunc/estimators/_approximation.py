@@ -100,7 +100,7 @@ class Scatter:
     """The mean of samples that come chunk by chunk, and its standard error.
 
     Squares are summed about the mean of each chunk, and chunks are merged after Chan, Golub and
-    LeVeque 1983: equal samples have no error.
+    LeVeque 1983. Means are taken from the first sample on: equal samples have no error.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Scatter:
     def add(self, samples: Tensor) -> None:
         """Take ``[K, *shape]`` more samples."""
         numbers, count = samples.detach(), len(samples)
-        mean = numbers.mean(0)
+        mean = numbers[0] + (numbers - numbers[0]).mean(0)
         step, together = mean - self._mean, self._count + count
         squares = (numbers - mean).square().sum(0) + step**2 * (self._count * count / together)
         self._total = self._total + samples.sum(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ class Lanczos:
 
     def estimate_spectral_norm(self, matrix: ByProducts) -> Approximation:
         """The largest singular value of the bidiagonal matrix, with its residual."""
+        if matrix.shape[0] < matrix.shape[1]:  # the spaces end in the smaller side
+            shape = matrix.shape[::-1]
+            matrix = replace(matrix, shape=shape, push=matrix.pull, pull=matrix.push)
         u, v, residual = self._singular_vectors(matrix)
         value = (u * matrix.push(v[None])[0]).sum()
         return Approximation(value, residual)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from jacfunc._assembly import Sink, Sweep
-from jacfunc.estimators import ByProducts
 from jacfunc._memory import Chunk
 from jacfunc._types import Blocks, Leaves
+from jacfunc.estimators import ByProducts
 from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._space import on_rows
 

@@ -7,6 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from jacfunc._types import Tree
 from jacfunc.estimators import (
     Approximation,
     DiagonalEstimator,
@@ -14,7 +15,6 @@ from jacfunc.estimators import (
     SpectralNormEstimator,
     TraceEstimator,
 )
-from jacfunc._types import Tree
 from jacfunc.operators._by_products import SumOfSquares, by_products, seen_by_estimators
 from jacfunc.operators._linear_operator import LinearOperator
 
