@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, reduce
@@ -98,7 +98,7 @@ class Space:
         pairs = zip(parts, self.leaves, strict=True)
         return tuple(part.reshape(len(rows), *x.shape).to(x.dtype) for part, x in pairs)
 
-    def chosen(self, patterns: list[str]) -> list[int]:
+    def chosen(self, patterns: Sequence[str]) -> list[int]:
         """Numbers of the leaves whose names fit one of the patterns."""
         return [
             number

@@ -120,9 +120,7 @@ def _reductions() -> list[Bad]:
     for door, reduce in REDUCTIONS.items():
         must = "must have rows and columns" if "norm" in door else "must be square"
         rows += [
-            Bad(
-                door, "a matrix", partial(reduce, torch.eye(3)), TypeError, "operator must be a L"
-            ),
+            Bad(door, "a matrix", partial(reduce, torch.eye(3)), TypeError, "operator must be a L"),
             Bad(door, "None", partial(reduce, None), TypeError, "operator must be a LinearOp"),
             Bad(door, "nothing", partial(reduce, EMPTY), ValueError, f"the operator {must}"),
             Bad(door, "a word", partial(reduce, SQUARE, "xtrace"), TypeError, "estimator must be"),
