@@ -176,10 +176,12 @@ class Linearized(LinearOperator):
         return pull_batch(cotangents, of)
 
     def _pushed(self, tangents: Leaves) -> Leaves:
-        # who differentiates by the primals needs the graph of the evaluation itself
-        is_kept = self._was_pulled and not (self._is_differentiated and torch.is_grad_enabled())
-        first, second = (self._by_tangents, self._on_graph)[:: -1 if is_kept else 1]
-        for way in (first, second):
+        ways = [self._by_tangents, self._on_graph]
+        if self._is_differentiated and torch.is_grad_enabled():
+            ways.pop()  # which knows nothing of the primals
+        elif self._was_pulled:
+            ways.reverse()
+        for way in ways:
             try:
                 return way(tangents)
             except Refused as refusal:
