@@ -51,7 +51,7 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
 
 
 def _has_graph(products: Leaves) -> bool:
-    return any([product.requires_grad for product in products])
+    return any(product.requires_grad for product in products)
 
 
 def _concatenated(first: Leaves, others: Iterable[Leaves]) -> Leaves:

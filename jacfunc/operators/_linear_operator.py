@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Number
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -86,8 +86,11 @@ class LinearOperator(Products):
             both(self.pullback_batch, other.pullback_batch),
         )
 
-    def __mul__(self, factor: complex | Tensor) -> LinearOperator:
-        is_scalar = isinstance(factor, Number) or (isinstance(factor, Tensor) and not factor.dim())
+    def __mul__(self, factor: float | Tensor) -> LinearOperator:
+        if isinstance(factor, Tensor):
+            is_scalar = factor.dim() == 0 and not factor.is_complex()
+        else:
+            is_scalar = isinstance(factor, Real)
         if not is_scalar:
             return NotImplemented
 
