@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -82,3 +83,20 @@ class Captured:
                     f"tensor of shape {tuple(now.shape)} that was changed since. Call it again, "
                     "at the new point."
                 )
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A context after which what torch has written into the tensors is undone.
+
+        An evaluation of the function in it may do so, as batch normalization does.
+        """
+        tensors = [now for now, _ in self.pairs]
+        versions = versions_of(tensors)
+        try:
+            yield
+        finally:
+            if versions_of(tensors) != versions:
+                with torch.no_grad():
+                    for now, before in self.pairs:
+                        if not torch.equal(now, before):
+                            now.copy_(before)

@@ -13,13 +13,14 @@ from torch.compiler import is_compiling
 
 from jacfunc._assembly import sweep_leaves
 from jacfunc._calls import at_all
-from jacfunc._errors import Refused
+from jacfunc._errors import Changes, Refused
 from jacfunc._lending import Captured
 from jacfunc._linear_map import (
     EVERY,
     JacobianOperator,
     check_transpose,
     chosen_leaves,
+    detached,
     is_followed,
     nonzero_numbers,
     one_by_one,
@@ -100,7 +101,8 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
         if captured is not None:
             captured.check(api, "the function")
         # what is drawn outside of products does not depend on them
-        with nullcontext() if is_compiling() else RandomState(call.primals).kept():
+        drawing = nullcontext() if is_compiling() else RandomState(call.primals).kept()
+        with drawing, nullcontext() if captured is None else captured.kept():
             yield
         call.forget_outputs()
 
@@ -130,6 +132,7 @@ class Linearized(LinearOperator):
     ) -> None:
         super().__init__(api, domain, codomain)
         self._point, self._around = point, around
+        self._image = tuple(map(detached, point.image()))
         self._was_pulled = False
         self._is_differentiated = is_differentiated
         self._pair: tuple[bool, Leaves, Leaves] | None = None
@@ -144,17 +147,29 @@ class Linearized(LinearOperator):
 
     def _product(self, products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
         with self._around():
-            products = in_words_of(self.api, lambda: products_of(seeds), MUST, INSTEAD, LESS)
+            sweep = partial(self._at_the_point, products_of, seeds)
+            products = in_words_of(self.api, sweep, MUST, INSTEAD, LESS)
         if not self._is_transposed and makes_plain_tensors() and seeds and len(seeds[0]):
             self._compare(products_of == self._pushed, seeds, products)
         return products
+
+    def _at_the_point(self, products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
+        try:
+            return products_of(seeds)
+        except Changes:  # another evaluation would be the point of all that follow
+            self._point.keep_image(*self._image)
+            raise
 
     def _compare(self, is_push: bool, seeds: Leaves, products: Leaves) -> None:
         """Check, once, that ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, of the last v and u that were asked for.
 
         Hooks and backward passes of the user's own may change one of the two alone.
         """
-        first = tuple(x[0].detach() for x in seeds), tuple(x[0].detach() for x in products)
+        # copies: views would keep all seeds and products
+        first = (
+            tuple(x[0].detach().clone() for x in seeds),
+            tuple(x[0].detach().clone() for x in products),
+        )
         if self._pair is None or self._pair[0] == is_push:
             self._pair = is_push, *first
             return
@@ -184,6 +199,8 @@ class Linearized(LinearOperator):
         for way in ways:
             try:
                 return way(tangents)
+            except Changes:
+                raise
             except Refused as refusal:
                 note("J v takes another way: %s", refusal)
         return self._by_rows(tangents)
