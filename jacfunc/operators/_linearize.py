@@ -185,6 +185,8 @@ class Linearized(LinearOperator):
             return one_by_one(pull, cotangents)
         # zeros would spoil products at infinite derivatives
         of = EVERY if is_compiling() else nonzero_numbers(cotangents)
+        if cotangents and not of:
+            return tuple(x.new_zeros(len(cotangents[0]), *x.shape) for x in self.domain.leaves)
         cotangents = chosen_leaves(cotangents, of)
         if cotangents and len(cotangents[0]) == 1:
             return one_by_one(lambda seeds: pull(seeds, of), cotangents)
