@@ -37,6 +37,7 @@ class JacobianOperator:
         self._linearization: Linearization | None = None
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
+        self._stays_with_first = False
         self._random_state: RandomState | None = None
 
     @property
@@ -65,6 +66,10 @@ class JacobianOperator:
         if self._image is not None:
             outputs, extras = self._image
             self._image = detached(outputs), detached(extras)
+
+    def stay_with_first(self) -> None:
+        """Compare all evaluations with the first, after one that differs, too."""
+        self._stays_with_first = True
 
     @property
     def transposed(self) -> Linearization | None:
@@ -165,7 +170,9 @@ class JacobianOperator:
         if self._image is None:
             self._image, self._was_pushed = (outputs, extras), was_pushed
             return
-        first, self._image = self._image, None  # another strategy begins anew
+        first = self._image
+        if not self._stays_with_first:  # another strategy begins anew
+            self._image = None
         check_agreement(first[0], outputs, was_pushed == self._was_pushed)
         self._image = first
 

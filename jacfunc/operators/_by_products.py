@@ -53,15 +53,16 @@ def by_products(
         )
     rows, columns = operator.shape
     if not rows * columns or (is_square and rows != columns):
-        must = "be square" if is_square else "have rows and columns"
+        must = "be square, with rows" if is_square else "have rows and columns"
         raise ValueError(
             f"{api}: the operator must {must}, got {rows} × {columns}. Restrict it, or take "
             "that of A.T @ A."
         )
-    if estimator is not None and not callable(getattr(estimator, method, None)):
+    is_one = callable(getattr(estimator, method, None)) and not isinstance(estimator, type)
+    if estimator is not None and not is_one:
         raise TypeError(
             f"{api}: estimator must be {known}, or None for the exact value, got "
-            f"{type(estimator).__name__}. They are in jacfunc.operators."
+            f"{type(estimator).__name__}. They are in jacfunc.estimators, as in XTrace(100)."
         )
     return seen_by_estimators(api, operator)
 
@@ -76,7 +77,7 @@ def seen_by_estimators(api: str, operator: LinearOperator) -> ByProducts:
         operator.shape,
         dtype,
         operator.device,
-        max(torch.finfo(space.dtype).eps for space in (domain, codomain)),
+        max(torch.finfo(x.dtype).eps for x in (*domain.leaves, *codomain.leaves)),
         lambda rows: push(rows).to(dtype),
         lambda rows: pull(rows).to(dtype),
         lambda: domain.flat(operator.diagonal()).to(dtype),

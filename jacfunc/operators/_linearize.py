@@ -20,7 +20,6 @@ from jacfunc._linear_map import (
     JacobianOperator,
     check_transpose,
     chosen_leaves,
-    detached,
     is_followed,
     nonzero_numbers,
     one_by_one,
@@ -132,7 +131,7 @@ class Linearized(LinearOperator):
     ) -> None:
         super().__init__(api, domain, codomain)
         self._point, self._around = point, around
-        self._image = tuple(map(detached, point.image()))
+        point.stay_with_first()
         self._was_pulled = False
         self._is_differentiated = is_differentiated
         self._pair: tuple[bool, Leaves, Leaves] | None = None
@@ -147,18 +146,10 @@ class Linearized(LinearOperator):
 
     def _product(self, products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
         with self._around():
-            sweep = partial(self._at_the_point, products_of, seeds)
-            products = in_words_of(self.api, sweep, MUST, INSTEAD, LESS)
+            products = in_words_of(self.api, lambda: products_of(seeds), MUST, INSTEAD, LESS)
         if not self._is_transposed and makes_plain_tensors() and seeds and len(seeds[0]):
             self._compare(products_of == self._pushed, seeds, products)
         return products
-
-    def _at_the_point(self, products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
-        try:
-            return products_of(seeds)
-        except Changes:  # another evaluation would be the point of all that follow
-            self._point.keep_image(*self._image)
-            raise
 
     def _compare(self, is_push: bool, seeds: Leaves, products: Leaves) -> None:
         """Check, once, that ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, of the last v and u that were asked for.
@@ -201,7 +192,7 @@ class Linearized(LinearOperator):
         for way in ways:
             try:
                 return way(tangents)
-            except Changes:
+            except Changes:  # of no other function is the product asked
                 raise
             except Refused as refusal:
                 note("J v takes another way: %s", refusal)

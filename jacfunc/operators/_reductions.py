@@ -222,4 +222,6 @@ def logdet(
     if estimator is not None:
         return estimator.estimate_logdet(matrix, float(damping))
     dense = operator.matrix().to(matrix.dtype)
-    return torch.linalg.slogdet(dense + damping * torch.eye(len(dense)).to(dense)).logabsdet
+    if damping:
+        dense = dense + torch.diag(dense.new_full((len(dense),), damping))
+    return torch.linalg.slogdet(dense).logabsdet

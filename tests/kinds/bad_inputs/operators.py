@@ -43,6 +43,13 @@ ANOTHER: dict[str, Any] = {
     "spectral_norm": Hutchinson(),
     "logdet": HutchPlusPlus(),
 }
+RIGHT: dict[str, Any] = {
+    "trace": XTrace(),
+    "diagonal": XDiag(),
+    "frobenius_norm": HutchPlusPlus(),
+    "spectral_norm": Lanczos(),
+    "logdet": StochasticLanczos(),
+}
 ESTIMATORS = (HutchPlusPlus, Hutchinson, Lanczos, StochasticLanczos, XDiag, XTrace)
 
 
@@ -124,7 +131,13 @@ def _reductions() -> list[Bad]:
             Bad(door, "None", partial(reduce, None), TypeError, "operator must be a LinearOp"),
             Bad(door, "nothing", partial(reduce, EMPTY), ValueError, f"the operator {must}"),
             Bad(door, "a word", partial(reduce, SQUARE, "xtrace"), TypeError, "estimator must be"),
-            Bad(door, "a class", partial(reduce, SQUARE, Sum), TypeError, "estimator must be"),
+            Bad(
+                door,
+                "a class",
+                partial(reduce, SQUARE, type(RIGHT[door])),
+                TypeError,
+                "estimator must be",
+            ),
             Bad(
                 door,
                 "an estimator of another number",
