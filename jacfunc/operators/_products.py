@@ -93,7 +93,7 @@ class Products(ABC):
             ``min(M, N)`` products, and memory of the result and one chunk of products.
         """
         sink = sink_for(self.api, None, flat=True)
-        blocks = self.blocks(sink, chunk_size)
+        blocks = self.into(sink, chunk_size)
         ((matrix,),) = sink.finished(blocks, Grid.of(self.codomain.leaves, self.domain.leaves), ())
         return matrix
 
@@ -103,7 +103,7 @@ class Products(ABC):
         Returns:
             Blocks ``[*out_i, *in_j]``, as :func:`jacfunc.jacobian` returns them.
         """
-        blocks = self.blocks(NEW_TENSORS, chunk_size)
+        blocks = self.into(NEW_TENSORS, chunk_size)
         return self.codomain.split.place([self.domain.split.place(row) for row in blocks])
 
     def diagonal(self) -> Any:
@@ -127,7 +127,7 @@ class Products(ABC):
             start += len(rows)
         return self.domain.tree(torch.cat(numbers))
 
-    def blocks(self, sink: Sink, chunk_size: int | None = MANY) -> Blocks:
+    def into(self, sink: Sink, chunk_size: int | None = MANY) -> Blocks:
         """What a sink makes of the matrix, by rows or by columns, whichever are fewer."""
         check_chunk_size(self.api, chunk_size)
         primals, outputs = self.domain.leaves, self.codomain.leaves

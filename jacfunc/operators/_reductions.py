@@ -132,7 +132,7 @@ def frobenius_norm(operator: LinearOperator, estimator: TraceEstimator | None = 
     """
     by_products("frobenius_norm", operator, estimator, "estimate_trace", TRACE, is_square=False)
     if estimator is None:
-        ((squares,),) = operator.blocks(SumOfSquares())
+        ((squares,),) = operator.into(SumOfSquares())
         return squares.sqrt()
     rows, columns = operator.shape
     gram = operator @ operator.T if rows < columns else operator.T @ operator
