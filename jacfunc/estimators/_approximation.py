@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._torch import outside_transforms
+from jacfunc._torch import is_batched, outside_transforms
 
 Rows: TypeAlias = Callable[[Tensor], Tensor]
 """Products of K vectors, all in rows: ``[K, N]`` → ``[K, M]``."""
@@ -124,6 +124,15 @@ class Scatter:
         count = self._count
         error = torch.as_tensor(self._squares).div(count * (count - 1)).sqrt()
         return Approximation(self._total / count, error)
+
+
+def check_readable(matrix: ByProducts, products: Tensor) -> None:
+    """Refuse products of which an estimator could not read the numbers."""
+    if is_batched(products):
+        raise NotImplementedError(
+            f"{matrix.api}: the estimator must read numbers of products, got a call inside vmap. "
+            "Loop over the samples, or take the exact value."
+        )
 
 
 def check_count(api: str, name: str, count: object, least: int) -> None:

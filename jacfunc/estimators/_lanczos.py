@@ -11,6 +11,7 @@ from jacfunc.estimators._approximation import (
     Approximation,
     ByProducts,
     check_count,
+    check_readable,
     check_seed,
     random_rows,
 )
@@ -34,7 +35,7 @@ class Lanczos:
         seed: of the first vector.
 
     Raises:
-        TypeError, ValueError: options that mean nothing.
+        TypeError, ValueError: options that mean nothing. NotImplementedError: inside of vmap.
 
     Cost:
         A product with A and one with Aᵀ a step, and their vectors, which are kept.
@@ -80,6 +81,7 @@ class Lanczos:
         while True:
             count = len(right)
             pushed = matrix.push(right[-1:]).detach()[0]
+            check_readable(matrix, pushed)
             pushed, above, size = orthogonal(pushed, left, matrix.rounding)
             left = torch.cat([left, pushed[None]])
             bidiagonal = torch.cat([bidiagonal, bidiagonal.new_zeros(1, count - 1)])

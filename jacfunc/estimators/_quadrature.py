@@ -14,6 +14,7 @@ from jacfunc.estimators._approximation import (
     ByProducts,
     Scatter,
     check_count,
+    check_readable,
     check_seed,
     random_rows,
 )
@@ -41,7 +42,7 @@ class StochasticLanczos:
         chunk_size: vectors that are multiplied at once; None for all.
 
     Raises:
-        TypeError, ValueError: options that mean nothing.
+        TypeError, ValueError: options that mean nothing. NotImplementedError: inside of vmap.
 
     Cost:
         ``num_samples · num_steps`` products; ``num_steps`` vectors for each of a chunk are kept.
@@ -79,6 +80,7 @@ class StochasticLanczos:
         """``ωᵀ log(A + damping) ω`` of K vectors in rows."""
         length = matrix.shape[1] ** 0.5
         first = matrix.push(vectors / length)
+        check_readable(matrix, first)
         basis, projected = self._krylov(matrix, vectors / length, first.detach())
         _check_symmetric(matrix, projected)
         nodes, modes = torch.linalg.eigh(projected)

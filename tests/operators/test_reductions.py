@@ -181,6 +181,28 @@ def test_the_derivative_of_a_log_determinant_is_that_of_its_quadrature():
     close(slope, expected, 1e-8)
 
 
+@pytest.mark.parametrize(
+    ("reduce", "estimator"),
+    [
+        (spectral_norm, Lanczos(tolerance=1e-12)),
+        (logdet, StochasticLanczos(4, 6)),
+        (trace, XTrace(4)),
+    ],
+)
+def test_transforms_differentiate_estimates_as_autograd_does(reduce, estimator):
+    B, x = definite(6), normal(6)
+
+    def number(x: Tensor) -> Tensor:
+        return reduce(linearize(lambda x: B @ x + 0.1 * x**3, x)[1], estimator).value
+
+    followed = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(number(followed), followed)
+    close(torch.func.grad(number)(x), expected)
+    direction = normal(6, seed=1)
+    _, pushed = torch.func.jvp(number, (x,), (direction,))
+    close(pushed, expected @ direction)
+
+
 @pytest.mark.parametrize("estimator", [None, Hutchinson(3), HutchPlusPlus(6), XTrace(6)])
 def test_traces_are_mapped_over_points(estimator):
     points = normal(4, 7)

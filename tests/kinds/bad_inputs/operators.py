@@ -149,6 +149,21 @@ def _reductions() -> list[Bad]:
         if "norm" not in door:
             rows.append(Bad(door, "a wide one", partial(reduce, WIDE), ValueError, "the operator"))
     slq = StochasticLanczos()
+
+    def mapped(reduce: Callable[..., Any], estimator: Any) -> Any:
+        def number(x: Tensor) -> Tensor:
+            number: Tensor = reduce(jacfunc.linearize(torch.exp, x)[1], estimator).value
+            return number
+
+        return torch.vmap(number)(torch.ones(2, 3))
+
+    rows += [
+        Bad(door, "vmap", partial(mapped, reduce, by), NotImplementedError, "read numbers")
+        for door, reduce, by in (
+            ("spectral_norm", spectral_norm, Lanczos()),
+            ("logdet", logdet, slq),
+        )
+    ]
     rows += [
         Bad(
             "diagonal",
