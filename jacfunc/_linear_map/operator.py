@@ -67,6 +67,10 @@ class JacobianOperator:
             outputs, extras = self._image
             self._image = detached(outputs), detached(extras)
 
+    def keep_graph(self) -> None:
+        """Evaluate with a graph, unless one is kept."""
+        _ = self._linearized
+
     def stay_with_first(self) -> None:
         """Compare all evaluations with the first, after one that differs, too."""
         self._stays_with_first = True

@@ -51,6 +51,9 @@ class LinearOperator(Products):
         tensor([[1., 1., 1.]])
     """
 
+    __array_ufunc__ = None
+    """NumPy's arrays and numbers leave ``2.0 * A`` to the operator."""
+
     def __matmul__(self, other: Any) -> Any:
         """The composition with an operator, or the product with one vector or a matrix."""
         if isinstance(other, LinearOperator):

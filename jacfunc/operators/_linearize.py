@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from jacfunc._assembly import sweep_leaves
 from jacfunc._calls import at_all
 from jacfunc._errors import Changes, Refused
-from jacfunc._lending import Captured
+from jacfunc._lending import Captured, Casting
 from jacfunc._linear_map import (
     EVERY,
     JacobianOperator,
@@ -94,15 +94,21 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     value, aux = call.value(tuple(map(Tensor.clone, outputs)), extras)
     domain = Space.of(primals[0] if len(primals) == 1 else primals)
     captured = Captured.of(func) if makes_plain_tensors() else None
+    casting = Casting.now(call.primals)
 
     @contextmanager
     def around() -> Iterator[None]:
         if captured is not None:
             captured.check(api, "the function")
+        written = () if captured is None else captured.versions()
         # what is drawn outside of products does not depend on them
         drawing = nullcontext() if is_compiling() else RandomState(call.primals).kept()
-        with drawing, nullcontext() if captured is None else captured.kept():
-            yield
+        try:
+            with drawing, casting.again():
+                yield
+        finally:
+            if captured is not None and captured.undone(written):
+                point.forget_graph()  # which may have kept what is written into again
         call.forget_outputs()
 
     is_differentiated = any(out.requires_grad for out in outputs)
@@ -170,7 +176,13 @@ class Linearized(LinearOperator):
         in_words_of(self.api, check, MUST, INSTEAD, LESS)
         self._is_transposed, self._pair = True, None
 
+    def _keep_graph(self) -> None:
+        """Evaluate, if no graph is there, so that later products can be differentiated."""
+        with torch.enable_grad() if self._is_differentiated else nullcontext():
+            self._point.keep_graph()
+
     def _pulled(self, cotangents: Leaves) -> Leaves:
+        self._keep_graph()
         pull, pull_batch = self._point.pullback, self._point.pullback_batch
         if is_followed(cotangents):
             return one_by_one(pull, cotangents)
@@ -208,6 +220,7 @@ class Linearized(LinearOperator):
 
     def _on_graph(self, tangents: Leaves) -> Leaves:
         """``J v`` as the transpose of ``Jᵀ u``, whose graph is kept."""
+        self._keep_graph()
         transposed = self._point.transposed
         if transposed is None:
             raise Refused("torch can't push tangents forward through it")
@@ -217,6 +230,7 @@ class Linearized(LinearOperator):
 
     def _by_rows(self, tangents: Leaves) -> Leaves:
         """``J v`` from all rows of J, which are pulled back: for what torch can't push through."""
+        self._keep_graph()
         vectors = self.domain.rows(tangents).T
 
         def times(cotangents: Leaves, of: slice) -> Leaves:

@@ -226,7 +226,12 @@ def test_operators_may_not_be_added_or_multiplied_by_other_things():
 
 def test_numbers_on_their_left_do_not_take_them_for_sequences():
     """NumPy and torch ask their right-hand sides first."""
-    for factor in (np.float32(2), torch.tensor(2.0, dtype=torch.float64)):
+    for other in (np.ones(2), np.ones((2, 4))):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            other * Dense(A)
+    with pytest.raises(ValueError, match=r"vector must match in shape.*got ndarray"):
+        np.ones(4) @ Dense(A)
+    for factor in (np.float32(2), np.int64(2), torch.tensor(2.0, dtype=torch.float64)):
         operator = factor * Dense(A)
         assert isinstance(operator, LinearOperator)
         close(operator.matrix(), 2 * A)

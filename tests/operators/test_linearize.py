@@ -313,6 +313,37 @@ def test_results_carry_no_graph_where_nothing_is_followed():
         assert not result.requires_grad
 
 
+def test_products_can_be_differentiated_after_some_that_were_not():
+    point = X.clone().requires_grad_()
+    _, J = linearize(lambda x: torch.tanh(A @ x), point)
+    with torch.no_grad():
+        for product in (J @ V, J.T @ U, J @ V):
+            assert not product.requires_grad
+    for number in ((J.T @ U) @ V, U @ (J @ V), U @ J.matrix() @ V):
+        (slope,) = torch.autograd.grad(number, point, retain_graph=True)
+        close(slope, torch.einsum("ijk,i,j->k", second(), U, V))
+
+
+@pytest.mark.parametrize("order", ["push", "pull", "push after pull"])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_products_are_cast_as_the_value_was(order, is_inside):
+    """Autocast as it was at the point, whatever it is where products are asked for."""
+    single, point = A.float(), X.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+        value, J = linearize(lambda x: single @ x, point)
+        same = torch.stack([single @ unit for unit in torch.eye(4)], 1)
+    assert value.dtype == (torch.bfloat16 if is_inside else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not is_inside):
+        if order != "push":
+            u = torch.ones(3, dtype=value.dtype)
+            torch.testing.assert_close(J.T @ u, same.float().sum(0), rtol=0.01, atol=0.05)
+        if order != "pull":
+            product = J @ torch.ones(4)
+            assert product.dtype == value.dtype
+            rtol = 0.02 if is_inside else 1e-6
+            torch.testing.assert_close(product.float(), same.float().sum(1), rtol=rtol, atol=rtol)
+
+
 # --- functions that change ---
 
 STATE = torch.ones(4, dtype=torch.float64)
