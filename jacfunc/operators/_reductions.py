@@ -15,8 +15,8 @@ from jacfunc.estimators import (
     SpectralNormEstimator,
     TraceEstimator,
 )
-from jacfunc.operators._by_products import SumOfSquares, by_products, seen_by_estimators
 from jacfunc.operators._linear_operator import LinearOperator
+from jacfunc.operators._products import SumOfSquares, by_products, seen_by_estimators
 
 TRACE = "Hutchinson, HutchPlusPlus or XTrace"
 DIAGONAL = "Hutchinson or XDiag"
