@@ -139,7 +139,8 @@ def check_count(api: str, name: str, count: object, least: int) -> None:
     """Refuse all but whole numbers from the least on."""
     if not isinstance(count, int) or isinstance(count, bool):
         raise TypeError(
-            f"{api}: {name} must be an int, got {type(count).__name__}. Errors fall with more."
+            f"{api}: {name} must be an int, got {type(count).__name__}. It counts vectors or "
+            "products."
         )
     if count < least:
         raise ValueError(
