@@ -9,6 +9,10 @@ class Refused(NotImplementedError):  # noqa: N818 (a refusal is no error while a
     """Torch can't carry out a sweep, or does it wrong; another strategy may."""
 
 
+class Changes(Refused):
+    """Two evaluations of a function differ; a strategy that takes one alone may be right."""
+
+
 class Stale(ValueError):  # noqa: N818 (the outputs are stale)
     """The function does not compute its outputs from its arguments; no other strategy is tried."""
 

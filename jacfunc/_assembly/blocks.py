@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -35,15 +36,26 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
     is_whole = first[0].shape[0] == total
     if is_whole and into is allocated:
         return _owned(first)
-    if any(product.requires_grad for product in first):
-        return tuple(torch.cat(pieces) for pieces in zip(first, *iterator, strict=True))
+    if _has_graph(first):
+        return _concatenated(first, iterator)
     results = into(first, total)
     filled = _write(results, first, 0)
     del first
     for products in iterator:
+        if _has_graph(products):  # those before are constants
+            before = tuple(result[:filled] for result in results)
+            return _concatenated(before, chain((products,), iterator))
         filled = _write(results, products, filled)
         del products  # or it would stay beside the next chunk
     return results
+
+
+def _has_graph(products: Leaves) -> bool:
+    return any(product.requires_grad for product in products)
+
+
+def _concatenated(first: Leaves, others: Iterable[Leaves]) -> Leaves:
+    return tuple(torch.cat(pieces) for pieces in zip(first, *others, strict=True))
 
 
 def _stack_leaves(chunks: Iterable[Leaves], leaves: Leaves) -> list[Leaves]:

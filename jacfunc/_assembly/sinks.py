@@ -200,7 +200,7 @@ class MatrixSink(Sink):
 
         Nothing is where blocks carry a graph, or come from a strategy that returns blocks alone.
         """
-        if self.matrix is None:
+        if self.matrix is None or any(block.requires_grad for row in blocks for block in row):
             self.matrix = _concatenated(blocks, grid, batch).to(self.device, self.dtype)
         return ((self.matrix,),)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from jacfunc._lending.attributes import tensors_in
 from jacfunc._lending.constants import versions_of
 from jacfunc._lending.snapshot import Snapshot
+from jacfunc._types import Leaves
 
 
 class Originals:
@@ -82,3 +84,46 @@ class Captured:
                     f"tensor of shape {tuple(now.shape)} that was changed since. Call it again, "
                     "at the new point."
                 )
+
+    def versions(self) -> Sequence[int]:
+        """How often torch has written into each."""
+        return versions_of(now for now, _ in self.pairs)
+
+    def undone(self, versions: Sequence[int]) -> bool:
+        """Undo what torch has written into them since, and say whether there was anything.
+
+        An evaluation of the function may write, as batch normalization does.
+        """
+        if self.versions() == versions:
+            return False
+        with torch.no_grad():
+            for now, before in self.pairs:
+                if not torch.equal(now, before):
+                    now.copy_(before)
+        return True
+
+
+class Casting(NamedTuple):
+    """Where autocast was on at a call, and to which dtype it cast."""
+
+    states: Sequence[tuple[str, bool, torch.dtype]]
+
+    @classmethod
+    def now(cls, leaves: Leaves) -> Casting:
+        """As it is now, for the devices of the leaves and the CPU."""
+        devices = {"cpu", *(x.device.type for x in leaves)} - {"meta"}
+        return cls([_casting_on(device) for device in devices])
+
+    def again(self) -> AbstractContextManager[Any]:
+        """A context in which it is as it was."""
+        others = [state for state in self.states if state != _casting_on(state[0])]
+        if not others:
+            return nullcontext()
+        contexts = ExitStack()
+        for device, is_on, dtype in others:
+            contexts.enter_context(torch.autocast(device, dtype, enabled=is_on))
+        return contexts
+
+
+def _casting_on(device: str) -> tuple[str, bool, torch.dtype]:
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jacfunc._errors import Refused
+from jacfunc._errors import Changes, Refused
 from jacfunc._rounding import are_near
 from jacfunc._torch import below_transforms, inside_transform, outside_transforms, untracked
 from jacfunc._types import Leaves
@@ -42,7 +42,7 @@ def check_agreement(
     transforms the numbers of all samples are compared.
 
     Raises:
-        Refused: if the outputs differ.
+        Changes: if the outputs differ.
     """
     if torch.compiler.is_compiling():
         return
@@ -52,7 +52,7 @@ def check_agreement(
         with outside_transforms():
             is_same = _agree(outputs, others, same_way, power)
     if not is_same:
-        raise Refused(CHANGING)
+        raise Changes(CHANGING)
 
 
 class Evaluations:

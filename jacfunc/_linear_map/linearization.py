@@ -121,7 +121,10 @@ class Linearization:
         return self._transposed
 
     def _map_of_tangents(self) -> LinearMap:
-        transposed = self.transposed()
+        try:
+            transposed = self.transposed()
+        except Refused as refusal:  # autograd asks, after the door has been left
+            raise Refused(f"vjp: {refusal}") from refusal
         return LinearMap(
             lambda v: transposed.sweep(v, EVERY, EVERY), transposed.pull_batch, self._as_map
         )

@@ -46,6 +46,7 @@ class JacobianOperator:
         self._linearization = evaluated
         self._image: tuple[Leaves, Leaves] | None = None
         self._was_pushed = False
+        self._stays_with_first = False
         self._random_state: RandomState | None = None
 
     @property
@@ -74,6 +75,14 @@ class JacobianOperator:
         if self._image is not None:
             outputs, extras = self._image
             self._image = detached(outputs), detached(extras)
+
+    def keep_graph(self) -> None:
+        """Evaluate with a graph, unless one is kept."""
+        _ = self._linearized
+
+    def stay_with_first(self) -> None:
+        """Compare all evaluations with the first, after one that differs, too."""
+        self._stays_with_first = True
 
     @property
     def transposed(self) -> Linearization | None:
@@ -172,7 +181,9 @@ class JacobianOperator:
         if self._image is None:
             self._image, self._was_pushed = (outputs, extras), was_pushed
             return
-        first, self._image = self._image, None  # another strategy begins anew
+        first = self._image
+        if not self._stays_with_first:  # another strategy begins anew
+            self._image = None
         check_agreement(first[0], outputs, was_pushed == self._was_pushed)
         self._image = first
 

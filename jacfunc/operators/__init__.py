@@ -1,7 +1,8 @@
 """Linear operators on trees: products with Jacobians and their like, without the matrix.
 
 :func:`jacfunc.linearize` and others make a :class:`LinearOperator`: ``A @ v``, ``A.T @ u``,
-``A.matrix()``, sums, scalings, compositions and restrictions of operators.
+``A.matrix()``, sums, scalings, compositions and restrictions of operators. ``trace(A)`` and others
+reduce it to a number, exactly or by an estimator of :mod:`jacfunc.estimators`.
 """
 
 from jacfunc.operators._hessian import HessianOperator, hessian_operator
@@ -13,6 +14,7 @@ from jacfunc.operators._laplacian import (
 )
 from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._linearize import Linearized, linearize
+from jacfunc.operators._reductions import diagonal, frobenius_norm, logdet, spectral_norm, trace
 from jacfunc.operators._space import Space
 
 __all__ = [
@@ -20,10 +22,15 @@ __all__ = [
     "LinearOperator",
     "Linearized",
     "Space",
+    "diagonal",
     "divergence",
+    "frobenius_norm",
     "hessian_diagonal",
     "hessian_operator",
     "laplacian",
     "linearize",
+    "logdet",
+    "spectral_norm",
+    "trace",
     "value_jacobian_laplacian",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Number
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from jacfunc._types import Leaves
 from jacfunc.operators._products import Products
 from jacfunc.operators._restriction import Choice, Which
 from jacfunc.operators._scipy import scipy_operator
-from jacfunc.operators._space import Space
+from jacfunc.operators._space import Space, on_rows
 
 Map: TypeAlias = Callable[[Leaves], Leaves]
 """From K vectors to K products, leaf by leaf."""
@@ -51,6 +51,9 @@ class LinearOperator(Products):
         tensor([[1., 1., 1.]])
     """
 
+    __array_ufunc__ = None
+    """NumPy's arrays and numbers leave ``2.0 * A`` to the operator."""
+
     def __matmul__(self, other: Any) -> Any:
         """The composition with an operator, or the product with one vector or a matrix."""
         if isinstance(other, LinearOperator):
@@ -86,8 +89,11 @@ class LinearOperator(Products):
             both(self.pullback_batch, other.pullback_batch),
         )
 
-    def __mul__(self, factor: complex | Tensor) -> LinearOperator:
-        is_scalar = isinstance(factor, Number) or (isinstance(factor, Tensor) and not factor.dim())
+    def __mul__(self, factor: float | Tensor) -> LinearOperator:
+        if isinstance(factor, Tensor):
+            is_scalar = factor.dim() == 0 and not factor.is_complex()
+        else:
+            is_scalar = isinstance(factor, Real)
         if not is_scalar:
             return NotImplemented
 
@@ -166,12 +172,8 @@ class LinearOperator(Products):
             >>> svds(J.to_scipy(), k=1, return_singular_vectors=False)
             array([5.])
         """
-
-        def by_rows(source: Space, target: Space, products_of: Map) -> Callable[[Tensor], Tensor]:
-            return lambda rows: target.rows(products_of(source.cut(rows.to(source.device))))
-
-        push = by_rows(self.domain, self.codomain, self.pushforward_batch)
-        pull = by_rows(self.codomain, self.domain, self.pullback_batch)
+        push = on_rows(self.domain, self.codomain, self.pushforward_batch)
+        pull = on_rows(self.codomain, self.domain, self.pullback_batch)
         return scipy_operator(self.shape, self.dtype, push, pull)
 
     def __repr__(self) -> str:

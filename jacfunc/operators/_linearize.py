@@ -13,8 +13,8 @@ from torch.compiler import is_compiling
 
 from jacfunc._assembly import sweep_leaves
 from jacfunc._calls import at_all
-from jacfunc._errors import Refused
-from jacfunc._lending import Captured
+from jacfunc._errors import Changes, Refused
+from jacfunc._lending import Captured, Casting
 from jacfunc._linear_map import (
     EVERY,
     JacobianOperator,
@@ -94,14 +94,21 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     value, aux = call.value(tuple(map(Tensor.clone, outputs)), extras)
     domain = Space.of(primals[0] if len(primals) == 1 else primals)
     captured = Captured.of(func) if makes_plain_tensors() else None
+    casting = Casting.now(call.primals)
 
     @contextmanager
     def around() -> Iterator[None]:
         if captured is not None:
             captured.check(api, "the function")
+        written = () if captured is None else captured.versions()
         # what is drawn outside of products does not depend on them
-        with nullcontext() if is_compiling() else RandomState(call.primals).kept():
-            yield
+        drawing = nullcontext() if is_compiling() else RandomState(call.primals).kept()
+        try:
+            with drawing, casting.again():
+                yield
+        finally:
+            if captured is not None and captured.undone(written):
+                point.forget_graph()  # which may have kept what is written into again
         call.forget_outputs()
 
     is_differentiated = any(out.requires_grad for out in outputs)
@@ -130,6 +137,7 @@ class Linearized(LinearOperator):
     ) -> None:
         super().__init__(api, domain, codomain)
         self._point, self._around = point, around
+        point.stay_with_first()
         self._was_pulled = False
         self._is_differentiated = is_differentiated
         self._pair: tuple[bool, Leaves, Leaves] | None = None
@@ -154,7 +162,11 @@ class Linearized(LinearOperator):
 
         Hooks and backward passes of the user's own may change one of the two alone.
         """
-        first = tuple(x[0].detach() for x in seeds), tuple(x[0].detach() for x in products)
+        # copies: views would keep all seeds and products
+        first = (
+            tuple(x[0].detach().clone() for x in seeds),
+            tuple(x[0].detach().clone() for x in products),
+        )
         if self._pair is None or self._pair[0] == is_push:
             self._pair = is_push, *first
             return
@@ -164,24 +176,36 @@ class Linearized(LinearOperator):
         in_words_of(self.api, check, MUST, INSTEAD, LESS)
         self._is_transposed, self._pair = True, None
 
+    def _keep_graph(self) -> None:
+        """Evaluate, if no graph is there, so that later products can be differentiated."""
+        with torch.enable_grad() if self._is_differentiated else nullcontext():
+            self._point.keep_graph()
+
     def _pulled(self, cotangents: Leaves) -> Leaves:
+        self._keep_graph()
         pull, pull_batch = self._point.pullback, self._point.pullback_batch
         if is_followed(cotangents):
             return one_by_one(pull, cotangents)
         # zeros would spoil products at infinite derivatives
         of = EVERY if is_compiling() else nonzero_numbers(cotangents)
+        if cotangents and not of:
+            return tuple(x.new_zeros(len(cotangents[0]), *x.shape) for x in self.domain.leaves)
         cotangents = chosen_leaves(cotangents, of)
         if cotangents and len(cotangents[0]) == 1:
             return one_by_one(lambda seeds: pull(seeds, of), cotangents)
         return pull_batch(cotangents, of)
 
     def _pushed(self, tangents: Leaves) -> Leaves:
-        # who differentiates by the primals needs the graph of the evaluation itself
-        is_kept = self._was_pulled and not (self._is_differentiated and torch.is_grad_enabled())
-        first, second = (self._by_tangents, self._on_graph)[:: -1 if is_kept else 1]
-        for way in (first, second):
+        ways = [self._by_tangents, self._on_graph]
+        if self._is_differentiated and torch.is_grad_enabled():
+            ways.pop()  # which knows nothing of the primals
+        elif self._was_pulled:
+            ways.reverse()
+        for way in ways:
             try:
                 return way(tangents)
+            except Changes:  # of no other function is the product asked
+                raise
             except Refused as refusal:
                 note("J v takes another way: %s", refusal)
         return self._by_rows(tangents)
@@ -196,6 +220,7 @@ class Linearized(LinearOperator):
 
     def _on_graph(self, tangents: Leaves) -> Leaves:
         """``J v`` as the transpose of ``Jᵀ u``, whose graph is kept."""
+        self._keep_graph()
         transposed = self._point.transposed
         if transposed is None:
             raise Refused("torch can't push tangents forward through it")
@@ -205,6 +230,7 @@ class Linearized(LinearOperator):
 
     def _by_rows(self, tangents: Leaves) -> Leaves:
         """``J v`` from all rows of J, which are pulled back: for what torch can't push through."""
+        self._keep_graph()
         vectors = self.domain.rows(tangents).T
 
         def times(cotangents: Leaves, of: slice) -> Leaves:

@@ -1,8 +1,9 @@
-"""Products of a linear map between two trees, and its matrix by products."""
+"""Products of a linear map between two trees; its matrix, and what else is made of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size
-from jacfunc._assembly import NEW_TENSORS, Grid, Sink, sink_for, sweep, sweep_leaves
+from jacfunc._assembly import NEW_TENSORS, Grid, Sink, Sweep, sink_for, sweep, sweep_leaves
 from jacfunc._errors import Refused
 from jacfunc._linear_map import check_numbers
 from jacfunc._log import note
+from jacfunc._memory import Chunk
 from jacfunc._types import Blocks, Leaves, Tree
-from jacfunc.operators._space import Space
+from jacfunc.estimators import ByProducts
+from jacfunc.operators._space import Space, on_rows
 
 MANY = 256
 """Seeds that are swept at once, where a whole matrix is asked for."""
@@ -93,7 +96,7 @@ class Products(ABC):
             ``min(M, N)`` products, and memory of the result and one chunk of products.
         """
         sink = sink_for(self.api, None, flat=True)
-        blocks = self._blocks(sink, chunk_size)
+        blocks = self.into(sink, chunk_size)
         ((matrix,),) = sink.finished(blocks, Grid.of(self.codomain.leaves, self.domain.leaves), ())
         return matrix
 
@@ -103,11 +106,32 @@ class Products(ABC):
         Returns:
             Blocks ``[*out_i, *in_j]``, as :func:`jacfunc.jacobian` returns them.
         """
-        blocks = self._blocks(NEW_TENSORS, chunk_size)
+        blocks = self.into(NEW_TENSORS, chunk_size)
         return self.codomain.split.place([self.domain.split.place(row) for row in blocks])
 
-    def _blocks(self, sink: Sink, chunk_size: int | None) -> Blocks:
-        """Blocks of the matrix, by rows or by columns, whichever are fewer."""
+    def diagonal(self) -> Any:
+        """The diagonal of a square matrix, as a tree like the domain, by a row at each number.
+
+        Raises:
+            ValueError: an operator that is not square.
+
+        Cost:
+            N products with ``Aᵀ``, and memory of one chunk of rows.
+        """
+        if self.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"{self.api}: the operator must be square to have a diagonal, got "
+                f"{self.shape[0]} × {self.shape[1]}. Restrict it, or take that of A.T @ A."
+            )
+        numbers, start = [torch.zeros(0, dtype=self.domain.dtype, device=self.device)], 0
+        for leaves in sweep_leaves(self._rows_of, self.codomain.leaves, MANY):
+            rows = self.domain.rows(leaves)
+            numbers.append(rows.diagonal(start).clone())  # a view would keep all rows
+            start += len(rows)
+        return self.domain.tree(torch.cat(numbers))
+
+    def into(self, sink: Sink, chunk_size: int | None = MANY) -> Blocks:
+        """What a sink makes of the matrix, by rows or by columns, whichever are fewer."""
         check_chunk_size(self.api, chunk_size)
         primals, outputs = self.domain.leaves, self.codomain.leaves
         rows = partial(sweep_leaves, self._rows_of, outputs)
@@ -126,3 +150,78 @@ class Products(ABC):
         every = [x.new_zeros(*count, *x.shape) for x in self.codomain.leaves]
         every[of] = cotangents
         return self.pullback_batch(tuple(every))
+
+
+class SumOfSquares(Sink):
+    """Adds up the squares of all entries of a matrix, as the only block."""
+
+    def rows(self, sweep: Sweep, chunk: Chunk, outputs: Leaves, primals: Leaves) -> Blocks:
+        return self._total(sweep(chunk))
+
+    def columns(
+        self, sweep: Sweep, chunk: Chunk, outputs: Callable[[], Leaves], primals: Leaves
+    ) -> Blocks:
+        return self._total(sweep(chunk))
+
+    def _total(self, chunks: Iterable[Leaves]) -> Blocks:
+        leaves = (leaf for chunk in chunks for leaf in chunk)
+        squares = [x.to(_computed_in(x.dtype)).square().sum() for x in leaves]
+        return ((torch.stack(squares).sum(),),)
+
+
+def by_products(
+    api: str,
+    operator: Products,
+    estimator: object,
+    method: str,
+    known: str,
+    *,
+    is_square: bool = True,
+) -> ByProducts:
+    """The operator as estimators see it, after checks of both.
+
+    Raises:
+        TypeError, ValueError: what is no operator, is empty or not square, or estimates another
+            number.
+    """
+    if not isinstance(operator, Products):
+        raise TypeError(
+            f"{api}: operator must be a LinearOperator, got {type(operator).__name__}. Make one "
+            "with jacfunc.linearize(func, x)."
+        )
+    rows, columns = operator.shape
+    if not rows * columns or (is_square and rows != columns):
+        must = "be square, with rows" if is_square else "have rows and columns"
+        raise ValueError(
+            f"{api}: the operator must {must}, got {rows} × {columns}. Restrict it, or take "
+            "that of A.T @ A."
+        )
+    is_one = callable(getattr(estimator, method, None)) and not isinstance(estimator, type)
+    if estimator is not None and not is_one:
+        raise TypeError(
+            f"{api}: estimator must be {known}, or None for the exact value, got "
+            f"{type(estimator).__name__}. They are in jacfunc.estimators, as in XTrace(100)."
+        )
+    return seen_by_estimators(api, operator)
+
+
+def seen_by_estimators(api: str, operator: Products) -> ByProducts:
+    """The operator as a matrix that is known by its products."""
+    dtype, domain, codomain = _computed_in(operator.dtype), operator.domain, operator.codomain
+    push = on_rows(domain, codomain, operator.pushforward_batch)
+    pull = on_rows(codomain, domain, operator.pullback_batch)
+    return ByProducts(
+        api,
+        operator.shape,
+        dtype,
+        operator.device,
+        max(torch.finfo(x.dtype).eps for x in (*domain.leaves, *codomain.leaves)),
+        lambda rows: push(rows).to(dtype),
+        lambda rows: pull(rows).to(dtype),
+        lambda: domain.flat(operator.diagonal()).to(dtype),
+    )
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Half precision loses sums, and has no factorizations."""
+    return torch.promote_types(dtype, torch.float32)

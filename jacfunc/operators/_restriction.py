@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -43,20 +42,19 @@ class Choice:
         if isinstance(which, slice):
             return _of_numbers(space, torch.arange(space.size, device=space.device)[which])
         patterns = [which] if isinstance(which, str) else which
-        if not isinstance(patterns, Tensor) and all(isinstance(x, str) for x in patterns):
+        if isinstance(patterns, Sequence) and patterns and all(type(x) is str for x in patterns):
             return _of_leaves(api, name, space, [str(pattern) for pattern in patterns])
         return _of_numbers(space, _checked(api, name, space, which))
 
 
 def _of_leaves(api: str, name: str, space: Space, patterns: Sequence[str]) -> Choice:
-    names = space.names
+    names, numbers = space.names, space.chosen(patterns)
     for pattern in patterns:
-        if not any(fnmatchcase(leaf, pattern) for leaf in names):
+        if not space.chosen([pattern]):
             raise ValueError(
                 f"{api}: {name} must name leaves that are there, got {pattern!r}, which fits none "
                 f"of {', '.join(map(repr, names[:6]))}. Use a name or a pattern, as 'encoder.*'."
             )
-    numbers = [n for n, leaf in enumerate(names) if any(fnmatchcase(leaf, pat) for pat in patterns)]
 
     def extract(leaves: Leaves) -> Leaves:
         return tuple([leaves[number] for number in numbers])
@@ -88,7 +86,7 @@ def _checked(api: str, name: str, space: Space, which: Any) -> Tensor:
     is_whole = (
         which.dim() == 1 and not (which.is_floating_point() or which.dtype == torch.bool)
         if isinstance(which, Tensor)
-        else all(isinstance(x, int) and not isinstance(x, bool) for x in which)
+        else isinstance(which, Sequence) and all(type(x) is int for x in which)
     )
     if not is_whole:
         raise TypeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, reduce
@@ -98,7 +98,7 @@ class Space:
         pairs = zip(parts, self.leaves, strict=True)
         return tuple(part.reshape(len(rows), *x.shape).to(x.dtype) for part, x in pairs)
 
-    def chosen(self, patterns: list[str]) -> list[int]:
+    def chosen(self, patterns: Sequence[str]) -> list[int]:
         """Numbers of the leaves whose names fit one of the patterns."""
         return [
             number
@@ -180,3 +180,10 @@ class Space:
         shapes = ", ".join(str(tuple(x.shape)) for x in self.leaves[:3])
         more = ", …" if len(self.leaves) > 3 else ""
         return f"Space({self.size} numbers: {shapes}{more})"
+
+
+def on_rows(
+    source: Space, target: Space, products_of: Callable[[Leaves], Leaves]
+) -> Callable[[Tensor], Tensor]:
+    """Products of K vectors in rows, ``[K, N]`` → ``[K, M]``, from those of leaves."""
+    return lambda rows: target.rows(products_of(source.cut(rows.to(source.device))))

@@ -133,3 +133,24 @@ def test_chunks_are_let_go_once_written(step: int) -> None:
     (result,) = stack(chunks(), 100)
     assert result.shape == (100, 3)
     assert max(alive) == 0, f"{max(alive)} chunks were alive while the next was made"
+
+
+def test_chunks_may_get_a_graph_after_the_first() -> None:
+    """Rows of a linear output are constants, those of another one are not."""
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+            self.v = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.w + self.v * x, self.w.sin() * x, self.v * x
+
+    module, x = Two(), torch.ones(2, dtype=torch.float64)
+    matrix = jacfunc.module_jacobian(module, flat=True, strategy="reverse", create_graph=True)(x)
+    slopes, one = torch.diag(module.w.detach().cos()), torch.eye(2, dtype=torch.float64)
+    rows = [one, one], [slopes, 0 * one], [0 * one, one]
+    torch.testing.assert_close(matrix.detach(), torch.cat([torch.cat(row, 1) for row in rows]))
+    (slope,) = torch.autograd.grad(matrix.sum(), module.w)
+    torch.testing.assert_close(slope, -module.w.detach().sin())

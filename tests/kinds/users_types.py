@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
-from jacfunc.operators import HessianOperator
+from jacfunc.estimators import Approximation, Hutchinson, Lanczos, StochasticLanczos, XDiag, XTrace
+from jacfunc.operators import (
+    HessianOperator,
+    diagonal,
+    frobenius_norm,
+    logdet,
+    spectral_norm,
+    trace,
+)
 
 A, x = torch.ones(2, 2), torch.ones(2)
 model, batch, labels = nn.Linear(2, 3), torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
@@ -145,6 +153,17 @@ assert_type(H, HessianOperator)
 assert_type(H.T, HessianOperator)
 assert_type(H["0", [1]].matrix(), Tensor)
 assert_type(jacfunc.module_hessian(model, F.cross_entropy)(batch, labels), HessianOperator)
+# --- reductions of operators ---
+
+assert_type(trace(J), Tensor)
+assert_type(trace(J, XTrace(4)), Approximation)
+assert_type(frobenius_norm(J, Hutchinson(4, seed=1)), Approximation)
+assert_type(spectral_norm(J), Tensor)
+assert_type(spectral_norm(J, Lanczos()), Approximation)
+assert_type(logdet(J.T @ J, damping=0.1), Tensor)
+assert_type(logdet(J.T @ J, StochasticLanczos(), damping=0.1), Approximation)
+assert_type(diagonal(J), Any)
+assert_type(diagonal(J, XDiag(4)), Approximation)
 
 # --- costs ---
 
