@@ -4,8 +4,17 @@
 ``A.matrix()``, sums, scalings, compositions and restrictions of operators.
 """
 
+from jacfunc._solving import Cholesky, ConjugateGradient, Solver
 from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._linearize import Linearized, linearize
 from jacfunc.operators._space import Space
 
-__all__ = ["LinearOperator", "Linearized", "Space", "linearize"]
+__all__ = [
+    "Cholesky",
+    "ConjugateGradient",
+    "LinearOperator",
+    "Linearized",
+    "Solver",
+    "Space",
+    "linearize",
+]

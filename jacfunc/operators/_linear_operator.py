@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from jacfunc._types import Leaves
-from jacfunc.operators._products import Products
 from jacfunc.operators._restriction import Choice, Which
 from jacfunc.operators._scipy import scipy_operator
+from jacfunc.operators._solve import Solves
 from jacfunc.operators._space import Space
 
 Map: TypeAlias = Callable[[Leaves], Leaves]
 """From K vectors to K products, leaf by leaf."""
 
 
-class LinearOperator(Products):
+class LinearOperator(Solves):
     """A linear map ``v ↦ A v`` between two trees of tensors, and its transpose ``u ↦ Aᵀ u``.
 
     Vectors are trees, or flat tensors; a product has the form of the vector. ``A + B``, ``A - B``,
@@ -69,7 +69,8 @@ class LinearOperator(Products):
     def T(self) -> LinearOperator:  # noqa: N802 (as in NumPy)
         """The transpose, ``u ↦ Aᵀ u``."""
         return OfMaps(
-            self.api, self.codomain, self.domain, self.pullback_batch, self.pushforward_batch
+            *(self.api, self.codomain, self.domain, self.pullback_batch, self.pushforward_batch),
+            self.is_symmetric,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -84,6 +85,7 @@ class LinearOperator(Products):
         return self._mapped(
             both(self.pushforward_batch, other.pushforward_batch),
             both(self.pullback_batch, other.pullback_batch),
+            self.is_symmetric and other.is_symmetric,
         )
 
     def __mul__(self, factor: complex | Tensor) -> LinearOperator:
@@ -94,7 +96,8 @@ class LinearOperator(Products):
         def times(products_of: Map) -> Map:
             return lambda seeds: tuple([factor * product for product in products_of(seeds)])
 
-        return self._mapped(times(self.pushforward_batch), times(self.pullback_batch))
+        push, pull = times(self.pushforward_batch), times(self.pullback_batch)
+        return self._mapped(push, pull, self.is_symmetric)
 
     __rmul__ = __mul__
 
@@ -146,8 +149,8 @@ class LinearOperator(Products):
             lambda seeds: into.extract(self.pullback_batch(out.embed(seeds))),
         )
 
-    def _mapped(self, push: Map, pull: Map) -> LinearOperator:
-        return OfMaps(self.api, self.domain, self.codomain, push, pull)
+    def _mapped(self, push: Map, pull: Map, is_symmetric: bool) -> LinearOperator:
+        return OfMaps(self.api, self.domain, self.codomain, push, pull, is_symmetric)
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
@@ -181,9 +184,17 @@ class LinearOperator(Products):
 class OfMaps(LinearOperator):
     """The operator of two functions of leaves: one for ``A v``, one for ``Aᵀ u``."""
 
-    def __init__(self, api: str, domain: Space, codomain: Space, push: Map, pull: Map) -> None:
+    def __init__(
+        self,
+        api: str,
+        domain: Space,
+        codomain: Space,
+        push: Map,
+        pull: Map,
+        is_symmetric: bool = False,
+    ) -> None:
         super().__init__(api, domain, codomain)
-        self._push, self._pull = push, pull
+        self._push, self._pull, self.is_symmetric = push, pull, is_symmetric
 
     def pushforward_batch(self, tangents: Leaves) -> Leaves:
         return self._push(tangents)

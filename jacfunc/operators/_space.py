@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, reduce
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from jacfunc._types import Leaves, Tree
 
 Write: TypeAlias = Callable[["Space", Leaves], Tree]
 """Puts products ``[K, *shape]`` of a space into the form in which their seeds came."""
+
+Side: TypeAlias = Literal["auto", "rows", "columns", "both"]
+"""Which side of a matrix vectors belong to; both, if it is symmetric and meant itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +147,29 @@ class Space:
         check_like(api, name, leaves, tuple(x.expand(*count, *x.shape) for x in self.leaves))
         return leaves, lambda space, products: space.split.place(products)
 
+    def read_any(self, api: str, name: str, vectors: Tree) -> tuple[Leaves, Write]:
+        """One vector, or a matrix of K columns, as leaves ``[K, *shape]``."""
+        read = self.read_many if self.is_matrix(vectors) else self.read
+        return read(api, name, vectors)
+
+    def samples(self, api: str) -> int:
+        """How many samples vectors have in front.
+
+        Raises:
+            ValueError: if leaves differ in that, or have no dimensions.
+        """
+        sizes = {leaf.shape[0] if leaf.dim() else None for leaf in self.leaves}
+        if len(sizes) != 1 or None in sizes:
+            raise ValueError(
+                f"{api}: with center or per_sample products must have the samples in front, got "
+                f"{self}. Use a function whose outputs have the same first dimension."
+            )
+        return int(sizes.pop() or 0)
+
+    def centred(self, rows: Tensor) -> Tensor:
+        """Vectors without their mean over samples."""
+        return self.rows(tuple([leaf - leaf.mean(1, keepdim=True) for leaf in self.cut(rows)]))
+
     def _aligned(self, api: str, name: str, tree: Tree) -> Leaves:
         try:
             return tuple(self.split.align(tree, name))
@@ -180,3 +206,40 @@ class Space:
         shapes = ", ".join(str(tuple(x.shape)) for x in self.leaves[:3])
         more = ", …" if len(self.leaves) > 3 else ""
         return f"Space({self.size} numbers: {shapes}{more})"
+
+
+def side_of(
+    api: str, codomain: Space, domain: Space, side: Side, b: Tree, is_symmetric: bool
+) -> Side:
+    """The side that b belongs to, if it is not said.
+
+    Raises:
+        ValueError: if b fits none, or either.
+    """
+    if side not in get_args(Side):
+        raise ValueError(
+            f"{api}: side must be 'auto', 'rows', 'columns' or 'both', got {side!r}. Say 'rows' "
+            "for a b like products, 'columns' for one like vectors."
+        )
+    if side != "auto" or is_symmetric:
+        return "both" if side == "auto" else side
+    sides: list[Side] = []
+    spaces: dict[Side, Space] = {"rows": codomain, "columns": domain}
+    for name, space in spaces.items():
+        try:
+            space.read_any(api, "b", b)
+        except (TypeError, ValueError):
+            continue
+        sides.append(name)
+    if not sides:
+        kind = f"{tuple(b.shape)} of {b.dtype}" if isinstance(b, Tensor) else type(b).__name__
+        raise ValueError(
+            f"{api}: b must be like products or like vectors, {codomain} or {domain}, got {kind}. "
+            "Give it the shapes and dtypes of one of these."
+        )
+    if len(sides) > 1:
+        raise ValueError(
+            f"{api}: side must be said where b fits both, got 'auto'. Say 'rows' for "
+            "(A Aᵀ + λ)⁻¹ b, 'columns' for (Aᵀ A + λ)⁻¹ b, 'both' for (A + λ)⁻¹ b of a symmetric A."
+        )
+    return sides[0]

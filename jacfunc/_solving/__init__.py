@@ -1,0 +1,21 @@
+"""Systems of equations ``(A + λ) x = b`` with a symmetric A, and who solves them."""
+
+from jacfunc._solving.halves import MANY, Half, Rows
+from jacfunc._solving.solvers import (
+    PRECISE,
+    Cholesky,
+    ConjugateGradient,
+    Solver,
+    check_options,
+)
+
+__all__ = [
+    "MANY",
+    "PRECISE",
+    "Cholesky",
+    "ConjugateGradient",
+    "Half",
+    "Rows",
+    "Solver",
+    "check_options",
+]

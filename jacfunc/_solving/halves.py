@@ -1,0 +1,169 @@
+"""The normal equations of a linear map: ``(A Aᵀ + λ) u = b`` on one side, ``(Aᵀ A + λ) v = b``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._log import note
+from jacfunc._memory import MODEST_BYTES, free_bytes
+from jacfunc._solving.solvers import IN_BYTES, PRECISE, Cholesky, ConjugateGradient, Solver, System
+
+Rows: TypeAlias = Callable[[Tensor], Tensor]
+"""From K vectors in rows to K products in rows."""
+
+
+class Formed(Protocol):
+    """Makes a matrix in a dtype."""
+
+    def __call__(self, *, dtype: torch.dtype) -> Tensor:
+        """The matrix."""
+        ...
+
+
+MANY, SOME_BYTES = 256, 2**26
+"""Unit vectors that are multiplied at once, and bytes of a matrix that are made precise at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """One side of a linear map: its vectors go across to the other side, and back.
+
+    Args:
+        api: the name of the public function, with which error messages begin.
+        sizes: numbers of a vector on this side, and on the other one.
+        dtype, device: of products.
+        across, back: to the other side and back, each the transpose of the other.
+        whole: makes the map from the other side to this one as a matrix.
+        formed: makes ``back(across(·))`` as a matrix in a dtype, if there is a way of its own.
+    """
+
+    api: str
+    dtype: torch.dtype
+    device: torch.device
+    sizes: tuple[int, int]
+    across: Rows
+    back: Rows
+    whole: Callable[[], Tensor]
+    formed: Formed | None
+
+    @property
+    def is_smaller(self) -> bool:
+        """Has the other side as many numbers, or more?"""
+        return self.sizes[0] <= self.sizes[1]
+
+    def gram(self, dtype: torch.dtype) -> Tensor:
+        """``back(across(·))`` as a matrix: from the whole map if that fits into memory."""
+        (own, other), size = self.sizes, self.dtype.itemsize
+        if fits(3 * own * other * size, self.device):
+            return squared(self.whole(), dtype)
+        total = torch.cat([self.back(self.across(units)).to(dtype) for units in self._units()])
+        return (total + total.T) / 2
+
+    def quad(self, times: Rows) -> Tensor:
+        """``A S Aᵀ`` of the map A to this side, with S on the other side."""
+        (own, other), size = self.sizes, self.dtype.itemsize
+        if fits(3 * own * other * size, self.device):
+            matrix = self.whole()
+            return matrix @ times(matrix).T
+        columns = [self.back(times(self.across(units))) for units in self._units()]
+        return torch.cat(columns).T
+
+    def _units(self) -> Iterator[Tensor]:
+        """Unit vectors of this side, some at a time."""
+        (own, other), size = self.sizes, self.dtype.itemsize
+        step = max(1, min(MANY, SOME_BYTES // max(1, max(own, other) * size)))
+        for start in range(0, own, step):
+            units = torch.zeros(min(step, own - start), own, dtype=self.dtype, device=self.device)
+            units.diagonal(start).fill_(1)
+            yield units
+
+    def system(self, damping: float) -> System:
+        """The equations ``back(across(x)) + λ x = b``."""
+        formed = partial(self.formed or self.gram, dtype=PRECISE)
+        # the map errs by the precision; its square is computed in float64, and errs by the square
+        noise = (8 * torch.finfo(self.dtype).eps) ** 2
+        return self._system(lambda rows: self.back(self.across(rows)), formed, damping, noise)
+
+    def _system(
+        self, times: Rows, formed: Callable[[], Tensor], damping: float, noise: float
+    ) -> System:
+        def precise(rows: Tensor) -> Tensor:
+            return times(rows).to(rows.dtype)
+
+        size = self.sizes[0]
+        noise = max(size * torch.finfo(PRECISE).eps, noise)
+        return System(self.api, size, self.dtype, precise, formed, float(damping), noise)
+
+    def solved_itself(
+        self,
+        matrix: Callable[[], Tensor],
+        rows: Tensor,
+        damping: float,
+        solver: Solver | None,
+        is_symmetric: bool,
+    ) -> Tensor:
+        """Solutions of ``(A + λ) x = b``.
+
+        Raises:
+            ValueError: unless A is known to be symmetric, or ``A b = Aᵀ b``.
+        """
+        eps = torch.finfo(self.dtype).eps
+        if not is_symmetric and len(rows):
+            with torch.no_grad():
+                pushed, pulled = self.back(rows[:1]), self.across(rows[:1])
+            if not (pushed - pulled).norm() <= (pushed + pulled).norm() * eps**0.4:
+                raise ValueError(
+                    f"{self.api}: side='both' takes a symmetric matrix, got one whose A b is not "
+                    "Aᵀ b. Say 'rows' or 'columns'."
+                )
+
+        def formed() -> Tensor:
+            whole = matrix().to(PRECISE)
+            return (whole + whole.T) / 2
+
+        solver = solver or usual(self.sizes[0], self.device)
+        return solver.solved(self._system(self.back, formed, damping, 4 * eps), rows)
+
+    def solved(self, other: Half, rows: Tensor, damping: float, solver: Solver | None) -> Tensor:
+        """Solutions on this side; a solver that forms a matrix forms that of the smaller side."""
+        smaller = self if self.is_smaller else other
+        solver = solver or usual(smaller.sizes[0], self.device)
+        if smaller is self or not solver.forms:
+            return solver.solved(self.system(damping), rows)
+        if not damping:
+            raise ValueError(
+                f"{self.api}: damping must be positive where b has more numbers than the other "
+                f"side, got {self.sizes[0]} and {self.sizes[1]}: the matrix is singular. Give "
+                "damping, or take lstsq, which needs none."
+            )
+        within = solver.solved(smaller.system(damping), self.across(rows).to(rows.dtype))
+        return (rows - self.back(within).to(rows.dtype)) / damping
+
+
+def usual(size: int, device: torch.device) -> Solver:
+    """Who solves so many equations: Cholesky where the matrix and its factor fit into memory."""
+    if fits(IN_BYTES * size**2, device):
+        return Cholesky()
+    note("a matrix of %d rows does not fit into memory: conjugate gradients", size)
+    return ConjugateGradient()
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Do so many bytes fit into half of what is free?"""
+    return nbytes <= MODEST_BYTES or nbytes <= free_bytes(device) // 2
+
+
+def squared(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """``A Aᵀ`` of a matrix, added up in a dtype."""
+    total = matrix.new_zeros(len(matrix), len(matrix), dtype=dtype)
+    step = max(1, SOME_BYTES // max(1, len(matrix) * dtype.itemsize))
+    for part in matrix.split(step, 1):
+        precise = part.to(dtype)
+        total.addmm_(precise, precise.T)
+    return total

@@ -1,0 +1,243 @@
+"""Solves with a linear operator: ``(A Aᵀ + λ)⁻¹ b``, ``(Aᵀ A + λ)⁻¹ b``, and ``A S Aᵀ``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._arguments import check_flags
+from jacfunc._solving import MANY, PRECISE, Half, Rows, Solver, check_options
+from jacfunc._types import Tree
+from jacfunc.operators._products import Products
+from jacfunc.operators._space import Side, Space, side_of
+
+
+class Solves(Products):
+    """A linear map with solves of its normal equations, on whichever side is smaller."""
+
+    is_symmetric: bool = False
+    """Is the matrix known to be symmetric? Then :meth:`solve` is of the matrix itself."""
+
+    def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """``A Aᵀ``, ``[M, M]``.
+
+        Args:
+            center: subtract from rows of A their mean over the first dimension of the products, the
+                samples, before they are multiplied: afterwards float32 would have lost what is left
+                where the mean is large.
+            dtype: in which products are added up, and of the result; by default the operator's.
+
+        Raises:
+            ValueError: products without samples, if they are to be centred.
+
+        Cost:
+            The matrix A if that fits into memory, else M products with Aᵀ and with A. Operators of
+            modules with independent samples take it from the factors of layers.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> value, J = jacfunc.linearize(lambda x: x**2, torch.tensor([1.0, 2.0]))
+            >>> J.gram()
+            tensor([[ 4.,  0.],
+                    [ 0., 16.]])
+        """
+        check_flags(self.api, center=center)
+        return self._half("rows", center).gram(dtype or self.dtype)
+
+    def solve(
+        self,
+        b: Tree,
+        *,
+        damping: float = 0.0,
+        side: Side = "auto",
+        center: bool = False,
+        solver: Solver | None = None,
+    ) -> Any:
+        """``(A Aᵀ + λ)⁻¹ b`` or ``(Aᵀ A + λ)⁻¹ b``; of a symmetric operator ``(A + λ)⁻¹ b``.
+
+        The matrix of the smaller side is taken: ``(Aᵀ A + λ)⁻¹ = (I - Aᵀ (A Aᵀ + λ)⁻¹ A) / λ``.
+
+        Args:
+            b: a tree, or a flat tensor; K of them are a matrix with K columns.
+            damping: the number λ ≥ 0.
+            side: ``"rows"`` for a b like products, and ``A Aᵀ``; ``"columns"`` for one like
+                vectors, and ``Aᵀ A``; ``"both"`` for ``(A + λ)⁻¹ b`` with a symmetric A. By default
+                what the form of b says, and both if the operator says that it is symmetric.
+            center: subtract from rows of A their mean over samples, as in :meth:`gram`.
+            solver: ``Cholesky()`` or ``ConjugateGradient()`` of :mod:`jacfunc.operators`; by
+                default the first if its matrix fits into memory.
+
+        Returns:
+            The solution, in the form of b. It can be differentiated by b; and by what the operator
+            depends on, where its products can, with ``Cholesky()``.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit; a b that may belong to either side; a
+                matrix that is not positive definite. RuntimeError: iterations that do not converge.
+
+        Cost:
+            With Cholesky one :meth:`gram`, in float64, and ``n³ / 3`` multiplications for its n
+            rows; two products more if b belongs to the larger side. That loses digits where λ is
+            small beside A: for ``(Aᵀ A + λ)⁻¹ Aᵀ r`` take :meth:`lstsq`.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> value, J = jacfunc.linearize(lambda x: x[:1] * x[1:], torch.tensor([1.0, 2.0, 3.0]))
+            >>> J.solve(torch.tensor([1.0, 0.0]), damping=1.0)
+            tensor([ 0.3667, -0.2000])
+            >>> J.solve(torch.tensor([1.0, 0.0, 0.0]), damping=1.0)
+            tensor([ 0.1333, -0.1333, -0.2000])
+        """
+        check_options(self.api, damping, center, solver)
+        own = side_of(self.api, self.codomain, self.domain, side, b, self.is_symmetric)
+        space = self.codomain if own == "rows" else self.domain
+        leaves, write = space.read_any(self.api, "b", b)
+        rows = space.rows(leaves).to(PRECISE)
+        if own == "both":
+            self.domain.check_fits(self.api, self.codomain)
+            half = self._half("rows", False)
+            rows = half.solved_itself(self.matrix, rows, damping, solver, self.is_symmetric)
+        else:
+            across = "columns" if own == "rows" else "rows"
+            half, other = self._half(own, center), self._half(across, center)
+            rows = half.solved(other, rows, damping, solver)
+        return write(space, space.cut(rows))
+
+    def lstsq(
+        self,
+        b: Tree,
+        *,
+        damping: float = 0.0,
+        center: bool = False,
+        solver: Solver | None = None,
+    ) -> Any:
+        """``Aᵀ (A Aᵀ + λ)⁻¹ b = (Aᵀ A + λ)⁻¹ Aᵀ b``, which minimizes ``‖A x - b‖² + λ‖x‖²``.
+
+        A step of Gauss and Newton, of Levenberg and Marquardt, of natural gradients; with
+        ``center=True`` of stochastic reconfiguration (minSR). Without damping it is the solution of
+        least squares, or of least norm.
+
+        Args:
+            b: like products: a tree, or a flat tensor; K of them are a matrix with K columns.
+            damping, center, solver: as in :meth:`solve`.
+
+        Returns:
+            ``x`` like vectors, in the form of b.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`solve`.
+
+        Cost:
+            As :meth:`solve` on the smaller side, and one product with Aᵀ.
+
+        Source:
+            Chen, Heyl, "Empowering deep neural quantum states through efficient optimization"
+            (Nature Physics 2024), equation 6, for minSR.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> A, b = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]), torch.tensor([1.0, 2, 2])
+            >>> residual, J = jacfunc.linearize(lambda x: A @ x, torch.zeros(2))
+            >>> J.lstsq(b)
+            tensor([0.6667, 0.5000])
+        """
+        check_options(self.api, damping, center, solver)
+        leaves, write = self.codomain.read_any(self.api, "b", b)
+        half, other = (self._half(side, center) for side in ("rows", "columns"))
+        rows = self.codomain.rows(leaves).to(PRECISE)
+        if half.is_smaller:
+            rows = half.across(half.solved(other, rows, damping, solver))
+        else:
+            rows = other.solved(half, half.across(rows).to(PRECISE), damping, solver)
+        return write(self.domain, self.domain.cut(rows))
+
+    def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
+        """``A S Aᵀ``, ``[M, M]``: covariances of products whose vectors have the covariance S.
+
+        Args:
+            middle: the matrix S: its diagonal, as a tree like vectors or a flat tensor ``[N]``; a
+                tensor ``[N, N]``; or an operator between vectors.
+            per_sample: only what has both sides in one sample, by the first dimension of products:
+                ``[B, C, C]`` for C numbers a sample.
+
+        Raises:
+            TypeError, ValueError: a matrix that does not fit.
+
+        Cost:
+            M products with Aᵀ and with S, and M with A if A does not fit into memory.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> value, J = jacfunc.linearize(lambda x: x**2, torch.tensor([1.0, 2.0]))
+            >>> J.quad(torch.tensor([0.5, 0.25]))
+            tensor([[2., 0.],
+                    [0., 4.]])
+            >>> J.quad(torch.eye(2), per_sample=True).flatten()
+            tensor([ 4., 16.])
+        """
+        check_flags(self.api, per_sample=per_sample)
+        times = _middle(self.api, self.domain, middle)
+        if not per_sample:
+            return self._half("rows", False).quad(times)
+        count, blocks = self.codomain.samples(self.api), list[Tensor]()
+        step = max(1, MANY * count // max(1, self.codomain.size))
+        for start in range(0, count, step):
+            rows = self.rows_of_samples(start, min(start + step, count))
+            blocks.append(rows @ times(rows.flatten(0, 1)).view(rows.shape).mT)
+        return torch.cat(blocks)
+
+    def rows_of_samples(self, start: int, stop: int) -> Tensor:
+        """Rows of A that belong to some samples, ``[B, C, N]``: by products with Aᵀ."""
+        numbers, first = [], 0
+        for leaf in self.codomain.leaves:
+            every = torch.arange(first, first + leaf.numel(), device=self.device)
+            numbers.append(every.view(len(leaf), -1)[start:stop])
+            first += leaf.numel()
+        units = torch.cat(numbers, 1)
+        seeds = torch.zeros(units.numel(), first, dtype=self.codomain.dtype, device=self.device)
+        seeds.scatter_(1, units.view(-1, 1), 1)
+        return self._half("rows", False).across(seeds).view(*units.shape, self.domain.size)
+
+    def _half(self, side: str, center: bool) -> Half:
+        """One side of the matrix, on flat vectors."""
+        domain, codomain = self.domain, self.codomain
+        if center:
+            codomain.samples(self.api)
+        centred = codomain.centred if center else _as_it_is
+
+        def push(rows: Tensor) -> Tensor:
+            return centred(codomain.rows(self.pushforward_batch(domain.cut(rows))))
+
+        def pull(rows: Tensor) -> Tensor:
+            return domain.rows(self.pullback_batch(codomain.cut(centred(rows))))
+
+        def columns() -> Tensor:
+            return centred(self.matrix().T)
+
+        kind, sizes = (self.api, self.dtype, self.device), (codomain.size, domain.size)
+        if side == "rows":
+            gram = partial(self.gram, center=center)
+            return Half(*kind, sizes, pull, push, lambda: columns().T, gram)
+        return Half(*kind, sizes[::-1], push, pull, columns, None)
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _middle(api: str, domain: Space, middle: Any) -> Rows:
+    """The product with S, of K vectors in rows."""
+    if isinstance(middle, Products):
+        domain.check_fits(api, middle.domain)
+        domain.check_fits(api, middle.codomain)
+        return lambda rows: domain.rows(middle.pushforward_batch(domain.cut(rows)))
+    size = domain.size
+    if isinstance(middle, Tensor) and middle.shape == (size, size) and not domain.is_leaf(middle):
+        domain.read_many(api, "middle", middle)
+        return lambda rows: rows @ middle.T
+    leaves, _ = domain.read(api, "middle", middle)
+    diagonal = domain.rows(leaves)
+    return lambda rows: rows * diagonal
