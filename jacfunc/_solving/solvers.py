@@ -74,14 +74,14 @@ class Cholesky(Solver):
     def solved(self, system: System, rows: Tensor) -> Tensor:
         matrix = system.formed()
         matrix.diagonal().add_(system.damping)
-        factor, _ = torch.linalg.cholesky_ex(matrix)
-        pivots = factor.detach().diagonal().square()
-        least, most = (float(x) for x in torch.aminmax(pivots))
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        pivots = factor.detach().diagonal()
+        share = 0.0 if failed or not len(pivots) else float((pivots.min() / pivots.max()) ** 2)
         # a nan fails every comparison
-        if not least > most * system.noise:
+        if len(pivots) and not share > system.noise:
             raise ValueError(
                 f"{system.api}: the matrix plus damping must be positive definite beyond what "
-                f"rounding changes, got a smallest pivot of {least:.1e} beside {most:.1e}, with "
+                f"rounding changes, got a pivot of {share:.1e} of the largest with "
                 f"damping={system.damping:g}. Give a larger damping, or finite numbers in float64."
             )
         return torch.cholesky_solve(rows.to(factor.dtype).T, factor).T
