@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from jacfunc._arguments import check_flags
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature import by_samples
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
 from jacfunc._memory import Budget
+from jacfunc._module_operators.solve import Samples
 from jacfunc._modules import (
+    IN_FRONT,
     BatchOptions,
     InputChoice,
     Key,
@@ -45,7 +50,7 @@ class Evaluated:
         self.flat = self.call.flat_call()
         self._calls: list[FlatCall] = [self.flat]
         self._func: LeafFunction = self.flat
-        if self._randomness not in (None, "error") and self._is_by_params:
+        if self._randomness not in (None, "error") and self.is_by_params:
             assert self.at_batch is not None
             self._func = OfCalls(by_samples(self.at_batch, self._calls), self.flat.state)
 
@@ -76,7 +81,7 @@ class Evaluated:
         assert options.batching is not None
         with self.call.undisturbed():
             self.call.check_independent(self.call.batch(options.batching))
-        if self._randomness == "same" and not self._is_by_params:
+        if self._randomness == "same" and not self.is_by_params:
             raise NotImplementedError(
                 f"{options.api}: by inputs each sample must draw numbers of its own, got "
                 "randomness='same'. Use randomness='different', or jacfunc.module_jacobian."
@@ -88,7 +93,8 @@ class Evaluated:
         return None if self.at_batch is None else self.at_batch.batch.samples.randomness
 
     @property
-    def _is_by_params(self) -> bool:
+    def is_by_params(self) -> bool:
+        """Are the vectors like the parameters alone?"""
         return self.call.argnums == argnums_of(self.call.api, "params")
 
     @property
@@ -170,3 +176,26 @@ class ModuleOperator(DetachedOperator):
         api, spaces = evaluated.call.api, (evaluated.domain, Space.of(self.outputs))
         super().__init__(api, *spaces, point, evaluated.around)
         self.evaluated = evaluated
+
+    def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """As of any operator; of independent samples from the factors of layers, without J."""
+        samples = self._samples
+        if samples is None or len(self.codomain.leaves) > 1:
+            return super().gram(center=center, dtype=dtype)
+        check_flags(self.api, center=center)
+        return samples.gram(center=center, dtype=dtype or self.dtype)
+
+    def rows_of_samples(self, start: int, stop: int) -> Tensor:
+        """As of any operator; of independent samples from the factors of layers."""
+        samples = self._samples
+        return samples.rows(start, stop) if samples else super().rows_of_samples(start, stop)
+
+    @cached_property
+    def _samples(self) -> Samples | None:
+        """The samples, where each alone gives rows of this J: by parameters, without random numbers."""
+        evaluated = self.evaluated
+        at_batch, dims = evaluated.at_batch, evaluated.call.output_dims
+        if at_batch is None or not evaluated.is_by_params or dims != IN_FRONT:
+            return None
+        is_fixed = at_batch.batch.samples.randomness == "error"
+        return Samples(at_batch, self.domain) if is_fixed else None

@@ -1,6 +1,6 @@
 """Systems of equations ``(A + λ) x = b`` with a symmetric A, and who solves them."""
 
-from jacfunc._solving.halves import MANY, Half, Rows
+from jacfunc._solving.halves import SOME_BYTES, Half, Rows
 from jacfunc._solving.solvers import (
     PRECISE,
     Cholesky,
@@ -10,8 +10,8 @@ from jacfunc._solving.solvers import (
 )
 
 __all__ = [
-    "MANY",
     "PRECISE",
+    "SOME_BYTES",
     "Cholesky",
     "ConjugateGradient",
     "Half",

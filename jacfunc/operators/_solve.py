@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_flags
-from jacfunc._solving import MANY, PRECISE, Half, Rows, Solver, check_options
+from jacfunc._solving import PRECISE, SOME_BYTES, Half, Rows, Solver, check_options
 from jacfunc._types import Tree
 from jacfunc.operators._products import Products
 from jacfunc.operators._space import Side, Space, side_of
@@ -183,7 +183,8 @@ class Solves(Products):
         if not per_sample:
             return self._half("rows", False).quad(times)
         count, blocks = self.codomain.samples(self.api), list[Tensor]()
-        step = max(1, MANY * count // max(1, self.codomain.size))
+        of_one = self.codomain.size * self.domain.size * self.dtype.itemsize // max(1, count)
+        step = max(1, SOME_BYTES // max(1, of_one))
         for start in range(0, count, step):
             rows = self.rows_of_samples(start, min(start + step, count))
             blocks.append(rows @ times(rows.flatten(0, 1)).view(rows.shape).mT)

@@ -1,0 +1,41 @@
+"""What solves with a module's Jacobian need of its samples: their kernel, and rows of some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacfunc._kernels import gram_of_samples
+from jacfunc._modules import ModuleAtBatch, as_tree
+from jacfunc.operators import Space
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The samples of a batch, whose Jacobian in the parameters is taken as factors of layers.
+
+    Args:
+        at_batch: the module at the batch.
+        domain: of vectors like the parameters.
+    """
+
+    at_batch: ModuleAtBatch
+    domain: Space
+
+    def gram(self, *, center: bool, dtype: torch.dtype) -> Tensor:
+        """``J Jᵀ`` without J."""
+        return gram_of_samples(self.at_batch, center=center, dtype=dtype)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of some samples, ``[B, C, N]``."""
+        factors, state = self.at_batch.between(start, stop), self.at_batch.call.state
+        every = []
+        for number, out in enumerate(factors.outputs):
+            blocks = factors.rows(0, out.shape[1:].numel(), number)
+            named = dict(zip(self.at_batch.params, blocks, strict=True))
+            leaves = self.domain.split.align(as_tree(state, named), "rows")
+            flat = self.domain.rows(tuple(leaf.flatten(0, 1) for leaf in leaves))
+            every.append(flat.view(stop - start, -1, self.domain.size))
+        return torch.cat(every, 1)
