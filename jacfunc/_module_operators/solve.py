@@ -30,12 +30,12 @@ class Samples:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of some samples, ``[B, C, N]``."""
-        factors, state = self.at_batch.between(start, stop), self.at_batch.call.state
-        every = []
-        for number, out in enumerate(factors.outputs):
-            blocks = factors.rows(0, out.shape[1:].numel(), number)
-            named = dict(zip(self.at_batch.params, blocks, strict=True))
-            leaves = self.domain.split.align(as_tree(state, named), "rows")
-            flat = self.domain.rows(tuple(leaf.flatten(0, 1) for leaf in leaves))
-            every.append(flat.view(stop - start, -1, self.domain.size))
+        state, every = self.at_batch.call.state, list[Tensor]()
+        with self.at_batch.evaluated(start, stop) as factors:
+            for number, out in enumerate(factors.outputs):
+                blocks = factors.rows(0, out.shape[1:].numel(), number)
+                named = dict(zip(self.at_batch.params, blocks, strict=True))
+                leaves = self.domain.split.align(as_tree(state, named), "rows")
+                flat = self.domain.rows(tuple(leaf.flatten(0, 1) for leaf in leaves))
+                every.append(flat.view(stop - start, -1, self.domain.size))
         return torch.cat(every, 1)
