@@ -2,8 +2,7 @@
 
 from functools import partial
 
-from benchmarks.cases import ANSWER, Case, Question, Wanted, best
-from benchmarks.contestants.by_hand import FACTORS
+from benchmarks.cases import ANSWER, Case, Question, Wanted
 from benchmarks.contestants.minsr import MINSR, OURS, RECIPE
 from benchmarks.problems.wavefunction import PARAMETERS, judging, setup
 from jacfunc._measuring import Effort
@@ -25,7 +24,6 @@ def step(samples: int, faster: float) -> Case:
         wanted=(
             Wanted(OURS, "times faster than", faster, (RECIPE,)),
             Wanted(OURS, "peak ÷", 0.1, (ANSWER,)),
-            best(OURS, samples, RECIPE, FACTORS),
         ),
     )
 

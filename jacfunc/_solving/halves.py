@@ -41,6 +41,7 @@ class Half:
         across, back: to the other side and back, each the transpose of the other.
         whole: makes the map from the other side to this one as a matrix.
         formed: makes ``back(across(·))`` as a matrix in a dtype, if there is a way of its own.
+        room: bytes that a matrix may take; by default half of what is free.
     """
 
     api: str
@@ -50,7 +51,8 @@ class Half:
     across: Rows
     back: Rows
     whole: Callable[[], Tensor]
-    formed: Formed | None
+    formed: Formed | None = None
+    room: int | None = None
 
     @property
     def is_smaller(self) -> bool:
@@ -59,20 +61,36 @@ class Half:
 
     def gram(self, dtype: torch.dtype) -> Tensor:
         """``back(across(·))`` as a matrix: from the whole map if that fits into memory."""
-        (own, other), size = self.sizes, self.dtype.itemsize
-        if fits(3 * own * other * size, self.device):
+        if self._can_be_whole:
             return squared(self.whole(), dtype)
         total = torch.cat([self.back(self.across(units)).to(dtype) for units in self._units()])
         return (total + total.T) / 2
 
     def quad(self, times: Rows) -> Tensor:
         """``A S Aᵀ`` of the map A to this side, with S on the other side."""
-        (own, other), size = self.sizes, self.dtype.itemsize
-        if fits(3 * own * other * size, self.device):
+        if self._can_be_whole:
             matrix = self.whole()
             return matrix @ times(matrix).T
         columns = [self.back(times(self.across(units))) for units in self._units()]
         return torch.cat(columns).T
+
+    @property
+    def _can_be_whole(self) -> bool:
+        """Does the map fit into memory as a matrix, with the work on it?"""
+        own, other = self.sizes
+        return self._fits(3 * own * other * self.dtype.itemsize)
+
+    def _fits(self, nbytes: int) -> bool:
+        if self.room is not None:
+            return nbytes <= self.room
+        return nbytes <= MODEST_BYTES or nbytes <= free_bytes(self.device) // 2
+
+    def _usual(self, size: int) -> Solver:
+        """Who solves so many equations: Cholesky where the matrix and its factor fit."""
+        if self._fits(IN_BYTES * size**2):
+            return Cholesky()
+        note("a matrix of %d rows does not fit into memory: conjugate gradients", size)
+        return ConjugateGradient()
 
     def _units(self) -> Iterator[Tensor]:
         """Unit vectors of this side, some at a time."""
@@ -127,13 +145,13 @@ class Half:
             whole = matrix().to(PRECISE)
             return (whole + whole.T) / 2
 
-        solver = solver or usual(self.sizes[0], self.device)
+        solver = solver or self._usual(self.sizes[0])
         return solver.solved(self._system(self.back, formed, damping, 4 * eps), rows)
 
     def solved(self, other: Half, rows: Tensor, damping: float, solver: Solver | None) -> Tensor:
         """Solutions on this side; a solver that forms a matrix forms that of the smaller side."""
         smaller = self if self.is_smaller else other
-        solver = solver or usual(smaller.sizes[0], self.device)
+        solver = solver or self._usual(smaller.sizes[0])
         if smaller is self or not solver.forms:
             return solver.solved(self.system(damping), rows)
         if not damping:
@@ -144,19 +162,6 @@ class Half:
             )
         within = solver.solved(smaller.system(damping), self.across(rows).to(rows.dtype))
         return (rows - self.back(within).to(rows.dtype)) / damping
-
-
-def usual(size: int, device: torch.device) -> Solver:
-    """Who solves so many equations: Cholesky where the matrix and its factor fit into memory."""
-    if fits(IN_BYTES * size**2, device):
-        return Cholesky()
-    note("a matrix of %d rows does not fit into memory: conjugate gradients", size)
-    return ConjugateGradient()
-
-
-def fits(nbytes: int, device: torch.device) -> bool:
-    """Do so many bytes fit into half of what is free?"""
-    return nbytes <= MODEST_BYTES or nbytes <= free_bytes(device) // 2
 
 
 def squared(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import jacfunc
-from jacfunc._solving import Half
 from jacfunc.operators import Cholesky, ConjugateGradient, LinearOperator, Space
 
 WIDE, TALL = (5, 12), (12, 5)
@@ -143,14 +142,6 @@ def test_a_matrix_that_is_formed_takes_the_smaller_side(side: str) -> None:
         op.solve(torch.ones(shape[side == "columns"], dtype=double), damping=1.0)
         is_own = (side == "rows") == (shape == WIDE)
         assert op.pushed + op.pulled == 5 + (0 if is_own else 2)
-
-
-def test_a_wide_matrix_is_never_held_where_memory_is_short(monkeypatch: Any) -> None:
-    op = of_shape(WIDE)
-    half = op._half("rows", True)
-    assert isinstance(half, Half)
-    by_products = torch.cat([half.back(half.across(units)) for units in half._units()])
-    assert near(by_products, gram_of(op.dense, "rows", True))
 
 
 # --- trees, dtypes, forms ---
@@ -321,9 +312,6 @@ def test_a_quadratic_form(shape: Any, per_sample: bool) -> None:
         exact = op.dense @ matrix @ op.dense.T
         exact = exact.diagonal()[:, None, None] if per_sample else exact
         assert near(op.quad(middle, per_sample=per_sample), exact)
-    half = op._half("rows", False)
-    columns = [half.back(half.across(units) @ dense.T) for units in half._units()]
-    assert near(torch.cat(columns).T, op.dense @ dense @ op.dense.T)
 
 
 def test_a_quadratic_form_of_samples_in_trees() -> None:
