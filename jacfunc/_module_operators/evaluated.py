@@ -10,13 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_flags
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature import by_samples
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
 from jacfunc._memory import Budget
-from jacfunc._module_operators.solve import Samples
+from jacfunc._module_operators.solve import SampleFactors
 from jacfunc._modules import (
     IN_FRONT,
     BatchOptions,
@@ -28,6 +27,7 @@ from jacfunc._modules import (
     argnums_of,
     as_tree,
 )
+from jacfunc._solving import check_gram
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
 from jacfunc._types import Argnums, LeafFunction, Leaves, Tree
@@ -182,7 +182,7 @@ class ModuleOperator(DetachedOperator):
         samples = self._samples
         if samples is None or len(self.codomain.leaves) > 1:
             return super().gram(center=center, dtype=dtype)
-        check_flags(self.api, center=center)
+        check_gram(self.api, center, dtype)
         return samples.gram(center=center, dtype=dtype or self.dtype)
 
     def rows_of_samples(self, start: int, stop: int) -> Tensor:
@@ -191,11 +191,11 @@ class ModuleOperator(DetachedOperator):
         return samples.rows(start, stop) if samples else super().rows_of_samples(start, stop)
 
     @cached_property
-    def _samples(self) -> Samples | None:
-        """The samples, where each alone gives rows of this J: by parameters, without random numbers."""
+    def _samples(self) -> SampleFactors | None:
+        """The samples, where each alone gives rows of this J: by parameters, nothing drawn."""
         evaluated = self.evaluated
         at_batch, dims = evaluated.at_batch, evaluated.call.output_dims
         if at_batch is None or not evaluated.is_by_params or dims != IN_FRONT:
             return None
         is_fixed = at_batch.batch.samples.randomness == "error"
-        return Samples(at_batch, self.domain) if is_fixed else None
+        return SampleFactors(at_batch, self.domain) if is_fixed else None

@@ -13,7 +13,7 @@ from jacfunc.operators import Space
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class SampleFactors:
     """The samples of a batch, whose Jacobian in the parameters is taken as factors of layers.
 
     Args:

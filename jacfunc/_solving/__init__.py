@@ -1,11 +1,13 @@
 """Systems of equations ``(A + λ) x = b`` with a symmetric A, and who solves them."""
 
-from jacfunc._solving.halves import SOME_BYTES, Half, Rows
+from jacfunc._solving.choice import Side, side_of
+from jacfunc._solving.sides import SOME_BYTES, OneSide, Rows
 from jacfunc._solving.solvers import (
     PRECISE,
     Cholesky,
     ConjugateGradient,
     Solver,
+    check_gram,
     check_options,
 )
 
@@ -14,8 +16,11 @@ __all__ = [
     "SOME_BYTES",
     "Cholesky",
     "ConjugateGradient",
-    "Half",
+    "OneSide",
     "Rows",
+    "Side",
     "Solver",
+    "check_gram",
     "check_options",
+    "side_of",
 ]

@@ -197,9 +197,14 @@ def _steps(system: System, rows: Tensor, bounds: Tensor, most: int) -> tuple[Ten
     return solutions, most
 
 
-def check_options(api: str, damping: Any, center: object, solver: object) -> None:
+def check_options(api: str, side: str, damping: Any, center: object, solver: object) -> None:
     """Refuse options of a solve that mean nothing."""
     check_flags(api, center=center)
+    if center and side == "both":
+        raise ValueError(
+            f"{api}: center must be False where the matrix itself is solved, got True. Say "
+            "side='rows' or 'columns'."
+        )
     is_number = isinstance(damping, Real) and not isinstance(damping, bool)
     if not (is_number and 0 <= float(damping) < float("inf")):
         raise ValueError(
@@ -210,4 +215,14 @@ def check_options(api: str, damping: Any, center: object, solver: object) -> Non
         raise TypeError(
             f"{api}: solver must be Cholesky() or ConjugateGradient() of jacfunc.operators, got "
             f"{solver!r}. Leave it out for what fits into memory."
+        )
+
+
+def check_gram(api: str, center: object, dtype: Any) -> None:
+    """Refuse options of a Gramian that mean nothing."""
+    check_flags(api, center=center)
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise TypeError(
+            f"{api}: dtype must be a floating point dtype, got {dtype!r}. Write torch.float64, or "
+            "leave it out."
         )

@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_flags
-from jacfunc._solving import PRECISE, SOME_BYTES, Half, Rows, Solver, check_options
+from jacfunc._solving import (
+    PRECISE,
+    SOME_BYTES,
+    OneSide,
+    Rows,
+    Side,
+    Solver,
+    check_gram,
+    check_options,
+    side_of,
+)
 from jacfunc._types import Tree
 from jacfunc.operators._products import Products
-from jacfunc.operators._space import Side, Space, side_of
+from jacfunc.operators._space import Space
 
 
 class Solves(Products):
@@ -44,8 +54,8 @@ class Solves(Products):
             tensor([[ 4.,  0.],
                     [ 0., 16.]])
         """
-        check_flags(self.api, center=center)
-        return self._half("rows", center).gram(dtype or self.dtype)
+        check_gram(self.api, center, dtype)
+        return self._side("rows", center).gram(dtype or self.dtype)
 
     def solve(
         self,
@@ -91,19 +101,19 @@ class Solves(Products):
             >>> J.solve(torch.tensor([1.0, 0.0, 0.0]), damping=1.0)
             tensor([ 0.1333, -0.1333, -0.2000])
         """
-        check_options(self.api, damping, center, solver)
         own = side_of(self.api, self.codomain, self.domain, side, b, self.is_symmetric)
+        check_options(self.api, own, damping, center, solver)
         space = self.codomain if own == "rows" else self.domain
         leaves, write = space.read_any(self.api, "b", b)
         rows = space.rows(leaves).to(PRECISE)
         if own == "both":
             self.domain.check_fits(self.api, self.codomain)
-            half = self._half("rows", False)
-            rows = half.solved_itself(self.matrix, rows, damping, solver, self.is_symmetric)
+            one = self._side("rows", False)
+            rows = one.solved_itself(self.matrix, rows, damping, solver, self.is_symmetric)
         else:
-            across = "columns" if own == "rows" else "rows"
-            half, other = self._half(own, center), self._half(across, center)
-            rows = half.solved(other, rows, damping, solver)
+            across: Side = "columns" if own == "rows" else "rows"
+            one, other = self._side(own, center), self._side(across, center)
+            rows = one.solved(other, rows, damping, solver)
         return write(space, space.cut(rows))
 
     def lstsq(
@@ -144,15 +154,12 @@ class Solves(Products):
             >>> J.lstsq(b)
             tensor([0.6667, 0.5000])
         """
-        check_options(self.api, damping, center, solver)
+        check_options(self.api, "rows", damping, center, solver)
         leaves, write = self.codomain.read_any(self.api, "b", b)
-        half, other = (self._half(side, center) for side in ("rows", "columns"))
+        one, other = self._side("rows", center), self._side("columns", center)
         rows = self.codomain.rows(leaves).to(PRECISE)
-        if half.is_smaller:
-            rows = half.across(half.solved(other, rows, damping, solver))
-        else:
-            rows = other.solved(half, half.across(rows).to(PRECISE), damping, solver)
-        return write(self.domain, self.domain.cut(rows))
+        steps = one.least_squares(other, rows, damping, solver)
+        return write(self.domain, self.domain.cut(steps))
 
     def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
         """``A S Aᵀ``, ``[M, M]``: covariances of products whose vectors have the covariance S.
@@ -181,7 +188,7 @@ class Solves(Products):
         check_flags(self.api, per_sample=per_sample)
         times = _middle(self.api, self.domain, middle)
         if not per_sample:
-            return self._half("rows", False).quad(times)
+            return self._side("rows", False).quad(times)
         count, blocks = self.codomain.samples(self.api), list[Tensor]()
         of_one = self.codomain.size * self.domain.size * self.dtype.itemsize // max(1, count)
         step = max(1, SOME_BYTES // max(1, of_one))
@@ -200,14 +207,14 @@ class Solves(Products):
         units = torch.cat(numbers, 1)
         seeds = torch.zeros(units.numel(), first, dtype=self.codomain.dtype, device=self.device)
         seeds.scatter_(1, units.view(-1, 1), 1)
-        return self._half("rows", False).across(seeds).view(*units.shape, self.domain.size)
+        return self._side("rows", False).across(seeds).view(*units.shape, self.domain.size)
 
-    def _half(self, side: str, center: bool) -> Half:
+    def _side(self, side: Side, center: bool) -> OneSide:
         """One side of the matrix, on flat vectors."""
         domain, codomain = self.domain, self.codomain
         if center:
             codomain.samples(self.api)
-        centred = codomain.centred if center else _as_it_is
+        centred: Rows = codomain.centred if center else lambda rows: rows
 
         def push(rows: Tensor) -> Tensor:
             return centred(codomain.rows(self.pushforward_batch(domain.cut(rows))))
@@ -221,12 +228,8 @@ class Solves(Products):
         kind, sizes = (self.api, self.dtype, self.device), (codomain.size, domain.size)
         if side == "rows":
             gram = partial(self.gram, center=center)
-            return Half(*kind, sizes, pull, push, lambda: columns().T, gram)
-        return Half(*kind, sizes[::-1], push, pull, columns, None)
-
-
-def _as_it_is(rows: Tensor) -> Tensor:
-    return rows
+            return OneSide(*kind, sizes, pull, push, lambda: columns().T, gram)
+        return OneSide(*kind, sizes[::-1], push, pull, columns, None)
 
 
 def _middle(api: str, domain: Space, middle: Any) -> Rows:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, reduce
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from jacfunc._types import Leaves, Tree
 
 Write: TypeAlias = Callable[["Space", Leaves], Tree]
 """Puts products ``[K, *shape]`` of a space into the form in which their seeds came."""
-
-Side: TypeAlias = Literal["auto", "rows", "columns", "both"]
-"""Which side of a matrix vectors belong to; both, if it is symmetric and meant itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +149,14 @@ class Space:
         read = self.read_many if self.is_matrix(vectors) else self.read
         return read(api, name, vectors)
 
+    def fits(self, vectors: Tree) -> bool:
+        """Can they be read as one vector, or as a matrix of K columns?"""
+        try:
+            self.read_any("", "", vectors)
+        except (TypeError, ValueError):
+            return False
+        return True
+
     def samples(self, api: str) -> int:
         """How many samples vectors have in front.
 
@@ -172,15 +177,18 @@ class Space:
 
     def _aligned(self, api: str, name: str, tree: Tree) -> Leaves:
         try:
-            return tuple(self.split.align(tree, name))
+            leaves = tuple(self.split.align(tree, name))
         except StructureError as error:
             raise ValueError(
                 f"{api}: {name} must be a flat tensor of {self.size} numbers or have the structure "
                 f"of what it belongs to, got one where {error}. Give dicts the same keys, and None "
                 "for what is not differentiated."
             ) from error
+        _check_dense(api, name, leaves)
+        return leaves
 
     def _check_flat(self, api: str, name: str, vector: Tensor, shape: tuple[int, ...]) -> None:
+        _check_dense(api, name, (vector,))
         if vector.shape != shape:
             raise ValueError(
                 f"{api}: {name} must have {self.size} numbers in its first dimension, got shape "
@@ -208,38 +216,9 @@ class Space:
         return f"Space({self.size} numbers: {shapes}{more})"
 
 
-def side_of(
-    api: str, codomain: Space, domain: Space, side: Side, b: Tree, is_symmetric: bool
-) -> Side:
-    """The side that b belongs to, if it is not said.
-
-    Raises:
-        ValueError: if b fits none, or either.
-    """
-    if side not in get_args(Side):
-        raise ValueError(
-            f"{api}: side must be 'auto', 'rows', 'columns' or 'both', got {side!r}. Say 'rows' "
-            "for a b like products, 'columns' for one like vectors."
-        )
-    if side != "auto" or is_symmetric:
-        return "both" if side == "auto" else side
-    sides: list[Side] = []
-    spaces: dict[Side, Space] = {"rows": codomain, "columns": domain}
-    for name, space in spaces.items():
-        try:
-            space.read_any(api, "b", b)
-        except (TypeError, ValueError):
-            continue
-        sides.append(name)
-    if not sides:
-        kind = f"{tuple(b.shape)} of {b.dtype}" if isinstance(b, Tensor) else type(b).__name__
-        raise ValueError(
-            f"{api}: b must be like products or like vectors, {codomain} or {domain}, got {kind}. "
-            "Give it the shapes and dtypes of one of these."
-        )
-    if len(sides) > 1:
-        raise ValueError(
-            f"{api}: side must be said where b fits both, got 'auto'. Say 'rows' for "
-            "(A Aᵀ + λ)⁻¹ b, 'columns' for (Aᵀ A + λ)⁻¹ b, 'both' for (A + λ)⁻¹ b of a symmetric A."
-        )
-    return sides[0]
+def _check_dense(api: str, name: str, leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+            raise ValueError(
+                f"{api}: {name} must be dense, got {leaf.layout}. Convert it with .to_dense()."
+            )

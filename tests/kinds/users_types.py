@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
+from jacfunc.operators import ConjugateGradient
 
 A, x = torch.ones(2, 2), torch.ones(2)
 model, batch, labels = nn.Linear(2, 3), torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
@@ -117,6 +118,10 @@ assert_type(J.T @ J, Any)
 assert_type((2.0 * J - J).matrix(), Tensor)
 assert_type(jacfunc.linearize(named, x, has_aux=True), tuple[Tensor, jacfunc.LinearOperator, str])
 assert_type(jacfunc.module_operator(model)(batch), jacfunc.LinearOperator)
+step: Tensor = J.lstsq(value, damping=1e-3, center=True)
+solution: Tensor = J.solve(x, damping=1e-3, side="rows", solver=ConjugateGradient(rtol=1e-6))
+assert_type(J.gram(center=True, dtype=torch.float64), Tensor)
+assert_type(J.quad(x, per_sample=True), Tensor)
 
 # --- costs ---
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jacfunc._solving import Cholesky, ConjugateGradient, Half
+from jacfunc._solving import Cholesky, ConjugateGradient, OneSide
 
 double = torch.float64
 
@@ -22,8 +22,8 @@ class Matrix:
         self.products: list[int] = []
         shared: Any = ("test", double, self.dense.device)
         pull, push = self._counted(self.dense), self._counted(self.dense.T)
-        self.rows = Half(*shared, (rows, columns), pull, push, self._whole, room=room)
-        self.columns = Half(
+        self.rows = OneSide(*shared, (rows, columns), pull, push, self._whole, room=room)
+        self.columns = OneSide(
             *shared, (columns, rows), push, pull, lambda: self._whole().T, room=room
         )
 

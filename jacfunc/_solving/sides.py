@@ -31,7 +31,7 @@ MANY, SOME_BYTES = 256, 2**26
 
 
 @dataclass(frozen=True, eq=False)
-class Half:
+class OneSide:
     """One side of a linear map: its vectors go across to the other side, and back.
 
     Args:
@@ -108,6 +108,14 @@ class Half:
         noise = (8 * torch.finfo(self.dtype).eps) ** 2
         return self._system(lambda rows: self.back(self.across(rows)), formed, damping, noise)
 
+    def least_squares(
+        self, other: OneSide, rows: Tensor, damping: float, solver: Solver | None
+    ) -> Tensor:
+        """Vectors of the other side whose way back is near to these, by the smaller side."""
+        if self.is_smaller:
+            return self.across(self.solved(other, rows, damping, solver))
+        return other.solved(self, self.across(rows).to(rows.dtype), damping, solver)
+
     def _system(
         self, times: Rows, formed: Callable[[], Tensor], damping: float, noise: float
     ) -> System:
@@ -148,7 +156,7 @@ class Half:
         solver = solver or self._usual(self.sizes[0])
         return solver.solved(self._system(self.back, formed, damping, 4 * eps), rows)
 
-    def solved(self, other: Half, rows: Tensor, damping: float, solver: Solver | None) -> Tensor:
+    def solved(self, other: OneSide, rows: Tensor, damping: float, solver: Solver | None) -> Tensor:
         """Solutions on this side; a solver that forms a matrix forms that of the smaller side."""
         smaller = self if self.is_smaller else other
         solver = solver or self._usual(smaller.sizes[0])
