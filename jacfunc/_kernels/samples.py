@@ -1,6 +1,8 @@
-"""The Gramian of a module's Jacobian at a batch, from the factors of layers."""
+"""The Gramian of a module's Jacobian at one batch or several, from the factors of layers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,18 +15,20 @@ from jacfunc._trees import flatten
 from jacfunc._types import is_tensor
 
 
-def gram_of_samples(at_batch: ModuleAtBatch, *, center: bool, dtype: torch.dtype) -> Tensor:
-    """``J Jᵀ`` of the only output ``[B, *out]``, with rows and columns in its order.
+def gram_of_samples(
+    batches: Sequence[ModuleAtBatch], *, center: bool, dtype: torch.dtype
+) -> Tensor:
+    """``J Jᵀ`` of the only output ``[B, *out]`` at all batches, with rows in its order.
 
     Centred, it is that of ``J - 1 mᵀ`` with the mean m of samples' rows. Factors in float32 are
     those of one J, whose kernel is added up in float64, and then centred: nothing is lost as long
     as the mean is not 10⁸ times as large as what is left. So no row is written for it.
     """
-    axes = KeptAxes((), ())
-    ranges = in_ranges([[at_batch]], axes, at_batch.chunk_size, at_batch.budget)
+    axes, first_batch = KeptAxes((), ()), batches[0]
+    ranges = in_ranges([batches], axes, first_batch.chunk_size, first_batch.budget)
     precise = torch.float64 if center else dtype
-    with at_batch.contracting():
-        places = Places.of(at_batch.api, None)
+    with first_batch.contracting():
+        places = Places.of(first_batch.api, None)
         tree = product_of(ranges[0], ranges[0], axes, None, places, precise)
         (kernel,) = filter(is_tensor, flatten(tree)[0])
         first, second, *out = kernel.shape

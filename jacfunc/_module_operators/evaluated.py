@@ -13,6 +13,7 @@ from torch import Tensor
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature import by_samples
 from jacfunc._errors import RANDOM, Refused
+from jacfunc._kernels import gram_of_samples
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
 from jacfunc._memory import Budget
 from jacfunc._module_operators.solve import SampleFactors
@@ -50,7 +51,7 @@ class Evaluated:
         self.flat = self.call.flat_call()
         self._calls: list[FlatCall] = [self.flat]
         self._func: LeafFunction = self.flat
-        if self._randomness not in (None, "error") and self.is_by_params:
+        if self._randomness not in (None, "error") and self._is_by_params:
             assert self.at_batch is not None
             self._func = OfCalls(by_samples(self.at_batch, self._calls), self.flat.state)
 
@@ -81,7 +82,7 @@ class Evaluated:
         assert options.batching is not None
         with self.call.undisturbed():
             self.call.check_independent(self.call.batch(options.batching))
-        if self._randomness == "same" and not self.is_by_params:
+        if self._randomness == "same" and not self._is_by_params:
             raise NotImplementedError(
                 f"{options.api}: by inputs each sample must draw numbers of its own, got "
                 "randomness='same'. Use randomness='different', or jacfunc.module_jacobian."
@@ -93,8 +94,7 @@ class Evaluated:
         return None if self.at_batch is None else self.at_batch.batch.samples.randomness
 
     @property
-    def is_by_params(self) -> bool:
-        """Are the vectors like the parameters alone?"""
+    def _is_by_params(self) -> bool:
         return self.call.argnums == argnums_of(self.call.api, "params")
 
     @property
@@ -106,6 +106,13 @@ class Evaluated:
         if isinstance(argnums, int):
             return Space.of(every[argnums])
         return Space.of(tuple(every[n] for n in argnums))
+
+    @cached_property
+    def samples(self) -> SampleFactors | None:
+        """The samples, where each alone gives rows of this J: by parameters, nothing drawn."""
+        if self.at_batch is None or not self._is_by_params or self.call.output_dims != IN_FRONT:
+            return None
+        return SampleFactors(self.at_batch, self.domain) if self._randomness == "error" else None
 
     def point(self) -> JacobianOperator:
         """The call as a linear map, not evaluated yet."""
@@ -179,23 +186,13 @@ class ModuleOperator(DetachedOperator):
 
     def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """As of any operator; of independent samples from the factors of layers, without J."""
-        samples = self._samples
+        samples = self.evaluated.samples
         if samples is None or len(self.codomain.leaves) > 1:
             return super().gram(center=center, dtype=dtype)
         check_gram(self.api, center, dtype)
-        return samples.gram(center=center, dtype=dtype or self.dtype)
+        return gram_of_samples([samples.at_batch], center=center, dtype=dtype or self.dtype)
 
     def rows_of_samples(self, start: int, stop: int) -> Tensor:
         """As of any operator; of independent samples from the factors of layers."""
-        samples = self._samples
+        samples = self.evaluated.samples
         return samples.rows(start, stop) if samples else super().rows_of_samples(start, stop)
-
-    @cached_property
-    def _samples(self) -> SampleFactors | None:
-        """The samples, where each alone gives rows of this J: by parameters, nothing drawn."""
-        evaluated = self.evaluated
-        at_batch, dims = evaluated.at_batch, evaluated.call.output_dims
-        if at_batch is None or not evaluated.is_by_params or dims != IN_FRONT:
-            return None
-        is_fixed = at_batch.batch.samples.randomness == "error"
-        return SampleFactors(at_batch, self.domain) if is_fixed else None

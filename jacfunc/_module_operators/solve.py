@@ -1,4 +1,4 @@
-"""What solves with a module's Jacobian need of its samples: their kernel, and rows of some."""
+"""What solves with a module's Jacobian need of its samples: factors of layers, rows of some."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacfunc._kernels import gram_of_samples
 from jacfunc._modules import ModuleAtBatch, as_tree
 from jacfunc.operators import Space
 
@@ -23,10 +22,6 @@ class SampleFactors:
 
     at_batch: ModuleAtBatch
     domain: Space
-
-    def gram(self, *, center: bool, dtype: torch.dtype) -> Tensor:
-        """``J Jᵀ`` without J."""
-        return gram_of_samples(self.at_batch, center=center, dtype=dtype)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of some samples, ``[B, C, N]``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,6 +133,48 @@ def test_samples_that_are_not_taken_apart_give_the_same() -> None:
         assert near(*steps)
     variances = torch.rand(apart.domain.size, dtype=double)
     assert near(apart.quad(variances, per_sample=True), whole.quad(variances, per_sample=True))
+
+
+@CENTER
+def test_batches_of_a_loader(center: bool) -> None:
+    model, x = perceptron(2).double(), torch.randn(7, 6, dtype=double)
+    operator_of = jacfunc.module_operator(model, per_sample=True)
+    several, one = operator_of([x[:3], x[3:]]), operator_of(x)
+    assert near(several.gram(center=center), one.gram(center=center))
+    b = torch.randn(14, 3, dtype=double)
+    steps = [op.lstsq(b, damping=0.1, center=center) for op in (several, one)]
+    assert near(*steps)
+    assert near(several.quad(torch.ones(one.domain.size, dtype=double)), one.gram())
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_products_and_the_gramian_share_the_mask(randomness: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Dropout(0.5), nn.Linear(10, 2)).double()
+    op = jacfunc.module_operator(model, per_sample=True, randomness=randomness)(
+        torch.randn(7, 6, dtype=double)
+    )
+    dense = op.matrix()
+    assert near(op.gram(), dense @ dense.T)
+    rows = dense.view(7, 2, -1)
+    ones = torch.ones(dense.shape[1], dtype=double)
+    assert near(op.quad(ones, per_sample=True), rows @ rows.mT)
+
+
+def test_derivatives_by_b() -> None:
+    op, dense = at("three outputs")
+    b = torch.randn(len(dense), dtype=double, requires_grad=True)
+    for solve in (op.lstsq, op.solve):
+        assert torch.autograd.gradcheck(partial(solve, damping=0.1, center=True), b)
+
+
+def test_half_precision() -> None:
+    model, x = perceptron(2), torch.randn(12, 6)
+    half = copy.deepcopy(model).bfloat16()
+    b = torch.randn(24)
+    step = jacfunc.module_operator(model, per_sample=True)(x).lstsq(b, damping=0.1)
+    op = jacfunc.module_operator(half, per_sample=True)(x.bfloat16())
+    assert op.gram().dtype == torch.bfloat16
+    assert near(op.lstsq(b.bfloat16(), damping=0.1).float(), step, 0.1)
 
 
 def test_outputs_in_a_tree_and_directions_of_inputs() -> None:
