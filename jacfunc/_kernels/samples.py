@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import Places
+from jacfunc._assembly import Places, shared_units, stack
+from jacfunc._factored import FactoredJacobian, Part, written
 from jacfunc._kernels.blocks import KeptAxes, product_of
 from jacfunc._kernels.fitting import in_ranges
+from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._trees import flatten
-from jacfunc._types import is_tensor
+from jacfunc._types import Leaves, is_tensor, product_dtype
+from jacfunc.layers import Outer
 
 
 def gram_of_samples(
@@ -38,3 +41,38 @@ def gram_of_samples(
             blocks = blocks - blocks.mean(0)
             blocks -= blocks.mean(2, keepdim=True)
         return blocks.reshape(first * width, second * width).to(dtype)
+
+
+def variances_of_samples(at_batch: ModuleAtBatch, diagonal: Mapping[str, Tensor]) -> Tensor:
+    """``J_b S J_bᵀ`` of each sample's only output, ``[B, C, C]``, for a diagonal S by name."""
+
+    def work(_: slice, jacobian: FactoredJacobian) -> Leaves:
+        (out,) = jacobian.outputs
+        every = at_batch.parts_of(jacobian, shared_units(jacobian.outputs))
+        shape = (jacobian.size, *(out.shape[1:].numel(),) * 2)
+        total = out.new_zeros(shape, dtype=product_dtype(out, *diagonal.values()))
+        with at_batch.contracting():
+            for name, parts in every.items():
+                _add_variances(total, parts, at_batch.params[name], diagonal[name])
+        return (total.to(out.dtype),)
+
+    return stack(at_batch.pieces(work), at_batch.size)[0]
+
+
+def _add_variances(total: Tensor, parts: Sequence[Part], param: Tensor, diagonal: Tensor) -> None:
+    """Add what one parameter contributes: from factors, or from rows of a few samples at a time."""
+    form = parts[0].form if len(parts) == 1 and not parts[0].path else None
+    if isinstance(form, Outer) and form.cotangents.shape[2:4] == (1, 1):
+        inputs = form.inputs.to(total.dtype).flatten(1)
+        seeds = form.cotangents.to(total.dtype).transpose(0, 1).flatten(2)  # [B, K, O]
+        order = (inputs.shape[1], -1) if form.is_transposed else (-1, inputs.shape[1])
+        spread = diagonal.to(total.dtype).reshape(order)
+        spread = spread.T if form.is_transposed else spread
+        weights = inputs.square() @ spread.T
+        total.baddbmm_(seeds * weights.unsqueeze(1), seeds.mT)
+        return
+    start, spread = 0, diagonal.to(total.dtype).flatten()
+    for block in written(parts, param, MULTIPLIED_BYTES):
+        matrices = block.flatten(2).to(total.dtype)
+        total[start : start + len(block)].baddbmm_(matrices * spread, matrices.mT)
+        start += len(block)

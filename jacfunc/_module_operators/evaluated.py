@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import check_flags
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature import by_samples
 from jacfunc._errors import RANDOM, Refused
-from jacfunc._kernels import gram_of_samples
+from jacfunc._kernels import gram_of_samples, variances_of_samples
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
 from jacfunc._memory import Budget
 from jacfunc._module_operators.solve import SampleFactors
@@ -191,6 +193,15 @@ class ModuleOperator(DetachedOperator):
             return super().gram(center=center, dtype=dtype)
         check_gram(self.api, center, dtype)
         return gram_of_samples([samples.at_batch], center=center, dtype=dtype or self.dtype)
+
+    def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
+        """As of any operator; of a diagonal and independent samples from the factors of layers."""
+        check_flags(self.api, per_sample=per_sample)
+        samples, is_lone = self.evaluated.samples, len(self.codomain.leaves) == 1
+        leaves = self.diagonal_of(middle) if per_sample and samples and is_lone else None
+        if samples is None or leaves is None:
+            return super().quad(middle, per_sample=per_sample)
+        return variances_of_samples(samples.at_batch, samples.by_name(leaves))
 
     def rows_of_samples(self, start: int, stop: int) -> Tensor:
         """As of any operator; of independent samples from the factors of layers."""

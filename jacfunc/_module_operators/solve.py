@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacfunc._modules import ModuleAtBatch, as_tree
+from jacfunc._modules import ModuleAtBatch, as_tree, tangents_of
+from jacfunc._types import Leaves
 from jacfunc.operators import Space
 
 
@@ -22,6 +23,12 @@ class SampleFactors:
 
     at_batch: ModuleAtBatch
     domain: Space
+
+    def by_name(self, leaves: Leaves) -> dict[str, Tensor]:
+        """One vector, as a tensor for each parameter."""
+        state, tree = self.at_batch.call.state, self.domain.split.place(leaves)
+        tangents = tangents_of(self.at_batch.api, state, tree)
+        return dict(zip(self.at_batch.params, tangents, strict=True))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of some samples, ``[B, C, N]``."""

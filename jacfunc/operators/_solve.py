@@ -20,9 +20,8 @@ from jacfunc._solving import (
     check_options,
     side_of,
 )
-from jacfunc._types import Tree
+from jacfunc._types import Leaves, Tree
 from jacfunc.operators._products import Products
-from jacfunc.operators._space import Space
 
 
 class Solves(Products):
@@ -35,17 +34,16 @@ class Solves(Products):
         """``A Aᵀ``, ``[M, M]``.
 
         Args:
-            center: subtract from rows of A their mean over the first dimension of the products, the
-                samples, before they are multiplied: afterwards float32 would have lost what is left
-                where the mean is large.
+            center: subtract from rows of A their mean over samples, products' first dimension, before
+                they are multiplied: beside a large mean float32 would lose what is left.
             dtype: in which products are added up, and of the result; by default the operator's.
 
         Raises:
             ValueError: products without samples, if they are to be centred.
 
         Cost:
-            The matrix A if that fits into memory, else M products with Aᵀ and with A. Operators of
-            modules with independent samples take it from the factors of layers.
+            The matrix A if that fits into memory, else M products with Aᵀ and with A. Of a module
+            at independent samples it comes from the factors of layers.
 
         Example:
             >>> import torch, jacfunc
@@ -174,7 +172,8 @@ class Solves(Products):
             TypeError, ValueError: a matrix that does not fit.
 
         Cost:
-            M products with Aᵀ and with S, and M with A if A does not fit into memory.
+            M products with Aᵀ and with S, and M with A if A does not fit into memory. Of each
+            sample of a module, with a diagonal S, it comes from the factors of layers.
 
         Example:
             >>> import torch, jacfunc
@@ -186,12 +185,13 @@ class Solves(Products):
             tensor([ 4., 16.])
         """
         check_flags(self.api, per_sample=per_sample)
-        times = _middle(self.api, self.domain, middle)
+        times = self._times(middle)
         if not per_sample:
             return self._side("rows", False).quad(times)
-        count, blocks = self.codomain.samples(self.api), list[Tensor]()
-        of_one = self.codomain.size * self.domain.size * self.dtype.itemsize // max(1, count)
-        step = max(1, SOME_BYTES // max(1, of_one))
+        count = self.codomain.samples(self.api)
+        width = self.codomain.size // max(1, count)
+        blocks = [torch.zeros(0, width, width, dtype=self.dtype, device=self.device)]
+        step = max(1, SOME_BYTES // max(1, width * self.domain.size * self.dtype.itemsize))
         for start in range(0, count, step):
             rows = self.rows_of_samples(start, min(start + step, count))
             blocks.append(rows @ times(rows.flatten(0, 1)).view(rows.shape).mT)
@@ -199,22 +199,40 @@ class Solves(Products):
 
     def rows_of_samples(self, start: int, stop: int) -> Tensor:
         """Rows of A that belong to some samples, ``[B, C, N]``: by products with Aᵀ."""
-        numbers, first = [], 0
-        for leaf in self.codomain.leaves:
-            every = torch.arange(first, first + leaf.numel(), device=self.device)
-            numbers.append(every.view(len(leaf), -1)[start:stop])
-            first += leaf.numel()
-        units = torch.cat(numbers, 1)
-        seeds = torch.zeros(units.numel(), first, dtype=self.codomain.dtype, device=self.device)
+        leaves, device = self.codomain.leaves, self.device
+        every = torch.arange(self.codomain.size, device=device).split([x.numel() for x in leaves])
+        by_sample = [numbers.view(len(leaves[0]), -1)[start:stop] for numbers in every]
+        units = torch.cat(by_sample, 1)
+        shape = (units.numel(), self.codomain.size)
+        seeds = torch.zeros(shape, dtype=self.codomain.dtype, device=device)
         seeds.scatter_(1, units.view(-1, 1), 1)
         return self._side("rows", False).across(seeds).view(*units.shape, self.domain.size)
+
+    def diagonal_of(self, middle: Any) -> Leaves | None:
+        """The diagonal matrix S as leaves like vectors; None if S is not said by its diagonal."""
+        is_matrix = isinstance(middle, Tensor) and middle.shape == (self.domain.size,) * 2
+        if isinstance(middle, Products) or (is_matrix and not self.domain.is_leaf(middle)):
+            return None
+        leaves, _ = self.domain.read(self.api, "middle", middle)
+        return tuple(leaf[0] for leaf in leaves)
+
+    def _times(self, middle: Any) -> Rows:
+        """The product with S, of K vectors in rows."""
+        domain, leaves = self.domain, self.diagonal_of(middle)
+        if leaves is not None:
+            diagonal = domain.rows(tuple(leaf[None] for leaf in leaves))
+            return lambda rows: rows * diagonal
+        if isinstance(middle, Products):
+            domain.check_fits(self.api, middle.domain)
+            domain.check_fits(self.api, middle.codomain)
+            return lambda rows: domain.rows(middle.pushforward_batch(domain.cut(rows)))
+        domain.read_many(self.api, "middle", middle)
+        return lambda rows: rows @ middle.T
 
     def _side(self, side: Side, center: bool) -> OneSide:
         """One side of the matrix, on flat vectors."""
         domain, codomain = self.domain, self.codomain
-        if center:
-            codomain.samples(self.api)
-        centred: Rows = codomain.centred if center else lambda rows: rows
+        centred: Rows = codomain.centring(self.api) if center else lambda rows: rows
 
         def push(rows: Tensor) -> Tensor:
             return centred(codomain.rows(self.pushforward_batch(domain.cut(rows))))
@@ -230,18 +248,3 @@ class Solves(Products):
             gram = partial(self.gram, center=center)
             return OneSide(*kind, sizes, pull, push, lambda: columns().T, gram)
         return OneSide(*kind, sizes[::-1], push, pull, columns, None)
-
-
-def _middle(api: str, domain: Space, middle: Any) -> Rows:
-    """The product with S, of K vectors in rows."""
-    if isinstance(middle, Products):
-        domain.check_fits(api, middle.domain)
-        domain.check_fits(api, middle.codomain)
-        return lambda rows: domain.rows(middle.pushforward_batch(domain.cut(rows)))
-    size = domain.size
-    if isinstance(middle, Tensor) and middle.shape == (size, size) and not domain.is_leaf(middle):
-        domain.read_many(api, "middle", middle)
-        return lambda rows: rows @ middle.T
-    leaves, _ = domain.read(api, "middle", middle)
-    diagonal = domain.rows(leaves)
-    return lambda rows: rows * diagonal

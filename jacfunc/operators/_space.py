@@ -171,9 +171,12 @@ class Space:
             )
         return int(sizes.pop() or 0)
 
-    def centred(self, rows: Tensor) -> Tensor:
-        """Vectors without their mean over samples."""
-        return self.rows(tuple([leaf - leaf.mean(1, keepdim=True) for leaf in self.cut(rows)]))
+    def centring(self, api: str) -> Callable[[Tensor], Tensor]:
+        """What subtracts from vectors in rows their mean over samples."""
+        self.samples(api)
+        return lambda rows: self.rows(
+            tuple([leaf - leaf.mean(1, keepdim=True) for leaf in self.cut(rows)])
+        )
 
     def _aligned(self, api: str, name: str, tree: Tree) -> Leaves:
         try:

@@ -167,6 +167,15 @@ def test_derivatives_by_b() -> None:
         assert torch.autograd.gradcheck(partial(solve, damping=0.1, center=True), b)
 
 
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_an_empty_batch(per_sample: bool) -> None:
+    op = jacfunc.module_operator(perceptron(2), per_sample=per_sample)(torch.ones(0, 6))
+    assert op.gram(center=True).shape == (0, 0)
+    assert not any(step.any() for step in op.lstsq(torch.ones(0, 2), damping=0.1).values())
+    for middle in (torch.ones(op.domain.size), torch.eye(op.domain.size)):
+        assert op.quad(middle, per_sample=True).shape[0] == 0
+
+
 def test_half_precision() -> None:
     model, x = perceptron(2), torch.randn(12, 6)
     half = copy.deepcopy(model).bfloat16()
