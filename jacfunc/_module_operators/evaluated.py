@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_flags
+from jacfunc._arguments import check_chunk_size, check_flags
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature import by_samples
 from jacfunc._errors import RANDOM, Refused
@@ -186,10 +186,24 @@ class ModuleOperator(DetachedOperator):
         super().__init__(api, *spaces, point, evaluated.around)
         self.evaluated = evaluated
 
+    def matrix(self, *, chunk_size: int | None = 256) -> Tensor:
+        """As of any operator; of independent samples by a sweep for each number of one sample."""
+        samples = self._lone_samples
+        if samples is None:
+            return super().matrix(chunk_size=chunk_size)
+        check_chunk_size(self.api, chunk_size)
+        (out,), width = self.codomain.leaves, self.codomain.leaves[0].shape[1:].numel()
+        matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        step = max(1, (chunk_size or len(matrix)) // max(1, width))
+        for start in range(0, len(out), step):
+            stop = min(start + step, len(out))
+            matrix[start * width : stop * width] = samples.rows(start, stop).flatten(0, 1)
+        return matrix
+
     def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """As of any operator; of independent samples from the factors of layers, without J."""
-        samples = self.evaluated.samples
-        if samples is None or len(self.codomain.leaves) > 1:
+        samples = self._lone_samples
+        if samples is None:
             return super().gram(center=center, dtype=dtype)
         check_gram(self.api, center, dtype)
         return gram_of_samples([samples.at_batch], center=center, dtype=dtype or self.dtype)
@@ -197,8 +211,8 @@ class ModuleOperator(DetachedOperator):
     def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
         """As of any operator; of a diagonal and independent samples from the factors of layers."""
         check_flags(self.api, per_sample=per_sample)
-        samples, is_lone = self.evaluated.samples, len(self.codomain.leaves) == 1
-        leaves = self.diagonal_of(middle) if per_sample and samples and is_lone else None
+        samples = self._lone_samples
+        leaves = self.diagonal_of(middle) if per_sample and samples else None
         if samples is None or leaves is None:
             return super().quad(middle, per_sample=per_sample)
         return variances_of_samples(samples.at_batch, samples.by_name(leaves))
@@ -207,3 +221,8 @@ class ModuleOperator(DetachedOperator):
         """As of any operator; of independent samples from the factors of layers."""
         samples = self.evaluated.samples
         return samples.rows(start, stop) if samples else super().rows_of_samples(start, stop)
+
+    @property
+    def _lone_samples(self) -> SampleFactors | None:
+        """The samples, where the module returns one tensor of them."""
+        return self.evaluated.samples if len(self.codomain.leaves) == 1 else None

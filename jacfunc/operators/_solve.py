@@ -34,8 +34,8 @@ class Solves(Products):
         """``A Aᵀ``, ``[M, M]``.
 
         Args:
-            center: subtract from rows of A their mean over samples, products' first dimension, before
-                they are multiplied: beside a large mean float32 would lose what is left.
+            center: subtract from rows of A their mean over samples, products' first dimension. Done
+                before they are multiplied, as float32 would lose what is left.
             dtype: in which products are added up, and of the result; by default the operator's.
 
         Raises:

@@ -78,6 +78,14 @@ def test_the_gramian(case: str, center: bool, chunk_size: Any) -> None:
 
 
 @EVERY_CASE
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_the_matrix(case: str, chunk_size: Any) -> None:
+    op, dense = at(case)
+    assert near(op.matrix(chunk_size=chunk_size), dense)
+    assert near(op.T.matrix(), dense.T)
+
+
+@EVERY_CASE
 @CENTER
 @pytest.mark.parametrize("solver", [None, ConjugateGradient(rtol=1e-12)])
 def test_solves(case: str, center: bool, solver: Any) -> None:
