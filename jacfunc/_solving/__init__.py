@@ -1,15 +1,8 @@
 """Systems of equations ``(A + λ) x = b`` with a symmetric A, and who solves them."""
 
-from jacfunc._solving.choice import Side, side_of
+from jacfunc._solving.choice import Side, check_gram, check_options, side_of
 from jacfunc._solving.sides import SOME_BYTES, OneSide, Rows
-from jacfunc._solving.solvers import (
-    PRECISE,
-    Cholesky,
-    ConjugateGradient,
-    Solver,
-    check_gram,
-    check_options,
-)
+from jacfunc._solving.solvers import PRECISE, Cholesky, ConjugateGradient, Solver
 
 __all__ = [
     "PRECISE",

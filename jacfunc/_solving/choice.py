@@ -1,10 +1,15 @@
-"""Which side of a matrix right-hand sides belong to."""
+"""What solves are asked for: which side of a matrix b belongs to, and options."""
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
+import torch
 from torch import Tensor
+
+from jacfunc._arguments import check_flags
+from jacfunc._solving.solvers import Solver
 
 Side: TypeAlias = Literal["auto", "rows", "columns", "both"]
 """Which side of a matrix vectors belong to; both, if it is symmetric and meant itself."""
@@ -47,3 +52,34 @@ def side_of(
             "(A Aᵀ + λ)⁻¹ b, 'columns' for (Aᵀ A + λ)⁻¹ b, 'both' for (A + λ)⁻¹ b of a symmetric A."
         )
     return sides[0]
+
+
+def check_options(api: str, side: str, damping: Any, center: object, solver: object) -> None:
+    """Refuse options of a solve that mean nothing."""
+    check_flags(api, center=center)
+    if center and side == "both":
+        raise ValueError(
+            f"{api}: center must be False where the matrix itself is solved, got True. Say "
+            "side='rows' or 'columns'."
+        )
+    is_number = isinstance(damping, Real) and not isinstance(damping, bool)
+    if not (is_number and 0 <= float(damping) < float("inf")):
+        raise ValueError(
+            f"{api}: damping must be a finite number from 0 on, got {damping!r}. Write 1e-3; of a "
+            "tensor take .item()."
+        )
+    if solver is not None and not isinstance(solver, Solver):
+        raise TypeError(
+            f"{api}: solver must be Cholesky() or ConjugateGradient() of jacfunc.operators, got "
+            f"{solver!r}. Leave it out for what fits into memory."
+        )
+
+
+def check_gram(api: str, center: object, dtype: Any) -> None:
+    """Refuse options of a Gramian that mean nothing."""
+    check_flags(api, center=center)
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise TypeError(
+            f"{api}: dtype must be a floating point dtype, got {dtype!r}. Write torch.float64, or "
+            "leave it out."
+        )

@@ -174,9 +174,9 @@ class OneSide:
 
 def squared(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """``A Aᵀ`` of a matrix, added up in a dtype."""
-    total = matrix.new_zeros(len(matrix), len(matrix), dtype=dtype)
     step = max(1, SOME_BYTES // max(1, len(matrix) * dtype.itemsize))
+    total = matrix.new_zeros(len(matrix), len(matrix), dtype=dtype)
     for part in matrix.split(step, 1):
         precise = part.to(dtype)
-        total.addmm_(precise, precise.T)
+        total = total + precise @ precise.T
     return total

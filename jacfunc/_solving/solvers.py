@@ -6,14 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
-from numbers import Real
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_flags
 from jacfunc._linear_map import LinearMap, is_followed
+from jacfunc._torch import (
+    below_transforms,
+    inside_transform,
+    is_batched,
+    is_tracked,
+    outside_transforms,
+)
 from jacfunc._types import Leaves
 
 PRECISE = torch.float64
@@ -75,16 +80,22 @@ class Cholesky(Solver):
         matrix = system.formed()
         matrix.diagonal().add_(system.damping)
         factor, failed = torch.linalg.cholesky_ex(matrix)
-        pivots = factor.detach().diagonal()
-        share = 0.0 if failed or not len(pivots) else float((pivots.min() / pivots.max()) ** 2)
-        # a nan fails every comparison
-        if len(pivots) and not share > system.noise:
+        if system.size:
+            pivots = factor.detach().diagonal()
+            self._check(system, torch.where(failed > 0, 0.0, pivots.amin() / pivots.amax()))
+        return torch.cholesky_solve(rows.to(factor.dtype).T, factor).T
+
+    @staticmethod
+    def _check(system: System, share: Tensor) -> None:
+        """Refuse a least pivot that rounding may have made, as a share of the largest one."""
+        with outside_transforms(), torch.no_grad():  # which may follow many matrices
+            squared = float(below_transforms(share).square().min())
+        if not squared > system.noise:  # a nan fails every comparison
             raise ValueError(
                 f"{system.api}: the matrix plus damping must be positive definite beyond what "
-                f"rounding changes, got a pivot of {share:.1e} of the largest with "
+                f"rounding changes, got a pivot of {squared:.1e} of the largest with "
                 f"damping={system.damping:g}. Give a larger damping, or finite numbers in float64."
             )
-        return torch.cholesky_solve(rows.to(factor.dtype).T, factor).T
 
 
 @dataclass(frozen=True)
@@ -118,8 +129,8 @@ class ConjugateGradient(Solver):
         rtol, maxiter = self.rtol, self.maxiter
         if rtol is not None and not (isinstance(rtol, float) and 0 < rtol < 1):
             raise ValueError(
-                f"ConjugateGradient: rtol must be a number between 0 and 1, got {rtol!r}. Write "
-                "1e-5, or leave it out."
+                f"ConjugateGradient: rtol must be a number between 0 and 1, got {rtol!r}. "
+                "Write 1e-5, or leave it out."
             )
         is_number = isinstance(maxiter, int) and not isinstance(maxiter, bool) and maxiter > 0
         if maxiter is not None and not is_number:
@@ -129,15 +140,23 @@ class ConjugateGradient(Solver):
             )
 
     def solved(self, system: System, rows: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and system.times(rows[:1].detach()).requires_grad:
-            raise NotImplementedError(
-                f"{system.api}: products in a solution by iterations must not be differentiated, "
-                "got an operator whose products are. Use solver=Cholesky(), or torch.no_grad()."
-            )
+        if torch.is_grad_enabled() or inside_transform():
+            ones = torch.ones(1, system.size, dtype=rows.dtype, device=rows.device)
+            self._check(system, system.times(ones))
         if is_followed((rows,)):
             return self._as_map(system)((rows,))[0]
         with torch.no_grad():
             return self._solved(system, rows)
+
+    @staticmethod
+    def _check(system: System, product: Tensor) -> None:
+        """Refuse an operator that a transform, or autograd, follows."""
+        if is_tracked(product) or is_batched(product):
+            raise NotImplementedError(
+                f"{system.api}: an operator that is solved with by iterations must be constant, "
+                "got one that is differentiated or vmapped. Use solver=Cholesky(), or "
+                "torch.no_grad()."
+            )
 
     def _as_map(self, system: System) -> LinearMap:
         """The solution as a map that is differentiable by the right-hand sides."""
@@ -161,9 +180,10 @@ class ConjugateGradient(Solver):
             norms = residuals.norm(dim=1)
             if bool((norms <= bounds).all()):
                 return solutions
-            before, worst = worst, float((norms / (bounds / rtol)).nan_to_num(0.0).max())
+            shares = torch.where(bounds > 0, norms * rtol / bounds, norms)
+            before, worst = worst, float(shares.max())
             # each pass must gain something, or rounding is all that is left
-            if left < 1 or not worst < before / 2 or not bool(norms.isfinite().all()):
+            if left < 1 or not worst < before / 2:
                 raise RuntimeError(
                     f"{system.api}: the residual must fall to {rtol:.1e} of b, got {worst:.1e} "
                     f"when {'products ran out' if left < 1 else 'it fell no more'}. Give a larger "
@@ -195,34 +215,3 @@ def _steps(system: System, rows: Tensor, bounds: Tensor, most: int) -> tuple[Ten
         directions = residuals + shares * directions
         most -= 1
     return solutions, most
-
-
-def check_options(api: str, side: str, damping: Any, center: object, solver: object) -> None:
-    """Refuse options of a solve that mean nothing."""
-    check_flags(api, center=center)
-    if center and side == "both":
-        raise ValueError(
-            f"{api}: center must be False where the matrix itself is solved, got True. Say "
-            "side='rows' or 'columns'."
-        )
-    is_number = isinstance(damping, Real) and not isinstance(damping, bool)
-    if not (is_number and 0 <= float(damping) < float("inf")):
-        raise ValueError(
-            f"{api}: damping must be a finite number from 0 on, got {damping!r}. Write 1e-3; of a "
-            "tensor take .item()."
-        )
-    if solver is not None and not isinstance(solver, Solver):
-        raise TypeError(
-            f"{api}: solver must be Cholesky() or ConjugateGradient() of jacfunc.operators, got "
-            f"{solver!r}. Leave it out for what fits into memory."
-        )
-
-
-def check_gram(api: str, center: object, dtype: Any) -> None:
-    """Refuse options of a Gramian that mean nothing."""
-    check_flags(api, center=center)
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise TypeError(
-            f"{api}: dtype must be a floating point dtype, got {dtype!r}. Write torch.float64, or "
-            "leave it out."
-        )

@@ -223,10 +223,32 @@ def test_derivatives_by_the_point() -> None:
         return J.lstsq(b, damping=0.2, **how)
 
     assert torch.autograd.gradcheck(step, point)
-    with pytest.raises(NotImplementedError, match="must not be differentiated"):
+    with pytest.raises(
+        NotImplementedError, match="must be constant, got one that is differentiated"
+    ):
         step(point, solver=ConjugateGradient())
     with torch.no_grad():
         assert near(step(point, solver=ConjugateGradient(rtol=1e-12)), step(point))
+
+
+def test_ensembles() -> None:
+    points, b = torch.randn(5, 4, dtype=double), torch.randn(4, dtype=double)
+
+    def step(x: Tensor, **how: Any) -> Any:
+        _, J = jacfunc.linearize(lambda x: x.sin().cumsum(0), x)
+        return J.solve(b, damping=0.2, side="rows", **how)
+
+    for vmap in (torch.vmap, jacfunc.vmap):
+        assert near(vmap(step)(points), torch.stack([step(x) for x in points]))
+    with pytest.raises(NotImplementedError, match="differentiated or vmapped"):
+        torch.vmap(partial(step, solver=ConjugateGradient()))(points)
+
+    def singular(x: Tensor) -> Any:
+        _, J = jacfunc.linearize(lambda x: x.sum() * torch.ones(4, dtype=double), x)
+        return J.solve(b, side="rows")
+
+    with pytest.raises(ValueError, match="must be positive definite"):
+        torch.vmap(singular)(points)
 
 
 # --- symmetric operators ---
