@@ -82,7 +82,8 @@ class LinearOperator(Solves):
         def both(one: Map, two: Map) -> Map:
             return lambda seeds: tuple(map(torch.add, one(seeds), two(seeds)))
 
-        return self._mapped(
+        return OfMaps(
+            *(self.api, self.domain, self.codomain),
             both(self.pushforward_batch, other.pushforward_batch),
             both(self.pullback_batch, other.pullback_batch),
             self.is_symmetric and other.is_symmetric,
@@ -92,12 +93,7 @@ class LinearOperator(Solves):
         is_scalar = isinstance(factor, Number) or (isinstance(factor, Tensor) and not factor.dim())
         if not is_scalar:
             return NotImplemented
-
-        def times(products_of: Map) -> Map:
-            return lambda seeds: tuple([factor * product for product in products_of(seeds)])
-
-        push, pull = times(self.pushforward_batch), times(self.pullback_batch)
-        return self._mapped(push, pull, self.is_symmetric)
+        return Scaled(self, factor)
 
     __rmul__ = __mul__
 
@@ -149,9 +145,6 @@ class LinearOperator(Solves):
             lambda seeds: into.extract(self.pullback_batch(out.embed(seeds))),
         )
 
-    def _mapped(self, push: Map, pull: Map, is_symmetric: bool) -> LinearOperator:
-        return OfMaps(self.api, self.domain, self.codomain, push, pull, is_symmetric)
-
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
 
@@ -201,3 +194,23 @@ class OfMaps(LinearOperator):
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
         return self._pull(cotangents)
+
+
+class Scaled(LinearOperator):
+    """An operator times a number; its Gramian is made as that of the operator itself."""
+
+    def __init__(self, inner: LinearOperator, factor: complex | Tensor) -> None:
+        super().__init__(inner.api, inner.domain, inner.codomain)
+        self._inner, self._factor, self.is_symmetric = inner, factor, inner.is_symmetric
+
+    def pushforward_batch(self, tangents: Leaves) -> Leaves:
+        return tuple([self._factor * x for x in self._inner.pushforward_batch(tangents)])
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        return tuple([self._factor * x for x in self._inner.pullback_batch(cotangents)])
+
+    def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        return self._inner.gram(center=center, dtype=dtype) * self._factor**2
+
+    def rows_of_samples(self, start: int, stop: int) -> Tensor:
+        return self._inner.rows_of_samples(start, stop) * self._factor

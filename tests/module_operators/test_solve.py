@@ -111,6 +111,11 @@ def test_the_gramian_takes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "pullback_batch", refuse)
     monkeypatch.setattr(op, "pushforward_batch", refuse)
     assert near(op.gram(), dense @ dense.T)
+    assert near((-0.5 * op).gram(), dense @ dense.T / 4)
+    blocks = dense.view(7, 3, -1) @ dense.view(7, 3, -1).mT
+    assert near(
+        (op * 3).quad(torch.ones(op.domain.size, dtype=double), per_sample=True), 9 * blocks
+    )
     assert near(
         op.solve(torch.ones(21, dtype=double), damping=1.0),
         torch.linalg.solve(dense @ dense.T + torch.eye(21), torch.ones(21, dtype=double)),
