@@ -94,7 +94,7 @@ class Cholesky(Solver):
             raise ValueError(
                 f"{system.api}: the matrix plus damping must be positive definite beyond what "
                 f"rounding changes, got a pivot of {squared:.1e} of the largest with "
-                f"damping={system.damping:g}. Give a larger damping, or finite numbers in float64."
+                f"damping={system.damping:g}. Give a larger damping, float64, or finite numbers."
             )
 
 
