@@ -1,8 +1,8 @@
 """Systems of equations ``(A + λ) x = b`` with a symmetric A, and who solves them."""
 
-from jacfunc._solving.choice import Side, check_gram, check_options, side_of
-from jacfunc._solving.sides import SOME_BYTES, OneSide, Rows
-from jacfunc._solving.solvers import PRECISE, Cholesky, ConjugateGradient, Solver
+from jacfunc._solving.choice import Side, check_gram, check_options, check_side, side_of
+from jacfunc._solving.sides import SOME_BYTES, OneSide
+from jacfunc._solving.solvers import PRECISE, Cholesky, ConjugateGradient, Rows, Solver
 
 __all__ = [
     "PRECISE",
@@ -15,5 +15,6 @@ __all__ = [
     "Solver",
     "check_gram",
     "check_options",
+    "check_side",
     "side_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ class Fitting(Protocol):
         ...
 
 
+def check_side(api: str, side: object) -> None:
+    """Refuse what names no side."""
+    if not isinstance(side, str) or side not in ("rows", "columns", "both"):
+        raise ValueError(
+            f"{api}: side must be 'rows', 'columns' or 'both', got {side!r}. Say 'rows' for "
+            "vectors like products, 'columns' for those that are multiplied."
+        )
+
+
 def side_of(
     api: str, codomain: Fitting, domain: Fitting, side: Side, b: Any, is_symmetric: bool
 ) -> Side:
@@ -31,11 +40,8 @@ def side_of(
     Raises:
         ValueError: if b fits none, or either.
     """
-    if not isinstance(side, str) or side not in get_args(Side):
-        raise ValueError(
-            f"{api}: side must be 'auto', 'rows', 'columns' or 'both', got {side!r}. Say 'rows' "
-            "for a b like products, 'columns' for one like vectors."
-        )
+    if not (isinstance(side, str) and side == "auto"):
+        check_side(api, side)
     if side != "auto" or is_symmetric:
         return "both" if side == "auto" else side
     spaces: dict[Side, Fitting] = {"rows": codomain, "columns": domain}

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from jacfunc._log import note
 from jacfunc._memory import MODEST_BYTES, free_bytes
-from jacfunc._solving.solvers import IN_BYTES, PRECISE, Cholesky, ConjugateGradient, Solver, System
-
-Rows: TypeAlias = Callable[[Tensor], Tensor]
-"""From K vectors in rows to K products in rows."""
+from jacfunc._solving.solvers import (
+    IN_BYTES,
+    PRECISE,
+    Cholesky,
+    ConjugateGradient,
+    Rows,
+    Solver,
+    System,
+)
 
 
 class Formed(Protocol):
@@ -108,13 +113,13 @@ class OneSide:
         noise = (8 * torch.finfo(self.dtype).eps) ** 2
         return self._system(lambda rows: self.back(self.across(rows)), formed, damping, noise)
 
-    def least_squares(
-        self, other: OneSide, rows: Tensor, damping: float, solver: Solver | None
-    ) -> Tensor:
-        """Vectors of the other side whose way back is near to these, by the smaller side."""
+    def least_squares(self, other: OneSide, damping: float, solver: Solver | None) -> Rows:
+        """Makes vectors of the other side whose way back is near to some: by the smaller side."""
         if self.is_smaller:
-            return self.across(self.solved(other, rows, damping, solver))
-        return other.solved(self, self.across(rows).to(rows.dtype), damping, solver)
+            solution = self.solution(other, damping, solver)
+            return lambda rows: self.across(solution(rows))
+        solution = other.solution(self, damping, solver)
+        return lambda rows: solution(self.across(rows).to(rows.dtype))
 
     def _system(
         self, times: Rows, formed: Callable[[], Tensor], damping: float, noise: float
@@ -126,50 +131,54 @@ class OneSide:
         noise = max(size * torch.finfo(PRECISE).eps, noise)
         return System(self.api, size, self.dtype, precise, formed, float(damping), noise)
 
-    def solved_itself(
-        self,
-        matrix: Callable[[], Tensor],
-        rows: Tensor,
-        damping: float,
-        solver: Solver | None,
-        is_symmetric: bool,
-    ) -> Tensor:
-        """Solutions of ``(A + λ) x = b``.
+    def itself(
+        self, matrix: Callable[[], Tensor], damping: float, solver: Solver | None, is_known: bool
+    ) -> Rows:
+        """Makes solutions of ``(A + λ) x = b`` with a square A, by ``back`` from one side.
+
+        Args:
+            is_known: is it known that A is symmetric?
 
         Raises:
-            ValueError: unless A is known to be symmetric, or ``A b = Aᵀ b``.
+            ValueError: unless A is symmetric.
         """
-        eps = torch.finfo(self.dtype).eps
-        if not is_symmetric and len(rows):
+        eps, size = torch.finfo(self.dtype).eps, self.sizes[0]
+        if not is_known:
+            trial = torch.arange(size, dtype=self.dtype, device=self.device).cos()[None]
             with torch.no_grad():
-                pushed, pulled = self.back(rows[:1]), self.across(rows[:1])
+                pushed, pulled = self.back(trial), self.across(trial)
             if not (pushed - pulled).norm() <= (pushed + pulled).norm() * eps**0.4:
                 raise ValueError(
-                    f"{self.api}: side='both' takes a symmetric matrix, got one whose A b is not "
-                    "Aᵀ b. Say 'rows' or 'columns'."
+                    f"{self.api}: side='both' takes a symmetric matrix, got one whose A v is not "
+                    "Aᵀ v. Say 'rows' or 'columns'."
                 )
 
         def formed() -> Tensor:
             whole = matrix().to(PRECISE)
             return (whole + whole.T) / 2
 
-        solver = solver or self._usual(self.sizes[0])
-        return solver.solved(self._system(self.back, formed, damping, 4 * eps), rows)
+        solver = solver or self._usual(size)
+        return solver.prepared(self._system(self.back, formed, damping, 4 * eps))
 
-    def solved(self, other: OneSide, rows: Tensor, damping: float, solver: Solver | None) -> Tensor:
-        """Solutions on this side; a solver that forms a matrix forms that of the smaller side."""
+    def solution(self, other: OneSide, damping: float, solver: Solver | None) -> Rows:
+        """Makes solutions on this side; a matrix is formed for the smaller side."""
         smaller = self if self.is_smaller else other
         solver = solver or self._usual(smaller.sizes[0])
         if smaller is self or not solver.forms:
-            return solver.solved(self.system(damping), rows)
+            return solver.prepared(self.system(damping))
         if not damping:
             raise ValueError(
                 f"{self.api}: damping must be positive where b has more numbers than the other "
                 f"side, got {self.sizes[0]} and {self.sizes[1]}: the matrix is singular. Give "
                 "damping, or take lstsq, which needs none."
             )
-        within = solver.solved(smaller.system(damping), self.across(rows).to(rows.dtype))
-        return (rows - self.back(within).to(rows.dtype)) / damping
+        within = solver.prepared(smaller.system(damping))
+
+        def solved(rows: Tensor) -> Tensor:
+            inner = self.back(within(self.across(rows).to(rows.dtype)))
+            return (rows - inner.to(rows.dtype)) / damping
+
+        return solved
 
 
 def squared(matrix: Tensor, dtype: torch.dtype) -> Tensor:

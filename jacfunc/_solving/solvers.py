@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from jacfunc._types import Leaves
 
 PRECISE = torch.float64
 """In which systems are solved: of float32 numbers only those of the matrix are left to err."""
+
+Rows: TypeAlias = Callable[[Tensor], Tensor]
+"""From K vectors in rows to K products in rows."""
 
 IN_BYTES = 3 * 8
 """Bytes that a factorization takes for each entry: the matrix and its factor, and work on them."""
@@ -45,7 +48,7 @@ class System:
     api: str
     size: int
     dtype: torch.dtype
-    times: Callable[[Tensor], Tensor]
+    times: Rows
     formed: Callable[[], Tensor]
     damping: float
     noise: float
@@ -58,8 +61,8 @@ class Solver(ABC):
     """Does it form A? Then the smaller of ``J Jᵀ`` and ``Jᵀ J`` is taken."""
 
     @abstractmethod
-    def solved(self, system: System, rows: Tensor) -> Tensor:
-        """Solutions for K right-hand sides, ``[K, size]``, in float64."""
+    def prepared(self, system: System) -> Rows:
+        """What makes solutions of K right-hand sides, ``[K, size]`` in float64."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,14 @@ class Cholesky(Solver):
 
     forms: ClassVar[bool] = True
 
-    def solved(self, system: System, rows: Tensor) -> Tensor:
+    def prepared(self, system: System) -> Rows:
         matrix = system.formed()
         matrix.diagonal().add_(system.damping)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if system.size:
             pivots = factor.detach().diagonal()
             self._check(system, torch.where(failed > 0, 0.0, pivots.amin() / pivots.amax()))
-        return torch.cholesky_solve(rows.to(factor.dtype).T, factor).T
+        return lambda rows: torch.cholesky_solve(rows.T, factor).T
 
     @staticmethod
     def _check(system: System, share: Tensor) -> None:
@@ -139,14 +142,17 @@ class ConjugateGradient(Solver):
                 f"{maxiter!r}. Write 100, or leave it out."
             )
 
-    def solved(self, system: System, rows: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or inside_transform():
-            ones = torch.ones(1, system.size, dtype=rows.dtype, device=rows.device)
-            self._check(system, system.times(ones))
-        if is_followed((rows,)):
-            return self._as_map(system)((rows,))[0]
-        with torch.no_grad():
-            return self._solved(system, rows)
+    def prepared(self, system: System) -> Rows:
+        def solved(rows: Tensor) -> Tensor:
+            if torch.is_grad_enabled() or inside_transform():
+                ones = torch.ones(1, system.size, dtype=rows.dtype, device=rows.device)
+                self._check(system, system.times(ones))
+            if is_followed((rows,)):
+                return self._as_map(system)((rows,))[0]
+            with torch.no_grad():
+                return self._solved(system, rows)
+
+        return solved
 
     @staticmethod
     def _check(system: System, product: Tensor) -> None:

@@ -100,27 +100,23 @@ class Solves(Products):
             tensor([ 0.1333, -0.1333, -0.2000])
         """
         own = side_of(self.api, self.codomain, self.domain, side, b, self.is_symmetric)
-        check_options(self.api, own, damping, center, solver)
         space = self.codomain if own == "rows" else self.domain
         leaves, write = space.read_any(self.api, "b", b)
-        rows = space.rows(leaves).to(PRECISE)
-        if own == "both":
-            self.domain.check_fits(self.api, self.codomain)
-            one = self._side("rows", False)
-            rows = one.solved_itself(self.matrix, rows, damping, solver, self.is_symmetric)
-        else:
-            across: Side = "columns" if own == "rows" else "rows"
-            one, other = self._side(own, center), self._side(across, center)
-            rows = one.solved(other, rows, damping, solver)
+        rows = self.solution(own, damping, center, solver)(space.rows(leaves).to(PRECISE))
         return write(space, space.cut(rows))
 
+    def solution(self, side: Side, damping: float, center: bool, solver: Solver | None) -> Rows:
+        """Makes solutions of flat right-hand sides, ``[K, size]`` in float64."""
+        check_options(self.api, side, damping, center, solver)
+        if side == "both":
+            self.domain.check_fits(self.api, self.codomain)
+            known = self.is_symmetric
+            return self._side("rows", False).itself(self.matrix, damping, solver, known)
+        other = self._side("columns" if side == "rows" else "rows", center)
+        return self._side(side, center).solution(other, damping, solver)
+
     def lstsq(
-        self,
-        b: Tree,
-        *,
-        damping: float = 0.0,
-        center: bool = False,
-        solver: Solver | None = None,
+        self, b: Tree, *, damping: float = 0.0, center: bool = False, solver: Solver | None = None
     ) -> Any:
         """``Aᵀ (A Aᵀ + λ)⁻¹ b = (Aᵀ A + λ)⁻¹ Aᵀ b``, which minimizes ``‖A x - b‖² + λ‖x‖²``.
 
@@ -143,7 +139,7 @@ class Solves(Products):
 
         Source:
             Chen, Heyl, "Empowering deep neural quantum states through efficient optimization"
-            (Nature Physics 2024), equation 6, for minSR.
+            (Nature Physics 2024), for minSR.
 
         Example:
             >>> import torch, jacfunc
@@ -156,8 +152,8 @@ class Solves(Products):
         leaves, write = self.codomain.read_any(self.api, "b", b)
         one, other = self._side("rows", center), self._side("columns", center)
         rows = self.codomain.rows(leaves).to(PRECISE)
-        steps = one.least_squares(other, rows, damping, solver)
-        return write(self.domain, self.domain.cut(steps))
+        rows = one.least_squares(other, damping, solver)(rows)
+        return write(self.domain, self.domain.cut(rows))
 
     def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
         """``A S Aᵀ``, ``[M, M]``: covariances of products whose vectors have the covariance S.

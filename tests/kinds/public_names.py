@@ -167,6 +167,7 @@ OF_FUNCTIONS = [
     of_operator("lstsq", b=torch.ones(2), damping=0.1),
     of_operator("quad", middle=torch.ones(3)),
     of_operator("gram"),
+    of_operator("inverse", side="rows", damping=0.1),
     Public("empty_cache", jacfunc.empty_cache, {}, jacfunc.empty_cache),
     *(
         Public(kind.__name__, kind, {}, kind)

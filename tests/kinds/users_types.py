@@ -120,6 +120,7 @@ assert_type(jacfunc.linearize(named, x, has_aux=True), tuple[Tensor, jacfunc.Lin
 assert_type(jacfunc.module_operator(model)(batch), jacfunc.LinearOperator)
 step: Tensor = J.lstsq(value, damping=1e-3, center=True)
 solution: Tensor = J.solve(x, damping=1e-3, side="rows", solver=ConjugateGradient(rtol=1e-6))
+assert_type(J.inverse(damping=0.1, side="columns"), jacfunc.LinearOperator)
 assert_type(J.gram(center=True, dtype=torch.float64), Tensor)
 assert_type(J.quad(x, per_sample=True), Tensor)
 

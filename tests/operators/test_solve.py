@@ -290,6 +290,31 @@ def test_a_square_operator_does_not_guess() -> None:
         of_shape((4, 4)).solve(torch.ones(4, dtype=double), damping=1.0)
 
 
+@SOLVERS
+@SHAPES
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_an_inverse_is_what_solves(side: Any, shape: Any, solver: Any) -> None:
+    op = of_shape(shape)
+    inverse = op.inverse(damping=0.1, side=side, solver=solver)
+    gram = gram_of(op.dense, side)
+    exact = torch.linalg.inv(gram + 0.1 * torch.eye(len(gram), dtype=double))
+    assert near(inverse.matrix(), exact)
+    assert near(inverse.T.matrix(), exact)
+    other = OfMatrix(symmetric(5), is_symmetric=True)
+    root = torch.randn(3, 5, dtype=double)
+    posterior = other.inverse(damping=1.0, solver=solver)
+    exact = torch.linalg.inv(other.dense + torch.eye(5, dtype=double))
+    assert near(OfMatrix(root).quad(posterior), root @ exact @ root.T)
+
+
+def test_an_inverse_is_factored_once() -> None:
+    op = OfMatrix(symmetric(), is_symmetric=True)
+    inverse = op.inverse()
+    count = op.pushed + op.pulled
+    inverse.mm(torch.randn(6, 9, dtype=double))
+    assert op.pushed + op.pulled == count
+
+
 # --- iterations ---
 
 

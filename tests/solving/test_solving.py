@@ -62,7 +62,7 @@ def test_iterations_where_a_matrix_does_not_fit(caplog: pytest.LogCaptureFixture
     matrix, b = Matrix(6, 4, 0), torch.randn(1, 6, dtype=double)
     gram = matrix.dense @ matrix.dense.T + torch.eye(6, dtype=double)
     with caplog.at_level(logging.INFO, logger="jacfunc"):
-        x = matrix.rows.solved(matrix.columns, b, 1.0, None)
+        x = matrix.rows.solution(matrix.columns, 1.0, None)(b)
     assert (x @ gram - b).norm() <= 1e-7 * b.norm()
     assert "a matrix of 4 rows does not fit into memory" in caplog.text
     assert max(matrix.products) == 1
@@ -73,9 +73,9 @@ def test_no_equations(count: int) -> None:
     matrix = Matrix(0, 4, None)
     for solver in (Cholesky(), ConjugateGradient()):
         empty = torch.zeros(count, 0, dtype=double)
-        assert matrix.rows.solved(matrix.columns, empty, 0.0, solver).shape == (count, 0)
+        assert matrix.rows.solution(matrix.columns, 0.0, solver)(empty).shape == (count, 0)
         ones = torch.ones(count, 4, dtype=double)
-        assert near(matrix.columns.solved(matrix.rows, ones, 2.0, solver), ones / 2)
+        assert near(matrix.columns.solution(matrix.rows, 2.0, solver)(ones), ones / 2)
 
 
 @pytest.mark.parametrize(

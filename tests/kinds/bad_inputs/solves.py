@@ -52,7 +52,7 @@ CALLS: dict[str, tuple[Any, type[Exception], str]] = {
     "a side that there is not": (
         partial(solved, TWO, side="left"),
         ValueError,
-        "side must be 'auto', 'rows', 'columns' or 'both', got 'left'",
+        "side must be 'rows', 'columns' or 'both', got 'left'",
     ),
     "negative damping": (
         partial(solved, TWO, damping=-1e-3),
@@ -108,6 +108,16 @@ CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: linearized().lstsq(THREE),
         ValueError,
         "b must have 2 numbers in its first dimension",
+    ),
+    "an inverse of no side": (
+        lambda: linearized().inverse(side=None),
+        ValueError,
+        "side must be 'rows', 'columns' or 'both', got None",
+    ),
+    "an inverse of what is not square": (
+        lambda: linearized().inverse(damping=1.0),
+        ValueError,
+        "two operators must agree on the vectors between them",
     ),
     "a dtype of integers": (
         lambda: linearized().gram(dtype=torch.int32),
