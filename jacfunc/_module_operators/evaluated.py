@@ -213,7 +213,7 @@ class ModuleOperator(DetachedOperator):
         check_flags(self.api, per_sample=per_sample)
         samples = self._lone_samples
         leaves = self.diagonal_of(middle) if per_sample and samples else None
-        if samples is None or leaves is None:
+        if samples is None or leaves is None or is_followed(leaves):
             return super().quad(middle, per_sample=per_sample)
         return variances_of_samples(samples.at_batch, samples.by_name(leaves))
 

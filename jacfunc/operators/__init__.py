@@ -1,7 +1,7 @@
 """Linear operators on trees: products with Jacobians and their like, without the matrix.
 
 :func:`jacfunc.linearize` and others make a :class:`LinearOperator`: ``A @ v``, ``A.T @ u``,
-``A.matrix()``, sums, scalings, compositions and restrictions of operators.
+``A.matrix()``, ``A.solve(b)``, sums, scalings, compositions and restrictions of operators.
 """
 
 from jacfunc._solving import Cholesky, ConjugateGradient, Solver

@@ -181,6 +181,17 @@ def test_derivatives_by_b() -> None:
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
+def test_derivatives_by_variances(per_sample: bool) -> None:
+    """As of a marginal likelihood by its prior."""
+    op, dense = at("three outputs")
+    variances = torch.rand(dense.shape[1], dtype=double, requires_grad=True)
+    quad = partial(op.quad, per_sample=per_sample)
+    (gradient,) = torch.autograd.grad(quad(variances).sum(), variances)
+    rows = dense.view(7, 3, -1) if per_sample else dense
+    assert near(gradient, rows.sum(-2).square().view(-1, len(gradient)).sum(0))
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
 def test_an_empty_batch(per_sample: bool) -> None:
     op = jacfunc.module_operator(perceptron(2), per_sample=per_sample)(torch.ones(0, 6))
     assert op.gram(center=True).shape == (0, 0)
