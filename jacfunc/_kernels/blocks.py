@@ -116,16 +116,21 @@ class LeafRows:
         """How many rows are diagonal, kept and traced."""
         return Axes(*(prod(shape) for shape in self.shapes))
 
-    def times(self, other: LeafRows) -> Tensor:
-        """The kernel of this side with another, ``[B1, B2, *diagonal, *kept, *kept]``."""
+    def times(self, other: LeafRows, dtype: torch.dtype | None = None) -> Tensor:
+        """The kernel of this side with another, ``[B1, B2, *diagonal, *kept, *kept]``.
+
+        Args:
+            dtype: in which it is added up, and of the kernel; by default that of the outputs.
+        """
         diagonal, kept, _ = self.shapes
         shape = (self.size, other.size, *diagonal, *kept, *kept)
         if 0 in shape:  # no entry to add up, and torch can't tell the sizes of what is empty
-            return self.like.new_empty(shape)
-        like = self.like.new_empty((), dtype=product_dtype(self.like, *self.params))
+            return self.like.new_empty(shape, dtype=dtype)
+        added = dtype or product_dtype(self.like, *self.params)
+        like = self.like.new_empty((), dtype=added)
         gram = Gram(like, (self.size, other.size), self.axes, other is self)
         gram.add(self.parts, other.parts, self.params)
-        total = gram.whole().permute(1, 3, 0, 2, 4).to(self.like.dtype)
+        total = gram.whole().permute(1, 3, 0, 2, 4).to(dtype or self.like.dtype)
         return total.reshape(shape)
 
     def mirrored(self, block: Tensor) -> Tensor:
@@ -142,6 +147,7 @@ def product_of(
     axes: KeptAxes,
     progress: Progress | None,
     places: Places,
+    dtype: torch.dtype | None = None,
 ) -> Tree:
     """A kernel ``J₁ J₂ᵀ`` for each output leaf; of one side with itself, half is computed."""
     is_symmetric = second is first
@@ -155,7 +161,7 @@ def product_of(
         if row != i:
             row, lefts = i, first[i].rows(axes)
         rights = lefts if is_symmetric and i == j else second[j].rows(axes)
-        blocks = [left.times(right) for left, right in zip(lefts, rights, strict=True)]
+        blocks = [left.times(right, dtype) for left, right in zip(lefts, rights, strict=True)]
         tree_of = first[0].samples.last_call.output_tree
         if len(pairs) == 1 and places.out is None:
             return tree_of(blocks)

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from jacfunc._arguments import check_chunk_size, check_flags
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature import by_samples
 from jacfunc._errors import RANDOM, Refused
+from jacfunc._kernels import gram_of_samples, variances_of_samples
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
 from jacfunc._memory import Budget
+from jacfunc._module_operators.solve import SampleFactors
 from jacfunc._modules import (
+    IN_FRONT,
     BatchOptions,
     InputChoice,
     Key,
@@ -23,6 +30,7 @@ from jacfunc._modules import (
     argnums_of,
     as_tree,
 )
+from jacfunc._solving import check_gram
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
 from jacfunc._types import Argnums, LeafFunction, Leaves, Tree
@@ -103,6 +111,13 @@ class Evaluated:
             return Space.of(every[argnums])
         return Space.of(tuple(every[n] for n in argnums))
 
+    @cached_property
+    def samples(self) -> SampleFactors | None:
+        """The samples, where each alone gives rows of this J: by parameters, nothing drawn."""
+        if self.at_batch is None or not self._is_by_params or self.call.output_dims != IN_FRONT:
+            return None
+        return SampleFactors(self.at_batch, self.domain) if self._randomness == "error" else None
+
     def point(self) -> JacobianOperator:
         """The call as a linear map, not evaluated yet."""
         point = JacobianOperator(self._func, self.flat.primals)
@@ -172,3 +187,44 @@ class ModuleOperator(DetachedOperator):
         api, spaces = evaluated.call.api, (evaluated.domain, Space.of(self.outputs))
         super().__init__(api, *spaces, point, evaluated.around)
         self.evaluated = evaluated
+
+    def matrix(self, *, chunk_size: int | None = 256) -> Tensor:
+        """As of any operator; of independent samples by a sweep for each number of one sample."""
+        samples = self._lone_samples
+        if samples is None:
+            return super().matrix(chunk_size=chunk_size)
+        check_chunk_size(self.api, chunk_size)
+        (out,), width = self.codomain.leaves, self.codomain.leaves[0].shape[1:].numel()
+        matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        step = max(1, (chunk_size or len(matrix)) // max(1, width))
+        for start in range(0, len(out), step):
+            stop = min(start + step, len(out))
+            matrix[start * width : stop * width] = samples.rows(start, stop).flatten(0, 1)
+        return matrix
+
+    def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """As of any operator; of independent samples from the factors of layers, without J."""
+        samples = self._lone_samples
+        if samples is None:
+            return super().gram(center=center, dtype=dtype)
+        check_gram(self.api, center, dtype)
+        return gram_of_samples([samples.at_batch], center=center, dtype=dtype or self.dtype)
+
+    def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
+        """As of any operator; of a diagonal and independent samples from the factors of layers."""
+        check_flags(self.api, per_sample=per_sample)
+        samples = self._lone_samples
+        leaves = self.diagonal_of(middle) if per_sample and samples else None
+        if samples is None or leaves is None or is_followed(leaves):
+            return super().quad(middle, per_sample=per_sample)
+        return variances_of_samples(samples.at_batch, samples.by_name(leaves))
+
+    def rows_of_samples(self, start: int, stop: int) -> Tensor:
+        """As of any operator; of independent samples from the factors of layers."""
+        samples = self.evaluated.samples
+        return samples.rows(start, stop) if samples else super().rows_of_samples(start, stop)
+
+    @property
+    def _lone_samples(self) -> SampleFactors | None:
+        """The samples, where the module returns one tensor of them."""
+        return self.evaluated.samples if len(self.codomain.leaves) == 1 else None

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacfunc._kernels import gram_of_samples
 from jacfunc._module_operators.evaluated import DetachedOperator, Evaluated
 from jacfunc._showing import Progress
+from jacfunc._solving import check_gram
 from jacfunc._torch import RandomState
 from jacfunc._trees import flatten, kind_of, positional
 from jacfunc._types import Leaves, Tree
@@ -65,6 +67,15 @@ class OverBatches(LinearOperator):
             total = products if total is None else tuple(map(torch.add, total, products))
         assert total is not None
         return total
+
+    def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """As of any operator; of independent samples from the factors of layers of all batches."""
+        every = [self._at(positional(batch)).samples for batch in self._pass()]
+        batches = [samples.at_batch for samples in every if samples is not None]
+        if len(batches) < len(every) or len(self.codomain.leaves) > 1:
+            return super().gram(center=center, dtype=dtype)
+        check_gram(self.api, center, dtype)
+        return gram_of_samples(batches, center=center, dtype=dtype or self.dtype)
 
     def _linearized(self) -> Iterator[tuple[DetachedOperator, slice]]:
         """The operator of each batch, and its samples among all."""

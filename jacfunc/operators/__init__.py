@@ -1,26 +1,27 @@
 """Linear operators on trees: products with Jacobians and their like, without the matrix.
 
-:func:`jacfunc.linearize` and others make a :class:`LinearOperator`: ``A @ v``, ``A.T @ u``,
-``A.matrix()``, sums, scalings, compositions and restrictions of operators. ``trace(A)`` and others
-reduce it to a number, exactly or by an estimator of :mod:`jacfunc.estimators`.
+:func:`jacfunc.linearize` and others make a :class:`LinearOperator`, which has products, an algebra
+and solves. ``trace(A)`` and others reduce it, exactly or by :mod:`jacfunc.estimators`.
 """
 
-from jacfunc.operators._hessian import HessianOperator, hessian_operator
-from jacfunc.operators._laplacian import (
-    divergence,
-    hessian_diagonal,
-    laplacian,
-    value_jacobian_laplacian,
-)
+from jacfunc.operators._hessian import hessian_operator, HessianOperator
+from jacfunc.operators._laplacian import divergence, hessian_diagonal, laplacian, value_jacobian_laplacian
+``A.matrix()``, ``A.solve(b)``, sums, scalings, compositions and restrictions of operators.
+"""
+
+from jacfunc._solving import Cholesky, ConjugateGradient, Solver
 from jacfunc.operators._linear_operator import LinearOperator
-from jacfunc.operators._linearize import Linearized, linearize
+from jacfunc.operators._linearize import linearize, Linearized
 from jacfunc.operators._reductions import diagonal, frobenius_norm, logdet, spectral_norm, trace
 from jacfunc.operators._space import Space
 
 __all__ = [
+    "Cholesky",
+    "ConjugateGradient",
     "HessianOperator",
     "LinearOperator",
     "Linearized",
+    "Solver",
     "Space",
     "diagonal",
     "divergence",

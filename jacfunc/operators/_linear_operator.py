@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from jacfunc._solving import PRECISE, Solver, check_side
 from jacfunc._types import Leaves
-from jacfunc.operators._products import Products
 from jacfunc.operators._restriction import Choice, Which
 from jacfunc.operators._scipy import scipy_operator
+from jacfunc.operators._solve import Solves
 from jacfunc.operators._space import Space, on_rows
 
 Map: TypeAlias = Callable[[Leaves], Leaves]
 """From K vectors to K products, leaf by leaf."""
 
 
-class LinearOperator(Products):
+class LinearOperator(Solves):
     """A linear map ``v ↦ A v`` between two trees of tensors, and its transpose ``u ↦ Aᵀ u``.
 
     Vectors are trees, or flat tensors; a product has the form of the vector. ``A + B``, ``A - B``,
@@ -72,7 +73,8 @@ class LinearOperator(Products):
     def T(self) -> LinearOperator:  # noqa: N802 (as in NumPy)
         """The transpose, ``u ↦ Aᵀ u``."""
         return OfMaps(
-            self.api, self.codomain, self.domain, self.pullback_batch, self.pushforward_batch
+            *(self.api, self.codomain, self.domain, self.pullback_batch, self.pushforward_batch),
+            self.is_symmetric,
         )
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -84,9 +86,11 @@ class LinearOperator(Products):
         def both(one: Map, two: Map) -> Map:
             return lambda seeds: tuple(map(torch.add, one(seeds), two(seeds)))
 
-        return self._mapped(
+        return OfMaps(
+            *(self.api, self.domain, self.codomain),
             both(self.pushforward_batch, other.pushforward_batch),
             both(self.pullback_batch, other.pullback_batch),
+            self.is_symmetric and other.is_symmetric,
         )
 
     def __mul__(self, factor: float | Tensor) -> LinearOperator:
@@ -96,11 +100,7 @@ class LinearOperator(Products):
             is_scalar = isinstance(factor, Real)
         if not is_scalar:
             return NotImplemented
-
-        def times(products_of: Map) -> Map:
-            return lambda seeds: tuple([factor * product for product in products_of(seeds)])
-
-        return self._mapped(times(self.pushforward_batch), times(self.pullback_batch))
+        return Scaled(self, factor)
 
     __rmul__ = __mul__
 
@@ -119,6 +119,7 @@ class LinearOperator(Products):
             self.codomain,
             lambda seeds: self.pushforward_batch(other.pushforward_batch(seeds)),
             lambda seeds: other.pullback_batch(self.pullback_batch(seeds)),
+            is_symmetric=False,
         )
 
     def restrict(self, rows: Which = None, columns: Which = None) -> LinearOperator:
@@ -150,10 +151,44 @@ class LinearOperator(Products):
             out.space,
             lambda seeds: out.extract(self.pushforward_batch(into.embed(seeds))),
             lambda seeds: into.extract(self.pullback_batch(out.embed(seeds))),
+            is_symmetric=False,
         )
 
-    def _mapped(self, push: Map, pull: Map) -> LinearOperator:
-        return OfMaps(self.api, self.domain, self.codomain, push, pull)
+    def inverse(
+        self,
+        *,
+        damping: float = 0.0,
+        side: Literal["rows", "columns", "both"] = "both",
+        center: bool = False,
+        solver: Solver | None = None,
+    ) -> LinearOperator:
+        """What :meth:`solve` does as an operator: a matrix that it forms is factored once.
+
+        Args:
+            damping, center, solver: as in :meth:`solve`.
+            side: ``"both"`` for ``(A + λ)⁻¹`` of a symmetric operator, ``"rows"`` for
+                ``(A Aᵀ + λ)⁻¹``, ``"columns"`` for ``(Aᵀ A + λ)⁻¹``.
+
+        Raises:
+            TypeError, ValueError: as :meth:`solve`.
+
+        Cost:
+            As :meth:`solve`, at once; then two triangular solves a product, if it is factored.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> value, J = jacfunc.linearize(lambda x: x**2, torch.tensor([1.0, 2.0]))
+            >>> J.quad(J.inverse(damping=1.0, side="columns")).diagonal()
+            tensor([0.8000, 0.9412])
+        """
+        check_side(self.api, side)
+        space = self.codomain if side == "rows" else self.domain
+        solution = self.solution(side, damping, center, solver)
+
+        def solve(seeds: Leaves) -> Leaves:
+            return space.cut(solution(space.rows(seeds).to(PRECISE)))
+
+        return OfMaps(self.api, space, space, solve, solve, is_symmetric=True)
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
@@ -183,12 +218,34 @@ class LinearOperator(Products):
 class OfMaps(LinearOperator):
     """The operator of two functions of leaves: one for ``A v``, one for ``Aᵀ u``."""
 
-    def __init__(self, api: str, domain: Space, codomain: Space, push: Map, pull: Map) -> None:
+    def __init__(
+        self, api: str, domain: Space, codomain: Space, push: Map, pull: Map, is_symmetric: bool
+    ) -> None:
         super().__init__(api, domain, codomain)
-        self._push, self._pull = push, pull
+        self._push, self._pull, self.is_symmetric = push, pull, is_symmetric
 
     def pushforward_batch(self, tangents: Leaves) -> Leaves:
         return self._push(tangents)
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
         return self._pull(cotangents)
+
+
+class Scaled(LinearOperator):
+    """An operator times a number; its Gramian is made as that of the operator itself."""
+
+    def __init__(self, inner: LinearOperator, factor: complex | Tensor) -> None:
+        super().__init__(inner.api, inner.domain, inner.codomain)
+        self._inner, self._factor, self.is_symmetric = inner, factor, inner.is_symmetric
+
+    def pushforward_batch(self, tangents: Leaves) -> Leaves:
+        return tuple([self._factor * x for x in self._inner.pushforward_batch(tangents)])
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        return tuple([self._factor * x for x in self._inner.pullback_batch(cotangents)])
+
+    def gram(self, *, center: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        return self._inner.gram(center=center, dtype=dtype) * self._factor**2
+
+    def rows_of_samples(self, start: int, stop: int) -> Tensor:
+        return self._inner.rows_of_samples(start, stop) * self._factor

@@ -144,17 +144,54 @@ class Space:
         check_like(api, name, leaves, tuple(x.expand(*count, *x.shape) for x in self.leaves))
         return leaves, lambda space, products: space.split.place(products)
 
+    def read_any(self, api: str, name: str, vectors: Tree) -> tuple[Leaves, Write]:
+        """One vector, or a matrix of K columns, as leaves ``[K, *shape]``."""
+        read = self.read_many if self.is_matrix(vectors) else self.read
+        return read(api, name, vectors)
+
+    def fits(self, vectors: Tree) -> bool:
+        """Can they be read as one vector, or as a matrix of K columns?"""
+        try:
+            self.read_any("", "", vectors)
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    def samples(self, api: str) -> int:
+        """How many samples vectors have in front.
+
+        Raises:
+            ValueError: if leaves differ in that, or have no dimensions.
+        """
+        sizes = {leaf.shape[0] if leaf.dim() else None for leaf in self.leaves}
+        if len(sizes) != 1 or None in sizes:
+            raise ValueError(
+                f"{api}: with center or per_sample products must have the samples in front, got "
+                f"{self}. Use a function whose outputs have the same first dimension."
+            )
+        return int(sizes.pop() or 0)
+
+    def centring(self, api: str) -> Callable[[Tensor], Tensor]:
+        """What subtracts from vectors in rows their mean over samples."""
+        self.samples(api)
+        return lambda rows: self.rows(
+            tuple([leaf - leaf.mean(1, keepdim=True) for leaf in self.cut(rows)])
+        )
+
     def _aligned(self, api: str, name: str, tree: Tree) -> Leaves:
         try:
-            return tuple(self.split.align(tree, name))
+            leaves = tuple(self.split.align(tree, name))
         except StructureError as error:
             raise ValueError(
                 f"{api}: {name} must be a flat tensor of {self.size} numbers or have the structure "
                 f"of what it belongs to, got one where {error}. Give dicts the same keys, and None "
                 "for what is not differentiated."
             ) from error
+        _check_dense(api, name, leaves)
+        return leaves
 
     def _check_flat(self, api: str, name: str, vector: Tensor, shape: tuple[int, ...]) -> None:
+        _check_dense(api, name, (vector,))
         if vector.shape != shape:
             raise ValueError(
                 f"{api}: {name} must have {self.size} numbers in its first dimension, got shape "
@@ -187,3 +224,11 @@ def on_rows(
 ) -> Callable[[Tensor], Tensor]:
     """Products of K vectors in rows, ``[K, N]`` → ``[K, M]``, from those of leaves."""
     return lambda rows: target.rows(products_of(source.cut(rows.to(source.device))))
+
+
+def _check_dense(api: str, name: str, leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
+            raise ValueError(
+                f"{api}: {name} must be dense, got {leaf.layout}. Convert it with .to_dense()."
+            )

@@ -122,6 +122,16 @@ def of_module(door: Callable[..., Any], *inner: Any, **good: Any) -> Public:
     return Public(door.__name__, door, {"module": MODEL, "x": XS, **good}, call, FREE)
 
 
+def of_operator(method: str, **good: Any) -> Public:
+    """A method of the operator that ``linearize`` makes of a wide matrix."""
+
+    def call(**options: Any) -> Any:
+        _, operator = jacfunc.linearize(lambda x: torch.stack([x.prod(), x.sum()]), X)
+        return getattr(operator, method)(**options)
+
+    return Public("linearize", getattr(jacfunc.LinearOperator, method), good, call)
+
+
 OF_FUNCTIONS = [
     *map(
         transform,
@@ -174,6 +184,11 @@ OF_FUNCTIONS = [
         on_a_graph,
         frozenset({"chunk_size", "memory", "strategy", "retain_graph"}),
     ),
+    of_operator("solve", b=torch.ones(2), damping=0.1),
+    of_operator("lstsq", b=torch.ones(2), damping=0.1),
+    of_operator("quad", middle=torch.ones(3)),
+    of_operator("gram"),
+    of_operator("inverse", side="rows", damping=0.1),
     Public("empty_cache", jacfunc.empty_cache, {}, jacfunc.empty_cache),
     *(
         Public(kind.__name__, kind, {}, kind)

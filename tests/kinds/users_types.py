@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import jacfunc
 from jacfunc.estimators import Approximation, Hutchinson, Lanczos, StochasticLanczos, XDiag, XTrace
 from jacfunc.operators import (
+    ConjugateGradient,
     HessianOperator,
     diagonal,
     frobenius_norm,
@@ -142,6 +143,11 @@ assert_type(J.T @ J, Any)
 assert_type((2.0 * J - J).matrix(), Tensor)
 assert_type(jacfunc.linearize(named, x, has_aux=True), tuple[Tensor, jacfunc.LinearOperator, str])
 assert_type(jacfunc.module_operator(model)(batch), jacfunc.LinearOperator)
+step: Tensor = J.lstsq(value, damping=1e-3, center=True)
+solution: Tensor = J.solve(x, damping=1e-3, side="rows", solver=ConjugateGradient(rtol=1e-6))
+assert_type(J.inverse(damping=0.1, side="columns"), jacfunc.LinearOperator)
+assert_type(J.gram(center=True, dtype=torch.float64), Tensor)
+assert_type(J.quad(x, per_sample=True), Tensor)
 
 # --- second order ---
 

@@ -1,0 +1,78 @@
+"""The Gramian of a module's Jacobian at one batch or several, from the factors of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from jacfunc._assembly import Places, shared_units, stack
+from jacfunc._factored import FactoredJacobian, Part, written
+from jacfunc._kernels.blocks import KeptAxes, product_of
+from jacfunc._kernels.fitting import in_ranges
+from jacfunc._memory import MULTIPLIED_BYTES
+from jacfunc._modules import ModuleAtBatch
+from jacfunc._trees import flatten
+from jacfunc._types import Leaves, is_tensor, product_dtype
+from jacfunc.layers import Outer
+
+
+def gram_of_samples(
+    batches: Sequence[ModuleAtBatch], *, center: bool, dtype: torch.dtype
+) -> Tensor:
+    """``J Jᵀ`` of the only output ``[B, *out]`` at all batches, with rows in its order.
+
+    Centred, it is that of ``J - 1 mᵀ`` with the mean m of samples' rows. Factors in float32 are
+    those of one J, whose kernel is added up in float64, and then centred: nothing is lost as long
+    as the mean is not 10⁸ times as large as what is left. So no row is written for it.
+    """
+    axes, first_batch = KeptAxes((), ()), batches[0]
+    ranges = in_ranges([batches], axes, first_batch.chunk_size, first_batch.budget)
+    precise = torch.float64 if center else dtype
+    with first_batch.contracting():
+        places = Places.of(first_batch.api, None)
+        tree = product_of(ranges[0], ranges[0], axes, None, places, precise)
+        (kernel,) = filter(is_tensor, flatten(tree)[0])
+        first, second, *out = kernel.shape
+        width = torch.Size(out[: len(out) // 2]).numel()
+        blocks: Tensor = kernel.reshape(first, second, width, width).transpose(1, 2)  # [B, C, B, C]
+        if center:
+            blocks = blocks - blocks.mean(0)
+            blocks -= blocks.mean(2, keepdim=True)
+        return blocks.reshape(first * width, second * width).to(dtype)
+
+
+def variances_of_samples(at_batch: ModuleAtBatch, diagonal: Mapping[str, Tensor]) -> Tensor:
+    """``J_b S J_bᵀ`` of each sample's only output, ``[B, C, C]``, for a diagonal S by name."""
+
+    def work(_: slice, jacobian: FactoredJacobian) -> Leaves:
+        (out,) = jacobian.outputs
+        every = at_batch.parts_of(jacobian, shared_units(jacobian.outputs))
+        shape = (jacobian.size, *(out.shape[1:].numel(),) * 2)
+        total = out.new_zeros(shape, dtype=product_dtype(out, *diagonal.values()))
+        with at_batch.contracting():
+            for name, parts in every.items():
+                _add_variances(total, parts, at_batch.params[name], diagonal[name])
+        return (total.to(out.dtype),)
+
+    return stack(at_batch.pieces(work), at_batch.size)[0]
+
+
+def _add_variances(total: Tensor, parts: Sequence[Part], param: Tensor, diagonal: Tensor) -> None:
+    """Add what one parameter contributes: from factors, or from rows of a few samples at a time."""
+    form = parts[0].form if len(parts) == 1 and not parts[0].path else None
+    if isinstance(form, Outer) and form.cotangents.shape[2:4] == (1, 1):
+        inputs = form.inputs.to(total.dtype).flatten(1)
+        seeds = form.cotangents.to(total.dtype).transpose(0, 1).flatten(2)  # [B, K, O]
+        order = (inputs.shape[1], -1) if form.is_transposed else (-1, inputs.shape[1])
+        spread = diagonal.to(total.dtype).reshape(order)
+        spread = spread.T if form.is_transposed else spread
+        weights = inputs.square() @ spread.T
+        total.baddbmm_(seeds * weights.unsqueeze(1), seeds.mT)
+        return
+    start, spread = 0, diagonal.to(total.dtype).flatten()
+    for block in written(parts, param, MULTIPLIED_BYTES):
+        matrices = block.flatten(2).to(total.dtype)
+        total[start : start + len(block)].baddbmm_(matrices * spread, matrices.mT)
+        start += len(block)
