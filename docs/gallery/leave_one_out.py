@@ -6,9 +6,9 @@ of the patient's own loss. So the loss L of held-out patients changes, the neare
 
     ∇Lᵀ m_i      ∇Lᵀ m_i / (1 - h_i)      L(θ + m_i / (1 - h_i)) - L(θ)
 
-where the leverage ``h_i = l_i'' x_iᵀ H⁻¹ x_i`` is what the patient has in H. H is the Jacobian of
-the gradient, an operator that is solved with, for all patients at once. Then every patient is left
-out in truth, and the model fitted again.
+where the leverage ``h_i = l_i'' x_iᵀ H⁻¹ x_i`` is what the patient has in H. H is an operator that
+is solved with, for all patients at once. Then every patient is left out in truth, and the model
+fitted again.
 
 Source: Cook, Weisberg, "Residuals and influence in regression" (1982); Pregibon, "Logistic
 regression diagnostics" (Annals of Statistics 9, 1981), for the leverage; Koh, Liang, "Understanding
@@ -85,7 +85,7 @@ def main() -> dict[str, float]:
     (weights,) = fitted(x, y, torch.ones(1, len(x), dtype=x.dtype))
     refits = fitted(x, y, 1 - torch.eye(len(x), dtype=x.dtype))
 
-    _, H = jacfunc.linearize(jacfunc.jacrev(partial(objective, x=x, y=y)), weights)
+    _, H = jacfunc.hessian_operator(partial(objective, x=x, y=y), weights)
     own, J = jacfunc.linearize(partial(losses, x=x, y=y), weights)
     gradients = J.matrix()
     moves = H.solve(gradients.T, side="both").T  # of the weights, [patients, 31]
