@@ -74,7 +74,7 @@ class Velocity(nn.Module):
         return self.layers(torch.cat([x, time.expand(*x.shape[:-1], 1)], -1))
 
 
-def trained() -> nn.Module:
+def train() -> nn.Module:
     """A velocity that carries noise along straight lines, in the mean."""
     model = Velocity().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
@@ -88,20 +88,20 @@ def trained() -> nn.Module:
     return model.requires_grad_(False)
 
 
-def integrated(steps: int, rates: Rates, *state: Tensor) -> tuple[Tensor, ...]:
+def integrate(steps: int, rates: Rates, *state: Tensor) -> tuple[Tensor, ...]:
     """The state at time 0 from that at time 1, by the method of Runge and Kutta."""
     step = -1 / steps
 
-    def moved(slopes: tuple[Tensor, ...], by: float) -> tuple[Tensor, ...]:
+    def along(slopes: tuple[Tensor, ...], by: float) -> tuple[Tensor, ...]:
         return tuple([x.add(slope, alpha=by) for x, slope in zip(state, slopes, strict=True)])
 
     for time in torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]:
         k1 = rates(time, *state)
-        k2 = rates(time + step / 2, *moved(k1, step / 2))
-        k3 = rates(time + step / 2, *moved(k2, step / 2))
-        k4 = rates(time + step, *moved(k3, step))
+        k2 = rates(time + step / 2, *along(k1, step / 2))
+        k3 = rates(time + step / 2, *along(k2, step / 2))
+        k4 = rates(time + step, *along(k3, step))
         for slopes, weight in ((k1, 1), (k2, 2), (k3, 2), (k4, 1)):
-            state = moved(slopes, weight * step / 6)
+            state = along(slopes, weight * step / 6)
     return state
 
 
@@ -109,7 +109,7 @@ def by_jacobian(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     """``log |det ∂F/∂x|`` of every point, ``[B]``, from the Jacobian of the whole map."""
 
     def flow(x: Tensor) -> Tensor:
-        return integrated(steps, lambda time, x: (model(x, time),), x)[0]
+        return integrate(steps, lambda time, x: (model(x, time),), x)[0]
 
     return torch.linalg.slogdet(jacfunc.vmap(jacfunc.jacobian(flow))(x)).logabsdet
 
@@ -124,7 +124,7 @@ def by_divergence(model: nn.Module, x: Tensor, steps: int) -> tuple[Tensor, ...]
         divergence, value = jacfunc.vmap(jacfunc.divergence(velocity, has_aux=True))(x)
         return value, divergence
 
-    return integrated(steps, rates, x, x.new_zeros(len(x)))
+    return integrate(steps, rates, x, x.new_zeros(len(x)))
 
 
 def by_estimate(model: nn.Module, x: Tensor, steps: int) -> Tensor:
@@ -135,44 +135,44 @@ def by_estimate(model: nn.Module, x: Tensor, steps: int) -> Tensor:
         value, product = jacfunc.jvp(lambda x: model(x, time), (x,), (signs,))
         return value, (signs * product).sum(1)
 
-    return integrated(steps, rates, x, x.new_zeros(len(x)))[1]
+    return integrate(steps, rates, x, x.new_zeros(len(x)))[1]
 
 
 def main() -> dict[str, float]:
     """Print and return how far the three ways are apart, and what the density comes to."""
     torch.manual_seed(0)
-    model, points = trained(), data(POINTS)
-    found = {}
+    model, points = train(), data(POINTS)
+    results = {}
     print("steps  largest difference of the integral, log10")
     for steps in (10, 20, 40):
         exact, (z, integral) = (
             by_jacobian(model, points, steps),
             by_divergence(model, points, steps),
         )
-        found[str(steps)] = float((integral - exact).abs().max().log10())
-        print(f"{steps:5}  {found[str(steps)]:43.1f}")
+        results[str(steps)] = float((integral - exact).abs().max().log10())
+        print(f"{steps:5}  {results[str(steps)]:43.1f}")
 
     repeated = points.repeat_interleave(PROBES, 0)
     errors = by_estimate(model, repeated, STEPS).view(POINTS, PROBES) - integral[:, None]
-    found["one vector"] = float(errors.square().mean().sqrt())
-    found["all vectors"] = float(errors.mean(1).square().mean().sqrt())
-    found["standard error"] = float((errors.var(1).mean() / PROBES).sqrt())
+    results["one vector"] = float(errors.square().mean().sqrt())
+    results["all vectors"] = float(errors.mean(1).square().mean().sqrt())
+    results["standard error"] = float((errors.var(1).mean() / PROBES).sqrt())
     print("estimate                 error")
-    print(f"one vector a point       {found['one vector']:.3f}")
-    print(f"{PROBES} vectors a point      {found['all vectors']:.3f}")
-    print(f"standard error of these  {found['standard error']:.3f}")
+    print(f"one vector a point       {results['one vector']:.3f}")
+    print(f"{PROBES} vectors a point      {results['all vectors']:.3f}")
+    print(f"standard error of these  {results['standard error']:.3f}")
 
     side = torch.linspace(-5, 5, GRID, dtype=torch.float64)
     z, integral = by_divergence(model, torch.cartesian_prod(side, side), STEPS)
-    found["plane"] = float((log_normal(z) + integral).exp().sum() * (side[1] - side[0]) ** 2)
+    results["plane"] = float((log_normal(z) + integral).exp().sum() * (side[1] - side[0]) ** 2)
     z, integral = by_divergence(model, points, STEPS)
-    found["flow"] = float((log_normal(z) + integral).mean())
-    found["data"] = float(log_ring(points).mean())
+    results["flow"] = float((log_normal(z) + integral).mean())
+    results["data"] = float(log_ring(points).mean())
     print("density")
-    print(f"integral over the plane  {found['plane']:.3f}")
-    print(f"mean log of new points   {found['flow']:.3f}")
-    print(f"mean log, their own      {found['data']:.3f}")
-    return found
+    print(f"integral over the plane  {results['plane']:.3f}")
+    print(f"mean log of new points   {results['flow']:.3f}")
+    print(f"mean log, their own      {results['data']:.3f}")
+    return results
 
 
 if __name__ == "__main__":

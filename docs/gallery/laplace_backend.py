@@ -50,7 +50,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(labels)[order]
 
 
-def trained(x: Tensor, y: Tensor) -> nn.Module:
+def train(x: Tensor, y: Tensor) -> nn.Module:
     """A network of 810 parameters."""
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 10)
@@ -68,33 +68,37 @@ def main() -> dict[str, float]:
     torch.manual_seed(0)
     sizes = (TRAINING_IMAGES, TEST_IMAGES)
     (x, test_x), (y, test_y) = (data.split(sizes) for data in digits())
-    model = trained(x, y)
+    model = train(x, y)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=100)
 
-    jacobians, chances = {}, {}
+    jacobians, gradients, chances = {}, {}, {}
     for backend in (CurvlinopsGGN, JacfuncGGN):
         posterior = Laplace(model, "classification", "all", "full", backend=backend)
         posterior.fit(loader)
         jacobians[backend], _ = posterior.backend.jacobians(test_x)
+        images = test_x.clone().requires_grad_()
+        J, outputs = posterior.backend.jacobians(images, enable_backprop=True)
+        (gradients[backend],) = torch.autograd.grad(J.square().sum() + outputs.sum(), images)
         chances[backend] = posterior(test_x, link_approx="probit")
     variances = posterior.functional_variance(jacobians[JacfuncGGN])
-    J = jacfunc.module_operator(model, per_sample=True)(test_x)
-    by_operator = J.quad(posterior.posterior_covariance, per_sample=True)
+    operator = jacfunc.module_operator(model, per_sample=True)(test_x)
+    by_operator = operator.quad(posterior.posterior_covariance, per_sample=True)
 
     def apart(one: Tensor, other: Tensor) -> float:
         return float((one - other).abs().max() / other.abs().max())
 
-    found = {
+    results = {
         "own": float(F.nll_loss(chances[CurvlinopsGGN].log(), test_y)),
         "jacfunc": float(F.nll_loss(chances[JacfuncGGN].log(), test_y)),
         "Jacobians": apart(jacobians[JacfuncGGN], jacobians[CurvlinopsGGN]),
+        "gradients": apart(gradients[JacfuncGGN], gradients[CurvlinopsGGN]),
         "chances": apart(chances[JacfuncGGN], chances[CurvlinopsGGN]),
         "variances": apart(by_operator, variances),
     }
     print("back end       log loss")
     for name, label in (("own", "laplace-torch"), ("jacfunc", "jacfunc")):
-        print(f"{label:13}  {found[name]:8.4f}")
-    return found
+        print(f"{label:13}  {results[name]:8.4f}")
+    return results
 
 
 if __name__ == "__main__":

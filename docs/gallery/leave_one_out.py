@@ -58,7 +58,7 @@ def objective(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return losses(weights, x, y).sum() + PENALTY / 2 * weights[:-1].square().sum()
 
 
-def fitted(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+def newton_fits(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     """Weights ``[K, 31]`` of K fits, each with a count for every patient, by Newton's method."""
     penalty = torch.full((x.shape[1],), PENALTY, dtype=x.dtype)
     penalty[-1] = 0
@@ -82,8 +82,8 @@ def main() -> dict[str, float]:
     torch.manual_seed(0)
     x, y = patients()
     (x, held_x), (y, held_y) = (data.tensor_split([TRAINING_PATIENTS]) for data in (x, y))
-    (weights,) = fitted(x, y, torch.ones(1, len(x), dtype=x.dtype))
-    refits = fitted(x, y, 1 - torch.eye(len(x), dtype=x.dtype))
+    (weights,) = newton_fits(x, y, torch.ones(1, len(x), dtype=x.dtype))
+    refits = newton_fits(x, y, 1 - torch.eye(len(x), dtype=x.dtype))
 
     _, H = jacfunc.hessian_operator(partial(objective, x=x, y=y), weights)
     own, J = jacfunc.linearize(partial(losses, x=x, y=y), weights)
@@ -91,28 +91,28 @@ def main() -> dict[str, float]:
     moves = H.solve(gradients.T, side="both").T  # of the weights, [patients, 31]
     chances = (x @ weights).sigmoid()  # l' is p - y, and l'' is p (1 - p)
     leverages = chances * (1 - chances) / (chances - y) ** 2 * (gradients * moves).sum(1)
-    moved = weights + moves / (1 - leverages).unsqueeze(1)
+    new_weights = weights + moves / (1 - leverages).unsqueeze(1)
 
     def held_loss_of(weights: Tensor) -> Tensor:
         return losses(weights, held_x, held_y).sum(-1)
 
     before, gradient = jacfunc.value_and_jacobian(held_loss_of)(weights)
     changes = held_loss_of(refits) - before
-    found = {
+    results = {
         "first order": correlation(moves @ gradient, changes),
-        "with leverage": correlation((moved - weights) @ gradient, changes),
-        "at moved weights": correlation(held_loss_of(moved) - before, changes),
+        "with leverage": correlation((new_weights - weights) @ gradient, changes),
+        "at new weights": correlation(held_loss_of(new_weights) - before, changes),
     }
-    found["training"] = float(own.mean())
-    for name, each in (("told", moved), ("refits", refits)):
-        found[name] = float(losses(each, x, y).diagonal().mean())
+    results["training"] = float(own.mean())
+    for name, each in (("told", new_weights), ("refits", refits)):
+        results[name] = float(losses(each, x, y).diagonal().mean())
     print("change of the held-out loss  correlation with refits")
-    for name in ("first order", "with leverage", "at moved weights"):
-        print(f"{name:27}  {found[name]:23.4f}")
+    for name in ("first order", "with leverage", "at new weights"):
+        print(f"{name:27}  {results[name]:23.4f}")
     print("loss of a patient            in the mean")
     for name in ("training", "told", "refits"):
-        print(f"{LABELS[name]:27}  {found[name]:11.4f}")
-    return found
+        print(f"{LABELS[name]:27}  {results[name]:11.4f}")
+    return results
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ def main() -> dict[str, float]:
             growth += R.diagonal(dim1=1, dim2=2).abs().log().mean(0)
     exponents = growth / (FRAMES * STEPS_A_FRAME * STEP)
 
-    found = {"1": exponents[0], "2": exponents[1], "3": exponents[2], "sum": exponents.sum()}
+    results = {"1": exponents[0], "2": exponents[1], "3": exponents[2], "sum": exponents.sum()}
     print("exponent  published  difference")
-    for (name, exponent), published in zip(found.items(), PUBLISHED, strict=True):
+    for (name, exponent), published in zip(results.items(), PUBLISHED, strict=True):
         print(f"{name:8}  {published:9.3f}  {abs(float(exponent) - published):10.3f}")
-    return {name: float(exponent) for name, exponent in found.items()}
+    return {name: float(exponent) for name, exponent in results.items()}
 
 
 if __name__ == "__main__":

@@ -55,15 +55,15 @@ class LogPsi(nn.Module):
         return self.network(x).squeeze(-1) - x.square().sum(-1) / 2
 
 
-def moved(model: nn.Module, x: Tensor) -> Tensor:
+def metropolis(model: nn.Module, x: Tensor) -> Tensor:
     """The walkers ``[B, 6]`` after some moves of Metropolis, which leave ψ² as it is."""
     with torch.no_grad():
         before = model(x)
         for _ in range(MOVES):
             y = x + REACH * torch.randn_like(x)
             after = model(y)
-            taken = torch.rand_like(before).log() < 2 * (after - before)
-            x, before = torch.where(taken[:, None], y, x), torch.where(taken, after, before)
+            accepts = torch.rand_like(before).log() < 2 * (after - before)
+            x, before = torch.where(accepts[:, None], y, x), torch.where(accepts, after, before)
     return x
 
 
@@ -79,10 +79,10 @@ def main() -> dict[str, float]:
     torch.manual_seed(0)
     K, model = stiffness(), LogPsi().double()
     operator = jacfunc.module_operator(model, per_sample=True)
-    x = moved(model, torch.randn(WALKERS, COORDINATES).double())
+    x = metropolis(model, torch.randn(WALKERS, COORDINATES).double())
     energies = []
     for _ in range(ITERATIONS):
-        x = moved(model, x)
+        x = metropolis(model, x)
         local = local_energies(model, x, K)
         energies.append(float(local.mean()))
         step = operator(x).lstsq(local - local.mean(), damping=DAMPING, center=True)
@@ -92,17 +92,17 @@ def main() -> dict[str, float]:
 
     samples = []
     for _ in range(MEASURED):
-        x = moved(model, x)
+        x = metropolis(model, x)
         samples.append(local_energies(model, x, K))
-    found = {"first": energies[0]}
+    results = {"first": energies[0]}
     spread, mean = torch.std_mean(torch.cat(samples))
-    found["last"], found["spread"] = float(mean), float(spread)
-    found["ground state"] = float(torch.linalg.eigvalsh(K).sqrt().sum()) / 2
-    print(f"energy at first          {found['first']:.4f}")
-    print(f"after {ITERATIONS} steps           {found['last']:.4f}")
-    print(f"of the ground state      {found['ground state']:.4f}")
-    print(f"spread of local energies {found['spread']:.4f}")
-    return found
+    results["last"], results["spread"] = float(mean), float(spread)
+    results["ground state"] = float(torch.linalg.eigvalsh(K).sqrt().sum()) / 2
+    print(f"energy at first          {results['first']:.4f}")
+    print(f"after {ITERATIONS} steps           {results['last']:.4f}")
+    print(f"of the ground state      {results['ground state']:.4f}")
+    print(f"spread of local energies {results['spread']:.4f}")
+    return results
 
 
 if __name__ == "__main__":

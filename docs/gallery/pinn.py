@@ -77,11 +77,11 @@ def by_gauss_newton(problem: Problem) -> list[float]:
         residuals, J = jacfunc.linearize(problem.residuals, params)
         while True:
             step = J.lstsq(residuals, damping=damping)
-            moved = {name: params[name] - step[name] for name in params}
-            if problem.residuals(moved).norm() < residuals.norm():
+            candidate = {name: params[name] - step[name] for name in params}
+            if problem.residuals(candidate).norm() < residuals.norm():
                 break
             damping *= 4
-        params, damping = moved, damping / 10
+        params, damping = candidate, damping / 10
         errors.append(problem.error(params))
     return errors
 
@@ -106,11 +106,11 @@ def main() -> dict[str, list[float]]:
     """Print and return the errors of both."""
     torch.manual_seed(1)
     problem = Problem()
-    found = {"Gauss-Newton": by_gauss_newton(problem), "Adam": by_adam(problem)}
+    results = {"Gauss-Newton": by_gauss_newton(problem), "Adam": by_adam(problem)}
     print("by            log10 of the relative error")
-    for name, errors in found.items():
+    for name, errors in results.items():
         print(f"{name:12}  {log10(errors[-1]):27.1f}")
-    return found
+    return results
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main() -> dict[str, float]:
     H = torch.cat(rows).view(3 * ATOMS, 3 * ATOMS)
     squared, reference = (torch.linalg.eigvalsh(each) for each in (H, in_closed_form(x)))
     frequencies = WAVENUMBER * squared[6:].sqrt()
-    found = {
+    results = {
         "energy": float(energy(x)),
         "zero modes": int((squared.abs() < 1e-9 * squared.max()).sum()),
         "lowest": float(frequencies.min()),
@@ -101,11 +101,11 @@ def main() -> dict[str, float]:
         "asymmetry": float((H - H.T).abs().max() / H.abs().max()),
         "error": float((squared - reference).abs().max() / squared.max()),
     }
-    print(f"energy {found['energy']:.6f}, of {3 * ATOMS} modes {found['zero modes']} are zero")
+    print(f"energy {results['energy']:.6f}, of {3 * ATOMS} modes {results['zero modes']} are zero")
     print("vibration  1/cm")
     for name in ("lowest", "mean", "highest"):
-        print(f"{name:9}  {found[name]:.2f}")
-    return found
+        print(f"{name:9}  {results[name]:.2f}")
+    return results
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def test_a_network_solves_an_equation_by_gauss_newton_steps(capsys):
 
 def test_patients_left_out_are_told_without_fitting_again(capsys):
     found = result_of("leave_one_out", capsys)
-    assert 0.99 < found["first order"] < found["with leverage"] < found["at moved weights"]
-    assert found["at moved weights"] > 0.999
+    assert 0.99 < found["first order"] < found["with leverage"] < found["at new weights"]
+    assert found["at new weights"] > 0.999
     assert found["told"] == pytest.approx(found["refits"], rel=2e-3)
     assert found["refits"] > 1.05 * found["training"]
 
@@ -120,7 +120,7 @@ def test_laplace_torch_takes_jacobians_from_here(capsys):
     reason = "laplace-torch is not installed; benchmarks/rivals.txt pins it: pip install it to run"
     pytest.importorskip("laplace", reason=reason)
     found = result_of("laplace_backend", capsys)
-    for name in ("Jacobians", "chances", "variances"):
+    for name in ("Jacobians", "gradients", "chances", "variances"):
         assert found[name] < 1e-5
 
 
