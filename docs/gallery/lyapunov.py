@@ -61,11 +61,8 @@ def main() -> dict[str, float]:
     growth = torch.zeros(3, dtype=torch.float64)
     for number in range(FORGOTTEN + FRAMES):
         x, J = jacfunc.linearize(flow, x)
-        columns = frames.movedim(
-            -1, 0
-        ).contiguous()  # three tangents of all trajectories, [3, B, 3]
-        tangents = J.mm(columns)
-        frames, R = torch.linalg.qr(tangents.movedim(0, -1))
+        tangents = frames.movedim(-1, 0).contiguous()  # three of all trajectories, [3, B, 3]
+        frames, R = torch.linalg.qr(J.mm(tangents).movedim(0, -1))
         if number >= FORGOTTEN:
             growth += R.diagonal(dim1=1, dim2=2).abs().log().mean(0)
     exponents = growth / (FRAMES * STEPS_A_FRAME * STEP)
