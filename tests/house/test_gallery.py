@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from itertools import pairwise
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,61 @@ def test_no_loss_grows_by_jacobian_descent(capsys):
     assert by_images.worsened > 0.04
     assert by_jacobian.rare > by_images.rare + 0.4
     assert by_jacobian.common > 0.85
+
+
+def test_exponents_of_lorenz_are_those_that_are_published(capsys):
+    found = result_of("lyapunov", capsys)
+    assert found["1"] == pytest.approx(0.9056, rel=0.02)
+    assert abs(found["2"]) < 0.02
+    assert found["3"] == pytest.approx(-14.5723, rel=0.02)
+    assert found["sum"] == pytest.approx(-41 / 3, rel=1e-3)
+
+
+def test_the_integral_of_divergences_is_the_log_determinant(capsys):
+    found = result_of("continuous_flow", capsys)
+    assert found["40"] < -6
+    for coarse, fine in (("10", "20"), ("20", "40")):  # an error of fourth order: 16 times less
+        assert found[coarse] - found[fine] == pytest.approx(log10(16), abs=0.3)
+    assert found["all vectors"] < 1.5 * found["standard error"]
+    assert found["plane"] == pytest.approx(1, abs=1e-2)
+
+
+def test_a_network_solves_an_equation_by_gauss_newton_steps(capsys):
+    found = result_of("pinn", capsys)
+    assert found["Gauss-Newton"][-1] < 1e-6
+    assert found["Adam"][-1] > 1e-3
+    assert len(found["Adam"]) > 5 * len(found["Gauss-Newton"])
+
+
+def test_patients_left_out_are_told_without_fitting_again(capsys):
+    found = result_of("leave_one_out", capsys)
+    assert 0.99 < found["first order"] < found["with leverage"] < found["at new weights"]
+    assert found["at new weights"] > 0.999
+    assert found["told"] == pytest.approx(found["refits"], rel=2e-3)
+    assert found["refits"] > 1.05 * found["training"]
+
+
+def test_vibrations_are_those_of_the_closed_form(capsys):
+    found = result_of("vibrations", capsys)
+    assert found["energy"] == pytest.approx(-97.348815, abs=1e-6)  # Wales and Doye 1997
+    assert found["zero modes"] == 6
+    assert found["lowest"] > 1
+    assert found["asymmetry"] < 1e-12
+    assert found["error"] < 1e-12
+
+
+def test_natural_gradients_come_to_the_ground_state(capsys):
+    found = result_of("monte_carlo", capsys)
+    assert found["last"] == pytest.approx(found["ground state"], rel=1e-3)
+    assert found["first"] > 1.2 * found["ground state"]
+
+
+def test_laplace_torch_takes_jacobians_from_here(capsys):
+    reason = "laplace-torch is not installed; benchmarks/rivals.txt pins it: pip install it to run"
+    pytest.importorskip("laplace", reason=reason)
+    found = result_of("laplace_backend", capsys)
+    for name in ("Jacobians", "gradients", "chances", "variances"):
+        assert found[name] < 1e-5
 
 
 def test_the_gallery_shows_every_script():
