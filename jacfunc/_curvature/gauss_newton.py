@@ -16,10 +16,10 @@ from jacfunc._linear_map import is_followed, one_by_one
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves, Params, Tree
-from jacfunc.operators import LinearOperator, Space
+from jacfunc.operators import LinearOperator, Space, SymmetricOperator
 
 
-class GaussNewton(LinearOperator, Generic[Params]):
+class GaussNewton(SymmetricOperator, Generic[Params]):
     """``G = Σ_b J_bᵀ H_b J_b`` at a point, each of its forms computed when it is asked for.
 
     ``J_b`` is the Jacobian of sample b's outputs in the parameters, ``H_b`` the second derivative
@@ -72,11 +72,6 @@ class GaussNewton(LinearOperator, Generic[Params]):
 
     def __repr__(self) -> str:
         return f"GaussNewton(point={self.point!r})"
-
-    @property
-    def T(self) -> GaussNewton[Params]:  # noqa: N802 (as in NumPy)
-        """The matrix itself, as it is symmetric."""
-        return self
 
     def product(self, vector: Params | Mapping[str, Tensor]) -> Params:
         """``G v``, by one product with J, one with H and one with Jᵀ; samples may be coupled.
@@ -146,9 +141,6 @@ class GaussNewton(LinearOperator, Generic[Params]):
                 f"{self.api}: the product must be one that torch can take, got a refusal: "
                 f"{refusal}. Use diagonal(), blocks() or matrix(), which take the samples apart."
             ) from refusal
-
-    def pullback_batch(self, cotangents: Leaves) -> Leaves:
-        return self.pushforward_batch(cotangents)
 
     def diagonal(self) -> Params:
         """The exact diagonal, from the layers' inputs and cotangents; J is never written out.

@@ -4,6 +4,7 @@ from jacfunc._linear_map.agreement import (
     CHANGING,
     Evaluations,
     check_agreement,
+    check_numbers,
     check_transpose,
     detached,
 )
@@ -24,7 +25,7 @@ from jacfunc._linear_map.linearization import (
     nonzero_numbers,
     one_by_one,
 )
-from jacfunc._linear_map.operator import JacobianOperator, check_numbers
+from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._linear_map.push import push_on_graph
 from jacfunc._linear_map.samples import (
     Dims,

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from jacfunc._errors import Changes, Refused
 from jacfunc._rounding import are_near
-from jacfunc._torch import below_transforms, inside_transform, outside_transforms, untracked
+from jacfunc._torch import (
+    below_transforms,
+    holds_nan,
+    inside_transform,
+    outside_transforms,
+    untracked,
+)
 from jacfunc._types import Leaves
 
 CHANGING = (
@@ -72,6 +78,21 @@ class Evaluations:
             self._outputs[what] = detached(outputs)
         else:
             check_agreement(first, outputs)
+
+
+def check_numbers(products: Leaves) -> Leaves:
+    """The products of tangents, none of which may hold a nan.
+
+    Raises:
+        Refused: if one does. A zero tangent that meets an infinite derivative gives nan, and such
+            a nan can't be told from one of the derivative itself.
+    """
+    if any(map(holds_nan, products)):
+        raise Refused(
+            "forward mode gives nan, which zero tangents and infinite derivatives may have made; "
+            "use strategy=Reverse()"
+        )
+    return products
 
 
 def detached(leaves: Leaves) -> Leaves:

@@ -17,13 +17,7 @@ from jacfunc._linear_map.push import pushforward, pushforward_batch
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
-from jacfunc._torch import (
-    RandomState,
-    below_transforms,
-    holds_nan,
-    inside_transform,
-    levels,
-)
+from jacfunc._torch import RandomState, below_transforms, inside_transform, levels
 from jacfunc._trees import kind_of
 from jacfunc._types import LeafFunction, Leaves
 
@@ -197,7 +191,7 @@ class JacobianOperator:
     @property
     def is_evaluated(self) -> bool:
         """Are there outputs of an evaluation already?"""
-        return self._image is not None or self._linearization is not None
+        return not (self._image is None and self._linearization is None)
 
     def keep_image(self, outputs: Leaves, extras: Leaves) -> None:
         """Take outputs and extras of an evaluation that was made elsewhere."""
@@ -233,21 +227,6 @@ class JacobianOperator:
                 self.func(*(primal.clone() for primal in self.primals))
             reason = str(error).strip().split("\n")[0]
             raise Refused(f"torch can't {what} through it ({reason})") from error
-
-
-def check_numbers(products: Leaves) -> Leaves:
-    """The products of tangents, none of which may hold a nan.
-
-    Raises:
-        Refused: if one does. A zero tangent that meets an infinite derivative gives nan, and such
-            a nan can't be told from one of the derivative itself.
-    """
-    if any(map(holds_nan, products)):
-        raise Refused(
-            "forward mode gives nan, which zero tangents and infinite derivatives may have made; "
-            "use strategy=Reverse()"
-        )
-    return products
 
 
 def _is_empty(seeds: Leaves) -> bool:

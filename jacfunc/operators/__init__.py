@@ -4,14 +4,16 @@
 and solves. ``trace(A)`` and others reduce it, exactly or by :mod:`jacfunc.estimators`.
 """
 
-from jacfunc.operators._hessian import hessian_operator, HessianOperator
-from jacfunc.operators._laplacian import divergence, hessian_diagonal, laplacian, value_jacobian_laplacian
-``A.matrix()``, ``A.solve(b)``, sums, scalings, compositions and restrictions of operators.
-"""
-
 from jacfunc._solving import Cholesky, ConjugateGradient, Solver
-from jacfunc.operators._linear_operator import LinearOperator
-from jacfunc.operators._linearize import linearize, Linearized
+from jacfunc.operators._hessian import HessianOperator, hessian_operator
+from jacfunc.operators._laplacian import (
+    divergence,
+    hessian_diagonal,
+    laplacian,
+    value_jacobian_laplacian,
+)
+from jacfunc.operators._linear_operator import LinearOperator, SymmetricOperator
+from jacfunc.operators._linearize import Linearized, linearize
 from jacfunc.operators._reductions import diagonal, frobenius_norm, logdet, spectral_norm, trace
 from jacfunc.operators._space import Space
 
@@ -23,6 +25,7 @@ __all__ = [
     "Linearized",
     "Solver",
     "Space",
+    "SymmetricOperator",
     "diagonal",
     "divergence",
     "frobenius_norm",

@@ -20,7 +20,7 @@ from jacfunc._planning import HESSIAN_PRODUCT, Plan, attempt
 from jacfunc._torch import RandomState, makes_plain_tensors
 from jacfunc._trees import map_tensors
 from jacfunc._types import AuxT, Leaves, OutT, Tree
-from jacfunc.operators._linear_operator import LinearOperator
+from jacfunc.operators._linear_operator import LinearOperator, SymmetricOperator
 from jacfunc.operators._products import MANY
 from jacfunc.operators._restriction import Which
 from jacfunc.operators._space import Space
@@ -98,7 +98,7 @@ def hessian_operator(
     return (value, operator, aux) if has_aux else (value, operator)
 
 
-class HessianOperator(LinearOperator):
+class HessianOperator(SymmetricOperator):
     """The Hessian of a function of one number: symmetric, on the graph of the gradient.
 
     Args:
@@ -146,18 +146,10 @@ class HessianOperator(LinearOperator):
         pairs = zip(self._point.outputs, self.domain.leaves, strict=True)
         return self.domain.split.place([row.clone().view(leaf.shape) for row, leaf in pairs])
 
-    @property
-    def T(self) -> HessianOperator:  # noqa: N802 (as in NumPy)
-        """The operator itself, which is symmetric."""
-        return self
-
     def pushforward_batch(self, tangents: Leaves) -> Leaves:
         if is_followed(tangents) and not self._is_differentiated:
             return self._as_map()(tangents)
-        return self._times(tangents)
-
-    def pullback_batch(self, cotangents: Leaves) -> Leaves:
-        return self.pushforward_batch(cotangents)
+        return self._by_hessian(tangents)
 
     def __getitem__(self, which: tuple[Which, Which]) -> LinearOperator:
         """``H[rows, columns]``, a block: as :meth:`restrict`, by names of leaves or by numbers."""
@@ -178,11 +170,10 @@ class HessianOperator(LinearOperator):
 
         Example:
             >>> import torch, jacfunc
-            >>> value, H = jacfunc.hessian_operator(lambda x, y: x @ x * y, torch.ones(2),
-            ...                                     torch.tensor(3.0))
+            >>> value, H = jacfunc.hessian_operator(lambda x: x @ x * 3.0, torch.ones(2))
             >>> H.blocks()
-            (tensor([[6., 0.],
-                    [0., 6.]]), tensor([[0.]]))
+            tensor([[6., 0.],
+                    [0., 6.]])
         """
         return self.domain.split.place(self._by_leaf(chunk_size, lambda rows, _: rows))
 
@@ -220,7 +211,7 @@ class HessianOperator(LinearOperator):
 
         return self._run(onto_leaf) if len(units[0]) else units
 
-    def _times(self, vectors: Leaves) -> Leaves:
+    def _by_hessian(self, vectors: Leaves) -> Leaves:
         """K products with the Hessian; zero where there is nothing to multiply."""
         if not vectors or not len(vectors[0]):
             return vectors
@@ -244,7 +235,7 @@ class HessianOperator(LinearOperator):
 
         def many(seeds: Leaves) -> Leaves:
             lead = seeds[0].shape[:2]
-            times = self._times(tuple(seed.flatten(0, 1) for seed in seeds))
+            times = self._by_hessian(tuple(seed.flatten(0, 1) for seed in seeds))
             return tuple(each.unflatten(0, lead) for each in times)
 
-        return LinearMap(self._times, many, self._as_map)
+        return LinearMap(self._by_hessian, many, self._as_map)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,9 +12,8 @@ from torch import Tensor
 from jacfunc._solving import PRECISE, Solver, check_side
 from jacfunc._types import Leaves
 from jacfunc.operators._restriction import Choice, Which
-from jacfunc.operators._scipy import scipy_operator
 from jacfunc.operators._solve import Solves
-from jacfunc.operators._space import Space, on_rows
+from jacfunc.operators._space import Space
 
 Map: TypeAlias = Callable[[Leaves], Leaves]
 """From K vectors to K products, leaf by leaf."""
@@ -190,29 +189,22 @@ class LinearOperator(Solves):
 
         return OfMaps(self.api, space, space, solve, solve, is_symmetric=True)
 
-    def to_scipy(self) -> Any:
-        """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
-
-        Raises:
-            ImportError: without SciPy, which the extra ``scipy`` brings.
-
-        Cost:
-            Each product as of this operator, and a copy of the vector if it is not on a CPU.
-
-        Example:
-            >>> import torch, jacfunc
-            >>> from scipy.sparse.linalg import svds
-            >>> A = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
-            >>> value, J = jacfunc.linearize(lambda x: A @ x, torch.ones(5, dtype=torch.float64))
-            >>> svds(J.to_scipy(), k=1, return_singular_vectors=False)
-            array([5.])
-        """
-        push = on_rows(self.domain, self.codomain, self.pushforward_batch)
-        pull = on_rows(self.codomain, self.domain, self.pullback_batch)
-        return scipy_operator(self.shape, self.dtype, push, pull)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype})"
+
+
+class SymmetricOperator(LinearOperator):
+    """An operator of a space into itself that is its own transpose."""
+
+    is_symmetric = True
+
+    @property
+    def T(self) -> Self:  # noqa: N802 (as in NumPy)
+        """The operator itself."""
+        return self
+
+    def pullback_batch(self, cotangents: Leaves) -> Leaves:
+        return self.pushforward_batch(cotangents)
 
 
 class OfMaps(LinearOperator):

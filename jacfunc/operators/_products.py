@@ -225,3 +225,24 @@ def seen_by_estimators(api: str, operator: Products) -> ByProducts:
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     """Half precision loses sums, and has no factorizations."""
     return torch.promote_types(dtype, torch.float32)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
+
+        Raises:
+            ImportError: without SciPy, which the extra ``scipy`` brings.
+
+        Cost:
+            Each product as of this operator, and a copy of the vector if it is not on a CPU.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> from scipy.sparse.linalg import svds
+            >>> A = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
+            >>> value, J = jacfunc.linearize(lambda x: A @ x, torch.ones(5, dtype=torch.float64))
+            >>> svds(J.to_scipy(), k=1, return_singular_vectors=False)
+            array([5.])
+        """
+        push = on_rows(self.domain, self.codomain, self.pushforward_batch)
+        pull = on_rows(self.codomain, self.domain, self.pullback_batch)
+        return scipy_operator(self.shape, self.dtype, push, pull)
