@@ -103,7 +103,7 @@ def pushing_operator(
     None for calls of a kind that must be watched: two evaluations are watched better than one.
     """
     call, products = operator.func, list[Tensor]()
-    is_known = is_unwatched(call, (torch.is_grad_enabled(), False))
+    is_known = is_unwatched(call, (torch.is_grad_enabled(), False, 1))
     if not is_known or _are_split().get(*_kind_of(call)):
         return None
 

@@ -18,6 +18,7 @@ from jacfunc._log import note
 from jacfunc._memory import Chunk
 from jacfunc._types import Blocks, Leaves, Tree
 from jacfunc.estimators import ByProducts
+from jacfunc.operators._scipy import scipy_operator
 from jacfunc.operators._space import Space, on_rows
 
 MANY = 256
@@ -151,6 +152,27 @@ class Products(ABC):
         every[of] = cotangents
         return self.pullback_batch(tuple(every))
 
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
+
+        Raises:
+            ImportError: without SciPy, which the extra ``scipy`` brings.
+
+        Cost:
+            Each product as of this operator, and a copy of the vector if it is not on a CPU.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> from scipy.sparse.linalg import svds
+            >>> A = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
+            >>> value, J = jacfunc.linearize(lambda x: A @ x, torch.ones(5, dtype=torch.float64))
+            >>> svds(J.to_scipy(), k=1, return_singular_vectors=False)
+            array([5.])
+        """
+        push = on_rows(self.domain, self.codomain, self.pushforward_batch)
+        pull = on_rows(self.codomain, self.domain, self.pullback_batch)
+        return scipy_operator(self.shape, self.dtype, push, pull)
+
 
 class SumOfSquares(Sink):
     """Adds up the squares of all entries of a matrix, as the only block."""
@@ -225,24 +247,3 @@ def seen_by_estimators(api: str, operator: Products) -> ByProducts:
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
     """Half precision loses sums, and has no factorizations."""
     return torch.promote_types(dtype, torch.float32)
-
-    def to_scipy(self) -> Any:
-        """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.
-
-        Raises:
-            ImportError: without SciPy, which the extra ``scipy`` brings.
-
-        Cost:
-            Each product as of this operator, and a copy of the vector if it is not on a CPU.
-
-        Example:
-            >>> import torch, jacfunc
-            >>> from scipy.sparse.linalg import svds
-            >>> A = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
-            >>> value, J = jacfunc.linearize(lambda x: A @ x, torch.ones(5, dtype=torch.float64))
-            >>> svds(J.to_scipy(), k=1, return_singular_vectors=False)
-            array([5.])
-        """
-        push = on_rows(self.domain, self.codomain, self.pushforward_batch)
-        pull = on_rows(self.codomain, self.domain, self.pullback_batch)
-        return scipy_operator(self.shape, self.dtype, push, pull)
