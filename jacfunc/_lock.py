@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock, get_ident, main_thread
-from typing import Any
+from typing import Any, Generic, Self, TypeVar, overload
 
 import torch
+
+OwnerT = TypeVar("OwnerT")
+ValueT = TypeVar("ValueT")
 
 _C = torch._C
 _LOCK = RLock()
@@ -58,3 +61,41 @@ def _is_held_for_us() -> bool:
     caller: int = _C._get_obj_in_tls(_THREAD)
     # only the repr of a lock says which thread holds it
     return caller != get_ident() and f"owner={caller} " in repr(_LOCK)
+
+
+class kept_property(Generic[OwnerT, ValueT]):  # noqa: N801 (it is used as a decorator)
+    """A property that is computed when it is first read, and kept in the object.
+
+    It is ``functools.cached_property`` without its lock. Until Python 3.12 all objects of a class
+    share that one while a value is computed: a thread that holds it and waits for :func:`alone`
+    would wait for ever where the thread inside reads the same property of another object. If two
+    threads compute a value at once, one of the two is kept.
+
+    Example:
+        >>> from jacfunc._lock import kept_property
+        >>> class Three:
+        ...     @kept_property
+        ...     def squared(self):
+        ...         return print("computed") or 9
+        >>> three = Three()
+        >>> three.squared, three.squared
+        computed
+        (9, 9)
+    """
+
+    def __init__(self, compute: Callable[[OwnerT], ValueT]) -> None:
+        self._compute, self.__doc__ = compute, compute.__doc__
+
+    def __set_name__(self, owner: type[OwnerT], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type[OwnerT]) -> Self: ...
+    @overload
+    def __get__(self, instance: OwnerT, owner: type[OwnerT]) -> ValueT: ...
+    def __get__(self, instance: OwnerT | None, owner: type[OwnerT]) -> Self | ValueT:
+        if instance is None:
+            return self
+        value = self._compute(instance)
+        kept: ValueT = vars(instance).setdefault(self._name, value)
+        return kept

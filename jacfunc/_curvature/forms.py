@@ -6,7 +6,7 @@ Of the samples the columns of ``Jᵀ S`` are taken as parts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import is_out_of_memory
 from jacfunc._factored import FactoredJacobian, Part, add_squares, rows, written
 from jacfunc._linear_map import LinearMap, one_by_one
+from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch
 from jacfunc._types import Leaves, product_dtype
@@ -38,7 +39,7 @@ class MatrixProducts:
     ) -> None:
         self._jacobian, self._curvature_of = BatchProducts(at_batch), curvature_of
 
-    @cached_property
+    @kept_property
     def _curvature(self) -> OutputCurvature:
         """``H`` at the outputs of the module called with the batch."""
         return self._curvature_of(self._jacobian.outputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
 from typing import Any, Generic, overload
 
 import torch
@@ -13,6 +12,7 @@ from jacfunc._curvature.forms import MatrixProducts, block_sums, matrix_sum, squ
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._errors import Refused
 from jacfunc._linear_map import is_followed, one_by_one
+from jacfunc._lock import kept_property
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves, Params, Tree
@@ -62,8 +62,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         # not by the base: who multiplies by trees needs no spaces, which take a while
         self.api, self.point, self.curvature_of = point.api, point, curvature_of
 
-    @cached_property
-    def domain(self) -> Space:  # type: ignore[override]
+    @kept_property
+    def domain(self) -> Space:
         return Space.of(as_tree(self.point.call.state, self.point.params))
 
     @property
@@ -232,11 +232,11 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         result: Params = as_tree(self.point.call.state, named)
         return result
 
-    @cached_property
+    @kept_property
     def _products(self) -> MatrixProducts:
         return MatrixProducts(self.point, self.curvature_of)
 
-    @cached_property
+    @kept_property
     def _sample_curvature(self) -> OutputCurvature:
         """``H`` at the outputs of the module called with each sample alone."""
         return self.curvature_of(self.point.outputs)

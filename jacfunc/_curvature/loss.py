@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from jacfunc._assembly import as_leaves, in_a_row, shared_units
 from jacfunc._lending import Captured
 from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_alias, map_of_graph
+from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._losses import SecondDerivative, known_formula
 from jacfunc._modules import BatchOutputs, Independence
@@ -105,7 +105,7 @@ class Loss:
         linear = map_of_graph(value, (), targets, graph, differentiated)
         return linear.pull(tuple(map(torch.ones_like, value))), ()
 
-    @cached_property
+    @kept_property
     def _of_gradient(self) -> JacobianOperator:
         # not of itself: that would be a cycle, which keeps the module and the batch
         return JacobianOperator(replace(self)._gradient, self.outputs.leaves)
@@ -138,7 +138,7 @@ class Loss:
         targets = map_tensors(lambda x: x.double() if is_differentiable(x) else x, self.targets)
         return replace(self, targets=targets, outputs=replace(self.outputs, leaves=leaves))
 
-    @cached_property
+    @kept_property
     def roots(self) -> Leaves:
         """Columns of ``S`` with ``H = S Sᵀ``, ``[R, B, *out]``, as many as one sample needs."""
         self._check_captured()
@@ -151,14 +151,14 @@ class Loss:
         # contiguous, or a matrix product with a weight would take them one after the other
         return as_leaves(columns.permute(2, 0, 1).contiguous(), self.outputs.leaves)
 
-    @cached_property
+    @kept_property
     def _formula(self) -> SecondDerivative | None:
         """The second derivative by a formula, where one is known."""
         if not self.outputs.are_in_front:
             return None
         return known_formula(self.func, self.outputs.tree(self.outputs.leaves), self.targets)
 
-    @cached_property
+    @kept_property
     def _fitting(self) -> SecondDerivative | None:
         """The formula, for targets that the loss itself takes: it raises for others."""
         if self._formula is not None:

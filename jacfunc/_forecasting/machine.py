@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jacfunc._assembly import basis
 from jacfunc._linear_map import JacobianOperator
+from jacfunc._lock import kept_property
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import LARGE, give_back
 from jacfunc._torch import outside_transforms
@@ -88,38 +89,38 @@ class Machine:
         seeds = power_of_four(seeds, 1, MOST_IMAGES if is_conv else MOST_SEEDS)
         return self._conv_flop(seeds, forward) if is_conv else self._flop(seeds)
 
-    @cached_property
+    @kept_property
     def evaluate(self) -> Cost:
         """Cost of an evaluation that keeps its graph."""
         return self._cost(_evaluate)
 
-    @cached_property
+    @kept_property
     def pull(self) -> Cost:
         """Cost of a pullback of one cotangent."""
         return self._cost(lambda operator: partial(operator.pullback, operator.outputs))
 
-    @cached_property
+    @kept_property
     def pull_each(self) -> Cost:
         """Cost of a row of several that are pulled back one by one: with its seed, and a copy."""
         every = self._cost(lambda operator: partial(Looped().materialize, operator))
         return Cost(every.call / LENGTH, every.operation / LENGTH)
 
-    @cached_property
+    @kept_property
     def pull_batch(self) -> Cost:
         """Cost of a vmapped pullback."""
         return self._cost(_pull_batch)
 
-    @cached_property
+    @kept_property
     def push(self) -> Cost:
         """Cost of a pushforward of one tangent."""
         return self._cost(lambda operator: partial(operator.pushforward, operator.primals))
 
-    @cached_property
+    @kept_property
     def push_batch(self) -> Cost:
         """Cost of a vmapped pushforward."""
         return self._cost(_push_batch)
 
-    @cached_property
+    @kept_property
     def scaling(self) -> float:
         """Seconds that a Python number among its arguments adds to an operation that is pushed."""
         scaled = self._cost(_push_batch, lambda x, _: x * 0.5 + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from jacfunc._assembly import NEW_TENSORS, Grid, Sink, numel, unit_seeds
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._forecasting import Costs
 from jacfunc._linear_map import EVERY, Anchor, Linearization, Paths, map_of_graph
+from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
 from jacfunc._planning import Auto, Plan, bounded
@@ -138,12 +139,12 @@ class GraphRows:
             for leaf, grad in zip(self.retaining, grads, strict=True):
                 leaf.grad = grad
 
-    @cached_property
+    @kept_property
     def _last(self) -> int:
         """The number of the last output leaf that has a row."""
         return max((n for n, out in enumerate(self.outputs) if out.numel()), default=-1)
 
-    @cached_property
+    @kept_property
     def _linearization(self) -> Linearization:
         anchors = [Anchor.at(leaf) for leaf in self.inputs]
         return map_of_graph(self.outputs, (), anchors, self.paths.graph, self.create_graph)

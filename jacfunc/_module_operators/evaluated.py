@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from jacfunc._curvature import by_samples
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._kernels import gram_of_samples, variances_of_samples
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
+from jacfunc._lock import kept_property
 from jacfunc._memory import Budget
 from jacfunc._module_operators.solve import SampleFactors
 from jacfunc._modules import (
@@ -111,7 +111,7 @@ class Evaluated:
             return Space.of(every[argnums])
         return Space.of(tuple(every[n] for n in argnums))
 
-    @cached_property
+    @kept_property
     def samples(self) -> SampleFactors | None:
         """The samples, where each alone gives rows of this J: by parameters, nothing drawn."""
         if self.at_batch is None or not self._is_by_params or self.call.output_dims != IN_FRONT:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
+from jacfunc._lock import kept_property
 from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
@@ -43,8 +44,7 @@ class BatchOptions(ModuleOptions):
     takes_functions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        in_chunks = {"chunk_size": self.chunk_size, "memory": self.memory}
-        for name, value in in_chunks.items():
+        for name, value in ("chunk_size", self.chunk_size), ("memory", self.memory):
             if self._batching.randomness == "different" and value is not None:
                 raise ValueError(
                     f"{self.api}: with randomness='different' all samples must be taken at once, "
@@ -181,7 +181,7 @@ class ModuleAtBatch:
 
         yield from self.budget.pieces(self.size, self.chunk_size, between, result)
 
-    @cached_property
+    @kept_property
     def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
@@ -215,13 +215,13 @@ class ModuleAtBatch:
         with self.evaluated(start, stop) as factors:
             return factors
 
-    @cached_property
+    @kept_property
     def _independent(self) -> SampledCall:
         """The batch, once its samples are seen to be independent."""
         self.call.check_independent(self.batch)
         return self.batch
 
-    @cached_property
+    @kept_property
     def _evaluations(self) -> Evaluations:
         return Evaluations()
 
@@ -234,7 +234,7 @@ class ModuleAtBatch:
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
-    @cached_property
+    @kept_property
     def outputs(self) -> BatchOutputs:
         """The outputs of all samples, evaluated some at a time."""
         count = 0

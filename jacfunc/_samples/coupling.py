@@ -10,13 +10,13 @@ agree to the last bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._linear_map import CHANGING, detached
+from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._samples.comparing import BatchGraph, OperationsCalled, Quantity, Subject
 from jacfunc._samples.halves import Half, halves, has_batch
@@ -142,11 +142,11 @@ class _Comparison:
             return None
         return f"outputs of shape {', '.join(shapes)}, without the batch of {size} in front,"
 
-    @cached_property
+    @kept_property
     def _outputs(self) -> Leaves:
         return detached(self._graph().outputs)
 
-    @cached_property
+    @kept_property
     def _kept(self) -> BatchGraph:
         return self.subject.evaluate(self.random_state)
 
@@ -154,7 +154,7 @@ class _Comparison:
         """The batch on its graph."""
         return self._kept if self.keeps_graph else self.subject.evaluate(self.random_state)
 
-    @cached_property
+    @kept_property
     def _is_random(self) -> bool:
         self.subject.evaluate(self.random_state)
         return self.random_state.has_changed()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from jacfunc._assembly import empty
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._linear_map import EVERY
+from jacfunc._lock import kept_property
 from jacfunc._memory import LARGE, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks, of_leaf
 from jacfunc._torch import memory_of
 from jacfunc._types import Leaves
@@ -45,7 +45,7 @@ class HeldSamples:
 
     factors: FactoredJacobian
 
-    @cached_property
+    @kept_property
     def outputs(self) -> Leaves:
         """The outputs of one sample."""
         return self.factors.sample_outputs
@@ -60,23 +60,23 @@ class HeldSamples:
         """How many samples there are."""
         return self.factors.size
 
-    @cached_property
+    @kept_property
     def num_rows(self) -> int:
         """How many rows the Jacobian of a sample has."""
         return sum(out.numel() for out in self.outputs)
 
-    @cached_property
+    @kept_property
     def row_bytes(self) -> int:
         """The bytes of a row of all samples."""
         return self.size * sum(param.nbytes for param in self.params)
 
-    @cached_property
+    @kept_property
     def most_bytes(self) -> int:
         """The bytes of the largest parameter's rows."""
         largest = max((param.nbytes for param in self.params), default=0)
         return self.size * self.num_rows * largest
 
-    @cached_property
+    @kept_property
     def factor_bytes(self) -> int:
         """The bytes of what all rows are pulled back to."""
         return self.num_rows * self.factors.nbytes

@@ -207,7 +207,7 @@ def _of_options() -> list[Bad]:
         call = partial(CALLS[door], torch.sin, has_aux=True)
         words = r"with has_aux=True func must return \(output, aux\)"
         rows.append(Bad(door, "no aux", call, TypeError, words))
-    for door in {*WITH_MEMORY, *TRACES, "estimate"}:
+    for door in sorted({*WITH_MEMORY, *TRACES, "estimate"}):
         for size, error in ((0, ValueError), (-1, ValueError), ("2", TypeError), (True, TypeError)):
             call = partial(CALLS[door], torch.sin, chunk_size=size)
             rows.append(Bad(door, f"chunk_size={size!r}", call, error, "chunk_size must be"))
