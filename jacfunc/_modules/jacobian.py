@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_flags
 from jacfunc._assembly import read_by, sink_for
 from jacfunc._calls import warn_if_followed
-from jacfunc._lending import CurrentState, Select
+from jacfunc._lending import CurrentState, Select, check_uncompiled
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
@@ -196,6 +196,7 @@ def module_jacobian(
     by_inputs = argnums != POSITIONS["params"]
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
+        check_uncompiled(API)
         arguments = args, kwargs
         with alone():
             state = options.current.now()
