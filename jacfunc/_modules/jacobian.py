@@ -189,9 +189,8 @@ def module_jacobian(
     check_flags(API, per_sample=per_sample, flat=flat, full_output=full_output)
     check_flags(API, create_graph=create_graph)
     batching = batching_of(API, per_sample, in_dims, randomness)
-    options = ModuleOptions.read(
-        *(API, module, select, batching, chunk_size, memory, independent), outputs=outputs
-    )
+    choices = API, module, select, batching, chunk_size, memory, independent
+    options = ModuleOptions.read(*choices, outputs=outputs)
     argnums, chosen = argnums_of(API, wrt), resolve(API, strategy, chunk_size, memory)
     by_inputs = argnums != POSITIONS["params"]
 
