@@ -134,6 +134,11 @@ FUNCTION_DOORS: dict[str, tuple[Any, Any]] = {
     ),
     "hessian": (lambda f: jacfunc.hessian(summed(f)), second),
     "hessian forward": (lambda f: jacfunc.hessian(summed(f), strategy="forward"), second),
+    "hvp": (
+        lambda f: lambda x: jacfunc.hvp(summed(f), (x,), (x,))[1][0],
+        lambda f, x: second(f, x) @ x,
+    ),
+    "laplacian": (lambda f: jacfunc.laplacian(summed(f)), lambda f, x: second(f, x).trace()),
     "vmap jacrev": (
         lambda f: lambda x: jacfunc.vmap(jacfunc.jacrev(f))(batch_of(x)),
         lambda f, x: torch.stack([rows(f, each)[0] for each in batch_of(x)]),
@@ -159,6 +164,10 @@ def test_functions(door: str, name: str) -> None:
     (derive, oracle), func = FUNCTION_DOORS[door], FUNCTIONS[name]
     compiled = jacfunc.compile(derive(func), backend="replay")
     x = drawn(4)
+    if (door, name) == ("laplacian", "sorted"):  # its trace is another one, which is seen
+        with pytest.raises(NotImplementedError, match="computes other numbers"):
+            compiled(x)
+        return
     for point in (x, 0.5 - x, 2 * x):
         torch.testing.assert_close(compiled(point), oracle(func, point))
     assert len(compiled.compilations) == 1
