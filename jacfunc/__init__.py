@@ -9,6 +9,7 @@ Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
 
 from jacfunc._assembly import empty_cache
+from jacfunc._compiled import Compilation, Compiled, compile
 from jacfunc._curvature import GaussNewton, fisher, ggn, gradient_norms, random_projection
 from jacfunc._functions import (
     Estimate,
@@ -46,6 +47,8 @@ from jacfunc.strategies import Forward, Looped, Reverse, Strategy, Structured
 
 __all__ = [
     "Autotune",
+    "Compilation",
+    "Compiled",
     "Estimate",
     "Explanation",
     "Forward",
@@ -59,6 +62,7 @@ __all__ = [
     "Strategy",
     "Structured",
     "TopK",
+    "compile",
     "divergence",
     "empty_cache",
     "estimate",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def by_expanding(problem: FunctionAtPoints) -> Func:
     return compute
 
 
-def in_jax(transform: str, problem: FunctionAtPoints) -> Run:
+def in_jax(derive: Callable[[Any], Any], problem: FunctionAtPoints) -> Run:
     """The function in JAX's words, compiled beforehand; a call ends when it is computed."""
     if problem.x.is_cuda:
         raise NotImplementedError("JAX takes part on the CPU alone")
@@ -67,7 +68,7 @@ def in_jax(transform: str, problem: FunctionAtPoints) -> Run:
         jax.config.update("jax_enable_x64", True)
     draw = drawing(problem.x.dtype)
     func, _ = problem.function.in_jax(lambda *shape: jnp.asarray(draw(*shape).numpy()), jnp)
-    compiled = jax.jit(getattr(jax, transform)(func))
+    compiled = jax.jit(derive(jax)(func))
     points = tuple(jnp.asarray(point.numpy()) for point in problem.points)
     return at_each(lambda x: compiled(x).block_until_ready(), points)
 
@@ -85,7 +86,8 @@ def functional(name: str, vectorize: bool) -> Contestant[FunctionAtPoints]:
 
 
 def jax(transform: str) -> Contestant[FunctionAtPoints]:
-    return Contestant(f"JAX {transform}", "JAX", partial(in_jax, transform), counted=False)
+    prepare = partial(in_jax, attrgetter(transform))
+    return Contestant(f"JAX {transform}", "JAX", prepare, counted=False)
 
 
 def estimated(strategy: str, problem: FunctionAtPoints) -> Forecast:

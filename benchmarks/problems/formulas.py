@@ -107,3 +107,44 @@ def curve(size: int, draw: Any, xp: Any = torch) -> Made:
     """One number in, many out: a trajectory by its parameter."""
     times = draw(size)
     return lambda x: xp.sin(times * x) * xp.exp(-x * x), draw()
+
+
+def arm(draw: Any, xp: Any = torch) -> Made:
+    """Seven joints about alternating axes: where the hand is, and which way it points."""
+    lengths = draw(7)
+
+    def func(q: Any) -> Any:
+        cos, sin = xp.cos(q), xp.sin(q)
+        one, zero = cos[0] * 0 + 1, cos[0] * 0
+        turned, place = [[one, zero, zero], [zero, one, zero], [zero, zero, one]], [zero] * 3
+        for joint in range(7):
+            a, b = (0, 1) if joint % 2 else (0, 2)  # the axes of the plane that it turns in
+            for row in turned:
+                row[a], row[b] = (
+                    cos[joint] * row[a] + sin[joint] * row[b],
+                    cos[joint] * row[b] - sin[joint] * row[a],
+                )
+            place = [p + lengths[joint] * row[2] for p, row in zip(place, turned, strict=True)]
+        return xp.stack([*place, turned[0][2], turned[1][2], turned[2][2]])
+
+    return func, draw(7)
+
+
+def bodies(draw: Any, xp: Any = torch) -> Made:
+    """What moves three bodies that attract each other: velocities, and accelerations."""
+    masses = abs(draw(3))
+
+    def func(state: Any) -> Any:
+        places, speeds = state[:9].reshape(3, 3), state[9:]
+        apart = places[None] - places[:, None]
+        cubes = ((apart * apart).sum(-1) + 0.1) ** 1.5
+        pull = (masses[:, None] * apart / cubes[..., None]).sum(1)
+        return xp.concatenate([speeds, pull.reshape(9)])
+
+    return func, draw(18)
+
+
+def each(count: int, make: Any, draw: Any, *xp: Any) -> Made:
+    """A function of one sample, at many of them."""
+    func, x = make(draw, *xp)
+    return func, draw(count, *x.shape)

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._losses import SecondDerivative, known_formula
 from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
-from jacfunc._torch import as_written, noise_like, recording
+from jacfunc._torch import as_written, is_traced, noise_like, recording
 from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable
 
@@ -143,6 +143,8 @@ class Loss:
         """Columns of ``S`` with ``H = S Sᵀ``, ``[R, B, *out]``, as many as one sample needs."""
         self._check_captured()
         columns, negligible = self._known() or self._computed()
+        if is_traced():  # how many columns there are may not depend on numbers
+            return as_leaves(columns.permute(2, 0, 1).contiguous(), self.outputs.leaves)
         squares = columns.square().sum(1)
         count = max(1, int((squares > negligible).sum(1).max()))  # a sweep needs at least one
         if count < squares.shape[1]:
@@ -171,6 +173,8 @@ class Loss:
             columns = None if self._fitting is None else self._fitting.roots()
         if columns is None:
             return None
+        if is_traced():
+            return columns, 0.0
         rounding = torch.finfo(columns.dtype).eps * columns.shape[1]
         return columns, rounding * float(columns.square().amax())
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
+import torch
+
 from jacfunc._assembly import NEW_TENSORS, read_by, sink_for
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._showing import named
 from jacfunc._types import Tree
-from jacfunc.strategies import Evaluation, SecondCall, Strategy, evaluate
+from jacfunc.strategies import Evaluation, Forward, Reverse, SecondCall, Strategy, evaluate
 
 
 def deriving(
@@ -39,7 +41,18 @@ def deriving(
 
 def watches_itself(func: Any) -> bool:
     """Is ``func`` a derivative that :func:`deriving` made, which watches its own function?"""
-    return getattr(func, "__globals__", None) is globals()
+    return getattr(getattr(func, "__code__", None), "co_filename", None) == __file__
+
+
+def in_either_direction(derive: Callable[..., Any], derivation: Derivation) -> Callable[..., Any]:
+    """The derivative of a strategy that chooses, after it was told both ways for a compiler.
+
+    What is compiled has no overhead, so that another way may be faster than without.
+    """
+    if not torch.compiler.is_compiling():  # which traces no such change
+        ways = partial(jacobian_by, derivation)
+        vars(derive)["directions"] = lambda: tuple(map(ways, (Reverse(), Forward())))
+    return derive
 
 
 def jacobian_by(

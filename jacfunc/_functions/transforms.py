@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size, check_randomness
 from jacfunc._calls import Derivation
-from jacfunc._functions.derive import jacobian_by
+from jacfunc._functions.derive import in_either_direction, jacobian_by
 from jacfunc._planning import directed, resolve
 from jacfunc._types import Argnums, FunctionOf, InT, Memory, Randomness, SweepOptions, Tree
 from jacfunc.strategies import Forward, Reverse, Strategy
@@ -207,4 +207,8 @@ def jacobian(
                 [3., 4.]])
     """
     chosen = resolve("jacobian", strategy, chunk_size, memory)
-    return jacobian_by(Derivation("jacobian", func, argnums, has_aux), chosen, out)
+    derivation = Derivation("jacobian", func, argnums, has_aux)
+    derive = jacobian_by(derivation, chosen, out)
+    if strategy == "auto" and chunk_size is memory is out is None:
+        return in_either_direction(derive, derivation)
+    return derive

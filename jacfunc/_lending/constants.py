@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
-from jacfunc._torch import below_transforms, outside_transforms
+from jacfunc._torch import below_transforms, is_traced, outside_transforms
 from jacfunc._types import Leaves
 
 COMPARED_NUMBERS = 16
@@ -47,7 +47,7 @@ class Constants:
         # detached inside a transform they would be wrapped, and so would all that comes of them
         aliases = {id(p): p.detach() for p in constants.values()}
         watch = ParameterWatch(params, aliases, self._only_read)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_traced()):
             watch.look(constants, self.compared)
         return watch
 
@@ -91,7 +91,7 @@ class Constants:
 
         Nothing is copied where nobody could tell whether a copy was written into.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_traced():
             return {}
         keys: dict[str, Hashable] = {}
         for name, p in params.items():

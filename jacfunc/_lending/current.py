@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from jacfunc._faults import apart
@@ -15,9 +16,36 @@ from jacfunc._lending.part import are_same
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.state import ModuleState
 from jacfunc._lock import alone
-from jacfunc._torch import recording
+from jacfunc._torch import is_outermost, recording
 from jacfunc._trees import flatten
 from jacfunc._types import Tree, is_tensor
+
+
+def check_uncompiled(api: str) -> None:
+    """Refuse to lend a module where torch.compile traces, which can't see that it is given back.
+
+    Raises:
+        NotImplementedError: if it does.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{api}: a module must be differentiated outside of torch.compile, got a call inside. "
+            "Call it outside; jacfunc.compile makes it fast there."
+        )
+
+
+def check_outermost(api: str) -> None:
+    """Refuse a call where the graph of an evaluation can't be kept.
+
+    Raises:
+        NotImplementedError: inside a transform, and under torch.compile.
+    """
+    check_uncompiled(api)
+    if not is_outermost():
+        raise NotImplementedError(
+            f"{api}: the graph of an evaluation must be kept, got a call inside a transform, "
+            "which keeps none. Use module_jacobian there."
+        )
 
 
 class CurrentState:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian, Part
+from jacfunc._lending import check_outermost
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._lock import kept_property
 from jacfunc._memory import Budget
@@ -22,7 +23,7 @@ from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._modules.trials import IN_FRONT, OutputDims
 from jacfunc._samples import SampledCall
-from jacfunc._torch import RandomState, is_outermost
+from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
@@ -72,11 +73,7 @@ class BatchOptions(ModuleOptions):
     def _at(
         self, arguments: Arguments, targets: Tree, is_kept: bool, keeps_all: bool
     ) -> tuple[ModuleAtBatch, Tree]:
-        if not is_outermost():
-            raise NotImplementedError(
-                f"{self.api}: the graph of an evaluation must be kept, got a call inside a "
-                "transform, which keeps none. Use module_jacobian there."
-            )
+        check_outermost(self.api)
         if not isinstance(self.module, nn.Module):
             module, arguments = FunctionAsModule.called(self.api, self.module, arguments)
             return replace(self, module=module)._at(arguments, targets, is_kept, keeps_all)

@@ -13,6 +13,7 @@ from jacfunc._errors import Refused
 from jacfunc._lending import ModuleState, Version, version_of_loss
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import Coupling, GradientOf, Subject, coupling, loss_coupling
+from jacfunc._torch import is_traced
 from jacfunc._types import Leaves
 
 Independent: TypeAlias = Literal[True, "always"] | None
@@ -104,8 +105,11 @@ class Independence:
         """
         if self.independent is True:
             return
-        calls = _kinds_of_state(state).get(_with_hooks(kind))
         signature, may_mix = operations
+        if is_traced():
+            self._refuse_traced(api, may_mix)
+            return
+        calls = _kinds_of_state(state).get(_with_hooks(kind))
         if calls is None or (signature in calls.signatures and not may_mix):
             return
         if not calls.is_compared:
@@ -115,6 +119,15 @@ class Independence:
         if len(calls.signatures) >= MOST_KINDS:
             calls.signatures.clear()
         calls.signatures.add(signature)
+
+    def _refuse_traced(self, api: str, may_mix: bool) -> None:
+        """Refuse to be traced where every call must compare batches, which reads numbers."""
+        if may_mix or self.independent == "always":
+            raise ValueError(
+                f"{api}: in a trace samples can't be compared with those of another batch, got "
+                "operations that may mix samples, or independent='always'. Pass independent=True "
+                "if you know that samples do not depend on each other."
+            )
 
     def _comparison(self, api: str, subject_of: Callable[[], Subject]) -> Callable[[int], Coupling]:
         """Compares batches, with the number of the call."""
@@ -169,7 +182,7 @@ class Independence:
         That is at the first call of a kind since the module has changed; at the second, fourth,
         eighth, …, as values that nobody sees may have changed; at every call where it costs little.
         """
-        if self.independent is True:
+        if self.independent is True or is_traced():  # what is traced was called before
             return None
         kinds = kinds_of()
         calls = kinds.pop(kind, None) or KnownCalls()
@@ -193,6 +206,8 @@ def now_and_then(state: ModuleState, kind: Hashable, look: Callable[[], None]) -
 
     Where it raises, or the module has changed, the next call is a first one.
     """
+    if is_traced():  # what is traced was called before
+        return
     kinds = _kinds_of_state(state)
     calls = kinds.pop(kind, None) or KnownCalls()
     calls.count += 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_flags
 from jacfunc._assembly import read_by, sink_for
 from jacfunc._calls import warn_if_followed
-from jacfunc._lending import CurrentState, Select
+from jacfunc._lending import CurrentState, Select, check_uncompiled
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
@@ -189,13 +189,13 @@ def module_jacobian(
     check_flags(API, per_sample=per_sample, flat=flat, full_output=full_output)
     check_flags(API, create_graph=create_graph)
     batching = batching_of(API, per_sample, in_dims, randomness)
-    options = ModuleOptions.read(
-        *(API, module, select, batching, chunk_size, memory, independent), outputs=outputs
-    )
+    choices = API, module, select, batching, chunk_size, memory, independent
+    options = ModuleOptions.read(*choices, outputs=outputs)
     argnums, chosen = argnums_of(API, wrt), resolve(API, strategy, chunk_size, memory)
     by_inputs = argnums != POSITIONS["params"]
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
+        check_uncompiled(API)
         arguments = args, kwargs
         with alone():
             state = options.current.now()

@@ -2,7 +2,7 @@
 
 from jacfunc._torch.attention import MathAttention
 from jacfunc._torch.autograd import off_graph, recording, run_backward, tracked, untracked
-from jacfunc._torch.compiled import as_written, run_as_written, uncompiled
+from jacfunc._torch.compiled import Graphs, as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import constant, has_tangent, is_differentiated, is_tracked
 from jacfunc._torch.entering import at_forward_level, at_reverse_level
 from jacfunc._torch.levels import (
@@ -13,6 +13,8 @@ from jacfunc._torch.levels import (
     is_batched,
     is_outermost,
     is_pushing,
+    is_traced,
+    is_undisturbed,
     lacks_forward_kernel,
     levels,
     makes_plain_tensors,

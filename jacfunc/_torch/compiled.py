@@ -1,19 +1,28 @@
-"""Runs functions that torch.compile has compiled as they were written, where jacfunc calls them.
+"""Torch's compilers: its own code is run as it was written, and ours is traced, guarded, compiled.
 
-Torch keeps compiled code from call to call, and does not look at which transforms are active: code
-compiled for tangents is run again for a plain graph, and returns wrong numbers.
+What torch.compile has compiled runs as it was written where jacfunc calls it. Torch keeps compiled
+code from call to call, and does not look at which transforms are active: code compiled for tangents
+is run again for a plain graph, and returns wrong numbers.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
 
@@ -125,3 +134,116 @@ def uncompiled() -> Iterator[None]:
         if not was_loaded and "torch._dynamo" in sys.modules:  # then it knows no other code
             torch.compiler.reset()
         raise
+
+
+READS = frozenset({"numpy", "__array__", "tolist", "__dlpack__", "storage", "__deepcopy__"})
+"""Methods by which numbers leave a tensor without an operation that a trace would see."""
+
+
+class _NoReads(torch.overrides.TorchFunctionMode):
+    """Raises where a function reads numbers past the trace, which would burn them in."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS and not _caller().startswith("jacfunc."):
+            raise RuntimeError(f"numbers of a tensor are read by {name}()")
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """The module whose code called what a watch sees, past watches inside, and torch."""
+    frame: Any = sys._getframe(2)
+    while True:
+        name = f"{frame.f_globals.get('__name__')}."
+        if frame.f_code.co_name != "__torch_function__" and not name.startswith("torch."):
+            return name
+        frame = frame.f_back
+
+
+class Graphs:
+    """What torch's tracer and compilers make of functions, and torch's own words for graphs."""
+
+    OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
+    """Types of torch's operators, and of a user's."""
+
+    @staticmethod
+    def is_operator(node: Node) -> bool:
+        """Is it a call of one of torch's operators?"""
+        return node.op == "call_function" and isinstance(node.target, OpOverload)
+
+    @staticmethod
+    def tags_of(node: Node) -> Collection[torch.Tag]:
+        """What torch says of the operator that the node calls."""
+        return node.target.tags if isinstance(node.target, OpOverload) else ()
+
+    @staticmethod
+    def writes(node: Node) -> bool:
+        """Is it a call of an operator that writes into its arguments?"""
+        return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+    @staticmethod
+    def of(func: Callable[..., Leaves], leaves: Leaves) -> GraphModule:
+        """The operations of ``func`` at these leaves, in a graph that takes them as inputs.
+
+        Raises:
+            RuntimeError: if the course of the function depends on numbers.
+        """
+        torch.clear_autocast_cache()  # it may hold copies of parameters that no trace has seen
+        try:
+            with _NoReads():
+                return make_fx(func)(*leaves)
+        finally:
+            torch.clear_autocast_cache()
+
+    @staticmethod
+    def without_writes(graph: GraphModule, leaves: Leaves) -> GraphModule:
+        """The graph without writes into its own tensors; those into its inputs are at its end."""
+        with torch.no_grad():
+            return make_fx(torch.func.functionalize(graph, remove="mutations"))(*leaves)
+
+    @staticmethod
+    def guard_of_settings() -> Callable[[], bool]:
+        """Tells whether torch's settings (gradients, autocast, dtype, threads) are those of now."""
+        is_same: Callable[[], bool] = torch._C._dynamo.guards.GlobalStateGuard().check
+        inference = torch.is_inference_mode_enabled()
+        return lambda: is_same() and torch.is_inference_mode_enabled() == inference
+
+    @staticmethod
+    def guard_of_tensors(tensors: Leaves) -> Callable[..., bool]:
+        """Tells whether tensors have types, shapes, strides, dtypes and devices of these."""
+        guards: Any = torch._C._dynamo.guards
+        sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+        dims = {"dynamic_dims_sizes": sizes, "dynamic_dims_strides": strides}
+        return cast("Callable[..., bool]", guards.TensorGuards(*tensors, **dims).check)
+
+    @staticmethod
+    @contextmanager
+    def untraced() -> Iterator[None]:
+        """A context in which torch.compile, where it has broken its graph, traces no calls."""
+        frames = torch._C._dynamo.eval_frame
+        before = frames.set_eval_frame(None)
+        try:
+            yield
+        finally:
+            frames.set_eval_frame(before)
+
+    tracer: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+    """What looks at all that is called, for torch.compile; None as a rule."""
+
+    @staticmethod
+    def by_inductor(graph: GraphModule, leaves: Leaves) -> Callable[..., Any]:
+        """The graph compiled by Inductor; what it returns takes the leaves."""
+        return cast("Callable[..., Any]", torch._inductor.compile(graph, list(leaves)))
+
+    @staticmethod
+    def package_of(graph: GraphModule, leaves: Leaves, path: str) -> Callable[..., Any]:
+        """The graph compiled ahead of time into a file, unless it lies there already."""
+        inductor: Any = torch._inductor
+        with warnings.catch_warnings():  # of torch's own code
+            warnings.simplefilter("ignore", FutureWarning)
+            if not os.path.exists(path):
+                exported = torch.export.export(graph, leaves, strict=False)
+                inductor.aoti_compile_and_package(exported, package_path=path)
+            return cast("Callable[..., Any]", inductor.aoti_load_package(path))

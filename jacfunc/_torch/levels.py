@@ -7,7 +7,13 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch._C import _functorch, _len_torch_dispatch_stack
+from torch._C import (
+    _functorch,
+    _get_dispatch_mode,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+    _TorchDispatchModeKey,
+)
 from torch._C._functorch import TransformType
 from torch._functorch import eager_transforms, pyfunctorch
 from torch.autograd import forward_ad
@@ -35,6 +41,24 @@ def makes_plain_tensors() -> bool:
     """Is a tensor that is made now a plain one, which may be used at any time later?"""
     return (
         is_outermost() and not _len_torch_dispatch_stack() and not torch.is_inference_mode_enabled()
+    )
+
+
+def is_traced() -> bool:
+    """Does ``make_fx`` record what is computed now? Then no number may be read."""
+    return bool(
+        _len_torch_dispatch_stack() and _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def is_undisturbed() -> bool:
+    """Is no transform, mode, trace or compiler active, so that what was compiled may stand in?"""
+    return not (
+        _functorch.peek_interpreter_stack() is not None
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
     )
 
 

@@ -61,6 +61,8 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def test_every_public_name_is_known() -> None:
     results = {
+        "Compilation",
+        "Compiled",
         "Estimate",
         "Explanation",
         "GaussNewton",

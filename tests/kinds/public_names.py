@@ -189,6 +189,12 @@ OF_FUNCTIONS = [
     of_operator("quad", middle=torch.ones(3)),
     of_operator("gram"),
     of_operator("inverse", side="rows", damping=0.1),
+    Public(
+        "compile",
+        jacfunc.compile,
+        {"transformed": jacfunc.jacrev(func), "backend": "replay"},
+        lambda **options: jacfunc.compile(**options).compilations,
+    ),
     Public("empty_cache", jacfunc.empty_cache, {}, jacfunc.empty_cache),
     *(
         Public(kind.__name__, kind, {}, kind)

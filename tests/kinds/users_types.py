@@ -175,6 +175,12 @@ assert_type(logdet(J.T @ J, StochasticLanczos(), damping=0.1), Approximation)
 assert_type(diagonal(J), Any)
 assert_type(diagonal(J, XDiag(4)), Approximation)
 
+# --- compiled: called as what was compiled is ---
+
+compiled = jacfunc.compile(jacfunc.jacrev(vector))
+assert_type(compiled(x), Tensor)
+assert_type(compiled.compilations[0].calls_to_repay, float)
+
 # --- costs ---
 
 assert_type(jacfunc.estimate(vector, x), jacfunc.Estimate)

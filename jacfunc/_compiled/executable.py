@@ -1,0 +1,133 @@
+"""A trace that runs: forward alone, or with a trace of its pullback behind it."""
+
+from __future__ import annotations
+
+import time
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from jacfunc._compiled.backends import Compiler, Run
+from jacfunc._compiled.passes import simplified
+from jacfunc._types import Leaves
+
+
+class Executable:
+    """A graph, compiled at its first run.
+
+    Args:
+        graph: takes inputs.
+        inputs: tensors like which all later ones are.
+        num_args: so many of them are arguments; all others stay in place from call to call.
+        compiler: makes it run.
+    """
+
+    def __init__(
+        self, graph: GraphModule, inputs: Leaves, num_args: int, compiler: Compiler
+    ) -> None:
+        self.graph, self._constants = simplified(graph, inputs)
+        nodes = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+        self._used: list[int] = []
+        for number, node in enumerate(nodes[: len(inputs)]):
+            if node.users:
+                self._used.append(number)
+            else:
+                self.graph.graph.erase_node(node)
+        self.graph.recompile()
+        self._num_args = sum(number < num_args for number in self._used)
+        self._takes_graphs = any(inputs[number].requires_grad for number in self._used)
+        self._compiler, self._lock = compiler, Lock()
+        self._run: Run | None = None
+        self.compile_seconds = 0.0
+
+    def flops(self, inputs: Leaves) -> int:
+        """How many operations products of matrices, convolutions and attention take."""
+        taken = [inputs[number] for number in self._used]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.graph.forward(*taken, *self._constants)
+        return int(counter.get_total_flops())
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of what was computed at the trace, and is kept."""
+        return sum(x.nbytes for x in self._constants)
+
+    def __call__(self, inputs: Leaves) -> Any:
+        """The outputs, without a graph."""
+        taken = [inputs[number] for number in self._used]
+        run = self._run or self._compiled(taken)
+        if self._takes_graphs and torch.is_grad_enabled():
+            with torch.no_grad():
+                return run(*taken, *self._constants)
+        return run(*taken, *self._constants)
+
+    def _compiled(self, inputs: list[Tensor]) -> Run:
+        """What runs it; other threads wait for the one that compiles."""
+        with self._lock:
+            if self._run is None:
+                start = time.perf_counter()
+                detached = tuple([x.detach() for x in (*inputs, *self._constants)])
+                with torch.no_grad():
+                    self._run = self._compiler(self.graph, detached, self._num_args)
+                self.compile_seconds = time.perf_counter() - start
+        return self._run
+
+
+class Differentiable:
+    """An executable whose outputs are differentiated by another one.
+
+    Args:
+        forward: returns the outputs.
+        backward: takes the inputs and a cotangent for each floating output, and returns what is
+            pulled back onto those inputs that require gradients.
+        receives: which inputs these are.
+    """
+
+    def __init__(self, forward: Executable, backward: Executable, receives: list[bool]) -> None:
+        self.forward, self.backward, self.receives = forward, backward, receives
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of both compilations, so far as they were needed."""
+        return self.forward.compile_seconds + self.backward.compile_seconds
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of what both keep."""
+        return self.forward.constant_bytes + self.backward.constant_bytes
+
+    @property
+    def graph(self) -> GraphModule:
+        """The graph of the outputs."""
+        return self.forward.graph
+
+    def __call__(self, inputs: Leaves) -> Any:
+        """The outputs, with a graph."""
+        return _Pair.apply(self, *inputs)
+
+
+class _Pair(torch.autograd.Function):
+    """Two executables as one function of torch's autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, pair: Differentiable, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.pair = pair
+        ctx.save_for_backward(*inputs)
+        outputs = tuple(pair.forward(inputs))
+        ctx.mark_non_differentiable(*[x for x in outputs if not x.is_floating_point()])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # torch's own decorator for it lets some derivatives pass
+            raise NotImplementedError(
+                "compile: a compiled derivative must be differentiated once at most, got "
+                "create_graph=True. Call the derivative as it is, or compile the gradient."
+            )
+        floating = [u for u in cotangents if u.is_floating_point()]
+        pulled = iter(ctx.pair.backward((*ctx.saved_tensors, *[u.contiguous() for u in floating])))
+        return None, *[next(pulled) if receives else None for receives in ctx.pair.receives]

@@ -1,0 +1,229 @@
+"""One trace of a function with what it holds for: made at the first call of its kind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._compiled.backends import Compiler
+from jacfunc._compiled.executable import Differentiable, Executable
+from jacfunc._compiled.signature import CallArguments, Guard, ResultTree
+from jacfunc._compiled.surroundings import Surroundings
+from jacfunc._compiled.traced import traced
+from jacfunc._errors import Nameless, Refused
+from jacfunc._log import note
+from jacfunc._rounding import are_near
+from jacfunc._torch import recording, run_backward
+from jacfunc._trees import flatten_containers
+from jacfunc._types import Leaves, Tree
+
+NOISE = 64.0
+"""So many units of the precision may be left where terms cancel."""
+
+ROUNDING = 0.5
+"""What is compiled differs from the function by less than this power of the precision."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What compiling one kind of call cost, and what it saves.
+
+    Args:
+        trace_seconds: for the traces.
+        compile_seconds: for what runs them, its first run included.
+        eager_seconds: what the derivative itself took.
+        call_seconds: what the compiled call took at its second run.
+        constant_bytes: what is kept from call to call, beside code: seeds and the like.
+        operators: how many operators of torch the trace has.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jac = jacfunc.compile(jacfunc.jacrev(torch.sin), backend="replay")
+        >>> _ = jac(torch.zeros(2))
+        >>> jac.compilations[0].calls_to_repay > 1
+        True
+    """
+
+    trace_seconds: float
+    compile_seconds: float
+    eager_seconds: float
+    call_seconds: float
+    constant_bytes: int
+    operators: int
+
+    @property
+    def calls_to_repay(self) -> float:
+        """After so many calls less time was spent than without; infinite if a call saves none."""
+        saved = self.eager_seconds - self.call_seconds
+        spent = self.trace_seconds + self.compile_seconds
+        return spent / saved if saved > 0 else float("inf")
+
+
+class CompiledCall:
+    """A compiled kind of call."""
+
+    def __init__(self, guard: Guard, run: Executable | Differentiable, result: ResultTree) -> None:
+        self.guard, self.run, self.result = guard, run, result
+        self.compilation: Compilation | None = None
+
+    def __call__(self, inputs: Leaves) -> Tree:
+        """The answer."""
+        return self.result.put(self.run(inputs))
+
+
+@dataclass
+class Making:
+    """How the entry for a call is made.
+
+    Args:
+        func: what is compiled.
+        surroundings: what it refers to.
+        args, kwargs: of the call.
+    """
+
+    func: Callable[..., Any]
+    surroundings: Surroundings
+    arguments: CallArguments
+    args: tuple[Tree, ...]
+    kwargs: dict[str, Any]
+    compiler: Compiler
+    answer: Tree = None
+    """The function's own; with its tensors, and how long it and the traces took."""
+    outputs: Leaves = ()
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+    def entry(self) -> CompiledCall:
+        """The entry, traced; nothing is compiled yet.
+
+        Raises:
+            Nameless, NotImplementedError: if no trace would hold.
+        """
+        arguments, tensors = self.arguments, self.surroundings.tensors
+        arguments.check()
+        guard = Guard(arguments, self.surroundings.kind, tensors)
+        self.func(*self.args, **self.kwargs)  # later calls need not learn what this one learns
+        start = time.perf_counter()
+        self.answer = self.func(*self.args, **self.kwargs)
+        middle = time.perf_counter()
+        self.outputs, result = ResultTree.of(self.answer)
+        has_graph = any(out.requires_grad for out in self.outputs)
+        run = self._differentiable() if has_graph else self._cheapest()
+        self._check_pure()
+        self.seconds = middle - start, time.perf_counter() - middle
+        return CompiledCall(guard, run, result)
+
+    def check(self, entry: CompiledCall) -> None:
+        """Compile the entry, and compare its numbers with those of the function.
+
+        Raises:
+            Refused: if they differ by more than rounding.
+        """
+        inputs, run = (*self.arguments.leaves, *self.surroundings.tensors), entry.run
+        with torch.no_grad():
+            for out, other in zip(self.outputs, run(inputs), strict=True):
+                power = ROUNDING if out.is_floating_point() else None
+                is_near = out.shape == other.shape and are_near(out.detach(), other, power)
+                if not (is_near or _is_noise(out.detach(), other)):
+                    raise Refused(
+                        "what is compiled computes other numbers. Pass backend='replay', and "
+                        "report it"
+                    )
+            start = time.perf_counter()
+            run(inputs)
+        seconds = time.perf_counter() - start
+        eager, tracing = self.seconds
+        nodes = run.graph.graph.nodes
+        count = sum(node.op == "call_function" for node in nodes)
+        entry.compilation = Compilation(
+            tracing, run.compile_seconds, eager, seconds, run.constant_bytes, count
+        )
+
+    @property
+    def _inputs(self) -> Leaves:
+        """Inputs to trace at: aliases of arguments, as two may be one tensor, or be referred to."""
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in self.arguments.leaves]
+        return (*leaves, *self.surroundings.tensors)
+
+    def _outputs_at(self, inputs: Leaves) -> Leaves:
+        """The tensors of the function's result at other arguments."""
+        put = self.arguments.put_into(self.args, self.kwargs)
+        args, kwargs = put(inputs[: len(self.arguments.leaves)])
+        everything, _ = flatten_containers(self.func(*args, **kwargs))
+        return tuple([x for x in everything if isinstance(x, Tensor)])
+
+    def _cheapest(self) -> Executable:
+        """What takes the fewest operations of all ways that give the same answer."""
+        directions: Any = getattr(self.func, "directions", None)
+        if directions is None:
+            return self._plain()
+        ways = []
+        for func in directions():
+            try:
+                ways.append(replace(self, func=func)._plain())
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                note("%s is not compiled: %s", func.__qualname__, error)
+        inputs = self._inputs
+        return min(ways, key=lambda way: way.flops(inputs)) if ways else self._plain()
+
+    def _plain(self) -> Executable:
+        def forward(*inputs: Tensor) -> Leaves:
+            return tuple([out.detach() for out in self._outputs_at(inputs)])
+
+        return self._executable(forward, self._inputs)
+
+    def _differentiable(self) -> Differentiable:
+        """What returns outputs with a graph: the pullback is traced now, as of this function."""
+        inputs = self._inputs
+        receivers = [number for number, x in enumerate(inputs) if x.requires_grad]
+        reached = set(receivers)
+
+        def backward(*given: Tensor) -> Leaves:
+            at = given[: len(inputs)]
+            with recording():
+                values = [out for out in self._outputs_at(at) if out.is_floating_point()]
+            pairs = zip(values, given[len(inputs) :], strict=True)
+            outputs, cotangents = zip(*[p for p in pairs if p[0].requires_grad], strict=True)
+            ends = tuple([at[number] for number in receivers])
+            pulled = run_backward(outputs, ends, cotangents, False)
+            reached.intersection_update(
+                n for n, x in zip(receivers, pulled, strict=True) if x is not None
+            )
+            return tuple([x.detach() for x in pulled if x is not None])
+
+        seeds = tuple([torch.ones_like(x) for x in self.outputs if x.is_floating_point()])
+        return Differentiable(
+            self._plain(),
+            self._executable(backward, (*inputs, *seeds)),
+            [number in reached for number in range(len(inputs))],
+        )
+
+    def _executable(self, func: Callable[..., Leaves], inputs: Leaves) -> Executable:
+        num_args = len(self.arguments.leaves)
+        return Executable(traced(func, inputs), inputs, num_args, self.compiler)
+
+    def _check_pure(self) -> None:
+        """Refuse a function that has changed what it refers to.
+
+        Raises:
+            Nameless: if it has.
+        """
+        if self.surroundings.are_current():
+            return
+        if Surroundings(self.func).kind != self.surroundings.kind:
+            raise Nameless(
+                "func must change nothing that it refers to, got one that does: what is compiled "
+                "would not. Return what it should keep."
+            )
+
+
+def _is_noise(numbers: Tensor, others: Tensor) -> bool:
+    """Are both zero but for rounding, as where terms of the size of one cancel?"""
+    if not numbers.is_floating_point() or numbers.shape != others.shape:
+        return False
+    bound = NOISE * torch.finfo(numbers.dtype).eps
+    return bool(numbers.abs().le(bound).all() and others.abs().le(bound).all())

@@ -1,0 +1,175 @@
+"""What is taken out of a graph before it is compiled: all that each call would do again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from jacfunc._torch import Graphs, memory_of
+from jacfunc._types import Leaves
+
+MOST_FOLDED_BYTES = 2**26
+"""Larger constants are computed at each call."""
+
+_ATEN = torch.ops.aten
+
+
+def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]:
+    """The graph, and the constants that it takes as inputs after its own.
+
+    Seeds and the like are computed once, here; a product with the identity is the other factor.
+    No output shares memory with an input.
+    """
+    constants = _folded(graph)
+    _without_detours(graph)
+    _by_rows(graph)
+    _without_identities(graph, constants)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+    _with_own_outputs(graph, (*inputs, *constants.values()))
+    kept = [node for node in constants if node.users]
+    for node in constants:
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph, tuple(constants[node] for node in kept)
+
+
+def _folded(graph: GraphModule) -> dict[Node, Tensor]:
+    """Make constants inputs of the graph: all that is computed from no input."""
+    fixed = _fixed_nodes(graph)
+    frontier = [
+        node
+        for node in fixed
+        if Graphs.is_operator(node) and any(u not in fixed for u in node.users)
+    ]
+    values = _values_of(graph, fixed)
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    constants: dict[Node, Tensor] = {}
+    for node in frontier:
+        value = values[node]
+        is_kept = isinstance(value, Tensor) and not value.is_meta
+        if is_kept and value.nbytes <= MOST_FOLDED_BYTES:
+            last = [*inputs, *constants][-1] if inputs or constants else None
+            with graph.graph.inserting_after(last):
+                new = graph.graph.placeholder(f"constant_{len(constants)}")
+            constants[new] = value.clone()
+            node.replace_all_uses_with(new)
+    graph.graph.eliminate_dead_code()
+    return constants
+
+
+def _fixed_nodes(graph: GraphModule) -> dict[Node, None]:
+    """Nodes that are computed from no input, in order."""
+    fixed: dict[Node, None] = {}
+    for node in graph.graph.nodes:
+        is_fixed = Graphs.is_operator(node) and all(n in fixed for n in node.all_input_nodes)
+        if is_fixed or node.op == "get_attr":
+            fixed[node] = None
+    return fixed
+
+
+def _values_of(graph: GraphModule, nodes: dict[Node, None]) -> dict[Node, Any]:
+    interpreter = Interpreter(graph)
+    with torch.no_grad():
+        for node in nodes:
+            interpreter.env[node] = interpreter.run_node(node)
+    return interpreter.env
+
+
+def _without_identities(graph: GraphModule, constants: dict[Node, Tensor]) -> None:
+    """Replace products with the identity by the other factor: sweeps begin with one."""
+    known = dict(constants)
+    for node in graph.graph.nodes:
+        if node.target in (*_VIEWS, _ATEN.reshape.default) and node.args[0] in known:
+            known[node] = known[node.args[0]].reshape(node.args[1])
+        elif _transposed(node) in known:
+            known[node] = known[_transposed(node)].t()
+    identities = {node for node, value in known.items() if _is_identity(value)}
+    for node in graph.graph.nodes:
+        if node.target is _ATEN.mm.default:
+            left, right = node.args
+            if left in identities or right in identities:
+                other = right if left in identities else left
+                with graph.graph.inserting_before(node):
+                    options: Any = {"memory_format": torch.contiguous_format}
+                    laid = graph.graph.call_function(_ATEN.clone.default, (other,), options)
+                node.replace_all_uses_with(other if _is_contiguous(other) else laid)
+
+
+def _is_contiguous(node: Any) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_contiguous()
+
+
+def _is_identity(value: Tensor) -> bool:
+    is_square = value.dim() == 2 and value.shape[0] == value.shape[1]
+    return is_square and torch.equal(value, torch.eye(len(value)).to(value))
+
+
+def _without_detours(graph: GraphModule) -> None:
+    """Leave out what only gives another name, and two transpositions in a row."""
+    for node in graph.graph.nodes:
+        if node.target in (_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is _ATEN.t.default and node.args[0].target is _ATEN.t.default:
+            node.replace_all_uses_with(node.args[0].args[0])
+        elif node.target is _ATEN.view.default and _is_view_of_plain(node.args[0]):
+            node.args = (node.args[0].args[0], node.args[1])
+
+
+_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
+
+
+def _is_view_of_plain(node: Node) -> bool:
+    """Is it the view of something contiguous, of which every view can be had?"""
+    return node.target in _VIEWS and _is_contiguous(node.args[0])
+
+
+def _by_rows(graph: GraphModule) -> None:
+    """Take products of which only the transpose is used the other way round.
+
+    Sweeps of ``W @ x`` make such ones: tall and narrow, for which a library may take ten times as
+    long as for the same numbers in few long rows. As numbers then lie in another order, views
+    become reshapes.
+    """
+    nodes = graph.graph.nodes
+    if any(node.target is _ATEN.as_strided.default for node in nodes):
+        return
+    for node in nodes:
+        if node.target is _ATEN.mm.default and node.users and all(map(_transposed, node.users)):
+            with graph.graph.inserting_before(node):
+                factors = [
+                    _transposed(x) or graph.graph.call_function(_ATEN.t.default, (x,))
+                    for x in reversed(node.args)
+                ]
+                product = graph.graph.call_function(_ATEN.mm.default, tuple(factors))
+            for user in [*node.users]:
+                user.replace_all_uses_with(product)
+        elif node.target in _VIEWS:
+            node.target = _ATEN.reshape.default
+
+
+def _transposed(node: Node) -> Any:
+    """What a node transposes; None if it does something else."""
+    is_permuted = node.target is _ATEN.permute.default and node.args[1] == [1, 0]
+    return node.args[0] if is_permuted or node.target is _ATEN.t.default else None
+
+
+def _with_own_outputs(graph: GraphModule, inputs: Leaves) -> None:
+    """Copy outputs that share memory with an input, which the caller may write into."""
+    with torch.no_grad():
+        outputs = graph(*inputs)
+    places = set(map(memory_of, inputs))
+    (last,) = [node for node in graph.graph.nodes if node.op == "output"]
+    nodes = list(last.args[0])
+    for number, (node, value) in enumerate(zip(nodes, outputs, strict=True)):
+        if memory_of(value) in places:
+            with graph.graph.inserting_before(last):
+                nodes[number] = graph.graph.call_function(_ATEN.clone.default, (node,))
+    last.args = (tuple(nodes),)
+    graph.recompile()
