@@ -190,7 +190,7 @@ def _options() -> list[Bad]:
         for seed, error in ((-1, ValueError), (2**63, ValueError), (1.0, TypeError)):
             call = partial(kind, seed=seed)
             rows.append(Bad(door, f"seed={seed!r}", call, error, "seed must be"))
-        for name in counts.keys() & options.keys():
+        for name in filter(options.__contains__, counts):
             for count, error in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
                 call = partial(kind, **{name: count})
                 rows.append(Bad(door, f"{name}={count!r}", call, error, f"{name} must be"))
