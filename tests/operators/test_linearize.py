@@ -444,3 +444,40 @@ def test_threads_make_operators_of_their_own():
     with ThreadPoolExecutor(4) as pool:
         for pushed, x in zip(pool.map(product, points), points, strict=True):
             close(pushed, (1 - torch.tanh(A @ x) ** 2) * (A @ V))
+
+
+def test_outputs_that_are_rounding_alone() -> None:
+    """A gradient at a minimum is zero but for rounding, which differs between ways to evaluate."""
+    torch.manual_seed(0)
+    A, y = torch.randn(400, 30, dtype=torch.float64), (torch.rand(400) < 0.5).double()
+
+    def objective(w: Tensor) -> Tensor:
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(A @ w, y, reduction="sum")
+        return loss + w.square().sum() / 2
+
+    def hessian(w: Tensor) -> Tensor:
+        slopes = torch.sigmoid(A @ w)
+        return A.T @ (A * (slopes * (1 - slopes))[:, None]) + torch.eye(30, dtype=torch.float64)
+
+    w = torch.zeros(30, dtype=torch.float64)
+    for _ in range(20):
+        w = w - torch.linalg.solve(hessian(w), A.T @ (torch.sigmoid(A @ w) - y) + w)
+    for gradient_of in (jacfunc.jacrev(objective), torch.func.grad(objective)):
+        _, operator = jacfunc.linearize(gradient_of, w)
+        v = torch.randn(30, dtype=torch.float64)
+        torch.testing.assert_close(operator @ v, hessian(w) @ v)
+        torch.testing.assert_close(operator.T @ v, hessian(w) @ v)
+        torch.testing.assert_close(operator.matrix(), hessian(w))
+
+
+def test_small_outputs_that_change_are_refused() -> None:
+    count = 0
+
+    def func(x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return x.sin() * 1e-16 * count
+
+    _, J = jacfunc.linearize(func, torch.ones(3, dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match="outputs change from one evaluation"):
+        J @ torch.ones(3, dtype=torch.float64)
