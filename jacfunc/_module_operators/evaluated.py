@@ -77,6 +77,11 @@ class Evaluated:
             call = call.with_samples(options.batching)
         choice = InputChoice.of(api, call.state.module, inputs, arguments)
         evaluated = cls(replace(call, argnums=argnums, choice=choice), at_batch)
+        if not evaluated.flat.primals:
+            raise ValueError(
+                f"{api}: vectors must have at least one tensor, got a module without parameters "
+                "that require gradients. Name some with select=, or pass wrt='inputs'."
+            )
         if options.batching is not None:
             evaluated._check_samples(options)
         return evaluated

@@ -360,6 +360,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         NotImplementedError,
         "by inputs each sample must draw numbers of its own, got randomness='same'",
     ),
+    "a frozen module": (
+        lambda: jacfunc.module_operator(mlp().requires_grad_(False))(floats(4, 3)),
+        ValueError,
+        "at least one tensor, got a module without parameters that require gradients",
+    ),
     "a coupled batch": (
         lambda: jacfunc.module_operator(batch_norm(), per_sample=True)(floats(4, 3)),
         ValueError,
