@@ -120,11 +120,11 @@ class ResultTree:
 
         def put(leaves: Leaves) -> Tree:
             new = iter(leaves)
-            return unflatten(spec, [next(new) if isinstance(x, Tensor) else x for x in rest])
+            return unflatten(spec, [next(new) if x is _PLACE else x for x in rest])
 
         rest = [_PLACE if isinstance(x, Tensor) else x for x in everything]
         return tensors, cls(put)
 
 
-_PLACE = Tensor()
+_PLACE = object()
 """Marks where a tensor is; to keep the first answer's would keep its memory."""

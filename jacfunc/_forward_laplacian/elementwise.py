@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import pi, sqrt
+from math import log, pi, sqrt
 from typing import Any, TypeAlias
 
 import torch
@@ -140,7 +140,7 @@ def _erfinv(x: Tensor, y: Tensor) -> Derivatives:
 
 
 def _log_to(base: float) -> Formula:
-    scale = 1 / float(torch.tensor(base, dtype=torch.float64).log())
+    scale = 1 / log(base)
     return lambda x, y: (scale / x, -scale / (x * x))
 
 
