@@ -75,10 +75,7 @@ class Part:
 
 
 def _are_rows(places: Tensor, stride: int, to_last: int, width: int) -> bool:
-    """Is each of these places the first of a row, whose others go up to the last?
-
-    Then two neighbours lie whole rows apart, and no step within a row leads to the next.
-    """
+    """Is each place in one row with its last, and whole rows apart from the next place?"""
     if stride % width and places.shape[1] > 1:
         return False
     return bool((places // width == (places + to_last) // width).all())
