@@ -65,8 +65,8 @@ class Part:
             return None
         between, of_outs, of_ins = (place.mT if form.is_transposed else place).stride()
         first = place.storage_offset() + between * torch.arange(form.groups).unsqueeze(1)
-        at_outs = first + of_outs * torch.arange(outs)
-        at_ins = first + of_ins * torch.arange(ins)
+        at_outs = torch.add(first, torch.arange(outs), alpha=of_outs)
+        at_ins = torch.add(first, torch.arange(ins), alpha=of_ins)
         if _are_rows(at_outs, of_outs, of_ins * (ins - 1), width):
             return at_outs // width, at_ins % width, True
         if _are_rows(at_ins, of_ins, of_outs * (outs - 1), width):
