@@ -100,7 +100,7 @@ def random_projection(
         per_module: columns ``(r, c)`` of ``R_rows [n, r]`` and ``R_columns [m, c]``. All dimensions
             of a parameter but the first are its columns; a bias has a plain R of ``r · c`` columns.
             The norm of a layer's gradient that is one outer product is as exact as from
-            ``r · c / (r + c)`` plain columns, 24 with ``(48, 48)``; errors of layers are independent.
+            ``r · c / (r + c)`` plain columns, 24 with ``(48, 48)``.
         seed: of R.
         select: parameters, as in :func:`jacfunc.ggn`.
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.

@@ -64,7 +64,7 @@ class Part:
         except RuntimeError:  # no view has this order
             return None
         between, of_outs, of_ins = (place.mT if form.is_transposed else place).stride()
-        first = place.storage_offset() + between * torch.arange(form.groups).unsqueeze(1)
+        first = torch.arange(form.groups).unsqueeze(1) * between + int(place.storage_offset())
         at_outs = torch.add(first, torch.arange(outs), alpha=of_outs)
         at_ins = torch.add(first, torch.arange(ins), alpha=of_ins)
         if _are_rows(at_outs, of_outs, of_ins * (ins - 1), width):
