@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Self, TypeAlias
 from zlib import crc32
 
 import torch
@@ -12,7 +14,11 @@ from torch import Tensor
 
 from jacfunc._factored import Part, rows
 from jacfunc._memory import DRAWN_BYTES
-from jacfunc.layers import Outer
+from jacfunc._types import Leaves
+from jacfunc.layers import Gather, Outer
+
+Named: TypeAlias = Mapping[str, Tensor]
+PartsByName: TypeAlias = Mapping[str, Sequence[Part]]
 
 
 class SignMatrix:
@@ -35,6 +41,92 @@ class SignMatrix:
         words.random_(-(2**63), None, generator=self._generator)
         numbers = words.view(torch.uint8).flatten().to(self._of_byte.device, torch.int32)
         return self._of_byte.index_select(0, numbers).view(count, -1)[:, : self.size]
+
+
+def signs_of(api: str, size: Any, per_module: Any, seed: Any) -> FlatSigns | SignsBySide:
+    """The random signs that the options of a door ask for; TypeError or ValueError if none."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(
+            f"{api}: seed must be an int, got {type(seed).__name__}. The same seed gives the same "
+            "matrix."
+        )
+    if per_module is None:
+        if not _is_size(size):
+            raise ValueError(
+                f"{api}: size must be a positive number of columns, got {size!r}. "
+                "Some hundreds are usual."
+            )
+        return FlatSigns(seed, size)
+    if size is not None:
+        raise ValueError(
+            f"{api}: size must be None with per_module, got {size!r}. Pass one of the two."
+        )
+    sizes = per_module if isinstance(per_module, tuple | list) else ()
+    if len(sizes) != 2 or not all(map(_is_size, sizes)):
+        raise ValueError(
+            f"{api}: per_module must be two positive numbers of columns, got {per_module!r}. "
+            "(48, 48) is usual."
+        )
+    return SignsBySide(seed, *sizes)
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 1
+
+
+@dataclass(frozen=True)
+class FlatSigns:
+    """One matrix for all parameters, with rows for each of their entries."""
+
+    seed: int
+    size: int
+
+    def projected(
+        self, parts_by_name: PartsByName, params: Named, zeros: Tensor, at_once: int
+    ) -> Leaves:
+        """The products ``[B, K, size]`` of a Jacobian, added to zeros of this shape."""
+        for name, parts in parts_by_name.items():
+            block = partial(zeros.new_zeros, (*zeros.shape[:2], *params[name].shape))
+            signs = SignMatrix(_key(self.seed, name), self.size, zeros, at_once)
+            zeros += projected(parts, block, signs)
+        return (zeros,)
+
+
+@dataclass(frozen=True)
+class SignsBySide:
+    """For each parameter a matrix of its own, which is a product of one for each of its sides."""
+
+    seed: int
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """The columns of each parameter's matrix."""
+        return self.rows * self.columns
+
+    def projected(
+        self, parts_by_name: PartsByName, params: Named, zeros: Tensor, at_once: int
+    ) -> Leaves:
+        """The products ``[B, K, size]`` of each parameter's Jacobian; zeros if it is not used."""
+        products = []
+        for name, param in params.items():
+            parts, key = parts_by_name.get(name), _key(self.seed, name)
+            block = partial(zeros.new_zeros, (*zeros.shape[:2], *param.shape))
+            if not parts:
+                products.append(torch.zeros_like(zeros))
+            elif param.dim() < 2:
+                signs = SignMatrix(key, self.size, zeros, at_once)
+                products.append(projected(parts, block, signs))
+            else:
+                sides = TwoSidedSigns.drawn(key, param.shape, (self.rows, self.columns), zeros)
+                products.append(sides.projected(parts, block))
+        return tuple(products)
+
+
+def _key(seed: int, name: str) -> str:
+    """What fixes the signs of a parameter; a compiled module gives its parameters longer names."""
+    return f"{seed}:{name.replace('_orig_mod.', '')}"
 
 
 def projected(parts: Sequence[Part], zeros: Callable[[], Tensor], signs: SignMatrix) -> Tensor:
@@ -75,6 +167,60 @@ def _projected_by_rows(block: Tensor, signs: SignMatrix) -> Tensor:
         columns = flat[:, start : start + step]
         total.addmm_(columns, signs.rows(columns.shape[1]))
     return total.view(*block.shape[:2], -1)
+
+
+@dataclass(frozen=True)
+class TwoSidedSigns:
+    """``rows ⊗ columns``: the random matrix of one parameter ``[n, m]``, from one for each side.
+
+    Args:
+        rows: signs for the rows of the parameter, ``[n, r]``.
+        columns: signs for its columns, which are all dimensions but the first, ``[m, c]``.
+        shape: the shape of the parameter.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def drawn(cls, key: str, shape: torch.Size, sizes: tuple[int, int], like: Tensor) -> Self:
+        """The signs for a parameter of two dimensions at least."""
+        of_rows = SignMatrix(f"{key}:rows", sizes[0], like)
+        of_columns = SignMatrix(f"{key}:columns", sizes[1], like)
+        return cls(of_rows.rows(shape[0]), of_columns.rows(shape[1:].numel()), shape)
+
+    def projected(self, parts: Sequence[Part], zeros: Callable[[], Tensor]) -> Tensor:
+        """The rows of a Jacobian times the matrix, ``[B, K, r · c]``: the sum over its parts."""
+        first, *others = [self._of_part(part, zeros) for part in parts]
+        for other in others:
+            first = first + other
+        return first.flatten(2)
+
+    def _of_part(self, part: Part, zeros: Callable[[], Tensor]) -> Tensor:
+        """``[B, K, r, c]``: each factor times the signs of its side, and then their product."""
+        form, dtype = part.form, self.rows.dtype
+        if isinstance(form, Gather) and not part.path:
+            seeds = (form.cotangents.to(dtype) @ self.columns).unsqueeze(2)
+            return _multiplied(seeds, self.rows[form.index].unsqueeze(1)).mT
+        sides = part.sides(self.shape)
+        if isinstance(form, Outer) and sides is not None:
+            outs, ins, are_outs_rows = sides
+            left, right = (self.rows, self.columns) if are_outs_rows else (self.columns, self.rows)
+            seeds = torch.einsum("kbgto,gop->kbgtp", form.cotangents.to(dtype), left[outs])
+            inputs = torch.einsum("bgti,giq->bgtq", form.inputs.to(dtype), right[ins])
+            products = _multiplied(seeds, inputs)
+            return products if are_outs_rows else products.mT
+        block = rows([part], zeros).to(dtype).flatten(3)
+        return ((block @ self.columns).mT @ self.rows).mT
+
+
+def _multiplied(seeds: Tensor, inputs: Tensor) -> Tensor:
+    """``[B, K, p, q]``: the sum over groups and positions of ``[K, B, g, T, p] · [B, g, T, q]``."""
+    num_seeds, size, groups, positions, width = seeds.shape
+    left = seeds.permute(1, 0, 4, 2, 3).reshape(size, num_seeds * width, groups * positions)
+    product = left @ inputs.flatten(1, 2)
+    return product.view(size, num_seeds, width, inputs.shape[-1])
 
 
 def _at_once(signs: SignMatrix, like: Tensor, width: int) -> int:

@@ -46,6 +46,40 @@ class Part:
         self.place_in(mask).fill_(True)
         return mask[0, 0]
 
+    def sides(self, shape: torch.Size) -> tuple[Tensor, Tensor, bool] | None:
+        """What the indices of an outer product are in a parameter ``[n, *m]``, as a matrix.
+
+        Rows of the parameter for the outputs ``[groups, O]``, columns for the inputs
+        ``[groups, I]``, and True; or columns for the outputs, rows for the inputs, and False. None
+        for another form, and for a parameter that has one matrix for each of several experts.
+        """
+        form, width = self.form, max(1, shape[1:].numel())
+        if not isinstance(form, Outer):
+            return None
+        block = torch.empty((1, 1, *shape), dtype=torch.bool)  # only its strides are read
+        outs, ins = form.cotangents.shape[-1], form.width
+        order = (form.groups, ins, outs) if form.is_transposed else (form.groups, outs, ins)
+        try:
+            place = self.place_in(block)[0, 0].view(order)
+        except RuntimeError:  # no view has this order
+            return None
+        between, of_outs, of_ins = (place.mT if form.is_transposed else place).stride()
+        first = torch.arange(form.groups).unsqueeze(1) * between + int(place.storage_offset())
+        at_outs = torch.add(first, torch.arange(outs), alpha=of_outs)
+        at_ins = torch.add(first, torch.arange(ins), alpha=of_ins)
+        if _are_rows(at_outs, of_outs, of_ins * (ins - 1), width):
+            return at_outs // width, at_ins % width, True
+        if _are_rows(at_ins, of_ins, of_outs * (outs - 1), width):
+            return at_outs % width, at_ins // width, False
+        return None
+
+
+def _are_rows(places: Tensor, stride: int, to_last: int, width: int) -> bool:
+    """Is each place in one row with its last, and whole rows apart from the next place?"""
+    if stride % width and places.shape[1] > 1:
+        return False
+    return bool((places // width == (places + to_last) // width).all())
+
 
 def merged(parts: Sequence[Part]) -> list[Part]:
     """The parts, with those of the same entries merged: outer products, and rows."""

@@ -137,6 +137,7 @@ of_params = jacfunc.ggn(predict_batch, F.mse_loss)(params, A, A)
 assert_type(of_params.diagonal(), Params)
 assert_type(jacfunc.gradient_norms(model, F.cross_entropy)(batch, labels), Tensor)
 assert_type(jacfunc.random_projection(model, 8, F.cross_entropy)(batch, labels), Tensor)
+sided: Params = jacfunc.random_projection(model, per_module=(4, 4))(batch)
 
 # --- operators ---
 

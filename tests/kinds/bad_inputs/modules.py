@@ -433,7 +433,18 @@ ROWS: list[Bad] = [
     ),
     *(
         Bad("random_projection", f"size: {size!r}", projection(size), ValueError, "size must be")
-        for size in (0, -1, 2.5, "4", True)
+        for size in (0, -1, 2.5, "4", True, None)
+    ),
+    *(
+        Bad(
+            *("random_projection", f"per_module={sizes!r}", projection(per_module=sizes)),
+            *(ValueError, "per_module must be two positive numbers"),
+        )
+        for sizes in (48, "48", (), (4,), (4, 4, 4), (0, 4), (4, -1), (2.0, 4), (True, 4))
+    ),
+    Bad(
+        *("random_projection", "per_module, and a size", projection(4, per_module=(2, 2))),
+        *(ValueError, "size must be None with per_module, got 4"),
     ),
     *(
         Bad("ntk", f"{axes}: {name}", tangents(**{axes: value}), error, words)
