@@ -302,7 +302,6 @@ AXES: dict[str, tuple[Any, type[Exception], str]] = {
     "twice": ((0, 0), ValueError, "must not share an axis"),
 }
 NO_VECTORS: dict[str, Any] = {
-    "a tensor": torch.ones(26),
     "a list": [X],
     "None": None,
     "an array": np.ones(26),
@@ -406,6 +405,7 @@ ROWS: list[Bad] = [
         for name, vector in NO_VECTORS.items()
     ),
     Bad("ggn", "times a number as name", times({3: X}), ValueError, "name the chosen parameters"),
+    Bad("ggn", "times another size", times(torch.ones(27)), ValueError, "must have 26 numbers"),
     Bad("ggn", "times nothing", times({}), ValueError, "must name the chosen parameters"),
     Bad(
         "ggn",
