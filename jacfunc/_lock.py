@@ -66,10 +66,10 @@ def _is_held_for_us() -> bool:
 class kept_property(Generic[OwnerT, ValueT]):  # noqa: N801 (it is used as a decorator)
     """A property that is computed when it is first read, and kept in the object.
 
-    It is ``functools.cached_property`` without its lock. Until Python 3.12 all objects of a class
-    share that one while a value is computed: a thread that holds it and waits for :func:`alone`
-    would wait for ever where the thread inside reads the same property of another object. If two
-    threads compute a value at once, one of the two is kept.
+    It is ``functools.cached_property`` without its lock, for values that an evaluation computes.
+    Until Python 3.12 all objects of a class share that lock: a thread that holds it and waits for
+    :func:`alone` would wait for ever where the thread inside reads the same property of another
+    object. If two threads compute a value at once, one of the two is kept.
 
     Example:
         >>> from jacfunc._lock import kept_property

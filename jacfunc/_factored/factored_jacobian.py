@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,6 @@ from jacfunc._factored.derived import Derived, parameters_of
 from jacfunc._factored.parts import Part, merged, rows, write
 from jacfunc._factored.use import Use, UsedPart
 from jacfunc._linear_map import EVERY, LeafNumbers
-from jacfunc._lock import kept_property
 from jacfunc._types import Leaves
 from jacfunc.layers import Rows
 
@@ -93,7 +92,7 @@ class FactoredJacobian:
         """What the function returned beside the outputs, ``[B, …]``."""
         return self.linearization.extras
 
-    @kept_property
+    @cached_property
     def sample_outputs(self) -> Leaves:
         """The outputs of one sample."""
         return tuple([_first(out) for out in self.outputs])

@@ -9,7 +9,7 @@ in one product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from math import prod
 from typing import TypeAlias, TypeVar
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from jacfunc._factored import Part, rows
 from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes, seeds_of
-from jacfunc._lock import kept_property
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
 from jacfunc.layers import Outer
@@ -62,13 +61,13 @@ class Gram:
         self.like, self.sizes, self.axes, self.is_symmetric = like, sizes, axes, is_symmetric
         self.at_once, self.blocked, self._is_half = at_once, blocked, False
 
-    @kept_property
+    @cached_property
     def _by_sample(self) -> Tensor:
         """The sum of what is added in the order ``[D, B₁, F, B₂, F]``."""
         (first, second), kept = self.sizes, self.axes.kept
         return self.like.new_zeros((self.axes.diagonal, first, kept, second, kept))
 
-    @kept_property
+    @cached_property
     def _by_output(self) -> Tensor:
         """The sum of what is added in the order of cotangents, ``[D, F, B₁, F, B₂]``."""
         (first, second), kept = self.sizes, self.axes.kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -13,7 +13,6 @@ from weakref import ref
 from torch import Tensor, nn
 
 from jacfunc._lending.part import ModulePart, put_back
-from jacfunc._lock import kept_property
 from jacfunc._remembered import Remembered
 
 
@@ -50,7 +49,7 @@ class Snapshot:
         finally:
             put_back(tables)
 
-    @kept_property
+    @cached_property
     def _rows(self) -> _Rows | None:
         return None if any(part.is_scripted for part in self.parts) else _Rows(self.parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, part
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.snapshot import Snapshot, Version, version_at
 from jacfunc._lending.stale import check_fresh
-from jacfunc._lock import kept_property
 from jacfunc._torch import untracked
 
 
@@ -93,14 +92,14 @@ class ModuleState:
         """Submodules, and objects beside them."""
         return [*self.parts.values(), *self.beside]
 
-    @kept_property
+    @cached_property
     def version(self) -> Version:
         """One object for all states that are made of the same objects, so far as these are seen."""
         if self.origin is not None:
             return self.origin.version
         return version_at(self.module, self.point, self.parts.values(), self.beside)
 
-    @kept_property
+    @cached_property
     def version_of_parts(self) -> Version:
         """One object for all states of one choice whose submodules are of the same objects."""
         if self.origin is not None:
@@ -218,7 +217,7 @@ class ModuleState:
         loan.lend(EvaluationState(params.values(), arguments), new)
         return learn
 
-    @kept_property
+    @cached_property
     def _is_plain(self) -> bool:
         """Has no tensor a class of its own, whose clone would be another where nobody sees it?
 

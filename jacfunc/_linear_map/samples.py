@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from torch import Tensor
 
-from jacfunc._lock import kept_property
 from jacfunc._memory import Chunk, in_chunks
 from jacfunc._torch import sweep_batch
 from jacfunc._types import LeafFunction, Leaves
@@ -81,7 +81,7 @@ class Samples:
         """Does a leaf hold samples, so that they need a vmap?"""
         return any(dim is not None for dim in self.dims)
 
-    @kept_property
+    @cached_property
     def size(self) -> int:
         """How many there are."""
         for leaf, dim in zip(self.leaves, self.dims, strict=True):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from jacfunc._lock import kept_property
 from jacfunc._types import product_dtype
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -96,7 +96,7 @@ class OfClasses:
             into.copy_(part.mul_(p).mul_(factors))
         return product
 
-    @kept_property
+    @cached_property
     def _factors(self) -> Tensor:
         """``a [B, 1, …]``, in the dtype in which products are computed."""
         targets, settings, size = self.targets, self.settings, self.logits.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from jacfunc._calls import Derivation, FlatCall, ModuleOrigin
 from jacfunc._layouts import begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
-from jacfunc._lock import alone, kept_property
+from jacfunc._lock import alone
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments, noted
 from jacfunc._modules.options import (
@@ -169,7 +169,7 @@ class ModuleCall:
         ):
             yield
 
-    @kept_property
+    @cached_property
     def _split(self) -> Split:
         """The arguments, split into tensors and constants."""
         return Split.of(self.arguments, is_tensor)

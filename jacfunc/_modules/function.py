@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_like
 from jacfunc._calls import modules_of
 from jacfunc._lending import Constants, ModuleState, Select, Snapshot, Version
-from jacfunc._lock import kept_property
 from jacfunc._torch import recording
 from jacfunc._trees import Arguments, Split, StructureError, kinds_of
 from jacfunc._types import Leaves, Tree, is_differentiable, is_tensor
@@ -147,13 +147,13 @@ class FunctionState(ModuleState):
             constants=Constants(most_copied=0),
         )
 
-    @kept_property
+    @cached_property
     def version(self) -> Version:
         if self.origin is not None:
             return self.origin.version
         return self._version_of(self.beside)
 
-    @kept_property
+    @cached_property
     def version_of_parts(self) -> Version:
         if self.origin is not None:
             return self.origin.version_of_parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, cached_property, wraps
 from typing import Any, ClassVar, Self, TypeAlias, TypedDict
 
 from torch import nn
@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 from jacfunc._arguments import check_chunk_size, check_flags, check_memory, check_randomness
 from jacfunc._calls import CUT_OFF
 from jacfunc._lending import CurrentState, ModuleState, Select
-from jacfunc._lock import kept_property
 from jacfunc._memory import Budget
 from jacfunc._modules.function import FunctionAsModule, FunctionState, check_called
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
@@ -110,7 +109,7 @@ class ModuleOptions:
             choice_of(api, outputs),
         )
 
-    @kept_property
+    @cached_property
     def current(self) -> CurrentState:
         """The state of the module from call to call."""
         assert isinstance(self.module, nn.Module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._factored import Direct, FactoredJacobian, LearnedUses, VmappedBatch, factored
 from jacfunc._linear_map import Samples, check_agreement, narrowed, one_sample
-from jacfunc._lock import alone, kept_property
+from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
 from jacfunc._samples.each import EachSample
@@ -214,7 +214,7 @@ class SampledCall:
         calls = [partial(make, number) for number in range(start, stop)]
         return EachSample.of(calls, numbers, random_state, self.samples.randomness)
 
-    @kept_property
+    @cached_property
     def learned_as_a_whole(self) -> LearnedUses:
         """What evaluations of the batch as a whole have shown."""
         return LearnedUses.of(self.kind.among("as a whole"))

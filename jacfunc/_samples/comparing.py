@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacfunc._linear_map import Dims, Samples, differentiable_alias
-from jacfunc._lock import kept_property
 from jacfunc._memory import DispatchMode
 from jacfunc._samples.halves import Half, at
 from jacfunc._torch import MathAttention, RandomState, recording, run_backward
@@ -36,7 +36,7 @@ class Subject:
     by_inputs: bool
     as_evaluated: Callable[[], Callable[[], None]]
 
-    @kept_property
+    @cached_property
     def size(self) -> int:
         """How many samples there are."""
         return self.samples.size

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from jacfunc._arguments import wrap_argnums
 from jacfunc._functions import jacobian
 from jacfunc._lending import ModuleState
-from jacfunc._lock import kept_property
 from jacfunc._measuring import Run, is_here
 from jacfunc._modules import Batching, ModuleCall, OutputDims, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
@@ -169,7 +168,7 @@ class Problem:
         call = ModuleCall(API, state, arguments, argnums_of(API, self.wrt))
         return call.with_samples(self.batching) if self.is_sampled else call
 
-    @kept_property
+    @cached_property
     def output_dims(self) -> OutputDims:
         """Where the outputs of a module hold its samples."""
         return self.call().output_dims

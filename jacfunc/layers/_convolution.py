@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from jacfunc._lock import kept_property
 from jacfunc.layers._forms import EVERY, Outer, Rows, summed
 from jacfunc.layers._rules import FormOf, rule
 
@@ -106,12 +106,12 @@ class Convolution(Outer):
         count = len(self.windows.kernel)
         return (self.images if self.is_transposed else self.seeds).shape[-count:]
 
-    @kept_property
+    @cached_property
     def inputs(self) -> Tensor:
         images = self.images if self.is_transposed else self.windows.on(self.images, self.places)
         return self._by_position(images, 1)
 
-    @kept_property
+    @cached_property
     def cotangents(self) -> Tensor:
         seeds = self.windows.on(self.seeds, self.places) if self.is_transposed else self.seeds
         return self._by_position(seeds, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from jacfunc._arguments import check_like
 from jacfunc._assembly import numel
-from jacfunc._lock import kept_property
 from jacfunc._trees import Split, StructureError
 from jacfunc._types import Leaves, Tree
 
@@ -57,12 +56,12 @@ class Space:
         """Tensors without memory that have the shapes, dtypes and devices of the leaves."""
         return self.split.leaves
 
-    @kept_property
+    @cached_property
     def size(self) -> int:
         """How many numbers a vector has."""
         return numel(self.leaves)
 
-    @kept_property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Of flat vectors: the widest of the leaves' dtypes."""
         default = torch.get_default_dtype()
@@ -73,7 +72,7 @@ class Space:
         """Of flat vectors: that of the first leaf."""
         return self.leaves[0].device if self.leaves else torch.get_default_device()
 
-    @kept_property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """A name for each leaf: its path without brackets (``"encoder.weight"``)."""
         return self.split.names()

@@ -162,7 +162,7 @@ def test_out_of_memory_with_a_single_seed_is_raised():
 
 WIDE = torch.randn(3000, 40) / 6
 TALL = torch.randn(1500, 3000) / 50
-SQUARE = torch.randn(2000, 300) / 17
+SQUARE = torch.randn(2400, 300) / 17
 
 
 CLASSIFIER = nn.Sequential(nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 10))

@@ -188,8 +188,13 @@ def stream_samples(call: Call) -> None:
 
 
 def operator(call: Call) -> None:
+    """``Jᵀ u`` of the tensor that is compared, with zeros for all other outputs."""
     J = jacfunc.module_operator(call.module, per_sample=True)(call.wrap(call.x))
-    got = J.T @ J.outputs
+    picked = call.pick(J.outputs)
+    only = jacfunc._trees.map_tensors(
+        lambda out: out if out is picked else torch.zeros_like(out), J.outputs
+    )
+    got = J.T @ only
     rows, outputs = call.matrix.flatten(0, 1), call.output.flatten().to(call.matrix)
     call.same(torch.cat([block.reshape(-1) for block in got.values()]), rows.mT @ outputs)
 
