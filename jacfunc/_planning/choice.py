@@ -74,7 +74,7 @@ def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
     if not rivals:
         return plan
     second = plan_of(min(rivals, key=seconds.__getitem__))
-    told = f"{plan.reason}, {in_seconds(second.seconds)} by {second.strategy}"
+    told = f"{plan.reason}, {in_seconds(second.seconds)} by {type(second.strategy).__name__}"
     return replace(plan, reason=told, second=second)
 
 
