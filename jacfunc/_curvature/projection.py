@@ -40,7 +40,7 @@ class ProjectionOptions(SampleOptions, total=False):
 
 
 class TwoSidedOptions(ProjectionOptions, total=False):
-    """The same, where each parameter has a projection of its own."""
+    """Options of a random projection that is made for each parameter alone, of two sides."""
 
     per_module: Required[tuple[int, int]]
 

@@ -33,6 +33,19 @@ class LinearMap:
     many: Callable[[Leaves], Leaves]
     transpose: Callable[[], LinearMap]
 
+    @classmethod
+    def of_batches(
+        cls, products: Callable[[Leaves], Leaves], transpose: Callable[[], LinearMap]
+    ) -> LinearMap:
+        """A map whose every seed is K vectors in a row, ``[K, *shape]``, as operators take them."""
+
+        def many(seeds: Leaves) -> Leaves:
+            lead = seeds[0].shape[:2]
+            flat = products(tuple(seed.flatten(0, 1) for seed in seeds))
+            return tuple(each.unflatten(0, lead) for each in flat)
+
+        return cls(products, many, transpose)
+
     def __call__(self, seeds: Leaves) -> Leaves:
         """The products, as a differentiable function of the seeds alone."""
         # a watch would take it for a function of the user's

@@ -169,14 +169,8 @@ class DetachedOperator(Linearized):
 
     def _map(self, is_push: bool) -> LinearMap:
         """The products of K vectors, differentiable by these; a transform may batch them again."""
-        product = self._push if is_push else self._pull
-
-        def many(seeds: Leaves) -> Leaves:
-            lead = seeds[0].shape[:2]
-            products = product(tuple(seed.flatten(0, 1) for seed in seeds))
-            return tuple(each.unflatten(0, lead) for each in products)
-
-        return LinearMap(product, many, lambda: self._map(not is_push))
+        products = self._push if is_push else self._pull
+        return LinearMap.of_batches(products, lambda: self._map(not is_push))
 
 
 class ModuleOperator(DetachedOperator):

@@ -116,7 +116,7 @@ class Numbered(OutputChoice):
 
 @dataclass(frozen=True)
 class SharedNumbers(Numbered):
-    """The same outputs of every sample, by numbers or by a slice."""
+    """Outputs by numbers or by a slice, which are chosen alike for every sample."""
 
     chosen: tuple[int, ...] | slice
 

@@ -167,14 +167,10 @@ class ConjugateGradient(Solver):
     def _as_map(self, system: System) -> LinearMap:
         """The solution as a map that is differentiable by the right-hand sides."""
 
-        def one(seeds: Leaves) -> Leaves:
+        def solutions(seeds: Leaves) -> Leaves:
             return (self._solved(system, seeds[0]),)
 
-        def many(seeds: Leaves) -> Leaves:
-            lead = seeds[0].shape[:2]
-            return (self._solved(system, seeds[0].flatten(0, 1)).unflatten(0, lead),)
-
-        return LinearMap(one, many, lambda: self._as_map(system))
+        return LinearMap.of_batches(solutions, lambda: self._as_map(system))
 
     def _solved(self, system: System, rows: Tensor) -> Tensor:
         rtol = self.rtol or sqrt(torch.finfo(system.dtype).eps)

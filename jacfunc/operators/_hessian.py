@@ -232,10 +232,4 @@ class HessianOperator(SymmetricOperator):
 
     def _as_map(self) -> LinearMap:
         """The products as a map differentiable by the vectors; it is its own transpose."""
-
-        def many(seeds: Leaves) -> Leaves:
-            lead = seeds[0].shape[:2]
-            times = self._by_hessian(tuple(seed.flatten(0, 1) for seed in seeds))
-            return tuple(each.unflatten(0, lead) for each in times)
-
-        return LinearMap(self._by_hessian, many, self._as_map)
+        return LinearMap.of_batches(self._by_hessian, self._as_map)
