@@ -16,7 +16,7 @@ from jacfunc._errors import Refused
 from jacfunc._faults import check_scripted
 from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
-from jacfunc._lending.originals import Originals
+from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.snapshot import Snapshot, Version, version_at
@@ -55,6 +55,8 @@ class ModuleState:
     """Does it keep copies of all values, so that the module may change meanwhile?"""
     originals: Originals | None = None
     """What must not change, where later answers use the module's own tensors."""
+    casting: Casting | None = None
+    """Where autocast was on, where answers come later; None where they come at once."""
     origin: ModuleState | None = None
     """The state that it was made from: what is known of the module is remembered of that one."""
     loans: list[Loan] = field(default_factory=list)
@@ -150,7 +152,8 @@ class ModuleState:
         """
         if self.originals is not None and not self.loans:
             self.originals.check(api)
-        with self.snapshot.restored() if self.is_copy else nullcontext():
+        casting = nullcontext() if self.casting is None else self.casting.again()
+        with casting, self.snapshot.restored() if self.is_copy else nullcontext():
             loan = self._loan(api, chosen)
             self.loans.append(loan)
             try:

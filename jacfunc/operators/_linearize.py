@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from jacfunc._assembly import sweep_leaves
 from jacfunc._calls import at_all
 from jacfunc._errors import Changes, Refused
-from jacfunc._lending import Captured, Casting
+from jacfunc._lending import Revisits
 from jacfunc._linear_map import (
     EVERY,
     JacobianOperator,
@@ -25,7 +25,7 @@ from jacfunc._linear_map import (
     one_by_one,
 )
 from jacfunc._log import note
-from jacfunc._torch import RandomState, makes_plain_tensors
+from jacfunc._torch import makes_plain_tensors
 from jacfunc._trees import map_tensors
 from jacfunc._types import AuxT, Leaves, OutT, Tree
 from jacfunc.operators._linear_operator import LinearOperator
@@ -93,22 +93,12 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     # the user may write into the value, and the graph needs its outputs
     value, aux = call.value(tuple(map(Tensor.clone, outputs)), extras)
     domain = Space.of(primals[0] if len(primals) == 1 else primals)
-    captured = Captured.of(func) if makes_plain_tensors() else None
-    casting = Casting.now(call.primals)
+    revisited = Revisits(api, func, call.primals, point.forget_graph)
 
     @contextmanager
     def around() -> Iterator[None]:
-        if captured is not None:
-            captured.check(api, "the function")
-        written = () if captured is None else captured.versions()
-        # what is drawn outside of products does not depend on them
-        drawing = nullcontext() if is_compiling() else RandomState(call.primals).kept()
-        try:
-            with drawing, casting.again():
-                yield
-        finally:
-            if captured is not None and captured.undone(written):
-                point.forget_graph()  # which may have kept what is written into again
+        with revisited():
+            yield
         call.forget_outputs()
 
     is_differentiated = any(out.requires_grad for out in outputs)
