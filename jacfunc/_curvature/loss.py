@@ -70,11 +70,13 @@ class Loss:
 
     def gradient(self) -> Leaves:
         """The gradient in the outputs, ``[B, *out]``."""
-        if self._formula is not None:  # and so needs no watch
-            with recording():
-                return self._gradient(*self.outputs.leaves, differentiated=False)[0]
-        operator = JacobianOperator(self, self.outputs.leaves)
-        return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
+        if self._formula is None:
+            operator = JacobianOperator(self, self.outputs.leaves)
+            return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
+        with recording():  # torch's own losses take one tensor, write into nothing, need no watch
+            leaf = differentiable_alias(*self.outputs.leaves, grad_mode=False)
+            (value,), _ = self(leaf)
+            return torch.autograd.grad(value, (leaf,))
 
     def check_samples(self, independence: Independence) -> None:
         """Raise ValueError if the gradient in a sample's outputs depends on other samples."""
@@ -94,15 +96,15 @@ class Loss:
         if size and self._formula is None:
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
-    def _gradient(self, *leaves: Tensor, differentiated: bool = True) -> tuple[Leaves, Leaves]:
+    def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """The gradient at other leaves, on a graph by which it may be differentiated."""
-        anchors = [differentiable_alias(leaf, differentiated) for leaf in leaves]
+        anchors = [differentiable_alias(leaf, True) for leaf in leaves]
         copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
         starts = {copy.grad_fn for copy in copies}
         value, _ = self(*copies)
         graph = Graph.of(value, starts)
         targets = [Anchor.at(anchor) for anchor in anchors]
-        linear = map_of_graph(value, (), targets, graph, differentiated)
+        linear = map_of_graph(value, (), targets, graph, True)
         return linear.pull(tuple(map(torch.ones_like, value))), ()
 
     @kept_property

@@ -22,6 +22,7 @@ _REGISTRIES = tuple(
     if "_hooks" in key or key in ("_modules", "_non_persistent_buffers_set")
 )
 """Those among them that hold hooks, submodules and names."""
+_HOOKS = [key for key in _REGISTRIES if "hooks" in key]
 Attributes: TypeAlias = dict[str, Any]
 
 
@@ -54,7 +55,8 @@ class ModulePart:
         own = {key: value for key, value in attributes.items() if key not in OF_EVERY_MODULE}
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
-        registries = [attributes[key] for key in _REGISTRIES if is_module and not is_scripted]
+        has_registries = is_module and not is_scripted
+        registries = [attributes[key] for key in _REGISTRIES] if has_registries else []
         return cls(
             module,
             attributes.copy(),
@@ -67,7 +69,7 @@ class ModulePart:
             is_module,
             is_scripted,
             isinstance(module, _TABLES),
-            any("hooks" in key and attributes.get(key) for key in _REGISTRIES if is_module),
+            is_module and any(map(attributes.get, _HOOKS)),
         )
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
