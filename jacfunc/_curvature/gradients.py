@@ -82,14 +82,15 @@ def gradient_norms(
         at_outputs = Loss(api, loss, targets, at_batch.outputs)
         at_outputs.check_samples(options.independence)
         gradient = at_batch.budget.keep(at_outputs.gradient)
-        leaves = (*gradient, *at_batch.params.values())
+        params = at_batch.params
+        leaves = (*gradient, *params.values())
         dtype = reduce(torch.promote_types, {leaf.dtype for leaf in leaves})
 
         def norms_of(samples: slice, jacobian: FactoredJacobian) -> Leaves:
             cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
             named = at_batch.parts_of(jacobian, cotangents).items()
             with at_batch.contracting():
-                pairs = [(parts, at_batch.params[name]) for name, parts in named]
+                pairs = [(parts, params[name]) for name, parts in named]
                 if not pairs:
                     return (gradient[0].new_zeros(cotangents[0].shape[1]),)
                 return (norms(pairs)[0].sqrt_(),)
