@@ -14,7 +14,7 @@ from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._factored import FactoredJacobian, norms
 from jacfunc._lending import Select
 from jacfunc._losses import check_loss
-from jacfunc._modules import Batching, BatchOptions, Independent
+from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch
 from jacfunc._showing import named
 from jacfunc._types import Leaves, Memory, Randomness, Tree
 
@@ -78,7 +78,11 @@ def gradient_norms(
     )
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
-        at_batch, targets = options.with_targets(args, kwargs)
+        at_batch, targets = options.with_targets(args, kwargs, loss)
+        with at_batch.as_one():
+            return norms_at(at_batch, targets)
+
+    def norms_at(at_batch: ModuleAtBatch, targets: Tree) -> Tensor:
         at_outputs = Loss(api, loss, targets, at_batch.outputs)
         at_outputs.check_samples(options.independence)
         gradient = at_batch.budget.keep(at_outputs.gradient)
