@@ -11,7 +11,7 @@ from torch import Tensor
 from jacfunc._curvature.forms import MatrixProducts, block_sums, matrix_sum, square_sums
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._errors import Refused
-from jacfunc._linear_map import is_followed, one_by_one
+from jacfunc._linear_map import is_followed
 from jacfunc._lock import kept_property
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
@@ -135,8 +135,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             )
         try:
             if is_followed(tangents):
-                return one_by_one(self._products.as_map(), tangents)
-            return self._products.times_batch(tangents)
+                return self._products.as_map()(tangents)
+            return self._products.times(tangents)
         except Refused as refusal:
             if str(refusal).startswith(f"{self.api}: "):
                 raise
