@@ -79,6 +79,7 @@ class Loan:
         put_back(evaluation.contents)
         if self.evaluation is evaluation or evaluation.attributes is None:
             return
-        self.take_back()
+        if self.evaluation is not None:
+            self.take_back()
         give_back(self.parts, evaluation.attributes)
         self.evaluation = evaluation

@@ -22,6 +22,7 @@ _REGISTRIES = tuple(
     if "_hooks" in key or key in ("_modules", "_non_persistent_buffers_set")
 )
 """Those among them that hold hooks, submodules and names."""
+_HOOKS = [key for key in _REGISTRIES if "hooks" in key]
 Attributes: TypeAlias = dict[str, Any]
 
 
@@ -54,7 +55,8 @@ class ModulePart:
         own = {key: value for key, value in attributes.items() if key not in OF_EVERY_MODULE}
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
-        registries = [attributes[key] for key in _REGISTRIES if is_module and not is_scripted]
+        has_registries = is_module and not is_scripted
+        registries = [attributes[key] for key in _REGISTRIES] if has_registries else []
         return cls(
             module,
             attributes.copy(),
@@ -67,7 +69,7 @@ class ModulePart:
             is_module,
             is_scripted,
             isinstance(module, _TABLES),
-            any("hooks" in key and attributes.get(key) for key in _REGISTRIES if is_module),
+            is_module and any(map(attributes.get, _HOOKS)),
         )
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
@@ -108,7 +110,8 @@ class ModulePart:
 
     def lend(self, new: dict[int, Any]) -> None:
         """Put tensors and containers in place; ``new`` has them by the identity of the old."""
-        params, buffers = _replaced(self.params, new), _replaced(self.buffers, new)
+        params = _replaced(self.params, new) if self.params else {}
+        buffers = _replaced(self.buffers, new) if self.buffers else {}
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return
@@ -120,13 +123,6 @@ class ModulePart:
             own.update({key: copy_with(value, new) for key, value in self.plain.items()})
         if self.is_table:
             own["sparse"] = False  # torch can't batch sparse gradients, and blocks are dense
-
-    def now(self) -> Attributes:
-        """The present attributes, for :meth:`give_back` to put in place again."""
-        if self.is_scripted:  # it has no dicts, but takes its tensors one by one
-            return {"params": dict(self.module._parameters), "buffers": dict(self.module._buffers)}
-        own: Attributes = vars(self.module)
-        return own.copy()
 
     def give_back(self, attributes: Attributes) -> None:
         """Put attributes in place; hooks and submodules become those of the beginning."""
@@ -186,8 +182,15 @@ def put_back(tables: list[tuple[Any, Any]]) -> None:
 
 
 def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
-    """The present attributes of each part."""
-    return [part.now() for part in parts]
+    """The present attributes of each part, for :func:`give_back` to put in place again."""
+    # no call for each: every call of a module asks several times
+    return [
+        # TorchScript has no dicts, but takes its tensors one by one
+        {"params": dict(part.module._parameters), "buffers": dict(part.module._buffers)}
+        if part.is_scripted
+        else vars(part.module).copy()
+        for part in parts
+    ]
 
 
 def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> None:
@@ -211,7 +214,7 @@ def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
 
 
 def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:
-    return {key: new.get(id(x), x) for key, x in tensors.items()} if tensors else {}
+    return {key: new.get(id(x), x) for key, x in tensors.items()}
 
 
 def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:

@@ -99,6 +99,8 @@ class ModuleState:
         """One object for all states that are made of the same objects, so far as these are seen."""
         if self.origin is not None:
             return self.origin.version
+        if not (self.beside or [part for part in self.parts.values() if part.is_scripted]):
+            return self.version_of_parts
         return version_at(self.module, self.point, self.parts.values(), self.beside)
 
     @cached_property
