@@ -41,10 +41,11 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
 
 
 _PRODUCTS = frozenset({_ATEN.mm.default, _ATEN.mv.default, _ATEN.bmm.default, _ATEN.mul.Tensor})
-_MOVES = frozenset(
+MOVES = frozenset(
     {_ATEN.expand.default, _ATEN.view.default, _ATEN.permute.default, _ATEN.t.default}
     | {_ATEN.transpose.int, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.alias.default}
 )
+"""Operators that take a view of a tensor, and compute nothing."""
 
 
 def _without_zero_tangents(graph: GraphModule) -> None:
@@ -54,7 +55,7 @@ def _without_zero_tangents(graph: GraphModule) -> None:
     """
     zeros = set[Node]()
     for node in graph.graph.nodes:
-        is_moved = node.target in _MOVES and node.args[0] in zeros
+        is_moved = node.target in MOVES and node.args[0] in zeros
         is_scaled = node.target in _PRODUCTS and not zeros.isdisjoint(node.args)
         if is_moved or is_scaled or _is_zero_tangent(node):
             zeros.add(node)
