@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._compiled.backends import Compiler
-from jacfunc._compiled.executable import Differentiable, Executable
+from jacfunc._compiled.executable import Differentiable, Divided, Executable
 from jacfunc._compiled.signature import CallArguments, Guard, ResultTree
 from jacfunc._compiled.surroundings import Surroundings
 from jacfunc._compiled.traced import traced
@@ -27,6 +27,9 @@ NOISE = 64.0
 
 ROUNDING = 0.5
 """What is compiled differs from the function by less than this power of the precision."""
+
+
+Running: TypeAlias = Executable | Differentiable | Divided
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,18 @@ class Compilation:
 class CompiledCall:
     """A compiled kind of call."""
 
-    def __init__(self, guard: Guard, run: Executable | Differentiable, result: ResultTree) -> None:
+    def __init__(self, guard: Guard, run: Running, result: ResultTree) -> None:
         self.guard, self.run, self.result = guard, run, result
         self.compilation: Compilation | None = None
 
     def __call__(self, inputs: Leaves) -> Tree:
         """The answer."""
         return self.result.put(self.run(inputs))
+
+    def at_point(self, inputs: Leaves, kept: Leaves) -> Any:
+        """The answer, from what is kept of a point."""
+        assert isinstance(self.run, Divided)
+        return self.result.put(self.run.of(inputs, kept))
 
 
 @dataclass
@@ -84,6 +92,7 @@ class Making:
         func: what is compiled.
         surroundings: what it refers to.
         args, kwargs: of the call.
+        num_fixed: so many arguments are fixed at a point, the first ones; None if there is none.
     """
 
     func: Callable[..., Any]
@@ -92,6 +101,7 @@ class Making:
     args: tuple[Tree, ...]
     kwargs: dict[str, Any]
     compiler: Compiler
+    num_fixed: int | None = None
     answer: Tree = None
     """The function's own; with its tensors, and how long it and the traces took."""
     outputs: Leaves = ()
@@ -112,7 +122,11 @@ class Making:
         middle = time.perf_counter()
         self.outputs, result = ResultTree.of(self.answer)
         has_graph = any(out.requires_grad for out in self.outputs)
-        run = self._differentiable() if has_graph else self._cheapest()
+        run: Running
+        if self.num_fixed is not None:
+            run = self._divided(self.num_fixed)
+        else:
+            run = self._differentiable() if has_graph else self._cheapest()
         self._check_pure()
         self.seconds = middle - start, time.perf_counter() - middle
         return CompiledCall(guard, run, result)
@@ -169,6 +183,11 @@ class Making:
                 note("%s is not compiled: %s", func.__qualname__, error)
         inputs = self._inputs
         return min(ways, key=lambda way: way.flops(inputs)) if ways else self._plain()
+
+    def _divided(self, num_fixed: int) -> Divided:
+        fixed = CallArguments.of(self.args[:num_fixed], {}).leaves
+        free = range(len(fixed), len(self.arguments.leaves))
+        return Divided(self._cheapest(), self._inputs, free, self.compiler)
 
     def _plain(self) -> Executable:
         def forward(*inputs: Tensor) -> Leaves:
