@@ -54,6 +54,8 @@ class SampledJacobian:
 
     batch: SampledCall
     sink: Sink = field(default_factory=Sink)
+    is_swept_at_once: bool = field(default=False, init=False)
+    """Was the last result swept at once, from the batch as a whole, by a plan that stays?"""
 
     def by(self, strategy: Strategy) -> Evaluation:
         """The Jacobian by a strategy; each leaf has the batch in front.
@@ -129,7 +131,9 @@ class SampledJacobian:
         """Blocks of evaluated batches, a chunk of samples at a time, written where they belong."""
         one = OneSample(self.batch.api, self.batch.call_of)
         writer = SampleWriter(self.batch, self.sink, one)
-        return SampleBlocks(writer.leaves(chunk, rows), self.batch.size, one)
+        leaves = writer.leaves(chunk, rows)
+        self.is_swept_at_once = writer.has_blocks and chunk is None
+        return SampleBlocks(leaves, self.batch.size, one)
 
     def _planned(self, strategy: Auto | Autotune) -> SampleBlocks:
         """Blocks by the plan for calls of this kind; one by one where no plan runs."""
@@ -139,6 +143,7 @@ class SampledJacobian:
         def run(plan: Plan, chunk: Chunk) -> SampleBlocks:
             random_state.repeat()  # what was tried before has drawn
             result = self._refusable(plan.strategy, chunk)
+            self.is_swept_at_once &= plan.timing.left == 0 and plan.timing.before is None
             note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
             return result
 
