@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._lending.attributes import tensors_in
-from jacfunc._lending.constants import versions_of
+from jacfunc._lending.loan import versions_of
 from jacfunc._lending.snapshot import Snapshot
 from jacfunc._types import Leaves
 

@@ -46,6 +46,8 @@ class ModulePart:
     is_table: bool
     has_hooks: bool
     """Has it hooks, which run in a forward or a backward pass?"""
+    has_tensors: bool
+    """Is there anything to lend but empty dicts of parameters and buffers?"""
 
     @classmethod
     def of(cls, module: Any) -> ModulePart:
@@ -55,6 +57,7 @@ class ModulePart:
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
         registries = [attributes[key] for key in _REGISTRIES if is_module and not is_scripted]
+        has_tensors = is_module and bool(plain or module._parameters or module._buffers)
         return cls(
             module,
             attributes.copy(),
@@ -68,6 +71,7 @@ class ModulePart:
             is_scripted,
             isinstance(module, _TABLES),
             any("hooks" in key and attributes.get(key) for key in _REGISTRIES if is_module),
+            has_tensors or isinstance(module, _TABLES) or is_scripted or not is_module,
         )
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
@@ -125,8 +129,7 @@ class ModulePart:
         """The present attributes, for :meth:`give_back` to put in place again."""
         if self.is_scripted:  # it has no dicts, but takes its tensors one by one
             return {"params": dict(self.module._parameters), "buffers": dict(self.module._buffers)}
-        own: Attributes = vars(self.module)
-        return own.copy()
+        return dict(vars(self.module))
 
     def give_back(self, attributes: Attributes) -> None:
         """Put attributes in place; hooks and submodules become those of the beginning."""
@@ -190,6 +193,14 @@ def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
     return [part.now() for part in parts]
 
 
+def put_registries_back(parts: Iterable[ModulePart]) -> None:
+    """Put the dicts of parameters and buffers of the beginning in place again."""
+    for part in parts:
+        if part.is_module:
+            own, first = vars(part.module), part.attributes
+            own["_parameters"], own["_buffers"] = first["_parameters"], first["_buffers"]
+
+
 def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> None:
     """Put attributes in the place of those that the parts have now."""
     for part, own in zip(parts, attributes, strict=True):
@@ -199,7 +210,10 @@ def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> 
 def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
     """Put tensors and containers into all parts; ``new`` has them by the identity of the old."""
     for part in parts:
-        part.lend(new)
+        if part.has_tensors:
+            part.lend(new)
+        else:  # as that does, at less cost: most parts are so
+            vars(part.module).update(_parameters={}, _buffers={})
 
 
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

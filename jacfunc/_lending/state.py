@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -139,7 +139,7 @@ class ModuleState:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
     @contextmanager
-    def lent_for_call(self, api: str, chosen: Container[str] = ()) -> Iterator[None]:
+    def lent_for_call(self, api: str, chosen: Collection[str] = ()) -> Iterator[None]:
         """Around all sweeps of a call: whatever they do to the module, afterwards it is as it was.
 
         ``chosen`` are the names of parameters for which each evaluation gets other tensors.
@@ -163,13 +163,14 @@ class ModuleState:
                 loan.take_back()
             loan.watch.check(api)
 
-    def _loan(self, api: str, chosen: Container[str]) -> Loan:
+    def _loan(self, api: str, chosen: Collection[str]) -> Loan:
         params = self.params | self.hidden if self.hidden else self.params
         if self.copies:
             params = {name: self.copies[id(p)] for name, p in params.items()}
-        constants = {name: p for name, p in params.items() if name not in chosen}
+        constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
         watch, parts = self.constants.watch(params, constants), self.every_part
-        return Loan(api, parts, attributes_of(parts), watch)
+        before = None if self.snapshot.is_current() else attributes_of(parts)
+        return Loan(api, parts, before, watch, self.snapshot)
 
     @contextmanager
     def lent_for_evaluation(
@@ -202,7 +203,9 @@ class ModuleState:
         if loan.evaluation is not None:
             loan.take_back()
         copies = self.copies
-        others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
+        others = self.params
+        if params or self.hidden:
+            others = {n: p for n, p in others.items() if n not in params} | self.hidden
         values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
         mode, aliases = self.module.training, loan.watch.aliases
         constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
