@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +27,8 @@ MOVING: frozenset[Callable[..., Any]] = frozenset(
     getattr(place, name) for name in _BY_INDEX for place in (torch, Tensor) if hasattr(place, name)
 )
 """Operations that move numbers to where other numbers say, maybe to other samples."""
+
+_INDEXING = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 READING: frozenset[Callable[..., Any]] = frozenset(
     getattr(Tensor, name)
@@ -82,10 +84,15 @@ class OperationRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._is_over:
             return func(*args, **kwargs)
-        number = len(self.operations)
-        self.operations.append(func)
-        self.operations += _plain_values((*args, *kwargs.values()))
-        if func in MOVING or _is_chosen_by_tensor(func, args):
+        operations = self.operations
+        number = len(operations)
+        operations.append(func)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if type(value) in _PLAIN:
+                operations.append(value)
+            elif isinstance(value, tuple | list):
+                operations += [item for item in value if type(item) in _PLAIN]
+        if func in MOVING or (func in _INDEXING and _is_chosen_by_tensor(args)):
             self.moves_samples = True
         elif func in READING:
             self.reads_values = True
@@ -95,18 +102,7 @@ class OperationRecorder(TorchFunctionMode):
         return result
 
 
-def _plain_values(values: Iterable[Any]) -> Iterator[Any]:
-    """The numbers and words among values, and in tuples and lists of them."""
-    for value in values:
-        if type(value) in _PLAIN:
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from [item for item in value if type(item) in _PLAIN]
-
-
-def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
+def _is_chosen_by_tensor(args: Args) -> bool:
     """Does a call choose entries of a tensor by the numbers in another one?"""
-    if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
-        return False
     items = args[1] if isinstance(args[1], tuple) else args[1:2]
     return any(isinstance(item, Tensor | list) for item in items)

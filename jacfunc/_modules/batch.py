@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jacfunc._assembly import Sink
+from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
 from jacfunc._log import note
@@ -125,7 +126,9 @@ class SampledJacobian:
 
         first = FirstSamples(batch.call_of, samples, random_state)
         chunks = first_again(each(), size, one.outputs_in, first.output)
-        return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
+        leaves = self.sink.samples(chunks, size, one.grid)
+        self.is_swept_at_once = size == 1 and _pulls_all_rows(strategy, one.call)
+        return SampleBlocks(leaves, size, one)
 
     def _written(self, chunk: Chunk, rows: Chunk) -> SampleBlocks:
         """Blocks of evaluated batches, a chunk of samples at a time, written where they belong."""
@@ -199,6 +202,16 @@ class SampledJacobian:
         if isinstance(strategy, Structured):
             return True
         return isinstance(strategy, Reverse) and self.batch.differentiates_inputs_alone
+
+
+def _pulls_all_rows(strategy: Strategy, call: FlatCall) -> bool:
+    """Are all rows of a call pulled back at once, by this strategy or by its plan, which stays?"""
+    if isinstance(strategy, Auto):
+        planned = recall(strategy, call.call_kind)
+        if planned is None or planned[0].timing.left or planned[0].timing.before is not None:
+            return False
+        strategy = planned[0].strategy
+    return isinstance(strategy, Reverse) and strategy.chunk_size is None
 
 
 def _is_share(chunk: Chunk) -> bool:

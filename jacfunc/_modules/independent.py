@@ -15,7 +15,7 @@ from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.independence import Independence
+from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._planning import Auto
@@ -81,8 +81,9 @@ class SettledCalls:
         settled = self._by_kind.get(kind_of(x))
         if settled is None or settled.state is not state or not is_undisturbed():
             return None
-        calls = None if settled.is_over else independence.known_at_next(state, settled.kind)
-        if calls is None:
+        alone = KnownCalls() if settled.is_alone else None  # with which nothing is compared
+        calls = alone or independence.known_at_next(state, settled.kind)
+        if calls is None or settled.is_over:
             return None
         known = settled.learned if independence.independent is True else calls
         rows = settled.jacobian(x, known.signatures)

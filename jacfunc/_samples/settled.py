@@ -24,8 +24,8 @@ from jacfunc._types import Tree
 MOST_MISSES = 3
 """After so many calls that had to be taken anew, a kind of call is no more tried so."""
 
-PLAIN = False, False
-"""Pullbacks that are not differentiated further, and from which no graph leads out."""
+PLAIN, ALONE = (False, False), (False, False, 1)
+"""Around pullbacks of many samples and of one, which are not differentiated further."""
 
 
 class _Operations(OperationRecorder):
@@ -54,6 +54,7 @@ class SettledBatch:
 
     def __init__(self, batch: SampledCall, state: ModuleState, output: Tensor) -> None:
         self.api, self.kind, self.state = batch.api, batch.kind.kind, state
+        self.is_alone = batch.size == 1
         self.learned = batch.learned_as_a_whole
         self.output = output.shape, output.dtype
         self.misses = 0
@@ -61,9 +62,12 @@ class SettledBatch:
     @classmethod
     def of(cls, batch: SampledCall, state: ModuleState, call: object, output: Tree) -> Self | None:
         """What a call has settled; None if it returned another tree, or must be watched."""
-        if not (type(output) is Tensor and are_in_front(batch.learned_as_a_whole)):
+        is_alone = batch.size == 1
+        if type(output) is not Tensor or not is_unwatched(call, ALONE if is_alone else PLAIN):
             return None
-        return cls(batch, state, output) if is_unwatched(call, PLAIN) else None
+        if not (is_alone or are_in_front(batch.learned_as_a_whole)):
+            return None
+        return cls(batch, state, output)
 
     @property
     def is_over(self) -> bool:
@@ -80,12 +84,15 @@ class SettledBatch:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
         random_state = RandomState((x, *self.state.params.values()))
-        with random_state.kept(), torch.no_grad(), self.state.lent_for_call(self.api):
-            try:
-                rows = self._rows(x, compared, random_state)
-            except Exception as error:  # as it is told of when it is taken anew
-                note("a kind of call that was settled is taken anew: %s", error)
-                rows = None
+        try:
+            with torch.no_grad(), self.state.lent_for_call(self.api, is_current=True):
+                try:
+                    rows = self._rows(x, compared, random_state)
+                except Exception as error:  # as it is told of when it is taken anew
+                    note("a kind of call that was settled is taken anew: %s", error)
+                    rows = None
+        finally:
+            random_state.repeat()
         self.misses = 0 if rows is not None else self.misses + 1
         return rows
 
@@ -101,8 +108,9 @@ class SettledBatch:
                 out = run_as_written(self.state.module, own)
         if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
             return None
-        reads = operations.moves_samples or operations.reads_values or random_state.has_changed()
-        if reads or not (out.requires_grad and self._holds(operations.signature, compared)):
+        if not out.requires_grad or random_state.has_changed():
+            return None
+        if not (self.is_alone or self._is_known(operations, compared)):
             return None
         graph = Graph.back_to({start}, (out,))
         linearization = map_of_graph((out,), (), (anchor,), graph, False)
@@ -112,11 +120,14 @@ class SettledBatch:
         product = product.clone() if 0 in product.stride() else product
         return product.transpose(0, 1).unflatten(1, out.shape[1:]) if out.dim() > 1 else product[0]
 
-    def _holds(self, signature: int, compared: Container[int]) -> bool:
-        """Does what was learned hold for an evaluation with these operations?"""
-        learned = self.learned
-        mixes = learned.moves_samples or learned.mixes or learned.others
-        return signature in learned.signatures and not mixes and signature in compared
+    def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:
+        """Does what was learned of many samples hold for an evaluation with these operations?"""
+        learned, signature = self.learned, operations.signature
+        if operations.moves_samples or operations.reads_values:
+            return False
+        if learned.moves_samples or learned.mixes or learned.others:
+            return False
+        return signature in learned.signatures and signature in compared
 
 
 def are_in_front(learned: LearnedUses) -> bool:
