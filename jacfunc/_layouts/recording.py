@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -87,32 +87,27 @@ class OperationRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._is_over:
             return func(*args, **kwargs)
-        number = len(self.operations)
-        self.operations.append(func)
-        self._note_plain_values(args)
-        if kwargs:
-            self._note_plain_values(kwargs.values())
+        operations = self.operations
+        number = len(operations)
+        operations.append(func)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(value)
+            if kind in _PLAIN:
+                operations.append(value)
+            elif kind is not Tensor and isinstance(value, tuple | list):
+                operations += [item for item in value if type(item) in _PLAIN]
         if func in TELLING:
             self.reads_values |= func in READING
-            self.moves_samples |= func in MOVING or _is_chosen_by_tensor(func, args)
+            self.moves_samples |= func in MOVING or (
+                func in CHOOSING and _is_chosen_by_tensor(args)
+            )
         result = self.call(number, func, args, kwargs)
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
 
-    def _note_plain_values(self, values: Iterable[Any]) -> None:
-        """Note the numbers and words among values, and in tuples and lists of them."""
-        for value in values:
-            kind = type(value)
-            if kind in _PLAIN:
-                self.operations.append(value)
-            elif kind is not Tensor and isinstance(value, tuple | list):
-                self.operations += [item for item in value if type(item) in _PLAIN]
 
-
-def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
+def _is_chosen_by_tensor(args: Args) -> bool:
     """Does a call choose entries of a tensor by the numbers in another one?"""
-    if func not in CHOOSING:
-        return False
     items = args[1] if isinstance(args[1], tuple) else args[1:2]
     return any(isinstance(item, Tensor | list) for item in items)

@@ -10,7 +10,7 @@ from torch import nn
 
 from jacfunc._faults import apart
 from jacfunc._lending.attributes import detached_copy
-from jacfunc._lending.constants import version_of
+from jacfunc._lending.loan import version_of
 from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import are_same
 from jacfunc._lending.select import Select, select_params

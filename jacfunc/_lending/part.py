@@ -47,6 +47,8 @@ class ModulePart:
     is_table: bool
     has_hooks: bool
     """Has it hooks, which run in a forward or a backward pass?"""
+    has_tensors: bool
+    """Is there anything to lend but empty dicts of parameters and buffers?"""
 
     @classmethod
     def of(cls, module: Any) -> ModulePart:
@@ -57,6 +59,7 @@ class ModulePart:
         is_module = isinstance(module, nn.Module)
         has_registries = is_module and not is_scripted
         registries = [attributes[key] for key in _REGISTRIES] if has_registries else []
+        has_tensors = is_module and bool(plain or module._parameters or module._buffers)
         return cls(
             module,
             attributes.copy(),
@@ -70,6 +73,7 @@ class ModulePart:
             is_scripted,
             isinstance(module, _TABLES),
             is_module and any(map(attributes.get, _HOOKS)),
+            has_tensors or isinstance(module, _TABLES) or is_scripted or not is_module,
         )
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
@@ -193,6 +197,14 @@ def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
     ]
 
 
+def put_registries_back(parts: Iterable[ModulePart]) -> None:
+    """Put the dicts of parameters and buffers of the beginning in place again."""
+    for part in parts:
+        if part.is_module:
+            own, first = vars(part.module), part.attributes
+            own["_parameters"], own["_buffers"] = first["_parameters"], first["_buffers"]
+
+
 def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> None:
     """Put attributes in the place of those that the parts have now."""
     for part, own in zip(parts, attributes, strict=True):
@@ -202,7 +214,10 @@ def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> 
 def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
     """Put tensors and containers into all parts; ``new`` has them by the identity of the old."""
     for part in parts:
-        part.lend(new)
+        if part.has_tensors:
+            part.lend(new)
+        else:  # as that does, at less cost: most parts are so
+            vars(part.module).update(_parameters={}, _buffers={})
 
 
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -143,10 +143,13 @@ class ModuleState:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
     @contextmanager
-    def lent_for_call(self, api: str, chosen: Container[str] = ()) -> Iterator[None]:
+    def lent_for_call(
+        self, api: str, chosen: Collection[str] = (), is_current: bool = False
+    ) -> Iterator[None]:
         """Around all sweeps of a call: whatever they do to the module, afterwards it is as it was.
 
-        ``chosen`` are the names of parameters for which each evaluation gets other tensors.
+        Evaluations get other tensors for the parameters that are ``chosen``. It ``is_current`` if
+        the module was just seen to be in this state.
 
         Raises:
             RuntimeError: if an evaluation wrote into a parameter that was no copy.
@@ -156,7 +159,7 @@ class ModuleState:
             self.originals.check(api)
         casting = nullcontext() if self.casting is None else self.casting.again()
         with casting, self.snapshot.restored() if self.is_copy else nullcontext():
-            loan = self._loan(api, chosen)
+            loan = self._loan(api, chosen, is_current)
             self.loans.append(loan)
             try:
                 yield
@@ -168,13 +171,13 @@ class ModuleState:
                 loan.take_back()
             loan.watch.check(api)
 
-    def _loan(self, api: str, chosen: Container[str]) -> Loan:
-        params = self.params | self.hidden if self.hidden else self.params
-        if self.copies:
-            params = {name: self.copies[id(p)] for name, p in params.items()}
-        constants = {name: p for name, p in params.items() if name not in chosen}
+    def _loan(self, api: str, chosen: Collection[str], is_current: bool) -> Loan:
+        params, copies = self.params | self.hidden, self.copies
+        params = {name: copies[id(p)] for name, p in params.items()} if copies else params
+        constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
         watch, parts = self.constants.watch(params, constants), self.every_part
-        return Loan(api, parts, attributes_of(parts), watch)
+        before = None if is_current or self.snapshot.is_current() else attributes_of(parts)
+        return Loan(api, parts, before, watch, self.snapshot)
 
     @contextmanager
     def lent_for_evaluation(
@@ -207,7 +210,7 @@ class ModuleState:
         if loan.evaluation is not None:
             loan.take_back()
         copies = self.copies
-        others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
+        others = {n: p for n, p in self.params.items() if n not in params} | self.hidden
         values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
         mode, aliases = self.module.training, loan.watch.aliases
         constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
@@ -217,7 +220,7 @@ class ModuleState:
         for name, param in others.items():
             new[id(param)] = constants[name]
         for param in (*self.params.values(), *self.hidden.values()):
-            if own := vars(param):  # what libraries keep beside a parameter
+            if own := vars(param):  # what libraries keep there
                 vars(new[id(param)]).update(own)
         loan.lend(EvaluationState(params.values(), arguments), new)
         return learn
