@@ -15,6 +15,7 @@ from jacfunc._compiled.backends import Backend, Compiler
 from jacfunc._compiled.making import Compilation, CompiledCall, Making
 from jacfunc._compiled.signature import CallArguments
 from jacfunc._compiled.surroundings import Surroundings
+from jacfunc._errors import check_uncompiled
 from jacfunc._lock import alone
 from jacfunc._showing import named
 from jacfunc._torch import Graphs, is_undisturbed
@@ -157,6 +158,7 @@ def compile(
         >>> len(jac.compilations)
         1
     """
+    check_uncompiled(API, "Call it before, and what it returns inside.")
     check_func(API, transformed)
     compiled = Compiled(transformed, Compiler.of(API, backend, directory))
     return named(API, transformed, compiled)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import Derivation
+from jacfunc._errors import check_uncompiled
 from jacfunc._forecasting import CallForecast, Forecast
 from jacfunc._lock import alone
 from jacfunc._showing import html_table
@@ -64,6 +65,7 @@ def estimate(
         >>> costs["reverse"].peak_bytes / costs["reverse"].result_bytes < 1.01
         True
     """
+    check_uncompiled(API, "Call it before.")
     check_chunk_size(API, chunk_size)
     if inside_transform():
         raise ValueError(

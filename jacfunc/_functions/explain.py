@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from jacfunc._calls import Derivation, FlatCall
+from jacfunc._errors import check_uncompiled
 from jacfunc._forecasting import CallForecast
 from jacfunc._functions.derive import jacobian_by
 from jacfunc._linear_map import JacobianOperator
@@ -60,6 +61,7 @@ def plan(
         >>> jacfunc.plan(torch.sin, torch.zeros(3)).strategy
         Reverse(chunk_size=None)
     """
+    check_uncompiled("plan", "Call it before.")
     derivation = Derivation("plan", func, argnums, has_aux)
     return _plan_of(derivation, resolve("plan", strategy, chunk_size, memory), args, kwargs)
 
@@ -103,6 +105,7 @@ def explain(
         >>> report.plan.strategy, report.peak_bytes == report.plan.forecast.peak_bytes
         (Reverse(chunk_size=None), True)
     """
+    check_uncompiled("explain", "Call it before.")
     derivation = Derivation("explain", func, argnums, has_aux)
     named = resolve("explain", strategy, chunk_size, memory)
     with trail() as steps:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_flags
 from jacfunc._assembly import read_by, sink_for
 from jacfunc._calls import warn_if_followed
-from jacfunc._lending import CurrentState, Select, check_uncompiled
+from jacfunc._errors import check_uncompiled
+from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
@@ -231,6 +232,7 @@ def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:
         >>> jacfunc.param_slices(torch.nn.Linear(3, 2))
         {'weight': slice(0, 6, None), 'bias': slice(6, 8, None)}
     """
+    check_uncompiled("param_slices", "Call it before.")
     check_module("param_slices", module)
     slices, start = {}, 0
     for name, param in CurrentState("param_slices", module, select).now().point.items():
