@@ -16,7 +16,6 @@ from jacfunc._calls import at_all
 from jacfunc._errors import Changes, Refused
 from jacfunc._lending import Captured, Casting
 from jacfunc._linear_map import (
-    EVERY,
     JacobianOperator,
     check_transpose,
     chosen_leaves,
@@ -187,7 +186,7 @@ class Linearized(LinearOperator):
         if is_followed(cotangents):
             return one_by_one(pull, cotangents)
         # zeros would spoil products at infinite derivatives
-        of = EVERY if is_compiling() else nonzero_numbers(cotangents)
+        of = nonzero_numbers(cotangents)
         if cotangents and not of:
             return tuple(x.new_zeros(len(cotangents[0]), *x.shape) for x in self.domain.leaves)
         cotangents = chosen_leaves(cotangents, of)
