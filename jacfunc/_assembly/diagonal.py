@@ -76,8 +76,7 @@ class DiagonalSink(Sink):
     def _kept(self, parts: Sequence[Sequence[Tensor]], outputs: Leaves) -> Blocks:
         pairs = zip(parts, outputs, strict=True)
         diagonals = [
-            (_joined(part) if part else out.new_empty(0)).reshape(out.shape)
-            for part, out in pairs
+            (_joined(part) if part else out.new_empty(0)).reshape(out.shape) for part, out in pairs
         ]
         self._blocks = (tuple(diagonals),)
         return self._blocks

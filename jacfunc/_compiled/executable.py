@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jacfunc._compiled.backends import Compiler, Run
 from jacfunc._compiled.passes import simplified
+from jacfunc._memory import PeakBytes
 from jacfunc._types import Leaves
 
 
@@ -55,6 +56,13 @@ class Executable:
     def constant_bytes(self) -> int:
         """Bytes of what was computed at the trace, and is kept."""
         return sum(x.nbytes for x in self._constants)
+
+    def peak_bytes(self, inputs: Leaves) -> int:
+        """Bytes of all tensors at once in a run operator by operator, without the inputs."""
+        taken = [inputs[number] for number in self._used]
+        with torch.no_grad(), PeakBytes() as counter:
+            self.graph.forward(*taken, *self._constants)
+        return int(counter.peak)
 
     def __call__(self, inputs: Leaves) -> Any:
         """The outputs, without a graph."""
@@ -99,6 +107,10 @@ class Differentiable:
     def constant_bytes(self) -> int:
         """Bytes of what both keep."""
         return self.forward.constant_bytes + self.backward.constant_bytes
+
+    def peak_bytes(self, inputs: Leaves) -> int:
+        """Bytes of all tensors at once in a run forward."""
+        return self.forward.peak_bytes(inputs)
 
     @property
     def graph(self) -> GraphModule:

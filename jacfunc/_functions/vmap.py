@@ -151,7 +151,8 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
     if not sizes or any(size != sizes[0] for size in sizes):
         raise ValueError(
             "vmap: mapped tensors must have the same size in the mapped dimension, "
-            f"got {sorted(set(sizes)) or 'none'}. Map at least one tensor, and give in_dims for each."
+            f"got {sorted(set(sizes)) or 'none'}. Map at least one tensor, and give in_dims for "
+            "each."
         )
     return [None if dim is None else dim % leaf.dim() for dim, leaf in pairs]
 

@@ -21,7 +21,7 @@ from jacfunc._modules.independent import ModuleResult, jacobian_of, packed
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
 from jacfunc._modules.options import ModuleOptions, RowOptions, batching_of, check_module
 from jacfunc._outputs import Outputs
-from jacfunc._planning import resolve
+from jacfunc._planning import compilable, resolve
 from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
@@ -68,6 +68,7 @@ def module_jacobian(
     full_output: bool = False,
     **options: Unpack[JacobianOptions],
 ) -> Callable[..., Tree]: ...
+@compilable
 def module_jacobian(
     module: nn.Module,
     wrt: Wrt | tuple[Wrt, ...] = "params",

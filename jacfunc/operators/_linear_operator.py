@@ -56,7 +56,7 @@ class LinearOperator(Solves):
 
     @classmethod
     def __torch_function__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Leave ``u @ A`` to the operator, but under torch.compile, which takes ``A @ v`` for it."""
+        """Leave ``u @ A`` to the operator; torch.compile takes ``A @ v`` for that."""
         if torch.compiler.is_compiling():
             raise NotImplementedError(
                 f"{cls.__name__}: inside torch.compile products must be taken by methods, got an "
