@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from os import PathLike
 from threading import RLock
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 
 from jacfunc._arguments import check_func
 from jacfunc._compiled.backends import Backend, Compiler
 from jacfunc._compiled.executable import Divided
-from jacfunc._compiled.making import Compilation, CompiledCall, Making
+from jacfunc._compiled.making import CompiledCall, Making
 from jacfunc._compiled.signature import CallArguments, copied
 from jacfunc._compiled.surroundings import Surroundings
+from jacfunc._errors import check_uncompiled
+from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
+from jacfunc._planning import Plan
 from jacfunc._showing import named
 from jacfunc._torch import Graphs, is_undisturbed
 from jacfunc._types import Leaves
@@ -176,12 +180,39 @@ class _AtPoint(Generic[ResultT]):
         )
 
 
+@dataclass(frozen=True)
+class CompilesDerivatives:
+    """What a compiled plan does with a derivative."""
+
+    compiler: Compiler
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+        return self.compiler.backend
+
+    def __call__(self, derivative: Callable[P, ResultT]) -> Compiled[P, ResultT]:
+        """The derivative, compiled."""
+        return named(API, derivative, Compiled(derivative, self.compiler))
+
+
+@overload
+def compile(
+    transformed: Plan, *, backend: Backend = ..., directory: str | PathLike[str] | None = ...
+) -> Plan: ...
+@overload
 def compile(
     transformed: Callable[P, ResultT],
     *,
+    backend: Backend = ...,
+    directory: str | PathLike[str] | None = ...,
+) -> Compiled[P, ResultT]: ...
+def compile(
+    transformed: Any,
+    *,
     backend: Backend = "inductor",
     directory: str | PathLike[str] | None = None,
-) -> Compiled[P, ResultT]:
+) -> Any:
     """A derivative that is traced once for each kind of call, and then runs without Python.
 
     For what is asked again and again: the work of a small derivative is a hundredth of the time
@@ -197,7 +228,7 @@ def compile(
     Args:
         transformed: what :func:`jacfunc.jacobian`, :func:`jacfunc.module_jacobian` and the like
             return, or a function of tensors that asks jacfunc for something:
-            ``lambda x, y, v: ggn(model, loss)(x, y) @ v``.
+            ``lambda x, y, v: ggn(model, loss)(x, y) @ v``. Or a :class:`jacfunc.Plan`.
         backend: ``"inductor"`` generates code, in seconds; ``"replay"`` calls the operators of the
             trace one after the other, which needs no time; ``"aot"`` keeps Inductor's code in a
             file, where later processes find it; ``"cudagraphs"`` launches all kernels at once.
@@ -206,8 +237,10 @@ def compile(
     Returns:
         A :class:`jacfunc.Compiled`: called as ``transformed`` is. Inside transforms, modes of
         torch, other traces and ``torch.compile`` it is ``transformed`` itself. Its ``compilations``
-        tell what the kinds of calls have cost. Where the result of ``transformed`` has a graph,
-        because arguments or parameters require gradients, it can be differentiated, too, once.
+        tell what the kinds of calls have cost, in seconds and bytes. Where the result of
+        ``transformed`` has a graph, because arguments or parameters require gradients, it can be
+        differentiated, too, once. A plan is returned as a compiled one: a door that takes it as
+        ``strategy`` returns a :class:`jacfunc.Compiled`.
 
     Raises:
         TypeError, ValueError: arguments that do not fit. ValueError: a function that is not pure
@@ -216,10 +249,11 @@ def compile(
             that reads numbers, to branch on them for example, or that torch can't trace.
 
     Cost:
-        The first call of a kind takes the derivative twice, two to four traces, and the time of
-        the backend, which may be ten seconds. Later ones add to the work about ten microseconds,
-        and one for each module or so that the function refers to. Samples of a batch are compared
-        with those of others at the first call of a kind alone.
+        The first call of a kind takes the derivative two to five times, two to four traces, and the
+        time of the backend, which may be ten seconds: :func:`jacfunc.estimate` tells before. Later
+        ones add to the work about ten microseconds, and one for each module or so that the function
+        refers to. Samples of a batch are compared with those of others at the first call of a kind
+        alone.
 
     Example:
         >>> import torch, jacfunc
@@ -235,7 +269,14 @@ def compile(
                 [0., 0., 0.]])
         >>> len(jac.compilations)
         1
+        >>> plan = jacfunc.compile(jacfunc.plan(torch.sin, torch.zeros(2)), backend="replay")
+        >>> jacfunc.jacobian(torch.sin, strategy=plan)(torch.zeros(2))
+        tensor([[1., 0.],
+                [0., 1.]])
     """
+    check_uncompiled(API, "Call it before, and what it returns inside.")
+    compiles = CompilesDerivatives(Compiler.of(API, backend, directory))
+    if isinstance(transformed, Plan):
+        return replace(transformed, compiler=compiles)
     check_func(API, transformed)
-    compiled = Compiled(transformed, Compiler.of(API, backend, directory))
-    return named(API, transformed, compiled)
+    return compiles(transformed)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jacfunc._compiled.backends import Compiler, Run
 from jacfunc._compiled.passes import MOVES, simplified
+from jacfunc._memory import PeakBytes
 from jacfunc._types import Leaves
 
 
@@ -59,6 +60,13 @@ class Executable:
     def constant_bytes(self) -> int:
         """Bytes of what was computed at the trace, and is kept."""
         return sum(x.nbytes for x in self._constants)
+
+    def peak_bytes(self, inputs: Leaves) -> int:
+        """Bytes of all tensors at once in a run operator by operator, without the inputs."""
+        taken = [inputs[number] for number in self.used]
+        with torch.no_grad(), PeakBytes() as counter:
+            self.graph.forward(*taken, *self._constants)
+        return int(counter.peak)
 
     def __call__(self, inputs: Leaves) -> Any:
         """The outputs, without a graph."""
@@ -122,6 +130,10 @@ class Divided:
         """The outputs, of both."""
         return self.of(inputs, self.at(inputs))
 
+    def peak_bytes(self, inputs: Leaves) -> int:
+        """Bytes of all tensors at once in a run of both, operator by operator."""
+        return self._whole.peak_bytes(inputs)
+
     @property
     def compile_seconds(self) -> float:
         """Seconds of both compilations."""
@@ -160,6 +172,10 @@ class Differentiable:
     def constant_bytes(self) -> int:
         """Bytes of what both keep."""
         return self.forward.constant_bytes + self.backward.constant_bytes
+
+    def peak_bytes(self, inputs: Leaves) -> int:
+        """Bytes of all tensors at once in a run forward."""
+        return self.forward.peak_bytes(inputs)
 
     @property
     def graph(self) -> GraphModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +17,9 @@ from jacfunc._compiled.signature import CallArguments, Guard, ResultTree
 from jacfunc._compiled.surroundings import Surroundings
 from jacfunc._compiled.traced import traced
 from jacfunc._errors import Nameless, Refused
+from jacfunc._forecasting import Compilation
 from jacfunc._log import note
+from jacfunc._measuring import seconds_of
 from jacfunc._rounding import are_near
 from jacfunc._torch import recording, run_backward
 from jacfunc._trees import flatten_containers
@@ -25,46 +28,14 @@ from jacfunc._types import Leaves, Tree
 NOISE = 64.0
 """So many units of the precision may be left where terms cancel."""
 
+MOST_TIMED, ENOUGH = 4, 0.02
+"""So many runs are timed, but none after so many seconds."""
+
 ROUNDING = 0.5
 """What is compiled differs from the function by less than this power of the precision."""
 
 
 Running: TypeAlias = Executable | Differentiable | Divided
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """What compiling one kind of call cost, and what it saves.
-
-    Args:
-        trace_seconds: for the traces.
-        compile_seconds: for what runs them, its first run included.
-        eager_seconds: what the derivative itself took.
-        call_seconds: what the compiled call took at its second run.
-        constant_bytes: what is kept from call to call, beside code: seeds and the like.
-        operators: how many operators of torch the trace has.
-
-    Example:
-        >>> import torch, jacfunc
-        >>> jac = jacfunc.compile(jacfunc.jacrev(torch.sin), backend="replay")
-        >>> _ = jac(torch.zeros(2))
-        >>> jac.compilations[0].calls_to_repay > 1
-        True
-    """
-
-    trace_seconds: float
-    compile_seconds: float
-    eager_seconds: float
-    call_seconds: float
-    constant_bytes: int
-    operators: int
-
-    @property
-    def calls_to_repay(self) -> float:
-        """After so many calls less time was spent than without; infinite if a call saves none."""
-        saved = self.eager_seconds - self.call_seconds
-        spent = self.trace_seconds + self.compile_seconds
-        return spent / saved if saved > 0 else float("inf")
 
 
 class CompiledCall:
@@ -116,11 +87,11 @@ class Making:
         arguments, tensors = self.arguments, self.surroundings.tensors
         arguments.check()
         guard = Guard(arguments, self.surroundings.kind, tensors)
-        self.func(*self.args, **self.kwargs)  # later calls need not learn what this one learns
-        start = time.perf_counter()
-        self.answer = self.func(*self.args, **self.kwargs)
-        middle = time.perf_counter()
+        call = partial(self.func, *self.args, **self.kwargs)
+        self.answer = call()  # later calls need not learn what this one learns
         self.outputs, result = ResultTree.of(self.answer)
+        eager = _fastest(call, self.outputs)
+        start = time.perf_counter()
         has_graph = any(out.requires_grad for out in self.outputs)
         run: Running
         if self.num_fixed is not None:
@@ -128,7 +99,7 @@ class Making:
         else:
             run = self._differentiable() if has_graph else self._cheapest()
         self._check_pure()
-        self.seconds = middle - start, time.perf_counter() - middle
+        self.seconds = eager, time.perf_counter() - start
         return CompiledCall(guard, run, result)
 
     def check(self, entry: CompiledCall) -> None:
@@ -147,14 +118,13 @@ class Making:
                         "what is compiled computes other numbers. Pass backend='replay', and "
                         "report it"
                     )
-            start = time.perf_counter()
-            run(inputs)
-        seconds = time.perf_counter() - start
+            seconds = _fastest(partial(run, inputs), self.outputs)
         eager, tracing = self.seconds
         nodes = run.graph.graph.nodes
         count = sum(node.op == "call_function" for node in nodes)
         entry.compilation = Compilation(
-            tracing, run.compile_seconds, eager, seconds, run.constant_bytes, count
+            *(tracing, run.compile_seconds, eager, seconds, count),
+            *(run.constant_bytes, run.peak_bytes(inputs)),
         )
 
     @property
@@ -238,6 +208,15 @@ class Making:
                 "func must change nothing that it refers to, got one that does: what is compiled "
                 "would not. Return what it should keep."
             )
+
+
+def _fastest(run: Callable[[], Any], outputs: Leaves) -> float:
+    """Seconds of the fastest of a few runs: the first finds its memory and its code cold."""
+    device = outputs[0].device if outputs else torch.get_default_device()
+    times: list[float] = []
+    while len(times) < MOST_TIMED and sum(times) < ENOUGH:
+        times.append(seconds_of(run, device))
+    return min(times)
 
 
 def _is_noise(numbers: Tensor, others: Tensor) -> bool:

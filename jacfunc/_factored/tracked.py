@@ -109,11 +109,12 @@ class TrackedParameters:
         by_id = self.by_id
         for value in values:
             if id(value) in by_id:
-                if id(value) not in without:
-                    return True
-            elif type(value) is not Tensor and isinstance(value, tuple | list):
-                if self.are_among(value, without):
-                    return True
+                is_one = id(value) not in without
+            else:
+                is_list = type(value) is not Tensor and isinstance(value, tuple | list)
+                is_one = is_list and self.are_among(value, without)
+            if is_one:
+                return True
         return False
 
     def note_unruled(self, values: Iterable[Any], may_write_unseen: bool = False) -> None:

@@ -197,6 +197,8 @@ class Watch(TorchFunctionMode):
 
 def handled(error: Exception) -> None:
     """Mark an error that jacfunc has handled inside the function, which does not see it."""
+    if torch.compiler.is_compiling():  # which can't trace that, and nothing watches
+        return
     error.was_handled = True  # type: ignore[attr-defined]
 
 

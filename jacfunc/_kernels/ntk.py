@@ -10,6 +10,7 @@ from torch import nn
 from jacfunc._arguments import check_chunk_size, check_flags, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
+from jacfunc._errors import check_uncompiled
 from jacfunc._kernels.blocks import (
     KeptAxes,
     KernelOptions,
@@ -136,6 +137,7 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
+    check_uncompiled(API)
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     check_progress(API, progress)
     sides, is_single = _sides(x1, x2), is_batch(x1) and is_batch(x2)
@@ -194,6 +196,7 @@ def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]
     strategy, new = Structured(), Places.of("gram", None)
 
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
+        check_uncompiled("gram")
         call = FlatCall(Derivation("gram", func, argnums), args, kwargs)
         whole = [SampleRange(SingleCall(call, strategy), 0, 1)]
         kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None, new))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from jacfunc._errors import check_uncompiled
 from jacfunc._faults import apart
 from jacfunc._lending.attributes import detached_copy
 from jacfunc._lending.loan import version_of
@@ -19,19 +19,6 @@ from jacfunc._lock import alone
 from jacfunc._torch import is_outermost, recording
 from jacfunc._trees import flatten
 from jacfunc._types import Tree, is_tensor
-
-
-def check_uncompiled(api: str) -> None:
-    """Refuse to lend a module where torch.compile traces, which can't see that it is given back.
-
-    Raises:
-        NotImplementedError: if it does.
-    """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{api}: a module must be differentiated outside of torch.compile, got a call inside. "
-            "Call it outside; jacfunc.compile makes it fast there."
-        )
 
 
 def check_outermost(api: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_flags
 from jacfunc._assembly import read_by, sink_for
 from jacfunc._calls import warn_if_followed
-from jacfunc._lending import CurrentState, Select, check_uncompiled
+from jacfunc._errors import check_uncompiled
+from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.independence import Independent
 from jacfunc._modules.independent import (
@@ -25,7 +26,7 @@ from jacfunc._modules.independent import (
 from jacfunc._modules.inputs import Key, Wrt, argnums_of
 from jacfunc._modules.options import ModuleOptions, RowOptions, batching_of, check_module
 from jacfunc._outputs import Outputs
-from jacfunc._planning import resolve
+from jacfunc._planning import compilable, resolve
 from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
@@ -72,6 +73,7 @@ def module_jacobian(
     full_output: bool = False,
     **options: Unpack[JacobianOptions],
 ) -> Callable[..., Tree]: ...
+@compilable
 def module_jacobian(
     module: nn.Module,
     wrt: Wrt | tuple[Wrt, ...] = "params",
@@ -236,6 +238,7 @@ def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:
         >>> jacfunc.param_slices(torch.nn.Linear(3, 2))
         {'weight': slice(0, 6, None), 'bias': slice(6, 8, None)}
     """
+    check_uncompiled("param_slices", "Call it before.")
     check_module("param_slices", module)
     slices, start = {}, 0
     for name, param in CurrentState("param_slices", module, select).now().point.items():

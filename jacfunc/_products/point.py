@@ -9,11 +9,9 @@ from functools import partial
 from typing import ClassVar, TypeAlias
 
 import torch
-from torch.compiler import is_compiling
 
 from jacfunc._errors import Changes, Refused
 from jacfunc._linear_map import (
-    EVERY,
     JacobianOperator,
     check_transpose,
     chosen_leaves,
@@ -111,7 +109,7 @@ class PointProducts:
         if is_followed(cotangents):
             return one_by_one(pull, cotangents)
         # zeros would spoil products at infinite derivatives
-        of = EVERY if is_compiling() else nonzero_numbers(cotangents)
+        of = nonzero_numbers(cotangents)
         if cotangents and not of:
             return tuple(x.new_zeros(len(cotangents[0]), *x.shape) for x in self._point.primals)
         cotangents = chosen_leaves(cotangents, of)
