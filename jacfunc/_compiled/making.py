@@ -104,9 +104,7 @@ class Making:
             Nameless, NotImplementedError: if no trace would hold.
         """
         arguments, tensors = self.arguments, self.surroundings.tensors
-        arguments.check()
         guard = Guard(arguments, self.surroundings.kind, tensors)
-        self.func(*self.args, **self.kwargs)  # later calls need not learn what this one learns
         start = time.perf_counter()
         self.answer = self.func(*self.args, **self.kwargs)
         middle = time.perf_counter()
