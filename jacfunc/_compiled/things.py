@@ -185,7 +185,8 @@ def _current(variable: ContextVar[Any]) -> Any:
 
 def is_of_class(name: str, thing: Any) -> bool:
     """Is what a class has under this name looked at? All but tables that Python makes itself."""
-    is_own = not name.startswith(("__", "_abc_")) or callable(thing)
+    is_called = callable(thing) or hasattr(thing, "__get__")
+    is_own = is_called or not name.startswith(("__", "_abc_"))
     return is_own or is_value(thing) or isinstance(thing, torch.Tensor | list | tuple)
 
 

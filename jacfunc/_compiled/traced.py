@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def traced(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
             "func must have outputs and steps whose shapes do not depend on numbers, got one that "
             "selects by a mask, or the like. Use torch.where."
         )
-    graph = _written(graph, inputs)
+    with in_our_words():
+        graph = _written(graph, inputs)
     graph.graph.eliminate_dead_code()  # forward mode computes shapes from zeros of its own
     graph.recompile()
     _check_constants(graph)
@@ -64,10 +66,23 @@ def traced(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
 
 def _graph(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
     """One trace."""
-    try:
-        with _NoReads() as watch:
-            graph = Graphs.of(func, inputs)
+    with in_our_words(), _NoReads() as watch:
+        graph = Graphs.of(func, inputs)
         watch.check()
+    return graph
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What torch can't trace, or rewrite what it has traced, is refused.
+
+    Raises:
+        NotImplementedError: if there is such a thing.
+    """
+    try:
+        yield
+    except Nameless:
+        raise
     except Exception as error:  # torch's trace may fail by any
         told = str(error).strip().split("\n")[0].partition(" - erroring out")[0].rstrip(".")
         reads = "value out of a tracing tensor" in told or "numbers of a tensor" in told
@@ -75,7 +90,6 @@ def _graph(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
             f"compile: func must be one that can be traced, got an error: {told}. "
             + (LEAVE_NUMBERS if reads else "Call the derivative as it is.")
         ) from error
-    return graph
 
 
 _READS = frozenset({"numpy", "__array__", "tolist", "__dlpack__", "storage", "__deepcopy__"})
