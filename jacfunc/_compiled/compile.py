@@ -125,6 +125,9 @@ class Compiled(Generic[P, ResultT]):
                 for entry in self._entries:
                     if entry.guard.admits(arguments, now.kind, now.tensors):
                         return entry((*arguments.leaves, *now.tensors))
+                arguments.check()
+                self.transformed(*args, **kwargs)  # later calls do not learn or make what it does
+                now = self._surroundings_now()
                 making = Making(self.transformed, now, arguments, args, kwargs, *self._how)
                 entry = making.entry()
             making.check(entry)  # which compiles, and keeps nobody from lending

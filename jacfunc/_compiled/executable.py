@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jacfunc._compiled.backends import Compiler, Run
 from jacfunc._compiled.passes import MOVES, simplified
+from jacfunc._compiled.traced import in_our_words
 from jacfunc._memory import PeakBytes
 from jacfunc._types import Leaves
 
@@ -31,7 +32,8 @@ class Executable:
     def __init__(
         self, graph: GraphModule, inputs: Leaves, num_args: int, compiler: Compiler
     ) -> None:
-        self.graph, self._constants = simplified(graph, inputs)
+        with in_our_words():
+            self.graph, self._constants = simplified(graph, inputs)
         nodes = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
         self.used: list[int] = []
         for number, node in enumerate(nodes[: len(inputs)]):

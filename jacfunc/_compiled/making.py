@@ -85,10 +85,9 @@ class Making:
             Nameless, NotImplementedError: if no trace would hold.
         """
         arguments, tensors = self.arguments, self.surroundings.tensors
-        arguments.check()
         guard = Guard(arguments, self.surroundings.kind, tensors)
         call = partial(self.func, *self.args, **self.kwargs)
-        self.answer = call()  # later calls need not learn what this one learns
+        self.answer = call()
         self.outputs, result = ResultTree.of(self.answer)
         eager = _fastest(call, self.outputs)
         start = time.perf_counter()

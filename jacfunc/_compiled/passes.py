@@ -216,7 +216,7 @@ def _transposed(node: Node) -> Any:
 def _with_own_outputs(graph: GraphModule, inputs: Leaves) -> None:
     """Copy outputs that share memory with an input, which the caller may write into."""
     with torch.no_grad():
-        outputs = graph(*inputs)
+        outputs = graph.forward(*inputs)  # a call of the module would run hooks of all modules
     places = set(map(memory_of, inputs))
     (last,) = [node for node in graph.graph.nodes if node.op == "output"]
     nodes = list(last.args[0])
