@@ -16,11 +16,8 @@ from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in, re
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
-_REGISTRIES = tuple(
-    key
-    for key in vars(nn.Module())
-    if "_hooks" in key or key in ("_modules", "_non_persistent_buffers_set")
-)
+_OTHERS = ("_modules", "_non_persistent_buffers_set")
+_REGISTRIES = [key for key in vars(nn.Module()) if "_hooks" in key or key in _OTHERS]
 """Those among them that hold hooks, submodules and names."""
 _HOOKS = [key for key in _REGISTRIES if "hooks" in key]
 Attributes: TypeAlias = dict[str, Any]
@@ -150,10 +147,9 @@ class ModulePart:
 
     def _put_tensors(self, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
         """Put tensors into a scripted module, one by one."""
-        for key, tensor in params.items():
-            self.module._parameters[key] = tensor
-        for key, tensor in buffers.items():
-            self.module._buffers[key] = tensor
+        for table, new in (self.module._parameters, params), (self.module._buffers, buffers):
+            for key, tensor in new.items():
+                table[key] = tensor
 
     def tables_now(self) -> list[tuple[Any, Any]]:
         """The dict of attributes and the registries, each with a copy, for :func:`put_back`."""

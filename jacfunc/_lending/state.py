@@ -113,8 +113,7 @@ class ModuleState:
     @property
     def module(self) -> nn.Module:
         """The module itself."""
-        module: nn.Module = self.parts[""].module
-        return module
+        return self.parts[""].module  # type: ignore[no-any-return]
 
     @property
     def functions(self) -> list[Any]:
@@ -227,10 +226,7 @@ class ModuleState:
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Has no tensor a class of its own, whose clone would be another where nobody sees it?
-
-        What containers among the attributes hold is not looked at.
-        """
+        """Has no tensor a class of its own? What containers among attributes hold is not seen."""
         tensors = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
         return are_plain(tensors) and not any(part.plain for part in self.every_part)
 
