@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._compiled.backends import Compiler
-from jacfunc._compiled.executable import Differentiable, Executable
+from jacfunc._compiled.executable import Differentiable, Divided, Executable
 from jacfunc._compiled.signature import CallArguments, Guard, ResultTree
 from jacfunc._compiled.surroundings import Surroundings
 from jacfunc._compiled.traced import traced
@@ -35,16 +35,24 @@ ROUNDING = 0.5
 """What is compiled differs from the function by less than this power of the precision."""
 
 
+Running: TypeAlias = Executable | Differentiable | Divided
+
+
 class CompiledCall:
     """A compiled kind of call."""
 
-    def __init__(self, guard: Guard, run: Executable | Differentiable, result: ResultTree) -> None:
+    def __init__(self, guard: Guard, run: Running, result: ResultTree) -> None:
         self.guard, self.run, self.result = guard, run, result
         self.compilation: Compilation | None = None
 
     def __call__(self, inputs: Leaves) -> Tree:
         """The answer."""
         return self.result.put(self.run(inputs))
+
+    def at_point(self, inputs: Leaves, kept: Leaves) -> Any:
+        """The answer, from what is kept of a point."""
+        assert isinstance(self.run, Divided)
+        return self.result.put(self.run.of(inputs, kept))
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Making:
         func: what is compiled.
         surroundings: what it refers to.
         args, kwargs: of the call.
+        num_fixed: so many arguments are fixed at a point, the first ones; None if there is none.
     """
 
     func: Callable[..., Any]
@@ -63,6 +72,7 @@ class Making:
     args: tuple[Tree, ...]
     kwargs: dict[str, Any]
     compiler: Compiler
+    num_fixed: int | None = None
     answer: Tree = None
     """The function's own; with its tensors, and how long it and the traces took."""
     outputs: Leaves = ()
@@ -75,15 +85,18 @@ class Making:
             Nameless, NotImplementedError: if no trace would hold.
         """
         arguments, tensors = self.arguments, self.surroundings.tensors
-        arguments.check()
         guard = Guard(arguments, self.surroundings.kind, tensors)
         call = partial(self.func, *self.args, **self.kwargs)
-        self.answer = call()  # later calls need not learn what this one learns
+        self.answer = call()
         self.outputs, result = ResultTree.of(self.answer)
         eager = _fastest(call, self.outputs)
         start = time.perf_counter()
         has_graph = any(out.requires_grad for out in self.outputs)
-        run = self._differentiable() if has_graph else self._cheapest()
+        run: Running
+        if self.num_fixed is not None:
+            run = self._divided(self.num_fixed)
+        else:
+            run = self._differentiable() if has_graph else self._cheapest()
         self._check_pure()
         self.seconds = eager, time.perf_counter() - start
         return CompiledCall(guard, run, result)
@@ -139,6 +152,11 @@ class Making:
                 note("%s is not compiled: %s", func.__qualname__, error)
         inputs = self._inputs
         return min(ways, key=lambda way: way.flops(inputs)) if ways else self._plain()
+
+    def _divided(self, num_fixed: int) -> Divided:
+        fixed = CallArguments.of(self.args[:num_fixed], {}).leaves
+        free = range(len(fixed), len(self.arguments.leaves))
+        return Divided(self._cheapest(), self._inputs, free, self.compiler)
 
     def _plain(self) -> Executable:
         def forward(*inputs: Tensor) -> Leaves:

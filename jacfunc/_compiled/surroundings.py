@@ -6,25 +6,30 @@ that was, object by object, which takes a few microseconds for a small network.
 
 from __future__ import annotations
 
+import os
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from contextvars import ContextVar
+from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
 
 from jacfunc._arguments import are_plain
+from jacfunc._calls import home_of, is_installed, places_of, reads_by_text, reads_unnamed
 from jacfunc._compiled.things import (
-    PARTS,
-    home_of,
+    HOOKS_OF_ALL,
+    asked,
     is_array,
+    is_data,
     is_harmless,
-    is_installed,
-    is_ours,
+    is_of_class,
     is_value,
-    names_in,
+    parts_of,
     slots_of,
+    texts_of,
     value_of,
 )
 from jacfunc._compiled.watched import Watched
@@ -50,7 +55,8 @@ class Surroundings:
         self._numbers: dict[int, int] = {}
         self._every: list[Any] = []  # of which the identities are not used again
         self._told: list[Any] = []
-        self._waiting: deque[tuple[Any, str]] = deque([(func, "func")])
+        hooks = [(table, "hooks of all modules") for table in HOOKS_OF_ALL]
+        self._waiting: deque[tuple[Any, str]] = deque([(func, "func"), *hooks])
         while self._waiting:
             self._visit(*self._waiting.popleft())
         self.kind = tuple(self._told)
@@ -64,20 +70,25 @@ class Surroundings:
     def _visit(self, thing: Any, path: str) -> None:
         if is_value(thing):
             self._told += [type(thing), value_of(thing)]
+            if isinstance(thing, Enum) and self._is_new(thing):  # which has attributes beside
+                self._look_into_object(thing, path)
             return
+        if not self._is_new(thing):
+            return
+        if len(self._every) > MOST:
+            raise Nameless(f"func must refer to {MOST} objects at most, got more. Pass it tensors.")
+        self._told.append(type(thing))
+        looks = (look for kind, look in self._looks.items() if isinstance(thing, kind))
+        next(looks, self._look_into_rest)(thing, path)
+
+    def _is_new(self, thing: Any) -> bool:
+        """Tell its number. Has it none yet?"""
         number = self._numbers.setdefault(id(thing), len(self._every))
         self._told.append(number)
         if number < len(self._every):
-            return
+            return False
         self._every.append(thing)
-        if number == MOST:
-            raise Nameless(f"func must refer to {MOST} objects at most, got more. Pass it tensors.")
-        self._told.append(type(thing))
-        for kind, look in self._looks.items():
-            if isinstance(thing, kind):
-                look(thing, path)
-                return
-        self._look_into_rest(thing, path)
+        return True
 
     @property
     def _looks(self) -> Mapping[Any, Callable[[Any, str], None]]:
@@ -85,29 +96,28 @@ class Surroundings:
             Tensor: self._look_at_tensor,
             types.FunctionType: self._look_into_function,
             types.CellType: self._look_into_cell,
-            types.ModuleType: lambda module, _: self._told.append(module.__name__),
+            types.ModuleType: self._look_into_module,
             type: self._look_into_class,
             dict: self._look_into_dict,
             (list, deque): self._look_into_list,
             tuple: self._look_into_items,
             (set, frozenset): self._look_into_set,
+            (weakref.ref, ContextVar): self._look_behind,
         }
 
     def _look_into_rest(self, thing: Any, path: str) -> None:
-        parts = next((names for kind, names in PARTS.items() if isinstance(thing, kind)), ())
         if is_harmless(thing):
             self._told.append(id(thing))
-        elif parts:
+        elif (parts := parts_of(thing)) is not None:
             self._told.append(getattr(thing, "__qualname__", None))
             for name in parts:
                 self._later(getattr(thing, name, None), f"{path}.{name}")
         elif is_array(thing):
             self._told.append(value_of(thing))
             self._watched.copied.append(thing)
-        elif is_ours(home_of(type(thing))) and not isinstance(thing, nn.Module):
-            for name in [each.name for each in fields(thing)] if is_dataclass(thing) else ():
-                self._later(getattr(thing, name), f"{path}.{name}")
-        elif hasattr(thing, "__dict__") or slots_of(thing):
+            self._look_beside(thing, path)
+        elif (texts := texts_of(thing)) is not None:
+            self._told += texts
             self._look_into_object(thing, path)
         else:
             raise Nameless(
@@ -119,6 +129,10 @@ class Surroundings:
     def _later(self, thing: Any, path: str) -> None:
         self._waiting.append((thing, path))
 
+    def _look_behind(self, thing: Any, path: str) -> None:
+        self._watched.asked.append(ask := asked(thing))
+        self._later(ask(), path)
+
     def _look_at_tensor(self, tensor: Tensor, path: str) -> None:
         if not are_plain([tensor]) and not isinstance(tensor, nn.Buffer):
             raise Nameless(
@@ -126,8 +140,7 @@ class Surroundings:
                 "Call the derivative as it is."
             )
         self.tensors.append(tensor)
-        if getattr(tensor, "__dict__", None):
-            self._look_into_object(tensor, path)
+        self._look_beside(tensor, path)
 
     def _look_into_function(self, func: types.FunctionType, path: str) -> None:
         self._told.append(func.__code__)
@@ -138,24 +151,33 @@ class Surroundings:
         if is_installed(home_of(func)):
             return
         self._watched.functions.append(func)
-        if vars(func):
-            self._look_into_object(func, path)
-        names, tables = [*dict.fromkeys(names_in(func.__code__))], [func.__globals__]
-        for table in tables:  # which become more
-            for name in names:
-                self._look_up(table, name, tables)
+        self._look_beside(func, path)
+        if by := reads_unnamed(func):
+            raise Nameless(
+                f"func must name what it refers to in its code, got {path}, which calls {by}(). "
+                "Write the names, or call the derivative as it is."
+            )
+        for table, name in places_of(func):
+            self._look_up(table, name, func)
 
-    def _look_up(self, table: dict[str, Any], name: str, tables: list[dict[str, Any]]) -> None:
-        """Look at what a module has under a name; if it is a module, look there, too."""
-        thing = table.get(name)
-        is_first = table is tables[0]
-        if is_first or name in table:
+    def _look_up(self, table: dict[str, Any], name: str, func: types.FunctionType) -> None:
+        """Look at what a function finds under a name: in an installed module at settings alone."""
+        thing = os.environ if table.get(name) is os.getenv else table.get(name)
+        is_own = table is func.__globals__ or not is_installed(str(table.get("__name__")))
+        if is_own or is_data(thing):
             self._watched.looked_up.append((table, name))
-        if name in table:
-            self._later(thing, name)
-        is_own = isinstance(thing, types.ModuleType) and not is_installed(thing.__name__)
-        if is_own and all(vars(thing) is not known for known in tables):
-            tables.append(vars(thing))
+            if name in table and (reads_by_text(func) or not isinstance(thing, types.ModuleType)):
+                self._later(thing, name)
+
+    def _look_into_module(self, module: types.ModuleType, path: str) -> None:
+        """Look at all that it has, as nobody knows what of it will be used."""
+        self._told.append(module.__name__)
+        if not is_installed(module.__name__):
+            self._watched.dicts.append(vars(module))
+            for name, thing in [*vars(module).items()]:
+                if not name.startswith("__"):
+                    self._told.append(name)
+                    self._later(thing, f"{path}.{name}")
 
     def _look_into_cell(self, cell: types.CellType, path: str) -> None:
         try:
@@ -164,7 +186,10 @@ class Surroundings:
             self._told.append("empty")
             return
         self._watched.cells.append(cell)
-        self._later(contents, path)
+        if isinstance(contents, types.ModuleType):  # of which the function names what it uses
+            self._is_new(contents)
+        else:
+            self._later(contents, path)
 
     def _look_into_class(self, kind: type, path: str) -> None:
         self._told.append(kind)
@@ -172,9 +197,9 @@ class Surroundings:
             return
         self._watched.classes.append(kind)
         for name, thing in vars(kind).items():
-            if callable(thing) or not name.startswith(("__", "_abc_")):
+            if is_of_class(name, thing):
                 self._later(thing, f"{path}.{name}")
-        for base in kind.__bases__:
+        for base in (*kind.__bases__, type(kind)):
             self._later(base, base.__name__)
 
     def _look_into_dict(self, table: dict[Any, Any], path: str) -> None:
@@ -202,10 +227,11 @@ class Surroundings:
         for thing in [*things]:
             if not is_value(thing):
                 self._later(thing, path)
+        self._look_beside(things, path)
 
     def _look_beside(self, things: Any, path: str) -> None:
-        """Look at the attributes of a container of a class of its own."""
-        if getattr(things, "__dict__", None):
+        """Look at attributes of a container, a function or a tensor, or those of its class."""
+        if getattr(things, "__dict__", None) or not is_installed(home_of(type(things))):
             self._look_into_object(things, path)
 
     def _look_into_object(self, thing: Any, path: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +56,8 @@ def traced(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
             "func must have outputs and steps whose shapes do not depend on numbers, got one that "
             "selects by a mask, or the like. Use torch.where."
         )
-    graph = _written(graph, inputs)
+    with in_our_words():
+        graph = _written(graph, inputs)
     graph.graph.eliminate_dead_code()  # forward mode computes shapes from zeros of its own
     graph.recompile()
     _check_constants(graph)
@@ -62,8 +66,23 @@ def traced(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
 
 def _graph(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
     """One trace."""
+    with in_our_words(), _NoReads() as watch:
+        graph = Graphs.of(func, inputs)
+        watch.check()
+    return graph
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What torch can't trace, or rewrite what it has traced, is refused.
+
+    Raises:
+        NotImplementedError: if there is such a thing.
+    """
     try:
-        return Graphs.of(func, inputs)
+        yield
+    except Nameless:
+        raise
     except Exception as error:  # torch's trace may fail by any
         told = str(error).strip().split("\n")[0].partition(" - erroring out")[0].rstrip(".")
         reads = "value out of a tracing tensor" in told or "numbers of a tensor" in told
@@ -71,6 +90,56 @@ def _graph(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
             f"compile: func must be one that can be traced, got an error: {told}. "
             + (LEAVE_NUMBERS if reads else "Call the derivative as it is.")
         ) from error
+
+
+_READS = frozenset({"numpy", "__array__", "tolist", "__dlpack__", "storage", "__deepcopy__"})
+"""Methods by which numbers leave a tensor without an operation that a trace would see."""
+
+
+class _NoReads(torch.overrides.TorchFunctionMode):
+    """Raises where a function reads numbers past the trace, which would burn them in."""
+
+    failed: Exception | None = None
+    """What a function of torch raised of numbers: its caller may have gone another way then."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READS and not _caller().startswith("jacfunc."):
+            raise RuntimeError(f"numbers of a tensor are read by {name}()")
+        try:
+            result = func(*args, **(kwargs or {}))
+        except _OF_NUMBERS as error:
+            self.failed = error
+            raise
+        if result is None and func == _GRADIENT.__get__ and not _caller().startswith("jacfunc."):
+            raise RuntimeError("numbers of a tensor are read by .grad, which is None")
+        return result
+
+    def check(self) -> None:
+        """Refuse a function that has caught what was raised of numbers.
+
+        Raises:
+            RuntimeError: if it has.
+        """
+        if self.failed is not None:
+            raise RuntimeError(f"numbers of a tensor decide what is raised: {self.failed}")
+
+
+_GRADIENT: Any = Tensor.grad
+_OF_NUMBERS: Any = (vars(torch.linalg)["LinAlgError"], IndexError)
+"""What torch raises where numbers do not do: of a matrix that is singular, of an index."""
+
+
+def _caller() -> str:
+    """The module whose code called what a watch sees, past watches inside, and torch."""
+    frame: Any = sys._getframe(2)
+    while True:
+        name = f"{frame.f_globals.get('__name__')}."
+        if frame.f_code.co_name != "__torch_function__" and not name.startswith("torch."):
+            return name
+        frame = frame.f_back
 
 
 def _draws(node: Node) -> bool:

@@ -6,13 +6,13 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, call, is_, itemgetter
 from typing import Any
 
 from torch import nn
 
-from jacfunc._compiled.things import slots_of, value_of
+from jacfunc._compiled.things import slot_names, value_of
 
 REGISTRIES = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 """Attributes of every module: mostly empty, and a call that looks at each takes twice as long."""
@@ -39,6 +39,8 @@ class Watched:
     functions: list[types.FunctionType] = field(default_factory=list)
     looked_up: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     """Tables of globals, with a name in each."""
+    asked: list[Callable[[], Any]] = field(default_factory=list)
+    """What is compared by what it returns: references to objects, variables of a context."""
     copied: list[Any] = field(default_factory=list)
     """Arrays and sets, which are compared by what they hold."""
     empty: list[Any] = field(default_factory=list)
@@ -92,17 +94,20 @@ class Watched:
             yield lambda: together(map(_of_function, self.functions))
         if self.lists:
             yield partial(together, self.lists)
+        if self.asked:
+            yield partial(map, _call, self.asked)
         for kind in self.classes:
             yield vars(kind).values
+            yield lambda kind=kind: (kind.__bases__,)  # type: ignore[misc]
         for thing in self.slotted:
-            yield lambda thing=thing: slots_of(thing).values()  # type: ignore[misc]
+            yield partial(map, getattr, repeat(thing), slot_names(type(thing)), repeat(None))
 
 
 def _attributes_of(thing: Any) -> Callable[[dict[str, Any]], Any]:
     """Looks up what is watched of an object's attributes: all but a module's empty registries."""
     own = vars(thing)
     is_module = isinstance(thing, nn.Module)
-    names = [name for name in own if not is_module or own[name] or name not in REGISTRIES]
+    names = [name for name in own if not is_module or name not in REGISTRIES or own[name]]
     if len(names) < 2:  # of one name it would return the value itself
         return dict.values
     return itemgetter(*names)

@@ -128,7 +128,7 @@ def place_of(seeds: Tensor) -> Hashable:
     It tells while the cotangents are kept, as nothing else comes to lie at their address.
     """
     sizes = zip(seeds.shape, seeds.stride(), strict=True)
-    return seeds.data_ptr(), seeds.dtype, *(pair for pair in sizes if pair[0] != 1)
+    return seeds.data_ptr(), seeds.dtype, *[pair for pair in sizes if pair[0] != 1]
 
 
 def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:

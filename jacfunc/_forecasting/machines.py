@@ -41,7 +41,7 @@ class KnownMachine(Machine):
 
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """The machine for a device and a dtype, measured once in a process for a number of threads."""
-    is_known = device.type == "cpu" and bool(_KNOWN)
+    is_known = device.type == "cpu" and bool(_holders())
     return _machine(device, dtype, torch.get_num_threads(), is_known)
 
 
@@ -50,7 +50,10 @@ def _machine(device: torch.device, dtype: torch.dtype, threads: int, is_known: b
     return (KnownMachine if is_known else Machine)(device, dtype)
 
 
-_KNOWN: list[None] = []
+@cache
+def _holders() -> list[None]:
+    """One entry for each time that :func:`known_machine` is entered, by any thread."""
+    return []
 
 
 @contextmanager
@@ -68,8 +71,8 @@ def known_machine() -> Iterator[None]:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    _KNOWN.append(None)
+    _holders().append(None)
     try:
         yield
     finally:
-        _KNOWN.pop()
+        _holders().pop()

@@ -10,8 +10,8 @@ from torch import nn
 from jacfunc._errors import check_uncompiled
 from jacfunc._faults import apart
 from jacfunc._lending.attributes import detached_copy
-from jacfunc._lending.constants import version_of
-from jacfunc._lending.originals import Originals
+from jacfunc._lending.loan import version_of
+from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import are_same
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.state import ModuleState
@@ -79,13 +79,14 @@ class CurrentState:
         answer is refused if these have changed.
         """
         state = self.now()
+        casting = Casting.now(tuple(state.params.values()))
         if copy:
-            return copied(state), detached_copy(data)
+            return replace(copied(state), casting=casting), detached_copy(data)
         of_module = (state.point, state.params, state.buffers, state.hidden)
         tensors = [x for named in of_module for x in named.values()]
         tensors += filter(is_tensor, flatten(data)[0])
         originals = Originals(state.snapshot, tensors)
-        return replace(state, originals=originals, origin=state, loans=[]), data
+        return replace(state, originals=originals, casting=casting, origin=state, loans=[]), data
 
 
 def copied(state: ModuleState) -> ModuleState:

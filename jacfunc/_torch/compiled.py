@@ -17,11 +17,13 @@ from functools import cache
 from typing import Any, Self, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from jacfunc._torch.inductor import by_inductor
 from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
@@ -136,30 +138,10 @@ def uncompiled() -> Iterator[None]:
         raise
 
 
-READS = frozenset({"numpy", "__array__", "tolist", "__dlpack__", "storage", "__deepcopy__"})
-"""Methods by which numbers leave a tensor without an operation that a trace would see."""
-
-
-class _NoReads(torch.overrides.TorchFunctionMode):
-    """Raises where a function reads numbers past the trace, which would burn them in."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in READS and not _caller().startswith("jacfunc."):
-            raise RuntimeError(f"numbers of a tensor are read by {name}()")
-        return func(*args, **(kwargs or {}))
-
-
-def _caller() -> str:
-    """The module whose code called what a watch sees, past watches inside, and torch."""
-    frame: Any = sys._getframe(2)
-    while True:
-        name = f"{frame.f_globals.get('__name__')}."
-        if frame.f_code.co_name != "__torch_function__" and not name.startswith("torch."):
-            return name
-        frame = frame.f_back
+def _other_settings() -> tuple[Any, ...]:
+    """What torch's own guard of settings does not look at."""
+    low = torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")
+    return torch.is_inference_mode_enabled(), low
 
 
 class Graphs:
@@ -192,23 +174,26 @@ class Graphs:
         """
         torch.clear_autocast_cache()  # it may hold copies of parameters that no trace has seen
         try:
-            with _NoReads():
-                return make_fx(func)(*leaves)
+            return make_fx(func)(*leaves)
         finally:
             torch.clear_autocast_cache()
 
     @staticmethod
     def without_writes(graph: GraphModule, leaves: Leaves) -> GraphModule:
         """The graph without writes into its own tensors; those into its inputs are at its end."""
+
+        def run(*inputs: Tensor) -> Any:  # a call of the module would run hooks of all modules
+            return graph.forward(*inputs)
+
         with torch.no_grad():
-            return make_fx(torch.func.functionalize(graph, remove="mutations"))(*leaves)
+            return make_fx(torch.func.functionalize(run, remove="mutations"))(*leaves)
 
     @staticmethod
     def guard_of_settings() -> Callable[[], bool]:
         """Tells whether torch's settings (gradients, autocast, dtype, threads) are those of now."""
         is_same: Callable[[], bool] = torch._C._dynamo.guards.GlobalStateGuard().check
-        inference = torch.is_inference_mode_enabled()
-        return lambda: is_same() and torch.is_inference_mode_enabled() == inference
+        others = _other_settings()
+        return lambda: is_same() and _other_settings() == others
 
     @staticmethod
     def guard_of_tensors(tensors: Leaves) -> Callable[..., bool]:
@@ -232,10 +217,7 @@ class Graphs:
     tracer: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
     """What looks at all that is called, for torch.compile; None as a rule."""
 
-    @staticmethod
-    def by_inductor(graph: GraphModule, leaves: Leaves) -> Callable[..., Any]:
-        """The graph compiled by Inductor; what it returns takes the leaves."""
-        return cast("Callable[..., Any]", torch._inductor.compile(graph, list(leaves)))
+    by_inductor = staticmethod(by_inductor)
 
     @staticmethod
     def package_of(graph: GraphModule, leaves: Leaves, path: str) -> Callable[..., Any]:
