@@ -227,6 +227,11 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
     return dict(first.values())
 
 
+def parts_in(module: nn.Module) -> dict[str, ModulePart]:
+    """The submodules, the module itself among them, each once under its first name."""
+    return {name: ModulePart.of(part) for name, part in module.named_modules()}
+
+
 def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:
     """Objects that the parts keep as attributes, at any depth, without the parts themselves."""
     visited = {id(part.module) for part in parts}
