@@ -74,10 +74,7 @@ class ModulePart:
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
         """A part that keeps copies of its state: later writes do not change what it lends."""
-        if not self.plain:
-            return self
-        plain = {key: copy_with(value, new) for key, value in self.plain.items()}
-        return replace(self, plain=plain)
+        return replace(self, plain={key: copy_with(x, new) for key, x in self.plain.items()})
 
     @property
     def hides(self) -> bool:
