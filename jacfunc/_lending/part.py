@@ -75,10 +75,7 @@ class ModulePart:
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
         """A part that keeps copies of its state: later writes do not change what it lends."""
-        if not self.plain:
-            return self
-        plain = {key: copy_with(value, new) for key, value in self.plain.items()}
-        return replace(self, plain=plain)
+        return replace(self, plain={key: copy_with(x, new) for key, x in self.plain.items()})
 
     @property
     def hides(self) -> bool:
@@ -236,6 +233,11 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
             if tensor is not None:
                 first.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, tensor))
     return dict(first.values())
+
+
+def parts_in(module: nn.Module) -> dict[str, ModulePart]:
+    """The submodules, the module itself among them, each once under its first name."""
+    return {name: ModulePart.of(part) for name, part in module.named_modules()}
 
 
 def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:
