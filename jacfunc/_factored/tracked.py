@@ -108,12 +108,11 @@ class TrackedParameters:
         """
         by_id = self.by_id
         for value in values:
-            if id(value) in by_id:
-                if id(value) not in without:
-                    return True
-            elif type(value) is not Tensor and isinstance(value, tuple | list):
-                if self.are_among(value, without):
-                    return True
+            if id(value) in by_id and id(value) not in without:
+                return True
+            is_list = type(value) is not Tensor and isinstance(value, tuple | list)
+            if is_list and self.are_among(value, without):
+                return True
         return False
 
     def note_unruled(self, values: Iterable[Any], may_write_unseen: bool = False) -> None:
