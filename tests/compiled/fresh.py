@@ -1,0 +1,86 @@
+"""Cells of the matrix in a process of their own: what torch keeps of one would reach others.
+
+``python -m tests.compiled.fresh GROUP`` prints, for each cell, a line: its door, its function, and
+``right`` or the first words of the error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import jacfunc
+from tests.compiled.test_matrix import DOUBLE, FUNCTION_DOORS, FUNCTIONS, MODULE_DOORS, MODULES
+from tests.compiled.test_matrix import drawn as drawn_of
+
+Cell = tuple[str, str]
+
+INDUCTOR: list[Cell] = [("jacrev", "joints"), ("hvp", "matrix"), ("ggn product", "perceptron")]
+"""Cells that are compiled by Inductor: each takes seconds."""
+
+TRACED = ("jacrev", "jacfwd", "auto", "value", "vjp", "jvp", "vmap jacrev", "hessian", "hvp")
+"""Doors that are called inside a function under ``torch.compile``, without a graph break."""
+
+
+def inside(number: int, every: bool) -> list[Cell]:
+    """Cells under ``torch.compile``: a part of all pairs, each door with other functions."""
+    pairs = [
+        (n + 2 * k, (door, name))
+        for n, door in enumerate(TRACED)
+        for k, name in enumerate(FUNCTIONS)
+    ]
+    return [cell for n, cell in pairs if n % 2 == number and (every or n % 6 == number)]
+
+
+def by_inductor(cell: Cell) -> None:
+    """Compile by Inductor, and compare at other numbers."""
+    door, name = cell
+    if name in FUNCTIONS:
+        (derive, oracle), func = FUNCTION_DOORS[door], FUNCTIONS[name]
+        points = [drawn_of(4), 0.5 - drawn_of(4)]
+    else:
+        (derive, oracle), func = MODULE_DOORS[door], MODULES[name]().to(DOUBLE)
+        points = [drawn_of(3, 12, seed=3), drawn_of(3, 12, seed=4)]
+    compiled = jacfunc.compile(derive(func), backend="inductor")
+    compare(compiled, lambda x: oracle(func, x), points)
+    assert len(compiled.compilations) == 1
+
+
+def by_torch(cell: Cell) -> None:
+    """Call the door inside a function under ``torch.compile``."""
+    derive, oracle = FUNCTION_DOORS[cell[0]]
+    func = FUNCTIONS[cell[1]]
+    compiled = torch.compile(lambda x: derive(func)(x), backend="eager", fullgraph=True)
+    compare(compiled, lambda x: oracle(func, x), [drawn_of(4), 0.5 - drawn_of(4)])
+
+
+def compare(ours: Callable[[Tensor], Any], want: Callable[[Tensor], Any], at: list[Tensor]) -> None:
+    for x in at:
+        torch.testing.assert_close(ours(x), want(x), rtol=1e-6, atol=1e-7)
+
+
+def results(cells: list[Cell], check: Callable[[Cell], None]) -> Iterator[tuple[str, str, str]]:
+    for cell in cells:
+        torch.manual_seed(0)
+        try:
+            check(cell)
+            word = "right"
+        except Exception as error:  # whatever comes is told
+            word = f"{type(error).__name__}: {error}"[:600]
+        torch.compiler.reset()
+        yield *cell, word
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    group, is_every = sys.argv[1], "every" in sys.argv
+    chosen = INDUCTOR if group == "inductor" else inside(int(group), is_every)
+    for result in results(chosen, by_inductor if group == "inductor" else by_torch):
+        print(json.dumps(result), flush=True)
