@@ -108,8 +108,8 @@ class ModulePart:
 
     def lend(self, new: dict[int, Any]) -> None:
         """Put tensors and containers in place; ``new`` has them by the identity of the old."""
-        params = _replaced(self.params, new) if self.params else {}
-        buffers = _replaced(self.buffers, new) if self.buffers else {}
+        params = {key: new.get(id(x), x) for key, x in self.params.items()}
+        buffers = {key: new.get(id(x), x) for key, x in self.buffers.items()}
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return
@@ -215,14 +215,8 @@ def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
 
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
     """Do two dicts have the same objects, under the same names in the same order?"""
-    if not these and not those:
-        return True
     same = len(these) == len(those) and all(map(is_, these.values(), those.values()))
-    return same and list(these) == list(those)
-
-
-def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:
-    return {key: new.get(id(x), x) for key, x in tensors.items()}
+    return same and (not these or list(these) == list(those))
 
 
 def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:

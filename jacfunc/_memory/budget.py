@@ -66,7 +66,7 @@ class Budget:
         return None if self._nbytes is None else self._nbytes - self._counter.live - result
 
     def at_most(self, nbytes: int) -> int:
-        """So many bytes, or a small share of the budget, as there may be copies, if that is less."""
+        """So many bytes, or a small share of the budget, if that is less: there may be copies."""
         return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // COPIES))
 
     def keep(self, work: Callable[[], ResultT]) -> ResultT:
