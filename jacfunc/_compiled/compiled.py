@@ -11,9 +11,9 @@ import torch
 
 from jacfunc._compiled.making import CompiledCall, Making
 from jacfunc._compiled.signature import CallArguments, copied
-from jacfunc._compiled.surroundings import Surroundings
 from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
+from jacfunc._surroundings import Surroundings
 from jacfunc._torch import Graphs, is_undisturbed
 from jacfunc._traces import Compiler, Divided
 from jacfunc._types import Leaves
