@@ -9,8 +9,9 @@ Costs: ``estimate``, ``plan``, ``explain``. Checks: ``jacfunc.testing``.
 """
 
 from jacfunc._assembly import empty_cache
-from jacfunc._compiled import Compilation, Compiled, compile
+from jacfunc._compiled import Compiled, compile
 from jacfunc._curvature import GaussNewton, fisher, ggn, gradient_norms, random_projection
+from jacfunc._forecasting import Compilation
 from jacfunc._functions import (
     Estimate,
     Explanation,

@@ -38,6 +38,20 @@ RANDOM = (
     "all, or 'different', to draw others for each"
 )
 
+FAST_OUTSIDE = "Call it outside; jacfunc.compile makes it fast there."
+
+
+def check_uncompiled(api: str, way_out: str = FAST_OUTSIDE) -> None:
+    """Refuse what torch.compile can't trace: it lends a module, reads numbers, or holds a lock.
+
+    Raises:
+        NotImplementedError: inside torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{api}: it must be called outside of torch.compile, got a call inside. {way_out}"
+        )
+
 
 def is_out_of_memory(error: Exception) -> bool:
     """Did an allocation fail? On a CPU only the text of the error says so."""

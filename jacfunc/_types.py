@@ -85,7 +85,7 @@ def product_dtype(*factors: Tensor) -> torch.dtype:
     On a CPU it is at least float32. There products in half precision take up to ten times as long,
     and each step of a sum is rounded.
     """
-    return _product_dtype(frozenset(factor.dtype for factor in factors), factors[0].is_cpu)
+    return _product_dtype(frozenset([factor.dtype for factor in factors]), factors[0].is_cpu)
 
 
 @cache

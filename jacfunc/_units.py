@@ -17,6 +17,13 @@ def in_digits(number: int | None) -> str:
     return UNKNOWN if number is None else str(number)
 
 
+def in_calls(number: float | None) -> str:
+    """``39.1 k calls``; ``never`` if it is infinite."""
+    if number is None:
+        return UNKNOWN
+    return "never" if number == float("inf") else f"{in_counts(round(number))} calls"
+
+
 def in_bytes(number: int | None) -> str:
     """``39.1 GiB``."""
     return _human(number, BYTES, " B", 1024)

@@ -1,4 +1,4 @@
-"""Checks of Jacobians: of your functions, and of strategies and rules of your own."""
+"""Checks of Jacobians, of your functions and strategies, and forecasts that are always the same."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import Refused
+from jacfunc._forecasting import known_machine
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning import resolve
 from jacfunc._types import Argnums, Blocks, Leaves
 from jacfunc.strategies import Strategy, worded
 
-__all__ = ["check_jacobian"]
+__all__ = ["check_jacobian", "known_machine"]
 
 API = "check_jacobian"
 STEP = 6e-6  # about the cube root of float64's precision: best for central differences

@@ -7,10 +7,19 @@ import os
 import pytest
 import torch
 
+from jacfunc.testing import known_machine
+
 DEVICE = os.environ.get("JACFUNC_TEST_DEVICE", "cpu")
 
 # Two threads on a busy machine make small models many times slower.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A strategy is chosen by what it computes, not by how busy the machine is."""
+    known = known_machine()
+    known.__enter__()
+    config.add_cleanup(lambda: known.__exit__(None, None, None))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

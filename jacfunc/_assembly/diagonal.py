@@ -76,8 +76,7 @@ class DiagonalSink(Sink):
     def _kept(self, parts: Sequence[Sequence[Tensor]], outputs: Leaves) -> Blocks:
         pairs = zip(parts, outputs, strict=True)
         diagonals = [
-            (torch.cat([*part], -1) if part else out.new_empty(0)).reshape(out.shape)
-            for part, out in pairs
+            (_joined(part) if part else out.new_empty(0)).reshape(out.shape) for part, out in pairs
         ]
         self._blocks = (tuple(diagonals),)
         return self._blocks
@@ -101,6 +100,11 @@ def check_square(outputs: Sequence[torch.Size], primals: Sequence[torch.Size]) -
         )
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a diagonal in a row; of one alone, as under vmap torch.cat would fix sizes."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], -1)
+
+
 def _first_of(counts: Sequence[int]) -> int:
     """The number of the first output that has rows."""
     return next((n for n, count in enumerate(counts) if count), len(counts))
@@ -118,8 +122,8 @@ def _of_block(row: Sequence[Tensor], number: int) -> Tensor:
 def _of_rows(rows: Tensor, start: int) -> Tensor:
     """Of rows ``[K, *in]``, the first of which is number ``start``, the entries of the diagonal."""
     flat = rows.reshape(len(rows), -1)
-    places = torch.arange(start, start + len(rows), device=rows.device) % flat.shape[1]
-    return flat.gather(1, places.unsqueeze(1)).squeeze(1)
+    numbers = torch.arange(len(rows), device=rows.device)
+    return flat[numbers, (numbers + start) % flat.shape[1]]
 
 
 def _of_columns(columns: Tensor, start: int, primal: Tensor) -> Iterator[Tensor]:

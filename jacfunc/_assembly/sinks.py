@@ -103,7 +103,7 @@ class Sink:
         """Blocks ``[*out_i, *in_j]`` from a sweep that gives chunks of rows ``[K, *in_j]``."""
         if not self.copies:
             return stacked_rows(sweep(chunk), outputs, primals)
-        total, each = numel(outputs), sum(primal.nbytes for primal in primals)
+        total, each = numel(outputs), sum(x.numel() * x.itemsize for x in primals)
         if chunk is None:  # how large rows are is known before the first
             chunk = max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
         rows = stack(sweep(chunk), total, self.into_rows(Grid.of(outputs, primals)))

@@ -1,4 +1,3 @@
 """Derivatives compiled: traced once for each kind of call, guarded, and run without Python."""
 
 from jacfunc._compiled.compile import Compiled, compile
-from jacfunc._compiled.making import Compilation

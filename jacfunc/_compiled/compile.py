@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from os import PathLike
 from threading import RLock
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 
 from jacfunc._arguments import check_func
 from jacfunc._compiled.backends import Backend, Compiler
-from jacfunc._compiled.making import Compilation, CompiledCall, Making
-from jacfunc._compiled.signature import CallArguments
+from jacfunc._compiled.executable import Divided
+from jacfunc._compiled.making import CompiledCall, Making
+from jacfunc._compiled.signature import CallArguments, copied
 from jacfunc._compiled.surroundings import Surroundings
+from jacfunc._errors import check_uncompiled
+from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
+from jacfunc._planning import Plan
 from jacfunc._showing import named
 from jacfunc._torch import Graphs, is_undisturbed
+from jacfunc._types import Leaves
 from jacfunc.strategies import worded
 
 API = "compile"
@@ -46,9 +52,12 @@ class Compiled(Generic[P, ResultT]):
         2
     """
 
-    def __init__(self, transformed: Callable[P, ResultT], compiler: Compiler) -> None:
-        self.transformed, self._compiler = transformed, compiler
+    def __init__(
+        self, transformed: Callable[P, ResultT], compiler: Compiler, num_fixed: int | None = None
+    ) -> None:
+        self.transformed, self._how = transformed, (compiler, num_fixed)
         self._entries: tuple[CompiledCall, ...] = ()
+        self._divided = dict[int, Compiled[P, ResultT]]()
         self._surroundings: Surroundings | None = None
         self._lock = RLock()
         self.__qualname__ = type(self).__qualname__
@@ -70,6 +79,38 @@ class Compiled(Generic[P, ResultT]):
                     return entry((*arguments.leaves, *now.tensors))  # type: ignore[no-any-return]
         return self._called_anew(arguments, args, kwargs)  # type: ignore[no-any-return]
 
+    def at(self, *args: Any) -> Callable[..., ResultT]:
+        """What is left once the first arguments are fixed: of ``ggn(x, y) @ v``, the products.
+
+        What depends on no other argument is computed once, at the first call: the evaluation, say.
+
+        Args:
+            args: the first arguments, by position.
+
+        Returns:
+            A function of the other arguments, by position. Its answers are those of this moment,
+            of which it keeps the numbers: copies of arguments, and of all tensors that the function
+            refers to. They are detached.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as a call. It also refuses to be called
+                inside transforms, with arguments that require gradients, and for another kind of
+                call once anything but numbers has changed.
+
+        Cost:
+            The copies. The first call of a kind compiles what is fixed and what is left, for all
+            points. What lies between is kept, for a product the inputs of layers.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> push = lambda x, v: jacfunc.jvp(torch.sin, (x,), (v,))[1]
+            >>> at_zero = jacfunc.compile(push, backend="replay").at(torch.zeros(2))
+            >>> at_zero(torch.tensor([1.0, 2.0]))
+            tensor([1., 2.])
+        """
+        own = Compiled(self.transformed, self._how[0], len(args))
+        return _AtPoint(self._divided.setdefault(len(args), own), args)
+
     @property
     def compilations(self) -> tuple[Compilation, ...]:
         """What each kind of call has cost, the latest kind first."""
@@ -87,7 +128,7 @@ class Compiled(Generic[P, ResultT]):
                 arguments.check()
                 self.transformed(*args, **kwargs)  # later calls do not learn or make what it does
                 now = self._surroundings_now()
-                making = Making(self.transformed, now, arguments, args, kwargs, self._compiler)
+                making = Making(self.transformed, now, arguments, args, kwargs, *self._how)
                 entry = making.entry()
             making.check(entry)  # which compiles, and keeps nobody from lending
             self._entries = (entry, *self._entries[: MOST_KINDS - 1])
@@ -100,12 +141,81 @@ class Compiled(Generic[P, ResultT]):
         return last
 
 
+class _AtPoint(Generic[ResultT]):
+    """A compiled function at its first arguments, and at what it referred to when it was made."""
+
+    def __init__(self, compiled: Compiled[..., ResultT], args: tuple[Any, ...]) -> None:
+        self._compiled, self._args = compiled, args
+        with worded(API, "func must be one that can be compiled", ""), alone():
+            now = compiled._surroundings_now()
+        self._kind, self._others = now.kind, tuple(now.tensors)
+        self._fixed = CallArguments.of(args, {}).leaves
+        self._copies = copied(self._fixed), copied(self._others)
+        self._kept: tuple[tuple[CompiledCall, Leaves], ...] = ()
+
+    def __call__(self, *args: Any) -> ResultT:
+        """The result, of the other arguments."""
+        arguments = CallArguments.of((*self._args, *args), {})
+        free = arguments.leaves[len(self._fixed) :]
+        if not is_undisturbed() or any(x.requires_grad for x in free):
+            raise NotImplementedError(
+                f"{API}: a function at a point must be called outside of transforms and modes, "
+                "with arguments that require no gradients. Call the compiled function itself."
+            )
+        for entry, kept in self._kept:
+            if entry.guard.admits(arguments, self._kind, self._others):
+                return entry.at_point(arguments.leaves, kept)  # type: ignore[no-any-return]
+        entry, (fixed, others) = self._entry(arguments, args), self._copies
+        assert isinstance(entry.run, Divided)
+        kept = entry.run.at((*fixed, *free, *others))
+        self._kept = (*self._kept[-MOST_KINDS:], (entry, kept))
+        return entry.at_point(arguments.leaves, kept)  # type: ignore[no-any-return]
+
+    def _entry(self, arguments: CallArguments, args: tuple[Any, ...]) -> CompiledCall:
+        for _ in range(2):
+            for entry in self._compiled._entries:
+                if entry.guard.admits(arguments, self._kind, self._others):
+                    return entry
+            self._compiled(*self._args, *args)  # which makes one
+        raise ValueError(
+            f"{API}: func must refer to the objects that it referred to when at() was called, got "
+            "others, and a kind of call that was not compiled before. Call at() again."
+        )
+
+
+@dataclass(frozen=True)
+class CompilesDerivatives:
+    """What a compiled plan does with a derivative."""
+
+    compiler: Compiler
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+        return self.compiler.backend
+
+    def __call__(self, derivative: Callable[P, ResultT]) -> Compiled[P, ResultT]:
+        """The derivative, compiled."""
+        return named(API, derivative, Compiled(derivative, self.compiler))
+
+
+@overload
+def compile(
+    transformed: Plan, *, backend: Backend = ..., directory: str | PathLike[str] | None = ...
+) -> Plan: ...
+@overload
 def compile(
     transformed: Callable[P, ResultT],
     *,
+    backend: Backend = ...,
+    directory: str | PathLike[str] | None = ...,
+) -> Compiled[P, ResultT]: ...
+def compile(
+    transformed: Any,
+    *,
     backend: Backend = "inductor",
     directory: str | PathLike[str] | None = None,
-) -> Compiled[P, ResultT]:
+) -> Any:
     """A derivative that is traced once for each kind of call, and then runs without Python.
 
     For what is asked again and again: the work of a small derivative is a hundredth of the time
@@ -122,7 +232,7 @@ def compile(
     Args:
         transformed: what :func:`jacfunc.jacobian`, :func:`jacfunc.module_jacobian` and the like
             return, or a function of tensors that asks jacfunc for something:
-            ``lambda x, y, v: ggn(model, loss)(x, y) @ v``.
+            ``lambda x, y, v: ggn(model, loss)(x, y) @ v``. Or a :class:`jacfunc.Plan`.
         backend: ``"inductor"`` generates code, in seconds; ``"replay"`` calls the operators of the
             trace one after the other, which needs no time; ``"aot"`` keeps Inductor's code in a
             file, where later processes find it; ``"cudagraphs"`` launches all kernels at once.
@@ -131,8 +241,10 @@ def compile(
     Returns:
         A :class:`jacfunc.Compiled`: called as ``transformed`` is. Inside transforms, modes of
         torch, other traces and ``torch.compile`` it is ``transformed`` itself. Its ``compilations``
-        tell what the kinds of calls have cost. Where the result of ``transformed`` has a graph,
-        because arguments or parameters require gradients, it can be differentiated, too, once.
+        tell what the kinds of calls have cost, in seconds and bytes. Where the result of
+        ``transformed`` has a graph, because arguments or parameters require gradients, it can be
+        differentiated, too, once. A plan is returned as a compiled one: a door that takes it as
+        ``strategy`` returns a :class:`jacfunc.Compiled`.
 
     Raises:
         TypeError, ValueError: arguments that do not fit. ValueError: a function that is not pure
@@ -142,10 +254,11 @@ def compile(
             by errors that they raise, or that torch can't trace.
 
     Cost:
-        The first call of a kind takes the derivative twice, two to four traces, and the time of
-        the backend, which may be ten seconds. Later ones add to the work about ten microseconds,
-        and one for each module or so that the function refers to. Samples of a batch are compared
-        with those of others at the first call of a kind alone.
+        The first call of a kind takes the derivative two to five times, two to four traces, and the
+        time of the backend, which may be ten seconds: :func:`jacfunc.estimate` tells before. Later
+        ones add to the work about ten microseconds, and one for each module or so that the function
+        refers to. Samples of a batch are compared with those of others at the first call of a kind
+        alone.
 
     Example:
         >>> import torch, jacfunc
@@ -161,7 +274,14 @@ def compile(
                 [0., 0., 0.]])
         >>> len(jac.compilations)
         1
+        >>> plan = jacfunc.compile(jacfunc.plan(torch.sin, torch.zeros(2)), backend="replay")
+        >>> jacfunc.jacobian(torch.sin, strategy=plan)(torch.zeros(2))
+        tensor([[1., 0.],
+                [0., 1.]])
     """
+    check_uncompiled(API, "Call it before, and what it returns inside.")
+    compiles = CompilesDerivatives(Compiler.of(API, backend, directory))
+    if isinstance(transformed, Plan):
+        return replace(transformed, compiler=compiles)
     check_func(API, transformed)
-    compiled = Compiled(transformed, Compiler.of(API, backend, directory))
-    return named(API, transformed, compiled)
+    return compiles(transformed)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._compiled.backends import Compiler
-from jacfunc._compiled.executable import Differentiable, Executable
+from jacfunc._compiled.executable import Differentiable, Divided, Executable
 from jacfunc._compiled.signature import CallArguments, Guard, ResultTree
 from jacfunc._compiled.surroundings import Surroundings
 from jacfunc._compiled.traced import traced
 from jacfunc._errors import Nameless, Refused
+from jacfunc._forecasting import Compilation
 from jacfunc._log import note
+from jacfunc._measuring import seconds_of
 from jacfunc._rounding import are_near
 from jacfunc._torch import recording, run_backward
 from jacfunc._trees import flatten_containers
@@ -25,55 +28,31 @@ from jacfunc._types import Leaves, Tree
 NOISE = 64.0
 """So many units of the precision may be left where terms cancel."""
 
+MOST_TIMED, ENOUGH = 4, 0.02
+"""So many runs are timed, but none after so many seconds."""
+
 ROUNDING = 0.5
 """What is compiled differs from the function by less than this power of the precision."""
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """What compiling one kind of call cost, and what it saves.
-
-    Args:
-        trace_seconds: for the traces.
-        compile_seconds: for what runs them, its first run included.
-        eager_seconds: what the derivative itself took.
-        call_seconds: what the compiled call took at its second run.
-        constant_bytes: what is kept from call to call, beside code: seeds and the like.
-        operators: how many operators of torch the trace has.
-
-    Example:
-        >>> import torch, jacfunc
-        >>> jac = jacfunc.compile(jacfunc.jacrev(torch.sin), backend="replay")
-        >>> _ = jac(torch.zeros(2))
-        >>> jac.compilations[0].calls_to_repay > 1
-        True
-    """
-
-    trace_seconds: float
-    compile_seconds: float
-    eager_seconds: float
-    call_seconds: float
-    constant_bytes: int
-    operators: int
-
-    @property
-    def calls_to_repay(self) -> float:
-        """After so many calls less time was spent than without; infinite if a call saves none."""
-        saved = self.eager_seconds - self.call_seconds
-        spent = self.trace_seconds + self.compile_seconds
-        return spent / saved if saved > 0 else float("inf")
+Running: TypeAlias = Executable | Differentiable | Divided
 
 
 class CompiledCall:
     """A compiled kind of call."""
 
-    def __init__(self, guard: Guard, run: Executable | Differentiable, result: ResultTree) -> None:
+    def __init__(self, guard: Guard, run: Running, result: ResultTree) -> None:
         self.guard, self.run, self.result = guard, run, result
         self.compilation: Compilation | None = None
 
     def __call__(self, inputs: Leaves) -> Tree:
         """The answer."""
         return self.result.put(self.run(inputs))
+
+    def at_point(self, inputs: Leaves, kept: Leaves) -> Any:
+        """The answer, from what is kept of a point."""
+        assert isinstance(self.run, Divided)
+        return self.result.put(self.run.of(inputs, kept))
 
 
 @dataclass
@@ -84,6 +63,7 @@ class Making:
         func: what is compiled.
         surroundings: what it refers to.
         args, kwargs: of the call.
+        num_fixed: so many arguments are fixed at a point, the first ones; None if there is none.
     """
 
     func: Callable[..., Any]
@@ -92,6 +72,7 @@ class Making:
     args: tuple[Tree, ...]
     kwargs: dict[str, Any]
     compiler: Compiler
+    num_fixed: int | None = None
     answer: Tree = None
     """The function's own; with its tensors, and how long it and the traces took."""
     outputs: Leaves = ()
@@ -105,14 +86,19 @@ class Making:
         """
         arguments, tensors = self.arguments, self.surroundings.tensors
         guard = Guard(arguments, self.surroundings.kind, tensors)
-        start = time.perf_counter()
-        self.answer = self.func(*self.args, **self.kwargs)
-        middle = time.perf_counter()
+        call = partial(self.func, *self.args, **self.kwargs)
+        self.answer = call()
         self.outputs, result = ResultTree.of(self.answer)
+        eager = _fastest(call, self.outputs)
+        start = time.perf_counter()
         has_graph = any(out.requires_grad for out in self.outputs)
-        run = self._differentiable() if has_graph else self._cheapest()
+        run: Running
+        if self.num_fixed is not None:
+            run = self._divided(self.num_fixed)
+        else:
+            run = self._differentiable() if has_graph else self._cheapest()
         self._check_pure()
-        self.seconds = middle - start, time.perf_counter() - middle
+        self.seconds = eager, time.perf_counter() - start
         return CompiledCall(guard, run, result)
 
     def check(self, entry: CompiledCall) -> None:
@@ -131,14 +117,13 @@ class Making:
                         "what is compiled computes other numbers. Pass backend='replay', and "
                         "report it"
                     )
-            start = time.perf_counter()
-            run(inputs)
-        seconds = time.perf_counter() - start
+            seconds = _fastest(partial(run, inputs), self.outputs)
         eager, tracing = self.seconds
         nodes = run.graph.graph.nodes
         count = sum(node.op == "call_function" for node in nodes)
         entry.compilation = Compilation(
-            tracing, run.compile_seconds, eager, seconds, run.constant_bytes, count
+            *(tracing, run.compile_seconds, eager, seconds, count),
+            *(run.constant_bytes, run.peak_bytes(inputs)),
         )
 
     @property
@@ -167,6 +152,11 @@ class Making:
                 note("%s is not compiled: %s", func.__qualname__, error)
         inputs = self._inputs
         return min(ways, key=lambda way: way.flops(inputs)) if ways else self._plain()
+
+    def _divided(self, num_fixed: int) -> Divided:
+        fixed = CallArguments.of(self.args[:num_fixed], {}).leaves
+        free = range(len(fixed), len(self.arguments.leaves))
+        return Divided(self._cheapest(), self._inputs, free, self.compiler)
 
     def _plain(self) -> Executable:
         def forward(*inputs: Tensor) -> Leaves:
@@ -217,6 +207,15 @@ class Making:
                 "func must change nothing that it refers to, got one that does: what is compiled "
                 "would not. Return what it should keep."
             )
+
+
+def _fastest(run: Callable[[], Any], outputs: Leaves) -> float:
+    """Seconds of the fastest of a few runs: the first finds its memory and its code cold."""
+    device = outputs[0].device if outputs else torch.get_default_device()
+    times: list[float] = []
+    while len(times) < MOST_TIMED and sum(times) < ENOUGH:
+        times.append(seconds_of(run, device))
+    return min(times)
 
 
 def _is_noise(numbers: Tensor, others: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
     Seeds and the like are computed once, here; a product with the identity is the other factor.
     No output shares memory with an input.
     """
+    _without_zero_tangents(graph)
     constants = _folded(graph)
     _without_detours(graph)
     _by_rows(graph)
@@ -37,6 +38,44 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
             graph.graph.erase_node(node)
     graph.recompile()
     return graph, tuple(constants[node] for node in kept)
+
+
+_PRODUCTS = frozenset({_ATEN.mm.default, _ATEN.mv.default, _ATEN.bmm.default, _ATEN.mul.Tensor})
+MOVES = frozenset(
+    {_ATEN.expand.default, _ATEN.view.default, _ATEN.permute.default, _ATEN.t.default}
+    | {_ATEN.transpose.int, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.alias.default}
+)
+"""Operators that take a view of a tensor, and compute nothing."""
+
+
+def _without_zero_tangents(graph: GraphModule) -> None:
+    """Leave out what is added of the zeros that forward mode takes as tangents of constants.
+
+    Of these alone: ``0 · x`` of zeros that a user wrote is not zero where x is infinite.
+    """
+    zeros = set[Node]()
+    for node in graph.graph.nodes:
+        is_moved = node.target in MOVES and node.args[0] in zeros
+        is_scaled = node.target in _PRODUCTS and not zeros.isdisjoint(node.args)
+        if is_moved or is_scaled or _is_zero_tangent(node):
+            zeros.add(node)
+        elif node.target is _ATEN.add.Tensor and not node.kwargs and len(node.args) == 2:
+            for one, other in (node.args, node.args[::-1]):
+                if one in zeros and _kind_of(node) == _kind_of(other) is not None:
+                    node.replace_all_uses_with(other)
+                    break
+
+
+def _is_zero_tangent(node: Node) -> bool:
+    """Is it a zero that torch's own derivatives made? Python would say where memory is pinned."""
+    is_zero = node.target is _ATEN.zeros.default and node.args == ([],)
+    return is_zero and "pin_memory" not in node.kwargs
+
+
+def _kind_of(node: Any) -> Any:
+    """Shape, dtype and strides of a node's tensor; None where that is not known."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return (value.shape, value.dtype, value.stride()) if isinstance(value, Tensor) else None
 
 
 def _folded(graph: GraphModule) -> dict[Node, Tensor]:
@@ -95,10 +134,22 @@ def _without_identities(graph: GraphModule, constants: dict[Node, Tensor]) -> No
             left, right = node.args
             if left in identities or right in identities:
                 other = right if left in identities else left
-                with graph.graph.inserting_before(node):
-                    options: Any = {"memory_format": torch.contiguous_format}
-                    laid = graph.graph.call_function(_ATEN.clone.default, (other,), options)
-                node.replace_all_uses_with(other if _is_contiguous(other) else laid)
+                node.replace_all_uses_with(_laid_out(graph, node, other))
+
+
+def _is_only_laid_out(node: Node) -> bool:
+    """Is it a contiguous copy, of a tensor of the same shape and dtype?"""
+    kind, other = _kind_of(node), _kind_of(node.args[1])
+    return _is_contiguous(node) and other is not None and kind[:2] == other[:2]
+
+
+def _laid_out(graph: GraphModule, node: Node, other: Any) -> Node:
+    """What can stand for a contiguous node: another one with its numbers, or a copy of that."""
+    if _is_contiguous(other):
+        return cast("Node", other)
+    with graph.graph.inserting_before(node):
+        options: Any = {"memory_format": torch.contiguous_format}
+        return graph.graph.call_function(_ATEN.clone.default, (other,), options)
 
 
 def _is_contiguous(node: Any) -> bool:
@@ -112,7 +163,7 @@ def _is_identity(value: Tensor) -> bool:
 
 
 def _without_detours(graph: GraphModule) -> None:
-    """Leave out what only gives another name, and two transpositions in a row."""
+    """Leave out what only gives another name or order, and two transpositions in a row."""
     for node in graph.graph.nodes:
         if node.target in (_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default):
             node.replace_all_uses_with(node.args[0])
@@ -120,6 +171,8 @@ def _without_detours(graph: GraphModule) -> None:
             node.replace_all_uses_with(node.args[0].args[0])
         elif node.target is _ATEN.view.default and _is_view_of_plain(node.args[0]):
             node.args = (node.args[0].args[0], node.args[1])
+        elif node.target is _ATEN.copy.default and _is_only_laid_out(node):
+            node.replace_all_uses_with(_laid_out(graph, node, node.args[1]))
 
 
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import call
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from jacfunc._arguments import are_plain
@@ -70,6 +71,18 @@ class CallArguments(NamedTuple):
             return unflatten(spec, [next(new) if isinstance(x, Tensor) else x for x in everything])
 
         return put
+
+
+def copied(tensors: Leaves) -> Leaves:
+    """Copies that lie in memory as the tensors do, to a trace for which strides matter."""
+    copies = []
+    for x in tensors:
+        copy = x.detach().clone()
+        if copy.stride() != x.stride():  # it overlaps, or has gaps
+            storage = x.detach().untyped_storage().clone()
+            copy = torch.empty_like(x).set_(storage, x.storage_offset(), x.shape, x.stride())
+        copies.append(copy)
+    return tuple(copies)
 
 
 class Guard:

@@ -17,7 +17,7 @@ from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import is_out_of_memory
 from jacfunc._factored import FactoredJacobian, Part, add_squares, rows, written
-from jacfunc._linear_map import LinearMap, one_by_one
+from jacfunc._linear_map import LinearMap
 from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch
@@ -45,30 +45,29 @@ class MatrixProducts:
         return self._curvature_of(self._jacobian.outputs)
 
     def times(self, tangents: Leaves) -> Leaves:
-        """``G v = Jᵀ H J v``."""
-        pushed = self._jacobian.pushed(tangents)  # first: then it needs no room beside the outputs
-        weighted = self._curvature.times(pushed)
-        del pushed
-        return self._jacobian.pulled(weighted)
-
-    def times_batch(self, tangents: Leaves) -> Leaves:
-        """``G v`` of K vectors, ``[K, *param]``, as many at once as there is room for."""
+        """``G v = Jᵀ H J v`` of K vectors, ``[K, *param]``, as many at once as room allows."""
         count = len(tangents[0])
-        if count < 2:
-            return one_by_one(self.times, tangents)
+        if count == 1:
+            return self._times(tangents)
         at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
         every = tuple(map(torch.empty_like, tangents))
         for start in range(0, count, at_once):
             some = slice(start, start + at_once)
-            pushed = self._jacobian.pushed_batch(tuple(v[some] for v in tangents))
-            weighted = self._curvature.times_batch(pushed)
-            for into, products in zip(every, self._jacobian.pulled_batch(weighted), strict=True):
-                into[some] = products
+            products = self._times(tuple(v[some] for v in tangents))
+            for into, rows_of_some in zip(every, products, strict=True):
+                into[some] = rows_of_some
         return every
 
+    def _times(self, tangents: Leaves) -> Leaves:
+        # first: then a single vector needs no room beside the outputs
+        pushed = self._jacobian.pushforward_batch(tangents)
+        weighted = self._curvature.times_batch(pushed)
+        del pushed
+        return self._jacobian.pullback_batch(weighted)
+
     def as_map(self) -> LinearMap:
-        """The product as a map differentiable by the vector; it is its own transpose."""
-        return LinearMap(self.times, self.times_batch, self.as_map)
+        """The products as a map differentiable by the vectors; it is its own transpose."""
+        return LinearMap.of_batches(self.times, self.as_map)
 
 
 def outputs_of(at_batch: ModuleAtBatch) -> BatchOutputs:

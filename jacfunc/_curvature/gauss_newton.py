@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -11,12 +11,14 @@ from torch import Tensor
 from jacfunc._curvature.forms import MatrixProducts, block_sums, matrix_sum, square_sums
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._errors import Refused
-from jacfunc._linear_map import is_followed, one_by_one
+from jacfunc._linear_map import is_followed
 from jacfunc._lock import kept_property
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
 from jacfunc._types import Leaves, Params, Tree
 from jacfunc.operators import LinearOperator, Space, SymmetricOperator
+
+ResultT = TypeVar("ResultT")
 
 
 class GaussNewton(SymmetricOperator, Generic[Params]):
@@ -102,7 +104,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         """
         tangents = tangents_of(self.api, self.point.call.state, vector)
         products = self.pushforward_batch(tuple(tangent[None] for tangent in tangents))
-        return self._in_form(product[0] for product in products)
+        names = self.point.params
+        return self._in_form({n: product[0] for n, product in zip(names, products, strict=True)})
 
     @overload
     def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
@@ -132,8 +135,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             )
         try:
             if is_followed(tangents):
-                return one_by_one(self._products.as_map(), tangents)
-            return self._products.times_batch(tangents)
+                return self._products.as_map()(tangents)
+            return self._products.times(tangents)
         except Refused as refusal:
             if str(refusal).startswith(f"{self.api}: "):
                 raise
@@ -168,8 +171,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             >>> G.diagonal()
             {'weight': tensor([[1., 1.]]), 'bias': tensor([2.])}
         """
-        sums = square_sums(self.point, self._sample_curvature)
-        return self._in_form(sums[name] for name in self.point.params)
+        return self._in_form(self._sums(square_sums))
 
     def blocks(self) -> Params:
         """The exact diagonal blocks, one a parameter.
@@ -192,8 +194,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             tensor([[1., 0.],
                     [0., 1.]])
         """
-        sums = block_sums(self.point, self._sample_curvature)
-        return self._in_form(sums[name] for name in self.point.params)
+        return self._in_form(self._sums(block_sums))
 
     def matrix(self, *, chunk_size: int | None = None) -> Tensor:
         """The whole matrix ``[N, N]``; :func:`jacfunc.param_slices` names a module's columns.
@@ -224,11 +225,15 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         """
         if chunk_size is not None:
             return super().matrix(chunk_size=chunk_size)
-        return matrix_sum(self.point, self._sample_curvature)
+        return self._sums(matrix_sum)
 
-    def _in_form(self, products: Iterable[Tensor]) -> Params:
+    def _sums(self, sums: Callable[[ModuleAtBatch, OutputCurvature], ResultT]) -> ResultT:
+        """Sums over the samples, for which the module is lent once if that may be."""
+        with self.point.as_one():
+            return sums(self.point, self._sample_curvature)
+
+    def _in_form(self, named: Mapping[str, Tensor]) -> Params:
         """What there is for each parameter, in the form in which parameters come."""
-        named = dict(zip(self.point.params, products, strict=True))
         result: Params = as_tree(self.point.call.state, named)
         return result
 

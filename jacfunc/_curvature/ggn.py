@@ -137,7 +137,7 @@ def ggn(
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         if loss is None:
             return GaussNewton(options.at((args, kwargs), is_kept=True), Unweighted)
-        at_batch, targets = options.with_targets(args, kwargs, is_kept=True)
+        at_batch, targets = options.with_targets(args, kwargs, loss, is_kept=True)
         curvature_of = partial(loss_of, "ggn", loss, targets, Captured.of(loss))
         return GaussNewton(at_batch, curvature_of)
 

@@ -14,7 +14,7 @@ from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._factored import FactoredJacobian, norms
 from jacfunc._lending import Select
 from jacfunc._losses import check_loss
-from jacfunc._modules import Batching, BatchOptions, Independent
+from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch
 from jacfunc._showing import named
 from jacfunc._types import Leaves, Memory, Randomness, Tree
 
@@ -78,18 +78,23 @@ def gradient_norms(
     )
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
-        at_batch, targets = options.with_targets(args, kwargs)
+        at_batch, targets = options.with_targets(args, kwargs, loss)
+        with at_batch.as_one():
+            return norms_at(at_batch, targets)
+
+    def norms_at(at_batch: ModuleAtBatch, targets: Tree) -> Tensor:
         at_outputs = Loss(api, loss, targets, at_batch.outputs)
         at_outputs.check_samples(options.independence)
         gradient = at_batch.budget.keep(at_outputs.gradient)
-        leaves = (*gradient, *at_batch.params.values())
+        params = at_batch.params
+        leaves = (*gradient, *params.values())
         dtype = reduce(torch.promote_types, {leaf.dtype for leaf in leaves})
 
         def norms_of(samples: slice, jacobian: FactoredJacobian) -> Leaves:
             cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
             named = at_batch.parts_of(jacobian, cotangents).items()
             with at_batch.contracting():
-                pairs = [(parts, at_batch.params[name]) for name, parts in named]
+                pairs = [(parts, params[name]) for name, parts in named]
                 if not pairs:
                     return (gradient[0].new_zeros(cotangents[0].shape[1]),)
                 return (norms(pairs)[0].sqrt_(),)

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._losses import SecondDerivative, known_formula
 from jacfunc._modules import BatchOutputs, Independence
 from jacfunc._samples import at, has_batch
-from jacfunc._torch import as_written, is_traced, noise_like, recording
+from jacfunc._torch import as_written, is_traced, noise_like, recording, run_backward
 from jacfunc._trees import map_tensors
 from jacfunc._types import Leaves, Tree, is_differentiable
 
@@ -59,9 +59,8 @@ class Loss:
         with as_written():
             value: Any = self.func(self.outputs.tree(leaves), self.targets)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            kind = (
-                f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            )
+            shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else None
+            kind = shape or type(value).__name__
             raise ValueError(
                 f"{self.api}: loss(outputs, targets) must be one number for the batch, got {kind}. "
                 "Return the sum or the mean over samples."
@@ -70,15 +69,18 @@ class Loss:
 
     def gradient(self) -> Leaves:
         """The gradient in the outputs, ``[B, *out]``."""
-        if self._formula is not None:  # and so needs no watch
-            with recording():
-                return self._gradient(*self.outputs.leaves, differentiated=False)[0]
-        operator = JacobianOperator(self, self.outputs.leaves)
-        return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
+        if self._formula is None:
+            operator = JacobianOperator(self, self.outputs.leaves)
+            return operator.pullback(tuple(map(torch.ones_like, operator.outputs)))
+        with recording():  # torch's own losses take one tensor, write into nothing, need no watch
+            leaves = (differentiable_alias(self.outputs.leaves[0], False),)
+            value, _ = self(*leaves)
+            (product,) = run_backward(value, leaves, tuple(map(torch.ones_like, value)), False)
+        assert product is not None
+        return (product,)
 
     def check_samples(self, independence: Independence) -> None:
         """Raise ValueError if the gradient in a sample's outputs depends on other samples."""
-
         size = len(self.outputs.leaves[0])
 
         def gradient_of(output_samples: Tensor, target_samples: Tensor) -> Leaves:
@@ -94,15 +96,15 @@ class Loss:
         if size and self._formula is None:
             independence.check_loss(self.api, self.func, self.outputs.leaves, gradient_of)
 
-    def _gradient(self, *leaves: Tensor, differentiated: bool = True) -> tuple[Leaves, Leaves]:
+    def _gradient(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """The gradient at other leaves, on a graph by which it may be differentiated."""
-        anchors = [differentiable_alias(leaf, differentiated) for leaf in leaves]
+        anchors = [differentiable_alias(leaf, True) for leaf in leaves]
         copies = [anchor.clone() for anchor in anchors]  # the loss may write into them
         starts = {copy.grad_fn for copy in copies}
         value, _ = self(*copies)
         graph = Graph.of(value, starts)
         targets = [Anchor.at(anchor) for anchor in anchors]
-        linear = map_of_graph(value, (), targets, graph, differentiated)
+        linear = map_of_graph(value, (), targets, graph, True)
         return linear.pull(tuple(map(torch.ones_like, value))), ()
 
     @kept_property

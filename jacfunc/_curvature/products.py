@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,47 +14,37 @@ from jacfunc._curvature.whole_batch import (
     by_samples,
     check_shapes,
     multiplied,
-    pushed_batch_on_graph,
-    pushed_on_graph,
     pushing_operator,
     split,
 )
 from jacfunc._errors import RANDOM, Refused, is_out_of_memory
-from jacfunc._linear_map import (
-    JacobianOperator,
-    check_agreement,
-    check_transpose,
-    chosen_leaves,
-    nonzero_numbers,
-    one_by_one,
-)
+from jacfunc._linear_map import JacobianOperator, check_agreement, check_transpose, one_by_one
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
+from jacfunc._products import NOT_TRANSPOSED, PointProducts, Way
 from jacfunc._torch import RandomState, noise_like
 from jacfunc._types import Leaves
 
-NOT_TRANSPOSED = (
-    "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
-    "them alone, or is not linear"
-)
 
-
-Way: TypeAlias = Callable[["BatchProducts", Leaves], Leaves]
-"""A way to take ``J v``."""
-
-
-class BatchProducts:
+class BatchProducts(PointProducts):
     """``J v`` and ``Jᵀ u`` of all outputs of the batch.
 
     The first ``J v`` is a pushforward: by the evaluation that keeps the graph, if an earlier call
-    of this kind has shown nothing to watch for, else by one before it. For the second, the graph of
+    of this kind has shown nothing to watch for, else by one before it. For others, the graph of
     ``Jᵀ u``, which is linear in u, is made and kept: its pullback is ``J v``.
 
     A backward pass of the user's own, or one with hooks, may not be the transpose of the forward
     pass, or not be differentiable in u. So ``J v`` is compared with ``Jᵀ u`` for a random u, at the
     first points and now and then; the graph also for a random v, when it is made. Where neither way
-    is right, rows of J are pulled back and multiplied by v.
+    is right, rows of J are pulled back and multiplied by v. A way that was refused is not tried
+    again.
     """
+
+    words: ClassVar = (
+        "products need a module whose J v and Jᵀ u torch can take",
+        " Use diagonal(), blocks() or matrix(), which need no J v.",
+        " Take fewer vectors at once.",
+    )
 
     def __init__(self, at_batch: ModuleAtBatch) -> None:
         flat = at_batch.call.flat_call()
@@ -65,14 +53,10 @@ class BatchProducts:
         vmapped = OfCalls(by_samples(at_batch, self._calls), flat.state)
         func = flat if self._is_strict else vmapped
         self._plain = JacobianOperator(func, tuple(map(Tensor.detach, flat.primals)))
-        self._pulling = self._plain
+        super().__init__(at_batch.api, self._plain, at_batch.undisturbed)
+        self._is_transposed = True  # to be compared for random vectors
         self._at_batch, self._state = at_batch, flat.state
-        # no bound methods: they would make a cycle, which keeps the module and the batch alive
-        self._ways: list[Way] = [
-            BatchProducts._pushed_forward,
-            BatchProducts._pushed_on_graph,
-            BatchProducts._multiplied_by_rows,
-        ]
+        self._left: list[Way] = []
         self._outputs: BatchOutputs | None = None
         self._trial: Leaves | None = None
         """``Jᵀ u`` of a random u."""
@@ -90,7 +74,7 @@ class BatchProducts:
 
     def _evaluated_outputs(self) -> BatchOutputs:
         at_batch = self._at_batch
-        leaves, extras = self._evaluated(self._pulling)
+        leaves, extras = self._evaluated(self._point)
         check_shapes(at_batch, leaves)
         return BatchOutputs(leaves, extras, self._calls[-1], at_batch.call.output_dims)
 
@@ -103,74 +87,34 @@ class BatchProducts:
             self._at_batch.batch.check_randomness(Refused(RANDOM))
         return image
 
-    def pulled(self, cotangents: Leaves) -> Leaves:
-        """``Jᵀ u``, ``[*param]``."""
-        with self._at_batch.undisturbed(), self._in_words():
-            of = nonzero_numbers(cotangents)
-            chosen = chosen_leaves(cotangents, of)
-            return self._on_graph(lambda pulling: pulling.pullback(chosen, of))
+    def _keep_graph(self) -> None:
+        _ = self.outputs
+        self._point.keep_graph()
 
-    def pulled_batch(self, cotangents: Leaves) -> Leaves:
-        """``Jᵀ u`` of K vectors, ``[K, *param]``."""
-        with self._at_batch.undisturbed(), self._in_words():
-            of = nonzero_numbers(cotangents)
-            chosen = chosen_leaves(cotangents, of)
-            return self._on_graph(lambda pulling: pulling.pullback_batch(chosen, of))
-
-    def pushed(self, tangents: Leaves) -> Leaves:
-        """``J v``, ``[B, *out]``."""
-        with self._at_batch.undisturbed(), self._in_words():
-            while len(self._ways) > 1:
-                way, *others = self._ways
-                try:
-                    products = way(self, tangents)
-                except Refused as refusal:
-                    self._leave(way, refusal)
-                    continue
-                if way is BatchProducts._pushed_forward:  # for the next, the graph pays
-                    self._ways = [others[0], way, *others[1:]]
-                return products
-            return self._ways[0](self, tangents)
-
-    def pushed_batch(self, tangents: Leaves) -> Leaves:
-        """``J v`` of K vectors, ``[K, B, *out]``, at once where there is a graph for it."""
-        on_graph = BatchProducts._pushed_on_graph
-        if on_graph in self._ways:
-            with self._at_batch.undisturbed(), self._in_words():
-                try:
-                    self._compare_graph()
-                    return self._on_graph(partial(pushed_batch_on_graph, tangents=tangents))
-                except Refused as refusal:
-                    self._leave(on_graph, refusal)
-        return one_by_one(self.pushed, tangents)
+    def _ways(self, tangents: Leaves) -> list[Way]:
+        ways = super()._ways(tangents)
+        if len(tangents[0]) > 1:  # all at once, where there is a graph for it
+            ways.sort(key=lambda way: way is not BatchProducts._on_graph)
+        return [way for way in ways if way not in self._left]
 
     def _leave(self, way: Way, refusal: Refused) -> None:
-        """Try this way no more."""
-        if str(refusal).startswith(f"{self._at_batch.api}: "):  # of the module, whichever the way
+        if str(refusal).startswith(f"{self.api}: "):  # of the module, whichever the way
             raise refusal
         note("J v takes another way: %s", refusal)
-        self._ways = [other for other in self._ways if other is not way]
-
-    @contextmanager
-    def _in_words(self) -> Iterator[None]:
-        """A context in which refusals say which public function was called, and what it needs."""
-        try:
-            yield
-        except Refused as refusal:
-            if str(refusal).startswith(f"{self._at_batch.api}: "):
-                raise
-            raise Refused(
-                f"{self._at_batch.api}: products need a module whose J v and Jᵀ u torch can take, "
-                f"got a refusal: {refusal}. Use diagonal(), blocks() or matrix(), which need no "
-                "J v."
-            ) from refusal
+        self._left.append(way)
 
     def _check(self, products: Leaves, tangents: Leaves) -> None:
         """Raise Refused unless ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, for a random u and the tangents v."""
         cotangents = noise_like(self.outputs.leaves, seed=1)  # not kept: it may be large
         if self._trial is None:
-            self._trial = self._on_graph(lambda pulling: pulling.pullback(cotangents))
+            self._trial = _of_one(self._pulled, cotangents)
         check_transpose(cotangents, products, self._trial, tangents, NOT_TRANSPOSED)
+
+    def _pulled(self, cotangents: Leaves) -> Leaves:
+        return self._or_plain(super()._pulled, cotangents)
+
+    def _by_tangents(self, tangents: Leaves) -> Leaves:
+        return one_by_one(self._pushed_forward, tangents)
 
     def _pushed_forward(self, tangents: Leaves) -> Leaves:
         """``J v`` by a pushforward."""
@@ -203,39 +147,41 @@ class BatchProducts:
             split(self._plain.func)
             return None
         pulling.func = self._plain.func  # the other one holds the tangents
-        self._pulling = pulling
+        self._point = pulling
         self._calls[0].forget_outputs()
         _ = self.outputs
         return tuple(products)
 
-    def _pushed_on_graph(self, tangents: Leaves) -> Leaves:
-        """``J v`` by the pullback of ``Jᵀ u``."""
-        self._compare_graph()
-        return self._on_graph(partial(pushed_on_graph, tangents=tangents))
-
-    def _compare_graph(self) -> None:
-        """Compare products on the graph with pullbacks, once for this point."""
-        if not self._is_compared:
+    def _on_graph(self, tangents: Leaves) -> Leaves:
+        on_graph = super()._on_graph
+        if not self._is_compared:  # once for this point
             vector = noise_like(self._plain.primals, seed=2)
-            products = partial(self._on_graph, partial(pushed_on_graph, tangents=vector))
-            self._now_and_then("on graph", lambda: self._check(products(), vector))
-            self._is_compared, self._trial = True, None
 
-    def _on_graph(self, sweep: Callable[[JacobianOperator], Leaves]) -> Leaves:
+            def check() -> None:
+                self._check(_of_one(lambda v: self._or_plain(on_graph, v), vector), vector)
+
+            self._now_and_then("on graph", check)
+            self._is_compared, self._trial = True, None
+        return self._or_plain(on_graph, tangents)
+
+    def _or_plain(self, sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
         """A sweep of the graph; of a plain evaluation, where one with tangents left none for it."""
         try:
-            return sweep(self._pulling)
+            return sweep(seeds)
         except Refused as refusal:
-            if self._pulling is self._plain:
+            if self._point is self._plain:
                 raise
             note("the graph is that of an evaluation without tangents: %s", refusal)
         split(self._plain.func)
-        self._pulling = self._plain
+        self._point = self._plain
         check_agreement(self.outputs.leaves, self._plain.outputs)
-        return sweep(self._plain)
+        return sweep(seeds)
+
+    def _by_rows(self, tangents: Leaves) -> Leaves:
+        """``J v`` from rows of every sample's J, which are pulled back as factors."""
+        return one_by_one(self._multiplied_by_rows, tangents)
 
     def _multiplied_by_rows(self, tangents: Leaves) -> Leaves:
-        """``J v`` from rows of every sample's J, which are pulled back as factors."""
         pieces = self._at_batch.pieces(lambda _, jacobian: multiplied(jacobian, tangents))
         products = stack(pieces, self._at_batch.size)
         self._now_and_then("by rows", lambda: self._check(products, tangents))
@@ -244,3 +190,8 @@ class BatchProducts:
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
         """Run a check at the first calls of this kind, and then at fewer and fewer."""
         now_and_then(self._state, ("J v", way, self._at_batch.batch.kind.kind), check)
+
+
+def _of_one(products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
+    """The products of one vector, by a function of K vectors."""
+    return tuple(x[0] for x in products_of(tuple(seed.unsqueeze(0) for seed in seeds)))

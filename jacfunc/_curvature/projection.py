@@ -154,12 +154,14 @@ def random_projection(
         places.check_unread(module, args, kwargs)
         if loss is None:
             at_batch = options.at((args, kwargs))
-            return Projections(at_batch, signs).of_jacobians(places)
-        at_batch, targets = options.with_targets(args, kwargs)
-        at_outputs = Loss(API, loss, targets, at_batch.outputs)
-        at_outputs.check_samples(options.independence)
-        gradient = at_batch.budget.keep(at_outputs.gradient)
-        return Projections(at_batch, signs).of_gradients(gradient, places)
+            with at_batch.as_one():
+                return Projections(at_batch, signs).of_jacobians(places)
+        at_batch, targets = options.with_targets(args, kwargs, loss)
+        with at_batch.as_one():
+            at_outputs = Loss(API, loss, targets, at_batch.outputs)
+            at_outputs.check_samples(options.independence)
+            gradient = at_batch.budget.keep(at_outputs.gradient)
+            return Projections(at_batch, signs).of_gradients(gradient, places)
 
     return named("random_projection", module, random_projection_of)
 

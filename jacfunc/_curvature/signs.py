@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jacfunc._factored import Part, rows
 from jacfunc._memory import DRAWN_BYTES
+from jacfunc._torch import fixed
 from jacfunc._types import Leaves
 from jacfunc.layers import Gather, Outer
 
@@ -33,14 +34,17 @@ class SignMatrix:
         # on the CPU, so that every device gets the same matrix; a seed there has 32 bits
         self._generator = torch.Generator().manual_seed(crc32(key.encode()))
         self.dtype = like.dtype
-        self._of_byte = _of_byte(size, like.dtype, like.device)
+        self._of_byte = fixed(partial(_of_byte, size, like.dtype, like.device))
 
     def rows(self, count: int) -> Tensor:
         """Draw the next ``count`` rows, ``[count, size]``."""
-        words = torch.empty((count, -(-self.size // 64)), dtype=torch.int64)
-        words.random_(-(2**63), None, generator=self._generator)
+        words = fixed(partial(self._words, (count, -(-self.size // 64))))
         numbers = words.view(torch.uint8).flatten().to(self._of_byte.device, torch.int32)
         return self._of_byte.index_select(0, numbers).view(count, -1)[:, : self.size]
+
+    def _words(self, shape: tuple[int, int]) -> Tensor:
+        words = torch.empty(shape, dtype=torch.int64)
+        return words.random_(-(2**63), None, generator=self._generator)
 
 
 def signs_of(api: str, size: Any, per_module: Any, seed: Any) -> FlatSigns | SignsBySide:

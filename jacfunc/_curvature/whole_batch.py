@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from jacfunc._calls import FlatCall
-from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import is_unwatched
-from jacfunc._linear_map import JacobianOperator, Linearization, narrowed, push_on_graph
+from jacfunc._linear_map import JacobianOperator, narrowed, push_on_graph
 from jacfunc._log import note
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._remembered import Remembered
@@ -128,22 +127,3 @@ def _are_split() -> Remembered[bool]:
 def _kind_of(call: Any) -> tuple[Any, Any]:
     """The version of what is called, and the kind of the call."""
     return call.exact_kind.version, call.exact_kind.kind
-
-
-def pushed_on_graph(operator: JacobianOperator, tangents: Leaves) -> Leaves:
-    """``J v`` by the pullback of ``Jᵀ u``, whose graph is kept."""
-    return operator.refusing("push along the graph", lambda: _graph_of(operator).pull(tangents))
-
-
-def pushed_batch_on_graph(operator: JacobianOperator, tangents: Leaves) -> Leaves:
-    """``J v`` of K vectors, ``[K, *in]`` → ``[K, *out]``."""
-    return operator.refusing(
-        "push along the graph", lambda: _graph_of(operator).pull_batch(tangents)
-    )
-
-
-def _graph_of(operator: JacobianOperator) -> Linearization:
-    transposed = operator.transposed
-    if transposed is None:
-        raise Refused("torch kept no graph of it")
-    return transposed

@@ -108,6 +108,11 @@ class FactoredJacobian:
         return any(out.requires_grad for out in self.outputs)
 
     @property
+    def is_direct(self) -> bool:
+        """Are all primals differentiated as they are, each at one place?"""
+        return not self.uses and self.rest is None
+
+    @property
     def nbytes(self) -> int:
         """The bytes of what one row's cotangents are pulled back to."""
         others = sum(self.params[x.number].nbytes for x in self._every_direct) * self.size

@@ -12,7 +12,7 @@ from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.batches import Batch, Image, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
-from jacfunc._factored.learned import LearnedUses
+from jacfunc._factored.learned import LearnedUses, Outdated
 from jacfunc._factored.tracked import TrackedParameters, UnruledUse
 from jacfunc._factored.tracking import UseRecorder
 from jacfunc._faults import watched_once
@@ -62,6 +62,8 @@ def factored(
         unruled, count = UnruledUse(), len(batch.primals)
         try:
             jacobian, others = _evaluated(batch, learned, unruled)
+        except Outdated:
+            continue
         except (Unlike, NoLayout):
             raise
         except UnseenWrite:
@@ -121,7 +123,8 @@ def _recorded(
             params = TrackedParameters(learned.lent, unruled)
             for number, twin in handles.twins.items():
                 params.track(number, primals[number], twin)
-            recorder = UseRecorder(placing, params, handles.starts, handles.grad_mode)
+            grad_mode, known = handles.grad_mode, learned.uses
+            recorder = UseRecorder(placing, params, handles.starts, grad_mode, known)
         recorders[:] = [recorder]
         with recorder:
             image = evaluate()

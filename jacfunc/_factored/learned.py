@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from jacfunc._factored.use import KnownUse
 from jacfunc._layouts import Sites
 from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
+
+
+class Outdated(Exception):  # noqa: N818 (the evaluation is repeated, and learns anew)
+    """An evaluation uses parameters otherwise than an earlier one of its kind."""
 
 
 @dataclass
@@ -21,6 +26,7 @@ class LearnedUses:
         sites: where tensors of a batch that is evaluated as a whole hold the samples; None before
             they are learned.
         signatures: of the evaluations that these were learned from.
+        uses: operations with rules, by number.
         moves_samples: were numbers moved to where other numbers say? Then layouts may change with
             the numbers.
         mixes: may operations mix the samples, though the outputs did not show it?
@@ -34,6 +40,7 @@ class LearnedUses:
     ruled: set[int] | None = None
     sites: Sites | None = None
     signatures: set[int] = field(default_factory=set)
+    uses: dict[int, KnownUse] = field(default_factory=dict)
     moves_samples: bool = False
     mixes: bool = False
     lessons: int = 0

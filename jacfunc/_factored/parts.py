@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from jacfunc._factored.use import Path, shares_memory
+from jacfunc._torch import fixed
 from jacfunc.layers import Form, Gather, Outer, Rows
 
 
@@ -53,6 +55,9 @@ class Part:
         ``[groups, I]``, and True; or columns for the outputs, rows for the inputs, and False. None
         for another form, and for a parameter that has one matrix for each of several experts.
         """
+        return fixed(partial(self._sides, shape))
+
+    def _sides(self, shape: torch.Size) -> tuple[Tensor, Tensor, bool] | None:
         form, width = self.form, max(1, shape[1:].numel())
         if not isinstance(form, Outer):
             return None
@@ -123,7 +128,7 @@ def place_of(seeds: Tensor) -> Hashable:
     It tells while the cotangents are kept, as nothing else comes to lie at their address.
     """
     sizes = zip(seeds.shape, seeds.stride(), strict=True)
-    return seeds.data_ptr(), seeds.dtype, *(pair for pair in sizes if pair[0] != 1)
+    return seeds.data_ptr(), seeds.dtype, *[pair for pair in sizes if pair[0] != 1]
 
 
 def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:

@@ -60,41 +60,37 @@ def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARE
         params: the parts of each parameter's Jacobian, and the parameter.
         at_once: bytes of rows that are written out at once.
     """
-    squares: list[Tensor] = []
-    forms: list[KnownForm] = []
+    squares, beside = list[Tensor](), list[Tensor]()
+    # by the place of cotangents, these and the squared norms of all that they are multiplied by
+    outers = dict[Hashable, tuple[Tensor, Tensor]]()
     for parts, param in params:
-        if are_disjoint(parts, param):
-            forms += [_as_known(part.form, param) for part in parts]
-        else:
+        if not are_disjoint(parts, param):
             blocks = written(parts, param, at_once)
             squares.append(torch.cat([_squared_norms(block) for block in blocks]).t())
-    outers = [form for form in forms if _has_one_position(form)]
-    numbers = {place_of(form.cotangents): number for number, form in enumerate(outers)}
-    ones, beside = [0] * len(outers), []
-    for form in forms:
-        if isinstance(form, Rows):
-            number = numbers.get(place_of(form.products)) if numbers else None
-            if number is None:
-                beside.append(form.products.unsqueeze(2).flatten(2))
-            else:  # these are outer products of the same cotangents with the number 1
-                ones[number] += 1
-        elif not _has_one_position(form):
-            squares.append(_norms(form, at_once))
-    if len(beside) > 1 and sum(products.nbytes for products in beside) <= at_once:
-        beside = [torch.cat(beside, 2)]
-    squares += map(_squared_norms, beside)
-    if outers:
-        squares.append(_norms_at_one_position(outers, ones))
+            continue
+        for form in [_as_known(part.form, param) for part in parts]:
+            if isinstance(form, Rows):
+                beside.append(form.products)
+            elif not _has_one_position(form):
+                squares.append(_norms(form, at_once))
+            else:
+                seeds, inputs = form.cotangents, form.inputs.to(form.cotangents.dtype)
+                factors = _squared_norms(inputs, 1)
+                known = outers.setdefault(place_of(seeds), (seeds, factors))[1]
+                if known is not factors:
+                    known.add_(factors)
+    others = list[Tensor]()
+    for products in beside:
+        outer = outers.get(place_of(products)) if outers else None
+        if outer is None:
+            others.append(products.unsqueeze(2).flatten(2))
+        else:  # these are outer products of the same cotangents with the number 1
+            outer[1].add_(1)
+    if len(others) > 1 and sum(products.nbytes for products in others) <= at_once:
+        others = [torch.cat(others, 2)]
+    squares += map(_squared_norms, others)
+    squares += [_squared_norms(seeds).mul_(factors) for seeds, factors in outers.values()]
     return squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
-
-
-def _norms_at_one_position(outers: Sequence[Outer], ones: Sequence[int]) -> Tensor:
-    """``Σ |G|² (|A|² + n)`` over outer products ``G ⊗ A`` and n others ``G ⊗ 1``: ``[K, B]``."""
-    lefts = torch.stack([_squared_norms(form.cotangents) for form in outers])
-    rights = torch.stack([_squared_norms(form.inputs.to(lefts.dtype), 1) for form in outers])
-    if any(ones):
-        rights += lefts.new_tensor(ones).unsqueeze(1)
-    return lefts.mul_(rights.unsqueeze(1)).sum(0)
 
 
 def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:

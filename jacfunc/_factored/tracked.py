@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from jacfunc._errors import Refused, UnseenWrite
-from jacfunc._factored.use import Path, View
+from jacfunc._factored.use import Path, UsedPart, View
 from jacfunc._torch import below_transforms, untracked
+from jacfunc.layers import FormOf, Rule
 
 UNSEEN_WRITE = (
     "a parameter must be written into by operations that Python sees, or from the first call on, "
@@ -33,6 +34,27 @@ class TrackedParameter:
     """The handle without the wrappers of transforms, which knows of writes."""
     version: int
     """That of the memory when it was tracked: if it is another one, something has written there."""
+
+
+@dataclass(eq=False)
+class RuledCall:
+    """A call of an operation with a rule: its arguments, and the parameters that the rule covers.
+
+    Both are by the names that the rule has for them.
+    """
+
+    number: int
+    rule: Rule
+    func: Callable[..., Any]
+    named: dict[str, Any]
+    params: dict[str, TrackedParameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.values = list(self.named.values())
+
+    def parts(self, forms: Mapping[str, FormOf]) -> list[UsedPart]:
+        """The parts of parameters that it uses."""
+        return [(param.number, param.path, forms[name]) for name, param in self.params.items()]
 
 
 @dataclass(eq=False)
@@ -84,10 +106,14 @@ class TrackedParameters:
 
         Those with identities in ``without`` do not count.
         """
+        by_id = self.by_id
         for value in values:
-            if id(value) in self.by_id and id(value) not in without:
-                return True
-            if isinstance(value, tuple | list) and self.are_among(value, without):
+            if id(value) in by_id:
+                is_one = id(value) not in without
+            else:
+                is_list = type(value) is not Tensor and isinstance(value, tuple | list)
+                is_one = is_list and self.are_among(value, without)
+            if is_one:
                 return True
         return False
 
@@ -106,7 +132,7 @@ class TrackedParameters:
                     raise Refused("a parameter that is no copy may be written into")
                 if may_write_unseen:
                     self.unruled.written.add(tracked.number)
-            elif isinstance(value, tuple | list):
+            elif type(value) is not Tensor and isinstance(value, tuple | list):
                 self.note_unruled(value, may_write_unseen)
 
     def find(self, value: Any) -> TrackedParameter | None:
@@ -141,8 +167,11 @@ class Versions:
 
     def keep(self, values: Iterable[Any]) -> None:
         """Keep the tensors among values, as they are now."""
-        tensors = [below_transforms(x) for x in values if isinstance(x, Tensor)]
-        self._pairs += [(x, x._version) for x in tensors if not x.is_inference()]
+        for value in values:
+            if isinstance(value, Tensor):
+                tensor = below_transforms(value)
+                if not tensor.is_inference():
+                    self._pairs.append((tensor, tensor._version))
 
     def have_changed(self) -> bool:
         """Was one of them written into since?"""

@@ -10,8 +10,26 @@ from torch import Tensor
 
 from jacfunc._errors import Refused
 from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
-from jacfunc._factored.tracked import TrackedParameters, Versions, tensors_among, without_lists
-from jacfunc._factored.use import HOOKING, METADATA, RAW_MEMORY, VIEWS, Use, UsedPart, View, is_part
+from jacfunc._factored.learned import Outdated
+from jacfunc._factored.tracked import (
+    RuledCall,
+    TrackedParameters,
+    Versions,
+    tensors_among,
+    without_lists,
+)
+from jacfunc._factored.use import (
+    HOOKING,
+    METADATA,
+    RAW_MEMORY,
+    VIEWS,
+    KnownUse,
+    Use,
+    UsedPart,
+    View,
+    is_part,
+    names_of_tensors,
+)
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
 from jacfunc._layouts import OUT, Args, Key, NoLayout, OperationRecorder, Placing
 from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
@@ -20,6 +38,9 @@ from jacfunc.layers import FormOf, Rule, table
 
 MOST_PARTS = 32
 """A parameter that is split into more parts than this is faster without factors."""
+
+UNUSUAL = frozenset({*TAKES_DERIVATIVES, *HOOKING})
+"""Operations that are looked at without a parameter, too."""
 
 
 class UseRecorder(OperationRecorder):
@@ -35,6 +56,7 @@ class UseRecorder(OperationRecorder):
         starts: nodes at which the walk through the graph ends, with the numbers of the parameters.
             Those of results that all samples share are added.
         grad_mode: may the Jacobian be differentiated further?
+        known: operations with rules, by number, as earlier evaluations have shown.
     """
 
     def __init__(
@@ -43,12 +65,14 @@ class UseRecorder(OperationRecorder):
         params: TrackedParameters,
         starts: dict[Any, int],
         grad_mode: bool,
+        known: dict[int, KnownUse],
     ) -> None:
         super().__init__(placing.listener)
         placing.operations = self.operations
         self._placing, self._params = placing, params
         self._starts, self._grad_mode = starts, grad_mode
         self.uses: list[Use] = []
+        self._known, self._later = known, list[tuple[Use, RuledCall]]()
         self._inputs = Versions()
         self.derived: dict[int, Derived] = {}
         """Results that all samples share, by the numbers that they have among parameters."""
@@ -62,11 +86,16 @@ class UseRecorder(OperationRecorder):
         Raises:
             Refused: if an input of an operation was written into later, as autograd refuses it.
             UnseenWrite: if a parameter that is no copy was written into, unseen.
+            Outdated: if a call is not what was known of it.
         """
-        with untracked():
+        with untracked(), torch.set_grad_enabled(self._grad_mode):
             if self._inputs.have_changed():
                 raise Refused("what went into a layer was written into after it")
             written = self._params.written()
+            for use, call in self._later:
+                use.parts = call.parts(self._forms_as_known(call))
+        for use in self.uses:
+            use.nodes = nodes_of_call(use.last, use.ends)
         unruled = self._params.unruled
         for numbers in (unruled.written, unruled.numbers):
             params = self.parameters(numbers | written)
@@ -76,9 +105,11 @@ class UseRecorder(OperationRecorder):
     def call(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
+        has_parameter = self._params.are_among(args) or self._params.are_among(kwargs.values())
+        if not (has_parameter or func in UNUSUAL or func in self._openings):  # the usual case
+            return func(*args, **kwargs)
         if func in TAKES_DERIVATIVES and self._is_at_own_level():
             raise Refused("the function takes a derivative itself, of what may stand for others")
-        has_parameter = self._params.by_id and self._params.are_among((*args, *kwargs.values()))
         is_used = has_parameter and self._is_at_own_level()
         if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
@@ -139,62 +170,109 @@ class UseRecorder(OperationRecorder):
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Call an operation that has a rule, with twins of the parameters that the rule covers."""
-        named, params = rule.named(args, kwargs) or {}, {}
+        call, forms = RuledCall(number, rule, func, rule.named(args, kwargs) or {}), None
         with untracked():
-            forms = self._forms(number, func, rule, named) if named else {}
-            for name in forms:
-                param = self._params.find(named[name])
-                if param is not None:
-                    params[name] = param
+            names, named = names_of_tensors(call.named), call.named
+            if not self._is_known(call, names):
+                forms = self._forms(call)
+                found = {name: self._params.find(named[name]) for name in forms}
+                call.params |= {name: param for name, param in found.items() if param is not None}
+            params = call.params
             twins = {name: param.twin.view_as(param.twin) for name, param in params.items()}
-        if not params:
-            self._params.note_unruled((*args, *kwargs.values()))
-            return func(*args, **kwargs)
-        covered = {id(named[name]) for name in params}
-        if self._placing.can_share and self._params.are_among((*args, *kwargs.values()), covered):
+        covered = {id(param.handle) for param in params.values()}
+        has_others = self._params.are_among((*args, *kwargs.values()), covered)
+        if params and has_others and self._placing.can_share:
             return self._derive(number, func, args, kwargs)
-        names = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
-        args = tuple([twins.get(name, x) for name, x in zip(names, args, strict=False)])
+        places = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
+        args = tuple([twins.get(name, x) for name, x in zip(places, args, strict=False)])
         if kwargs:
             kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         self._params.note_unruled((*args, *kwargs.values()))
+        if not params:
+            return func(*args, **kwargs)
         out = self._placing.call(rule, func, args, kwargs)
         with untracked():
-            out = no_view(out)
-            parts = [(p.number, p.path, forms[name]) for name, p in params.items()]
-            try:
-                out, values, place = self._placing.result(number, func, out)
-            except NoLayout as error:
-                raise NoLayout(self.parameters(p.number for p in params.values())) from error
-            if not values.requires_grad:
-                return out
-            self._inputs.keep(named.values())
-            ends = {twin.grad_fn for twin in twins.values()}
-            if place is None:
-                return self._derived_from((number, OUT), out, parts, Graph.of((out,), ends))
-            nodes, last = nodes_of_call(values, ends), values.grad_fn
-            anchor, key = Anchor.behind(values), (number, OUT)
-            self.uses.append(Use(key, anchor, place, parts, last, ends, nodes, values.nbytes))
+            if forms is not None and names is not None and not has_others:
+                numbers = {name: param.number for name, param in params.items()}
+                self._known[number] = KnownUse(func, names, numbers)
+            return self._used(call, no_view(out), {x.grad_fn for x in twins.values()}, forms)
+
+    def _used(
+        self, call: RuledCall, out: Tensor, ends: set[Any], forms: Mapping[str, FormOf] | None
+    ) -> Any:
+        """The result of an operation with a rule, of which a note is taken."""
+        try:
+            out, values, place = self._placing.result(call.number, call.func, out)
+        except NoLayout as error:
+            raise NoLayout(self.parameters(p.number for p in call.params.values())) from error
+        if not values.requires_grad:
+            return out
+        self._inputs.keep(call.values)
+        if place is None:
+            parts = call.parts(self._forms_as_known(call) if forms is None else forms)
+            return self._derived_from((call.number, OUT), out, parts, Graph.of((out,), ends))
+        key, anchor = (call.number, OUT), Anchor.behind(values)
+        use = Use(key, anchor, place, values.grad_fn, ends, values.nbytes)
+        if forms is None:
+            self._later.append((use, call))
+        else:
+            use.parts = call.parts(forms)
+        self.uses.append(use)
         return out
 
-    def _forms(
-        self, number: int, func: Callable[..., Any], rule: Rule, named: Mapping[str, Any]
-    ) -> Mapping[str, FormOf]:
+    def _is_known(self, call: RuledCall, names: list[str] | None) -> bool:
+        """Was the operation seen at this place, with parameters in the same places?
+
+        Then these are put into the call, and all other tensors as those of all samples. The rule is
+        asked for forms when the function has run: all calls at once, and off the graph.
+        """
+        known = None if self._placing.listener else self._known.get(call.number)
+        if known is None or known.func is not call.func or known.tensors != names:
+            return False
+        found = {name: self._params.find(call.named[name]) for name in known.params}
+        params = {name: param for name, param in found.items() if param is not None}
+        if {name: param.number for name, param in params.items()} != known.params:
+            return False
+        try:
+            every = {name: self._of_all(call, name) for name in names if name not in params}
+        except NoLayout:
+            return False
+        call.named.update(every)
+        call.params.update(params)
+        return True
+
+    def _forms_as_known(self, call: RuledCall) -> Mapping[str, FormOf]:
+        """The forms of a call that is known.
+
+        Raises:
+            Outdated: if the rule does not cover the same parameters.
+        """
+        every = {name: self._of_all(call, name, True) for name in call.params}
+        forms = call.rule.forms_of(**{**call.named, **every})
+        if not call.params.keys() <= forms.keys():
+            self._known.clear()
+            raise Outdated
+        return forms
+
+    def _of_all(self, call: RuledCall, name: str, is_parameter: bool = False) -> Tensor:
+        """An argument of a call, of all samples."""
+        key, value = (call.number, name), call.named[name]
+        return self._placing.of_all(key, value, call.func, call.rule, is_parameter)
+
+    def _forms(self, call: RuledCall) -> Mapping[str, FormOf]:
         """The form of each parameter, by argument; none where an argument has no samples in it.
 
         Sparse tensors of all samples can't be had from inside vmap.
         """
-        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
-        if not all(x.layout == torch.strided for x in tensors.values()):
+        tensors = {name: x for name, x in call.named.items() if isinstance(x, Tensor)}
+        if not call.named or any(x.layout != torch.strided for x in tensors.values()):
             return {}
-        place = self._placing.of_all
         params = self._params.by_id
         try:
-            pairs = tensors.items()
-            every = {n: place((number, n), x, func, rule, id(x) in params) for n, x in pairs}
+            every = {n: self._of_all(call, n, id(x) in params) for n, x in tensors.items()}
         except NoLayout:
             return {}
-        return rule.forms_of(**{**named, **every})
+        return call.rule.forms_of(**{**call.named, **every})
 
     def _derive(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -111,6 +111,33 @@ UsedPart: TypeAlias = tuple[int, Path, FormOf]
 """The number of a parameter, the views that lead to the part that was used, and its form."""
 
 
+class KnownUse(NamedTuple):
+    """What an earlier evaluation has shown of an operation with a rule, at the same place.
+
+    Args:
+        func: the operation.
+        tensors: the names of the arguments that are tensors.
+        params: the numbers of the parameters that the rule covers, by name.
+    """
+
+    func: Callable[..., Any]
+    tensors: Sequence[str]
+    params: Mapping[str, int]
+
+
+def names_of_tensors(named: Mapping[str, Any]) -> list[str] | None:
+    """The names of arguments that are tensors; None if one is not dense, or in a tuple or list."""
+    names = []
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            names.append(name)
+            if value.layout is not torch.strided:
+                return None
+        elif isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value):
+            return None
+    return names
+
+
 @dataclass(eq=False)
 class Use:
     """An operation with a rule, whose output cotangents are pulled back onto.
@@ -119,21 +146,21 @@ class Use:
         key: the number of the operation.
         anchor: the edge of the graph at the output, of all samples.
         place: makes cotangents ``[K, B, *z]`` of products for the edge, which have K in front.
-        parts: the parts of parameters that were used.
         last: the node that the output came out of.
         ends: the nodes at which the parameters enter the operation.
-        nodes: the nodes from ``ends`` up to ``last``, which the rule stands for.
         nbytes: bytes of the output.
+        parts: the parts of parameters that were used.
+        nodes: the nodes from ``ends`` up to ``last``, which the rule stands for.
     """
 
     key: Key
     anchor: Anchor
     place: Callable[[Tensor], Tensor]
-    parts: Sequence[UsedPart]
     last: Any
     ends: set[Any]
-    nodes: set[Any]
     nbytes: int
+    parts: Sequence[UsedPart] = ()
+    nodes: set[Any] = field(default_factory=set)
 
     def is_complete(self, graph: Graph) -> bool:
         """Do all paths to the operation's parameters pass through its output?

@@ -45,6 +45,19 @@ WAYS_OUT: frozenset[Callable[..., Any]] = frozenset(
     }
 )
 """Operations that hand numbers of a tensor to other code than torch."""
+_BY_TENSORS = "__bool__", "__int__", "__index__", "__complex__", "__contains__", "__format__"
+_BY_NAME = (
+    *("is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select"),
+    *("unique", "unique_consecutive"),
+)
+READING: frozenset[Callable[..., Any]] = frozenset(
+    [getattr(Tensor, name) for name in (*_BY_TENSORS, *_BY_NAME)]
+    + [getattr(torch, name) for name in _BY_NAME]
+)
+"""Operations by which numbers say what Python does next, as truth or as a size.
+
+At other numbers a function that calls one may call other operations than it has shown.
+"""
 _DERIVED = ("outputs", "tensors", "self")
 CUT_OFF = (
     "the function takes a derivative that keeps no graph, which would count as a constant. Pass "

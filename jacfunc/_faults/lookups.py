@@ -125,6 +125,13 @@ def tensors_of(args: Args, kwargs: Mapping[str, Any]) -> list[Tensor]:
     return list(filter(is_tensor, flatten((args, dict(kwargs)))[0]))
 
 
+def is_plain_index(func: Callable[..., Any], args: Args) -> bool:
+    """Is it an index without a mask, which takes as many entries whatever the numbers are?"""
+    if func is not Tensor.__getitem__:
+        return False
+    return all(x.dtype not in (torch.bool, torch.uint8) for x in tensors_of(args[1:], {}))
+
+
 def forms(name: str) -> list[Callable[..., Any]]:
     """All functions of this name; graphs of torch.fx call overloads."""
     packet = getattr(torch.ops.aten, name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jacfunc._errors import Refused
 from jacfunc._faults.callers import (
+    READING,
     REENTRANT,
     SWITCH,
     TAKES_DERIVATIVES,
@@ -132,7 +133,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     SETTING: _set_data,
     REQUIRING: as_it_is,
     Tensor.requires_grad_: require_grad,
-    **dict.fromkeys((Tensor.detach, *WAYS_OUT), as_it_is),
+    **dict.fromkeys((Tensor.detach, Tensor.__getitem__, *WAYS_OUT, *READING), as_it_is),
     **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),
     SWITCH: refuse_in_checkpoint,
 }

@@ -20,6 +20,7 @@ from jacfunc._faults.lookups import (
     LOOKUPS,
     STRIDING,
     Args,
+    is_plain_index,
     lies_alone,
     lookup,
     tensors_of,
@@ -54,7 +55,7 @@ class Watch(TorchFunctionMode):
 
     _caught: Any = None
     stays_watched = False
-    """Must the function be watched again, as an operation was done by a rule or a formula?"""
+    """Must the function be watched again: was there a rule or a formula, or are numbers read?"""
     drew = False
     """Has the function drawn random numbers?"""
     leaves_torch = False
@@ -128,12 +129,10 @@ class Watch(TorchFunctionMode):
         if func in DRAWING:
             self.drew |= may_draw(func, args, kwargs)
             return
-        if func in WAYS_OUT:
-            self.leaves_torch = True
-            return
+        self.leaves_torch |= func in WAYS_OUT
         self.strides |= func in STRIDING
         is_plain = func in BY_CALLER or (func in LOOKUPS and lookup(args, kwargs) is None)
-        self.stays_watched |= not is_plain
+        self.stays_watched |= not (is_plain or is_plain_index(func, args))
         if func is Tensor.detach or func in TAKES_DERIVATIVES:
             self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)
 
@@ -198,6 +197,8 @@ class Watch(TorchFunctionMode):
 
 def handled(error: Exception) -> None:
     """Mark an error that jacfunc has handled inside the function, which does not see it."""
+    if torch.compiler.is_compiling():  # which can't trace that, and nothing watches
+        return
     error.was_handled = True  # type: ignore[attr-defined]
 
 

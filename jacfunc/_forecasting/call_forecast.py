@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from jacfunc._assembly import numel
 from jacfunc._calls import Derivation, FlatCall
+from jacfunc._forecasting.compilation import compilation_by
 from jacfunc._forecasting.costs import Costs
 from jacfunc._forecasting.on_fakes import Fakes, Forecast
 from jacfunc._memory import largest
@@ -50,8 +51,11 @@ class CallForecast:
             o.numel() * p.numel() * dtype(o.dtype, p.dtype).itemsize for o, p in pairs
         )
 
-    def forecast(self, strategy: Sweeping) -> Forecast:
-        """The strategy's cost; a number that can't be known is None, and the reason says why."""
+    def forecast(self, strategy: Sweeping, backend: str = "inductor") -> Forecast:
+        """The strategy's cost; a number that can't be known is None, and the reason says why.
+
+        ``backend`` is what would compile it.
+        """
         try:
             with _countable():
                 forecast = self._fakes.forecast(strategy, self._call, self._call.primals)
@@ -60,7 +64,10 @@ class CallForecast:
             return Forecast(strategy, None, None, None, None, None, reason)
         except Exception as error:  # whatever torch raises where it has no rule, KeyError too
             return self._by_sizes(strategy, error)
-        return replace(forecast, seconds=self._costs.seconds(strategy) if self._costs else None)
+        if self._costs is None:
+            return forecast
+        compilation = compilation_by(backend, self._costs, strategy)
+        return replace(forecast, seconds=self._costs.seconds(strategy), compilation=compilation)
 
     def _by_sizes(self, strategy: Sweeping, error: Exception) -> Forecast:
         pushes, chunk = strategy.sweeps.are_pushes, strategy.sweeps.chunk_size

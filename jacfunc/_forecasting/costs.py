@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._assembly import numel
-from jacfunc._forecasting.machine import LARGEST, Cost, Machine, machine
+from jacfunc._forecasting.machine import LARGEST, Cost, Machine
+from jacfunc._forecasting.machines import machine
 from jacfunc._forecasting.recording import Operation, Recorder, Unrecordable
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._measuring import is_here
@@ -51,9 +52,8 @@ class Costs:
 
     @classmethod
     def of(cls, operator: JacobianOperator, recorder: Recorder) -> Costs | None:
-        """Costs of an operator whose evaluation was recorded, for all samples of the vmaps outside.
-
-        None where there is nothing to sweep, or the device is not of this machine.
+        """Costs for all samples of the vmaps outside; None of a device that is not of this machine,
+        or where there is nothing to sweep.
         """
         outputs, primals = operator.outputs, operator.primals
         if not numel(outputs) or not numel(primals) or not is_here(outputs[0].device):

@@ -197,16 +197,6 @@ def _push_batch(operator: JacobianOperator, seeds: int | None = None) -> Callabl
     return partial(operator.pushforward_batch, next(basis(operator.primals, seeds)))
 
 
-def machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """The machine for a device and a dtype, measured once in a process for a number of threads."""
-    return _machine(device, dtype, torch.get_num_threads())
-
-
-@cache
-def _machine(device: torch.device, dtype: torch.dtype, threads: int) -> Machine:
-    return Machine(device, dtype)
-
-
 def power_of_four(number: float, least: int, most: int) -> int:
     """The nearest power of four within bounds, so that sizes near each other are measured once."""
     nearest = 4 ** round(math.log(max(number, 1), 4))

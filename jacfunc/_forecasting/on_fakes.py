@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from jacfunc._assembly import columns_to_blocks, numel, rows_to_blocks
+from jacfunc._forecasting.compilation import Compilation
 from jacfunc._forecasting.costs import Costs
 from jacfunc._forecasting.recording import Recorder
 from jacfunc._forecasting.replacing import Replacing
@@ -36,6 +37,7 @@ class Forecast:
         peak_bytes: of all tensors alive at once, with the result and without the arguments.
         reason: where the numbers come from, or why there are none.
         seconds: on this machine.
+        compilation: what :func:`jacfunc.compile` would take, and save, on this machine.
     """
 
     strategy: Sweeping
@@ -46,6 +48,7 @@ class Forecast:
     peak_bytes: int | None
     reason: str
     seconds: float | None = None
+    compilation: Compilation | None = None
 
     @property
     def name(self) -> str:

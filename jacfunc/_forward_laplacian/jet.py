@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, Self, TypeAlias
 
@@ -20,10 +20,6 @@ Kwargs: TypeAlias = Mapping[str, Any]
 First: TypeAlias = Tensor | Callable[[], Tensor]
 Rule: TypeAlias = Callable[["Propagation", Callable[..., Any], Args, Kwargs], Any]
 """From a propagation, a function of torch and its arguments, jets among them, to its result."""
-
-
-LARGE, PARTS = 2**14, 3
-"""So many numbers are squared in so many parts."""
 
 
 class NoRule(NotImplementedError):  # noqa: N818 (no error: a sweep does it instead)
@@ -154,7 +150,8 @@ class Propagation(TorchFunctionMode):
 
     def jets(self, args: Args, kwargs: Kwargs) -> list[Jet]:
         """The jets among arguments, and in the lists among them."""
-        return [leaf for leaf in leaves_in((args, *kwargs.values())) if self.owns(leaf)]
+        leaves = leaves_in((*args, *kwargs.values()))
+        return [leaf for leaf in leaves if type(leaf) is Jet and leaf.owner is self]
 
     def value(self, of: Any) -> Any:
         """The value of a jet; whatever else as it is."""
@@ -177,16 +174,8 @@ class Propagation(TorchFunctionMode):
         return products.sum(0) if self.is_summed else products
 
     def squares(self, first: Tensor) -> Tensor:
-        """The squares of first derivatives as they are part of second ones.
-
-        They are summed some directions after the other: there are but two or three tensors of the
-        size of all first derivatives, and all squares would be one more.
-        """
-        if not self.is_summed or first.numel() < LARGE:
-            return self.summed(first.square())
-        parts: Sequence[Tensor] = torch.split(first, -(-len(first) // PARTS))
-        squares = [part.square().sum(0) for part in parts]
-        return sum(squares[1:], squares[0])
+        """The squares of first derivatives as they are part of second ones."""
+        return self.summed(first.square())
 
     def aligned(self, derivatives: Tensor, dim: int) -> Tensor:
         """First derivatives ``[N, *shape]`` with ``dim`` dimensions behind N, to be broadcast."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._calls import Derivation
-from jacfunc._forecasting import CallForecast, Forecast
+from jacfunc._errors import check_uncompiled
+from jacfunc._forecasting import CallForecast, Forecast, price_in_words
 from jacfunc._lock import alone
 from jacfunc._showing import html_table
 from jacfunc._torch import inside_transform
@@ -17,7 +18,10 @@ from jacfunc._units import in_bytes, in_counts, in_digits, in_seconds
 from jacfunc.strategies import Forward, Looped, Reverse, Sweeping
 
 API = "estimate"
-HEADER = ("strategy", "chunk", "calls", "sweeps", "FLOPs", "result", "peak", "time", "how we know")
+HEADER = (
+    *("strategy", "chunk", "calls", "sweeps", "FLOPs", "result", "peak", "time"),
+    *("compiled", "repaid", "how we know"),
+)
 
 
 def estimate(
@@ -46,7 +50,9 @@ def estimate(
         An :class:`Estimate`: a table with a row for each of reverse, forward and looped. FLOPs
         are those of torch's ``FlopCounterMode``: products of matrices, convolutions, attention.
         Seconds are a forecast from how fast this machine is, which is measured when first asked
-        for; a factor of two off is usual.
+        for; a factor of two off is usual. ``compiled`` is the time of a call that
+        :func:`jacfunc.compile` has compiled by Inductor, ``repaid`` the number of calls after
+        which that has paid for itself; strategies that loop have long traces.
         A strategy that torch refuses, or a function whose course depends on its data, has a row
         that says so, with what the sizes alone tell.
 
@@ -64,6 +70,7 @@ def estimate(
         >>> costs["reverse"].peak_bytes / costs["reverse"].result_bytes < 1.01
         True
     """
+    check_uncompiled(API, "Call it before.")
     check_chunk_size(API, chunk_size)
     if inside_transform():
         raise ValueError(
@@ -133,6 +140,9 @@ class Estimate:
                 "result_bytes": row.result_bytes,
                 "peak_bytes": row.peak_bytes,
                 "seconds": row.seconds,
+                "compile_seconds": row.compilation and row.compilation.build_seconds,
+                "compiled_seconds": row.compilation and row.compilation.call_seconds,
+                "calls_to_repay": row.compilation and row.compilation.calls_to_repay,
                 "reason": row.reason,
             }
             for row in self.rows
@@ -145,6 +155,7 @@ class Estimate:
 
 def _cells(row: Forecast) -> tuple[str, ...]:
     """The cells of a row, as text."""
+    compiled, _, calls = price_in_words(row.compilation)
     return (
         row.name,
         "all" if row.chunk_size is None else str(row.chunk_size),
@@ -154,6 +165,8 @@ def _cells(row: Forecast) -> tuple[str, ...]:
         in_bytes(row.result_bytes),
         in_bytes(row.peak_bytes),
         in_seconds(row.seconds),
+        compiled,
+        calls,
         row.reason if len(row.reason) <= 80 else row.reason[:79] + "…",
     )
 

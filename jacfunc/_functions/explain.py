@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from jacfunc._calls import Derivation, FlatCall
-from jacfunc._forecasting import CallForecast
+from jacfunc._errors import check_uncompiled
+from jacfunc._forecasting import CallForecast, Compilation, price_in_words
 from jacfunc._functions.derive import jacobian_by
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import alone
@@ -60,8 +61,9 @@ def plan(
         >>> jacfunc.plan(torch.sin, torch.zeros(3)).strategy
         Reverse(chunk_size=None)
     """
+    check_uncompiled("plan", "Call it before.")
     derivation = Derivation("plan", func, argnums, has_aux)
-    return _plan_of(derivation, resolve("plan", strategy, chunk_size, memory), args, kwargs)
+    return _plan_of(derivation, _resolved("plan", strategy, chunk_size, memory), args, kwargs)
 
 
 def explain(
@@ -103,16 +105,21 @@ def explain(
         >>> report.plan.strategy, report.peak_bytes == report.plan.forecast.peak_bytes
         (Reverse(chunk_size=None), True)
     """
+    check_uncompiled("explain", "Call it before.")
     derivation = Derivation("explain", func, argnums, has_aux)
-    named = resolve("explain", strategy, chunk_size, memory)
+    named = _resolved("explain", strategy, chunk_size, memory)
     with trail() as steps:
         chosen = _plan_of(derivation, named, args, kwargs)
-        derive = jacobian_by(derivation, chosen)
-        take = partial(derive, *args, **kwargs)
+        derive = jacobian_by(derivation, replace(chosen, compiler=None))
+        compiled = None if chosen.compiler is None else chosen.compiler(derive)
+        take = partial(compiled or derive, *args, **kwargs)
         take()
     start = time.perf_counter()
     take()
     seconds = time.perf_counter() - start
+    if compiled is not None:  # no counter sees into it
+        compilation = compiled.compilations[0]
+        return Explanation(chosen, tuple(steps), seconds, compilation.peak_bytes or 0, compilation)
     with PeakBytes() as memory_counter:
         take()
     return Explanation(chosen, tuple(steps), seconds, memory_counter.peak)
@@ -127,6 +134,7 @@ class Explanation:
         steps: what was tried, refused and done instead, in order.
         seconds: the time of the call.
         peak_bytes: the most bytes of all tensors at once, with the result, without the arguments.
+        compilation: what compiling cost, and what it saves, where the plan is a compiled one.
 
     Example:
         >>> import torch, jacfunc
@@ -140,31 +148,62 @@ class Explanation:
     steps: tuple[str, ...]
     seconds: float
     peak_bytes: int
+    compilation: Compilation | None = None
 
     def __repr__(self) -> str:
+        rows = list(self._rows())
+        widths = [max(9, *map(len, column)) for column in zip(*rows, strict=True)]
+        width = max(len(name) for name, *_ in rows)
         return "\n".join(
             [
                 f"{self.plan.strategy}: {self.plan.reason}",
-                *(f"  then: {step}" for step in self.steps),
+                *(f"  {word}: {told}" for word, told in self._told()),
                 *(
-                    f"  {name}  {forecast.rjust(9)} forecast  {actual.rjust(9)} seen"
-                    for name, forecast, actual in self._rows()
+                    f"  {name.ljust(width)}  {forecast.rjust(widths[1])} forecast  "
+                    f"{actual.rjust(widths[2])} seen"
+                    for name, forecast, actual in rows
                 ),
             ]
         )
 
     def _repr_html_(self) -> str:
         """The lines as a table in HTML, for notebooks."""
-        steps = [("then", step, "") for step in self.steps]
+        told = [(*pair, "") for pair in self._told()]
         title = f"{self.plan.strategy}: {self.plan.reason}"
-        return html_table(title, ("", "forecast", "seen"), [*self._rows(), *steps])
+        return html_table(title, ("", "forecast", "seen"), [*self._rows(), *told])
+
+    def _told(self) -> Iterator[tuple[str, str]]:
+        """What has no figures beside it: the steps, and what compiling would take."""
+        yield from (("then", step) for step in self.steps)
+        if self._price is not None and self.compilation is None:
+            call, build, calls = price_in_words(self._price)
+            yield "if compiled", f"{call} a call, {build} before the first, repaid after {calls}"
 
     def _rows(self) -> Iterator[tuple[str, str, str]]:
         forecast = self.plan.forecast
-        seconds = self.plan.seconds or (forecast.seconds if forecast else None)
+        if self.compilation is None:
+            seconds = self.plan.seconds or (forecast.seconds if forecast else None)
+            yield "time", in_seconds(seconds), in_seconds(self.seconds)
         peak = forecast.peak_bytes if forecast else None
-        yield "time", in_seconds(seconds), in_seconds(self.seconds)
         yield "peak", in_bytes(peak), in_bytes(self.peak_bytes)
+        if self.compilation is not None:
+            names = "a call", "before the first", "repaid after"
+            both = price_in_words(self._price), price_in_words(self.compilation)
+            yield from zip(names, *both, strict=True)
+
+    @property
+    def _price(self) -> Compilation | None:
+        return self.plan.forecast.compilation if self.plan.forecast else None
+
+
+def _resolved(
+    api: str, strategy: str | Strategy, chunk_size: int | None, memory: Memory
+) -> Strategy:
+    """The strategy; a compiled plan as it is."""
+    if not isinstance(strategy, Plan):
+        return resolve(api, strategy, chunk_size, memory)
+    resolve(api, replace(strategy, compiler=None), chunk_size, memory)
+    return strategy
 
 
 def _plan_of(
@@ -178,7 +217,8 @@ def _plan_of(
         )
         if not isinstance(plan.strategy, Sweeping) or plan.strategy.sweeps.by_layers:
             return plan
-        forecast = CallForecast(derivation, args, kwargs).forecast(plan.strategy)
+        backend = "inductor" if plan.compiler is None else plan.compiler.backend
+        forecast = CallForecast(derivation, args, kwargs).forecast(plan.strategy, backend)
     return replace(plan, forecast=forecast)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._functions.derive import deriving, jacobian_by
-from jacfunc._planning import resolve, resolve_second
+from jacfunc._planning import compilable, resolve, resolve_second
 from jacfunc._types import Argnums, FunctionOf, InT, Memory, Rows, SweepOptions, Tree
 from jacfunc.strategies import Evaluation, SecondCall, Strategy
 
@@ -33,6 +33,7 @@ def value_and_jacobian(
     strategy: str | Strategy = ...,
     **options: Unpack[SweepOptions],
 ) -> Callable[..., tuple[Tree, Tree]]: ...
+@compilable
 def value_and_jacobian(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -101,6 +102,7 @@ def hessian(
     rows: Rows = ...,
     **options: Unpack[SweepOptions],
 ) -> Callable[..., Tree]: ...
+@compilable
 def hessian(
     func: Callable[..., Any],
     argnums: Argnums = 0,

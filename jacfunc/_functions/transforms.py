@@ -10,7 +10,7 @@ from torch import Tensor
 from jacfunc._arguments import check_chunk_size, check_randomness
 from jacfunc._calls import Derivation
 from jacfunc._functions.derive import in_either_direction, jacobian_by
-from jacfunc._planning import directed, resolve
+from jacfunc._planning import compilable, directed, resolve
 from jacfunc._types import Argnums, FunctionOf, InT, Memory, Randomness, SweepOptions, Tree
 from jacfunc.strategies import Forward, Reverse, Strategy
 
@@ -165,6 +165,7 @@ def jacobian(
     strategy: str | Strategy = ...,
     **options: Unpack[SweepOptions],
 ) -> Callable[..., Tree]: ...
+@compilable
 def jacobian(
     func: Callable[..., Any],
     argnums: Argnums = 0,

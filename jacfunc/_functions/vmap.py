@@ -146,11 +146,13 @@ def _checked_dims(dims: Sequence[int | None], leaves: Leaves) -> list[int | None
                 f"vmap: in_dims must be dimensions of the arguments, got {dim} for a tensor of "
                 f"shape {tuple(leaf.shape)}. Use None for what is not mapped."
             )
-    sizes = {leaf.shape[dim] for dim, leaf in pairs if dim is not None}
-    if len(sizes) != 1:
+    # in a set torch.compile would fix sizes that it leaves open
+    sizes = [leaf.shape[dim] for dim, leaf in pairs if dim is not None]
+    if not sizes or any(size != sizes[0] for size in sizes):
         raise ValueError(
             "vmap: mapped tensors must have the same size in the mapped dimension, "
-            f"got {sorted(sizes) or 'none'}. Map at least one tensor, and give in_dims for each."
+            f"got {sorted(set(sizes)) or 'none'}. Map at least one tensor, and give in_dims for "
+            "each."
         )
     return [None if dim is None else dim % leaf.dim() for dim, leaf in pairs]
 

@@ -114,7 +114,7 @@ class LeafRows:
     @property
     def axes(self) -> Axes:
         """How many rows are diagonal, kept and traced."""
-        return Axes(*(prod(shape) for shape in self.shapes))
+        return Axes(*map(prod, self.shapes))
 
     def times(self, other: LeafRows, dtype: torch.dtype | None = None) -> Tensor:
         """The kernel of this side with another, ``[B1, B2, *diagonal, *kept, *kept]``.

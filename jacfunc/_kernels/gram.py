@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, rows
-from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes, seeds_of
+from jacfunc._kernels.routes import Axes, BothParts, Pair, Positional, Routes
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._types import Leaves
 from jacfunc.layers import Outer
@@ -108,7 +108,7 @@ class Gram:
 
         Blocks are of outputs, which come first among cotangents, or of samples if one is kept.
         """
-        lefts, rights = self._both(self._by_outputs, pair.left, pair.right)
+        lefts, rights = self._both(self._by_outputs, pair.lefts, pair.rights)
         axis = 1 if self.axes.kept > 1 else 2
         for start, stop, end in self._blocks(lefts, rights, axis, self._by_output.nbytes):
             some, others = cut(lefts, axis, start, stop), cut(rights, axis, 0, end)
@@ -119,7 +119,7 @@ class Gram:
 
     def _add_by_positions(self, pair: Pair) -> None:
         """Add the products of cotangents at all pairs of positions, weighted by those of inputs."""
-        lefts, rights = self._both(self._by_positions, pair.left, pair.right)
+        lefts, rights = self._both(self._by_positions, pair.lefts, pair.rights)
         similarity = pair.similarity(self.like.dtype)[:, :, None, :, :, None]
         nbytes = similarity.nbytes * self.axes.diagonal * self.axes.kept**2
         for start, stop, end in self._blocks(lefts, rights, 2, nbytes):
@@ -207,17 +207,17 @@ class Gram:
         lefts = matrices(left)
         return lefts, lefts if self.is_symmetric else matrices(right)
 
-    def _by_outputs(self, form: Positional) -> Tensor:
+    def _by_outputs(self, cotangents: Tensor) -> Tensor:
         """Cotangents at one position, ``[D, F, B, S·O]``."""
-        seeds, axes = form.cotangents.to(self.like.dtype), self.axes
+        seeds, axes = cotangents.to(self.like.dtype), self.axes
         size, width = seeds.shape[1], axes.traced * seeds.shape[-1]
         if axes.traced > 1:
             seeds = axes.split(seeds).transpose(2, 3)  # [D, F, B, S, …, O]
         return seeds.reshape(axes.diagonal, axes.kept, size, width)
 
-    def _by_positions(self, form: Positional) -> Tensor:
+    def _by_positions(self, cotangents: Tensor) -> Tensor:
         """Cotangents at all positions, ``[D, g, B, F, T, S·O]``."""
-        seeds = self.axes.split(seeds_of(form).to(self.like.dtype))
+        seeds = self.axes.split(cotangents.to(self.like.dtype))
         return seeds.permute(0, 4, 3, 1, 5, 2, 6).flatten(5)
 
     def _by_rows(self, chunks: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Unpack, overload
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from jacfunc._arguments import check_chunk_size, check_flags, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
+from jacfunc._errors import check_uncompiled
 from jacfunc._kernels.blocks import (
     KeptAxes,
     KernelOptions,
@@ -21,7 +22,7 @@ from jacfunc._kernels.sampled_function import (
     KernelSamples,
     SingleCall,
     samples_of,
-    side_of,
+    sides_of,
 )
 from jacfunc._lending import Select
 from jacfunc._memory import Budget
@@ -136,16 +137,18 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
+    check_uncompiled(API)
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     check_progress(API, progress)
-    asked = choice_of(API, outputs, x2 is None and is_batch(x1))
+    sides, is_single = _sides(x1, x2), is_batch(x1) and is_batch(x2)
+    asked = choice_of(API, outputs, x2 is None and is_single)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     budget = Budget(API, check_memory(API, memory))
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
             *(API, func, _selected(params, select), batching, chunk_size, memory),
             *(independent, chunk_size),
-            stays=_may_change(progress, x1, x2),
+            stays=progress is not None or not is_single,  # then code may run between blocks
             outputs=asked,
         )
 
@@ -158,8 +161,7 @@ def ntk(
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             return samples_of(API, func, params, args, in_dims, randomness, asked)
 
-    sides = [side_of(API, name, x, samples_at) for name, x in _sides(x1, x2).items()]
-    ranges = in_ranges(sides, axes, chunk_size, budget)
+    ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
     places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
@@ -194,6 +196,7 @@ def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]
     strategy, new = Structured(), Places.of("gram", None)
 
     def gram_of(*args: Tree, **kwargs: Any) -> Tree:
+        check_uncompiled("gram")
         call = FlatCall(Derivation("gram", func, argnums), args, kwargs)
         whole = [SampleRange(SingleCall(call, strategy), 0, 1)]
         kernels = in_words_of("gram", lambda: product_of(whole, whole, KeptAxes((), ()), None, new))
@@ -211,14 +214,10 @@ def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], 
     return func, params
 
 
-def _sides(x1: Any, x2: Any) -> dict[str, Any]:
-    """The arguments with batches; without a second one the first is both sides."""
-    return {"x1": x1} if x2 is None else {"x1": x1, "x2": x2}
-
-
-def _may_change(progress: Progress | None, x1: Any, x2: Any) -> bool:
-    """May the module change between blocks? An iterable of batches, or progress, may run code."""
-    return progress is not None or not (is_batch(x1) and is_batch(x2))
+def _sides(x1: Any, x2: Any) -> dict[str, Iterable[Any]]:
+    """The batches of each argument; without a second one the first is both sides."""
+    named = {"x1": x1} if x2 is None else {"x1": x1, "x2": x2}
+    return {name: [x] if is_batch(x) else x for name, x in named.items()}
 
 
 def _check_function(select: Select, randomness: object, chunk_size: object) -> None:

@@ -47,10 +47,17 @@ class Axes:
 
 @dataclass(frozen=True)
 class Pair:
-    """The forms of one parameter on both sides, which have positions."""
+    """The forms of one parameter on both sides, which have positions.
+
+    Args:
+        lefts: the cotangents of the left form, ``[K, B, g, T, O]``.
+        rights: those of the right one.
+    """
 
     left: Positional
     right: Positional
+    lefts: Tensor
+    rights: Tensor
 
     @classmethod
     def of(cls, lefts: Sequence[Part], rights: Sequence[Part]) -> Pair | None:
@@ -59,8 +66,11 @@ class Pair:
             return None
         left, right = lefts[0].form, rights[0].form
         if isinstance(left, Outer) and isinstance(right, Outer):
-            return cls(left, right) if left.is_transposed == right.is_transposed else None
-        return cls(left, right) if isinstance(left, Gather) and isinstance(right, Gather) else None
+            is_alike = left.is_transposed == right.is_transposed
+            return cls(left, right, left.cotangents, right.cotangents) if is_alike else None
+        if not (isinstance(left, Gather) and isinstance(right, Gather)):
+            return None
+        return cls(left, right, left.cotangents.unsqueeze(2), right.cotangents.unsqueeze(2))
 
     def at_one_position(self, dtype: torch.dtype) -> tuple[Hashable, Tensor] | None:
         """The places of both sides' cotangents, and the products of inputs ``[B₁, B₂]``.
@@ -68,7 +78,7 @@ class Pair:
         None if there are several positions or groups.
         """
         left, right = self.left, self.right
-        if any(seeds_of(form).shape[2:4] != (1, 1) for form in (left, right)):
+        if self.lefts.shape[2:4] != (1, 1) or self.rights.shape[2:4] != (1, 1):
             return None
         places = places_of(left.cotangents, right.cotangents)
         if isinstance(left, Outer) and isinstance(right, Outer):
@@ -89,8 +99,9 @@ class Pair:
 
     def is_cheaper_by_rows(self, axes: Axes, is_symmetric: bool) -> bool:
         """Is the route through rows cheaper, by multiplications and numbers written?"""
-        (first, groups, places, outs), ins = seeds_of(self.left).shape[1:], width(self.left)
-        second, _, others, _ = seeds_of(self.right).shape[1:]
+        _, first, groups, places, outs = self.lefts.shape
+        _, second, _, others, _ = self.rights.shape
+        ins = self.left.width if isinstance(self.left, Outer) else self.left.shape[0]
         pairs, seeds = first * second, axes.diagonal * axes.kept**2
         length = axes.traced * outs
         positions = groups * pairs * places * others * (ins + seeds * (length + MOVED))
@@ -98,16 +109,6 @@ class Pair:
         numbers = axes.diagonal * axes.kept * length * ins * groups
         rows = numbers * (sides + MOVED * (first + second)) + pairs * seeds * length * ins * groups
         return rows < positions
-
-
-def seeds_of(form: Positional) -> Tensor:
-    """The cotangents of a form, ``[K, B, g, T, O]``."""
-    return form.cotangents if isinstance(form, Outer) else form.cotangents.unsqueeze(2)
-
-
-def width(form: Positional) -> int:
-    """The number of inputs at a position; for a table, that of its rows."""
-    return form.width if isinstance(form, Outer) else form.shape[0]
 
 
 def places_of(left: Tensor, right: Tensor) -> Hashable:
@@ -118,10 +119,9 @@ def places_of(left: Tensor, right: Tensor) -> Hashable:
 
 def places_of_rows(lefts: Sequence[Part], rights: Sequence[Part]) -> Hashable:
     """The places of both sides' rows in memory; None if these are not rows of a whole parameter."""
-    both = [part.form for part in (*lefts, *rights) if not part.path]
-    if len(lefts) != 1 or len(rights) != 1 or len(both) != 2:
+    if len(lefts) != 1 or len(rights) != 1 or lefts[0].path or rights[0].path:
         return None
-    left, right = both
+    left, right = lefts[0].form, rights[0].form
     if isinstance(left, Rows) and isinstance(right, Rows):
         return places_of(left.products, right.products)
     return None

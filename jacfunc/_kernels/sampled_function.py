@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from jacfunc._modules import SAME_EACH_TIME
 from jacfunc._outputs import Asked, ChosenOutputs
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall
-from jacfunc._trees import Split, check_batch, is_batch, kinds_of, positional, sample_dims
+from jacfunc._trees import Split, check_batch, kinds_of, positional, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured, in_words_of
 
@@ -113,21 +113,20 @@ SamplesAt: TypeAlias = Callable[[tuple[Tree, ...]], KernelSamples]
 """Gives the samples of a batch, from the positional arguments of the function."""
 
 
-def side_of(api: str, name: str, x: Any, samples_at: SamplesAt) -> list[KernelSamples]:
-    """The samples of each batch of an argument.
+def sides_of(
+    api: str, sides: Mapping[str, Iterable[Any]], samples_at: SamplesAt
+) -> list[list[KernelSamples]]:
+    """The samples of the batches of each argument, by name.
 
     Raises:
-        ValueError: if it holds no batch.
+        ValueError: if there is no batch.
     """
-    side = [samples_at(positional(batch)) for batch in _batches(x)]
-    if not side:
-        raise ValueError(
-            f"{api}: {name} must hold at least one batch, got an iterable of none. Pass a batch, "
-            "or an iterable of batches that has not been used up."
-        )
-    return side
-
-
-def _batches(x: Any) -> Iterable[Any]:
-    """The batches of an argument: a tree is one batch, any other iterable holds several."""
-    return [x] if is_batch(x) else x
+    every = []
+    for name, batches in sides.items():
+        every.append([samples_at(positional(batch)) for batch in batches])
+        if not every[-1]:
+            raise ValueError(
+                f"{api}: {name} must hold at least one batch, got an iterable of none. Pass a "
+                "batch, or an iterable of batches that has not been used up."
+            )
+    return every

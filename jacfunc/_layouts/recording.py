@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -33,6 +33,11 @@ READING: frozenset[Callable[..., Any]] = frozenset(
     for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
 )
 """Reads of numbers by Python, which may choose by them what to do."""
+
+CHOOSING: frozenset[Callable[..., Any]] = frozenset([Tensor.__getitem__, Tensor.__setitem__])
+"""Operations that choose entries by numbers, which may be those in a tensor."""
+
+TELLING = MOVING | READING | CHOOSING
 
 
 class OperationRecorder(TorchFunctionMode):
@@ -82,31 +87,27 @@ class OperationRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._is_over:
             return func(*args, **kwargs)
-        number = len(self.operations)
-        self.operations.append(func)
-        self.operations += _plain_values((*args, *kwargs.values()))
-        if func in MOVING or _is_chosen_by_tensor(func, args):
-            self.moves_samples = True
-        elif func in READING:
-            self.reads_values = True
+        operations = self.operations
+        number = len(operations)
+        operations.append(func)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(value)
+            if kind in _PLAIN:
+                operations.append(value)
+            elif kind is not Tensor and isinstance(value, tuple | list):
+                operations += [item for item in value if type(item) in _PLAIN]
+        if func in TELLING:
+            self.reads_values |= func in READING
+            self.moves_samples |= func in MOVING or (
+                func in CHOOSING and _is_chosen_by_tensor(args)
+            )
         result = self.call(number, func, args, kwargs)
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
 
 
-def _plain_values(values: Iterable[Any]) -> Iterator[Any]:
-    """The numbers and words among values, and in tuples and lists of them."""
-    for value in values:
-        if type(value) in _PLAIN:
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from [item for item in value if type(item) in _PLAIN]
-
-
-def _is_chosen_by_tensor(func: Callable[..., Any], args: Args) -> bool:
+def _is_chosen_by_tensor(args: Args) -> bool:
     """Does a call choose entries of a tensor by the numbers in another one?"""
-    if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
-        return False
     items = args[1] if isinstance(args[1], tuple) else args[1:2]
     return any(isinstance(item, Tensor | list) for item in items)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from jacfunc._errors import check_uncompiled
 from jacfunc._faults import apart
 from jacfunc._lending.attributes import detached_copy
-from jacfunc._lending.constants import version_of
-from jacfunc._lending.originals import Originals
+from jacfunc._lending.loan import version_of
+from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import are_same
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.state import ModuleState
@@ -19,19 +19,6 @@ from jacfunc._lock import alone
 from jacfunc._torch import is_outermost, recording
 from jacfunc._trees import flatten
 from jacfunc._types import Tree, is_tensor
-
-
-def check_uncompiled(api: str) -> None:
-    """Refuse to lend a module where torch.compile traces, which can't see that it is given back.
-
-    Raises:
-        NotImplementedError: if it does.
-    """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{api}: a module must be differentiated outside of torch.compile, got a call inside. "
-            "Call it outside; jacfunc.compile makes it fast there."
-        )
 
 
 def check_outermost(api: str) -> None:
@@ -92,13 +79,14 @@ class CurrentState:
         answer is refused if these have changed.
         """
         state = self.now()
+        casting = Casting.now(tuple(state.params.values()))
         if copy:
-            return copied(state), detached_copy(data)
+            return replace(copied(state), casting=casting), detached_copy(data)
         of_module = (state.point, state.params, state.buffers, state.hidden)
         tensors = [x for named in of_module for x in named.values()]
         tensors += filter(is_tensor, flatten(data)[0])
         originals = Originals(state.snapshot, tensors)
-        return replace(state, originals=originals, origin=state, loans=[]), data
+        return replace(state, originals=originals, casting=casting, origin=state, loans=[]), data
 
 
 def copied(state: ModuleState) -> ModuleState:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from jacfunc._lending.attributes import tensors_in
-from jacfunc._lending.constants import versions_of
+from jacfunc._lending.loan import versions_of
 from jacfunc._lending.snapshot import Snapshot
+from jacfunc._torch import RandomState, makes_plain_tensors
 from jacfunc._types import Leaves
 
 
@@ -127,3 +129,39 @@ class Casting(NamedTuple):
 
 def _casting_on(device: str) -> tuple[str, bool, torch.dtype]:
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+class Revisits:
+    """A context for evaluations after the first: they see what it saw, and leave it as it was.
+
+    It is made after the first evaluation, which may have written into what the function closes
+    over, as batch normalization does.
+
+    Args:
+        api: the name of the public function, with which error messages begin.
+        func: the function that is evaluated.
+        primals: the leaves at which it is evaluated.
+        forget: drops graphs that are kept, as what they read was written into.
+    """
+
+    def __init__(self, api: str, func: object, primals: Leaves, forget: Callable[[], None]) -> None:
+        self._api, self._primals, self._forget = api, primals, forget
+        self._captured = Captured.of(func) if makes_plain_tensors() else Captured([])
+        self._casting = Casting.now(primals)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Random numbers that are drawn outside do not depend on evaluations inside.
+
+        Raises:
+            ValueError: if something that the function closes over has changed.
+        """
+        self._captured.check(self._api, "the function")
+        written = self._captured.versions()
+        drawing = nullcontext() if is_compiling() else RandomState(self._primals).kept()
+        try:
+            with drawing, self._casting.again():
+                yield
+        finally:
+            if self._captured.undone(written):
+                self._forget()

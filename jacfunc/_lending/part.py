@@ -16,12 +16,10 @@ from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in, re
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
-_REGISTRIES = tuple(
-    key
-    for key in vars(nn.Module())
-    if "_hooks" in key or key in ("_modules", "_non_persistent_buffers_set")
-)
+_OTHERS = ("_modules", "_non_persistent_buffers_set")
+_REGISTRIES = [key for key in vars(nn.Module()) if "_hooks" in key or key in _OTHERS]
 """Those among them that hold hooks, submodules and names."""
+_HOOKS = [key for key in _REGISTRIES if "hooks" in key]
 Attributes: TypeAlias = dict[str, Any]
 
 
@@ -46,6 +44,8 @@ class ModulePart:
     is_table: bool
     has_hooks: bool
     """Has it hooks, which run in a forward or a backward pass?"""
+    has_tensors: bool
+    """Is there anything to lend but empty dicts of parameters and buffers?"""
 
     @classmethod
     def of(cls, module: Any) -> ModulePart:
@@ -54,7 +54,9 @@ class ModulePart:
         own = {key: value for key, value in attributes.items() if key not in OF_EVERY_MODULE}
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
-        registries = [attributes[key] for key in _REGISTRIES if is_module and not is_scripted]
+        has_registries = is_module and not is_scripted
+        registries = [attributes[key] for key in _REGISTRIES] if has_registries else []
+        has_tensors = is_module and bool(plain or module._parameters or module._buffers)
         return cls(
             module,
             attributes.copy(),
@@ -67,7 +69,8 @@ class ModulePart:
             is_module,
             is_scripted,
             isinstance(module, _TABLES),
-            any("hooks" in key and attributes.get(key) for key in _REGISTRIES if is_module),
+            is_module and any(map(attributes.get, _HOOKS)),
+            has_tensors or isinstance(module, _TABLES) or is_scripted or not is_module,
         )
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
@@ -108,7 +111,8 @@ class ModulePart:
 
     def lend(self, new: dict[int, Any]) -> None:
         """Put tensors and containers in place; ``new`` has them by the identity of the old."""
-        params, buffers = _replaced(self.params, new), _replaced(self.buffers, new)
+        params = _replaced(self.params, new) if self.params else {}
+        buffers = _replaced(self.buffers, new) if self.buffers else {}
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return
@@ -120,13 +124,6 @@ class ModulePart:
             own.update({key: copy_with(value, new) for key, value in self.plain.items()})
         if self.is_table:
             own["sparse"] = False  # torch can't batch sparse gradients, and blocks are dense
-
-    def now(self) -> Attributes:
-        """The present attributes, for :meth:`give_back` to put in place again."""
-        if self.is_scripted:  # it has no dicts, but takes its tensors one by one
-            return {"params": dict(self.module._parameters), "buffers": dict(self.module._buffers)}
-        own: Attributes = vars(self.module)
-        return own.copy()
 
     def give_back(self, attributes: Attributes) -> None:
         """Put attributes in place; hooks and submodules become those of the beginning."""
@@ -150,10 +147,9 @@ class ModulePart:
 
     def _put_tensors(self, params: Mapping[str, Any], buffers: Mapping[str, Any]) -> None:
         """Put tensors into a scripted module, one by one."""
-        for key, tensor in params.items():
-            self.module._parameters[key] = tensor
-        for key, tensor in buffers.items():
-            self.module._buffers[key] = tensor
+        for table, new in (self.module._parameters, params), (self.module._buffers, buffers):
+            for key, tensor in new.items():
+                table[key] = tensor
 
     def tables_now(self) -> list[tuple[Any, Any]]:
         """The dict of attributes and the registries, each with a copy, for :func:`put_back`."""
@@ -186,8 +182,23 @@ def put_back(tables: list[tuple[Any, Any]]) -> None:
 
 
 def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
-    """The present attributes of each part."""
-    return [part.now() for part in parts]
+    """The present attributes of each part, for :func:`give_back` to put in place again."""
+    # no call for each: every call of a module asks several times
+    return [
+        # TorchScript has no dicts, but takes its tensors one by one
+        {"params": dict(part.module._parameters), "buffers": dict(part.module._buffers)}
+        if part.is_scripted
+        else vars(part.module).copy()
+        for part in parts
+    ]
+
+
+def put_registries_back(parts: Iterable[ModulePart]) -> None:
+    """Put the dicts of parameters and buffers of the beginning in place again."""
+    for part in parts:
+        if part.is_module:
+            own, first = vars(part.module), part.attributes
+            own["_parameters"], own["_buffers"] = first["_parameters"], first["_buffers"]
 
 
 def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> None:
@@ -199,7 +210,10 @@ def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> 
 def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
     """Put tensors and containers into all parts; ``new`` has them by the identity of the old."""
     for part in parts:
-        part.lend(new)
+        if part.has_tensors:
+            part.lend(new)
+        else:  # as that does, at less cost: most parts are so
+            vars(part.module).update(_parameters={}, _buffers={})
 
 
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
@@ -211,7 +225,7 @@ def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
 
 
 def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:
-    return {key: new.get(id(x), x) for key, x in tensors.items()} if tensors else {}
+    return {key: new.get(id(x), x) for key, x in tensors.items()}
 
 
 def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,7 +16,7 @@ from jacfunc._errors import Refused
 from jacfunc._faults import check_scripted
 from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
-from jacfunc._lending.originals import Originals
+from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.snapshot import Snapshot, Version, version_at
@@ -55,6 +55,8 @@ class ModuleState:
     """Does it keep copies of all values, so that the module may change meanwhile?"""
     originals: Originals | None = None
     """What must not change, where later answers use the module's own tensors."""
+    casting: Casting | None = None
+    """Where autocast was on, where answers come later; None where they come at once."""
     origin: ModuleState | None = None
     """The state that it was made from: what is known of the module is remembered of that one."""
     loans: list[Loan] = field(default_factory=list)
@@ -97,6 +99,8 @@ class ModuleState:
         """One object for all states that are made of the same objects, so far as these are seen."""
         if self.origin is not None:
             return self.origin.version
+        if not (self.beside or [part for part in self.parts.values() if part.is_scripted]):
+            return self.version_of_parts
         return version_at(self.module, self.point, self.parts.values(), self.beside)
 
     @cached_property
@@ -109,8 +113,7 @@ class ModuleState:
     @property
     def module(self) -> nn.Module:
         """The module itself."""
-        module: nn.Module = self.parts[""].module
-        return module
+        return self.parts[""].module  # type: ignore[no-any-return]
 
     @property
     def functions(self) -> list[Any]:
@@ -139,10 +142,13 @@ class ModuleState:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
     @contextmanager
-    def lent_for_call(self, api: str, chosen: Container[str] = ()) -> Iterator[None]:
+    def lent_for_call(
+        self, api: str, chosen: Collection[str] = (), is_current: bool = False
+    ) -> Iterator[None]:
         """Around all sweeps of a call: whatever they do to the module, afterwards it is as it was.
 
-        ``chosen`` are the names of parameters for which each evaluation gets other tensors.
+        Evaluations get other tensors for the parameters that are ``chosen``. It ``is_current`` if
+        the module was just seen to be in this state.
 
         Raises:
             RuntimeError: if an evaluation wrote into a parameter that was no copy.
@@ -150,8 +156,9 @@ class ModuleState:
         """
         if self.originals is not None and not self.loans:
             self.originals.check(api)
-        with self.snapshot.restored() if self.is_copy else nullcontext():
-            loan = self._loan(api, chosen)
+        casting = nullcontext() if self.casting is None else self.casting.again()
+        with casting, self.snapshot.restored() if self.is_copy else nullcontext():
+            loan = self._loan(api, chosen, is_current)
             self.loans.append(loan)
             try:
                 yield
@@ -163,13 +170,13 @@ class ModuleState:
                 loan.take_back()
             loan.watch.check(api)
 
-    def _loan(self, api: str, chosen: Container[str]) -> Loan:
-        params = self.params | self.hidden if self.hidden else self.params
-        if self.copies:
-            params = {name: self.copies[id(p)] for name, p in params.items()}
-        constants = {name: p for name, p in params.items() if name not in chosen}
+    def _loan(self, api: str, chosen: Collection[str], is_current: bool) -> Loan:
+        params, copies = self.params | self.hidden, self.copies
+        params = {name: copies[id(p)] for name, p in params.items()} if copies else params
+        constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
         watch, parts = self.constants.watch(params, constants), self.every_part
-        return Loan(api, parts, attributes_of(parts), watch)
+        before = None if is_current or self.snapshot.is_current() else attributes_of(parts)
+        return Loan(api, parts, before, watch, self.snapshot)
 
     @contextmanager
     def lent_for_evaluation(
@@ -202,7 +209,7 @@ class ModuleState:
         if loan.evaluation is not None:
             loan.take_back()
         copies = self.copies
-        others = {name: p for name, p in self.params.items() if name not in params} | self.hidden
+        others = {n: p for n, p in self.params.items() if n not in params} | self.hidden
         values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
         mode, aliases = self.module.training, loan.watch.aliases
         constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
@@ -212,17 +219,14 @@ class ModuleState:
         for name, param in others.items():
             new[id(param)] = constants[name]
         for param in (*self.params.values(), *self.hidden.values()):
-            if own := vars(param):  # what libraries keep beside a parameter
+            if own := vars(param):  # what libraries keep there
                 vars(new[id(param)]).update(own)
         loan.lend(EvaluationState(params.values(), arguments), new)
         return learn
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Has no tensor a class of its own, whose clone would be another where nobody sees it?
-
-        What containers among the attributes hold is not looked at.
-        """
+        """Has no tensor a class of its own? What containers among attributes hold is not seen."""
         tensors = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
         return are_plain(tensors) and not any(part.plain for part in self.every_part)
 

@@ -35,9 +35,10 @@ def chosen_leaves(leaves: Leaves, numbers: LeafNumbers) -> Leaves:
 def nonzero_numbers(cotangents: Leaves) -> LeafNumbers:
     """Numbers of the cotangents that are not zero everywhere.
 
-    The others are left out, as 0 · ∞ would spoil products. A single cotangent is not looked at.
+    The others are left out, as 0 · ∞ would spoil products. A single cotangent is not looked at, nor
+    are those of a compiler, which reads no numbers.
     """
-    if len(cotangents) == 1:
+    if len(cotangents) == 1 or torch.compiler.is_compiling():
         return EVERY
     return [number for number, seeds in enumerate(cotangents) if seeds.any()]
 

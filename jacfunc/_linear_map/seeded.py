@@ -64,6 +64,8 @@ class LinearMap:
 
 def is_followed(seeds: Leaves) -> bool:
     """May a transform, or plain autograd, differentiate by these seeds?"""
+    if torch.compiler.is_compiling():  # which differentiates what it has traced
+        return False
     if inside_transform():
         return True
     with untracked():  # a watch around a second derivative would take it for the function's own

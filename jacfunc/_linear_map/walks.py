@@ -158,18 +158,18 @@ class LeadsOut:
         return self.has_left
 
 
-def nodes_of_call(tensor: Tensor, ends: set[Any]) -> set[Any]:
-    """Nodes of the call that made a tensor: from below the tensor's own down to the ends.
+def nodes_of_call(last: Any, ends: set[Any]) -> set[Any]:
+    """Nodes of the call whose result came out of a node: from below that node down to the ends.
 
     The ends are copies made for the call, so whatever else went into it is older: the walk stops
     at older nodes.
     """
-    first = min(end._sequence_nr() for end in ends)
+    first = min([end._sequence_nr() for end in ends])
     nodes = set(ends)
-    pending: list[Any] = [tensor.grad_fn]
+    pending: list[Any] = [last]
     while pending:
-        below = [edge[0] for edge in pending.pop().next_functions]
-        new = [n for n in below if n is not None and n not in nodes and n._sequence_nr() > first]
-        nodes.update(new)
-        pending += new
+        for node, _ in pending.pop().next_functions:
+            if node is not None and node not in nodes and node._sequence_nr() > first:
+                nodes.add(node)
+                pending.append(node)
     return nodes

@@ -82,6 +82,11 @@ def check_loss(api: str, loss: object) -> None:
         )
 
 
+def is_of_torch(loss: Any) -> bool:
+    """Is it one of torch's own losses that are known here, which runs no code of the user's?"""
+    return TorchLoss.of(loss) is not None
+
+
 def known_formula(loss: Any, outputs: Any, targets: Any) -> MaybeKnown:
     """The second derivative of a loss; None if it is not known for the loss or its arguments."""
     known = TorchLoss.of(loss)

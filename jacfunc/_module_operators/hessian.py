@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jacfunc._calls import FlatCall
 from jacfunc._curvature import LossFunction
-from jacfunc._errors import ManyOutputs
+from jacfunc._errors import ManyOutputs, check_uncompiled
 from jacfunc._lending import Captured, Select
 from jacfunc._losses import check_loss
 from jacfunc._memory import Budget
@@ -76,6 +76,7 @@ def module_hessian(
     options = LossOptions.read(API, module, select, None, None, None, None, copy=copy)
 
     def hessian_of(*args: Tree, **kwargs: Any) -> HessianOperator:
+        check_uncompiled(API)
         if not is_outermost():
             raise NotImplementedError(
                 f"{API}: the graph of an evaluation must be kept, got a call inside a transform, "

@@ -9,6 +9,7 @@ from typing import Any, Unpack, overload
 from torch import nn
 
 from jacfunc._arguments import check_flags
+from jacfunc._errors import check_uncompiled
 from jacfunc._lending import Select
 from jacfunc._module_operators.evaluated import Evaluated, ModuleOperator
 from jacfunc._module_operators.over_batches import OverBatches
@@ -131,6 +132,7 @@ def module_operator(
     argnums = argnums_of(API, wrt)
 
     def operator_of(*args: Tree, **kwargs: Any) -> LinearOperator:
+        check_uncompiled(API)
         if not is_outermost():
             raise NotImplementedError(
                 f"{API}: the graph of an evaluation must be kept, got a call inside a transform, "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from threading import get_ident
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import check_outermost
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._lock import kept_property
+from jacfunc._losses import is_of_torch
 from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._modules.trials import IN_FRONT, OutputDims
+from jacfunc._modules.trials import BatchOutputs
 from jacfunc._samples import SampledCall
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
@@ -60,15 +62,17 @@ class BatchOptions(ModuleOptions):
         return self._at(arguments, None, is_kept, keeps_all)[0]
 
     def with_targets(
-        self, args: tuple[Tree, ...], kwargs: dict[str, Tree], is_kept: bool = False
+        self, args: tuple[Tree, ...], kwargs: dict[str, Tree], loss: Any, is_kept: bool = False
     ) -> tuple[ModuleAtBatch, Tree]:
-        """The call of all positional arguments but the last, and that one: the targets."""
+        """The call of all positional arguments but the last, and that one: targets of the loss."""
         if not args:
             raise TypeError(
                 f"{self.api}: the last positional argument must be the targets of the loss, got "
                 "none. Call it as (inputs, targets)."
             )
-        return self._at((args[:-1], kwargs), args[-1], is_kept, keeps_all=True)
+        at_batch, targets = self._at((args[:-1], kwargs), args[-1], is_kept, keeps_all=True)
+        at_batch.is_lent_once = is_of_torch(loss)
+        return at_batch, targets
 
     def _at(
         self, arguments: Arguments, targets: Tree, is_kept: bool, keeps_all: bool
@@ -95,25 +99,6 @@ class BatchOptions(ModuleOptions):
         return self.batching
 
 
-@dataclass(frozen=True)
-class BatchOutputs:
-    """What the module returned for all samples: leaves ``[B, *out]``, and how they are a tree."""
-
-    leaves: Leaves
-    extras: Leaves
-    call: FlatCall
-    dims: OutputDims = IN_FRONT
-
-    def tree(self, leaves: Leaves) -> Tree:
-        """What the module returns, with other leaves in it."""
-        return self.dims.as_returned(self.call.value(leaves, self.extras)[0])
-
-    @property
-    def are_in_front(self) -> bool:
-        """Does the module itself return the samples in front?"""
-        return self.dims == IN_FRONT
-
-
 @dataclass(eq=False)
 class ModuleAtBatch:
     """A module at its parameters and a batch.
@@ -122,6 +107,8 @@ class ModuleAtBatch:
         chunk_size: samples that are evaluated at once; None for all.
         random_state: as it was when the call began: every evaluation draws the same numbers.
         budget: of bytes, by which fewer samples may be evaluated at once.
+        is_lent_once: may the module be lent once for a whole answer? Not if a user's loss runs in
+            between, which may look at the module.
     """
 
     call: ModuleCall
@@ -131,6 +118,9 @@ class ModuleAtBatch:
     budget: Budget
     last_call: FlatCall = field(init=False)
     """The call of a sample that was evaluated last: it has the trees of the output."""
+    is_lent_once: bool = True
+    _thread: int | None = None
+    """The thread for which it is undisturbed."""
 
     def __repr__(self) -> str:
         numbers = sum(param.numel() for param in self.params.values())
@@ -155,9 +145,18 @@ class ModuleAtBatch:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Around evaluations and pullbacks: nothing outside is changed, all draw the same."""
-        with self.call.undisturbed():
+        is_inside = self._thread == get_ident()
+        with nullcontext() if is_inside else self.call.undisturbed():
+            self._thread = get_ident()
             self.random_state.repeat()
-            yield
+            try:
+                yield
+            finally:
+                self._thread = get_ident() if is_inside else None
+
+    def as_one(self) -> AbstractContextManager[None]:
+        """Around all evaluations and pullbacks of an answer, for which the module is lent once."""
+        return self.undisturbed() if self.is_lent_once else nullcontext()
 
     def pieces(
         self, work: Callable[[slice, FactoredJacobian], Leaves], result: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jacfunc._assembly import Sink
+from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
 from jacfunc._log import note
@@ -54,6 +55,8 @@ class SampledJacobian:
 
     batch: SampledCall
     sink: Sink = field(default_factory=Sink)
+    is_swept_at_once: bool = field(default=False, init=False)
+    """Was the last result swept at once, from the batch as a whole, by a plan that stays?"""
 
     def by(self, strategy: Strategy) -> Evaluation:
         """The Jacobian by a strategy; each leaf has the batch in front.
@@ -123,13 +126,17 @@ class SampledJacobian:
 
         first = FirstSamples(batch.call_of, samples, random_state)
         chunks = first_again(each(), size, one.outputs_in, first.output)
-        return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
+        leaves = self.sink.samples(chunks, size, one.grid)
+        self.is_swept_at_once = size == 1 and _pulls_all_rows(strategy, one.call)
+        return SampleBlocks(leaves, size, one)
 
     def _written(self, chunk: Chunk, rows: Chunk) -> SampleBlocks:
         """Blocks of evaluated batches, a chunk of samples at a time, written where they belong."""
         one = OneSample(self.batch.api, self.batch.call_of)
         writer = SampleWriter(self.batch, self.sink, one)
-        return SampleBlocks(writer.leaves(chunk, rows), self.batch.size, one)
+        leaves = writer.leaves(chunk, rows)
+        self.is_swept_at_once = writer.has_blocks and chunk is None
+        return SampleBlocks(leaves, self.batch.size, one)
 
     def _planned(self, strategy: Auto | Autotune) -> SampleBlocks:
         """Blocks by the plan for calls of this kind; one by one where no plan runs."""
@@ -139,6 +146,7 @@ class SampledJacobian:
         def run(plan: Plan, chunk: Chunk) -> SampleBlocks:
             random_state.repeat()  # what was tried before has drawn
             result = self._refusable(plan.strategy, chunk)
+            self.is_swept_at_once &= plan.timing.left == 0 and plan.timing.before is None
             note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
             return result
 
@@ -194,6 +202,16 @@ class SampledJacobian:
         if isinstance(strategy, Structured):
             return True
         return isinstance(strategy, Reverse) and self.batch.differentiates_inputs_alone
+
+
+def _pulls_all_rows(strategy: Strategy, call: FlatCall) -> bool:
+    """Are all rows of a call pulled back at once, by this strategy or by its plan, which stays?"""
+    if isinstance(strategy, Auto):
+        planned = recall(strategy, call.call_kind)
+        if planned is None or planned[0].timing.left or planned[0].timing.before is not None:
+            return False
+        strategy = planned[0].strategy
+    return isinstance(strategy, Reverse) and strategy.chunk_size is None
 
 
 def _is_share(chunk: Chunk) -> bool:

@@ -44,6 +44,11 @@ class KnownCalls:
         """Is the last call the first, the second, the fourth, the eighth, …?"""
         return self.count & (self.count - 1) == 0
 
+    @property
+    def is_next_due(self) -> bool:
+        """Is the next call one of these?"""
+        return self.count & (self.count + 1) == 0
+
 
 @dataclass(frozen=True)
 class Independence:
@@ -86,6 +91,14 @@ class Independence:
         compare = self._comparison(api, subject_of)
         kind = _with_hooks(kind)
         self._refuse(api, self._what_changes(lambda: _kinds_of_state(state), kind, compare))
+
+    def known_at_next(self, state: ModuleState, kind: Hashable) -> KnownCalls | None:
+        """What is known of the calls of a kind; None where batches are compared at the next one."""
+        if self.independent is True:
+            return KnownCalls()
+        calls = _kinds_of_state(state).get(_with_hooks(kind))
+        is_always = self.independent == "always" or (self.by_rows and calls and calls.is_large)
+        return None if calls is None or calls.is_next_due or is_always else calls
 
     def check_evaluation(
         self,

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
+from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.independence import Independence
-from jacfunc._modules.inputs import POSITIONS
-from jacfunc._modules.options import Batching
+from jacfunc._modules.independence import Independence, KnownCalls
+from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
+from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._planning import Auto
-from jacfunc._remembered import Remembered
-from jacfunc._torch import is_outermost
-from jacfunc._trees import flatten
-from jacfunc._types import Tree, is_tensor
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered
+from jacfunc._samples import SettledBatch
+from jacfunc._torch import is_outermost, is_undisturbed
+from jacfunc._trees import Arguments, flatten, kind_of
+from jacfunc._types import Argnums, Tree, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
 FEWEST = 16
@@ -49,10 +52,84 @@ class ModuleResult(NamedTuple):
     buffers: dict[str, Tensor]
 
 
+class SettledCalls:
+    """What the calls of one door have settled, by the kind of their only argument.
+
+    They differentiate each sample by that argument alone, and return one new tensor.
+    """
+
+    def __init__(self, independence: Independence) -> None:
+        self._independence = independence
+        self._by_kind = Recent[SettledBatch](MOST_KINDS)
+
+    @classmethod
+    def of(cls, options: ModuleOptions, argnums: Argnums, beside: Sequence[Any]) -> Self | None:
+        """Those of a door; None where its results are others, as options ``beside`` these say."""
+        others = options.outputs, options.memory, options.chunk_size, *beside
+        if any(x is not None and x is not False for x in others):
+            return None
+        if argnums != POSITIONS["inputs"] or options.batching != Batching():
+            return None
+        return cls(options.independence)
+
+    def jacobian(self, state: ModuleState, arguments: Arguments) -> Tensor | None:
+        """The Jacobian of a call, where one of its kind has settled all but the numbers."""
+        args, kwargs = arguments
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+            return None
+        x, independence = args[0], self._independence
+        settled = self._by_kind.get(kind_of(x))
+        if settled is None or settled.state is not state or not is_undisturbed():
+            return None
+        alone = KnownCalls() if settled.is_alone else None  # with which nothing is compared
+        calls = alone or independence.known_at_next(state, settled.kind)
+        if calls is None or settled.is_over:
+            return None
+        known = settled.learned if independence.independent is True else calls
+        rows = settled.jacobian(x, known.signatures)
+        if rows is not None:
+            calls.count += 1
+        return rows
+
+    def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
+        """Keep what a call has shown for later ones of its kind, if these need nothing else."""
+        args, kwargs = call.arguments
+        if kwargs or len(args) != 1 or not sampled.is_swept_at_once:
+            return
+        before = self._by_kind.get(kind_of(args[0]))
+        if before is not None and before.state is call.state and before.is_over:
+            return
+        output, _ = result.value_and_aux()
+        if settled := SettledBatch.of(sampled.batch, call.state, result.call, output):
+            self._by_kind.put(kind_of(args[0]), settled)
+
+
+def call_of(
+    options: ModuleOptions,
+    argnums: Argnums,
+    inputs: Key | Sequence[Key] | None,
+    with_buffers: bool,
+    create_graph: bool,
+    state: ModuleState,
+    arguments: Arguments,
+) -> ModuleCall:
+    """One call, by what the user has said about all calls."""
+    choice = InputChoice.of(options.api, state.module, inputs, arguments)
+    rest = with_buffers, create_graph, options.independence, options.outputs
+    return ModuleCall(options.api, state, arguments, argnums, choice, *rest)
+
+
 def jacobian_of(
-    call: ModuleCall, strategy: Strategy, sink: Sink, batching: Batching | None
+    call: ModuleCall,
+    strategy: Strategy,
+    sink: Sink,
+    batching: Batching | None,
+    settled: SettledCalls | None = None,
 ) -> Evaluation:
-    """The Jacobian of every sample of a call; of the call as a whole, without ``batching``."""
+    """The Jacobian of every sample of a call; of the call as a whole, without ``batching``.
+
+    What it has ``settled`` for later calls is kept there.
+    """
     if batching is None and (by_sample := by_samples(call, strategy, sink)):
         return by_sample
     call = call.with_samples(batching, keeps_all=call.with_buffers)
@@ -62,7 +139,11 @@ def jacobian_of(
     batch = call.batch(batching)
     with call.undisturbed():
         call.check_independent(batch)
-        return SampledJacobian(batch, sink).by(strategy)
+        sampled = SampledJacobian(batch, sink)
+        result = sampled.by(strategy)
+    if settled is not None:
+        settled.learn(call, sampled, result)
+    return result
 
 
 def packed(evaluation: Evaluation, flat: bool, full_output: bool) -> Tree:

@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from jacfunc._arguments import check_flags
 from jacfunc._assembly import read_by, sink_for
 from jacfunc._calls import warn_if_followed
-from jacfunc._lending import CurrentState, Select, check_uncompiled
+from jacfunc._errors import check_uncompiled
+from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
-from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independent
-from jacfunc._modules.independent import ModuleResult, jacobian_of, packed
-from jacfunc._modules.inputs import POSITIONS, InputChoice, Key, Wrt, argnums_of
+from jacfunc._modules.independent import (
+    ModuleResult,
+    SettledCalls,
+    call_of,
+    jacobian_of,
+    packed,
+)
+from jacfunc._modules.inputs import Key, Wrt, argnums_of
 from jacfunc._modules.options import ModuleOptions, RowOptions, batching_of, check_module
 from jacfunc._outputs import Outputs
-from jacfunc._planning import resolve
+from jacfunc._planning import compilable, resolve
 from jacfunc._showing import named
 from jacfunc._types import Memory, Randomness, Tree
 from jacfunc.strategies import Strategy
@@ -67,6 +73,7 @@ def module_jacobian(
     full_output: bool = False,
     **options: Unpack[JacobianOptions],
 ) -> Callable[..., Tree]: ...
+@compilable
 def module_jacobian(
     module: nn.Module,
     wrt: Wrt | tuple[Wrt, ...] = "params",
@@ -192,7 +199,9 @@ def module_jacobian(
     choices = API, module, select, batching, chunk_size, memory, independent
     options = ModuleOptions.read(*choices, outputs=outputs)
     argnums, chosen = argnums_of(API, wrt), resolve(API, strategy, chunk_size, memory)
-    by_inputs = argnums != POSITIONS["params"]
+    called = partial(call_of, options, argnums, inputs, full_output, create_graph)
+    beside = inputs, dtype, device, out, flat, full_output, create_graph
+    settled = SettledCalls.of(options, argnums, beside)
 
     def module_jacobian_of(*args: Tree, **kwargs: Any) -> Tree:
         check_uncompiled(API)
@@ -200,13 +209,11 @@ def module_jacobian(
         with alone():
             state = options.current.now()
             if not create_graph:
-                warn_if_followed(API, module, state.point, arguments, by_inputs)
+                warn_if_followed(API, module, state.point, arguments, wrt != "params")
+            if settled and (rows := settled.jacobian(state, arguments)) is not None:
+                return rows
             sink = sink_for(API, out, flat, dtype, device, partial(read_by, module, arguments))
-            call = ModuleCall(
-                *(API, state, arguments, argnums, InputChoice.of(API, module, inputs, arguments)),
-                *(full_output, create_graph, options.independence, options.outputs),
-            )
-            result = jacobian_of(call, chosen, sink, batching)
+            result = jacobian_of(called(state, arguments), chosen, sink, batching, settled)
         return packed(result, flat, full_output)
 
     return named("module_jacobian", module, module_jacobian_of)
@@ -231,6 +238,7 @@ def param_slices(module: nn.Module, select: Select = None) -> dict[str, slice]:
         >>> jacfunc.param_slices(torch.nn.Linear(3, 2))
         {'weight': slice(0, 6, None), 'bias': slice(6, 8, None)}
     """
+    check_uncompiled("param_slices", "Call it before.")
     check_module("param_slices", module)
     slices, start = {}, 0
     for name, param in CurrentState("param_slices", module, select).now().point.items():

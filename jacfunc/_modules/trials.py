@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from jacfunc._calls import FlatCall
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Dims, Samples, one_sample
 from jacfunc._remembered import Remembered
@@ -55,6 +56,25 @@ class OutputDims:
 
 
 IN_FRONT = OutputDims()
+
+
+@dataclass(frozen=True)
+class BatchOutputs:
+    """What the module returned for all samples: leaves ``[B, *out]``, and how they are a tree."""
+
+    leaves: Leaves
+    extras: Leaves
+    call: FlatCall
+    dims: OutputDims = IN_FRONT
+
+    def tree(self, leaves: Leaves) -> Tree:
+        """What the module returns, with other leaves in it."""
+        return self.dims.as_returned(self.call.value(leaves, self.extras)[0])
+
+    @property
+    def are_in_front(self) -> bool:
+        """Does the module itself return the samples in front?"""
+        return self.dims == IN_FRONT
 
 
 def of_one(api: str, output: Tree) -> Tree:

@@ -4,7 +4,7 @@ import jacfunc._planning.old_pickles  # it names modules that are no more, for p
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
 from jacfunc._planning.budget import BUDGET_SHARE, bounded
-from jacfunc._planning.by_name import directed, resolve, resolve_second
+from jacfunc._planning.by_name import compilable, directed, resolve, resolve_second
 from jacfunc._planning.choice import SampledWays
 from jacfunc._planning.plan import UNMAPPED, Plan, attempt
 from jacfunc._planning.recall import by_memory, recall, remember

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from jacfunc._arguments import check_chunk_size, check_memory
 from jacfunc._planning.auto import Auto
 from jacfunc._planning.autotune import Autotune
-from jacfunc._planning.plan import Direction, check_strategy
+from jacfunc._planning.plan import DerivativeCompiler, Direction, Plan, check_strategy
 from jacfunc._types import Memory
 from jacfunc.strategies import (
     Forward,
@@ -18,6 +21,7 @@ from jacfunc.strategies import (
     Structured,
 )
 
+DoorT = TypeVar("DoorT", bound=Callable[..., Any])
 NAMES = ("auto", "autotune", "reverse", "forward", "looped", "structured")
 OVER_REVERSE = {f"{name}-over-reverse": name for name in ("reverse", "forward", "looped")}
 REVERSE_OVER_FORWARD = "reverse-over-forward"
@@ -37,6 +41,12 @@ def resolve(
         check_name(api, strategy, NAMES)
         return _named(api, strategy, chunk_size, budget)
     check_strategy(api, strategy)
+    if (compiler := compiler_of(strategy)) is not None:
+        raise ValueError(
+            f"{api}: strategy must be a plan that is not compiled, got one that is, by "
+            f"{compiler.backend!r}. Compile a function that calls {api}: "
+            "jacfunc.compile(lambda x: …)."
+        )
     for option, value in (("chunk_size", chunk_size), ("memory", memory)):
         if value is not None:
             raise ValueError(
@@ -44,6 +54,25 @@ def resolve(
                 f"{strategy!r}. Give it to the object, or name the strategy."
             )
     return strategy
+
+
+def compiler_of(strategy: object) -> DerivativeCompiler | None:
+    """What compiles derivatives for a strategy, if it is a compiled plan."""
+    return strategy.compiler if isinstance(strategy, Plan) else None
+
+
+def compilable(door: DoorT) -> DoorT:
+    """A door whose derivatives are compiled where its strategy is a compiled plan."""
+
+    @wraps(door)
+    def opened(*args: Any, **options: Any) -> Any:
+        strategy: Any = options.get("strategy")
+        compiler = compiler_of(strategy)
+        if compiler is None:
+            return door(*args, **options)
+        return compiler(door(*args, **{**options, "strategy": replace(strategy, compiler=None)}))
+
+    return cast(DoorT, opened)
 
 
 def resolve_second(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from jacfunc._assembly import numel
 from jacfunc._forecasting import Costs
 from jacfunc._linear_map import JacobianOperator
@@ -44,10 +46,14 @@ class SampledWays:
 def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Plan:
     """The plan where nothing can be forecast: by the numbers of inputs and outputs."""
     rows, columns = numel(operator.outputs), numel(operator.primals)
-    pushes = rows > FORWARD_FROM_RATIO * columns
-    chosen = next((d for d in directions if d.sweeps.are_pushes == pushes), directions[0])
+    are_many = rows > FORWARD_FROM_RATIO * columns
+    pushing = [direction for direction in directions if direction.sweeps.are_pushes]
+    pulling = [direction for direction in directions if not direction.sweeps.are_pushes]
+    first, *others = [*pushing, *pulling] if are_many else [*pulling, *pushing]
+    if torch.compiler.is_compiling():  # words for sizes that it leaves open would fix them
+        return Plan(first, "by sizes alone", None, tuple(others))
     reason = f"by sizes alone: {rows} outputs, {columns} inputs"
-    return Plan(chosen, reason, None, alternatives(chosen, directions, rows, columns))
+    return Plan(first, reason, None, alternatives(first, directions, rows, columns))
 
 
 def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jacfunc._assembly import Sink, numel
 from jacfunc._errors import Refused
-from jacfunc._forecasting import Forecast
+from jacfunc._forecasting import Compilation, Forecast, price_in_words
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._log import is_heard, note
 from jacfunc._memory import MODEST_BYTES, Chunk
@@ -65,11 +65,34 @@ def check_strategy(api: str, strategy: object) -> None:
         )
 
 
+class CompiledDerivative(Protocol):
+    """A derivative that was compiled."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the derivative returns."""
+
+    @property
+    def compilations(self) -> tuple[Compilation, ...]:
+        """What each kind of call has cost, the latest kind first."""
+
+
+class DerivativeCompiler(Protocol):
+    """Compiles derivatives by a backend."""
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+
+    def __call__(self, derivative: Callable[..., Any], /) -> CompiledDerivative:
+        """The derivative, compiled."""
+
+
 @dataclass(frozen=True, repr=False)
 class Plan(Streaming):
     """A chosen strategy, with the reason; it is a strategy itself, so that it can be used again.
 
-    It prints as a few lines, in a notebook as a table.
+    It prints as a few lines, in a notebook as a table. ``jacfunc.compile(plan)`` is a plan whose
+    derivatives are compiled.
 
     Args:
         strategy: what runs.
@@ -79,6 +102,7 @@ class Plan(Streaming):
         forecast: calls, FLOPs and bytes, where they were asked for.
         second: the plan of another kind that has the next best forecast.
         timing: how long it took in the calls for which it was remembered.
+        compiler: what compiles the derivative for which the plan is used; None if nothing does.
 
     Raises:
         TypeError: for a strategy that is none.
@@ -100,6 +124,7 @@ class Plan(Streaming):
     forecast: Forecast | None = None
     second: Plan | None = field(default=None, repr=False, compare=False)
     timing: Timing = field(default=Timing(), repr=False, compare=False)
+    compiler: DerivativeCompiler | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.otherwise, tuple):
@@ -131,6 +156,12 @@ class Plan(Streaming):
             yield "peak", in_bytes(cost.peak_bytes)
         if self.seconds is not None:
             yield "time", in_seconds(self.seconds)
+        if self.compiler is not None:
+            yield "compiled", f"by {self.compiler.backend!r}"
+        if cost is not None and cost.compilation is not None:
+            call, build, calls = price_in_words(cost.compilation)
+            yield "a compiled call", f"{call}, {build} before the first"
+            yield "repaid after", calls
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the first strategy that torch does not refuse."""

@@ -17,8 +17,7 @@ from jacfunc._linear_map import Samples, check_agreement, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
-from jacfunc._samples.each import EachSample
-from jacfunc._samples.one import OneSample
+from jacfunc._samples.one import EachSample, OneSample
 from jacfunc._samples.whole import Evaluated, WholeBatches, WholeCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves

@@ -30,6 +30,10 @@ COARSE = 0.1
 BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
 """Operations, by parts of their names, after which sums may have another order of terms."""
 
+BY_GROUPS = "grouped_mm", "segment_reduce"
+"""Operations on groups of rows, of sizes that are numbers in a tensor; a kernel takes each group in
+other blocks where it is larger."""
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -196,16 +200,18 @@ class _Comparison:
         """May a difference of the last bits be rounding?
 
         It may where two evaluations of one batch differ, as on accelerators; where the other batch
-        meets other operations or shapes, as mixtures of experts do; and in sums over samples whose
-        order is that of indices.
+        meets other operations or shapes, or other groups, as mixtures of experts do; and in sums
+        over samples whose order is that of indices.
         """
         if not one.agrees_roughly(two):
             return False
         if not one.is_same_as(again):
             return True
         operations = self._operations(self.subject)
-        is_sorted = any(name in str(func) for func, _ in operations for name in BY_INDEX)
-        return (one.is_sum and is_sorted) or operations != self._operations(other)
+        may_differ = BY_GROUPS + BY_INDEX if one.is_sum else BY_GROUPS
+        if any(name in str(func) for func, _ in operations for name in may_differ):
+            return True
+        return operations != self._operations(other)
 
     def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:
         recorder = OperationsCalled()

@@ -35,6 +35,8 @@ class SampleWriter:
     one: OneSample
     places: Leaves | None = None
     most_swept: int = MOST_SWEPT_BYTES
+    has_blocks: bool = False
+    """Were the products of one sweep an output leaf the blocks themselves?"""
 
     def leaves(self, samples: Chunk, rows: Chunk) -> Leaves:
         """Blocks ``[B, *out, *in]``, outputs and extras of all samples, one after the other."""
@@ -44,7 +46,8 @@ class SampleWriter:
             factors, call = self.batch.factors(start, stop)
             self.one.take_call(call, factors.sample_outputs, factors.params)
             beside = (*factors.outputs, *factors.extras)
-            if factors.carries_graph:
+            self.has_blocks = self._are_blocks(factors, rows)
+            if factors.carries_graph or self.has_blocks:
                 return (*self._blocks(factors), *beside)
             self._write(factors, start, total, rows)
             return beside
@@ -62,18 +65,34 @@ class SampleWriter:
         return leaves if self.places is None else (*self.places, *leaves)
 
     def _blocks(self, factors: FactoredJacobian) -> Leaves:
-        """Blocks as new tensors, which carry a graph."""
+        """Blocks as new tensors, each of one sweep."""
         return tuple(
             block.unflatten(1, out.shape) if out.dim() else block.squeeze(1)
             for number, out in enumerate(factors.sample_outputs)
             for block in factors.rows(0, out.numel(), number)
         )
 
+    def _are_blocks(self, factors: FactoredJacobian, chunk: Chunk) -> bool:
+        """Are products of one sweep an output leaf the blocks themselves, with nothing to write?"""
+        grid, size = self.one.grid(), factors.size
+        if self.sink.copies or size != self.batch.size or not factors.is_direct:
+            return False
+        if any(x.dtype != grid.dtype for x in (*factors.outputs, *factors.params)):
+            return False
+        return all(self._at_once(factors, rows, chunk) == rows for rows in grid.rows)
+
+    def _at_once(self, factors: FactoredJacobian, rows: int, chunk: Chunk) -> Chunk:
+        """How many of so many rows are swept at once, by default within limits."""
+        if chunk:
+            return chunk
+        grid = self.one.grid()
+        result = self.batch.size * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
+        most = min(max(result // SWEPT_SHARE, LEAST_SWEPT_BYTES), self.most_swept)
+        return evenly(rows, factors.nbytes, most)
+
     def _write(self, factors: FactoredJacobian, start: int, total: int, chunk: Chunk) -> None:
         """Write the blocks of samples, of which the first has the number ``start``."""
         grid = self.one.grid()
-        result = total * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
-        at_once = min(max(result // SWEPT_SHARE, LEAST_SWEPT_BYTES), self.most_swept)
         samples = slice(start, start + factors.size)
         for number, rows in enumerate(grid.rows):
 
@@ -86,7 +105,7 @@ class SampleWriter:
                 factors.write(parts, blocks)
                 return ()
 
-            for _ in in_chunks(rows, chunk or evenly(rows, factors.nbytes, at_once), fill):
+            for _ in in_chunks(rows, self._at_once(factors, rows, chunk), fill):
                 pass
 
     def _places(self, factors: FactoredJacobian, number: int, total: int) -> Leaves:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_flags
+from jacfunc._errors import check_uncompiled
 from jacfunc._solving.solvers import Solver
 
 Side: TypeAlias = Literal["auto", "rows", "columns", "both"]
@@ -61,7 +62,8 @@ def side_of(
 
 
 def check_options(api: str, side: str, damping: Any, center: object, solver: object) -> None:
-    """Refuse options of a solve that mean nothing."""
+    """Refuse options of a solve that mean nothing, and a solve whose numbers can't be looked at."""
+    check_uncompiled(api)
     check_flags(api, center=center)
     if center and side == "both":
         raise ValueError(

@@ -3,7 +3,15 @@
 from jacfunc._torch.attention import MathAttention
 from jacfunc._torch.autograd import off_graph, recording, run_backward, tracked, untracked
 from jacfunc._torch.compiled import Graphs, as_written, run_as_written, uncompiled
-from jacfunc._torch.derivatives import constant, has_tangent, is_differentiated, is_tracked
+from jacfunc._torch.derivatives import (
+    constant,
+    has_tangent,
+    is_differentiated,
+    is_second_order_forward,
+    is_third_order,
+    is_tracked,
+    num_derivatives,
+)
 from jacfunc._torch.entering import at_forward_level, at_reverse_level
 from jacfunc._torch.levels import (
     below_transforms,
@@ -24,9 +32,8 @@ from jacfunc._torch.levels import (
     num_vmap_levels,
     outside_transforms,
 )
-from jacfunc._torch.orders import is_second_order_forward, is_third_order, num_derivatives
 from jacfunc._torch.pullback import Pull, innermost_level, is_right_twice
-from jacfunc._torch.random import DRAWING, RandomState, may_draw, noise_like
+from jacfunc._torch.random import DRAWING, RandomState, fixed, may_draw, noise_like
 from jacfunc._torch.vmap import (
     batched,
     below_vmap,

@@ -23,6 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from jacfunc._torch.inductor import by_inductor
 from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
@@ -216,10 +217,7 @@ class Graphs:
     tracer: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
     """What looks at all that is called, for torch.compile; None as a rule."""
 
-    @staticmethod
-    def by_inductor(graph: GraphModule, leaves: Leaves) -> Callable[..., Any]:
-        """The graph compiled by Inductor; what it returns takes the leaves."""
-        return cast("Callable[..., Any]", torch._inductor.compile(graph, list(leaves)))
+    by_inductor = staticmethod(by_inductor)
 
     @staticmethod
     def package_of(graph: GraphModule, leaves: Leaves, path: str) -> Callable[..., Any]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from jacfunc._errors import RANDOM, Refused
+from jacfunc._torch.levels import is_traced, outside_transforms
 from jacfunc._types import Leaves
 
+ResultT = TypeVar("ResultT")
 GeneratorState: TypeAlias = tuple[torch.Tensor, ...]
 
 # A thread that reads the state holds the generator while Python may run another thread, as in a
@@ -60,6 +63,19 @@ def noise_like(leaves: Leaves, seed: int = 0) -> Leaves:
     generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(x.shape, generator=generator, device="cpu") for x in leaves]
     return tuple(x.to(like.device, like.dtype) for x, like in zip(noise, leaves, strict=True))
+
+
+def fixed(make: Callable[[], ResultT]) -> ResultT:
+    """What ``make`` returns, whose tensors are the same each time: constants of a trace around.
+
+    So is what is drawn from a generator that was seeded for it, or computed from shapes.
+    """
+    if not is_traced():
+        return make()
+    with outside_transforms():
+        made = make()
+    result: ResultT = tree_map_only(torch.Tensor, torch.ops.aten.lift_fresh_copy, made)
+    return result
 
 
 class RandomState:

@@ -164,10 +164,10 @@ def _sweep_batch_traceably(
 ) -> tuple[Leaves, Leaves]:
     """:func:`sweep_batch` by torch.vmap itself, which the compiler can trace."""
     in_dims: Any = (tuple(dims),)
-    out_dims: Any = (0, None)
-    batched: Any = torch.vmap(sweep, in_dims=in_dims, out_dims=out_dims, randomness=randomness)
+    batched: Any = torch.vmap(sweep, in_dims=in_dims, randomness=randomness)
+    # all comes back with K in front: torch.vmap refuses what a vmap outside batches otherwise
     products, rest = batched(seeds)
-    return products, rest
+    return products, tuple([x[0] for x in rest])
 
 
 def _is_batched(tensor: Tensor, level: int) -> bool:

@@ -124,7 +124,7 @@ class Convolution(Outer):
         step = max(1, at_once // (block.element_size() * (unfolded + block[0].numel())))
         for start in range(0, len(block), step):
             samples = slice(start, start + step)
-            block[samples].copy_(self.of_samples(samples).rows())
+            super(Convolution, self.of_samples(samples)).write(block[samples])
 
     def of_samples(self, samples: slice, seeds: slice = EVERY) -> Convolution:
         """The form of some of the samples and cotangents, with nothing unfolded yet."""

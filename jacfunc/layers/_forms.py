@@ -171,18 +171,32 @@ class Rows:
 def _write_products(left: Tensor, right: Tensor, place: Tensor) -> None:
     """``place[b, k] = left[k, b] @ right[b]``.
 
-    A batched product needs a contiguous result, and the place need not be contiguous. So the
-    products are made in a buffer, for few samples at a time, and copied while in the caches.
+    A batched product needs a contiguous result. Where the place is not contiguous, or of another
+    dtype, products are made in a buffer, and copied while in the caches. In both cases few samples
+    are taken at a time.
     """
-    size, shape = len(right), place.shape[2:]
-    nbytes = size * shape.numel() * right.element_size()
+    is_direct = place.dtype == right.dtype and place.is_contiguous()
+    numel = left[:, 0].numel() if is_direct else place.shape[2:].numel()
+    size, nbytes = len(right), len(right) * numel * right.element_size()
     step = size if right.is_cuda else -(-size // max(1, round(nbytes / CACHED)))
-    products = right.new_empty((step, *shape))
-    for start in range(0, size, step):
-        samples = slice(start, start + step)
-        factors, inputs = left[:, samples], right[samples]
-        for k, factor in enumerate(factors):
+    every = [slice(start, start + step) for start in range(0, size, step)]
+    if is_direct:
+        matrices = place.flatten(1, 2)
+        for samples in every:
+            torch.bmm(_side_by_side(left[:, samples]), right[samples], out=matrices[samples])
+        return
+    products = right.new_empty((step, *place.shape[2:]))
+    for samples in every:
+        inputs = right[samples]
+        for k, factor in enumerate(left[:, samples]):
             place[samples, k] = torch.bmm(factor, inputs, out=products[: len(inputs)])
+
+
+def _side_by_side(left: Tensor) -> Tensor:
+    """The K matrices of each sample as one: ``[K, B, O, T]`` to ``[B, K · O, T]``."""
+    if left.stride(-1) == 1:
+        return left.transpose(0, 1).flatten(1, 2)
+    return left.permute(1, 3, 0, 2).flatten(2).mT
 
 
 def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:

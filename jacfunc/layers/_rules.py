@@ -42,9 +42,12 @@ class Rule:
         if self.rest is not None:
             count = list(self.defaults).index(self.rest)
             args = *args[:count], args[count:]
-        if len(args) > len(self.defaults) or not kwargs.keys() <= self.defaults.keys():
+        if len(args) > len(self.defaults) or (kwargs and not kwargs.keys() <= self.defaults.keys()):
             return None
-        return {**self.defaults, **dict(zip(self.defaults, args, strict=False)), **kwargs}
+        named = dict(self.defaults)
+        named.update(zip(self.defaults, args, strict=False))
+        named.update(kwargs)
+        return named
 
 
 @dataclass(frozen=True)

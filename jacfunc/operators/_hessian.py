@@ -9,15 +9,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import sweep
 from jacfunc._calls import at_all
-from jacfunc._lending import Captured
+from jacfunc._lending import Revisits
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
 from jacfunc._planning import HESSIAN_PRODUCT, Plan, attempt
-from jacfunc._torch import RandomState, makes_plain_tensors
 from jacfunc._trees import map_tensors
 from jacfunc._types import AuxT, Leaves, OutT, Tree
 from jacfunc.operators._linear_operator import LinearOperator, SymmetricOperator
@@ -79,20 +77,18 @@ def hessian_operator(
     """
     primals = map_tensors(Tensor.clone, primals)
     call = at_all(API, func, primals, has_aux)
-    captured = Captured.of(func) if makes_plain_tensors() else None
+    revisited: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @contextmanager
     def around() -> Iterator[None]:
-        if captured is not None:
-            captured.check(API, "the function")
-        # what is drawn outside of products does not depend on them
-        with nullcontext() if is_compiling() else RandomState(call.primals).kept():
+        with revisited():
             yield
         call.forget_outputs()
 
     second = SecondCall(call, of_one_number=True)
     space = Space.of(primals[0] if len(primals) == 1 else primals)
     operator = HessianOperator(API, space, second, around)
+    revisited = Revisits(API, func, call.primals, operator._point.forget_graph)
     value, aux = second.value(*operator._point.image())
     value = map_tensors(Tensor.clone, value)  # the user may write into it
     return (value, operator, aux) if has_aux else (value, operator)

@@ -12,7 +12,7 @@ from torch import Tensor
 from jacfunc._assembly import DiagonalSink
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._forward_laplacian import SecondDerivatives, SecondOrder
-from jacfunc._planning import resolve
+from jacfunc._planning import compilable, resolve
 from jacfunc._showing import named
 from jacfunc._types import Argnums, FunctionOf, Memory, Tree
 from jacfunc.strategies import Strategy, evaluate, worded
@@ -190,6 +190,7 @@ def divergence(
 def divergence(
     func: Func, argnums: Argnums = 0, *, has_aux: bool = False, **options: Unpack[Options]
 ) -> Callable[..., Any]: ...
+@compilable
 def divergence(
     func: Func,
     argnums: Argnums = 0,

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from jacfunc._assembly import sweep_leaves
 from jacfunc._calls import at_all
-from jacfunc._errors import Changes, Refused
-from jacfunc._lending import Captured, Casting
-from jacfunc._linear_map import (
-    EVERY,
-    JacobianOperator,
-    check_transpose,
-    chosen_leaves,
-    is_followed,
-    nonzero_numbers,
-    one_by_one,
-)
-from jacfunc._log import note
-from jacfunc._torch import RandomState, makes_plain_tensors
+from jacfunc._lending import Revisits
+from jacfunc._linear_map import JacobianOperator
+from jacfunc._products import PointProducts
 from jacfunc._trees import map_tensors
 from jacfunc._types import AuxT, Leaves, OutT, Tree
 from jacfunc.operators._linear_operator import LinearOperator
 from jacfunc.operators._products import MANY
 from jacfunc.operators._space import Space
 from jacfunc.strategies import in_words_of
-
-MUST = "the function must be one that this product can be taken of"
-INSTEAD = " Use the other product, or write the function in other operations."
-LESS = " Take fewer vectors at once."
-NOT_TRANSPOSED = (
-    "its J v is not the transpose of its Jᵀ u: a hook or a backward pass of its own changes one of "
-    "them alone, or is not linear"
-)
 
 
 @overload
@@ -89,26 +69,16 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     call = at_all(api, func, primals, has_aux)
     point = JacobianOperator(call, call.primals)
     point.rewind_generators()
-    outputs, extras = in_words_of(api, point.image, MUST, INSTEAD, LESS)
+    outputs, extras = in_words_of(api, point.image, *PointProducts.words)
     # the user may write into the value, and the graph needs its outputs
     value, aux = call.value(tuple(map(Tensor.clone, outputs)), extras)
     domain = Space.of(primals[0] if len(primals) == 1 else primals)
-    captured = Captured.of(func) if makes_plain_tensors() else None
-    casting = Casting.now(call.primals)
+    revisited = Revisits(api, func, call.primals, point.forget_graph)
 
     @contextmanager
     def around() -> Iterator[None]:
-        if captured is not None:
-            captured.check(api, "the function")
-        written = () if captured is None else captured.versions()
-        # what is drawn outside of products does not depend on them
-        drawing = nullcontext() if is_compiling() else RandomState(call.primals).kept()
-        try:
-            with drawing, casting.again():
-                yield
-        finally:
-            if captured is not None and captured.undone(written):
-                point.forget_graph()  # which may have kept what is written into again
+        with revisited():
+            yield
         call.forget_outputs()
 
     is_differentiated = any(out.requires_grad for out in outputs)
@@ -117,14 +87,8 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     return (value, operator, aux) if has_aux else (value, operator)
 
 
-class Linearized(LinearOperator):
-    """The Jacobian of a function at a point; pullbacks keep the graph of the evaluation.
-
-    Args:
-        point: the function at the point, evaluated.
-        around: a context for each product, in which the function may be evaluated again.
-        is_differentiated: may products be differentiated by the primals?
-    """
+class Linearized(PointProducts, LinearOperator):
+    """The Jacobian of a function at a point, as a linear operator: see :class:`PointProducts`."""
 
     def __init__(
         self,
@@ -135,101 +99,10 @@ class Linearized(LinearOperator):
         around: Callable[[], AbstractContextManager[None]],
         is_differentiated: bool = False,
     ) -> None:
-        super().__init__(api, domain, codomain)
-        self._point, self._around = point, around
-        point.stay_with_first()
-        self._was_pulled = False
-        self._is_differentiated = is_differentiated
-        self._pair: tuple[bool, Leaves, Leaves] | None = None
-        self._is_transposed = False
-
-    def pullback_batch(self, cotangents: Leaves) -> Leaves:
-        self._was_pulled = True
-        return self._product(self._pulled, cotangents)
-
-    def pushforward_batch(self, tangents: Leaves) -> Leaves:
-        return self._product(self._pushed, tangents)
-
-    def _product(self, products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
-        with self._around():
-            products = in_words_of(self.api, lambda: products_of(seeds), MUST, INSTEAD, LESS)
-        if not self._is_transposed and makes_plain_tensors() and seeds and len(seeds[0]):
-            self._compare(products_of == self._pushed, seeds, products)
-        return products
-
-    def _compare(self, is_push: bool, seeds: Leaves, products: Leaves) -> None:
-        """Check, once, that ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, of the last v and u that were asked for.
-
-        Hooks and backward passes of the user's own may change one of the two alone.
-        """
-        # copies: views would keep all seeds and products
-        first = (
-            tuple(x[0].detach().clone() for x in seeds),
-            tuple(x[0].detach().clone() for x in products),
-        )
-        if self._pair is None or self._pair[0] == is_push:
-            self._pair = is_push, *first
-            return
-        _, *other = self._pair
-        (tangents, pushed), (cotangents, pulled) = (first, other) if is_push else (other, first)
-        check = partial(check_transpose, cotangents, pushed, pulled, tangents, NOT_TRANSPOSED)
-        in_words_of(self.api, check, MUST, INSTEAD, LESS)
-        self._is_transposed, self._pair = True, None
-
-    def _keep_graph(self) -> None:
-        """Evaluate, if no graph is there, so that later products can be differentiated."""
-        with torch.enable_grad() if self._is_differentiated else nullcontext():
-            self._point.keep_graph()
-
-    def _pulled(self, cotangents: Leaves) -> Leaves:
-        self._keep_graph()
-        pull, pull_batch = self._point.pullback, self._point.pullback_batch
-        if is_followed(cotangents):
-            return one_by_one(pull, cotangents)
-        # zeros would spoil products at infinite derivatives
-        of = EVERY if is_compiling() else nonzero_numbers(cotangents)
-        if cotangents and not of:
-            return tuple(x.new_zeros(len(cotangents[0]), *x.shape) for x in self.domain.leaves)
-        cotangents = chosen_leaves(cotangents, of)
-        if cotangents and len(cotangents[0]) == 1:
-            return one_by_one(lambda seeds: pull(seeds, of), cotangents)
-        return pull_batch(cotangents, of)
-
-    def _pushed(self, tangents: Leaves) -> Leaves:
-        ways = [self._by_tangents, self._on_graph]
-        if self._is_differentiated and torch.is_grad_enabled():
-            ways.pop()  # which knows nothing of the primals
-        elif self._was_pulled:
-            ways.reverse()
-        for way in ways:
-            try:
-                return way(tangents)
-            except Changes:  # of no other function is the product asked
-                raise
-            except Refused as refusal:
-                note("J v takes another way: %s", refusal)
-        return self._by_rows(tangents)
-
-    def _by_tangents(self, tangents: Leaves) -> Leaves:
-        """``J v`` by an evaluation with tangents."""
-        if not self._was_pulled:
-            self._point.forget_graph()
-        if is_followed(tangents) or len(tangents[0]) == 1:
-            return one_by_one(self._point.pushforward, tangents)
-        return self._point.pushforward_batch(tangents)
-
-    def _on_graph(self, tangents: Leaves) -> Leaves:
-        """``J v`` as the transpose of ``Jᵀ u``, whose graph is kept."""
-        self._keep_graph()
-        transposed = self._point.transposed
-        if transposed is None:
-            raise Refused("torch can't push tangents forward through it")
-        if is_followed(tangents) or len(tangents[0]) == 1:
-            return one_by_one(transposed.pull, tangents)
-        return transposed.pull_batch(tangents)
+        LinearOperator.__init__(self, api, domain, codomain)
+        PointProducts.__init__(self, api, point, around, is_differentiated)
 
     def _by_rows(self, tangents: Leaves) -> Leaves:
-        """``J v`` from all rows of J, which are pulled back: for what torch can't push through."""
         self._keep_graph()
         vectors = self.domain.rows(tangents).T
 

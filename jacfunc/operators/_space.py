@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jacfunc._arguments import check_like
 from jacfunc._assembly import numel
+from jacfunc._lock import kept_property
 from jacfunc._trees import Split, StructureError
 from jacfunc._types import Leaves, Tree
 
@@ -56,12 +57,12 @@ class Space:
         """Tensors without memory that have the shapes, dtypes and devices of the leaves."""
         return self.split.leaves
 
-    @cached_property
+    @kept_property
     def size(self) -> int:
         """How many numbers a vector has."""
         return numel(self.leaves)
 
-    @cached_property
+    @kept_property
     def dtype(self) -> torch.dtype:
         """Of flat vectors: the widest of the leaves' dtypes."""
         default = torch.get_default_dtype()
@@ -72,7 +73,7 @@ class Space:
         """Of flat vectors: that of the first leaf."""
         return self.leaves[0].device if self.leaves else torch.get_default_device()
 
-    @cached_property
+    @kept_property
     def names(self) -> tuple[str, ...]:
         """A name for each leaf: its path without brackets (``"encoder.weight"``)."""
         return self.split.names()

@@ -19,7 +19,7 @@ from jacfunc import Estimate, estimate
 from jacfunc._calls.derivation import Derivation
 from jacfunc._forecasting.call_forecast import CallForecast
 from jacfunc._forecasting.costs import counted_costs
-from jacfunc._forecasting.machine import machine
+from jacfunc._forecasting.machines import machine
 from jacfunc._forecasting.on_fakes import Forecast
 from jacfunc._forecasting.recording import Recorder
 from jacfunc._linear_map.operator import JacobianOperator

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._forecasting.machine import Machine, machine, power_of_four
+from jacfunc._forecasting.machine import Machine, power_of_four
+from jacfunc._forecasting.machines import machine
 from jacfunc._memory.available import free_bytes
 from jacfunc._memory.counting import PeakBytes
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str, scope="module")
 def here(request: pytest.FixtureRequest) -> Machine:
-    return machine(CPU, request.param)
+    return Machine(CPU, request.param)
 
 
 def test_everything_takes_time(here: Machine) -> None:

@@ -259,28 +259,33 @@ def test_rows_of_many_samples_are_so_few_at_once_that_the_heap_keeps_them():
     assert "Reverse(chunk_size=None)" in steps[-1]
 
 
+class Listing(jacfunc.Autotune):
+    """Lists what it would measure."""
+
+    def plan_samples(self, operator, samples, run):
+        self.measured = []
+        return super().plan_samples(operator, samples, lambda way, _: self.measured.append(way))
+
+
 def test_autotune_measures_fewer_rows_too():
-    measured = []
-
-    class Listing(jacfunc.Autotune):
-        def plan_samples(self, operator, samples, run):
-            measured.clear()
-            return super().plan_samples(operator, samples, lambda way, chunk: measured.append(way))
-
-    per_sample(convolving(), strategy=Listing())(torch.randn(64, 1, 28, 28))
-    assert jacfunc.Reverse(3) in measured
-    per_sample(convolving(), strategy=Listing())(torch.randn(8, 1, 28, 28))
-    assert jacfunc.Reverse() in measured
-    once = measured[: len(set(measured))]  # a round of each comes first
+    listing = Listing()
+    per_sample(convolving(), strategy=listing)(torch.randn(64, 1, 28, 28))
+    assert jacfunc.Reverse(3) in listing.measured
+    per_sample(convolving(), strategy=listing)(torch.randn(8, 1, 28, 28))
+    assert jacfunc.Reverse() in listing.measured
+    once = listing.measured[: len(set(listing.measured))]  # a round of each comes first
     assert len(once) == len(set(once))
-    assert jacfunc.Reverse(3) not in measured
+    assert jacfunc.Reverse(3) not in listing.measured
 
 
 def test_rows_of_a_large_result_stay_one_write():
-    compute = jacfunc.module_jacobian(convolving(), ("params", "inputs"), per_sample=True)
-    with trail() as steps:
-        compute(torch.randn(64, 1, 28, 28))
-    assert "Reverse(chunk_size=None)" in steps[-1]
+    """All parameters of 64 samples take more than the rows do on their way."""
+    listing = Listing()
+    by_both = ("params", "inputs")
+    compute = jacfunc.module_jacobian(convolving(), by_both, per_sample=True, strategy=listing)
+    compute(torch.randn(64, 1, 28, 28))
+    assert jacfunc.Reverse() in listing.measured
+    assert jacfunc.Reverse(3) not in listing.measured
 
 
 @pytest.mark.parametrize("derive", [jacfunc.jacrev, jacfunc.jacfwd, jacfunc.jacobian])

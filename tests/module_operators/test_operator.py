@@ -387,3 +387,23 @@ def test_a_loss_trains_through_the_vector() -> None:
     matrix, v, target = J.matrix(), floats(32).requires_grad_(), floats(8)
     F.mse_loss(J @ v, target, reduction="sum").backward()
     torch.testing.assert_close(v.grad, 2 * matrix.T @ (matrix @ v.detach() - target))
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_products_are_cast_as_the_value_was(copy, is_inside):
+    """Autocast as it was at the batch, whatever it is where products are asked for."""
+    model, batch = mlp().float(), torch.randn(4, 3)
+    vector = torch.ones(sum(p.numel() for p in model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+        operator = jacfunc.module_operator(model, copy=copy)(batch)
+        output = model(batch)
+        slopes = torch.func.jvp(
+            lambda params: torch.func.functional_call(model, params, (batch,)),
+            (dict(model.named_parameters()),),
+            ({name: torch.ones_like(p) for name, p in model.named_parameters()},),
+        )[1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=not is_inside):
+        product = operator @ vector
+    assert product.dtype == output.dtype
+    torch.testing.assert_close(product, slopes.flatten(), rtol=0, atol=0)

@@ -188,3 +188,34 @@ def test_empty_leaves() -> None:
     assert blocks[1].shape == (0, 0)
     assert hess.diagonal()[1].shape == (0,)
     torch.testing.assert_close(hess.matrix(), torch.diag(6 * x))
+
+
+def test_batch_normalization_that_the_function_closes_over_writes_once():
+    """The evaluation writes into its buffers; products answer from before, and write no more."""
+    norm = torch.nn.BatchNorm1d(4).double()
+    batch, vector = torch.randn(2, 5, 4, dtype=torch.float64)
+    number = lambda x: torch.tanh(norm(x)).square().sum()  # noqa: E731
+    _, H = jacfunc.hessian_operator(number, batch)
+    after_one = norm.running_mean.clone()
+    products = [H @ vector for _ in range(2)]
+    torch.testing.assert_close(norm.running_mean, after_one, rtol=0, atol=0)
+    assert norm.num_batches_tracked == 1
+    hessian = looped_hessian(number, (batch,)).view(20, 20)
+    for product in products:
+        assert_same(product.flatten(), hessian @ vector.flatten())
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_products_by_evaluations_are_cast_as_the_value_was(is_inside):
+    """What has one derivative alone is evaluated again for each product."""
+    weight, vector = torch.randn(3, 3), torch.ones(3)
+
+    def number(x: Tensor) -> Tensor:
+        y = weight @ x
+        return (Squared.apply(y) * y).float().sum()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_inside):
+        _, H = jacfunc.hessian_operator(number, vector)
+        same = H @ vector
+    with torch.autocast("cpu", torch.bfloat16, enabled=not is_inside):
+        torch.testing.assert_close(H @ vector, same, rtol=0, atol=0)

@@ -441,6 +441,24 @@ class Experts(nn.Module):
         return out
 
 
+class GroupedExperts(nn.Module):
+    """Each token goes to one expert, all by one product: how many go to each is a tensor."""
+
+    def __init__(self, width: int = 16, is_coupled: bool = False) -> None:
+        super().__init__()
+        self.router, self.is_coupled = nn.Linear(width, 4), is_coupled
+        self.weights = nn.Parameter(torch.randn(4, width, width) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, chosen = self.router(x).softmax(-1).max(-1)
+        order = chosen.flatten().argsort()
+        ends = chosen.flatten().bincount(minlength=4).cumsum(0).int()
+        rows = F.grouped_mm(x.flatten(0, 1)[order], self.weights, offs=ends)
+        rows = torch.zeros_like(rows).index_copy(0, order, rows).view_as(x)
+        out = (rows * scores.unsqueeze(-1)).sum(1)
+        return out - 1e-3 * out.mean(0) if self.is_coupled else out
+
+
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten())
@@ -501,6 +519,22 @@ def test_independent_samples_pass(name: str, dtype: torch.dtype, size: int) -> N
     door = jacfunc.module_jacobian(model, per_sample=True, independent="always", **ways)
     for _ in range(3):
         door(x)
+
+
+def test_groups_of_other_sizes_are_rounded_otherwise() -> None:
+    model, x = GroupedExperts(), torch.randn(6, 3, 16)  # torch has no such product in float64
+    apart = [(model(x)[b] - model(x[b : b + 1])[0]).abs().max() for b in range(6)]
+    assert 0 < max(apart) < 1e-6
+    params = dict(model.named_parameters())
+    jac = jacfunc.module_jacobian(model, per_sample=True)(x)
+    for b in range(6):
+        for number, out in enumerate(model(x[b : b + 1])[0]):
+            rows = torch.autograd.grad(out, list(params.values()), retain_graph=True)
+            for name, row in zip(params, rows, strict=True):
+                torch.testing.assert_close(jac[name][b, number], row, rtol=1e-4, atol=1e-5)
+    coupled = GroupedExperts(is_coupled=True)
+    with pytest.raises(ValueError, match="outputs that change with the other samples"):
+        jacfunc.module_jacobian(coupled, per_sample=True)(x)
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

@@ -1,0 +1,136 @@
+"""A batch of a kind that was evaluated before, and of which nothing is left to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from jacfunc._assembly import shared_units
+from jacfunc._errors import Refused
+from jacfunc._factored import LearnedUses
+from jacfunc._faults import TAKES_DERIVATIVES, is_unwatched
+from jacfunc._layouts import Args, Layout, OperationRecorder
+from jacfunc._lending import ModuleState
+from jacfunc._linear_map import Anchor, Graph, differentiable_alias, map_of_graph, writable_copy
+from jacfunc._log import note
+from jacfunc._memory import keep_heap
+from jacfunc._samples.call import SampledCall
+from jacfunc._torch import MathAttention, RandomState, run_as_written
+from jacfunc._types import Tree
+
+MOST_MISSES = 3
+"""After so many calls that had to be taken anew, a kind of call is no more tried so."""
+
+PLAIN, ALONE = (False, False), (False, False, 1)
+"""Around pullbacks of many samples and of one, which are not differentiated further."""
+
+
+class _Operations(OperationRecorder):
+    """Numbers the operations of a function, of which no parameter is looked for."""
+
+    def call(
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        if func in TAKES_DERIVATIVES:
+            raise Refused("the function takes a derivative itself, of what may stand for others")
+        # nobody reads what retain_grad keeps, and a second sweep would add to that
+        return None if func is Tensor.retain_grad else func(*args, **kwargs)
+
+
+class SettledBatch:
+    """A module at a tensor with the samples in front, as it was evaluated before.
+
+    It returned one tensor with the samples in front, ran as a whole and unwatched, and all its rows
+    were swept at once onto the input. So it is evaluated and swept again, with all checks of an
+    evaluation; but what earlier ones have shown is not looked up on the way.
+
+    Args:
+        batch: an earlier call of this kind.
+        output: what that one returned.
+    """
+
+    def __init__(self, batch: SampledCall, state: ModuleState, output: Tensor) -> None:
+        self.api, self.kind, self.state = batch.api, batch.kind.kind, state
+        self.is_alone = batch.size == 1
+        self.learned = batch.learned_as_a_whole
+        self.output = output.shape, output.dtype
+        self.misses = 0
+
+    @classmethod
+    def of(cls, batch: SampledCall, state: ModuleState, call: object, output: Tree) -> Self | None:
+        """What a call has settled; None if it returned another tree, or must be watched."""
+        is_alone = batch.size == 1
+        if type(output) is not Tensor or not is_unwatched(call, ALONE if is_alone else PLAIN):
+            return None
+        if not (is_alone or are_in_front(batch.learned_as_a_whole)):
+            return None
+        return cls(batch, state, output)
+
+    @property
+    def is_over(self) -> bool:
+        """Had too many calls to be taken anew?"""
+        return self.misses >= MOST_MISSES
+
+    def jacobian(self, x: Tensor, compared: Container[int]) -> Tensor | None:
+        """``[B, *out, *in]``; None where the call must be taken anew, as it shows something new.
+
+        Args:
+            compared: signatures of evaluations after which batches were compared.
+
+        Raises:
+            RuntimeError: if the module wrote into a parameter that was no copy.
+        """
+        random_state = RandomState((x, *self.state.params.values()))
+        try:
+            with torch.no_grad(), self.state.lent_for_call(self.api, is_current=True):
+                try:
+                    rows = self._rows(x, compared, random_state)
+                except Exception as error:  # as it is told of when it is taken anew
+                    note("a kind of call that was settled is taken anew: %s", error)
+                    rows = None
+        finally:
+            random_state.repeat()
+        self.misses = 0 if rows is not None else self.misses + 1
+        return rows
+
+    def _rows(
+        self, x: Tensor, compared: Container[int], random_state: RandomState
+    ) -> Tensor | None:
+        keep_heap()
+        operations = _Operations(None)
+        with torch.enable_grad(), MathAttention():
+            own = writable_copy(differentiable_alias(x, False))
+            start, anchor = own.grad_fn, Anchor.behind(own)
+            with self.state.lent_for_evaluation({}), operations:
+                out = run_as_written(self.state.module, own)
+        if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
+            return None
+        if not out.requires_grad or random_state.has_changed():
+            return None
+        if not (self.is_alone or self._is_known(operations, compared)):
+            return None
+        graph = Graph.back_to({start}, (out,))
+        linearization = map_of_graph((out,), (), (anchor,), graph, False)
+        if not linearization.is_batchable:
+            return None
+        (product,) = linearization.pull_batch(shared_units((out,)))
+        product = product.clone() if 0 in product.stride() else product
+        return product.transpose(0, 1).unflatten(1, out.shape[1:]) if out.dim() > 1 else product[0]
+
+    def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:
+        """Does what was learned of many samples hold for an evaluation with these operations?"""
+        learned, signature = self.learned, operations.signature
+        if operations.moves_samples or operations.reads_values:
+            return False
+        if learned.moves_samples or learned.mixes or learned.others:
+            return False
+        return signature in learned.signatures and signature in compared
+
+
+def are_in_front(learned: LearnedUses) -> bool:
+    """Have evaluations shown that all tensors with samples have these in front?"""
+    sites = (learned.sites or {}).values()
+    return bool(sites) and all(site is not None and site.layout == Layout(0) for site in sites)
