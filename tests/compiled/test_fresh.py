@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.compiled.fresh import INDUCTOR, inside
-
-LISTED: dict[tuple[str, str], str] = {}
-"""What does not work under ``torch.compile``, with torch's own error."""
+from tests.compiled.fresh import DOORS_LISTED, INDUCTOR, LISTED, inside
+from tests.compiled.test_matrix import EVERY
 
 
 def results(*args: str) -> dict[tuple[str, str], str]:
@@ -30,14 +25,13 @@ def test_by_inductor() -> None:
     assert results("inductor") == dict.fromkeys(INDUCTOR, "right")
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_inside_what_torch_compiles(number: int) -> None:
-    every = ["every"] if os.environ.get("JACFUNC_EVERY_KIND") == "1" else []
-    told = results(str(number), *every)
-    assert told.keys() == set(inside(number, bool(every)))
-    wrong = {
-        cell: word
-        for cell, word in told.items()
-        if (LISTED[cell] not in word if cell in LISTED else word != "right")
-    }
+def test_inside_what_torch_compiles() -> None:
+    every = ["every"] if EVERY else []
+    told = results("inside", *every)
+    assert told.keys() == set(inside(bool(every)))
+    wrong = {}
+    for (door, name), word in told.items():
+        words = LISTED.get((door, name)) or DOORS_LISTED.get(door)
+        if (words is None and word != "right") or (words is not None and words not in word):
+            wrong[door, name] = word
     assert not wrong
