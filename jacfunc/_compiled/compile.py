@@ -113,8 +113,9 @@ class Compiled(Generic[P, ResultT]):
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
-        """What each kind of call has cost, the latest kind first."""
-        return tuple([entry.compilation for entry in self._entries if entry.compilation])
+        """What each kind of call has cost, the latest kind first; then those at points."""
+        own = [entry.compilation for entry in self._entries if entry.compilation]
+        return (*own, *[each for of in self._divided.values() for each in of.compilations])
 
     def _called_anew(self, arguments: CallArguments, args: Any, kwargs: Any) -> Any:
         """The result where something has changed: by another trace, if one holds, or a new one."""
@@ -145,11 +146,13 @@ class _AtPoint(Generic[ResultT]):
     """A compiled function at its first arguments, and at what it referred to when it was made."""
 
     def __init__(self, compiled: Compiled[..., ResultT], args: tuple[Any, ...]) -> None:
-        self._compiled, self._args = compiled, args
+        arguments = CallArguments.of(args, {})
+        self._compiled, self._fixed = compiled, arguments.leaves
+        # in containers of its own, which nobody changes
+        self._args, _ = arguments.put_into(args, {})(arguments.leaves)
         with worded(API, "func must be one that can be compiled", ""), alone():
             now = compiled._surroundings_now()
         self._kind, self._others = now.kind, tuple(now.tensors)
-        self._fixed = CallArguments.of(args, {}).leaves
         self._copies = copied(self._fixed), copied(self._others)
         self._kept: tuple[tuple[CompiledCall, Leaves], ...] = ()
 
