@@ -50,9 +50,14 @@ class Executable:
 
     def flops(self, inputs: Leaves) -> int:
         """How many operations products of matrices, convolutions and attention take."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.graph.forward(*self.taken(inputs))
+        with FlopCounterMode(display=False) as counter:
+            self.replayed(inputs)
         return int(counter.get_total_flops())
+
+    def replayed(self, inputs: Leaves) -> Any:
+        """The outputs, operator by operator."""
+        with torch.no_grad():
+            return self.graph.forward(*self.taken(inputs))
 
     def taken(self, inputs: Leaves) -> Leaves:
         """What the graph takes: those inputs that it uses, and constants."""
@@ -124,12 +129,12 @@ class Divided:
     def _chosen(self, everything: Leaves) -> Leaves:
         return tuple([everything[number] for number in self._sources])
 
-    def of(self, inputs: Leaves, kept: Leaves) -> Any:
+    def of(self, inputs: Leaves, kept: Leaves, is_replayed: bool = False) -> Any:
         """The outputs, of free inputs at a point."""
-        return self.after((*[inputs[number] for number in self._taken], *kept))
+        taken = (*[inputs[number] for number in self._taken], *kept)
+        return self.after.replayed(taken) if is_replayed else self.after(taken)
 
     def __call__(self, inputs: Leaves) -> Any:
-        """The outputs, of both."""
         return self.of(inputs, self.at(inputs))
 
     def peak_bytes(self, inputs: Leaves) -> int:
@@ -219,9 +224,8 @@ def _divided(
 
     Views are taken again by the second: they cost nothing, and to keep them would keep copies.
 
-    Returns:
-        What takes all inputs; what takes the free ones, and then what is kept; and, for each tensor
-        that is kept, which input it is, or, behind the inputs, which output of the first.
+    The first takes all inputs, the second the free ones and what is kept. The numbers say which
+    input each of that is, or, behind the inputs, which output of the first.
     """
     nodes = [*graph.graph.nodes]
     inputs = [node for node in nodes if node.op == "placeholder"]
