@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from jacfunc._compiled.seeds import fill_by_sizes
 from jacfunc._torch import Graphs, memory_of
 from jacfunc._types import Leaves
 
@@ -24,6 +25,7 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
     No output shares memory with an input.
     """
     _without_zero_tangents(graph)
+    fill_by_sizes(graph)
     constants = _folded(graph)
     _without_detours(graph)
     _by_rows(graph)
