@@ -47,10 +47,10 @@ class CompiledCall:
         """The answer."""
         return self.result.put(self.run(inputs))
 
-    def at_point(self, inputs: Leaves, kept: Leaves) -> Any:
+    def at_point(self, inputs: Leaves, kept: Leaves, is_replayed: bool) -> Any:
         """The answer, from what is kept of a point."""
         assert isinstance(self.run, Divided)
-        return self.result.put(self.run.of(inputs, kept))
+        return self.result.put(self.run.of(inputs, kept, is_replayed))
 
 
 @dataclass
