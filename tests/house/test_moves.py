@@ -11,8 +11,8 @@ MOST = {
     "jacrev": (25, 50),
     "module_jacobian, per sample": (58, 224),
     "module_jacobian, by layers": (67, 330),
-    "ntk": (68, 356),
-    "ggn, diagonal": (72, 388),
+    "ntk": (70, 364),
+    "ggn, diagonal": (74, 398),
 }
 
 
