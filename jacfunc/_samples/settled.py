@@ -18,7 +18,7 @@ from jacfunc._linear_map import Anchor, Graph, differentiable_alias, map_of_grap
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._samples.call import SampledCall
-from jacfunc._torch import MathAttention, RandomState, run_as_written
+from jacfunc._torch import MathAttention, RandomState, memory_of, recording, run_as_written
 from jacfunc._types import Tree
 
 MOST_MISSES = 3
@@ -101,7 +101,7 @@ class SettledBatch:
     ) -> Tensor | None:
         keep_heap()
         operations = _Operations(None)
-        with torch.enable_grad(), MathAttention():
+        with recording(), MathAttention():
             own = writable_copy(differentiable_alias(x, False))
             start, anchor = own.grad_fn, Anchor.behind(own)
             with self.state.lent_for_evaluation({}), operations:
@@ -116,8 +116,10 @@ class SettledBatch:
         linearization = map_of_graph((out,), (), (anchor,), graph, False)
         if not linearization.is_batchable:
             return None
-        (product,) = linearization.pull_batch(shared_units((out,)))
-        product = product.clone() if 0 in product.stride() else product
+        seeds = shared_units((out,))
+        (product,) = linearization.pull_batch(seeds)
+        if 0 in product.stride() or memory_of(product) == memory_of(seeds[0]):
+            product = product.clone()
         return product.transpose(0, 1).unflatten(1, out.shape[1:]) if out.dim() > 1 else product[0]
 
     def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:

@@ -77,6 +77,8 @@ class SampleWriter:
         grid, size = self.one.grid(), factors.size
         if self.sink.copies or size != self.batch.size or not factors.is_direct:
             return False
+        if size == 1:  # they may be the seeds, which are kept for other sweeps
+            return False
         if any(x.dtype != grid.dtype for x in (*factors.outputs, *factors.params)):
             return False
         return all(self._at_once(factors, rows, chunk) == rows for rows in grid.rows)
