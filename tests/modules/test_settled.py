@@ -39,6 +39,8 @@ class Network(nn.Module):
                 self.inner[0].weight.detach().add_(1.0)
             case "looks":
                 return y if bool((y > -1e9).all()) else 0 * y
+            case "goes apart":
+                return y if bool((x[:, 0] > 0).any()) else 2 * y
             case "raises":
                 raise ArithmeticError("too large")
             case "returns two":
@@ -220,6 +222,21 @@ def test_another_course_is_taken_anew(how: str, size: int) -> None:
         assert len(first) == len(second)
         for one, two in zip(first, second, strict=True):
             assert_same(one, two, 1e-6 if turn == "casts" else 1e-12)
+
+
+def test_samples_that_alone_go_another_way_are_seen() -> None:
+    module = Network()
+    HIDDEN["how"] = "goes apart"
+    jac = jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    ahead, apart = points(5).abs(), points(5)
+    assert 0 < int((apart[:, 0] > 0).sum()) < 5
+    for _ in range(6):
+        assert_same(jac(ahead), loop(module, ahead))
+    COUNT["evaluations"] = 0
+    assert_same(jac(ahead), loop(module, ahead))
+    assert COUNT["evaluations"] == 1 + 5 + 5  # each sample alone, here and in the loop
+    for x in (apart, ahead, apart):
+        assert_same(jac(x), loop(module, x))
 
 
 @pytest.mark.parametrize("size", [1, 4])
