@@ -110,7 +110,7 @@ class ModuleState:
             return self.origin.version_of_parts
         return version_at(self.module, self.point, self.parts.values())
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
         """The module itself."""
         return self.parts[""].module  # type: ignore[no-any-return]

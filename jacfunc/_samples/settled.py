@@ -19,7 +19,7 @@ from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
-from jacfunc._torch import MathAttention, RandomState, memory_of, recording, run_as_written
+from jacfunc._torch import MathAttention, RandomState, memories_of, recording, run_as_written
 from jacfunc._types import Tree
 
 MOST_MISSES = 3
@@ -119,7 +119,7 @@ class SettledBatch:
             return None
         seeds = shared_units((out,))
         (product,) = linearization.pull_batch(seeds)
-        if 0 in product.stride() or memory_of(product) == memory_of(seeds[0]):
+        if 0 in product.stride() or len({*memories_of((product, *seeds))}) == 1:
             product = product.clone()
         if operations.reads_values and not (self.is_alone or self._are_alone(x, out, random_state)):
             return None
