@@ -10,7 +10,7 @@ from tests.house.moves import moves_of, problems
 MOST = {
     "jacrev": (25, 50),
     "module_jacobian, per sample": (58, 212),
-    "module_jacobian, by inputs": (40, 90),
+    "module_jacobian, by inputs": (28, 72),
     "module_jacobian, by layers": (67, 322),
     "ntk": (68, 366),
     "ggn, diagonal": (72, 413),
