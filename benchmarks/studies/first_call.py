@@ -24,7 +24,7 @@ MEGABYTES = (5, 40, 200)
 TARGET = 1.2  # of a budget of twice the result
 CLASSES, COLUMNS = 10, 512
 FACTOR = 4  # of what is never whole, all rows would take so many times the result's size
-LIMIT = 60  # seconds of one process
+LIMIT = 40  # seconds of one process
 STATUS = Path("/proc/self/status")
 
 
