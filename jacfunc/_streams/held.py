@@ -41,9 +41,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeldSamples:
-    """Samples that were evaluated, with their Jacobian as factors; its blocks are written later."""
+    """Samples that were evaluated, with their Jacobian as factors; its blocks are written later.
+
+    Args:
+        most_swept: bytes of cotangents that are swept at once, where no chunk says how many rows.
+    """
 
     factors: FactoredJacobian
+    most_swept: int = MOST_SWEPT_BYTES
 
     @kept_property
     def outputs(self) -> Leaves:
@@ -105,7 +110,7 @@ class HeldSamples:
             return ()
 
         total = self.outputs[leaf].numel()
-        at_once = chunk or evenly(total, self.factors.nbytes, MOST_SWEPT_BYTES)
+        at_once = chunk or evenly(total, self.factors.nbytes, self.most_swept)
         for _ in in_chunks(total, of_leaf(at_once, leaf), take):
             pass
 
