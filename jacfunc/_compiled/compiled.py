@@ -110,8 +110,9 @@ class Compiled(Generic[P, ResultT]):
 
     @property
     def compilations(self) -> tuple[Compilation, ...]:
-        """What each kind of call has cost, the latest kind first."""
-        return tuple([entry.compilation for entry in self._entries if entry.compilation])
+        """What each kind of call has cost, the latest kind first; then those at points."""
+        own = [entry.compilation for entry in self._entries if entry.compilation]
+        return (*own, *[each for of in self._divided.values() for each in of.compilations])
 
     def _called_anew(self, arguments: CallArguments, args: Any, kwargs: Any) -> Any:
         """The result where something has changed: by another trace, if one holds, or a new one."""
