@@ -8,11 +8,11 @@ from os import PathLike
 from typing import Any, overload
 
 from jacfunc._arguments import check_func
-from jacfunc._compiled.backends import Backend, Compiler
 from jacfunc._compiled.compiled import API, Compiled, P, ResultT
 from jacfunc._errors import check_uncompiled
 from jacfunc._planning import Plan
 from jacfunc._showing import named
+from jacfunc._traces import Backend, Compiler
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def compile(
     Calls are of one kind if trees, shapes, strides, dtypes, devices, ``requires_grad`` and plain
     values of arguments are equal, torch's settings, and all that the function refers to but for
     the numbers in tensors: closures, globals, attributes, modes, hooks. All of it is compared at
-    each call. Numbers are those of the call, of parameters and buffers, too: a module may be
-    trained between calls, without another trace.
+    each call; functions and classes that installed packages define are taken as they are. Numbers
+    are those of the call, of parameters and buffers, too: a module may be trained between calls,
+    without another trace.
 
     Args:
         transformed: what :func:`jacfunc.jacobian`, :func:`jacfunc.module_jacobian` and the like
@@ -80,8 +81,9 @@ def compile(
     Raises:
         TypeError, ValueError: arguments that do not fit. ValueError: a function that is not pure
             (draws random numbers, counts, writes into what it gets), that refers to objects which
-            may change unseen, or of which shapes depend on numbers. NotImplementedError: a function
-            that reads numbers, to branch on them for example, or that torch can't trace.
+            may change unseen, reads globals or files by text, or of which shapes depend on numbers.
+            NotImplementedError: a function that reads numbers, to branch on them for example, also
+            by errors that they raise, or that torch can't trace.
 
     Cost:
         The first call of a kind takes the derivative two to five times, two to four traces, and the

@@ -1,4 +1,4 @@
-"""A derivative with what was compiled of it, for each kind of call."""
+"""A compiled function: the traces of each kind of call, and the same at a point."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from jacfunc._compiled.backends import Compiler
-from jacfunc._compiled.divided import Divided
 from jacfunc._compiled.making import CompiledCall, Making
 from jacfunc._compiled.signature import CallArguments, copied
 from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
 from jacfunc._surroundings import Surroundings
 from jacfunc._torch import Graphs, is_outermost, is_undisturbed, outside_transforms
+from jacfunc._traces import Compiler, Divided
 from jacfunc._types import Leaves
 from jacfunc.strategies import worded
 
 API = "compile"
-"""The name of the door."""
-
 MOST_KINDS = 16
 """Kinds of calls that are kept of one compiled derivative, the latest."""
 

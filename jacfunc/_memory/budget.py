@@ -15,6 +15,12 @@ from jacfunc._units import in_bytes
 
 ResultT = TypeVar("ResultT")
 
+WORK_SHARE = 32
+"""What the work on a piece makes at a time takes at most this part of a budget."""
+
+HEAP_SHARE = 2
+"""A piece counts at most this part of its room: the heap of a CPU takes more than its tensors."""
+
 
 class Budget:
     """How many bytes the work of a call may take, and how many it keeps from piece to piece.
@@ -53,15 +59,15 @@ class Budget:
         room = self.room(block)
         if room is None:
             return size or FittedChunks.by_share(STAGED_BYTES)
-        return FittedChunks(block + room // 2, size)
+        return FittedChunks(block + room * 2 // 5, size)  # beside the one before, and the heap's
 
     def beside(self, result: int) -> int | None:
         """Bytes left for work beside what is kept and a result of this size."""
         return None if self._nbytes is None else self._nbytes - self._counter.live - result
 
     def at_most(self, nbytes: int) -> int:
-        """So many bytes, or an eighth of the budget if that is less."""
-        return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // 8))
+        """So many bytes, or a small part of the budget if that is less: there may be copies."""
+        return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // WORK_SHARE))
 
     def keep(self, work: Callable[[], ResultT]) -> ResultT:
         """What ``work`` returns, which is kept from now on; it can't be done in pieces.
@@ -96,7 +102,8 @@ class Budget:
 
         One sample comes first, which must fit, and two after it: one alone may be spared some
         copies. Where n samples take b bytes, k·n take at most k·b. No piece is done twice, as work
-        may add to a sum.
+        may add to a sum. Free pages of the heap go back before each piece: they lie between what is
+        kept, and what comes next may fit nowhere there.
 
         Args:
             at_most: samples at once; None for no limit.
@@ -109,11 +116,12 @@ class Budget:
         start, step, is_settled = 0, most if self.is_open else 1, self.is_open
         while start < max(total, 1):
             stop = min(start + step, total)
+            if not self.is_open:
+                give_back()
             if is_settled:
                 yield work(start, stop)
                 start = max(stop, 1)
                 continue
-            give_back()  # what was learned before the first piece, and what the one before took
             with PeakBytes() as counter:
                 answer = work(start, stop)
             if start == 0:
@@ -125,6 +133,7 @@ class Budget:
             if step == 1 and counter.peak > room:
                 self.check_work(counter.peak, result)
             most_next = most if step > 1 else min(most, 2)
-            fitting = min(most_next, max(1, step * room // max(counter.peak, 1)))
+            of_piece = step * room // (HEAP_SHARE * max(counter.peak, 1))
+            fitting = min(most_next, max(1, of_piece))
             is_settled = start > 0 and step <= fitting <= GROWTH * step
             start, step = max(stop, 1), fitting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -17,8 +18,15 @@ from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Anchor, Graph, differentiable_alias, map_of_graph, writable_copy
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
-from jacfunc._samples.call import SampledCall
-from jacfunc._torch import MathAttention, RandomState, run_as_written
+from jacfunc._rounding import are_near
+from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
+from jacfunc._torch import (
+    MathAttention,
+    RandomState,
+    memories_of,
+    recording,
+    run_as_written,
+)
 from jacfunc._types import Tree
 
 MOST_MISSES = 3
@@ -83,51 +91,70 @@ class SettledBatch:
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        random_state = RandomState((x, *self.state.params.values()))
+        random_state, rows = RandomState((x, *self.state.params.values())), None
         try:
             with torch.no_grad(), self.state.lent_for_call(self.api, is_current=True):
                 try:
-                    rows = self._rows(x, compared, random_state)
+                    rows = self._rows(x, compared)
                 except Exception as error:  # as it is told of when it is taken anew
                     note("a kind of call that was settled is taken anew: %s", error)
-                    rows = None
-        finally:
+        except BaseException:
             random_state.repeat()
+            raise
+        if rows is None or random_state.has_changed():
+            random_state.repeat()
+            rows = None
         self.misses = 0 if rows is not None else self.misses + 1
         return rows
 
-    def _rows(
-        self, x: Tensor, compared: Container[int], random_state: RandomState
-    ) -> Tensor | None:
+    def _rows(self, x: Tensor, compared: Container[int]) -> Tensor | None:
         keep_heap()
         operations = _Operations(None)
-        with torch.enable_grad(), MathAttention():
+        with recording(), MathAttention():
             own = writable_copy(differentiable_alias(x, False))
             start, anchor = own.grad_fn, Anchor.behind(own)
-            with self.state.lent_for_evaluation({}), operations:
+            # of one sample nothing can be learned of others
+            with self.state.lent_for_evaluation({}), nullcontext() if self.is_alone else operations:
                 out = run_as_written(self.state.module, own)
         if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
             return None
-        if not out.requires_grad or random_state.has_changed():
-            return None
-        if not (self.is_alone or self._is_known(operations, compared)):
+        if not (self.is_alone or self._is_known(operations, compared)) or not out.requires_grad:
             return None
         graph = Graph.back_to({start}, (out,))
         linearization = map_of_graph((out,), (), (anchor,), graph, False)
         if not linearization.is_batchable:
             return None
-        (product,) = linearization.pull_batch(shared_units((out,)))
-        product = product.clone() if 0 in product.stride() else product
-        return product.transpose(0, 1).unflatten(1, out.shape[1:]) if out.dim() > 1 else product[0]
+        seeds = shared_units((out,))
+        (product,) = linearization.pull_batch(seeds)
+        if 0 in product.stride() or len({*memories_of((product, *seeds))}) == 1:
+            product = product.clone()
+        if operations.reads_values and not self._are_alone(x, out):
+            return None
+        if out.dim() == 1:
+            return product[0]
+        rows = product.transpose(0, 1)
+        return rows if out.dim() == 2 else rows.unflatten(1, out.shape[1:])
 
     def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:
         """Does what was learned of many samples hold for an evaluation with these operations?"""
         learned, signature = self.learned, operations.signature
-        if operations.moves_samples or operations.reads_values:
+        if operations.moves_samples or learned.moves_samples or learned.others:
             return False
-        if learned.moves_samples or learned.mixes or learned.others:
+        if learned.mixes and not operations.reads_values:
             return False
         return signature in learned.signatures and signature in compared
+
+    def _are_alone(self, x: Tensor, out: Tensor) -> bool:
+        """Are outputs those of each sample alone, whose numbers may lead another way?"""
+        rows = []
+        for number in range(len(x)):
+            with self.state.lent_for_evaluation({}):
+                rows.append(run_as_written(self.state.module, x[number : number + 1].clone()))
+        if any(type(row) is not Tensor or row.shape[1:] != out.shape[1:] for row in rows):
+            return False
+        alone = torch.cat(rows)
+        is_like = (alone.shape, alone.dtype) == self.output
+        return is_like and are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)
 
 
 def are_in_front(learned: LearnedUses) -> bool:

@@ -1,4 +1,4 @@
-"""A trace in two halves: what depends on some inputs alone, and the rest."""
+"""A trace as two: what depends on the point alone, and what is run for each product."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from jacfunc._compiled.backends import Compiler
-from jacfunc._compiled.executable import Executable
-from jacfunc._compiled.passes import MOVES
+from jacfunc._traces.backends import Compiler
+from jacfunc._traces.executable import Executable
+from jacfunc._traces.passes import MOVES
 from jacfunc._types import Leaves
 
 

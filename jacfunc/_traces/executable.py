@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from jacfunc._compiled.backends import Compiler, Run
-from jacfunc._compiled.passes import simplified
-from jacfunc._compiled.traced import in_our_words
 from jacfunc._memory import PeakBytes
+from jacfunc._traces.backends import Compiler, Run
+from jacfunc._traces.passes import simplified
+from jacfunc._traces.traced import in_our_words
 from jacfunc._types import Leaves
 
 

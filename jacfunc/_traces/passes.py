@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from jacfunc._compiled.seeds import fill_by_sizes
 from jacfunc._torch import Graphs, memory_of
+from jacfunc._traces.seeds import fill_by_sizes
 from jacfunc._types import Leaves
 
 MOST_FOLDED_BYTES = 2**26

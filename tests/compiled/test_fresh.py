@@ -1,0 +1,37 @@
+"""Cells of the matrix in fresh processes: by Inductor, and inside functions that torch compiles."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.compiled.fresh import DOORS_LISTED, INDUCTOR, LISTED, inside
+from tests.compiled.test_matrix import EVERY
+
+
+def results(*args: str) -> dict[tuple[str, str], str]:
+    """What became of each cell in a process of its own."""
+    command = [sys.executable, "-m", "tests.compiled.fresh", *args]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = map(json.loads, run.stdout.splitlines())
+    return {(door, name): word for door, name, word in lines}
+
+
+def test_by_inductor() -> None:
+    assert results("inductor") == dict.fromkeys(INDUCTOR, "right")
+
+
+def test_inside_what_torch_compiles() -> None:
+    every = ["every"] if EVERY else []
+    told = results("inside", *every)
+    assert told.keys() == set(inside(bool(every)))
+    wrong = {}
+    for (door, name), word in told.items():
+        words = LISTED.get((door, name)) or DOORS_LISTED.get(door)
+        if (words is None and word != "right") or (words is not None and words not in word):
+            wrong[door, name] = word
+    assert not wrong
