@@ -77,3 +77,17 @@ def test_attention_without_dropout_draws_nothing() -> None:
         torch.testing.assert_close(call(factor * q), expected)
     with pytest.raises(ValueError, match="must draw no random numbers"):
         jacfunc.compile(lambda q: attend(q, q, q, dropout_p=0.5), backend="replay")(q)
+
+
+def test_what_is_not_autocast_stays_so() -> None:
+    weight = torch.eye(3) * (1 + 2**-12)
+
+    def func(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return weight @ x
+
+    call = jacfunc.compile(func, backend="replay")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            result = call(torch.ones(3, 3))  # which bfloat16 has no digits for
+            assert torch.equal(result, torch.full((3, 3), 1 + 2**-12))
