@@ -1,4 +1,14 @@
-"""Who multiplies a curvature by a vector once it is compiled, beside one gradient."""
+"""Who multiplies a curvature by a vector once it is compiled, beside one gradient.
+
+What arithmetic allows, in products of matrices as large as a layer's forward pass: a gradient takes
+3 of them, a product with a Gauss-Newton matrix 5, or 4 at a point that was evaluated, one with a
+Hessian 8, or 6. Of the first layer, whose input has no derivative, these are 2, 3, 2, 3 and 2. So a
+product at a point takes 1.11 (GGN) and 1.33 (Hessian) gradients of the network of 536k, 1.19 and
+1.57 of that of 1502k, and 4/3 and 2 of a deep one. Fewer are for networks that wait for dispatch.
+curvlinops publishes 0.87 and 1.06 for the network of 1502k on a GPU, where the unit is a gradient
+that is not compiled, and takes as long when it is: there dispatch ruled (0.2 ms of arithmetic in
+1.7 ms). Of its larger networks it publishes 1.2 to 2.0 and 1.7 to 2.8 in that unit.
+"""
 
 import copy
 from collections.abc import Callable

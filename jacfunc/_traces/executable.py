@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from jacfunc._memory import PeakBytes
+from jacfunc._torch import is_casting, uncast
 from jacfunc._traces.backends import Compiler, Run
 from jacfunc._traces.passes import simplified
 from jacfunc._traces.traced import in_our_words
@@ -55,7 +56,7 @@ class Executable:
 
     def replayed(self, inputs: Leaves) -> Any:
         """The outputs, operator by operator."""
-        with torch.no_grad():
+        with uncast():
             return self.graph.forward(*self.taken(inputs))
 
     def taken(self, inputs: Leaves) -> Leaves:
@@ -78,8 +79,8 @@ class Executable:
         """The outputs, without a graph."""
         taken = [inputs[number] for number in self.used]
         run = self._run or self._compiled(taken)
-        if self._takes_graphs and torch.is_grad_enabled():
-            with torch.no_grad():
+        if is_casting() or (self._takes_graphs and torch.is_grad_enabled()):
+            with uncast():
                 return run(*taken, *self._constants)
         return run(*taken, *self._constants)
 

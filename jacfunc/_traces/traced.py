@@ -148,7 +148,12 @@ def _caller() -> str:
 
 
 def _draws(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in Graphs.tags_of(node)
+    """Does it draw random numbers? Kernels of attention do so only for dropout."""
+    if torch.Tag.nondeterministic_seeded not in Graphs.tags_of(node):
+        return False
+    names = [arg.name for arg in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return not ("scaled_dot_product" in str(node.target) and given.get("dropout_p", 0.0) == 0.0)
 
 
 def _depends_on_numbers(node: Node) -> bool:

@@ -63,3 +63,31 @@ def test_inductors_own_code() -> None:
             torch.testing.assert_close(result, other)
         for result in results[2:]:
             result.zero_()
+
+
+def test_attention_without_dropout_draws_nothing() -> None:
+    """Its kernels are marked as drawing, for dropout."""
+    q = torch.randn(2, 3, 4)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    call = jacfunc.compile(torch.func.grad(lambda q: attend(q, q, q).sum()), backend="replay")
+    for factor in (1.0, 0.5):
+        weights = lambda q: (q @ q.mT / q.shape[-1] ** 0.5).softmax(-1) @ q  # noqa: E731
+        x = (factor * q).requires_grad_()
+        (expected,) = torch.autograd.grad(weights(x).sum(), x)
+        torch.testing.assert_close(call(factor * q), expected)
+    with pytest.raises(ValueError, match="must draw no random numbers"):
+        jacfunc.compile(lambda q: attend(q, q, q, dropout_p=0.5), backend="replay")(q)
+
+
+def test_what_is_not_autocast_stays_so() -> None:
+    weight = torch.eye(3) * (1 + 2**-12)
+
+    def func(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return weight @ x
+
+    call = jacfunc.compile(func, backend="replay")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            result = call(torch.ones(3, 3))  # which bfloat16 has no digits for
+            assert torch.equal(result, torch.full((3, 3), 1 + 2**-12))

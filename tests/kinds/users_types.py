@@ -180,6 +180,7 @@ assert_type(diagonal(J, XDiag(4)), Approximation)
 
 compiled = jacfunc.compile(jacfunc.jacrev(vector))
 assert_type(compiled(x), Tensor)
+assert_type(compiled.at(x)(), Tensor)
 assert_type(compiled.compilations[0].calls_to_repay, float)
 assert_type(compiled.compilations[0].peak_bytes, int | None)
 planned = jacfunc.compile(jacfunc.plan(vector, x))

@@ -98,4 +98,18 @@ ROWS = [
         ValueError,
         "func must refer to tensors, modules, functions and plain values, got range_iterator",
     ),
+    Bad(
+        "compile",
+        "a gradient at a point",
+        lambda: jacfunc.compile(torch.mul, backend="replay").at(X)(X.clone().requires_grad_()),
+        NotImplementedError,
+        "a function at a point must be called outside of transforms",
+    ),
+    Bad(
+        "compile",
+        "an object at a point",
+        lambda: jacfunc.compile(lambda x, model: model(x), backend="replay").at(X)(torch.nn.Tanh()),
+        ValueError,
+        "arguments must be trees of tensors and plain values, got Tanh",
+    ),
 ]
