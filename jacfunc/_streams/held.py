@@ -41,10 +41,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeldSamples:
-    """Samples that were evaluated, with their Jacobian as factors; its blocks are written later."""
+    """Samples that were evaluated, with their Jacobian as factors; its blocks are written later.
+
+    Args:
+        most_swept: bytes of cotangents that are swept at once, where no chunk says how many rows.
+    """
 
     factors: FactoredJacobian
-    most_swept: int = MOST_SWEPT_BYTES  # of cotangents, where no chunk says how many rows
+    most_swept: int = MOST_SWEPT_BYTES
 
     @kept_property
     def outputs(self) -> Leaves:
