@@ -67,8 +67,12 @@ def detached(model: nn.Module) -> Answer:
 
 
 def by_recipe(transform: Callable[..., Any], problem: Problem) -> Run:
-    """The recipe of torch's tutorial: functional_call, a batch of one, vmap over samples."""
-    model, images = parts(problem)
+    """The recipe of torch's tutorial: functional_call, a batch of one, vmap over samples.
+
+    On a copy of the model: functional_call gives a recurrent layer a new list of its weights, and
+    the others who take part would find another model than in the round before.
+    """
+    model, images = copy.deepcopy(parts(problem))
     params = detached(model)
 
     def scores(params: Answer, image: Tensor) -> Any:

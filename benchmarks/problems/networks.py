@@ -178,6 +178,7 @@ class VisionTransformer(nn.Module):
 
 LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"
 SHORT, WIDE = "transformer of 4 patches", "transformer of 606k"
+DEEP = "mlp of 1502k"
 SMALL, TINY, HIGH = "mlp of 55k", "mlp of 10k", "mlp of 815k"
 NETWORKS: dict[str, Network] = {
     "mlp": Network(partial(perceptron, 224, 224, CLASSES), 228_490),
@@ -192,6 +193,8 @@ NETWORKS: dict[str, Network] = {
     RECURRENT: Network(Recurrent, 11_722),
     SMALL: Network(partial(perceptron, 64, 64, CLASSES), 55_050),
     TINY: Network(partial(perceptron, 12, 12, CLASSES), 9_706),
+    # the one by which curvlinops tells what its compiled products take
+    DEEP: Network(partial(perceptron, 1024, 512, 256, 128, 64, CLASSES), 1_501_770),
     HIGH: Network(partial(perceptron, 1024, CLASSES), 814_090),
     "groupnorm": Network(grouped, 20_586),
     "gpt": Network(Language, 41_386),

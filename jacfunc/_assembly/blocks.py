@@ -136,8 +136,7 @@ def _owned(products: Leaves) -> Leaves:
         return (products[0].clone(),) if 0 in products[0].stride() else products
     owned: list[Tensor] = []
     seen: set[int] = set()
-    for product in products:
-        memory = memory_of(product)
+    for product, memory in zip(products, map(memory_of, products), strict=True):
         owned.append(product.clone() if 0 in product.stride() or memory in seen else product)
         seen.add(memory)
     return tuple(owned)

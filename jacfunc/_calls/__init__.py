@@ -4,7 +4,6 @@ from jacfunc._calls.at_all import at_all
 from jacfunc._calls.code import (
     home_of,
     is_installed,
-    is_module,
     is_ours,
     places_of,
     reads_by_text,

@@ -11,17 +11,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._compiled.backends import Compiler
-from jacfunc._compiled.executable import Differentiable, Divided, Executable
 from jacfunc._compiled.signature import CallArguments, Guard, ResultTree
 from jacfunc._compiled.surroundings import Surroundings
-from jacfunc._compiled.traced import traced
 from jacfunc._errors import Nameless, Refused
 from jacfunc._forecasting import Compilation
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of
 from jacfunc._rounding import are_near
 from jacfunc._torch import recording, run_backward
+from jacfunc._traces import Compiler, Differentiable, Divided, Executable, traced
 from jacfunc._trees import flatten_containers
 from jacfunc._types import Leaves, Tree
 

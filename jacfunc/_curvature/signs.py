@@ -159,6 +159,7 @@ def _projected_by_factors(form: Outer, signs: SignMatrix) -> Tensor:
             table = signs.rows(count * ins).view(count, ins, -1).transpose(0, 1).flatten(1)
             through = (right[group] @ table).view(size, positions * count, -1)
             total.baddbmm_(cotangents.reshape(size, num_seeds, positions * count), through)
+            del table, through  # or they would stay beside the next ones
     return total
 
 

@@ -108,12 +108,10 @@ class TrackedParameters:
         """
         by_id = self.by_id
         for value in values:
-            if id(value) in by_id:
-                is_one = id(value) not in without
-            else:
-                is_list = type(value) is not Tensor and isinstance(value, tuple | list)
-                is_one = is_list and self.are_among(value, without)
-            if is_one:
+            if id(value) in by_id and id(value) not in without:
+                return True
+            is_list = type(value) is not Tensor and isinstance(value, tuple | list)
+            if is_list and self.are_among(value, without):
                 return True
         return False
 

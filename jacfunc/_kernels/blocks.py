@@ -51,7 +51,8 @@ class KeptAxes:
         """
         every = {"trace_axes": traced, "diagonal_axes": diagonal}
         for name, axes in every.items():
-            numbers = axes if isinstance(axes, Sequence) else (axes,)
+            # a tuple first: to look whether something is a sequence takes long
+            numbers = axes if isinstance(axes, tuple | Sequence) else (axes,)
             if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
                 raise TypeError(
                     f"ntk: {name} must be the number of an axis of one sample's output, or several "
@@ -64,6 +65,8 @@ class KeptAxes:
 
     def ordered(self, dim: int) -> tuple[list[int], list[int], list[int]]:
         """The axes of an output with ``dim`` axes, in the order diagonal, kept, traced."""
+        if not (self.diagonal or self.traced):
+            return [], list(range(dim)), []
         for axis in (*self.diagonal, *self.traced):
             if not -dim <= axis < dim:
                 raise ValueError(

@@ -137,7 +137,6 @@ def ntk(
         >>> jacfunc.ntk(model, None, torch.ones(4, 3), torch.ones(5, 3), trace_axes=0)[0]
         tensor([8., 8., 8., 8., 8.])
     """
-    check_uncompiled(API)
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     check_progress(API, progress)
     sides, is_single = _sides(x1, x2), is_batch(x1) and is_batch(x2)
@@ -207,6 +206,7 @@ def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]
 
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
     """What is called, and its parameters: a function of batches is a module that has its own."""
+    check_uncompiled(API)
     check_called(API, func)
     check_flags(API, batched=batched)
     if batched and not isinstance(func, nn.Module):

@@ -101,8 +101,8 @@ def copied(state: ModuleState) -> ModuleState:
         copies = {key: apart(x) for key, x in known.items()}
         return replace(
             state,
-            parts={name: part.copied(new) for name, part in state.parts.items()},
-            beside=[part.copied(new) for part in state.beside],
+            parts={n: part.copied(new) if part.plain else part for n, part in state.parts.items()},
+            beside=[part.copied(new) if part.plain else part for part in state.beside],
             point={name: copies[id(x)] for name, x in state.point.items()},
             copies=copies,
             copied_versions={id(copies[key]): version_of(x) for key, x in known.items()},

@@ -75,10 +75,7 @@ class ModulePart:
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
         """A part that keeps copies of its state: later writes do not change what it lends."""
-        if not self.plain:
-            return self
-        plain = {key: copy_with(value, new) for key, value in self.plain.items()}
-        return replace(self, plain=plain)
+        return replace(self, plain={key: copy_with(x, new) for key, x in self.plain.items()})
 
     @property
     def hides(self) -> bool:
@@ -111,8 +108,8 @@ class ModulePart:
 
     def lend(self, new: dict[int, Any]) -> None:
         """Put tensors and containers in place; ``new`` has them by the identity of the old."""
-        params = _replaced(self.params, new) if self.params else {}
-        buffers = _replaced(self.buffers, new) if self.buffers else {}
+        params = {key: new.get(id(x), x) for key, x in self.params.items()}
+        buffers = {key: new.get(id(x), x) for key, x in self.buffers.items()}
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return
@@ -218,14 +215,8 @@ def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
 
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
     """Do two dicts have the same objects, under the same names in the same order?"""
-    if not these and not those:
-        return True
     same = len(these) == len(those) and all(map(is_, these.values(), those.values()))
-    return same and list(these) == list(those)
-
-
-def _replaced(tensors: dict[str, Tensor | None], new: Mapping[int, Any]) -> dict[str, Any]:
-    return {key: new.get(id(x), x) for key, x in tensors.items()}
+    return same and (not these or list(these) == list(those))
 
 
 def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
@@ -236,6 +227,11 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
             if tensor is not None:
                 first.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, tensor))
     return dict(first.values())
+
+
+def parts_in(module: nn.Module) -> dict[str, ModulePart]:
+    """The submodules, the module itself among them, each once under its first name."""
+    return {name: ModulePart.of(part) for name, part in module.named_modules()}
 
 
 def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from jacfunc._faults import check_scripted
 from jacfunc._lending.constants import Constants, constants_of
 from jacfunc._lending.loan import EvaluationState, Loan
 from jacfunc._lending.originals import Casting, Originals
-from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside
+from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside, parts_in
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.snapshot import Snapshot, Version, version_at
 from jacfunc._lending.stale import check_fresh
@@ -69,7 +69,7 @@ class ModuleState:
         Raises:
             ValueError: if a parameter has no shape yet, or nothing is selected.
         """
-        parts = {name: ModulePart.of(part) for name, part in module.named_modules()}
+        parts = parts_in(module)
         params = by_first_name({name: part.params for name, part in parts.items()})
         buffers = by_first_name({name: part.buffers for name, part in parts.items()})
         for name, tensor in (*params.items(), *buffers.items()):
@@ -78,13 +78,14 @@ class ModuleState:
                     f"{api}: the module must know its shapes, got {name}, which is not initialized "
                     "yet. Call the module once before."
                 )
-        beside = parts_beside(list(parts.values()))
-        objects = {f"(object {number})": part for number, part in enumerate(beside)}
-        own = {id(x) for x in (*params.values(), *buffers.values())}
-        of_objects = by_first_name({name: part.params for name, part in objects.items()})
-        hidden = {name: param for name, param in of_objects.items() if id(param) not in own}
-        # after the module's own, of which names are shown
-        buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
+        hidden = dict[str, Tensor]()
+        if beside := parts_beside(list(parts.values())):
+            objects = {f"(object {number})": part for number, part in enumerate(beside)}
+            own = {id(x) for x in (*params.values(), *buffers.values())}
+            of_objects = by_first_name({name: part.params for name, part in objects.items()})
+            hidden = {name: param for name, param in of_objects.items() if id(param) not in own}
+            # after the module's own, of which names are shown
+            buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
         point = select_params(api, params, select)
         snapshot = Snapshot([*parts.values(), *beside])
         return cls(parts, point, params, buffers, beside, hidden, snapshot, constants_of(module))
@@ -110,7 +111,7 @@ class ModuleState:
             return self.origin.version_of_parts
         return version_at(self.module, self.point, self.parts.values())
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
         """The module itself."""
         return self.parts[""].module  # type: ignore[no-any-return]
@@ -244,7 +245,5 @@ class ModuleState:
 
     def as_evaluated(self) -> Callable[[], None]:
         """A function that pullbacks call first: it puts the tensors of this evaluation in place."""
-        return partial(self._renew, self.loans[-1].keep_contents())
-
-    def _renew(self, evaluation: EvaluationState) -> None:
-        self.loans[-1].renew(evaluation)
+        evaluation = self.loans[-1].keep_contents()
+        return lambda: self.loans[-1].renew(evaluation)

@@ -15,6 +15,12 @@ from jacfunc._units import in_bytes
 
 ResultT = TypeVar("ResultT")
 
+COPIES = 32
+"""What is drawn for each piece anew takes at most this part of a budget."""
+
+HEAP_SHARE = 2
+"""A piece counts at most this part of its room: the heap of a CPU takes more than its tensors."""
+
 
 class Budget:
     """How many bytes the work of a call may take, and how many it keeps from piece to piece.
@@ -60,8 +66,8 @@ class Budget:
         return None if self._nbytes is None else self._nbytes - self._counter.live - result
 
     def at_most(self, nbytes: int) -> int:
-        """So many bytes, or an eighth of the budget if that is less."""
-        return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // 8))
+        """So many bytes, or a small share of the budget, if that is less: there may be copies."""
+        return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // COPIES))
 
     def keep(self, work: Callable[[], ResultT]) -> ResultT:
         """What ``work`` returns, which is kept from now on; it can't be done in pieces.
@@ -109,11 +115,12 @@ class Budget:
         start, step, is_settled = 0, most if self.is_open else 1, self.is_open
         while start < max(total, 1):
             stop = min(start + step, total)
+            if not self.is_open:
+                give_back()
             if is_settled:
                 yield work(start, stop)
                 start = max(stop, 1)
                 continue
-            give_back()  # what was learned before the first piece, and what the one before took
             with PeakBytes() as counter:
                 answer = work(start, stop)
             if start == 0:
@@ -125,6 +132,7 @@ class Budget:
             if step == 1 and counter.peak > room:
                 self.check_work(counter.peak, result)
             most_next = most if step > 1 else min(most, 2)
-            fitting = min(most_next, max(1, step * room // max(counter.peak, 1)))
+            of_piece = step * room // (HEAP_SHARE * max(counter.peak, 1))
+            fitting = min(most_next, max(1, of_piece))
             is_settled = start > 0 and step <= fitting <= GROWTH * step
             start, step = max(stop, 1), fitting

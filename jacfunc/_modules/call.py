@@ -159,15 +159,15 @@ class ModuleCall:
             check_module_inputs(self.api, self.choice.split(self.arguments))
         if self._differentiates("params"):
             check_parameters(self.api, state)
-        with (
-            worded(self.api, "the module must be one that torch can differentiate"),
-            noted(self.api, self._split.leaves),
-            alone(),
-            RandomState(tensors).kept(),
-            torch.set_grad_enabled(self.create_graph and torch.is_grad_enabled()),
-            state.lent_for_call(self.api, params),
-        ):
-            yield
+        must = "the module must be one that torch can differentiate"
+        with worded(self.api, must), noted(self.api, self._split.leaves), alone():
+            random_state = RandomState(tensors)
+            try:
+                grad_mode = self.create_graph and torch.is_grad_enabled()
+                with torch.set_grad_enabled(grad_mode), state.lent_for_call(self.api, params):
+                    yield
+            finally:
+                random_state.repeat()
 
     @cached_property
     def _split(self) -> Split:

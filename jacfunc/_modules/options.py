@@ -132,13 +132,17 @@ def _passed() -> Remembered[bool]:
 
 
 def _once_for_a_state(check: StateCheck) -> StateCheck:
-    """The check, which is not made again of a state that has passed it: states do not change."""
+    """The check, which is not made again of a state that has passed it: states do not change.
+
+    A copy passes if the state that it was made from does: it has the same parts.
+    """
 
     @wraps(check)
     def once(api: str, state: ModuleState) -> None:
-        if not _passed().get(state, check):
+        origin = state.origin or state
+        if not _passed().get(origin, check):
             check(api, state)
-            _passed().put(state, check, True)
+            _passed().put(origin, check, True)
 
     return once
 

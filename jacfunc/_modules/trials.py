@@ -185,7 +185,7 @@ def _note_call(called: list[str], name: str, *_: Any) -> None:
 
 def batch_norms(state: ModuleState) -> tuple[str, ...]:
     """The names of batch normalizations that take the batch for their statistics."""
-    return _norms().get_or_make(state, None, lambda: tuple(_over_batch(state)))
+    return _norms().get_or_make(state.origin or state, None, lambda: tuple(_over_batch(state)))
 
 
 def _over_batch(state: ModuleState) -> Iterator[str]:

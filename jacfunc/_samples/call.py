@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeAlias
 
@@ -55,11 +55,11 @@ class SampledCall:
     is_whole: bool = True
     guard: Guard | None = None
     differentiates: tuple[bool, bool] = (True, False)
+    size: int = field(init=False)
+    """How many samples there are."""
 
-    @property
-    def size(self) -> int:
-        """How many samples there are."""
-        return self.samples.size
+    def __post_init__(self) -> None:
+        self.size = self.samples.size
 
     @property
     def differentiates_inputs_alone(self) -> bool:

@@ -17,8 +17,9 @@ from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Anchor, Graph, differentiable_alias, map_of_graph, writable_copy
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
-from jacfunc._samples.call import SampledCall
-from jacfunc._torch import MathAttention, RandomState, run_as_written
+from jacfunc._rounding import are_near
+from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
+from jacfunc._torch import MathAttention, RandomState, memory_of, recording, run_as_written
 from jacfunc._types import Tree
 
 MOST_MISSES = 3
@@ -101,7 +102,7 @@ class SettledBatch:
     ) -> Tensor | None:
         keep_heap()
         operations = _Operations(None)
-        with torch.enable_grad(), MathAttention():
+        with recording(), MathAttention():
             own = writable_copy(differentiable_alias(x, False))
             start, anchor = own.grad_fn, Anchor.behind(own)
             with self.state.lent_for_evaluation({}), operations:
@@ -116,18 +117,35 @@ class SettledBatch:
         linearization = map_of_graph((out,), (), (anchor,), graph, False)
         if not linearization.is_batchable:
             return None
-        (product,) = linearization.pull_batch(shared_units((out,)))
-        product = product.clone() if 0 in product.stride() else product
+        seeds = shared_units((out,))
+        (product,) = linearization.pull_batch(seeds)
+        if 0 in product.stride() or len({*map(memory_of, (product, *seeds))}) == 1:
+            product = product.clone()
+        if operations.reads_values and not (self.is_alone or self._are_alone(x, out, random_state)):
+            return None
         return product.transpose(0, 1).unflatten(1, out.shape[1:]) if out.dim() > 1 else product[0]
 
     def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:
         """Does what was learned of many samples hold for an evaluation with these operations?"""
         learned, signature = self.learned, operations.signature
-        if operations.moves_samples or operations.reads_values:
+        if operations.moves_samples or learned.moves_samples or learned.others:
             return False
-        if learned.moves_samples or learned.mixes or learned.others:
+        if learned.mixes and not operations.reads_values:
             return False
         return signature in learned.signatures and signature in compared
+
+    def _are_alone(self, x: Tensor, out: Tensor, random_state: RandomState) -> bool:
+        """Are outputs those of each sample alone, whose numbers may lead another way?"""
+        rows = []
+        for number in range(len(x)):
+            with self.state.lent_for_evaluation({}):
+                rows.append(run_as_written(self.state.module, x[number : number + 1].clone()))
+        if any(type(row) is not Tensor or row.shape[1:] != out.shape[1:] for row in rows):
+            return False
+        alone = torch.cat(rows)
+        if (alone.shape, alone.dtype) != self.output or random_state.has_changed():
+            return False
+        return are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)
 
 
 def are_in_front(learned: LearnedUses) -> bool:

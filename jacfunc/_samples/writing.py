@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import Sink, stack
+from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factored import FactoredJacobian
 from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
 from jacfunc._samples.again import first_again
@@ -46,10 +46,11 @@ class SampleWriter:
             factors, call = self.batch.factors(start, stop)
             self.one.take_call(call, factors.sample_outputs, factors.params)
             beside = (*factors.outputs, *factors.extras)
-            self.has_blocks = self._are_blocks(factors, rows)
+            grid = self.one.grid()
+            self.has_blocks = self._are_blocks(factors, grid, rows)
             if factors.carries_graph or self.has_blocks:
                 return (*self._blocks(factors), *beside)
-            self._write(factors, start, total, rows)
+            self._write(factors, grid, start, rows)
             return beside
 
         def again(size: int) -> Leaves:
@@ -72,45 +73,46 @@ class SampleWriter:
             for block in factors.rows(0, out.numel(), number)
         )
 
-    def _are_blocks(self, factors: FactoredJacobian, chunk: Chunk) -> bool:
+    def _are_blocks(self, factors: FactoredJacobian, grid: Grid, chunk: Chunk) -> bool:
         """Are products of one sweep an output leaf the blocks themselves, with nothing to write?"""
-        grid, size = self.one.grid(), factors.size
+        size = factors.size
         if self.sink.copies or size != self.batch.size or not factors.is_direct:
+            return False
+        if size == 1:  # they may be the seeds, which are kept for other sweeps
             return False
         if any(x.dtype != grid.dtype for x in (*factors.outputs, *factors.params)):
             return False
-        return all(self._at_once(factors, rows, chunk) == rows for rows in grid.rows)
+        return all(self._at_once(factors, grid, rows, chunk) == rows for rows in grid.rows)
 
-    def _at_once(self, factors: FactoredJacobian, rows: int, chunk: Chunk) -> Chunk:
+    def _at_once(self, factors: FactoredJacobian, grid: Grid, rows: int, chunk: Chunk) -> Chunk:
         """How many of so many rows are swept at once, by default within limits."""
         if chunk:
             return chunk
-        grid = self.one.grid()
         result = self.batch.size * sum(grid.rows) * sum(grid.columns) * grid.dtype.itemsize
         most = min(max(result // SWEPT_SHARE, LEAST_SWEPT_BYTES), self.most_swept)
         return evenly(rows, factors.nbytes, most)
 
-    def _write(self, factors: FactoredJacobian, start: int, total: int, chunk: Chunk) -> None:
+    def _write(self, factors: FactoredJacobian, grid: Grid, start: int, chunk: Chunk) -> None:
         """Write the blocks of samples, of which the first has the number ``start``."""
-        grid = self.one.grid()
+        total = self.batch.size
         samples = slice(start, start + factors.size)
         for number, rows in enumerate(grid.rows):
 
             def fill(begin: int, end: int, number: int = number) -> Leaves:
                 parts = factors.parts_of_rows(begin, end, number)
                 # not before: what the sweep took for a while need not lie beside the result
-                blocks = self._places(factors, number, total)
+                blocks = self._places(factors, grid, number)
                 if (factors.size, end - begin) != (total, grid.rows[number]):
                     blocks = tuple(block[samples, begin:end] for block in blocks)
                 factors.write(parts, blocks)
                 return ()
 
-            for _ in in_chunks(rows, self._at_once(factors, rows, chunk), fill):
+            for _ in in_chunks(rows, self._at_once(factors, grid, rows, chunk), fill):
                 pass
 
-    def _places(self, factors: FactoredJacobian, number: int, total: int) -> Leaves:
+    def _places(self, factors: FactoredJacobian, grid: Grid, number: int) -> Leaves:
         """Places for the blocks of an output, ``[B, M, *param]``."""
-        params, grid = factors.params, self.one.grid()
+        params, total = factors.params, self.batch.size
         if self.places is None:
             like = tuple(x for out in factors.sample_outputs for x in _like(out, params))
             self.places = self.sink.places(like, total, grid)

@@ -8,7 +8,6 @@ from threading import RLock
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._torch.levels import is_traced, outside_transforms
@@ -66,7 +65,7 @@ def noise_like(leaves: Leaves, seed: int = 0) -> Leaves:
 
 
 def fixed(make: Callable[[], ResultT]) -> ResultT:
-    """What ``make`` returns, whose tensors are the same each time: constants of a trace around.
+    """What ``make`` returns, a tensor or a tuple that is the same each time: constants of a trace.
 
     So is what is drawn from a generator that was seeded for it, or computed from shapes.
     """
@@ -74,8 +73,14 @@ def fixed(make: Callable[[], ResultT]) -> ResultT:
         return make()
     with outside_transforms():
         made = make()
-    result: ResultT = tree_map_only(torch.Tensor, torch.ops.aten.lift_fresh_copy, made)
+    result: ResultT = _constants(made)
     return result
+
+
+def _constants(made: Any) -> Any:
+    if isinstance(made, tuple):
+        return tuple(map(_constants, made))
+    return torch.ops.aten.lift_fresh_copy(made) if isinstance(made, torch.Tensor) else made
 
 
 class RandomState:

@@ -169,27 +169,33 @@ class Rows:
 
 
 def _write_products(left: Tensor, right: Tensor, place: Tensor) -> None:
-    """``place[b, k] = left[k, b] @ right[b]``.
+    """``place[b, k] = left[k, b] @ right[b]``, of few samples at a time, which stay in the caches.
 
-    A batched product needs a contiguous result. Where the place is not contiguous, or of another
-    dtype, products are made in a buffer, and copied while in the caches. In both cases few samples
-    are taken at a time.
+    Where the K places of a sample do not lie side by side, or are of another dtype, products are
+    made elsewhere and copied.
     """
-    is_direct = place.dtype == right.dtype and place.is_contiguous()
-    numel = left[:, 0].numel() if is_direct else place.shape[2:].numel()
-    size, nbytes = len(right), len(right) * numel * right.element_size()
-    step = size if right.is_cuda else -(-size // max(1, round(nbytes / CACHED)))
-    every = [slice(start, start + step) for start in range(0, size, step)]
-    if is_direct:
+    (seeds, size), shape = left.shape[:2], place.shape[2:]
+    lie_side_by_side = place.stride(1) == shape[0] * place.stride(2) and place.stride(3) == 1
+    if place.dtype == right.dtype and lie_side_by_side:
         matrices = place.flatten(1, 2)
-        for samples in every:
+        for samples in _slices(size, size if right.is_cuda else _fitting(left[:, 0].nbytes)):
             torch.bmm(_side_by_side(left[:, samples]), right[samples], out=matrices[samples])
         return
-    products = right.new_empty((step, *place.shape[2:]))
-    for samples in every:
-        inputs = right[samples]
-        for k, factor in enumerate(left[:, samples]):
-            place[samples, k] = torch.bmm(factor, inputs, out=products[: len(inputs)])
+    each = shape.numel() * right.element_size()
+    at_once = 1 if right.is_cuda else min(seeds, _fitting(each))
+    for samples in _slices(size, size if right.is_cuda else _fitting(at_once * each)):
+        for some in _slices(seeds, at_once):
+            products = torch.bmm(_side_by_side(left[some, samples]), right[samples])
+            place[samples, some] = products.unflatten(1, (-1, shape[0]))
+
+
+def _fitting(nbytes: int) -> int:
+    """How many items of so many bytes the caches hold, at least one."""
+    return max(1, CACHED // max(1, nbytes))
+
+
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _side_by_side(left: Tensor) -> Tensor:

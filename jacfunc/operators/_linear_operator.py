@@ -51,19 +51,6 @@ class LinearOperator(Solves):
         tensor([[1., 1., 1.]])
     """
 
-    __array_ufunc__ = None
-    """NumPy's arrays and numbers leave ``2.0 * A`` to the operator."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Leave ``u @ A`` to the operator; torch.compile takes ``A @ v`` for that."""
-        if torch.compiler.is_compiling():
-            raise NotImplementedError(
-                f"{cls.__name__}: inside torch.compile products must be taken by methods, got an "
-                "operator such as @ beside a tensor. Write J.mv(v), J.rmv(u), J.mm(V)."
-            )
-        return NotImplemented
-
     def __matmul__(self, other: Any) -> Any:
         """The composition with an operator, or the product with one vector or a matrix."""
         if isinstance(other, LinearOperator):

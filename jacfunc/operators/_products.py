@@ -18,14 +18,14 @@ from jacfunc._log import note
 from jacfunc._memory import Chunk
 from jacfunc._types import Blocks, Leaves, Tree
 from jacfunc.estimators import ByProducts
-from jacfunc.operators._scipy import scipy_operator
+from jacfunc.operators._scipy import BesideArrays, scipy_operator
 from jacfunc.operators._space import Space, on_rows
 
 MANY = 256
 """Seeds that are swept at once, where a whole matrix is asked for."""
 
 
-class Products(ABC):
+class Products(BesideArrays, ABC):
     """A linear map ``v ↦ A v`` between two trees of tensors, and its transpose ``u ↦ Aᵀ u``.
 
     Args:

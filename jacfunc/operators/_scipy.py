@@ -1,4 +1,4 @@
-"""Linear operators for SciPy, which knows NumPy's arrays alone."""
+"""Linear operators beside NumPy, SciPy and torch, which know their own arrays alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from torch import Tensor
 
 Rows = Callable[[Tensor], Tensor]
 """From K vectors in rows to K products in rows."""
+
+
+class BesideArrays:
+    """An object that stands beside arrays and tensors in ``2.0 * A`` and ``u @ A``."""
+
+    __array_ufunc__ = None
+    """NumPy's arrays and numbers leave it to the object."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leave it to the object, too; torch.compile takes ``A @ v`` for ``v @ A``.
+
+        Raises:
+            NotImplementedError: inside torch.compile.
+        """
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{cls.__name__}: inside torch.compile products must be taken by methods, got an "
+                "operator such as @ beside a tensor. Write J.mv(v), J.rmv(u), J.mm(V)."
+            )
+        return NotImplemented
 
 
 def scipy_operator(shape: tuple[int, int], dtype: torch.dtype, push: Rows, pull: Rows) -> Any:

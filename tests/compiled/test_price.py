@@ -100,7 +100,7 @@ def test_the_price_is_forecast() -> None:
         assert 0 < each.call_seconds < each.eager_seconds < each.build_seconds
         assert each.calls_to_repay == each.build_seconds / (each.eager_seconds - each.call_seconds)
     assert looped.operators > 50 * reverse.operators  # its 200 sweeps are written out
-    assert looped.build_seconds > 10 * reverse.build_seconds
+    assert looped.trace_seconds > 50 * reverse.trace_seconds
     assert costs["reverse"].seconds == reverse.eager_seconds
     first = costs.to_dicts()[0]
     assert first["compile_seconds"] == reverse.build_seconds

@@ -11,8 +11,8 @@ MOST = {
     "jacrev": (25, 50),
     "module_jacobian, per sample": (58, 224),
     "module_jacobian, by layers": (67, 330),
-    "ntk": (68, 372),
-    "ggn, diagonal": (72, 424),
+    "ntk": (68, 356),
+    "ggn, diagonal": (72, 388),
 }
 
 

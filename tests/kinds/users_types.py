@@ -181,6 +181,10 @@ assert_type(diagonal(J, XDiag(4)), Approximation)
 compiled = jacfunc.compile(jacfunc.jacrev(vector))
 assert_type(compiled(x), Tensor)
 assert_type(compiled.compilations[0].calls_to_repay, float)
+assert_type(compiled.compilations[0].peak_bytes, int | None)
+planned = jacfunc.compile(jacfunc.plan(vector, x))
+assert_type(planned, jacfunc.Plan)
+assert_type(jacfunc.explain(vector, x, strategy=planned).compilation, jacfunc.Compilation | None)
 
 # --- costs ---
 

@@ -1,0 +1,123 @@
+"""Who multiplies a curvature by a vector once it is compiled, beside one gradient."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import jacfunc
+from benchmarks.contestants.curvature import vector_of
+from benchmarks.problems.judge import Answer
+from benchmarks.problems.networks import DEEP, LARGE, TINY, labels_of, parts
+from jacfunc._measuring import Contestant, Run
+from jacfunc.compare import Problem
+
+Params = dict[str, Tensor]
+Product = Callable[[Params, Tensor, Params], Params]  # of parameters, images and a vector
+
+COMPILED, AT_POINT, EAGER = "jacfunc compiled", "jacfunc compiled, same point", "jacfunc"
+CASES = ((TINY, 8), (LARGE, 64), (DEEP, 512), ("transformer", 8), ("transformer", 64))
+GRADIENT, COMPILED_GRADIENT = "one gradient", "one gradient, compiled"
+
+
+def loss_of(problem: Problem) -> Callable[[Params, Tensor], Tensor]:
+    model = parts(problem)[0]
+
+    def loss(params: Params, images: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, params, images), labels_of(images))
+
+    return loss
+
+
+def with_hessian(problem: Problem) -> Product:
+    loss = loss_of(problem)
+
+    def product(params: Params, images: Tensor, vector: Params) -> Any:
+        return jacfunc.hvp(lambda params: loss(params, images), (params,), (vector,))[1][0]
+
+    return product
+
+
+def with_gauss_newton(problem: Problem) -> Product:
+    model = parts(problem)[0]
+
+    def scores(params: Params, images: Tensor) -> Any:
+        return functional_call(model, params, images)
+
+    def product(params: Params, images: Tensor, vector: Params) -> Any:
+        ggn = jacfunc.ggn(scores, F.cross_entropy)
+        return ggn(params, images, labels_of(images)) @ vector
+
+    return product
+
+
+def point_of(problem: Problem) -> tuple[Params, Tensor]:
+    model, images = parts(problem)
+    return {name: param.detach() for name, param in model.named_parameters()}, images
+
+
+def compiled(make: Callable[[Problem], Product], problem: Problem) -> Run:
+    """At a point of which nothing is known."""
+    product, vector = jacfunc.compile(make(problem)), vector_of(problem)
+    return lambda: product(*point_of(problem), vector)
+
+
+def at_point(make: Callable[[Problem], Product], problem: Problem) -> Run:
+    """At a point that has had a product before."""
+    product = jacfunc.compile(make(problem)).at(*point_of(problem))
+    vector = vector_of(problem)
+    return lambda: product(vector)
+
+
+def eager(make: Callable[[Problem], Product], problem: Problem) -> Run:
+    product, vector = make(problem), vector_of(problem)
+    return lambda: product(*point_of(problem), vector)
+
+
+def gradient(problem: Problem) -> Run:
+    """What the products are measured in: a backward pass, as in training."""
+    model, images = parts(problem)
+    params, labels = list(model.parameters()), labels_of(images)
+    return lambda: torch.autograd.grad(F.cross_entropy(model(images), labels), params)
+
+
+def compiled_gradient(problem: Problem) -> Run:
+    derive = jacfunc.compile(torch.func.grad(loss_of(problem)))
+    return lambda: derive(*point_of(problem))
+
+
+def expected_ggn(problem: Problem) -> Answer:
+    """``Jᵀ H J v`` in float64 by three pullbacks, as all rows of J would not fit into memory."""
+    model, images = parts(problem)
+    own = copy.deepcopy(model).double()
+    leaves = dict(own.named_parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        scores = own(images.double())
+    params, vectors = [*leaves.values()], [v.double() for v in vector_of(problem).values()]
+    seeds = torch.zeros_like(scores, requires_grad=True)
+    pulled = torch.autograd.grad(scores, params, seeds, create_graph=True)
+    (pushed,) = torch.autograd.grad(pulled, seeds, vectors)
+    weighed = scores.softmax(-1) * pushed
+    weighed = (weighed - scores.softmax(-1) * weighed.sum(-1, keepdim=True)) / len(scores)
+    products = torch.autograd.grad(scores, params, weighed.detach())
+    return dict(zip(leaves, products, strict=True))
+
+
+def contestants(make: Callable[[Problem], Product]) -> tuple[Contestant[Problem], ...]:
+    """All ways to take a product, and the gradient, which is no answer."""
+    return (
+        Contestant(COMPILED, "jacfunc", partial(compiled, make)),
+        Contestant(AT_POINT, "jacfunc", partial(at_point, make)),
+        Contestant(EAGER, "jacfunc", partial(eager, make)),
+        Contestant(GRADIENT, "bound", gradient, answers=False),
+        Contestant(COMPILED_GRADIENT, "bound", compiled_gradient, answers=False),
+    )
+
+
+HVP, GGN = contestants(with_hessian), contestants(with_gauss_newton)

@@ -1,0 +1,180 @@
+"""A compiled function: the traces of each kind of call, and the same at a point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from threading import RLock
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+from jacfunc._compiled.making import CompiledCall, Making
+from jacfunc._compiled.signature import CallArguments, copied
+from jacfunc._compiled.surroundings import Surroundings
+from jacfunc._forecasting import Compilation
+from jacfunc._lock import alone
+from jacfunc._torch import Graphs, is_undisturbed
+from jacfunc._traces import Compiler, Divided
+from jacfunc._types import Leaves
+from jacfunc.strategies import worded
+
+API = "compile"
+MOST_KINDS = 16
+"""Kinds of calls that are kept of one compiled derivative, the latest."""
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
+
+
+class Compiled(Generic[P, ResultT]):
+    """What :func:`jacfunc.compile` returns; it is called as what it was made of.
+
+    Any number of threads may call it.
+
+    Args:
+        transformed: what is compiled.
+        compiler: how.
+        num_fixed: so many arguments are fixed at a point, the first ones; None if there is none.
+
+    Example:
+        >>> import torch, jacfunc
+        >>> jac = jacfunc.compile(jacfunc.jacrev(torch.sin), backend="replay")
+        >>> for size in (2, 3, 2):
+        ...     matrix = jac(torch.zeros(size))
+        >>> len(jac.compilations)  # one for each shape
+        2
+    """
+
+    def __init__(
+        self, transformed: Callable[P, ResultT], compiler: Compiler, num_fixed: int | None = None
+    ) -> None:
+        self.transformed, self._how = transformed, (compiler, num_fixed)
+        self._entries: tuple[CompiledCall, ...] = ()
+        self._divided = dict[int, Compiled[P, ResultT]]()
+        self._surroundings: Surroundings | None = None
+        self._lock = RLock()
+        self.__qualname__ = type(self).__qualname__
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        """The result; of the derivative itself inside transforms, modes and traces."""
+        if torch.compiler.is_compiling():
+            return self.transformed(*args, **kwargs)
+        if Graphs.tracer() is not None:
+            with Graphs.untraced():
+                return self(*args, **kwargs)
+        if not is_undisturbed():
+            return self.transformed(*args, **kwargs)
+        arguments = CallArguments.of(args, kwargs)
+        now = self._surroundings
+        if now is not None and now.are_current():
+            for entry in self._entries:
+                if entry.guard.admits(arguments, now.kind, now.tensors):
+                    return entry((*arguments.leaves, *now.tensors))  # type: ignore[no-any-return]
+        return self._called_anew(arguments, args, kwargs)  # type: ignore[no-any-return]
+
+    def at(self, *args: Any) -> Callable[..., ResultT]:
+        """What is left once the first arguments are fixed: of ``ggn(x, y) @ v``, the products.
+
+        What depends on no other argument is computed once, at the first call: the evaluation, say.
+
+        Args:
+            args: the first arguments, by position.
+
+        Returns:
+            A function of the other arguments, by position. Its answers are those of this moment,
+            of which it keeps the numbers: copies of arguments, and of all tensors that the function
+            refers to. They are detached.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as a call. It also refuses to be called
+                inside transforms, with arguments that require gradients, and for another kind of
+                call once anything but numbers has changed.
+
+        Cost:
+            The copies. The first call of a kind compiles what is fixed and what is left, for all
+            points. What lies between is kept, for a product the inputs of layers.
+
+        Example:
+            >>> import torch, jacfunc
+            >>> push = lambda x, v: jacfunc.jvp(torch.sin, (x,), (v,))[1]
+            >>> at_zero = jacfunc.compile(push, backend="replay").at(torch.zeros(2))
+            >>> at_zero(torch.tensor([1.0, 2.0]))
+            tensor([1., 2.])
+        """
+        own = Compiled(self.transformed, self._how[0], len(args))
+        return _AtPoint(self._divided.setdefault(len(args), own), args)
+
+    @property
+    def compilations(self) -> tuple[Compilation, ...]:
+        """What each kind of call has cost, the latest kind first; then those at points."""
+        own = [entry.compilation for entry in self._entries if entry.compilation]
+        return (*own, *[each for of in self._divided.values() for each in of.compilations])
+
+    def _called_anew(self, arguments: CallArguments, args: Any, kwargs: Any) -> Any:
+        """The result where something has changed: by another trace, if one holds, or a new one."""
+        with worded(API, "func must be one that can be compiled", ""), ExitStack() as locks:
+            with alone():  # no other thread lends a module meanwhile
+                locks.enter_context(self._lock)
+                now = self._surroundings_now()
+                for entry in self._entries:
+                    if entry.guard.admits(arguments, now.kind, now.tensors):
+                        return entry((*arguments.leaves, *now.tensors))
+                arguments.check()
+                self.transformed(*args, **kwargs)  # later calls do not learn or make what it does
+                now = self._surroundings_now()
+                making = Making(self.transformed, now, arguments, args, kwargs, *self._how)
+                entry = making.entry()
+            making.check(entry)  # which compiles, and keeps nobody from lending
+            self._entries = (entry, *self._entries[: MOST_KINDS - 1])
+            return making.answer
+
+    def _surroundings_now(self) -> Surroundings:
+        last = self._surroundings
+        if last is None or not last.are_current():
+            self._surroundings = last = Surroundings(self.transformed)
+        return last
+
+
+class _AtPoint(Generic[ResultT]):
+    """A compiled function at its first arguments, and at what it referred to when it was made."""
+
+    def __init__(self, compiled: Compiled[..., ResultT], args: tuple[Any, ...]) -> None:
+        arguments = CallArguments.of(args, {})
+        self._compiled, self._fixed = compiled, arguments.leaves
+        # in containers of its own, which nobody changes
+        self._args, _ = arguments.put_into(args, {})(arguments.leaves)
+        with worded(API, "func must be one that can be compiled", ""), alone():
+            now = compiled._surroundings_now()
+        self._kind, self._others = now.kind, tuple(now.tensors)
+        self._copies = copied(self._fixed), copied(self._others)
+        self._kept: tuple[tuple[CompiledCall, Leaves], ...] = ()
+
+    def __call__(self, *args: Any) -> ResultT:
+        """The result, of the other arguments."""
+        arguments = CallArguments.of((*self._args, *args), {})
+        free = arguments.leaves[len(self._fixed) :]
+        if not is_undisturbed() or any(x.requires_grad for x in free):
+            raise NotImplementedError(
+                f"{API}: a function at a point must be called outside of transforms and modes, "
+                "with arguments that require no gradients. Call the compiled function itself."
+            )
+        for entry, kept in self._kept:
+            if entry.guard.admits(arguments, self._kind, self._others):
+                return entry.at_point(arguments.leaves, kept)  # type: ignore[no-any-return]
+        entry, (fixed, others) = self._entry(arguments, args), self._copies
+        assert isinstance(entry.run, Divided)
+        kept = entry.run.at((*fixed, *free, *others))
+        self._kept = (*self._kept[-MOST_KINDS:], (entry, kept))
+        return entry.at_point(arguments.leaves, kept)  # type: ignore[no-any-return]
+
+    def _entry(self, arguments: CallArguments, args: tuple[Any, ...]) -> CompiledCall:
+        for _ in range(2):
+            for entry in self._compiled._entries:
+                if entry.guard.admits(arguments, self._kind, self._others):
+                    return entry
+            self._compiled(*self._args, *args)  # which makes one
+        raise ValueError(
+            f"{API}: func must refer to the objects that it referred to when at() was called, got "
+            "others, and a kind of call that was not compiled before. Call at() again."
+        )
