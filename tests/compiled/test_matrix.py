@@ -278,6 +278,14 @@ FUNCTION_DOORS |= {
         lambda f: lambda x: jacfunc.hessian_operator(summed(f), x)[1] @ x,
         lambda f, x: second(f, x) @ x,
     ),
+    "linearized, by methods": (
+        lambda f: lambda x: jacfunc.linearize(f, x)[1].mv(x),
+        lambda f, x: rows(f, x)[0] @ x,
+    ),
+    "hessian operator, by methods": (
+        lambda f: lambda x: jacfunc.hessian_operator(summed(f), x)[1].mv(x),
+        lambda f, x: second(f, x) @ x,
+    ),
     "diagonal": (
         lambda f: jacfunc.hessian_diagonal(summed(f)),
         lambda f, x: second(f, x).diagonal(),
