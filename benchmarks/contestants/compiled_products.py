@@ -62,22 +62,28 @@ def point_of(problem: Problem) -> tuple[Params, Tensor]:
     return {name: param.detach() for name, param in model.named_parameters()}, images
 
 
+def once(run: Run) -> Run:
+    """The run behind a first one, for which a user waits while it is compiled."""
+    run()
+    return run
+
+
 def compiled(make: Callable[[Problem], Product], problem: Problem) -> Run:
     """At a point of which nothing is known."""
     product, vector = jacfunc.compile(make(problem)), vector_of(problem)
-    return lambda: product(*point_of(problem), vector)
+    return once(lambda: product(*point_of(problem), vector))
 
 
 def at_point(make: Callable[[Problem], Product], problem: Problem) -> Run:
     """At a point that has had a product before."""
     product = jacfunc.compile(make(problem)).at(*point_of(problem))
     vector = vector_of(problem)
-    return lambda: product(vector)
+    return once(lambda: product(vector))
 
 
 def eager(make: Callable[[Problem], Product], problem: Problem) -> Run:
     product, vector = make(problem), vector_of(problem)
-    return lambda: product(*point_of(problem), vector)
+    return once(lambda: product(*point_of(problem), vector))
 
 
 def gradient(problem: Problem) -> Run:
@@ -89,7 +95,7 @@ def gradient(problem: Problem) -> Run:
 
 def compiled_gradient(problem: Problem) -> Run:
     derive = jacfunc.compile(torch.func.grad(loss_of(problem)))
-    return lambda: derive(*point_of(problem))
+    return once(lambda: derive(*point_of(problem)))
 
 
 def expected_ggn(problem: Problem) -> Answer:

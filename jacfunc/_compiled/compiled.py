@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from threading import RLock
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -11,10 +11,10 @@ import torch
 
 from jacfunc._compiled.making import CompiledCall, Making
 from jacfunc._compiled.signature import CallArguments, copied
-from jacfunc._compiled.surroundings import Surroundings
 from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
-from jacfunc._torch import Graphs, is_undisturbed
+from jacfunc._surroundings import Surroundings
+from jacfunc._torch import Graphs, is_outermost, is_undisturbed, outside_transforms
 from jacfunc._traces import Compiler, Divided
 from jacfunc._types import Leaves
 from jacfunc.strategies import worded
@@ -151,22 +151,25 @@ class _AtPoint(Generic[ResultT]):
         self._kept: tuple[tuple[CompiledCall, Leaves], ...] = ()
 
     def __call__(self, *args: Any) -> ResultT:
-        """The result, of the other arguments."""
+        """The result, of the other arguments; for modes, such as counters, operator by operator."""
         arguments = CallArguments.of((*self._args, *args), {})
-        free = arguments.leaves[len(self._fixed) :]
-        if not is_undisturbed() or any(x.requires_grad for x in free):
+        free, is_seen = arguments.leaves[len(self._fixed) :], not is_undisturbed()
+        with outside_transforms() if is_seen else nullcontext():  # guards would see modes
+            known = [
+                x for x in self._kept if x[0].guard.admits(arguments, self._kind, self._others)
+            ]
+        if not is_outermost() or any(x.requires_grad for x in free) or (is_seen and not known):
             raise NotImplementedError(
-                f"{API}: a function at a point must be called outside of transforms and modes, "
-                "with arguments that require no gradients. Call the compiled function itself."
+                f"{API}: a function at a point must be called outside of transforms, at first also "
+                "of modes, with arguments that require no gradients. Call the compiled function."
             )
-        for entry, kept in self._kept:
-            if entry.guard.admits(arguments, self._kind, self._others):
-                return entry.at_point(arguments.leaves, kept)  # type: ignore[no-any-return]
-        entry, (fixed, others) = self._entry(arguments, args), self._copies
-        assert isinstance(entry.run, Divided)
-        kept = entry.run.at((*fixed, *free, *others))
-        self._kept = (*self._kept[-MOST_KINDS:], (entry, kept))
-        return entry.at_point(arguments.leaves, kept)  # type: ignore[no-any-return]
+        if not known:
+            entry, (fixed, others) = self._entry(arguments, args), self._copies
+            assert isinstance(entry.run, Divided)
+            known = [(entry, entry.run.at((*fixed, *free, *others)))]
+            self._kept = (*self._kept[-MOST_KINDS:], *known)
+        ((entry, kept),) = known[:1]
+        return entry.at_point(arguments.leaves, kept, is_seen)  # type: ignore[no-any-return]
 
     def _entry(self, arguments: CallArguments, args: tuple[Any, ...]) -> CompiledCall:
         for _ in range(2):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from jacfunc._compiled.signature import CallArguments, Guard, ResultTree
-from jacfunc._compiled.surroundings import Surroundings
 from jacfunc._errors import Nameless, Refused
 from jacfunc._forecasting import Compilation
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of
 from jacfunc._rounding import are_near
+from jacfunc._surroundings import Surroundings
 from jacfunc._torch import recording, run_backward
 from jacfunc._traces import Compiler, Differentiable, Divided, Executable, traced
 from jacfunc._trees import flatten_containers
@@ -47,10 +47,10 @@ class CompiledCall:
         """The answer."""
         return self.result.put(self.run(inputs))
 
-    def at_point(self, inputs: Leaves, kept: Leaves) -> Any:
+    def at_point(self, inputs: Leaves, kept: Leaves, is_replayed: bool) -> Any:
         """The answer, from what is kept of a point."""
         assert isinstance(self.run, Divided)
-        return self.result.put(self.run.of(inputs, kept))
+        return self.result.put(self.run.of(inputs, kept, is_replayed))
 
 
 @dataclass

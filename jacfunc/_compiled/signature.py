@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import are_plain
-from jacfunc._compiled.things import is_value, value_of
 from jacfunc._errors import Nameless
+from jacfunc._surroundings import is_value, value_of
 from jacfunc._torch import Graphs
 from jacfunc._trees import flatten_containers, unflatten
 from jacfunc._types import Leaves, Tree

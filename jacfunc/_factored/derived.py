@@ -6,17 +6,17 @@ the parameters: by the form of a rule, or else through the graph of the operatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from jacfunc._factored.tracked import TrackedParameter
+from jacfunc._factored.tracked import TrackedParameter, TrackedParameters
 from jacfunc._factored.use import UsedPart
-from jacfunc._layouts import Key
-from jacfunc._linear_map import Anchor, Graph, Linearization, map_of_graph
+from jacfunc._layouts import Key, NoLayout
+from jacfunc._linear_map import Anchor, Graph, Linearization, differentiable_alias, map_of_graph
 from jacfunc.layers import Rows
 
 
@@ -27,6 +27,48 @@ class Derived:
     key: Key
     value: Tensor
     parts: Sequence[UsedPart]
+
+
+@dataclass(eq=False)
+class DerivedResults:
+    """The results of one evaluation that all samples share; they are tracked as parameters are.
+
+    Args:
+        params: the tensors that are tracked.
+        starts: the nodes at which the graph of the evaluation begins, with the numbers of what
+            begins there; those of results are added.
+        grad_mode: may the Jacobian be differentiated further?
+        by_number: the results, by the numbers that they have beside those of the parameters.
+    """
+
+    params: TrackedParameters
+    starts: dict[Any, int]
+    grad_mode: bool
+    by_number: dict[int, Derived] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._first = 1 + max(self.starts.values(), default=0)
+
+    def track(self, key: Key, out: Tensor, parts: Sequence[UsedPart], graph: Graph) -> Tensor:
+        """Track a result that all samples share, as if it were a parameter itself.
+
+        What its own uses pull back goes on to the parameters that it was made of.
+
+        Raises:
+            NoLayout: if it depends on something else, too, which would be cut off.
+        """
+        if graph.leads_out:
+            raise NoLayout(self.parameters(part[0] for part in parts))
+        anchor = differentiable_alias(out, self.grad_mode)
+        handle, number = anchor.view_as(anchor), self._first + len(self.by_number)
+        self.by_number[number] = Derived(key, out.detach(), parts)
+        self.starts[handle.grad_fn] = number
+        self.params.track(number, handle, anchor.view_as(anchor))
+        return handle
+
+    def parameters(self, numbers: Iterable[int]) -> set[int]:
+        """The parameters with these numbers, and those that results are made of."""
+        return parameters_of(list(numbers), self.by_number)
 
 
 def through_graph(

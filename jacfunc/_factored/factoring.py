@@ -63,6 +63,7 @@ def factored(
         try:
             jacobian, others = _evaluated(batch, learned, unruled)
         except Outdated:
+            learned.uses.clear()
             continue
         except (Unlike, NoLayout):
             raise
@@ -153,7 +154,7 @@ def _evaluated(
     """The factors of one evaluation, and new parameters that are used where no rule sees it."""
     handles, direct = _Handles.of(batch, learned), batch.direct(learned)
     (outputs, extras), recorder = _recorded(batch, learned, handles, unruled)
-    uses, starts = recorder.uses, handles.starts
+    uses, starts, derived = recorder.uses, handles.starts, recorder.derived
     cut = set(starts).union(*(use.ends for use in uses))
     state = getattr(batch.call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
@@ -165,14 +166,14 @@ def _evaluated(
     differentiated = handles.further or (handles.grad_mode and graph.leads_out)
     targets = [*(use.anchor for use in uses), *handles.direct]
     linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
-    met = recorder.parameters(number for node, number in starts.items() if node in graph.met)
+    met = derived.parameters(number for node, number in starts.items() if node in graph.met)
     jacobian = FactoredJacobian(
         batch.size,
         uses,
         direct,
         batch.params,
         linearization,
-        recorder.derived,
+        derived.by_number,
         signature=recorder.signature,
         moves_samples=recorder.moves_samples,
         reads_values=recorder.reads_values,

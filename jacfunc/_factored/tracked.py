@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused, UnseenWrite
-from jacfunc._factored.use import Path, UsedPart, View
+from jacfunc._factored.learned import Outdated
+from jacfunc._factored.use import KnownUse, Path, UsedPart, View
+from jacfunc._layouts import NoLayout, Placing
 from jacfunc._torch import below_transforms, untracked
 from jacfunc.layers import FormOf, Rule
 
@@ -34,27 +37,6 @@ class TrackedParameter:
     """The handle without the wrappers of transforms, which knows of writes."""
     version: int
     """That of the memory when it was tracked: if it is another one, something has written there."""
-
-
-@dataclass(eq=False)
-class RuledCall:
-    """A call of an operation with a rule: its arguments, and the parameters that the rule covers.
-
-    Both are by the names that the rule has for them.
-    """
-
-    number: int
-    rule: Rule
-    func: Callable[..., Any]
-    named: dict[str, Any]
-    params: dict[str, TrackedParameter] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.values = list(self.named.values())
-
-    def parts(self, forms: Mapping[str, FormOf]) -> list[UsedPart]:
-        """The parts of parameters that it uses."""
-        return [(param.number, param.path, forms[name]) for name, param in self.params.items()]
 
 
 @dataclass(eq=False)
@@ -157,38 +139,87 @@ def _is_written(tracked: TrackedParameter) -> bool:
     return tracked.memory._version != tracked.version
 
 
-class Versions:
-    """Tensors, and the versions that they had when they were kept."""
+@dataclass(eq=False)
+class RuledCall:
+    """A call of an operation with a rule: its arguments, and the parameters that the rule covers.
 
-    def __init__(self) -> None:
-        self._pairs: list[tuple[Tensor, int]] = []
+    Both are by the names that the rule has for them.
+    """
 
-    def keep(self, values: Iterable[Any]) -> None:
-        """Keep the tensors among values, as they are now."""
-        for value in values:
-            if isinstance(value, Tensor):
-                tensor = below_transforms(value)
-                if not tensor.is_inference():
-                    self._pairs.append((tensor, tensor._version))
+    number: int
+    rule: Rule
+    func: Callable[..., Any]
+    named: dict[str, Any]
+    params: dict[str, TrackedParameter] = field(default_factory=dict)
 
-    def have_changed(self) -> bool:
-        """Was one of them written into since?"""
-        return any(tensor._version != version for tensor, version in self._pairs)
+    def forms(self, placing: Placing, params: TrackedParameters) -> Mapping[str, FormOf]:
+        """The form of each argument that may be a parameter; none where one has no samples in it.
 
+        Sparse tensors of all samples can't be had from inside vmap.
+        """
+        tensors = {name: x for name, x in self.named.items() if isinstance(x, Tensor)}
+        if not self.named or any(x.layout != torch.strided for x in tensors.values()):
+            return {}
+        try:
+            every = {n: self._of_all(n, placing, id(x) in params.by_id) for n, x in tensors.items()}
+        except NoLayout:
+            return {}
+        return self.rule.forms_of(**{**self.named, **every})
 
-def tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif type(value) in (tuple, list):
-            yield from tensors_among(value)
+    def known(self, names: list[str]) -> KnownUse:
+        """What later evaluations are to know of the call, which has tensors of these names."""
+        numbers = {name: param.number for name, param in self.params.items()}
+        return KnownUse(self.func, names, numbers)
 
+    def is_like(
+        self,
+        known: KnownUse | None,
+        names: list[str] | None,
+        placing: Placing,
+        params: TrackedParameters,
+    ) -> bool:
+        """Was the operation called before as it is now, with parameters in the same places?
 
-def without_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments, with the items of lists in the place of these."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, tuple | list):
-            yield from value
-        else:
-            yield value
+        Then the call takes in these, and for each other tensor that of all samples.
+        """
+        if known is None or known.func is not self.func or placing.listener is not None:
+            return False
+        if names is None or known.tensors != names:
+            return False
+        every, covered = dict[str, Tensor](), dict[str, TrackedParameter]()
+        for name in names:
+            tensor, number = self.named[name], known.params.get(name)
+            if number is None and id(tensor) not in params.by_id:
+                try:
+                    every[name] = self._of_all(name, placing)
+                except NoLayout:
+                    return False
+                continue
+            param = params.find(tensor)
+            if param is None or param.number != number:
+                return False
+            covered[name] = param
+        self.named.update(every)
+        self.params.update(covered)
+        return True
+
+    def known_forms(self, placing: Placing) -> Mapping[str, FormOf]:
+        """The forms of a call that is like an earlier one.
+
+        Raises:
+            Outdated: if the rule does not cover the same parameters.
+        """
+        every = {name: self._of_all(name, placing, True) for name in self.params}
+        forms = self.rule.forms_of(**{**self.named, **every})
+        if not self.params.keys() <= forms.keys():
+            raise Outdated
+        return forms
+
+    def parts(self, forms: Mapping[str, FormOf]) -> list[UsedPart]:
+        """The parts of parameters that it uses."""
+        return [(param.number, param.path, forms[name]) for name, param in self.params.items()]
+
+    def _of_all(self, name: str, placing: Placing, is_parameter: bool = False) -> Tensor:
+        """An argument, of all samples."""
+        key, value = (self.number, name), self.named[name]
+        return placing.of_all(key, value, self.func, self.rule, is_parameter)

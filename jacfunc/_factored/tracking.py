@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacfunc._errors import Refused
-from jacfunc._factored.derived import Derived, parameters_of, replaced, through_graph
-from jacfunc._factored.learned import Outdated
-from jacfunc._factored.tracked import (
-    RuledCall,
-    TrackedParameters,
-    Versions,
-    tensors_among,
-    without_lists,
-)
+from jacfunc._factored.derived import DerivedResults, replaced, through_graph
+from jacfunc._factored.tracked import RuledCall, TrackedParameters
 from jacfunc._factored.use import (
     HOOKING,
     METADATA,
@@ -25,14 +18,16 @@ from jacfunc._factored.use import (
     VIEWS,
     KnownUse,
     Use,
-    UsedPart,
+    Versions,
     View,
     is_part,
     names_of_tensors,
+    tensors_among,
+    without_lists,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._layouts import OUT, Args, Key, NoLayout, OperationRecorder, Placing
-from jacfunc._linear_map import Anchor, Graph, differentiable_alias, no_view, nodes_of_call
+from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing
+from jacfunc._linear_map import Anchor, Graph, no_view, nodes_of_call
 from jacfunc._torch import innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
 
@@ -70,13 +65,11 @@ class UseRecorder(OperationRecorder):
         super().__init__(placing.listener)
         placing.operations = self.operations
         self._placing, self._params = placing, params
-        self._starts, self._grad_mode = starts, grad_mode
+        self._grad_mode = grad_mode
         self.uses: list[Use] = []
         self._known, self._later = known, list[tuple[Use, RuledCall]]()
         self._inputs = Versions()
-        self.derived: dict[int, Derived] = {}
-        """Results that all samples share, by the numbers that they have among parameters."""
-        self._count = 1 + max(starts.values(), default=0)
+        self.derived = DerivedResults(params, starts, grad_mode)
         self._level = innermost()
         self._rules, self._openings = table().rules, table().openings
 
@@ -93,12 +86,12 @@ class UseRecorder(OperationRecorder):
                 raise Refused("what went into a layer was written into after it")
             written = self._params.written()
             for use, call in self._later:
-                use.parts = call.parts(self._forms_as_known(call))
+                use.parts = call.parts(call.known_forms(self._placing))
         for use in self.uses:
             use.nodes = nodes_of_call(use.last, use.ends)
         unruled = self._params.unruled
         for numbers in (unruled.written, unruled.numbers):
-            params = self.parameters(numbers | written)
+            params = self.derived.parameters(numbers | written)
             numbers.clear()
             numbers.update(params)
 
@@ -170,47 +163,51 @@ class UseRecorder(OperationRecorder):
         kwargs: Mapping[str, Any],
     ) -> Any:
         """Call an operation that has a rule, with twins of the parameters that the rule covers."""
-        call, forms = RuledCall(number, rule, func, rule.named(args, kwargs) or {}), None
+        params, forms = self._params, None
+        call = RuledCall(number, rule, func, rule.named(args, kwargs) or {})
         with untracked():
-            names, named = names_of_tensors(call.named), call.named
-            if not self._is_known(call, names):
-                forms = self._forms(call)
-                found = {name: self._params.find(named[name]) for name in forms}
+            names = names_of_tensors(call.named)
+            is_known = call.is_like(self._known.get(number), names, self._placing, params)
+            if not is_known:
+                forms = call.forms(self._placing, params)
+                found = {name: params.find(call.named[name]) for name in forms}
                 call.params |= {name: param for name, param in found.items() if param is not None}
-            params = call.params
-            twins = {name: param.twin.view_as(param.twin) for name, param in params.items()}
-        covered = {id(param.handle) for param in params.values()}
-        has_others = self._params.are_among((*args, *kwargs.values()), covered)
-        if params and has_others and self._placing.can_share:
-            return self._derive(number, func, args, kwargs)
+            twins = {name: p.twin.view_as(p.twin) for name, p in call.params.items()}
+        if not is_known:
+            covered = {id(param.handle) for param in call.params.values()}
+            has_others = params.are_among((*args, *kwargs.values()), covered)
+            if covered and has_others and self._placing.can_share:
+                return self._derive(number, func, args, kwargs)
         places = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
         args = tuple([twins.get(name, x) for name, x in zip(places, args, strict=False)])
         if kwargs:
             kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
-        self._params.note_unruled((*args, *kwargs.values()))
-        if not params:
-            return func(*args, **kwargs)
+        if not is_known:
+            params.note_unruled((*args, *kwargs.values()))
+            if not twins:
+                return func(*args, **kwargs)
+            if names is not None and not has_others:
+                self._known[number] = call.known(names)
         out = self._placing.call(rule, func, args, kwargs)
         with untracked():
-            if forms is not None and names is not None and not has_others:
-                numbers = {name: param.number for name, param in params.items()}
-                self._known[number] = KnownUse(func, names, numbers)
             return self._used(call, no_view(out), {x.grad_fn for x in twins.values()}, forms)
 
     def _used(
         self, call: RuledCall, out: Tensor, ends: set[Any], forms: Mapping[str, FormOf] | None
     ) -> Any:
-        """The result of an operation with a rule, of which a note is taken."""
+        """The result of a use, which is noted; without forms, these are made by :meth:`finish`."""
         try:
             out, values, place = self._placing.result(call.number, call.func, out)
         except NoLayout as error:
-            raise NoLayout(self.parameters(p.number for p in call.params.values())) from error
+            raise NoLayout(
+                self.derived.parameters(p.number for p in call.params.values())
+            ) from error
         if not values.requires_grad:
             return out
-        self._inputs.keep(call.values)
+        self._inputs.keep(call.named.values())
         if place is None:
-            parts = call.parts(self._forms_as_known(call) if forms is None else forms)
-            return self._derived_from((call.number, OUT), out, parts, Graph.of((out,), ends))
+            parts = call.parts(call.known_forms(self._placing) if forms is None else forms)
+            return self.derived.track((call.number, OUT), out, parts, Graph.of((out,), ends))
         key, anchor = (call.number, OUT), Anchor.behind(values)
         use = Use(key, anchor, place, values.grad_fn, ends, values.nbytes)
         if forms is None:
@@ -219,60 +216,6 @@ class UseRecorder(OperationRecorder):
             use.parts = call.parts(forms)
         self.uses.append(use)
         return out
-
-    def _is_known(self, call: RuledCall, names: list[str] | None) -> bool:
-        """Was the operation seen at this place, with parameters in the same places?
-
-        Then these are put into the call, and all other tensors as those of all samples. The rule is
-        asked for forms when the function has run: all calls at once, and off the graph.
-        """
-        known = None if self._placing.listener else self._known.get(call.number)
-        if known is None or known.func is not call.func or known.tensors != names:
-            return False
-        found = {name: self._params.find(call.named[name]) for name in known.params}
-        params = {name: param for name, param in found.items() if param is not None}
-        if {name: param.number for name, param in params.items()} != known.params:
-            return False
-        try:
-            every = {name: self._of_all(call, name) for name in names if name not in params}
-        except NoLayout:
-            return False
-        call.named.update(every)
-        call.params.update(params)
-        return True
-
-    def _forms_as_known(self, call: RuledCall) -> Mapping[str, FormOf]:
-        """The forms of a call that is known.
-
-        Raises:
-            Outdated: if the rule does not cover the same parameters.
-        """
-        every = {name: self._of_all(call, name, True) for name in call.params}
-        forms = call.rule.forms_of(**{**call.named, **every})
-        if not call.params.keys() <= forms.keys():
-            self._known.clear()
-            raise Outdated
-        return forms
-
-    def _of_all(self, call: RuledCall, name: str, is_parameter: bool = False) -> Tensor:
-        """An argument of a call, of all samples."""
-        key, value = (call.number, name), call.named[name]
-        return self._placing.of_all(key, value, call.func, call.rule, is_parameter)
-
-    def _forms(self, call: RuledCall) -> Mapping[str, FormOf]:
-        """The form of each parameter, by argument; none where an argument has no samples in it.
-
-        Sparse tensors of all samples can't be had from inside vmap.
-        """
-        tensors = {name: x for name, x in call.named.items() if isinstance(x, Tensor)}
-        if not call.named or any(x.layout != torch.strided for x in tensors.values()):
-            return {}
-        params = self._params.by_id
-        try:
-            every = {n: self._of_all(call, n, id(x) in params) for n, x in tensors.items()}
-        except NoLayout:
-            return {}
-        return call.rule.forms_of(**{**call.named, **every})
 
     def _derive(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
@@ -302,27 +245,4 @@ class UseRecorder(OperationRecorder):
                 return out
             graph = Graph.of((out,), {twin.grad_fn for twin in twins})
             parts = through_graph(out, params, twins, graph, self._grad_mode)
-            return self._derived_from(key, out, parts, graph)
-
-    def _derived_from(
-        self, key: Key, out: Tensor, parts: Sequence[UsedPart], graph: Graph
-    ) -> Tensor:
-        """Track a result that all samples share, as if it were a parameter itself.
-
-        What its own uses pull back goes on to the parameters that it was made of.
-
-        Raises:
-            NoLayout: if it depends on something else, too, which would be cut off.
-        """
-        if graph.leads_out:
-            raise NoLayout(self.parameters(part[0] for part in parts))
-        anchor = differentiable_alias(out, self._grad_mode)
-        handle, number = anchor.view_as(anchor), self._count + len(self.derived)
-        self.derived[number] = Derived(key, out.detach(), parts)
-        self._starts[handle.grad_fn] = number
-        self._params.track(number, handle, anchor.view_as(anchor))
-        return handle
-
-    def parameters(self, numbers: Iterable[int]) -> set[int]:
-        """The parameters with these numbers, and those that derived results are made of."""
-        return parameters_of(list(numbers), self.derived)
+            return self.derived.track(key, out, parts, graph)

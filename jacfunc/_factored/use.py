@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -111,13 +111,51 @@ UsedPart: TypeAlias = tuple[int, Path, FormOf]
 """The number of a parameter, the views that lead to the part that was used, and its form."""
 
 
+class Versions:
+    """Tensors, and the versions that they had when they were kept."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, int]] = []
+
+    def keep(self, values: Iterable[Any]) -> None:
+        """Keep the tensors among values, as they are now."""
+        for value in values:
+            if isinstance(value, Tensor):
+                tensor = below_transforms(value)
+                if not tensor.is_inference():
+                    self._pairs.append((tensor, tensor._version))
+
+    def have_changed(self) -> bool:
+        """Was one of them written into since?"""
+        return any(tensor._version != version for tensor, version in self._pairs)
+
+
+def tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from tensors_among(value)
+
+
+def without_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments, with the items of lists in the place of these."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, tuple | list):
+            yield from value
+        else:
+            yield value
+
+
 class KnownUse(NamedTuple):
     """What an earlier evaluation has shown of an operation with a rule, at the same place.
 
     Args:
         func: the operation.
         tensors: the names of the arguments that are tensors.
-        params: the numbers of the parameters that the rule covers, by name.
+        params: the numbers of the parameters that the rule covers, by name. No other argument is,
+            or holds, a tracked tensor.
     """
 
     func: Callable[..., Any]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,38 +33,64 @@ class Evidence:
     """What tells the layouts that were seen apart.
 
     Args:
-        samples: of this batch, of which the other batch is made.
-        is_random: does the function draw, so that its numbers can't be compared?
-        inside: groups of samples ``[K, B]``: which samples are in each.
-        pulled: for results of operations cotangents ``[K, *z]``, pulled back from outputs with a
-            cotangent for each group that is zero for all other samples.
+        seen: the tensors, with the layouts that nothing has contradicted yet.
+        size: samples of this batch.
     """
 
-    samples: list[int]
+    seen: Mapping[Key, Seen]
     size: int
-    is_random: bool
-    inside: Tensor
-    pulled: Mapping[Key, Tensor]
 
-    def sites(self, seen: Mapping[Key, Seen]) -> tuple[Sites, set[int]]:
+    def by_numbers(self, samples: list[int]) -> Evidence:
+        """Without layouts whose numbers are not those of these samples, the other batch."""
+
+        def may_be(_: Key, seen: Seen, layout: Layout | None) -> bool:
+            return has_numbers(seen.every, self.size, seen.other, samples, layout)
+
+        return self._narrowed(may_be)
+
+    def by_cotangents(self, inside: Tensor, pulled: Mapping[Key, Tensor]) -> Evidence:
+        """Without layouts by which a sample has a cotangent that should be zero.
+
+        Args:
+            inside: groups of samples ``[K, B]``: which samples are in each.
+            pulled: for results of operations cotangents ``[K, *z]``, pulled back from outputs with
+                a cotangent for each group that is zero for all other samples.
+        """
+
+        def may_be(key: Key, _: Seen, layout: Layout | None) -> bool:
+            if layout is None or key not in pulled:
+                return True
+            rest = layout.of_all(pulled[key], self.size, 1)[~inside.to(pulled[key].device)]
+            return not bool(((rest != 0) & ~rest.isnan()).any())
+
+        return self._narrowed(may_be)
+
+    def sites(self) -> tuple[Sites, set[int]]:
         """The layouts, and numbers of operations of which some tensor has none, or several."""
-        possible = {key: self._possible(key, tensor) for key, tensor in seen.items()}
         known: dict[int, list[tuple[Layout | None, Size]]] = {}
-        for key, layouts in possible.items():
-            if len(layouts) == 1:
-                known.setdefault(key[0], []).append((layouts[0], seen[key].every.shape))
+        for key, seen in self.seen.items():
+            if len(seen.layouts) == 1:
+                known.setdefault(key[0], []).append((seen.layouts[0], seen.every.shape))
         sites, unknown = Sites(), set[int]()
-        for key, layouts in possible.items():
+        for key, seen in self.seen.items():
+            layouts = seen.layouts
             if len(layouts) > 1:
-                shape = seen[key].every.shape
+                shape = seen.every.shape
                 beside = [x for x, other in known.get(key[0], ()) if x and _share(x, shape, other)]
                 layouts = [layout for layout in layouts if layout in beside]
             if len(layouts) == 1:
-                sites[key] = Site(seen[key].func, self._one(seen[key], layouts[0]), layouts[0])
+                sites[key] = Site(seen.func, self._one(seen, layouts[0]), layouts[0])
             else:
                 sites[key] = None
                 unknown.add(key[0])
         return sites, unknown
+
+    def _narrowed(self, may_be: Callable[[Key, Seen, Layout | None], bool]) -> Evidence:
+        narrowed = {
+            key: replace(seen, layouts=[x for x in seen.layouts if may_be(key, seen, x)])
+            for key, seen in self.seen.items()
+        }
+        return replace(self, seen=narrowed)
 
     def _one(self, seen: Seen, layout: Layout | None) -> Size:
         """The shape of a tensor for one sample alone."""
@@ -72,25 +98,6 @@ class Evidence:
         if layout is not None:
             shape[layout.dim] //= self.size
         return Size(shape)
-
-    def _possible(self, key: Key, seen: Seen) -> list[Layout | None]:
-        """The layouts that neither the numbers nor the cotangents contradict."""
-        layouts = seen.layouts
-        if not self.is_random:
-            layouts = [x for x in layouts if self._has_numbers(seen, x)]
-        pulled = self.pulled.get(key)
-        if pulled is not None:
-            layouts = [x for x in layouts if x is None or self._is_zero_outside(pulled, x)]
-        return layouts
-
-    def _has_numbers(self, seen: Seen, layout: Layout | None) -> bool:
-        """Are the numbers of samples those that they have in the other batch?"""
-        return has_numbers(seen.every, self.size, seen.other, self.samples, layout)
-
-    def _is_zero_outside(self, pulled: Tensor, layout: Layout) -> bool:
-        outside = ~self.inside.to(pulled.device)
-        rest = layout.of_all(pulled, self.size, 1)[outside]
-        return not bool(((rest != 0) & ~rest.isnan()).any())
 
 
 def _share(layout: Layout, shape: Size, other: Size) -> bool:

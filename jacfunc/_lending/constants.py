@@ -5,16 +5,21 @@ A call also watches them, so that a write into one that was no copy is undone, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from jacfunc._lending.loan import Numbers, ParameterWatch, is_plain, versions_of
 from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, is_traced, outside_transforms
+from jacfunc._types import Leaves
+
+COMPARED_NUMBERS = 16
+"""Numbers of each larger parameter that are compared."""
 
 
 class Constants:
@@ -34,7 +39,7 @@ class Constants:
     ) -> None:
         self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
-        """By name: mode, and :func:`version_of`, in which a parameter was only read."""
+        """By name: mode, identity and version in which a parameter was only read."""
         self._numbers: Numbers | None = None
         """Those that the last call has watched."""
 
@@ -65,8 +70,8 @@ class Constants:
         Beside it what to call after the evaluation, to learn which copies it has only read; None
         where nothing is copied.
 
-        ``copied_versions`` has, by identity of parameters that are copies themselves, what
-        :func:`version_of` gave for the copied ones: what is known of these holds for their copies.
+        ``copied_versions`` has, by identity of parameters that are copies themselves, identity and
+        version of the copied ones: what is known of these holds for their copies.
         """
         keys = self._keys_to_copy(params, mode, copied_versions)
         if not keys and len(aliases) == len(params):
@@ -101,7 +106,7 @@ class Constants:
         only_read, versions = self._only_read, versions_of(params.values())
         for (name, p), version in zip(params.items(), versions, strict=True):
             key = mode, copied_versions.get(id(p)) or (id(p), version)
-            if only_read.get(name) != key and is_plain(p) and not p.is_meta:
+            if only_read.get(name) != key and _is_plain(p) and not p.is_meta:
                 keys[name] = key
         return keys if sum(params[name].nbytes for name in keys) <= self.most_copied else {}
 
@@ -114,3 +119,132 @@ def _constants() -> Remembered[Constants]:
 def constants_of(module: nn.Module) -> Constants:
     """What earlier calls have found out about the module; nothing at first."""
     return _constants().get_or_make(module, None, Constants)
+
+
+def _is_plain(param: Tensor) -> bool:
+    return type(param) in (nn.Parameter, Tensor) and below_transforms(param) is param
+
+
+def versions_of(params: Iterable[Tensor]) -> list[int]:
+    """How often torch has written into each tensor; no call for each, as every call asks."""
+    return [0 if param.is_inference() else param._version for param in params]
+
+
+class Numbers(NamedTuple):
+    """Numbers of constant parameters, in memory of these, by which a write into one shows.
+
+    Args:
+        each: names, and numbers of each parameter that is lent without a copy, in a row if they lie
+            so; are they all that it has?
+        by_dtype: all of one dtype.
+        owners: names and identities of the parameters.
+        addresses: where the parameters lie. Nothing else can, as long as these numbers are kept.
+        may_be_kept: may later calls use them, although they keep the memory of the parameters?
+    """
+
+    each: Sequence[tuple[str, Tensor, bool]] = ()
+    by_dtype: Sequence[list[Tensor]] = ()
+    owners: Sequence[Any] = ()
+    addresses: Sequence[int] = ()
+    may_be_kept: bool = False
+
+    @classmethod
+    def of(
+        cls, constants: Mapping[str, Tensor], aliases: Mapping[int, Tensor], compared: int
+    ) -> Numbers:
+        """All numbers of the first ``compared`` bytes of parameters, and some of the others."""
+        each, left, params = list[tuple[str, Tensor, bool]](), compared, constants.values()
+        for name, param in constants.items():
+            if param.is_cpu and _is_plain(param):
+                alias, is_small = aliases[id(param)], param.nbytes <= left
+                left -= param.nbytes if is_small else 0
+                row = alias if is_small else _a_few(alias)
+                # not the alias itself, which the module gets
+                each.append((name, row.view(-1) if row.is_contiguous() else row, is_small))
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for _, row, _ in each:
+            by_dtype.setdefault(row.dtype, []).append(row)
+        # of others nothing tells that their memory is the same
+        are_rows = len(each) == len(constants) and all(p.is_contiguous() for p in params)
+        may_be_kept = are_rows and sum(p.nbytes for p in params) <= MOST_COPIED_BYTES
+        addresses = list(map(Tensor.data_ptr, params)) if may_be_kept else []
+        owners, rows = [*constants, *map(id, params)], list(by_dtype.values())
+        return cls(each, rows, owners, addresses, may_be_kept)
+
+    def are_those_of(self, constants: Mapping[str, Tensor]) -> bool:
+        """Do these parameters still lie where the numbers are?"""
+        params = constants.values()
+        is_same = self.owners == [*constants, *map(id, params)]
+        return is_same and self.addresses == list(map(Tensor.data_ptr, params))
+
+    def now(self) -> Leaves:
+        """The numbers as they are now, in one tensor for each dtype."""
+        if self.may_be_kept:  # all are rows
+            return tuple(map(torch.cat, self.by_dtype))
+        return tuple([torch.cat([x.reshape(-1) for x in each]) for each in self.by_dtype])
+
+
+@dataclass(slots=True)
+class ParameterWatch:
+    """Parameters as they were before a call, to find what was written into, and to undo it."""
+
+    params: Mapping[str, Tensor]
+    aliases: Mapping[int, Tensor]
+    """Constants without their graph, by identity: what evaluations get where nothing is copied."""
+    only_read: dict[str, Hashable]
+    versions: list[int] = field(default_factory=list)
+    """Raised by operations of torch."""
+    numbers: Numbers = field(default_factory=Numbers)
+    copies: Leaves = ()
+    """Copies of these numbers, which tell of writes that raise no version. Those of one dtype are
+    in one tensor: an operation for each parameter would take a microsecond for each."""
+
+    def look(self, numbers: Numbers) -> None:
+        """Keep versions, and copies of the numbers."""
+        self.versions = versions_of(self.params.values())
+        self.numbers, self.copies = numbers, numbers.now()
+
+    def check(self, api: str) -> None:
+        """Put back what was written into.
+
+        Raises:
+            RuntimeError: if there was something.
+        """
+        for name, is_back in self.put_back().items():
+            self.only_read.pop(name, None)
+            raise RuntimeError(
+                f"{api}: a parameter must be read alone, or written into from the first call on, "
+                f"got a write into {name!r}, which "
+                f"{'was undone' if is_back else 'has changed it'}. "
+                "Keep in a buffer what the module changes itself."
+            )
+
+    def put_back(self) -> dict[str, bool]:
+        """By name, each parameter that has changed: is it as it was again?"""
+        changed = {} if all(map(torch.equal, self.numbers.now(), self.copies)) else self._restored()
+        now = versions_of(self.params.values()) if self.versions else []  # none under a compiler
+        if now != self.versions:
+            for name, version, before in zip(self.params, now, self.versions, strict=True):
+                if version != before:
+                    changed.setdefault(name, False)
+        return changed
+
+    def _restored(self) -> dict[str, bool]:
+        """Put back numbers that have changed; by name of the parameter: is it as it was again?"""
+        changed, rows = {}, {row.dtype: row for row in self.copies}
+        for name, now, is_whole in self.numbers.each:
+            row = rows[now.dtype]
+            before, rows[now.dtype] = row[: now.numel()].view_as(now), row[now.numel() :]
+            bits = (x.contiguous().view(-1).view(torch.uint8) for x in (now, before))
+            if not (torch.equal(now, before) or torch.equal(*bits)):  # nan is no nan's equal
+                changed[name] = is_whole
+                now.copy_(before)
+        return changed
+
+
+def _a_few(param: Tensor) -> Tensor:
+    """A few numbers of a large parameter."""
+    if not param.is_contiguous():
+        return param[:0]
+    step = max(1, param.numel() // COMPARED_NUMBERS)
+    return param.as_strided((-(-param.numel() // step),), (step,))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from jacfunc._errors import check_uncompiled
 from jacfunc._faults import apart
 from jacfunc._lending.attributes import detached_copy
-from jacfunc._lending.loan import version_of
 from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import are_same
 from jacfunc._lending.select import Select, select_params
@@ -105,8 +105,13 @@ def copied(state: ModuleState) -> ModuleState:
             beside=[part.copied(new) if part.plain else part for part in state.beside],
             point={name: copies[id(x)] for name, x in state.point.items()},
             copies=copies,
-            copied_versions={id(copies[key]): version_of(x) for key, x in known.items()},
+            copied_versions={id(copies[key]): _version_of(x) for key, x in known.items()},
             is_copy=True,
             origin=state,
             loans=[],
         )
+
+
+def _version_of(param: Tensor) -> Hashable:
+    """Identity of a parameter, and how often torch has written into it."""
+    return id(param), 0 if param.is_inference() else param._version

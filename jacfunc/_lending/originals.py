@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from jacfunc._lending.attributes import tensors_in
-from jacfunc._lending.loan import versions_of
+from jacfunc._lending.constants import versions_of
 from jacfunc._lending.snapshot import Snapshot
 from jacfunc._torch import RandomState, makes_plain_tensors
 from jacfunc._types import Leaves

@@ -15,8 +15,8 @@ from jacfunc._units import in_bytes
 
 ResultT = TypeVar("ResultT")
 
-COPIES = 32
-"""What is drawn for each piece anew takes at most this part of a budget."""
+WORK_SHARE = 32
+"""What the work on a piece makes at a time takes at most this part of a budget."""
 
 HEAP_SHARE = 2
 """A piece counts at most this part of its room: the heap of a CPU takes more than its tensors."""
@@ -59,15 +59,15 @@ class Budget:
         room = self.room(block)
         if room is None:
             return size or FittedChunks.by_share(STAGED_BYTES)
-        return FittedChunks(block + room // 2, size)
+        return FittedChunks(block + room * 2 // 5, size)  # beside the one before, and the heap's
 
     def beside(self, result: int) -> int | None:
         """Bytes left for work beside what is kept and a result of this size."""
         return None if self._nbytes is None else self._nbytes - self._counter.live - result
 
     def at_most(self, nbytes: int) -> int:
-        """So many bytes, or a small share of the budget, if that is less: there may be copies."""
-        return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // COPIES))
+        """So many bytes, or a small part of the budget if that is less: there may be copies."""
+        return nbytes if self._nbytes is None else max(1, min(nbytes, self._nbytes // WORK_SHARE))
 
     def keep(self, work: Callable[[], ResultT]) -> ResultT:
         """What ``work`` returns, which is kept from now on; it can't be done in pieces.
@@ -102,7 +102,8 @@ class Budget:
 
         One sample comes first, which must fit, and two after it: one alone may be spared some
         copies. Where n samples take b bytes, k·n take at most k·b. No piece is done twice, as work
-        may add to a sum.
+        may add to a sum. Free pages of the heap go back before each piece: they lie between what is
+        kept, and what comes next may fit nowhere there.
 
         Args:
             at_most: samples at once; None for no limit.

@@ -154,8 +154,9 @@ def module_jacobian(
         A function of the module's own inputs, which returns for each output leaf: for ``"params"``
         a dict of blocks ``[*out, *param]`` by name; for ``"inputs"`` blocks in the tree of the
         inputs (of the only one, or a tuple); for both a tuple. Per sample, each block has the batch
-        in front, ``[B, *out, *param]``, and ``out`` and inputs are those of one sample. With
-        ``outputs`` there are R rows in the place of all output leaves, ``[R, *param]``.
+        in front, ``[B, *out, *param]``, and ``out`` and inputs are those of one sample; in memory
+        rows may come before samples. With ``outputs`` there are R rows in the place of all output
+        leaves, ``[R, *param]``.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, a name that matches nothing, parameters

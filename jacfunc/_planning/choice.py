@@ -15,7 +15,7 @@ from jacfunc._units import in_seconds
 from jacfunc.strategies import Looped, Reverse, ReverseOverForward, Structured, Sweeping
 
 CHUNKS = (512, 128)
-RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.75}
+RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.5}
 """Factors on forecast times of strategies that are far slower where the forecast errs."""
 
 FORWARD_FROM_RATIO = 4

@@ -5,8 +5,7 @@ from jacfunc._samples.call import SampledCall
 from jacfunc._samples.comparing import Subject
 from jacfunc._samples.coupled_losses import GradientOf, loss_coupling
 from jacfunc._samples.coupling import Coupling, coupling
-from jacfunc._samples.halves import at, has_batch
+from jacfunc._samples.halves import at, groups_of, has_batch
 from jacfunc._samples.one import OneSample, SampleBlocks
 from jacfunc._samples.settled import SettledBatch
-from jacfunc._samples.whole import groups_of
 from jacfunc._samples.writing import SampleWriter

@@ -1,7 +1,8 @@
-"""Halves of a batch: samples that stay, while those outside are replaced by samples from inside."""
+"""Halves of a batch, whose other samples are replaced, and groups, whose others get zeros."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
@@ -9,6 +10,8 @@ from math import comb
 import torch
 from torch import Tensor
 
+from jacfunc._factored import FactoredJacobian
+from jacfunc._memory import LEAST_SWEPT_BYTES, evenly
 from jacfunc._types import Leaves
 
 MOST_HALVES = 6
@@ -93,3 +96,47 @@ def has_batch(out: Tensor, size: int) -> bool:
 def at(leaf: Tensor, numbers: Tensor, dim: int) -> Tensor:
     """The samples of a leaf that have these numbers, in a dimension."""
     return leaf.index_select(dim, numbers.to(leaf.device))
+
+
+class PulledGroups:
+    """What cotangents of groups of samples are pulled back to, some groups at a time.
+
+    The group of all samples comes first. All groups at once would take several times the memory of
+    the rows that are asked for.
+    """
+
+    def __init__(self, jacobian: FactoredJacobian, noises: Leaves) -> None:
+        self._pull, self._noises = jacobian.linearization.pull_batch, noises
+        inside = groups_of(jacobian.size).flip(0)
+        at_once = evenly(len(inside), 2 * jacobian.nbytes, LEAST_SWEPT_BYTES)
+        is_whole = at_once == len(inside)
+        self._every = [inside] if is_whole else [inside[:1], *inside[1:].split(at_once)]
+        self._kept: Leaves | None = None
+
+    def groups(self) -> Iterator[tuple[Tensor, Leaves]]:
+        """Which samples are in each group, ``[K, B]``, and products ``[K, *z]``."""
+        for inside in self._every:
+            products = self._kept or self._pull(_within(inside, self._noises))
+            if len(self._every) == 1:
+                self._kept = products
+            yield inside, products
+            del products
+
+
+def _within(inside: Tensor, noises: Leaves) -> Leaves:
+    """Cotangents ``[K, B, *out]``, zero outside of each group."""
+    cotangents = []
+    for noise in noises:
+        groups = inside.to(noise.device).reshape(*inside.shape, *(1,) * (noise.dim() - 1))
+        cotangents.append(torch.where(groups, noise, 0))
+    return tuple(cotangents)
+
+
+def groups_of(size: int) -> Tensor:
+    """Groups ``[K, B]`` of samples: for any two samples, one has the first without the second.
+
+    They go by the bits of the samples' numbers. The last group has all samples.
+    """
+    bits = torch.arange((size - 1).bit_length(), device="cpu").unsqueeze(1)
+    ones = (torch.arange(size, device="cpu") >> bits & 1).bool()
+    return torch.cat([ones, ~ones, torch.ones(1, size, dtype=torch.bool, device="cpu")])

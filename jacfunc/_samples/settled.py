@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -19,7 +20,13 @@ from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
-from jacfunc._torch import MathAttention, RandomState, memory_of, recording, run_as_written
+from jacfunc._torch import (
+    MathAttention,
+    RandomState,
+    memories_of,
+    recording,
+    run_as_written,
+)
 from jacfunc._types import Tree
 
 MOST_MISSES = 3
@@ -84,34 +91,34 @@ class SettledBatch:
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        random_state = RandomState((x, *self.state.params.values()))
+        random_state, rows = RandomState((x, *self.state.params.values())), None
         try:
             with torch.no_grad(), self.state.lent_for_call(self.api, is_current=True):
                 try:
-                    rows = self._rows(x, compared, random_state)
+                    rows = self._rows(x, compared)
                 except Exception as error:  # as it is told of when it is taken anew
                     note("a kind of call that was settled is taken anew: %s", error)
-                    rows = None
-        finally:
+        except BaseException:
             random_state.repeat()
+            raise
+        if rows is None or random_state.has_changed():
+            random_state.repeat()
+            rows = None
         self.misses = 0 if rows is not None else self.misses + 1
         return rows
 
-    def _rows(
-        self, x: Tensor, compared: Container[int], random_state: RandomState
-    ) -> Tensor | None:
+    def _rows(self, x: Tensor, compared: Container[int]) -> Tensor | None:
         keep_heap()
         operations = _Operations(None)
         with recording(), MathAttention():
             own = writable_copy(differentiable_alias(x, False))
             start, anchor = own.grad_fn, Anchor.behind(own)
-            with self.state.lent_for_evaluation({}), operations:
+            # of one sample nothing can be learned of others
+            with self.state.lent_for_evaluation({}), nullcontext() if self.is_alone else operations:
                 out = run_as_written(self.state.module, own)
         if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
             return None
-        if not out.requires_grad or random_state.has_changed():
-            return None
-        if not (self.is_alone or self._is_known(operations, compared)):
+        if not (self.is_alone or self._is_known(operations, compared)) or not out.requires_grad:
             return None
         graph = Graph.back_to({start}, (out,))
         linearization = map_of_graph((out,), (), (anchor,), graph, False)
@@ -119,11 +126,14 @@ class SettledBatch:
             return None
         seeds = shared_units((out,))
         (product,) = linearization.pull_batch(seeds)
-        if 0 in product.stride() or len({*map(memory_of, (product, *seeds))}) == 1:
+        if 0 in product.stride() or len({*memories_of((product, *seeds))}) == 1:
             product = product.clone()
-        if operations.reads_values and not (self.is_alone or self._are_alone(x, out, random_state)):
+        if operations.reads_values and not self._are_alone(x, out):
             return None
-        return product.transpose(0, 1).unflatten(1, out.shape[1:]) if out.dim() > 1 else product[0]
+        if out.dim() == 1:
+            return product[0]
+        rows = product.transpose(0, 1)
+        return rows if out.dim() == 2 else rows.unflatten(1, out.shape[1:])
 
     def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:
         """Does what was learned of many samples hold for an evaluation with these operations?"""
@@ -134,7 +144,7 @@ class SettledBatch:
             return False
         return signature in learned.signatures and signature in compared
 
-    def _are_alone(self, x: Tensor, out: Tensor, random_state: RandomState) -> bool:
+    def _are_alone(self, x: Tensor, out: Tensor) -> bool:
         """Are outputs those of each sample alone, whose numbers may lead another way?"""
         rows = []
         for number in range(len(x)):
@@ -143,9 +153,8 @@ class SettledBatch:
         if any(type(row) is not Tensor or row.shape[1:] != out.shape[1:] for row in rows):
             return False
         alone = torch.cat(rows)
-        if (alone.shape, alone.dtype) != self.output or random_state.has_changed():
-            return False
-        return are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)
+        is_like = (alone.shape, alone.dtype) == self.output
+        return is_like and are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)
 
 
 def are_in_front(learned: LearnedUses) -> bool:

@@ -16,6 +16,7 @@ from jacfunc._layouts import Evidence, Key, Layout, Mixing, NoLayout, PlainSampl
 from jacfunc._linear_map import Samples, narrowed
 from jacfunc._log import note
 from jacfunc._rounding import are_near
+from jacfunc._samples.halves import PulledGroups
 from jacfunc._torch import RandomState, noise_like
 from jacfunc._types import Leaves
 
@@ -154,22 +155,27 @@ class WholeBatches:
         assert trace is not None
         is_random = self.random_state.has_changed()
         learned.lessons += 1
-        inside = groups_of(size)
-        cotangents, noises = [], noise_like(jacobian.outputs, seed=learned.lessons)
-        for noise in noises:
-            groups = inside.to(noise.device).reshape(*inside.shape, *(1,) * (noise.dim() - 1))
-            cotangents.append(torch.where(groups, noise, 0))
-        products = jacobian.linearization.pull_batch(tuple(cotangents))
-        pulled = {use.key: x for use, x in zip(jacobian.uses, products, strict=False)}
-        evidence = Evidence(trace.samples, size, is_random, inside, pulled)
-        sites, unknown = evidence.sites(placing.seen)
+        noises = noise_like(jacobian.outputs, seed=learned.lessons)
+        pulled = PulledGroups(jacobian, noises)
+        evidence = Evidence(placing.seen, size)
+        if not is_random:  # of numbers that are drawn nothing can be told
+            evidence = evidence.by_numbers(trace.samples)
+        for inside, products in pulled.groups():
+            of_uses = zip(jacobian.uses, products, strict=False)
+            evidence = evidence.by_cotangents(inside, {use.key: x for use, x in of_uses})
+            del products, of_uses  # or they would stay beside the next ones
+        sites, unknown = evidence.sites()
         if any(number < 0 for number in unknown):
             raise Refused("what it returns for a sample changes with the batch")
         layouts = {key: site.layout for key, site in sites.items() if site is not None}
-        rows = _rows(jacobian, products, layouts, size)
-        _check_each_alone(rows, inside)
+        every: dict[Key, Tensor] = {}
+        for inside, products in pulled.groups():
+            rows = _rows(jacobian, products, layouts, size)
+            every = every or {key: x[:1] for key, x in rows.items()}
+            _check_each_alone(rows, inside, every)
+            del products, rows
         if not is_random:
-            own = {key: x[-1:, trace.samples] for key, x in rows.items()}
+            own = {key: x[:, trace.samples] for key, x in every.items()}
             _check_near(own, _rows_of_other(other, noises, layouts, trace.samples))
         learned.learn_sites(sites, jacobian.signature)
         others = jacobian.params_of(unknown)
@@ -178,16 +184,6 @@ class WholeBatches:
         return not others and all(
             site is None or site.layout == first[key] for key, site in sites.items()
         )
-
-
-def groups_of(size: int) -> Tensor:
-    """Groups ``[K, B]`` of samples: for any two samples, one has the first without the second.
-
-    They go by the bits of the samples' numbers. The last group has all samples.
-    """
-    bits = torch.arange((size - 1).bit_length(), device="cpu").unsqueeze(1)
-    ones = (torch.arange(size, device="cpu") >> bits & 1).bool()
-    return torch.cat([ones, ~ones, torch.ones(1, size, dtype=torch.bool, device="cpu")])
 
 
 def _rows(
@@ -216,11 +212,13 @@ def _rows_of_other(
     return _rows(other, other.linearization.pull_batch(cotangents), layouts, len(samples))
 
 
-def _check_each_alone(rows: Mapping[Key, Tensor], inside: Tensor) -> None:
+def _check_each_alone(
+    rows: Mapping[Key, Tensor], inside: Tensor, every: Mapping[Key, Tensor]
+) -> None:
     """Refuse a backward pass that is another one for a sample if the others have no cotangents."""
-    for key, every in rows.items():
-        mask = inside.to(every.device).reshape(*inside.shape, *(1,) * (every.dim() - 2))
-        _check_near({key: every.where(mask, every[-1:])}, {key: every[-1:].expand_as(every)})
+    for key, some in rows.items():
+        mask = inside.to(some.device).reshape(*inside.shape, *(1,) * (some.dim() - 2))
+        _check_near({key: some.where(mask, every[key])}, {key: every[key].expand_as(some)})
 
 
 def _check_near(rows: Mapping[Key, Tensor], others: Mapping[Key, Tensor]) -> None:

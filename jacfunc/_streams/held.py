@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -41,9 +41,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeldSamples:
-    """Samples that were evaluated, with their Jacobian as factors; its blocks are written later."""
+    """Samples that were evaluated, with their Jacobian as factors; its blocks are written later.
+
+    Args:
+        most_swept: bytes of cotangents that are swept at once, where no chunk says how many rows.
+    """
 
     factors: FactoredJacobian
+    most_swept: int = MOST_SWEPT_BYTES
 
     @kept_property
     def outputs(self) -> Leaves:
@@ -105,7 +110,7 @@ class HeldSamples:
             return ()
 
         total = self.outputs[leaf].numel()
-        at_once = chunk or evenly(total, self.factors.nbytes, MOST_SWEPT_BYTES)
+        at_once = chunk or evenly(total, self.factors.nbytes, self.most_swept)
         for _ in in_chunks(total, of_leaf(at_once, leaf), take):
             pass
 
@@ -158,25 +163,23 @@ class HeldParts:
         """Hold the parts of parameter ``number``; or the rows themselves, where these are less."""
         parts, param = cell.parts[number], samples.params[number]
         dtype = samples.dtype(cell.leaf, number)
-        new = {key: nbytes for key, nbytes in _storages(parts) if key not in self._memories}
+        new = {key: nbytes for key, nbytes in _storages(parts).items() if key not in self._memories}
         shape = (samples.size, cell.rows.stop - cell.rows.start, *param.shape)
         written = prod(shape) * dtype.itemsize
         if sum(new.values()) > written:
             block = param.new_empty(shape, dtype=dtype)
             samples.factors.write([parts], [block])
             parts = [Part((), Rows(block.transpose(0, 1)))]
-            new = dict(_storages(parts))
+            new = _storages(parts)
         self.cells.append((cell.leaf, cell.rows, parts))
         self.nbytes += sum(new.values())
         self._memories |= new.keys()
 
 
-def _storages(parts: list[Part]) -> Iterator[tuple[int, int]]:
-    """A number of each storage that parts keep, and its bytes."""
-    for part in parts:
-        for value in vars(part.form).values():
-            if isinstance(value, Tensor):
-                yield memory_of(value), value.untyped_storage().nbytes()
+def _storages(parts: list[Part]) -> dict[int, int]:
+    """The bytes of each storage that parts keep, by a number of it."""
+    tensors = [x for part in parts for x in vars(part.form).values() if isinstance(x, Tensor)]
+    return {memory_of(x): x.untyped_storage().nbytes() for x in tensors}
 
 
 class ParameterBlocks:
@@ -199,8 +202,7 @@ class ParameterBlocks:
 
         Pages serve what is larger than half of them, so they take no more than two largest blocks.
         """
-        places: list[Leaves] = []
-        last = sys.maxsize
+        places, last = list[Leaves](), sys.maxsize
         for number, param in sorted(enumerate(self._samples.params), key=lambda x: -x[1].nbytes):
             nbytes = self._samples.size * self._samples.num_rows * param.nbytes
             if LARGE <= nbytes <= last // 2 and not param.is_cuda:
@@ -219,9 +221,8 @@ class ParameterBlocks:
 
     def _blocks(self, number: int) -> Leaves:
         """Places for the blocks of a parameter."""
-        samples = self._samples
-        rows = [out.numel() for out in samples.outputs]
-        return tuple(samples.place(i, number, samples.size, m) for i, m in enumerate(rows))
+        of, outputs = self._samples, enumerate(self._samples.outputs)
+        return tuple(of.place(i, number, of.size, out.numel()) for i, out in outputs)
 
     def _sweep(self, number: int, blocks: Leaves) -> None:
         """Fill the blocks of a parameter by a sweep that holds parts of those that follow."""

@@ -13,7 +13,7 @@ from jacfunc._errors import Refused
 from jacfunc._factored import Direct, FactoredJacobian
 from jacfunc._linear_map import JacobianOperator, linearize
 from jacfunc._log import note
-from jacfunc._memory import MODEST_BYTES, Budget, Chunk, FittedChunks, free_bytes
+from jacfunc._memory import MODEST_BYTES, MOST_SWEPT_BYTES, Budget, Chunk, FittedChunks, free_bytes
 from jacfunc._modules import FEW_CALLS, ModuleCall
 from jacfunc._samples import SampledCall
 from jacfunc._streams.held import Cell, HeldSamples
@@ -82,7 +82,11 @@ class StreamedCall:
             if self.batch is not None:
                 return self.between(0, self.size)
             flat = self._call.flat_call()
-            return HeldSamples(_factors(flat)), flat
+            return HeldSamples(_factors(flat), self._most_swept), flat
+
+    @property
+    def _most_swept(self) -> int:
+        return self.budget.at_most(MOST_SWEPT_BYTES)
 
     def between(self, start: int, stop: int) -> tuple[HeldSamples, FlatCall]:
         """The samples from start to stop: evaluated."""
@@ -94,7 +98,7 @@ class StreamedCall:
         except Exception as error:
             batch.check_randomness(error)
             raise
-        return HeldSamples(factors), flat
+        return HeldSamples(factors, self._most_swept), flat
 
     def go_on(self) -> None:
         """Let the samples that follow draw other numbers, if each sample draws its own."""

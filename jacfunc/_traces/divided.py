@@ -47,9 +47,10 @@ class Divided:
     def _chosen(self, everything: Leaves) -> Leaves:
         return tuple([everything[number] for number in self._sources])
 
-    def of(self, inputs: Leaves, kept: Leaves) -> Any:
+    def of(self, inputs: Leaves, kept: Leaves, is_replayed: bool = False) -> Any:
         """The outputs, of free inputs at a point."""
-        return self.after((*[inputs[number] for number in self._taken], *kept))
+        taken = (*[inputs[number] for number in self._taken], *kept)
+        return self.after.replayed(taken) if is_replayed else self.after(taken)
 
     def __call__(self, inputs: Leaves) -> Any:
         """The outputs, of both."""

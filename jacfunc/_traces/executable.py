@@ -49,9 +49,14 @@ class Executable:
 
     def flops(self, inputs: Leaves) -> int:
         """How many operations products of matrices, convolutions and attention take."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.graph.forward(*self.taken(inputs))
+        with FlopCounterMode(display=False) as counter:
+            self.replayed(inputs)
         return int(counter.get_total_flops())
+
+    def replayed(self, inputs: Leaves) -> Any:
+        """The outputs, operator by operator."""
+        with torch.no_grad():
+            return self.graph.forward(*self.taken(inputs))
 
     def taken(self, inputs: Leaves) -> Leaves:
         """What the graph takes: those inputs that it uses, and constants."""

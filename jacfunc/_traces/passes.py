@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from jacfunc._torch import Graphs, memory_of
+from jacfunc._traces.seeds import fill_by_sizes
 from jacfunc._types import Leaves
 
 MOST_FOLDED_BYTES = 2**26
@@ -24,6 +25,7 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
     No output shares memory with an input.
     """
     _without_zero_tangents(graph)
+    fill_by_sizes(graph)
     constants = _folded(graph)
     _without_detours(graph)
     _by_rows(graph)

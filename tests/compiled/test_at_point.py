@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import jacfunc
 from jacfunc import Compiled
@@ -185,3 +186,28 @@ def test_another_kind_of_call_after_a_change() -> None:
     model[1] = nn.Identity()
     with pytest.raises(ValueError, match="when at\\(\\) was called, got others"):
         at_now(torch.ones(3, 2))
+
+
+def test_modes_see_the_operators() -> None:
+    at_point = jacfunc.compile(lambda x, v: x.exp() @ v, backend="replay").at(torch.eye(3))
+    expected = at_point(torch.eye(3))
+    with FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(at_point(torch.eye(3)), expected)
+    assert counter.get_total_flops() == 2 * 3**3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda func: torch.func.vmap(func)(torch.eye(3)),
+        lambda func: torch.func.jvp(func, (X,), (X,)),
+        lambda func: torch.func.grad(lambda v: func(v).sum())(X),
+        lambda func: func(X.clone().requires_grad_()),
+    ],
+)
+def test_what_is_left_is_not_transformed(call: Any) -> None:
+    at_point = jacfunc.compile(lambda x, v: x.exp() * v, backend="replay").at(X)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="must be called outside of transforms"):
+            call(at_point)
+        torch.testing.assert_close(at_point(X), X.exp() * X)

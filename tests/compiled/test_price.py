@@ -172,3 +172,44 @@ def test_random_projections(sizes: dict[str, Any]) -> None:
             for param in model.parameters():
                 param.mul_(0.9)
     assert len(compiled.compilations) == 1
+
+
+# --- nothing is done again that is the same at every call ---
+
+FACTORIES = ("eye", "zeros", "ones", "arange", "full", "rand", "scalar_tensor")
+READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero")
+LOSS = nn.MSELoss()
+
+
+def asked_of(model: nn.Module) -> dict[str, Callable[[Tensor], Any]]:
+    frozen = module().requires_grad_(False)
+    number = lambda x: frozen(x).square().sum()  # noqa: E731
+    goals = torch.zeros(3, 2)
+    v = {name: torch.ones_like(param) for name, param in model.named_parameters()}
+    return {
+        "hvp": lambda x: jacfunc.hvp(number, (x,), (x,))[1],
+        "vjp": lambda x: jacfunc.vjp(frozen, x)[1](frozen(x))[0],
+        "laplacian": jacfunc.vmap(jacfunc.laplacian(number)),
+        "linearize": lambda x: jacfunc.linearize(frozen, x)[1] @ x,
+        "hessian operator": lambda x: jacfunc.hessian_operator(number, x)[1] @ x,
+        "inputs": jacfunc.module_jacobian(model, "inputs", per_sample=True),
+        "diagonal": lambda x: jacfunc.ggn(model, LOSS)(x, goals).diagonal(),
+        "norms": lambda x: jacfunc.gradient_norms(model, LOSS)(x, goals),
+        "module operator": lambda x: jacfunc.module_operator(model)(x) @ v,
+        "module hessian": lambda x: jacfunc.module_hessian(model, LOSS)(x, goals) @ v,
+        "projection": jacfunc.random_projection(model, 4),
+    }
+
+
+@pytest.mark.parametrize("name", asked_of(module()))
+def test_no_seed_is_built_and_no_number_read(name: str) -> None:
+    compiled = jacfunc.compile(asked_of(module())[name], backend="replay")
+    compiled(XS)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        compiled(2 * XS)
+    events = [event for event in seen.events() if event.cpu_parent is None]
+    names = [event.name.removeprefix("aten::").rstrip("_") for event in events]
+    assert len(names) > 2
+    made = [name for name in names if name.startswith(FACTORIES) or name.endswith("_like")]
+    assert made == []
+    assert not {*READS} & {event.name.removeprefix("aten::") for event in seen.events()}

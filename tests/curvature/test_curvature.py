@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -299,6 +300,55 @@ def test_gradient_norms_are_exact(name: str, chunk_size: int | None) -> None:
     model, case, inputs, targets, true = posed(name)
     found = jacfunc.gradient_norms(model, case.loss, chunk_size=chunk_size)(inputs, targets)
     assert_close(found, true.gradients.norm(dim=1))
+
+
+class TwoLayers(nn.Module):
+    """Two layers whose outputs are added: they share their cotangents, and one has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4, bias=False), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x[:, :3]) + self.second(x[:, 3:])
+
+
+def test_gradient_norms_of_layers_with_the_same_cotangents() -> None:
+    model, x, y = TwoLayers().double(), torch.randn(6, 5).double(), torch.randn(6, 4).double()
+    loss = nn.MSELoss(reduction="sum")
+    params = tuple(model.parameters())
+    grads = [torch.autograd.grad(loss(model(x[[b]]), y[[b]]), params) for b in range(6)]
+    expected = torch.stack([torch.cat([g.flatten() for g in every]).norm() for every in grads])
+    assert_close(jacfunc.gradient_norms(model, loss)(x, y), expected)
+
+
+def test_a_loss_of_the_users_finds_the_module_as_it_is() -> None:
+    """The module is lent once for an answer, but not while such a loss runs."""
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    weight, seen = model.weight, list[bool]()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(model.weight is weight)
+        return F.mse_loss(outputs, targets)
+
+    jacfunc.gradient_norms(model, loss)(x, y)
+    jacfunc.random_projection(model, 4, loss)(x, y)
+    jacfunc.ggn(model, loss)(x, y).diagonal()
+    assert len(seen) > 3
+    assert all(seen)
+
+
+def test_several_threads_ask_one_matrix() -> None:
+    """The module is lent to one of them at a time."""
+    model, x, y = posed("mlp")[0], *posed("mlp")[2:4]
+    expected = jacfunc.ggn(model, F.cross_entropy)(x, y).diagonal()
+    matrix = jacfunc.ggn(model, F.cross_entropy)(x, y)
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: (matrix.diagonal(), matrix.matrix()), range(6)))
+    for diagonal, whole in answers:
+        for name, block in diagonal.items():
+            assert_close(block, expected[name])
+        assert_close(whole.diagonal(), torch.cat([b.flatten() for b in expected.values()]))
 
 
 def sign_matrix(name: str, size: int, **options: int) -> SignMatrix:

@@ -56,10 +56,12 @@ def problems() -> dict[str, Callable[[], Any]]:
     jacrev = jacfunc.jacrev(torch.tanh)
     per_sample = jacfunc.module_jacobian(model, per_sample=True, strategy="reverse")
     by_layers = jacfunc.module_jacobian(model, per_sample=True, strategy="structured")
+    by_inputs = jacfunc.module_jacobian(model, "inputs", per_sample=True, strategy="reverse")
     ggn = jacfunc.ggn(model, nn.functional.mse_loss)
     return {
         "jacrev": lambda: jacrev(x[0]),
         "module_jacobian, per sample": lambda: per_sample(x),
+        "module_jacobian, by inputs": lambda: by_inputs(x),
         "module_jacobian, by layers": lambda: by_layers(x),
         "ntk": lambda: jacfunc.ntk(model, None, x),
         "ggn, diagonal": lambda: ggn(x, y).diagonal(),

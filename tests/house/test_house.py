@@ -40,7 +40,7 @@ FLOORS = {
 ROOF = {"__init__", "__main__", "testing"}
 """Files that may import from every floor."""
 
-MOST_FILES, MOST_ROOMS, MOST_FLOORS, LONGEST_FACE = 12, 10, 10, 47
+MOST_FILES, MOST_ROOMS, MOST_FLOORS, LONGEST_FACE = 12, 10, 10, 48
 LONGEST_FILE, LONGEST_FUNCTION = 250, 45
 
 EVERY_MODULE = pytest.mark.parametrize("name", FILES)

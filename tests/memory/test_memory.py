@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -219,6 +220,45 @@ def test_a_budget_holds_for_layers_that_are_asked_for(per, device):
     peak, jac = peak_of(lambda: bounded(x))
     assert peak <= budget
     torch.testing.assert_close(jac, expected, rtol=1e-4, atol=1e-5)
+
+
+class LastState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(16, 48, batch_first=True), nn.Linear(48, 10)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0][:, -1])
+
+
+def test_the_first_call_keeps_to_its_budget_too(device):
+    """It learns where tensors hold the samples, of batches of any size."""
+    model, x = LastState().to(device), torch.randn(52, 20, 16, device=device)
+    y, budget = torch.arange(52, device=device) % 10, 10 * 2**20
+    with PeakBytes() as counter:
+        jacfunc.gradient_norms(model, F.cross_entropy, memory=budget)(x, y)
+    assert counter.peak <= budget
+
+
+def test_where_tensors_hold_samples_is_learned_in_little_memory(device):
+    model, x = convolving().to(device), torch.randn(32, 1, 28, 28, device=device)
+    norms, y = jacfunc.gradient_norms(model, F.cross_entropy), torch.arange(32, device=device) % 10
+    with PeakBytes() as first:
+        norms(x, y)
+    with PeakBytes() as second:
+        norms(x, y)
+    assert first.peak <= 2 * second.peak
+
+
+def test_what_is_drawn_for_a_piece_leaves_room_for_samples(device):
+    model = nn.Sequential(nn.Linear(256, 32), nn.Tanh(), nn.Linear(32, 10)).to(device)
+    sizes, x = [], torch.randn(512, 256, device=device)
+    model.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    budget = 2 * 4 * 512 * len(x) * 10
+    with PeakBytes() as counter:
+        jacfunc.random_projection(model, 512, memory=budget)(x)
+    assert counter.peak <= budget
+    assert len(sizes) < 64
 
 
 def test_on_a_cpu_a_chunk_counts_a_part_of_its_room():

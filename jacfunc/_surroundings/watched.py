@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from jacfunc._compiled.things import slot_names, value_of
+from jacfunc._surroundings.things import slot_names, value_of
 
 REGISTRIES = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 """Attributes of every module: mostly empty, and a call that looks at each takes twice as long."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from jacfunc._arguments import are_plain
 from jacfunc._calls import home_of, is_installed, places_of, reads_by_text, reads_unnamed
-from jacfunc._compiled.things import (
+from jacfunc._errors import Nameless
+from jacfunc._surroundings.things import (
     HOOKS_OF_ALL,
     asked,
     is_array,
@@ -32,8 +33,7 @@ from jacfunc._compiled.things import (
     texts_of,
     value_of,
 )
-from jacfunc._compiled.watched import Watched
-from jacfunc._errors import Nameless
+from jacfunc._surroundings.watched import Watched
 
 MOST = 50_000
 """So many things are looked at; who refers to more is refused."""
