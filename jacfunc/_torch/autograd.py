@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -54,14 +54,3 @@ A watch that looked at each step of it took a tenth of a small network's evaluat
 
 tracked: Callable[[], AbstractContextManager[Any]] = torch._C._EnableTorchFunction
 """Makes a context inside an untracked one in which modes see operations again."""
-
-
-is_casting: Callable[[], bool] = torch._C._is_any_autocast_enabled
-"""Does autocast choose dtypes?"""
-
-
-@contextmanager
-def uncast() -> Iterator[None]:
-    """A context without graphs and autocast: for a trace, in which casts are operators."""
-    with torch.no_grad(), torch._C._DisableAutocast():
-        yield

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from jacfunc._memory import PeakBytes
-from jacfunc._torch import is_casting, uncast
+from jacfunc._torch import Graphs
 from jacfunc._traces.backends import Compiler, Run
 from jacfunc._traces.passes import simplified
 from jacfunc._traces.traced import in_our_words
@@ -56,7 +56,7 @@ class Executable:
 
     def replayed(self, inputs: Leaves) -> Any:
         """The outputs, operator by operator."""
-        with uncast():
+        with Graphs.uncast():
             return self.graph.forward(*self.taken(inputs))
 
     def taken(self, inputs: Leaves) -> Leaves:
@@ -79,8 +79,8 @@ class Executable:
         """The outputs, without a graph."""
         taken = [inputs[number] for number in self.used]
         run = self._run or self._compiled(taken)
-        if is_casting() or (self._takes_graphs and torch.is_grad_enabled()):
-            with uncast():
+        if Graphs.are_casting() or (self._takes_graphs and torch.is_grad_enabled()):
+            with Graphs.uncast():
                 return run(*taken, *self._constants)
         return run(*taken, *self._constants)
 
