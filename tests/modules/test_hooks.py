@@ -95,7 +95,7 @@ def scaling_tensors(net: Any) -> None:
 
 def reading_numbers(net: Any) -> None:
     def double(_: Any, grads: Any, __: Any) -> Any:
-        return (2 * grads[0] if float(grads[0].abs().sum()) > 0 else grads[0],)
+        return (2 * grads[0] if float(grads[0].detach().abs().sum()) > 0 else grads[0],)
 
     net.middle.register_full_backward_hook(double)
 
