@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 CORE := tests/house/test_house.py tests/trees tests/assembly tests/linear_map tests/functions
 
-.PHONY: help bench suite report figures compare hand test quick check lint types overhead budget
+.PHONY: help bench suite report figures compare hand test quick check lint types overhead budget first_call
 .PHONY: format clean
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make quick     lint, types and the tests of the core, in a minute and a half"
 	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
+	@echo "make first_call  what the first call of a process takes of its budget"
 	@echo "make format    let ruff format the code"
 
 # One stamp: the environment is made anew when what it installs changes.
@@ -55,6 +56,9 @@ overhead: $(VENV)/.installed
 
 budget: $(VENV)/.installed
 	$(BIN)/python -m benchmarks budget
+
+first_call: $(VENV)/.installed
+	$(BIN)/python -m benchmarks first_call
 
 # The rivals' own environment: what they bring must not change what the tests know.
 $(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt

@@ -190,7 +190,7 @@ def share(case: Mapping[str, Any]) -> float:
 def tables(body: Mapping[str, Any]) -> list[Table]:
     """A table a size, of parts of the budget; doors that take more than wanted stand out."""
     shown = []
-    for megabytes in MEGABYTES:
+    for megabytes in _sizes(body):
         title = f"What a first call takes of a budget of twice {megabytes} MB"
         caption = f"Wanted: at most {body['target']}. In brackets: with the pages of code"
         of_size = table(title, caption, "door", *NETWORKS)
@@ -207,6 +207,10 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     return shown
 
 
+def _sizes(body: Mapping[str, Any]) -> list[int]:
+    return sorted({case["megabytes"] for case in body["results"]})
+
+
 def _told(case: Mapping[str, Any] | None) -> str:
     if case is None or "most" not in case:
         return "–" if case is None else case["refusal"]
@@ -217,7 +221,7 @@ def _told(case: Mapping[str, Any] | None) -> str:
 def says(body: Mapping[str, Any]) -> str:
     """How many first calls keep to their budget."""
     parts = []
-    for megabytes in MEGABYTES:
+    for megabytes in _sizes(body):
         cases = [c for c in body["results"] if c["megabytes"] == megabytes and "most" in c]
         kept = sum(share(case) <= body["target"] for case in cases)
         parts.append(f"{kept} of {len(cases)} of {in_bytes(megabytes * 2**20)}")

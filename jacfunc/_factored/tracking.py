@@ -98,7 +98,8 @@ class UseRecorder(OperationRecorder):
     def call(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
-        has_parameter = self._params.are_among(args) or self._params.are_among(kwargs.values())
+        are_among = self._params.are_among
+        has_parameter = are_among(args) or (kwargs and are_among(kwargs.values()))
         if not (has_parameter or func in UNUSUAL or func in self._openings):  # the usual case
             return func(*args, **kwargs)
         if func in TAKES_DERIVATIVES and self._is_at_own_level():

@@ -139,15 +139,15 @@ def ntk(
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     check_progress(API, progress)
-    sides, is_single = _sides(x1, x2), is_batch(x1) and is_batch(x2)
-    asked = choice_of(API, outputs, x2 is None and is_single)
+    asked = choice_of(API, outputs, x2 is None and is_batch(x1))
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     budget = Budget(API, check_memory(API, memory))
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
             *(API, func, _selected(params, select), batching, chunk_size, memory),
             *(independent, chunk_size),
-            stays=progress is not None or not is_single,  # then code may run between blocks
+            # progress, or an iterable of batches, may run code between blocks
+            stays=progress is not None or not (is_batch(x1) and is_batch(x2)),
             outputs=asked,
         )
 
@@ -160,7 +160,7 @@ def ntk(
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             return samples_of(API, func, params, args, in_dims, randomness, asked)
 
-    ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
+    ranges = in_ranges(sides_of(API, _sides(x1, x2), samples_at), axes, chunk_size, budget)
     places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 

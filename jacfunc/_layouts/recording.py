@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacfunc._layouts.traces import Listener, OperationCall, begins, ends
+from jacfunc._layouts.traces import Listener, OperationCall
 
 Args: TypeAlias = tuple[Any, ...]
 
@@ -69,6 +69,17 @@ class OperationRecorder(TorchFunctionMode):
     ) -> Any:
         """The result of the operation with this number."""
 
+    def begin(self) -> None:
+        """Forget all: only what follows is part of the user's function."""
+        self.operations.clear()
+        if self._listener is not None:
+            self._listener.begin()
+        self._is_over = False
+
+    def end(self) -> None:
+        """Count no operations from here on."""
+        self._is_over = True
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -77,13 +88,6 @@ class OperationRecorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         # called for every operation: as short as it can be
-        if func is begins:
-            self.operations.clear()
-            if self._listener is not None:
-                self._listener.begin()
-        if func is begins or func is ends:
-            self._is_over = func is ends
-            return None
         kwargs = kwargs or {}
         if self._is_over:
             return func(*args, **kwargs)
@@ -111,3 +115,27 @@ def _is_chosen_by_tensor(args: Args) -> bool:
     """Does a call choose entries of a tensor by the numbers in another one?"""
     items = args[1] if isinstance(args[1], tuple) else args[1:2]
     return any(isinstance(item, Tensor | list) for item in items)
+
+
+def begins() -> None:
+    """Tell recorders that operations are counted from here, where the user's function begins.
+
+    What is done before, to lend a module, may change from one evaluation to the next.
+    """
+    for recorder in _recorders():
+        recorder.begin()
+
+
+def ends() -> None:
+    """Tell recorders that the user's function is over."""
+    for recorder in _recorders():
+        recorder.end()
+
+
+def _recorders() -> list[OperationRecorder]:
+    """The recorders around, if they would see an operation now."""
+    if not torch._C._is_torch_function_mode_enabled():
+        return []
+    numbers = range(torch._C._len_torch_function_stack())
+    modes = [torch._C._get_function_stack_at(number) for number in numbers]
+    return [mode for mode in modes if isinstance(mode, OperationRecorder)]

@@ -6,27 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function
 
 from jacfunc._layouts.layouts import OUT, Key
 from jacfunc.layers import Rule
-
-
-def begins() -> None:
-    """Tell a recorder that operations are counted from here, where the user's function begins.
-
-    What is done before, to lend a module, may change from one evaluation to the next.
-    """
-    if torch._C._is_torch_function_mode_enabled():
-        handle_torch_function(begins, ())
-
-
-def ends() -> None:
-    """Tell a recorder that the user's function is over."""
-    if torch._C._is_torch_function_mode_enabled():
-        handle_torch_function(ends, ())
 
 
 class OperationCall(NamedTuple):

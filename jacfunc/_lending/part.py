@@ -54,8 +54,8 @@ class ModulePart:
         own = {key: value for key, value in attributes.items() if key not in OF_EVERY_MODULE}
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
-        has_registries = is_module and not is_scripted
-        registries = [attributes[key] for key in _REGISTRIES] if has_registries else []
+        keys = _REGISTRIES if is_module and not is_scripted else ()
+        registries = [attributes[key] for key in keys]
         has_tensors = is_module and bool(plain or module._parameters or module._buffers)
         return cls(
             module,
@@ -180,9 +180,7 @@ def put_back(tables: list[tuple[Any, Any]]) -> None:
 
 def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
     """The present attributes of each part, for :func:`give_back` to put in place again."""
-    # no call for each: every call of a module asks several times
-    return [
-        # TorchScript has no dicts, but takes its tensors one by one
+    return [  # TorchScript has no dicts, but takes its tensors one by one
         {"params": dict(part.module._parameters), "buffers": dict(part.module._buffers)}
         if part.is_scripted
         else vars(part.module).copy()
@@ -223,9 +221,9 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
     """Each tensor once: tied ones count under the first of their names."""
     first: dict[int, tuple[str, Tensor]] = {}
     for prefix, named in tensors.items():
-        for key, tensor in named.items():
-            if tensor is not None:
-                first.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, tensor))
+        for key, x in named.items():
+            if x is not None:
+                first.setdefault(id(x), (f"{prefix}.{key}" if prefix else key, x))
     return dict(first.values())
 
 

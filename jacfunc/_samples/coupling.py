@@ -31,8 +31,7 @@ BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
 """Operations, by parts of their names, after which sums may have another order of terms."""
 
 BY_GROUPS = "grouped_mm", "segment_reduce"
-"""Operations on groups of rows, of sizes that are numbers in a tensor; a kernel takes each group in
-other blocks where it is larger."""
+"""Operations on groups of rows, whose sizes are numbers: another size is rounded otherwise."""
 
 
 @dataclass(frozen=True)
@@ -207,11 +206,13 @@ class _Comparison:
             return False
         if not one.is_same_as(again):
             return True
-        operations = self._operations(self.subject)
-        may_differ = BY_GROUPS + BY_INDEX if one.is_sum else BY_GROUPS
-        if any(name in str(func) for func, _ in operations for name in may_differ):
-            return True
-        return operations != self._operations(other)
+        names = BY_GROUPS + BY_INDEX if one.is_sum else BY_GROUPS
+        is_named = any(name in str(func) for func, _ in self._called for name in names)
+        return is_named or self._called != self._operations(other)
+
+    @kept_property
+    def _called(self) -> list[tuple[Any, Any]]:
+        return self._operations(self.subject)
 
     def _operations(self, subject: Subject) -> list[tuple[Any, Any]]:
         recorder = OperationsCalled()

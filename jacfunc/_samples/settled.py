@@ -12,16 +12,24 @@ from torch import Tensor
 from jacfunc._assembly import shared_units
 from jacfunc._errors import Refused
 from jacfunc._factored import LearnedUses
-from jacfunc._faults import TAKES_DERIVATIVES, is_unwatched
+from jacfunc._faults import TAKES_DERIVATIVES, NestedWatch, is_unwatched
 from jacfunc._layouts import Args, Layout, OperationRecorder
 from jacfunc._lending import ModuleState
-from jacfunc._linear_map import Anchor, Graph, differentiable_alias, map_of_graph, writable_copy
+from jacfunc._linear_map import (
+    Anchor,
+    Graph,
+    LeadsOut,
+    differentiable_alias,
+    map_of_graph,
+    writable_copy,
+)
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
 from jacfunc._torch import (
     MathAttention,
+    Pull,
     RandomState,
     memories_of,
     recording,
@@ -51,31 +59,35 @@ class _Operations(OperationRecorder):
 class SettledBatch:
     """A module at a tensor with the samples in front, as it was evaluated before.
 
-    It returned one tensor with the samples in front, ran as a whole and unwatched, and all its rows
-    were swept at once onto the input. So it is evaluated and swept again, with all checks of an
-    evaluation; but what earlier ones have shown is not looked up on the way.
+    It returned one tensor with the samples in front, ran as a whole, and all its rows were swept at
+    once onto the input. So it is evaluated and swept again, with all checks of an evaluation; but
+    what earlier ones have shown is not looked up on the way.
 
     Args:
         batch: an earlier call of this kind.
         output: what that one returned.
+        is_watched: must each evaluation be watched?
     """
 
-    def __init__(self, batch: SampledCall, state: ModuleState, output: Tensor) -> None:
+    def __init__(
+        self, batch: SampledCall, state: ModuleState, output: Tensor, is_watched: bool
+    ) -> None:
         self.api, self.kind, self.state = batch.api, batch.kind.kind, state
         self.is_alone = batch.size == 1
         self.learned = batch.learned_as_a_whole
         self.output = output.shape, output.dtype
+        self.is_watched = is_watched
         self.misses = 0
 
     @classmethod
     def of(cls, batch: SampledCall, state: ModuleState, call: object, output: Tree) -> Self | None:
-        """What a call has settled; None if it returned another tree, or must be watched."""
+        """What a call has settled; None if it returned another tree."""
         is_alone = batch.size == 1
-        if type(output) is not Tensor or not is_unwatched(call, ALONE if is_alone else PLAIN):
+        if type(output) is not Tensor:
             return None
         if not (is_alone or are_in_front(batch.learned_as_a_whole)):
             return None
-        return cls(batch, state, output)
+        return cls(batch, state, output, not is_unwatched(call, ALONE if is_alone else PLAIN))
 
     @property
     def is_over(self) -> bool:
@@ -113,9 +125,13 @@ class SettledBatch:
         with recording(), MathAttention():
             own = writable_copy(differentiable_alias(x, False))
             start, anchor = own.grad_fn, Anchor.behind(own)
+            watch = self._watch(own) if self.is_watched else None
             # of one sample nothing can be learned of others
-            with self.state.lent_for_evaluation({}), nullcontext() if self.is_alone else operations:
+            recorder = nullcontext() if self.is_alone else operations
+            with watch or nullcontext(), self.state.lent_for_evaluation({}), recorder:
                 out = run_as_written(self.state.module, own)
+            if watch is not None:
+                watch.check_copies((x,))
         if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
             return None
         if not (self.is_alone or self._is_known(operations, compared)) or not out.requires_grad:
@@ -134,6 +150,11 @@ class SettledBatch:
             return product[0]
         rows = product.transpose(0, 1)
         return rows if out.dim() == 2 else rows.unflatten(1, out.shape[1:])
+
+    def _watch(self, own: Tensor) -> NestedWatch:
+        """The watch of an evaluation at this copy of the input."""
+        leads_out = LeadsOut({own.grad_fn}, grad_mode=False, has_left=False)
+        return NestedWatch(Pull(None, ALONE if self.is_alone else PLAIN, leads_out), primals=(own,))
 
     def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:
         """Does what was learned of many samples hold for an evaluation with these operations?"""

@@ -132,23 +132,23 @@ _OF_NUMBERS: Any = (vars(torch.linalg)["LinAlgError"], IndexError)
 """What torch raises where numbers do not do: of a matrix that is singular, of an index."""
 
 
+_BETWEEN = "torch.", "jacfunc._faults."
+"""Modules whose code stands between a function and what it calls: torch's, and watches."""
+
+
 def _caller() -> str:
     """The module whose code called what a watch sees, past watches inside, and torch."""
     frame: Any = sys._getframe(2)
     while True:
         name = f"{frame.f_globals.get('__name__')}."
-        if frame.f_code.co_name != "__torch_function__" and not name.startswith("torch."):
+        is_between = frame.f_code.co_name == "__torch_function__" or name.startswith(_BETWEEN)
+        if not is_between:
             return name
         frame = frame.f_back
 
 
 def _draws(node: Node) -> bool:
-    """Does it draw random numbers? Kernels of attention do so only for dropout."""
-    if torch.Tag.nondeterministic_seeded not in Graphs.tags_of(node):
-        return False
-    names = [arg.name for arg in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return not ("scaled_dot_product" in str(node.target) and given.get("dropout_p", 0.0) == 0.0)
+    return torch.Tag.nondeterministic_seeded in Graphs.tags_of(node)
 
 
 def _depends_on_numbers(node: Node) -> bool:

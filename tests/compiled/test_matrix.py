@@ -1,7 +1,7 @@
 """Every door and strategy compiled, on functions and modules: right at other numbers, or listed.
 
 Oracles are rows of plain autograd in float64. What is listed is refused in torch's own words. Some
-pairs are always tried, of the others a sixth; ``JACFUNC_EVERY_KIND=1`` tries all, which takes ten
+pairs are always tried, of the others a part; ``JACFUNC_EVERY_KIND=1`` tries all, which takes ten
 minutes.
 """
 
@@ -278,6 +278,14 @@ FUNCTION_DOORS |= {
         lambda f: lambda x: jacfunc.hessian_operator(summed(f), x)[1] @ x,
         lambda f, x: second(f, x) @ x,
     ),
+    "linearized, by methods": (
+        lambda f: lambda x: jacfunc.linearize(f, x)[1].mv(x),
+        lambda f, x: rows(f, x)[0] @ x,
+    ),
+    "hessian operator, by methods": (
+        lambda f: lambda x: jacfunc.hessian_operator(summed(f), x)[1].mv(x),
+        lambda f, x: second(f, x) @ x,
+    ),
     "diagonal": (
         lambda f: jacfunc.hessian_diagonal(summed(f)),
         lambda f, x: second(f, x).diagonal(),
@@ -308,13 +316,15 @@ EVERY = os.environ.get("JACFUNC_EVERY_KIND") == "1"
 PART = 6
 
 
-def cells(doors: Any, names: Any, first_doors: Any, first_names: Any) -> list[tuple[str, str]]:
-    """Pairs that are tried: all of the first ones, of others a sixth, each door with another."""
+def cells(
+    doors: Any, names: Any, first_doors: Any, first_names: Any, part: int = PART
+) -> list[tuple[str, str]]:
+    """Pairs that are tried: all of the first ones, of others a part, each door with another."""
     return [
         (door, name)
         for n, door in enumerate(doors)
         for k, name in enumerate(names)
-        if EVERY or (door in first_doors and name in first_names) or (n + k) % PART == 0
+        if EVERY or (door in first_doors and name in first_names) or (n + k) % part == 0
     ]
 
 
@@ -559,7 +569,7 @@ def test_a_loss_of_ones_own_is_listed() -> None:
         diagonal(drawn(3, 12))
 
 
-MODULE_CELLS = cells(MODULE_DOORS, MODULES, FIRST_DOORS, FIRST_MODULES)
+MODULE_CELLS = cells(MODULE_DOORS, MODULES, FIRST_DOORS, FIRST_MODULES, 2 * PART)
 
 
 @pytest.mark.parametrize(("door", "name"), MODULE_CELLS)

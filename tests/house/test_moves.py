@@ -10,10 +10,10 @@ from tests.house.moves import moves_of, problems
 MOST = {
     "jacrev": (25, 50),
     "module_jacobian, per sample": (59, 212),
-    "module_jacobian, by inputs": (29, 72),
-    "module_jacobian, by layers": (68, 328),
-    "ntk": (69, 364),
-    "ggn, diagonal": (73, 396),
+    "module_jacobian, by inputs": (29, 70),
+    "module_jacobian, by layers": (68, 322),
+    "ntk": (69, 351),
+    "ggn, diagonal": (73, 377),
 }
 
 

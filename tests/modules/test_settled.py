@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 import jacfunc
+from jacfunc._faults.nested import NestedWatch
 
 COUNT = {"evaluations": 0}
 """Beside the module, whose own state is put back after a call."""
+WATCHES: list[NestedWatch] = []
 HIDDEN = {"how": ""}
 """What the module asks for, and what nobody sees."""
 
@@ -251,6 +254,26 @@ def test_results_share_no_memory(size: int) -> None:
     first.zero_()
     second[0, 0, 1] = 5.0
     assert_same(jac(x), torch.eye(3, dtype=torch.float64).expand(size, 3, 3), 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_what_may_catch_errors_stays_watched(size: int) -> None:
+    class Catching(Network):
+        def forward(self, x: Tensor) -> Any:
+            modes = _get_current_function_mode_stack()
+            WATCHES.extend(mode for mode in modes if isinstance(mode, NestedWatch))
+            try:
+                return super().forward(x)
+            except ArithmeticError:
+                return x
+
+    module, jac = settled(size, Catching())
+    x = points(size)
+    expected = loop(module, x)
+    WATCHES.clear()
+    COUNT["evaluations"] = 0
+    assert_same(jac(x), expected)
+    assert COUNT["evaluations"] == len(WATCHES) == 1
 
 
 def test_module_is_left_as_it_was() -> None:
