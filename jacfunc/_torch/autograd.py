@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,12 +56,9 @@ tracked: Callable[[], AbstractContextManager[Any]] = torch._C._EnableTorchFuncti
 """Makes a context inside an untracked one in which modes see operations again."""
 
 
-is_casting: Callable[[], bool] = torch._C._is_any_autocast_enabled
-"""Does autocast choose dtypes?"""
-
-
-@contextmanager
-def uncast() -> Iterator[None]:
-    """A context without graphs and autocast: for a trace, in which casts are operators."""
-    with torch.no_grad(), torch._C._DisableAutocast():
-        yield
+def uncast(run: Callable[..., Any], takes_graphs: bool, *inputs: Tensor) -> Any:
+    """What a trace returns without autocast, as casts are operators of it, and without a graph."""
+    if torch._C._is_any_autocast_enabled() or (takes_graphs and torch.is_grad_enabled()):
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return run(*inputs)
+    return run(*inputs)
