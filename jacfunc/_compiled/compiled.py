@@ -161,7 +161,8 @@ class _AtPoint(Generic[ResultT]):
         if not is_outermost() or any(x.requires_grad for x in free) or (is_seen and not known):
             raise NotImplementedError(
                 f"{API}: a function at a point must be called outside of transforms, at first also "
-                "of modes, with arguments that require no gradients. Call the compiled function."
+                "of modes, with arguments without gradients, got another call. Call the compiled "
+                "function itself."
             )
         if not known:
             entry, (fixed, others) = self._entry(arguments, args), self._copies

@@ -54,3 +54,11 @@ A watch that looked at each step of it took a tenth of a small network's evaluat
 
 tracked: Callable[[], AbstractContextManager[Any]] = torch._C._EnableTorchFunction
 """Makes a context inside an untracked one in which modes see operations again."""
+
+
+def uncast(run: Callable[..., Any], takes_graphs: bool, *inputs: Tensor) -> Any:
+    """What a trace returns without autocast, as casts are operators of it, and without a graph."""
+    if torch._C._is_any_autocast_enabled() or (takes_graphs and torch.is_grad_enabled()):
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return run(*inputs)
+    return run(*inputs)

@@ -150,16 +150,6 @@ class Graphs:
     OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
     """Types of torch's operators, and of a user's."""
 
-    are_casting: Callable[[], bool] = torch._C._is_any_autocast_enabled
-    """Does autocast choose dtypes?"""
-
-    @staticmethod
-    @contextmanager
-    def uncast() -> Iterator[None]:
-        """A context without autograd and autocast: for a trace, in which casts are operators."""
-        with torch.no_grad(), torch._C._DisableAutocast():
-            yield
-
     @staticmethod
     def is_operator(node: Node) -> bool:
         """Is it a call of one of torch's operators?"""

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from jacfunc._memory import PeakBytes
-from jacfunc._torch import Graphs
+from jacfunc._torch import uncast
 from jacfunc._traces.backends import Compiler, Run
 from jacfunc._traces.passes import simplified
 from jacfunc._traces.traced import in_our_words
@@ -56,8 +56,7 @@ class Executable:
 
     def replayed(self, inputs: Leaves) -> Any:
         """The outputs, operator by operator."""
-        with Graphs.uncast():
-            return self.graph.forward(*self.taken(inputs))
+        return uncast(self.graph.forward, True, *self.taken(inputs))
 
     def taken(self, inputs: Leaves) -> Leaves:
         """What the graph takes: those inputs that it uses, and constants."""
@@ -79,10 +78,7 @@ class Executable:
         """The outputs, without a graph."""
         taken = [inputs[number] for number in self.used]
         run = self._run or self._compiled(taken)
-        if Graphs.are_casting() or (self._takes_graphs and torch.is_grad_enabled()):
-            with Graphs.uncast():
-                return run(*taken, *self._constants)
-        return run(*taken, *self._constants)
+        return uncast(run, self._takes_graphs, *taken, *self._constants)
 
     def _compiled(self, inputs: list[Tensor]) -> Run:
         """What runs it; other threads wait for the one that compiles."""
