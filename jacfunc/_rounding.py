@@ -19,6 +19,6 @@ def are_near(numbers: Tensor, others: Tensor, power: float | None, lead: int = 0
     if power is not None:
         sizes = torch.where(numbers.isfinite(), numbers, 0).abs()
         scale = sizes.reshape(*sizes.shape[:lead], -1).amax(-1)
-        scale = scale.reshape(*scale.shape, *(1,) * (sizes.dim() - lead))
+        scale = scale.reshape(scale.shape + (1,) * (sizes.dim() - lead))
         is_near |= (numbers - others).abs() <= scale * torch.finfo(numbers.dtype).eps ** power
     return bool(is_near.all())

@@ -45,8 +45,10 @@ def test_a_matrix_says_what_it_is_of_in_a_line():
 def test_plans_print_as_lines_and_as_a_table():
     plan = jacfunc.plan(torch.sin, torch.zeros(3))
     lines = repr(plan).splitlines()
-    assert lines[:2] == ["Plan:", "  strategy    Reverse(chunk_size=None)"]
-    assert "  peak        108 B" in lines
+    assert lines[0] == "Plan:"
+    rows = [line.split(maxsplit=1) for line in lines[1:]]
+    assert ["strategy", "Reverse(chunk_size=None)"] in rows
+    assert ["peak", "108 B"] in rows
     assert max(map(len, lines)) < 100
     page = plan._repr_html_()
     assert "<td>strategy</td><td>Reverse(chunk_size=None)</td>" in page
