@@ -158,7 +158,9 @@ class Plan(Streaming):
             yield "time", in_seconds(self.seconds)
         if self.compiler is not None:
             yield "compiled", f"by {self.compiler.backend!r}"
-        if cost is not None and cost.compilation is not None:
+        # a forecast is that of Inductor
+        is_by_another = self.compiler is not None and self.compiler.backend != "inductor"
+        if cost is not None and cost.compilation is not None and not is_by_another:
             call, build, calls = price_in_words(cost.compilation)
             yield "a compiled call", f"{call}, {build} before the first"
             yield "repaid after", calls

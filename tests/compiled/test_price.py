@@ -72,6 +72,8 @@ def test_plans_are_made_and_pinned_compiled() -> None:
     assert again.forecast is not None
     assert "compiled" in repr(again)
     assert "'replay'" in repr(again)
+    assert "before the first" not in repr(plan)  # that forecast is Inductor's
+    assert "before the first" in repr(jacfunc.compile(plan))
     assert jacfunc.compile(plan).compiler != plan.compiler
     with pytest.raises(ValueError, match="compile: backend must be one of 'inductor'"):
         jacfunc.compile(plan, backend="fastest")  # type: ignore[call-overload]
