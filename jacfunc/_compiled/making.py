@@ -121,7 +121,7 @@ class Making:
         count = sum(node.op == "call_function" for node in nodes)
         entry.compilation = Compilation(
             *(tracing, run.compile_seconds, eager, seconds, count),
-            *(run.constant_bytes, run.peak_bytes(inputs)),
+            *(run.constant_bytes, run.peak_bytes(inputs), self.compiler.backend),
         )
 
     @property

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jacfunc._forecasting.costs import Costs
 from jacfunc._forecasting.machine import Cost
+from jacfunc._forecasting.machines import COSTS
 from jacfunc._memory import largest
 from jacfunc._units import in_calls, in_seconds
 from jacfunc.strategies import Sweeping
@@ -30,6 +31,7 @@ class Compilation:
         peak_bytes: of all tensors at once in a compiled call, with the result, without arguments
             and constants: of the trace operator by operator, of which ``"inductor"`` fuses some;
             a CUDA graph keeps them from call to call. None in a forecast.
+        backend: what compiled it, or would.
 
     Example:
         >>> import torch, jacfunc
@@ -48,6 +50,7 @@ class Compilation:
     operators: int
     constant_bytes: int | None = None
     peak_bytes: int | None = None
+    backend: str = "inductor"
 
     @property
     def build_seconds(self) -> float:
@@ -108,6 +111,7 @@ def compilation_by(backend: str, costs: Costs, strategy: Sweeping) -> Compilatio
         seconds,
         work + CALLED * unit.call + speed.run * unit.operation * count,
         count,
+        backend=backend,
     )
 
 
@@ -124,6 +128,5 @@ def _operators(costs: Costs, strategy: Sweeping) -> int:
 def _without_overhead(costs: Costs) -> Costs:
     """Costs on a machine that takes time for numbers alone."""
     speeds, nothing = copy(costs.speeds), Cost(0.0, 0.0)
-    names = "evaluate", "pull", "pull_each", "pull_batch", "push", "push_batch"
-    vars(speeds).update(dict.fromkeys(names, nothing), scaling=0.0)
+    speeds.know(dict.fromkeys(COSTS, nothing), scaling=0.0)
     return replace(costs, speeds=speeds)

@@ -26,7 +26,7 @@ class KnownMachine(Machine):
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
-        vars(self).update(COSTS, scaling=2e-4)
+        self.know(COSTS, scaling=2e-4)
         self._number = dtype.itemsize / 4
 
     def _measure_write(self, size: int) -> float:

@@ -158,10 +158,9 @@ class Plan(Streaming):
             yield "time", in_seconds(self.seconds)
         if self.compiler is not None:
             yield "compiled", f"by {self.compiler.backend!r}"
-        # a forecast is that of Inductor
-        is_by_another = self.compiler is not None and self.compiler.backend != "inductor"
-        if cost is not None and cost.compilation is not None and not is_by_another:
-            call, build, calls = price_in_words(cost.compilation)
+        price = cost.compilation if cost is not None else None
+        if price is not None and (not self.compiler or self.compiler.backend == price.backend):
+            call, build, calls = price_in_words(price)
             yield "a compiled call", f"{call}, {build} before the first"
             yield "repaid after", calls
 

@@ -9,12 +9,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from jacfunc._traces.backends import Compiler
-from jacfunc._traces.executable import Executable
+from jacfunc._traces.executable import Executable, InTwo
 from jacfunc._traces.passes import MOVES
 from jacfunc._types import Leaves
 
 
-class Divided:
+class Divided(InTwo):
     """An executable as two: the first is run once for each point, the second for what is free.
 
     Args:
@@ -37,6 +37,7 @@ class Divided:
         kept = self._chosen((*values, *computed))
         chosen = tuple([inputs[number] for number in self._taken])
         self.after = Executable(after, (*chosen, *kept), len(chosen), compiler)
+        super().__init__(self.before, self.after)
 
     def at(self, inputs: Leaves) -> Leaves:
         """What the second takes of a point; of the free inputs no number is read."""
@@ -59,16 +60,6 @@ class Divided:
     def peak_bytes(self, inputs: Leaves) -> int:
         """Bytes of all tensors at once in a run of both, operator by operator."""
         return self._whole.peak_bytes(inputs)
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds of both compilations."""
-        return self.before.compile_seconds + self.after.compile_seconds
-
-    @property
-    def constant_bytes(self) -> int:
-        """Bytes of what both keep from point to point."""
-        return self.before.constant_bytes + self.after.constant_bytes
 
     @property
     def graph(self) -> GraphModule:

@@ -92,7 +92,24 @@ class Executable:
         return self._run
 
 
-class Differentiable:
+class InTwo:
+    """Two executables that serve one function, and what both have cost."""
+
+    def __init__(self, first: Executable, second: Executable) -> None:
+        self._both = first, second
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of both compilations, so far as they were needed."""
+        return sum(each.compile_seconds for each in self._both)
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of what both keep from call to call."""
+        return sum(each.constant_bytes for each in self._both)
+
+
+class Differentiable(InTwo):
     """An executable whose outputs are differentiated by another one.
 
     Args:
@@ -103,17 +120,8 @@ class Differentiable:
     """
 
     def __init__(self, forward: Executable, backward: Executable, receives: list[bool]) -> None:
+        super().__init__(forward, backward)
         self.forward, self.backward, self.receives = forward, backward, receives
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds of both compilations, so far as they were needed."""
-        return self.forward.compile_seconds + self.backward.compile_seconds
-
-    @property
-    def constant_bytes(self) -> int:
-        """Bytes of what both keep."""
-        return self.forward.constant_bytes + self.backward.constant_bytes
 
     def peak_bytes(self, inputs: Leaves) -> int:
         """Bytes of all tensors at once in a run forward."""

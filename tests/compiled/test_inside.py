@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,20 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+from tests.truth.dynamo import INSIDE_COMPILER
 
-# torch's own, of caches of functions and of graphs that it traces
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
+pytestmark = INSIDE_COMPILER
 
 MODEL = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).requires_grad_(False)
 LEARNED = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))

@@ -5,7 +5,7 @@ A door that is traced is compiled as one graph, once for all sizes of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,20 +16,9 @@ from torch.utils import _pytree
 
 import jacfunc
 from jacfunc import operators
+from tests.truth.dynamo import INSIDE_COMPILER
 
-# torch's own, of caches of functions and of graphs that it traces
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
+pytestmark = INSIDE_COMPILER
 
 WEIGHT = torch.tensor([[0.5, -1.0], [2.0, 0.3], [0.1, 0.7]])
 MODEL = nn.Linear(3, 2)
