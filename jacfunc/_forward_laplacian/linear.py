@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -97,20 +97,21 @@ class _Call:
     def outputs(self, *values: Tensor) -> Leaves:
         """What the function returns for these values in the places of jets, as a tuple."""
         left = iter(values)
-
-        def put(argument: Any) -> Any:
-            if isinstance(argument, tuple | list):
-                return type(argument)([put(x) for x in argument])
-            if self.ctx.owns(argument):
-                return next(left)
-            if self.others is not None and is_differentiable(argument):
-                return self.others(argument)
-            return argument
-
-        args = [put(argument) for argument in self.args]
-        result = self.func(*args, **{name: put(value) for name, value in self.kwargs.items()})
+        args = [self._with(left, argument) for argument in self.args]
+        kwargs = {name: self._with(left, value) for name, value in self.kwargs.items()}
+        result = self.func(*args, **kwargs)
         self.kind = type(result)
         return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    def _with(self, values: Iterator[Tensor], argument: Any) -> Any:
+        """An argument with the next values in the places of jets."""
+        if isinstance(argument, tuple | list):
+            return type(argument)([self._with(values, x) for x in argument])
+        if self.ctx.owns(argument):
+            return next(values)
+        if self.others is not None and is_differentiable(argument):
+            return self.others(argument)
+        return argument
 
     def through(self, *numbers: int) -> Callable[..., Leaves]:
         """The call as a function of some of its jets, while the others have their values."""
