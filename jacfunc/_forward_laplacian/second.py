@@ -42,11 +42,11 @@ def propagate(
     primals: Leaves,
     directions: Leaves,
     is_summed: bool,
-    has_first: bool = True,
+    has_first: bool,
 ) -> Derivatives:
     """Value and derivatives along N directions ``[N, *in_j]``, of one evaluation.
 
-    First derivatives of the outputs are empty tensors unless they ``has_first``.
+    Without ``has_first`` no first derivatives of the outputs come back.
 
     A forward Laplacian (Li et al. 2024, "A computational framework for neural network-based
     variational Monte Carlo with Forward Laplacian", algorithm 1): each operation maps value,
@@ -72,19 +72,21 @@ def propagate(
     extras = tuple(map(ctx.value, extras))
     if not all(map(ctx.owns, outputs)):
         raise NoRule("an output does not depend on the inputs, or on a way that no rule sees")
-    results = [_derivatives(ctx, out, has_first) for out in outputs]
-    values, firsts, seconds = zip(*results, strict=True) if results else ((), (), ())
+    results: Any = outputs
+    values = tuple([out.value for out in results])
+    firsts = tuple([out.first for out in results]) if has_first else ()
+    seconds = tuple([_second(ctx, out) for out in results])
     if not keeps_graph:
         values, firsts, seconds = map(_detached, (values, firsts, seconds))
     return Derivatives(values, extras, firsts, seconds)
 
 
-def _derivatives(ctx: Propagation, out: Any, has_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Value and derivatives of an output."""
-    second = out.second
-    if second is None:
-        second = torch.zeros_like(out.value if ctx.is_summed else out.first)
-    return out.value, out.first if has_first else out.value.new_empty(0), second
+def _second(ctx: Propagation, out: Any) -> Tensor:
+    """Second derivatives of an output."""
+    if out.second is None:
+        return torch.zeros_like(out.value if ctx.is_summed else out.first)
+    second: Tensor = out.second
+    return second
 
 
 def _detached(leaves: Leaves) -> Leaves:

@@ -13,6 +13,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused
+from jacfunc._torch.autograd import untracked
 from jacfunc._torch.levels import below_transforms
 from jacfunc._types import Leaves
 
@@ -117,10 +118,10 @@ def holds_nan(tensor: Tensor) -> bool:
     """Is a number of the tensor nan, in any sample? False where the numbers can't be read."""
     if torch.compiler.is_compiling():
         return False
-    tensor = below_transforms(tensor)
-    if type(tensor) is not Tensor or tensor.is_meta or _len_torch_dispatch_stack():
-        return False
-    with torch._C._DisableFuncTorch():
+    with untracked(), torch._C._DisableFuncTorch():
+        tensor = below_transforms(tensor)
+        if type(tensor) is not Tensor or tensor.is_meta or _len_torch_dispatch_stack():
+            return False
         tensor = tensor.detach()
         # a sum takes no memory, and is nan for infinities of both signs as well
         return isnan(tensor.sum().item()) and bool(tensor.isnan().any())
