@@ -15,8 +15,7 @@ from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
 from jacfunc._surroundings import Surroundings
 from jacfunc._torch import Graphs, is_outermost, is_undisturbed, outside_transforms
-from jacfunc._traces import Compiler, Divided
-from jacfunc._types import Leaves
+from jacfunc._traces import Compiler, Divided, Kept
 from jacfunc.strategies import worded
 
 API = "compile"
@@ -148,7 +147,7 @@ class _AtPoint(Generic[ResultT]):
             now = compiled._surroundings_now()
         self._kind, self._others = now.kind, tuple(now.tensors)
         self._copies = copied(self._fixed), copied(self._others)
-        self._kept: tuple[tuple[CompiledCall, Leaves], ...] = ()
+        self._kept: tuple[tuple[CompiledCall, Kept], ...] = ()
 
     def __call__(self, *args: Any) -> ResultT:
         """The result, of the other arguments; for modes, such as counters, operator by operator."""

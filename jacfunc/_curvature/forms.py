@@ -21,6 +21,7 @@ from jacfunc._linear_map import LinearMap
 from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch
+from jacfunc._products import FactoredProducts, takes_factors
 from jacfunc._types import Leaves, product_dtype
 
 NamedParts: TypeAlias = dict[str, list[Part]]
@@ -38,6 +39,7 @@ class MatrixProducts:
         self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
     ) -> None:
         self._jacobian, self._curvature_of = BatchProducts(at_batch), curvature_of
+        self._at_batch = at_batch
 
     @kept_property
     def _curvature(self) -> OutputCurvature:
@@ -48,6 +50,9 @@ class MatrixProducts:
         """``G v = Jᵀ H J v`` of K vectors, ``[K, *param]``, as many at once as room allows."""
         count = len(tangents[0])
         if count == 1:
+            if takes_factors():
+                curvature = self._curvature_of(self._at_batch.outputs)
+                return factored_product(self._at_batch, curvature, tangents)
             return self._times(tangents)
         at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
         every = tuple(map(torch.empty_like, tangents))
@@ -106,6 +111,21 @@ def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result:
 
     for _ in point.pieces(add_some, result):
         """What was returned is empty: all is in the sum."""
+
+
+def factored_product(point: ModuleAtBatch, curvature: OutputCurvature, tangents: Leaves) -> Leaves:
+    """``G v`` of one vector, ``[1, *param]``, from the factors of all samples."""
+    params = tuple(point.params.values())
+    totals: Leaves = ()
+
+    def add(_: torch.Size, parts: NamedParts) -> None:
+        nonlocal totals
+        jacobian = FactoredProducts([parts.get(name, []) for name in point.params], params)
+        products = jacobian.pulled(jacobian.pushed(tuple(v[0] for v in tangents)))
+        totals = tuple(map(torch.add, totals, products)) if totals else products
+
+    added_up(point, curvature, add, sum(param.nbytes for param in params))
+    return tuple(total[None] for total in totals)
 
 
 def square_sums(point: ModuleAtBatch, curvature: OutputCurvature) -> dict[str, Tensor]:
