@@ -92,7 +92,10 @@ class Compiled(Generic[P, ResultT]):
 
         Cost:
             The copies. The first call of a kind compiles what is fixed and what is left, for all
-            points. What lies between is kept, for a product the inputs of layers.
+            points. What lies between is kept, for a product the inputs of layers. Products with a
+            Gauss-Newton matrix are taken from factors where that is less work, and the samples are
+            seen to be independent: half the arithmetic, and as many cotangents are kept as a
+            sample has outputs. At each point one is compared with a product through the layers.
 
         Example:
             >>> import torch, jacfunc
