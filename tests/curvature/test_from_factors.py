@@ -120,3 +120,12 @@ def test_samples_that_are_coupled_are_refused() -> None:
     vector = {n: torch.ones_like(p) for n, p in model.named_parameters()}
     with from_factors(), pytest.raises(ValueError, match="samples"):
         _ = matrix @ vector
+
+
+def test_many_outputs_are_refused() -> None:
+    """Their cotangents would take more than the products of the layers."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 9_000))
+    matrix = jacfunc.ggn(model, F.mse_loss)(torch.randn(5, 2), torch.zeros(5, 9_000))
+    vector = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    with from_factors(), pytest.raises(NotImplementedError, match="9000 outputs a sample would"):
+        _ = matrix @ vector
