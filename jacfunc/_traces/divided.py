@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from jacfunc._rounding import agree
@@ -80,10 +81,10 @@ class Divided(InTwo):
     def _is_right(self, inputs: Leaves, kept: Leaves) -> bool:
         """Is the answer at this point, for noise as free inputs, that of the sure way?"""
         assert self._sure is not None
-        noise = noise_like(inputs[self._free.start : self._free.stop])
         noisy = [*inputs]
-        for number, other in zip(self._free, noise, strict=True):
-            noisy[number] = other if other.is_floating_point() else inputs[number]
+        for number in self._free:
+            if inputs[number].is_floating_point():
+                noisy[number] = _noise_like(inputs[number])
         expected = self._sure._whole.replayed(tuple(noisy))
         return agree(self.of(tuple(noisy), kept), expected)
 
@@ -182,6 +183,13 @@ def _take_scales_apart(graph: GraphModule, free: Collection[Node]) -> set[Node]:
             node.target, node.args, node.kwargs = _ATEN.mul.Tensor, (seed, known[key]), {}
     graph.recompile()
     return depends
+
+
+def _noise_like(x: Tensor) -> Tensor:
+    """Noise that lies in memory as the tensor does, as compiled code expects it."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    (noise,) = noise_like((x.new_empty(last + 1 if x.numel() else 0),))
+    return noise.as_strided(x.shape, x.stride())
 
 
 def _viewed(node: Node) -> Node:

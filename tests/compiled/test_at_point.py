@@ -137,6 +137,11 @@ def test_gauss_newton_products_need_no_pass_through_layers() -> None:
     with FlopCounterMode(display=False) as counter:
         at_batch(v)
     assert counter.get_total_flops() == 2 * 2 * len(x) * sum(n * m for n, m in widths)
+    v = {
+        name: x.mT.contiguous().mT if x.dim() == 2 else x[:1].expand(x.shape)
+        for name, x in v.items()
+    }
+    torch.testing.assert_close(at_batch(v), of_gauss_newton(model, x, y, v))
 
 
 @pytest.mark.parametrize("independent", [None, True])
