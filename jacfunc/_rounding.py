@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+ROUNDING = 0.5
+"""Two ways to one answer differ by less than this power of the precision."""
+
+NOISE = 64.0
+"""So many units of the precision may be left where terms cancel."""
+
+
+def agree(outputs: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Are these the same numbers, computed in two ways?"""
+    return all(map(_agree, outputs, others))
+
+
+def _agree(out: Tensor, other: Tensor) -> bool:
+    out = out.detach()
+    if out.shape != other.shape:
+        return False
+    if not out.is_floating_point():
+        return are_near(out, other, None)
+    # both may be zero but for rounding, as where terms of the size of one cancel
+    bound = NOISE * torch.finfo(out.dtype).eps
+    is_noise = bool(out.abs().le(bound).all() and other.abs().le(bound).all())
+    return is_noise or are_near(out, other, ROUNDING)
 
 
 def are_near(numbers: Tensor, others: Tensor, power: float | None, lead: int = 0) -> bool:

@@ -177,7 +177,7 @@ class VisionTransformer(nn.Module):
 
 
 LARGE, LENET, RECURRENT = "mlp of 536k", "lenet", "gru"
-SHORT, WIDE = "transformer of 4 patches", "transformer of 606k"
+SHORT, WIDE, NARROW = "transformer of 4 patches", "transformer of 606k", "transformer of 15k"
 DEEP = "mlp of 1502k"
 SMALL, TINY, HIGH = "mlp of 55k", "mlp of 10k", "mlp of 815k"
 NETWORKS: dict[str, Network] = {
@@ -190,6 +190,7 @@ NETWORKS: dict[str, Network] = {
     LENET: Network(partial(lenet, 6, 16, padding=0), 61_706),  # LeNet-5 as it is taught
     SHORT: Network(partial(Transformer, PIXELS // 2), 99_586),
     WIDE: Network(partial(Transformer, width=192), 605_962),
+    NARROW: Network(partial(Transformer, PIXELS // 2, 24), 14_770),
     RECURRENT: Network(Recurrent, 11_722),
     SMALL: Network(partial(perceptron, 64, 64, CLASSES), 55_050),
     TINY: Network(partial(perceptron, 12, 12, CLASSES), 9_706),

@@ -15,8 +15,7 @@ from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
 from jacfunc._surroundings import Surroundings
 from jacfunc._torch import Graphs, is_outermost, is_undisturbed, outside_transforms
-from jacfunc._traces import Compiler, Divided
-from jacfunc._types import Leaves
+from jacfunc._traces import Compiler, Divided, Kept
 from jacfunc.strategies import worded
 
 API = "compile"
@@ -93,7 +92,10 @@ class Compiled(Generic[P, ResultT]):
 
         Cost:
             The copies. The first call of a kind compiles what is fixed and what is left, for all
-            points. What lies between is kept, for a product the inputs of layers.
+            points. What lies between is kept, for a product the inputs of layers. Products with a
+            Gauss-Newton matrix are taken from factors where that is less work, and the samples are
+            seen to be independent: half the arithmetic, and as many cotangents are kept as a
+            sample has outputs. At each point one is compared with a product through the layers.
 
         Example:
             >>> import torch, jacfunc
@@ -148,7 +150,7 @@ class _AtPoint(Generic[ResultT]):
             now = compiled._surroundings_now()
         self._kind, self._others = now.kind, tuple(now.tensors)
         self._copies = copied(self._fixed), copied(self._others)
-        self._kept: tuple[tuple[CompiledCall, Leaves], ...] = ()
+        self._kept: tuple[tuple[CompiledCall, Kept], ...] = ()
 
     def __call__(self, *args: Any) -> ResultT:
         """The result, of the other arguments; for modes, such as counters, operator by operator."""

@@ -16,22 +16,23 @@ from jacfunc._errors import Nameless, Refused
 from jacfunc._forecasting import Compilation
 from jacfunc._log import note
 from jacfunc._measuring import seconds_of
-from jacfunc._rounding import are_near
+from jacfunc._products import from_factors
+from jacfunc._rounding import agree
 from jacfunc._surroundings import Surroundings
 from jacfunc._torch import recording, run_backward
-from jacfunc._traces import Compiler, Differentiable, Divided, Executable, traced
+from jacfunc._traces import (
+    Compiler,
+    Differentiable,
+    Divided,
+    Executable,
+    Kept,
+    traced,
+)
 from jacfunc._trees import flatten_containers
 from jacfunc._types import Leaves, Tree
 
-NOISE = 64.0
-"""So many units of the precision may be left where terms cancel."""
-
 MOST_TIMED, ENOUGH = 4, 0.02
 """So many runs are timed, but none after so many seconds."""
-
-ROUNDING = 0.5
-"""What is compiled differs from the function by less than this power of the precision."""
-
 
 Running: TypeAlias = Executable | Differentiable | Divided
 
@@ -47,10 +48,9 @@ class CompiledCall:
         """The answer."""
         return self.result.put(self.run(inputs))
 
-    def at_point(self, inputs: Leaves, kept: Leaves, is_replayed: bool) -> Any:
+    def at_point(self, inputs: Leaves, kept: Kept, is_replayed: bool) -> Any:
         """The answer, from what is kept of a point."""
-        assert isinstance(self.run, Divided)
-        return self.result.put(self.run.of(inputs, kept, is_replayed))
+        return self.result.put(kept(inputs, is_replayed))
 
 
 @dataclass
@@ -107,14 +107,10 @@ class Making:
         """
         inputs, run = (*self.arguments.leaves, *self.surroundings.tensors), entry.run
         with torch.no_grad():
-            for out, other in zip(self.outputs, run(inputs), strict=True):
-                power = ROUNDING if out.is_floating_point() else None
-                is_near = out.shape == other.shape and are_near(out.detach(), other, power)
-                if not (is_near or _is_noise(out.detach(), other)):
-                    raise Refused(
-                        "what is compiled computes other numbers. Pass backend='replay', and "
-                        "report it"
-                    )
+            if not agree(self.outputs, run(inputs)):
+                raise Refused(
+                    "what is compiled computes other numbers. Pass backend='replay', and report it"
+                )
             seconds = _fastest(partial(run, inputs), self.outputs)
         eager, tracing = self.seconds
         nodes = run.graph.graph.nodes
@@ -153,8 +149,18 @@ class Making:
 
     def _divided(self, num_fixed: int) -> Divided:
         fixed = CallArguments.of(self.args[:num_fixed], {}).leaves
-        free = range(len(fixed), len(self.arguments.leaves))
-        return Divided(self._cheapest(), self._inputs, free, self.compiler)
+        how = self._inputs, range(len(fixed), len(self.arguments.leaves)), self.compiler
+        sure = Divided(self._cheapest(), *how)
+        try:
+            with from_factors() as taken:
+                self.func(*self.args, **self.kwargs)  # later calls do not learn what it does
+                if not any(taken):
+                    return sure
+                other = Divided(self._plain(), *how, sure)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            note("products at a point do not come from factors: %s", error)
+            return sure
+        return other if other.cost < sure.cost else sure
 
     def _plain(self) -> Executable:
         def forward(*inputs: Tensor) -> Leaves:
@@ -214,11 +220,3 @@ def _fastest(run: Callable[[], Any], outputs: Leaves) -> float:
     while len(times) < MOST_TIMED and sum(times) < ENOUGH:
         times.append(seconds_of(run, device))
     return min(times)
-
-
-def _is_noise(numbers: Tensor, others: Tensor) -> bool:
-    """Are both zero but for rounding, as where terms of the size of one cancel?"""
-    if not numbers.is_floating_point() or numbers.shape != others.shape:
-        return False
-    bound = NOISE * torch.finfo(numbers.dtype).eps
-    return bool(numbers.abs().le(bound).all() and others.abs().le(bound).all())

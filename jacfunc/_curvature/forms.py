@@ -15,12 +15,13 @@ from torch import Tensor
 from jacfunc._assembly import numel
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
-from jacfunc._errors import is_out_of_memory
+from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._factored import FactoredJacobian, Part, add_squares, rows, written
 from jacfunc._linear_map import LinearMap
 from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._modules import BatchOutputs, ModuleAtBatch
+from jacfunc._products import FactoredProducts, takes_factors
 from jacfunc._types import Leaves, product_dtype
 
 NamedParts: TypeAlias = dict[str, list[Part]]
@@ -30,6 +31,9 @@ Add: TypeAlias = Callable[[torch.Size, NamedParts], None]
 NUMBERS_AT_ONCE = 2**24
 """How many numbers the outputs have together, of vectors that are multiplied at once."""
 
+MOST_KEPT_BYTES = 2**28
+"""So many bytes cotangents may take, of all outputs, from which products are taken."""
+
 
 class MatrixProducts:
     """``G v`` by products with J, H and Jᵀ of the whole batch, whose samples may be coupled."""
@@ -38,6 +42,7 @@ class MatrixProducts:
         self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
     ) -> None:
         self._jacobian, self._curvature_of = BatchProducts(at_batch), curvature_of
+        self._at_batch = at_batch
 
     @kept_property
     def _curvature(self) -> OutputCurvature:
@@ -48,6 +53,8 @@ class MatrixProducts:
         """``G v = Jᵀ H J v`` of K vectors, ``[K, *param]``, as many at once as room allows."""
         count = len(tangents[0])
         if count == 1:
+            if takes_factors():
+                return factored_product(self._at_batch, self._curvature_of, tangents)
             return self._times(tangents)
         at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
         every = tuple(map(torch.empty_like, tangents))
@@ -106,6 +113,41 @@ def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result:
 
     for _ in point.pieces(add_some, result):
         """What was returned is empty: all is in the sum."""
+
+
+def factored_product(
+    point: ModuleAtBatch,
+    curvature_of: Callable[[BatchOutputs], OutputCurvature],
+    tangents: Leaves,
+) -> Leaves:
+    """``G v`` of one vector, ``[1, *param]``, from the factors of all samples.
+
+    Raises:
+        Refused: if they take much memory: then they save no time, either.
+    """
+    params = tuple(point.params.values())
+    curvature = curvature_of(point.outputs)
+    totals: Leaves = ()
+
+    def add(_: torch.Size, parts: NamedParts) -> None:
+        nonlocal totals
+        jacobian = FactoredProducts([parts.get(name, []) for name in point.params], params)
+        products = jacobian.pulled(jacobian.pushed(tuple(v[0] for v in tangents)))
+        totals = tuple(map(torch.add, totals, products)) if totals else products
+
+    size = sum(out[0].numel() for out in point.outputs.leaves)
+    for pieces in point.pieces(lambda _, jacobian: _room_for(size, jacobian)):
+        assert not pieces
+    added_up(point, curvature, add, sum(param.nbytes for param in params))
+    return tuple(total[None] for total in totals)
+
+
+def _room_for(size: int, jacobian: FactoredJacobian) -> Leaves:
+    """Raise Refused if cotangents of all ``size`` outputs of each sample take much memory."""
+    nbytes = size * max(jacobian.nbytes, sum(out.nbytes for out in jacobian.outputs))
+    if nbytes > MOST_KEPT_BYTES:
+        raise Refused(f"cotangents of {size} outputs a sample would take {nbytes} bytes")
+    return ()
 
 
 def square_sums(point: ModuleAtBatch, curvature: OutputCurvature) -> dict[str, Tensor]:

@@ -144,6 +144,10 @@ def _other_settings() -> tuple[Any, ...]:
     return torch.is_inference_mode_enabled(), low
 
 
+_DROPPING = "dropout_p", "dropout", "training", "train"
+"""Arguments of operators that draw: where one of them is zero or false, nothing is drawn."""
+
+
 class Graphs:
     """What torch's tracer and compilers make of functions, and torch's own words for graphs."""
 
@@ -159,6 +163,20 @@ class Graphs:
     def tags_of(node: Node) -> Collection[torch.Tag]:
         """What torch says of the operator that the node calls."""
         return node.target.tags if isinstance(node.target, OpOverload) else ()
+
+    @staticmethod
+    def draws(node: Node) -> bool:
+        """Does it draw random numbers? Not where an argument says that it drops nothing."""
+        target = node.target
+        if (
+            not isinstance(target, OpOverload)
+            or torch.Tag.nondeterministic_seeded not in target.tags
+        ):
+            return False
+        schema = target._schema.arguments
+        values = {a.name: a.default_value for a in schema} | node.kwargs
+        values |= dict(zip([a.name for a in schema], node.args, strict=False))
+        return all(values.get(name, True) for name in _DROPPING)
 
     @staticmethod
     def writes(node: Node) -> bool:

@@ -46,7 +46,7 @@ def traced(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
                 "func must do the same at every call, got one whose operations or numbers change "
                 "from call to call. Pass what changes as an argument."
             )
-    if before.has_changed() or any(map(_draws, graph.graph.nodes)):
+    if before.has_changed() or any(map(Graphs.draws, graph.graph.nodes)):
         raise Nameless(
             "func must draw no random numbers, got one that does. Draw them outside, and pass "
             "them as arguments; call model.eval() against dropout."
@@ -145,10 +145,6 @@ def _caller() -> str:
         if not is_between:
             return name
         frame = frame.f_back
-
-
-def _draws(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in Graphs.tags_of(node)
 
 
 def _depends_on_numbers(node: Node) -> bool:

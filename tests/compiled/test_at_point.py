@@ -110,6 +110,70 @@ def test_nothing_of_the_point_is_computed_again(name: str) -> None:
     assert not names & {"aten::tanh", "aten::_softmax", "aten::_log_softmax"}
 
 
+class Gated(nn.Module):
+    """Samples are coupled where the mean of a sum over them is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(40, 60), nn.Linear(60, 50), nn.Linear(50, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        inner = self.inner(self.first(x).tanh()).tanh()
+        return self.last(inner * (1 + torch.relu(x.mean() - 1) * inner.mean(0)))
+
+
+def wide(model: nn.Module, scale: float) -> tuple[nn.Module, Tensor, Tensor]:
+    x = torch.randn(16, 40, generator=torch.Generator().manual_seed(0)).double()
+    return model.double(), x + scale, torch.arange(16) % 2
+
+
+def test_gauss_newton_products_need_no_pass_through_layers() -> None:
+    """A product takes two products of matrices a layer; to pass through layers takes four."""
+    widths = ((40, 60), (60, 50), (50, 2))
+    layers = [nn.Sequential(nn.Linear(*each), nn.Tanh()) for each in widths]
+    model, x, y = wide(nn.Sequential(*layers), 0.0)
+    at_batch, v = compiled(model, "ggn").at(x, y), vector(model, 1)
+    torch.testing.assert_close(at_batch(v), of_gauss_newton(model, x, y, v))
+    with FlopCounterMode(display=False) as counter:
+        at_batch(v)
+    assert counter.get_total_flops() == 2 * 2 * len(x) * sum(n * m for n, m in widths)
+    v = {
+        name: x.mT.contiguous().mT if x.dim() == 2 else x[:1].expand(x.shape)
+        for name, x in v.items()
+    }
+    torch.testing.assert_close(at_batch(v), of_gauss_newton(model, x, y, v))
+
+
+@pytest.mark.parametrize("independent", [None, True])
+def test_samples_that_are_coupled_at_some_points(independent: Any) -> None:
+    """Factors know nothing of that, whatever a user says; there products pass through layers."""
+    model, *_ = wide(Gated(), 0.0)
+    loss = nn.functional.cross_entropy
+    ggn = jacfunc.ggn(model, loss, independent=independent)
+    product, v = jacfunc.compile(lambda x, y, v: ggn(x, y) @ v, backend="replay"), vector(model, 1)
+    flops = []
+    for scale in (0.0, 3.0, 0.0):
+        _, x, y = wide(model, scale)
+        at_batch = product.at(x, y)
+        torch.testing.assert_close(at_batch(v), of_gauss_newton(model, x, y, v))
+        with FlopCounterMode(display=False) as counter:
+            at_batch(v)
+        flops.append(counter.get_total_flops())
+    assert len(product.compilations) == 1
+    assert (flops[0] < flops[1]) == (independent is True)
+    assert flops[0] == flops[2]
+
+
+def test_derivatives_of_activations_are_kept() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2)).double()
+    for name in EXPECTED:
+        at_batch, v = compiled(model, name).at(*batch(0)), vector(model, 0)
+        torch.testing.assert_close(at_batch(v), EXPECTED[name](model, *batch(0), v))
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            at_batch(v)
+        assert not {"aten::gelu", "aten::gelu_backward"} & {each.name for each in seen.events()}
+
+
 def test_points_share_what_is_compiled() -> None:
     push = jacfunc.compile(lambda x, v: jacfunc.jvp(torch.sin, (x,), (v,))[1], backend="replay")
     for number in range(3):

@@ -72,10 +72,9 @@ MODULES_LISTED: dict[str, str] = {
     name: words
     for words, names in {
         READS: "BatchNorm1d momentum None, GRU packed, branches on data, GaussianNLLLoss",
-        DRAWS: "mlp RReLU eval, mlp RReLU train, FractionalMaxPool2d, FractionalMaxPool3d, "
+        DRAWS: "mlp RReLU train, FractionalMaxPool2d, FractionalMaxPool3d, "
         "LSTM dropout, MultiheadAttention dropout, Dropout train, Dropout in place, Dropout1d, "
-        "Dropout2d, Dropout3d, AlphaDropout, FeatureAlphaDropout, reparametrized noise, "
-        "checkpointed attention",
+        "Dropout2d, Dropout3d, AlphaDropout, FeatureAlphaDropout, reparametrized noise",
         SELECTS: "CTCLoss, AdaptiveLogSoftmaxWithLoss, routed experts",
         SPARSE: "sparse adjacency",
         WITHOUT_DERIVATIVE: "CrossMapLRN2d",

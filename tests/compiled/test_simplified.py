@@ -65,18 +65,53 @@ def test_inductors_own_code() -> None:
             result.zero_()
 
 
-def test_attention_without_dropout_draws_nothing() -> None:
-    """Its kernels are marked as drawing, for dropout."""
-    q = torch.randn(2, 3, 4)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    call = jacfunc.compile(torch.func.grad(lambda q: attend(q, q, q).sum()), backend="replay")
-    for factor in (1.0, 0.5):
-        weights = lambda q: (q @ q.mT / q.shape[-1] ** 0.5).softmax(-1) @ q  # noqa: E731
-        x = (factor * q).requires_grad_()
-        (expected,) = torch.autograd.grad(weights(x).sum(), x)
-        torch.testing.assert_close(call(factor * q), expected)
+attend = torch.nn.functional.scaled_dot_product_attention
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.view(1, 2, 3, -1)
+
+
+DROPPING: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "attention": (
+        lambda x: attend(x, x, x),
+        lambda x: attend(x, x, x, dropout_p=0.5),
+    ),
+    "attention of heads": (
+        lambda x: attend(heads(x), heads(x), heads(x)),
+        lambda x: attend(heads(x), heads(x), heads(x), dropout_p=0.5),
+    ),
+    "dropout": (
+        lambda x: torch.nn.functional.dropout(x, 0.5, training=False),
+        lambda x: torch.nn.functional.dropout(x, 0.5),
+    ),
+    "dropout of nothing": (
+        lambda x: torch.nn.functional.dropout(x, 0.0),
+        lambda x: torch.nn.functional.dropout(x, 0.1),
+    ),
+    "native dropout": (
+        lambda x: torch.native_dropout(x, 0.5, False)[0],
+        lambda x: torch.native_dropout(x, 0.5, True)[0],
+    ),
+    "leaky": (
+        lambda x: torch.nn.functional.rrelu(x),
+        lambda x: torch.nn.functional.rrelu(x, training=True),
+    ),
+}
+"""Functions that are marked as drawing, with arguments with which they draw nothing, or do."""
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_drops_nothing_draws_nothing(name: str) -> None:
+    exact, drawing = DROPPING[name]
+    x = torch.randn(2, 3, 4)
+    call = jacfunc.compile(torch.func.grad(lambda x: exact(x).square().sum()), backend="replay")
+    for factor in (1.0, -0.5):
+        at = (factor * x).requires_grad_()
+        (expected,) = torch.autograd.grad(exact(at).square().sum(), at)
+        torch.testing.assert_close(call(factor * x), expected)
     with pytest.raises(ValueError, match="must draw no random numbers"):
-        jacfunc.compile(lambda q: attend(q, q, q, dropout_p=0.5), backend="replay")(q)
+        jacfunc.compile(drawing, backend="replay")(x)
 
 
 def test_what_is_not_autocast_stays_so() -> None:
