@@ -14,8 +14,10 @@ from typing import Any, TypeGuard
 Place = tuple[dict[str, Any], str]
 """A table of a module, and a name under which it may have something."""
 
-_UNNAMED = frozenset({"globals", "eval", "exec", "open", "input", "__import__"})
+_UNNAMED = frozenset({"globals", "eval", "exec", "open", "input", "__import__", "id"})
 """Functions of Python by which a function reads what its code does not name."""
+_UNNAMED_METHODS = frozenset({"read_text", "read_bytes", "today"})
+"""Methods of files and dates by which it does."""
 
 
 def home_of(thing: Any) -> str:
@@ -85,11 +87,14 @@ def reads_by_text(func: types.FunctionType) -> bool:
 
 def reads_unnamed(func: types.FunctionType) -> str | None:
     """By which function of Python it reads what its code does not name; None if by none."""
+    functions = _UNNAMED - func.__globals__.keys()
     for code in _codes_in(func.__code__):
-        if not _UNNAMED.isdisjoint(code.co_names):  # of which some may be attributes
+        if not (_UNNAMED | _UNNAMED_METHODS).isdisjoint(code.co_names):
             for step in dis.get_instructions(code):
-                is_read = step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-                if is_read and step.argval in _UNNAMED - func.__globals__.keys():
+                is_global = step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+                is_method = step.opname in ("LOAD_METHOD", "LOAD_ATTR")
+                known = functions if is_global else _UNNAMED_METHODS if is_method else ()
+                if step.argval in known:
                     return str(step.argval)
     return None
 

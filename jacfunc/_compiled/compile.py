@@ -81,9 +81,10 @@ def compile(
     Raises:
         TypeError, ValueError: arguments that do not fit. ValueError: a function that is not pure
             (draws random numbers, counts, writes into what it gets), that refers to objects which
-            may change unseen, reads globals or files by text, or of which shapes depend on numbers.
+            may change unseen, reads globals by text, files, clocks, or which thread it is in, of
+            which shapes depend on numbers, or whose result has a graph to tensors with hooks.
             NotImplementedError: a function that reads numbers, to branch on them for example, also
-            by errors that they raise, or that torch can't trace.
+            by errors that they raise, or where tensors lie, or that torch can't trace.
 
     Cost:
         The first call of a kind takes the derivative two to five times, two to four traces, and the

@@ -9,7 +9,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from jacfunc._compiled.making import CompiledCall, Making
+from jacfunc._compiled.making import CompiledCall, Making, first_that_holds
 from jacfunc._compiled.signature import CallArguments, copied
 from jacfunc._forecasting import Compilation
 from jacfunc._lock import alone
@@ -67,9 +67,9 @@ class Compiled(Generic[P, ResultT]):
         arguments = CallArguments.of(args, kwargs)
         now = self._surroundings
         if now is not None and now.are_current():
-            for entry in self._entries:
-                if entry.guard.admits(arguments, now.kind, now.tensors):
-                    return entry((*arguments.leaves, *now.tensors))  # type: ignore[no-any-return]
+            entry = first_that_holds(self._entries, arguments, now.kind, now.tensors)
+            if entry is not None:
+                return entry((*arguments.leaves, *now.tensors))  # type: ignore[no-any-return]
         return self._called_anew(arguments, args, kwargs)  # type: ignore[no-any-return]
 
     def at(self, *args: Any) -> Callable[..., ResultT]:
@@ -119,10 +119,11 @@ class Compiled(Generic[P, ResultT]):
             with alone():  # no other thread lends a module meanwhile
                 locks.enter_context(self._lock)
                 now = self._surroundings_now()
-                for entry in self._entries:
-                    if entry.guard.admits(arguments, now.kind, now.tensors):
-                        return entry((*arguments.leaves, *now.tensors))
+                entry = first_that_holds(self._entries, arguments, now.kind, now.tensors)
+                if entry is not None:
+                    return entry((*arguments.leaves, *now.tensors))
                 arguments.check()
+                Graphs.load_tracer()
                 self.transformed(*args, **kwargs)  # later calls do not learn or make what it does
                 now = self._surroundings_now()
                 making = Making(self.transformed, now, arguments, args, kwargs, *self._how)
@@ -150,35 +151,35 @@ class _AtPoint(Generic[ResultT]):
             now = compiled._surroundings_now()
         self._kind, self._others = now.kind, tuple(now.tensors)
         self._copies = copied(self._fixed), copied(self._others)
-        self._kept: tuple[tuple[CompiledCall, Kept], ...] = ()
+        self._kept: dict[CompiledCall, Kept] = {}
 
     def __call__(self, *args: Any) -> ResultT:
         """The result, of the other arguments; for modes, such as counters, operator by operator."""
         arguments = CallArguments.of((*self._args, *args), {})
         free, is_seen = arguments.leaves[len(self._fixed) :], not is_undisturbed()
         with outside_transforms() if is_seen else nullcontext():  # guards would see modes
-            known = [
-                x for x in self._kept if x[0].guard.admits(arguments, self._kind, self._others)
-            ]
-        if not is_outermost() or any(x.requires_grad for x in free) or (is_seen and not known):
+            known = first_that_holds(self._kept, arguments, self._kind, self._others)
+        is_new = known is None
+        if not is_outermost() or any(x.requires_grad for x in free) or (is_seen and is_new):
             raise NotImplementedError(
                 f"{API}: a function at a point must be called outside of transforms, at first also "
                 "of modes, with arguments without gradients, got another call. Call the compiled "
                 "function itself."
             )
-        if not known:
-            entry, (fixed, others) = self._entry(arguments, args), self._copies
-            assert isinstance(entry.run, Divided)
-            known = [(entry, entry.run.at((*fixed, *free, *others)))]
-            self._kept = (*self._kept[-MOST_KINDS:], *known)
-        ((entry, kept),) = known[:1]
-        return entry.at_point(arguments.leaves, kept, is_seen)  # type: ignore[no-any-return]
+        if known is None:
+            known, (fixed, others) = self._entry(arguments, args), self._copies
+            assert isinstance(known.run, Divided)
+            kept = known.run.at((*fixed, *free, *others))
+            latest = [*self._kept.items()][-MOST_KINDS:]
+            self._kept = dict([*latest, (known, kept)])  # other threads may read the former one
+        return known.at_point(arguments.leaves, self._kept[known], is_seen)  # type: ignore[no-any-return]
 
     def _entry(self, arguments: CallArguments, args: tuple[Any, ...]) -> CompiledCall:
         for _ in range(2):
-            for entry in self._compiled._entries:
-                if entry.guard.admits(arguments, self._kind, self._others):
-                    return entry
+            entries = self._compiled._entries
+            entry = first_that_holds(entries, arguments, self._kind, self._others)
+            if entry is not None:
+                return entry
             self._compiled(*self._args, *args)  # which makes one
         raise ValueError(
             f"{API}: func must refer to the objects that it referred to when at() was called, got "

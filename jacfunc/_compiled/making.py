@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ from jacfunc._measuring import seconds_of
 from jacfunc._products import from_factors
 from jacfunc._rounding import agree
 from jacfunc._surroundings import Surroundings
-from jacfunc._torch import recording, run_backward
+from jacfunc._torch import hooks_of, recording, run_backward
 from jacfunc._traces import (
     Compiler,
     Differentiable,
@@ -51,6 +51,16 @@ class CompiledCall:
     def at_point(self, inputs: Leaves, kept: Kept, is_replayed: bool) -> Any:
         """The answer, from what is kept of a point."""
         return self.result.put(kept(inputs, is_replayed))
+
+
+def first_that_holds(
+    entries: Iterable[CompiledCall], arguments: CallArguments, kind: Any, tensors: Sequence[Tensor]
+) -> CompiledCall | None:
+    """The first entry that holds for these arguments and surroundings; None if none does."""
+    for entry in entries:
+        if entry.guard.admits(arguments, kind, tensors):
+            return entry
+    return None
 
 
 @dataclass
@@ -169,7 +179,16 @@ class Making:
         return self._executable(forward, self._inputs)
 
     def _differentiable(self) -> Differentiable:
-        """What returns outputs with a graph: the pullback is traced now, as of this function."""
+        """What returns outputs with a graph: the pullback is traced now, as of this function.
+
+        Raises:
+            Nameless: if a hook on a tensor would act in the trace, and once more behind it.
+        """
+        if any(hooks_of(x) for x in self.surroundings.tensors):
+            raise Nameless(
+                "func must refer to tensors without hooks where its result has a graph, got one "
+                "with a hook on its gradient. Call the derivative as it is, or under no_grad()."
+            )
         inputs = self._inputs
         receivers = [number for number, x in enumerate(inputs) if x.requires_grad]
         reached = set(receivers)

@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._arguments import are_plain
-from jacfunc._calls import home_of, is_installed, places_of, reads_by_text, reads_unnamed
+from jacfunc._calls import home_of, is_installed, places_of, reads_by_text
 from jacfunc._errors import Nameless
+from jacfunc._surroundings.outside import check_inside, check_names
 from jacfunc._surroundings.things import (
     HOOKS_OF_ALL,
     asked,
@@ -34,6 +35,10 @@ from jacfunc._surroundings.things import (
     value_of,
 )
 from jacfunc._surroundings.watched import Watched
+from jacfunc._torch import hooks_of
+
+_REPLACED = types.FunctionType, types.BuiltinFunctionType
+"""What others replace in an installed module: functions."""
 
 MOST = 50_000
 """So many things are looked at; who refers to more is refused."""
@@ -50,8 +55,8 @@ class Surroundings:
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        self.tensors: list[Tensor] = []
         self._watched = Watched()
+        self.tensors = self._watched.tensors
         self._numbers: dict[int, int] = {}
         self._every: list[Any] = []  # of which the identities are not used again
         self._told: list[Any] = []
@@ -140,6 +145,7 @@ class Surroundings:
                 "Call the derivative as it is."
             )
         self.tensors.append(tensor)
+        self._later(hooks_of(tensor), f"{path}, a hook")
         self._look_beside(tensor, path)
 
     def _look_into_function(self, func: types.FunctionType, path: str) -> None:
@@ -152,19 +158,16 @@ class Surroundings:
             return
         self._watched.functions.append(func)
         self._look_beside(func, path)
-        if by := reads_unnamed(func):
-            raise Nameless(
-                f"func must name what it refers to in its code, got {path}, which calls {by}(). "
-                "Write the names, or call the derivative as it is."
-            )
+        check_names(func, path)
         for table, name in places_of(func):
             self._look_up(table, name, func)
 
     def _look_up(self, table: dict[str, Any], name: str, func: types.FunctionType) -> None:
         """Look at what a function finds under a name: in an installed module at settings alone."""
         thing = os.environ if table.get(name) is os.getenv else table.get(name)
+        check_inside(thing, func.__name__)
         is_own = table is func.__globals__ or not is_installed(str(table.get("__name__")))
-        if is_own or is_data(thing):
+        if is_own or is_data(thing) or isinstance(thing, _REPLACED):
             self._watched.looked_up.append((table, name))
             if name in table and (reads_by_text(func) or not isinstance(thing, types.ModuleType)):
                 self._later(thing, name)

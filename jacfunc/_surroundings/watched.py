@@ -10,9 +10,10 @@ from itertools import chain, repeat
 from operator import attrgetter, call, is_, itemgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from jacfunc._surroundings.things import slot_names, value_of
+from jacfunc._torch import hooks_of
 
 REGISTRIES = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 """Attributes of every module: mostly empty, and a call that looks at each takes twice as long."""
@@ -43,6 +44,8 @@ class Watched:
     """What is compared by what it returns: references to objects, variables of a context."""
     copied: list[Any] = field(default_factory=list)
     """Arrays and sets, which are compared by what they hold."""
+    tensors: list[Tensor] = field(default_factory=list)
+    """They are compared by the hooks on their gradients."""
     empty: list[Any] = field(default_factory=list)
     """Containers of nothing: most tables of a module are, and it takes little to see that."""
 
@@ -94,6 +97,8 @@ class Watched:
             yield lambda: together(map(_of_function, self.functions))
         if self.lists:
             yield partial(together, self.lists)
+        if self.tensors:
+            yield partial(map, hooks_of, self.tensors)
         if self.asked:
             yield partial(map, _call, self.asked)
         for kind in self.classes:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -182,6 +183,11 @@ class Graphs:
     def writes(node: Node) -> bool:
         """Is it a call of an operator that writes into its arguments?"""
         return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+    @staticmethod
+    def load_tracer() -> None:
+        """Load torch's tracer, which then puts a variable into the environment of the process."""
+        import_module("torch._inductor.compiler_bisector")
 
     @staticmethod
     def of(func: Callable[..., Leaves], leaves: Leaves) -> GraphModule:

@@ -53,12 +53,16 @@ def is_traced() -> bool:
 
 
 def is_undisturbed() -> bool:
-    """Is no transform, mode, trace or compiler active, so that what was compiled may stand in?"""
+    """Is no transform, mode, trace, compiler or hook on what is saved for backward active?
+
+    Then what was compiled may stand in.
+    """
     return not (
         _functorch.peek_interpreter_stack() is not None
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or forward_ad._current_level >= 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch.compiler.is_compiling()
     )
 

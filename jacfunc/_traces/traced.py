@@ -108,6 +108,9 @@ class _NoReads(torch.overrides.TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _READS and not _caller().startswith("jacfunc."):
             raise RuntimeError(f"numbers of a tensor are read by {name}()")
+        aside = name if name in _ASIDE else _ASIDE_BY_GETTER.get(func)
+        if aside and not _caller(_BETWEEN[1:]).startswith(("torch.", "jacfunc.")):
+            raise RuntimeError(f"what tells tensors of one kind apart is read by {aside}")
         try:
             result = func(*args, **(kwargs or {}))
         except _OF_NUMBERS as error:
@@ -127,6 +130,12 @@ class _NoReads(torch.overrides.TorchFunctionMode):
             raise RuntimeError(f"numbers of a tensor decide what is raised: {self.failed}")
 
 
+_ASIDE = frozenset({"data_ptr", "storage_offset", "is_set_to", "is_shared", "untyped_storage"})
+_ASIDE_BY_GETTER = {
+    vars(torch._C.TensorBase)[name].__get__: name for name in ("_version", "is_leaf", "grad_fn")
+}
+"""What differs between tensors of one kind and equal numbers, such as where they lie in memory."""
+
 _GRADIENT: Any = Tensor.grad
 _OF_NUMBERS: Any = (vars(torch.linalg)["LinAlgError"], IndexError)
 """What torch raises where numbers do not do: of a matrix that is singular, of an index."""
@@ -136,8 +145,8 @@ _BETWEEN = "torch.", "jacfunc._faults."
 """Modules whose code stands between a function and what it calls: torch's, and watches."""
 
 
-def _caller() -> str:
-    """The module whose code called what a watch sees, past watches inside, and torch."""
+def _caller(between: tuple[str, ...] = _BETWEEN) -> str:
+    """The module whose code called what a watch sees, past watches inside, and what is between."""
     frame: Any = sys._getframe(2)
     while True:
         name = f"{frame.f_globals.get('__name__')}."

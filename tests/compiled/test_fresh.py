@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 from tests.compiled.fresh import DOORS_LISTED, INDUCTOR, inside
 from tests.compiled.test_matrix import EVERY
@@ -23,6 +24,22 @@ def results(*args: str) -> dict[tuple[str, str], str]:
 
 def test_by_inductor() -> None:
     assert results("inductor") == dict.fromkeys(INDUCTOR, "right")
+
+
+def test_what_torch_writes_into_the_environment_is_no_change() -> None:
+    """Its tracer does so when it is used first."""
+    code = """
+        import os, torch, jacfunc
+        os.environ["SCALE"] = "2"
+        func = lambda x: float(os.environ["SCALE"]) * x
+        jac = jacfunc.compile(jacfunc.jacrev(func), backend="replay")
+        for scale in (2, 3):
+            os.environ["SCALE"] = str(scale)
+            torch.testing.assert_close(jac(torch.ones(2)), scale * torch.eye(2))
+        assert len(jac.compilations) == 2
+    """
+    run = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_inside_what_torch_compiles() -> None:

@@ -328,7 +328,11 @@ def cells(
     ]
 
 
-FUNCTIONS_LISTED: dict[tuple[str, str], str] = {}
+WRONG_FORWARD = "forward mode of linalg_solve is wrong here"
+FUNCTIONS_LISTED: dict[tuple[str, str], str] = {
+    ("hessian over forward", "solved"): WRONG_FORWARD,
+    ("jacrev of jacfwd", "solved"): WRONG_FORWARD,
+}
 FUNCTION_DOORS_LISTED: dict[str, str] = {}
 
 

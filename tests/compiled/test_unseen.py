@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import datetime
 import enum
 import functools
 import os
@@ -14,6 +15,7 @@ from collections import ChainMap, Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 import jacfunc
 from jacfunc import Compiled
@@ -497,6 +501,112 @@ def conjugation() -> tuple[Func, Change]:
     )
 
 
+def put_into_torch(name: str, func: Func) -> None:
+    """Put a function in the place of torch's own, until the test ends."""
+    own = getattr(F, name)
+    HANDLES.append(SimpleNamespace(remove=lambda: setattr(F, name, own)))
+    setattr(F, name, func)
+
+
+@case
+def function_of_torch_that_is_replaced() -> tuple[Func, Change]:
+    put_into_torch("silu", lambda x: 2 * x.sin())
+    return lambda x: F.silu(x), lambda: put_into_torch("silu", lambda x: 3 * x.sin())
+
+
+@case
+def what_a_replaced_function_refers_to() -> tuple[Func, Change]:
+    held = Held()
+    put_into_torch("silu", lambda x: held.scale * x.sin())
+    return lambda x: F.silu(x), lambda: setattr(held, "scale", 3.0)
+
+
+@case
+def code_of_a_function() -> tuple[Func, Change]:
+    def helper(x: Tensor) -> Tensor:
+        return 2 * x.sin()
+
+    def other(x: Tensor) -> Tensor:
+        return 3 * x.sin()
+
+    return lambda x: helper(x), lambda: setattr(helper, "__code__", other.__code__)
+
+
+@case
+def forward_of_a_class() -> tuple[Func, Change]:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x.sin()
+
+    return Own(), lambda: setattr(Own, "forward", lambda self, x: 3 * x.sin())
+
+
+@case
+def how_attributes_are_looked_up() -> tuple[Func, Change]:
+    class Own:
+        scale = 2.0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.scale * x.sin()
+
+    def three(self: Any, name: str) -> Any:
+        return 3.0 if name == "scale" else object.__getattribute__(self, name)
+
+    return Own(), lambda: setattr(Own, "__getattribute__", three)
+
+
+@case
+def attributes_that_are_replaced() -> tuple[Func, Change]:
+    held = Held()
+    return lambda x: held.scale * x.sin(), lambda: setattr(held, "__dict__", {"scale": 3.0})
+
+
+@case
+def size_of_a_buffer() -> tuple[Func, Change]:
+    buffer = torch.full((1,), 2.0)
+    return lambda x: buffer.sum() * x.sin(), lambda: buffer.resize_(3).fill_(1.0)
+
+
+@case
+def memory_of_a_buffer() -> tuple[Func, Change]:
+    buffer, other = torch.full((1,), 2.0), torch.full((6,), 0.5)
+    return lambda x: buffer.sum() * x.sin(), lambda: buffer.set_(other)  # type: ignore[call-overload]
+
+
+@case
+def tensors_that_were_one() -> tuple[Func, Change]:
+    held = SimpleNamespace(one=(scale := torch.tensor(2.0)), other=scale)
+    return (
+        lambda x: held.one * held.other / 2 * x.sin(),
+        lambda: setattr(held, "other", torch.tensor(3.0)),
+    )
+
+
+@case
+def parameter_that_is_taken_away() -> tuple[Func, Change]:
+    model = nn.Module()
+    model.register_parameter("scale", nn.Parameter(torch.tensor(2.0)))
+    return (
+        lambda x: (3 if model.scale is None else model.scale) * x.sin(),
+        lambda: setattr(model, "scale", None),
+    )
+
+
+class OneAndAHalf(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 1.5 * weight
+
+
+@case
+def parametrization() -> tuple[Func, Change]:
+    model = nn.Module()
+    model.register_parameter("scale", nn.Parameter(torch.tensor(2.0)))
+    return (
+        lambda x: model.scale * x.sin(),
+        lambda: parametrize.register_parametrization(model, "scale", OneAndAHalf()),
+    )
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_change_is_seen(name: str) -> None:
     func, change = MAKERS[name]()
@@ -562,6 +672,60 @@ def test_a_setting_of_torch_is_seen(name: str) -> None:
     check(jac, 2)
 
 
+# --- hooks on tensors ---
+
+
+class Hook:
+    """Multiplies by its scale."""
+
+    scale = 3.0
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return self.scale * gradient
+
+
+def rows_by_loops(model: nn.Linear) -> Tensor:
+    """The Jacobian in the weight by plain autograd, which calls hooks for each row."""
+    out = model(X)
+    return torch.stack([torch.autograd.grad(y, model.weight, retain_graph=True)[0] for y in out])
+
+
+def test_hooks_on_a_parameter_are_seen() -> None:
+    model, hook = nn.Linear(3, 2, bias=False), Hook()
+    jac = jacfunc.compile(jacfunc.module_jacobian(model), backend="replay")
+    plain = jac(X)["weight"]
+    torch.testing.assert_close(plain, rows_by_loops(model))
+    handle = model.weight.register_hook(hook)
+    for scale in (3.0, 5.0):
+        hook.scale = scale
+        for _ in range(2):
+            torch.testing.assert_close(jac(X)["weight"], rows_by_loops(model))
+        torch.testing.assert_close(jac(X)["weight"], scale * plain)
+    handle.remove()
+    torch.testing.assert_close(jac(X)["weight"], plain)
+
+
+def test_hooks_do_not_act_twice_on_a_result_with_a_graph() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    jac = compiled(lambda x: weight * x.sin())
+    (before,) = torch.autograd.grad(jac(X).sum(), weight)
+    torch.testing.assert_close(before, X.cos())
+    weight.register_hook(lambda gradient: 3 * gradient)
+    with pytest.raises(ValueError, match=r"^compile: .*without hooks where its result has"):
+        jac(X)
+    with torch.no_grad():
+        check(jac, 1)
+
+
+def test_hooks_on_what_is_saved_are_called() -> None:
+    jac = compiled(torch.sin)
+    check(jac, 1)
+    with saved_tensors_hooks(lambda x: 2 * x, lambda x: x):
+        torch.testing.assert_close(jac(X), torch.diag((2 * X).cos()))
+    check(jac, 1)
+    assert len(jac.compilations) == 1
+
+
 # --- threads ---
 
 
@@ -597,6 +761,33 @@ def test_what_one_thread_changes_another_sees() -> None:
         pool.submit(setattr, held, "scale", 3.0).result()
         check(jac, 3)
         pool.submit(check, jac, 3).result()
+
+
+def test_a_change_between_two_calls_of_another_thread() -> None:
+    """An answer is that of one moment, whatever another thread does meanwhile."""
+    held = SimpleNamespace(scale=2.0, shift=-2.0)
+    jac = compiled(lambda x: (held.scale + held.shift + 2.0) * x.sin())
+    done = threading.Event()
+
+    def work() -> None:
+        scale = 2.0
+        while not done.is_set():
+            scale = 5.0 - scale
+            held.scale = scale
+            held.shift = -scale
+
+    check(jac, 2)
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        answers = [jac(X)[0, 0] / X[0].cos() for _ in range(200)]
+    finally:
+        done.set()
+        thread.join()
+    # of two numbers that are written one after the other any pair may be there
+    assert {round(float(each)) for each in answers} <= {1, 2, 3}
+    held.scale, held.shift = 3.0, -2.0
+    check(jac, 3)
 
 
 # --- others ---
@@ -637,8 +828,25 @@ REFUSED: dict[str, tuple[Func, str]] = {
     "a matrix that is singular": (lambda x: x.sin() if inverts(MATRIX) else x, "decide what is"),
     "an index": (lambda x: x.sin() if has(INDEX, x) else x.cos(), "decide what is"),
     "a proxy": (lambda x: PROXY["scale"] * x.sin(), "got mappingproxy"),
+    "an identity": (lambda x: x * TABLE.get(id(WEIGHT), 2.0), r"calls id\(\)"),
+    "the thread": (lambda x: x * TABLE.get(threading.get_ident(), 2.0), r"calls get_ident\(\)"),
+    "whether a file is there": (lambda x: x * os.path.exists("a"), r"calls exists\(\)"),
+    "the size of a file": (lambda x: x * os.path.getsize(__file__), r"calls getsize\(\)"),
+    "the text of a file": (lambda x: x * len(PLACE.read_text()), r"calls read_text\(\)"),
+    "an array in a file": (lambda x: x * len(np.load("a.npy")), r"calls load\(\)"),
+    "where it runs": (lambda x: x * len(os.getcwd()), r"calls getcwd\(\)"),
+    "the day": (lambda x: x * datetime.date.today().day, r"calls today\(\)"),
+    "how often a tensor was written": (lambda x: x * (1 + OTHER._version), "read by _version"),
+    "where a tensor lies": (lambda x: x * (OTHER.data_ptr() % 7), "read by data_ptr"),
+    "where it begins": (lambda x: x * (2 + OTHER.storage_offset()), "read by storage_offset"),
+    "whether it is a leaf": (lambda x: x * (2 if OTHER.is_leaf else 3), "read by is_leaf"),
+    "whether it has a graph": (lambda x: x * (2 if OTHER.grad_fn else 3), "read by grad_fn"),
+    "whether it is shared": (lambda x: x * (2 if OTHER.is_shared() else 3), "read by is_shared"),
+    "whether two are one": (lambda x: x * (2 if OTHER.is_set_to(X) else 3), "read by is_set_to"),
 }
 SCALE, PROXY = 2.0, types.MappingProxyType({"scale": 2.0})
+TABLE: dict[int, float] = {}
+PLACE, OTHER = Path(__file__), torch.ones(3)
 WEIGHT, MATRIX, INDEX = torch.ones(3, requires_grad=True), torch.zeros(2, 2), torch.tensor([5])
 
 
