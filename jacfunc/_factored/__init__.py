@@ -5,4 +5,5 @@ from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
 from jacfunc._factored.factoring import factored
 from jacfunc._factored.learned import LearnedUses
 from jacfunc._factored.parts import Part, place_of, rows
+from jacfunc._factored.repeated import RepeatedEvaluation
 from jacfunc._factored.squares import add_squares, norms, written

@@ -57,6 +57,8 @@ class SampledJacobian:
     sink: Sink = field(default_factory=Sink)
     is_swept_at_once: bool = field(default=False, init=False)
     """Was the last result swept at once, from the batch as a whole, by a plan that stays?"""
+    is_by_layers: bool = field(default=False, init=False)
+    """Are its rows those of factors, if there are parameters?"""
 
     def by(self, strategy: Strategy) -> Evaluation:
         """The Jacobian by a strategy; each leaf has the batch in front.
@@ -135,7 +137,8 @@ class SampledJacobian:
         one = OneSample(self.batch.api, self.batch.call_of)
         writer = SampleWriter(self.batch, self.sink, one)
         leaves = writer.leaves(chunk, rows)
-        self.is_swept_at_once = writer.has_blocks and chunk is None
+        self.is_swept_at_once = writer.is_swept_at_once and chunk is None
+        self.is_by_layers = True
         return SampleBlocks(leaves, self.batch.size, one)
 
     def _planned(self, strategy: Auto | Autotune) -> SampleBlocks:
