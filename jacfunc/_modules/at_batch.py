@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
-from jacfunc._calls import FlatCall
+from jacfunc._calls import FlatCall, OneTensor
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import check_outermost
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._lock import kept_property
 from jacfunc._losses import is_of_torch
 from jacfunc._memory import Budget
+from jacfunc._modules.batch import as_settled, settle
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._modules.trials import BatchOutputs
-from jacfunc._samples import SampledCall
-from jacfunc._torch import RandomState
+from jacfunc._samples import SampledCall, SettledBatch, settled_by_layers
+from jacfunc._torch import RandomState, contracting
 from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
@@ -88,10 +88,13 @@ class BatchOptions(ModuleOptions):
             state = self.current.now()
         call = ModuleCall(
             *(self.api, state, arguments), independence=self.independence, asked=self.outputs
-        ).with_samples(self._batching, keeps_all)
-        batch = call.batch(self._batching)
-        random_state = RandomState(batch.samples.leaves)
-        return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
+        )
+        settles = self.outputs is None and self._batching == Batching()
+        settled = settled_by_layers(state, arguments) if settles else None
+        if settled is None:
+            call = call.with_samples(self._batching, keeps_all)
+        rest = self.chunk_size, budget, settles, settled
+        return ModuleAtBatch(call, self._batching, *rest), targets
 
     @property
     def _batching(self) -> Batching:
@@ -105,22 +108,39 @@ class ModuleAtBatch:
 
     Args:
         chunk_size: samples that are evaluated at once; None for all.
-        random_state: as it was when the call began: every evaluation draws the same numbers.
         budget: of bytes, by which fewer samples may be evaluated at once.
+        settles: may later calls be evaluated as this one was, if it leaves nothing to learn?
+        settled: what earlier calls of its kind have settled, if they have.
         is_lent_once: may the module be lent once for a whole answer? Not if a user's loss runs in
             between, which may look at the module.
     """
 
     call: ModuleCall
-    batch: SampledCall
+    batching: Batching
     chunk_size: int | None
-    random_state: RandomState
     budget: Budget
-    last_call: FlatCall = field(init=False)
+    settles: bool = False
+    settled: SettledBatch | None = None
+    size: int = field(init=False)
+    """How many samples there are."""
+    random_state: RandomState = field(init=False)
+    """As it was when the call began: every evaluation draws the same numbers."""
+    last_call: FlatCall | OneTensor = field(init=False)
     """The call of a sample that was evaluated last: it has the trees of the output."""
     is_lent_once: bool = True
     _thread: int | None = None
     """The thread for which it is undisturbed."""
+
+    def __post_init__(self) -> None:
+        settled = self.settled
+        # else arguments are checked now
+        self.size = self.batch.size if settled is None else settled.size
+        self.random_state = RandomState(self.call.leaves)
+
+    @kept_property
+    def batch(self) -> SampledCall:
+        """The call at all samples."""
+        return self.call.batch(self.batching)
 
     def __repr__(self) -> str:
         numbers = sum(param.numel() for param in self.params.values())
@@ -136,11 +156,6 @@ class ModuleAtBatch:
     def params(self) -> dict[str, Tensor]:
         """The chosen parameters, by name."""
         return self.call.state.point
-
-    @property
-    def size(self) -> int:
-        """How many samples there are."""
-        return self.batch.samples.size
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -199,12 +214,24 @@ class ModuleAtBatch:
     def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
-            factors, call = self._independent.factors(start, stop)
-            self.last_call = call.without_graph()
+            factors = None
+            if self.settled is not None and stop - start == self.size:
+                factors = as_settled(self.call, self.settled, self.random_state)
+                self.last_call = OneTensor()
+            if factors is None:
+                factors = self._taken_anew(start, stop)
             check = partial(self._evaluations.check, (start, stop), factors.outputs)
             in_words_of(self.api, check, *SAME_EACH_TIME)
             self.random_state.repeat()
             yield factors
+
+    def _taken_anew(self, start: int, stop: int) -> FactoredJacobian:
+        """Samples evaluated as if nothing was settled; what they settle is kept."""
+        factors, call = self._independent.factors(start, stop)
+        if self.settles and factors.size == self.size:
+            settle(self.call, self.batch, factors, call)
+        self.last_call = call.without_graph()
+        return factors
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
         """The samples from start to stop, evaluated."""
@@ -221,14 +248,9 @@ class ModuleAtBatch:
     def _evaluations(self) -> Evaluations:
         return Evaluations()
 
-    @contextmanager
-    def contracting(self) -> Iterator[None]:
+    def contracting(self) -> AbstractContextManager[None]:
         """Around contractions of factors: no graph, and no autocast to a lower precision."""
-        devices = {tensor.device.type for tensor in self.params.values()}
-        with torch.no_grad(), ExitStack() as stack:
-            for device in filter(torch.is_autocast_enabled, devices):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+        return contracting(self.params.values())
 
     @kept_property
     def outputs(self) -> BatchOutputs:

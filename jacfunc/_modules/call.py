@@ -160,7 +160,7 @@ class ModuleCall:
         if self._differentiates("params"):
             check_parameters(self.api, state)
         must = "the module must be one that torch can differentiate"
-        with worded(self.api, must), noted(self.api, self._split.leaves), alone():
+        with worded(self.api, must), noted(self.api, self.leaves), alone():
             random_state = RandomState(tensors)
             try:
                 grad_mode = self.create_graph and torch.is_grad_enabled()
@@ -168,6 +168,11 @@ class ModuleCall:
                     yield
             finally:
                 random_state.repeat()
+
+    @property
+    def leaves(self) -> Leaves:
+        """The tensors among the arguments."""
+        return self._split.leaves
 
     @cached_property
     def _split(self) -> Split:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Self, TypeVar
 
 import torch
@@ -16,14 +17,17 @@ from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
+from jacfunc._remembered import Remembered
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
 from jacfunc._torch import (
     MathAttention,
     RandomState,
+    is_undisturbed,
     recording,
     run_as_written,
 )
+from jacfunc._trees import Arguments, kind_of
 from jacfunc._types import Leaves, Tree
 
 MOST_MISSES = 3
@@ -139,6 +143,34 @@ class SettledBatch:
         self.misses = 0 if result is not None else self.misses + 1
         return result
 
+    def again(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        compared: Container[int],
+        random_state: RandomState,
+    ) -> FactoredJacobian | None:
+        """The batch evaluated by who lends the module; None where the call must be taken anew.
+
+        Args:
+            random_state: as the evaluation finds it; nothing may be drawn.
+        """
+        jacobian = None
+        if self.misses >= MOST_MISSES:
+            return None
+        try:
+            jacobian = self.evaluated(state, x, compared)
+        except UnseenWrite:
+            raise
+        except Exception as error:  # as it is told of when it is taken anew
+            note("a kind of call that was settled is taken anew: %s", error)
+        if jacobian is None or random_state.has_changed():
+            random_state.repeat()
+            self.misses += 1
+            return None
+        self.misses = 0
+        return jacobian
+
     def evaluated(
         self, state: ModuleState, x: Tensor, compared: Container[int]
     ) -> FactoredJacobian | None:
@@ -203,3 +235,33 @@ def is_in_front(learned: LearnedUses, has_layers: bool) -> bool:
     sites = learned.sites or {}
     every = [sites.get((~0, OUT))] if has_layers else [*sites.values()]
     return bool(every) and all(site is not None and site.layout == Layout(0) for site in every)
+
+
+def settled_by_layers(state: ModuleState, arguments: Arguments) -> SettledBatch | None:
+    """What earlier calls at such arguments, by parameters and through whatever door, have settled.
+
+    None where nothing is settled, and where others look at what torch does.
+    """
+    if not is_single(arguments) or not is_undisturbed():
+        return None
+    return _by_layers().get(state.version, kind_of(arguments[0][0]))
+
+
+def settle_by_layers(state: ModuleState, arguments: Arguments, settled: SettledBatch) -> None:
+    """Keep what a call has settled for later ones, unless too many of these were taken anew."""
+    kind = kind_of(arguments[0][0])
+    before = _by_layers().get(state.version, kind)
+    if before is None or before.misses < MOST_MISSES:
+        _by_layers().put(state.version, kind, settled)
+
+
+def is_single(arguments: Arguments) -> bool:
+    """Is a tensor all that a module is called with?"""
+    args, kwargs = arguments
+    return len(args) == 1 and type(args[0]) is Tensor and not kwargs
+
+
+@cache
+def _by_layers() -> Remembered[SettledBatch]:
+    """What is settled of each version of a module, by the kind of its only argument."""
+    return Remembered()

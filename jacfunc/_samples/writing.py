@@ -142,11 +142,17 @@ def blocks_of(jacobian: FactoredJacobian) -> Leaves:
         products = jacobian.linearization.pull_batch(seeds)
         pairs = zip(jacobian.direct, owned(products, seeds), strict=True)
         blocks = [direct.rows(product).rows() for direct, product in pairs]
-        blocks = [x if x.dtype == out.dtype else x.to(torch.promote_types(x.dtype, out.dtype)) for x in blocks]
+        blocks = [
+            x if x.dtype == out.dtype else x.to(torch.promote_types(x.dtype, out.dtype))
+            for x in blocks
+        ]
     else:
         parts = jacobian.parts_of_cotangents(seeds)
         lead = jacobian.size, len(seeds[0])
-        blocks = [empty(x, (*lead, *x.shape), torch.promote_types(x.dtype, out.dtype)) for x in jacobian.params]
+        blocks = [
+            empty(x, (*lead, *x.shape), torch.promote_types(x.dtype, out.dtype))
+            for x in jacobian.params
+        ]
         jacobian.write(parts, blocks)
     if out.dim() == 2:
         return tuple(blocks)
