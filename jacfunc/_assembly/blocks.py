@@ -138,8 +138,9 @@ def owned(products: Leaves, others: Leaves = ()) -> Leaves:
     if len(products) == 1 and not others:
         return (products[0].clone(),) if 0 in products[0].stride() else products
     results: list[Tensor] = []
-    seen = set(memories_of(others))
-    for product, memory in zip(products, memories_of(products), strict=True):
+    memories = memories_of((*others, *products))
+    seen = set(memories[: len(others)])
+    for product, memory in zip(products, memories[len(others) :], strict=True):
         results.append(product.clone() if 0 in product.stride() or memory in seen else product)
         seen.add(memory)
     return tuple(results)

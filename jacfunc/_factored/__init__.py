@@ -2,8 +2,7 @@
 
 from jacfunc._factored.batches import VmappedBatch, WholeBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
-from jacfunc._factored.factoring import factored
+from jacfunc._factored.factoring import RepeatedEvaluation, factored
 from jacfunc._factored.learned import LearnedUses
 from jacfunc._factored.parts import Part, place_of, rows
-from jacfunc._factored.repeated import RepeatedEvaluation
 from jacfunc._factored.squares import add_squares, norms, written

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, UnseenWrite
-from jacfunc._factored.batches import Batch, Image, VmappedBatch
+from jacfunc._factored.batches import Batch, Handles, Image, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
 from jacfunc._factored.learned import LearnedUses, Outdated
 from jacfunc._factored.tracked import TrackedParameters, UnruledUse
 from jacfunc._factored.tracking import UseRecorder
 from jacfunc._faults import watched_once
-from jacfunc._layouts import NoLayout, Placing, Unlike
+from jacfunc._layouts import (
+    NoLayout,
+    Placing,
+    PlainSamples,
+    Unlike,
+    VmappedSamples,
+)
 from jacfunc._linear_map import (
     Anchor,
     Graph,
     LeadsOut,
+    Linearization,
     differentiable_alias,
     linearize,
     map_of_graph,
+    writable_copy,
 )
 from jacfunc._torch import (
     MathAttention,
@@ -79,42 +86,8 @@ def factored(
             return jacobian
 
 
-class _Handles(NamedTuple):
-    """What the function gets for its primals, in one evaluation.
-
-    Args:
-        every: one for each primal.
-        twins: what operations with rules get in the place of those that are tracked.
-        starts: the nodes at which the graph of the evaluation begins, with numbers of primals.
-        direct: anchors of the primals that are differentiated as they are.
-        grad_mode: is a graph kept of the outputs?
-        further: may the outputs be differentiated further, by primals that have a graph?
-    """
-
-    every: list[Tensor]
-    twins: dict[int, Tensor]
-    starts: dict[Any, int]
-    direct: list[Anchor]
-    grad_mode: bool
-    further: bool
-
-    @classmethod
-    def of(cls, batch: Batch, learned: LearnedUses) -> _Handles:
-        check_plain(batch.primals)
-        grad_mode = torch.is_grad_enabled()
-        further = grad_mode and any(primal.requires_grad for primal in batch.primals)
-        with recording():
-            anchors = [differentiable_alias(primal, grad_mode) for primal in batch.primals]
-            twins = {number: anchors[number] for number in batch.tracked(learned)}
-            every = [batch.handle(i, anchor, learned) for i, anchor in enumerate(anchors)]
-            # the function may write into these
-            direct = [Anchor.behind(every[x.number]) for x in batch.direct(learned)]
-        starts = {handle.grad_fn: number for number, handle in enumerate(every)}
-        return cls(every, twins, starts, direct, grad_mode, further)
-
-
 def _recorded(
-    batch: Batch, learned: LearnedUses, handles: _Handles, unruled: UnruledUse
+    batch: Batch, learned: LearnedUses, handles: Handles, unruled: UnruledUse
 ) -> tuple[Image, UseRecorder]:
     """Outputs and extras of one evaluation, and the operations that used parameters in it."""
     recorders: list[UseRecorder] = []
@@ -152,30 +125,126 @@ def _evaluated(
     batch: Batch, learned: LearnedUses, unruled: UnruledUse
 ) -> tuple[FactoredJacobian, set[int]]:
     """The factors of one evaluation, and new parameters that are used where no rule sees it."""
-    handles, direct = _Handles.of(batch, learned), batch.direct(learned)
+    handles, direct = Handles.of(batch, learned), batch.direct(learned)
     (outputs, extras), recorder = _recorded(batch, learned, handles, unruled)
-    uses, starts, derived = recorder.uses, handles.starts, recorder.derived
-    cut = set(starts).union(*(use.ends for use in uses))
     state = getattr(batch.call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
-    graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in uses)))
-    if not all(use.is_complete(graph) for use in uses):
-        raise Refused("a parameter is used in a derivative that the function takes itself")
+    graph, met = _graph_behind((*outputs, *extras), recorder, handles.starts)
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
     differentiated = handles.further or (handles.grad_mode and graph.leads_out)
-    targets = [*(use.anchor for use in uses), *handles.direct]
+    targets = [*(use.anchor for use in recorder.uses), *handles.direct]
     linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
-    met = derived.parameters(number for node, number in starts.items() if node in graph.met)
-    jacobian = FactoredJacobian(
-        batch.size,
-        uses,
+    jacobian = _jacobian(batch.size, recorder, direct, batch.params, linearization)
+    return jacobian, met - {primal.number for primal in direct}
+
+
+def _graph_behind(
+    leaves: Leaves, recorder: UseRecorder, starts: Mapping[Any, int]
+) -> tuple[Graph, set[int]]:
+    """The graph behind what a function returned, and the parameters that a path leads to.
+
+    Raises:
+        Refused: if a path passes an operation with a rule by.
+    """
+    nodes, cut = set[Any](), set(starts)
+    for use in recorder.uses:
+        nodes |= use.nodes
+        cut |= use.ends
+    graph = Graph.of(leaves, cut, nodes)
+    if not all(use.is_complete(graph) for use in recorder.uses):
+        raise Refused("a parameter is used in a derivative that the function takes itself")
+    met = [number for node, number in starts.items() if node in graph.met]
+    return graph, recorder.derived.parameters(met)
+
+
+def _jacobian(
+    size: int,
+    recorder: UseRecorder,
+    direct: Sequence[Direct],
+    params: Leaves,
+    linearization: Linearization,
+) -> FactoredJacobian:
+    """The Jacobian of an evaluation with these records."""
+    return FactoredJacobian(
+        size,
+        recorder.uses,
         direct,
-        batch.params,
+        params,
         linearization,
-        derived.by_number,
+        recorder.derived.by_number,
         signature=recorder.signature,
         moves_samples=recorder.moves_samples,
         reads_values=recorder.reads_values,
     )
-    return jacobian, met - {primal.number for primal in direct}
+
+
+class RepeatedEvaluation:
+    """What a function of parameters and of a tensor with the samples in front gets, and its graph.
+
+    It is made while autograd records. The function is called with ``handles`` and ``x`` under the
+    ``recorder``; of what it returns :meth:`jacobian` is the Jacobian.
+
+    Args:
+        params: what all samples share, and it is differentiated by.
+        x: the tensor of all samples.
+        learned: what earlier evaluations have shown.
+        by_layers: are operations looked for that use parameters? Else these are differentiated as
+            they are, which one sample alone allows.
+        by_inputs: is it differentiated by ``x``, too?
+    """
+
+    def __init__(
+        self, params: Leaves, x: Tensor, learned: LearnedUses, by_layers: bool, by_inputs: bool
+    ) -> None:
+        count, self._size = len(params), len(x)
+        self._learned, self._by_layers = learned, by_layers
+        lent = learned.lent if by_layers else set[int]()
+        anchors = [differentiable_alias(param, False) for param in params]
+        self.handles = [
+            anchor.view_as(anchor) if number in lent else writable_copy(anchor)
+            for number, anchor in enumerate(anchors)
+        ]
+        self.x = writable_copy(differentiable_alias(x, False)) if by_inputs else x.clone()
+        self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
+        self._direct += [Direct(count)] if by_inputs else []
+        self._params = (*params, x[0]) if by_inputs else params
+        every = (*self.handles, self.x)
+        self.primals: Leaves = every[: len(self._params)]
+        self._starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
+        # the function may write into these
+        self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
+        tracked, sites = TrackedParameters(lent, UnruledUse()), learned.sites or {}
+        for number, twin in enumerate(anchors if by_layers else ()):
+            tracked.track(number, self.handles[number], twin)
+        placing = VmappedSamples(1, None) if len(x) == 1 else PlainSamples(len(x), sites)
+        self.recorder = UseRecorder(placing, tracked, self._starts, False, learned.uses)
+
+    def pull(self, around: tuple[Any, ...]) -> Pull:
+        """The pullback that follows, as a watch of the evaluation must know it."""
+        return Pull(None, around, LeadsOut(self._starts, grad_mode=False, has_left=False))
+
+    def jacobian(
+        self, out: Tensor, as_evaluated: Callable[[], None] | None
+    ) -> FactoredJacobian | None:
+        """The Jacobian of what the function returned; None if parameters are used otherwise.
+
+        An operation may raise an error, if it is not what was known of it. What was evaluated is
+        put back ``as_evaluated`` before each pullback.
+        """
+        recorder = self.recorder
+        if self._by_layers:
+            unruled, count = recorder.finish(), len(self._params)
+            graph, met = _graph_behind((out,), recorder, self._starts)
+            others = met - {direct.number for direct in self._direct}
+            if self._learned.learn(count, others, unruled.numbers, unruled.written) or others:
+                return None
+        else:
+            graph = Graph.back_to(set(self._starts), (out,))
+        if graph.leads_out and self.handles:
+            return None
+        targets = [*(use.anchor for use in recorder.uses), *self._anchors]
+        linearization = map_of_graph((out,), (), targets, graph, False, as_evaluated)
+        if not linearization.is_batchable:
+            return None
+        return _jacobian(self._size, recorder, self._direct, self._params, linearization)

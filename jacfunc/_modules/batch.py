@@ -242,7 +242,7 @@ def as_settled(
 
 
 def settle(call: ModuleCall, batch: SampledCall, factors: FactoredJacobian, made: FlatCall) -> None:
-    """Keep what an evaluation of all samples by a call has settled, if it is all but the numbers."""
+    """Keep what an evaluation of all samples has settled, if that is all but the numbers."""
     output, _ = made.value(factors.outputs, factors.extras)
     if settled := SettledBatch.of(batch, call.state, made, output):
         settle_by_layers(call.state, call.arguments, settled)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
+from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._modules.batch import SampledJacobian
@@ -20,7 +21,7 @@ from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._planning import Auto
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
-from jacfunc._samples import SettledBatch, blocks_of
+from jacfunc._samples import MOST_MISSES, SettledBatch
 from jacfunc._torch import is_outermost, is_undisturbed
 from jacfunc._trees import Arguments, flatten, kind_of
 from jacfunc._types import Argnums, Tree, is_tensor
@@ -85,10 +86,10 @@ class SettledCalls:
         settled = known[1]
         alone = KnownCalls() if settled.is_alone else None  # with which nothing is compared
         calls = alone or independence.known_at_next(state, settled.kind)
-        if calls is None or settled.is_over:
+        if calls is None or settled.misses >= MOST_MISSES:
             return None
         compared = settled.learned if independence.independent is True else calls
-        blocks = settled.result(state, x, compared.signatures, blocks_of)
+        blocks = settled.result(state, x, compared.signatures, FactoredJacobian.blocks)
         if blocks is None:
             return None
         calls.count += 1
@@ -103,7 +104,7 @@ class SettledCalls:
         if kwargs or len(args) != 1 or not sampled.is_swept_at_once:
             return
         before = self._by_kind.get(kind_of(args[0]))
-        if before is not None and before[0] is call.state and before[1].is_over:
+        if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
             return
         output, _ = result.value_and_aux()
         by_layers = sampled.is_by_layers

@@ -7,5 +7,10 @@ from jacfunc._samples.coupled_losses import GradientOf, loss_coupling
 from jacfunc._samples.coupling import Coupling, coupling
 from jacfunc._samples.halves import at, groups_of, has_batch
 from jacfunc._samples.one import OneSample, SampleBlocks
-from jacfunc._samples.settled import SettledBatch, settle_by_layers, settled_by_layers
-from jacfunc._samples.writing import SampleWriter, blocks_of
+from jacfunc._samples.settled import (
+    MOST_MISSES,
+    SettledBatch,
+    settle_by_layers,
+    settled_by_layers,
+)
+from jacfunc._samples.writing import SampleWriter

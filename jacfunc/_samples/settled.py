@@ -64,6 +64,7 @@ class SettledBatch:
         by_layers: bool,
     ) -> None:
         self.api, self.kind, self.size = batch.api, batch.kind.kind, batch.size
+        self.is_alone = batch.size == 1
         self.names, self.by_inputs = names, batch.differentiates[1]
         self.learned = batch.learned_as_a_whole
         self.output = output.shape, output.dtype
@@ -88,22 +89,14 @@ class SettledBatch:
         names = tuple(state.point) if batch.differentiates[0] else ()
         by_layers = by_layers and bool(names)
         is_alone, learned = batch.size == 1, batch.learned_as_a_whole
-        if type(output) is not Tensor or not (is_alone or is_in_front(learned, bool(names))):
+        if type(output) is not Tensor or not batch.size:
+            return None
+        if not (is_alone or is_in_front(learned, bool(names))):
             return None
         if by_layers and (learned.ruled is None or learned.others):
             return None
         around = ALONE if is_alone and not by_layers else PLAIN
         return cls(batch, names, output, not is_unwatched(call, around), by_layers)
-
-    @property
-    def is_alone(self) -> bool:
-        """Is it one sample, of which nothing can be learned of others?"""
-        return self.size == 1
-
-    @property
-    def is_over(self) -> bool:
-        """Had too many calls to be taken anew?"""
-        return self.misses >= MOST_MISSES
 
     def result(
         self,
@@ -178,16 +171,27 @@ class SettledBatch:
 
         Gradients are off, and the module is lent for the call. Whoever lends it sees to it that
         nothing was drawn.
+
+        Raises:
+            UnseenWrite: if a parameter that is no copy was written into.
         """
+        try:
+            return self._evaluated(state, x, compared)
+        except UnseenWrite:
+            self.learned.ruled = None  # later evaluations get copies again
+            raise
+
+    def _evaluated(
+        self, state: ModuleState, x: Tensor, compared: Container[int]
+    ) -> FactoredJacobian | None:
         if self.names and state.hooks():
             return None
         keep_heap()
         params, is_plain = self._params(state), self.is_alone and not self.by_layers
         with recording(), MathAttention():
             own = RepeatedEvaluation(params, x, self.learned, self.by_layers, self.by_inputs)
-            pull = own.pull(ALONE if is_plain else PLAIN)
-            primals = (*own.handles, own.x) if self.by_inputs else own.handles
-            watch = NestedWatch(pull, primals=primals) if self.is_watched else None
+            around = ALONE if is_plain else PLAIN
+            watch = NestedWatch(own.pull(around), primals=own.primals) if self.is_watched else None
             chosen = dict(zip(self.names, own.handles, strict=True))
             # of one sample nothing can be learned of others
             recorder = nullcontext() if is_plain else own.recorder
@@ -198,7 +202,9 @@ class SettledBatch:
             is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
             if not (is_like and out.requires_grad):
                 return None
-            jacobian = own.jacobian(out, state.as_evaluated())
+            # by inputs alone one sweep follows at once, with all as the evaluation has left it
+            is_again = params or own.recorder.reads_values
+            jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
         if jacobian is None or not (self.is_alone or self._is_known(jacobian, compared)):
             return None
         if jacobian.reads_values and not self._are_alone(state, x, out):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import Grid, Sink, empty, owned, shared_units, stack
+from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factored import FactoredJacobian
 from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
 from jacfunc._samples.again import first_again
@@ -132,28 +132,3 @@ def _like(out: Tensor, params: Leaves) -> Iterator[Tensor]:
         if dtype not in numbers:
             numbers[dtype] = out.new_empty((), dtype=dtype)
         yield numbers[dtype].expand(1, *out.shape, *param.shape)
-
-
-def blocks_of(jacobian: FactoredJacobian) -> Leaves:
-    """Blocks ``[B, *out, *primal]`` of the only output, from one sweep of all rows."""
-    (out,) = jacobian.outputs
-    seeds = shared_units(jacobian.outputs)
-    if jacobian.is_direct:
-        products = jacobian.linearization.pull_batch(seeds)
-        pairs = zip(jacobian.direct, owned(products, seeds), strict=True)
-        blocks = [direct.rows(product).rows() for direct, product in pairs]
-        blocks = [
-            x if x.dtype == out.dtype else x.to(torch.promote_types(x.dtype, out.dtype))
-            for x in blocks
-        ]
-    else:
-        parts = jacobian.parts_of_cotangents(seeds)
-        lead = jacobian.size, len(seeds[0])
-        blocks = [
-            empty(x, (*lead, *x.shape), torch.promote_types(x.dtype, out.dtype))
-            for x in jacobian.params
-        ]
-        jacobian.write(parts, blocks)
-    if out.dim() == 2:
-        return tuple(blocks)
-    return tuple([x.unflatten(1, out.shape[1:]) if out.dim() > 1 else x[:, 0] for x in blocks])
