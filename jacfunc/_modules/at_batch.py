@@ -19,22 +19,17 @@ from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero
 from jacfunc._lock import kept_property
 from jacfunc._losses import is_of_torch
 from jacfunc._memory import Budget
-from jacfunc._modules.batch import as_settled, settle
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._modules.trials import BatchOutputs
-from jacfunc._samples import SampledCall, SettledBatch, settled_by_layers
-from jacfunc._torch import RandomState, contracting
+from jacfunc._modules.settled import evaluated_again, settle, settled_at
+from jacfunc._rounding import contracting
+from jacfunc._samples import SAME_EACH_TIME, SampledCall
+from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
-
-SAME_EACH_TIME = (
-    "each evaluation must give the same",
-    " Draw from torch's default generators, and keep nothing from call to call.",
-)
-"""What must hold of evaluations of the same samples, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,12 @@ class BatchOptions(ModuleOptions):
     It takes functions, too: ``func(params, *inputs)``, at the parameters of each call.
     """
 
+    batching: Batching
     takes_functions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value in ("chunk_size", self.chunk_size), ("memory", self.memory):
-            if self._batching.randomness == "different" and value is not None:
+            if self.batching.randomness == "different" and value is not None:
                 raise ValueError(
                     f"{self.api}: with randomness='different' all samples must be taken at once, "
                     f"to draw the same numbers in every answer, got {name}={value}. Leave it out, "
@@ -89,17 +85,8 @@ class BatchOptions(ModuleOptions):
         call = ModuleCall(
             *(self.api, state, arguments), independence=self.independence, asked=self.outputs
         )
-        settles = self.outputs is None and self._batching == Batching()
-        settled = settled_by_layers(state, arguments) if settles else None
-        if settled is None:
-            call = call.with_samples(self._batching, keeps_all)
-        rest = self.chunk_size, budget, settles, settled
-        return ModuleAtBatch(call, self._batching, *rest), targets
-
-    @property
-    def _batching(self) -> Batching:
-        assert self.batching is not None
-        return self.batching
+        rest = self.batching, self.chunk_size, budget, keeps_all
+        return ModuleAtBatch(call, *rest), targets
 
 
 @dataclass(eq=False)
@@ -109,8 +96,7 @@ class ModuleAtBatch:
     Args:
         chunk_size: samples that are evaluated at once; None for all.
         budget: of bytes, by which fewer samples may be evaluated at once.
-        settles: may later calls be evaluated as this one was, if it leaves nothing to learn?
-        settled: what earlier calls of its kind have settled, if they have.
+        keeps_all: are all outputs asked for later, beside those that the call returns?
         is_lent_once: may the module be lent once for a whole answer? Not if a user's loss runs in
             between, which may look at the module.
     """
@@ -119,8 +105,7 @@ class ModuleAtBatch:
     batching: Batching
     chunk_size: int | None
     budget: Budget
-    settles: bool = False
-    settled: SettledBatch | None = None
+    keeps_all: bool = False
     size: int = field(init=False)
     """How many samples there are."""
     random_state: RandomState = field(init=False)
@@ -128,14 +113,17 @@ class ModuleAtBatch:
     last_call: FlatCall | OneTensor = field(init=False)
     """The call of a sample that was evaluated last: it has the trees of the output."""
     is_lent_once: bool = True
+    evaluations: Evaluations = field(default_factory=Evaluations)
     _thread: int | None = None
     """The thread for which it is undisturbed."""
 
     def __post_init__(self) -> None:
-        settled = self.settled
-        # else arguments are checked now
-        self.size = self.batch.size if settled is None else settled.size
-        self.random_state = RandomState(self.call.leaves)
+        self._settled = settled_at(self.call, self.batching)
+        if self._settled is None:  # arguments are checked now
+            self.call = self.call.with_samples(self.batching, self.keeps_all)
+        leaves = self.batch.samples.leaves if self._settled is None else self.call.arguments[0]
+        self.size = self.batch.size if self._settled is None else self._settled.size
+        self.random_state = RandomState(leaves)
 
     @kept_property
     def batch(self) -> SampledCall:
@@ -144,9 +132,8 @@ class ModuleAtBatch:
 
     def __repr__(self) -> str:
         numbers = sum(param.numel() for param in self.params.values())
-        chosen = f"{len(self.params)} parameters of {numbers:,} numbers"
-        name = type(self.call.state.module).__name__
-        return f"<{self.api} of {name}, {chosen}, {self.size} samples>"
+        chosen = f"{len(self.params)} parameters of {numbers:,} numbers, {self.size} samples"
+        return f"<{self.api} of {type(self.call.state.module).__name__}, {chosen}>"
 
     @property
     def api(self) -> str:
@@ -215,22 +202,22 @@ class ModuleAtBatch:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
             factors = None
-            if self.settled is not None and stop - start == self.size:
-                factors = as_settled(self.call, self.settled, self.random_state)
+            if self._settled is not None and stop - start == self.size:
                 self.last_call = OneTensor()
+                factors = evaluated_again(self.call, self._settled, self.random_state)
             if factors is None:
                 factors = self._taken_anew(start, stop)
-            check = partial(self._evaluations.check, (start, stop), factors.outputs)
+            check = partial(self.evaluations.check, (start, stop), factors.outputs)
             in_words_of(self.api, check, *SAME_EACH_TIME)
-            self.random_state.repeat()
             yield factors
 
     def _taken_anew(self, start: int, stop: int) -> FactoredJacobian:
         """Samples evaluated as if nothing was settled; what they settle is kept."""
         factors, call = self._independent.factors(start, stop)
-        if self.settles and factors.size == self.size:
-            settle(self.call, self.batch, factors, call)
+        if stop - start == self.size:
+            settle(self.call, self.batching, self.batch, factors, call)
         self.last_call = call.without_graph()
+        self.random_state.repeat()
         return factors
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
@@ -243,10 +230,6 @@ class ModuleAtBatch:
         """The batch, once its samples are seen to be independent."""
         self.call.check_independent(self.batch)
         return self.batch
-
-    @kept_property
-    def _evaluations(self) -> Evaluations:
-        return Evaluations()
 
     def contracting(self) -> AbstractContextManager[None]:
         """Around contractions of factors: no graph, and no autocast to a lower precision."""

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
-from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
 from jacfunc._log import note
 from jacfunc._memory import Chunk, FittedChunks
-from jacfunc._modules.call import ModuleCall
 from jacfunc._planning import (
     UNMAPPED,
     Auto,
@@ -29,11 +27,9 @@ from jacfunc._samples import (
     SampleBlocks,
     SampledCall,
     SampleWriter,
-    SettledBatch,
     first_again,
-    settle_by_layers,
 )
-from jacfunc._torch import RandomState, is_outermost, levels, sweep_batch
+from jacfunc._torch import is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves
 from jacfunc.strategies import (
     Evaluation,
@@ -224,25 +220,3 @@ def _pulls_all_rows(strategy: Strategy, call: FlatCall) -> bool:
 def _is_share(chunk: Chunk) -> bool:
     """Is it chosen for what waits to be copied, and not for a budget?"""
     return isinstance(chunk, FittedChunks) and chunk.counts_products
-
-
-def as_settled(
-    call: ModuleCall, settled: SettledBatch, random_state: RandomState
-) -> FactoredJacobian | None:
-    """All samples, evaluated as calls before were; None where that is not all there is to do."""
-    calls = call.independence.known_at_next(call.state, settled.kind)
-    if calls is None:
-        return None
-    compared = settled.learned if call.independence.independent is True else calls
-    ((x,), _) = call.arguments
-    factors = settled.again(call.state, x, compared.signatures, random_state)
-    if factors is not None:
-        calls.count += 1
-    return factors
-
-
-def settle(call: ModuleCall, batch: SampledCall, factors: FactoredJacobian, made: FlatCall) -> None:
-    """Keep what an evaluation of all samples has settled, if that is all but the numbers."""
-    output, _ = made.value(factors.outputs, factors.extras)
-    if settled := SettledBatch.of(batch, call.state, made, output):
-        settle_by_layers(call.state, call.arguments, settled)

@@ -19,6 +19,12 @@ from jacfunc._linear_map import (
 from jacfunc._torch import RandomState, sweep_batch
 from jacfunc._types import Leaves
 
+SAME_EACH_TIME = (
+    "each evaluation must give the same",
+    " Draw from torch's default generators, and keep nothing from call to call.",
+)
+"""What must hold of evaluations of the same samples, and what to do."""
+
 
 def first_again(
     chunks: Iterable[Leaves],

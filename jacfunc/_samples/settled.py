@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
-from functools import cache
 from typing import Self, TypeVar
 
 import torch
@@ -17,17 +16,14 @@ from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
-from jacfunc._remembered import Remembered
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
 from jacfunc._torch import (
     MathAttention,
     RandomState,
-    is_undisturbed,
     recording,
     run_as_written,
 )
-from jacfunc._trees import Arguments, kind_of
 from jacfunc._types import Leaves, Tree
 
 MOST_MISSES = 3
@@ -241,33 +237,3 @@ def is_in_front(learned: LearnedUses, has_layers: bool) -> bool:
     sites = learned.sites or {}
     every = [sites.get((~0, OUT))] if has_layers else [*sites.values()]
     return bool(every) and all(site is not None and site.layout == Layout(0) for site in every)
-
-
-def settled_by_layers(state: ModuleState, arguments: Arguments) -> SettledBatch | None:
-    """What earlier calls at such arguments, by parameters and through whatever door, have settled.
-
-    None where nothing is settled, and where others look at what torch does.
-    """
-    if not is_single(arguments) or not is_undisturbed():
-        return None
-    return _by_layers().get(state.version, kind_of(arguments[0][0]))
-
-
-def settle_by_layers(state: ModuleState, arguments: Arguments, settled: SettledBatch) -> None:
-    """Keep what a call has settled for later ones, unless too many of these were taken anew."""
-    kind = kind_of(arguments[0][0])
-    before = _by_layers().get(state.version, kind)
-    if before is None or before.misses < MOST_MISSES:
-        _by_layers().put(state.version, kind, settled)
-
-
-def is_single(arguments: Arguments) -> bool:
-    """Is a tensor all that a module is called with?"""
-    args, kwargs = arguments
-    return len(args) == 1 and type(args[0]) is Tensor and not kwargs
-
-
-@cache
-def _by_layers() -> Remembered[SettledBatch]:
-    """What is settled of each version of a module, by the kind of its only argument."""
-    return Remembered()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,16 +62,3 @@ def uncast(run: Callable[..., Any], takes_graphs: bool, *inputs: Tensor) -> Any:
         with torch.no_grad(), torch._C._DisableAutocast():
             return run(*inputs)
     return run(*inputs)
-
-
-@contextmanager
-def contracting(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Around products of factors on the devices of these tensors: no graph, and no autocast."""
-    with torch.no_grad():
-        if not torch._C._is_any_autocast_enabled():
-            yield
-            return
-        with ExitStack() as stack:
-            for device in filter(torch.is_autocast_enabled, {x.device.type for x in tensors}):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
