@@ -11,7 +11,6 @@ from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
-from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._modules.batch import SampledJacobian
@@ -89,7 +88,7 @@ class SettledCalls:
         if calls is None or settled.misses >= MOST_MISSES:
             return None
         compared = settled.learned if independence.independent is True else calls
-        blocks = settled.result(state, x, compared.signatures, FactoredJacobian.blocks)
+        blocks = settled.blocks(state, x, compared.signatures)
         if blocks is None:
             return None
         calls.count += 1
@@ -101,14 +100,13 @@ class SettledCalls:
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
         args, kwargs = call.arguments
-        if kwargs or len(args) != 1 or not sampled.is_swept_at_once:
+        if kwargs or len(args) != 1 or sampled.settles is None:
             return
         before = self._by_kind.get(kind_of(args[0]))
         if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
             return
         output, _ = result.value_and_aux()
-        by_layers = sampled.is_by_layers
-        if settled := SettledBatch.of(sampled.batch, call.state, result.call, output, by_layers):
+        if settled := sampled.settles(sampled.batch, call.state, result.call, output):
             self._by_kind.put(kind_of(args[0]), (call.state, settled))
 
 
