@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -22,7 +22,7 @@ from jacfunc._planning import Auto
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import MOST_MISSES, SettledBatch
 from jacfunc._torch import is_outermost, is_undisturbed
-from jacfunc._trees import Arguments, flatten, kind_of
+from jacfunc._trees import Arguments, flatten
 from jacfunc._types import Argnums, Tree, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
@@ -79,7 +79,7 @@ class SettledCalls:
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             return None
         x, independence = args[0], self._independence
-        known = self._by_kind.get(kind_of(x))
+        known = self._by_kind.get(_kind_of(x))
         if known is None or known[0] is not state or not is_undisturbed():
             return None
         settled = known[1]
@@ -102,12 +102,17 @@ class SettledCalls:
         args, kwargs = call.arguments
         if kwargs or len(args) != 1 or sampled.settles is None:
             return
-        before = self._by_kind.get(kind_of(args[0]))
+        before = self._by_kind.get(_kind_of(args[0]))
         if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
             return
         output, _ = result.value_and_aux()
         if settled := sampled.settles(sampled.batch, call.state, result.call, output):
-            self._by_kind.put(kind_of(args[0]), (call.state, settled))
+            self._by_kind.put(_kind_of(args[0]), (call.state, settled))
+
+
+def _kind_of(x: Tensor) -> Hashable:
+    """Equal for tensors of which the same is learned."""
+    return x.shape, x.dtype, x.device
 
 
 def call_of(

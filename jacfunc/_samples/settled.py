@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import UnseenWrite
-from jacfunc._factored import FactoredJacobian, LearnedUses, RepeatedEvaluation
+from jacfunc._factored import FactoredJacobian, LearnedUses
 from jacfunc._faults import NestedWatch, is_unwatched
 from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState
@@ -18,6 +18,7 @@ from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
+from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of
 from jacfunc._torch import (
     MathAttention,
     RandomState,
@@ -96,7 +97,7 @@ class SettledBatch:
 
     def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
         """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
-        return self.result(state, x, compared, FactoredJacobian.blocks)
+        return self.result(state, x, compared, blocks_of)
 
     def result(
         self,
