@@ -130,17 +130,13 @@ def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | N
     return block.to(dtype or torch.promote_types(out.dtype, primal.dtype))
 
 
-def owned(products: Leaves, others: Leaves = ()) -> Leaves:
-    """Products in memory of their own: autograd may return expanded views, or one tensor twice.
-
-    Nor have they that of ``others``, such as seeds that are kept.
-    """
-    if len(products) == 1 and not others:
+def owned(products: Leaves) -> Leaves:
+    """Products in memory of their own: autograd may return expanded views, or one tensor twice."""
+    if len(products) == 1:
         return (products[0].clone(),) if 0 in products[0].stride() else products
     results: list[Tensor] = []
-    memories = memories_of((*others, *products))
-    seen = set(memories[: len(others)])
-    for product, memory in zip(products, memories[len(others) :], strict=True):
+    seen: set[int] = set()
+    for product, memory in zip(products, memories_of(products), strict=True):
         results.append(product.clone() if 0 in product.stride() or memory in seen else product)
         seen.add(memory)
     return tuple(results)

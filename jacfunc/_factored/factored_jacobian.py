@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import empty, owned, shared_units
+from jacfunc._assembly import shared_units
 from jacfunc._factored.derived import Derived, parameters_of
 from jacfunc._factored.parts import Part, merged, rows, write
 from jacfunc._factored.use import Use, UsedPart
@@ -50,13 +50,6 @@ class Direct:
     def rows(self, product: Tensor) -> Rows:
         """The rows of its Jacobian."""
         return Rows(product.unsqueeze(1) if self.dim is None else product.movedim(self.dim + 1, 1))
-
-    def block(self, product: Tensor, out: Tensor) -> Tensor:
-        """The rows ``[B, K, *primal]``, in the dtype of a block of this output."""
-        dim = self.dim
-        rows = product.unsqueeze(0) if dim is None else product.movedim(dim + 1, 0)
-        is_typed = rows.dtype == out.dtype
-        return rows if is_typed else rows.to(torch.promote_types(rows.dtype, out.dtype))
 
 
 @dataclass(eq=False)
@@ -138,23 +131,6 @@ class FactoredJacobian:
                 rows(parts, partial(param.new_zeros, (*lead, *param.shape)))
                 for param, parts in pairs
             )
-
-    def blocks(self) -> Leaves:
-        """Blocks ``[B, *out, *primal]`` of the only output, from one sweep of all its rows."""
-        (out,) = self.linearization.outputs
-        seeds = shared_units(self.linearization.outputs)
-        if self.uses or self.rest is not None:
-            parts, lead = self.parts_of_cotangents(seeds), (self.size, len(seeds[0]))
-            dtypes = [torch.promote_types(x.dtype, out.dtype) for x in self.params]
-            shapes = [(*lead, *x.shape) for x in self.params]
-            blocks = list(map(empty, self.params, shapes, dtypes))
-            self.write(parts, blocks)
-        else:
-            products = owned(self.linearization.pull_batch(seeds), seeds)
-            blocks = [x.block(y, out) for x, y in zip(self.direct, products, strict=True)]
-        if out.dim() == 2:
-            return tuple(blocks)
-        return tuple([x.unflatten(1, out.shape[1:]) if out.dim() > 1 else x[:, 0] for x in blocks])
 
     def write(self, parts: Sequence[list[Part]], blocks: Sequence[Tensor]) -> None:
         """Write the rows of each parameter into a tensor ``[B, K, *param]``, or a part of one."""

@@ -23,14 +23,10 @@ from jacfunc._layouts import (
     VmappedSamples,
 )
 from jacfunc._linear_map import (
-    Anchor,
     Graph,
     LeadsOut,
-    Linearization,
-    differentiable_alias,
     linearize,
     map_of_graph,
-    writable_copy,
 )
 from jacfunc._torch import (
     MathAttention,
@@ -129,17 +125,27 @@ def _evaluated(
     (outputs, extras), recorder = _recorded(batch, learned, handles, unruled)
     state = getattr(batch.call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
-    graph, met = _graph_behind((*outputs, *extras), recorder, handles.starts)
+    graph, met = graph_behind((*outputs, *extras), recorder, handles.starts)
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
     differentiated = handles.further or (handles.grad_mode and graph.leads_out)
     targets = [*(use.anchor for use in recorder.uses), *handles.direct]
     linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
-    jacobian = _jacobian(batch.size, recorder, direct, batch.params, linearization)
+    jacobian = FactoredJacobian(
+        batch.size,
+        recorder.uses,
+        direct,
+        batch.params,
+        linearization,
+        recorder.derived.by_number,
+        signature=recorder.signature,
+        moves_samples=recorder.moves_samples,
+        reads_values=recorder.reads_values,
+    )
     return jacobian, met - {primal.number for primal in direct}
 
 
-def _graph_behind(
+def graph_behind(
     leaves: Leaves, recorder: UseRecorder, starts: Mapping[Any, int]
 ) -> tuple[Graph, set[int]]:
     """The graph behind what a function returned, and the parameters that a path leads to.
@@ -158,93 +164,23 @@ def _graph_behind(
     return graph, recorder.derived.parameters(met)
 
 
-def _jacobian(
+def use_recorder(
+    anchors: Sequence[Tensor],
+    handles: Sequence[Tensor],
+    starts: dict[Any, int],
+    learned: LearnedUses,
     size: int,
-    recorder: UseRecorder,
-    direct: Sequence[Direct],
-    params: Leaves,
-    linearization: Linearization,
-) -> FactoredJacobian:
-    """The Jacobian of an evaluation with these records."""
-    return FactoredJacobian(
-        size,
-        recorder.uses,
-        direct,
-        params,
-        linearization,
-        recorder.derived.by_number,
-        signature=recorder.signature,
-        moves_samples=recorder.moves_samples,
-        reads_values=recorder.reads_values,
-    )
-
-
-class RepeatedEvaluation:
-    """What a function of parameters and of a tensor with the samples in front gets, and its graph.
-
-    It is made while autograd records. The function is called with ``handles`` and ``x`` under the
-    ``recorder``; of what it returns :meth:`jacobian` is the Jacobian.
+) -> UseRecorder:
+    """A recorder of the uses of parameters by so many samples, of a kind that was learned.
 
     Args:
-        params: what all samples share, and it is differentiated by.
-        x: the tensor of all samples.
-        learned: what earlier evaluations have shown.
-        by_layers: are operations looked for that use parameters? Else these are differentiated as
-            they are, which one sample alone allows.
-        by_inputs: is it differentiated by ``x``, too?
+        anchors: tensors at the parameters, with which the graph begins.
+        handles: what the function gets, in their places.
+        starts: the nodes of the handles, and of what else it is differentiated by.
     """
-
-    def __init__(
-        self, params: Leaves, x: Tensor, learned: LearnedUses, by_layers: bool, by_inputs: bool
-    ) -> None:
-        count, self._size = len(params), len(x)
-        self._learned, self._by_layers = learned, by_layers
-        lent = learned.lent if by_layers else set[int]()
-        anchors = [differentiable_alias(param, False) for param in params]
-        self.handles = [
-            anchor.view_as(anchor) if number in lent else writable_copy(anchor)
-            for number, anchor in enumerate(anchors)
-        ]
-        self.x = writable_copy(differentiable_alias(x, False)) if by_inputs else x.clone()
-        self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
-        self._direct += [Direct(count)] if by_inputs else []
-        self._params = (*params, x[0]) if by_inputs else params
-        every = (*self.handles, self.x)
-        self.primals: Leaves = every[: len(self._params)]
-        self._starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
-        # the function may write into these
-        self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
-        tracked, sites = TrackedParameters(lent, UnruledUse()), learned.sites or {}
-        for number, twin in enumerate(anchors if by_layers else ()):
-            tracked.track(number, self.handles[number], twin)
-        placing = VmappedSamples(1, None) if len(x) == 1 else PlainSamples(len(x), sites)
-        self.recorder = UseRecorder(placing, tracked, self._starts, False, learned.uses)
-
-    def pull(self, around: tuple[Any, ...]) -> Pull:
-        """The pullback that follows, as a watch of the evaluation must know it."""
-        return Pull(None, around, LeadsOut(self._starts, grad_mode=False, has_left=False))
-
-    def jacobian(
-        self, out: Tensor, as_evaluated: Callable[[], None] | None
-    ) -> FactoredJacobian | None:
-        """The Jacobian of what the function returned; None if parameters are used otherwise.
-
-        An operation may raise an error, if it is not what was known of it. What was evaluated is
-        put back ``as_evaluated`` before each pullback.
-        """
-        recorder = self.recorder
-        if self._by_layers:
-            unruled, count = recorder.finish(), len(self._params)
-            graph, met = _graph_behind((out,), recorder, self._starts)
-            others = met - {direct.number for direct in self._direct}
-            if self._learned.learn(count, others, unruled.numbers, unruled.written) or others:
-                return None
-        else:
-            graph = Graph.back_to(set(self._starts), (out,))
-        if graph.leads_out and self.handles:
-            return None
-        targets = [*(use.anchor for use in recorder.uses), *self._anchors]
-        linearization = map_of_graph((out,), (), targets, graph, False, as_evaluated)
-        if not linearization.is_batchable:
-            return None
-        return _jacobian(self._size, recorder, self._direct, self._params, linearization)
+    params = TrackedParameters(learned.lent, UnruledUse())
+    for number, twin in enumerate(anchors):
+        params.track(number, handles[number], twin)
+    is_one, sites = size == 1, learned.sites or {}
+    placing = VmappedSamples(1, None) if is_one else PlainSamples(size, sites)
+    return UseRecorder(placing, params, starts, False, learned.uses)

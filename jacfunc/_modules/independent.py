@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, Sink
 from jacfunc._errors import is_out_of_memory
-from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._modules.batch import SampledJacobian
@@ -23,7 +22,7 @@ from jacfunc._planning import Auto
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import MOST_MISSES, SettledBatch
 from jacfunc._torch import is_outermost, is_undisturbed
-from jacfunc._trees import Arguments, flatten, kind_of
+from jacfunc._trees import Arguments, flatten
 from jacfunc._types import Argnums, Tree, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
@@ -80,7 +79,7 @@ class SettledCalls:
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             return None
         x, independence = args[0], self._independence
-        known = self._by_kind.get(kind_of(x))
+        known = self._by_kind.get(_kind_of(x))
         if known is None or known[0] is not state or not is_undisturbed():
             return None
         settled = known[1]
@@ -89,7 +88,7 @@ class SettledCalls:
         if calls is None or settled.misses >= MOST_MISSES:
             return None
         compared = settled.learned if independence.independent is True else calls
-        blocks = settled.result(state, x, compared.signatures, FactoredJacobian.blocks)
+        blocks = settled.blocks(state, x, compared.signatures)
         if blocks is None:
             return None
         calls.count += 1
@@ -101,15 +100,19 @@ class SettledCalls:
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
         args, kwargs = call.arguments
-        if kwargs or len(args) != 1 or not sampled.is_swept_at_once:
+        if kwargs or len(args) != 1 or sampled.settles is None:
             return
-        before = self._by_kind.get(kind_of(args[0]))
+        before = self._by_kind.get(_kind_of(args[0]))
         if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
             return
         output, _ = result.value_and_aux()
-        by_layers = sampled.is_by_layers
-        if settled := SettledBatch.of(sampled.batch, call.state, result.call, output, by_layers):
-            self._by_kind.put(kind_of(args[0]), (call.state, settled))
+        if settled := sampled.settles(sampled.batch, call.state, result.call, output):
+            self._by_kind.put(_kind_of(args[0]), (call.state, settled))
+
+
+def _kind_of(x: Tensor) -> Hashable:
+    """Equal for tensors of which the same is learned."""
+    return x.shape, x.dtype, x.device
 
 
 def call_of(

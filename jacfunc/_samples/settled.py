@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import UnseenWrite
-from jacfunc._factored import FactoredJacobian, LearnedUses, RepeatedEvaluation
+from jacfunc._factored import FactoredJacobian, LearnedUses
 from jacfunc._faults import NestedWatch, is_unwatched
 from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState
@@ -18,6 +18,7 @@ from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
+from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of
 from jacfunc._torch import (
     MathAttention,
     RandomState,
@@ -94,6 +95,10 @@ class SettledBatch:
         around = ALONE if is_alone and not by_layers else PLAIN
         return cls(batch, names, output, not is_unwatched(call, around), by_layers)
 
+    def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
+        """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
+        return self.result(state, x, compared, blocks_of)
+
     def result(
         self,
         state: ModuleState,
@@ -113,12 +118,22 @@ class SettledBatch:
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
+
+        def made() -> ResultT | None:
+            jacobian = self.evaluated(state, x, compared)
+            return None if jacobian is None else work(jacobian)
+
+        return self._lent(state, x, made)
+
+    def _lent(
+        self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None]
+    ) -> ResultT | None:
+        """What is made while the module is lent; None if it fails, or draws random numbers."""
         random_state, result = RandomState((x, *state.params.values())), None
         try:
             with torch.no_grad(), state.lent_for_call(self.api, self.names, is_current=True):
                 try:
-                    if (jacobian := self.evaluated(state, x, compared)) is not None:
-                        result = work(jacobian)
+                    result = make()
                 except UnseenWrite:
                     raise
                 except Exception as error:  # as it is told of when it is taken anew
@@ -145,8 +160,6 @@ class SettledBatch:
             random_state: as the evaluation finds it; nothing may be drawn.
         """
         jacobian = None
-        if self.misses >= MOST_MISSES:
-            return None
         try:
             jacobian = self.evaluated(state, x, compared)
         except UnseenWrite:

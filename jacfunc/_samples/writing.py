@@ -11,9 +11,8 @@ from torch import Tensor
 from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factored import FactoredJacobian
 from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
-from jacfunc._samples.again import first_again
 from jacfunc._samples.call import SampledCall
-from jacfunc._samples.one import OneSample
+from jacfunc._samples.one import OneSample, first_again
 from jacfunc._types import Leaves
 
 SWEPT_SHARE = 5
