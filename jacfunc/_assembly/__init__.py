@@ -10,7 +10,7 @@ from jacfunc._assembly.basis import (
     sweep_leaves,
     unit_seeds,
 )
-from jacfunc._assembly.blocks import columns_to_blocks, rows_to_blocks, stack
+from jacfunc._assembly.blocks import columns_to_blocks, owned, rows_to_blocks, stack
 from jacfunc._assembly.diagonal import DiagonalSink
 from jacfunc._assembly.out import Places, sink_for
 from jacfunc._assembly.pages import empty, empty_cache

@@ -35,7 +35,7 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
         return first
     is_whole = first[0].shape[0] == total
     if is_whole and into is allocated:
-        return _owned(first)
+        return owned(first)
     if _has_graph(first):
         return _concatenated(first, iterator)
     results = into(first, total)
@@ -130,16 +130,16 @@ def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | N
     return block.to(dtype or torch.promote_types(out.dtype, primal.dtype))
 
 
-def _owned(products: Leaves) -> Leaves:
+def owned(products: Leaves) -> Leaves:
     """Products in memory of their own: autograd may return expanded views, or one tensor twice."""
     if len(products) == 1:
         return (products[0].clone(),) if 0 in products[0].stride() else products
-    owned: list[Tensor] = []
+    results: list[Tensor] = []
     seen: set[int] = set()
     for product, memory in zip(products, memories_of(products), strict=True):
-        owned.append(product.clone() if 0 in product.stride() or memory in seen else product)
+        results.append(product.clone() if 0 in product.stride() or memory in seen else product)
         seen.add(memory)
-    return tuple(owned)
+    return tuple(results)
 
 
 def _write(results: Leaves, products: Leaves, start: int) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
+from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused
 from jacfunc._factored.factored_jacobian import Direct
 from jacfunc._factored.learned import LearnedUses
@@ -20,8 +22,16 @@ from jacfunc._layouts import (
     Trace,
     VmappedSamples,
 )
-from jacfunc._linear_map import Dims, SampleFunction, Samples, one_sample, writable_copy
-from jacfunc._torch import innermost
+from jacfunc._linear_map import (
+    Anchor,
+    Dims,
+    SampleFunction,
+    Samples,
+    differentiable_alias,
+    one_sample,
+    writable_copy,
+)
+from jacfunc._torch import innermost, recording
 from jacfunc._types import LeafFunction, Leaves
 
 Image: TypeAlias = tuple[Leaves, Leaves]
@@ -202,3 +212,37 @@ class WholeBatch:
             return leaf
         every = self.placing.placed(leaf, layout)
         return every.squeeze(1) if leaf.dim() else every
+
+
+class Handles(NamedTuple):
+    """What the function gets for its primals, in one evaluation.
+
+    Args:
+        every: one for each primal.
+        twins: what operations with rules get in the place of those that are tracked.
+        starts: the nodes at which the graph of the evaluation begins, with numbers of primals.
+        direct: anchors of the primals that are differentiated as they are.
+        grad_mode: is a graph kept of the outputs?
+        further: may the outputs be differentiated further, by primals that have a graph?
+    """
+
+    every: list[Tensor]
+    twins: dict[int, Tensor]
+    starts: dict[Any, int]
+    direct: list[Anchor]
+    grad_mode: bool
+    further: bool
+
+    @classmethod
+    def of(cls, batch: Batch, learned: LearnedUses) -> Handles:
+        check_plain(batch.primals)
+        grad_mode = torch.is_grad_enabled()
+        further = grad_mode and any(primal.requires_grad for primal in batch.primals)
+        with recording():
+            anchors = [differentiable_alias(primal, grad_mode) for primal in batch.primals]
+            twins = {number: anchors[number] for number in batch.tracked(learned)}
+            every = [batch.handle(i, anchor, learned) for i, anchor in enumerate(anchors)]
+            # the function may write into these
+            direct = [Anchor.behind(every[x.number]) for x in batch.direct(learned)]
+        starts = {handle.grad_fn: number for number, handle in enumerate(every)}
+        return cls(every, twins, starts, direct, grad_mode, further)

@@ -46,9 +46,6 @@ class DerivedResults:
     grad_mode: bool
     by_number: dict[int, Derived] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._first = 1 + max(self.starts.values(), default=0)
-
     def track(self, key: Key, out: Tensor, parts: Sequence[UsedPart], graph: Graph) -> Tensor:
         """Track a result that all samples share, as if it were a parameter itself.
 
@@ -60,7 +57,7 @@ class DerivedResults:
         if graph.leads_out:
             raise NoLayout(self.parameters(part[0] for part in parts))
         anchor = differentiable_alias(out, self.grad_mode)
-        handle, number = anchor.view_as(anchor), self._first + len(self.by_number)
+        handle, number = anchor.view_as(anchor), 1 + max(self.starts.values())
         self.by_number[number] = Derived(key, out.detach(), parts)
         self.starts[handle.grad_fn] = number
         self.params.track(number, handle, anchor.view_as(anchor))

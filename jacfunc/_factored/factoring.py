@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, UnseenWrite
-from jacfunc._factored.batches import Batch, Image, VmappedBatch
+from jacfunc._factored.batches import Batch, Handles, Image, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
 from jacfunc._factored.learned import LearnedUses, Outdated
 from jacfunc._factored.tracked import TrackedParameters, UnruledUse
 from jacfunc._factored.tracking import UseRecorder
 from jacfunc._faults import watched_once
-from jacfunc._layouts import NoLayout, Placing, Unlike
+from jacfunc._layouts import (
+    NoLayout,
+    Placing,
+    PlainSamples,
+    Unlike,
+    VmappedSamples,
+)
 from jacfunc._linear_map import (
-    Anchor,
     Graph,
     LeadsOut,
-    differentiable_alias,
     linearize,
     map_of_graph,
 )
@@ -79,42 +82,8 @@ def factored(
             return jacobian
 
 
-class _Handles(NamedTuple):
-    """What the function gets for its primals, in one evaluation.
-
-    Args:
-        every: one for each primal.
-        twins: what operations with rules get in the place of those that are tracked.
-        starts: the nodes at which the graph of the evaluation begins, with numbers of primals.
-        direct: anchors of the primals that are differentiated as they are.
-        grad_mode: is a graph kept of the outputs?
-        further: may the outputs be differentiated further, by primals that have a graph?
-    """
-
-    every: list[Tensor]
-    twins: dict[int, Tensor]
-    starts: dict[Any, int]
-    direct: list[Anchor]
-    grad_mode: bool
-    further: bool
-
-    @classmethod
-    def of(cls, batch: Batch, learned: LearnedUses) -> _Handles:
-        check_plain(batch.primals)
-        grad_mode = torch.is_grad_enabled()
-        further = grad_mode and any(primal.requires_grad for primal in batch.primals)
-        with recording():
-            anchors = [differentiable_alias(primal, grad_mode) for primal in batch.primals]
-            twins = {number: anchors[number] for number in batch.tracked(learned)}
-            every = [batch.handle(i, anchor, learned) for i, anchor in enumerate(anchors)]
-            # the function may write into these
-            direct = [Anchor.behind(every[x.number]) for x in batch.direct(learned)]
-        starts = {handle.grad_fn: number for number, handle in enumerate(every)}
-        return cls(every, twins, starts, direct, grad_mode, further)
-
-
 def _recorded(
-    batch: Batch, learned: LearnedUses, handles: _Handles, unruled: UnruledUse
+    batch: Batch, learned: LearnedUses, handles: Handles, unruled: UnruledUse
 ) -> tuple[Image, UseRecorder]:
     """Outputs and extras of one evaluation, and the operations that used parameters in it."""
     recorders: list[UseRecorder] = []
@@ -152,30 +121,66 @@ def _evaluated(
     batch: Batch, learned: LearnedUses, unruled: UnruledUse
 ) -> tuple[FactoredJacobian, set[int]]:
     """The factors of one evaluation, and new parameters that are used where no rule sees it."""
-    handles, direct = _Handles.of(batch, learned), batch.direct(learned)
+    handles, direct = Handles.of(batch, learned), batch.direct(learned)
     (outputs, extras), recorder = _recorded(batch, learned, handles, unruled)
-    uses, starts, derived = recorder.uses, handles.starts, recorder.derived
-    cut = set(starts).union(*(use.ends for use in uses))
     state = getattr(batch.call, "state", None)
     as_evaluated = None if state is None else state.as_evaluated()
-    graph = Graph.of((*outputs, *extras), cut, set().union(*(use.nodes for use in uses)))
-    if not all(use.is_complete(graph) for use in uses):
-        raise Refused("a parameter is used in a derivative that the function takes itself")
+    graph, met = graph_behind((*outputs, *extras), recorder, handles.starts)
     if graph.leads_out and state is not None:
         state.check_fresh(outputs)
     differentiated = handles.further or (handles.grad_mode and graph.leads_out)
-    targets = [*(use.anchor for use in uses), *handles.direct]
+    targets = [*(use.anchor for use in recorder.uses), *handles.direct]
     linearization = map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
-    met = derived.parameters(number for node, number in starts.items() if node in graph.met)
     jacobian = FactoredJacobian(
         batch.size,
-        uses,
+        recorder.uses,
         direct,
         batch.params,
         linearization,
-        derived.by_number,
+        recorder.derived.by_number,
         signature=recorder.signature,
         moves_samples=recorder.moves_samples,
         reads_values=recorder.reads_values,
     )
     return jacobian, met - {primal.number for primal in direct}
+
+
+def graph_behind(
+    leaves: Leaves, recorder: UseRecorder, starts: Mapping[Any, int]
+) -> tuple[Graph, set[int]]:
+    """The graph behind what a function returned, and the parameters that a path leads to.
+
+    Raises:
+        Refused: if a path passes an operation with a rule by.
+    """
+    nodes, cut = set[Any](), set(starts)
+    for use in recorder.uses:
+        nodes |= use.nodes
+        cut |= use.ends
+    graph = Graph.of(leaves, cut, nodes)
+    if not all(use.is_complete(graph) for use in recorder.uses):
+        raise Refused("a parameter is used in a derivative that the function takes itself")
+    met = [number for node, number in starts.items() if node in graph.met]
+    return graph, recorder.derived.parameters(met)
+
+
+def use_recorder(
+    anchors: Sequence[Tensor],
+    handles: Sequence[Tensor],
+    starts: dict[Any, int],
+    learned: LearnedUses,
+    size: int,
+) -> UseRecorder:
+    """A recorder of the uses of parameters by so many samples, of a kind that was learned.
+
+    Args:
+        anchors: tensors at the parameters, with which the graph begins.
+        handles: what the function gets, in their places.
+        starts: the nodes of the handles, and of what else it is differentiated by.
+    """
+    params = TrackedParameters(learned.lent, UnruledUse())
+    for number, twin in enumerate(anchors):
+        params.track(number, handles[number], twin)
+    is_one, sites = size == 1, learned.sites or {}
+    placing = VmappedSamples(1, None) if is_one else PlainSamples(size, sites)
+    return UseRecorder(placing, params, starts, False, learned.uses)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacfunc._errors import Refused
 from jacfunc._factored.derived import DerivedResults, replaced, through_graph
-from jacfunc._factored.tracked import RuledCall, TrackedParameters
+from jacfunc._factored.tracked import RuledCall, TrackedParameters, UnruledUse
 from jacfunc._factored.use import (
     HOOKING,
     METADATA,
@@ -73,8 +73,8 @@ class UseRecorder(OperationRecorder):
         self._level = innermost()
         self._rules, self._openings = table().rules, table().openings
 
-    def finish(self) -> None:
-        """Check the record once the function has run.
+    def finish(self) -> UnruledUse:
+        """Check the record once the function has run; the parameters that no rule covers.
 
         Raises:
             Refused: if an input of an operation was written into later, as autograd refuses it.
@@ -94,12 +94,13 @@ class UseRecorder(OperationRecorder):
             params = self.derived.parameters(numbers | written)
             numbers.clear()
             numbers.update(params)
+        return self._params.unruled
 
     def call(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
-        are_among = self._params.are_among
-        has_parameter = are_among(args) or (kwargs and are_among(kwargs.values()))
+        params = self._params
+        has_parameter = params.by_id and params.are_among((*args, *kwargs.values()))
         if not (has_parameter or func in UNUSUAL or func in self._openings):  # the usual case
             return func(*args, **kwargs)
         if func in TAKES_DERIVATIVES and self._is_at_own_level():

@@ -111,11 +111,11 @@ UsedPart: TypeAlias = tuple[int, Path, FormOf]
 """The number of a parameter, the views that lead to the part that was used, and its form."""
 
 
+@dataclass(eq=False)
 class Versions:
     """Tensors, and the versions that they had when they were kept."""
 
-    def __init__(self) -> None:
-        self._pairs: list[tuple[Tensor, int]] = []
+    _pairs: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def keep(self, values: Iterable[Any]) -> None:
         """Keep the tensors among values, as they are now."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
+from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Dims, JacobianOperator, one_sample, sample_chunks
 from jacfunc._log import note
 from jacfunc._memory import Chunk, FittedChunks
@@ -27,10 +30,12 @@ from jacfunc._samples import (
     SampleBlocks,
     SampledCall,
     SampleWriter,
+    SettledBatch,
+    SettledSamples,
     first_again,
 )
 from jacfunc._torch import is_outermost, levels, sweep_batch
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import (
     Evaluation,
     Looped,
@@ -40,6 +45,8 @@ from jacfunc.strategies import (
     in_words_of,
     way_out,
 )
+
+Settles: TypeAlias = Callable[[SampledCall, ModuleState, object, Tree], SettledBatch | None]
 
 FINAL = Stale, UnseenWrite, ValueError, TypeError
 """Errors that no other way avoids."""
@@ -55,8 +62,8 @@ class SampledJacobian:
 
     batch: SampledCall
     sink: Sink = field(default_factory=Sink)
-    is_swept_at_once: bool = field(default=False, init=False)
-    """Was the last result swept at once, from the batch as a whole, by a plan that stays?"""
+    settles: Settles | None = field(default=None, init=False)
+    """What the last call has settled, if it was swept at once, by a plan that stays."""
 
     def by(self, strategy: Strategy) -> Evaluation:
         """The Jacobian by a strategy; each leaf has the batch in front.
@@ -108,6 +115,8 @@ class SampledJacobian:
             at_once = None  # or the draws would depend on how many samples come at once
         chunks = sample_chunks(take, samples.leaves, samples.dims, at_once)
         size = samples.size
+        if at_once is None and isinstance(strategy, Reverse) and strategy.chunk_size is None:
+            self.settles = SettledSamples.under_vmap
         chunks = first_again(chunks, size, one.outputs_in, first.outputs)
         return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
 
@@ -127,7 +136,8 @@ class SampledJacobian:
         first = FirstSamples(batch.call_of, samples, random_state)
         chunks = first_again(each(), size, one.outputs_in, first.output)
         leaves = self.sink.samples(chunks, size, one.grid)
-        self.is_swept_at_once = size == 1 and _pulls_all_rows(strategy, one.call)
+        if size == 1 and _pulls_all_rows(strategy, one.call):
+            self.settles = partial(SettledBatch.of, by_layers=False)
         return SampleBlocks(leaves, size, one)
 
     def _written(self, chunk: Chunk, rows: Chunk) -> SampleBlocks:
@@ -135,7 +145,8 @@ class SampledJacobian:
         one = OneSample(self.batch.api, self.batch.call_of)
         writer = SampleWriter(self.batch, self.sink, one)
         leaves = writer.leaves(chunk, rows)
-        self.is_swept_at_once = writer.has_blocks and chunk is None
+        is_at_once = writer.is_swept_at_once and chunk is None
+        self.settles = SettledBatch.of if is_at_once else None
         return SampleBlocks(leaves, self.batch.size, one)
 
     def _planned(self, strategy: Auto | Autotune) -> SampleBlocks:
@@ -146,7 +157,8 @@ class SampledJacobian:
         def run(plan: Plan, chunk: Chunk) -> SampleBlocks:
             random_state.repeat()  # what was tried before has drawn
             result = self._refusable(plan.strategy, chunk)
-            self.is_swept_at_once &= plan.timing.left == 0 and plan.timing.before is None
+            if plan.timing.left or plan.timing.before is not None:
+                self.settles = None
             note("%s samples at once, each: %s: %s", chunk or "all", plan.strategy, plan.reason)
             return result
 

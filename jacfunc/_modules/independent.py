@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, Self
@@ -20,9 +20,9 @@ from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._planning import Auto
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
-from jacfunc._samples import SettledBatch
+from jacfunc._samples import MOST_MISSES, SettledBatch
 from jacfunc._torch import is_outermost, is_undisturbed
-from jacfunc._trees import Arguments, flatten, kind_of
+from jacfunc._trees import Arguments, flatten
 from jacfunc._types import Argnums, Tree, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
@@ -55,12 +55,13 @@ class ModuleResult(NamedTuple):
 class SettledCalls:
     """What the calls of one door have settled, by the kind of their only argument.
 
-    They differentiate each sample by that argument alone, and return one new tensor.
+    They differentiate each sample by parameters, by that argument, or by both, and return new
+    tensors.
     """
 
     def __init__(self, independence: Independence) -> None:
         self._independence = independence
-        self._by_kind = Recent[SettledBatch](MOST_KINDS)
+        self._by_kind = Recent[tuple[ModuleState, SettledBatch]](MOST_KINDS)
 
     @classmethod
     def of(cls, options: ModuleOptions, argnums: Argnums, beside: Sequence[Any]) -> Self | None:
@@ -68,40 +69,50 @@ class SettledCalls:
         others = options.outputs, options.memory, options.chunk_size, *beside
         if any(x is not None and x is not False for x in others):
             return None
-        if argnums != POSITIONS["inputs"] or options.batching != Batching():
-            return None
-        return cls(options.independence)
+        # of another order, or a tuple of one, the tree is another one
+        is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
+        return cls(options.independence) if is_known and options.batching == Batching() else None
 
-    def jacobian(self, state: ModuleState, arguments: Arguments) -> Tensor | None:
+    def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
         """The Jacobian of a call, where one of its kind has settled all but the numbers."""
         args, kwargs = arguments
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             return None
         x, independence = args[0], self._independence
-        settled = self._by_kind.get(kind_of(x))
-        if settled is None or settled.state is not state or not is_undisturbed():
+        known = self._by_kind.get(_kind_of(x))
+        if known is None or known[0] is not state or not is_undisturbed():
             return None
+        settled = known[1]
         alone = KnownCalls() if settled.is_alone else None  # with which nothing is compared
         calls = alone or independence.known_at_next(state, settled.kind)
-        if calls is None or settled.is_over:
+        if calls is None or settled.misses >= MOST_MISSES:
             return None
-        known = settled.learned if independence.independent is True else calls
-        rows = settled.jacobian(x, known.signatures)
-        if rows is not None:
-            calls.count += 1
-        return rows
+        compared = settled.learned if independence.independent is True else calls
+        blocks = settled.blocks(state, x, compared.signatures)
+        if blocks is None:
+            return None
+        calls.count += 1
+        if not settled.names:
+            return blocks[0]
+        jacobian = dict(zip(settled.names, blocks, strict=False))
+        return (jacobian, blocks[-1]) if settled.by_inputs else jacobian
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
         args, kwargs = call.arguments
-        if kwargs or len(args) != 1 or not sampled.is_swept_at_once:
+        if kwargs or len(args) != 1 or sampled.settles is None:
             return
-        before = self._by_kind.get(kind_of(args[0]))
-        if before is not None and before.state is call.state and before.is_over:
+        before = self._by_kind.get(_kind_of(args[0]))
+        if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
             return
         output, _ = result.value_and_aux()
-        if settled := SettledBatch.of(sampled.batch, call.state, result.call, output):
-            self._by_kind.put(kind_of(args[0]), settled)
+        if settled := sampled.settles(sampled.batch, call.state, result.call, output):
+            self._by_kind.put(_kind_of(args[0]), (call.state, settled))
+
+
+def _kind_of(x: Tensor) -> Hashable:
+    """Equal for tensors of which the same is learned."""
+    return x.shape, x.dtype, x.device
 
 
 def call_of(

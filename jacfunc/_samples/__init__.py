@@ -1,11 +1,16 @@
 """The samples of a batch: how they are evaluated, whether they are independent, and written."""
 
-from jacfunc._samples.again import FirstSamples, first_again
 from jacfunc._samples.call import SampledCall
-from jacfunc._samples.comparing import Subject
-from jacfunc._samples.coupled_losses import GradientOf, loss_coupling
-from jacfunc._samples.coupling import Coupling, coupling
+from jacfunc._samples.comparing import Coupling, GradientOf, Subject, loss_coupling
+from jacfunc._samples.coupling import coupling
 from jacfunc._samples.halves import at, groups_of, has_batch
-from jacfunc._samples.one import OneSample, SampleBlocks
-from jacfunc._samples.settled import SettledBatch
+from jacfunc._samples.one import (
+    SAME_EACH_TIME,
+    FirstSamples,
+    OneSample,
+    SampleBlocks,
+    first_again,
+)
+from jacfunc._samples.settled import MOST_MISSES, SettledBatch
+from jacfunc._samples.settled_samples import SettledSamples
 from jacfunc._samples.writing import SampleWriter

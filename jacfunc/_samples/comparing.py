@@ -1,20 +1,23 @@
-"""A module at a batch, evaluated on a graph, and what is compared with another batch."""
+"""What is compared with another batch: a module's outputs and derivatives, a loss's gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._linear_map import Dims, Samples, differentiable_alias
-from jacfunc._memory import DispatchMode
-from jacfunc._samples.halves import Half, at
+from jacfunc._samples.halves import Half, at, halves
 from jacfunc._torch import MathAttention, RandomState, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
+
+GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
+"""``gradient_of(numbers, others)``: the loss's gradient in the outputs, at a batch that has in each
+place the outputs of the sample of one number, and the targets of the sample of another number."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +180,63 @@ class Quantity:
         return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
 
 
-class OperationsCalled(DispatchMode):
-    """Records the operations that run, and the shapes of their arguments."""
+@dataclass(frozen=True)
+class Coupling:
+    """What a comparison of batches has shown.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[Any] = []
+    Args:
+        what: what of a sample changes with the others, in words; None if nothing does.
+        rows: outputs of a sample.
+        entries: entries of all samples' Jacobians together.
+        was_evaluated: could the batch be evaluated as a whole?
+        was_shown: were the samples different from each other, so that something could show?
+    """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shapes = [x.shape for x in args if isinstance(x, Tensor)]
-        self.operations.append((func, shapes))
-        return func(*args, **(kwargs or {}))
+    what: str | None = None
+    rows: int = 0
+    entries: int = 0
+    was_evaluated: bool = True
+    was_shown: bool = True
+
+
+def loss_coupling(gradient_of: GradientOf, outputs: Leaves, number: int) -> Coupling:
+    """Whether the gradient in the outputs of some samples changes when the others are replaced.
+
+    It must stay where the outputs of the others are replaced, and not their targets. Where targets
+    are replaced, too, a mean over the targets that are not ignored has other weights: but a
+    gradient of zero must stay zero.
+    """
+    size, random_state = len(outputs[0]), RandomState(outputs)
+    if size == 1:
+        return Coupling()
+    generator = torch.Generator().manual_seed(number)
+    in_order = torch.arange(size, device="cpu")
+
+    def rows(whose_outputs: Tensor, whose_targets: Tensor, half: Half) -> list[Quantity]:
+        random_state.repeat()
+        leaves = gradient_of(whose_outputs, whose_targets)
+        return [Quantity("gradients", at(leaf, half.inside, 0)) for leaf in leaves]
+
+    def changes(half: Half) -> bool:
+        own, other = rows(in_order, in_order, half), rows(half.sources, in_order, half)
+        moved = rows(half.sources, half.sources, half)
+        if not all(map(_have_same_zeros, own, moved)):
+            return True
+        if all(one.agrees(two) for one, two in zip(own, other, strict=True)):
+            return False
+        again = rows(in_order, in_order, half)
+        triples = zip(own, other, again, strict=True)
+        return any(a.is_same_as(c) or not a.agrees_roughly(b) for a, b, c in triples)
+
+    # it costs little beside the module, so all halves are looked at: one sample may decide alone
+    for half in halves(size, generator):
+        if changes(half) or changes(half.other(generator)):
+            return Coupling("gradients")
+    random_state.repeat()
+    return Coupling()
+
+
+def _have_same_zeros(one: Quantity, other: Quantity) -> bool:
+    """Do both have a gradient of zero for the same samples?"""
+    first, second = [(x.tensor != 0).reshape(len(x.tensor), -1).any(1) for x in (one, other)]
+    return torch.equal(first, second)

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._linear_map import CHANGING, detached
 from jacfunc._lock import kept_property
 from jacfunc._log import note
-from jacfunc._samples.comparing import BatchGraph, OperationsCalled, Quantity, Subject
+from jacfunc._memory import DispatchMode
+from jacfunc._samples.comparing import BatchGraph, Coupling, Quantity, Subject
 from jacfunc._samples.halves import Half, halves, has_batch
 from jacfunc._torch import RandomState, uncompiled
 from jacfunc._types import Leaves
@@ -32,25 +34,6 @@ BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
 
 BY_GROUPS = "grouped_mm", "segment_reduce"
 """Operations on groups of rows, whose sizes are numbers: another size is rounded otherwise."""
-
-
-@dataclass(frozen=True)
-class Coupling:
-    """What a comparison of batches has shown.
-
-    Args:
-        what: what of a sample changes with the others, in words; None if nothing does.
-        rows: outputs of a sample.
-        entries: entries of all samples' Jacobians together.
-        was_evaluated: could the batch be evaluated as a whole?
-        was_shown: were the samples different from each other, so that something could show?
-    """
-
-    what: str | None = None
-    rows: int = 0
-    entries: int = 0
-    was_evaluated: bool = True
-    was_shown: bool = True
 
 
 def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Coupling:
@@ -248,3 +231,16 @@ class _Comparison:
             if bool((is_off | (row.isnan() != one.isnan())).any()):
                 return "outputs that change with the number of samples"
         return None
+
+
+class OperationsCalled(DispatchMode):
+    """Records the operations that run, and the shapes of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [x.shape for x in args if isinstance(x, Tensor)]
+        self.operations.append((func, shapes))
+        return func(*args, **(kwargs or {}))

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import shared_units
-from jacfunc._errors import Refused
-from jacfunc._factored import LearnedUses
-from jacfunc._faults import TAKES_DERIVATIVES, NestedWatch, is_unwatched
-from jacfunc._layouts import Args, Layout, OperationRecorder
+from jacfunc._errors import UnseenWrite
+from jacfunc._factored import FactoredJacobian, LearnedUses
+from jacfunc._faults import NestedWatch, is_unwatched
+from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState
-from jacfunc._linear_map import (
-    Anchor,
-    Graph,
-    LeadsOut,
-    differentiable_alias,
-    map_of_graph,
-    writable_copy,
-)
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
+from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of
 from jacfunc._torch import (
     MathAttention,
-    Pull,
     RandomState,
-    memories_of,
     recording,
     run_as_written,
 )
-from jacfunc._types import Tree
+from jacfunc._types import Leaves, Tree
 
 MOST_MISSES = 3
 """After so many calls that had to be taken anew, a kind of call is no more tried so."""
@@ -43,134 +33,211 @@ MOST_MISSES = 3
 PLAIN, ALONE = (False, False), (False, False, 1)
 """Around pullbacks of many samples and of one, which are not differentiated further."""
 
-
-class _Operations(OperationRecorder):
-    """Numbers the operations of a function, of which no parameter is looked for."""
-
-    def call(
-        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
-    ) -> Any:
-        if func in TAKES_DERIVATIVES:
-            raise Refused("the function takes a derivative itself, of what may stand for others")
-        # nobody reads what retain_grad keeps, and a second sweep would add to that
-        return None if func is Tensor.retain_grad else func(*args, **kwargs)
+ResultT = TypeVar("ResultT")
 
 
 class SettledBatch:
     """A module at a tensor with the samples in front, as it was evaluated before.
 
-    It returned one tensor with the samples in front, ran as a whole, and all its rows were swept at
-    once onto the input. So it is evaluated and swept again, with all checks of an evaluation; but
-    what earlier ones have shown is not looked up on the way.
+    It returned one tensor with the samples in front, and ran as a whole. So it is evaluated again,
+    with all checks of an evaluation; but what earlier ones have shown is not looked up on the way.
+    :meth:`result` is the way in, for whatever is made of the evaluated batch.
 
     Args:
         batch: an earlier call of this kind.
-        output: what that one returned.
+        names: of the chosen parameters, if it is differentiated by these.
+        output: what that call returned.
         is_watched: must each evaluation be watched?
+        by_layers: are parameters differentiated by factors of layers? Else as they are, which one
+            sample alone allows.
     """
 
     def __init__(
-        self, batch: SampledCall, state: ModuleState, output: Tensor, is_watched: bool
+        self,
+        batch: SampledCall,
+        names: Sequence[str],
+        output: Tensor,
+        is_watched: bool,
+        by_layers: bool,
     ) -> None:
-        self.api, self.kind, self.state = batch.api, batch.kind.kind, state
+        self.api, self.kind, self.size = batch.api, batch.kind.kind, batch.size
         self.is_alone = batch.size == 1
+        self.names, self.by_inputs = names, batch.differentiates[1]
         self.learned = batch.learned_as_a_whole
         self.output = output.shape, output.dtype
-        self.is_watched = is_watched
+        self.is_watched, self.by_layers = is_watched, by_layers
         self.misses = 0
 
     @classmethod
-    def of(cls, batch: SampledCall, state: ModuleState, call: object, output: Tree) -> Self | None:
-        """What a call has settled; None if it returned another tree."""
-        is_alone = batch.size == 1
-        if type(output) is not Tensor:
-            return None
-        if not (is_alone or are_in_front(batch.learned_as_a_whole)):
-            return None
-        return cls(batch, state, output, not is_unwatched(call, ALONE if is_alone else PLAIN))
-
-    @property
-    def is_over(self) -> bool:
-        """Had too many calls to be taken anew?"""
-        return self.misses >= MOST_MISSES
-
-    def jacobian(self, x: Tensor, compared: Container[int]) -> Tensor | None:
-        """``[B, *out, *in]``; None where the call must be taken anew, as it shows something new.
+    def of(
+        cls,
+        batch: SampledCall,
+        state: ModuleState,
+        call: object,
+        output: Tree,
+        by_layers: bool = True,
+    ) -> Self | None:
+        """What a call has settled; None if it has not settled all but the numbers.
 
         Args:
+            call: that was made, which tells whether calls of its kind must be watched.
+            output: the tree that it returned.
+        """
+        names = tuple(state.point) if batch.differentiates[0] else ()
+        by_layers = by_layers and bool(names)
+        is_alone, learned = batch.size == 1, batch.learned_as_a_whole
+        if type(output) is not Tensor or not batch.size:
+            return None
+        if not (is_alone or is_in_front(learned, bool(names))):
+            return None
+        if by_layers and (learned.ruled is None or learned.others):
+            return None
+        around = ALONE if is_alone and not by_layers else PLAIN
+        return cls(batch, names, output, not is_unwatched(call, around), by_layers)
+
+    def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
+        """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
+        return self.result(state, x, compared, blocks_of)
+
+    def result(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        compared: Container[int],
+        work: Callable[[FactoredJacobian], ResultT],
+    ) -> ResultT | None:
+        """What ``work`` makes of the batch, evaluated while the module is lent for this call alone.
+
+        None where the call must be taken anew, as it shows something new.
+
+        Args:
+            state: the module as it is now, of the version of the earlier call.
+            x: a tensor of the same kind.
             compared: signatures of evaluations after which batches were compared.
 
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        random_state, rows = RandomState((x, *self.state.params.values())), None
+
+        def made() -> ResultT | None:
+            jacobian = self.evaluated(state, x, compared)
+            return None if jacobian is None else work(jacobian)
+
+        return self._lent(state, x, made)
+
+    def _lent(
+        self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None]
+    ) -> ResultT | None:
+        """What is made while the module is lent; None if it fails, or draws random numbers."""
+        random_state, result = RandomState((x, *state.params.values())), None
         try:
-            with torch.no_grad(), self.state.lent_for_call(self.api, is_current=True):
+            with torch.no_grad(), state.lent_for_call(self.api, self.names, is_current=True):
                 try:
-                    rows = self._rows(x, compared)
+                    result = make()
+                except UnseenWrite:
+                    raise
                 except Exception as error:  # as it is told of when it is taken anew
                     note("a kind of call that was settled is taken anew: %s", error)
         except BaseException:
             random_state.repeat()
             raise
-        if rows is None or random_state.has_changed():
+        if result is None or random_state.has_changed():
             random_state.repeat()
-            rows = None
-        self.misses = 0 if rows is not None else self.misses + 1
-        return rows
+            result = None
+        self.misses = 0 if result is not None else self.misses + 1
+        return result
 
-    def _rows(self, x: Tensor, compared: Container[int]) -> Tensor | None:
+    def again(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        compared: Container[int],
+        random_state: RandomState,
+    ) -> FactoredJacobian | None:
+        """The batch evaluated by who lends the module; None where the call must be taken anew.
+
+        Args:
+            random_state: as the evaluation finds it; nothing may be drawn.
+        """
+        jacobian = None
+        try:
+            jacobian = self.evaluated(state, x, compared)
+        except UnseenWrite:
+            raise
+        except Exception as error:  # as it is told of when it is taken anew
+            note("a kind of call that was settled is taken anew: %s", error)
+        if jacobian is None or random_state.has_changed():
+            random_state.repeat()
+            self.misses += 1
+            return None
+        self.misses = 0
+        return jacobian
+
+    def evaluated(
+        self, state: ModuleState, x: Tensor, compared: Container[int]
+    ) -> FactoredJacobian | None:
+        """The batch, evaluated once; None if it shows something new.
+
+        Gradients are off, and the module is lent for the call. Whoever lends it sees to it that
+        nothing was drawn.
+
+        Raises:
+            UnseenWrite: if a parameter that is no copy was written into.
+        """
+        try:
+            return self._evaluated(state, x, compared)
+        except UnseenWrite:
+            self.learned.ruled = None  # later evaluations get copies again
+            raise
+
+    def _evaluated(
+        self, state: ModuleState, x: Tensor, compared: Container[int]
+    ) -> FactoredJacobian | None:
+        if self.names and state.hooks():
+            return None
         keep_heap()
-        operations = _Operations(None)
+        params, is_plain = self._params(state), self.is_alone and not self.by_layers
         with recording(), MathAttention():
-            own = writable_copy(differentiable_alias(x, False))
-            start, anchor = own.grad_fn, Anchor.behind(own)
-            watch = self._watch(own) if self.is_watched else None
+            own = RepeatedEvaluation(params, x, self.learned, self.by_layers, self.by_inputs)
+            around = ALONE if is_plain else PLAIN
+            watch = NestedWatch(own.pull(around), primals=own.primals) if self.is_watched else None
+            chosen = dict(zip(self.names, own.handles, strict=True))
             # of one sample nothing can be learned of others
-            recorder = nullcontext() if self.is_alone else operations
-            with watch or nullcontext(), self.state.lent_for_evaluation({}), recorder:
-                out = run_as_written(self.state.module, own)
+            recorder = nullcontext() if is_plain else own.recorder
+            with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
+                out = run_as_written(state.module, own.x)
             if watch is not None:
-                watch.check_copies((x,))
-        if type(out) is not Tensor or (out.shape, out.dtype) != self.output:
+                watch.check_copies((*params, x) if self.by_inputs else params)
+            is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
+            if not (is_like and out.requires_grad):
+                return None
+            # by inputs alone one sweep follows at once, with all as the evaluation has left it
+            is_again = params or own.recorder.reads_values
+            jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
+        if jacobian is None or not (self.is_alone or self._is_known(jacobian, compared)):
             return None
-        if not (self.is_alone or self._is_known(operations, compared)) or not out.requires_grad:
+        if jacobian.reads_values and not self._are_alone(state, x, out):
             return None
-        graph = Graph.back_to({start}, (out,))
-        linearization = map_of_graph((out,), (), (anchor,), graph, False)
-        if not linearization.is_batchable:
-            return None
-        seeds = shared_units((out,))
-        (product,) = linearization.pull_batch(seeds)
-        if 0 in product.stride() or len({*memories_of((product, *seeds))}) == 1:
-            product = product.clone()
-        if operations.reads_values and not self._are_alone(x, out):
-            return None
-        if out.dim() == 1:
-            return product[0]
-        rows = product.transpose(0, 1)
-        return rows if out.dim() == 2 else rows.unflatten(1, out.shape[1:])
+        return jacobian
 
-    def _watch(self, own: Tensor) -> NestedWatch:
-        """The watch of an evaluation at this copy of the input."""
-        leads_out = LeadsOut({own.grad_fn}, grad_mode=False, has_left=False)
-        return NestedWatch(Pull(None, ALONE if self.is_alone else PLAIN, leads_out), primals=(own,))
+    def _params(self, state: ModuleState) -> Leaves:
+        return tuple(state.point.values()) if self.names else ()
 
-    def _is_known(self, operations: OperationRecorder, compared: Container[int]) -> bool:
+    def _is_known(self, jacobian: FactoredJacobian, compared: Container[int]) -> bool:
         """Does what was learned of many samples hold for an evaluation with these operations?"""
-        learned, signature = self.learned, operations.signature
-        if operations.moves_samples or learned.moves_samples or learned.others:
+        learned, signature = self.learned, jacobian.signature
+        if jacobian.moves_samples or learned.moves_samples or learned.others:
             return False
-        if learned.mixes and not operations.reads_values:
+        if learned.mixes and not jacobian.reads_values:
             return False
         return signature in learned.signatures and signature in compared
 
-    def _are_alone(self, x: Tensor, out: Tensor) -> bool:
+    def _are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
         """Are outputs those of each sample alone, whose numbers may lead another way?"""
-        rows = []
+        rows, chosen = [], dict(zip(self.names, self._params(state), strict=True))
         for number in range(len(x)):
-            with self.state.lent_for_evaluation({}):
-                rows.append(run_as_written(self.state.module, x[number : number + 1].clone()))
+            with state.lent_for_evaluation({n: p.detach().clone() for n, p in chosen.items()}):
+                rows.append(run_as_written(state.module, x[number : number + 1].clone()))
         if any(type(row) is not Tensor or row.shape[1:] != out.shape[1:] for row in rows):
             return False
         alone = torch.cat(rows)
@@ -178,7 +245,8 @@ class SettledBatch:
         return is_like and are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)
 
 
-def are_in_front(learned: LearnedUses) -> bool:
-    """Have evaluations shown that all tensors with samples have these in front?"""
-    sites = (learned.sites or {}).values()
-    return bool(sites) and all(site is not None and site.layout == Layout(0) for site in sites)
+def is_in_front(learned: LearnedUses, has_layers: bool) -> bool:
+    """Have evaluations shown that the output, and without layers all, has the samples in front?"""
+    sites = learned.sites or {}
+    every = [sites.get((~0, OUT))] if has_layers else [*sites.values()]
+    return bool(every) and all(site is not None and site.layout == Layout(0) for site in every)

@@ -11,9 +11,8 @@ from torch import Tensor
 from jacfunc._assembly import Grid, Sink, stack
 from jacfunc._factored import FactoredJacobian
 from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
-from jacfunc._samples.again import first_again
 from jacfunc._samples.call import SampledCall
-from jacfunc._samples.one import OneSample
+from jacfunc._samples.one import OneSample, first_again
 from jacfunc._types import Leaves
 
 SWEPT_SHARE = 5
@@ -35,8 +34,8 @@ class SampleWriter:
     one: OneSample
     places: Leaves | None = None
     most_swept: int = MOST_SWEPT_BYTES
-    has_blocks: bool = False
-    """Were the products of one sweep an output leaf the blocks themselves?"""
+    is_swept_at_once: bool = False
+    """Were all rows of all samples swept at once?"""
 
     def leaves(self, samples: Chunk, rows: Chunk) -> Leaves:
         """Blocks ``[B, *out, *in]``, outputs and extras of all samples, one after the other."""
@@ -47,8 +46,9 @@ class SampleWriter:
             self.one.take_call(call, factors.sample_outputs, factors.params)
             beside = (*factors.outputs, *factors.extras)
             grid = self.one.grid()
-            self.has_blocks = self._are_blocks(factors, grid, rows)
-            if factors.carries_graph or self.has_blocks:
+            is_every = factors.size == total
+            self.is_swept_at_once = is_every and self._takes_every_row(factors, grid, rows)
+            if factors.carries_graph or self._are_blocks(factors, grid):
                 return (*self._blocks(factors), *beside)
             self._write(factors, grid, start, rows)
             return beside
@@ -73,15 +73,15 @@ class SampleWriter:
             for block in factors.rows(0, out.numel(), number)
         )
 
-    def _are_blocks(self, factors: FactoredJacobian, grid: Grid, chunk: Chunk) -> bool:
+    def _are_blocks(self, factors: FactoredJacobian, grid: Grid) -> bool:
         """Are products of one sweep an output leaf the blocks themselves, with nothing to write?"""
-        size = factors.size
-        if self.sink.copies or size != self.batch.size or not factors.is_direct:
+        if self.sink.copies or not (self.is_swept_at_once and factors.is_direct):
             return False
-        if size == 1:  # they may be the seeds, which are kept for other sweeps
+        if factors.size == 1:  # they may be the seeds, which are kept for other sweeps
             return False
-        if any(x.dtype != grid.dtype for x in (*factors.outputs, *factors.params)):
-            return False
+        return all(x.dtype == grid.dtype for x in (*factors.outputs, *factors.params))
+
+    def _takes_every_row(self, factors: FactoredJacobian, grid: Grid, chunk: Chunk) -> bool:
         return all(self._at_once(factors, grid, rows, chunk) == rows for rows in grid.rows)
 
     def _at_once(self, factors: FactoredJacobian, grid: Grid, rows: int, chunk: Chunk) -> Chunk:

@@ -9,9 +9,9 @@ from tests.house.moves import moves_of, problems
 # some more than alone: what other tests have left to the garbage collector is forgotten meanwhile
 MOST = {
     "jacrev": (25, 50),
-    "module_jacobian, per sample": (59, 212),
+    "module_jacobian, per sample": (38, 91),
     "module_jacobian, by inputs": (29, 70),
-    "module_jacobian, by layers": (68, 322),
+    "module_jacobian, by layers": (44, 183),
     "ntk": (69, 351),
     "ggn, diagonal": (73, 377),
 }

@@ -1,0 +1,156 @@
+"""One more evaluation of a batch, of which earlier ones have shown all but the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._assembly import empty, shared_units
+from jacfunc._errors import Refused
+from jacfunc._factored import (
+    Derived,
+    Direct,
+    FactoredJacobian,
+    LearnedUses,
+    Use,
+    UseRecorder,
+    graph_behind,
+    use_recorder,
+)
+from jacfunc._faults import TAKES_DERIVATIVES
+from jacfunc._layouts import Args, OperationRecorder
+from jacfunc._linear_map import (
+    Anchor,
+    Graph,
+    LeadsOut,
+    differentiable_alias,
+    map_of_graph,
+    writable_copy,
+)
+from jacfunc._torch import Pull, memories_of
+from jacfunc._types import Leaves
+
+
+class PlainRecorder(OperationRecorder):
+    """Numbers the operations of a function, of which no parameter is looked for."""
+
+    def call(
+        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+    ) -> Any:
+        if func in TAKES_DERIVATIVES:
+            raise Refused("the function takes a derivative itself, of what may stand for others")
+        # nobody reads what retain_grad keeps, and a second sweep would add to that
+        return None if func is Tensor.retain_grad else func(*args, **kwargs)
+
+
+class RepeatedEvaluation:
+    """What a function of parameters and of a tensor with the samples in front gets, and its graph.
+
+    It is made while autograd records. The function is called with ``handles`` and ``x`` under the
+    ``recorder``; of what it returns :meth:`jacobian` is the Jacobian.
+
+    Args:
+        params: what all samples share, and it is differentiated by.
+        x: the tensor of all samples.
+        learned: what earlier evaluations have shown.
+        by_layers: are operations looked for that use parameters? Else these are differentiated as
+            they are, which one sample alone allows.
+        by_inputs: is it differentiated by ``x``, too?
+    """
+
+    def __init__(
+        self, params: Leaves, x: Tensor, learned: LearnedUses, by_layers: bool, by_inputs: bool
+    ) -> None:
+        count, self._size, self._learned = len(params), len(x), learned
+        lent = learned.lent if by_layers else set[int]()
+        anchors = [differentiable_alias(param, False) for param in params]
+        self.handles = [
+            anchor.view_as(anchor) if number in lent else writable_copy(anchor)
+            for number, anchor in enumerate(anchors)
+        ]
+        self.x = writable_copy(differentiable_alias(x, False)) if by_inputs else x.clone()
+        self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
+        self._direct += [Direct(count)] if by_inputs else []
+        self._params = (*params, x[0]) if by_inputs else params
+        every = (*self.handles, self.x)
+        self.primals: Leaves = every[: len(self._params)]
+        self._starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
+        # the function may write into these
+        self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
+        self.recorder: OperationRecorder = PlainRecorder(None)
+        if by_layers:
+            self.recorder = use_recorder(anchors, self.handles, self._starts, learned, len(x))
+
+    def pull(self, around: tuple[Any, ...]) -> Pull:
+        """The pullback that follows, as a watch of the evaluation must know it."""
+        return Pull(None, around, LeadsOut(self._starts, grad_mode=False, has_left=False))
+
+    def jacobian(
+        self, out: Tensor, as_evaluated: Callable[[], None] | None
+    ) -> FactoredJacobian | None:
+        """The Jacobian of what the function returned; None if parameters are used otherwise.
+
+        An operation may raise an error, if it is not what was known of it. What was evaluated is
+        put back ``as_evaluated`` before each pullback.
+        """
+        recorder, uses, derived = self.recorder, list[Use](), dict[int, Derived]()
+        if isinstance(recorder, UseRecorder):
+            unruled, uses, derived = recorder.finish(), recorder.uses, recorder.derived.by_number
+            graph, met = graph_behind((out,), recorder, self._starts)
+            others, count = met - {direct.number for direct in self._direct}, len(self._params)
+            if self._learned.learn(count, others, unruled.numbers, unruled.written) or others:
+                return None
+        else:
+            graph = Graph.back_to(set(self._starts), (out,))
+        if graph.leads_out and self.handles:
+            return None
+        targets = [*(use.anchor for use in uses), *self._anchors]
+        linearization = map_of_graph((out,), (), targets, graph, False, as_evaluated)
+        if not linearization.is_batchable:
+            return None
+        return FactoredJacobian(
+            self._size,
+            uses,
+            self._direct,
+            self._params,
+            linearization,
+            derived,
+            signature=recorder.signature,
+            moves_samples=recorder.moves_samples,
+            reads_values=recorder.reads_values,
+        )
+
+
+def blocks_of(jacobian: FactoredJacobian) -> Leaves:
+    """Blocks ``[B, *out, *primal]`` of the only output, from one sweep of all its rows."""
+    outputs, params = jacobian.linearization.outputs, jacobian.params
+    (out,) = outputs
+    seeds = shared_units(outputs)
+    dtypes = [torch.promote_types(x.dtype, out.dtype) for x in params]
+    if jacobian.uses:
+        parts, lead = jacobian.parts_of_cotangents(seeds), (jacobian.size, len(seeds[0]))
+        shapes = [(*lead, *x.shape) for x in params]
+        blocks = list(map(empty, params, shapes, dtypes))
+        jacobian.write(parts, blocks)
+    else:
+        products = jacobian.linearization.pull_batch(seeds)
+        pairs = zip(jacobian.direct, _apart(products, seeds), strict=True)
+        rows = [x.unsqueeze(0) if d.dim is None else x.movedim(d.dim + 1, 0) for d, x in pairs]
+        blocks = [x.to(dtype) for x, dtype in zip(rows, dtypes, strict=True)]
+    if out.dim() == 2:
+        return tuple(blocks)
+    return tuple([x.unflatten(1, out.shape[1:]) if out.dim() > 1 else x[:, 0] for x in blocks])
+
+
+def _apart(products: Leaves, seeds: Leaves) -> Leaves:
+    """Products in memory of their own, which may be that of seeds, of each other, or expanded."""
+    memories, count = memories_of((*seeds, *products)), len(seeds)
+    return tuple(
+        [
+            x.clone() if 0 in x.stride() or memories[number] in memories[:number] else x
+            for number, x in enumerate(products, count)
+        ]
+    )
