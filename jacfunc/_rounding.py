@@ -1,6 +1,9 @@
-"""Numbers that may differ by rounding."""
+"""Numbers that may differ by rounding, and products that must not."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -22,3 +25,12 @@ def are_near(numbers: Tensor, others: Tensor, power: float | None, lead: int = 0
         scale = scale.reshape(scale.shape + (1,) * (sizes.dim() - lead))
         is_near |= (numbers - others).abs() <= scale * torch.finfo(numbers.dtype).eps ** power
     return bool(is_near.all())
+
+
+@contextmanager
+def contracting(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Around products of factors on these tensors' devices: no graph, no autocast, which rounds."""
+    with torch.no_grad(), ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, {x.device.type for x in tensors}):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -12,8 +12,8 @@ from jacfunc._assembly import shared_units
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._lending import Captured
 from jacfunc._losses import DenseColumns, Drawn, Predictive
-from jacfunc._modules import BatchOutputs
 from jacfunc._outputs import ChosenCall
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree
 
 

@@ -20,7 +20,8 @@ from jacfunc._factored import FactoredJacobian, Part, add_squares, rows, written
 from jacfunc._linear_map import LinearMap
 from jacfunc._lock import kept_property
 from jacfunc._log import note
-from jacfunc._modules import BatchOutputs, ModuleAtBatch
+from jacfunc._modules import ModuleAtBatch
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, product_dtype
 
 NamedParts: TypeAlias = dict[str, list[Part]]

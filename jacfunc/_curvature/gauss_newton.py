@@ -13,8 +13,9 @@ from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._errors import Refused
 from jacfunc._linear_map import is_followed
 from jacfunc._lock import kept_property
-from jacfunc._modules import BatchOutputs, ModuleAtBatch, as_tree, tangents_of
+from jacfunc._modules import ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Params, Tree
 from jacfunc.operators import LinearOperator, Space, SymmetricOperator
 

@@ -16,10 +16,11 @@ from jacfunc._linear_map import Anchor, Graph, JacobianOperator, differentiable_
 from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._losses import SecondDerivative, known_formula
-from jacfunc._modules import BatchOutputs, Independence
+from jacfunc._modules import Independence
 from jacfunc._samples import at, has_batch
 from jacfunc._torch import as_written, is_traced, noise_like, recording, run_backward
 from jacfunc._trees import map_tensors
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree, is_differentiable
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -136,9 +137,9 @@ class Loss:
 
         Where an output is almost certain, the Hessian in single precision is mostly rounding.
         """
-        leaves = tuple(leaf.double() for leaf in self.outputs.leaves)
+        outputs = replace(self.outputs, leaves=tuple(x.double() for x in self.outputs.leaves))
         targets = map_tensors(lambda x: x.double() if is_differentiable(x) else x, self.targets)
-        return replace(self, targets=targets, outputs=replace(self.outputs, leaves=leaves))
+        return replace(self, targets=targets, outputs=outputs)
 
     @kept_property
     def roots(self) -> Leaves:

@@ -20,9 +20,10 @@ from jacfunc._curvature.whole_batch import (
 from jacfunc._errors import RANDOM, Refused, is_out_of_memory
 from jacfunc._linear_map import JacobianOperator, check_agreement, check_transpose, one_by_one
 from jacfunc._log import note
-from jacfunc._modules import BatchOutputs, ModuleAtBatch, now_and_then
+from jacfunc._modules import ModuleAtBatch, now_and_then
 from jacfunc._products import NOT_TRANSPOSED, PointProducts, Way
 from jacfunc._torch import RandomState, noise_like
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves
 
 

@@ -130,8 +130,8 @@ class LeafRows:
         if 0 in shape:  # no entry to add up, and torch can't tell the sizes of what is empty
             return self.like.new_empty(shape, dtype=dtype)
         added = dtype or product_dtype(self.like, *self.params)
-        like = self.like.new_empty((), dtype=added)
-        gram = Gram(like, (self.size, other.size), self.axes, other is self)
+        sizes = self.size, other.size
+        gram = Gram(self.like, sizes, self.axes, other is self, dtype=added)
         gram.add(self.parts, other.parts, self.params)
         total = gram.whole().permute(1, 3, 0, 2, 4).to(dtype or self.like.dtype)
         return total.reshape(shape)

@@ -40,13 +40,14 @@ class Gram:
     """The sum ``[D, B₁, F, B₂, F]`` over parameters.
 
     Args:
-        like: a tensor of the sum's device, and of the dtype in which products are computed.
+        like: a tensor of the sum's device.
         sizes: the number of samples of both sides.
         axes: how many cotangents are diagonal, kept and traced.
         is_symmetric: are both sides the same? Then entries above the diagonal may be left out until
             :meth:`whole` mirrors them.
         at_once: bytes of rows, or of products of positions, that are made at once.
         blocked: multiplications for which a block of a symmetric product is worth its overhead.
+        dtype: in which products are computed; by default that of ``like``.
     """
 
     def __init__(
@@ -57,37 +58,35 @@ class Gram:
         is_symmetric: bool,
         at_once: int = MULTIPLIED_BYTES,
         blocked: int = BLOCKED,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.like, self.sizes, self.axes, self.is_symmetric = like, sizes, axes, is_symmetric
+        self.sizes, self.axes, self.is_symmetric = sizes, axes, is_symmetric
         self.at_once, self.blocked, self._is_half = at_once, blocked, False
+        self.dtype, self._one = dtype or like.dtype, like.new_ones((), dtype=dtype)
+        self._by_output: Tensor | None = None
+        """The sum of what is added in the order of cotangents, ``[D, F, B₁, F, B₂]``."""
 
     @cached_property
     def _by_sample(self) -> Tensor:
         """The sum of what is added in the order ``[D, B₁, F, B₂, F]``."""
         (first, second), kept = self.sizes, self.axes.kept
-        return self.like.new_zeros((self.axes.diagonal, first, kept, second, kept))
-
-    @cached_property
-    def _by_output(self) -> Tensor:
-        """The sum of what is added in the order of cotangents, ``[D, F, B₁, F, B₂]``."""
-        (first, second), kept = self.sizes, self.axes.kept
-        return self.like.new_zeros((self.axes.diagonal, kept, first, kept, second))
+        return self._one.new_zeros((self.axes.diagonal, first, kept, second, kept))
 
     def add(
         self, lefts: Sequence[list[Part]], rights: Sequence[list[Part]], params: Leaves
     ) -> None:
         """Add what parameters contribute, from the parts of each on both sides."""
-        routes = Routes.of(lefts, rights, params, self.axes, self.like.dtype, self.is_symmetric)
+        routes = Routes.of(lefts, rights, params, self.axes, self.is_symmetric)
         for pair in routes.by_positions:
             self._add_by_positions(pair)
         self._add_by_rows(chain.from_iterable(map(self._chunks, routes.by_rows)))
-        for pair, weights in routes.weighted.values():
-            self._add_weighted(pair, weights)
+        for weighted in routes.weighted.values():
+            self._add_weighted(weighted.pairs[0], weighted.weights(self._one))
 
     def whole(self) -> Tensor:
         """The sum, with the entries above the diagonal."""
         sums = []
-        if "_by_output" in vars(self):
+        if self._by_output is not None:
             axis = 1 if self.axes.kept > 1 else 2
             sums.append(self._mirrored(self._by_output, axis).permute(0, 2, 1, 4, 3))
         if "_by_sample" in vars(self) or not sums:
@@ -109,18 +108,27 @@ class Gram:
         Blocks are of outputs, which come first among cotangents, or of samples if one is kept.
         """
         lefts, rights = self._both(self._by_outputs, pair.lefts, pair.rights)
-        axis = 1 if self.axes.kept > 1 else 2
-        for start, stop, end in self._blocks(lefts, rights, axis, self._by_output.nbytes):
+        (first, second), kept = self.sizes, self.axes.kept
+        shape = (self.axes.diagonal, kept, first, kept, second)
+        axis = 1 if kept > 1 else 2
+        for start, stop, end in self._blocks(lefts, rights, axis, prod(shape) * lefts.itemsize):
             some, others = cut(lefts, axis, start, stop), cut(rights, axis, 0, end)
-            products = torch.bmm(some.flatten(1, 2), others.flatten(1, 2).mT)
+            left = some.flatten(1, 2)
+            products = torch.bmm(left, (left if others is some else others.flatten(1, 2)).mT)
+            factors = (weights if axis == 1 else weights[start:stop, :end]).unsqueeze(1)
+            is_whole = products.numel() == prod(shape)
+            if is_whole and self._by_output is None:
+                self._by_output = products.view(shape).mul_(factors)
+                continue
+            if self._by_output is None:
+                self._by_output = products.new_zeros(shape)
             part = cut(cut(self._by_output, axis, start, stop), axis + 2, 0, end)
-            factors = weights if axis == 1 else weights[start:stop, :end]
-            part.addcmul_(products.view(part.shape), factors.unsqueeze(1))
+            part.addcmul_(products.view(part.shape), factors)
 
     def _add_by_positions(self, pair: Pair) -> None:
         """Add the products of cotangents at all pairs of positions, weighted by those of inputs."""
         lefts, rights = self._both(self._by_positions, pair.lefts, pair.rights)
-        similarity = pair.similarity(self.like.dtype)[:, :, None, :, :, None]
+        similarity = pair.similarity(self.dtype)[:, :, None, :, :, None]
         nbytes = similarity.nbytes * self.axes.diagonal * self.axes.kept**2
         for start, stop, end in self._blocks(lefts, rights, 2, nbytes):
             some, others = lefts[:, :, start:stop], rights[:, :, :end]
@@ -187,12 +195,12 @@ class Gram:
         self, parts: Sequence[Part], param: Tensor, form: Positional | None, size: int
     ) -> Iterator[Tensor]:
         """Rows ``[B, K, p]`` of one side, for as many outputs at a time as both sides have room."""
-        num_seeds, dtype = self.axes.count, self.like.dtype
+        num_seeds, dtype = self.axes.count, self.dtype
         if not isinstance(form, Outer):
             zeros = partial(param.new_zeros, (size, num_seeds, *param.shape))
             yield rows(parts, zeros).reshape(size, num_seeds, -1).to(dtype)
             return
-        bytes_of_one = num_seeds * max(self.sizes) * form.width * self.like.element_size()
+        bytes_of_one = num_seeds * max(self.sizes) * form.width * self._one.element_size()
         step = max(1, self.at_once // max(1, bytes_of_one))
         for group in range(form.groups):
             inputs = form.inputs[:, group].to(dtype)
@@ -209,7 +217,7 @@ class Gram:
 
     def _by_outputs(self, cotangents: Tensor) -> Tensor:
         """Cotangents at one position, ``[D, F, B, S·O]``."""
-        seeds, axes = cotangents.to(self.like.dtype), self.axes
+        seeds, axes = cotangents.to(self.dtype), self.axes
         size, width = seeds.shape[1], axes.traced * seeds.shape[-1]
         if axes.traced > 1:
             seeds = axes.split(seeds).transpose(2, 3)  # [D, F, B, S, …, O]
@@ -217,7 +225,7 @@ class Gram:
 
     def _by_positions(self, cotangents: Tensor) -> Tensor:
         """Cotangents at all positions, ``[D, g, B, F, T, S·O]``."""
-        seeds = self.axes.split(cotangents.to(self.like.dtype))
+        seeds = self.axes.split(cotangents.to(self.dtype))
         return seeds.permute(0, 4, 3, 1, 5, 2, 6).flatten(5)
 
     def _by_rows(self, chunks: Sequence[Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ Positional: TypeAlias = Outer | Gather
 """Forms with positions, which the first route takes."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Axes:
     """How many of the K cotangents are diagonal, kept and traced: K is their product."""
 
@@ -45,7 +45,7 @@ class Axes:
         return seeds.reshape(self.diagonal, self.kept, self.traced, *seeds.shape[1:])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Pair:
     """The forms of one parameter on both sides, which have positions.
 
@@ -72,18 +72,26 @@ class Pair:
             return None
         return cls(left, right, left.cotangents.unsqueeze(2), right.cotangents.unsqueeze(2))
 
-    def at_one_position(self, dtype: torch.dtype) -> tuple[Hashable, Tensor] | None:
-        """The places of both sides' cotangents, and the products of inputs ``[B₁, B₂]``.
+    @property
+    def is_at_one_position(self) -> bool:
+        """Have both sides one position, in one group?"""
+        return self.lefts.shape[2:4] == (1, 1) == self.rights.shape[2:4]
 
-        None if there are several positions or groups.
+    def add_products(self, total: Tensor | None, one: Tensor, ones: int) -> Tensor:
+        """A sum with the products of inputs ``[B₁, B₂]`` at one position; a new one is ``ones``.
+
+        Args:
+            one: the number 1, in the dtype of products.
         """
-        left, right = self.left, self.right
-        if self.lefts.shape[2:4] != (1, 1) or self.rights.shape[2:4] != (1, 1):
-            return None
-        places = places_of(left.cotangents, right.cotangents)
-        if isinstance(left, Outer) and isinstance(right, Outer):
-            return places, left.inputs.to(dtype).flatten(1) @ right.inputs.to(dtype).flatten(1).mT
-        return places, self.similarity(dtype)[0, :, 0, :, 0]
+        left, right, dtype = self.left, self.right, one.dtype
+        if isinstance(left, Gather) or isinstance(right, Gather):
+            products = self.similarity(dtype)[0, :, 0, :, 0]
+            return products.add_(ones if total is None else total)
+        first = left.inputs.to(dtype).flatten(1)
+        second = first if right is left else right.inputs.to(dtype).flatten(1)
+        if total is None:
+            return torch.addmm(one, first, second.mT, beta=ones)
+        return total.addmm_(first, second.mT)
 
     def similarity(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
@@ -136,17 +144,36 @@ class BothParts(NamedTuple):
     pair: Pair | None
 
 
+@dataclass(eq=False, slots=True)
+class Weighted:
+    """Pairs at one position that have the same cotangents.
+
+    Args:
+        ones: how many parameters have no inputs beside these cotangents, as a bias has none.
+    """
+
+    pairs: list[Pair]
+    ones: int = 0
+
+    def weights(self, one: Tensor) -> Tensor:
+        """The products of inputs ``[B₁, B₂]``, added up; those of a bias are ``one``."""
+        total: Tensor | None = None
+        for pair in self.pairs:
+            total = pair.add_products(total, one, self.ones)
+        assert total is not None
+        return total
+
+
 class Routes(NamedTuple):
     """The route of each parameter.
 
     Args:
-        weighted: pairs at one position, by the places of their cotangents, with the products of
-            inputs ``[B₁, B₂]`` of all parameters that have the same cotangents.
+        weighted: pairs at one position, by the places of their cotangents.
         by_positions: pairs at several positions.
         by_rows: what is to be written out.
     """
 
-    weighted: dict[Hashable, tuple[Pair, Tensor]]
+    weighted: dict[Hashable, Weighted]
     by_positions: list[Pair]
     by_rows: list[BothParts]
 
@@ -157,30 +184,25 @@ class Routes(NamedTuple):
         rights: Sequence[list[Part]],
         params: Leaves,
         axes: Axes,
-        dtype: torch.dtype,
         is_symmetric: bool,
     ) -> Routes:
         """The routes of parameters, from the parts of each on both sides."""
-        weighted: dict[Hashable, tuple[Pair, Tensor]] = {}
+        weighted: dict[Hashable, Weighted] = {}
         by_positions, written = list[Pair](), list[BothParts]()
         for left, right, param in zip(lefts, rights, params, strict=True):
             pair = Pair.of(left, right)
             if pair is None or pair.is_cheaper_by_rows(axes, is_symmetric):
                 written.append(BothParts(left, right, param, pair))
-                continue
-            alone = pair.at_one_position(dtype)
-            if alone is None:
+            elif pair.is_at_one_position:
+                places = places_of(pair.left.cotangents, pair.right.cotangents)
+                weighted.setdefault(places, Weighted([])).pairs.append(pair)
+            else:
                 by_positions.append(pair)
-                continue
-            places, weights = alone
-            if places in weighted:
-                weights += weighted[places][1]
-            weighted[places] = pair, weights
         by_rows = []
         for both in written:
             places = places_of_rows(both.left, both.right) if weighted else None
             if places in weighted:  # outer products with the number 1
-                weighted[places][1].add_(1)
+                weighted[places].ones += 1
             elif both.left and both.right:
                 by_rows.append(both)
         return cls(weighted, by_positions, by_rows)

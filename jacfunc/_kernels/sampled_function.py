@@ -10,13 +10,12 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from jacfunc._calls import Derivation, FlatCall
+from jacfunc._calls import Derivation, FlatCall, OneTensor
 from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
-from jacfunc._modules import SAME_EACH_TIME
 from jacfunc._outputs import Asked, ChosenOutputs
 from jacfunc._remembered import CallKind
-from jacfunc._samples import SampledCall
+from jacfunc._samples import SAME_EACH_TIME, SampledCall
 from jacfunc._trees import Split, check_batch, kinds_of, positional, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured, in_words_of
@@ -31,7 +30,7 @@ class KernelSamples(Protocol):
         ...
 
     @property
-    def last_call(self) -> FlatCall:
+    def last_call(self) -> FlatCall | OneTensor:
         """The call of a sample that was evaluated."""
         ...
 

@@ -20,7 +20,6 @@ from jacfunc._lock import kept_property
 from jacfunc._memory import Budget
 from jacfunc._module_operators.solve import SampleFactors
 from jacfunc._modules import (
-    IN_FRONT,
     BatchOptions,
     InputChoice,
     Key,
@@ -33,6 +32,7 @@ from jacfunc._modules import (
 from jacfunc._solving import check_gram
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
+from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, LeafFunction, Leaves, Tree
 from jacfunc.operators import Linearized, Space
 

@@ -1,6 +1,6 @@
 """The doors for ``nn.Module``: Jacobians of a module, whole or per sample."""
 
-from jacfunc._modules.at_batch import SAME_EACH_TIME, BatchOptions, ModuleAtBatch
+from jacfunc._modules.at_batch import BatchOptions, ModuleAtBatch
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule, as_tree, check_called, tangents_of
 from jacfunc._modules.independence import FEW_CALLS, Independence, Independent, now_and_then
@@ -15,4 +15,3 @@ from jacfunc._modules.options import (
     batching_of,
     check_randomness_option,
 )
-from jacfunc._modules.trials import IN_FRONT, BatchOutputs, OutputDims

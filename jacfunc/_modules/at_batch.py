@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
-from jacfunc._calls import FlatCall
+from jacfunc._calls import FlatCall, OneTensor
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import check_outermost
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
@@ -23,18 +22,14 @@ from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._modules.trials import BatchOutputs
-from jacfunc._samples import SampledCall
+from jacfunc._modules.settled import evaluated_again, settle, settled_at
+from jacfunc._rounding import contracting
+from jacfunc._samples import SAME_EACH_TIME, SampledCall
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
-
-SAME_EACH_TIME = (
-    "each evaluation must give the same",
-    " Draw from torch's default generators, and keep nothing from call to call.",
-)
-"""What must hold of evaluations of the same samples, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,12 @@ class BatchOptions(ModuleOptions):
     It takes functions, too: ``func(params, *inputs)``, at the parameters of each call.
     """
 
+    batching: Batching
     takes_functions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value in ("chunk_size", self.chunk_size), ("memory", self.memory):
-            if self._batching.randomness == "different" and value is not None:
+            if self.batching.randomness == "different" and value is not None:
                 raise ValueError(
                     f"{self.api}: with randomness='different' all samples must be taken at once, "
                     f"to draw the same numbers in every answer, got {name}={value}. Leave it out, "
@@ -88,15 +84,9 @@ class BatchOptions(ModuleOptions):
             state = self.current.now()
         call = ModuleCall(
             *(self.api, state, arguments), independence=self.independence, asked=self.outputs
-        ).with_samples(self._batching, keeps_all)
-        batch = call.batch(self._batching)
-        random_state = RandomState(batch.samples.leaves)
-        return ModuleAtBatch(call, batch, self.chunk_size, random_state, budget), targets
-
-    @property
-    def _batching(self) -> Batching:
-        assert self.batching is not None
-        return self.batching
+        )
+        rest = self.batching, self.chunk_size, budget, keeps_all
+        return ModuleAtBatch(call, *rest), targets
 
 
 @dataclass(eq=False)
@@ -105,28 +95,45 @@ class ModuleAtBatch:
 
     Args:
         chunk_size: samples that are evaluated at once; None for all.
-        random_state: as it was when the call began: every evaluation draws the same numbers.
         budget: of bytes, by which fewer samples may be evaluated at once.
+        keeps_all: are all outputs asked for later, beside those that the call returns?
         is_lent_once: may the module be lent once for a whole answer? Not if a user's loss runs in
             between, which may look at the module.
     """
 
     call: ModuleCall
-    batch: SampledCall
+    batching: Batching
     chunk_size: int | None
-    random_state: RandomState
     budget: Budget
-    last_call: FlatCall = field(init=False)
+    keeps_all: bool = False
+    size: int = field(init=False)
+    """How many samples there are."""
+    random_state: RandomState = field(init=False)
+    """As it was when the call began: every evaluation draws the same numbers."""
+    last_call: FlatCall | OneTensor = field(init=False)
     """The call of a sample that was evaluated last: it has the trees of the output."""
     is_lent_once: bool = True
+    evaluations: Evaluations = field(default_factory=Evaluations)
     _thread: int | None = None
     """The thread for which it is undisturbed."""
 
+    def __post_init__(self) -> None:
+        self._settled = settled_at(self.call, self.batching)
+        if self._settled is None:  # arguments are checked now
+            self.call = self.call.with_samples(self.batching, self.keeps_all)
+        leaves = self.batch.samples.leaves if self._settled is None else self.call.arguments[0]
+        self.size = self.batch.size if self._settled is None else self._settled.size
+        self.random_state = RandomState(leaves)
+
+    @kept_property
+    def batch(self) -> SampledCall:
+        """The call at all samples."""
+        return self.call.batch(self.batching)
+
     def __repr__(self) -> str:
         numbers = sum(param.numel() for param in self.params.values())
-        chosen = f"{len(self.params)} parameters of {numbers:,} numbers"
-        name = type(self.call.state.module).__name__
-        return f"<{self.api} of {name}, {chosen}, {self.size} samples>"
+        chosen = f"{len(self.params)} parameters of {numbers:,} numbers, {self.size} samples"
+        return f"<{self.api} of {type(self.call.state.module).__name__}, {chosen}>"
 
     @property
     def api(self) -> str:
@@ -136,11 +143,6 @@ class ModuleAtBatch:
     def params(self) -> dict[str, Tensor]:
         """The chosen parameters, by name."""
         return self.call.state.point
-
-    @property
-    def size(self) -> int:
-        """How many samples there are."""
-        return self.batch.samples.size
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -199,12 +201,24 @@ class ModuleAtBatch:
     def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
-            factors, call = self._independent.factors(start, stop)
-            self.last_call = call.without_graph()
-            check = partial(self._evaluations.check, (start, stop), factors.outputs)
+            factors = None
+            if self._settled is not None and stop - start == self.size:
+                self.last_call = OneTensor()
+                factors = evaluated_again(self.call, self._settled, self.random_state)
+            if factors is None:
+                factors = self._taken_anew(start, stop)
+            check = partial(self.evaluations.check, (start, stop), factors.outputs)
             in_words_of(self.api, check, *SAME_EACH_TIME)
-            self.random_state.repeat()
             yield factors
+
+    def _taken_anew(self, start: int, stop: int) -> FactoredJacobian:
+        """Samples evaluated as if nothing was settled; what they settle is kept."""
+        factors, call = self._independent.factors(start, stop)
+        if stop - start == self.size:
+            settle(self.call, self.batching, self.batch, factors, call)
+        self.last_call = call.without_graph()
+        self.random_state.repeat()
+        return factors
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
         """The samples from start to stop, evaluated."""
@@ -217,18 +231,9 @@ class ModuleAtBatch:
         self.call.check_independent(self.batch)
         return self.batch
 
-    @kept_property
-    def _evaluations(self) -> Evaluations:
-        return Evaluations()
-
-    @contextmanager
-    def contracting(self) -> Iterator[None]:
+    def contracting(self) -> AbstractContextManager[None]:
         """Around contractions of factors: no graph, and no autocast to a lower precision."""
-        devices = {tensor.device.type for tensor in self.params.values()}
-        with torch.no_grad(), ExitStack() as stack:
-            for device in filter(torch.is_autocast_enabled, devices):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+        return contracting(self.params.values())
 
     @kept_property
     def outputs(self) -> BatchOutputs:

@@ -26,12 +26,12 @@ from jacfunc._modules.options import (
     check_parameters,
     dims_of_samples,
 )
-from jacfunc._modules.trials import IN_FRONT, OutputDims, Trials, batch_norms, of_one, subject_of
 from jacfunc._outputs import Asked, ChosenOutputs
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SampledCall, Subject
 from jacfunc._torch import RandomState, inside_derivative, is_outermost, is_pushing, untracked
 from jacfunc._trees import Arguments, Split, flatten
+from jacfunc._trials import IN_FRONT, OutputDims, Trials, batch_norms, of_one, subject_of
 from jacfunc._types import Argnums, Leaves, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import worded
 
@@ -123,11 +123,9 @@ class ModuleCall:
         every = CallKind(state.module, of_call, state.version)
         kind = every if self.chosen is None else self.chosen.among(every)
         samples = Samples(split.leaves, dims, batching.randomness)
-        differentiates = self._differentiates("params"), self._differentiates("inputs")
-        is_whole = not self.with_buffers
-        batch = SampledCall(
-            self.api, call_of, samples, every, whole, is_whole, guard, differentiates
-        )
+        by = self._differentiates("params"), self._differentiates("inputs")
+        ways = whole, not self.with_buffers
+        batch = SampledCall(self.api, call_of, samples, every, *ways, guard, by)
         return batch if self.chosen is None else self.chosen.of_samples(batch)
 
     def check_independent(self, batch: SampledCall) -> None:
@@ -160,12 +158,15 @@ class ModuleCall:
         if self._differentiates("params"):
             check_parameters(self.api, state)
         must = "the module must be one that torch can differentiate"
-        with worded(self.api, must), noted(self.api, self._split.leaves), alone():
+        with alone():
             random_state = RandomState(tensors)
             try:
                 grad_mode = self.create_graph and torch.is_grad_enabled()
                 with torch.set_grad_enabled(grad_mode), state.lent_for_call(self.api, params):
                     yield
+            except Exception:
+                with worded(self.api, must), noted(self.api, self._split.leaves):
+                    raise
             finally:
                 random_state.repeat()
 

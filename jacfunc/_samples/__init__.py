@@ -4,7 +4,13 @@ from jacfunc._samples.call import SampledCall
 from jacfunc._samples.comparing import Coupling, GradientOf, Subject, loss_coupling
 from jacfunc._samples.coupling import coupling
 from jacfunc._samples.halves import at, groups_of, has_batch
-from jacfunc._samples.one import FirstSamples, OneSample, SampleBlocks, first_again
+from jacfunc._samples.one import (
+    SAME_EACH_TIME,
+    FirstSamples,
+    OneSample,
+    SampleBlocks,
+    first_again,
+)
 from jacfunc._samples.settled import MOST_MISSES, SettledBatch
 from jacfunc._samples.settled_samples import SettledSamples
 from jacfunc._samples.writing import SampleWriter

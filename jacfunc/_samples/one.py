@@ -26,6 +26,12 @@ from jacfunc._torch import RandomState, sweep_batch, untracked
 from jacfunc._types import Leaves
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
+SAME_EACH_TIME = (
+    "each evaluation must give the same",
+    " Draw from torch's default generators, and keep nothing from call to call.",
+)
+"""What must hold of evaluations of the same samples, and what to do."""
+
 
 class OneSample:
     """The call of one sample, under vmap or again and again; ``call`` is the last.

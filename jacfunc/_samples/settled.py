@@ -128,23 +128,45 @@ class SettledBatch:
     def _lent(
         self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None]
     ) -> ResultT | None:
-        """What is made while the module is lent; None if it fails, or draws random numbers."""
-        random_state, result = RandomState((x, *state.params.values())), None
+        """What is made while the module is lent; None if the call must be taken anew."""
+        random_state = RandomState((x, *state.params.values()))
         try:
             with torch.no_grad(), state.lent_for_call(self.api, self.names, is_current=True):
-                try:
-                    result = make()
-                except UnseenWrite:
-                    raise
-                except Exception as error:  # as it is told of when it is taken anew
-                    note("a kind of call that was settled is taken anew: %s", error)
+                return self._tried(make, random_state)
         except BaseException:
             random_state.repeat()
             raise
+
+    def again(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        compared: Container[int],
+        random_state: RandomState,
+    ) -> FactoredJacobian | None:
+        """The batch evaluated by who lends the module; None where the call must be taken anew.
+
+        Args:
+            random_state: as the evaluation finds it; nothing may be drawn.
+        """
+        return self._tried(lambda: self.evaluated(state, x, compared), random_state)
+
+    def _tried(
+        self, make: Callable[[], ResultT | None], random_state: RandomState
+    ) -> ResultT | None:
+        """What is made; None if that fails, or draws random numbers."""
+        result = None
+        try:
+            result = make()
+        except UnseenWrite:
+            raise
+        except Exception as error:  # as it is told of when it is taken anew
+            note("a kind of call that was settled is taken anew: %s", error)
         if result is None or random_state.has_changed():
             random_state.repeat()
-            result = None
-        self.misses = 0 if result is not None else self.misses + 1
+            self.misses += 1
+            return None
+        self.misses = 0
         return result
 
     def evaluated(

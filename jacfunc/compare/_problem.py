@@ -16,8 +16,9 @@ from jacfunc._arguments import wrap_argnums
 from jacfunc._functions import jacobian
 from jacfunc._lending import ModuleState
 from jacfunc._measuring import Run, is_here
-from jacfunc._modules import Batching, ModuleCall, OutputDims, Wrt, argnums_of, module_jacobian
+from jacfunc._modules import Batching, ModuleCall, Wrt, argnums_of, module_jacobian
 from jacfunc._trees import Split, check_batch, flatten, map_tensors, sample_dims
+from jacfunc._trials import OutputDims
 from jacfunc._types import Argnums, Memory, Randomness, Tree, is_differentiable, is_tensor
 from jacfunc.strategies import Strategy
 

@@ -19,9 +19,9 @@ from jacfunc._arguments import check_outputs
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._measuring import Run
-from jacfunc._modules import IN_FRONT
 from jacfunc._torch import RandomState
 from jacfunc._trees import flatten, map_tensors, paths
+from jacfunc._trials import IN_FRONT
 from jacfunc._types import Leaves, Tree, is_differentiable
 from jacfunc.compare._problem import API, Problem
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jacfunc._calls import FlatCall
+from jacfunc._calls import FlatCall, OneTensor
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Dims, Samples, one_sample
 from jacfunc._remembered import Remembered
@@ -64,7 +64,7 @@ class BatchOutputs:
 
     leaves: Leaves
     extras: Leaves
-    call: FlatCall
+    call: FlatCall | OneTensor
     dims: OutputDims = IN_FRONT
 
     def tree(self, leaves: Leaves) -> Tree:

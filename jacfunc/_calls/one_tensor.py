@@ -1,0 +1,21 @@
+"""The trees of calls that return one tensor, and nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jacfunc._types import Leaves, Tree
+
+
+class OneTensor:
+    """A call that returned one tensor, for whoever asks for the trees of its output."""
+
+    def output_tree(self, values: Sequence[Any]) -> Tree:
+        """The tree of the output, with this value in its place."""
+        (value,) = values
+        return value
+
+    def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
+        """The output, and None."""
+        return self.output_tree(outputs), None
