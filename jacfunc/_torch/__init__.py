@@ -15,6 +15,7 @@ from jacfunc._torch.derivatives import (
 from jacfunc._torch.entering import at_forward_level, at_reverse_level
 from jacfunc._torch.levels import (
     below_transforms,
+    bytes_in,
     inside_derivative,
     inside_functorch,
     inside_transform,
