@@ -16,6 +16,9 @@ from jacfunc._types import Leaves
 FEW_NUMBERS = 2**12
 """Seeds of so few numbers are kept for later sweeps."""
 
+MANY_NUMBERS = 2**14
+"""With so many numbers they are kept for all samples of a batch, each in memory of its own."""
+
 
 def numel(leaves: Leaves) -> int:
     """How many numbers the leaves hold: the rows or columns of the Jacobian as a matrix."""
@@ -103,6 +106,9 @@ def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Lea
     pairs = zip(unit_seeds(of_one, start, stop), leaves, strict=True)
     seeds = tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
     if can_be_kept and numel(of_one) * (stop - start) <= FEW_NUMBERS:
+        if numel(leaves) * (stop - start) <= MANY_NUMBERS:
+            # expanded ones a backward pass multiplies row by row
+            seeds = tuple([seed.contiguous() for seed in seeds])
         _units().put(kind, seeds)
     return seeds
 

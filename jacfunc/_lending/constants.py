@@ -39,6 +39,8 @@ class Constants:
         self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
         """By name: mode, identity and version in which a parameter was only read."""
+        self._none_to_copy: Any = None
+        """Mode, names, identities and versions of parameters of which none had to be copied."""
         self._numbers: Numbers | None = None
         """Those that the last call has watched."""
 
@@ -101,13 +103,19 @@ class Constants:
         """
         if torch.compiler.is_compiling() or is_traced():
             return {}
-        keys: dict[str, Hashable] = {}
         only_read, versions = self._only_read, versions_of(params.values())
+        now = mode, len(only_read), [*params], [*map(id, params.values())], versions
+        if now == self._none_to_copy and not copied_versions:
+            return {}
+        keys: dict[str, Hashable] = {}
         for (name, p), version in zip(params.items(), versions, strict=True):
             key = mode, copied_versions.get(id(p)) or (id(p), version)
             if only_read.get(name) != key and _is_plain(p) and not p.is_meta:
                 keys[name] = key
-        return keys if sum(params[name].nbytes for name in keys) <= self.most_copied else {}
+        if sum(params[name].nbytes for name in keys) <= self.most_copied and keys:
+            return keys
+        self._none_to_copy = None if copied_versions else now
+        return {}
 
 
 @cache
@@ -225,10 +233,8 @@ class ParameterWatch:
 
     def _restored(self, now: Sequence[bytes]) -> dict[str, bool]:
         """Put back numbers that have changed; by name of the parameter: is it as it was again?"""
-        changed = {}
-        for (name, row, is_whole), those, before in zip(
-            self.numbers.each, now, self.copies, strict=True
-        ):
+        changed, numbers = {}, zip(self.numbers.each, now, self.copies, strict=True)
+        for (name, row, is_whole), those, before in numbers:
             if those != before:
                 lies_there = len(those) == len(before)
                 changed[name] = is_whole and lies_there
@@ -239,7 +245,5 @@ class ParameterWatch:
 
 def _a_few(param: Tensor) -> Tensor:
     """A few numbers of a large parameter."""
-    if not param.is_contiguous():
-        return param[:0]
     step = max(1, param.numel() // COMPARED_NUMBERS)
-    return param.as_strided((-(-param.numel() // step),), (step,))
+    return param.view(-1)[::step] if param.is_contiguous() else param[:0]

@@ -208,7 +208,8 @@ def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
         if part.has_tensors:
             part.lend(new)
         else:  # as that does, at less cost: most parts are so
-            vars(part.module).update(_parameters={}, _buffers={})
+            own = vars(part.module)
+            own["_parameters"], own["_buffers"] = {}, {}
 
 
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

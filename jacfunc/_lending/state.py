@@ -172,7 +172,7 @@ class ModuleState:
             loan.watch.check(api)
 
     def _loan(self, api: str, chosen: Collection[str], is_current: bool) -> Loan:
-        params, copies = self.params | self.hidden, self.copies
+        params, copies = self._every_param, self.copies
         params = {name: copies[id(p)] for name, p in params.items()} if copies else params
         constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
         watch, parts = self.constants.watch(params, constants), self.every_part
@@ -209,26 +209,28 @@ class ModuleState:
         """Put the tensors of an evaluation in place; what is to be called after it, if anything."""
         if loan.evaluation is not None:
             loan.take_back()
-        copies = self.copies
-        others = {n: p for n, p in self.params.items() if n not in params} | self.hidden
+        copies, mode, aliases = self.copies, self.module.training, loan.watch.aliases
+        others = {n: p for n, p in self._every_param.items() if n not in params}
         values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
-        mode, aliases = self.module.training, loan.watch.aliases
         constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
         new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
-        for buffer in self.buffers.values():
-            new[id(buffer)] = copies.get(id(buffer), buffer).clone()
-        for name, param in others.items():
-            new[id(param)] = constants[name]
-        for param in (*self.params.values(), *self.hidden.values()):
+        new |= {id(x): copies.get(id(x), x).clone() for x in self.buffers.values()}
+        new |= {id(p): constants[name] for name, p in others.items()}
+        for param in self._every_param.values():
             if own := vars(param):  # what libraries keep there
                 vars(new[id(param)]).update(own)
         loan.lend(EvaluationState(params.values(), arguments), new)
         return learn
 
     @cached_property
+    def _every_param(self) -> dict[str, Tensor]:
+        """All parameters, and those of the objects beside."""
+        return self.params | self.hidden
+
+    @cached_property
     def _is_plain(self) -> bool:
         """Has no tensor a class of its own? What containers among attributes hold is not seen."""
-        tensors = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
+        tensors = (*self._every_param.values(), *self.buffers.values())
         return are_plain(tensors) and not any(part.plain for part in self.every_part)
 
     def check_fresh(self, outputs: Sequence[Any]) -> None:
@@ -237,11 +239,10 @@ class ModuleState:
         Raises:
             Stale: if an output does.
         """
-        loan = self.loans[-1]
-        evaluation = loan.evaluation
+        api, evaluation = self.loans[-1].api, self.loans[-1].evaluation
         if evaluation is not None and evaluation.arguments is not None:
             names = {id(self.params[name]): name for name in self.point}
-            check_fresh(loan.api, outputs, evaluation.params, evaluation.arguments, names)
+            check_fresh(api, outputs, evaluation.params, evaluation.arguments, names)
 
     def as_evaluated(self) -> Callable[[], None]:
         """A function that pullbacks call first: it puts the tensors of this evaluation in place."""

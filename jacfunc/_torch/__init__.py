@@ -27,7 +27,6 @@ from jacfunc._torch.levels import (
     lacks_forward_kernel,
     levels,
     makes_plain_tensors,
-    memories_of,
     memory_of,
     newer_transforms,
     num_forward_levels,
