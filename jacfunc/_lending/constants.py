@@ -5,7 +5,7 @@ A call also watches them, so that a write into one that was no copy is undone, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -40,9 +40,8 @@ class Constants:
         self._only_read: dict[str, Hashable] = {}
         """By name: mode, identity and version in which a parameter was only read."""
         self._none_to_copy: Any = None
-        """Mode, names, identities and versions of parameters of which none had to be copied."""
-        self._numbers: Numbers | None = None
-        """Those that the last call has watched."""
+        """Mode, names, identities, versions of parameters of which none had to be copied."""
+        self._numbers: Numbers | None = None  # that the last call has watched
 
     def watch(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
@@ -68,8 +67,7 @@ class Constants:
     ) -> tuple[dict[str, Tensor], Callable[[], None] | None]:
         """What one evaluation gets for each parameter, by name: a copy, or else its alias.
 
-        Beside it what to call after the evaluation, to learn which copies it has only read; None
-        where nothing is copied.
+        Beside it what to call afterwards, to learn which copies it has only read, if there are any.
 
         ``copied_versions`` has, by identity of parameters that are copies themselves, identity and
         version of the copied ones: what is known of these holds for their copies.
@@ -132,9 +130,12 @@ def _is_plain(param: Tensor) -> bool:
     return type(param) in (nn.Parameter, Tensor) and below_transforms(param) is param
 
 
-def versions_of(params: Iterable[Tensor]) -> list[int]:
+def versions_of(params: Collection[Tensor]) -> list[int]:
     """How often torch has written into each tensor; no call for each, as every call asks."""
-    return [0 if param.is_inference() else param._version for param in params]
+    try:
+        return [param._version for param in params]
+    except RuntimeError:  # torch counts nothing of inference tensors
+        return [0 if param.is_inference() else param._version for param in params]
 
 
 class Numbers(NamedTuple):
