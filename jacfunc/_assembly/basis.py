@@ -94,10 +94,10 @@ def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
 def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Leaves:
     """Unit seeds ``[K, B, *shape]`` for leaves ``[B, *shape]``, shared by all samples."""
     if stop is None:
-        stop = sum(leaf.shape[1:].numel() for leaf in leaves)
+        stop = sum([leaf.shape[1:].numel() for leaf in leaves])
     # on an accelerator another stream may run ahead of the one that made them
     can_be_kept = makes_plain_tensors() and all(leaf.is_cpu for leaf in leaves)
-    kind = start, stop, *((leaf.shape, leaf.dtype) for leaf in leaves)
+    kind = start, stop, *[(leaf.shape, leaf.dtype) for leaf in leaves]
     seeds = _units().get(kind) if can_be_kept else None
     # a backward pass of the user's own may have written into them
     if seeds is not None and not any(seed._version for seed in seeds):

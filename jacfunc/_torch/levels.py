@@ -36,7 +36,11 @@ def inside_transform() -> bool:
 
 def is_outermost() -> bool:
     """Is neither a transform nor a compiler active? Then plain graphs can be read."""
-    return not (inside_transform() or torch.compiler.is_compiling())
+    return not (
+        _functorch.peek_interpreter_stack() is not None
+        or is_pushing()
+        or torch.compiler.is_compiling()
+    )
 
 
 def makes_plain_tensors() -> bool:
