@@ -14,7 +14,7 @@ from jacfunc._layouts.traces import Listener, OperationCall
 
 Args: TypeAlias = tuple[Any, ...]
 
-_PLAIN = frozenset({bool, int, float, str})
+_PLAIN, _ROWS = frozenset({bool, int, float, str}), (tuple, list)
 
 _BY_INDEX = (
     *("gather", "take", "take_along_dim", "index_select", "index_add", "index_copy", "index_put"),
@@ -96,9 +96,11 @@ class OperationRecorder(TorchFunctionMode):
         operations.append(func)
         for value in (*args, *kwargs.values()) if kwargs else args:
             kind = type(value)
+            if kind is Tensor:
+                continue
             if kind in _PLAIN:
                 operations.append(value)
-            elif kind is not Tensor and isinstance(value, tuple | list):
+            elif isinstance(value, _ROWS):
                 operations += [item for item in value if type(item) in _PLAIN]
         if func in TELLING:
             self.reads_values |= func in READING

@@ -5,7 +5,7 @@ A call also watches them, so that a write into one that was no copy is undone, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
 from jacfunc._remembered import Remembered
-from jacfunc._torch import below_transforms, is_traced, outside_transforms
-from jacfunc._types import Leaves
+from jacfunc._torch import below_transforms, bytes_in, is_traced, outside_transforms
 
 COMPARED_NUMBERS = 16
 """Numbers of each larger parameter that are compared."""
@@ -40,8 +39,9 @@ class Constants:
         self.most_copied, self.compared = most_copied, compared
         self._only_read: dict[str, Hashable] = {}
         """By name: mode, identity and version in which a parameter was only read."""
-        self._numbers: Numbers | None = None
-        """Those that the last call has watched."""
+        self._none_to_copy: Any = None
+        """Mode, names, identities, versions of parameters of which none had to be copied."""
+        self._numbers: Numbers | None = None  # that the last call has watched
 
     def watch(
         self, params: Mapping[str, Tensor], constants: Mapping[str, Tensor]
@@ -67,8 +67,7 @@ class Constants:
     ) -> tuple[dict[str, Tensor], Callable[[], None] | None]:
         """What one evaluation gets for each parameter, by name: a copy, or else its alias.
 
-        Beside it what to call after the evaluation, to learn which copies it has only read; None
-        where nothing is copied.
+        Beside it what to call afterwards, to learn which copies it has only read, if there are any.
 
         ``copied_versions`` has, by identity of parameters that are copies themselves, identity and
         version of the copied ones: what is known of these holds for their copies.
@@ -102,13 +101,19 @@ class Constants:
         """
         if torch.compiler.is_compiling() or is_traced():
             return {}
-        keys: dict[str, Hashable] = {}
         only_read, versions = self._only_read, versions_of(params.values())
+        now = mode, len(only_read), [*params], [*map(id, params.values())], versions
+        if now == self._none_to_copy and not copied_versions:
+            return {}
+        keys: dict[str, Hashable] = {}
         for (name, p), version in zip(params.items(), versions, strict=True):
             key = mode, copied_versions.get(id(p)) or (id(p), version)
             if only_read.get(name) != key and _is_plain(p) and not p.is_meta:
                 keys[name] = key
-        return keys if sum(params[name].nbytes for name in keys) <= self.most_copied else {}
+        if sum(params[name].nbytes for name in keys) <= self.most_copied and keys:
+            return keys
+        self._none_to_copy = None if copied_versions else now
+        return {}
 
 
 @cache
@@ -125,9 +130,12 @@ def _is_plain(param: Tensor) -> bool:
     return type(param) in (nn.Parameter, Tensor) and below_transforms(param) is param
 
 
-def versions_of(params: Iterable[Tensor]) -> list[int]:
+def versions_of(params: Collection[Tensor]) -> list[int]:
     """How often torch has written into each tensor; no call for each, as every call asks."""
-    return [0 if param.is_inference() else param._version for param in params]
+    try:
+        return [param._version for param in params]
+    except RuntimeError:  # torch counts nothing of inference tensors
+        return [0 if param.is_inference() else param._version for param in params]
 
 
 class Numbers(NamedTuple):
@@ -136,14 +144,14 @@ class Numbers(NamedTuple):
     Args:
         each: names, and numbers of each parameter that is lent without a copy, in a row if they lie
             so; are they all that it has?
-        by_dtype: all of one dtype.
+        reads: what reads the bytes of each: an operation of torch takes a microsecond for each.
         owners: names and identities of the parameters.
         addresses: where the parameters lie. Nothing else can, as long as these numbers are kept.
         may_be_kept: may later calls use them, although they keep the memory of the parameters?
     """
 
     each: Sequence[tuple[str, Tensor, bool]] = ()
-    by_dtype: Sequence[list[Tensor]] = ()
+    reads: Sequence[Callable[[], bytes]] = ()
     owners: Sequence[Any] = ()
     addresses: Sequence[int] = ()
     may_be_kept: bool = False
@@ -161,15 +169,12 @@ class Numbers(NamedTuple):
                 row = alias if is_small else _a_few(alias)
                 # not the alias itself, which the module gets
                 each.append((name, row.view(-1) if row.is_contiguous() else row, is_small))
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for _, row, _ in each:
-            by_dtype.setdefault(row.dtype, []).append(row)
         # of others nothing tells that their memory is the same
         are_rows = len(each) == len(constants) and all(p.is_contiguous() for p in params)
         may_be_kept = are_rows and sum(p.nbytes for p in params) <= MOST_COPIED_BYTES
         addresses = list(map(Tensor.data_ptr, params)) if may_be_kept else []
-        owners, rows = [*constants, *map(id, params)], list(by_dtype.values())
-        return cls(each, rows, owners, addresses, may_be_kept)
+        owners, reads = [*constants, *map(id, params)], [bytes_in(row) for _, row, _ in each]
+        return cls(each, reads, owners, addresses, may_be_kept)
 
     def are_those_of(self, constants: Mapping[str, Tensor]) -> bool:
         """Do these parameters still lie where the numbers are?"""
@@ -177,11 +182,9 @@ class Numbers(NamedTuple):
         is_same = self.owners == [*constants, *map(id, params)]
         return is_same and self.addresses == list(map(Tensor.data_ptr, params))
 
-    def now(self) -> Leaves:
-        """The numbers as they are now, in one tensor for each dtype."""
-        if self.may_be_kept:  # all are rows
-            return tuple(map(torch.cat, self.by_dtype))
-        return tuple([torch.cat([x.reshape(-1) for x in each]) for each in self.by_dtype])
+    def now(self) -> list[bytes]:
+        """The bytes of the numbers as they are now."""
+        return [read() for read in self.reads]
 
 
 @dataclass(slots=True)
@@ -195,9 +198,8 @@ class ParameterWatch:
     versions: list[int] = field(default_factory=list)
     """Raised by operations of torch."""
     numbers: Numbers = field(default_factory=Numbers)
-    copies: Leaves = ()
-    """Copies of these numbers, which tell of writes that raise no version. Those of one dtype are
-    in one tensor: an operation for each parameter would take a microsecond for each."""
+    copies: Sequence[bytes] = field(default_factory=list)
+    """Copies of these numbers, which tell of writes that raise no version."""
 
     def look(self, numbers: Numbers) -> None:
         """Keep versions, and copies of the numbers."""
@@ -221,30 +223,28 @@ class ParameterWatch:
 
     def put_back(self) -> dict[str, bool]:
         """By name, each parameter that has changed: is it as it was again?"""
-        changed = {} if all(map(torch.equal, self.numbers.now(), self.copies)) else self._restored()
-        now = versions_of(self.params.values()) if self.versions else []  # none under a compiler
-        if now != self.versions:
-            for name, version, before in zip(self.params, now, self.versions, strict=True):
+        now = self.numbers.now()
+        changed = {} if now == self.copies else self._restored(now)
+        versions = versions_of(self.params.values()) if self.versions else []  # no compiler asks
+        if versions != self.versions:
+            for name, version, before in zip(self.params, versions, self.versions, strict=True):
                 if version != before:
                     changed.setdefault(name, False)
         return changed
 
-    def _restored(self) -> dict[str, bool]:
+    def _restored(self, now: Sequence[bytes]) -> dict[str, bool]:
         """Put back numbers that have changed; by name of the parameter: is it as it was again?"""
-        changed, rows = {}, {row.dtype: row for row in self.copies}
-        for name, now, is_whole in self.numbers.each:
-            row = rows[now.dtype]
-            before, rows[now.dtype] = row[: now.numel()].view_as(now), row[now.numel() :]
-            bits = (x.contiguous().view(-1).view(torch.uint8) for x in (now, before))
-            if not (torch.equal(now, before) or torch.equal(*bits)):  # nan is no nan's equal
-                changed[name] = is_whole
-                now.copy_(before)
+        changed, numbers = {}, zip(self.numbers.each, now, self.copies, strict=True)
+        for (name, row, is_whole), those, before in numbers:
+            if those != before:
+                lies_there = len(those) == len(before)
+                changed[name] = is_whole and lies_there
+                if lies_there:
+                    row.copy_(torch.frombuffer(bytearray(before), dtype=row.dtype).view(row.shape))
         return changed
 
 
 def _a_few(param: Tensor) -> Tensor:
     """A few numbers of a large parameter."""
-    if not param.is_contiguous():
-        return param[:0]
     step = max(1, param.numel() // COMPARED_NUMBERS)
-    return param.as_strided((-(-param.numel() // step),), (step,))
+    return param.view(-1)[::step] if param.is_contiguous() else param[:0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,9 @@ class CurrentState:
         self._api, self._module, self._select, self._stays = api, module, select, stays
         self._kind = kind
         self._last: ModuleState | None = None
+        self._by_names = not (callable(select) or isinstance(select, Mapping))
+        self._trainable: list[bool] = []
+        """Which parameters of the last state required a gradient: names choose among these."""
 
     def now(self) -> ModuleState:
         """The state at a call that begins."""
@@ -68,8 +71,13 @@ class CurrentState:
         """The state before, unless an object was replaced: to look takes a third of the time."""
         last, select = self._last, self._select
         if last is None or not last.snapshot.is_current():
+            self._trainable = []
             return self._kind.of(self._api, self._module, select)
+        trainable = [param.requires_grad for param in last.params.values()]
+        if self._by_names and trainable and trainable == self._trainable:
+            return last
         point = select_params(self._api, last.params, select)
+        self._trainable = trainable
         return last if are_same(point, last.point) else replace(last, point=point)
 
     def kept(self, data: Tree, copy: bool) -> tuple[ModuleState, Tree]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from jacfunc._lending.part import (
     put_registries_back,
 )
 from jacfunc._lending.snapshot import Snapshot
+from jacfunc._torch import untracked
 
 
 @dataclass(eq=False, slots=True)
@@ -95,3 +97,52 @@ class Loan:
             self.take_back()
         give_back(self.parts, evaluation.attributes)
         self.evaluation = evaluation
+
+
+@dataclass(eq=False, slots=True)
+class LentForCall:
+    """Around all sweeps of a call. A generator that does this takes three times as long."""
+
+    loans: list[Loan]
+    """Those to calls that run, the innermost last."""
+    make: Callable[[], Loan]
+
+    def __enter__(self) -> None:
+        self.loans.append(self.make())
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        loan = self.loans[-1]
+        try:
+            if kind is not None:
+                loan.watch.put_back()
+        finally:
+            self.loans.pop()
+            loan.take_back()
+        if kind is None:
+            loan.watch.check(loan.api)
+
+
+@dataclass(eq=False, slots=True)
+class LentForEvaluation:
+    """Around one evaluation of a module that is lent for a call."""
+
+    loans: list[Loan]
+    lend: Callable[[], Callable[[], None] | None]
+    """Puts tensors in place; returns what is to be called afterwards, if anything."""
+    is_plain: bool
+    """Need nobody who watches the function see what is done to lend it?"""
+    learn: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        try:
+            with untracked() if self.is_plain else nullcontext():
+                self.learn = self.lend()
+        except BaseException:
+            self.loans[-1].take_back()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.loans[-1].take_back()
+        elif self.learn is not None:
+            self.learn()

@@ -89,7 +89,7 @@ class Captured:
 
     def versions(self) -> Sequence[int]:
         """How often torch has written into each."""
-        return versions_of(now for now, _ in self.pairs)
+        return versions_of([now for now, _ in self.pairs])
 
     def undone(self, versions: Sequence[int]) -> bool:
         """Undo what torch has written into them since, and say whether there was anything.

@@ -109,7 +109,9 @@ class ModulePart:
     def lend(self, new: dict[int, Any]) -> None:
         """Put tensors and containers in place; ``new`` has them by the identity of the old."""
         params = {key: new.get(id(x), x) for key, x in self.params.items()}
-        buffers = {key: new.get(id(x), x) for key, x in self.buffers.items()}
+        buffers = (
+            {key: new.get(id(x), x) for key, x in self.buffers.items()} if self.buffers else {}
+        )
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return
@@ -208,7 +210,8 @@ def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
         if part.has_tensors:
             part.lend(new)
         else:  # as that does, at less cost: most parts are so
-            vars(part.module).update(_parameters={}, _buffers={})
+            own = vars(part.module)
+            own["_parameters"], own["_buffers"] = {}, {}
 
 
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -15,13 +15,12 @@ from jacfunc._arguments import are_plain
 from jacfunc._errors import Refused
 from jacfunc._faults import check_scripted
 from jacfunc._lending.constants import Constants, constants_of
-from jacfunc._lending.loan import EvaluationState, Loan
+from jacfunc._lending.loan import EvaluationState, LentForCall, LentForEvaluation, Loan
 from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside, parts_in
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.snapshot import Snapshot, Version, version_at
 from jacfunc._lending.stale import check_fresh
-from jacfunc._torch import untracked
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,10 +141,9 @@ class ModuleState:
             if module._backward_hooks or module._backward_pre_hooks:
                 raise Refused(f"torch's forward mode passes by the backward hooks of {name!r}")
 
-    @contextmanager
     def lent_for_call(
         self, api: str, chosen: Collection[str] = (), is_current: bool = False
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Around all sweeps of a call: whatever they do to the module, afterwards it is as it was.
 
         Evaluations get other tensors for the parameters that are ``chosen``. It ``is_current`` if
@@ -155,34 +153,30 @@ class ModuleState:
             RuntimeError: if an evaluation wrote into a parameter that was no copy.
             ValueError: if the module has changed, and this state has no copies to stand for it.
         """
+        lent = LentForCall(self.loans, lambda: self._loan(api, chosen, is_current))
+        is_of_now = self.casting is None and self.originals is None and not self.is_copy
+        return lent if is_of_now else self._as_then(api, lent)
+
+    @contextmanager
+    def _as_then(self, api: str, lent: LentForCall) -> Iterator[None]:
+        """Around a loan of a state that is kept: the module and autocast are as they were."""
         if self.originals is not None and not self.loans:
             self.originals.check(api)
         casting = nullcontext() if self.casting is None else self.casting.again()
-        with casting, self.snapshot.restored() if self.is_copy else nullcontext():
-            loan = self._loan(api, chosen, is_current)
-            self.loans.append(loan)
-            try:
-                yield
-            except BaseException:
-                loan.watch.put_back()
-                raise
-            finally:
-                self.loans.pop()
-                loan.take_back()
-            loan.watch.check(api)
+        with casting, self.snapshot.restored() if self.is_copy else nullcontext(), lent:
+            yield
 
     def _loan(self, api: str, chosen: Collection[str], is_current: bool) -> Loan:
-        params, copies = self.params | self.hidden, self.copies
+        params, copies = self._every_param, self.copies
         params = {name: copies[id(p)] for name, p in params.items()} if copies else params
         constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
         watch, parts = self.constants.watch(params, constants), self.every_part
         before = None if is_current or self.snapshot.is_current() else attributes_of(parts)
         return Loan(api, parts, before, watch, self.snapshot)
 
-    @contextmanager
     def lent_for_evaluation(
         self, params: Mapping[str, Tensor], arguments: Any = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Around one evaluation with these parameters; within :meth:`lent_for_call` alone.
 
         All other parameters are constants, those in plain attributes among them. The module writes
@@ -191,17 +185,8 @@ class ModuleState:
         until the next evaluation. ``arguments`` are those of the evaluation, if it is
         differentiated by ``params``.
         """
-        loan = self.loans[-1]
-        try:
-            # who watches the function need not see what is done to lend it
-            with untracked() if self._is_plain else nullcontext():
-                learn = self._lend(loan, params, arguments)
-            yield
-        except BaseException:
-            loan.take_back()
-            raise
-        if learn is not None:
-            learn()
+        lend = lambda: self._lend(self.loans[-1], params, arguments)  # noqa: E731
+        return LentForEvaluation(self.loans, lend, self._is_plain)
 
     def _lend(
         self, loan: Loan, params: Mapping[str, Tensor], arguments: Any
@@ -209,26 +194,32 @@ class ModuleState:
         """Put the tensors of an evaluation in place; what is to be called after it, if anything."""
         if loan.evaluation is not None:
             loan.take_back()
-        copies = self.copies
-        others = {n: p for n, p in self.params.items() if n not in params} | self.hidden
+        copies, mode, aliases = self.copies, self.module.training, loan.watch.aliases
+        others = self._every_param
+        if params:
+            others = {name: p for name, p in others.items() if name not in params}
         values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
-        mode, aliases = self.module.training, loan.watch.aliases
         constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
-        new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
+        new: dict[int, Any] = {id(p): constants[name] for name, p in others.items()}
+        for name, param in params.items():
+            new[id(self.params[name])] = param
         for buffer in self.buffers.values():
             new[id(buffer)] = copies.get(id(buffer), buffer).clone()
-        for name, param in others.items():
-            new[id(param)] = constants[name]
-        for param in (*self.params.values(), *self.hidden.values()):
+        for param in self._every_param.values():
             if own := vars(param):  # what libraries keep there
                 vars(new[id(param)]).update(own)
         loan.lend(EvaluationState(params.values(), arguments), new)
         return learn
 
     @cached_property
+    def _every_param(self) -> dict[str, Tensor]:
+        """All parameters, and those of the objects beside."""
+        return self.params | self.hidden
+
+    @cached_property
     def _is_plain(self) -> bool:
         """Has no tensor a class of its own? What containers among attributes hold is not seen."""
-        tensors = (*self.params.values(), *self.hidden.values(), *self.buffers.values())
+        tensors = (*self._every_param.values(), *self.buffers.values())
         return are_plain(tensors) and not any(part.plain for part in self.every_part)
 
     def check_fresh(self, outputs: Sequence[Any]) -> None:
@@ -237,11 +228,10 @@ class ModuleState:
         Raises:
             Stale: if an output does.
         """
-        loan = self.loans[-1]
-        evaluation = loan.evaluation
+        api, evaluation = self.loans[-1].api, self.loans[-1].evaluation
         if evaluation is not None and evaluation.arguments is not None:
             names = {id(self.params[name]): name for name in self.point}
-            check_fresh(loan.api, outputs, evaluation.params, evaluation.arguments, names)
+            check_fresh(api, outputs, evaluation.params, evaluation.arguments, names)
 
     def as_evaluated(self) -> Callable[[], None]:
         """A function that pullbacks call first: it puts the tensors of this evaluation in place."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
 
 from jacfunc._arguments import are_plain, check_kept
@@ -31,6 +31,7 @@ from jacfunc._torch import (
     MathAttention,
     Pull,
     below_transforms,
+    edge_of,
     is_outermost,
     noise_like,
     outside_transforms,
@@ -64,7 +65,7 @@ class Anchor(NamedTuple):
     def behind(cls, tensor: Tensor) -> Anchor:
         """At the value that a tensor has now; the tensor is not kept, and may be written into."""
         zeros = partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return cls(get_gradient_edge(tensor), zeros)
+        return cls(edge_of(tensor), zeros)
 
 
 def differentiable_alias(primal: Tensor, grad_mode: bool) -> Tensor:

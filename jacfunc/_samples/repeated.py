@@ -30,7 +30,7 @@ from jacfunc._linear_map import (
     map_of_graph,
     writable_copy,
 )
-from jacfunc._torch import Pull, memories_of
+from jacfunc._torch import Pull, memory_of
 from jacfunc._types import Leaves
 
 
@@ -147,7 +147,7 @@ def blocks_of(jacobian: FactoredJacobian) -> Leaves:
 
 def _apart(products: Leaves, seeds: Leaves) -> Leaves:
     """Products in memory of their own, which may be that of seeds, of each other, or expanded."""
-    memories, count = memories_of((*seeds, *products)), len(seeds)
+    memories, count = [*map(memory_of, (*seeds, *products))], len(seeds)
     return tuple(
         [
             x.clone() if 0 in x.stride() or memories[number] in memories[:number] else x

@@ -23,6 +23,7 @@ from jacfunc._torch.derivatives import (
 from jacfunc._torch.entering import at_forward_level, at_reverse_level
 from jacfunc._torch.levels import (
     below_transforms,
+    bytes_in,
     inside_derivative,
     inside_functorch,
     inside_transform,
@@ -34,14 +35,13 @@ from jacfunc._torch.levels import (
     lacks_forward_kernel,
     levels,
     makes_plain_tensors,
-    memories_of,
     memory_of,
     newer_transforms,
     num_forward_levels,
     num_vmap_levels,
     outside_transforms,
 )
-from jacfunc._torch.pullback import Pull, innermost_level, is_right_twice
+from jacfunc._torch.pullback import Pull, edge_of, innermost_level, is_right_twice
 from jacfunc._torch.random import DRAWING, RandomState, fixed, may_draw, noise_like
 from jacfunc._torch.vmap import (
     batched,

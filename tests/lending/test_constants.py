@@ -183,3 +183,50 @@ def test_a_failed_evaluation_tells_nothing() -> None:
     assert own not in seen[:3]
     jac(torch.ones(3))
     assert seen[-1] == own
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "part of a larger one": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_write_that_torch_does_not_count_is_undone_and_told(layout: str) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2)).double().eval()
+    weight = module[0].weight = nn.Parameter(LAYOUTS[layout](floats(3, 2, 3, 3)))
+    memory, writes = weight.detach().numpy(), list[int]()
+
+    def write(*_: object) -> None:
+        if writes:
+            memory[1, 0] *= 2
+
+    module[2].register_forward_pre_hook(write)
+    jac, x = jacfunc.module_jacobian(module, "inputs", per_sample=True), floats(3, 2, 4, 4)
+    numbers = [jac(x) for _ in range(4)][-1]
+    before = weight.detach().clone()
+    writes.append(1)
+    with pytest.raises(RuntimeError, match=r"got a write into '0.weight', which was undone"):
+        jac(x)
+    assert torch.equal(weight, before)
+    writes.clear()
+    torch.testing.assert_close(jac(x), numbers)
+
+
+@pytest.mark.parametrize("select", [None, "*", ["0.*", "1.*"]], ids=str)
+def test_a_choice_by_names_is_made_again_where_others_are_trainable(select: str | None) -> None:
+    module, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.ones(4, 3)
+    jac = jacfunc.module_jacobian(module, select=select, per_sample=True)
+    for _ in range(2):
+        assert len(jac(x)) == 4
+    module[1].bias.requires_grad_(False)
+    for _ in range(2):
+        assert len(jac(x)) == 3
+    module.requires_grad_(False)
+    for _ in range(2):
+        if select is not None:
+            with pytest.raises(ValueError, match="must match trainable parameters"):
+                jac(x)
+    module.requires_grad_(True)
+    assert len(jac(x)) == 4
