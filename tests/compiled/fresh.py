@@ -34,6 +34,13 @@ DOORS_LISTED = {
     "plan": "An opaque object was created",
 }
 """Doors that can't be called inside a function that torch compiles, with what is said then."""
+CELLS_LISTED: dict[Cell, str] = {
+    ("vmap jacfwd", "indexed"): "Dynamo failed to run FX node with fake tensors",
+    ("vmap jacfwd", "sorted"): "Dynamo failed to run FX node with fake tensors",
+    # nothing is watched inside torch.compile: torch.func's own answer is as wrong
+    ("vmap jacfwd", "solved"): "Tensor-likes are not close",
+}
+"""Cells that torch's compiler can't trace, or where what it traces is wrong by torch's own fault."""
 
 
 def inside(every: bool) -> list[Cell]:
