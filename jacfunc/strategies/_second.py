@@ -11,7 +11,7 @@ from torch import Tensor
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink, Sweep, sweep_leaves
 from jacfunc._calls import FlatCall
-from jacfunc._errors import ManyOutputs, Refused
+from jacfunc._errors import ManyOutputs, Refused, check_uncompiled
 from jacfunc._linear_map import (
     Derivative,
     JacobianOperator,
