@@ -149,6 +149,26 @@ _DROPPING = "dropout_p", "dropout", "training", "train"
 """Arguments of operators that draw: where one of them is zero or false, nothing is drawn."""
 
 
+def _without_refused(graph: GraphModule) -> GraphModule:
+    """The graph without calls that raised: they have no value, and the function went another way.
+
+    A write among them would stay otherwise, and raise again.
+    """
+    refused = [
+        node
+        for node in graph.graph.nodes
+        if isinstance(node.target, OpOverload)
+        and node.target._schema.returns
+        and "val" not in node.meta
+        and not node.users
+    ]
+    for node in refused:
+        graph.graph.erase_node(node)
+    if refused:
+        graph.recompile()
+    return graph
+
+
 class Graphs:
     """What torch's tracer and compilers make of functions, and torch's own words for graphs."""
 
@@ -198,7 +218,7 @@ class Graphs:
         """
         torch.clear_autocast_cache()  # it may hold copies of parameters that no trace has seen
         try:
-            return make_fx(func)(*leaves)
+            return _without_refused(make_fx(func)(*leaves))
         finally:
             torch.clear_autocast_cache()
 

@@ -109,7 +109,7 @@ class _NoReads(torch.overrides.TorchFunctionMode):
         if name in _READS and not _caller().startswith("jacfunc."):
             raise RuntimeError(f"numbers of a tensor are read by {name}()")
         aside = name if name in _ASIDE else _ASIDE_BY_GETTER.get(func)
-        if aside and not _caller(_BETWEEN[1:]).startswith(("torch.", "jacfunc.")):
+        if aside and not _caller(_OF_TENSORS).startswith(("torch.", "jacfunc.")):
             raise RuntimeError(f"what tells tensors of one kind apart is read by {aside}")
         try:
             result = func(*args, **(kwargs or {}))
@@ -143,14 +143,16 @@ _OF_NUMBERS: Any = (vars(torch.linalg)["LinAlgError"], IndexError)
 
 _BETWEEN = "torch.", "jacfunc._faults."
 """Modules whose code stands between a function and what it calls: torch's, and watches."""
+_OF_TENSORS = "torch._tensor.", "torch.overrides.", "jacfunc._faults."
+"""The same where torch's own code may read: methods of tensors that are written in Python."""
 
 
 def _caller(between: tuple[str, ...] = _BETWEEN) -> str:
-    """The module whose code called what a watch sees, past watches inside, and what is between."""
+    """The module whose code called what a watch sees, past all that stands between."""
     frame: Any = sys._getframe(2)
     while True:
         name = f"{frame.f_globals.get('__name__')}."
-        is_between = frame.f_code.co_name == "__torch_function__" or name.startswith(_BETWEEN)
+        is_between = frame.f_code.co_name == "__torch_function__" or name.startswith(between)
         if not is_between:
             return name
         frame = frame.f_back

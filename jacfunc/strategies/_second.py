@@ -11,7 +11,7 @@ from torch import Tensor
 from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink, Sweep, sweep_leaves
 from jacfunc._calls import FlatCall
-from jacfunc._errors import ManyOutputs, Refused
+from jacfunc._errors import ManyOutputs, Refused, check_uncompiled
 from jacfunc._linear_map import (
     Derivative,
     JacobianOperator,
@@ -187,7 +187,7 @@ class ReverseOverForward(Sweeping):
 
     Raises:
         TypeError, ValueError: if ``chunk_size`` is no positive integer.
-        NotImplementedError: when it sweeps anything but a Hessian.
+        NotImplementedError: when it sweeps anything but a Hessian, or inside ``torch.compile``.
 
     Cost:
         An evaluation, a pushforward and a pullback for each row, which all keep their graph.
@@ -213,6 +213,8 @@ class ReverseOverForward(Sweeping):
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out, *in, *in]``; no graph of the gradient is made."""
+        # where nothing is watched; torch's derivatives of pushforwards are wrong for normalizations
+        check_uncompiled("reverse-over-forward", "Take 'forward-over-reverse' there.")
         if not isinstance(operator.func, FirstDerivative):
             raise Refused("reverse over forward takes second derivatives alone; use hessian")
         operator.func.take(operator)

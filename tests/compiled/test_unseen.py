@@ -764,7 +764,7 @@ def test_what_one_thread_changes_another_sees() -> None:
 
 
 def test_a_change_between_two_calls_of_another_thread() -> None:
-    """An answer is that of one moment, whatever another thread does meanwhile."""
+    """A trace is run only for the kind of surroundings that it was made for."""
     held = SimpleNamespace(scale=2.0, shift=-2.0)
     jac = compiled(lambda x: (held.scale + held.shift + 2.0) * x.sin())
     done = threading.Event()
@@ -776,7 +776,9 @@ def test_a_change_between_two_calls_of_another_thread() -> None:
             held.scale = scale
             held.shift = -scale
 
-    check(jac, 2)
+    for held.scale in (2.0, 3.0):  # all kinds are traced before
+        for held.shift in (-2.0, -3.0):
+            check(jac, held.scale + held.shift + 2)
     thread = threading.Thread(target=work)
     thread.start()
     try:
@@ -788,6 +790,7 @@ def test_a_change_between_two_calls_of_another_thread() -> None:
     assert {round(float(each)) for each in answers} <= {1, 2, 3}
     held.scale, held.shift = 3.0, -2.0
     check(jac, 3)
+    assert len(jac.compilations) == 4
 
 
 # --- others ---
