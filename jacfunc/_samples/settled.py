@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
-from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of
+from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of, matrix_of
 from jacfunc._torch import (
     MathAttention,
     RandomState,
@@ -99,6 +99,10 @@ class SettledBatch:
         """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
         return self.result(state, x, compared, blocks_of)
 
+    def matrix(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Tensor | None:
+        """The matrix ``[B, M, N]``; None where the call must be taken anew."""
+        return self.result(state, x, compared, matrix_of)
+
     def result(
         self,
         state: ModuleState,
@@ -138,11 +142,7 @@ class SettledBatch:
             raise
 
     def again(
-        self,
-        state: ModuleState,
-        x: Tensor,
-        compared: Container[int],
-        random_state: RandomState,
+        self, state: ModuleState, x: Tensor, compared: Container[int], random_state: RandomState
     ) -> FactoredJacobian | None:
         """The batch evaluated by who lends the module; None where the call must be taken anew.
 
