@@ -128,24 +128,14 @@ class SettledBatch:
     def _lent(
         self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None]
     ) -> ResultT | None:
-        """What is made while the module is lent; None if it fails, or draws random numbers."""
-        random_state, result = RandomState((x, *state.params.values())), None
+        """What is made while the module is lent; None if the call must be taken anew."""
+        random_state = RandomState((x, *state.params.values()))
         try:
             with torch.no_grad(), state.lent_for_call(self.api, self.names, is_current=True):
-                try:
-                    result = make()
-                except UnseenWrite:
-                    raise
-                except Exception as error:  # as it is told of when it is taken anew
-                    note("a kind of call that was settled is taken anew: %s", error)
+                return self._tried(make, random_state)
         except BaseException:
             random_state.repeat()
             raise
-        if result is None or random_state.has_changed():
-            random_state.repeat()
-            result = None
-        self.misses = 0 if result is not None else self.misses + 1
-        return result
 
     def again(
         self,
@@ -159,19 +149,25 @@ class SettledBatch:
         Args:
             random_state: as the evaluation finds it; nothing may be drawn.
         """
-        jacobian = None
+        return self._tried(lambda: self.evaluated(state, x, compared), random_state)
+
+    def _tried(
+        self, make: Callable[[], ResultT | None], random_state: RandomState
+    ) -> ResultT | None:
+        """What is made; None if that fails, or draws random numbers."""
+        result = None
         try:
-            jacobian = self.evaluated(state, x, compared)
+            result = make()
         except UnseenWrite:
             raise
         except Exception as error:  # as it is told of when it is taken anew
             note("a kind of call that was settled is taken anew: %s", error)
-        if jacobian is None or random_state.has_changed():
+        if result is None or random_state.has_changed():
             random_state.repeat()
             self.misses += 1
             return None
         self.misses = 0
-        return jacobian
+        return result
 
     def evaluated(
         self, state: ModuleState, x: Tensor, compared: Container[int]
