@@ -139,7 +139,9 @@ def ntk(
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
     check_progress(API, progress)
-    asked = choice_of(API, outputs, x2 is None and is_batch(x1))
+    sides, are_single = _sides(x1, x2)
+    is_one = are_single and len(sides) == 1
+    asked = None if outputs is None else choice_of(API, outputs, is_one)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
     budget = Budget(API, check_memory(API, memory))
     if isinstance(func, nn.Module):
@@ -147,7 +149,7 @@ def ntk(
             *(API, func, _selected(params, select), batching, chunk_size, memory),
             *(independent, chunk_size),
             # progress, or an iterable of batches, may run code between blocks
-            stays=progress is not None or not (is_batch(x1) and is_batch(x2)),
+            stays=progress is not None or not are_single,
             outputs=asked,
         )
 
@@ -160,7 +162,7 @@ def ntk(
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             return samples_of(API, func, params, args, in_dims, randomness, asked)
 
-    ranges = in_ranges(sides_of(API, _sides(x1, x2), samples_at), axes, chunk_size, budget)
+    ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
     places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
@@ -207,17 +209,22 @@ def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
     """What is called, and its parameters: a function of batches is a module that has its own."""
     check_uncompiled(API)
-    check_called(API, func)
     check_flags(API, batched=batched)
-    if batched and not isinstance(func, nn.Module):
-        return FunctionAsModule(API, func, params), None
-    return func, params
+    if isinstance(func, nn.Module):
+        return func, params
+    check_called(API, func)
+    return (FunctionAsModule(API, func, params), None) if batched else (func, params)
 
 
-def _sides(x1: Any, x2: Any) -> dict[str, Iterable[Any]]:
-    """The batches of each argument; without a second one the first is both sides."""
+def _sides(x1: Any, x2: Any) -> tuple[dict[str, Iterable[Any]], bool]:
+    """The batches of each argument, and whether each is one batch.
+
+    Without a second argument the first is both sides.
+    """
     named = {"x1": x1} if x2 is None else {"x1": x1, "x2": x2}
-    return {name: [x] if is_batch(x) else x for name, x in named.items()}
+    single = {name for name, x in named.items() if is_batch(x)}
+    sides = {name: [x] if name in single else x for name, x in named.items()}
+    return sides, len(single) == len(sides)
 
 
 def _check_function(select: Select, randomness: object, chunk_size: object) -> None:
