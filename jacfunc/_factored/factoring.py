@@ -12,7 +12,7 @@ from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.batches import Batch, Handles, Image, VmappedBatch
 from jacfunc._factored.factored_jacobian import Direct, FactoredJacobian
 from jacfunc._factored.learned import LearnedUses, Outdated
-from jacfunc._factored.tracked import TrackedParameters, UnruledUse
+from jacfunc._factored.tracked import TrackedParameter, TrackedParameters, UnruledUse
 from jacfunc._factored.tracking import UseRecorder
 from jacfunc._faults import watched_once
 from jacfunc._layouts import (
@@ -179,8 +179,9 @@ def use_recorder(
         starts: the nodes of the handles, and of what else it is differentiated by.
     """
     params = TrackedParameters(learned.lent, UnruledUse())
-    for number, twin in enumerate(anchors):
-        params.track(number, handles[number], twin)
+    for number, (handle, twin) in enumerate(zip(handles, anchors, strict=True)):
+        tracked = TrackedParameter(number, handle, twin, (), handle, handle._version)
+        params.by_id[id(handle)] = tracked
     is_one, sites = size == 1, learned.sites or {}
     placing = VmappedSamples(1, None) if is_one else PlainSamples(size, sites)
     return UseRecorder(placing, params, starts, False, learned.uses)

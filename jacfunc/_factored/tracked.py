@@ -171,40 +171,40 @@ class RuledCall:
         numbers = {name: param.number for name, param in self.params.items()}
         return KnownUse(self.func, names, numbers)
 
-    def is_like(
-        self,
-        known: KnownUse | None,
-        names: list[str] | None,
-        placing: Placing,
-        params: TrackedParameters,
-    ) -> bool:
+    def is_like(self, known: KnownUse, placing: Placing, params: TrackedParameters) -> bool:
         """Was the operation called before as it is now, with parameters in the same places?
 
         Then the call takes in these, and for each other tensor that of all samples.
         """
-        if known is None or known.func is not self.func or placing.listener is not None:
-            return False
-        if names is None or known.tensors != names:
-            return False
         every, covered = dict[str, Tensor](), dict[str, TrackedParameter]()
-        for name in names:
-            tensor, number = self.named[name], known.params.get(name)
-            if number is None and id(tensor) not in params.by_id:
+        if known.func is not self.func or placing.listener is not None:
+            return False
+        for name, value in self.named.items():
+            if not isinstance(value, Tensor):
+                if isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value):
+                    return False
+            elif name not in known.tensors or value.layout is not torch.strided:
+                return False
+            elif name in known.params:
+                param = params.find(value)
+                if param is None or param.number != known.params[name]:
+                    return False
+                covered[name] = param
+            elif id(value) in params.by_id:
+                return False
+            else:
                 try:
                     every[name] = self._of_all(name, placing)
                 except NoLayout:
                     return False
-                continue
-            param = params.find(tensor)
-            if param is None or param.number != number:
-                return False
-            covered[name] = param
+        if len(every) + len(covered) != len(known.tensors):
+            return False
         self.named.update(every)
         self.params.update(covered)
         return True
 
-    def known_forms(self, placing: Placing) -> Mapping[str, FormOf]:
-        """The forms of a call that is like an earlier one.
+    def known_parts(self, placing: Placing) -> list[UsedPart]:
+        """The parts of parameters that a call uses which is like an earlier one.
 
         Raises:
             Outdated: if the rule does not cover the same parameters.
@@ -213,7 +213,7 @@ class RuledCall:
         forms = self.rule.forms_of(**{**self.named, **every})
         if not self.params.keys() <= forms.keys():
             raise Outdated
-        return forms
+        return self.parts(forms)
 
     def parts(self, forms: Mapping[str, FormOf]) -> list[UsedPart]:
         """The parts of parameters that it uses."""

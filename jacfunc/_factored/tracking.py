@@ -86,7 +86,7 @@ class UseRecorder(OperationRecorder):
                 raise Refused("what went into a layer was written into after it")
             written = self._params.written()
             for use, call in self._later:
-                use.parts = call.parts(call.known_forms(self._placing))
+                use.parts = call.known_parts(self._placing)
         for use in self.uses:
             use.nodes = nodes_of_call(use.last, use.ends)
         unruled = self._params.unruled
@@ -99,8 +99,9 @@ class UseRecorder(OperationRecorder):
     def call(
         self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
-        params = self._params
-        has_parameter = params.by_id and params.are_among((*args, *kwargs.values()))
+        by_id = self._params.by_id
+        has_parameter = any(id(value) in by_id for value in args)
+        has_parameter |= not has_parameter and self._params.are_among((*args, *kwargs.values()))
         if not (has_parameter or func in UNUSUAL or func in self._openings):  # the usual case
             return func(*args, **kwargs)
         if func in TAKES_DERIVATIVES and self._is_at_own_level():
@@ -157,19 +158,14 @@ class UseRecorder(OperationRecorder):
         return result
 
     def _use(
-        self,
-        number: int,
-        rule: Rule,
-        func: Callable[..., Any],
-        args: Args,
-        kwargs: Mapping[str, Any],
+        self, number: int, rule: Rule, func: Any, args: Args, kwargs: Mapping[str, Any]
     ) -> Any:
         """Call an operation that has a rule, with twins of the parameters that the rule covers."""
         params, forms = self._params, None
         call = RuledCall(number, rule, func, rule.named(args, kwargs) or {})
+        known = self._known.get(number)
         with untracked():
-            names = names_of_tensors(call.named)
-            is_known = call.is_like(self._known.get(number), names, self._placing, params)
+            is_known = known is not None and call.is_like(known, self._placing, params)
             if not is_known:
                 forms = call.forms(self._placing, params)
                 found = {name: params.find(call.named[name]) for name in forms}
@@ -188,11 +184,14 @@ class UseRecorder(OperationRecorder):
             params.note_unruled((*args, *kwargs.values()))
             if not twins:
                 return func(*args, **kwargs)
+            names = names_of_tensors(call.named)
             if names is not None and not has_others:
                 self._known[number] = call.known(names)
-        out = self._placing.call(rule, func, args, kwargs)
+        is_plain = self._level is None
+        out = func(*args, **kwargs) if is_plain else self._placing.call(rule, func, args, kwargs)
         with untracked():
-            return self._used(call, no_view(out), {x.grad_fn for x in twins.values()}, forms)
+            out = out if is_plain and not out._is_view() else no_view(out)
+            return self._used(call, out, {x.grad_fn for x in twins.values()}, forms)
 
     def _used(
         self, call: RuledCall, out: Tensor, ends: set[Any], forms: Mapping[str, FormOf] | None
@@ -206,9 +205,9 @@ class UseRecorder(OperationRecorder):
             ) from error
         if not values.requires_grad:
             return out
-        self._inputs.keep(call.named.values())
+        self._inputs.keep([x for name, x in call.named.items() if name not in call.params])
         if place is None:
-            parts = call.parts(call.known_forms(self._placing) if forms is None else forms)
+            parts = call.known_parts(self._placing) if forms is None else call.parts(forms)
             return self.derived.track((call.number, OUT), out, parts, Graph.of((out,), ends))
         key, anchor = (call.number, OUT), Anchor.behind(values)
         use = Use(key, anchor, place, values.grad_fn, ends, values.nbytes)

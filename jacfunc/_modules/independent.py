@@ -100,7 +100,7 @@ class SettledCalls:
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
         args, kwargs = call.arguments
-        if kwargs or len(args) != 1 or sampled.settles is None:
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor or sampled.settles is None:
             return
         before = self._by_kind.get(_kind_of(args[0]))
         if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
