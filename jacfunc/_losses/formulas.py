@@ -103,8 +103,8 @@ class OfClasses:
         weight, smoothing = settings["weight"], settings["label_smoothing"]
         dtype, is_mean = product_dtype(self.logits), settings["reduction"] == "mean"
         if weight is None and not targets.is_floating_point():  # smoothed or not, a is the same
-            seen = (targets != settings["ignore_index"]).unsqueeze(1).to(dtype)
-            return seen / seen.sum() if is_mean else seen
+            every: Tensor = (targets != settings["ignore_index"]).unsqueeze(1).to(dtype)
+            return every / every.sum() if is_mean else every
         weights = self.logits.new_ones(size, dtype=dtype) if weight is None else weight.to(dtype)
         if targets.is_floating_point():
             by_class = weights.view(-1, *(1,) * (targets.dim() - 2))
