@@ -31,7 +31,7 @@ from jacfunc._torch import (
     MathAttention,
     Pull,
     RandomState,
-    memory_of,
+    memories_of,
     recording,
     run_as_written,
 )
@@ -142,7 +142,7 @@ class SettledBatch:
             return None
         seeds = shared_units((out,))
         (product,) = linearization.pull_batch(seeds)
-        if 0 in product.stride() or memory_of(product) == memory_of(*seeds):
+        if 0 in product.stride() or len({*memories_of((product, *seeds))}) == 1:
             product = product.clone()
         if operations.reads_values and not self._are_alone(x, out):
             return None
