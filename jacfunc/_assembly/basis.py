@@ -16,9 +16,6 @@ from jacfunc._types import Leaves
 FEW_NUMBERS = 2**12
 """Seeds of so few numbers are kept for later sweeps."""
 
-MANY_NUMBERS = 2**14
-"""With so many numbers they are kept for all samples of a batch, each in memory of its own."""
-
 
 def numel(leaves: Leaves) -> int:
     """How many numbers the leaves hold: the rows or columns of the Jacobian as a matrix."""
@@ -94,10 +91,10 @@ def _unit_seeds(leaves: Leaves, start: int, stop: int) -> Leaves:
 def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Leaves:
     """Unit seeds ``[K, B, *shape]`` for leaves ``[B, *shape]``, shared by all samples."""
     if stop is None:
-        stop = sum([leaf.shape[1:].numel() for leaf in leaves])
+        stop = sum(leaf.shape[1:].numel() for leaf in leaves)
     # on an accelerator another stream may run ahead of the one that made them
     can_be_kept = makes_plain_tensors() and all(leaf.is_cpu for leaf in leaves)
-    kind = start, stop, *[(leaf.shape, leaf.dtype) for leaf in leaves]
+    kind = start, stop, *((leaf.shape, leaf.dtype) for leaf in leaves)
     seeds = _units().get(kind) if can_be_kept else None
     # a backward pass of the user's own may have written into them
     if seeds is not None and not any(seed._version for seed in seeds):
@@ -106,9 +103,6 @@ def shared_units(leaves: Leaves, start: int = 0, stop: int | None = None) -> Lea
     pairs = zip(unit_seeds(of_one, start, stop), leaves, strict=True)
     seeds = tuple(s.unsqueeze(1).expand(len(s), *leaf.shape) for s, leaf in pairs)
     if can_be_kept and numel(of_one) * (stop - start) <= FEW_NUMBERS:
-        if numel(leaves) * (stop - start) <= MANY_NUMBERS:
-            # expanded ones a backward pass multiplies row by row
-            seeds = tuple([seed.contiguous() for seed in seeds])
         _units().put(kind, seeds)
     return seeds
 

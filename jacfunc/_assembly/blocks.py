@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly.pages import empty
-from jacfunc._torch import memory_of, untracked
+from jacfunc._torch import memories_of, untracked
 from jacfunc._types import Blocks, Leaves
 
 Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
@@ -136,7 +136,7 @@ def owned(products: Leaves) -> Leaves:
         return (products[0].clone(),) if 0 in products[0].stride() else products
     results: list[Tensor] = []
     seen: set[int] = set()
-    for product, memory in zip(products, map(memory_of, products), strict=True):
+    for product, memory in zip(products, memories_of(products), strict=True):
         results.append(product.clone() if 0 in product.stride() or memory in seen else product)
         seen.add(memory)
     return tuple(results)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES
+from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES, bytes_in
 from jacfunc._remembered import Remembered
-from jacfunc._torch import below_transforms, bytes_in, is_traced, outside_transforms
+from jacfunc._torch import below_transforms, is_traced, outside_transforms
 
 COMPARED_NUMBERS = 16
 """Numbers of each larger parameter that are compared."""

@@ -21,6 +21,9 @@ from jacfunc._types import Leaves
 EVERY = slice(None)
 """All primals, or all outputs."""
 
+FEW_NUMBERS = 2**14
+"""Seeds of more numbers are not copied: that would take as long as it spares."""
+
 LeafNumbers: TypeAlias = slice | Sequence[int]
 """Which leaves of a tuple are meant: a slice, or their numbers in order."""
 
@@ -143,7 +146,8 @@ class Linearization:
             if cotangents[0].shape[0] == 1:
                 # the vmaps outside do not batch the seeds of larger chunks either
                 return one_by_one(lambda seeds: self.sweep(seeds, onto, of), cotangents)
-            return sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), cotangents)[0]
+            each = tuple(map(_in_rows, cotangents))
+            return sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), each)[0]
         except Exception as error:  # a backward pass of the user's own may raise anything
             if isinstance(error, Refused) or is_out_of_memory(error):
                 raise
@@ -151,6 +155,16 @@ class Linearization:
             note("the backward pass could not be batched, rows go one by one: %s", error)
         # not where the error is known: its traceback holds what was swept at once
         return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
+
+
+def _in_rows(seeds: Tensor) -> Tensor:
+    """Seeds that all samples share, if they are few, in memory of their own for each sample.
+
+    Torch multiplies expanded seeds one after the other, and those in a row as one matrix.
+    """
+    if seeds.numel() > FEW_NUMBERS or 0 not in seeds.stride():
+        return seeds
+    return seeds.contiguous()
 
 
 def spread(cotangents: Leaves, outputs: Leaves, of: LeafNumbers) -> Leaves:

@@ -19,3 +19,4 @@ from jacfunc._memory.limits import (
     SQUARED_BYTES,
     STAGED_BYTES,
 )
+from jacfunc._memory.reading import bytes_in

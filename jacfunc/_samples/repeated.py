@@ -31,7 +31,7 @@ from jacfunc._linear_map import (
     map_of_graph,
     writable_copy,
 )
-from jacfunc._torch import Pull, memory_of
+from jacfunc._torch import Pull, memories_of
 from jacfunc._types import Leaves
 
 
@@ -166,7 +166,7 @@ def _write(jacobian: FactoredJacobian, seeds: Leaves, places: Sequence[Tensor]) 
 def _rows(jacobian: FactoredJacobian, seeds: Leaves) -> list[Tensor]:
     """Rows ``[B, K, *primal]`` where no operation with a rule uses a parameter, in own memory."""
     products = jacobian.linearization.pull_batch(seeds)
-    memories, count = [*map(memory_of, (*seeds, *products))], len(seeds)
+    memories, count = memories_of((*seeds, *products)), len(seeds)
     # those of seeds are kept, and autograd may return expanded views, or one tensor twice
     own = [
         x.clone() if 0 in x.stride() or memories[number] in memories[:number] else x

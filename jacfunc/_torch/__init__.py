@@ -23,7 +23,6 @@ from jacfunc._torch.derivatives import (
 from jacfunc._torch.entering import at_forward_level, at_reverse_level
 from jacfunc._torch.levels import (
     below_transforms,
-    bytes_in,
     inside_derivative,
     inside_functorch,
     inside_transform,
@@ -35,6 +34,7 @@ from jacfunc._torch.levels import (
     lacks_forward_kernel,
     levels,
     makes_plain_tensors,
+    memories_of,
     memory_of,
     newer_transforms,
     num_forward_levels,

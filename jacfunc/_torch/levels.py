@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from ctypes import c_char
-from math import prod
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from jacfunc._lock import holds_alone
+from jacfunc._types import Leaves
 
 
 def inside_functorch() -> bool:
@@ -90,19 +89,9 @@ def memory_of(tensor: Tensor) -> int:
     return int(below_transforms(tensor).untyped_storage()._cdata)
 
 
-def bytes_in(tensor: Tensor) -> Callable[[], bytes]:
-    """What reads the bytes of a tensor on the CPU as they are now, without an operation of torch.
-
-    It returns none once the tensor lies elsewhere, as with a storage that was resized.
-    """
-    place, number = tensor.data_ptr(), tensor.numel()
-    step = tensor.stride(0) if tensor.dim() == 1 else 1
-    if not (number and step and (tensor.dim() == 1 or tensor.is_contiguous())):
-        return lambda: bytes_in(tensor.contiguous().view(-1))() if number else b""
-    shape = (number - 1) * step + 1, tensor.element_size()
-    memory = memoryview((c_char * prod(shape)).from_address(place)).cast("B")
-    view = memory if step == 1 else memory.cast("B", shape)[::step]
-    return lambda: view.tobytes() if tensor.data_ptr() == place else b""
+def memories_of(tensors: Leaves) -> list[int]:
+    """:func:`memory_of` for each tensor."""
+    return list(map(memory_of, tensors))
 
 
 def levels() -> tuple[object, ...]:

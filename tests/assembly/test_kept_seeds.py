@@ -26,11 +26,3 @@ def test_seeds_made_in_inference_mode_are_not_kept() -> None:
     with torch.inference_mode():
         shared_units(leaves)
     assert not shared_units(leaves)[0].is_inference()
-
-
-def test_only_of_few_samples_each_has_seeds_of_its_own_in_memory() -> None:
-    (few,), (many,) = shared_units((torch.ones(9, 10),)), shared_units((torch.ones(999, 10),))
-    assert few.is_contiguous()
-    assert many.stride(1) == 0
-    for seeds in (few, many):
-        assert torch.equal(seeds, torch.eye(10)[:, None].expand_as(seeds))

@@ -369,3 +369,26 @@ def test_products_of_the_loss_matrix_refuse_forward_mode(matrix: tuple[Any, Tens
     vector = {"weight": torch.ones(2, 2, dtype=D)}
     with pytest.raises(Refused, match=r"^ggn: products must be differentiated in reverse mode"):
         torch.func.jvp(lambda v: (matrix[0] @ v)["weight"], (vector,), (vector,))
+
+
+class Adding(nn.Module):
+    """Its Jacobians in the inputs and in the parameter are the cotangents themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "structured"])
+@pytest.mark.parametrize("wrt", ["inputs", "params"])
+def test_results_are_no_seeds_that_are_kept(wrt: Any, strategy: str) -> None:
+    jac = jacfunc.module_jacobian(Adding(), wrt, per_sample=True, strategy=strategy)
+    results = [jac(torch.ones(4, 3)) for _ in range(5)]
+    blocks = [result["bias"] if wrt == "params" else result for result in results]
+    assert len({block.untyped_storage().data_ptr() for block in blocks}) == len(blocks)
+    for block in blocks:
+        assert torch.equal(block, torch.eye(3).expand(4, 3, 3))
+        block.zero_()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jacfunc._torch import bytes_in
+from jacfunc._memory import bytes_in
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "row": lambda x: x.reshape(-1),
