@@ -18,6 +18,7 @@ from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
 from jacfunc._modules.options import Batching, ModuleOptions
+from jacfunc._modules.trials import IN_FRONT
 from jacfunc._planning import Auto
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import SettledBatch
@@ -96,6 +97,8 @@ class SettledCalls:
         args, kwargs = call.arguments
         if kwargs or len(args) != 1 or not sampled.is_swept_at_once:
             return
+        if call.output_dims != IN_FRONT:
+            return
         before = self._by_kind.get(kind_of(args[0]))
         if before is not None and before.state is call.state and before.is_over:
             return
@@ -172,9 +175,10 @@ def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation |
         few = None if strategy.memory is None else _sizes(call).pop()
         every_call = Independence("always", at_once=few, is_thorough=True)
         independent = replace(call, independence=every_call)
-        result = jacobian_of(independent, strategy, sink, Batching())
-        if _has_batch(call, result):
-            return result
+        if independent.with_samples(Batching()).output_dims == IN_FRONT:
+            result = jacobian_of(independent, strategy, sink, Batching())
+            if _has_batch(call, result):
+                return result
         note("the batch is differentiated as a whole: outputs do not have it in front")
     except Exception as error:  # the call as a whole tells what is wrong, if anything is
         if is_out_of_memory(error):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._C._functorch import TransformType
@@ -47,3 +49,7 @@ class Pull:
     around: Hashable
     leads_out: Callable[[Tensor], bool] | None = None
     order: int = 1
+
+
+running_node: Callable[[], Any] = torch._C._current_autograd_node
+"""The node of a graph whose backward pass runs; None outside of backward passes."""

@@ -925,6 +925,27 @@ class WrittenInPlace(Layers):
         return states.sum(1)
 
 
+@stands_for("steps and states", (3, 2))
+class StepsAndStates(Parts):
+    """The samples are in front of the steps, and behind the layers of the states."""
+
+    def __init__(self) -> None:
+        super().__init__(layer=nn.LSTM(2, 2, 2, batch_first=True), head=nn.Linear(2, 2))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        steps, states = self.layer(x)
+        return {"out": self.head(steps).tanh(), "states": states}
+
+
+@stands_for("queries of every layer", (3, 2))
+class EveryLayer(Layers):
+    """As detectors stack what their layers say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.one(x)
+        return torch.stack([first, self.one(first)])
+
+
 @stands_for("a token before the others", (3, 2))
 class ClassToken(Layers):
     def forward(self, x: Tensor) -> Tensor:
