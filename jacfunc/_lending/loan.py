@@ -95,3 +95,8 @@ class Loan:
             self.take_back()
         give_back(self.parts, evaluation.attributes)
         self.evaluation = evaluation
+
+
+def as_required(constant: Tensor, param: Tensor) -> Tensor:
+    """A constant that requires a gradient if the parameter does, though nobody reads it."""
+    return constant.detach().requires_grad_() if param.requires_grad else constant

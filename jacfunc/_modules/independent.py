@@ -30,6 +30,9 @@ from jacfunc.strategies import Evaluation, Strategy, evaluate
 FEWEST = 16
 """Samples from which on it pays to look at each alone."""
 
+WANTS_GRADIENTS = "One of the differentiated Tensors does not require grad"
+"""What torch says where a gradient by a constant is asked for."""
+
 
 class ModuleResult(NamedTuple):
     """The result of ``module_jacobian(..., full_output=True)``, all of it from one evaluation.
@@ -131,8 +134,27 @@ def jacobian_of(
 ) -> Evaluation:
     """The Jacobian of every sample of a call; of the call as a whole, without ``batching``.
 
-    What it has ``settled`` for later calls is kept there.
+    What it has ``settled`` for later calls is kept there. Where a backward pass of the user's own
+    takes a gradient by parameters that are constants here, they require one from then on.
     """
+    constants = call.state.constants
+    try:
+        return _jacobian_of(call, strategy, sink, batching, settled)
+    except Exception as error:
+        if constants.require_grad or WANTS_GRADIENTS not in str(error):
+            raise
+        note("a backward pass takes gradients by constants: %s", error)
+    constants.require_grad = True
+    return _jacobian_of(call, strategy, sink, batching, settled)
+
+
+def _jacobian_of(
+    call: ModuleCall,
+    strategy: Strategy,
+    sink: Sink,
+    batching: Batching | None,
+    settled: SettledCalls | None,
+) -> Evaluation:
     if batching is None and (by_sample := by_samples(call, strategy, sink)):
         return by_sample
     call = call.with_samples(batching, keeps_all=call.with_buffers)

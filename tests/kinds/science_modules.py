@@ -383,6 +383,14 @@ class AdjointOde(Field):
         return Adjoint.apply(self.net, x, *(p for p in self.net.parameters() if p.requires_grad))
 
 
+@stands_for("an adjoint that asks for every parameter", (2,))
+class AdjointOfAll(Field):
+    """As if all of them required a gradient, whatever the network is differentiated by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Adjoint.apply(self.net, x, *self.net.parameters())
+
+
 @stands_for(
     "steps of each sample", inputs=lambda seed: (seed * floats(B, 2, seed=seed),), looks=True
 )

@@ -329,3 +329,17 @@ def test_one_seed_draws_one_mask_for_auto_and_structured(flat: bool) -> None:
         )
     for other in every[1:]:
         torch.testing.assert_close(other, every[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 40_000}, {"outputs": [0]}], ids=str)
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "forward", "structured"])
+def test_samples_of_all_chunks_draw_the_same(strategy: str, options: dict[str, Any]) -> None:
+    """Samples that are alike then have one Jacobian, at the first call, too."""
+    module, x = Masked(), X[:1].expand(len(X), -1)
+    jacobian = jacfunc.module_jacobian(
+        module, per_sample=True, randomness="same", strategy=strategy, flat=True, **options
+    )
+    for seed in range(3):
+        torch.manual_seed(seed)
+        rows = jacobian(x)
+        torch.testing.assert_close(rows, rows[:1].expand_as(rows))
