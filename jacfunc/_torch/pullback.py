@@ -53,3 +53,8 @@ class Pull:
 
 running_node: Callable[[], Any] = torch._C._current_autograd_node
 """The node of a graph whose backward pass runs; None outside of backward passes."""
+
+
+def dtypes_of(node: Any) -> list[torch.dtype]:
+    """The dtypes of what a node of a graph gets in a backward pass."""
+    return [metadata.dtype for metadata in node._input_metadata]
