@@ -109,7 +109,8 @@ class BatchProducts(PointProducts):
         cotangents = noise_like(self.outputs.leaves, seed=1)  # not kept: it may be large
         if self._trial is None:
             self._trial = _of_one(self._pulled, cotangents)
-        check_transpose(cotangents, products, self._trial, tangents, NOT_TRANSPOSED)
+        vectors = cotangents, products, self._trial, tangents
+        check_transpose(*vectors, NOT_TRANSPOSED, self._dtypes)
 
     def _pulled(self, cotangents: Leaves) -> Leaves:
         return self._or_plain(super()._pulled, cotangents)

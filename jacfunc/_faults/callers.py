@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from jacfunc._errors import Refused
 from jacfunc._faults.lookups import Args, tensors_of
-from jacfunc._torch import constant, inside_transform, is_pushing, is_tracked
+from jacfunc._torch import constant, inside_transform, is_pushing, is_tracked, running_node
 from jacfunc._trees import map_tensors
 
 FUNCTIONAL = torch.autograd.functional.__name__
@@ -59,6 +59,7 @@ READING: frozenset[Callable[..., Any]] = frozenset(
 At other numbers a function that calls one may call other operations than it has shown.
 """
 _DERIVED = ("outputs", "tensors", "self")
+_COTANGENTS = ("grad_outputs", "grad_tensors", "gradient")
 CUT_OFF = (
     "the function takes a derivative that keeps no graph, which would count as a constant. Pass "
     "create_graph=True to it, or use torch.func"
@@ -147,21 +148,34 @@ def cuts_off(
 ) -> bool:
     """Does the call take a derivative of something that depends on the primals, without a graph?
 
+    So does a backward pass of somebody's own that runs a function again and takes its gradient, as
+    adjoint solvers do, while it is itself differentiated.
+
     Raises:
-        Refused: if ``torch.autograd.functional`` takes it, whose result never has a graph.
+        Refused: if the result never has a graph, as that of ``torch.autograd.functional``, or lacks
+            one though cotangents depend on the primals, in which it is linear.
     """
     if func is Tensor.detach:
         frame = asking_frame()
         is_input = module_of(frame) == FUNCTIONAL and frame.f_code.co_name != "_grad_postprocess"
-        if is_input and leads_to(tensors_of(args, {}), primals):
+        if is_input and leads_to([args[0].grad_fn], primals):
             raise Refused(CUT_OFF)
         return False
     place = TAKES_DERIVATIVES[func]
     keeps_graph = kwargs.get("create_graph", args[place] if len(args) > place else False)
-    outputs = tensors_of(args[:1], {k: kwargs[k] for k in _DERIVED if k in kwargs})
-    if keeps_graph or not leads_to(outputs, primals):
+    if keeps_graph:
         return False
-    if asker() == FUNCTIONAL:
+    outputs = tensors_of(args[:1], {k: kwargs[k] for k in _DERIVED if k in kwargs})
+    node = running_node()
+    if node is None or not leads_to([node], primals):
+        if not leads_to([out.grad_fn for out in outputs], primals):
+            return False
+        is_lost = asker() == FUNCTIONAL
+    else:
+        own = {k: kwargs[k] for k in _COTANGENTS if k in kwargs}
+        cotangents = tensors_of(args[place - 2 : place - 1], own)
+        is_lost = leads_to([cotangent.grad_fn for cotangent in cotangents], primals)
+    if is_lost:
         raise Refused(CUT_OFF)
     return True
 
@@ -184,10 +198,10 @@ def asker() -> str:
     return module_of(asking_frame())
 
 
-def leads_to(tensors: Iterable[Tensor], ends: Sequence[Tensor]) -> bool:
-    """Does a path of the graph lead from one of these tensors to one of the ends?"""
+def leads_to(starts: Iterable[Any], ends: Sequence[Tensor]) -> bool:
+    """Does a path of the graph lead from one of these nodes to one of the ends?"""
     nodes = {end.grad_fn for end in ends}
-    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+    pending = list(starts)
     seen: set[Any] = {None}
     while pending:
         node = pending.pop()

@@ -37,6 +37,8 @@ class Constants:
         self, most_copied: int = MOST_COPIED_BYTES, compared: int = COMPARED_BYTES
     ) -> None:
         self.most_copied, self.compared = most_copied, compared
+        self.require_grad = False
+        """Do they require gradients where the module's own do? Backward passes may ask for some."""
         self._only_read: dict[str, Hashable] = {}
         """By name: mode, identity and version in which a parameter was only read."""
         self._none_to_copy: Any = None
@@ -77,11 +79,8 @@ class Constants:
             return {name: aliases[id(p)] for name, p in params.items()}, None
         lent = {name: params[name].detach().clone() for name in keys}
         addresses = {name: below_transforms(copy).data_ptr() for name, copy in lent.items()}
-        lent |= {
-            name: aliases[id(p)] if id(p) in aliases else p.detach()
-            for name, p in params.items()
-            if name not in keys
-        }
+        rest = [(name, p) for name, p in params.items() if name not in keys]
+        lent |= {n: aliases[id(p)] if id(p) in aliases else p.detach() for n, p in rest}
 
         def learn() -> None:
             with outside_transforms():

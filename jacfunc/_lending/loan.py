@@ -146,3 +146,8 @@ class LentForEvaluation:
             self.loans[-1].take_back()
         elif self.learn is not None:
             self.learn()
+
+
+def as_required(constant: Tensor, param: Tensor) -> Tensor:
+    """A constant that requires a gradient if the parameter does, though nobody reads it."""
+    return constant.detach().requires_grad_() if param.requires_grad else constant

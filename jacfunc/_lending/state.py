@@ -15,7 +15,13 @@ from jacfunc._arguments import are_plain
 from jacfunc._errors import Refused
 from jacfunc._faults import check_scripted
 from jacfunc._lending.constants import Constants, constants_of
-from jacfunc._lending.loan import EvaluationState, LentForCall, LentForEvaluation, Loan
+from jacfunc._lending.loan import (
+    EvaluationState,
+    LentForCall,
+    LentForEvaluation,
+    Loan,
+    as_required,
+)
 from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside, parts_in
 from jacfunc._lending.select import Select, select_params
@@ -27,9 +33,8 @@ from jacfunc._lending.stale import check_fresh
 class ModuleState:
     """All that a module is made of, as it was at one moment.
 
-    It lends the module twice: :meth:`lent_for_call` is around all sweeps of a call, after which the
-    module is as it was; within that, :meth:`lent_for_evaluation` is around one evaluation with
-    tensors of its own.
+    It is lent twice: :meth:`lent_for_call` is around all sweeps of a call, after which it is as it
+    was; within that, :meth:`lent_for_evaluation` is around an evaluation with tensors of its own.
     """
 
     parts: dict[str, ModulePart]
@@ -200,6 +205,8 @@ class ModuleState:
             others = {name: p for name, p in others.items() if name not in params}
         values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
         constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
+        if self.constants.require_grad:
+            constants = {n: as_required(constants[n], p) for n, p in others.items()}
         new: dict[int, Any] = {id(p): constants[name] for name, p in others.items()}
         for name, param in params.items():
             new[id(self.params[name])] = param

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -111,7 +111,12 @@ def detached(leaves: Leaves) -> Leaves:
 
 
 def check_transpose(
-    cotangents: Leaves, products: Leaves, pulled: Leaves, tangents: Leaves, refusal: str
+    cotangents: Leaves,
+    products: Leaves,
+    pulled: Leaves,
+    tangents: Leaves,
+    refusal: str,
+    dtypes: Callable[[], set[torch.dtype]] = set,
 ) -> None:
     """Check ``⟨u, J v⟩ = ⟨Jᵀ u, v⟩``, for cotangents u and tangents v.
 
@@ -119,6 +124,7 @@ def check_transpose(
         products: ``J v``.
         pulled: ``Jᵀ u``.
         refusal: what is wrong if the products differ.
+        dtypes: finds others in which they were computed; asked only if they differ.
 
     Raises:
         Refused: if they do.
@@ -126,7 +132,10 @@ def check_transpose(
     with torch.no_grad():
         left, right = _inner_product(cotangents, products), _inner_product(pulled, tangents)
     scale, error = left.norm + right.norm, abs(left.sum - right.sum)
-    if error > scale * _precision((*cotangents, *products, *tangents)) ** TRANSPOSE_ROUNDING:
+    every = (*cotangents, *products, *tangents)
+    if error <= scale * _precision(every) ** TRANSPOSE_ROUNDING:
+        return
+    if error > scale * _precision(every, dtypes()) ** TRANSPOSE_ROUNDING:
         raise Refused(refusal)
 
 
@@ -156,9 +165,9 @@ def _inner_product(lefts: Leaves, rights: Leaves) -> _Terms:
     return _Terms(total, squares**0.5)
 
 
-def _precision(leaves: Leaves) -> float:
+def _precision(leaves: Leaves, beside: Iterable[torch.dtype] = ()) -> float:
     """The coarsest precision that is computed with, autocast included."""
-    dtypes = {leaf.dtype for leaf in leaves}
+    dtypes = {leaf.dtype for leaf in leaves} | {d for d in beside if d.is_floating_point}
     for device in {leaf.device.type for leaf in leaves}:
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))

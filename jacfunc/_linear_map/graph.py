@@ -26,7 +26,7 @@ from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
 from jacfunc._linear_map.seeded import once
-from jacfunc._linear_map.walks import Graph, LeadsOut
+from jacfunc._linear_map.walks import Graph, LeadsOut, dtypes_behind
 from jacfunc._torch import (
     MathAttention,
     Pull,
@@ -156,7 +156,7 @@ def _transposed(outputs: Leaves, sweep: Callable[[Leaves], Leaves]) -> Lineariza
         graph = Graph.of(products, set())
         pushed = map_of_graph(products, (), list(map(Anchor.at, seeds)), graph, False)
         tangents = _released(products)
-        check_transpose(seeds, pushed.pull(tangents), tangents, tangents, DETACHES)
+        check_transpose(seeds, pushed.pull(tangents), tangents, tangents, DETACHES, pushed.dtypes)
     return pushed
 
 
@@ -246,4 +246,5 @@ def map_of_graph(
         keeps_graph=rules.keeps_graph,
         transpose=transpose,
         last=partial(sweep, retains=False),
+        dtypes=partial(dtypes_behind, outputs),
     )

@@ -60,6 +60,7 @@ class Linearization:
         keeps_graph: do products of a sweep carry a graph where grad mode is on?
         transpose: makes the map of tangents; None where sweeps are not of a plain graph.
         last: the sweep that frees a plain graph.
+        dtypes: finds those in which a plain graph computes.
     """
 
     outputs: Leaves
@@ -71,6 +72,7 @@ class Linearization:
     keeps_graph: bool = True
     transpose: Callable[[], Linearization] | None = None
     last: Callable[..., Leaves] | None = None
+    dtypes: Callable[[], set[torch.dtype]] = set
     _transposed: Linearization | None = None
 
     def pull(self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY) -> Leaves:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from jacfunc._torch import below_transforms
+from jacfunc._torch import below_transforms, dtypes_of
 
 
 @dataclass(slots=True)
@@ -173,3 +174,16 @@ def nodes_of_call(last: Any, ends: set[Any]) -> set[Any]:
                 nodes.add(node)
                 pending.append(node)
     return nodes
+
+
+def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    """The dtypes in which the tensors were computed, that of autocast inside of a function, too."""
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+    visited, dtypes = {None}, set[torch.dtype]()
+    while pending:
+        node = pending.pop()
+        if node not in visited:
+            visited.add(node)
+            dtypes.update(dtypes_of(node))
+            pending += [below for below, _ in node.next_functions]
+    return dtypes

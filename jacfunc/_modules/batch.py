@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
+import torch
+
 from jacfunc._assembly import Sink
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
@@ -102,14 +104,17 @@ class SampledJacobian:
         """Blocks of all samples, under vmap, a chunk of samples at a time."""
         batch, samples = self.batch, self.batch.samples
         one = OneSample(batch.api, batch.call_of)
+        random_state = batch.random_state()
 
         def blocks(leaves: Leaves) -> tuple[Leaves, Leaves]:
             return one.blocks(leaves, strategy), ()
 
         def take(leaves: Leaves, dims: Dims) -> Leaves:
+            if samples.randomness == "same" and not torch.compiler.is_compiling():
+                random_state.repeat()  # samples of all chunks draw the same numbers
             return sweep_batch(blocks, leaves, samples.randomness, dims)[0]
 
-        first = FirstSamples(batch.call_of, samples, batch.random_state())
+        first = FirstSamples(batch.call_of, samples, random_state)
         at_once = self.sink.at_once(chunk)
         if samples.randomness == "different" and _is_share(at_once):
             at_once = None  # or the draws would depend on how many samples come at once

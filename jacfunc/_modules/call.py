@@ -66,12 +66,12 @@ class ModuleCall:
     def with_samples(self, batching: Batching | None, keeps_all: bool = False) -> ModuleCall:
         """The call of which it is known where outputs hold the samples, and which are asked for.
 
-        The samples come in front of the outputs, where inputs have them elsewhere. To see where the
-        outputs have them, the first call of a kind is made with one sample. If it ``keeps_all``
-        outputs, they come beside those that are asked for.
+        The samples come in front of the outputs, wherever the module has them. To see where it has
+        them, the first call of a kind is made with one sample, and with two if need be. If it
+        ``keeps_all`` outputs, they come beside those that are asked for.
         """
         call, leaves = self, self._split.leaves
-        if batching is not None and not (type(batching.in_dims) is int and batching.in_dims == 0):
+        if batching is not None and is_outermost():
             dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)[1]
             call = replace(self, output_dims=self._trials.output_dims(leaves, dims))
         if self.asked is None:
@@ -87,7 +87,7 @@ class ModuleCall:
 
     @property
     def _trials(self) -> Trials:
-        return Trials(self.api, self.state, self._split.kinds, self._returned)
+        return Trials(self.api, self.state, self._split, self._returned)
 
     def _returned(self, leaves: Leaves, prepare: Callable[[], object]) -> Tree:
         """What the module returns for tensors in the place of those of the arguments."""

@@ -23,11 +23,15 @@ from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import MOST_MISSES, SettledBatch
 from jacfunc._torch import is_outermost, is_undisturbed
 from jacfunc._trees import Arguments, flatten
+from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, Tree, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
 FEWEST = 16
 """Samples from which on it pays to look at each alone."""
+
+WANTS_GRADIENTS = "One of the differentiated Tensors does not require grad"
+"""What torch says where a gradient by a constant is asked for."""
 
 
 class ModuleResult(NamedTuple):
@@ -107,6 +111,8 @@ class SettledCalls:
         args, kwargs = call.arguments
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor or sampled.settles is None:
             return
+        if call.output_dims != IN_FRONT:
+            return
         before = self._by_kind.get(_kind_of(args[0]))
         if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
             return
@@ -144,8 +150,27 @@ def jacobian_of(
 ) -> Evaluation:
     """The Jacobian of every sample of a call; of the call as a whole, without ``batching``.
 
-    What it has ``settled`` for later calls is kept there.
+    What it has ``settled`` for later calls is kept there. Where a backward pass of the user's own
+    takes a gradient by parameters that are constants here, they require one from then on.
     """
+    constants = call.state.constants
+    try:
+        return _jacobian_of(call, strategy, sink, batching, settled)
+    except Exception as error:
+        if constants.require_grad or WANTS_GRADIENTS not in str(error):
+            raise
+        note("a backward pass takes gradients by constants: %s", error)
+    constants.require_grad = True
+    return _jacobian_of(call, strategy, sink, batching, settled)
+
+
+def _jacobian_of(
+    call: ModuleCall,
+    strategy: Strategy,
+    sink: Sink,
+    batching: Batching | None,
+    settled: SettledCalls | None,
+) -> Evaluation:
     if batching is None and (by_sample := by_samples(call, strategy, sink)):
         return by_sample
     call = call.with_samples(batching, keeps_all=call.with_buffers)
@@ -188,9 +213,10 @@ def by_samples(call: ModuleCall, strategy: Strategy, sink: Sink) -> Evaluation |
         few = None if strategy.memory is None else _sizes(call).pop()
         every_call = Independence("always", at_once=few, is_thorough=True)
         independent = replace(call, independence=every_call)
-        result = jacobian_of(independent, strategy, sink, Batching())
-        if _has_batch(call, result):
-            return result
+        if independent.with_samples(Batching()).output_dims == IN_FRONT:
+            result = jacobian_of(independent, strategy, sink, Batching())
+            if _has_batch(call, result):
+                return result
         note("the batch is differentiated as a whole: outputs do not have it in front")
     except Exception as error:  # the call as a whole tells what is wrong, if anything is
         if is_out_of_memory(error):

@@ -119,8 +119,8 @@ def module_jacobian(
         per_sample: differentiate each sample of the batch on its own, as a batch of one.
         in_dims: with ``per_sample``, the dimension of samples in the inputs, None for an input that
             all samples share, or prefix trees of these: in a tuple for positional inputs, in a dict
-            for inputs by keyword. It is 1 for recurrent layers with the steps in front, whose
-            outputs and states have the samples there, too; in results they come in front.
+            for inputs by keyword. It is 1 for recurrent layers with the steps in front. Outputs may
+            have the samples elsewhere, as states of layers do; in results they come in front.
         flat: return one matrix ``[M, N]``, per sample ``[B, M, N]``, instead of trees of blocks. It
             is written without a copy; :func:`jacfunc.param_slices` names its columns.
         full_output: return a :class:`jacfunc.ModuleResult`: Jacobian, all outputs, and buffers as
@@ -163,17 +163,17 @@ def module_jacobian(
             of TorchScript, outputs that depend on parameters by a tensor that was computed before
             the call and kept with its graph (kept without, it is a constant). Per sample: samples
             that depend on each other (by batch normalization in train mode, say), or an output
-            without the batch in front.
+            without a dimension of samples.
         NotImplementedError: what torch refuses, and reentrant checkpoints.
 
     Cost:
         That of the strategy; per sample one vectorized sweep over the whole batch. To compare
         batches takes up to seven evaluations and twelve pullbacks at the first call of a kind, and
-        two of each later. Where inputs hold samples elsewhere than in front, one sample and two are
-        evaluated before, once for each kind of call. Of R outputs R rows are pulled back, each of
-        which takes the memory of all outputs; all samples are evaluated once more where outputs
-        are chosen by value, and one for cotangents. Parameters that it is not differentiated by
-        are copied, up to 64 MiB, until the module is seen only to read them. A later write into one
+        two of each later. Before the first call one sample is evaluated, to see where outputs hold
+        it, and two where that does not tell. Of R outputs R rows are pulled back, each of which
+        takes the memory of all outputs; all samples are evaluated once more where outputs are
+        chosen by value, and one for cotangents. Parameters that it is not differentiated by are
+        copied, up to 64 MiB, until the module is seen only to read them. A later write into one
         raises an error: any write into parameters of 8 KiB together, which is also undone; into
         larger ones a write by an operation of torch, or one that shows in some of their numbers.
 

@@ -15,6 +15,7 @@ from jacfunc._remembered import Remembered
 from jacfunc._samples import MOST_MISSES, SampledCall, SettledBatch
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import kind_of
+from jacfunc._trials import IN_FRONT
 
 
 def settled_at(call: ModuleCall, batching: Batching) -> SettledBatch | None:
@@ -54,7 +55,7 @@ def settle(
     made: FlatCall,
 ) -> None:
     """Keep what an evaluation of all samples has settled, if that is all but the numbers."""
-    if not _is_plain(call, batching):
+    if not _is_plain(call, batching) or call.output_dims != IN_FRONT:
         return
     version, kind = call.state.version, kind_of(call.arguments[0][0])
     before = _by_layers().get(version, kind)

@@ -94,9 +94,17 @@ class PointProducts:
             return
         _, *other = self._pair
         (tangents, pushed), (cotangents, pulled) = (first, other) if is_push else (other, first)
-        check = partial(check_transpose, cotangents, pushed, pulled, tangents, NOT_TRANSPOSED)
+        vectors = cotangents, pushed, pulled, tangents
+        check = partial(check_transpose, *vectors, NOT_TRANSPOSED, self._dtypes)
         in_words_of(self.api, check, *self.words)
         self._is_transposed, self._pair = True, None
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """Those in which products are computed."""
+        with self._around():
+            self._keep_graph()
+            transposed = self._point.transposed
+        return set() if transposed is None else transposed.dtypes()
 
     def _keep_graph(self) -> None:
         """Evaluate, if no graph is there, so that later products can be differentiated."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _FunctionBase, _functorch
 from torch._C._functorch import TransformType
@@ -57,3 +59,12 @@ class Pull:
     around: Hashable
     leads_out: Callable[[Tensor], bool] | None = None
     order: int = 1
+
+
+running_node: Callable[[], Any] = torch._C._current_autograd_node
+"""The node of a graph whose backward pass runs; None outside of backward passes."""
+
+
+def dtypes_of(node: Any) -> list[torch.dtype]:
+    """The dtypes of what a node of a graph gets in a backward pass."""
+    return [metadata.dtype for metadata in node._input_metadata]

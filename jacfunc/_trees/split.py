@@ -119,13 +119,14 @@ class Split:
         """What another tree has in the places of the chosen leaves.
 
         Raises:
-            StructureError: if the structures differ, or a tensor is in the place of a constant.
+            StructureError: if the structures differ, or a differentiable tensor is in the place
+                of a constant. Others may be, as in outputs that are given as cotangents.
         """
         values = aligned(self.spec, tree, root)
         if not self.constants:
             return values
         for value, yes, accessor in zip(values, self.is_chosen, self.spec.accessors(), strict=True):
-            if isinstance(value, Tensor) and not yes:
+            if not yes and is_differentiable(value):
                 raise StructureError(
                     f"{accessor.codify(root)} is a tensor, not None as for a constant"
                 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jacfunc._calls import FlatCall, OneTensor
+from jacfunc._errors import is_out_of_memory
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Dims, Samples, one_sample
+from jacfunc._log import note
 from jacfunc._remembered import Remembered
 from jacfunc._samples import Subject
-from jacfunc._trees import Arguments, flatten, map_tensors, unflatten
+from jacfunc._trees import Arguments, Split, flatten, map_tensors, unflatten
 from jacfunc._types import Leaves, Tree, is_differentiable
 
 
@@ -24,19 +26,21 @@ from jacfunc._types import Leaves, Tree, is_differentiable
 class OutputDims:
     """For each leaf of the output the dimension of the samples; none if they are in front of all.
 
-    Recurrent layers have them in dimension 1, of outputs and of states, as of their inputs.
+    States of recurrent layers have them in dimension 1, wherever the inputs have them.
     """
 
     dims: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, one: Tree, two: Tree, dims: Iterable[int]) -> OutputDims:
-        """From what a module returned for one sample, and for two, whose inputs have these dims.
+    def of(cls, returned: Callable[[int], Tree]) -> OutputDims:
+        """From what a module returns for one sample, and, where that does not tell, for two.
 
         An output that has as many in front as there are samples has them there.
         """
-        pairs = zip(flatten(one)[0], flatten(two)[0], strict=True)
-        every = tuple(_dim_of(*pair, sorted(dims)) for pair in pairs)
+        one = flatten(returned(1))[0]
+        if not any(isinstance(out, Tensor) and 1 in out.shape[1:] for out in one):
+            return IN_FRONT
+        every = tuple(map(_dim_of, one, flatten(returned(2))[0]))
         return cls(every if any(every) else ())
 
     def in_front(self, output: Tree) -> Tree:
@@ -93,12 +97,12 @@ def _without_batch(api: str, output: Tensor) -> Tensor:
     return output.squeeze(0)
 
 
-def _dim_of(one: object, two: object, dims: list[int]) -> int:
-    """The first of the dimensions that has one entry for one sample, and two for two."""
+def _dim_of(one: object, two: object) -> int:
+    """The first dimension that has one entry for one sample, and two for two."""
     if not (isinstance(one, Tensor) and isinstance(two, Tensor)):
         return 0
-    sizes = list(zip(one.shape, two.shape, strict=False))
-    return next((dim for dim in (0, *dims) if sizes[dim : dim + 1] == [(1, 2)]), 0)
+    sizes = zip(one.shape, two.shape, strict=False)
+    return next((dim for dim, pair in enumerate(sizes) if pair == (1, 2)), 0)
 
 
 @cache
@@ -112,32 +116,40 @@ class Trials:
     """Evaluations of a module that are made once for calls of a kind, to see what it does.
 
     Args:
-        kind: of the call's arguments.
+        split: the call's arguments.
         evaluate: what the module returns for tensors in the place of those of the call; before
             that it calls a function, of which nothing stays that it sets on the module.
     """
 
     api: str
     state: ModuleState
-    kind: Hashable
+    split: Split
     evaluate: Callable[[Leaves, Callable[[], object]], Tree]
 
     def output_dims(self, leaves: Leaves, dims: Dims) -> OutputDims:
         """Where the outputs hold the samples that the leaves hold in these dimensions."""
-        pairs = zip(leaves, dims, strict=True)
-        behind = {dim % x.dim() for x, dim in pairs if dim is not None}
-        if behind == {0}:
-            return IN_FRONT
 
         def make() -> OutputDims:
-            pairs = list(zip(one_sample(leaves, dims, 0), dims, strict=True))
-            one, two = (
-                tuple(x if dim is None else torch.stack([x] * count, dim) for x, dim in pairs)
-                for count in (1, 2)
-            )
-            return OutputDims.of(self.evaluate(one, _nothing), self.evaluate(two, _nothing), behind)
+            own = one_sample(leaves, dims, 0)
+            kinds = replace(self.split, leaves=own).kinds  # those of batches of any size
+            return _known_dims().get_or_make(version, (kinds, *dims), lambda: self._dims(own, dims))
 
-        return _known_dims().get_or_make(self.state.version, (self.kind, tuple(dims)), make)
+        version, kind = self.state.version, (self.split.kinds, tuple(dims))
+        return _known_dims().get_or_make(version, kind, make)
+
+    def _dims(self, own: Leaves, dims: Dims) -> OutputDims:
+        def returned(count: int) -> Tree:
+            pairs = zip(own, dims, strict=True)
+            batch = [x if dim is None else torch.stack([x] * count, dim) for x, dim in pairs]
+            return self.evaluate(tuple(batch), int)
+
+        try:
+            return OutputDims.of(returned)
+        except Exception as error:  # the call itself tells what is wrong, if anything is
+            if is_out_of_memory(error):
+                raise
+            note("where outputs hold the samples was not seen: %s", error)
+            return IN_FRONT
 
     def check_norms(self, names: tuple[str, ...], leaves: Leaves) -> None:
         """Refuse the batch normalizations with these names, if the module calls one.
@@ -145,7 +157,7 @@ class Trials:
         Raises:
             ValueError: if it does.
         """
-        kind = names, self.kind
+        kind = names, self.split.kinds
         if _unused_norms().get(self.state.version, kind):
             return
         if called := self._called(names, leaves):
@@ -173,10 +185,6 @@ class Trials:
             if not called:
                 raise
         return called
-
-
-def _nothing() -> None:
-    return
 
 
 def _note_call(called: list[str], name: str, *_: Any) -> None:

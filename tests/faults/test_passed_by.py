@@ -214,6 +214,52 @@ def test_derivatives_that_keep_no_graph_are_refused(name, transform):
         transform(CUT_OFF[name])(POINT)
 
 
+class Again(torch.autograd.Function):
+    """``func(x)``; the backward pass runs it again and keeps no graph, as adjoint solvers do."""
+
+    @staticmethod
+    def forward(ctx, func, x):
+        ctx.func = func
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return func(x)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            return None, *torch.autograd.grad(ctx.func(x), x, cotangent)
+
+
+OF_AGAIN = {
+    "cotangents are constants": lambda x: Again.apply(cube, x).sum(),
+    "cotangents depend on the point": lambda x: Again.apply(cube, x).square().sum(),
+    "beside what has a graph": lambda x: (Again.apply(cube, x) + x).square().sum(),
+}
+SECOND = {
+    "hessian": jacfunc.hessian,
+    "hvp": lambda f: lambda x: jacfunc.hvp(f, (x,), (x,)),
+    "hessian_operator": lambda f: lambda x: jacfunc.hessian_operator(f, x)[1] @ x,
+    "of jacrev": lambda f: jacfunc.jacrev(jacfunc.jacrev(f)),
+    "laplacian": jacfunc.laplacian,
+}
+
+
+@pytest.mark.parametrize("name", OF_AGAIN)
+@pytest.mark.parametrize("second", SECOND)
+def test_second_derivatives_through_backward_passes_that_keep_no_graph_are_refused(second, name):
+    func = OF_AGAIN[name]
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=r"^[a-z_]+: the function must be one"):
+            SECOND[second](func)(POINT)
+    plain = func(POINT.clone().requires_grad_())
+    assert plain.requires_grad
+    slope = jacfunc.jacrev(func)(POINT)  # the first derivative is right
+    step = 1e-6 * torch.eye(len(POINT), dtype=POINT.dtype)
+    beside = [(func(POINT + h) - func(POINT - h)) / 2e-6 for h in step]
+    torch.testing.assert_close(slope, torch.stack(beside), rtol=1e-6, atol=1e-6)
+
+
 def test_derivatives_inside_may_keep_their_graph_or_be_of_constants():
     def kept(x):
         return functional.jacobian(cube, x, create_graph=True).sum(0)

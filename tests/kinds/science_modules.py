@@ -383,6 +383,14 @@ class AdjointOde(Field):
         return Adjoint.apply(self.net, x, *(p for p in self.net.parameters() if p.requires_grad))
 
 
+@stands_for("an adjoint that asks for every parameter", (2,))
+class AdjointOfAll(Field):
+    """As if all of them required a gradient, whatever the network is differentiated by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Adjoint.apply(self.net, x, *self.net.parameters())
+
+
 @stands_for(
     "steps of each sample", inputs=lambda seed: (seed * floats(B, 2, seed=seed),), looks=True
 )
@@ -923,6 +931,27 @@ class WrittenInPlace(Layers):
             states[:, t] = state
         states *= x
         return states.sum(1)
+
+
+@stands_for("steps and states", (3, 2))
+class StepsAndStates(Parts):
+    """The samples are in front of the steps, and behind the layers of the states."""
+
+    def __init__(self) -> None:
+        super().__init__(layer=nn.LSTM(2, 2, 2, batch_first=True), head=nn.Linear(2, 2))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        steps, states = self.layer(x)
+        return {"out": self.head(steps).tanh(), "states": states}
+
+
+@stands_for("queries of every layer", (3, 2))
+class EveryLayer(Layers):
+    """As detectors stack what their layers say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.one(x)
+        return torch.stack([first, self.one(first)])
 
 
 @stands_for("a token before the others", (3, 2))

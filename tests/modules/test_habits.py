@@ -305,3 +305,35 @@ def test_dtypes_under_autocast() -> None:
         for strategy in ("auto", "looped", "structured"):
             jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(x)
             assert {block.dtype for block in jac.values()} == {torch.float32}
+
+
+class CastInside(nn.Module):
+    """Parts of it run in bfloat16, which neither its inputs nor its outputs tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = F.gelu(self.norm(self.first(x)))
+        return self.last(hidden.float())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_products_may_be_rounded_as_autocast_inside_rounds(seed: int) -> None:
+    torch.manual_seed(seed)
+    module, x = CastInside(), torch.randn(3, 3)
+    call = Call(module, x)
+    J = torch.cat([block.flatten(2) for block in call.whole.values()], 2).flatten(0, 1)
+    v, u = {n: torch.randn_like(p) for n, p in call.params.items()}, torch.randn(3, 2)
+
+    def flat(named: Any) -> Tensor:
+        return torch.cat([block.flatten() for block in named.values()])
+
+    operator = jacfunc.module_operator(module)(x)
+    G = jacfunc.ggn(module, call.loss)(x, call.targets)
+    near = {"rtol": 5e-2, "atol": 5e-2 * float(J.square().sum())}
+    torch.testing.assert_close((operator @ v).flatten(), J @ flat(v), **near)
+    torch.testing.assert_close(flat(operator.rmv(u)), u.flatten() @ J, **near)
+    torch.testing.assert_close(flat(G @ v), J.T @ (J @ flat(v)), **near)

@@ -245,6 +245,66 @@ def test_layers_that_are_not_called_are_no_reason_to_refuse(door: str) -> None:
         jacfunc.module_jacobian(module, per_sample=True)(X, normed=True)
 
 
+# --- samples in front of inputs, and elsewhere in outputs ---
+
+
+class States(nn.Module):
+    """The last states of each layer, which are in front of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(FEATURES, STATES, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[1]
+
+
+def at(number: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(size, 3, FEATURES, generator=generator, dtype=torch.float64)
+
+
+def states() -> nn.Module:
+    torch.manual_seed(0)
+    return States().double()
+
+
+def looped(module: nn.Module, x: Tensor, by: list[Tensor]) -> list[Tensor]:
+    """``[*out, *in]``, a backward pass a row."""
+    out = module(x)
+    rows = [torch.autograd.grad(y, by, retain_graph=True) for y in out.flatten()]
+    every = (torch.stack(block) for block in zip(*rows, strict=True))
+    return [block.unflatten(0, out.shape) for block in every]
+
+
+def test_a_batch_as_a_whole_is_differentiated_as_it_is_returned() -> None:
+    module = states()
+    jacobian = jacfunc.module_jacobian(module)
+    for size in (2, 16, 16):
+        got = jacobian(at(size, size))
+        want = looped(module, at(size, size), list(module.parameters()))
+        torch.testing.assert_close(list(got.values()), want)
+
+
+def test_states_by_inputs_at_every_call() -> None:
+    module = states()
+    jacobian = jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    for number, size in enumerate([3, 3, 3, 3, 1, 5, 2]):
+        x = at(number, size)
+        ones = [x[b : b + 1].clone().requires_grad_() for b in range(size)]
+        want = torch.stack([looped(module, one, [one])[0][:, 0, :, 0] for one in ones])
+        torch.testing.assert_close(jacobian(x), want)
+
+
+def test_sizes_of_batches_are_no_reason_to_look_again() -> None:
+    module, seen = states(), list[int]()
+    module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    jacobian = jacfunc.module_jacobian(module, per_sample=True, independent=True, strategy="looped")
+    for size in (4, 5, 4):
+        jacobian(at(size, size))
+    assert seen.count(2) == 1  # where the samples are is seen once
+
+
 # --- masks ---
 
 
@@ -269,3 +329,17 @@ def test_one_seed_draws_one_mask_for_auto_and_structured(flat: bool) -> None:
         )
     for other in every[1:]:
         torch.testing.assert_close(other, every[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 40_000}, {"outputs": [0]}], ids=str)
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "forward", "structured"])
+def test_samples_of_all_chunks_draw_the_same(strategy: str, options: dict[str, Any]) -> None:
+    """Samples that are alike then have one Jacobian, at the first call, too."""
+    module, x = Masked(), X[:1].expand(len(X), -1)
+    jacobian = jacfunc.module_jacobian(
+        module, per_sample=True, randomness="same", strategy=strategy, flat=True, **options
+    )
+    for seed in range(3):
+        torch.manual_seed(seed)
+        rows = jacobian(x)
+        torch.testing.assert_close(rows, rows[:1].expand_as(rows))

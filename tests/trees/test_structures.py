@@ -116,6 +116,7 @@ def test_constants_have_none_in_their_place() -> None:
     with pytest.raises(ValueError, match=r"where tangents\[0\]\['n'\] is a tensor, not None"):
         jacfunc.jvp(func, (primal,), ({"x": TWO, "n": ONE},))
     assert value["count"] == 3
+    assert_same(pull(value), ({"n": None, "x": torch.tensor(9.0)},))  # with its integers
 
 
 # --- vmap ---
