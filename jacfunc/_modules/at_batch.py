@@ -19,7 +19,7 @@ from jacfunc._lending import check_outermost
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._lock import kept_property
 from jacfunc._losses import is_of_torch
-from jacfunc._memory import Budget
+from jacfunc._memory import Budget, sparing
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
@@ -225,7 +225,7 @@ class ModuleAtBatch:
     def contracting(self) -> Iterator[None]:
         """Around contractions of factors: no graph, and no autocast to a lower precision."""
         devices = {tensor.device.type for tensor in self.params.values()}
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), sparing(self.call.independence.memory), ExitStack() as stack:
             for device in filter(torch.is_autocast_enabled, devices):
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield

@@ -15,6 +15,7 @@ from jacfunc._layouts import begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
+from jacfunc._memory import sparing
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments, noted
 from jacfunc._modules.options import (
@@ -160,7 +161,8 @@ class ModuleCall:
         if self._differentiates("params"):
             check_parameters(self.api, state)
         must = "the module must be one that torch can differentiate"
-        with worded(self.api, must), noted(self.api, self._split.leaves), alone():
+        spared = sparing(self.independence.memory)
+        with worded(self.api, must), noted(self.api, self._split.leaves), alone(), spared:
             random_state = RandomState(tensors)
             try:
                 grad_mode = self.create_graph and torch.is_grad_enabled()
