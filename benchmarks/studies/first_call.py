@@ -1,4 +1,9 @@
-"""What the first call of a process takes of its budget, as the system sees it."""
+"""What the first call of a process takes of its budget, as the system sees it.
+
+Pages of code are told apart, which the system reads from files and may drop. Beside each network
+stands what torch alone takes in such a process, but for tensors, where the rows of one sample are
+pulled back by hand: code that it writes, and room that its kernels keep. It is in the figures.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from benchmarks.report.tables import add, console, table
+from jacfunc._memory import PeakBytes
 from jacfunc._units import in_bytes
 
 MEGABYTES = (5, 40, 200)
@@ -121,36 +127,61 @@ def samples_for(door: str, size: int, params: int, inputs: int) -> int:
 
 
 def taken(door: str, network: str, megabytes: int) -> dict[str, Any]:
-    """The most bytes of this process in its first call, beside those before it.
-
-    Pages of code, which the system reads from files and may drop, are told apart.
-    """
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    make, shape = NETWORKS[network]
-    module, size = make(), megabytes * 2**20
-    params = sum(param.numel() for param in module.parameters())
-    count = samples_for(door, size, params, torch.Size(shape).numel())
+    """The most bytes of this process in its first call, beside those before it."""
+    module, shape = _prepared(network)
+    size, params = megabytes * 2**20, sum(param.numel() for param in module.parameters())
+    count = samples_for(door, size, params, shape.numel())
     x, y = torch.randn(count, *shape), torch.randint(CLASSES, (count,))
-    (torch.ones(3, 3) @ torch.ones(3, 3)).sum()
-    budget, refusal = 2 * size, ""
-    Path("/proc/self/clear_refs").write_text("5")  # the most bytes are counted anew
-    before, code = bytes_of("VmRSS"), bytes_of("RssFile")
-    try:
-        result = DOORS[door](module, budget, x, y)
-        del result
-    except ValueError as error:
-        refusal = str(error)
-    most, code = bytes_of("VmHWM") - before, bytes_of("RssFile") - code
+    budget = 2 * size
+    most, code, refusal = _most_of(lambda: DOORS[door](module, budget, x, y))
     counts = {"samples": count, "budget": budget, "most": most, "code": code}
     return {"door": door, "network": network, "megabytes": megabytes, **counts, "refusal": refusal}
 
 
+def floor(network: str) -> int:
+    """Bytes that torch takes beside tensors, where the rows of a sample are pulled back by hand."""
+    module, shape = _prepared(network)
+    x, params = torch.randn(1, *shape), tuple(module.parameters())
+
+    def by_hand() -> None:
+        for out in module(x)[0]:
+            torch.autograd.grad(out, params, retain_graph=True)
+
+    most, code, _ = _most_of(by_hand)
+    with PeakBytes() as counter:
+        by_hand()
+    return int(max(0, most - code - counter.peak))
+
+
+def _prepared(network: str) -> tuple[nn.Module, torch.Size]:
+    """A network, and the shape of its samples, in a process that has multiplied matrices."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    make, shape = NETWORKS[network]
+    module = make()
+    (torch.ones(3, 3) @ torch.ones(3, 3)).sum()
+    return module, torch.Size(shape)
+
+
+def _most_of(call: Callable[[], Any]) -> tuple[int, int, str]:
+    """The most bytes in a call beside those before it, those of code among them, and a refusal."""
+    refusal = ""
+    Path("/proc/self/clear_refs").write_text("5")  # the most bytes are counted anew
+    before, code = bytes_of("VmRSS"), bytes_of("RssFile")
+    try:
+        result = call()
+        del result
+    except ValueError as error:
+        refusal = str(error)
+    return bytes_of("VmHWM") - before, bytes_of("RssFile") - code, refusal
+
+
 ALONE = f"""
 import json, sys
-from {__name__} import taken
-door, network, megabytes = sys.argv[1:]
-print(json.dumps(taken(door, network, int(megabytes))))
+from {__name__} import floor, taken
+network, *of_door = sys.argv[1:]
+told = taken(of_door[0], network, int(of_door[1])) if of_door else floor(network)
+print(json.dumps(told))
 """
 
 
@@ -167,19 +198,24 @@ def measure(device: torch.device) -> dict[str, Any]:
     every = list(product(MEGABYTES, NETWORKS, DOORS))
     return {
         "target": TARGET,
-        "results": [_in_a_process(*case) for case in track(every, "calls", console=console)],
+        "floors": {network: _in_a_process(network) for network in NETWORKS},
+        "results": [_of_case(*case) for case in track(every, "calls", console=console)],
     }
 
 
-def _in_a_process(megabytes: int, network: str, door: str) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-c", ALONE, door, network, str(megabytes)]
-    named = {"door": door, "network": network, "megabytes": megabytes}
+def _of_case(megabytes: int, network: str, door: str) -> dict[str, Any]:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
+        told: dict[str, Any] = _in_a_process(network, door, str(megabytes))
     except subprocess.TimeoutExpired:
+        named = {"door": door, "network": network, "megabytes": megabytes}
         return {**named, "refusal": f"more than {LIMIT} seconds"}
-    told: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return told
+
+
+def _in_a_process(*arguments: str) -> Any:
+    command = [sys.executable, "-W", "ignore", "-c", ALONE, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def share(case: Mapping[str, Any]) -> float:
@@ -193,6 +229,9 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     for megabytes in _sizes(body):
         title = f"What a first call takes of a budget of twice {megabytes} MB"
         caption = f"Wanted: at most {body['target']}. In brackets: with the pages of code"
+        for network, nbytes in body.get("floors", {}).items():
+            part = nbytes / (2 * megabytes * 2**20)
+            caption += f". Of {network} torch alone takes {part:.2f}"
         of_size = table(title, caption, "door", *NETWORKS)
         for door in DOORS:
             cases = {

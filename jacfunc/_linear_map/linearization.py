@@ -183,7 +183,11 @@ def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
     count = seeds[0].shape[0]
     products = (sweep(tuple(seed[k] for seed in seeds)) for k in range(count))
     first = next(products)
-    if count == 1 or inside_transform() or not all(map(_is_bare, first)):
+    if count == 1:
+        left = [*first]
+        del first  # or all would be there twice
+        return tuple([torch.stack([left.pop(0)]) for _ in range(len(left))])
+    if inside_transform() or not all(map(_is_bare, first)):
         return tuple(map(torch.stack, zip(first, *products, strict=True)))
     # each product is copied at once: all of them, and their copies, would take twice the result
     every = tuple(leaf.new_empty((count, *leaf.shape)) for leaf in first)

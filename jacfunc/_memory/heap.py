@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 
+from jacfunc._lock import alone
 from jacfunc._memory.limits import LARGE
 
 KEPT_BYTES = LARGE - 2**16
 """Bytes of the largest block that the heap keeps, less what the heap adds to a block."""
+
+MAPPED_SHARE, LEAST_MAPPED = 128, 2**16
+"""On a budget, a block of more than this part of it has pages of its own, but for small blocks."""
+
+M_MMAP_THRESHOLD = -3
+"""The number that mallopt(3) has for the size from which blocks have pages of their own."""
 
 
 @cache
@@ -25,6 +33,51 @@ def keep_heap() -> None:
     here; nothing is written into it. A threshold that the user has set stays as it is.
     """
     torch.UntypedStorage(KEPT_BYTES)  # no operation: modes and transforms would see one
+
+
+@contextmanager
+def sparing(nbytes: int | None) -> Iterator[None]:
+    """A context for work on a budget of bytes, in which large blocks go back as they are freed.
+
+    In a heap that is kept, what is freed may be too small for the next block, or lie between blocks
+    in use: the process takes up to twice the bytes of its tensors. So blocks get pages of their
+    own, which costs time to have them anew.
+    """
+    heap = _heap()
+    if nbytes is None or heap is None:
+        yield
+        return
+    size = max(LEAST_MAPPED, nbytes // MAPPED_SHARE)
+    with alone():
+        heap.map_from(*heap.sizes, size)
+    try:
+        yield
+    finally:
+        with alone():
+            heap.sizes.remove(size)
+            heap.map_from(*heap.sizes)
+
+
+class _Heap:
+    """The heap of glibc; how large a block must be to have pages of its own."""
+
+    def __init__(self, mallopt: Callable[[int, int], int]) -> None:
+        keep_heap()  # the first call of mallopt fixes other sizes, too, as they are then
+        self._mallopt, self.sizes = mallopt, [LARGE]
+
+    def map_from(self, *sizes: int) -> None:
+        """Let the smallest of these sizes, each of which somebody needs, be the one."""
+        self.sizes = list(sizes)
+        self._mallopt(M_MMAP_THRESHOLD, min(sizes))
+
+
+@cache
+def _heap() -> _Heap | None:
+    """The heap of the process; None where it is another library's, or the user has set it."""
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    if is_set or "malloc" in os.environ.get("GLIBC_TUNABLES", "") or _trim() is None:
+        return None
+    return _Heap(ctypes.CDLL(None).mallopt)
 
 
 def give_back() -> None:

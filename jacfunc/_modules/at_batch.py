@@ -18,7 +18,7 @@ from jacfunc._lending import check_outermost
 from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._lock import kept_property
 from jacfunc._losses import is_of_torch
-from jacfunc._memory import Budget
+from jacfunc._memory import Budget, sparing
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
@@ -231,9 +231,11 @@ class ModuleAtBatch:
         self.call.check_independent(self.batch)
         return self.batch
 
-    def contracting(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def contracting(self) -> Iterator[None]:
         """Around contractions of factors: no graph, and no autocast to a lower precision."""
-        return contracting(self.params.values())
+        with contracting(self.params.values()), sparing(self.call.independence.memory):
+            yield
 
     @kept_property
     def outputs(self) -> BatchOutputs:

@@ -15,6 +15,7 @@ from jacfunc._layouts import begins, ends
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import Samples
 from jacfunc._lock import alone
+from jacfunc._memory import sparing
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, OwnArguments, noted
 from jacfunc._modules.options import (
@@ -158,7 +159,7 @@ class ModuleCall:
                 check_module_inputs(self.api, self.choice.split(self.arguments))
             if self._differentiates("params"):
                 check_parameters(self.api, state)
-        with alone():
+        with alone(), sparing(self.independence.memory):
             random_state = RandomState(tensors)
             try:
                 grad_mode = self.create_graph and torch.is_grad_enabled()

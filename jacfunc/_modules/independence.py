@@ -59,16 +59,18 @@ class Independence:
         at_once: samples that are evaluated together, drawn at random; None for all.
         by_rows: is every output of a sample swept?
         is_thorough: are many halves compared at every call, not at the first alone?
+        memory: bytes that a call may take; None if there is no limit.
     """
 
     independent: Independent = None
     at_once: int | None = None
     by_rows: bool = True
     is_thorough: bool = False
+    memory: int | None = None
 
     @classmethod
     def of(
-        cls, api: str, independent: Any, at_once: int | None = None, by_rows: bool = True
+        cls, api: str, independent: Any, at_once: int | None, by_rows: bool, memory: int | None
     ) -> Independence:
         """Raises ValueError for anything else than None, True and "always"."""
         is_always = isinstance(independent, str) and independent == "always"
@@ -77,7 +79,8 @@ class Independence:
                 f"{api}: independent must be None, True or 'always', got {independent!r}. "
                 "Pass True if you know that samples do not depend on each other."
             )
-        return cls(independent, None if at_once is None else max(FEW_CALLS, at_once), by_rows)
+        few = None if at_once is memory is None else max(FEW_CALLS, at_once or 0)
+        return cls(independent, few, by_rows, memory=memory)
 
     def check(
         self, api: str, state: ModuleState, kind: Hashable, subject_of: Callable[[], Subject]
@@ -88,8 +91,7 @@ class Independence:
             ValueError: if they do.
             Refused: if the module returns other numbers each time.
         """
-        compare = self._comparison(api, subject_of)
-        kind = _with_hooks(kind)
+        compare, kind = self._comparison(api, subject_of), _with_hooks(kind)
         self._refuse(api, self._what_changes(lambda: _kinds_of_state(state), kind, compare))
 
     def known_at_next(self, state: ModuleState, kind: Hashable) -> KnownCalls | None:

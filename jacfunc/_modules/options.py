@@ -15,7 +15,7 @@ from jacfunc._calls import CUT_OFF
 from jacfunc._lending import CurrentState, ModuleState, Select
 from jacfunc._memory import Budget
 from jacfunc._modules.function import FunctionAsModule, FunctionState, check_called
-from jacfunc._modules.independence import FEW_CALLS, Independence, Independent
+from jacfunc._modules.independence import Independence, Independent
 from jacfunc._outputs import Asked, Outputs, choice_of
 from jacfunc._remembered import Remembered
 from jacfunc._torch import inside_derivative
@@ -100,11 +100,10 @@ class ModuleOptions:
         nbytes = None if memory is None else check_memory(api, memory)
         if batching is not None:
             check_randomness_option(api, batching.randomness)
-        few = at_once if nbytes is None else at_once or FEW_CALLS
         by_all_rows = by_rows and outputs is None
         return cls(
             *(api, module, select, batching, chunk_size, nbytes),
-            Independence.of(api, independent, few, by_all_rows),
+            Independence.of(api, independent, at_once, by_all_rows, nbytes),
             copy,
             stays,
             None if outputs is None else choice_of(api, outputs),

@@ -78,6 +78,44 @@ def test_pages_between_blocks_in_use_are_given_back() -> None:
     assert given > 45
 
 
+SPARING = """
+import torch
+from jacfunc._memory import sparing
+
+def anonymous():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    return 1024 * int(line.split()[1])
+
+def taken_by_freed():
+    before = anonymous()
+    blocks = [torch.ones(2**17) for _ in range(100)]
+    kept = blocks[::2]
+    full = anonymous()
+    del blocks
+    return (full - anonymous()) / 2**19
+
+with sparing(2**24):
+    with sparing(2**26):
+        inside = taken_by_freed()
+    again = taken_by_freed()
+with sparing(None):
+    print(inside, again, taken_by_freed())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody else says what a process takes")
+@pytest.mark.parametrize("is_set", [False, True], ids=["by default", "set by the user"])
+def test_on_a_budget_large_blocks_go_back_as_they_are_freed(is_set: bool) -> None:
+    """And are kept as before when the work is done; a size that the user has set stays."""
+    unset = {name: x for name, x in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = unset | ({"MALLOC_MMAP_THRESHOLD_": str(2**25)} if is_set else {})
+    run = [sys.executable, "-W", "ignore", "-c", SPARING]
+    told = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    inside, again, outside = map(float, told.stdout.split())
+    assert outside < 5
+    assert (inside < 5 and again < 5) if is_set else (inside > 45 and again > 45)
+
+
 WITHIN = """
 import sys, torch, jacfunc
 from torch import nn
