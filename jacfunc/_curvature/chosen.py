@@ -79,7 +79,7 @@ def _every(call: ChosenCall, outputs: BatchOutputs) -> BatchOutputs:
 
 
 def loss_of(
-    api: str, func: LossFunction, targets: Tree, captured: Captured, outputs: BatchOutputs
+    api: str, func: LossFunction, targets: Tree, captured: Captured | None, outputs: BatchOutputs
 ) -> Loss:
     """A loss as a function of the outputs, or of those that are asked for."""
     call = outputs.call

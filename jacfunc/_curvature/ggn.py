@@ -15,7 +15,7 @@ from jacfunc._curvature.gauss_newton import GaussNewton
 from jacfunc._curvature.loss import LossFunction
 from jacfunc._lending import Captured, Select
 from jacfunc._lock import alone
-from jacfunc._losses import Likelihood, Predictive, check_draws, check_loss
+from jacfunc._losses import Likelihood, Predictive, check_draws, check_loss, is_of_torch
 from jacfunc._modules import Batching, BatchOptions, Independent, RowOptions
 from jacfunc._outputs import Outputs
 from jacfunc._showing import named
@@ -138,8 +138,10 @@ def ggn(
         if loss is None:
             return GaussNewton(options.at((args, kwargs), is_kept=True), Unweighted)
         at_batch, targets = options.with_targets(args, kwargs, loss, is_kept=True)
-        curvature_of = partial(loss_of, "ggn", loss, targets, Captured.of(loss))
-        return GaussNewton(at_batch, curvature_of)
+        # a function of torch itself closes over nothing
+        is_plain = is_of_torch(loss) and not isinstance(loss, partial | nn.Module)
+        captured = None if is_plain else Captured.of(loss)
+        return GaussNewton(at_batch, partial(loss_of, "ggn", loss, targets, captured))
 
     return named("ggn", module, ggn_of)
 

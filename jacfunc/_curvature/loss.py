@@ -218,8 +218,7 @@ class Loss:
         noise = noise_like(leaves)
         pairs = zip(shared_units(leaves), noise, strict=True)
         seeds = tuple(torch.cat((units, x.unsqueeze(0))) for units, x in pairs)
-        with torch.no_grad():
-            products = in_a_row(self.times_batch(seeds)).transpose(0, 1)
+        products = in_a_row(self.times_batch(seeds)).transpose(0, 1)
         # torch has no eigenvectors in half precision
         products = products.to(torch.promote_types(products.dtype, torch.float32))
         vector = in_a_row(tuple(x.unsqueeze(0) for x in noise))[0].unsqueeze(2)

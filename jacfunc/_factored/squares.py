@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import TypeAlias, TypeGuard
 
 import torch
@@ -90,7 +90,7 @@ def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARE
         others = [torch.cat(others, 2)]
     squares += map(_squared_norms, others)
     squares += [_squared_norms(seeds).mul_(factors) for seeds, factors in outers.values()]
-    return squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
+    return reduce(torch.add, squares)
 
 
 def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:
@@ -227,7 +227,8 @@ def _as_known(form: Form, param: Tensor) -> KnownForm:
     """The form in the dtype of products; rows if the form is none of the three."""
     known = form if isinstance(form, KnownForm) else Rows(form.rows().transpose(0, 1))
     before = _seeds(known)
-    dtype = product_dtype(before, param)
+    is_wide = before.dtype == param.dtype and before.itemsize > 2
+    dtype = before.dtype if is_wide else product_dtype(before, param)
     if before.dtype == dtype:
         return known  # a convolution may have nothing unfolded yet
     seeds = before.to(dtype)

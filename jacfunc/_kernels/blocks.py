@@ -93,7 +93,8 @@ class SampleRange:
     def rows(self, axes: KeptAxes) -> list[LeafRows]:
         """All rows of the Jacobian of each output leaf."""
         with self.samples.evaluated(self.start, self.stop) as jacobian:
-            return [_leaf_rows(jacobian, number, axes) for number in range(len(jacobian.outputs))]
+            outputs = jacobian.outputs
+            return [_leaf_rows(jacobian, outputs, number, axes) for number in range(len(outputs))]
 
 
 @dataclass(frozen=True)
@@ -185,10 +186,11 @@ def _ranges(side: Sequence[SampleRange]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise([0, *stops])]
 
 
-def _leaf_rows(jacobian: FactoredJacobian, number: int, axes: KeptAxes) -> LeafRows:
+def _leaf_rows(
+    jacobian: FactoredJacobian, outputs: Leaves, number: int, axes: KeptAxes
+) -> LeafRows:
     """All rows of output leaf ``number``, in the order diagonal, kept, traced."""
-    alone, size = slice(number, number + 1), jacobian.size
-    out = jacobian.outputs[number]
+    alone, size, out = slice(number, number + 1), jacobian.size, outputs[number]
     (units,), shape = shared_units((out,)), out.shape[1:]
     orders = axes.ordered(len(shape))
     order = [axis for group in orders for axis in group]

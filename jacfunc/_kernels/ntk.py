@@ -11,19 +11,9 @@ from jacfunc._arguments import check_chunk_size, check_flags, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import check_uncompiled
-from jacfunc._kernels.blocks import (
-    KeptAxes,
-    KernelOptions,
-    SampleRange,
-    product_of,
-)
+from jacfunc._kernels.blocks import KeptAxes, KernelOptions, SampleRange, product_of
 from jacfunc._kernels.fitting import in_ranges
-from jacfunc._kernels.sampled_function import (
-    KernelSamples,
-    SingleCall,
-    samples_of,
-    sides_of,
-)
+from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of, sides_of
 from jacfunc._lending import Select
 from jacfunc._memory import Budget
 from jacfunc._modules import (
@@ -138,30 +128,34 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
-    check_progress(API, progress)
-    asked = choice_of(API, outputs, x2 is None and is_batch(x1))
+    if progress is not None:
+        check_progress(API, progress)
+    sides, are_single = _sides(x1, x2)
+    asked = None if outputs is None else choice_of(API, outputs, are_single and x2 is None)
     batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
-    budget = Budget(API, check_memory(API, memory))
     if isinstance(func, nn.Module):
         options = BatchOptions.read(
             *(API, func, _selected(params, select), batching, chunk_size, memory),
             *(independent, chunk_size),
             # progress, or an iterable of batches, may run code between blocks
-            stays=progress is not None or not (is_batch(x1) and is_batch(x2)),
+            stays=progress is not None or not are_single,
             outputs=asked,
         )
+        budget = Budget(API, options.memory)
 
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             with budget.keeping():
                 return options.at((args, {}))
     else:
         _check_function(select, randomness, chunk_size)
+        budget = Budget(API, check_memory(API, memory))
 
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             return samples_of(API, func, params, args, in_dims, randomness, asked)
 
-    ranges = in_ranges(sides_of(API, _sides(x1, x2), samples_at), axes, chunk_size, budget)
-    places.check_unread(func, params, x1, x2)
+    ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
+    if out is not None:
+        places.check_unread(func, params, x1, x2)
     return product_of(ranges[0], ranges[-1], axes, progress, places)
 
 
@@ -207,17 +201,23 @@ def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]
 def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], Any]:
     """What is called, and its parameters: a function of batches is a module that has its own."""
     check_uncompiled(API)
+    if batched is not False:
+        check_flags(API, batched=batched)
+    if isinstance(func, nn.Module):
+        return func, params
     check_called(API, func)
-    check_flags(API, batched=batched)
-    if batched and not isinstance(func, nn.Module):
-        return FunctionAsModule(API, func, params), None
-    return func, params
+    return (FunctionAsModule(API, func, params), None) if batched else (func, params)
 
 
-def _sides(x1: Any, x2: Any) -> dict[str, Iterable[Any]]:
-    """The batches of each argument; without a second one the first is both sides."""
+def _sides(x1: Any, x2: Any) -> tuple[dict[str, Iterable[Any]], bool]:
+    """The batches of each argument, and whether each is one batch.
+
+    Without a second argument the first is both sides.
+    """
     named = {"x1": x1} if x2 is None else {"x1": x1, "x2": x2}
-    return {name: [x] if is_batch(x) else x for name, x in named.items()}
+    single = {name for name, x in named.items() if is_batch(x)}
+    sides = {name: [x] if name in single else x for name, x in named.items()}
+    return sides, len(single) == len(named)
 
 
 def _check_function(select: Select, randomness: object, chunk_size: object) -> None:

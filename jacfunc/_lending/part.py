@@ -217,6 +217,11 @@ def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
     return same and (not these or list(these) == list(those))
 
 
+def marks_of(parts: Iterable[ModulePart]) -> list[Any]:
+    """The objects that parts are made of, in a row; see :meth:`ModulePart.marks`."""
+    return [mark for part in parts for mark in part.marks()]
+
+
 def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
     """Each tensor once: tied ones count under the first of their names."""
     first: dict[int, tuple[str, Tensor]] = {}

@@ -12,7 +12,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from jacfunc._lending.part import ModulePart, put_back
+from jacfunc._lending.part import ModulePart, marks_of, put_back
 from jacfunc._remembered import Remembered
 
 
@@ -92,7 +92,7 @@ def version_at(
     Where these can't be told, or TorchScript hides some, it is another one each time.
     """
     every = [*parts, *(beside or ())]
-    marks = [mark for part in every for mark in part.marks()] + list(map(ref, point.values()))
+    marks = [*marks_of(every), *map(ref, point.values())]
     if beside is not None and any(part.is_scripted or part.hides for part in every):
         return Version(marks)
     return Version.of(module, (bool(beside), *point), marks)
@@ -101,7 +101,7 @@ def version_at(
 def version_of_loss(loss: Any) -> Version:
     """The version of a function, or of a module."""
     parts = map(ModulePart.of, loss.modules()) if isinstance(loss, nn.Module) else ()
-    return Version.of(loss, None, [mark for part in parts for mark in part.marks()])
+    return Version.of(loss, None, marks_of(parts))
 
 
 def _are_same(these: list[Any], those: list[Any]) -> bool:

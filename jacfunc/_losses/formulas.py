@@ -101,7 +101,10 @@ class OfClasses:
         """``a [B, 1, …]``, in the dtype in which products are computed."""
         targets, settings, size = self.targets, self.settings, self.logits.shape[1]
         weight, smoothing = settings["weight"], settings["label_smoothing"]
-        dtype = product_dtype(self.logits)
+        dtype, is_mean = product_dtype(self.logits), settings["reduction"] == "mean"
+        if weight is None and not targets.is_floating_point():  # smoothed or not, a is the same
+            every: Tensor = (targets != settings["ignore_index"]).unsqueeze(1).to(dtype)
+            return every / every.sum() if is_mean else every
         weights = self.logits.new_ones(size, dtype=dtype) if weight is None else weight.to(dtype)
         if targets.is_floating_point():
             by_class = weights.view(-1, *(1,) * (targets.dim() - 2))
@@ -113,7 +116,7 @@ class OfClasses:
             own = weights[targets.unsqueeze(1).where(is_seen, 0)] * seen
             terms = own.sum()
         factors: Tensor = own * (1 - smoothing) + seen * (weights.mean() * smoothing)
-        return factors / terms if settings["reduction"] == "mean" else factors
+        return factors / terms if is_mean else factors
 
     def roots(self) -> Tensor | None:
         """A triangular factor of ``diag(p) - p pᵀ`` a row, from sums over the first entries of p.

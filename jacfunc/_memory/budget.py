@@ -30,7 +30,9 @@ class Budget:
     """
 
     def __init__(self, api: str, nbytes: int | None) -> None:
-        self._api, self._nbytes, self._counter = api, nbytes, PeakBytes()
+        self._api, self._nbytes = api, nbytes
+        if nbytes is not None:
+            self._counter = PeakBytes()
 
     def keeping(self) -> AbstractContextManager[Any]:
         """A context in which what is made is kept from piece to piece."""

@@ -118,11 +118,11 @@ class ModuleAtBatch:
     """The thread for which it is undisturbed."""
 
     def __post_init__(self) -> None:
-        self._settled = settled_at(self.call, self.batching)
-        if self._settled is None:  # arguments are checked now
+        self._settled = settled = settled_at(self.call, self.batching)
+        if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
-        leaves = self.batch.samples.leaves if self._settled is None else self.call.arguments[0]
-        self.size = self.batch.size if self._settled is None else self._settled.size
+        self.size = (settled or self.batch).size
+        leaves = self.call.arguments[0] if settled else self.batch.samples.leaves
         self.random_state = RandomState(leaves)
 
     @kept_property
@@ -148,7 +148,7 @@ class ModuleAtBatch:
     def undisturbed(self) -> Iterator[None]:
         """Around evaluations and pullbacks: nothing outside is changed, all draw the same."""
         is_inside = self._thread == get_ident()
-        with nullcontext() if is_inside else self.call.undisturbed():
+        with nullcontext() if is_inside else self.call.undisturbed(self._settled is not None):
             self._thread = get_ident()
             self.random_state.repeat()
             try:
@@ -247,5 +247,4 @@ class ModuleAtBatch:
 
         with self.budget.keeping():
             leaves = stack(self.pieces(returned), self.size)
-        dims = self.call.output_dims
-        return BatchOutputs(leaves[:count], leaves[count:], self.last_call, dims)
+        return BatchOutputs(leaves[:count], leaves[count:], self.last_call, self.call.output_dims)

@@ -147,17 +147,17 @@ class ModuleCall:
         return subject_of(self.state, self._split.merge, in_front, every, width, by_inputs)
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Around all sweeps of the call, which is checked first: nothing outside is changed."""
+    def undisturbed(self, is_settled: bool = False) -> Iterator[None]:
+        """Around all sweeps of a call, which is checked if not settled: nothing else is changed."""
         state, params = self.state, self._variables()
         tensors = (*state.point.values(), *state.params.values(), *state.buffers.values())
         check_call(self.api, self.create_graph)
-        check_devices(self.api, state)
-        if self._differentiates("inputs"):
-            check_module_inputs(self.api, self.choice.split(self.arguments))
-        if self._differentiates("params"):
-            check_parameters(self.api, state)
-        must = "the module must be one that torch can differentiate"
+        if not is_settled:
+            check_devices(self.api, state)
+            if self._differentiates("inputs"):
+                check_module_inputs(self.api, self.choice.split(self.arguments))
+            if self._differentiates("params"):
+                check_parameters(self.api, state)
         with alone():
             random_state = RandomState(tensors)
             try:
@@ -165,6 +165,7 @@ class ModuleCall:
                 with torch.set_grad_enabled(grad_mode), state.lent_for_call(self.api, params):
                     yield
             except Exception:
+                must = "the module must be one that torch can differentiate"
                 with worded(self.api, must), noted(self.api, self._split.leaves):
                     raise
             finally:

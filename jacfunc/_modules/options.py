@@ -94,9 +94,10 @@ class ModuleOptions:
             TypeError, ValueError: options that do not fit.
         """
         (check_called if cls.takes_functions else check_module)(api, module)
-        check_chunk_size(api, chunk_size)
+        if chunk_size is not None:
+            check_chunk_size(api, chunk_size)
         check_flags(api, copy=copy)
-        nbytes = check_memory(api, memory)
+        nbytes = None if memory is None else check_memory(api, memory)
         if batching is not None:
             check_randomness_option(api, batching.randomness)
         few = at_once if nbytes is None else at_once or FEW_CALLS
@@ -106,7 +107,7 @@ class ModuleOptions:
             Independence.of(api, independent, few, by_all_rows),
             copy,
             stays,
-            choice_of(api, outputs),
+            None if outputs is None else choice_of(api, outputs),
         )
 
     @cached_property

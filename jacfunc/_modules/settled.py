@@ -9,6 +9,7 @@ from torch import Tensor
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._modules.call import ModuleCall
+from jacfunc._modules.independence import KnownCalls
 from jacfunc._modules.options import Batching
 from jacfunc._remembered import Remembered
 from jacfunc._samples import MOST_MISSES, SampledCall, SettledBatch
@@ -33,7 +34,9 @@ def evaluated_again(
 
     It is where batches are to be compared, or where the evaluation shows something new.
     """
-    calls = call.independence.known_at_next(call.state, settled.kind)
+    # with one sample nothing is compared
+    alone = KnownCalls() if settled.is_alone else None
+    calls = alone or call.independence.known_at_next(call.state, settled.kind)
     if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
         return None
     compared = settled.learned if call.independence.independent is True else calls

@@ -12,8 +12,8 @@ MOST = {
     "module_jacobian, per sample": (38, 91),
     "module_jacobian, by inputs": (29, 70),
     "module_jacobian, by layers": (44, 164),
-    "ntk": (69, 351),
-    "ggn, diagonal": (73, 377),
+    "ntk": (60, 204),
+    "ggn, diagonal": (66, 240),
 }
 
 
