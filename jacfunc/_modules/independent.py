@@ -56,22 +56,26 @@ class SettledCalls:
     """What the calls of one door have settled, by the kind of their only argument.
 
     They differentiate each sample by parameters, by that argument, or by both, and return new
-    tensors.
+    tensors; ``flat``, one matrix.
     """
 
-    def __init__(self, independence: Independence) -> None:
-        self._independence = independence
+    def __init__(self, independence: Independence, flat: bool) -> None:
+        self._independence, self._flat = independence, flat
         self._by_kind = Recent[tuple[ModuleState, SettledBatch]](MOST_KINDS)
 
     @classmethod
-    def of(cls, options: ModuleOptions, argnums: Argnums, beside: Sequence[Any]) -> Self | None:
+    def of(
+        cls, options: ModuleOptions, argnums: Argnums, flat: bool, beside: Sequence[Any]
+    ) -> Self | None:
         """Those of a door; None where its results are others, as options ``beside`` these say."""
         others = options.outputs, options.memory, options.chunk_size, *beside
         if any(x is not None and x is not False for x in others):
             return None
         # of another order, or a tuple of one, the tree is another one
         is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
-        return cls(options.independence) if is_known and options.batching == Batching() else None
+        if not is_known or options.batching != Batching():
+            return None
+        return cls(options.independence, flat)
 
     def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
         """The Jacobian of a call, where one of its kind has settled all but the numbers."""
@@ -88,14 +92,15 @@ class SettledCalls:
         if calls is None or settled.misses >= MOST_MISSES:
             return None
         compared = settled.learned if independence.independent is True else calls
-        blocks = settled.blocks(state, x, compared.signatures)
-        if blocks is None:
+        make = settled.matrix if self._flat else settled.blocks
+        made = make(state, x, compared.signatures)
+        if made is None:
             return None
         calls.count += 1
-        if not settled.names:
-            return blocks[0]
-        jacobian = dict(zip(settled.names, blocks, strict=False))
-        return (jacobian, blocks[-1]) if settled.by_inputs else jacobian
+        if self._flat or not settled.names:
+            return made if self._flat else made[0]
+        jacobian = dict(zip(settled.names, made, strict=False))
+        return (jacobian, made[-1]) if settled.by_inputs else jacobian
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""

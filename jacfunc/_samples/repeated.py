@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -127,30 +128,49 @@ class RepeatedEvaluation:
 def blocks_of(jacobian: FactoredJacobian) -> Leaves:
     """Blocks ``[B, *out, *primal]`` of the only output, from one sweep of all its rows."""
     outputs, params = jacobian.linearization.outputs, jacobian.params
-    (out,) = outputs
-    seeds = shared_units(outputs)
+    (out,), seeds = outputs, shared_units(outputs)
     dtypes = [torch.promote_types(x.dtype, out.dtype) for x in params]
     if jacobian.uses:
-        parts, lead = jacobian.parts_of_cotangents(seeds), (jacobian.size, len(seeds[0]))
-        shapes = [(*lead, *x.shape) for x in params]
-        blocks = list(map(empty, params, shapes, dtypes))
-        jacobian.write(parts, blocks)
+        lead = jacobian.size, len(seeds[0])
+        blocks = list(map(empty, params, [(*lead, *x.shape) for x in params], dtypes))
+        _write(jacobian, seeds, blocks)
     else:
-        products = jacobian.linearization.pull_batch(seeds)
-        pairs = zip(jacobian.direct, _apart(products, seeds), strict=True)
-        rows = [x.unsqueeze(0) if d.dim is None else x.movedim(d.dim + 1, 0) for d, x in pairs]
+        rows = _rows(jacobian, seeds)
         blocks = [x.to(dtype) for x, dtype in zip(rows, dtypes, strict=True)]
     if out.dim() == 2:
         return tuple(blocks)
     return tuple([x.unflatten(1, out.shape[1:]) if out.dim() > 1 else x[:, 0] for x in blocks])
 
 
-def _apart(products: Leaves, seeds: Leaves) -> Leaves:
-    """Products in memory of their own, which may be that of seeds, of each other, or expanded."""
+def matrix_of(jacobian: FactoredJacobian) -> Tensor:
+    """The Jacobian ``[B, M, N]`` of the only output, from one sweep, written without a copy."""
+    (out,), seeds = jacobian.linearization.outputs, shared_units(jacobian.linearization.outputs)
+    widths = [x.numel() for x in jacobian.params]
+    dtypes = {x.dtype for x in (*jacobian.params, out)}
+    lead = jacobian.size, len(seeds[0])
+    matrix = empty(out, (*lead, sum(widths)), reduce(torch.promote_types, dtypes))
+    pairs = zip(matrix.split(widths, 2), jacobian.params, strict=True)
+    _write(jacobian, seeds, [part.view(*lead, *x.shape) for part, x in pairs])
+    return matrix
+
+
+def _write(jacobian: FactoredJacobian, seeds: Leaves, places: Sequence[Tensor]) -> None:
+    """Write the rows of these seeds into places ``[B, K, *primal]``."""
+    if jacobian.uses:
+        jacobian.write(jacobian.parts_of_cotangents(seeds), places)
+        return
+    for place, rows in zip(places, _rows(jacobian, seeds), strict=True):
+        place.copy_(rows)
+
+
+def _rows(jacobian: FactoredJacobian, seeds: Leaves) -> list[Tensor]:
+    """Rows ``[B, K, *primal]`` where no operation with a rule uses a parameter, in own memory."""
+    products = jacobian.linearization.pull_batch(seeds)
     memories, count = memories_of((*seeds, *products)), len(seeds)
-    return tuple(
-        [
-            x.clone() if 0 in x.stride() or memories[number] in memories[:number] else x
-            for number, x in enumerate(products, count)
-        ]
-    )
+    # those of seeds are kept, and autograd may return expanded views, or one tensor twice
+    own = [
+        x.clone() if 0 in x.stride() or memories[number] in memories[:number] else x
+        for number, x in enumerate(products, count)
+    ]
+    pairs = zip(jacobian.direct, own, strict=True)
+    return [x.unsqueeze(0) if d.dim is None else x.movedim(d.dim + 1, 0) for d, x in pairs]

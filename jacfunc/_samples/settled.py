@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
-from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of
+from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of, matrix_of
 from jacfunc._torch import (
     MathAttention,
     RandomState,
@@ -86,11 +86,12 @@ class SettledBatch:
         names = tuple(state.point) if batch.differentiates[0] else ()
         by_layers = by_layers and bool(names)
         is_alone, learned = batch.size == 1, batch.learned_as_a_whole
-        if type(output) is not Tensor or not batch.size:
+        is_refused = "as a whole" in LearnedUses.of(batch.kind).refused
+        if type(output) is not Tensor or not batch.size or (is_refused and not is_alone):
             return None
         if not (is_alone or is_in_front(learned, bool(names))):
             return None
-        if by_layers and (learned.ruled is None or learned.others):
+        if by_layers and (is_refused or learned.ruled is None or learned.others):
             return None
         around = ALONE if is_alone and not by_layers else PLAIN
         return cls(batch, names, output, not is_unwatched(call, around), by_layers)
@@ -98,6 +99,10 @@ class SettledBatch:
     def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
         """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
         return self.result(state, x, compared, blocks_of)
+
+    def matrix(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Tensor | None:
+        """The matrix ``[B, M, N]``; None where the call must be taken anew."""
+        return self.result(state, x, compared, matrix_of)
 
     def result(
         self,
@@ -138,11 +143,7 @@ class SettledBatch:
             raise
 
     def again(
-        self,
-        state: ModuleState,
-        x: Tensor,
-        compared: Container[int],
-        random_state: RandomState,
+        self, state: ModuleState, x: Tensor, compared: Container[int], random_state: RandomState
     ) -> FactoredJacobian | None:
         """The batch evaluated by who lends the module; None where the call must be taken anew.
 

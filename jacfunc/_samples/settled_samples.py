@@ -57,7 +57,9 @@ class SettledSamples(SettledBatch):
     def _block(self, rows: Tensor) -> Tensor:
         """The block ``[B, *out, *param]`` of rows ``[B, K, *param]``."""
         shape, dtype = self.output
-        block = rows if len(shape) == 2 else rows.unflatten(1, shape[1:])
+        block = rows if len(shape) == 2 else rows[:, 0]
+        if len(shape) > 2:
+            block = rows.unflatten(1, shape[1:])
         return block if block.dtype == dtype else block.to(torch.promote_types(block.dtype, dtype))
 
 

@@ -11,7 +11,7 @@ MOST = {
     "jacrev": (25, 50),
     "module_jacobian, per sample": (38, 91),
     "module_jacobian, by inputs": (29, 70),
-    "module_jacobian, by layers": (44, 183),
+    "module_jacobian, by layers": (44, 164),
     "ntk": (60, 204),
     "ggn, diagonal": (66, 240),
 }

@@ -181,11 +181,28 @@ def test_each_call_is_exact(kind: str, strategy: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("strategy", ["structured", "reverse"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_flat(kind: str, strategy: str, size: int) -> None:
+    make, draw = KINDS[kind]
+    module = make().double()
+    jac = jacfunc.module_jacobian(module, per_sample=True, flat=True, strategy=strategy)
+    for _ in range(5):
+        x = draw(size)
+        rows = [
+            block.reshape(size, -1, module.get_parameter(name).numel())
+            for name, block in loop(module, x).items()
+        ]
+        torch.testing.assert_close(jac(x), torch.cat(rows, 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 4])
 def test_by_both(size: int) -> None:
     module = Network()
-    jac = jacfunc.module_jacobian(
-        module, ("params", "inputs"), per_sample=True, strategy="structured"
-    )
+    ways: Any = {"per_sample": True, "strategy": "structured"}
+    jac = jacfunc.module_jacobian(module, ("params", "inputs"), **ways)
+    flat = jacfunc.module_jacobian(module, ("params", "inputs"), flat=True, **ways)
+    inputs = jacfunc.module_jacobian(module, "inputs", flat=True, **ways)
     for _ in range(6):
         x = points(size)
         by_params, by_inputs = jac(x)
@@ -193,6 +210,9 @@ def test_by_both(size: int) -> None:
         own = x.clone().requires_grad_()
         rows = [torch.autograd.grad(y.sum(), own, retain_graph=True)[0] for y in module(own).T]
         torch.testing.assert_close(by_inputs, torch.stack(rows, 1), rtol=1e-12, atol=1e-12)
+        every = [block.flatten(2) for block in (*by_params.values(), by_inputs)]
+        torch.testing.assert_close(flat(x), torch.cat(every, 2), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(inputs(x), by_inputs, rtol=1e-12, atol=1e-12)
 
 
 @WAYS
