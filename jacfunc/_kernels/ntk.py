@@ -128,18 +128,14 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
-    if progress is not None:
-        check_progress(API, progress)
     sides, are_single = _sides(x1, x2)
+    stays = _stays(progress, are_single)
     asked = None if outputs is None else choice_of(API, outputs, are_single and x2 is None)
-    batching, (func, params) = Batching(in_dims, randomness), _called(func, params, batched)
+    func, params = _called(func, params, batched)
     if isinstance(func, nn.Module):
+        choices = _selected(params, select), Batching(in_dims, randomness), chunk_size, memory
         options = BatchOptions.read(
-            *(API, func, _selected(params, select), batching, chunk_size, memory),
-            *(independent, chunk_size),
-            # progress, or an iterable of batches, may run code between blocks
-            stays=progress is not None or not are_single,
-            outputs=asked,
+            *(API, func, *choices, independent, chunk_size), stays=stays, outputs=asked
         )
         budget = Budget(API, options.memory)
 
@@ -147,8 +143,7 @@ def ntk(
             with budget.keeping():
                 return options.at((args, {}))
     else:
-        _check_function(select, randomness, chunk_size)
-        budget = Budget(API, check_memory(API, memory))
+        budget = _budget_of_function(select, randomness, chunk_size, memory)
 
         def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
             return samples_of(API, func, params, args, in_dims, randomness, asked)
@@ -220,8 +215,17 @@ def _sides(x1: Any, x2: Any) -> tuple[dict[str, Iterable[Any]], bool]:
     return sides, len(single) == len(named)
 
 
-def _check_function(select: Select, randomness: object, chunk_size: object) -> None:
-    """Refuse options that do not fit a function, or that only a module has."""
+def _stays(progress: Progress | None, are_single: bool) -> bool:
+    """Are all blocks taken at one point? Iterables, and progress, may run code between them."""
+    if progress is not None:
+        check_progress(API, progress)
+    return progress is not None or not are_single
+
+
+def _budget_of_function(
+    select: Select, randomness: object, chunk_size: object, memory: Memory
+) -> Budget:
+    """What a function may take; refuses options that do not fit one, or that only a module has."""
     check_chunk_size(API, chunk_size)
     check_randomness_option(API, randomness)
     if select is not None:
@@ -230,6 +234,7 @@ def _check_function(select: Select, randomness: object, chunk_size: object) -> N
             "parameters to differentiate by as params, and let it close over the others; or pass "
             "batched=True, if it takes batches."
         )
+    return Budget(API, check_memory(API, memory))
 
 
 def _selected(params: Select, select: Select) -> Select:

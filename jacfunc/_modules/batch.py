@@ -120,10 +120,11 @@ class SampledJacobian:
             at_once = None  # or the draws would depend on how many samples come at once
         chunks = sample_chunks(take, samples.leaves, samples.dims, at_once)
         size = samples.size
-        if at_once is None and isinstance(strategy, Reverse) and strategy.chunk_size is None:
-            self.settles = SettledSamples.under_vmap
         chunks = first_again(chunks, size, one.outputs_in, first.outputs)
-        return SampleBlocks(self.sink.samples(chunks, size, one.grid), size, one)
+        leaves = self.sink.samples(chunks, size, one.grid)
+        is_at_once = at_once is None and isinstance(strategy, Reverse) and not strategy.chunk_size
+        self.settles = SettledSamples.under_vmap if is_at_once else None
+        return SampleBlocks(leaves, size, one)
 
     def _looped(self, strategy: Strategy) -> SampleBlocks:
         """Blocks of one sample after the other, without vmap."""
@@ -141,8 +142,8 @@ class SampledJacobian:
         first = FirstSamples(batch.call_of, samples, random_state)
         chunks = first_again(each(), size, one.outputs_in, first.output)
         leaves = self.sink.samples(chunks, size, one.grid)
-        if size == 1 and _pulls_all_rows(strategy, one.call):
-            self.settles = partial(SettledBatch.of, by_layers=False)
+        is_at_once = size == 1 and _pulls_all_rows(strategy, one.call)
+        self.settles = partial(SettledBatch.of, by_layers=False) if is_at_once else None
         return SampleBlocks(leaves, size, one)
 
     def _written(self, chunk: Chunk, rows: Chunk) -> SampleBlocks:

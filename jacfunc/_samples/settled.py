@@ -86,11 +86,12 @@ class SettledBatch:
         names = tuple(state.point) if batch.differentiates[0] else ()
         by_layers = by_layers and bool(names)
         is_alone, learned = batch.size == 1, batch.learned_as_a_whole
-        if type(output) is not Tensor or not batch.size:
+        is_refused = "as a whole" in LearnedUses.of(batch.kind).refused
+        if type(output) is not Tensor or not batch.size or (is_refused and not is_alone):
             return None
         if not (is_alone or is_in_front(learned, bool(names))):
             return None
-        if by_layers and (learned.ruled is None or learned.others):
+        if by_layers and (is_refused or learned.ruled is None or learned.others):
             return None
         around = ALONE if is_alone and not by_layers else PLAIN
         return cls(batch, names, output, not is_unwatched(call, around), by_layers)
