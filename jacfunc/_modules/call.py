@@ -93,7 +93,8 @@ class ModuleCall:
     def _returned(self, leaves: Leaves, prepare: Callable[[], object]) -> Tree:
         """What the module returns for tensors in the place of those of the arguments."""
         args, kwargs = self._split.merge(tuple(map(Tensor.clone, leaves)))
-        with self.undisturbed(), torch.no_grad(), self.state.lent_for_evaluation(self._variables()):
+        own = {n: p.detach().clone().requires_grad_() for n, p in self._variables().items()}
+        with self.undisturbed(), torch.no_grad(), self.state.lent_for_evaluation(own):
             prepare()
             return self.state.module(*args, **kwargs)
 

@@ -146,7 +146,8 @@ class Trials:
         try:
             return OutputDims.of(returned)
         except Exception as error:  # the call itself tells what is wrong, if anything is
-            if is_out_of_memory(error):
+            is_told = type(error) is RuntimeError and str(error).startswith(f"{self.api}: ")
+            if is_told or is_out_of_memory(error):
                 raise
             note("where outputs hold the samples was not seen: %s", error)
             return IN_FRONT

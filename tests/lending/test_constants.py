@@ -136,8 +136,8 @@ def test_copies_of_what_was_only_read_are_not_copied_again() -> None:
     ggn = jacfunc.ggn(module, nn.functional.mse_loss, select="1.*", independent=True)
 
     def is_copied_again() -> bool:
-        result = ggn(torch.ones(4, 3), torch.ones(4, 2))
         seen.clear()
+        result = ggn(torch.ones(4, 3), torch.ones(4, 2))
         result.diagonal()
         kept = result.point.call.state.copies[id(module[0].weight)]
         return seen[0] != kept.data_ptr()
