@@ -7,14 +7,13 @@ is run again for a plain graph, and returns wrong numbers.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -24,7 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from jacfunc._torch.inductor import by_inductor
+from jacfunc._torch.inductor import by_inductor, package_of, without_refused
 from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
@@ -145,31 +144,14 @@ def _other_settings() -> tuple[Any, ...]:
     return torch.is_inference_mode_enabled(), low
 
 
-def _without_refused(graph: GraphModule) -> GraphModule:
-    """The graph without calls that raised: they have no value, and the function went another way.
-
-    A write among them would stay otherwise, and raise again.
-    """
-    refused = [
-        node
-        for node in graph.graph.nodes
-        if isinstance(node.target, OpOverload)
-        and node.target._schema.returns
-        and "val" not in node.meta
-        and not node.users
-    ]
-    for node in refused:
-        graph.graph.erase_node(node)
-    if refused:
-        graph.recompile()
-    return graph
-
-
 class Graphs:
     """What torch's tracer and compilers make of functions, and torch's own words for graphs."""
 
     OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
     """Types of torch's operators, and of a user's."""
+
+    hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
+    """Hooks that users have set on the gradient of a tensor, in a table; None if never one."""
 
     @staticmethod
     def is_operator(node: Node) -> bool:
@@ -200,7 +182,7 @@ class Graphs:
         """
         torch.clear_autocast_cache()  # it may hold copies of parameters that no trace has seen
         try:
-            return _without_refused(make_fx(func)(*leaves))
+            return without_refused(make_fx(func)(*leaves))
         finally:
             torch.clear_autocast_cache()
 
@@ -244,14 +226,4 @@ class Graphs:
     """What looks at all that is called, for torch.compile; None as a rule."""
 
     by_inductor = staticmethod(by_inductor)
-
-    @staticmethod
-    def package_of(graph: GraphModule, leaves: Leaves, path: str) -> Callable[..., Any]:
-        """The graph compiled ahead of time into a file, unless it lies there already."""
-        inductor: Any = torch._inductor
-        with warnings.catch_warnings():  # of torch's own code
-            warnings.simplefilter("ignore", FutureWarning)
-            if not os.path.exists(path):
-                exported = torch.export.export(graph, leaves, strict=False)
-                inductor.aoti_compile_and_package(exported, package_path=path)
-            return cast("Callable[..., Any]", inductor.aoti_load_package(path))
+    package_of = staticmethod(package_of)
