@@ -19,7 +19,7 @@ from jacfunc._measuring import seconds_of
 from jacfunc._products import from_factors
 from jacfunc._rounding import agree
 from jacfunc._surroundings import Surroundings
-from jacfunc._torch import hooks_of, recording, run_backward
+from jacfunc._torch import Graphs, recording, run_backward
 from jacfunc._traces import (
     Compiler,
     Differentiable,
@@ -184,7 +184,7 @@ class Making:
         Raises:
             Nameless: if a hook on a tensor would act in the trace, and once more behind it.
         """
-        if any(hooks_of(x) for x in self.surroundings.tensors):
+        if any(Graphs.hooks_of(x) for x in self.surroundings.tensors):
             raise Nameless(
                 "func must refer to tensors without hooks where its result has a graph, got one "
                 "with a hook on its gradient. Call the derivative as it is, or under no_grad()."

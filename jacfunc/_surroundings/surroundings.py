@@ -35,7 +35,7 @@ from jacfunc._surroundings.things import (
     value_of,
 )
 from jacfunc._surroundings.watched import Watched
-from jacfunc._torch import hooks_of
+from jacfunc._torch import Graphs
 
 _REPLACED = types.FunctionType, types.BuiltinFunctionType
 """What others replace in an installed module: functions."""
@@ -145,7 +145,7 @@ class Surroundings:
                 "Call the derivative as it is."
             )
         self.tensors.append(tensor)
-        self._later(hooks_of(tensor), f"{path}, a hook")
+        self._later(Graphs.hooks_of(tensor), f"{path}, a hook")
         self._look_beside(tensor, path)
 
     def _look_into_function(self, func: types.FunctionType, path: str) -> None:

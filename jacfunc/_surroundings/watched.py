@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacfunc._surroundings.things import slot_names, value_of
-from jacfunc._torch import hooks_of
+from jacfunc._torch import Graphs
 
 REGISTRIES = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 """Attributes of every module: mostly empty, and a call that looks at each takes twice as long."""
@@ -98,7 +98,7 @@ class Watched:
         if self.lists:
             yield partial(together, self.lists)
         if self.tensors:
-            yield partial(map, hooks_of, self.tensors)
+            yield partial(map, Graphs.hooks_of, self.tensors)
         if self.asked:
             yield partial(map, _call, self.asked)
         for kind in self.classes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -40,10 +39,6 @@ def run_backward(
         accumulate_grad=False,
     )
     return products
-
-
-hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
-"""The table of hooks that users have set on a tensor's gradient; None if there was never one."""
 
 
 def off_graph(leaves: Leaves) -> Leaves:

@@ -7,14 +7,13 @@ is run again for a plain graph, and returns wrong numbers.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -24,7 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from jacfunc._torch.inductor import by_inductor
+from jacfunc._torch.inductor import by_inductor, package_of, without_refused
 from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
@@ -149,31 +148,14 @@ _DROPPING = "dropout_p", "dropout", "training", "train"
 """Arguments of operators that draw: where one of them is zero or false, nothing is drawn."""
 
 
-def _without_refused(graph: GraphModule) -> GraphModule:
-    """The graph without calls that raised: they have no value, and the function went another way.
-
-    A write among them would stay otherwise, and raise again.
-    """
-    refused = [
-        node
-        for node in graph.graph.nodes
-        if isinstance(node.target, OpOverload)
-        and node.target._schema.returns
-        and "val" not in node.meta
-        and not node.users
-    ]
-    for node in refused:
-        graph.graph.erase_node(node)
-    if refused:
-        graph.recompile()
-    return graph
-
-
 class Graphs:
     """What torch's tracer and compilers make of functions, and torch's own words for graphs."""
 
     OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
     """Types of torch's operators, and of a user's."""
+
+    hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
+    """Hooks that users have set on the gradient of a tensor, in a table; None if never one."""
 
     @staticmethod
     def is_operator(node: Node) -> bool:
@@ -188,13 +170,9 @@ class Graphs:
     @staticmethod
     def draws(node: Node) -> bool:
         """Does it draw random numbers? Not where an argument says that it drops nothing."""
-        target = node.target
-        if (
-            not isinstance(target, OpOverload)
-            or torch.Tag.nondeterministic_seeded not in target.tags
-        ):
+        if torch.Tag.nondeterministic_seeded not in Graphs.tags_of(node):
             return False
-        schema = target._schema.arguments
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
         values = {a.name: a.default_value for a in schema} | node.kwargs
         values |= dict(zip([a.name for a in schema], node.args, strict=False))
         return all(values.get(name, True) for name in _DROPPING)
@@ -218,7 +196,7 @@ class Graphs:
         """
         torch.clear_autocast_cache()  # it may hold copies of parameters that no trace has seen
         try:
-            return _without_refused(make_fx(func)(*leaves))
+            return without_refused(make_fx(func)(*leaves))
         finally:
             torch.clear_autocast_cache()
 
@@ -262,14 +240,4 @@ class Graphs:
     """What looks at all that is called, for torch.compile; None as a rule."""
 
     by_inductor = staticmethod(by_inductor)
-
-    @staticmethod
-    def package_of(graph: GraphModule, leaves: Leaves, path: str) -> Callable[..., Any]:
-        """The graph compiled ahead of time into a file, unless it lies there already."""
-        inductor: Any = torch._inductor
-        with warnings.catch_warnings():  # of torch's own code
-            warnings.simplefilter("ignore", FutureWarning)
-            if not os.path.exists(path):
-                exported = torch.export.export(graph, leaves, strict=False)
-                inductor.aoti_compile_and_package(exported, package_path=path)
-            return cast("Callable[..., Any]", inductor.aoti_load_package(path))
+    package_of = staticmethod(package_of)

@@ -1,11 +1,14 @@
-"""Inductor's code for a graph, called as it is."""
+"""Graphs as a tracer should have left them, and Inductor's code for them, called as it is."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from jacfunc._types import Leaves
@@ -40,3 +43,34 @@ def _ends(graph: GraphModule) -> tuple[int, int]:
     """How many inputs and outputs it has."""
     nodes = [*graph.graph.nodes]
     return sum(node.op == "placeholder" for node in nodes), len(nodes[-1].args[0])
+
+
+def package_of(graph: GraphModule, leaves: Leaves, path: str) -> Callable[..., Any]:
+    """The graph compiled ahead of time into a file, unless it lies there already."""
+    inductor: Any = torch._inductor
+    with warnings.catch_warnings():  # of torch's own code
+        warnings.simplefilter("ignore", FutureWarning)
+        if not os.path.exists(path):
+            exported = torch.export.export(graph, leaves, strict=False)
+            inductor.aoti_compile_and_package(exported, package_path=path)
+        return cast("Callable[..., Any]", inductor.aoti_load_package(path))
+
+
+def without_refused(graph: GraphModule) -> GraphModule:
+    """The graph without calls that raised: they have no value, and the function went another way.
+
+    A write among them would stay otherwise, and raise again.
+    """
+    refused = [
+        node
+        for node in graph.graph.nodes
+        if isinstance(node.target, OpOverload)
+        and node.target._schema.returns
+        and "val" not in node.meta
+        and not node.users
+    ]
+    for node in refused:
+        graph.graph.erase_node(node)
+    if refused:
+        graph.recompile()
+    return graph
