@@ -81,7 +81,7 @@ def test_public_names(public: Public) -> None:
 
 # --- modules ---
 
-MODULES = "Linear", "CNN", "branches on data"
+MODULES = "Linear", "CNN"
 
 
 @pytest.mark.parametrize("door", DOORS)
