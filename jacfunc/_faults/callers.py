@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from jacfunc._errors import Refused
 from jacfunc._faults.lookups import Args, tensors_of
-from jacfunc._torch import constant, inside_transform, is_pushing, is_tracked, running_node
+from jacfunc._torch import Pull, constant, inside_transform, is_pushing, is_tracked
 from jacfunc._trees import map_tensors
 
 FUNCTIONAL = torch.autograd.functional.__name__
@@ -166,7 +166,7 @@ def cuts_off(
     if keeps_graph:
         return False
     outputs = tensors_of(args[:1], {k: kwargs[k] for k in _DERIVED if k in kwargs})
-    node = running_node()
+    node = Pull.running_node()
     if node is None or not leads_to([node], primals):
         if not leads_to([out.grad_fn for out in outputs], primals):
             return False

@@ -143,14 +143,14 @@ class Numbers(NamedTuple):
     Args:
         each: names, and numbers of each parameter that is lent without a copy, in a row if they lie
             so; are they all that it has?
-        reads: what reads the bytes of each: an operation of torch takes a microsecond for each.
+        now: reads the bytes of the numbers as they are now.
         owners: names and identities of the parameters.
         addresses: where the parameters lie. Nothing else can, as long as these numbers are kept.
         may_be_kept: may later calls use them, although they keep the memory of the parameters?
     """
 
     each: Sequence[tuple[str, Tensor, bool]] = ()
-    reads: Sequence[Callable[[], bytes]] = ()
+    now: Callable[[], list[bytes]] = list
     owners: Sequence[Any] = ()
     addresses: Sequence[int] = ()
     may_be_kept: bool = False
@@ -172,18 +172,14 @@ class Numbers(NamedTuple):
         are_rows = len(each) == len(constants) and all(p.is_contiguous() for p in params)
         may_be_kept = are_rows and sum(p.nbytes for p in params) <= MOST_COPIED_BYTES
         addresses = list(map(Tensor.data_ptr, params)) if may_be_kept else []
-        owners, reads = [*constants, *map(id, params)], [bytes_in(row) for _, row, _ in each]
-        return cls(each, reads, owners, addresses, may_be_kept)
+        owners, now = [*constants, *map(id, params)], bytes_in(row for _, row, _ in each)
+        return cls(each, now, owners, addresses, may_be_kept)
 
     def are_those_of(self, constants: Mapping[str, Tensor]) -> bool:
         """Do these parameters still lie where the numbers are?"""
         params = constants.values()
         is_same = self.owners == [*constants, *map(id, params)]
         return is_same and self.addresses == list(map(Tensor.data_ptr, params))
-
-    def now(self) -> list[bytes]:
-        """The bytes of the numbers as they are now."""
-        return [read() for read in self.reads]
 
 
 @dataclass(slots=True)

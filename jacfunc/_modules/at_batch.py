@@ -82,11 +82,9 @@ class BatchOptions(ModuleOptions):
             state, (arguments, targets) = self.kept((arguments, targets), budget)
         else:
             state = self.current.now()
-        call = ModuleCall(
-            *(self.api, state, arguments), independence=self.independence, asked=self.outputs
-        )
-        rest = self.batching, self.chunk_size, budget, keeps_all
-        return ModuleAtBatch(call, *rest), targets
+        call = ModuleCall(self.api, state, arguments, independence=self.independence)
+        call = replace(call, asked=self.outputs)
+        return ModuleAtBatch(call, self.batching, self.chunk_size, budget, keeps_all), targets
 
 
 @dataclass(eq=False)

@@ -67,9 +67,8 @@ class ModuleCall:
     def with_samples(self, batching: Batching | None, keeps_all: bool = False) -> ModuleCall:
         """The call of which it is known where outputs hold the samples, and which are asked for.
 
-        The samples come in front of the outputs, wherever the module has them. To see where it has
-        them, the first call of a kind is made with one sample, and with two if need be. If it
-        ``keeps_all`` outputs, they come beside those that are asked for.
+        The samples come in front of the outputs, wherever the module has them, which is seen at the
+        first call of a kind, of one sample. If it ``keeps_all`` outputs, they come beside.
         """
         call, leaves = self, self._split.leaves
         if batching is not None and is_outermost():
@@ -100,10 +99,10 @@ class ModuleCall:
 
     def batch(self, batching: Batching) -> SampledCall:
         """The call at many samples, which are those of its arguments."""
-        split = self._split
-        every_dim, dims = dims_of_samples(self.api, batching.in_dims, self.arguments, self._split)
-        check_batch_first(self.api, self.state, dims)
-        if norms := batch_norms(self.state):
+        split, state = self._split, self.state
+        every_dim, dims = dims_of_samples(self.api, batching.in_dims, self.arguments, split)
+        check_batch_first(self.api, state, dims)
+        if norms := batch_norms(state):
             self._trials.check_norms(norms, split.leaves)
 
         def call_of(leaves: Leaves) -> FlatCall:
@@ -118,16 +117,15 @@ class ModuleCall:
         def guard(signature: int, may_mix: bool) -> None:
             check, operations = self.independence.check_evaluation, (signature, may_mix)
             # not of the batch, which holds this: a cycle would keep the module alive
-            check(self.api, self.state, kind.kind, operations, lambda: self._subject(samples))
+            check(self.api, state, kind.kind, operations, lambda: self._subject(samples))
 
-        state, point = self.state, tuple(self.state.point)
-        of_call = self.argnums, point, split.kinds, tuple(dims)
+        of_call = self.argnums, tuple(state.point), split.kinds, tuple(dims)
         every = CallKind(state.module, of_call, state.version)
         kind = every if self.chosen is None else self.chosen.among(every)
         samples = Samples(split.leaves, dims, batching.randomness)
+        ways = whole, not self.with_buffers, guard
         by = self._differentiates("params"), self._differentiates("inputs")
-        ways = whole, not self.with_buffers
-        batch = SampledCall(self.api, call_of, samples, every, *ways, guard, by)
+        batch = SampledCall(self.api, call_of, samples, every, *ways, by)
         return batch if self.chosen is None else self.chosen.of_samples(batch)
 
     def check_independent(self, batch: SampledCall) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,13 +15,13 @@ from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.independence import Independence, KnownCalls
+from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
 from jacfunc._modules.options import Batching, ModuleOptions
+from jacfunc._modules.settled import SettledCalls
 from jacfunc._planning import Auto
-from jacfunc._remembered import MOST_KINDS, Recent, Remembered
-from jacfunc._samples import MOST_MISSES, SettledBatch
-from jacfunc._torch import is_outermost, is_undisturbed
+from jacfunc._remembered import Remembered
+from jacfunc._torch import is_outermost
 from jacfunc._trees import Arguments, flatten
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, Tree, is_tensor
@@ -54,76 +54,6 @@ class ModuleResult(NamedTuple):
     jacobian: Tree
     outputs: Tree
     buffers: dict[str, Tensor]
-
-
-class SettledCalls:
-    """What the calls of one door have settled, by the kind of their only argument.
-
-    They differentiate each sample by parameters, by that argument, or by both, and return new
-    tensors; ``flat``, one matrix.
-    """
-
-    def __init__(self, independence: Independence, flat: bool) -> None:
-        self._independence, self._flat = independence, flat
-        self._by_kind = Recent[tuple[ModuleState, SettledBatch]](MOST_KINDS)
-
-    @classmethod
-    def of(
-        cls, options: ModuleOptions, argnums: Argnums, flat: bool, beside: Sequence[Any]
-    ) -> Self | None:
-        """Those of a door; None where its results are others, as options ``beside`` these say."""
-        others = options.outputs, options.memory, options.chunk_size, *beside
-        if any(x is not None and x is not False for x in others):
-            return None
-        # of another order, or a tuple of one, the tree is another one
-        is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
-        if not is_known or options.batching != Batching():
-            return None
-        return cls(options.independence, flat)
-
-    def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
-        """The Jacobian of a call, where one of its kind has settled all but the numbers."""
-        args, kwargs = arguments
-        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
-            return None
-        x, independence = args[0], self._independence
-        known = self._by_kind.get(_kind_of(x))
-        if known is None or known[0] is not state or not is_undisturbed():
-            return None
-        settled = known[1]
-        alone = KnownCalls() if settled.is_alone else None  # with which nothing is compared
-        calls = alone or independence.known_at_next(state, settled.kind)
-        if calls is None or settled.misses >= MOST_MISSES:
-            return None
-        compared = settled.learned if independence.independent is True else calls
-        make = settled.matrix if self._flat else settled.blocks
-        made = make(state, x, compared.signatures)
-        if made is None:
-            return None
-        calls.count += 1
-        if self._flat or not settled.names:
-            return made if self._flat else made[0]
-        jacobian = dict(zip(settled.names, made, strict=False))
-        return (jacobian, made[-1]) if settled.by_inputs else jacobian
-
-    def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
-        """Keep what a call has shown for later ones of its kind, if these need nothing else."""
-        args, kwargs = call.arguments
-        if kwargs or len(args) != 1 or type(args[0]) is not Tensor or sampled.settles is None:
-            return
-        if call.output_dims != IN_FRONT:
-            return
-        before = self._by_kind.get(_kind_of(args[0]))
-        if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
-            return
-        output, _ = result.value_and_aux()
-        if settled := sampled.settles(sampled.batch, call.state, result.call, output):
-            self._by_kind.put(_kind_of(args[0]), (call.state, settled))
-
-
-def _kind_of(x: Tensor) -> Hashable:
-    """Equal for tensors of which the same is learned."""
-    return x.shape, x.dtype, x.device
 
 
 def call_of(

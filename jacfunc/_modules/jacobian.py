@@ -16,15 +16,10 @@ from jacfunc._errors import check_uncompiled
 from jacfunc._lending import CurrentState, Select
 from jacfunc._lock import alone
 from jacfunc._modules.independence import Independent
-from jacfunc._modules.independent import (
-    ModuleResult,
-    SettledCalls,
-    call_of,
-    jacobian_of,
-    packed,
-)
+from jacfunc._modules.independent import ModuleResult, call_of, jacobian_of, packed
 from jacfunc._modules.inputs import Key, Wrt, argnums_of
 from jacfunc._modules.options import ModuleOptions, RowOptions, batching_of, check_module
+from jacfunc._modules.settled import SettledCalls
 from jacfunc._outputs import Outputs
 from jacfunc._planning import compilable, resolve
 from jacfunc._showing import named

@@ -1,21 +1,91 @@
-"""What calls of a module by layers have settled, through whatever door, for later ones."""
+"""What calls of a module have settled for later ones: of one door, and by layers of all doors."""
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from functools import cache
+from typing import Any, Self
 
 from torch import Tensor
 
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian
+from jacfunc._lending import ModuleState
+from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.independence import KnownCalls
-from jacfunc._modules.options import Batching
-from jacfunc._remembered import Remembered
+from jacfunc._modules.independence import Independence, KnownCalls
+from jacfunc._modules.inputs import POSITIONS
+from jacfunc._modules.options import Batching, ModuleOptions
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import MOST_MISSES, SampledCall, SettledBatch
 from jacfunc._torch import RandomState, is_undisturbed
-from jacfunc._trees import kind_of
+from jacfunc._trees import Arguments, kind_of
 from jacfunc._trials import IN_FRONT
+from jacfunc._types import Argnums, Tree
+from jacfunc.strategies import Evaluation
+
+
+class SettledCalls:
+    """What the calls of one door have settled, by the kind of their only argument.
+
+    They differentiate each sample by parameters, by that argument, or by both, and return new
+    tensors; ``flat``, one matrix.
+    """
+
+    def __init__(self, independence: Independence, flat: bool) -> None:
+        self._independence, self._flat = independence, flat
+        self._by_kind = Recent[tuple[ModuleState, SettledBatch]](MOST_KINDS)
+
+    @classmethod
+    def of(
+        cls, options: ModuleOptions, argnums: Argnums, flat: bool, beside: Sequence[Any]
+    ) -> Self | None:
+        """Those of a door; None where its results are others, as options ``beside`` these say."""
+        others = options.outputs, options.memory, options.chunk_size, *beside
+        if any(x is not None and x is not False for x in others):
+            return None
+        # of another order, or a tuple of one, the tree is another one
+        is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
+        if not is_known or options.batching != Batching():
+            return None
+        return cls(options.independence, flat)
+
+    def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
+        """The Jacobian of a call, where one of its kind has settled all but the numbers."""
+        args, kwargs = arguments
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+            return None
+        x = args[0]
+        state_then, settled = self._by_kind.get(kind_of(x)) or (None, None)
+        if settled is None or state_then is not state:
+            return None
+        known = _known(self._independence, state, settled)
+        if known is None:
+            return None
+        calls, signatures = known
+        make = settled.matrix if self._flat else settled.blocks
+        made = make(state, x, signatures)
+        if made is None:
+            return None
+        calls.count += 1
+        if self._flat or not settled.names:
+            return made if self._flat else made[0]
+        jacobian = dict(zip(settled.names, made, strict=False))
+        return (jacobian, made[-1]) if settled.by_inputs else jacobian
+
+    def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
+        """Keep what a call has shown for later ones of its kind, if these need nothing else."""
+        args, kwargs = call.arguments
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor or sampled.settles is None:
+            return
+        if call.output_dims != IN_FRONT:
+            return
+        before = self._by_kind.get(kind_of(args[0]))
+        if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
+            return
+        output, _ = result.value_and_aux()
+        if settled := sampled.settles(sampled.batch, call.state, result.call, output):
+            self._by_kind.put(kind_of(args[0]), (call.state, settled))
 
 
 def settled_at(call: ModuleCall, batching: Batching) -> SettledBatch | None:
@@ -35,13 +105,11 @@ def evaluated_again(
 
     It is where batches are to be compared, or where the evaluation shows something new.
     """
-    # with one sample nothing is compared
-    alone = KnownCalls() if settled.is_alone else None
-    calls = alone or call.independence.known_at_next(call.state, settled.kind)
-    if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
+    known = _known(call.independence, call.state, settled)
+    if known is None:
         return None
-    compared = settled.learned if call.independence.independent is True else calls
-    factors = settled.again(call.state, call.arguments[0][0], compared.signatures, random_state)
+    calls, signatures = known
+    factors = settled.again(call.state, call.arguments[0][0], signatures, random_state)
     if factors is not None:
         calls.count += 1
     return factors
@@ -77,6 +145,22 @@ def _is_plain(call: ModuleCall, batching: Batching) -> bool:
     in_dims = batching.in_dims
     is_in_front = type(in_dims) is int and in_dims == 0
     return is_in_front and batching.randomness == "error" and is_undisturbed()
+
+
+def _known(
+    independence: Independence, state: ModuleState, settled: SettledBatch
+) -> tuple[KnownCalls, Container[int]] | None:
+    """What is known of the calls before, and after which evaluations batches were compared.
+
+    None where batches are to be compared now, where too many calls were taken anew, or where others
+    look at what torch does.
+    """
+    # with one sample nothing is compared
+    calls = KnownCalls() if settled.is_alone else independence.known_at_next(state, settled.kind)
+    if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
+        return None
+    compared = settled.learned if independence.independent is True else calls
+    return calls, compared.signatures
 
 
 @cache

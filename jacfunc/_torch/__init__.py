@@ -33,14 +33,7 @@ from jacfunc._torch.levels import (
     num_vmap_levels,
     outside_transforms,
 )
-from jacfunc._torch.pullback import (
-    Pull,
-    dtypes_of,
-    edge_of,
-    innermost_level,
-    is_right_twice,
-    running_node,
-)
+from jacfunc._torch.pullback import Pull, dtypes_of, edge_of, innermost_level, is_right_twice
 from jacfunc._torch.random import DRAWING, RandomState, fixed, may_draw, noise_like
 from jacfunc._torch.vmap import (
     batched,

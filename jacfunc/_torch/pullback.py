@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,9 +60,8 @@ class Pull:
     leads_out: Callable[[Tensor], bool] | None = None
     order: int = 1
 
-
-running_node: Callable[[], Any] = torch._C._current_autograd_node
-"""The node of a graph whose backward pass runs; None outside of backward passes."""
+    running_node: ClassVar[Callable[[], Any]] = torch._C._current_autograd_node
+    """The node of a graph whose backward pass runs; None outside of backward passes."""
 
 
 def dtypes_of(node: Any) -> list[torch.dtype]:

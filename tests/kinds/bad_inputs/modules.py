@@ -182,7 +182,11 @@ SHARED: dict[str, Shared] = {
         ValueError,
         "samples that do not depend on each other",
     ),
-    "outputs without the batch": (returning(lambda y: y.T), ValueError, "without the batch of 5"),
+    "outputs without the batch": (
+        returning(lambda y: y.sum(0)),
+        ValueError,
+        "without the batch of 5",
+    ),
     "words returned": (returning(lambda _: "x"), TypeError, "must return tensors, got str"),
     "words beside": (
         returning(lambda y: {"logits": y, "name": "x"}),
