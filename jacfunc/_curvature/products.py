@@ -18,7 +18,13 @@ from jacfunc._curvature.whole_batch import (
     split,
 )
 from jacfunc._errors import RANDOM, Refused, is_out_of_memory
-from jacfunc._linear_map import JacobianOperator, check_agreement, check_transpose, one_by_one
+from jacfunc._linear_map import (
+    JacobianOperator,
+    Linearization,
+    check_agreement,
+    check_transpose,
+    one_by_one,
+)
 from jacfunc._log import note
 from jacfunc._modules import ModuleAtBatch, now_and_then
 from jacfunc._products import NOT_TRANSPOSED, PointProducts, Way
@@ -88,9 +94,9 @@ class BatchProducts(PointProducts):
             self._at_batch.batch.check_randomness(Refused(RANDOM))
         return image
 
-    def _keep_graph(self) -> None:
+    def _keep_graph(self) -> Linearization:
         _ = self.outputs
-        self._point.keep_graph()
+        return self._point.keep_graph()
 
     def _ways(self, tangents: Leaves) -> list[Way]:
         ways = super()._ways(tangents)

@@ -70,9 +70,9 @@ class JacobianOperator:
             outputs, extras = self._image
             self._image = detached(outputs), detached(extras)
 
-    def keep_graph(self) -> None:
+    def keep_graph(self) -> Linearization:
         """Evaluate with a graph, unless one is kept."""
-        _ = self._linearized
+        return self._linearized
 
     def stay_with_first(self) -> None:
         """Compare all evaluations with the first, after one that differs, too."""

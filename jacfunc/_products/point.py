@@ -13,6 +13,7 @@ import torch
 from jacfunc._errors import Changes, Refused
 from jacfunc._linear_map import (
     JacobianOperator,
+    Linearization,
     check_transpose,
     chosen_leaves,
     is_followed,
@@ -102,14 +103,12 @@ class PointProducts:
     def _dtypes(self) -> set[torch.dtype]:
         """Those in which products are computed."""
         with self._around():
-            self._keep_graph()
-            transposed = self._point.transposed
-        return set() if transposed is None else transposed.dtypes()
+            return self._keep_graph().dtypes()
 
-    def _keep_graph(self) -> None:
+    def _keep_graph(self) -> Linearization:
         """Evaluate, if no graph is there, so that later products can be differentiated."""
         with torch.enable_grad() if self._is_differentiated else nullcontext():
-            self._point.keep_graph()
+            return self._point.keep_graph()
 
     def _pulled(self, cotangents: Leaves) -> Leaves:
         self._keep_graph()

@@ -55,8 +55,7 @@ FUNCTIONS_LISTED: dict[str, str] = {
         BY_NUMPY: "numpy_inside numpy_with_vmap_rule numpy_constant",
         DRAWS: "dropout noise reparametrized_sample",
         SELECTS: "assign_by_mask sum_of_selected nonzero_product least_squares ctc unique_values",
-        SPARSE: "sparse_coo_constant sparse_coo_vector sparse_csr_constant sparse_from_values "
-        "sparse_to_dense",
+        SPARSE: "sparse_coo_vector sparse_csr_constant",
         WITHOUT_DERIVATIVE: "bessel_j chebyshev_polynomial incomplete_gamma_by_order",
         OVERWRITTEN: "overwrites_what_backward_needs overwritten_sigmoid",
         "can't pull cotangents back": "torch_while_loop torch_scan",

@@ -437,12 +437,6 @@ UNCLEAR = {
         ),
         r"shapes cannot be multiplied(?!.*looped)",
     ),
-    "last states of two layers": (
-        lambda: jacfunc.module_jacobian(
-            nn.LSTM(2, 2, 2, batch_first=True), per_sample=True, strategy="looped"
-        )(torch.ones(3, 2, 2)),
-        r"batch in front",
-    ),
 }
 
 
