@@ -38,8 +38,8 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
     for node in constants:
         if not node.users:
             graph.graph.erase_node(node)
-    graph.recompile()
-    return graph, tuple(constants[node] for node in kept)
+    # without tensors that no operation takes any more: a compiler would make inputs of them, too
+    return GraphModule(graph, graph.graph), tuple(constants[node] for node in kept)
 
 
 _PRODUCTS = frozenset({_ATEN.mm.default, _ATEN.mv.default, _ATEN.bmm.default, _ATEN.mul.Tensor})

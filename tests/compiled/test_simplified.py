@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import jacfunc
+from jacfunc._torch import Graphs
+from jacfunc._traces.passes import simplified
 
 X = torch.tensor([0.3, -0.5, 0.7])
 
@@ -63,6 +65,16 @@ def test_inductors_own_code() -> None:
             torch.testing.assert_close(result, other)
         for result in results[2:]:
             result.zero_()
+
+
+def test_no_tensor_stays_that_nothing_takes() -> None:
+    """Inductor's wrapper would hand each to the code, at each call."""
+    func = lambda x: torch.tensor(2.0) * x + torch.tensor([1.0, 2.0, 3.0])  # noqa: E731
+    trace = Graphs.of(lambda x: (func(x),), (X,))
+    assert [*trace.buffers()]
+    graph, constants = simplified(trace, (X,))
+    assert not [*graph.buffers()]
+    torch.testing.assert_close(graph(X, *constants)[0], func(X))
 
 
 attend = torch.nn.functional.scaled_dot_product_attention
