@@ -130,12 +130,14 @@ def _block(products: Tensor, out: Tensor, primal: Tensor, dtype: torch.dtype | N
     return block.to(dtype or torch.promote_types(out.dtype, primal.dtype))
 
 
-def owned(products: Leaves) -> Leaves:
-    """Products in memory of their own: autograd may return expanded views, or one tensor twice."""
-    if len(products) == 1:
+def owned(products: Leaves, beside: Leaves = ()) -> Leaves:
+    """Products in memory of their own: autograd may return expanded views, or one tensor twice.
+
+    Nor have they that of tensors ``beside`` them, as of seeds that are kept.
+    """
+    if len(products) == 1 and not beside:
         return (products[0].clone(),) if 0 in products[0].stride() else products
-    results: list[Tensor] = []
-    seen: set[int] = set()
+    results, seen = list[Tensor](), set(memories_of(beside))
     for product, memory in zip(products, memories_of(products), strict=True):
         results.append(product.clone() if 0 in product.stride() or memory in seen else product)
         seen.add(memory)

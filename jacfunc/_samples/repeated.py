@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import empty, shared_units
+from jacfunc._assembly import empty, owned, shared_units
 from jacfunc._errors import Refused
 from jacfunc._factored import (
     Derived,
@@ -31,7 +31,7 @@ from jacfunc._linear_map import (
     map_of_graph,
     writable_copy,
 )
-from jacfunc._torch import Pull, memories_of
+from jacfunc._torch import Pull
 from jacfunc._types import Leaves
 
 
@@ -165,12 +165,6 @@ def _write(jacobian: FactoredJacobian, seeds: Leaves, places: Sequence[Tensor]) 
 
 def _rows(jacobian: FactoredJacobian, seeds: Leaves) -> list[Tensor]:
     """Rows ``[B, K, *primal]`` where no operation with a rule uses a parameter, in own memory."""
-    products = jacobian.linearization.pull_batch(seeds)
-    memories, count = memories_of((*seeds, *products)), len(seeds)
-    # those of seeds are kept, and autograd may return expanded views, or one tensor twice
-    own = [
-        x.clone() if 0 in x.stride() or memories[number] in memories[:number] else x
-        for number, x in enumerate(products, count)
-    ]
-    pairs = zip(jacobian.direct, own, strict=True)
+    products = owned(jacobian.linearization.pull_batch(seeds), seeds)
+    pairs = zip(jacobian.direct, products, strict=True)
     return [x.unsqueeze(0) if d.dim is None else x.movedim(d.dim + 1, 0) for d, x in pairs]

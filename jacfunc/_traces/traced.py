@@ -144,7 +144,9 @@ _OF_NUMBERS: Any = (vars(torch.linalg)["LinAlgError"], IndexError)
 _BETWEEN = "torch.", "jacfunc._faults."
 """Modules whose code stands between a function and what it calls: torch's, and watches."""
 _OF_TENSORS = "torch._tensor.", "torch.overrides.", "jacfunc._faults."
-"""The same where torch's own code may read: methods of tensors that are written in Python."""
+"""Modules of methods of tensors that are written in Python, by which a function reads a tensor.
+
+Other code of torch may read one on its own account."""
 
 
 def _caller(between: tuple[str, ...] = _BETWEEN) -> str:

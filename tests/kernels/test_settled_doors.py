@@ -10,19 +10,12 @@ from torch import Tensor, nn
 
 import jacfunc
 from tests.modules.test_settled_layers import CHANGES, COUNT, HIDDEN, KINDS, Network, points
+from tests.modules.test_settled_layers import fresh as fresh  # a fixture of all tests here
 from tests.truth.doors import DOORS, Call, truth_of
 
 NAMES = ["ntk", "ggn product", "ggn diagonal", "fisher", "gradient norms", "projection"]
 SIZES = pytest.mark.parametrize("size", [1, 5])
 EACH = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Any:
-    torch.manual_seed(0)
-    HIDDEN["how"] = ""
-    yield
-    HIDDEN["how"] = ""
 
 
 def assert_exact(name: str, call: Call, module: nn.Module, x: Tensor) -> None:
