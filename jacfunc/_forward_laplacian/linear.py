@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, total
 from jacfunc._forward_laplacian.later import later
+from jacfunc._torch import fast_linear
 from jacfunc._types import Leaves, is_differentiable
 
 
@@ -183,8 +184,8 @@ def linear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
         return multilinear(ctx, func, args, kwargs)
     x, weight = args[0], args[1]
     value = func(x.value, *args[1:])
-    second = None if x.second is None else F.linear(x.second, weight)
-    first = later(ctx, x, lambda: F.linear(x.first, weight), (weight,))
+    second = None if x.second is None else fast_linear(x.second, weight)
+    first = later(ctx, x, lambda: fast_linear(x.first, weight), (weight,))
     return ctx.jet(value, first, second)
 
 
@@ -197,10 +198,13 @@ def matmul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     constant = args[1] if is_left else args[0]
     if constant.dim() > 2 or not (is_left or jet.value.dim() == 1):
         return multilinear(ctx, func, args, kwargs)
-    if not is_left and constant.dim() == 2:
-        constant = constant.mT
-    second = None if jet.second is None else jet.second @ constant
-    first = later(ctx, jet, lambda: jet.first @ constant, (constant,))
+    if constant.dim() == 2:
+        weight = constant.mT if is_left else constant
+        times = partial(fast_linear, weight=weight)
+    else:
+        times = partial(torch.matmul, other=constant)
+    second = None if jet.second is None else times(jet.second)
+    first = later(ctx, jet, lambda: times(jet.first), (constant,))
     return ctx.jet(func(*map(ctx.value, args)), first, second)
 
 

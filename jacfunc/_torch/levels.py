@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from jacfunc._lock import holds_alone
-from jacfunc._types import Leaves
 
 
 def inside_functorch() -> bool:
@@ -87,11 +86,6 @@ def memory_of(tensor: Tensor) -> int:
     if torch.compiler.is_compiling():  # compiled code is functional: nothing is written
         return id(tensor)
     return int(below_transforms(tensor).untyped_storage()._cdata)
-
-
-def memories_of(tensors: Leaves) -> list[int]:
-    """:func:`memory_of` for each tensor."""
-    return list(map(memory_of, tensors))
 
 
 def levels() -> tuple[object, ...]:
