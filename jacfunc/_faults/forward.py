@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from jacfunc._errors import Refused
-from jacfunc._faults.formulas import FORMULAS
+from jacfunc._faults.formulas import FORMULAS, PRODUCTS, pushed_product
 from jacfunc._faults.lookups import Args, lookup, tensors_of
 from jacfunc._faults.operations import WATCHED
 from jacfunc._faults.watch import Watch, name_of
@@ -190,7 +190,10 @@ class ForwardWatch(Watch):
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
         check_push(func, name, args, kwargs, self._around)
-        result = self.by_rule(func, args, kwargs) if func in WATCHED else func(*args, **kwargs)
+        if func in PRODUCTS and len(args) > 1 and not kwargs:
+            result = pushed_product(func, args)
+        else:
+            result = self.by_rule(func, args, kwargs) if func in WATCHED else func(*args, **kwargs)
         if self._is_recording and not torch.is_grad_enabled() and is_differentiable(result):
             return without_tangent(result, name, args)
         check_pushed(name, result)

@@ -17,7 +17,7 @@ from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._linear_map.walks import Graph
 from jacfunc._lock import alone
 from jacfunc._log import note
-from jacfunc._remembered import Remembered
+from jacfunc._remembered import CallKind, Remembered
 from jacfunc._torch import sweep_batch, untracked
 from jacfunc._types import LeafFunction, Leaves
 
@@ -96,6 +96,47 @@ def _told_nothing() -> Remembered[bool]:
     return Remembered()
 
 
+class _Push:
+    """``J v`` at a point as a function of the point; its extras are all that ``func`` returned.
+
+    Args:
+        seeds: the tangents v.
+        of: the number of the output whose tangent is returned.
+    """
+
+    makes_copies = True
+    """It copies the point itself, before ``func`` may write into it."""
+    state = None
+
+    def __init__(self, func: LeafFunction, seeds: Leaves, of: int) -> None:
+        self._func, self._seeds, self._of = func, seeds, of
+        self.count = 0
+
+    @property
+    def exact_kind(self) -> CallKind | None:
+        """That of a function, among others that are pushed; None of a module."""
+        kind: CallKind | None = getattr(self._func, "exact_kind", None)
+        is_of_module = getattr(self._func, "state", None) is not None
+        return None if kind is None or is_of_module else kind.among("pushed", self._of)
+
+    @property
+    def functions(self) -> list[Any]:
+        """The functions that run when it is called, as far as they are known."""
+        return list(getattr(self._func, "functions", [self._func]))
+
+    @property
+    def may_share_module(self) -> bool:
+        """May the function call a module, which another thread may be lending?"""
+        return bool(getattr(self._func, "may_share_module", False))
+
+    def __call__(self, *point: Tensor) -> tuple[Leaves, Leaves]:
+        inner = JacobianOperator(self._func, point)
+        products = inner.pushforward(self._seeds)
+        outputs, extras = inner.image()
+        self.count = len(outputs)
+        return (products[self._of],), (*outputs, *extras)
+
+
 def pull_of_push(
     func: LeafFunction, primals: Leaves, seeds: Leaves, of: int
 ) -> tuple[Leaves, tuple[Leaves, Leaves]]:
@@ -105,20 +146,12 @@ def pull_of_push(
         seeds: tangents v, and the cotangent u of the output with the number ``of``; of ones, if it
             is left out.
     """
-    count, num_primals = 0, len(primals)
-
-    def pushed(*point: Tensor) -> tuple[Leaves, Leaves]:
-        nonlocal count
-        inner = JacobianOperator(func, point)
-        products = inner.pushforward(seeds[:num_primals])
-        outputs, extras = inner.image()
-        count = len(outputs)
-        return (products[of],), (*outputs, *extras)
-
+    pushed = _Push(func, seeds[: len(primals)], of)
     operator = JacobianOperator(pushed, primals)
-    gradient = operator.pullback(seeds[num_primals:] or (torch.ones_like(operator.outputs[0]),))
+    cotangent = seeds[len(primals) :] or (torch.ones_like(operator.outputs[0]),)
+    gradient = operator.pullback(cotangent)
     _, rest = operator.image()
-    return gradient, (rest[:count], rest[count:])
+    return gradient, (rest[: pushed.count], rest[pushed.count :])
 
 
 def pull_of_pushes(

@@ -13,6 +13,7 @@ from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
+from jacfunc._torch.autograd import untracked
 from jacfunc._types import LeafFunction, Leaves
 
 _HOOKED = "torch.func.vjp doesn't support saved tensor hooks"
@@ -47,8 +48,11 @@ def at_forward_level(
         plain = forward_ad.dual_level() if is_first else nullcontext()
         with forward_ad._set_fwd_grad_enabled(True), plain:
             pairs = zip(primals, tangents, strict=True)
-            outputs, extras = func(*[forward_ad.make_dual(x, v) for x, v in pairs])
-            unpacked = [eager_transforms.safe_unpack_dual(out, strict=False) for out in outputs]
+            with untracked():
+                duals = [forward_ad.make_dual(x, v) for x, v in pairs]
+            outputs, extras = func(*duals)
+            with untracked():
+                unpacked = [eager_transforms.safe_unpack_dual(out, strict=False) for out in outputs]
             values, products = zip(*unpacked, strict=True)
             return _below(values, level), _below(products, level), _below(extras, level)
     finally:

@@ -135,6 +135,9 @@ def is_pushing() -> bool:
     """Is forward mode active in this thread? Torch has one count of levels for all threads."""
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return forward_ad._current_level >= 0
+    innermost = _functorch.peek_interpreter_stack()
+    if innermost is not None and innermost.key() == TransformType.Jvp:
+        return True
     if TransformType.Jvp in active():
         return True
     return holds_alone(lambda: forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING)
