@@ -62,7 +62,7 @@ class Gram:
     ) -> None:
         self.sizes, self.axes, self.is_symmetric = sizes, axes, is_symmetric
         self.at_once, self.blocked, self._is_half = at_once, blocked, False
-        self.dtype, self._one = dtype or like.dtype, like.new_ones((), dtype=dtype)
+        self.dtype, self._like = dtype or like.dtype, like
         self._by_output: Tensor | None = None
         """The sum of what is added in the order of cotangents, ``[D, F, B₁, F, B₂]``."""
 
@@ -70,7 +70,8 @@ class Gram:
     def _by_sample(self) -> Tensor:
         """The sum of what is added in the order ``[D, B₁, F, B₂, F]``."""
         (first, second), kept = self.sizes, self.axes.kept
-        return self._one.new_zeros((self.axes.diagonal, first, kept, second, kept))
+        shape = (self.axes.diagonal, first, kept, second, kept)
+        return self._like.new_zeros(shape, dtype=self.dtype)
 
     def add(
         self, lefts: Sequence[list[Part]], rights: Sequence[list[Part]], params: Leaves
@@ -81,7 +82,7 @@ class Gram:
             self._add_by_positions(pair)
         self._add_by_rows(chain.from_iterable(map(self._chunks, routes.by_rows)))
         for weighted in routes.weighted.values():
-            self._add_weighted(weighted.pairs[0], weighted.weights(self._one))
+            self._add_weighted(weighted.pairs[0], weighted.weights(self.dtype))
 
     def whole(self) -> Tensor:
         """The sum, with the entries above the diagonal."""
@@ -200,7 +201,7 @@ class Gram:
             zeros = partial(param.new_zeros, (size, num_seeds, *param.shape))
             yield rows(parts, zeros).reshape(size, num_seeds, -1).to(dtype)
             return
-        bytes_of_one = num_seeds * max(self.sizes) * form.width * self._one.element_size()
+        bytes_of_one = num_seeds * max(self.sizes) * form.width * self.dtype.itemsize
         step = max(1, self.at_once // max(1, bytes_of_one))
         for group in range(form.groups):
             inputs = form.inputs[:, group].to(dtype)

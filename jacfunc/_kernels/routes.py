@@ -77,21 +77,15 @@ class Pair:
         """Have both sides one position, in one group?"""
         return self.lefts.shape[2:4] == (1, 1) == self.rights.shape[2:4]
 
-    def add_products(self, total: Tensor | None, one: Tensor, ones: int) -> Tensor:
-        """A sum with the products of inputs ``[B₁, B₂]`` at one position; a new one is ``ones``.
-
-        Args:
-            one: the number 1, in the dtype of products.
-        """
-        left, right, dtype = self.left, self.right, one.dtype
+    def add_products(self, total: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """A sum with the products of inputs ``[B₁, B₂]`` at one position, or a new one."""
+        left, right = self.left, self.right
         if isinstance(left, Gather) or isinstance(right, Gather):
             products = self.similarity(dtype)[0, :, 0, :, 0]
-            return products.add_(ones if total is None else total)
+            return products if total is None else products.add_(total)
         first = left.inputs.to(dtype).flatten(1)
         second = first if right is left else right.inputs.to(dtype).flatten(1)
-        if total is None:
-            return torch.addmm(one, first, second.mT, beta=ones)
-        return total.addmm_(first, second.mT)
+        return first @ second.mT if total is None else total.addmm_(first, second.mT)
 
     def similarity(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
@@ -155,13 +149,13 @@ class Weighted:
     pairs: list[Pair]
     ones: int = 0
 
-    def weights(self, one: Tensor) -> Tensor:
-        """The products of inputs ``[B₁, B₂]``, added up; those of a bias are ``one``."""
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """The products of inputs ``[B₁, B₂]``, added up; those of a bias are 1."""
         total: Tensor | None = None
         for pair in self.pairs:
-            total = pair.add_products(total, one, self.ones)
+            total = pair.add_products(total, dtype)
         assert total is not None
-        return total
+        return total.add_(self.ones) if self.ones else total
 
 
 class Routes(NamedTuple):

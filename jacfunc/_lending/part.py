@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, TypeAlias
 from weakref import ref
 
@@ -19,6 +19,7 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OTHERS = ("_modules", "_non_persistent_buffers_set")
 _REGISTRIES = [key for key in vars(nn.Module()) if "_hooks" in key or key in _OTHERS]
 """Those among them that hold hooks, submodules and names."""
+_REGISTRIES_OF = itemgetter(*_REGISTRIES)
 _HOOKS = [key for key in _REGISTRIES if "hooks" in key]
 Attributes: TypeAlias = dict[str, Any]
 
@@ -54,8 +55,9 @@ class ModulePart:
         own = {key: value for key, value in attributes.items() if key not in OF_EVERY_MODULE}
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
-        keys = _REGISTRIES if is_module and not is_scripted else ()
-        registries = [attributes[key] for key in keys]
+        registries = _REGISTRIES_OF(attributes) if is_module and not is_scripted else ()
+        # most parts have none with an entry
+        filled = [registry for registry in registries if registry] if any(registries) else []
         has_tensors = is_module and bool(plain or module._parameters or module._buffers)
         return cls(
             module,
@@ -64,12 +66,12 @@ class ModulePart:
             dict(module._parameters) if is_module else {},
             dict(module._buffers) if is_module else {},
             plain,
-            [(registry, registry.copy()) for registry in registries if registry],
-            [registry for registry in registries if not registry],
+            [(registry, registry.copy()) for registry in filled],
+            [registry for registry in registries if not registry] if filled else [*registries],
             is_module,
             is_scripted,
             isinstance(module, _TABLES),
-            is_module and any(map(attributes.get, _HOOKS)),
+            is_module and bool(filled or is_scripted) and any(map(attributes.get, _HOOKS)),
             has_tensors or isinstance(module, _TABLES) or is_scripted or not is_module,
         )
 
