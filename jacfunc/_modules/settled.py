@@ -99,7 +99,7 @@ def made_at_once(
         settled = _by_layers().get(state.version, kind_of(x))
         if settled is None:
             return None
-        again = partial(settled.result, state, x, work=work)
+        again = partial(settled.result, state, x, work=work, api=options.api)
         return _counted(options.independence, state, settled, again)
 
 

@@ -110,10 +110,11 @@ class SettledBatch:
         x: Tensor,
         compared: Container[int],
         work: Callable[[FactoredJacobian], ResultT],
+        api: str = "",
     ) -> ResultT | None:
         """What ``work`` makes of the batch, evaluated while the module is lent for this call alone.
 
-        None where the call must be taken anew, as it shows something new.
+        None where the call must be taken anew. ``api`` is its door, if not that of the earlier one.
 
         Args:
             state: the module as it is now, of the version of the earlier call.
@@ -128,15 +129,15 @@ class SettledBatch:
             jacobian = self.evaluated(state, x, compared)
             return None if jacobian is None else work(jacobian)
 
-        return self._lent(state, x, made)
+        return self._lent(state, x, made, api)
 
     def _lent(
-        self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None]
+        self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None], api: str = ""
     ) -> ResultT | None:
         """What is made while the module is lent; None if the call must be taken anew."""
         random_state = RandomState((x, *state.params.values()))
         try:
-            with torch.no_grad(), state.lent_for_call(self.api, self.names, is_current=True):
+            with torch.no_grad(), state.lent_for_call(api or self.api, self.names, is_current=True):
                 return self._tried(make, random_state)
         except BaseException:
             random_state.repeat()

@@ -184,6 +184,17 @@ def test_axes_and_selections_of_settled_kinds_count(size: int) -> None:
     assert_exact("ntk", call, module, x)
 
 
+@SIZES
+def test_errors_name_the_door_of_the_call(size: int) -> None:
+    module, x = Network(), points(size)
+    ggn = jacfunc.ggn(module, lambda out, _: 0.5 * out.square().sum(), select="last.*")
+    for _ in range(5):
+        ggn(x, None).diagonal()
+    HIDDEN["how"] = "writes"
+    with pytest.raises(RuntimeError, match="ntk: a parameter must be read alone"):
+        jacfunc.ntk(module, "last.*", x)
+
+
 def test_modules_are_freed() -> None:
     from gc import collect
     from weakref import ref
