@@ -16,11 +16,10 @@ from jacfunc._lending.attributes import SIMPLE, copy_with, keeps, objects_in, re
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
-_OTHERS = ("_modules", "_non_persistent_buffers_set")
-_REGISTRIES = [key for key in vars(nn.Module()) if "_hooks" in key or key in _OTHERS]
+_HOOKS = [key for key in vars(nn.Module()) if "_hooks" in key]
+_REGISTRIES = [*_HOOKS, "_modules", "_non_persistent_buffers_set"]
 """Those among them that hold hooks, submodules and names."""
 _REGISTRIES_OF = itemgetter(*_REGISTRIES)
-_HOOKS = [key for key in _REGISTRIES if "hooks" in key]
 Attributes: TypeAlias = dict[str, Any]
 
 
@@ -56,8 +55,7 @@ class ModulePart:
         plain = {key: x for key, x in own.items() if type(x) not in SIMPLE and keeps(x)}
         is_module = isinstance(module, nn.Module)
         registries = _REGISTRIES_OF(attributes) if is_module and not is_scripted else ()
-        # most parts have none with an entry
-        filled = [registry for registry in registries if registry] if any(registries) else []
+        filled = [r for r in registries if r] if any(registries) else []  # most have none
         has_tensors = is_module and bool(plain or module._parameters or module._buffers)
         return cls(
             module,
