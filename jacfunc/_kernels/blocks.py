@@ -15,8 +15,9 @@ from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._kernels.gram import Gram
 from jacfunc._kernels.routes import Axes
 from jacfunc._kernels.sampled_function import KernelSamples
-from jacfunc._modules import RowOptions
+from jacfunc._modules import BatchOptions, RowOptions, made_at_once
 from jacfunc._showing import Progress
+from jacfunc._trees import Arguments
 from jacfunc._types import Leaves, Tree, product_dtype
 
 
@@ -93,8 +94,7 @@ class SampleRange:
     def rows(self, axes: KeptAxes) -> list[LeafRows]:
         """All rows of the Jacobian of each output leaf."""
         with self.samples.evaluated(self.start, self.stop) as jacobian:
-            outputs = jacobian.outputs
-            return [_leaf_rows(jacobian, outputs, number, axes) for number in range(len(outputs))]
+            return leaf_rows(jacobian, axes)
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,13 @@ class LeafRows:
 
 
 @torch.no_grad()
+def kernel_at_once(options: BatchOptions, arguments: Arguments, axes: KeptAxes) -> Tensor | None:
+    """The kernel of a batch with itself, if earlier calls have settled all but the numbers."""
+    rows = made_at_once(options, arguments, lambda jacobian: leaf_rows(jacobian, axes))
+    return None if rows is None else rows[0].times(rows[0])
+
+
+@torch.no_grad()
 def product_of(
     first: Sequence[SampleRange],
     second: Sequence[SampleRange],
@@ -184,6 +191,12 @@ def _ranges(side: Sequence[SampleRange]) -> list[slice]:
     """The place of each chunk's samples among those of all chunks."""
     stops = list(accumulate(chunk.stop - chunk.start for chunk in side))
     return [slice(start, stop) for start, stop in pairwise([0, *stops])]
+
+
+def leaf_rows(jacobian: FactoredJacobian, axes: KeptAxes) -> list[LeafRows]:
+    """All rows of the Jacobian of each output leaf of evaluated samples."""
+    outputs = jacobian.outputs
+    return [_leaf_rows(jacobian, outputs, number, axes) for number in range(len(outputs))]
 
 
 def _leaf_rows(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Unpack, overload
 
 from torch import nn
@@ -11,9 +12,16 @@ from jacfunc._arguments import check_chunk_size, check_flags, check_memory
 from jacfunc._assembly import Places
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import check_uncompiled
-from jacfunc._kernels.blocks import KeptAxes, KernelOptions, SampleRange, product_of
+from jacfunc._kernels.blocks import KeptAxes, KernelOptions, SampleRange, kernel_at_once, product_of
 from jacfunc._kernels.fitting import in_ranges
-from jacfunc._kernels.sampled_function import KernelSamples, SingleCall, samples_of, sides_of
+from jacfunc._kernels.sampled_function import (
+    KernelSamples,
+    SamplesAt,
+    SingleCall,
+    named_sides,
+    samples_of,
+    sides_of,
+)
 from jacfunc._lending import Select
 from jacfunc._memory import Budget
 from jacfunc._modules import (
@@ -26,7 +34,7 @@ from jacfunc._modules import (
 )
 from jacfunc._outputs import Outputs, choice_of
 from jacfunc._showing import Progress, check_progress, named
-from jacfunc._trees import is_batch, map_tensors
+from jacfunc._trees import map_tensors, positional
 from jacfunc._types import Argnums, Memory, OutT, Randomness, Tree
 from jacfunc.strategies import Structured, in_words_of
 
@@ -128,7 +136,7 @@ def ntk(
         tensor([8., 8., 8., 8., 8.])
     """
     axes, places = KeptAxes.of(trace_axes, diagonal_axes), Places.of(API, out)
-    sides, are_single = _sides(x1, x2)
+    sides, are_single = named_sides(x1, x2)
     stays = _stays(progress, are_single)
     asked = None if outputs is None else choice_of(API, outputs, are_single and x2 is None)
     func, params = _called(func, params, batched)
@@ -137,16 +145,16 @@ def ntk(
         options = BatchOptions.read(
             *(API, func, *choices, independent, chunk_size), stays=stays, outputs=asked
         )
+        if x2 is None and out is None and not stays:
+            kernel = kernel_at_once(options, (positional(x1), {}), axes)
+            if kernel is not None:
+                return kernel
         budget = Budget(API, options.memory)
-
-        def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
-            with budget.keeping():
-                return options.at((args, {}))
+        samples_at: SamplesAt = partial(_kept_at, options, budget)
     else:
         budget = _budget_of_function(select, randomness, chunk_size, memory)
-
-        def samples_at(args: tuple[Tree, ...]) -> KernelSamples:
-            return samples_of(API, func, params, args, in_dims, randomness, asked)
+        how = partial(samples_of, in_dims=in_dims, randomness=randomness, asked=asked)
+        samples_at = partial(how, API, func, params)
 
     ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
     if out is not None:
@@ -204,15 +212,10 @@ def _called(func: Any, params: Any, batched: bool) -> tuple[Callable[..., Any], 
     return (FunctionAsModule(API, func, params), None) if batched else (func, params)
 
 
-def _sides(x1: Any, x2: Any) -> tuple[dict[str, Iterable[Any]], bool]:
-    """The batches of each argument, and whether each is one batch.
-
-    Without a second argument the first is both sides.
-    """
-    named = {"x1": x1} if x2 is None else {"x1": x1, "x2": x2}
-    single = {name for name, x in named.items() if is_batch(x)}
-    sides = {name: [x] if name in single else x for name, x in named.items()}
-    return sides, len(single) == len(named)
+def _kept_at(options: BatchOptions, budget: Budget, args: tuple[Tree, ...]) -> KernelSamples:
+    """The samples of a batch, with what is kept of them counted."""
+    with budget.keeping():
+        return options.at((args, {}))
 
 
 def _stays(progress: Progress | None, are_single: bool) -> bool:

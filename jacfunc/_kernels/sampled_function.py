@@ -16,7 +16,7 @@ from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
 from jacfunc._outputs import Asked, ChosenOutputs
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SAME_EACH_TIME, SampledCall
-from jacfunc._trees import Split, check_batch, kinds_of, positional, sample_dims
+from jacfunc._trees import Split, check_batch, is_batch, kinds_of, positional, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured, in_words_of
 
@@ -110,6 +110,17 @@ def samples_of(
 
 SamplesAt: TypeAlias = Callable[[tuple[Tree, ...]], KernelSamples]
 """Gives the samples of a batch, from the positional arguments of the function."""
+
+
+def named_sides(x1: Any, x2: Any) -> tuple[dict[str, Iterable[Any]], bool]:
+    """The batches of each argument, and whether each is one batch.
+
+    Without a second argument the first is both sides.
+    """
+    named = {"x1": x1} if x2 is None else {"x1": x1, "x2": x2}
+    single = {name for name, x in named.items() if is_batch(x)}
+    sides = {name: [x] if name in single else x for name, x in named.items()}
+    return sides, len(single) == len(named)
 
 
 def sides_of(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from functools import cache
-from typing import Any, Self
+from collections.abc import Callable, Container, Sequence
+from functools import cache, partial
+from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import ModuleState
+from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence, KnownCalls
@@ -23,6 +24,8 @@ from jacfunc._trees import Arguments, kind_of
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, Tree
 from jacfunc.strategies import Evaluation
+
+ResultT = TypeVar("ResultT")
 
 
 class SettledCalls:
@@ -41,12 +44,9 @@ class SettledCalls:
         cls, options: ModuleOptions, argnums: Argnums, flat: bool, beside: Sequence[Any]
     ) -> Self | None:
         """Those of a door; None where its results are others, as options ``beside`` these say."""
-        others = options.outputs, options.memory, options.chunk_size, *beside
-        if any(x is not None and x is not False for x in others):
-            return None
         # of another order, or a tuple of one, the tree is another one
         is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
-        if not is_known or options.batching != Batching():
+        if not is_known or not _are_usual(options, beside):
             return None
         return cls(options.independence, flat)
 
@@ -59,15 +59,11 @@ class SettledCalls:
         state_then, settled = self._by_kind.get(kind_of(x)) or (None, None)
         if settled is None or state_then is not state:
             return None
-        known = _known(self._independence, state, settled)
-        if known is None:
-            return None
-        calls, signatures = known
-        make = settled.matrix if self._flat else settled.blocks
-        made = make(state, x, signatures)
+        make: Callable[..., Any] = settled.matrix if self._flat else settled.blocks
+        again = partial(make, state, x)
+        made = _counted(self._independence, state, settled, again)
         if made is None:
             return None
-        calls.count += 1
         if self._flat or not settled.names:
             return made if self._flat else made[0]
         jacobian = dict(zip(settled.names, made, strict=False))
@@ -88,12 +84,31 @@ class SettledCalls:
             self._by_kind.put(kind_of(args[0]), (call.state, settled))
 
 
+def made_at_once(
+    options: ModuleOptions, arguments: Arguments, work: Callable[[FactoredJacobian], ResultT]
+) -> ResultT | None:
+    """What ``work`` makes of all samples of a call by layers, which are evaluated once.
+
+    None where earlier calls have not settled all but the numbers, or where there is more to do.
+    """
+    if not (_are_usual(options) and _is_plain(arguments)):
+        return None
+    (x,), _ = arguments
+    with alone():
+        state = options.current.now()
+        settled = _by_layers().get(state.version, kind_of(x))
+        if settled is None:
+            return None
+        again = partial(settled.result, state, x, work=work)
+        return _counted(options.independence, state, settled, again)
+
+
 def settled_at(call: ModuleCall, batching: Batching) -> SettledBatch | None:
     """What earlier calls at such arguments have settled.
 
     None where nothing is, and where others look at what torch does.
     """
-    if not _is_plain(call, batching):
+    if not _is_of_all(call, batching):
         return None
     return _by_layers().get(call.state.version, kind_of(call.arguments[0][0]))
 
@@ -105,14 +120,9 @@ def evaluated_again(
 
     It is where batches are to be compared, or where the evaluation shows something new.
     """
-    known = _known(call.independence, call.state, settled)
-    if known is None:
-        return None
-    calls, signatures = known
-    factors = settled.again(call.state, call.arguments[0][0], signatures, random_state)
-    if factors is not None:
-        calls.count += 1
-    return factors
+    state, x = call.state, call.arguments[0][0]
+    again = partial(settled.again, state, x, random_state=random_state)
+    return _counted(call.independence, state, settled, again)
 
 
 def settle(
@@ -123,7 +133,7 @@ def settle(
     made: FlatCall,
 ) -> None:
     """Keep what an evaluation of all samples has settled, if that is all but the numbers."""
-    if not _is_plain(call, batching) or call.output_dims != IN_FRONT:
+    if not _is_of_all(call, batching) or call.output_dims != IN_FRONT:
         return
     version, kind = call.state.version, kind_of(call.arguments[0][0])
     before = _by_layers().get(version, kind)
@@ -134,33 +144,50 @@ def settle(
         _by_layers().put(version, kind, settled)
 
 
-def _is_plain(call: ModuleCall, batching: Batching) -> bool:
-    """Is a tensor all that the module gets, and are all its outputs asked for, as it returns them?
+def _are_usual(options: ModuleOptions, beside: Sequence[Any] = ()) -> bool:
+    """Are all outputs asked for of samples in front, all at once? So, too, ``beside`` these."""
+    others = options.outputs, options.memory, options.chunk_size, *beside
+    is_usual = not any(x is not None and x is not False for x in others)
+    return is_usual and options.batching is not None and _are_in_front(options.batching)
 
-    False, too, where others look at what torch does.
-    """
-    args, kwargs = call.arguments
-    if kwargs or len(args) != 1 or type(args[0]) is not Tensor or call.asked is not None:
-        return False
+
+def _are_in_front(batching: Batching) -> bool:
+    """Are samples in front of all inputs, and must draw nothing?"""
     in_dims = batching.in_dims
-    is_in_front = type(in_dims) is int and in_dims == 0
-    return is_in_front and batching.randomness == "error" and is_undisturbed()
+    return type(in_dims) is int and in_dims == 0 and batching.randomness == "error"
 
 
-def _known(
-    independence: Independence, state: ModuleState, settled: SettledBatch
-) -> tuple[KnownCalls, Container[int]] | None:
-    """What is known of the calls before, and after which evaluations batches were compared.
+def _is_plain(arguments: Arguments) -> bool:
+    """Is a tensor all that the module gets? False, too, where others look at what torch does."""
+    args, kwargs = arguments
+    return not kwargs and len(args) == 1 and type(args[0]) is Tensor and is_undisturbed()
 
-    None where batches are to be compared now, where too many calls were taken anew, or where others
-    look at what torch does.
+
+def _is_of_all(call: ModuleCall, batching: Batching) -> bool:
+    """Is a tensor all that the module gets, and are all its outputs asked for?"""
+    return call.asked is None and _are_in_front(batching) and _is_plain(call.arguments)
+
+
+def _counted(
+    independence: Independence,
+    state: ModuleState,
+    settled: SettledBatch,
+    again: Callable[[Container[int]], ResultT | None],
+) -> ResultT | None:
+    """What is made ``again``, from the signatures after which batches were compared; a call more.
+
+    None where batches are to be compared now, where too many calls were taken anew, where others
+    look at what torch does, or where nothing could be made.
     """
     # with one sample nothing is compared
     calls = KnownCalls() if settled.is_alone else independence.known_at_next(state, settled.kind)
     if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
         return None
     compared = settled.learned if independence.independent is True else calls
-    return calls, compared.signatures
+    made = again(compared.signatures)
+    if made is not None:
+        calls.count += 1
+    return made
 
 
 @cache

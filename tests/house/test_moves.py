@@ -12,7 +12,7 @@ MOST = {
     "module_jacobian, per sample": (38, 96),
     "module_jacobian, by inputs": (32, 72),
     "module_jacobian, by layers": (46, 168),
-    "ntk": (61, 212),
+    "ntk": (54, 185),
     "ggn, diagonal": (66, 250),
 }
 

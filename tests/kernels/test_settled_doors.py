@@ -166,6 +166,24 @@ def test_errors_of_a_settled_kind_are_the_modules_own() -> None:
     assert any("ntk: the module must run" in note for note in caught.value.__notes__)
 
 
+@SIZES
+def test_axes_and_selections_of_settled_kinds_count(size: int) -> None:
+    module, call = settled("ntk", size)
+    x = points(size)
+    whole = DOORS["ntk"].expected(truth_of(module, (x,)), module).view(size, size, 2, 2)
+    of_first = jacfunc.module_jacobian(module, select="first.*", per_sample=True, flat=True)(x)
+    for _ in range(4):
+        traced = jacfunc.ntk(module, None, x, trace_axes=0)
+        torch.testing.assert_close(traced, whole.diagonal(dim1=2, dim2=3).sum(-1))
+        diagonal = jacfunc.ntk(module, None, x, diagonal_axes=-1)
+        torch.testing.assert_close(diagonal, whole.diagonal(dim1=2, dim2=3))
+        some = jacfunc.ntk(module, "first.*", x)
+        torch.testing.assert_close(some, torch.einsum("aip,bjp->abij", of_first, of_first))
+        with pytest.raises(ValueError, match="must be axes of one sample's output, got 1"):
+            jacfunc.ntk(module, None, x, trace_axes=1)
+    assert_exact("ntk", call, module, x)
+
+
 def test_modules_are_freed() -> None:
     from gc import collect
     from weakref import ref
