@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -50,10 +50,15 @@ def are_near(numbers: Tensor, others: Tensor, power: float | None, lead: int = 0
     return bool(is_near.all())
 
 
-@contextmanager
-def contracting(tensors: Iterable[Tensor]) -> Iterator[None]:
+def contracting(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
     """Around products of factors on these tensors' devices: no graph, no autocast, which rounds."""
+    rounding = [*filter(torch.is_autocast_enabled, {x.device.type for x in tensors})]
+    return _without_autocast(rounding) if rounding else torch.no_grad()
+
+
+@contextmanager
+def _without_autocast(devices: Iterable[str]) -> Iterator[None]:
     with torch.no_grad(), ExitStack() as stack:
-        for device in filter(torch.is_autocast_enabled, {x.device.type for x in tensors}):
+        for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -47,7 +47,7 @@ class LossOfChosen(Loss):
         every = [self.times(tuple(u[k] for u in tangents))[0] for k in range(len(tangents[0]))]
         return (torch.stack(every),)
 
-    def _known(self) -> tuple[Tensor, float] | None:
+    def _known(self) -> tuple[Tensor, float | None] | None:
         return None  # formulas are of all outputs
 
 

@@ -63,7 +63,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         self, point: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
     ) -> None:
         # not by the base: who multiplies by trees needs no spaces, which take a while
-        self.api, self.point, self.curvature_of = point.api, point, curvature_of
+        self.api, self.point, self.curvature_of = point.call.api, point, curvature_of
 
     @kept_property
     def domain(self) -> Space:

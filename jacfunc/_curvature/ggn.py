@@ -133,13 +133,13 @@ def ggn(
     )
     if loss is not None or options.outputs is None:
         check_loss("ggn", loss)
+    # a function of torch itself closes over nothing
+    is_plain = is_of_torch(loss) and not isinstance(loss, partial | nn.Module)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         if loss is None:
             return GaussNewton(options.at((args, kwargs), is_kept=True), Unweighted)
         at_batch, targets = options.with_targets(args, kwargs, loss, is_kept=True)
-        # a function of torch itself closes over nothing
-        is_plain = is_of_torch(loss) and not isinstance(loss, partial | nn.Module)
         captured = None if is_plain else Captured.of(loss)
         return GaussNewton(at_batch, partial(loss_of, "ggn", loss, targets, captured))
 

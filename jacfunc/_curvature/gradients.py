@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import reduce
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
+from jacfunc._calls import OneTensor
 from jacfunc._curvature.loss import Loss, LossFunction
-from jacfunc._factored import FactoredJacobian, norms
+from jacfunc._factored import FactoredJacobian, Part, norms
 from jacfunc._lending import Select
-from jacfunc._losses import check_loss
-from jacfunc._modules import Batching, BatchOptions, Independent, ModuleAtBatch
+from jacfunc._losses import check_loss, is_of_torch
+from jacfunc._modules import Batching, BatchOptions, Independent, made_at_once
+from jacfunc._rounding import contracting
 from jacfunc._showing import named
+from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Memory, Randomness, Tree
 
 
@@ -78,28 +81,55 @@ def gradient_norms(
     )
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
+        # a user's loss may look at the module, which is lent meanwhile
+        if args and isinstance(module, nn.Module) and is_of_torch(loss):
+            work = partial(_norms_at_once, options, loss, args[-1])
+            result = made_at_once(options, (args[:-1], kwargs), work)
+            if result is not None:
+                return result
         at_batch, targets = options.with_targets(args, kwargs, loss)
         with at_batch.as_one():
-            return norms_at(at_batch, targets)
+            of_outputs = partial(_gradient, options, loss, targets, at_batch.outputs)
+            gradient = at_batch.budget.keep(of_outputs)
 
-    def norms_at(at_batch: ModuleAtBatch, targets: Tree) -> Tensor:
-        at_outputs = Loss(api, loss, targets, at_batch.outputs)
-        at_outputs.check_samples(options.independence)
-        gradient = at_batch.budget.keep(at_outputs.gradient)
-        params = at_batch.params
-        leaves = (*gradient, *params.values())
-        dtype = reduce(torch.promote_types, {leaf.dtype for leaf in leaves})
+            def norms_of(samples: slice, jacobian: FactoredJacobian) -> Leaves:
+                cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
+                named = at_batch.parts_of(jacobian, cotangents)
+                parts = [named.get(name, []) for name in at_batch.params]
+                with at_batch.contracting():
+                    return (_norms(parts, at_batch.params.values(), cotangents),)
 
-        def norms_of(samples: slice, jacobian: FactoredJacobian) -> Leaves:
-            cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
-            named = at_batch.parts_of(jacobian, cotangents).items()
-            with at_batch.contracting():
-                pairs = [(parts, params[name]) for name, parts in named]
-                if not pairs:
-                    return (gradient[0].new_zeros(cotangents[0].shape[1]),)
-                return (norms(pairs)[0].sqrt_(),)
-
-        (result,) = stack(at_batch.pieces(norms_of), at_batch.size)
-        return result.to(dtype)
+            return stack(at_batch.pieces(norms_of), at_batch.size)[0]
 
     return named("gradient_norms", module, gradient_norms_of)
+
+
+def _gradient(
+    options: BatchOptions, loss: LossFunction, targets: Tree, outputs: BatchOutputs
+) -> Leaves:
+    """The gradient in the outputs ``[B, *out]``, to which each sample adds its own."""
+    at_outputs = Loss(options.api, loss, targets, outputs)
+    at_outputs.check_samples(options.independence)
+    return at_outputs.gradient()
+
+
+def _norms_at_once(
+    options: BatchOptions, loss: LossFunction, targets: Tree, jacobian: FactoredJacobian
+) -> Tensor:
+    """Norms of all samples, of a module that returned one tensor."""
+    outputs = BatchOutputs(jacobian.outputs, (), OneTensor())
+    gradient = _gradient(options, loss, targets, outputs)
+    cotangents = tuple([leaf.unsqueeze(0) for leaf in gradient])
+    return _norms(jacobian.parts_of_cotangents(cotangents), jacobian.params, cotangents)
+
+
+def _norms(
+    parts: Iterable[Sequence[Part]], params: Collection[Tensor], cotangents: Leaves
+) -> Tensor:
+    """Norms ``[B]`` over all parameters, from the parts that cotangents ``[1, B, *out]`` have."""
+    dtype = reduce(torch.promote_types, {leaf.dtype for leaf in (*cotangents, *params)})
+    pairs = [pair for pair in zip(parts, params, strict=True) if pair[0]]
+    if not pairs:
+        return cotangents[0].new_zeros(cotangents[0].shape[1], dtype=dtype)
+    with contracting(params):
+        return norms(pairs)[0].sqrt_().to(dtype)

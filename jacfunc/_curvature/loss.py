@@ -146,13 +146,14 @@ class Loss:
         """Columns of ``S`` with ``H = S Sᵀ``, ``[R, B, *out]``, as many as one sample needs."""
         self._check_captured()
         columns, negligible = self._known() or self._computed()
-        if is_traced():  # how many columns there are may not depend on numbers
-            return as_leaves(columns.permute(2, 0, 1).contiguous(), self.outputs.leaves)
-        squares = columns.square().sum(1)
-        count = max(1, int((squares > negligible).sum(1).max()))  # a sweep needs at least one
-        if count < squares.shape[1]:
-            order = squares.argsort(1, descending=True)[:, None, :count]
-            columns = columns.gather(2, order.expand(-1, columns.shape[1], -1))
+        if not is_traced():  # how many columns there are may not depend on numbers
+            entries = columns.square()
+            squares, rounding = entries.sum(1), torch.finfo(columns.dtype).eps * columns.shape[1]
+            bound = rounding * entries.amax() if negligible is None else negligible
+            count = max(1, int((squares > bound).sum(1).max()))  # a sweep needs at least one
+            if count < squares.shape[1]:
+                order = squares.argsort(1, descending=True)[:, None, :count]
+                columns = columns.gather(2, order.expand(-1, columns.shape[1], -1))
         # contiguous, or a matrix product with a weight would take them one after the other
         return as_leaves(columns.permute(2, 0, 1).contiguous(), self.outputs.leaves)
 
@@ -170,16 +171,11 @@ class Loss:
             self(*self.outputs.leaves)
         return self._formula
 
-    def _known(self) -> tuple[Tensor, float] | None:
-        """Columns ``[B, M, R]`` by a formula, if one is known, and what squares are negligible."""
+    def _known(self) -> tuple[Tensor, float | None] | None:
+        """Columns ``[B, M, R]`` by a formula, if one is known; a bound is that of their size."""
         with torch.no_grad():
             columns = None if self._fitting is None else self._fitting.roots()
-        if columns is None:
-            return None
-        if is_traced():
-            return columns, 0.0
-        rounding = torch.finfo(columns.dtype).eps * columns.shape[1]
-        return columns, rounding * float(columns.square().amax())
+        return None if columns is None else (columns, None)
 
     def _computed(self) -> tuple[Tensor, float]:
         """Columns ``[B, M, R]`` from the second derivatives, and a bound of negligible squares."""

@@ -213,9 +213,9 @@ def _norms(form: Outer | Gather, at_once: int) -> Tensor:
 
 def _squared_norms(blocks: Tensor, lead: int = 2) -> Tensor:
     """The squared norms of blocks ``[*lead, …]``."""
-    flat = blocks.unsqueeze(lead).flatten(lead)
-    squares: Tensor = torch.linalg.vecdot(flat, flat)
-    return squares
+    dims = tuple(range(lead, blocks.dim()))
+    # without dimensions the norm would be over all
+    return torch.linalg.vector_norm(blocks, dim=dims).square_() if dims else blocks.square()
 
 
 def _has_one_position(form: KnownForm) -> TypeGuard[Outer]:

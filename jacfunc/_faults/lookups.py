@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -94,20 +94,28 @@ def as_strided(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) 
 
 def lies_alone(tensor: Tensor) -> bool:
     """Has the tensor its memory for itself, without overlaps? Then a copy has equal strides."""
-    tensor = below_transforms(tensor)
+    return _lies_alone(below_transforms(tensor))
+
+
+def _lies_alone(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return True
     return tensor.untyped_storage().nbytes() == tensor.nbytes and 0 not in tensor.stride()
 
 
-def apart(tensor: Tensor) -> Tensor:
-    """A copy without a graph, for which :func:`lies_alone` gives what it gives for the tensor.
+def apart(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies without a graph, for which :func:`lies_alone` gives what it gives for the tensors.
 
     A function that reads memory by strides could read other entries of a copy. Where a tensor does
     not lie alone, such a function is refused, and so it must be with the copy.
     """
+    lie_alone = lies_alone if inside_transform() else _lies_alone
+    return [_apart(tensor, lie_alone(tensor)) for tensor in tensors]
+
+
+def _apart(tensor: Tensor, is_alone: bool) -> Tensor:
     copy = tensor.detach().clone()
-    if lies_alone(tensor):
+    if is_alone:
         return copy
     larger = copy.new_empty(copy.numel() + 1)  # so the copy does not lie alone
     return larger.as_strided(copy.shape, copy.stride()).copy_(copy)

@@ -106,7 +106,7 @@ def copied(state: ModuleState) -> ModuleState:
     # values to differentiate at may be no parameters of the module
     known = new | {id(x): x for x in state.point.values()}
     with recording():  # graphs of attributes tell what was computed before
-        copies = {key: apart(x) for key, x in known.items()}
+        copies = dict(zip(known, apart(known.values()), strict=True))
         return replace(
             state,
             parts={n: part.copied(new) if part.plain else part for n, part in state.parts.items()},

@@ -31,17 +31,14 @@ class Budget:
 
     def __init__(self, api: str, nbytes: int | None) -> None:
         self._api, self._nbytes = api, nbytes
+        self.is_open = nbytes is None
+        """Is there no limit?"""
         if nbytes is not None:
             self._counter = PeakBytes()
 
     def keeping(self) -> AbstractContextManager[Any]:
         """A context in which what is made is kept from piece to piece."""
         return nullcontext() if self._nbytes is None else self._counter
-
-    @property
-    def is_open(self) -> bool:
-        """Is there no limit?"""
-        return self._nbytes is None
 
     def room(self, block: int) -> int | None:
         """Bytes left beside a block of this size and the one before, which a loop still has."""

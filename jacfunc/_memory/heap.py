@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -35,19 +35,21 @@ def keep_heap() -> None:
     torch.UntypedStorage(KEPT_BYTES)  # no operation: modes and transforms would see one
 
 
-@contextmanager
-def sparing(nbytes: int | None) -> Iterator[None]:
+def sparing(nbytes: int | None) -> AbstractContextManager[None]:
     """A context for work on a budget of bytes, in which large blocks go back as they are freed.
 
     In a heap that is kept, what is freed may be too small for the next block, or lie between blocks
     in use: the process takes up to twice the bytes of its tensors. So blocks get pages of their
     own, which costs time to have them anew.
     """
-    heap = _heap()
+    heap = None if nbytes is None else _heap()
     if nbytes is None or heap is None:
-        yield
-        return
-    size = max(LEAST_MAPPED, nbytes // MAPPED_SHARE)
+        return nullcontext()
+    return _sparing(heap, max(LEAST_MAPPED, nbytes // MAPPED_SHARE))
+
+
+@contextmanager
+def _sparing(heap: _Heap, size: int) -> Iterator[None]:
     with alone():
         heap.map_from(*heap.sizes, size)
     try:

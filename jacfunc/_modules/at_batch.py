@@ -15,7 +15,7 @@ from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall, OneTensor
 from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._lending import check_outermost
-from jacfunc._linear_map import Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
+from jacfunc._linear_map import EVERY, Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._lock import kept_property
 from jacfunc._losses import is_of_torch
 from jacfunc._memory import Budget, sparing
@@ -188,11 +188,11 @@ class ModuleAtBatch:
 
         The cotangents are those ``of`` some outputs; by default of all, some of which may be zero.
         """
-        if of is None:
+        if of is None and len(cotangents) > 1:
             of = nonzero_numbers(cotangents)
             cotangents = chosen_leaves(cotangents, of)
         with self.undisturbed():
-            every = factors.parts_of_cotangents(cotangents, of)
+            every = factors.parts_of_cotangents(cotangents, EVERY if of is None else of)
         return {name: parts for name, parts in zip(self.params, every, strict=True) if parts}
 
     @contextmanager

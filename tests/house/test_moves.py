@@ -13,7 +13,7 @@ MOST = {
     "module_jacobian, by inputs": (32, 72),
     "module_jacobian, by layers": (46, 168),
     "ntk": (54, 185),
-    "ggn, diagonal": (66, 250),
+    "ggn, diagonal": (66, 230),
 }
 
 
