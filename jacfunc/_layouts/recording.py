@@ -126,10 +126,8 @@ class OperationRecorder(TorchFunctionMode):
         return result
 
 
-def are_among(
-    values: Iterable[Any], tracked: Container[int], without: Container[int] = ()
-) -> bool:
-    """Is a tracked tensor among values, or in lists of them? Identities ``without`` do not count."""
+def are_among(values: Iterable[Any], tracked: Container[int], without: Container[int] = ()) -> bool:
+    """Is a tracked tensor among values, or in lists of them? Those ``without`` do not count."""
     for value in values:
         if id(value) in tracked and id(value) not in without:
             return True

@@ -34,7 +34,6 @@ from jacfunc._linear_map import (
 from jacfunc._torch import Pull
 from jacfunc._types import Leaves
 
-
 _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
 
 
