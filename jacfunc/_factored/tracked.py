@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,20 +83,6 @@ class TrackedParameters:
                     step = View(view.func, args, kwargs, None if is_single else item)
                     self.track(whole.number, handle, of_twin[item], (*whole.path, step))
 
-    def are_among(self, values: Iterable[Any], without: Collection[int] = ()) -> bool:
-        """Is a tracked tensor among the arguments, or in lists of them?
-
-        Those with identities in ``without`` do not count.
-        """
-        by_id = self.by_id
-        for value in values:
-            if id(value) in by_id and id(value) not in without:
-                return True
-            is_list = type(value) is not Tensor and isinstance(value, tuple | list)
-            if is_list and self.are_among(value, without):
-                return True
-        return False
-
     def note_unruled(self, values: Iterable[Any], may_write_unseen: bool = False) -> None:
         """Note the parameters among the arguments of an operation without a rule.
 
@@ -118,9 +104,11 @@ class TrackedParameters:
     def find(self, value: Any) -> TrackedParameter | None:
         """The tracked parameter that a value is, if nothing has written into it."""
         tracked = self.by_id.get(id(value))
-        if tracked is None or _is_written(tracked) or tracked.number in self.unruled.written:
-            return None
-        return tracked
+        return tracked if tracked is not None and self.is_as_tracked(tracked) else None
+
+    def is_as_tracked(self, tracked: TrackedParameter) -> bool:
+        """Has nothing written into a tracked tensor?"""
+        return not (_is_written(tracked) or tracked.number in self.unruled.written)
 
     def written(self) -> set[int]:
         """Numbers of the parameters that were written into.
@@ -137,6 +125,11 @@ class TrackedParameters:
 def _is_written(tracked: TrackedParameter) -> bool:
     """Has something written into the tensor since it is tracked?"""
     return tracked.memory._version != tracked.version
+
+
+def _has_tensors(value: Any) -> bool:
+    """Is there a tensor in a value that may be a tuple or list?"""
+    return isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value)
 
 
 @dataclass(eq=False)
@@ -166,42 +159,48 @@ class RuledCall:
             return {}
         return self.rule.forms_of(**{**self.named, **every})
 
-    def known(self, names: list[str]) -> KnownUse:
-        """What later evaluations are to know of the call, which has tensors of these names."""
-        numbers = {name: param.number for name, param in self.params.items()}
-        return KnownUse(self.func, names, numbers)
+    def known(self) -> KnownUse | None:
+        """What later evaluations are to know of the call; None if a tensor is not dense or free."""
+        tensors = dict[str, int | None]()
+        for name, value in self.named.items():
+            if isinstance(value, Tensor):
+                param = self.params.get(name)
+                tensors[name] = None if param is None else param.number
+                if value.layout is not torch.strided:
+                    return None
+            elif _has_tensors(value):
+                return None
+        return KnownUse(self.func, tensors)
 
     def is_like(self, known: KnownUse, placing: Placing, params: TrackedParameters) -> bool:
         """Was the operation called before as it is now, with parameters in the same places?
 
         Then the call takes in these, and for each other tensor that of all samples.
         """
-        every, covered = dict[str, Tensor](), dict[str, TrackedParameter]()
+        named, of_params = self.named, self.params
         if known.func is not self.func or placing.listener is not None:
             return False
-        for name, value in self.named.items():
+        tensors, left = known.tensors, len(known.tensors)
+        for name, value in named.items():
             if not isinstance(value, Tensor):
-                if isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value):
+                if _has_tensors(value):
                     return False
-            elif name not in known.tensors or value.layout is not torch.strided:
+                continue
+            left -= 1
+            param = params.by_id.get(id(value))
+            number = None if param is None else param.number
+            if tensors.get(name, -1) != number or value.layout is not torch.strided:
                 return False
-            elif name in known.params:
-                param = params.find(value)
-                if param is None or param.number != known.params[name]:
-                    return False
-                covered[name] = param
-            elif id(value) in params.by_id:
-                return False
-            else:
+            if param is None:
                 try:
-                    every[name] = self._of_all(name, placing)
+                    named[name] = self._of_all(name, placing)
                 except NoLayout:
                     return False
-        if len(every) + len(covered) != len(known.tensors):
-            return False
-        self.named.update(every)
-        self.params.update(covered)
-        return True
+            elif params.is_as_tracked(param):
+                of_params[name] = param
+            else:
+                return False
+        return not left
 
     def known_parts(self, placing: Placing) -> list[UsedPart]:
         """The parts of parameters that a call uses which is like an earlier one.

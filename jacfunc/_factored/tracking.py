@@ -21,12 +21,11 @@ from jacfunc._factored.use import (
     Versions,
     View,
     is_part,
-    names_of_tensors,
     tensors_among,
     without_lists,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing
+from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing, are_among
 from jacfunc._linear_map import Anchor, Graph, no_view, nodes_of_call
 from jacfunc._torch import innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
@@ -62,7 +61,9 @@ class UseRecorder(OperationRecorder):
         grad_mode: bool,
         known: dict[int, KnownUse],
     ) -> None:
-        super().__init__(placing.listener)
+        self._rules, self._openings = table().rules, table().openings
+        noticed = UNUSUAL | self._openings.keys()
+        super().__init__(placing.listener, noticed, params.by_id)
         placing.operations = self.operations
         self._placing, self._params = placing, params
         self._grad_mode = grad_mode
@@ -71,7 +72,6 @@ class UseRecorder(OperationRecorder):
         self._inputs = Versions()
         self.derived = DerivedResults(params, starts, grad_mode)
         self._level = innermost()
-        self._rules, self._openings = table().rules, table().openings
 
     def finish(self) -> UnruledUse:
         """Check the record once the function has run; the parameters that no rule covers.
@@ -97,25 +97,25 @@ class UseRecorder(OperationRecorder):
         return self._params.unruled
 
     def call(
-        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+        self,
+        number: int,
+        func: Callable[..., Any],
+        args: Args,
+        kwargs: Mapping[str, Any],
+        is_tracked: bool,
     ) -> Any:
-        by_id = self._params.by_id
-        has_parameter = any(id(value) in by_id for value in args)
-        has_parameter |= not has_parameter and self._params.are_among((*args, *kwargs.values()))
-        if not (has_parameter or func in UNUSUAL or func in self._openings):  # the usual case
-            return func(*args, **kwargs)
         if func in TAKES_DERIVATIVES and self._is_at_own_level():
             raise Refused("the function takes a derivative itself, of what may stand for others")
-        is_used = has_parameter and self._is_at_own_level()
+        is_used = is_tracked and self._is_at_own_level()
         if func in self._openings and (is_used or self._is_under_vmap()):
             with self:
                 return self._openings[func](*args, **kwargs)
         if func in HOOKING:
             if func is Tensor.retain_grad:
                 return None  # nobody reads what it keeps, and a second sweep would add to that
-            if has_parameter or self._is_under_vmap():
+            if is_tracked or self._is_under_vmap():
                 raise Refused("a hook on a parameter, or on all samples of a tensor, is passed by")
-        if not has_parameter:
+        if not is_tracked:
             return func(*args, **kwargs)
         if is_used and func in VIEWS:
             return self._view(number, func, args, kwargs)
@@ -173,7 +173,7 @@ class UseRecorder(OperationRecorder):
             twins = {name: p.twin.view_as(p.twin) for name, p in call.params.items()}
         if not is_known:
             covered = {id(param.handle) for param in call.params.values()}
-            has_others = params.are_among((*args, *kwargs.values()), covered)
+            has_others = are_among((*args, *kwargs.values()), params.by_id, covered)
             if covered and has_others and self._placing.can_share:
                 return self._derive(number, func, args, kwargs)
         places = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
@@ -184,9 +184,8 @@ class UseRecorder(OperationRecorder):
             params.note_unruled((*args, *kwargs.values()))
             if not twins:
                 return func(*args, **kwargs)
-            names = names_of_tensors(call.named)
-            if names is not None and not has_others:
-                self._known[number] = call.known(names)
+            if not has_others and (known := call.known()):
+                self._known[number] = known
         is_plain = self._level is None
         out = func(*args, **kwargs) if is_plain else self._placing.call(rule, func, args, kwargs)
         with untracked():

@@ -153,27 +153,12 @@ class KnownUse(NamedTuple):
 
     Args:
         func: the operation.
-        tensors: the names of the arguments that are tensors.
-        params: the numbers of the parameters that the rule covers, by name. No other argument is,
-            or holds, a tracked tensor.
+        tensors: the names of the arguments that are tensors; with the number of the parameter that
+            the rule covers, or None. No other argument is, or holds, a tracked tensor.
     """
 
     func: Callable[..., Any]
-    tensors: Sequence[str]
-    params: Mapping[str, int]
-
-
-def names_of_tensors(named: Mapping[str, Any]) -> list[str] | None:
-    """The names of arguments that are tensors; None if one is not dense, or in a tuple or list."""
-    names = []
-    for name, value in named.items():
-        if isinstance(value, Tensor):
-            names.append(name)
-            if value.layout is not torch.strided:
-                return None
-        elif isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value):
-            return None
-    return names
+    tensors: Mapping[str, int | None]
 
 
 @dataclass(eq=False)

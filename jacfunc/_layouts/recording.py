@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -45,11 +45,15 @@ class OperationRecorder(TorchFunctionMode):
 
     Args:
         listener: is told of all operations, if there is one.
+        noticed: operations that :meth:`call` sees; all others are called as they are.
+        tracked: identities of tensors; operations with one of these are seen as well.
     """
 
-    def __init__(self, listener: Listener | None) -> None:
+    def __init__(
+        self, listener: Listener | None, noticed: Collection[Any], tracked: Container[int] = ()
+    ) -> None:
         super().__init__()
-        self._listener = listener
+        self._listener, self._noticed, self._tracked = listener, noticed, tracked
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
         self.moves_samples = False
@@ -65,9 +69,14 @@ class OperationRecorder(TorchFunctionMode):
 
     @abstractmethod
     def call(
-        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+        self,
+        number: int,
+        func: Callable[..., Any],
+        args: Args,
+        kwargs: Mapping[str, Any],
+        is_tracked: bool,
     ) -> Any:
-        """The result of the operation with this number."""
+        """The result of the operation with this number; does it get a tracked tensor?"""
 
     def begin(self) -> None:
         """Forget all: only what follows is part of the user's function."""
@@ -91,26 +100,41 @@ class OperationRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._is_over:
             return func(*args, **kwargs)
-        operations = self.operations
+        operations, tracked, is_tracked = self.operations, self._tracked, False
         number = len(operations)
         operations.append(func)
         for value in (*args, *kwargs.values()) if kwargs else args:
             kind = type(value)
-            if kind is Tensor:
-                continue
             if kind in _PLAIN:
                 operations.append(value)
-            elif isinstance(value, _ROWS):
+            elif id(value) in tracked:
+                is_tracked = True
+            elif kind is not Tensor and isinstance(value, _ROWS):
                 operations += [item for item in value if type(item) in _PLAIN]
+                is_tracked = is_tracked or are_among(value, tracked)
         if func in TELLING:
             self.reads_values |= func in READING
             self.moves_samples |= func in MOVING or (
                 func in CHOOSING and _is_chosen_by_tensor(args)
             )
-        result = self.call(number, func, args, kwargs)
+        if is_tracked or func in self._noticed:
+            result = self.call(number, func, args, kwargs, is_tracked)
+        else:  # the usual case
+            result = func(*args, **kwargs)
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
+
+
+def are_among(values: Iterable[Any], tracked: Container[int], without: Container[int] = ()) -> bool:
+    """Is a tracked tensor among values, or in lists of them? Those ``without`` do not count."""
+    for value in values:
+        if id(value) in tracked and id(value) not in without:
+            return True
+        is_list = type(value) is not Tensor and isinstance(value, _ROWS)
+        if is_list and are_among(value, tracked, without):
+            return True
+    return False
 
 
 def _is_chosen_by_tensor(args: Args) -> bool:

@@ -37,7 +37,7 @@ from jacfunc._samples import (
     first_again,
 )
 from jacfunc._torch import is_outermost, levels, sweep_batch
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, Tree, product_dtype
 from jacfunc.strategies import (
     Evaluation,
     Looped,
@@ -85,7 +85,7 @@ class SampledJacobian:
     def _by(self, strategy: Strategy) -> SampleBlocks:
         if not self.batch.size:
             return self._written(None, None)
-        is_alone = self.batch.size == 1 and not isinstance(strategy, Structured)
+        is_alone = self.batch.size == 1 and not self._may_use_layers(strategy)
         if is_alone or isinstance(strategy, Looped):
             return self._looped(strategy)
         if isinstance(strategy, Auto | Autotune):
@@ -205,12 +205,24 @@ class SampledJacobian:
                 assert isinstance(strategy, Structured | Reverse)
                 # no product waits to be copied, as it would for the vmapped plan that was refused
                 return self._written(None if _is_share(chunk) else chunk, strategy.chunk_size)
+            if self.batch.size == 1:
+                return self._looped(strategy)
             return self._vmapped(strategy, chunk)
         except errors as error:
             if is_out_of_memory(error) or isinstance(error, FINAL):
                 raise
             self.batch.check_randomness(error)  # no plan is better in this
             raise Refused(f"the samples can't be swept together: {error}") from error
+
+    def _may_use_layers(self, strategy: Strategy) -> bool:
+        """May one sample alone be differentiated by layers?
+
+        Its products are few, so it pays only where torch multiplies slowly, in low precision.
+        """
+        if not isinstance(strategy, Auto):
+            return isinstance(strategy, Structured)
+        is_low = any(product_dtype(x) != x.dtype for x in self.batch.samples.leaves)
+        return is_low and is_outermost() and self.batch.differentiates == (True, False)
 
     def _sweeps_whole_batch(self, strategy: Strategy) -> bool:
         """Does the strategy sweep rows of a batch that is evaluated as a whole?

@@ -118,7 +118,9 @@ def candidates(
 def _reluctance(strategy: Sweeping, costs: Costs) -> float:
     sweeps = strategy.sweeps
     if sweeps.by_layers:
-        return 1.0 if costs.reuses_pages else RELUCTANCE["layers"]
+        # in low precision it is the products of the other strategies that take ten times as long
+        is_low = costs.of_products is not None and costs.of_products is not costs.speeds
+        return 1.0 if costs.reuses_pages or is_low else RELUCTANCE["layers"]
     is_chunked = sweeps.is_vmapped and sweeps.chunk_size is not None
     chunked = RELUCTANCE["chunked"] if is_chunked else 1.0
     return chunked * (RELUCTANCE["forward"] if sweeps.are_pushes else 1.0)

@@ -34,12 +34,22 @@ from jacfunc._linear_map import (
 from jacfunc._torch import Pull
 from jacfunc._types import Leaves
 
+_REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
+
 
 class PlainRecorder(OperationRecorder):
     """Numbers the operations of a function, of which no parameter is looked for."""
 
+    def __init__(self) -> None:
+        super().__init__(None, _REFUSED)
+
     def call(
-        self, number: int, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+        self,
+        number: int,
+        func: Callable[..., Any],
+        args: Args,
+        kwargs: Mapping[str, Any],
+        is_tracked: bool,
     ) -> Any:
         if func in TAKES_DERIVATIVES:
             raise Refused("the function takes a derivative itself, of what may stand for others")
@@ -81,7 +91,7 @@ class RepeatedEvaluation:
         self._starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
         # the function may write into these
         self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
-        self.recorder: OperationRecorder = PlainRecorder(None)
+        self.recorder: OperationRecorder = PlainRecorder()
         if by_layers:
             self.recorder = use_recorder(anchors, self.handles, self._starts, learned, len(x))
 

@@ -207,6 +207,8 @@ def _side_by_side(left: Tensor) -> Tensor:
 
 def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:
     """A view ``[B, K, *order]`` of ``[B, K, *param]``; None if there is no such view."""
+    if block.shape[2:] == order[1:] and order[0] == 1:
+        return block.unsqueeze(2)
     try:
         return block.view(*block.shape[:2], *order)
     except RuntimeError:
@@ -215,8 +217,11 @@ def as_matrices(block: Tensor, order: tuple[int, int, int]) -> Tensor | None:
 
 def summed(products: Tensor, shape: Sequence[int]) -> Tensor:
     """``[K, B, *shape]``: products ``[K, B, *z]``, summed where shape was broadcast to z."""
-    if products.shape[2:] == tuple(shape):
+    sizes, shape = products.shape[2:], tuple(shape)
+    if sizes == shape:
         return products
+    if sizes[1:] == shape and sizes[0] == 1:  # of one sample each
+        return products.squeeze(2)
     lead = products.dim() - len(shape)
     spread = [
         n

@@ -75,6 +75,8 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
 
 def positions(tensor: Tensor, lead: int) -> Tensor:
     """``[*lead, 1, T, n]``: a tensor ``[*lead, …, n]`` with one group, at T positions."""
+    if tensor.dim() == lead + 2:
+        return tensor.unsqueeze(lead)
     return tensor.reshape(*tensor.shape[:lead], 1, -1, tensor.shape[-1])
 
 

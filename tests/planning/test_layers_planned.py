@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,23 @@ def test_layers_are_taken_where_the_result_is_put_together(strategy: str) -> Non
     with trail() as steps:
         compute(x)
     assert "Structured" in steps[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_sample_in_low_precision_is_taken_by_layers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = wide().to(dtype), torch.randn(1, 500).to(dtype)
+    compute = jacfunc.module_jacobian(model, per_sample=True)
+    for _ in range(4):
+        with trail() as steps:
+            found = compute(x)
+    assert not any("one by one" in step for step in steps)
+    with trail() as steps:
+        jacfunc.module_jacobian(model, per_sample=True)(x)
+    assert "Structured" in steps[-1]
+    expected = written_out(copy.deepcopy(model).double(), x.double())
+    rows = torch.cat([block.flatten(2) for block in found.values()], -1).double()
+    torch.testing.assert_close(rows, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_not_for_inputs_alone_nor_where_a_direction_is_named() -> None:
