@@ -52,7 +52,8 @@ class Constants:
     ) -> ParameterWatch:
         """A watch over all parameters during a call, and above all over the constant ones."""
         # detached inside a transform they would be wrapped, and so would all that comes of them
-        aliases = {id(p): p.detach() for p in constants.values()}
+        values = constants.values()
+        aliases = dict(zip(map(id, values), map(Tensor.detach, values), strict=True))
         watch = ParameterWatch(params, aliases, self._only_read)
         if not (torch.compiler.is_compiling() or is_traced()):
             if self._numbers is None or not self._numbers.are_those_of(constants):
