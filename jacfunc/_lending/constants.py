@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from jacfunc._memory import COMPARED_BYTES, MOST_COPIED_BYTES, bytes_in
 from jacfunc._remembered import Remembered
 from jacfunc._torch import below_transforms, is_traced, outside_transforms
 
+_VERSION = attrgetter("_version")
 COMPARED_NUMBERS = 16
 """Numbers of each larger parameter that are compared."""
 
@@ -50,7 +52,8 @@ class Constants:
     ) -> ParameterWatch:
         """A watch over all parameters during a call, and above all over the constant ones."""
         # detached inside a transform they would be wrapped, and so would all that comes of them
-        aliases = {id(p): p.detach() for p in constants.values()}
+        values = constants.values()
+        aliases = dict(zip(map(id, values), map(Tensor.detach, values), strict=True))
         watch = ParameterWatch(params, aliases, self._only_read)
         if not (torch.compiler.is_compiling() or is_traced()):
             if self._numbers is None or not self._numbers.are_those_of(constants):
@@ -132,7 +135,7 @@ def _is_plain(param: Tensor) -> bool:
 def versions_of(params: Collection[Tensor]) -> list[int]:
     """How often torch has written into each tensor; no call for each, as every call asks."""
     try:
-        return [param._version for param in params]
+        return [*map(_VERSION, params)]
     except RuntimeError:  # torch counts nothing of inference tensors
         return [0 if param.is_inference() else param._version for param in params]
 

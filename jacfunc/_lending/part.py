@@ -109,7 +109,7 @@ class ModulePart:
     def lend(self, new: dict[int, Any]) -> None:
         """Put tensors and containers in place; ``new`` has them by the identity of the old."""
         params = {key: new.get(id(x), x) for key, x in self.params.items()}
-        buffers = {key: new.get(id(x), x) for key, x in self.buffers.items()}
+        buffers = {k: new.get(id(x), x) for k, x in self.buffers.items()} if self.buffers else {}
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return

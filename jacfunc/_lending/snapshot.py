@@ -123,7 +123,8 @@ class _Rows:
         self._sizes = [len(first) for _, first in pairs]
         self._names = [name for _, first in pairs for name in first]
         self._values = [value for _, first in pairs for value in first.values()]
-        self._filled = [pair for part in parts for pair in part.filled]
+        filled = [pair for part in parts for pair in part.filled]
+        self._filled, self._entries = [r for r, _ in filled], [first for _, first in filled]
         self._empty = [registry for part in parts for registry in part.empty]
         self._empty += [table for table, first in tensors if not first]
 
@@ -136,5 +137,5 @@ class _Rows:
             and all(map(is_, values, self._values))
             and list(chain.from_iterable(self._tables)) == self._names
             and not any(self._empty)
-            and all(registry == first for registry, first in self._filled)
+            and self._filled == self._entries
         )

@@ -94,7 +94,7 @@ class ModuleState:
         snapshot = Snapshot([*parts.values(), *beside])
         return cls(parts, point, params, buffers, beside, hidden, snapshot, constants_of(module))
 
-    @property
+    @cached_property
     def every_part(self) -> list[ModulePart]:
         """Submodules, and objects beside them."""
         return [*self.parts.values(), *self.beside]

@@ -178,7 +178,7 @@ def _with_graph(leaves: Leaves) -> list[int]:
 
 def _released(leaves: Leaves) -> Leaves:
     """New tensors without a graph, which nothing can connect with the evaluation."""
-    return tuple([leaf.detach() for leaf in leaves])
+    return tuple(map(Tensor.detach, leaves))
 
 
 def _detached(leaves: Leaves) -> Leaves:

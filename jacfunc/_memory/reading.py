@@ -14,16 +14,23 @@ def bytes_in(tensors: Iterable[Tensor]) -> Callable[[], list[bytes]]:
 
     There are none of a tensor that lies elsewhere by then, as with a storage that was resized.
     """
-    reads = [*map(_bytes_in, tensors)]
-    return lambda: [read() for read in reads]
+    every = [*tensors]
+    places, reads = [*map(Tensor.data_ptr, every)], [*map(_bytes_in, every)]
+
+    def now() -> list[bytes]:
+        those = [*map(Tensor.data_ptr, every)]
+        if those == places:
+            return [read() for read in reads]
+        return [read() if p == q else b"" for read, p, q in zip(reads, places, those, strict=True)]
+
+    return now
 
 
 def _bytes_in(tensor: Tensor) -> Callable[[], bytes]:
-    place, number = tensor.data_ptr(), tensor.numel()
-    step = tensor.stride(0) if tensor.dim() == 1 else 1
+    """What reads the bytes of a tensor that lies where it lies now, and is kept by the caller."""
+    number, step = tensor.numel(), tensor.stride(0) if tensor.dim() == 1 else 1
     if not (number and step and (tensor.dim() == 1 or tensor.is_contiguous())):
-        return lambda: _bytes_in(tensor.contiguous().view(-1))() if number else b""
+        return lambda: bytes_in([tensor.contiguous().view(-1)])()[0] if number else b""
     shape = (number - 1) * step + 1, tensor.element_size()
-    memory = memoryview((c_char * prod(shape)).from_address(place)).cast("B")
-    view = memory if step == 1 else memory.cast("B", shape)[::step]
-    return lambda: view.tobytes() if tensor.data_ptr() == place else b""
+    memory = memoryview((c_char * prod(shape)).from_address(tensor.data_ptr())).cast("B")
+    return memory.tobytes if step == 1 else memory.cast("B", shape)[::step].tobytes

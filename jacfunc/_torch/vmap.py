@@ -189,17 +189,17 @@ def sweep_batch(
     check_plain(seeds)
     if torch.compiler.is_compiling():
         return _sweep_batch_traceably(sweep, seeds, randomness, dims)
-    pairs = [*zip(seeds, dims, strict=True)]
-    sizes = [s.shape[d] for s, d in pairs if d is not None]
-    size = sizes[0]
+    size = next(s.shape[d] for s, d in zip(seeds, dims, strict=True) if d is not None)
     level = _functorch._vmap_increment_nesting(size, randomness)
     wrap, unwrap = _functorch._add_batch_dim, _functorch._remove_batch_dim
     try:
+        pairs = zip(seeds, dims, strict=True)
         products, rest = sweep(tuple([s if d is None else wrap(s, d, level) for s, d in pairs]))
-        return (
-            tuple([unwrap(product, level, size, 0) for product in products]),
-            tuple([unwrap(x, level, size, 0)[0] if _is_batched(x, level) else x for x in rest]),
-        )
+        every = tuple([unwrap(product, level, size, 0) for product in products])
+        if not rest:
+            return every, ()
+        shared = [unwrap(x, level, size, 0)[0] if _is_batched(x, level) else x for x in rest]
+        return every, tuple(shared)
     finally:
         _functorch._vmap_decrement_nesting()
 
