@@ -30,6 +30,13 @@ MOST_COPIED_BYTES = 2**26
 COMPARED_BYTES = 2**13
 """Parameters up to this size are copied before each call and compared with it afterwards."""
 
+COMPARED_GRAPH_BYTES = 2**24
+"""The graph of samples that are compared with those of another batch, to see if they depend."""
+
+PIECE_BYTES = 2**23
+"""What a row of the samples may take that are evaluated at once, where all samples would take more
+than is modest: enough to be worth an evaluation, and little beside a large result."""
+
 MODEST_BYTES = 2**26
 """A sweep up to this size is made without a look at how much memory is free."""
 

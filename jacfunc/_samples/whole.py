@@ -15,6 +15,7 @@ from jacfunc._factored import FactoredJacobian, LearnedUses, WholeBatch, factore
 from jacfunc._layouts import Evidence, Key, Layout, Mixing, NoLayout, PlainSamples, Trace, Unlike
 from jacfunc._linear_map import Samples, narrowed
 from jacfunc._log import note
+from jacfunc._memory import give_back
 from jacfunc._rounding import are_near
 from jacfunc._samples.halves import PulledGroups
 from jacfunc._torch import RandomState, noise_like
@@ -69,6 +70,8 @@ class WholeBatches:
             before = learned.copy()
             result, is_like = self._learned_from(trace, other)
             if result:
+                del trace, other
+                give_back()  # or what was taken would lie beside the result
                 return result
             if is_like:
                 break
