@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from jacfunc._calls.origin import ModuleOrigin
 from jacfunc._calls.reach import reaches_module
 from jacfunc._errors import writes_outside
 from jacfunc._faults import handled
+from jacfunc._lock import kept_property
 from jacfunc._remembered import CallKind
 from jacfunc._torch import run_as_written, untracked
 from jacfunc._trees import (
@@ -71,7 +72,7 @@ class FlatCall:
         self._beside: Split | None = None
         self._maps_tensor_to_tensor = False
 
-    @cached_property
+    @kept_property
     def call_kind(self) -> CallKind:
         """The identity of this call, by which plans and the like are remembered."""
         if self._origin is not None:

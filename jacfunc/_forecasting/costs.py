@@ -119,6 +119,7 @@ class Costs:
                 flops=op.flops * batch,
                 primal_bytes=op.primal_bytes * batch,
                 primal_flops=op.primal_flops * batch,
+                widest=op.widest * batch,
             )
             for op in self.operations
         ]
@@ -202,21 +203,19 @@ class Costs:
         else:
             cost = self.speeds.pull if sweeps == 1 else self.speeds.pull_each
         return cost.seconds(len(self.operations)) + sum(
-            seeds * self._multiply(op, seeds, False) + self._write(seeds * op.read)
+            seeds * self._multiply(op, seeds, False)
+            + self._write(seeds * op.read, seeds * min(op.widest, op.read))
             for op in self.operations
         )
 
     def _push(self, seeds: int, cost: Cost) -> float:
         """Seconds of a pushforward, which evaluates the function as well."""
-        scaled = sum(op.is_scaled for op in self.operations)
-        overhead = scaled * self.speeds.scaling if scaled else 0.0
-        return (
-            overhead
-            + cost.seconds(len(self.operations))
-            + sum(
-                (seeds + 1) * self._multiply(op, seeds, True) + self._write(seeds * op.written)
-                for op in self.operations
-            )
+        overhead = cost.seconds(len(self.operations))
+        if scaled := sum(op.is_scaled for op in self.operations):
+            overhead += scaled * self.speeds.scaling
+        return overhead + sum(
+            (seeds + 1) * self._multiply(op, seeds, True) + self._write(seeds * op.written)
+            for op in self.operations
         )
 
     def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
@@ -227,8 +226,9 @@ class Costs:
         write = self.speeds.write
         return sum(x * write(LARGEST if x >= LARGE else x) for x in self.blocks if x)
 
-    def _write(self, size: int) -> float:
-        return size * self.speeds.write(size) if size else 0.0
+    def _write(self, size: int, widest: int = 0) -> float:
+        # a cotangent for each argument, the widest of them so large, has memory of its own
+        return size * self.speeds.write(widest or size) if size else 0.0
 
 
 def _copies(tensor: torch.Tensor) -> int:

@@ -42,6 +42,7 @@ class Operation:
         primal_flops: FLOPs of the product with the derivative in those arguments.
         is_conv: is it a convolution?
         is_scaled: is a Python number among its arguments?
+        widest: bytes of the largest of the arguments that are read; 0 where there is only one.
     """
 
     read: int = 0
@@ -51,6 +52,7 @@ class Operation:
     primal_flops: int = 0
     is_conv: bool = False
     is_scaled: bool = False
+    widest: int = 0
 
 
 class Unrecordable(Exception):  # noqa: N818 (no error: the function runs unrecorded)
@@ -112,6 +114,7 @@ class Recorder(PeakBytes):
                     once if any(memory_of(x) in self._primals for x in factors) else 0,
                     packet in CONVOLUTIONS,
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
+                    0 if is_view or len(active) == 1 else max(x.nbytes for x in active),
                 )
             )
         return result

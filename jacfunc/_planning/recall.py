@@ -61,6 +61,12 @@ def by_memory(
     is kept. With ``warms_up`` the second runs once before, while torch sets things up.
     """
     recalled = recall(strategy, kind)
+    if recalled is not None and not recalled[0].timing.left:  # as in most calls
+        plan, chunk = recalled
+        ran, result = attempt(plan, lambda each: run(each, chunk))
+        if ran is not plan:
+            remember(strategy, kind, (ran, chunk))
+        return result
     # a first call evaluates more than once, with the same random numbers
     with alone() if recalled is None else nullcontext():
         planned = recalled or make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,10 +177,37 @@ def test_who_writes_large_blocks_by_layers_finds_pages_for_them() -> None:
         assert isinstance(fastest(together, (Reverse(), Structured())).strategy, Structured)
 
 
+def test_each_argument_has_a_cotangent_of_its_own() -> None:
+    """A sum of two results that just fit into freed memory asks for no new pages."""
+    machine: Any = SlowAtNewPages()
+    matrix, u = torch.ones(2, 4), torch.ones(4)
+
+    def func(u: Tensor) -> tuple[tuple[Tensor], tuple[()]]:
+        return (u.sin() + (matrix @ u.cos()).sum(),), ()
+
+    with Recorder((u,)) as recorder:
+        func(u)
+    assert [(op.read, op.widest) for op in recorder.operations[-1:]] == [(16 + 4, 16)]
+    for widest, seconds in ((LARGEST, 0.0), (LARGEST + 1, 2e-9 * LARGEST)):
+        operations = [Operation(read=2 * LARGEST, written=LARGEST, widest=widest)]
+        costs = Costs(operations, 1, 1, [4], 4, 4, machine)
+        assert costs.seconds(Reverse()) - costs.evaluation() == pytest.approx(1e-3 + seconds)
+
+
+def test_a_sum_is_swept_backward_in_chunks_that_fit_into_freed_memory() -> None:
+    """Cotangents of both terms together do not; forward mode would have just one tangent."""
+    term = LARGEST // 128
+    operations = [Operation(read=2 * term, written=term, widest=term)]
+    machine: Any = SlowAtNewPages()
+    costs = Costs(operations, 2000, 2000, [4], 4, 4, machine)
+    assert fastest(costs, BOTH).strategy == Reverse(128)
+
+
 def test_a_batch_scales_bytes_and_products_alone() -> None:
     costs = invented(3, 4)
+    costs = replace(costs, operations=[replace(costs.operations[0], widest=5)])
     every = costs.times(8)
-    assert every.operations == [Operation(read=80, written=80, flops=800)]
+    assert every.operations == [Operation(read=80, written=80, flops=800, widest=40)]
     assert (every.result, every.rows, every.columns) == (8 * costs.result, 3, 4)
 
 
