@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from operator import index
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,10 @@ from jacfunc._layouts.traces import Listener, OperationCall
 
 Args: TypeAlias = tuple[Any, ...]
 
-_PLAIN, _ROWS = frozenset({bool, int, float, str}), (tuple, list)
+_PLAIN = frozenset({bool, int, float, str, type(None), type(...)})
+
+_APART = {-2: "minus two"}
+"""What stands for a number in signatures, as Python's hash of it is that of another one."""
 
 _BY_INDEX = (
     *("gather", "take", "take_along_dim", "index_select", "index_add", "index_copy", "index_put"),
@@ -94,14 +98,14 @@ class OperationRecorder(TorchFunctionMode):
         operations = self.operations
         number = len(operations)
         operations.append(func)
-        for value in (*args, *kwargs.values()) if kwargs else args:
+        for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
             kind = type(value)
             if kind is Tensor:
                 continue
             if kind in _PLAIN:
-                operations.append(value)
-            elif isinstance(value, _ROWS):
-                operations += [item for item in value if type(item) in _PLAIN]
+                operations.append(_APART.get(value, value))
+            else:
+                operations += _values_in(value)
         if func in TELLING:
             self.reads_values |= func in READING
             self.moves_samples |= func in MOVING or (
@@ -111,6 +115,22 @@ class OperationRecorder(TorchFunctionMode):
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
+
+
+def _values_in(value: Any) -> Iterator[Any]:
+    """The plain values that an argument holds, at any depth, and in which containers."""
+    if isinstance(value, tuple | list):
+        yield len(value)
+        for item in value:
+            yield from _values_in(item)
+    elif isinstance(value, slice):
+        yield "slice"
+        for end in (value.start, value.stop, value.step):
+            yield from _values_in(end)
+    elif type(value) in _PLAIN:
+        yield _APART.get(value, value)
+    elif hasattr(value, "__index__") and not isinstance(value, Tensor):  # NumPy's numbers
+        yield from _values_in(index(value))
 
 
 def _is_chosen_by_tensor(args: Args) -> bool:
