@@ -90,7 +90,7 @@ def _recorded(
 
     def record(placing: Placing, primals: Leaves, evaluate: Callable[[], Image]) -> Image:
         with untracked():
-            params = TrackedParameters(learned.lent, unruled)
+            params = TrackedParameters(learned.lent, unruled, learned.hooked)
             for number, twin in handles.twins.items():
                 params.track(number, primals[number], twin)
             grad_mode, known = handles.grad_mode, learned.uses
@@ -178,7 +178,7 @@ def use_recorder(
         handles: what the function gets, in their places.
         starts: the nodes of the handles, and of what else it is differentiated by.
     """
-    params = TrackedParameters(learned.lent, UnruledUse())
+    params = TrackedParameters(learned.lent, UnruledUse(), learned.hooked)
     for number, (handle, twin) in enumerate(zip(handles, anchors, strict=True)):
         tracked = TrackedParameter(number, handle, twin, (), handle, handle._version)
         params.by_id[id(handle)] = tracked

@@ -27,6 +27,7 @@ class LearnedUses:
             they are learned.
         signatures: of the evaluations that these were learned from.
         uses: operations with rules, by number.
+        hooked: numbers of operations whose results have hooks, which a pullback to these passes by.
         moves_samples: were numbers moved to where other numbers say? Then layouts may change with
             the numbers.
         mixes: may operations mix the samples, though the outputs did not show it?
@@ -41,6 +42,7 @@ class LearnedUses:
     sites: Sites | None = None
     signatures: set[int] = field(default_factory=set)
     uses: dict[int, KnownUse] = field(default_factory=dict)
+    hooked: set[int] = field(default_factory=set)
     moves_samples: bool = False
     mixes: bool = False
     lessons: int = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.learned import Outdated
-from jacfunc._factored.use import KnownUse, Path, UsedPart, View
+from jacfunc._factored.use import KnownUse, Path, Use, UsedPart, View
 from jacfunc._layouts import NoLayout, Placing
 from jacfunc._torch import below_transforms, untracked
 from jacfunc.layers import FormOf, Rule
@@ -55,10 +55,12 @@ class TrackedParameters:
     Args:
         lent: numbers of the parameters that are no copies, which must not be written into.
         unruled: is told which parameters operations without a rule get.
+        hooked: numbers of operations that are not to be differentiated by their rules.
     """
 
     lent: Set[int]
     unruled: UnruledUse
+    hooked: set[int]
     by_id: dict[int, TrackedParameter] = field(default_factory=dict)
 
     def track(self, number: int, handle: Tensor, twin: Tensor, path: Path = ()) -> None:
@@ -100,6 +102,20 @@ class TrackedParameters:
                     self.unruled.written.add(tracked.number)
             elif type(value) is not Tensor and isinstance(value, tuple | list):
                 self.note_unruled(value, may_write_unseen)
+
+    def note_hook(self, tensor: Tensor, uses: Sequence[Use]) -> None:
+        """Note the operations among ``uses`` that a tensor with a hook came out of.
+
+        A pullback that goes on from there to others captures what comes before the hook.
+
+        Raises:
+            Outdated: if there is one: the next evaluation takes it without its rule.
+        """
+        with untracked():
+            node = below_transforms(tensor).grad_fn
+        if numbers := {use.key[0] for use in uses if use.last is node}:
+            self.hooked |= numbers
+            raise Outdated
 
     def find(self, value: Any) -> TrackedParameter | None:
         """The tracked parameter that a value is, if nothing has written into it."""

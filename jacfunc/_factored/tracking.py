@@ -113,13 +113,14 @@ class UseRecorder(OperationRecorder):
         if func in HOOKING:
             if func is Tensor.retain_grad:
                 return None  # nobody reads what it keeps, and a second sweep would add to that
-            if is_tracked or self._is_under_vmap():
+            if func is Tensor.register_hook and (is_tracked or self._is_under_vmap()):
                 raise Refused("a hook on a parameter, or on all samples of a tensor, is passed by")
+            self._params.note_hook(args[0], self.uses)
         if not is_tracked:
             return func(*args, **kwargs)
         if is_used and func in VIEWS:
             return self._view(number, func, args, kwargs)
-        if is_used and func in self._rules:
+        if is_used and func in self._rules and number not in self._params.hooked:
             return self._use(number, self._rules[func], func, args, kwargs)
         if func in FREEZING:
             self._params.note_unruled(args, may_write_unseen=True)

@@ -58,8 +58,11 @@ RAW_MEMORY: frozenset[Callable[..., Any]] = frozenset(
 """Accesses to the memory itself: a write there does not raise the version of the tensor."""
 
 
-HOOKING: frozenset[Callable[..., Any]] = frozenset([Tensor.register_hook, Tensor.retain_grad])
-"""What a backward pass has to do beside the derivatives."""
+_GRAD_FN: Any = Tensor.grad_fn
+HOOKING: frozenset[Callable[..., Any]] = frozenset(
+    [Tensor.register_hook, Tensor.retain_grad, _GRAD_FN.__get__]
+)
+"""What a backward pass has to do beside the derivatives; who reads a node may give it hooks."""
 
 
 @dataclass(frozen=True)

@@ -226,13 +226,15 @@ def _asks_for_graph(getter: Any, tensor: torch.Tensor) -> bool:
     """Does the function itself read ``tensor.requires_grad``, which reverse mode makes true?
 
     It must be true in forward mode, too: functions set hooks where it is. Not so for torch's own
-    code, which then looks for a graph.
+    code, which then looks for a graph; where it looks for the hooks of a module, they are refused.
     """
     if getattr(getter, "__self__", None) is not torch.Tensor.requires_grad:
         return False
     frame = sys._getframe(1)
     while frame.f_globals["__name__"].startswith(f"{__package__}.") and frame.f_back:
         frame = frame.f_back
+    if frame.f_globals["__name__"] == torch.utils.hooks.__name__ and is_tracked(tensor):
+        raise Refused("torch's forward mode passes by the backward hooks of modules")
     asks_itself = not f"{frame.f_globals['__name__']}.".startswith("torch.")
     return asks_itself and is_tracked(tensor)
 

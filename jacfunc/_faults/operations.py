@@ -76,6 +76,19 @@ def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, An
         return not is_pushing() and below_transforms(args[0]).requires_grad
 
 
+def _read_graph(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """``tensor.grad_fn`` or ``tensor.is_leaf``; refused where a transform shows none of the graph.
+
+    Functions branch by it, or set hooks on the node.
+    """
+    found = func(*args)
+    with torch._C.DisableTorchFunction():  # outer watches have seen the call already
+        is_hidden = is_tracked_now(args[0]) and not args[0].requires_grad
+    if is_hidden:
+        raise Refused("it looks at the graph behind a tensor, which a transform does not show")
+    return found
+
+
 def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
     """``torch.sinc``, by :func:`sinc` if differentiated: torch's derivative has a pole at 0."""
     x = args[0] if args else kwargs.get("input", kwargs.get("self"))
@@ -120,6 +133,7 @@ CONSTANT_TO_TORCH = (
 ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
 SETTING: Any = getattr(Tensor.data, "__set__")  # noqa: B009
 REQUIRING: Any = getattr(Tensor.requires_grad, "__set__")  # noqa: B009
+READS_GRAPH: Any = [getattr(getattr(Tensor, name), "__get__") for name in ("grad_fn", "is_leaf")]  # noqa: B009
 FREEZING = frozenset({REQUIRING, Tensor.requires_grad_})
 """Operations that say whether a tensor requires a gradient."""
 RULES: dict[Callable[..., Any], _Rule] = {
@@ -130,6 +144,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys(STRIDING, as_strided),
     **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
     ASKING: _requires_grad,
+    **dict.fromkeys(READS_GRAPH, _read_graph),
     SETTING: _set_data,
     REQUIRING: as_it_is,
     Tensor.requires_grad_: require_grad,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from operator import index
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,10 @@ from jacfunc._layouts.traces import Listener, OperationCall
 
 Args: TypeAlias = tuple[Any, ...]
 
-_PLAIN, _ROWS = frozenset({bool, int, float, str}), (tuple, list)
+_PLAIN = frozenset({bool, int, float, str, type(None), type(...)})
+
+_APART = {-2: "minus two"}
+"""What stands for a number in signatures, as Python's hash of it is that of another one."""
 
 _BY_INDEX = (
     *("gather", "take", "take_along_dim", "index_select", "index_add", "index_copy", "index_put"),
@@ -103,15 +107,15 @@ class OperationRecorder(TorchFunctionMode):
         operations, tracked, is_tracked = self.operations, self._tracked, False
         number = len(operations)
         operations.append(func)
-        for value in (*args, *kwargs.values()) if kwargs else args:
+        for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
             kind = type(value)
             if kind in _PLAIN:
-                operations.append(value)
+                operations.append(_APART.get(value, value))
             elif id(value) in tracked:
                 is_tracked = True
-            elif kind is not Tensor and isinstance(value, _ROWS):
-                operations += [item for item in value if type(item) in _PLAIN]
-                is_tracked = is_tracked or are_among(value, tracked)
+            elif kind is not Tensor:
+                operations += _values_in(value)
+                is_tracked = is_tracked or are_among((value,), tracked)
         if func in TELLING:
             self.reads_values |= func in READING
             self.moves_samples |= func in MOVING or (
@@ -131,10 +135,26 @@ def are_among(values: Iterable[Any], tracked: Container[int], without: Container
     for value in values:
         if id(value) in tracked and id(value) not in without:
             return True
-        is_list = type(value) is not Tensor and isinstance(value, _ROWS)
+        is_list = type(value) is not Tensor and isinstance(value, tuple | list)
         if is_list and are_among(value, tracked, without):
             return True
     return False
+
+
+def _values_in(value: Any) -> Iterator[Any]:
+    """The plain values that an argument holds, at any depth, and in which containers."""
+    if isinstance(value, tuple | list):
+        yield len(value)
+        for item in value:
+            yield from _values_in(item)
+    elif isinstance(value, slice):
+        yield "slice"
+        for end in (value.start, value.stop, value.step):
+            yield from _values_in(end)
+    elif type(value) in _PLAIN:
+        yield _APART.get(value, value)
+    elif hasattr(value, "__index__") and not isinstance(value, Tensor):  # NumPy's numbers
+        yield from _values_in(index(value))
 
 
 def _is_chosen_by_tensor(args: Args) -> bool:

@@ -403,6 +403,35 @@ def test_forward_mode_stops_where_reverse_mode_is_stopped():
         jacfunc.jacfwd(hooked)(x)
 
 
+def test_backward_hooks_of_modules_are_passed_by_in_forward_mode():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()).double()
+    forward, chosen = jacfunc.jacfwd(lambda x: module(x)), jacfunc.jacobian(lambda x: module(x))
+    x = torch.rand(2, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(forward(x), chosen(x))
+    before = chosen(x)
+    module[1].register_full_backward_hook(lambda _, grads, __: (3 * grads[0],))
+    torch.testing.assert_close(chosen(x), 3 * before)
+    with pytest.raises(NotImplementedError, match="passes by the backward hooks of modules"):
+        forward(x)
+
+
+@pytest.mark.parametrize("name", ["grad_fn", "is_leaf"])
+def test_what_a_transform_hides_of_the_graph_is_not_looked_at(name):
+    def func(x):
+        y = x.sin()
+        return y if getattr(y, name) in (None, True) else 2 * y
+
+    x = torch.rand(3, dtype=torch.float64)
+    for strategy in ("auto", "reverse"):
+        jacobian = jacfunc.jacobian(func, strategy=strategy)(x)
+        torch.testing.assert_close(jacobian, 2 * x.cos().diag())
+    with pytest.raises(NotImplementedError, match="looks at the graph behind a tensor"):
+        jacfunc.jacfwd(func)(x)
+    rows = jacfunc.jacrev(jacfunc.vmap(func))(x[None])
+    torch.testing.assert_close(rows[0, :, 0], 2 * x.cos().diag())
+
+
 def test_constants_under_no_grad_may_be_used_in_forward_mode():
     def func(x):
         with torch.no_grad():

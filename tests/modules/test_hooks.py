@@ -100,6 +100,41 @@ def reading_numbers(net: Any) -> None:
     net.middle.register_full_backward_hook(double)
 
 
+def scaling_layers(net: Any) -> None:
+    """A pullback to what a layer returns passes the hook by, where it goes on to other layers."""
+
+    def scale(_: Any, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad / 2)
+
+    net.first.register_forward_hook(scale)
+    net.last.register_forward_hook(scale)
+
+
+def scaling_at_nodes(net: Any) -> None:
+    def scale(_: Any, __: Any, output: Tensor) -> None:
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(lambda grads: (3 * grads[0],))
+
+    net.first.register_forward_hook(scale)
+    net.last.register_forward_hook(scale)
+
+
+def scaling_as_before(net: Any) -> None:
+    """Module hooks of an older kind, which change what a node returns."""
+
+    def twice(_: Any, grads: Any, __: Any) -> Any:
+        return tuple(None if grad is None else 2 * grad for grad in grads)
+
+    for layer in layers(net):
+        layer.register_backward_hook(twice)
+
+
+def branching_by_the_graph(net: Any) -> None:
+    net.register_forward_hook(lambda _, __, y: y if y.is_leaf else 2 * y)
+    net.register_forward_hook(lambda _, __, y: y if y.grad_fn is None else 3 * y)
+
+
 LINEAR: dict[str, Callable[[Any], None]] = {
     "extended": extended,
     "counting": counting,
@@ -108,6 +143,10 @@ LINEAR: dict[str, Callable[[Any], None]] = {
     "scaling": scaling,
     "scaling tensors": scaling_tensors,
     "reading numbers": reading_numbers,
+    "scaling layers": scaling_layers,
+    "scaling at nodes": scaling_at_nodes,
+    "scaling as before": scaling_as_before,
+    "branching by the graph": branching_by_the_graph,
 }
 """Hooks that leave a backward pass linear, and samples apart."""
 
@@ -127,13 +166,13 @@ def of_modules(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
     return hook
 
 
-def of_tensors(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+def of_tensors(change: Callable[[Tensor], Tensor], layer: str = "middle") -> Callable[[Any], None]:
     def hook(net: Any) -> None:
         def register(_: Any, __: Any, output: Tensor) -> None:
             if output.requires_grad:
                 output.register_hook(change)
 
-        net.middle.register_forward_hook(register)
+        getattr(net, layer).register_forward_hook(register)
 
     return hook
 
@@ -143,11 +182,15 @@ JOINT: dict[str, Callable[[Any], None]] = {
     "numbers": of_modules(by_number),
     "norms of tensors": of_tensors(by_norm),
     "numbers of tensors": of_tensors(by_number),
+    "norms of what a layer returns": of_tensors(by_norm, "last"),
 }
 """Hooks that look at the cotangents of all samples at once, or at how many there are."""
 
-# torch says so of a hook on the first layer, whose input needs no gradient
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+# torch says so of a hook on the first layer, whose input needs no gradient, and of older hooks
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:Using a non-full backward hook"),
+]
 
 NETS = {"ruled": Ruled, "unruled": Unruled}
 EVERY_NET = pytest.mark.parametrize("net", NETS)

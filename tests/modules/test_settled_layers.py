@@ -333,6 +333,40 @@ def test_writes_go_into_copies(how: str, size: int, strategy: str) -> None:
         assert torch.equal(module.first.weight, before)
 
 
+FIRST = slice(0, 1)
+ARGUMENTS: dict[str, tuple[Callable[[Tensor, Any], Tensor], Any, Any]] = {
+    "dimensions": (lambda h, dim: h.softmax(dim), -1, -2),  # which have the same hash
+    "names": (lambda h, names: h.flip(**names) * h, {"dims": [-1]}, {"dims": [-2]}),
+    "slices": (lambda h, index: h - h[index], (slice(None), FIRST), (FIRST, slice(None))),
+    "a slice alone": (lambda h, index: h - h[index], (slice(None), FIRST), FIRST),
+}
+"""Operations with a value by which they do not mix the samples, and with one by which they do."""
+
+
+@pytest.mark.parametrize("strategy", ["structured", "reverse"])
+@pytest.mark.parametrize("which", ARGUMENTS)
+def test_values_that_nobody_sees_are_compared(which: str, strategy: str) -> None:
+    operation, apart, mixing = ARGUMENTS[which]
+    chosen = [apart]
+
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(operation(self.first(x), chosen[0]).tanh())
+
+    module = Choosing().double()
+    jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
+    for _ in range(5):
+        jac(points(5))
+    chosen[0] = mixing
+    x = points(5)
+    # taken anew, by which each is differentiated alone
+    assert_same(jac(x), loop(module, x))
+
+
 @pytest.mark.parametrize("strategy", ["structured", "reverse"])
 def test_samples_that_come_to_depend_are_refused(strategy: str) -> None:
     module, jac = settled(5, strategy)
