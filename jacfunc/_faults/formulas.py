@@ -13,10 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from jacfunc._arguments import are_plain
 from jacfunc._faults.normalization import (
     of_batches,
     of_batches_alone,
@@ -25,7 +23,7 @@ from jacfunc._faults.normalization import (
     of_instances_in_torch,
     of_layers,
 )
-from jacfunc._torch import below_transforms, innermost, is_pushing, num_derivatives, num_vmap_levels
+from jacfunc._torch import below_transforms, is_pushing, num_derivatives, num_vmap_levels
 
 
 class Formula(Protocol):
@@ -141,23 +139,3 @@ FORMULAS: dict[Any, Callable[..., Formula]] = {
 
 PRODUCTS = frozenset({F.linear, torch.conv1d, torch.conv2d, torch.conv3d})
 """Functions of two factors, in each of which they are linear, and of what is added to that."""
-
-
-def pushed_product(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """What one of the products above returns, called so in forward mode.
-
-    Where one factor has no tangent, torch multiplies the other by zeros, which takes half as long
-    as the value and the tangent that is there.
-    """
-    x, w, *others = args
-    bias, *rest = others or [None]
-    level = innermost()
-    is_pushed = level is not None and level[0].name == "Jvp"  # a vmap would hide the tangents
-    if not is_pushed or not are_plain((x, w) if bias is None else (x, w, bias)):
-        return func(*args)
-    (x, pushed_x), (w, pushed_w) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(w)
-    if (pushed_x is None) == (pushed_w is None):
-        return func(*args)
-    pushed = (pushed_x, w) if pushed_w is None else (x, pushed_w)
-    bias, pushed_bias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-    return forward_ad.make_dual(func(x, w, bias, *rest), func(*pushed, pushed_bias, *rest))

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from jacfunc._errors import Refused
-from jacfunc._faults.formulas import FORMULAS, PRODUCTS, pushed_product
+from jacfunc._faults.formulas import FORMULAS, PRODUCTS
 from jacfunc._faults.lookups import Args, lookup, tensors_of
 from jacfunc._faults.operations import WATCHED
 from jacfunc._faults.watch import Watch, name_of
@@ -29,6 +29,7 @@ from jacfunc._torch import (
     is_tracked,
     lacks_forward_kernel,
     num_forward_levels,
+    pushed_product,
 )
 from jacfunc._types import is_differentiable
 

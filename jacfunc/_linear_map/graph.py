@@ -115,8 +115,9 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
         with untracked() if is_plain else nullcontext():
             anchors = [differentiable_alias(primal, grad_mode) for primal in primals]
             # func gets clones: it may write into its inputs, and the caller's stay as they are
-            makes_copies = getattr(func, "makes_copies", False)
-            copies = [a.view_as(a) if makes_copies else writable_copy(a) for a in anchors]
+            copies = [
+                a.view_as(a) if hasattr(func, "copies") else writable_copy(a) for a in anchors
+            ]
             starts = {copy.grad_fn for copy in copies}
             is_further = grad_mode and any(primal.requires_grad for primal in primals)
         if not is_plain:

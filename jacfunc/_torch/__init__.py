@@ -12,7 +12,7 @@ from jacfunc._torch.derivatives import (
     is_tracked,
     num_derivatives,
 )
-from jacfunc._torch.entering import at_forward_level, at_reverse_level
+from jacfunc._torch.entering import at_forward_level, at_reverse_level, pushed_product
 from jacfunc._torch.levels import (
     below_transforms,
     inside_derivative,

@@ -5,14 +5,18 @@ The trees of torch.func cost as much as a small evaluation. A compiler can trace
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch._C import _functorch
+from torch._C._functorch import TransformType
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
+from jacfunc._arguments import are_plain
 from jacfunc._torch.autograd import untracked
 from jacfunc._types import LeafFunction, Leaves
 
@@ -57,6 +61,27 @@ def at_forward_level(
             return _below(values, level), _below(products, level), _below(extras, level)
     finally:
         eager_transforms.exit_jvp_nesting()
+
+
+def pushed_product(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """``func(x, w, bias, …)`` in forward mode, for a product of two factors, linear in each.
+
+    Where one factor has no tangent, torch multiplies the other by zeros, which takes half as long
+    as the value and the tangent that is there.
+    """
+    x, w, *others = args
+    bias, *rest = others or [None]
+    level = _functorch.peek_interpreter_stack()
+    # a vmap that the function has entered would hide the tangents
+    is_pushed = level is not None and level.key() == TransformType.Jvp
+    if not is_pushed or not are_plain((x, w) if bias is None else (x, w, bias)):
+        return func(*args)
+    (x, pushed_x), (w, pushed_w) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(w)
+    if (pushed_x is None) == (pushed_w is None):
+        return func(*args)
+    pushed = (pushed_x, w) if pushed_w is None else (x, pushed_w)
+    bias, pushed_bias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    return forward_ad.make_dual(func(x, w, bias, *rest), func(*pushed, pushed_bias, *rest))
 
 
 def _below(leaves: Leaves, level: int) -> Leaves:
