@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from operator import index
 from typing import Any, TypeAlias
 
@@ -114,7 +114,7 @@ class OperationRecorder(TorchFunctionMode):
             elif id(value) in tracked:
                 is_tracked = True
             elif kind is not Tensor:
-                operations += _values_in(value)
+                _note_values(value, operations)
                 is_tracked = is_tracked or are_among((value,), tracked)
         if func in TELLING:
             self.reads_values |= func in READING
@@ -141,20 +141,21 @@ def are_among(values: Iterable[Any], tracked: Container[int], without: Container
     return False
 
 
-def _values_in(value: Any) -> Iterator[Any]:
-    """The plain values that an argument holds, at any depth, and in which containers."""
-    if isinstance(value, tuple | list):
-        yield len(value)
+def _note_values(value: Any, operations: list[Any]) -> None:
+    """Note the plain values that an argument holds, at any depth, and in which containers."""
+    kind = type(value)
+    if kind in _PLAIN:
+        operations.append(_APART.get(value, value))
+    elif isinstance(value, tuple | list):
+        operations.append(len(value))
         for item in value:
-            yield from _values_in(item)
-    elif isinstance(value, slice):
-        yield "slice"
+            _note_values(item, operations)
+    elif kind is slice:
+        operations.append("slice")
         for end in (value.start, value.stop, value.step):
-            yield from _values_in(end)
-    elif type(value) in _PLAIN:
-        yield _APART.get(value, value)
-    elif hasattr(value, "__index__") and not isinstance(value, Tensor):  # NumPy's numbers
-        yield from _values_in(index(value))
+            _note_values(end, operations)
+    elif not isinstance(value, Tensor) and hasattr(value, "__index__"):  # NumPy's numbers
+        _note_values(index(value), operations)
 
 
 def _is_chosen_by_tensor(args: Args) -> bool:
