@@ -104,7 +104,7 @@ class _Push:
         of: the number of the output whose tangent is returned.
     """
 
-    copies = True
+    makes_copies = True
     """It copies the point itself, before ``func`` may write into it."""
     state = None
 

@@ -17,11 +17,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import CheckpointError
 
 from jacfunc._arguments import are_plain, check_kept
-from jacfunc._faults import (
-    check_nodes,
-    pullback_rules,
-    watched_once,
-)
+from jacfunc._faults import check_nodes, pullback_rules, watched_once
 from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
@@ -115,9 +111,8 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
         with untracked() if is_plain else nullcontext():
             anchors = [differentiable_alias(primal, grad_mode) for primal in primals]
             # func gets clones: it may write into its inputs, and the caller's stay as they are
-            copies = [
-                a.view_as(a) if hasattr(func, "copies") else writable_copy(a) for a in anchors
-            ]
+            makes_copies = getattr(func, "makes_copies", False)
+            copies = [a.view_as(a) if makes_copies else writable_copy(a) for a in anchors]
             starts = {copy.grad_fn for copy in copies}
             is_further = grad_mode and any(primal.requires_grad for primal in primals)
         if not is_plain:
