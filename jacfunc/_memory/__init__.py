@@ -7,6 +7,7 @@ from jacfunc._memory.counting import DispatchMode, PeakBytes, dense_tensors
 from jacfunc._memory.heap import give_back, keep_heap, sparing
 from jacfunc._memory.limits import (
     COMPARED_BYTES,
+    COMPARED_GRAPH_BYTES,
     CROWDED_BYTES,
     DRAWN_BYTES,
     LARGE,
@@ -15,6 +16,7 @@ from jacfunc._memory.limits import (
     MOST_COPIED_BYTES,
     MOST_SWEPT_BYTES,
     MULTIPLIED_BYTES,
+    PIECE_BYTES,
     SPARE_BYTES,
     SQUARED_BYTES,
     STAGED_BYTES,

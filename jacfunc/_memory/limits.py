@@ -30,6 +30,13 @@ MOST_COPIED_BYTES = 2**26
 COMPARED_BYTES = 2**13
 """Parameters up to this size are copied before each call and compared with it afterwards."""
 
+COMPARED_GRAPH_BYTES = 2**24
+"""The graph of samples that are compared with those of another batch, to see if they depend."""
+
+PIECE_BYTES = 2**23
+"""Samples of a batch are evaluated some at a time, where all would keep more than twice as much for
+pullbacks: so much stays in the cache, and is enough to be worth an evaluation."""
+
 MODEST_BYTES = 2**26
 """A sweep up to this size is made without a look at how much memory is free."""
 

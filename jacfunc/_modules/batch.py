@@ -187,7 +187,8 @@ class SampledJacobian:
         call = self.batch.first_call()
         operator = JacobianOperator(call, call.primals)
         has_layers = is_outermost() and not self.batch.differentiates_inputs_alone
-        ways = SampledWays(self.batch.size, has_layers, self.sink.copies)
+        copies, draws = self.sink.copies, self.batch.samples.randomness != "error"
+        ways = SampledWays(self.batch.size, has_layers, copies, is_outermost() and not draws)
         plan, chunk = in_words_of(
             self.batch.api, lambda: strategy.plan_samples(operator, ways, self._refusable)
         )

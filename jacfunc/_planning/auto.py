@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from jacfunc._errors import Refused
 from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk
-from jacfunc._planning.budget import bounded, bounded_samples, with_fewer_rows
+from jacfunc._planning.budget import bounded, bounded_samples, piece_of, with_fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, blocks_by, rows_first
 from jacfunc._planning.recall import Planner, by_memory
@@ -71,10 +71,15 @@ class Auto(Streaming):
         if costs is None:
             return rows_first(by_sizes(operator, self.directions), operator), None
         batch_costs = costs.times(samples.size, samples.are_copied)
+        piece = None if self.memory is not None else piece_of(samples, costs)
+        swept = costs.times(piece, samples.are_copied) if piece else batch_costs
         plan = fastest(batch_costs, directions).changed(
-            lambda plan: rows_first(with_fewer_rows(plan, batch_costs), operator)
+            lambda plan: rows_first(with_fewer_rows(plan, swept), operator)
         )
-        return bounded_samples(plan, costs, samples.size, self.memory)
+        plan, chunk = bounded_samples(plan, costs, samples.size, self.memory)
+        if chunk is None and piece and samples.are_swept_whole(plan.strategy):
+            return replace(plan, second=None), piece
+        return plan, chunk
 
 
 def by_plan(

@@ -10,12 +10,14 @@ from jacfunc._forecasting import Costs
 from jacfunc._memory import (
     CROWDED_BYTES,
     MODEST_BYTES,
+    PIECE_BYTES,
     SPARE_BYTES,
     Chunk,
     FittedChunks,
     evenly,
     free_bytes,
 )
+from jacfunc._planning.choice import SampledWays
 from jacfunc._planning.plan import Direction, Plan
 from jacfunc._units import in_bytes
 from jacfunc.strategies import Reverse, Strategy, Sweeping
@@ -27,6 +29,10 @@ HEAP_FACTOR = 6
 """The heap of a CPU takes up to so many times the bytes that a chunk counts: torch's tensors are
 aligned, and a freed block is too small for the next one of its size.
 """
+
+KEPT_SHARE, LEAST_SAMPLES = 2, 16
+"""Without a budget a batch is evaluated in pieces, of so many samples at least, where its graph
+takes more than this part of the result."""
 
 ENOUGH_SEEDS, ENOUGH_BYTES = 128, 2**24
 """A chunk of more seeds that takes more bytes is no faster, and leaves the heap in pieces: then the
@@ -93,6 +99,18 @@ def _samples_in_chunks(
     left = max(room - one.result - one.kept, 1)
     rows = replace(strategy, chunk_size=FittedChunks(_counted(left, one)))
     return replace(plan, strategy=rows), 1
+
+
+def piece_of(samples: SampledWays, one: Costs) -> int | None:
+    """How many samples of a batch that may be evaluated as a whole are taken at once; None for all.
+
+    Where their graph takes much beside the result, pieces of the batch are as fast: they stay in
+    the cache. ``one`` are the costs of a sample.
+    """
+    kept, result = samples.size * one.kept, samples.size * one.result
+    if not samples.may_be_whole or kept <= max(2 * PIECE_BYTES, result // KEPT_SHARE):
+        return None
+    return max(LEAST_SAMPLES, evenly(samples.size, one.kept, PIECE_BYTES))
 
 
 def fewer_rows(batch_costs: Costs) -> Reverse:

@@ -12,7 +12,7 @@ from jacfunc._forecasting import Costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._planning.plan import Direction, Plan, alternatives, with_few_seeds
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Looped, Reverse, ReverseOverForward, Structured, Sweeping
+from jacfunc.strategies import Looped, Reverse, ReverseOverForward, Strategy, Structured, Sweeping
 
 CHUNKS = (512, 128)
 RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.5}
@@ -30,17 +30,26 @@ class SampledWays:
         size: the number of samples.
         has_layers: they are differentiated by parameters alone, which layers use.
         are_copied: their Jacobians are copied to another place, chunk by chunk.
+        may_be_whole: are rows by layers, or onto inputs alone, those of a batch that is evaluated
+            as a whole, and the same if that is done some samples at a time?
     """
 
     size: int
     has_layers: bool
     are_copied: bool
+    may_be_whole: bool = False
 
     def ways(
         self, directions: tuple[Direction, ...], by_layers: Structured | None
     ) -> tuple[Direction, ...]:
         """The strategies to choose from."""
         return (*directions, by_layers) if self.has_layers and by_layers else directions
+
+    def are_swept_whole(self, strategy: Strategy) -> bool:
+        """Does it pull rows back through the graph of a batch that is evaluated as a whole?"""
+        if not (self.may_be_whole and isinstance(strategy, Sweeping)):
+            return False
+        return not strategy.sweeps.are_pushes and strategy.sweeps.by_layers == self.has_layers
 
 
 def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Plan:

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._linear_map import Dims, Samples, differentiable_alias
-from jacfunc._samples.halves import Half, at, halves
+from jacfunc._log import note
+from jacfunc._memory import COMPARED_GRAPH_BYTES, DispatchMode, PeakBytes
+from jacfunc._samples.halves import Half, Quantity, at, halves
 from jacfunc._torch import MathAttention, RandomState, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
 GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
 """``gradient_of(numbers, others)``: the loss's gradient in the outputs, at a batch that has in each
 place the outputs of the sample of one number, and the targets of the sample of another number."""
+
+MANY = 64
+"""So many samples are compared in any case, unless memory is to be spared."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,20 @@ class Subject:
         pairs = zip(self.samples.leaves, self.samples.dims, strict=True)
         leaves = tuple(x if d is None else at(x, numbers, d) for x, d in pairs)
         return replace(self, samples=replace(self.samples, leaves=leaves))
+
+    def fitting(self, random_state: RandomState) -> int:
+        """How many samples are compared: all, or as many as have a graph of modest size."""
+        if self.size <= MANY:
+            return self.size
+        with PeakBytes() as counter:
+            try:
+                graph = self.of(torch.arange(2, device="cpu")).evaluate(random_state)
+            except Exception as error:  # a module may take batches of one size
+                note("two samples could not be evaluated, to see what they take: %s", error)
+                return self.size
+            of_two = counter.live - sum(x.nbytes for x in self.params)  # they are copied
+            del graph
+        return min(self.size, max(MANY, 2 * COMPARED_GRAPH_BYTES // max(1, of_two)))
 
     def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
@@ -126,61 +145,6 @@ class BatchGraph:
 
 
 @dataclass(frozen=True)
-class Quantity:
-    """Numbers that belong to a half of the samples: outputs, or gradients.
-
-    Args:
-        what: a name of it, for messages.
-        is_sum: is it a sum over all samples? Those outside have cotangents of zero, but an infinite
-            derivative of one of them makes it nan.
-        must_be_zero: is it a gradient in the samples outside?
-    """
-
-    what: str
-    tensor: Tensor
-    is_sum: bool = False
-    must_be_zero: bool = False
-
-    def agrees(self, other: Quantity) -> bool:
-        """Is it that of the other batch to the last bit, but for the sign of zero?
-
-        A nan agrees with a nan.
-        """
-        numbers, expected = self.tensor, self._expected(other)
-        if torch.equal(numbers, expected):
-            return True
-        if numbers.shape != expected.shape or numbers.dtype != expected.dtype:
-            return False
-        nan, expected_nan = numbers.isnan(), expected.isnan()
-        may_be_nan = self.is_sum or self.must_be_zero
-        same_nan = (nan | expected_nan) if may_be_nan else (nan & expected_nan)
-        return bool(((numbers == expected) | same_nan).all())
-
-    def agrees_roughly(self, other: Quantity) -> bool:
-        """Is it that of the other batch up to the rounding of other operations?"""
-        numbers, expected = self.tensor, self._expected(other)
-        if numbers.shape != expected.shape:
-            return False
-        nan, expected_nan = numbers.isnan(), expected.isnan()
-        same_nan = (nan | expected_nan) if self.is_sum else (nan & expected_nan)
-        sizes = torch.cat((numbers.flatten(), expected.flatten())).abs()
-        rounding = torch.finfo(numbers.dtype).eps ** (2 / 3) * sizes.nan_to_num(0.0, 0.0).max()
-        is_near = (numbers - expected).abs() <= rounding
-        return bool((is_near | (numbers == expected) | same_nan).all())
-
-    def is_same_as(self, again: Quantity) -> bool:
-        """Does another evaluation of this batch give the same, bit by bit?"""
-        return replace(self, must_be_zero=False).agrees(again)
-
-    def is_roughly(self, again: Quantity) -> bool:
-        """Does another evaluation of this batch give the same up to rounding?"""
-        return replace(self, must_be_zero=False).agrees_roughly(again)
-
-    def _expected(self, other: Quantity) -> Tensor:
-        return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
-
-
-@dataclass(frozen=True)
 class Coupling:
     """What a comparison of batches has shown.
 
@@ -240,3 +204,16 @@ def _have_same_zeros(one: Quantity, other: Quantity) -> bool:
     """Do both have a gradient of zero for the same samples?"""
     first, second = [(x.tensor != 0).reshape(len(x.tensor), -1).any(1) for x in (one, other)]
     return torch.equal(first, second)
+
+
+class OperationsCalled(DispatchMode):
+    """Records the operations that run, and the shapes of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [x.shape for x in args if isinstance(x, Tensor)]
+        self.operations.append((func, shapes))
+        return func(*args, **(kwargs or {}))

@@ -13,21 +13,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from jacfunc._errors import Refused, is_out_of_memory
 from jacfunc._linear_map import CHANGING, detached
 from jacfunc._lock import kept_property
 from jacfunc._log import note
-from jacfunc._memory import DispatchMode
-from jacfunc._samples.comparing import BatchGraph, Coupling, Quantity, Subject
-from jacfunc._samples.halves import Half, halves, has_batch
+from jacfunc._memory import give_back
+from jacfunc._samples.comparing import BatchGraph, Coupling, OperationsCalled, Subject
+from jacfunc._samples.halves import Half, Quantity, halves, has_batch
 from jacfunc._torch import RandomState, uncompiled
 from jacfunc._types import Leaves
 
 COARSE = 0.1
 """Relative difference between a sample alone and in its batch that is no rounding."""
 
+MANY_ENTRIES = 2**20
+"""After a comparison of samples whose Jacobians have so many, the heap may have kept a lot."""
 
 BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
 """Operations, by parts of their names, after which sums may have another order of terms."""
@@ -42,13 +43,13 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
     Args:
         number: the number of this check; with another one, other halves are compared.
         thorough: compare several halves, and one sample alone.
-        at_once: samples of a batch; a random few if there are more. None for all, and to keep
-            their graph for all comparisons, where memory need not be spared.
+        at_once: samples of a batch; a random few if there are more. None for as many as have a
+            graph of modest size, which is kept for all comparisons.
     """
     generator = torch.Generator().manual_seed(number)
     random_state = RandomState(subject.samples.leaves)
     size = subject.size
-    count = min(size, at_once or size)
+    count = min(size, at_once or subject.fitting(random_state))
     while True:
         order = torch.randperm(size, generator=generator, device="cpu")
         batch = subject.of(order[:count].sort()[0])
@@ -56,7 +57,10 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
             comparison = _Comparison(batch, random_state, number, keeps_graph=at_once is None)
             result = comparison.result(generator, thorough)
             if result.was_evaluated or count == size:
-                return result
+                del batch, comparison
+                if result.entries >= MANY_ENTRIES:
+                    give_back()  # or what was taken would lie beside the result
+                return replace(result, entries=result.entries * size // count)
             count = size  # a module may take batches of one size
         except Exception as error:
             if not is_out_of_memory(error) or count < 4:
@@ -231,16 +235,3 @@ class _Comparison:
             if bool((is_off | (row.isnan() != one.isnan())).any()):
                 return "outputs that change with the number of samples"
         return None
-
-
-class OperationsCalled(DispatchMode):
-    """Records the operations that run, and the shapes of their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shapes = [x.shape for x in args if isinstance(x, Tensor)]
-        self.operations.append((func, shapes))
-        return func(*args, **(kwargs or {}))

@@ -1,4 +1,7 @@
-"""Halves of a batch, whose other samples are replaced, and groups, whose others get zeros."""
+"""Halves of a batch, whose other samples are replaced, and groups, whose others get zeros.
+
+And numbers that belong to a half, which must not change with the others.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +74,61 @@ class Half:
                 seed.index_fill_(0, self.outside.to(out.device), 0)
             seeds.append(seed)
         return tuple(seeds)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Numbers that belong to a half of the samples: outputs, or gradients.
+
+    Args:
+        what: a name of it, for messages.
+        is_sum: is it a sum over all samples? Those outside have cotangents of zero, but an infinite
+            derivative of one of them makes it nan.
+        must_be_zero: is it a gradient in the samples outside?
+    """
+
+    what: str
+    tensor: Tensor
+    is_sum: bool = False
+    must_be_zero: bool = False
+
+    def agrees(self, other: Quantity) -> bool:
+        """Is it that of the other batch to the last bit, but for the sign of zero?
+
+        A nan agrees with a nan.
+        """
+        numbers, expected = self.tensor, self._expected(other)
+        if torch.equal(numbers, expected):
+            return True
+        if numbers.shape != expected.shape or numbers.dtype != expected.dtype:
+            return False
+        nan, expected_nan = numbers.isnan(), expected.isnan()
+        may_be_nan = self.is_sum or self.must_be_zero
+        same_nan = (nan | expected_nan) if may_be_nan else (nan & expected_nan)
+        return bool(((numbers == expected) | same_nan).all())
+
+    def agrees_roughly(self, other: Quantity) -> bool:
+        """Is it that of the other batch up to the rounding of other operations?"""
+        numbers, expected = self.tensor, self._expected(other)
+        if numbers.shape != expected.shape:
+            return False
+        nan, expected_nan = numbers.isnan(), expected.isnan()
+        same_nan = (nan | expected_nan) if self.is_sum else (nan & expected_nan)
+        sizes = torch.cat((numbers.flatten(), expected.flatten())).abs()
+        rounding = torch.finfo(numbers.dtype).eps ** (2 / 3) * sizes.nan_to_num(0.0, 0.0).max()
+        is_near = (numbers - expected).abs() <= rounding
+        return bool((is_near | (numbers == expected) | same_nan).all())
+
+    def is_same_as(self, again: Quantity) -> bool:
+        """Does another evaluation of this batch give the same, bit by bit?"""
+        return replace(self, must_be_zero=False).agrees(again)
+
+    def is_roughly(self, again: Quantity) -> bool:
+        """Does another evaluation of this batch give the same up to rounding?"""
+        return replace(self, must_be_zero=False).agrees_roughly(again)
+
+    def _expected(self, other: Quantity) -> Tensor:
+        return torch.zeros_like(self.tensor) if self.must_be_zero else other.tensor
 
 
 def halves(size: int, generator: torch.Generator) -> list[Half]:

@@ -15,6 +15,7 @@ from jacfunc._factored import FactoredJacobian, LearnedUses, WholeBatch, factore
 from jacfunc._layouts import Evidence, Key, Layout, Mixing, NoLayout, PlainSamples, Trace, Unlike
 from jacfunc._linear_map import Samples, narrowed
 from jacfunc._log import note
+from jacfunc._memory import give_back
 from jacfunc._rounding import are_near
 from jacfunc._samples.halves import PulledGroups
 from jacfunc._torch import RandomState, noise_like
@@ -27,6 +28,9 @@ among the tensors of these samples."""
 PULLED_ROUNDING = 0.3
 """What is pulled back to a sample in two batches differs by less than this power of the precision,
 relative to the largest."""
+
+MANY_BYTES = 2**20
+"""After lessons of a batch with so many bytes of cotangents the heap may have kept a lot."""
 
 Evaluated: TypeAlias = tuple[FactoredJacobian, FlatCall]
 """Some samples, evaluated, and the call that was made."""
@@ -69,6 +73,9 @@ class WholeBatches:
             before = learned.copy()
             result, is_like = self._learned_from(trace, other)
             if result:
+                del trace, other
+                if result[0].nbytes >= MANY_BYTES:
+                    give_back()  # or what was taken would lie beside the result
                 return result
             if is_like:
                 break
