@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 CORE := tests/house/test_house.py tests/trees tests/assembly tests/linear_map tests/functions
 
-.PHONY: help bench suite report figures compare hand test quick check lint types overhead budget first_call
+.PHONY: help bench suite report figures compare hand test quick check lint types overhead budget first_call ladder
 .PHONY: format clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make overhead  jacrev against torch.func.jacrev on small networks"
 	@echo "make budget    Jacobians under a tenth of the memory that they would take"
 	@echo "make first_call  what the first call of a process takes of its budget"
+	@echo "make ladder    what Jacobians of networks that vmap refuses take beside their result"
 	@echo "make format    let ruff format the code"
 
 # One stamp: the environment is made anew when what it installs changes.
@@ -59,6 +60,9 @@ budget: $(VENV)/.installed
 
 first_call: $(VENV)/.installed
 	$(BIN)/python -m benchmarks first_call
+
+ladder: $(VENV)/.installed
+	$(BIN)/python -m benchmarks ladder
 
 # The rivals' own environment: what they bring must not change what the tests know.
 $(RIVALS)/.installed: pyproject.toml constraints.txt benchmarks/rivals.txt

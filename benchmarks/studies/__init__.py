@@ -1,13 +1,13 @@
-"""Studies beside the suite: what budgets, first calls and jacfunc's own Python cost.
+"""Studies beside the suite: what budgets, first calls, ladders and jacfunc's own Python cost.
 Each has ``measure(device)``, which gives the body of its results file, and what is told of that:
 ``tables(body)``, and a sentence for the README, ``says(body)``.
 """
 
 from pathlib import Path
 
-from benchmarks.studies import budget, first_call, overhead
+from benchmarks.studies import budget, first_call, ladder, overhead
 
-STUDIES = {"budget": budget, "overhead": overhead, "first_call": first_call}
+STUDIES = {"budget": budget, "overhead": overhead, "first_call": first_call, "ladder": ladder}
 
 
 def files(folder: Path) -> list[Path]:

@@ -1,18 +1,13 @@
 """What the first call of a process takes of its budget, as the system sees it.
 
-Pages of code are told apart, which the system reads from files and may drop. Beside each network
-stands what torch alone takes in such a process, but for tensors, where the rows of one sample are
+Beside each network stands what torch alone takes in such a process, but for tensors, where the rows of one sample are
 pulled back by hand: code that it writes, and room that its kernels keep. It is in the figures.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +18,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from benchmarks.report.tables import add, console, table
+from benchmarks.studies.resident import STATUS, alone, case_alone, settle, taken_by
 from jacfunc._memory import PeakBytes
 from jacfunc._units import in_bytes
 
@@ -30,8 +26,7 @@ MEGABYTES = (5, 40, 200)
 TARGET = 1.2  # of a budget of twice the result
 CLASSES, COLUMNS = 10, 512
 FACTOR = 4  # of what is never whole, all rows would take so many times the result's size
-LIMIT = 40  # seconds of one process
-STATUS = Path("/proc/self/status")
+LIMIT = 120  # seconds of one process
 
 
 class Recurrent(nn.Module):
@@ -133,9 +128,9 @@ def taken(door: str, network: str, megabytes: int) -> dict[str, Any]:
     count = samples_for(door, size, params, shape.numel())
     x, y = torch.randn(count, *shape), torch.randint(CLASSES, (count,))
     budget = 2 * size
-    most, code, refusal = _most_of(lambda: DOORS[door](module, budget, x, y))
+    most, code, refusal = taken_by(lambda: DOORS[door](module, budget, x, y), ValueError)
     counts = {"samples": count, "budget": budget, "most": most, "code": code}
-    return {"door": door, "network": network, "megabytes": megabytes, **counts, "refusal": refusal}
+    return counts | {"refusal": refusal}
 
 
 def floor(network: str) -> int:
@@ -147,7 +142,7 @@ def floor(network: str) -> int:
         for out in module(x)[0]:
             torch.autograd.grad(out, params, retain_graph=True)
 
-    most, code, _ = _most_of(by_hand)
+    most, code, _ = taken_by(by_hand)
     with PeakBytes() as counter:
         by_hand()
     return int(max(0, most - code - counter.peak))
@@ -155,67 +150,25 @@ def floor(network: str) -> int:
 
 def _prepared(network: str) -> tuple[nn.Module, torch.Size]:
     """A network, and the shape of its samples, in a process that has multiplied matrices."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    settle()
     make, shape = NETWORKS[network]
-    module = make()
-    (torch.ones(3, 3) @ torch.ones(3, 3)).sum()
-    return module, torch.Size(shape)
-
-
-def _most_of(call: Callable[[], Any]) -> tuple[int, int, str]:
-    """The most bytes in a call beside those before it, those of code among them, and a refusal."""
-    refusal = ""
-    Path("/proc/self/clear_refs").write_text("5")  # the most bytes are counted anew
-    before, code = bytes_of("VmRSS"), bytes_of("RssFile")
-    try:
-        result = call()
-        del result
-    except ValueError as error:
-        refusal = str(error)
-    return bytes_of("VmHWM") - before, bytes_of("RssFile") - code, refusal
-
-
-ALONE = f"""
-import json, sys
-from {__name__} import floor, taken
-network, *of_door = sys.argv[1:]
-told = taken(of_door[0], network, int(of_door[1])) if of_door else floor(network)
-print(json.dumps(told))
-"""
-
-
-def bytes_of(what: str) -> int:
-    """A count of bytes that Linux keeps of this process."""
-    (line,) = [x for x in STATUS.read_text().splitlines() if x.startswith(f"{what}:")]
-    return 1024 * int(line.split()[1])
+    return make(), torch.Size(shape)
 
 
 def measure(device: torch.device) -> dict[str, Any]:
     """The body of the results file; each case has a process of its own, on the CPU."""
     if device.type != "cpu" or not STATUS.exists():
         return {"target": TARGET, "results": []}
-    every = list(product(MEGABYTES, NETWORKS, DOORS))
+    every = list(product(DOORS, NETWORKS, MEGABYTES))
+    names = "door", "network", "megabytes"
     return {
         "target": TARGET,
-        "floors": {network: _in_a_process(network) for network in NETWORKS},
-        "results": [_of_case(*case) for case in track(every, "calls", console=console)],
+        "floors": {network: alone(floor, network, limit=LIMIT) for network in NETWORKS},
+        "results": [
+            case_alone(taken, dict(zip(names, case, strict=True)), LIMIT)
+            for case in track(every, "calls", console=console)
+        ],
     }
-
-
-def _of_case(megabytes: int, network: str, door: str) -> dict[str, Any]:
-    try:
-        told: dict[str, Any] = _in_a_process(network, door, str(megabytes))
-    except subprocess.TimeoutExpired:
-        named = {"door": door, "network": network, "megabytes": megabytes}
-        return {**named, "refusal": f"more than {LIMIT} seconds"}
-    return told
-
-
-def _in_a_process(*arguments: str) -> Any:
-    command = [sys.executable, "-W", "ignore", "-c", ALONE, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT)
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def share(case: Mapping[str, Any]) -> float:

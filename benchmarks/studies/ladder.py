@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from rich.progress import track
@@ -18,7 +18,9 @@ from benchmarks.problems.networks import CLASSES, PIXELS, Recurrent, Transformer
 from benchmarks.problems.refusing import ACTIVATIONS, OldStyle
 from benchmarks.report.tables import add, console, table
 from benchmarks.studies.resident import STATUS, case_alone, settle, taken_by
-from jacfunc._units import in_bytes
+from benchmarks.verdicts.intervals import span
+
+Wrt: TypeAlias = Literal["params", "inputs"]
 
 MEGABYTES = (20, 60, 200)
 TARGET = 2.0  # of the result
@@ -118,7 +120,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def taken(network: str, wrt: str, megabytes: int) -> dict[str, Any]:
+def taken(network: str, wrt: Wrt, megabytes: int) -> dict[str, Any]:
     """The most bytes of this process in its first call, with the result."""
     settle()
     module = NETWORKS[network]()
@@ -127,9 +129,7 @@ def taken(network: str, wrt: str, megabytes: int) -> dict[str, Any]:
     count = max(1, megabytes * 2**20 // each)
     x = torch.randn(count, 1, PIXELS, PIXELS)
     module(x[:1]).sum().backward()  # torch loads some of its code only now
-    most, code, refusal = taken_by(
-        lambda: jacfunc.module_jacobian(module, wrt, per_sample=True)(x)
-    )
+    most, code, _ = taken_by(lambda: jacfunc.module_jacobian(module, wrt, per_sample=True)(x))
     return {"samples": count, "result": count * each, "most": most, "code": code}
 
 
@@ -145,3 +145,39 @@ def measure(device: torch.device) -> dict[str, Any]:
 def share(case: Mapping[str, Any]) -> float:
     """Bytes that the call took, without code, beside those of its result."""
     return float((case["most"] - case["code"]) / case["result"])
+
+
+def tables(body: Mapping[str, Any]) -> list[Table]:
+    """A table a side, of parts of the result; networks that take more than wanted stand out."""
+    shown = []
+    for wrt in WRT if body["results"] else ():
+        cases = [case for case in body["results"] if case["wrt"] == wrt]
+        sizes = sorted({case["megabytes"] for case in cases})
+        title = f"What Jacobians by {wrt} take where vmap refuses, beside their result"
+        caption = f"Wanted: at most {body['target']:g}"
+        of_side = table(title, caption, "network", *(f"{size} MB" for size in sizes))
+        for network in dict.fromkeys(case["network"] for case in cases):
+            own = sorted((c for c in cases if c["network"] == network), key=_size)
+            is_above = any("most" not in c or share(c) > body["target"] for c in own)
+            add(of_side, network, *map(_told, own), style="red" if is_above else "")
+        shown.append(of_side)
+    return shown
+
+
+def _size(case: Mapping[str, Any]) -> int:
+    return int(case["megabytes"])
+
+
+def _told(case: Mapping[str, Any]) -> str:
+    return f"{share(case):.2f}" if "most" in case else str(case["refusal"])
+
+
+def says(body: Mapping[str, Any]) -> str:
+    """How many Jacobians keep to twice their result."""
+    cases = [case for case in body["results"] if "most" in case]
+    kept = sum(share(case) <= body["target"] for case in cases)
+    return (
+        f"Where vmap refuses, {kept} of {len(cases)} first calls of `module_jacobian` take at most "
+        f"{body['target']:g} times the bytes of their result, with the result, as the system "
+        f"counts a process; {span([share(case) for case in cases])} of it ({{source}})."
+    )

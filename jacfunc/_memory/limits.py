@@ -33,9 +33,9 @@ COMPARED_BYTES = 2**13
 COMPARED_GRAPH_BYTES = 2**24
 """The graph of samples that are compared with those of another batch, to see if they depend."""
 
-PIECE_BYTES = 2**23
-"""Samples of a batch are evaluated some at a time, where all would keep more than twice as much for
-pullbacks: so much stays in the cache, and is enough to be worth an evaluation."""
+PIECE_BYTES = 3 * 2**23
+"""What a row of the samples may take that are evaluated at once, where all samples would take more
+than is modest: enough to be worth an evaluation, and little beside a large result."""
 
 MODEST_BYTES = 2**26
 """A sweep up to this size is made without a look at how much memory is free."""

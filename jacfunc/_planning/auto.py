@@ -71,7 +71,8 @@ class Auto(Streaming):
         if costs is None:
             return rows_first(by_sizes(operator, self.directions), operator), None
         batch_costs = costs.times(samples.size, samples.are_copied)
-        piece = None if self.memory is not None else piece_of(samples, costs)
+        whole = self.by_layers if samples.has_layers and self.by_layers else Reverse()
+        piece = None if self.memory is not None else piece_of(samples, costs, whole)
         swept = costs.times(piece, samples.are_copied) if piece else batch_costs
         plan = fastest(batch_costs, directions).changed(
             lambda plan: rows_first(with_fewer_rows(plan, swept), operator)

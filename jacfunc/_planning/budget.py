@@ -30,9 +30,9 @@ HEAP_FACTOR = 6
 aligned, and a freed block is too small for the next one of its size.
 """
 
-KEPT_SHARE, LEAST_SAMPLES = 2, 16
-"""Without a budget a batch is evaluated in pieces, of so many samples at least, where its graph
-takes more than this part of the result."""
+WORK_SHARE, LEAST_SAMPLES = 2, 16
+"""Without a budget a batch is evaluated in pieces, of so many samples at least, where the work on a
+row of all takes more than this part of the result."""
 
 ENOUGH_SEEDS, ENOUGH_BYTES = 128, 2**24
 """A chunk of more seeds that takes more bytes is no faster, and leaves the heap in pieces: then the
@@ -101,16 +101,16 @@ def _samples_in_chunks(
     return replace(plan, strategy=rows), 1
 
 
-def piece_of(samples: SampledWays, one: Costs) -> int | None:
+def piece_of(samples: SampledWays, one: Costs, strategy: Sweeping) -> int | None:
     """How many samples of a batch that may be evaluated as a whole are taken at once; None for all.
 
-    Where their graph takes much beside the result, pieces of the batch are as fast: they stay in
-    the cache. ``one`` are the costs of a sample.
+    Where a row of all samples takes much beside the result, pieces of the batch are as fast: they
+    stay in the cache. ``one`` are the costs of a sample, swept by this strategy.
     """
-    kept, result = samples.size * one.kept, samples.size * one.result
-    if not samples.may_be_whole or kept <= max(2 * PIECE_BYTES, result // KEPT_SHARE):
+    work, result = one.seed_bytes(strategy), samples.size * one.result
+    if not samples.may_be_whole or samples.size * work <= max(MODEST_BYTES, result // WORK_SHARE):
         return None
-    return max(LEAST_SAMPLES, evenly(samples.size, one.kept, PIECE_BYTES))
+    return max(LEAST_SAMPLES, evenly(samples.size, work, PIECE_BYTES))
 
 
 def fewer_rows(batch_costs: Costs) -> Reverse:

@@ -73,9 +73,10 @@ class Subject:
             except Exception as error:  # a module may take batches of one size
                 note("two samples could not be evaluated, to see what they take: %s", error)
                 return self.size
-            of_two = counter.live - sum(x.nbytes for x in self.params)  # they are copied
+            of_two = counter.live - sum(int(x.nbytes) for x in self.params)  # copies
             del graph
-        return min(self.size, max(MANY, 2 * COMPARED_GRAPH_BYTES // max(1, of_two)))
+        fitting = max(MANY, 2 * COMPARED_GRAPH_BYTES // max(1, of_two))
+        return min(self.size, fitting)
 
     def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
