@@ -1,7 +1,8 @@
 """What the first call of a process takes of its budget, as the system sees it.
 
-Beside each network stands what torch alone takes in such a process, but for tensors, where the rows of one sample are
-pulled back by hand: code that it writes, and room that its kernels keep. It is in the figures.
+Beside each network stands what torch alone takes in such a process, but for tensors, where the rows
+of one sample are pulled back by hand: code that it writes, and room that its kernels keep. It is in
+the figures.
 """
 
 from __future__ import annotations

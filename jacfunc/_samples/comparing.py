@@ -65,18 +65,19 @@ class Subject:
 
     def fitting(self, random_state: RandomState) -> int:
         """How many samples are compared: all, or as many as have a graph of modest size."""
-        if self.size <= MANY:
-            return self.size
+        size: int = self.size
+        if size <= MANY:
+            return size
         with PeakBytes() as counter:
             try:
                 graph = self.of(torch.arange(2, device="cpu")).evaluate(random_state)
             except Exception as error:  # a module may take batches of one size
                 note("two samples could not be evaluated, to see what they take: %s", error)
-                return self.size
-            of_two = counter.live - sum(int(x.nbytes) for x in self.params)  # copies
+                return size
+            of_two = counter.live - sum(x.nbytes for x in self.params)  # copies
             del graph
         fitting = max(MANY, 2 * COMPARED_GRAPH_BYTES // max(1, of_two))
-        return min(self.size, fitting)
+        return min(size, fitting)
 
     def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
