@@ -33,7 +33,7 @@ COMPARED_BYTES = 2**13
 COMPARED_GRAPH_BYTES = 2**24
 """The graph of samples that are compared with those of another batch, to see if they depend."""
 
-PIECE_BYTES = 3 * 2**23
+PIECE_BYTES = 2**23
 """What a row of the samples may take that are evaluated at once, where all samples would take more
 than is modest: enough to be worth an evaluation, and little beside a large result."""
 

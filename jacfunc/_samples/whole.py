@@ -29,9 +29,6 @@ PULLED_ROUNDING = 0.3
 """What is pulled back to a sample in two batches differs by less than this power of the precision,
 relative to the largest."""
 
-MANY_BYTES = 2**20
-"""After lessons of a batch with so many bytes of cotangents the heap may have kept a lot."""
-
 Evaluated: TypeAlias = tuple[FactoredJacobian, FlatCall]
 """Some samples, evaluated, and the call that was made."""
 
@@ -74,8 +71,7 @@ class WholeBatches:
             result, is_like = self._learned_from(trace, other)
             if result:
                 del trace, other
-                if result[0].nbytes >= MANY_BYTES:
-                    give_back()  # or what was taken would lie beside the result
+                give_back()  # or what was taken would lie beside the result
                 return result
             if is_like:
                 break
