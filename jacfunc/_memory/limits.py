@@ -30,7 +30,7 @@ MOST_COPIED_BYTES = 2**26
 COMPARED_BYTES = 2**13
 """Parameters up to this size are copied before each call and compared with it afterwards."""
 
-COMPARED_GRAPH_BYTES = 2**24
+COMPARED_GRAPH_BYTES = 2**22
 """The graph of samples that are compared with those of another batch, to see if they depend."""
 
 PIECE_BYTES = 2**23

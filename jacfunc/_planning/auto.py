@@ -78,7 +78,7 @@ class Auto(Streaming):
             lambda plan: rows_first(with_fewer_rows(plan, swept), operator)
         )
         plan, chunk = bounded_samples(plan, costs, samples.size, self.memory)
-        if chunk is None and piece and samples.are_swept_whole(plan.strategy):
+        if piece and chunk != 1 and samples.are_swept_whole(plan.strategy):
             return replace(plan, second=None), piece
         return plan, chunk
 

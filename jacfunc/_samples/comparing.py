@@ -77,7 +77,8 @@ class Subject:
             of_two = counter.live - sum(x.nbytes for x in self.params)  # copies
             del graph
         fitting = max(MANY, 2 * COMPARED_GRAPH_BYTES // max(1, of_two))
-        return min(size, fitting)
+        fitting: int = fitting
+        return fitting if fitting < size else size
 
     def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
