@@ -74,11 +74,9 @@ class Subject:
             except Exception as error:  # a module may take batches of one size
                 note("two samples could not be evaluated, to see what they take: %s", error)
                 return size
-            of_two = counter.live - sum(x.nbytes for x in self.params)  # copies
+            of_two: int = counter.live - sum(x.nbytes for x in self.params)  # copies
             del graph
-        fitting = max(MANY, 2 * COMPARED_GRAPH_BYTES // max(1, of_two))
-        fitting: int = fitting
-        return fitting if fitting < size else size
+        return min(size, max(MANY, 2 * COMPARED_GRAPH_BYTES // max(1, of_two)))
 
     def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
