@@ -29,6 +29,9 @@ Planned = tuple[Plan, Chunk]
 MOST_CODES = 1000
 """Fingerprints of functions whose plans are kept."""
 
+CLEARLY = 0.95
+"""A plan that is tried once must take less than this part of the best of several runs."""
+
 FAR = 3.0
 """A forecast that is wrong by this factor says little of which plan is the fastest."""
 
@@ -93,7 +96,7 @@ def following_run(planned: Planned, seconds: float) -> Planned:
     timed = replace(plan, timing=Timing(min(best, seconds), left - 1))
     took, second = timed.timing.seconds, plan.second
     if before is not None:
-        return (timed, chunk) if took < before[0].timing.seconds else before
+        return (timed, chunk) if took < CLEARLY * before[0].timing.seconds else before
     if timed.timing.left or second is None or not _may_be_faster(second, plan, took):
         return timed, chunk
     note("%s took %s, so %s is tried", plan.strategy, in_seconds(took), second.strategy)

@@ -22,7 +22,7 @@ GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
 place the outputs of the sample of one number, and the targets of the sample of another number."""
 
 MANY = 64
-"""So many samples are compared in any case, unless memory is to be spared."""
+"""So many samples are compared at once in any case, unless memory is to be spared."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Subject:
         return replace(self, samples=replace(self.samples, leaves=leaves))
 
     def fitting(self, random_state: RandomState) -> int:
-        """How many samples are compared: all, or as many as have a graph of modest size."""
+        """How many samples are compared at once: as many as have a graph of modest size."""
         size: int = self.size
         if size <= MANY:
             return size

@@ -43,8 +43,8 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
     Args:
         number: the number of this check; with another one, other halves are compared.
         thorough: compare several halves, and one sample alone.
-        at_once: samples of a batch; a random few if there are more. None for as many as have a
-            graph of modest size, which is kept for all comparisons.
+        at_once: samples of a batch; a random few if there are more. None compares all, in groups
+            whose graph is of modest size, and is kept for all comparisons of the group.
     """
     generator = torch.Generator().manual_seed(number)
     random_state = RandomState(subject.samples.leaves)
@@ -52,15 +52,23 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
     count = min(size, at_once or subject.fitting(random_state))
     while True:
         order = torch.randperm(size, generator=generator, device="cpu")
-        batch = subject.of(order[:count].sort()[0])
+        groups = [order[:count]] if at_once else order.tensor_split(-(-size // count))
         try:
-            comparison = _Comparison(batch, random_state, number, keeps_graph=at_once is None)
-            result = comparison.result(generator, thorough)
-            if result.was_evaluated or count == size:
+            results = list[Coupling]()
+            for group in groups:
+                batch = subject.of(group.sort()[0])
+                comparison = _Comparison(batch, random_state, number, keeps_graph=at_once is None)
+                results.append(comparison.result(generator, thorough))
                 del batch, comparison
-                if result.entries >= MANY_ENTRIES:
+                if results[-1].what is not None or not results[-1].was_evaluated:
+                    break
+            result = results[-1]
+            if result.was_evaluated or count == size:
+                entries = result.rows * subject.width * size
+                if entries >= MANY_ENTRIES:
                     give_back()  # or what was taken would lie beside the result
-                return replace(result, entries=result.entries * size // count)
+                was_shown = any(each.was_shown for each in results)
+                return replace(result, entries=entries, was_shown=was_shown)
             count = size  # a module may take batches of one size
         except Exception as error:
             if not is_out_of_memory(error) or count < 4:

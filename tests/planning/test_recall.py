@@ -52,11 +52,15 @@ def test_as_forecast() -> None:
 
 
 def test_the_second_is_tried_and_kept_where_it_is_faster() -> None:
-    calls = Calls(FIRST, Reverse=[5.0, 4.0, 5.0], Forward=[3.9])
+    calls = Calls(FIRST, Reverse=[5.0, 4.0, 5.0], Forward=[3.7])
     with trail() as steps:
         assert calls.names(7) == "RRRFFFF"
     (told,) = steps
     assert told.startswith("Reverse(chunk_size=None) took 4 s, so Forward(chunk_size=None")
+
+
+def test_one_run_that_is_hardly_faster_does_not_replace_the_first() -> None:
+    assert Calls(FIRST, Reverse=[5.0, 4.0, 5.0], Forward=[3.9]).names(7) == "RRRFRRR"
 
 
 def test_the_first_is_taken_again_where_it_was_faster() -> None:
