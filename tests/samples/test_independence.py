@@ -720,3 +720,40 @@ def test_where_memory_is_to_be_spared_one_graph_is_there_at_a_time() -> None:
         return counter.peak
 
     assert peak(400) < 0.7 * peak(None)
+
+
+class Outliers(nn.Module):
+    """A wide network whose samples are independent but for one with a large input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8192), nn.Tanh(), nn.Linear(8192, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        is_far = (x.amax(1, keepdim=True) > 100).to(x.dtype)
+        return out + is_far * out.mean(0)
+
+
+def test_all_samples_of_a_large_batch_are_compared_in_groups() -> None:
+    module, x, sizes = Outliers(), batch(300).float(), set[int]()
+    module.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
+    jacfunc.module_jacobian(module, "inputs", per_sample=True)(x)
+    assert 64 <= max(sizes) < 300
+    x[177, 0] = 1000.0
+    with pytest.raises(ValueError, match=MIXED):
+        jacfunc.module_jacobian(module, "inputs", per_sample=True)(x)
+
+
+def test_a_large_batch_is_swept_in_pieces_without_a_budget() -> None:
+    net = nn.Sequential(nn.Linear(3, 40_000), nn.Tanh(), nn.Linear(40_000, 2))
+    sizes: list[int] = []
+    net.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    x = batch(512).float()
+    by_inputs = jacfunc.module_jacobian(net, "inputs", per_sample=True, independent=True)
+    jacobian = by_inputs(x)
+    assert max(sizes[-4:]) < 512
+    weight, first = net[2].weight, net[0]
+    slopes = 1 - first(x).tanh().square()
+    expected = torch.einsum("oh,bh,hi->boi", weight, slopes, first.weight)
+    torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-5)
