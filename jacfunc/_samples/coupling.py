@@ -27,8 +27,8 @@ from jacfunc._types import Leaves
 COARSE = 0.1
 """Relative difference between a sample alone and in its batch that is no rounding."""
 
-MANY_ENTRIES = 2**20
-"""After a comparison of samples whose Jacobians have so many, the heap may have kept a lot."""
+LARGE_RESULT = 2**20
+"""Entries of all samples' Jacobians from which on the heap gives back what a comparison took."""
 
 BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
 """Operations, by parts of their names, after which sums may have another order of terms."""
@@ -65,7 +65,7 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
             result = results[-1]
             if result.was_evaluated or count == size:
                 entries = result.rows * subject.width * size
-                if entries >= MANY_ENTRIES:
+                if entries >= LARGE_RESULT:
                     give_back()  # or what was taken would lie beside the result
                 was_shown = any(each.was_shown for each in results)
                 return replace(result, entries=entries, was_shown=was_shown)
