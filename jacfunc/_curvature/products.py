@@ -11,7 +11,9 @@ from torch import Tensor
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature.whole_batch import (
+    ReadNumbers,
     by_samples,
+    check_alone,
     check_shapes,
     multiplied,
     pushing_operator,
@@ -86,12 +88,20 @@ class BatchProducts(PointProducts):
         return BatchOutputs(leaves, extras, self._calls[-1], at_batch.call.output_dims)
 
     def _evaluated(self, operator: JacobianOperator) -> tuple[Leaves, Leaves]:
-        """Its outputs and extras, of samples that draw as the options say."""
+        """Its outputs and extras, of samples that draw as the options say, as each does alone.
+
+        Raises:
+            Refused: if numbers of the batch lead another way than those of a sample alone.
+        """
         operator.rewind_generators()
-        before = RandomState(self._at_batch.batch.samples.leaves)
-        image = operator.image()
+        batch = self._at_batch.batch
+        before = RandomState(batch.samples.leaves)
+        with ReadNumbers() as read:
+            image = operator.image()
         if self._is_strict and before.has_changed():
-            self._at_batch.batch.check_randomness(Refused(RANDOM))
+            batch.check_randomness(Refused(RANDOM))
+        if read.reads_values:
+            check_alone(self._at_batch, image[0])
         return image
 
     def _keep_graph(self) -> Linearization:

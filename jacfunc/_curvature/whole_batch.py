@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,13 +11,32 @@ import torch
 from torch import Tensor
 
 from jacfunc._calls import FlatCall
+from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import is_unwatched
+from jacfunc._layouts import Args, OperationRecorder
 from jacfunc._linear_map import JacobianOperator, narrowed, push_on_graph
 from jacfunc._log import note
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._remembered import Remembered
 from jacfunc._types import LeafFunction, Leaves
+
+
+class ReadNumbers(OperationRecorder):
+    """Around an evaluation: has Python read numbers, which may tell it what to do?"""
+
+    def __init__(self) -> None:
+        super().__init__(None, ())
+
+    def call(
+        self,
+        number: int,
+        func: Callable[..., Any],
+        args: Args,
+        kwargs: Mapping[str, Any],
+        is_tracked: bool,
+    ) -> Any:
+        return func(*args, **kwargs)
 
 
 def multiplied(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:
@@ -59,6 +79,19 @@ def check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
                 f"shape {tuple(out.shape)} for {at_batch.size} samples and {tuple(smaller.shape)} "
                 f"for {at_batch.size - 1}. Use a module that returns what belongs to each sample."
             )
+
+
+def check_alone(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
+    """Raise Refused unless each sample's outputs are those of the sample alone."""
+    check_shapes(at_batch, outputs)
+    try:
+        at_batch.batch.check_alone(outputs)
+    except Refused as refusal:
+        raise Refused(
+            f"{at_batch.api}: products evaluate the batch as a whole, in which each sample must be "
+            "as it is alone, got a module that looks at numbers of the batch and goes another way "
+            "with a sample. Use diagonal(), blocks() or matrix(), or give it one sample."
+        ) from refusal
 
 
 def by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:

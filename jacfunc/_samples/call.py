@@ -154,25 +154,25 @@ class SampledCall:
         batch = WholeBatches(self.whole, samples, learned, random_state, may_draw)
         jacobian, call = batch.factored()
         if jacobian.reads_values:
-            self._check_alone(jacobian, start)
+            self.check_alone(jacobian.outputs, start)
         if self.guard is not None:
             may_mix = learned.mixes and not jacobian.reads_values
             self.guard(jacobian.signature, jacobian.moves_samples or may_mix)
         return jacobian, call
 
-    def _check_alone(self, jacobian: FactoredJacobian, start: int) -> None:
-        """Compare each sample with the sample alone, whose numbers may lead another way.
+    def check_alone(self, outputs: Leaves, start: int = 0) -> None:
+        """Compare the outputs of samples with each sample alone, whose numbers may lead elsewhere.
 
         Raises:
             Refused: if outputs differ.
         """
         random_state = self.random_state()
-        for number in range(jacobian.size):
+        for number in range(len(outputs[0])):
             random_state.repeat()
             call = self.call_of(one_sample(self.samples.leaves, self.samples.dims, start + number))
             with torch.no_grad():
                 alone, _ = call(*map(Tensor.clone, call.primals))
-            rows = tuple([out[number] for out in jacobian.outputs])
+            rows = tuple([out[number] for out in outputs])
             check_agreement(tuple(map(Tensor.detach, rows)), alone, power=ALONE_ROUNDING)
 
     def _vmapped(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
