@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from operator import index
+from numbers import Number
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ Args: TypeAlias = tuple[Any, ...]
 
 _PLAIN = frozenset({bool, int, float, str, type(None), type(...)})
 
-_APART = {-2: "minus two"}
+_APART: dict[Any, str] = {-2: "minus two"}
 """What stands for a number in signatures, as Python's hash of it is that of another one."""
 
 _BY_INDEX = (
@@ -154,8 +154,8 @@ def _note_values(value: Any, operations: list[Any]) -> None:
         operations.append("slice")
         for end in (value.start, value.stop, value.step):
             _note_values(end, operations)
-    elif not isinstance(value, Tensor) and hasattr(value, "__index__"):  # NumPy's numbers
-        _note_values(index(value), operations)
+    elif isinstance(value, Number):  # NumPy has some of its own
+        operations.append(_APART.get(value, value))
 
 
 def _is_chosen_by_tensor(args: Args) -> bool:

@@ -18,6 +18,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from jacfunc._arguments import are_plain
 from jacfunc._torch.autograd import untracked
+from jacfunc._torch.levels import is_batched
 from jacfunc._types import LeafFunction, Leaves
 
 _HOOKED = "torch.func.vjp doesn't support saved tensor hooks"
@@ -71,17 +72,19 @@ def pushed_product(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """
     x, w, *others = args
     bias, *rest = others or [None]
-    level = _functorch.peek_interpreter_stack()
-    # a vmap that the function has entered would hide the tangents
+    level, tensors = _functorch.peek_interpreter_stack(), (x, w) if bias is None else (x, w, bias)
+    # a vmap inside hides the tangents; under one of samples outside, nobody could write into it
     is_pushed = level is not None and level.key() == TransformType.Jvp
-    if not is_pushed or not are_plain((x, w) if bias is None else (x, w, bias)):
+    if not is_pushed or not are_plain(tensors) or any(map(is_batched, tensors)):
         return func(*args)
     (x, pushed_x), (w, pushed_w) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(w)
     if (pushed_x is None) == (pushed_w is None):
         return func(*args)
     pushed = (pushed_x, w) if pushed_w is None else (x, pushed_w)
     bias, pushed_bias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-    return forward_ad.make_dual(func(x, w, bias, *rest), func(*pushed, pushed_bias, *rest))
+    dual = forward_ad.make_dual(func(x, w, bias, *rest), func(*pushed, pushed_bias, *rest))
+    # a write into a view would push to what it is a view of, which has no tangent
+    return torch.ops.aten._unsafe_view(dual, dual.shape)
 
 
 def _below(leaves: Leaves, level: int) -> Leaves:
