@@ -11,7 +11,6 @@ from torch import Tensor
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature.whole_batch import (
-    ReadNumbers,
     by_samples,
     check_alone,
     check_shapes,
@@ -20,6 +19,7 @@ from jacfunc._curvature.whole_batch import (
     split,
 )
 from jacfunc._errors import RANDOM, Refused, is_out_of_memory
+from jacfunc._layouts import OperationRecorder
 from jacfunc._linear_map import (
     JacobianOperator,
     Linearization,
@@ -96,11 +96,11 @@ class BatchProducts(PointProducts):
         operator.rewind_generators()
         batch = self._at_batch.batch
         before = RandomState(batch.samples.leaves)
-        with ReadNumbers() as read:
+        with OperationRecorder() as recorder:
             image = operator.image()
         if self._is_strict and before.has_changed():
             batch.check_randomness(Refused(RANDOM))
-        if read.reads_values:
+        if recorder.reads_values:
             check_alone(self._at_batch, image[0])
         return image
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,29 +13,11 @@ from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import is_unwatched
-from jacfunc._layouts import Args, OperationRecorder
 from jacfunc._linear_map import JacobianOperator, narrowed, push_on_graph
 from jacfunc._log import note
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._remembered import Remembered
 from jacfunc._types import LeafFunction, Leaves
-
-
-class ReadNumbers(OperationRecorder):
-    """Around an evaluation: has Python read numbers, which may tell it what to do?"""
-
-    def __init__(self) -> None:
-        super().__init__(None, ())
-
-    def call(
-        self,
-        number: int,
-        func: Callable[..., Any],
-        args: Args,
-        kwargs: Mapping[str, Any],
-        is_tracked: bool,
-    ) -> Any:
-        return func(*args, **kwargs)
 
 
 def multiplied(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:

@@ -41,7 +41,7 @@ class PlainRecorder(OperationRecorder):
     """Numbers the operations of a function, of which no parameter is looked for."""
 
     def __init__(self) -> None:
-        super().__init__(None, _REFUSED)
+        super().__init__(noticed=_REFUSED)
 
     def call(
         self,
