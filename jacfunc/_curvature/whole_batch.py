@@ -19,6 +19,10 @@ from jacfunc._modules import ModuleAtBatch
 from jacfunc._remembered import Remembered
 from jacfunc._types import LeafFunction, Leaves
 
+ITERATED = 1 / 4
+"""The power of the rounding by which outputs of a sample may differ from those of the sample alone:
+what is iterated for a batch goes on for its worst sample."""
+
 
 def multiplied(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:
     """Every sample's J, a row after the other, times tangents of the parameters."""
@@ -66,7 +70,7 @@ def check_alone(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
     """Raise Refused unless each sample's outputs are those of the sample alone."""
     check_shapes(at_batch, outputs)
     try:
-        at_batch.batch.check_alone(outputs)
+        at_batch.batch.check_alone(outputs, power=ITERATED)
     except Refused as refusal:
         raise Refused(
             f"{at_batch.api}: products evaluate the batch as a whole, in which each sample must be "

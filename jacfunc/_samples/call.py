@@ -160,7 +160,7 @@ class SampledCall:
             self.guard(jacobian.signature, jacobian.moves_samples or may_mix)
         return jacobian, call
 
-    def check_alone(self, outputs: Leaves, start: int = 0) -> None:
+    def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
         """Compare the outputs of samples with each sample alone, whose numbers may lead elsewhere.
 
         Raises:
@@ -173,7 +173,7 @@ class SampledCall:
             with torch.no_grad():
                 alone, _ = call(*map(Tensor.clone, call.primals))
             rows = tuple([out[number] for out in outputs])
-            check_agreement(tuple(map(Tensor.detach, rows)), alone, power=ALONE_ROUNDING)
+            check_agreement(tuple(map(Tensor.detach, rows)), alone, power=power)
 
     def _vmapped(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         one, every = OneSample(self.api, self.call_of), self.samples
