@@ -179,5 +179,5 @@ def says(body: Mapping[str, Any]) -> str:
     return (
         f"Where vmap refuses, {kept} of {len(cases)} first calls of `module_jacobian` take at most "
         f"{body['target']:g} times the bytes of their result, with the result, as the system "
-        f"counts a process; {span([share(case) for case in cases])} of it ({{source}})."
+        f"counts a process; all take {span([share(case) for case in cases])} times these ({{source}})."
     )
