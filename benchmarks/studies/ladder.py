@@ -174,10 +174,10 @@ def _told(case: Mapping[str, Any]) -> str:
 
 def says(body: Mapping[str, Any]) -> str:
     """How many Jacobians keep to twice their result."""
-    cases = [case for case in body["results"] if "most" in case]
-    kept = sum(share(case) <= body["target"] for case in cases)
+    shares = [share(case) for case in body["results"] if "most" in case]
+    kept = sum(each <= body["target"] for each in shares)
     return (
-        f"Where vmap refuses, {kept} of {len(cases)} first calls of `module_jacobian` take at most "
+        f"Where vmap refuses, {kept} of {len(shares)} first calls of `module_jacobian` take at most "
         f"{body['target']:g} times the bytes of their result, with the result, as the system "
-        f"counts a process; all take {span([share(case) for case in cases])} times these ({{source}})."
+        f"counts a process; all take {span(shares)} times these ({{source}})."
     )
