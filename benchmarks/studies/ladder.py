@@ -177,7 +177,7 @@ def says(body: Mapping[str, Any]) -> str:
     shares = [share(case) for case in body["results"] if "most" in case]
     kept = sum(each <= body["target"] for each in shares)
     return (
-        f"Where vmap refuses, {kept} of {len(shares)} first calls of `module_jacobian` take at most "
-        f"{body['target']:g} times the bytes of their result, with the result, as the system "
+        f"Where vmap refuses, {kept} of {len(shares)} first calls of `module_jacobian` take at "
+        f"most {body['target']:g} times the bytes of their result, with the result, as the system "
         f"counts a process; all take {span(shares)} times these ({{source}})."
     )
