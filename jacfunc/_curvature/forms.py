@@ -102,7 +102,7 @@ def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result:
     """
     if not point.size:
         return
-    roots: Leaves = point.budget.keep(partial(getattr, curvature, "roots"))
+    roots = point.budget.keep(lambda: curvature.roots)
 
     def add_some(samples: slice, jacobian: FactoredJacobian) -> Leaves:
         cotangents = tuple(root[:, samples] for root in roots)

@@ -120,7 +120,9 @@ def _norms_at_once(
     outputs = BatchOutputs(jacobian.outputs, (), OneTensor())
     gradient = _gradient(options, loss, targets, outputs)
     cotangents = tuple([leaf.unsqueeze(0) for leaf in gradient])
-    return _norms(jacobian.parts_of_cotangents(cotangents), jacobian.params, cotangents)
+    parts = jacobian.parts_of_cotangents(cotangents)
+    with contracting(jacobian.params):
+        return _norms(parts, jacobian.params, cotangents)
 
 
 def _norms(
@@ -131,5 +133,4 @@ def _norms(
     pairs = [pair for pair in zip(parts, params, strict=True) if pair[0]]
     if not pairs:
         return cotangents[0].new_zeros(cotangents[0].shape[1], dtype=dtype)
-    with contracting(params):
-        return norms(pairs)[0].sqrt_().to(dtype)
+    return norms(pairs)[0].sqrt_().to(dtype)

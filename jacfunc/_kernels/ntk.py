@@ -153,8 +153,8 @@ def ntk(
         samples_at: SamplesAt = partial(_kept_at, options, budget)
     else:
         budget = _budget_of_function(select, randomness, chunk_size, memory)
-        how = partial(samples_of, in_dims=in_dims, randomness=randomness, asked=asked)
-        samples_at = partial(how, API, func, params)
+        how = {"in_dims": in_dims, "randomness": randomness, "asked": asked}
+        samples_at = partial(samples_of, API, func, params, **how)
 
     ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
     if out is not None:

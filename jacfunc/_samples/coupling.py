@@ -9,6 +9,7 @@ agree to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,22 +54,15 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
     while True:
         order = torch.randperm(size, generator=generator, device="cpu")
         groups = [order[:count]] if at_once else order.tensor_split(-(-size // count))
+        batches = (subject.of(group.sort()[0]) for group in groups)
+        compared = (_Comparison(x, random_state, number, at_once is None) for x in batches)
         try:
-            results = list[Coupling]()
-            for group in groups:
-                batch = subject.of(group.sort()[0])
-                comparison = _Comparison(batch, random_state, number, keeps_graph=at_once is None)
-                results.append(comparison.result(generator, thorough))
-                del batch, comparison
-                if results[-1].what is not None or not results[-1].was_evaluated:
-                    break
-            result = results[-1]
+            result = _until_shown(x.result(generator, thorough) for x in compared)
             if result.was_evaluated or count == size:
                 entries = result.rows * subject.width * size
                 if entries >= LARGE_RESULT:
                     give_back()  # or what was taken would lie beside the result
-                was_shown = any(each.was_shown for each in results)
-                return replace(result, entries=entries, was_shown=was_shown)
+                return replace(result, entries=entries)
             count = size  # a module may take batches of one size
         except Exception as error:
             if not is_out_of_memory(error) or count < 4:
@@ -77,6 +71,16 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
             count //= 2
         finally:
             random_state.repeat()
+
+
+def _until_shown(results: Iterable[Coupling]) -> Coupling:
+    """The first result that shows a change, or a batch that does not run; else the last one."""
+    was_shown, result = False, Coupling()
+    for result in results:
+        was_shown |= result.was_shown
+        if result.what is not None or not result.was_evaluated:
+            break
+    return replace(result, was_shown=was_shown)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class _Comparison:
         numel = sum(out.numel() for out in outputs)
         what = self._what_changes(generator, thorough) if size > 1 else None
         was_shown = size == 1 or self.subject.has_different_samples
-        return Coupling(what, numel // size, numel * self.subject.width, was_shown=was_shown)
+        return Coupling(what, numel // size, was_shown=was_shown)
 
     def _what_changes(self, generator: torch.Generator, thorough: bool) -> str | None:
         """What changes with the other samples, in words; None if nothing does."""
