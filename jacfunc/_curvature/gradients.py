@@ -83,10 +83,10 @@ def gradient_norms(
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
         # a user's loss may look at the module, which is lent meanwhile
         if args and isinstance(module, nn.Module) and is_of_torch(loss):
-            work = partial(_norms_at_once, options, loss, args[-1])
-            result = made_at_once(options, (args[:-1], kwargs), work)
+            seeds_of = partial(_seeds, options, loss, args[-1])
+            result = made_at_once(options, (args[:-1], kwargs), _norms_at_once, seeds_of)
             if result is not None:
-                return result
+                return result[0]
         at_batch, targets = options.with_targets(args, kwargs, loss)
         with at_batch.as_one():
             of_outputs = partial(_gradient, options, loss, targets, at_batch.outputs)
@@ -113,16 +113,17 @@ def _gradient(
     return at_outputs.gradient()
 
 
-def _norms_at_once(
-    options: BatchOptions, loss: LossFunction, targets: Tree, jacobian: FactoredJacobian
-) -> Tensor:
+def _seeds(options: BatchOptions, loss: LossFunction, targets: Tree, outputs: Leaves) -> Leaves:
+    """The gradient ``[1, B, *out]`` in the only output of a module."""
+    gradient = _gradient(options, loss, targets, BatchOutputs(outputs, (), OneTensor()))
+    return tuple([leaf.unsqueeze(0) for leaf in gradient])
+
+
+def _norms_at_once(jacobian: FactoredJacobian, cotangents: Leaves) -> Leaves:
     """Norms of all samples, of a module that returned one tensor."""
-    outputs = BatchOutputs(jacobian.outputs, (), OneTensor())
-    gradient = _gradient(options, loss, targets, outputs)
-    cotangents = tuple([leaf.unsqueeze(0) for leaf in gradient])
     parts = jacobian.parts_of_cotangents(cotangents)
     with contracting(jacobian.params):
-        return _norms(parts, jacobian.params, cotangents)
+        return (_norms(parts, jacobian.params, cotangents),)
 
 
 def _norms(

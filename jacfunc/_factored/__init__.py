@@ -7,5 +7,6 @@ from jacfunc._factored.factoring import factored, graph_behind, use_recorder
 from jacfunc._factored.learned import LearnedUses
 from jacfunc._factored.parts import Part, place_of, placed, rows
 from jacfunc._factored.squares import add_squares, norms, written
+from jacfunc._factored.tracked import UNSEEN_WRITE
 from jacfunc._factored.tracking import UseRecorder
-from jacfunc._factored.use import Use
+from jacfunc._factored.use import HOOKING, Use

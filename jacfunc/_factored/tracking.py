@@ -21,11 +21,18 @@ from jacfunc._factored.use import (
     Versions,
     View,
     is_part,
-    tensors_among,
     without_lists,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing, are_among
+from jacfunc._layouts import (
+    OUT,
+    Args,
+    NoLayout,
+    OperationRecorder,
+    Placing,
+    are_among,
+    tensors_among,
+)
 from jacfunc._linear_map import Anchor, Graph, no_view, nodes_of_call
 from jacfunc._torch import innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
@@ -51,6 +58,7 @@ class UseRecorder(OperationRecorder):
             Those of results that all samples share are added.
         grad_mode: may the Jacobian be differentiated further?
         known: operations with rules, by number, as earlier evaluations have shown.
+        arguments: where the tensors that operations get with a parameter are kept, if they are.
     """
 
     def __init__(
@@ -60,10 +68,11 @@ class UseRecorder(OperationRecorder):
         starts: dict[Any, int],
         grad_mode: bool,
         known: dict[int, KnownUse],
+        arguments: dict[int, list[Tensor]] | None = None,
     ) -> None:
         self._rules, self._openings = table().rules, table().openings
         noticed = UNUSUAL | self._openings.keys()
-        super().__init__(placing.listener, noticed, params.by_id)
+        super().__init__(placing.listener, noticed, params.by_id, arguments)
         placing.operations = self.operations
         self._placing, self._params = placing, params
         self._grad_mode = grad_mode

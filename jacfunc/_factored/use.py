@@ -133,15 +133,6 @@ class Versions:
         return any(tensor._version != version for tensor, version in self._pairs)
 
 
-def tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif type(value) in (tuple, list):
-            yield from tensors_among(value)
-
-
 def without_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments, with the items of lists in the place of these."""
     for value in (*args, *kwargs.values()):

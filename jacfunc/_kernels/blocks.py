@@ -144,11 +144,21 @@ class LeafRows:
         return block.permute(1, 0, *range(2, lead), *right, *left)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class KernelWithItself:
+    """Makes the kernel of an evaluated batch with itself."""
+
+    axes: KeptAxes
+
+    @torch.no_grad()
+    def __call__(self, jacobian: FactoredJacobian, seeds: Leaves) -> Leaves:
+        return tuple([rows.times(rows) for rows in leaf_rows(jacobian, self.axes)])
+
+
 def kernel_at_once(options: BatchOptions, arguments: Arguments, axes: KeptAxes) -> Tensor | None:
     """The kernel of a batch with itself, if earlier calls have settled all but the numbers."""
-    rows = made_at_once(options, arguments, lambda jacobian: leaf_rows(jacobian, axes))
-    return None if rows is None else rows[0].times(rows[0])
+    kernels = made_at_once(options, arguments, KernelWithItself(axes))
+    return None if kernels is None else kernels[0]
 
 
 @torch.no_grad()

@@ -9,5 +9,12 @@ from jacfunc._layouts.evidence import Evidence
 from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
 from jacfunc._layouts.mixing import Mixing
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
-from jacfunc._layouts.recording import Args, OperationRecorder, are_among, begins, ends
+from jacfunc._layouts.recording import (
+    Args,
+    OperationRecorder,
+    are_among,
+    begins,
+    ends,
+    tensors_among,
+)
 from jacfunc._layouts.traces import Trace

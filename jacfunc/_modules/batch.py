@@ -32,10 +32,9 @@ from jacfunc._samples import (
     SampleBlocks,
     SampledCall,
     SampleWriter,
-    SettledBatch,
-    SettledSamples,
     first_again,
 )
+from jacfunc._settled import SettledBatch, SettledSamples
 from jacfunc._torch import is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Tree, product_dtype
 from jacfunc.strategies import (

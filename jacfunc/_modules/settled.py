@@ -18,11 +18,12 @@ from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
-from jacfunc._samples import MOST_MISSES, SampledCall, SettledBatch
+from jacfunc._samples import SampledCall
+from jacfunc._settled import MOST_MISSES, SeedsOf, SettledBatch, Work, no_seeds
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import Arguments, kind_of
 from jacfunc._trials import IN_FRONT
-from jacfunc._types import Argnums, Tree
+from jacfunc._types import Argnums, Leaves, Tree
 from jacfunc.strategies import Evaluation
 
 ResultT = TypeVar("ResultT")
@@ -64,10 +65,10 @@ class SettledCalls:
         made = _counted(self._independence, state, settled, again)
         if made is None:
             return None
-        if self._flat or not settled.names:
+        if self._flat or not settled.evaluator.names:
             return made if self._flat else made[0]
-        jacobian = dict(zip(settled.names, made, strict=False))
-        return (jacobian, made[-1]) if settled.by_inputs else jacobian
+        jacobian = dict(zip(settled.evaluator.names, made, strict=False))
+        return (jacobian, made[-1]) if settled.evaluator.by_inputs else jacobian
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
@@ -81,15 +82,20 @@ class SettledCalls:
             return
         output, _ = result.value_and_aux()
         if settled := sampled.settles(sampled.batch, call.state, result.call, output):
+            if before is not None and before[0] is call.state:
+                settled.keep_works(before[1])
             self._by_kind.put(kind_of(args[0]), (call.state, settled))
 
 
 def made_at_once(
-    options: ModuleOptions, arguments: Arguments, work: Callable[[FactoredJacobian], ResultT]
-) -> ResultT | None:
+    options: ModuleOptions, arguments: Arguments, work: Work, seeds_of: SeedsOf = no_seeds
+) -> Leaves | None:
     """What ``work`` makes of all samples of a call by layers, which are evaluated once.
 
     None where earlier calls have not settled all but the numbers, or where there is more to do.
+
+    Args:
+        seeds_of: makes what the work takes beside.
     """
     if not (_are_usual(options) and _is_plain(arguments)):
         return None
@@ -99,7 +105,8 @@ def made_at_once(
         settled = _by_layers().get(state.version, kind_of(x))
         if settled is None:
             return None
-        again = partial(settled.result, state, x, work=work, api=options.api)
+        how = {"work": work, "seeds_of": seeds_of, "api": options.api}
+        again = partial(settled.result, state, x, **how)
         return _counted(options.independence, state, settled, again)
 
 
@@ -141,6 +148,7 @@ def settle(
         return
     output, _ = made.value(factors.outputs, factors.extras)
     if settled := SettledBatch.of(batch, call.state, made, output):
+        settled.keep_works(before)
         _by_layers().put(version, kind, settled)
 
 
@@ -180,7 +188,7 @@ def _counted(
     look at what torch does, or where nothing could be made.
     """
     # with one sample nothing is compared
-    calls = KnownCalls() if settled.is_alone else independence.known_at_next(state, settled.kind)
+    calls = KnownCalls() if settled.evaluator.is_alone else independence.known_at_next(state, settled.kind)
     if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
         return None
     compared = settled.learned if independence.independent is True else calls

@@ -1,6 +1,6 @@
 """The samples of a batch: how they are evaluated, whether they are independent, and written."""
 
-from jacfunc._samples.call import SampledCall
+from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
 from jacfunc._samples.comparing import Coupling, GradientOf, Subject, loss_coupling
 from jacfunc._samples.coupling import coupling
 from jacfunc._samples.halves import at, groups_of, has_batch
@@ -11,6 +11,4 @@ from jacfunc._samples.one import (
     SampleBlocks,
     first_again,
 )
-from jacfunc._samples.settled import MOST_MISSES, SettledBatch
-from jacfunc._samples.settled_samples import SettledSamples
 from jacfunc._samples.writing import SampleWriter

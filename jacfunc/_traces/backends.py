@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from jacfunc._errors import Nameless
 from jacfunc._torch import Graphs
+from jacfunc._traces.methods import by_methods
 from jacfunc._types import Leaves
 
 Backend: TypeAlias = Literal["inductor", "replay", "aot", "cudagraphs"]
@@ -69,7 +70,7 @@ class Compiler:
 
     def replayed(self, graph: GraphModule, inputs: Leaves, num_args: int) -> Run:
         """The operators one by one, without what torch does around a call of a module."""
-        run: Run = graph.forward
+        run: Run = by_methods(graph).forward
         return run
 
     def compiled(self, graph: GraphModule, inputs: Leaves, num_args: int) -> Run:

@@ -22,15 +22,18 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
     """The graph, and the constants that it takes as inputs after its own.
 
     Seeds and the like are computed once, here; a product with the identity is the other factor.
-    No output shares memory with an input.
+    No output shares memory with an input. A graph with writes keeps what these may go into.
     """
-    _without_zero_tangents(graph)
+    is_pure = not any(map(Graphs.writes, graph.graph.nodes))
+    if is_pure:
+        _without_zero_tangents(graph)
     fill_by_sizes(graph)
     constants = _folded(graph)
     _without_detours(graph)
-    _by_rows(graph)
-    _without_identities(graph, constants)
-    graph.graph.eliminate_dead_code()
+    if is_pure:
+        _by_rows(graph)
+        _without_identities(graph, constants)
+    _without_dead_code(graph)
     graph.graph.lint()
     graph.recompile()
     _with_own_outputs(graph, (*inputs, *constants.values()))
@@ -100,8 +103,14 @@ def _folded(graph: GraphModule) -> dict[Node, Tensor]:
                 new = graph.graph.placeholder(f"constant_{len(constants)}")
             constants[new] = value.clone()
             node.replace_all_uses_with(new)
-    graph.graph.eliminate_dead_code()
+    _without_dead_code(graph)
     return constants
+
+
+def _without_dead_code(graph: GraphModule) -> None:
+    """Leave out what nobody takes; a write is taken by what shares its memory."""
+    ends = "placeholder", "output"
+    graph.graph.eliminate_dead_code(lambda node: node.op in ends or Graphs.writes(node))
 
 
 def _fixed_nodes(graph: GraphModule) -> dict[Node, None]:
@@ -109,6 +118,8 @@ def _fixed_nodes(graph: GraphModule) -> dict[Node, None]:
     fixed: dict[Node, None] = {}
     for node in graph.graph.nodes:
         is_fixed = Graphs.is_operator(node) and all(n in fixed for n in node.all_input_nodes)
+        if node.meta.get("is_written"):
+            continue
         if is_fixed or node.op == "get_attr":
             fixed[node] = None
     return fixed
@@ -171,18 +182,29 @@ def _without_detours(graph: GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
         elif node.target is _ATEN.t.default and node.args[0].target is _ATEN.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
-        elif node.target is _ATEN.view.default and _is_view_of_plain(node.args[0]):
-            node.args = (node.args[0].args[0], node.args[1])
+        elif node.target in _RESHAPES and _is_contiguous(node):
+            base = _plain_base(node)
+            if base is not node.args[0]:
+                node.target, node.kwargs = _ATEN.view.default, {}
+                node.args = base, [*node.meta["val"].shape]
         elif node.target is _ATEN.copy.default and _is_only_laid_out(node):
             node.replace_all_uses_with(_laid_out(graph, node, node.args[1]))
 
 
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
+_RESHAPES = frozenset(
+    {*_VIEWS, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.default}
+    | {_ATEN.squeeze.dims}
+)
+"""Operators that give the entries of something contiguous another shape, in the same order."""
 
 
-def _is_view_of_plain(node: Node) -> bool:
-    """Is it the view of something contiguous, of which every view can be had?"""
-    return node.target in _VIEWS and _is_contiguous(node.args[0])
+def _plain_base(node: Node) -> Any:
+    """What a contiguous node is a shape of, by whatever many shapes of something contiguous."""
+    base: Any = node.args[0]
+    while base.target in _RESHAPES and _is_contiguous(base) and _is_contiguous(base.args[0]):
+        base = base.args[0]
+    return base
 
 
 def _by_rows(graph: GraphModule) -> None:

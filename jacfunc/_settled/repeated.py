@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from jacfunc._assembly import empty, owned, shared_units
-from jacfunc._errors import Refused
+from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored import (
+    UNSEEN_WRITE,
     Derived,
     Direct,
     FactoredJacobian,
@@ -40,8 +44,10 @@ _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
 class PlainRecorder(OperationRecorder):
     """Numbers the operations of a function, of which no parameter is looked for."""
 
-    def __init__(self) -> None:
-        super().__init__(noticed=_REFUSED)
+    def __init__(
+        self, tracked: Container[int] = (), arguments: dict[int, list[Tensor]] | None = None
+    ) -> None:
+        super().__init__(None, _REFUSED, tracked, arguments)
 
     def call(
         self,
@@ -57,6 +63,33 @@ class PlainRecorder(OperationRecorder):
         return None if func is Tensor.retain_grad else func(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Tensors of an evaluation that a sweep may read.
+
+    Args:
+        saved: what autograd has saved, in order.
+        arguments: what operations got with a parameter, by their numbers.
+    """
+
+    saved: list[Tensor] = field(default_factory=list)
+    arguments: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """A context in which autograd tells what it saves."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            self.saved.append(tensor)
+            return tensor
+
+        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep, _as_it_is)
+        return hooks
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class RepeatedEvaluation:
     """What a function of parameters and of a tensor with the samples in front gets, and its graph.
 
@@ -70,13 +103,22 @@ class RepeatedEvaluation:
         by_layers: are operations looked for that use parameters? Else these are differentiated as
             they are, which one sample alone allows.
         by_inputs: is it differentiated by ``x``, too?
+        sources: where the tensors that a sweep may read are kept, if they are.
+        finds_uses: is a Jacobian made of it? Else no operation is looked for.
     """
 
     def __init__(
-        self, params: Leaves, x: Tensor, learned: LearnedUses, by_layers: bool, by_inputs: bool
+        self,
+        params: Leaves,
+        x: Tensor,
+        learned: LearnedUses,
+        by_layers: bool,
+        by_inputs: bool,
+        sources: Sources | None = None,
+        finds_uses: bool = True,
     ) -> None:
         count, self._size, self._learned = len(params), len(x), learned
-        lent = learned.lent if by_layers else set[int]()
+        self._lent = lent = learned.lent if by_layers else set[int]()
         anchors = [differentiable_alias(param, False) for param in params]
         self.handles = [
             anchor.view_as(anchor) if number in lent else writable_copy(anchor)
@@ -88,16 +130,30 @@ class RepeatedEvaluation:
         self._params = (*params, x[0]) if by_inputs else params
         every = (*self.handles, self.x)
         self.primals: Leaves = every[: len(self._params)]
-        self._starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
+        self.starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
+        self._versions = [handle._version for handle in self.handles]
         # the function may write into these
         self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
-        self.recorder: OperationRecorder = PlainRecorder()
-        if by_layers:
-            self.recorder = use_recorder(anchors, self.handles, self._starts, learned, len(x))
+        arguments = None if sources is None else sources.arguments
+        self.recorder: OperationRecorder
+        if by_layers and finds_uses:
+            shared = self.handles, self.starts, learned, len(x), arguments
+            self.recorder = use_recorder(anchors, *shared)
+        else:
+            self.recorder = PlainRecorder(set(map(id, self.handles)) if sources else (), arguments)
+
+    def check_unwritten(self) -> None:
+        """Look whether a parameter that is no copy was written into.
+
+        Raises:
+            UnseenWrite: if one was.
+        """
+        if any(self.handles[n]._version != self._versions[n] for n in self._lent):
+            raise UnseenWrite(UNSEEN_WRITE)
 
     def pull(self, around: tuple[Any, ...]) -> Pull:
         """The pullback that follows, as a watch of the evaluation must know it."""
-        return Pull(None, around, LeadsOut(self._starts, grad_mode=False, has_left=False))
+        return Pull(None, around, LeadsOut(self.starts, grad_mode=False, has_left=False))
 
     def jacobian(
         self, out: Tensor, as_evaluated: Callable[[], None] | None
@@ -110,12 +166,12 @@ class RepeatedEvaluation:
         recorder, uses, derived = self.recorder, list[Use](), dict[int, Derived]()
         if isinstance(recorder, UseRecorder):
             unruled, uses, derived = recorder.finish(), recorder.uses, recorder.derived.by_number
-            graph, met = graph_behind((out,), recorder, self._starts)
+            graph, met = graph_behind((out,), recorder, self.starts)
             others, count = met - {direct.number for direct in self._direct}, len(self._params)
             if self._learned.learn(count, others, unruled.numbers, unruled.written) or others:
                 return None
         else:
-            graph = Graph.back_to(set(self._starts), (out,))
+            graph = Graph.back_to(set(self.starts), (out,))
         if graph.leads_out and self.handles:
             return None
         targets = [*(use.anchor for use in uses), *self._anchors]
@@ -135,7 +191,7 @@ class RepeatedEvaluation:
         )
 
 
-def blocks_of(jacobian: FactoredJacobian) -> Leaves:
+def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:
     """Blocks ``[B, *out, *primal]`` of the only output, from one sweep of all its rows."""
     outputs, params = jacobian.linearization.outputs, jacobian.params
     (out,), seeds = outputs, shared_units(outputs)
@@ -152,7 +208,7 @@ def blocks_of(jacobian: FactoredJacobian) -> Leaves:
     return tuple([x.unflatten(1, out.shape[1:]) if out.dim() > 1 else x[:, 0] for x in blocks])
 
 
-def matrix_of(jacobian: FactoredJacobian) -> Tensor:
+def matrix_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:
     """The Jacobian ``[B, M, N]`` of the only output, from one sweep, written without a copy."""
     (out,), seeds = jacobian.linearization.outputs, shared_units(jacobian.linearization.outputs)
     widths = [x.numel() for x in jacobian.params]
@@ -161,7 +217,7 @@ def matrix_of(jacobian: FactoredJacobian) -> Tensor:
     matrix = empty(out, (*lead, sum(widths)), reduce(torch.promote_types, dtypes))
     pairs = zip(matrix.split(widths, 2), jacobian.params, strict=True)
     _write(jacobian, seeds, [part.view(*lead, *x.shape) for part, x in pairs])
-    return matrix
+    return (matrix,)
 
 
 def _write(jacobian: FactoredJacobian, seeds: Leaves, places: Sequence[Tensor]) -> None:

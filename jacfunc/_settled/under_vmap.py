@@ -14,8 +14,8 @@ from jacfunc._errors import Refused
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import linearize
 from jacfunc._remembered import CallKind
-from jacfunc._samples.call import SampledCall
-from jacfunc._samples.settled import SettledBatch
+from jacfunc._samples import SampledCall
+from jacfunc._settled.batch import SettledBatch
 from jacfunc._torch import inside_derivative, run_as_written, sweep_batch, untracked
 from jacfunc._types import Leaves, Tree
 
@@ -41,10 +41,10 @@ class SettledSamples(SettledBatch):
         return None if state.hooks() else self._lent(state, x, lambda: self._swept(state, x))
 
     def _swept(self, state: ModuleState, x: Tensor) -> Leaves:
-        params, (shape, dtype) = self._params(state), self.output
+        params, (shape, dtype) = self.evaluator.params(state), self.evaluator.output
 
         def of_one(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            call = _SampleCall(state, self.names, leaves[0], self.exact_kind)
+            call = _SampleCall(state, self.evaluator.names, leaves[0], self.exact_kind)
             linearization = linearize(call, params)
             (out,) = linearization.outputs
             if (out.shape, out.dtype) != (shape[1:], dtype):
@@ -56,7 +56,7 @@ class SettledSamples(SettledBatch):
 
     def _block(self, rows: Tensor) -> Tensor:
         """The block ``[B, *out, *param]`` of rows ``[B, K, *param]``."""
-        shape, dtype = self.output
+        shape, dtype = self.evaluator.output
         block = rows if len(shape) == 2 else rows[:, 0]
         if len(shape) > 2:
             block = rows.unflatten(1, shape[1:])
@@ -84,7 +84,7 @@ class _SampleCall:
 
     def __call__(self, *params: Tensor) -> tuple[Leaves, Leaves]:
         state, batch = self.state, self.x.clone().unsqueeze(0)
-        chosen = dict(zip(self.names, params, strict=True))
+        chosen = dict(zip(self.evaluator.names, params, strict=True))
         with state.lent_for_evaluation(chosen, (batch,)):
             out = run_as_written(state.module, batch)
             if inside_derivative():  # where no graph is looked at

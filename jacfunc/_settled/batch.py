@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from contextlib import nullcontext
 from typing import Self, TypeVar
 
 import torch
@@ -11,29 +10,38 @@ from torch import Tensor
 
 from jacfunc._errors import UnseenWrite
 from jacfunc._factored import FactoredJacobian, LearnedUses
-from jacfunc._faults import NestedWatch, is_unwatched
+from jacfunc._faults import is_unwatched
 from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._memory import keep_heap
-from jacfunc._rounding import are_near
-from jacfunc._samples.call import ALONE_ROUNDING, SampledCall
-from jacfunc._samples.repeated import RepeatedEvaluation, blocks_of, matrix_of
-from jacfunc._torch import (
-    MathAttention,
-    RandomState,
-    recording,
-    run_as_written,
-)
+from jacfunc._remembered import Recent
+from jacfunc._samples import SampledCall
+from jacfunc._settled.evaluating import ALONE, PLAIN, Evaluator
+from jacfunc._settled.repeated import blocks_of, matrix_of
+from jacfunc._settled.sweeps import FEWEST_CALLS, SeedsOf, Sweep, Work
+from jacfunc._torch import RandomState
 from jacfunc._types import Leaves, Tree
 
 MOST_MISSES = 3
 """After so many calls that had to be taken anew, a kind of call is no more tried so."""
 
-PLAIN, ALONE = (False, False), (False, False, 1)
-"""Around pullbacks of many samples and of one, which are not differentiated further."""
+MOST_SWEEPS = 4
+"""Works that are known of a kind of call, the latest."""
 
 ResultT = TypeVar("ResultT")
+
+
+def no_seeds(outputs: Leaves) -> Leaves:
+    """A work takes nothing but the evaluation."""
+    return ()
+
+
+class _KnownWork:
+    """What is known of a work: how often it was done, and how it is swept at once, if it is."""
+
+    def __init__(self) -> None:
+        self.calls = self.misses = 0
+        self.sweep: Sweep | None = None
 
 
 class SettledBatch:
@@ -61,12 +69,11 @@ class SettledBatch:
         by_layers: bool,
     ) -> None:
         self.api, self.kind, self.size = batch.api, batch.kind.kind, batch.size
-        self.is_alone = batch.size == 1
-        self.names, self.by_inputs = names, batch.differentiates[1]
-        self.learned = batch.learned_as_a_whole
-        self.output = output.shape, output.dtype
-        self.is_watched, self.by_layers = is_watched, by_layers
-        self.misses = 0
+        self.learned, self.misses = batch.learned_as_a_whole, 0
+        by_inputs, is_alone = batch.differentiates[1], batch.size == 1
+        how = names, by_inputs, by_layers, is_alone, is_watched
+        self.evaluator = Evaluator(*how, self.learned, (output.shape, output.dtype))
+        self._works = Recent[_KnownWork](MOST_SWEEPS)
 
     @classmethod
     def of(
@@ -96,22 +103,29 @@ class SettledBatch:
         around = ALONE if is_alone and not by_layers else PLAIN
         return cls(batch, names, output, not is_unwatched(call, around), by_layers)
 
+    def keep_works(self, before: SettledBatch | None) -> None:
+        """Keep what an earlier call of the same kind has written down."""
+        if before is not None:
+            self._works = before._works
+
     def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
         """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
         return self.result(state, x, compared, blocks_of)
 
     def matrix(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Tensor | None:
         """The matrix ``[B, M, N]``; None where the call must be taken anew."""
-        return self.result(state, x, compared, matrix_of)
+        result = self.result(state, x, compared, matrix_of)
+        return None if result is None else result[0]
 
     def result(
         self,
         state: ModuleState,
         x: Tensor,
         compared: Container[int],
-        work: Callable[[FactoredJacobian], ResultT],
+        work: Work,
+        seeds_of: SeedsOf = no_seeds,
         api: str = "",
-    ) -> ResultT | None:
+    ) -> Leaves | None:
         """What ``work`` makes of the batch, evaluated while the module is lent for this call alone.
 
         None where the call must be taken anew. ``api`` is its door, if not that of the earlier one.
@@ -120,16 +134,67 @@ class SettledBatch:
             state: the module as it is now, of the version of the earlier call.
             x: a tensor of the same kind.
             compared: signatures of evaluations after which batches were compared.
+            seeds_of: makes what the work takes beside.
 
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
+        known = self._works.get(work) or _KnownWork()
+        self._works.put(work, known)
 
-        def made() -> ResultT | None:
-            jacobian = self.evaluated(state, x, compared)
-            return None if jacobian is None else work(jacobian)
+        def made() -> Leaves | None:
+            if known.sweep is not None:
+                result = self._swept_again(known, state, x, compared, seeds_of)
+                if result is not None:
+                    return result
+            jacobian = self.evaluator.jacobian(state, x, compared)
+            if jacobian is None:
+                return None
+            seeds = seeds_of(jacobian.outputs)
+            result = work(jacobian, seeds)
+            known.calls += 1
+            if known.calls == FEWEST_CALLS and not self.evaluator.is_watched:
+                known.sweep = self._written_down(state, x, work, seeds, result)
+            return result
 
         return self._lent(state, x, made, api)
+
+    def _swept_again(
+        self,
+        known: _KnownWork,
+        state: ModuleState,
+        x: Tensor,
+        compared: Container[int],
+        seeds_of: SeedsOf,
+    ) -> Leaves | None:
+        """The result by the sweep that was written down; None where it does not hold."""
+        evaluator, result = self.evaluator, None
+        assert known.sweep is not None
+        if evaluator.names and state.hooks():
+            return None
+        evaluated = evaluator.with_sources(state, x, finds_uses=False)
+        if evaluated is not None:
+            own, _, out = evaluated
+            if evaluator.is_alone or evaluator.is_known(own.recorder, compared):
+                result = known.sweep.result(evaluated, seeds_of((out.detach(),)))
+        known.misses = 0 if result is not None else known.misses + 1
+        if known.misses >= MOST_MISSES:
+            known.sweep = None
+        return result
+
+    def _written_down(
+        self, state: ModuleState, x: Tensor, work: Work, seeds: Leaves, expected: Leaves
+    ) -> Sweep | None:
+        """The work at such evaluations, written down; None if it can't be."""
+        first, second = (self.evaluator.with_sources(state, x, uses) for uses in (True, False))
+        if first is None or second is None:
+            return None
+        try:
+            sweep = Sweep(first, seeds, work)
+        except Exception as error:  # it goes on as before
+            note("the sweep of a settled kind of call is not written down: %s", error)
+            return None
+        return sweep if sweep.fits(second, seeds, expected) else None
 
     def _lent(
         self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None], api: str = ""
@@ -137,7 +202,7 @@ class SettledBatch:
         """What is made while the module is lent; None if the call must be taken anew."""
         random_state = RandomState((x, *state.params.values()))
         try:
-            with torch.no_grad(), state.lent_for_call(api or self.api, self.names, is_current=True):
+            with torch.no_grad(), state.lent_for_call(api or self.api, self.evaluator.names, is_current=True):
                 return self._tried(make, random_state)
         except BaseException:
             random_state.repeat()
@@ -151,7 +216,7 @@ class SettledBatch:
         Args:
             random_state: as the evaluation finds it; nothing may be drawn.
         """
-        return self._tried(lambda: self.evaluated(state, x, compared), random_state)
+        return self._tried(lambda: self.evaluator.jacobian(state, x, compared), random_state)
 
     def _tried(
         self, make: Callable[[], ResultT | None], random_state: RandomState
@@ -170,77 +235,6 @@ class SettledBatch:
             return None
         self.misses = 0
         return result
-
-    def evaluated(
-        self, state: ModuleState, x: Tensor, compared: Container[int]
-    ) -> FactoredJacobian | None:
-        """The batch, evaluated once; None if it shows something new.
-
-        Gradients are off, and the module is lent for the call. Whoever lends it sees to it that
-        nothing was drawn.
-
-        Raises:
-            UnseenWrite: if a parameter that is no copy was written into.
-        """
-        try:
-            return self._evaluated(state, x, compared)
-        except UnseenWrite:
-            self.learned.ruled = None  # later evaluations get copies again
-            raise
-
-    def _evaluated(
-        self, state: ModuleState, x: Tensor, compared: Container[int]
-    ) -> FactoredJacobian | None:
-        if self.names and state.hooks():
-            return None
-        keep_heap()
-        params, is_plain = self._params(state), self.is_alone and not self.by_layers
-        with recording(), MathAttention():
-            own = RepeatedEvaluation(params, x, self.learned, self.by_layers, self.by_inputs)
-            around = ALONE if is_plain else PLAIN
-            watch = NestedWatch(own.pull(around), primals=own.primals) if self.is_watched else None
-            chosen = dict(zip(self.names, own.handles, strict=True))
-            # of one sample nothing can be learned of others
-            recorder = nullcontext() if is_plain else own.recorder
-            with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
-                out = run_as_written(state.module, own.x)
-            if watch is not None:
-                watch.check_copies((*params, x) if self.by_inputs else params)
-            is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
-            if not (is_like and out.requires_grad):
-                return None
-            # by inputs alone one sweep follows at once, with all as the evaluation has left it
-            is_again = params or own.recorder.reads_values
-            jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
-        if jacobian is None or not (self.is_alone or self._is_known(jacobian, compared)):
-            return None
-        if jacobian.reads_values and not self._are_alone(state, x, out):
-            return None
-        return jacobian
-
-    def _params(self, state: ModuleState) -> Leaves:
-        return tuple(state.point.values()) if self.names else ()
-
-    def _is_known(self, jacobian: FactoredJacobian, compared: Container[int]) -> bool:
-        """Does what was learned of many samples hold for an evaluation with these operations?"""
-        learned, signature = self.learned, jacobian.signature
-        if jacobian.moves_samples or learned.moves_samples or learned.others:
-            return False
-        if learned.mixes and not jacobian.reads_values:
-            return False
-        return signature in learned.signatures and signature in compared
-
-    def _are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
-        """Are outputs those of each sample alone, whose numbers may lead another way?"""
-        rows, chosen = [], dict(zip(self.names, self._params(state), strict=True))
-        for number in range(len(x)):
-            with state.lent_for_evaluation({n: p.detach().clone() for n, p in chosen.items()}):
-                rows.append(run_as_written(state.module, x[number : number + 1].clone()))
-        if any(type(row) is not Tensor or row.shape[1:] != out.shape[1:] for row in rows):
-            return False
-        alone = torch.cat(rows)
-        is_like = (alone.shape, alone.dtype) == self.output
-        return is_like and are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)
 
 
 def is_in_front(learned: LearnedUses, has_layers: bool) -> bool:

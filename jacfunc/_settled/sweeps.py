@@ -1,0 +1,130 @@
+"""Sweeps of settled calls, written down once: what pulls back, and makes the result of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from jacfunc._errors import Nameless
+from jacfunc._factored import HOOKING, FactoredJacobian
+from jacfunc._linear_map import outline
+from jacfunc._rounding import agree
+from jacfunc._settled.repeated import RepeatedEvaluation, Sources
+from jacfunc._torch import Graphs, recording
+from jacfunc._traces import Compiler, Executable, written_down
+from jacfunc._types import Leaves
+
+FEWEST_CALLS = 16
+"""So many calls of a kind pay for writing down what they do."""
+
+MOST_BYTES = 2**25
+"""What makes more takes so long that it does not matter what calls it."""
+
+Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
+"""Makes the result of an evaluated batch and of seeds. Equal ones do the same."""
+
+SeedsOf: TypeAlias = Callable[[Leaves], Leaves]
+"""What a work takes of this call alone, made of the outputs."""
+
+Evaluated: TypeAlias = tuple[RepeatedEvaluation, Sources, Tensor]
+"""An evaluation of which sources are kept, and what the module returned."""
+
+_OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")
+"""Names of nodes whose backward pass depends on what they have saved alone."""
+
+
+class Sweep:
+    """A work at evaluations of one kind, written down: it reads what autograd has saved.
+
+    No graph is swept any more. It holds where an evaluation calls the same operations, has the
+    same graph, and saves tensors of the same kinds, equal ones at the same places.
+
+    Args:
+        evaluated: one of these evaluations, in which uses of parameters were looked for.
+        seeds: what the work takes beside.
+        work: makes the result.
+
+    Raises:
+        Nameless: if it can't be written down.
+    """
+
+    def __init__(self, evaluated: Evaluated, seeds: Leaves, work: Work) -> None:
+        own, sources, out = evaluated
+        recorder = own.recorder
+        is_fixed = HOOKING.isdisjoint(recorder.operations)
+        if not is_fixed or recorder.moves_samples or recorder.reads_values:
+            raise Nameless("the next evaluation may have another graph")
+        self._numbers = sorted(sources.arguments)
+        every = self._every(sources, (out, *seeds))
+        self._repeated = _repeated(list(map(id, every)))
+        leaves = self._leaves(every)
+
+        def made() -> Leaves:
+            with recording():
+                jacobian = own.jacobian(out, None)
+            if jacobian is None or jacobian.derived:
+                raise Nameless("parameters are used otherwise")
+            return work(jacobian, seeds)
+
+        graph, _ = written_down(made, leaves, MOST_BYTES)
+        self._executable = Executable(graph, _detached(leaves), 0, Compiler("replay"))
+        self._values, self._aliases = leaves, _repeated([x.data_ptr() for x in leaves])
+        self._signature = recorder.signature
+
+    def fits(self, evaluated: Evaluated, seeds: Leaves, expected: Leaves) -> bool:
+        """Is the result of another evaluation at the same numbers the one that is expected?
+
+        No uses are looked for in that. From then on the sweep holds for evaluations like it.
+        """
+        own, sources, out = evaluated
+        leaves, values = self._leaves(self._every(sources, (out, *seeds))), self._values
+        self._values = ()
+        if len(leaves) != len(values) or not all(map(torch.equal, leaves, values)):
+            return False
+        self._outline = outline(out, own.starts)
+        self._are_alike = Graphs.guard_of_tensors(leaves)
+        self._are_settings = Graphs.guard_of_settings()
+        kinds = [kind for kind in self._outline if isinstance(kind, type)]
+        if not all(_OF_TORCH.fullmatch(kind.__name__) for kind in kinds):
+            return False
+        results = self.result(evaluated, seeds)
+        return results is not None and agree(results, expected)
+
+    def result(self, evaluated: Evaluated, seeds: Leaves) -> Leaves | None:
+        """The result of an evaluation; None if it is not like the one that was written down."""
+        own, sources, out = evaluated
+        if own.recorder.signature != self._signature or not self._are_settings():
+            return None
+        leaves = self._leaves(self._every(sources, (out, *seeds)))
+        if not self._are_alike(*leaves) or outline(out, own.starts) != self._outline:
+            return None
+        if any(leaves[n].data_ptr() != leaves[first].data_ptr() for n, first in self._aliases.items()):
+            return None
+        return tuple(self._executable(leaves))
+
+    def _every(self, sources: Sources, others: Leaves) -> Leaves:
+        """All that the work may read, in one order for all evaluations of the kind."""
+        arguments = [x for n in self._numbers for x in sources.arguments.get(n, ())]
+        return (*sources.saved, *arguments, *others)
+
+    def _leaves(self, every: Leaves) -> Leaves:
+        """The tensors among these, each once; none if others are repeated than it was known."""
+        repeated = self._repeated
+        if any(n >= len(every) or every[n] is not every[first] for n, first in repeated.items()):
+            return ()
+        return tuple([leaf for n, leaf in enumerate(every) if n not in repeated])
+
+
+def _detached(leaves: Leaves) -> Leaves:
+    return tuple([leaf.detach() for leaf in leaves])
+
+
+def _repeated(marks: Sequence[int]) -> dict[int, int]:
+    """Numbers of marks that equal an earlier one, with the number of that."""
+    first: dict[int, int] = {}
+    numbers = {n: first.setdefault(mark, n) for n, mark in enumerate(marks)}
+    return {n: earlier for n, earlier in numbers.items() if n != earlier}

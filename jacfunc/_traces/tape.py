@@ -1,0 +1,162 @@
+"""The operations of a piece of jacfunc's own work, written down while it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from operator import getitem
+from types import FrameType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from jacfunc._errors import Nameless
+from jacfunc._memory import DispatchMode
+from jacfunc._torch import Graphs
+from jacfunc._types import Leaves
+
+_OURS = "jacfunc.", "torch."
+_RUNS_AGAIN = "torch.utils.checkpoint"
+"""The module of torch that calls a user's function again, in a backward pass."""
+
+_ATEN = torch.ops.aten
+_BY_ADDRESS = frozenset({_ATEN.as_strided.default, _ATEN.as_strided_.default, _ATEN.set_.source_Storage})
+"""Operators that read memory beside that of the tensor that they are given."""
+
+Place: TypeAlias = tuple[Any, ...]
+
+
+def written_down(
+    work: Callable[[], Leaves], sources: Leaves, most_bytes: int
+) -> tuple[GraphModule, Leaves]:
+    """What ``work`` returns, and its operations as a graph of the ``sources``.
+
+    The graph holds wherever the sources are of the same kind and lie in memory in the same way, as
+    long as the work chooses what it does by nothing else. Unlike a trace it sees the work as it
+    runs, with tensors that autograd has kept. All that the work makes is kept meanwhile.
+
+    Args:
+        sources: all tensors that the work gets from outside.
+        most_bytes: it is given up where the work makes more than so many bytes.
+
+    Raises:
+        Nameless: if code that is neither jacfunc's nor torch's runs in the work, or if it gets
+            other tensors, reads numbers, or draws some.
+    """
+    tape = _Tape(sources, most_bytes)
+    with tape:
+        results = work()
+    tape.graph.output(tuple(map(tape.node_of, results)))
+    return GraphModule(torch.nn.Module(), tape.graph), results
+
+
+class _Tape(DispatchMode):
+    """Writes operators down as nodes, and knows tensors by where they lie in memory."""
+
+    def __init__(self, sources: Leaves, most_bytes: int) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self._nodes: dict[Place, Node] = {}
+        self._by_memory: dict[int, list[Node]] = {}
+        self._kept: list[Any] = [sources]
+        self._bytes_left = most_bytes
+        self._sources: list[tuple[Tensor, Node]] = []
+        for number, source in enumerate(sources):
+            node = self.graph.placeholder(f"source_{number}")
+            self._sources.append((source, node))
+            self._note(node, source)
+
+    def node_of(self, value: Any) -> Any:
+        """The node that stands for a tensor; anything else as it is.
+
+        Raises:
+            Nameless: if it is a tensor that is neither a source nor made of these.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        node = self._nodes.get(_place_of(value)) or self._reshaped(value)
+        if node is None or not value.numel():
+            raise Nameless(f"a tensor of shape {tuple(value.shape)} comes from elsewhere")
+        return node
+
+    def _reshaped(self, value: Tensor) -> Node | None:
+        """The entries of a source in the shape of a view that was made of it before the work."""
+        if not value.is_contiguous():
+            return None
+        (address, *_, kind), count = _place_of(value), value.numel()
+        for source, placeholder in self._sources:
+            there, *_, its_kind = _place_of(source)
+            is_like = (there, its_kind, source.numel()) == (address, kind, count)
+            if is_like and source.is_contiguous():
+                node = self.graph.call_function(_ATEN.view.default, (placeholder, [*value.shape]))
+                self._note(node, value)
+                return node
+        return None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _check_frames(sys._getframe(1))
+        taken: Any = map_aggregate((args, kwargs), self.node_of)
+        result = func(*args, **kwargs)
+        if func is _ATEN.promote_types.default:  # of kinds alone
+            return result
+        node = self.graph.call_function(func, *taken)
+        if func in _BY_ADDRESS or Graphs.draws(node):
+            raise Nameless(f"{func} is called, which does not do the same each time")
+        self._kept.append((args, kwargs, result))
+        if isinstance(result, Tensor):
+            self._note(node, result)
+        elif isinstance(result, tuple | list) and all(isinstance(x, Tensor) for x in result):
+            for number, item in enumerate(result):
+                self._note(self.graph.call_function(getitem, (node, number)), item)
+        else:
+            raise Nameless(f"{func} returns what is no tensor")
+        if Graphs.writes(node):
+            self._note_write(node, args, kwargs)
+        return result
+
+    def _note(self, node: Node, tensor: Tensor) -> None:
+        node.meta["val"] = tensor
+        self._nodes[_place_of(tensor)] = node
+        memory = tensor.untyped_storage()
+        in_memory = self._by_memory.setdefault(memory.data_ptr(), [])
+        if not in_memory:
+            self._bytes_left -= memory.nbytes()
+        in_memory.append(node)
+        if self._bytes_left < 0:
+            raise Nameless("it makes more than is kept while it is written down")
+
+    def _note_write(self, node: Node, args: Any, kwargs: Any) -> None:
+        """Mark all that shares memory with what an operator writes into."""
+        for number, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            tensor = args[number] if number < len(args) else kwargs[argument.name]
+            for sharing in self._by_memory[tensor.untyped_storage().data_ptr()]:
+                sharing.meta["is_written"] = True
+                if sharing.op == "placeholder":
+                    raise Nameless(f"{node.target} writes into what comes from outside")
+
+
+def _place_of(tensor: Tensor) -> Place:
+    """What tells a tensor from all others that live: its memory, and how it is read."""
+    kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), kind
+
+
+def _check_frames(frame: FrameType | None) -> None:
+    """Refuse code of a user's that runs in the work: a hook, a backward pass, a checkpoint.
+
+    Raises:
+        Nameless: if there is some.
+    """
+    while frame is not None and frame.f_code is not written_down.__code__:
+        name = f"{frame.f_globals.get('__name__')}."
+        if not name.startswith(_OURS) or name.startswith(_RUNS_AGAIN):
+            raise Nameless(f"code of {name[:-1]} runs in it")
+        frame = frame.f_back
