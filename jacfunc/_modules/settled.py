@@ -105,8 +105,7 @@ def made_at_once(
         settled = _by_layers().get(state.version, kind_of(x))
         if settled is None:
             return None
-        how = {"work": work, "seeds_of": seeds_of, "api": options.api}
-        again = partial(settled.result, state, x, **how)
+        again = partial(settled.result, state, x, work=work, seeds_of=seeds_of, api=options.api)
         return _counted(options.independence, state, settled, again)
 
 
@@ -188,7 +187,8 @@ def _counted(
     look at what torch does, or where nothing could be made.
     """
     # with one sample nothing is compared
-    calls = KnownCalls() if settled.evaluator.is_alone else independence.known_at_next(state, settled.kind)
+    is_alone = settled.evaluator.is_alone
+    calls = KnownCalls() if is_alone else independence.known_at_next(state, settled.kind)
     if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
         return None
     compared = settled.learned if independence.independent is True else calls

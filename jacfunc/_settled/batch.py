@@ -153,7 +153,7 @@ class SettledBatch:
             seeds = seeds_of(jacobian.outputs)
             result = work(jacobian, seeds)
             known.calls += 1
-            if known.calls == FEWEST_CALLS and not self.evaluator.is_watched:
+            if known.calls == FEWEST_CALLS:
                 known.sweep = self._written_down(state, x, work, seeds, result)
             return result
 
@@ -202,7 +202,9 @@ class SettledBatch:
         """What is made while the module is lent; None if the call must be taken anew."""
         random_state = RandomState((x, *state.params.values()))
         try:
-            with torch.no_grad(), state.lent_for_call(api or self.api, self.evaluator.names, is_current=True):
+            names = self.evaluator.names
+            lent = state.lent_for_call(api or self.api, names, is_current=True)
+            with torch.no_grad(), lent:
                 return self._tried(make, random_state)
         except BaseException:
             random_state.repeat()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from jacfunc._settled.repeated import RepeatedEvaluation, Sources
 from jacfunc._settled.sweeps import Evaluated
 from jacfunc._torch import MathAttention, recording, run_as_written
 from jacfunc._types import Leaves
+
+Shown: TypeAlias = FactoredJacobian | OperationRecorder
+"""What tells which operations an evaluation called."""
 
 PLAIN, ALONE = (False, False), (False, False, 1)
 """Around pullbacks of many samples and of one, which are not differentiated further."""
@@ -75,22 +79,14 @@ class Evaluator:
         if self.names and state.hooks():
             return None
         keep_heap()
-        is_plain = self.is_alone and not self.by_layers
         with recording(), MathAttention():
             own = self._repeated(state, x)
-            around = ALONE if is_plain else PLAIN
-            watch = NestedWatch(own.pull(around), primals=own.primals) if self.is_watched else None
             # of one sample nothing can be learned of others
-            recorder = nullcontext() if is_plain else own.recorder
-            with watch or nullcontext():
-                out = self._run(state, own, recorder)
-            params = self.params(state)
-            if watch is not None:
-                watch.check_copies((*params, x) if self.by_inputs else params)
+            out = self._run(state, x, own, nullcontext() if self.is_plain else own.recorder)
             if out is None:
                 return None
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
-            is_again = params or own.recorder.reads_values
+            is_again = self.names or own.recorder.reads_values
             jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
         if jacobian is None or not (self.is_alone or self.is_known(jacobian, compared)):
             return None
@@ -111,15 +107,20 @@ class Evaluator:
         with recording(), MathAttention():
             own = self._repeated(state, x, sources, finds_uses)
             with sources.saving():
-                out = self._run(state, own, own.recorder)
+                out = self._run(state, x, own, own.recorder)
         own.check_unwritten()
         return None if out is None else (own, sources, out)
+
+    @property
+    def is_plain(self) -> bool:
+        """Is one sample differentiated as it is?"""
+        return self.is_alone and not self.by_layers
 
     def params(self, state: ModuleState) -> Leaves:
         """The chosen parameters, if it is differentiated by these."""
         return tuple(state.point.values()) if self.names else ()
 
-    def is_known(self, shown: FactoredJacobian | OperationRecorder, compared: Container[int]) -> bool:
+    def is_known(self, shown: Shown, compared: Container[int]) -> bool:
         """Does what was learned of many samples hold for an evaluation with these operations?"""
         learned, signature = self.learned, shown.signature
         if shown.moves_samples or learned.moves_samples or learned.others:
@@ -139,12 +140,21 @@ class Evaluator:
         return RepeatedEvaluation(self.params(state), x, *how)
 
     def _run(
-        self, state: ModuleState, own: RepeatedEvaluation, recorder: AbstractContextManager[object]
+        self,
+        state: ModuleState,
+        x: Tensor,
+        own: RepeatedEvaluation,
+        recorder: AbstractContextManager[object],
     ) -> Tensor | None:
         """What the module returns; None if it is not like what it has returned before."""
-        chosen = dict(zip(self.names, own.handles, strict=True))
-        with state.lent_for_evaluation(chosen), recorder:
+        chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
+        if self.is_watched:
+            around = ALONE if self.is_plain else PLAIN
+            watch = NestedWatch(own.pull(around), primals=own.primals)
+        with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
             out = run_as_written(state.module, own.x)
+        if watch is not None:
+            watch.check_copies((*self.params(state), x) if self.by_inputs else self.params(state))
         is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
         return out if is_like and out.requires_grad else None
 

@@ -59,9 +59,7 @@ class Sweep:
         if not is_fixed or recorder.moves_samples or recorder.reads_values:
             raise Nameless("the next evaluation may have another graph")
         self._numbers = sorted(sources.arguments)
-        every = self._every(sources, (out, *seeds))
-        self._repeated = _repeated(list(map(id, every)))
-        leaves = self._leaves(every)
+        leaves = self._leaves(sources, (out, *seeds))
 
         def made() -> Leaves:
             with recording():
@@ -73,6 +71,7 @@ class Sweep:
         graph, _ = written_down(made, leaves, MOST_BYTES)
         self._executable = Executable(graph, _detached(leaves), 0, Compiler("replay"))
         self._values, self._aliases = leaves, _repeated([x.data_ptr() for x in leaves])
+        self._repeated, self._count = dict[int, int](), len(leaves)
         self._signature = recorder.signature
 
     def fits(self, evaluated: Evaluated, seeds: Leaves, expected: Leaves) -> bool:
@@ -81,12 +80,12 @@ class Sweep:
         No uses are looked for in that. From then on the sweep holds for evaluations like it.
         """
         own, sources, out = evaluated
-        leaves, values = self._leaves(self._every(sources, (out, *seeds))), self._values
-        self._values = ()
-        if len(leaves) != len(values) or not all(map(torch.equal, leaves, values)):
+        leaves, values, self._values = self._leaves(sources, (out, *seeds)), self._values, ()
+        if len(leaves) != self._count or not all(map(torch.equal, leaves, values)):
             return False
         self._outline = outline(out, own.starts)
-        self._are_alike = Graphs.guard_of_tensors(leaves)
+        self._repeated = _repeated(list(map(id, leaves)))
+        self._are_alike = Graphs.guard_of_tensors(self._each_once(leaves))
         self._are_settings = Graphs.guard_of_settings()
         kinds = [kind for kind in self._outline if isinstance(kind, type)]
         if not all(_OF_TORCH.fullmatch(kind.__name__) for kind in kinds):
@@ -99,24 +98,27 @@ class Sweep:
         own, sources, out = evaluated
         if own.recorder.signature != self._signature or not self._are_settings():
             return None
-        leaves = self._leaves(self._every(sources, (out, *seeds)))
-        if not self._are_alike(*leaves) or outline(out, own.starts) != self._outline:
+        leaves, repeated = self._leaves(sources, (out, *seeds)), self._repeated.items()
+        if len(leaves) != self._count or any(leaves[n] is not leaves[k] for n, k in repeated):
             return None
-        if any(leaves[n].data_ptr() != leaves[first].data_ptr() for n, first in self._aliases.items()):
+        if not self._are_alike(*self._each_once(leaves)):
+            return None
+        if outline(out, own.starts) != self._outline:
+            return None
+        pairs = self._aliases.items()
+        if any(leaves[n].data_ptr() != leaves[first].data_ptr() for n, first in pairs):
             return None
         return tuple(self._executable(leaves))
 
-    def _every(self, sources: Sources, others: Leaves) -> Leaves:
+    def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
         """All that the work may read, in one order for all evaluations of the kind."""
         arguments = [x for n in self._numbers for x in sources.arguments.get(n, ())]
         return (*sources.saved, *arguments, *others)
 
-    def _leaves(self, every: Leaves) -> Leaves:
-        """The tensors among these, each once; none if others are repeated than it was known."""
+    def _each_once(self, leaves: Leaves) -> Leaves:
+        """The leaves without those that are repeated."""
         repeated = self._repeated
-        if any(n >= len(every) or every[n] is not every[first] for n, first in repeated.items()):
-            return ()
-        return tuple([leaf for n, leaf in enumerate(every) if n not in repeated])
+        return tuple([leaf for n, leaf in enumerate(leaves) if n not in repeated])
 
 
 def _detached(leaves: Leaves) -> Leaves:

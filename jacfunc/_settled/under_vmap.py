@@ -84,7 +84,7 @@ class _SampleCall:
 
     def __call__(self, *params: Tensor) -> tuple[Leaves, Leaves]:
         state, batch = self.state, self.x.clone().unsqueeze(0)
-        chosen = dict(zip(self.evaluator.names, params, strict=True))
+        chosen = dict(zip(self.names, params, strict=True))
         with state.lent_for_evaluation(chosen, (batch,)):
             out = run_as_written(state.module, batch)
             if inside_derivative():  # where no graph is looked at

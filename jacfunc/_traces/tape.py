@@ -23,7 +23,8 @@ _RUNS_AGAIN = "torch.utils.checkpoint"
 """The module of torch that calls a user's function again, in a backward pass."""
 
 _ATEN = torch.ops.aten
-_BY_ADDRESS = frozenset({_ATEN.as_strided.default, _ATEN.as_strided_.default, _ATEN.set_.source_Storage})
+_TENSORS = Tensor, type(None)
+_BY_ADDRESS = frozenset({_ATEN.as_strided.default, _ATEN.as_strided_.default})
 """Operators that read memory beside that of the tensor that they are given."""
 
 Place: TypeAlias = tuple[Any, ...]
@@ -46,9 +47,11 @@ def written_down(
         Nameless: if code that is neither jacfunc's nor torch's runs in the work, or if it gets
             other tensors, reads numbers, or draws some.
     """
-    tape = _Tape(sources, most_bytes)
+    tape = _Tape(sources, most_bytes, f"{work.__module__}.")
     with tape:
         results = work()
+    if tape.failure is not None:  # the work may have caught it, and gone another way
+        raise tape.failure
     tape.graph.output(tuple(map(tape.node_of, results)))
     return GraphModule(torch.nn.Module(), tape.graph), results
 
@@ -56,13 +59,15 @@ def written_down(
 class _Tape(DispatchMode):
     """Writes operators down as nodes, and knows tensors by where they lie in memory."""
 
-    def __init__(self, sources: Leaves, most_bytes: int) -> None:
+    def __init__(self, sources: Leaves, most_bytes: int, own_module: str) -> None:
         super().__init__()
+        self._trusted = own_module, *_OURS
         self.graph = Graph()
         self._nodes: dict[Place, Node] = {}
         self._by_memory: dict[int, list[Node]] = {}
         self._kept: list[Any] = [sources]
         self._bytes_left = most_bytes
+        self.failure: Nameless | None = None
         self._sources: list[tuple[Tensor, Node]] = []
         for number, source in enumerate(sources):
             node = self.graph.placeholder(f"source_{number}")
@@ -99,8 +104,15 @@ class _Tape(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        _check_frames(sys._getframe(1))
+        try:
+            return self._called(func, args, kwargs or {})
+        except Nameless as error:
+            self.failure = error
+            raise
+
+    def _called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of an operator, which is written down."""
+        self._check_frames(sys._getframe(2))
         taken: Any = map_aggregate((args, kwargs), self.node_of)
         result = func(*args, **kwargs)
         if func is _ATEN.promote_types.default:  # of kinds alone
@@ -111,14 +123,29 @@ class _Tape(DispatchMode):
         self._kept.append((args, kwargs, result))
         if isinstance(result, Tensor):
             self._note(node, result)
-        elif isinstance(result, tuple | list) and all(isinstance(x, Tensor) for x in result):
+        elif isinstance(result, tuple | list) and all(isinstance(x, _TENSORS) for x in result):
             for number, item in enumerate(result):
-                self._note(self.graph.call_function(getitem, (node, number)), item)
+                if item is not None:
+                    self._note(self.graph.call_function(getitem, (node, number)), item)
         else:
             raise Nameless(f"{func} returns what is no tensor")
         if Graphs.writes(node):
             self._note_write(node, args, kwargs)
         return result
+
+    def _check_frames(self, frame: FrameType | None) -> None:
+        """Refuse code of a user's that runs in the work: a hook, a backward pass, a checkpoint.
+
+        Raises:
+            Nameless: if there is some.
+        """
+        while frame is not None and frame.f_code is not written_down.__code__:
+            name = f"{frame.f_globals.get('__name__')}."
+            is_neutral = name.partition(".")[0] in sys.stdlib_module_names
+            is_ours = is_neutral or name.startswith(self._trusted)
+            if not is_ours or name.startswith(_RUNS_AGAIN):
+                raise Nameless(f"code of {name[:-1]} runs in it")
+            frame = frame.f_back
 
     def _note(self, node: Node, tensor: Tensor) -> None:
         node.meta["val"] = tensor
@@ -147,16 +174,3 @@ def _place_of(tensor: Tensor) -> Place:
     """What tells a tensor from all others that live: its memory, and how it is read."""
     kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), kind
-
-
-def _check_frames(frame: FrameType | None) -> None:
-    """Refuse code of a user's that runs in the work: a hook, a backward pass, a checkpoint.
-
-    Raises:
-        Nameless: if there is some.
-    """
-    while frame is not None and frame.f_code is not written_down.__code__:
-        name = f"{frame.f_globals.get('__name__')}."
-        if not name.startswith(_OURS) or name.startswith(_RUNS_AGAIN):
-            raise Nameless(f"code of {name[:-1]} runs in it")
-        frame = frame.f_back

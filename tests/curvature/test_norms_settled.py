@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jacfunc
-from tests.modules.test_settled_layers import CHANGES, COUNT, HIDDEN, Network, points
+from tests.modules.test_settled_layers import BEFORE, CHANGES, COUNT, HIDDEN, Network, points
 from tests.modules.test_settled_layers import fresh as fresh  # a fixture of all tests here
 
 
@@ -34,7 +34,7 @@ def settled(size: int = 5, loss: Any = F.cross_entropy) -> tuple[Network, Callab
     """A model and its norms, after calls of this size of which nothing is left to learn."""
     model = Network()
     norms = jacfunc.gradient_norms(model, loss)
-    for _ in range(4):
+    for _ in range(BEFORE["calls"] - 1):
         norms(*batch(size))
     return model, norms
 

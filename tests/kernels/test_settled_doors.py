@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from tests.modules.test_settled_layers import CHANGES, COUNT, HIDDEN, KINDS, Network, points
+from tests.modules.test_settled_layers import BEFORE, CHANGES, COUNT, HIDDEN, KINDS, Network, points
 from tests.modules.test_settled_layers import fresh as fresh  # a fixture of all tests here
 from tests.truth.doors import DOORS, Call, truth_of
 
@@ -27,7 +27,7 @@ def settled(name: str, size: int) -> tuple[Any, Call]:
     """A module and a door, after so many calls that nothing is left to learn."""
     module = Network()
     call = DOORS[name].open(module)
-    for _ in range(5):
+    for _ in range(BEFORE["calls"]):
         call((points(size),))
     return module, call
 
@@ -40,7 +40,7 @@ def test_each_call_is_exact(kind: str, name: str, size: int) -> None:
     module = make().double()
     call = DOORS[name].open(module)
     step = torch.optim.SGD(module.parameters(), lr=0.1)
-    for number in range(6):
+    for number in range(BEFORE["calls"] + 1):
         x = draw(3 if number == 4 else size)
         assert_exact(name, call, module, x)
         module(x).square().mean().backward()

@@ -55,12 +55,22 @@ class Network(nn.Module):
         return y
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Any:
+BEFORE = {"calls": 0}
+"""So many calls come before the one that is tested."""
+
+
+@pytest.fixture(autouse=True, params=[5, 24], ids=["settled", "swept as written down"])
+def fresh(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
+    BEFORE["calls"] = request.param
     HIDDEN["how"] = ""
     yield
     HIDDEN["how"] = ""
+
+
+def calls_until_compared() -> int:
+    """How many calls are left until batches are compared again, as at calls 2, 4, 8, …"""
+    return 2 ** BEFORE["calls"].bit_length() - BEFORE["calls"] - 1
 
 
 def assert_same(result: Any, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -75,7 +85,7 @@ def settled(size: int, module: nn.Module | None = None, **options: Any) -> tuple
     """A module and its Jacobian, after so many calls that nothing is left to learn."""
     module, options = module or Network(), {"strategy": "reverse", **options}
     jac = jacfunc.module_jacobian(module, "inputs", per_sample=True, **options)
-    for _ in range(5):
+    for _ in range(BEFORE["calls"]):
         jac(points(size))
     return module, jac
 
@@ -182,7 +192,7 @@ def test_writes_are_undone_and_told(how: str, size: int) -> None:
 def test_samples_that_come_to_depend_are_refused() -> None:
     module, jac = settled(5)
     HIDDEN["how"] = "couples"
-    for _ in range(6, 8):  # taken anew, by which each is differentiated alone
+    for _ in range(calls_until_compared()):  # taken anew, by which each is differentiated alone
         x = points(5)
         assert_same(jac(x), loop(module, x))
     with pytest.raises(ValueError, match="samples that do not depend on each other"):
@@ -233,7 +243,7 @@ def test_samples_that_alone_go_another_way_are_seen() -> None:
     jac = jacfunc.module_jacobian(module, "inputs", per_sample=True, strategy="reverse")
     ahead, apart = points(5).abs(), points(5)
     assert 0 < int((apart[:, 0] > 0).sum()) < 5
-    for _ in range(6):
+    for _ in range(BEFORE["calls"] + 1):
         assert_same(jac(ahead), loop(module, ahead))
     COUNT["evaluations"] = 0
     assert_same(jac(ahead), loop(module, ahead))

@@ -114,12 +114,22 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Any:
+BEFORE = {"calls": 0}
+"""So many calls come before the one that is tested."""
+
+
+@pytest.fixture(autouse=True, params=[5, 24], ids=["settled", "swept as written down"])
+def fresh(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
+    BEFORE["calls"] = request.param
     HIDDEN["how"] = ""
     yield
     HIDDEN["how"] = ""
+
+
+def calls_until_compared() -> int:
+    """How many calls are left until batches are compared again, as at calls 2, 4, 8, …"""
+    return 2 ** BEFORE["calls"].bit_length() - BEFORE["calls"] - 1
 
 
 def points(size: int) -> Tensor:
@@ -154,7 +164,7 @@ def settled(size: int, strategy: str, module: nn.Module | None = None) -> tuple[
     """A module and its Jacobian, after so many calls that nothing is left to learn."""
     module = module or Network()
     jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
-    for _ in range(5):
+    for _ in range(BEFORE["calls"]):
         jac(points(size))
     return module, jac
 
@@ -172,7 +182,7 @@ def test_each_call_is_exact(kind: str, strategy: str, size: int) -> None:
     module = make().double()
     jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
     step = torch.optim.SGD(module.parameters(), lr=0.1)
-    for number in range(7):
+    for number in range(BEFORE["calls"] + 2):
         x = draw(3 if number == 5 else size)
         assert_same(jac(x), loop(module, x))
         module(x).square().mean().backward()
@@ -187,7 +197,7 @@ def test_flat(kind: str, strategy: str, size: int) -> None:
     make, draw = KINDS[kind]
     module = make().double()
     jac = jacfunc.module_jacobian(module, per_sample=True, flat=True, strategy=strategy)
-    for _ in range(5):
+    for _ in range(BEFORE["calls"]):
         x = draw(size)
         rows = [
             block.reshape(size, -1, module.get_parameter(name).numel())
@@ -203,7 +213,7 @@ def test_by_both(size: int) -> None:
     jac = jacfunc.module_jacobian(module, ("params", "inputs"), **ways)
     flat = jacfunc.module_jacobian(module, ("params", "inputs"), flat=True, **ways)
     inputs = jacfunc.module_jacobian(module, "inputs", flat=True, **ways)
-    for _ in range(6):
+    for _ in range(BEFORE["calls"] + 1):
         x = points(size)
         by_params, by_inputs = jac(x)
         assert_same(by_params, loop(module, x))
@@ -308,7 +318,7 @@ def test_samples_that_alone_go_another_way_are_seen(strategy: str) -> None:
     jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
     ahead, apart = points(5).abs(), points(5)
     assert 0 < int((apart[:, 0] > 0).sum()) < 5
-    for x in (ahead,) * 6 + (apart, ahead, apart):
+    for x in (ahead,) * (BEFORE["calls"] + 1) + (apart, ahead, apart):
         assert_same(jac(x), loop(module, x))
 
 
@@ -359,7 +369,7 @@ def test_values_that_nobody_sees_are_compared(which: str, strategy: str) -> None
 
     module = Choosing().double()
     jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
-    for _ in range(5):
+    for _ in range(BEFORE["calls"]):
         jac(points(5))
     chosen[0] = mixing
     x = points(5)
@@ -372,7 +382,7 @@ def test_samples_that_come_to_depend_are_refused(strategy: str) -> None:
     module, jac = settled(5, strategy)
     HIDDEN["how"] = "couples"
     x = points(5)
-    for _ in range(6, 8):  # taken anew, by which each is differentiated alone
+    for _ in range(calls_until_compared()):  # taken anew, by which each is differentiated alone
         assert_same(jac(x), loop(module, x))
     with pytest.raises(ValueError, match="samples that do not depend on each other"):
         jac(x)
@@ -405,7 +415,7 @@ def test_results_share_no_memory(size: int, strategy: str) -> None:
     module = nn.Linear(2, 3).double()
     jac = jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)
     x = normal(2)(size)
-    for _ in range(5):
+    for _ in range(BEFORE["calls"]):
         jac(x)
     first, second = jac(x), jac(x)
     for block in first.values():
@@ -440,5 +450,5 @@ def test_other_dtypes_are_as_at_the_first_call(size: int, dtype: torch.dtype) ->
     x = points(size).to(dtype)
     jac = jacfunc.module_jacobian(module, per_sample=True, strategy="structured")
     first = jac(x)
-    for _ in range(5):
+    for _ in range(BEFORE["calls"]):
         assert_same(jac(x), first, 0.0)

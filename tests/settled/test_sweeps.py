@@ -1,0 +1,268 @@
+"""Sweeps that are written down: no graph is swept in later calls, and what they hold for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import jacfunc
+from tests.modules.test_settled_layers import KINDS, assert_same, loop, normal
+
+CALLS = 40
+"""After so many calls a sweep is written down, if it can be."""
+SIZES = pytest.mark.parametrize("size", [1, 5])
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def num_sweeps(call: Callable[[], Any]) -> int:
+    """How many backward passes a call takes."""
+    count = 0
+
+    def seen(frame: Any, event: str, function: Any) -> None:
+        nonlocal count
+        count += event == "c_call" and getattr(function, "__name__", "") == "run_backward"
+
+    sys.setprofile(seen)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def after_many(door: Callable[..., Any], draw: Callable[[], Any]) -> Callable[..., Any]:
+    """The door, after so many calls that its sweep is written down, if it can be."""
+    for _ in range(CALLS):
+        door(*draw())
+    return door
+
+
+def by_params(module: nn.Module, **options: Any) -> Callable[..., Any]:
+    return jacfunc.module_jacobian(module, per_sample=True, strategy="structured", **options)
+
+
+def by_inputs(module: nn.Module, x: Tensor) -> Tensor:
+    """Plain gradients of each sample's outputs in its own inputs."""
+    rows = []
+    for point in x:
+        own = point[None].clone().requires_grad_()
+        out = module(own).reshape(-1)
+        rows.append([torch.autograd.grad(y, own, retain_graph=True)[0][0] for y in out])
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+@SIZES
+@pytest.mark.parametrize("kind", ["linear layers", "images", "one number", "a matrix"])
+def test_no_graph_is_swept_by_parameters(kind: str, size: int) -> None:
+    make, draw = KINDS[kind]
+    module = make().double()
+    jac = after_many(by_params(module), lambda: (draw(size),))
+    x = draw(size)
+    assert num_sweeps(lambda: jac(x)) == 0
+    for _ in range(3):
+        x = draw(size)
+        assert_same(jac(x), loop(module, x))
+        with torch.no_grad():
+            for param in module.parameters():
+                param.mul_(0.9)
+
+
+@SIZES
+@pytest.mark.parametrize("kind", ["linear layers", "images", "attention"])
+def test_no_graph_is_swept_by_inputs(kind: str, size: int) -> None:
+    make, draw = KINDS[kind]
+    module = make().double().eval()
+    door = jacfunc.module_jacobian(module, "inputs", per_sample=True, strategy="reverse")
+    jac = after_many(door, lambda: (draw(size),))
+    x = draw(size)
+    assert num_sweeps(lambda: jac(x)) == 0
+    torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
+
+
+@SIZES
+def test_no_graph_is_swept_by_other_doors(size: int) -> None:
+    module, draw = network(), lambda: normal(3)(size)
+    x, y = draw(), torch.randint(2, (size,))
+    rows = torch.cat([b.flatten(2) for b in loop(module, x).values()], 2)
+    ntk = after_many(lambda x: jacfunc.ntk(module, None, x, trace_axes=0), lambda: (draw(),))
+    assert num_sweeps(lambda: ntk(x)) == 0
+    torch.testing.assert_close(ntk(x), torch.einsum("bkp,ckp->bc", rows, rows), **CLOSE)
+
+    norms = after_many(jacfunc.gradient_norms(module, F.cross_entropy), lambda: (draw(), y))
+    assert num_sweeps(lambda: norms(x, y)) == 1  # that of the loss
+    residuals = (module(x).softmax(1) - F.one_hot(y, 2)).detach() / size
+    expected = torch.einsum("bk,bkp->bp", residuals, rows).norm(dim=1)
+    torch.testing.assert_close(norms(x, y), expected, **CLOSE)
+    other = 1 - y
+    residuals = (module(x).softmax(1) - F.one_hot(other, 2)).detach() / size
+    expected = torch.einsum("bk,bkp->bp", residuals, rows).norm(dim=1)
+    torch.testing.assert_close(norms(x, other), expected, **CLOSE)
+
+
+class Doubled(torch.autograd.Function):
+    """A backward pass of a user's own, which tells how often it runs."""
+
+    runs = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        Doubled.runs += 1
+        return 2 * grad
+
+
+def hooked(h: Tensor) -> Tensor:
+    h.register_hook(lambda grad: 3 * grad)
+    return h
+
+
+@pytest.mark.parametrize(
+    "step",
+    [Doubled.apply, hooked, lambda h: checkpoint(torch.sin, h, use_reentrant=False)],
+    ids=["a function with its own backward", "a hook", "a checkpoint"],
+)
+def test_code_of_users_runs_in_each_sweep(step: Callable[[Tensor], Tensor]) -> None:
+    class Stepping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return step(self.inner(x))
+
+    module = Stepping()
+    for door in (by_params(module), jacfunc.module_jacobian(module, "inputs", per_sample=True)):
+        jac = after_many(door, lambda: (normal(3)(5),))
+        x, runs = normal(3)(5), Doubled.runs
+        assert num_sweeps(partial(jac, x)) > 0
+        assert (Doubled.runs > runs) == (step == Doubled.apply)
+    assert_same(by_params(module)(x), loop(module, x))
+
+
+HIDDEN: dict[str, Any] = {}
+
+
+class Choosing(nn.Module):
+    """Goes another way by what nobody sees, with the same operations on tensors of one kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = HIDDEN["way"]
+        a, b = x.sin(), x.cos()
+        h, g = self.first(b if way == "constants" else a), self.first(a)
+        h, g = h.tanh(), g.tanh()
+        if way == "branches":
+            h, g = g, h * 1.0
+        else:
+            h = h * 1.0
+        if way == "no graph":
+            with torch.no_grad():
+                g = g + h
+        else:
+            g = g + h
+        first, second = HIDDEN["scales"]
+        return self.last(h * first) + self.last(g * second) * (h - x).sum(1, keepdim=True)
+
+
+@SIZES
+@pytest.mark.parametrize("way", ["constants", "branches", "no graph", "scales"])
+def test_ways_with_the_same_operations_are_told_apart(way: str, size: int) -> None:
+    same = torch.tensor(1.5, dtype=torch.float64)
+    HIDDEN.update(way="", scales=(same, same))
+    module = Choosing()
+    params, inputs = by_params(module), jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    for jac in (params, inputs):
+        after_many(jac, lambda: (normal(3)(size),))
+    if way == "scales":
+        HIDDEN["scales"] = same, torch.tensor(-0.5, dtype=torch.float64)
+    else:
+        HIDDEN["way"] = way
+    for _ in range(5):
+        x = normal(3)(size)
+        assert_same(params(x), loop(module, x))
+        torch.testing.assert_close(inputs(x), by_inputs(module, x), **CLOSE)
+
+
+def test_settings_of_torch_count() -> None:
+    module = network()
+    jac = after_many(by_params(module), lambda: (normal(3)(5),))
+    x = normal(3)(5)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(2)
+        assert_same(jac(x), loop(module, x))
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+    assert_same(jac(x), loop(module, x))
+
+
+def test_threads_take_turns() -> None:
+    module = network()
+    jac = after_many(by_params(module), lambda: (normal(3)(5),))
+    points = [normal(3)(5) for _ in range(8)]
+    results: dict[int, Any] = {}
+
+    def take(number: int) -> None:
+        for _ in range(20):
+            results[number] = jac(points[number])
+
+    threads = [Thread(target=take, args=(number,)) for number in range(len(points))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, x in enumerate(points):
+        assert_same(results[number], loop(module, x))
+
+
+def test_no_result_is_memory_of_the_sweep() -> None:
+    module = network()
+    jac = after_many(by_params(module, flat=True), lambda: (normal(3)(5),))
+    x = normal(3)(5)
+    first = jac(x)
+    before = first.clone()
+    first.zero_()
+    second = jac(x)
+    assert torch.equal(second, before)
+    jac(normal(3)(5))
+    assert torch.equal(second, before)
+
+
+def test_a_module_is_not_kept_alive() -> None:
+    from gc import collect
+    from weakref import ref
+
+    module = network()
+    for _ in range(CALLS):
+        jacfunc.ntk(module, None, normal(3)(5))
+    seen = ref(module)
+    del module
+    collect()
+    assert seen() is None
