@@ -170,7 +170,6 @@ def use_recorder(
     starts: dict[Any, int],
     learned: LearnedUses,
     size: int,
-    arguments: dict[int, list[Tensor]] | None = None,
 ) -> UseRecorder:
     """A recorder of the uses of parameters by so many samples, of a kind that was learned.
 
@@ -178,7 +177,6 @@ def use_recorder(
         anchors: tensors at the parameters, with which the graph begins.
         handles: what the function gets, in their places.
         starts: the nodes of the handles, and of what else it is differentiated by.
-        arguments: where the tensors that operations get with a parameter are kept, if they are.
     """
     params = TrackedParameters(learned.lent, UnruledUse(), learned.hooked)
     for number, (handle, twin) in enumerate(zip(handles, anchors, strict=True)):
@@ -186,4 +184,4 @@ def use_recorder(
         params.by_id[id(handle)] = tracked
     is_one, sites = size == 1, learned.sites or {}
     placing = VmappedSamples(1, None) if is_one else PlainSamples(size, sites)
-    return UseRecorder(placing, params, starts, False, learned.uses, arguments)
+    return UseRecorder(placing, params, starts, False, learned.uses)

@@ -24,15 +24,7 @@ from jacfunc._factored.use import (
     without_lists,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._layouts import (
-    OUT,
-    Args,
-    NoLayout,
-    OperationRecorder,
-    Placing,
-    are_among,
-    tensors_among,
-)
+from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing, are_among, tensors_in
 from jacfunc._linear_map import Anchor, Graph, no_view, nodes_of_call
 from jacfunc._torch import innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
@@ -58,7 +50,6 @@ class UseRecorder(OperationRecorder):
             Those of results that all samples share are added.
         grad_mode: may the Jacobian be differentiated further?
         known: operations with rules, by number, as earlier evaluations have shown.
-        arguments: where the tensors that operations get with a parameter are kept, if they are.
     """
 
     def __init__(
@@ -68,11 +59,10 @@ class UseRecorder(OperationRecorder):
         starts: dict[Any, int],
         grad_mode: bool,
         known: dict[int, KnownUse],
-        arguments: dict[int, list[Tensor]] | None = None,
     ) -> None:
         self._rules, self._openings = table().rules, table().openings
         noticed = UNUSUAL | self._openings.keys()
-        super().__init__(placing.listener, noticed, params.by_id, arguments)
+        super().__init__(placing.listener, noticed, params.by_id)
         placing.operations = self.operations
         self._placing, self._params = placing, params
         self._grad_mode = grad_mode
@@ -234,9 +224,7 @@ class UseRecorder(OperationRecorder):
         if not self._placing.can_share:
             self._params.note_unruled((*args, *kwargs.values()), func in RAW_MEMORY)
             return func(*args, **kwargs)
-        tensors = [
-            x for x in tensors_among((*args, *kwargs.values())) if id(x) in self._params.by_id
-        ]
+        tensors = [x for x in tensors_in((*args, *kwargs.values())) if id(x) in self._params.by_id]
         key, is_shared, out = (number, OUT), self._placing.is_shared((number, OUT), func), None
         if is_shared is None:  # to be learned, on tensors that it may write into
             out = func(*args, **kwargs)

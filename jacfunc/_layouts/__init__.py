@@ -15,6 +15,6 @@ from jacfunc._layouts.recording import (
     are_among,
     begins,
     ends,
-    tensors_among,
+    tensors_in,
 )
 from jacfunc._layouts.traces import Trace

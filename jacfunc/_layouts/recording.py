@@ -50,7 +50,6 @@ class OperationRecorder(TorchFunctionMode):
         listener: is told of all operations, if there is one.
         noticed: operations that :meth:`call` sees; all others are called as they are.
         tracked: identities of tensors; operations with one of these are seen as well.
-        arguments: where the tensors that such operations get are kept, by number, if they are.
     """
 
     def __init__(
@@ -58,11 +57,11 @@ class OperationRecorder(TorchFunctionMode):
         listener: Listener | None = None,
         noticed: Collection[Any] = (),
         tracked: Container[int] = (),
-        arguments: dict[int, list[Tensor]] | None = None,
     ) -> None:
         super().__init__()
-        self._arguments = arguments
         self._listener, self._noticed, self._tracked = listener, noticed, tracked
+        self.arguments: dict[int, list[Tensor]] | None = None
+        """The tensors that operations with a tracked one get, by number, if somebody wants them."""
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
         self.moves_samples = False
@@ -126,8 +125,8 @@ class OperationRecorder(TorchFunctionMode):
             self.moves_samples |= func in MOVING or (
                 func in CHOOSING and _is_chosen_by_tensor(args)
             )
-        if is_tracked and self._arguments is not None:
-            self._arguments[number] = [*tensors_among((*args, *kwargs.values()))]
+        if is_tracked and self.arguments is not None:
+            self.arguments[number] = [*tensors_in((*args, *kwargs.values()))]
         if is_tracked or func in self._noticed:
             result = self.call(number, func, args, kwargs, is_tracked)
         else:  # the usual case
@@ -137,13 +136,13 @@ class OperationRecorder(TorchFunctionMode):
         return result
 
 
-def tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among values, and in lists and tuples of them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif type(value) in (tuple, list):
-            yield from tensors_among(value)
+            yield from tensors_in(value)
 
 
 def are_among(values: Iterable[Any], tracked: Container[int], without: Container[int] = ()) -> bool:

@@ -14,34 +14,17 @@ from jacfunc._faults import is_unwatched
 from jacfunc._layouts import OUT, Layout
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._remembered import Recent
 from jacfunc._samples import SampledCall
 from jacfunc._settled.evaluating import ALONE, PLAIN, Evaluator
 from jacfunc._settled.repeated import blocks_of, matrix_of
-from jacfunc._settled.sweeps import FEWEST_CALLS, SeedsOf, Sweep, Work
+from jacfunc._settled.sweeps import FEWEST_CALLS, KnownWork, SeedsOf, Work
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves, Tree
 
-MOST_MISSES = 3
-"""After so many calls that had to be taken anew, a kind of call is no more tried so."""
-
-MOST_SWEEPS = 4
-"""Works that are known of a kind of call, the latest."""
+MOST_WORKS = 4
+"""Works that are known of a kind of call."""
 
 ResultT = TypeVar("ResultT")
-
-
-def no_seeds(outputs: Leaves) -> Leaves:
-    """A work takes nothing but the evaluation."""
-    return ()
-
-
-class _KnownWork:
-    """What is known of a work: how often it was done, and how it is swept at once, if it is."""
-
-    def __init__(self) -> None:
-        self.calls = self.misses = 0
-        self.sweep: Sweep | None = None
 
 
 class SettledBatch:
@@ -73,7 +56,7 @@ class SettledBatch:
         by_inputs, is_alone = batch.differentiates[1], batch.size == 1
         how = names, by_inputs, by_layers, is_alone, is_watched
         self.evaluator = Evaluator(*how, self.learned, (output.shape, output.dtype))
-        self._works = Recent[_KnownWork](MOST_SWEEPS)
+        self._works = dict[Work, KnownWork]()
 
     @classmethod
     def of(
@@ -123,7 +106,7 @@ class SettledBatch:
         x: Tensor,
         compared: Container[int],
         work: Work,
-        seeds_of: SeedsOf = no_seeds,
+        seeds_of: SeedsOf | None = None,
         api: str = "",
     ) -> Leaves | None:
         """What ``work`` makes of the batch, evaluated while the module is lent for this call alone.
@@ -134,67 +117,31 @@ class SettledBatch:
             state: the module as it is now, of the version of the earlier call.
             x: a tensor of the same kind.
             compared: signatures of evaluations after which batches were compared.
-            seeds_of: makes what the work takes beside.
+            seeds_of: makes what the work takes beside, if anything.
 
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        known = self._works.get(work) or _KnownWork()
-        self._works.put(work, known)
+        known = self._works.get(work) or KnownWork(work)
+        if len(self._works) < MOST_WORKS:
+            self._works[work] = known
 
         def made() -> Leaves | None:
             if known.sweep is not None:
-                result = self._swept_again(known, state, x, compared, seeds_of)
+                result = known.swept(self.evaluator, state, x, compared, seeds_of)
                 if result is not None:
                     return result
             jacobian = self.evaluator.jacobian(state, x, compared)
             if jacobian is None:
                 return None
-            seeds = seeds_of(jacobian.outputs)
+            seeds = seeds_of(jacobian.outputs) if seeds_of else ()
             result = work(jacobian, seeds)
             known.calls += 1
             if known.calls == FEWEST_CALLS:
-                known.sweep = self._written_down(state, x, work, seeds, result)
+                known.learn(self.evaluator, state, x, seeds, result)
             return result
 
         return self._lent(state, x, made, api)
-
-    def _swept_again(
-        self,
-        known: _KnownWork,
-        state: ModuleState,
-        x: Tensor,
-        compared: Container[int],
-        seeds_of: SeedsOf,
-    ) -> Leaves | None:
-        """The result by the sweep that was written down; None where it does not hold."""
-        evaluator, result = self.evaluator, None
-        assert known.sweep is not None
-        if evaluator.names and state.hooks():
-            return None
-        evaluated = evaluator.with_sources(state, x, finds_uses=False)
-        if evaluated is not None:
-            own, _, out = evaluated
-            if evaluator.is_alone or evaluator.is_known(own.recorder, compared):
-                result = known.sweep.result(evaluated, seeds_of((out.detach(),)))
-        known.misses = 0 if result is not None else known.misses + 1
-        if known.misses >= MOST_MISSES:
-            known.sweep = None
-        return result
-
-    def _written_down(
-        self, state: ModuleState, x: Tensor, work: Work, seeds: Leaves, expected: Leaves
-    ) -> Sweep | None:
-        """The work at such evaluations, written down; None if it can't be."""
-        first, second = (self.evaluator.with_sources(state, x, uses) for uses in (True, False))
-        if first is None or second is None:
-            return None
-        try:
-            sweep = Sweep(first, seeds, work)
-        except Exception as error:  # it goes on as before
-            note("the sweep of a settled kind of call is not written down: %s", error)
-            return None
-        return sweep if sweep.fits(second, seeds, expected) else None
 
     def _lent(
         self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None], api: str = ""

@@ -15,13 +15,14 @@ from jacfunc._factored import FactoredJacobian, LearnedUses
 from jacfunc._faults import NestedWatch
 from jacfunc._layouts import OperationRecorder
 from jacfunc._lending import ModuleState
-from jacfunc._memory import keep_heap
 from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING
 from jacfunc._settled.repeated import RepeatedEvaluation, Sources
-from jacfunc._settled.sweeps import Evaluated
 from jacfunc._torch import MathAttention, recording, run_as_written
 from jacfunc._types import Leaves
+
+Evaluated: TypeAlias = tuple[RepeatedEvaluation, Sources, Tensor]
+"""An evaluation of which sources are kept, and what the module returned."""
 
 Shown: TypeAlias = FactoredJacobian | OperationRecorder
 """What tells which operations an evaluation called."""
@@ -78,7 +79,6 @@ class Evaluator:
     ) -> FactoredJacobian | None:
         if self.names and state.hooks():
             return None
-        keep_heap()
         with recording(), MathAttention():
             own = self._repeated(state, x)
             # of one sample nothing can be learned of others
@@ -103,6 +103,8 @@ class Evaluator:
         Raises:
             UnseenWrite: if a parameter that is no copy was written into.
         """
+        if self.names and state.hooks():
+            return None
         sources = Sources()
         with recording(), MathAttention():
             own = self._repeated(state, x, sources, finds_uses)

@@ -44,10 +44,8 @@ _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
 class PlainRecorder(OperationRecorder):
     """Numbers the operations of a function, of which no parameter is looked for."""
 
-    def __init__(
-        self, tracked: Container[int] = (), arguments: dict[int, list[Tensor]] | None = None
-    ) -> None:
-        super().__init__(None, _REFUSED, tracked, arguments)
+    def __init__(self, tracked: Container[int] = ()) -> None:
+        super().__init__(None, _REFUSED, tracked)
 
     def call(
         self,
@@ -134,13 +132,12 @@ class RepeatedEvaluation:
         self._versions = [handle._version for handle in self.handles]
         # the function may write into these
         self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
-        arguments = None if sources is None else sources.arguments
         self.recorder: OperationRecorder
         if by_layers and finds_uses:
-            shared = self.handles, self.starts, learned, len(x), arguments
-            self.recorder = use_recorder(anchors, *shared)
+            self.recorder = use_recorder(anchors, self.handles, self.starts, learned, len(x))
         else:
-            self.recorder = PlainRecorder(set(map(id, self.handles)) if sources else (), arguments)
+            self.recorder = PlainRecorder(set(map(id, self.handles)) if sources else ())
+        self.recorder.arguments = None if sources is None else sources.arguments
 
     def check_unwritten(self) -> None:
         """Look whether a parameter that is no copy was written into.

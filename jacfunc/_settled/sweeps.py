@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -11,15 +12,21 @@ from torch import Tensor
 
 from jacfunc._errors import Nameless
 from jacfunc._factored import HOOKING, FactoredJacobian
+from jacfunc._lending import ModuleState
 from jacfunc._linear_map import outline
+from jacfunc._log import note
 from jacfunc._rounding import agree
-from jacfunc._settled.repeated import RepeatedEvaluation, Sources
+from jacfunc._settled.evaluating import Evaluated, Evaluator
+from jacfunc._settled.repeated import Sources
 from jacfunc._torch import Graphs, recording
 from jacfunc._traces import Compiler, Executable, written_down
 from jacfunc._types import Leaves
 
 FEWEST_CALLS = 16
 """So many calls of a kind pay for writing down what they do."""
+
+MOST_MISSES = 3
+"""After so many calls that had to be taken anew, a kind of call is no more tried so."""
 
 MOST_BYTES = 2**25
 """What makes more takes so long that it does not matter what calls it."""
@@ -29,9 +36,6 @@ Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
 
 SeedsOf: TypeAlias = Callable[[Leaves], Leaves]
 """What a work takes of this call alone, made of the outputs."""
-
-Evaluated: TypeAlias = tuple[RepeatedEvaluation, Sources, Tensor]
-"""An evaluation of which sources are kept, and what the module returned."""
 
 _OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")
 """Names of nodes whose backward pass depends on what they have saved alone."""
@@ -130,3 +134,52 @@ def _repeated(marks: Sequence[int]) -> dict[int, int]:
     first: dict[int, int] = {}
     numbers = {n: first.setdefault(mark, n) for n, mark in enumerate(marks)}
     return {n: earlier for n, earlier in numbers.items() if n != earlier}
+
+
+@dataclass(eq=False)
+class KnownWork:
+    """A work that is done again and again, and the sweep that does it, once that is known.
+
+    Args:
+        work: makes a result.
+        calls: so many results were made without a sweep.
+        misses: so often in a row the sweep did not hold.
+    """
+
+    work: Work
+    calls: int = 0
+    misses: int = 0
+    sweep: Sweep | None = None
+
+    def swept(
+        self,
+        evaluator: Evaluator,
+        state: ModuleState,
+        x: Tensor,
+        compared: Container[int],
+        seeds_of: SeedsOf | None,
+    ) -> Leaves | None:
+        """The result of one more evaluation by the sweep; None where that does not hold."""
+        assert self.sweep is not None
+        result, evaluated = None, evaluator.with_sources(state, x, finds_uses=False)
+        if evaluated is not None:
+            own, _, out = evaluated
+            if evaluator.is_alone or evaluator.is_known(own.recorder, compared):
+                result = self.sweep.result(evaluated, seeds_of((out.detach(),)) if seeds_of else ())
+        self.misses = 0 if result is not None else self.misses + 1
+        if self.misses >= MOST_MISSES:
+            self.sweep = None
+        return result
+
+    def learn(
+        self, evaluator: Evaluator, state: ModuleState, x: Tensor, seeds: Leaves, result: Leaves
+    ) -> None:
+        """Write down how this result is made, if that can be."""
+        first, second = (evaluator.with_sources(state, x, uses) for uses in (True, False))
+        if first is None or second is None:
+            return
+        try:
+            sweep = Sweep(first, seeds, self.work)
+            self.sweep = sweep if sweep.fits(second, seeds, result) else None
+        except Exception as error:  # it goes on as before
+            note("the sweep of a settled kind of call is not written down: %s", error)

@@ -41,7 +41,7 @@ class SettledSamples(SettledBatch):
         return None if state.hooks() else self._lent(state, x, lambda: self._swept(state, x))
 
     def _swept(self, state: ModuleState, x: Tensor) -> Leaves:
-        params, (shape, dtype) = self.evaluator.params(state), self.evaluator.output
+        params, (shape, dtype) = tuple(state.point.values()), self.evaluator.output
 
         def of_one(leaves: Leaves) -> tuple[Leaves, Leaves]:
             call = _SampleCall(state, self.evaluator.names, leaves[0], self.exact_kind)

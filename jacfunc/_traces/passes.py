@@ -192,10 +192,7 @@ def _without_detours(graph: GraphModule) -> None:
 
 
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
-_RESHAPES = frozenset(
-    {*_VIEWS, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.default}
-    | {_ATEN.squeeze.dims}
-)
+_RESHAPES = frozenset({*_VIEWS, _ATEN.unsqueeze.default, _ATEN.squeeze.dim})
 """Operators that give the entries of something contiguous another shape, in the same order."""
 
 
