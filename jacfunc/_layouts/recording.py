@@ -14,7 +14,7 @@ from jacfunc._layouts.traces import Listener, OperationCall
 
 Args: TypeAlias = tuple[Any, ...]
 
-_PLAIN = frozenset({bool, int, float, str, type(None), type(...)})
+_PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
 
 _APART: dict[Any, str] = {-2: "minus two"}
 """What stands for a number in signatures, as Python's hash of it is that of another one."""
@@ -61,7 +61,7 @@ class OperationRecorder(TorchFunctionMode):
         super().__init__()
         self._listener, self._noticed, self._tracked = listener, noticed, tracked
         self.arguments: dict[int, list[Tensor]] | None = None
-        """The tensors that operations with a tracked one get, by number, if somebody wants them."""
+        """The tensors that operations get, by the numbers of these, if somebody wants them."""
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
         self.moves_samples = False
@@ -89,6 +89,8 @@ class OperationRecorder(TorchFunctionMode):
     def begin(self) -> None:
         """Forget all: only what follows is part of the user's function."""
         self.operations.clear()
+        if self.arguments is not None:
+            self.arguments.clear()
         if self._listener is not None:
             self._listener.begin()
         self._is_over = False
@@ -125,7 +127,7 @@ class OperationRecorder(TorchFunctionMode):
             self.moves_samples |= func in MOVING or (
                 func in CHOOSING and _is_chosen_by_tensor(args)
             )
-        if is_tracked and self.arguments is not None:
+        if self.arguments is not None:
             self.arguments[number] = [*tensors_in((*args, *kwargs.values()))]
         if is_tracked or func in self._noticed:
             result = self.call(number, func, args, kwargs, is_tracked)

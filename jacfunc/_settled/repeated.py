@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -44,8 +44,8 @@ _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
 class PlainRecorder(OperationRecorder):
     """Numbers the operations of a function, of which no parameter is looked for."""
 
-    def __init__(self, tracked: Container[int] = ()) -> None:
-        super().__init__(None, _REFUSED, tracked)
+    def __init__(self) -> None:
+        super().__init__(noticed=_REFUSED)
 
     def call(
         self,
@@ -67,7 +67,7 @@ class Sources:
 
     Args:
         saved: what autograd has saved, in order.
-        arguments: what operations got with a parameter, by their numbers.
+        arguments: what operations got, by the numbers of these.
     """
 
     saved: list[Tensor] = field(default_factory=list)
@@ -136,7 +136,7 @@ class RepeatedEvaluation:
         if by_layers and finds_uses:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, len(x))
         else:
-            self.recorder = PlainRecorder(set(map(id, self.handles)) if sources else ())
+            self.recorder = PlainRecorder()
         self.recorder.arguments = None if sources is None else sources.arguments
 
     def check_unwritten(self) -> None:

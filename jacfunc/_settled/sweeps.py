@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._errors import Nameless
-from jacfunc._factored import HOOKING, FactoredJacobian
+from jacfunc._factored import HOOKING, FactoredJacobian, UseRecorder
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import outline
 from jacfunc._log import note
@@ -44,8 +44,9 @@ _OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")
 class Sweep:
     """A work at evaluations of one kind, written down: it reads what autograd has saved.
 
-    No graph is swept any more. It holds where an evaluation calls the same operations, has the
-    same graph, and saves tensors of the same kinds, equal ones at the same places.
+    No graph is swept any more. It holds where an evaluation calls the same operations, with
+    tensors of the same shapes, has the same graph, and saves tensors of the same kinds, equal ones
+    at the same places.
 
     Args:
         evaluated: one of these evaluations, in which uses of parameters were looked for.
@@ -62,7 +63,8 @@ class Sweep:
         is_fixed = HOOKING.isdisjoint(recorder.operations)
         if not is_fixed or recorder.moves_samples or recorder.reads_values:
             raise Nameless("the next evaluation may have another graph")
-        self._numbers = sorted(sources.arguments)
+        uses = recorder.uses if isinstance(recorder, UseRecorder) else ()
+        self._numbers = [use.key[0] for use in uses]
         leaves = self._leaves(sources, (out, *seeds))
 
         def made() -> Leaves:
@@ -73,10 +75,13 @@ class Sweep:
             return work(jacobian, seeds)
 
         graph, _ = written_down(made, leaves, MOST_BYTES)
+        nodes = [*graph.graph.nodes]
         self._executable = Executable(graph, _detached(leaves), 0, Compiler("replay"))
+        for node in (*nodes, *self._executable.graph.graph.nodes):
+            node.meta.clear()  # which holds all that was computed
         self._values, self._aliases = leaves, _repeated([x.data_ptr() for x in leaves])
         self._repeated, self._count = dict[int, int](), len(leaves)
-        self._signature = recorder.signature
+        self._signature, self._kinds = recorder.signature, _kinds_of(sources)
 
     def fits(self, evaluated: Evaluated, seeds: Leaves, expected: Leaves) -> bool:
         """Is the result of another evaluation at the same numbers the one that is expected?
@@ -100,12 +105,12 @@ class Sweep:
     def result(self, evaluated: Evaluated, seeds: Leaves) -> Leaves | None:
         """The result of an evaluation; None if it is not like the one that was written down."""
         own, sources, out = evaluated
-        if own.recorder.signature != self._signature or not self._are_settings():
+        if own.recorder.signature != self._signature or _kinds_of(sources) != self._kinds:
             return None
         leaves, repeated = self._leaves(sources, (out, *seeds)), self._repeated.items()
         if len(leaves) != self._count or any(leaves[n] is not leaves[k] for n, k in repeated):
             return None
-        if not self._are_alike(*self._each_once(leaves)):
+        if not (self._are_alike(*self._each_once(leaves)) and self._are_settings()):
             return None
         if outline(out, own.starts) != self._outline:
             return None
@@ -123,6 +128,11 @@ class Sweep:
         """The leaves without those that are repeated."""
         repeated = self._repeated
         return tuple([leaf for n, leaf in enumerate(leaves) if n not in repeated])
+
+
+def _kinds_of(sources: Sources) -> list[Any]:
+    """Shapes and dtypes of what operations get, of constants, too."""
+    return [(x.shape, x.dtype) for tensors in sources.arguments.values() for x in tensors]
 
 
 def _detached(leaves: Leaves) -> Leaves:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from gc import collect, get_objects
 from threading import Thread
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -186,20 +188,23 @@ class Choosing(nn.Module):
         else:
             g = g + h
         first, second = HIDDEN["scales"]
+        g = g + (g[:, :1] + HIDDEN["row"]).sum(1, keepdim=True)
         return self.last(h * first) + self.last(g * second) * (h - x).sum(1, keepdim=True)
 
 
 @SIZES
-@pytest.mark.parametrize("way", ["constants", "branches", "no graph", "scales"])
+@pytest.mark.parametrize("way", ["constants", "branches", "no graph", "scales", "row"])
 def test_ways_with_the_same_operations_are_told_apart(way: str, size: int) -> None:
     same = torch.tensor(1.5, dtype=torch.float64)
-    HIDDEN.update(way="", scales=(same, same))
+    HIDDEN.update(way="", scales=(same, same), row=torch.ones(4))
     module = Choosing()
     params, inputs = by_params(module), jacfunc.module_jacobian(module, "inputs", per_sample=True)
     for jac in (params, inputs):
         after_many(jac, lambda: (normal(3)(size),))
     if way == "scales":
         HIDDEN["scales"] = same, torch.tensor(-0.5, dtype=torch.float64)
+    elif way == "row":
+        HIDDEN["row"] = torch.ones(7)
     else:
         HIDDEN["way"] = way
     for _ in range(5):
@@ -255,10 +260,26 @@ def test_no_result_is_memory_of_the_sweep() -> None:
     assert torch.equal(second, before)
 
 
-def test_a_module_is_not_kept_alive() -> None:
-    from gc import collect
-    from weakref import ref
+def test_what_was_computed_is_not_kept() -> None:
+    def live() -> int:
+        collect()
+        tensors = [x for x in get_objects() if type(x) is Tensor]
+        return sum(x.nbytes for x in tensors)
 
+    module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
+    jac = jacfunc.module_jacobian(module, per_sample=True)
+    draw = lambda: (torch.randn(16, 64),)  # noqa: E731
+    for _ in range(5):
+        result = jac(*draw())
+    size = sum(block.nbytes for block in result.values())
+    del result
+    before = live()
+    after_many(jac, draw)
+    assert num_sweeps(lambda: jac(*draw())) == 0
+    assert live() - before < size / 10
+
+
+def test_a_module_is_not_kept_alive() -> None:
     module = network()
     for _ in range(CALLS):
         jacfunc.ntk(module, None, normal(3)(5))
