@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class PlainRecorder(OperationRecorder):
         return None if func is Tensor.retain_grad else func(*args, **kwargs)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Sources:
     """Tensors of an evaluation that a sweep may read.
 
@@ -74,18 +75,21 @@ class Sources:
     arguments: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def saving(self) -> AbstractContextManager[None]:
-        """A context in which autograd tells what it saves."""
+        """A context in which autograd tells what it saves, and gets it back from here."""
+        # a graph that held its own tensors by such hooks would never be freed
+        here = ref(self)
 
-        def keep(tensor: Tensor) -> Tensor:
-            self.saved.append(tensor)
-            return tensor
+        def keep(tensor: Tensor) -> int:
+            (saved := here().saved).append(tensor)  # type: ignore[union-attr]
+            return len(saved) - 1
 
-        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep, _as_it_is)
+        def kept(number: int) -> Tensor:
+            if (sources := here()) is None:
+                raise RuntimeError("what a module returned inside a call is gone after the call")
+            return sources.saved[number]
+
+        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep, kept)
         return hooks
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class RepeatedEvaluation:
