@@ -151,6 +151,11 @@ def copy_with(value: Any, new: dict[int, Any]) -> Any:
     What ``new`` lacks is copied, and added to it. Objects stay the same: whoever lends the module
     copies their attributes, too.
     """
+    # most are empty, or have plain values: for these a tree costs ten times as much as the copy
+    if type(value) is set:
+        return _leaf_with(value, new)
+    if type(value) is dict and SIMPLE.issuperset(map(type, value.values())):
+        return value.copy()
     leaves, spec = flatten_containers(value)
     return unflatten(spec, [_leaf_with(leaf, new) for leaf in leaves])
 

@@ -222,7 +222,7 @@ def map_of_graph(
         edges = tuple([anchor.edge for anchor in targets])
         if as_evaluated is not None:
             as_evaluated()
-        task = sources, edges, cotangents, keeps or rules.is_forced, retains
+        task = sources, edges, cotangents, keeps or rules.is_forced, retains, graph.nodes
         products = _with_zeros(_run_backward(*task), targets)
         return products if keeps else _without_graph(products, sources, rules.reason)
 

@@ -92,7 +92,8 @@ class _InnerEvaluation:
         around: equal for evaluations that are differentiated further in the same way.
         is_derived: does something outside, beside plain autograd, differentiate it?
         ends: primals and outputs as the level sees them; None where no graph can be looked at.
-        nodes: kinds of nodes in the graph that may be wrong.
+        kinds: those of the nodes in the graph.
+        nodes: those among them that may be wrong.
         differentiated: may products be differentiated further?
         batchable: is a pullback right under vmap?
         differentiable: must its backward formulas be the differentiable ones?
@@ -104,6 +105,7 @@ class _InnerEvaluation:
     around: Hashable
     is_derived: bool
     ends: tuple[Leaves, Leaves] | None = None
+    kinds: set[Any] = field(default_factory=set)
     nodes: set[Any] = field(default_factory=set)
     differentiated: bool = True
     batchable: bool = True
@@ -123,7 +125,7 @@ class _InnerEvaluation:
         return outputs, extras
 
     def _look(self, outputs: Leaves, graph: Graph) -> None:
-        self.nodes = nodes = suspects(graph.nodes)
+        self.kinds, self.nodes = graph.nodes, (nodes := suspects(graph.nodes))
         names = {node.__name__ for node in nodes}
         self.differentiated = any(is_differentiated(out) for out in outputs)
         check_nodes(nodes, self.differentiated and self.is_derived)
@@ -153,7 +155,8 @@ class _InnerEvaluation:
         if not active:
             return tuple(map(torch.zeros_like, self.primals[onto]))
         targets, seeds = zip(*active, strict=True)
-        products = run_backward(targets, inner[onto], seeds, torch.is_grad_enabled())
+        grad_mode = torch.is_grad_enabled()
+        products = run_backward(targets, inner[onto], seeds, grad_mode, kinds=self.kinds)
         return tuple(
             torch.zeros_like(primal) if product is None else product
             for product, primal in zip(products, self.primals[onto], strict=True)
