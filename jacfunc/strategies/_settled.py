@@ -62,21 +62,26 @@ class SettledFunction:
         """Note whether later calls of this kind need no more than this one has shown."""
         if torch.compiler.is_compiling() or not isinstance(call, FlatCall):
             return
-        (x, *_), (out, *_) = (*call.primals, None), (*evaluation.outputs, None)
-        if x is None or out is None or not call.maps_tensor_to_tensor:
+        if not call.maps_tensor_to_tensor or not _is_plain(x := call.primals[0]):
             return
         kind = _kind_of(x)
         looks = self._looks.get(kind, 0)
-        if looks == MOST_LOOKS or not _is_plain(x):
+        if looks == MOST_LOOKS:
             return
         self._looks.put(kind, looks + 1)
-        chosen = self._strategy
-        if isinstance(chosen, Streaming):
-            chosen = chosen.settled_for(call.call_kind) or chosen
-        is_one_sweep = type(chosen) is Reverse and chosen.chunk_size is None and out.numel() > 0
-        is_alone = runs_alone(call, _around())
-        if is_one_sweep and not out.requires_grad and is_alone is not None:
+        if not self._sweeps_once(call):
+            return
+        (out,), is_alone = evaluation.outputs, runs_alone(call, _around())
+        is_constant = out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
+        if is_constant and is_alone is not None:
             self._by_kind.put(kind, (out.shape, is_alone))
+
+    def _sweeps_once(self, call: FlatCall) -> bool:
+        """Are all rows pulled back at once in all later calls of this kind?"""
+        chosen: Strategy | None = self._strategy
+        if isinstance(chosen, Streaming):
+            chosen = chosen.settled_for(call.call_kind)
+        return type(chosen) is Reverse and chosen.chunk_size is None
 
     def _linearized(self, x: Tensor, shape: torch.Size, is_alone: bool) -> Linearization | None:
         """The function at a point; None where the output, or the graph, is of another kind."""
