@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -49,12 +49,12 @@ class SettledFunction:
         settled = self._by_kind.get(kind)
         if settled is None or not _is_plain(x) or is_heard():
             return None
-        try:
+        linear = None
+        with suppress(RuntimeError):  # torch's; the way of a first call tells what it is about
             linear = self._linearized(x, *settled)
-            if linear is not None:
+        if linear is not None:
+            with suppress(Exception):  # of a backward pass of the user's own
                 return _evaluated(linear, x)
-        except Exception:  # who raises, and in whose words, tells the way of a first call
-            pass
         self._by_kind.pop(kind, None)
         return None
 

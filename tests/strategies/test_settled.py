@@ -235,10 +235,12 @@ def test_another_output_is_taken_anew() -> None:
 
 
 def test_errors_are_those_of_a_first_call() -> None:
-    fails = False
+    fails, count = False, 0
 
     def f(x: Tensor) -> Any:
+        nonlocal count
         if fails:
+            count += 1
             raise ValueError("of the function")
         return x.sin()
 
@@ -246,7 +248,38 @@ def test_errors_are_those_of_a_first_call() -> None:
     fails = True
     with pytest.raises(ValueError, match="of the function"):
         derive(X)
+    assert count == 1
     fails = False
+    assert derive(X).equal(torch.diag(X.cos()))
+
+
+class Failing(torch.autograd.Function):
+    """A sine whose backward pass fails from some call on."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        if Failing.fails:
+            raise ValueError("of the backward pass")
+        return cotangents[0] * ctx.saved_tensors[0].cos()
+
+
+def test_errors_of_backward_passes_are_refusals_as_in_a_first_call() -> None:
+    derive = settled(jacfunc.jacrev(lambda x: Failing.apply(x)))
+    Failing.fails = True
+    messages = []
+    for each in (derive, jacfunc.jacrev(lambda x: Failing.apply(x))):
+        with pytest.raises(NotImplementedError, match="of the backward pass") as raised:
+            each(X)
+        messages.append(str(raised.value))
+    Failing.fails = False
+    assert messages[0] == messages[1]
     assert derive(X).equal(torch.diag(X.cos()))
 
 
