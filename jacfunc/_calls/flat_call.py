@@ -70,7 +70,8 @@ class FlatCall:
         """The point: the differentiable leaves of the chosen arguments."""
         self._output: Split | None = None
         self._beside: Split | None = None
-        self._maps_tensor_to_tensor = False
+        self.maps_tensor_to_tensor = False
+        """Did the last call take one tensor, and return one tensor and nothing beside it?"""
 
     @kept_property
     def call_kind(self) -> CallKind:
@@ -119,7 +120,7 @@ class FlatCall:
         with untracked():
             self._output = Split.of(output)
             is_bare = type(output) is Tensor and not self._output.constants
-            self._maps_tensor_to_tensor = is_bare and self._is_single and self._has_one_tensor
+            self.maps_tensor_to_tensor = is_bare and self._is_single and self._has_one_tensor
             if self._has_aux or self._output.constants:
                 self._beside = Split.of((self._output.constants, aux), is_tensor)
             is_complex = any(map(torch.is_complex, self._output.leaves))
@@ -160,7 +161,7 @@ class FlatCall:
 
     def jacobian(self, blocks: Blocks) -> Tree:
         """The Jacobian: an output tree of input trees of blocks ``[*out_i, *in_j]``."""
-        if self._maps_tensor_to_tensor:
+        if self.maps_tensor_to_tensor:
             return blocks[0][0]
         return self.output_tree([self.input_tree(row) for row in blocks])
 

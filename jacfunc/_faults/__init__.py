@@ -17,6 +17,8 @@ from jacfunc._faults.nested import (
     NestedWatch,
     check_stays_in_torch,
     is_unwatched,
+    note_unwatched,
+    runs_alone,
     watched_once,
 )
 from jacfunc._faults.operations import FREEZING

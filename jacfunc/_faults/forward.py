@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch._ops import OpOverload
 
 from jacfunc._errors import Refused
 from jacfunc._faults.formulas import FORMULAS, PRODUCTS
 from jacfunc._faults.lookups import Args, lookup, tensors_of
-from jacfunc._faults.operations import WATCHED
+from jacfunc._faults.operations import PUSHED_OTHERWISE, WATCHED
 from jacfunc._faults.watch import Watch, name_of
 from jacfunc._torch import (
     below_transforms,
@@ -186,6 +187,8 @@ class ForwardWatch(Watch):
             Refused: if its tangents would be wrong.
         """
         name = name_of(func)
+        is_known = not isinstance(func, OpOverload) and name not in FAULTY
+        self.stays_watched |= func in PUSHED_OTHERWISE or not is_known
         if name == "get__" and _asks_for_graph(func, args[0]):
             return True
         if name == "register_hook":
@@ -213,7 +216,7 @@ def check_push(
     for fault in () if is_mended or name not in FAULTY else FORWARD_FAULTS:
         if name in fault.names and fault.applies(kwargs, args, around):
             raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
-    if isinstance(func, torch._ops.OpOverload) and lacks_forward_kernel(func):
+    if isinstance(func, OpOverload) and lacks_forward_kernel(func):
         raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
 
 

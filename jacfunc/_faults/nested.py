@@ -112,17 +112,35 @@ def _watched_once(
                 raise Refused("it leaves torch, by NumPy or Python numbers, and returns constants")
             watch.stays_watched = True
             check_stays_in_torch(again, primals, values, constants)
-    # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
-    draws = is_known and watch.drew and call.state is None
-    if is_known and not (watch.stays_watched or draws or any(map(_may_catch, call.functions))):
-        unwatched().put(version, kind, shares)
+    note_unwatched(call, pull.around, watch, shares)
     return outputs, extras
+
+
+def note_unwatched(call: Any, around: Hashable, watch: Watch, shares: bool = False) -> None:
+    """Note that calls of this kind need no watch, if this one has shown nothing to watch for.
+
+    Args:
+        call: says what was called and of what kind the call is, if it knows.
+        around: equal for derivatives of whose watches one tells about all.
+        shares: must such calls run alone, for a module?
+    """
+    _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
+    if version is None or watch.stays_watched or any(map(_may_catch, call.functions)):
+        return
+    # a function that draws is watched, so that it draws alone; a module is evaluated alone anyway
+    if not (watch.drew and call.state is None):
+        unwatched().put(version, (kind, around), shares)
 
 
 def is_unwatched(call: Any, around: Hashable) -> bool:
     """Has an earlier call of this kind, for the same pullback, shown nothing to watch for?"""
+    return runs_alone(call, around) is not None
+
+
+def runs_alone(call: Any, around: Hashable) -> bool | None:
+    """Must a call that needs no watch run alone, for a module? None where it is watched."""
     _, kind, version = getattr(call, "exact_kind", None) or (None, None, None)
-    return version is not None and unwatched().get(version, (kind, around)) is not None
+    return None if version is None else unwatched().get(version, (kind, around))
 
 
 def check_stays_in_torch(

@@ -12,7 +12,15 @@ from jacfunc._assembly import NEW_TENSORS, read_by, sink_for
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._showing import named
 from jacfunc._types import Tree
-from jacfunc.strategies import Evaluation, Forward, Reverse, SecondCall, Strategy, evaluate
+from jacfunc.strategies import (
+    Evaluation,
+    Forward,
+    Reverse,
+    SecondCall,
+    SettledFunction,
+    Strategy,
+    evaluate,
+)
 
 
 def deriving(
@@ -20,21 +28,30 @@ def deriving(
     strategy: Strategy,
     pack: Callable[[Evaluation], Any],
     out: Tree = None,
-    of: Callable[[FlatCall], FlatCall | SecondCall] = lambda call: call,
+    of: Callable[[FlatCall], SecondCall] | None = None,
 ) -> Callable[..., Any]:
     """A function of the arguments of ``func`` that returns its packed evaluation.
 
     ``of`` makes what is evaluated from the call of ``func``.
     """
     api = derivation.api
+    settled = None
+    if of is None and out is None and not (derivation.has_aux or torch.compiler.is_compiling()):
+        settled = SettledFunction(derivation, strategy)
 
     # a module's __dict__ is its parameters: they are no attributes of the transformed function
     @wraps(derivation.func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
-        call = of(FlatCall(derivation, args, kwargs))
+        if settled is not None and (known := settled.evaluation(args, kwargs)) is not None:
+            return pack(known)
+        flat = FlatCall(derivation, args, kwargs)
+        call = flat if of is None else of(flat)
         read = partial(read_by, derivation.func, args, kwargs)
         sink = NEW_TENSORS if out is None else sink_for(api, out, read=read)
-        return pack(evaluate(api, call, strategy, sink))
+        evaluation = evaluate(api, call, strategy, sink)
+        if settled is not None:
+            settled.look_at(call, evaluation)
+        return pack(evaluation)
 
     return named(api, derivation.func, derived)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from jacfunc._arguments import check_plain
 from jacfunc._errors import Refused, is_of_old_style, lacks_forward_rule
-from jacfunc._faults import ForwardWatch, PushContext, check_stays_in_torch
+from jacfunc._faults import (
+    ForwardWatch,
+    PushContext,
+    check_stays_in_torch,
+    is_unwatched,
+    note_unwatched,
+)
 from jacfunc._linear_map.linearization import batched_like
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
@@ -59,7 +66,8 @@ def push_on_graph(
     """
     own = tuple(tangent.clone() for tangent in tangents)
     with alone():
-        outputs, products, extras = _watched(func, copies, copies, own, PushContext(0, False))
+        pushed, _ = _watched(func, copies, copies, own, PushContext(0, False))
+    outputs, products, extras = pushed
     return outputs, tuple(product.detach() for product in products), extras
 
 
@@ -75,17 +83,45 @@ def _push(
     released = not torch.is_grad_enabled() and not inside_derivative()
     with torch.enable_grad() if released else nullcontext():
         around = PushContext(outer_vmaps, not released)
-        pushed = _watched(func, copies, primals, tangents, around)
+        known = None if outer_vmaps or inside_derivative() else ("pushed", around)
+        pushed = _watched_once(func, copies, primals, tangents, around, known)
     if not released:
         return pushed
     outputs, products, extras = map(off_graph, pushed)
     return outputs, products, extras
 
 
+def _watched_once(
+    func: LeafFunction,
+    copies: Leaves,
+    primals: Leaves,
+    tangents: Leaves,
+    around: PushContext,
+    known: Hashable,
+) -> tuple[Leaves, Leaves, Leaves]:
+    """A push of tangents, watched unless an earlier one has shown nothing to watch for.
+
+    A watch takes a third of a small push. Functions that call modules are always watched, whose
+    hooks forward mode passes by.
+
+    Args:
+        known: equal for pushes of which one tells about all; None where none does.
+    """
+    calls_module = getattr(func, "state", None) is not None
+    if known is None or calls_module or getattr(func, "may_share_module", True):
+        return _watched(func, copies, primals, tangents, around)[0]
+    if is_unwatched(func, known):
+        with _refusing(), MathAttention():
+            return _jvp(func, copies, tangents)
+    pushed, watch = _watched(func, copies, primals, tangents, around)
+    note_unwatched(func, known, watch)
+    return pushed
+
+
 def _watched(
     func: LeafFunction, copies: Leaves, primals: Leaves, tangents: Leaves, around: PushContext
-) -> tuple[Leaves, Leaves, Leaves]:
-    """A push of tangents of the copies under the watch of forward mode."""
+) -> tuple[tuple[Leaves, Leaves, Leaves], ForwardWatch]:
+    """A push of tangents of the copies under the watch of forward mode, and the watch."""
     constants: list[int] = []
 
     def noting(*inner: Tensor) -> tuple[Leaves, Leaves]:
@@ -94,19 +130,27 @@ def _watched(
             constants.extend(n for n, out in enumerate(outputs) if not has_tangent(out))
         return outputs, extras
 
-    try:
+    with _refusing():
         with ForwardWatch(around) as watch, MathAttention():
             pushed = _jvp(noting, copies, tangents)
         watch.check_copies(primals)
+        watch.stays_watched |= watch.leaves_torch
         if constants:
             check_stays_in_torch(func, primals, pushed[0], constants)
+    return pushed, watch
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """A context in which an error about a lack of forward mode is a refusal."""
+    try:
+        yield
     except Refused:
         raise
     except RuntimeError as error:
         if lacks_forward_rule(error) or is_of_old_style(error):
             raise Refused("torch has no forward mode for it; use strategy=Reverse()") from error
         raise
-    return pushed
 
 
 def _jvp(func: LeafFunction, primals: Leaves, tangents: Leaves) -> tuple[Leaves, Leaves, Leaves]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, Sink
+from jacfunc._calls import OneTensor
 from jacfunc._errors import is_out_of_memory
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
@@ -172,6 +173,7 @@ def _sizes(call: ModuleCall) -> set[int]:
 def _has_batch(call: ModuleCall, result: Evaluation) -> bool:
     """Has every output of the batch as a whole the samples in front?"""
     shapes = [out.shape for out in result.outputs]
+    assert not isinstance(result.call, OneTensor)  # which is a function's
     if result.call.output_shapes == shapes:
         return True
     every = call.flat_call()  # the samples were evaluated alone, or a few at once

@@ -16,9 +16,18 @@ from jacfunc._memory import Chunk
 from jacfunc._planning.budget import bounded, bounded_samples, piece_of, with_fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, blocks_by, rows_first
-from jacfunc._planning.recall import Planner, by_memory
+from jacfunc._planning.recall import Planner, by_memory, settled_by_plan
+from jacfunc._remembered import CallKind
 from jacfunc._types import Blocks
-from jacfunc.strategies import Forward, Reverse, ReverseOverForward, Streaming, Structured, Sweeping
+from jacfunc.strategies import (
+    Forward,
+    Reverse,
+    ReverseOverForward,
+    Strategy,
+    Streaming,
+    Structured,
+    Sweeping,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,10 @@ class Auto(Streaming):
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` from the first strategy that torch does not refuse."""
         return by_plan(self, sink, operator, self.directions)
+
+    def settled_for(self, kind: CallKind) -> Strategy | None:
+        """The plan's strategy, once the plan stays."""
+        return settled_by_plan(self, kind)
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The plan for this operator, which is evaluated for it."""

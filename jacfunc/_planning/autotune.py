@@ -26,10 +26,12 @@ from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
 from jacfunc._planning.choice import SampledWays, by_sizes, candidates, fastest
 from jacfunc._planning.plan import Plan, alternatives, rows_first
+from jacfunc._planning.recall import settled_by_plan
 from jacfunc._planning.tuning_cache import winners
+from jacfunc._remembered import CallKind
 from jacfunc._types import Blocks
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Forward, Reverse, Streaming, Structured, Sweeping
+from jacfunc.strategies import Forward, Reverse, Strategy, Streaming, Structured, Sweeping
 
 ROUNDS, FEWEST = 25, 5
 SECONDS = 1.0
@@ -92,6 +94,10 @@ class Autotune(Streaming):
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]`` by the fastest strategy."""
         return by_plan(self, sink, operator, BOTH)
+
+    def settled_for(self, kind: CallKind) -> Strategy | None:
+        """The winner, once it is known."""
+        return settled_by_plan(self, kind)
 
     def plan(self, operator: JacobianOperator) -> Plan:
         """The plan with the winner, which is measured unless it is known."""

@@ -22,6 +22,7 @@ from jacfunc._remembered import CallKind, Recent, Remembered
 from jacfunc._torch import is_outermost
 from jacfunc._types import Memory
 from jacfunc._units import in_seconds
+from jacfunc.strategies import Strategy
 
 Planned = tuple[Plan, Chunk]
 """A plan, and with how many samples at once it runs."""
@@ -127,6 +128,12 @@ def recall(strategy: Planner, call: CallKind) -> Planned | None:
         if planned is not None:
             own.put(call.callable, call.kind, planned)
     return planned
+
+
+def settled_by_plan(strategy: Planner, call: CallKind) -> Strategy | None:
+    """The strategy of a plan that stays; None where there is none, or another may get a try."""
+    planned = recall(strategy, call)
+    return None if planned is None or planned[0].timing.left else planned[0].strategy
 
 
 def remember(strategy: Planner, call: CallKind, planned: Planned) -> None:

@@ -5,6 +5,7 @@ from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._second import FirstDerivative, ReverseOverForward, SecondCall
+from jacfunc.strategies._settled import SettledFunction
 from jacfunc.strategies._strategy import Strategy, Streaming, Sweeping, Sweeps, blocks_into
 from jacfunc.strategies._structured import Structured
 
@@ -16,6 +17,7 @@ __all__ = [
     "Reverse",
     "ReverseOverForward",
     "SecondCall",
+    "SettledFunction",
     "Strategy",
     "Streaming",
     "Structured",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from jacfunc._assembly import NEW_TENSORS, Grid, Sink
-from jacfunc._calls import FlatCall
+from jacfunc._calls import FlatCall, OneTensor
 from jacfunc._errors import Nameless, Refused, is_out_of_memory, out_of_memory
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._types import Blocks, Leaves, Tree
@@ -29,7 +29,7 @@ class Evaluation:
         sink: where the blocks went.
     """
 
-    call: FlatCall | SecondCall
+    call: FlatCall | SecondCall | OneTensor
     blocks: Blocks
     image: Callable[[], tuple[Leaves, Leaves]]
     sink: Sink

@@ -11,6 +11,7 @@ from jacfunc._assembly import NEW_TENSORS, Sink, Sweep, numel
 from jacfunc._errors import Nameless
 from jacfunc._linear_map import JacobianOperator, check_numbers
 from jacfunc._memory import Chunk
+from jacfunc._remembered import CallKind
 from jacfunc._types import Blocks
 
 MANY = 2**14
@@ -48,6 +49,10 @@ class Streaming(ABC):
     @abstractmethod
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Sweep the operator, and return blocks ``[*out_i, *in_j]`` from the sink."""
+
+    def settled_for(self, kind: CallKind) -> Strategy | None:
+        """What takes all later calls of this kind; None as long as that is not settled."""
+        return self
 
     def materialize(self, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out_i, *in_j]``, each a new tensor."""

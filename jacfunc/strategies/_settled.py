@@ -1,0 +1,126 @@
+"""Calls of a function of one tensor that leave nothing to look at but the graph."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacfunc._assembly import NEW_TENSORS, owned, rows_to_blocks, unit_seeds
+from jacfunc._calls import Derivation, FlatCall, OneTensor
+from jacfunc._faults import runs_alone
+from jacfunc._linear_map import Anchor, Graph, Linearization, map_of_graph, writable_copy
+from jacfunc._lock import alone
+from jacfunc._log import is_heard
+from jacfunc._remembered import MOST_KINDS, Recent
+from jacfunc._torch import MathAttention, is_undisturbed, recording, run_as_written
+from jacfunc._types import Tree
+from jacfunc.strategies._evaluation import Evaluation
+from jacfunc.strategies._reverse import Reverse
+from jacfunc.strategies._second import SecondCall
+from jacfunc.strategies._strategy import Strategy, Streaming
+
+MOST_LOOKS = 8
+"""Calls of a kind that are looked at: plans are settled within a few calls, or at none."""
+
+
+class SettledFunction:
+    """What the calls of one derivative have settled, by the kind of their only argument.
+
+    Of such a kind it is known that the function needs no watch and returns one tensor, and that all
+    rows are swept at once. Later calls are evaluated, and their graph is looked at and swept: they
+    take half the time of a small Jacobian. What differs from the calls before, in kind, output or
+    graph, or raises, is taken anew by the way of a first call.
+    """
+
+    def __init__(self, derivation: Derivation, strategy: Strategy) -> None:
+        self._func, self._strategy = derivation.func, strategy
+        self._by_kind = Recent[tuple[torch.Size, bool]](MOST_KINDS)
+        self._looks = Recent[int](MOST_KINDS)
+
+    def evaluation(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Evaluation | None:
+        """The evaluation of a call, where calls of its kind have settled all but the numbers."""
+        if torch.compiler.is_compiling() or kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+            return None
+        x = args[0]
+        kind = _kind_of(x)
+        settled = self._by_kind.get(kind)
+        if settled is None or not _is_plain(x) or is_heard():
+            return None
+        linear = None
+        with suppress(RuntimeError):  # torch's; the way of a first call tells what it is about
+            linear = self._linearized(x, *settled)
+        if linear is not None:
+            with suppress(Exception):  # of a backward pass of the user's own
+                return _evaluated(linear, x)
+        self._by_kind.pop(kind, None)
+        return None
+
+    def look_at(self, call: FlatCall | SecondCall, evaluation: Evaluation) -> None:
+        """Note whether later calls of this kind need no more than this one has shown."""
+        if torch.compiler.is_compiling() or not isinstance(call, FlatCall):
+            return
+        if not call.maps_tensor_to_tensor or not _is_plain(x := call.primals[0]):
+            return
+        kind = _kind_of(x)
+        looks = self._looks.get(kind, 0)
+        if looks == MOST_LOOKS:
+            return
+        self._looks.put(kind, looks + 1)
+        if not self._sweeps_once(call):
+            return
+        (out,), is_alone = evaluation.outputs, runs_alone(call, _around())
+        is_constant = out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
+        if is_constant and is_alone is not None:
+            self._by_kind.put(kind, (out.shape, is_alone))
+
+    def _sweeps_once(self, call: FlatCall) -> bool:
+        """Are all rows pulled back at once in all later calls of this kind?"""
+        chosen: Strategy | None = self._strategy
+        if isinstance(chosen, Streaming):
+            chosen = chosen.settled_for(call.call_kind)
+        return type(chosen) is Reverse and chosen.chunk_size is None
+
+    def _linearized(self, x: Tensor, shape: torch.Size, is_alone: bool) -> Linearization | None:
+        """The function at a point; None where the output, or the graph, is of another kind."""
+        with recording(), MathAttention():
+            anchor = x.detach().requires_grad_()
+            copy = writable_copy(anchor)
+            starts = {copy.grad_fn}  # before func, which may write into its argument
+            with alone() if is_alone else nullcontext():
+                out = run_as_written(self._func, copy)
+        if type(out) is not Tensor or out.shape != shape or out.dtype != x.dtype:
+            return None
+        graph = Graph.back_to(starts, (out,))
+        if graph.leads_out and torch.is_grad_enabled():  # somebody may differentiate the Jacobian
+            return None
+        return map_of_graph((out,), (), (Anchor.at(anchor),), graph, differentiated=False)
+
+
+def _evaluated(linear: Linearization, x: Tensor) -> Evaluation:
+    outputs = linear.outputs
+    rows = owned(linear.pull_batch(unit_seeds(outputs, 0, outputs[0].numel())))
+    blocks = rows_to_blocks(rows, outputs, (x,))
+    return Evaluation(OneTensor(), blocks, lambda: (outputs, ()), NEW_TENSORS)
+
+
+def _kind_of(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, torch.is_grad_enabled()
+
+
+def _around() -> tuple[bool, bool, int]:
+    """What the first derivative is evaluated for, where nobody differentiates by its argument."""
+    return torch.is_grad_enabled(), False, 1
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Is it a constant of numbers, and is nobody but us looking at what torch does?"""
+    is_constant = not (x.requires_grad or x.is_inference())
+    return (
+        is_constant
+        and x.layout is torch.strided
+        and is_undisturbed()
+        and not torch.is_inference_mode_enabled()
+    )

@@ -1,0 +1,301 @@
+"""Later calls of a kind do less than the first ones, and all that differs is taken anew."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import jacfunc
+from jacfunc.strategies import evaluate
+from jacfunc.testing import known_machine
+
+CALLS = 6  # until plans stay
+X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
+W = torch.tensor([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]], dtype=torch.float64)
+
+
+def beside_the_value(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    both = jacfunc.value_and_jacobian(f)
+    return lambda x: both(x)[1]
+
+
+DOORS: dict[str, Any] = {
+    "jacrev": jacfunc.jacrev,
+    "auto": jacfunc.jacobian,
+    "beside the value": beside_the_value,
+}
+
+
+@pytest.fixture(autouse=True)
+def _same_plans() -> Iterator[None]:
+    with known_machine():
+        yield
+
+
+def served(derive: Callable[[Tensor], Any], x: Tensor = X) -> bool:
+    """Is a call one that has nothing to settle, and takes the short way to its end?"""
+    starts: list[Any] = []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is evaluate.__code__:
+            starts.append(frame)
+
+    sys.setprofile(note)
+    try:
+        derive(x)
+    finally:
+        sys.setprofile(None)
+    return not starts
+
+
+def settled(derive: Callable[[Tensor], Any], x: Tensor = X) -> Callable[[Tensor], Any]:
+    """The derivative, after so many calls that all is settled that can be."""
+    for _ in range(CALLS):
+        derive(x)
+    return derive
+
+
+def looped_jacobian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Rows by plain autograd, one after the other."""
+    point = at.detach().clone().requires_grad_()
+    out = f(point.clone())
+    if not out.requires_grad:
+        return out.new_zeros(out.shape + at.shape)
+    rows = [torch.autograd.grad(number, point, retain_graph=True)[0] for number in out.flatten()]
+    return torch.stack(rows).view(out.shape + at.shape)
+
+
+def own_calls(run: Callable[[], object]) -> int:
+    """How many of jacfunc's functions a call enters."""
+    home, count = str(Path(jacfunc.__file__).parent), 0
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(home)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("name", ["jacrev", "auto"])
+def test_a_settled_call_does_half(name: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(W @ x)
+
+    derive = DOORS[name](f)
+    settled(derive)
+    later = own_calls(lambda: derive(X))
+    anew = own_calls(lambda: derive(X.clone().requires_grad_()))  # which is never settled
+    assert later < 0.6 * anew
+    assert later < 75
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.tanh(W @ x),
+        lambda x: (W @ x).square().sum(),
+        lambda x: x.sum(),
+        lambda x: x,
+        lambda x: x[None].expand(4, 3).cos(),
+        lambda x: x.mul_(2).sin_(),
+        lambda x: W.clone(),
+    ],
+    ids=["rows", "square", "sum", "identity", "matrix", "writes", "constant"],
+)
+def test_settled_calls_are_exact(door: Any, f: Any) -> None:
+    derive = settled(door(f))
+    for step in range(3):
+        at = X + step
+        torch.testing.assert_close(derive(at), looped_jacobian(f, at))
+        assert at.equal(X + step)
+
+
+def test_the_value_is_that_of_the_call() -> None:
+    both = jacfunc.value_and_jacobian(lambda x: torch.tanh(W @ x))
+    settled(both)
+    assert served(both)
+    value, jacobian = both(X + 1)
+    torch.testing.assert_close(value, torch.tanh(W @ (X + 1)))
+    torch.testing.assert_close(jacobian, (1 - value**2)[:, None] * W)
+    assert not value.requires_grad
+    assert not jacobian.requires_grad
+
+
+def test_the_function_is_evaluated_once() -> None:
+    count = 0
+
+    def f(x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return W @ x
+
+    derive = settled(jacfunc.jacrev(f))
+    count = 0
+    assert served(derive)
+    assert count == 1
+
+
+class Kept(torch.autograd.Function):
+    """A sum whose backward pass returns a tensor that is the user's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Tensor) -> Tensor:
+        ctx.own = own
+        return (x * own).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        return ctx.own, None
+
+
+def test_results_are_tensors_of_their_own() -> None:
+    own = W[0].clone()
+    derive = settled(jacfunc.jacrev(lambda x: Kept.apply(x, own)))
+    derive(X).zero_()
+    assert own.equal(W[0])
+
+
+def test_another_kind_is_another_call() -> None:
+    derive = settled(jacfunc.jacrev(torch.sin))
+    for x in (X[:2], X.float(), X[:, None]):
+        torch.testing.assert_close(derive(x), looped_jacobian(torch.sin, x))
+        assert not served(jacfunc.jacrev(torch.sin), x)
+    assert served(derive)
+
+
+def test_what_others_look_at_is_taken_anew() -> None:
+    derive = settled(jacfunc.jacrev(torch.sin))
+    expected = torch.diag(X.cos())
+    torch.testing.assert_close(torch.vmap(derive)(X[None])[0], expected)
+    tangent = torch.func.jvp(derive, (X,), (X,))[1]
+    torch.testing.assert_close(tangent, torch.diag(-X.sin() * X))
+    derive(at := X.clone().requires_grad_()).sum().backward()
+    torch.testing.assert_close(at.grad, -X.sin())
+    assert not served(torch.vmap(derive), X[None])
+    assert not served(derive, at)
+    with torch.no_grad():
+        torch.testing.assert_close(settled(derive)(X), expected)
+        assert served(derive)
+    with torch.inference_mode():
+        torch.testing.assert_close(derive(X), expected)
+        assert not served(derive)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_what_it_closes_over_may_require_gradients_later(grad_mode: bool) -> None:
+    weight = W.clone()
+    derive = settled(jacfunc.jacrev(lambda x: torch.tanh(weight @ x)))
+    weight.requires_grad_()
+    with torch.set_grad_enabled(grad_mode):
+        for _ in range(CALLS):
+            assert derive(X).requires_grad is grad_mode
+    if grad_mode:
+        (grad,) = torch.autograd.grad(derive(X).sum(), weight)
+        jacobian = lambda w: ((1 - torch.tanh(w @ X) ** 2)[:, None] * w).sum()  # noqa: E731
+        torch.testing.assert_close(grad, looped_jacobian(jacobian, W))
+
+
+def test_another_output_is_taken_anew() -> None:
+    mode = "vector"
+
+    def f(x: Tensor) -> Any:
+        returned = {
+            "vector": lambda: W @ x,
+            "scalar": lambda: x.sum(),
+            "single": lambda: (W @ x).float(),
+            "dict": lambda: {"a": W @ x},
+            "twice": lambda: torch.stack([W @ x, W @ x]),
+        }
+        return returned[mode]()
+
+    derive = settled(jacfunc.jacrev(f))
+    for name, expected in (
+        ("scalar", torch.ones_like(X)),
+        ("dict", {"a": W}),
+        ("vector", W),
+        ("twice", torch.stack([W, W])),
+        ("vector", W),
+    ):
+        mode = name
+        torch.testing.assert_close(derive(X), expected)
+    mode = "single"
+    assert derive(X).dtype == jacfunc.jacrev(f)(X).dtype
+
+
+def test_errors_are_those_of_a_first_call() -> None:
+    fails, count = False, 0
+
+    def f(x: Tensor) -> Any:
+        nonlocal count
+        if fails:
+            count += 1
+            raise ValueError("of the function")
+        return x.sin()
+
+    derive = settled(jacfunc.jacrev(f))
+    fails = True
+    with pytest.raises(ValueError, match="of the function"):
+        derive(X)
+    assert count == 1
+    fails = False
+    assert derive(X).equal(torch.diag(X.cos()))
+
+
+class Failing(torch.autograd.Function):
+    """A sine whose backward pass fails from some call on."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        if Failing.fails:
+            raise ValueError("of the backward pass")
+        return cotangents[0] * ctx.saved_tensors[0].cos()
+
+
+def test_errors_of_backward_passes_are_refusals_as_in_a_first_call() -> None:
+    derive = settled(jacfunc.jacrev(lambda x: Failing.apply(x)))
+    Failing.fails = True
+    messages = []
+    for each in (derive, jacfunc.jacrev(lambda x: Failing.apply(x))):
+        with pytest.raises(NotImplementedError, match="of the backward pass") as raised:
+            each(X)
+        messages.append(str(raised.value))
+    Failing.fails = False
+    assert messages[0] == messages[1]
+    assert derive(X).equal(torch.diag(X.cos()))
+
+
+def test_a_network_in_a_function() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    net.requires_grad_(False)
+    f = lambda x: net(x)  # noqa: E731
+    derive = settled(jacfunc.jacrev(f))
+    net[0].weight.mul_(2)
+    torch.testing.assert_close(derive(X), looped_jacobian(f, X))
+    assert served(derive)
+
+
+def test_what_is_heard_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    derive = settled(jacfunc.jacobian(lambda x: torch.tanh(W @ x)))
+    with caplog.at_level("INFO", "jacfunc"):
+        derive(X)
+        assert not served(derive)
+    assert "Reverse" in caplog.text
