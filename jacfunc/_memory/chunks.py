@@ -77,12 +77,18 @@ class FittedChunks:
         give_back()  # before the result is allocated, and the next chunk, which is larger
         return products, counter.peak
 
-    def next(self, size: int, nbytes: int, most: int) -> int:
-        """The size of the chunk after one of this size, which took so many bytes."""
+    def next(self, size: int, nbytes: int, most: int, is_first: bool = False) -> int:
+        """The size of the chunk after one of this size, which took so many bytes.
+
+        With the first of all chunks may be counted what is done once, such as the result itself:
+        it never makes the next one smaller.
+        """
         room = self.room
         if self.counts_products:
             room = max(room, nbytes * most // (SHARE * max(size, 1)))
         fitting = min(most, max(1, int(size * room / max(nbytes, 1))))
+        if is_first and fitting <= size < most and not self.counts_products:
+            return size
         if ROUND <= fitting < most:
             fitting -= fitting % ROUND
         if fitting in (1, most) or size <= fitting <= GROWTH * size:
@@ -141,5 +147,5 @@ def in_chunks(total: int, chunk: Chunk, take: Take) -> Iterator[Leaves]:
             note("out of memory with %d seeds at once, goes on with %d", stop - start, step)
             continue
         if counting is not None:
-            step = counting.next(stop - start, nbytes, most)
+            step = counting.next(stop - start, nbytes, most, is_first=start == 0)
         start = max(stop, 1)

@@ -12,6 +12,7 @@ from jacfunc._memory import (
     MODEST_BYTES,
     PIECE_BYTES,
     SPARE_BYTES,
+    STAGED_BYTES,
     Chunk,
     FittedChunks,
     evenly,
@@ -30,9 +31,10 @@ HEAP_FACTOR = 6
 aligned, and a freed block is too small for the next one of its size.
 """
 
-WORK_SHARE, LEAST_SAMPLES = 2, 16
-"""Without a budget a batch is evaluated in pieces, of so many samples at least, where the work on a
-row of all takes more than this part of the result."""
+WORK_SHARE, PIECE_SHARE, LEAST_SAMPLES = 2, 6, 12
+"""Without a budget a batch is evaluated in pieces where the work on a row of all takes more than
+the first part of a large result. That on a row of a piece takes at most the second part; but a
+piece has so many samples at least."""
 
 ENOUGH_SEEDS, ENOUGH_BYTES = 128, 2**24
 """A chunk of more seeds that takes more bytes is no faster, and leaves the heap in pieces: then the
@@ -108,9 +110,11 @@ def piece_of(samples: SampledWays, one: Costs, strategy: Sweeping) -> int | None
     stay in the cache. ``one`` are the costs of a sample, swept by this strategy.
     """
     work, result = one.seed_bytes(strategy), samples.size * one.result
-    if not samples.may_be_whole or samples.size * work <= max(MODEST_BYTES, result // WORK_SHARE):
+    modest = MODEST_BYTES if result < STAGED_BYTES else min(result, MODEST_BYTES)
+    if not samples.may_be_whole or samples.size * work <= max(modest, result // WORK_SHARE):
         return None
-    return max(LEAST_SAMPLES, evenly(samples.size, work, PIECE_BYTES))
+    most = min(PIECE_BYTES, max(1, result // PIECE_SHARE))
+    return max(LEAST_SAMPLES, evenly(samples.size, work, most))
 
 
 def fewer_rows(batch_costs: Costs) -> Reverse:

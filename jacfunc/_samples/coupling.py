@@ -29,7 +29,8 @@ COARSE = 0.1
 """Relative difference between a sample alone and in its batch that is no rounding."""
 
 LARGE_RESULT = 2**20
-"""Entries of all samples' Jacobians from which on the heap gives back what a comparison took."""
+"""Entries of all samples' Jacobians from which on the heap gives back what the first comparison of
+a kind of call took."""
 
 BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
 """Operations, by parts of their names, after which sums may have another order of terms."""
@@ -60,7 +61,7 @@ def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None)
             result = _until_shown(x.result(generator, thorough) for x in compared)
             if result.was_evaluated or count == size:
                 entries = result.rows * subject.width * size
-                if entries >= LARGE_RESULT:
+                if number == 1 and entries >= LARGE_RESULT:  # later ones take the same pages again
                     give_back()  # or what was taken would lie beside the result
                 return replace(result, entries=entries)
             count = size  # a module may take batches of one size

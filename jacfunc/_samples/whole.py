@@ -61,7 +61,7 @@ class WholeBatches:
             Refused: if the tensors of the batch do not hold the samples in one dimension, or if
                 its backward pass is not that of each sample alone.
         """
-        learned, size = self.learned, self.samples.size
+        learned, size, is_first = self.learned, self.samples.size, not self.learned.lessons
         if size == 1 or (learned.sites is not None and not learned.moves_samples):
             result = self._as_learned()
             if result and (size == 1 or not result[0].moves_samples):
@@ -69,14 +69,15 @@ class WholeBatches:
         for trace, other in self._traces():
             before = learned.copy()
             result, is_like = self._learned_from(trace, other)
-            if result:
-                del trace, other
-                give_back()  # or what was taken would lie beside the result
-                return result
-            if is_like:
+            if result or is_like:
                 break
             learned.restore(before)
             note("a batch of other samples is looked at: those calls other operations")
+        del trace, other
+        if is_first:  # later lessons take the same pages again
+            give_back()  # or what was taken would lie beside the result
+        if result:
+            return result
         raise Refused("its tensors do not hold the samples in one dimension")
 
     def _as_learned(self) -> Evaluated | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import Grid, Sink, stack
-from jacfunc._factored import FactoredJacobian
-from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, in_chunks
+from jacfunc._factored import FactoredJacobian, LearnedUses
+from jacfunc._memory import LEAST_SWEPT_BYTES, MOST_SWEPT_BYTES, Chunk, evenly, give_back, in_chunks
 from jacfunc._samples.call import SampledCall
 from jacfunc._samples.one import OneSample, first_again
 from jacfunc._types import Leaves
@@ -39,7 +39,7 @@ class SampleWriter:
 
     def leaves(self, samples: Chunk, rows: Chunk) -> Leaves:
         """Blocks ``[B, *out, *in]``, outputs and extras of all samples, one after the other."""
-        total = self.batch.size
+        total, is_first = self.batch.size, self._is_first
 
         def take(start: int, stop: int) -> Leaves:
             factors, call = self.batch.factors(start, stop)
@@ -50,7 +50,7 @@ class SampleWriter:
             self.is_swept_at_once = is_every and self._takes_every_row(factors, grid, rows)
             if factors.carries_graph or self._are_blocks(factors, grid):
                 return (*self._blocks(factors), *beside)
-            self._write(factors, grid, start, rows)
+            self._write(factors, grid, start, rows, is_first)
             return beside
 
         def again(size: int) -> Leaves:
@@ -64,6 +64,12 @@ class SampleWriter:
         chunks = first_again(in_chunks(total, samples, take), total, outputs_of, again)
         leaves = stack(chunks, total)
         return leaves if self.places is None else (*self.places, *leaves)
+
+    @property
+    def _is_first(self) -> bool:
+        """Has no call of this kind shown anything yet?"""
+        batch = self.batch
+        return not (batch.learned_as_a_whole.lessons or LearnedUses.of(batch.kind).refused)
 
     def _blocks(self, factors: FactoredJacobian) -> Leaves:
         """Blocks as new tensors, each of one sweep."""
@@ -92,13 +98,21 @@ class SampleWriter:
         most = min(max(result // SWEPT_SHARE, LEAST_SWEPT_BYTES), self.most_swept)
         return evenly(rows, factors.nbytes, most)
 
-    def _write(self, factors: FactoredJacobian, grid: Grid, start: int, chunk: Chunk) -> None:
-        """Write the blocks of samples, of which the first has the number ``start``."""
+    def _write(
+        self, factors: FactoredJacobian, grid: Grid, start: int, chunk: Chunk, is_first: bool
+    ) -> None:
+        """Write the blocks of samples, of which the first has the number ``start``.
+
+        In the first call of a kind what a sweep took is given back before the next one: its blocks
+        may be too small for it, and the first call is long enough.
+        """
         total = self.batch.size
         samples = slice(start, start + factors.size)
         for number, rows in enumerate(grid.rows):
 
             def fill(begin: int, end: int, number: int = number) -> Leaves:
+                if is_first:
+                    give_back()
                 parts = factors.parts_of_rows(begin, end, number)
                 # not before: what the sweep took for a while need not lie beside the result
                 blocks = self._places(factors, grid, number)

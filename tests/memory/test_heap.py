@@ -49,6 +49,28 @@ def test_what_a_call_takes_for_a_while_is_there_for_the_next(strategy: str) -> N
     assert faults_of_a_call(strategy) < chosen / 20
 
 
+COMPARED = """
+import resource, torch, jacfunc
+torch.set_num_threads(1)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+layers = torch.nn.Linear(784, 12), torch.nn.Tanh(), torch.nn.Linear(12, 10)
+jac, x = jacfunc.module_jacobian(torch.nn.Sequential(*layers)), torch.randn(256, 784)
+counts = []
+for _ in range(9):
+    before = faults()
+    jac(x)
+    counts.append(faults() - before)
+print(sorted(counts[2:])[3])
+"""
+
+
+def test_pages_of_a_comparison_are_there_for_the_next() -> None:
+    """Batches are compared at every call here: whether the samples depend, nobody has said."""
+    run = [sys.executable, "-W", "ignore", "-c", COMPARED]
+    told = subprocess.run(run, env=dict(os.environ), capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 300
+
+
 PIECES = """
 import torch
 from jacfunc._memory import give_back, keep_heap

@@ -388,6 +388,22 @@ def test_a_constant_that_hides_the_growth_is_not_trusted():
     assert max(taken) <= 50
 
 
+def test_what_is_made_once_makes_no_later_chunk_smaller():
+    """The result, for one, is made with the first chunk: more than all chunks may take."""
+    result = []
+
+    def bytes_of(size):
+        if not result:
+            result.append(torch.empty(10**6, dtype=torch.uint8))
+        return 40 * size
+
+    within = FittedChunks(4000)
+    assert sizes_taken(200, within, bytes_of) == [2, 2, 96, 96, 4]
+    assert within.settled == [96]
+    result.clear()
+    assert sizes_taken(10, FittedChunks(60), bytes_of) == [2, 2, 1, 1, 1, 1, 1, 1]
+
+
 def test_chunks_have_a_limit():
     assert sizes_taken(20, FittedChunks(10**9, at_most=8), lambda size: size) == [2, 8, 8, 2]
     assert sizes_taken(20, FittedChunks(10**9), lambda size: size) == [2, 18]

@@ -745,6 +745,30 @@ def test_all_samples_of_a_large_batch_are_compared_in_groups() -> None:
         jacfunc.module_jacobian(module, "inputs", per_sample=True)(x)
 
 
+class LastState(nn.Module):
+    """The last state of a recurrent layer, whose rows take three times their part of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.head = nn.RNN(28, 48, batch_first=True), nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.read(x)[0][:, -1])
+        return out
+
+
+def test_pieces_take_little_beside_their_result() -> None:
+    """A row of all samples took as much as three results."""
+    net, sizes = LastState(), list[int]()
+    net.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    x = torch.randn(668, 28, 28)
+    jacobian = jacfunc.module_jacobian(net, "inputs", per_sample=True, independent=True)(x)
+    assert max(sizes) <= 60
+    first = x[-1:].clone().requires_grad_()
+    rows = [torch.autograd.grad(out, first, retain_graph=True)[0][0] for out in net(first)[0]]
+    torch.testing.assert_close(jacobian[-1], torch.stack(rows), rtol=1e-4, atol=1e-5)
+
+
 def test_a_large_batch_is_swept_in_pieces_without_a_budget() -> None:
     net = nn.Sequential(nn.Linear(3, 40_000), nn.Tanh(), nn.Linear(40_000, 2))
     sizes: list[int] = []
