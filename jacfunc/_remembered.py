@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from functools import cache
 from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
@@ -118,41 +116,3 @@ class Remembered(Generic[Value]):
                 memory._entries.pop(key, None)
 
         return ref(owner, forget)
-
-
-@dataclass
-class KnownCalls:
-    """What is known of the calls of one kind: how many there were, and whether they are large."""
-
-    count: int = 0
-    is_large: bool = False
-    is_compared: bool = False
-    """Were many halves compared at the last call?"""
-    signatures: set[int] = field(default_factory=set)
-    """Operations of evaluations after which batches were compared."""
-
-    def add(self, signature: int) -> None:
-        """Take in the operations of an evaluation, after which batches were compared."""
-        if len(self.signatures) >= MOST_KINDS:
-            self.signatures.clear()
-        self.signatures.add(signature)
-
-    @property
-    def is_due(self) -> bool:
-        """Is the last call the first, the second, the fourth, the eighth, …?"""
-        return self.count & (self.count - 1) == 0
-
-    @property
-    def is_next_due(self) -> bool:
-        """Is the next call one of these?"""
-        return self.count & (self.count + 1) == 0
-
-
-@cache
-def _calls_of() -> Remembered[Recent[KnownCalls]]:
-    return Remembered()
-
-
-def kinds_of(owner: object) -> Recent[KnownCalls]:
-    """What is known of the calls of a module or a loss, or of a version of these, by kind."""
-    return _calls_of().get_or_make(owner, None, lambda: Recent(MOST_KINDS))

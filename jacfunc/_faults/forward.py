@@ -162,6 +162,8 @@ FORWARD_FAULTS = (
 )
 
 
+OPERATORS = torch._ops.OpOverload, torch._ops.OpOverloadPacket
+
 FAULTY = _DETERMINANTS.union(*(fault.names for fault in FORWARD_FAULTS))
 """All names in the table."""
 
@@ -213,7 +215,7 @@ def check_push(
     for fault in () if is_mended or name not in FAULTY else FORWARD_FAULTS:
         if name in fault.names and fault.applies(kwargs, args, around):
             raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
-    if isinstance(func, torch._ops.OpOverload) and lacks_forward_kernel(func):
+    if isinstance(func, OPERATORS) and lacks_forward_kernel(func):
         raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
 
 

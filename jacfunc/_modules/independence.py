@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from torch.nn.modules import module as torch_module
 
 from jacfunc._errors import Refused
-from jacfunc._lending import ModuleState, version_of_loss
-from jacfunc._remembered import KnownCalls, Recent, kinds_of
+from jacfunc._lending import ModuleState, Version, version_of_loss
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import Coupling, GradientOf, Subject, coupling, loss_coupling
 from jacfunc._torch import is_traced
 from jacfunc._types import Leaves
@@ -25,6 +26,28 @@ takes a few hundredths of the time of these."""
 
 FEW_CALLS = 8
 """How many samples are evaluated at once where memory is to be spared."""
+
+
+@dataclass
+class KnownCalls:
+    """What is known of the calls of one kind: how many there were, and whether they are large."""
+
+    count: int = 0
+    is_large: bool = False
+    is_compared: bool = False
+    """Were many halves compared at the last call?"""
+    signatures: set[int] = field(default_factory=set)
+    """Operations of evaluations after which batches were compared."""
+
+    @property
+    def is_due(self) -> bool:
+        """Is the last call the first, the second, the fourth, the eighth, …?"""
+        return self.count & (self.count - 1) == 0
+
+    @property
+    def is_next_due(self) -> bool:
+        """Is the next call one of these?"""
+        return self.count & (self.count + 1) == 0
 
 
 @dataclass(frozen=True)
@@ -105,39 +128,12 @@ class Independence:
         if calls is None or (signature in calls.signatures and not may_mix):
             return
         if not calls.is_compared:
-            self._compare_anew(api, calls.count, subject_of)
+            thorough = replace(self, is_thorough=True)
+            self._refuse(api, thorough._comparison(api, subject_of)(calls.count).what)
             calls.is_compared = True
-        calls.add(signature)
-
-    def check_changed(
-        self,
-        api: str,
-        owner: object,
-        kind: Hashable,
-        signature: int,
-        subject_of: Callable[[], Subject],
-    ) -> None:
-        """Refuse such a module where other operations are called than in its first evaluation.
-
-        That one is taken as it is: products may be those of coupled samples, and cost too little
-        for a comparison.
-
-        Args:
-            owner: the module, or the function, whatever its state.
-        """
-        if self.independent is True or is_traced():
-            return
-        kinds = kinds_of(owner)
-        calls = kinds.get(kind)
-        if calls is None:
-            kinds.put(kind, calls := KnownCalls())
-        elif signature not in calls.signatures:
-            self._compare_anew(api, 0, subject_of)
-        calls.add(signature)
-
-    def _compare_anew(self, api: str, number: int, subject_of: Callable[[], Subject]) -> None:
-        thorough = replace(self, is_thorough=True)
-        self._refuse(api, thorough._comparison(api, subject_of)(number).what)
+        if len(calls.signatures) >= MOST_KINDS:
+            calls.signatures.clear()
+        calls.signatures.add(signature)
 
     def _refuse_traced(self, api: str, may_mix: bool) -> None:
         """Refuse to be traced where every call must compare batches, which reads numbers."""
@@ -183,7 +179,7 @@ class Independence:
         def compare(number: int) -> Coupling:
             return loss_coupling(gradient_of, outputs, number)
 
-        if self._what_changes(lambda: kinds_of(version_of_loss(loss)), kind, compare):
+        if self._what_changes(lambda: _kinds_of(version_of_loss(loss)), kind, compare):
             raise ValueError(
                 f"{api}: the loss must be a sum or mean over samples, got one whose gradient in "
                 "the outputs of a sample changes with those of others. Use a loss that adds up "
@@ -240,5 +236,15 @@ def _with_hooks(kind: Hashable) -> Hashable:
     return kind, *torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks
 
 
+@cache
+def _calls_of() -> Remembered[Recent[KnownCalls]]:
+    """The known calls of each version of a module or a loss, by kind."""
+    return Remembered()
+
+
+def _kinds_of(version: Version) -> Recent[KnownCalls]:
+    return _calls_of().get_or_make(version, None, lambda: Recent(MOST_KINDS))
+
+
 def _kinds_of_state(state: ModuleState) -> Recent[KnownCalls]:
-    return kinds_of(state.version_of_parts)
+    return _kinds_of(state.version_of_parts)

@@ -14,10 +14,10 @@ from jacfunc._lending import ModuleState
 from jacfunc._lock import alone
 from jacfunc._modules.batch import SampledJacobian
 from jacfunc._modules.call import ModuleCall
-from jacfunc._modules.independence import Independence
+from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._remembered import MOST_KINDS, KnownCalls, Recent, Remembered
+from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import MOST_MISSES, SampledCall, SettledBatch
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import Arguments, kind_of

@@ -150,8 +150,10 @@ def below_transforms(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def lacks_forward_kernel(op: torch._ops.OpOverload) -> bool:
+def lacks_forward_kernel(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
     """Has the operator no forward mode? Those of ``torch.library.custom_op`` have none."""
+    if isinstance(op, torch._ops.OpOverloadPacket):  # which overload it is, C++ finds out
+        return any(lacks_forward_kernel(getattr(op, name)) for name in op.overloads())
     if op.namespace in {"aten", "prim", "prims", "profiler"}:
         return False
     name = op._schema.name

@@ -225,12 +225,24 @@ cube.register_autograd(
 )
 
 
-def test_custom_operators_have_no_forward_rule():
+OPERATOR = torch.ops.jacfunc_tests.cube
+
+
+@pytest.mark.parametrize("func", [cube, OPERATOR, OPERATOR.default])
+def test_custom_operators_have_no_forward_rule(func):
+    """The operator itself does not say which of its overloads is called."""
     x = torch.tensor([1.0, 2.0])
-    assert torch.equal(torch.func.jacfwd(cube)(x), torch.zeros(2, 2))
+    expected = torch.diag(3 * x**2)
+    assert torch.equal(torch.func.jacfwd(func)(x), torch.zeros(2, 2))
+    for derivative in (jacfunc.jacfwd(func), jacfunc.vmap(jacfunc.jacfwd(func))):
+        with pytest.raises(NotImplementedError, match="no forward rule"):
+            derivative(x)
     with pytest.raises(NotImplementedError, match="no forward rule"):
-        jacfunc.jacfwd(cube)(x)
-    torch.testing.assert_close(jacfunc.jacobian(cube)(x), torch.diag(3 * x**2))
+        jacfunc.jvp(func, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="no forward rule"):
+        torch.func.jvp(jacfunc.jacrev(func), (x,), (x,))
+    torch.testing.assert_close(jacfunc.jacobian(func)(x), expected)
+    torch.testing.assert_close(jacfunc.linearize(func, x)[1] @ torch.ones(2), expected.sum(1))
 
 
 def test_second_order_through_the_jvp_of_a_custom_function_is_refused():
