@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from jacfunc._layouts import OperationRecorder
 from jacfunc._linear_map import JacobianOperator, narrowed, push_on_graph
 from jacfunc._log import note
 from jacfunc._modules import FunctionAsModule, ModuleAtBatch
-from jacfunc._remembered import Remembered
+from jacfunc._remembered import MOST_KINDS, Remembered
 from jacfunc._samples import SampledCall
+from jacfunc._torch import is_traced
 from jacfunc._types import LeafFunction, Leaves
 
 ITERATED = 1 / 4
@@ -85,17 +86,30 @@ def check_alone(batch: SampledCall, outputs: Leaves, instead: str) -> None:
 
 
 def check_changed(at_batch: ModuleAtBatch, signature: int) -> None:
-    """Refuse samples that depend on each other, where an evaluation shows another module.
+    """Refuse samples that depend on each other, where other operations are called than at first.
 
-    Batches are then compared; they are at every call, if that is insisted on.
+    The first evaluation is taken as it is: products may be those of coupled samples, and cost too
+    little for a comparison. Batches are compared at every call, if that is insisted on.
     """
-    call, batch = at_batch.call, at_batch.batch
-    if call.independence.independent == "always":
+    call, batch, independence = at_batch.call, at_batch.batch, at_batch.call.independence
+    if independence.independent is True or is_traced():
+        return
+    if independence.independent == "always":
         call.check_independent(batch)
     module = (call.state.origin or call.state).module
     owner = module.func if isinstance(module, FunctionAsModule) else module
-    subject = partial(call.subject, batch.samples)
-    call.independence.check_changed(at_batch.api, owner, batch.kind.kind, signature, subject)
+    known = _signatures().get_or_make(owner, batch.kind.kind, set)
+    if known and signature not in known:
+        independence.compare(at_batch.api, lambda: call.subject(batch.samples))
+    if len(known) >= MOST_KINDS:
+        known.clear()
+    known.add(signature)
+
+
+@cache
+def _signatures() -> Remembered[set[int]]:
+    """Operations of modules and functions, whatever their state, that evaluations have called."""
+    return Remembered()
 
 
 def by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacfunc._errors import is_out_of_memory
 from jacfunc._layouts.evidence import agree, has_numbers
 from jacfunc._layouts.layouts import layouts_between
 from jacfunc._layouts.recording import OperationRecorder
 from jacfunc._layouts.traces import OperationCall, Trace, pairs_in
+from jacfunc._log import note
 from jacfunc._types import Leaves
 
 _NEW = frozenset(
@@ -91,13 +93,18 @@ def may_mix(
         leaves: those of this batch, which has so many samples.
         others: numbers of the samples of which other batches are made, and their tensors.
     """
-    for numbers, other in others:
-        trace = Trace(numbers)
-        with OperationRecorder(trace):
-            evaluate(other)
-        mixing = Mixing(trace, size)
-        with OperationRecorder(mixing) as recorder:
-            evaluate(leaves)
-        if trace.is_like(recorder.operations):
-            return mixing.was_seen
+    try:
+        for numbers, other in others:
+            trace = Trace(numbers)
+            with OperationRecorder(trace):
+                evaluate(other)
+            mixing = Mixing(trace, size)
+            with OperationRecorder(mixing) as recorder:
+                evaluate(leaves)
+            if trace.is_like(recorder.operations):
+                return mixing.was_seen
+    except Exception as error:  # tensors inside a vmap have no numbers, or a module takes one size
+        if is_out_of_memory(error):
+            raise
+        note("whether operations mix samples was not seen: %s", error)
     return True  # nothing can be told of it
