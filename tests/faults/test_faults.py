@@ -463,6 +463,39 @@ def test_what_is_computed_under_no_grad_is_a_constant_to_forward_mode(name):
         torch.testing.assert_close(second(x) + zero, zero)
 
 
+def nestings(func):
+    return (
+        jacfunc.jacfwd(jacfunc.jacrev(func)),
+        jacfunc.jacfwd(jacfunc.jacfwd(func)),
+        jacfunc.jacrev(jacfunc.jacfwd(func)),
+        jacfunc.hessian(func, strategy="forward-over-reverse"),
+    )
+
+
+def test_data_are_constants_to_every_transform():
+    def func(x):
+        return (x.data * x).sum()
+
+    x = torch.tensor([1.0, 2.0])
+    assert (torch.func.jacfwd(torch.func.jacrev(func))(x) == torch.eye(2)).all()  # torch's fault
+    torch.testing.assert_close(jacfunc.jacfwd(func)(x), x)
+    for second in (*nestings(func), jacfunc.hessian(func)):
+        for _ in range(2):
+            torch.testing.assert_close(second(x) + torch.zeros(2, 2), torch.zeros(2, 2))
+
+
+def test_what_is_detached_in_place_inside_two_derivatives_is_refused():
+    def func(x):
+        return ((1 * x).detach_() * x).sum()
+
+    x = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(jacfunc.jacfwd(func)(x), x)
+    torch.testing.assert_close(jacfunc.hessian(func)(x), torch.zeros(2, 2))
+    for second in nestings(func):
+        with pytest.raises(NotImplementedError, match=r"use detach\(\)"):
+            second(x)
+
+
 def test_a_gradient_that_is_taken_under_no_grad_is_refused_in_forward_mode():
     """Its own graph can't be kept without the tangents."""
 
