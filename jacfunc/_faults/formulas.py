@@ -24,7 +24,13 @@ from jacfunc._faults.normalization import (
     of_instances_in_torch,
     of_layers,
 )
-from jacfunc._torch import below_transforms, is_pushing, num_derivatives, num_vmap_levels
+from jacfunc._torch import (
+    below_transforms,
+    is_pushing,
+    is_traced,
+    num_derivatives,
+    num_vmap_levels,
+)
 
 
 class IsDerivedAgain(Protocol):
@@ -130,14 +136,16 @@ class RunningLogSum:
         return is_derived_again(self.x, ever=True)
 
     def result(self, kernel: Callable[[], Any]) -> Any:
-        """The formula; the kernel if some terms are so small beside others that they vanish."""
-        total, x = kernel(), self.x
-        values, largest = below_transforms(total), below_transforms(x).max()
-        smallest = 2 * torch.finfo(values.dtype).tiny ** 0.5
-        if not bool((values - largest > math.log(smallest)).all()):
-            return total
+        """The formula; of all terms of each sum, where some vanish beside others."""
+        x = self.x
+        if is_traced() or self._has_small(kernel()):
+            return _before_each(x, self.dim, -math.inf).logsumexp(-1).movedim(-1, self.dim)
         m = x.amax(self.dim, keepdim=True)
         return m + (x - m).exp().cumsum(self.dim).log()
+
+    def _has_small(self, total: Tensor) -> bool:
+        values, smallest = below_transforms(total), 2 * torch.finfo(total.dtype).tiny ** 0.5
+        return not bool((values - below_transforms(self.x).max() > math.log(smallest)).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +162,17 @@ class RunningProduct:
 
     def result(self, kernel: Callable[[], Any]) -> Any:
         """The formula; the kernel if no entry is zero."""
-        if not bool((below_transforms(self.x) == 0).any()):
+        if not is_traced() and bool((below_transforms(self.x) != 0).all()):
             return kernel()
-        x, size = (
-            self.x.to(self.dtype or self.x.dtype).movedim(self.dim, -1),
-            self.x.shape[self.dim],
-        )
-        before = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-        return torch.where(before, x.unsqueeze(-2), 1).prod(-1).movedim(-1, self.dim)
+        x = self.x.to(self.dtype or self.x.dtype)
+        return _before_each(x, self.dim, 1).prod(-1).movedim(-1, self.dim)
+
+
+def _before_each(x: Tensor, dim: int, neutral: float) -> Tensor:
+    """For each entry along a dimension all up to it, in the last one, and neutral numbers."""
+    x = x.movedim(dim, -1)
+    is_before = torch.ones((x.shape[-1],) * 2, dtype=torch.bool, device=x.device).tril()
+    return torch.where(is_before, x.unsqueeze(-2), neutral)
 
 
 _aten: Any = torch.ops.aten
