@@ -5,4 +5,4 @@ from jacfunc._curvature.ggn import fisher, ggn
 from jacfunc._curvature.gradients import gradient_norms
 from jacfunc._curvature.loss import LossFunction
 from jacfunc._curvature.projection import random_projection
-from jacfunc._curvature.whole_batch import by_samples
+from jacfunc._curvature.whole_batch import Recorded, by_samples, check_alone

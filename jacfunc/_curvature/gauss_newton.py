@@ -86,7 +86,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             The product, in the same form.
 
         Raises:
-            TypeError, ValueError: names, shapes or dtypes that are not those of the parameters.
+            TypeError, ValueError: names, shapes or dtypes that are not those of the parameters; a
+                module that couples samples where it calls other operations than at first.
             NotImplementedError: what torch refuses, and inside forward mode; a backward pass that
                 is not the transpose of what a tangent takes, by hooks or by a rule of its own.
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._curvature.whole_batch import (
+    Recorded,
     by_samples,
     check_alone,
+    check_changed,
     check_shapes,
     multiplied,
     pushing_operator,
     split,
 )
 from jacfunc._errors import RANDOM, Refused, is_out_of_memory
-from jacfunc._layouts import OperationRecorder
 from jacfunc._linear_map import (
     JacobianOperator,
     Linearization,
@@ -33,6 +34,8 @@ from jacfunc._products import NOT_TRANSPOSED, PointProducts, Way
 from jacfunc._torch import RandomState, noise_like
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves
+
+INSTEAD = "Use diagonal(), blocks() or matrix(), or give it one sample."
 
 
 class BatchProducts(PointProducts):
@@ -60,8 +63,8 @@ class BatchProducts(PointProducts):
         self._calls: list[FlatCall] = [flat]
         self._is_strict = at_batch.batch.samples.randomness == "error"
         vmapped = OfCalls(by_samples(at_batch, self._calls), flat.state)
-        func = flat if self._is_strict else vmapped
-        self._plain = JacobianOperator(func, tuple(map(Tensor.detach, flat.primals)))
+        self._recorded = Recorded(flat if self._is_strict else vmapped)
+        self._plain = JacobianOperator(self._recorded, tuple(map(Tensor.detach, flat.primals)))
         super().__init__(at_batch.api, self._plain, at_batch.undisturbed)
         self._is_transposed = True  # to be compared for random vectors
         self._at_batch, self._state = at_batch, flat.state
@@ -70,6 +73,8 @@ class BatchProducts(PointProducts):
         self._trial: Leaves | None = None
         """``Jᵀ u`` of a random u."""
         self._is_compared = False
+        self._signature = 0
+        """Of the operations of the evaluation."""
 
     @property
     def outputs(self) -> BatchOutputs:
@@ -96,12 +101,14 @@ class BatchProducts(PointProducts):
         operator.rewind_generators()
         batch = self._at_batch.batch
         before = RandomState(batch.samples.leaves)
-        with OperationRecorder() as recorder:
-            image = operator.image()
+        image, recorder = operator.image(), self._recorded.recorder
         if self._is_strict and before.has_changed():
             batch.check_randomness(Refused(RANDOM))
         if recorder.reads_values:
-            check_alone(self._at_batch, image[0])
+            check_shapes(self._at_batch, image[0])
+            check_alone(batch, image[0], INSTEAD)
+        check_changed(self._at_batch, recorder.signature)
+        self._signature = recorder.signature
         return image
 
     def _keep_graph(self) -> Linearization:
@@ -206,8 +213,10 @@ class BatchProducts(PointProducts):
         return products
 
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
-        """Run a check at the first calls of this kind, and then at fewer and fewer."""
-        now_and_then(self._state, ("J v", way, self._at_batch.batch.kind.kind), check)
+        """Run a check at the first calls of these operations, and then at fewer and fewer."""
+        _ = self.outputs
+        kind = self._at_batch.batch.kind.kind, self._signature
+        now_and_then(self._state, ("J v", way, *kind), check)
 
 
 def _of_one(products_of: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:

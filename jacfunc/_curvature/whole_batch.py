@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -13,10 +13,13 @@ from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import is_unwatched
+from jacfunc._layouts import OperationRecorder
 from jacfunc._linear_map import JacobianOperator, narrowed, push_on_graph
 from jacfunc._log import note
-from jacfunc._modules import ModuleAtBatch
-from jacfunc._remembered import Remembered
+from jacfunc._modules import FunctionAsModule, ModuleAtBatch
+from jacfunc._remembered import MOST_KINDS, Remembered
+from jacfunc._samples import SampledCall
+from jacfunc._torch import is_traced
 from jacfunc._types import LeafFunction, Leaves
 
 ITERATED = 1 / 4
@@ -66,17 +69,47 @@ def check_shapes(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
             )
 
 
-def check_alone(at_batch: ModuleAtBatch, outputs: Leaves) -> None:
-    """Raise Refused unless each sample's outputs are those of the sample alone."""
-    check_shapes(at_batch, outputs)
+def check_alone(batch: SampledCall, outputs: Leaves, instead: str) -> None:
+    """Raise Refused unless each sample's outputs are those of the sample alone.
+
+    Args:
+        instead: what to do then, in words.
+    """
     try:
-        at_batch.batch.check_alone(outputs, power=ITERATED)
+        batch.check_alone(outputs, power=ITERATED)
     except Refused as refusal:
         raise Refused(
-            f"{at_batch.api}: products evaluate the batch as a whole, in which each sample must be "
+            f"{batch.api}: products evaluate the batch as a whole, in which each sample must be "
             "as it is alone, got a module that looks at numbers of the batch and goes another way "
-            "with a sample. Use diagonal(), blocks() or matrix(), or give it one sample."
+            f"with a sample. {instead}"
         ) from refusal
+
+
+def check_changed(at_batch: ModuleAtBatch, signature: int) -> None:
+    """Refuse samples that depend on each other, where other operations are called than at first.
+
+    The first evaluation is taken as it is: products may be those of coupled samples, and cost too
+    little for a comparison. Batches are compared at every call, if that is insisted on.
+    """
+    call, batch, independence = at_batch.call, at_batch.batch, at_batch.call.independence
+    if independence.independent is True or is_traced():
+        return
+    if independence.independent == "always":
+        call.check_independent(batch)
+    module = (call.state.origin or call.state).module
+    owner = module.func if isinstance(module, FunctionAsModule) else module
+    known = _signatures().get_or_make(owner, batch.kind.kind, set)
+    if known and signature not in known:
+        independence.compare(at_batch.api, lambda: call.subject(batch.samples))
+    if len(known) >= MOST_KINDS:
+        known.clear()
+    known.add(signature)
+
+
+@cache
+def _signatures() -> Remembered[set[int]]:
+    """Operations of modules and functions, whatever their state, that evaluations have called."""
+    return Remembered()
 
 
 def by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
@@ -96,6 +129,30 @@ def by_samples(at_batch: ModuleAtBatch, calls: list[FlatCall]) -> LeafFunction:
         return batch.samples.map(of_one, params, [None] * len(params))
 
     return of_all
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A leaf function whose operations are recorded, inside of all that watches them.
+
+    A watch may call others in their place, or some of its own.
+
+    Args:
+        call: the function.
+        recorder: of the last evaluation.
+    """
+
+    call: Any
+    recorder: OperationRecorder = field(default_factory=OperationRecorder)
+
+    def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
+        self.recorder = OperationRecorder()
+        with self.recorder:
+            result: tuple[Leaves, Leaves] = self.call(*primals)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.call, name)
 
 
 @dataclass(frozen=True)

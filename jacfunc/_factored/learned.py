@@ -31,6 +31,7 @@ class LearnedUses:
         moves_samples: were numbers moved to where other numbers say? Then layouts may change with
             the numbers.
         mixes: may operations mix the samples, though the outputs did not show it?
+        looked_at: signatures of plain evaluations of which that was seen.
         lessons: how often they were learned.
         is_pulled: has a pullback succeeded?
         refused: names of ways to evaluate the samples that were refused.
@@ -45,6 +46,7 @@ class LearnedUses:
     hooked: set[int] = field(default_factory=set)
     moves_samples: bool = False
     mixes: bool = False
+    looked_at: set[int] = field(default_factory=set)
     lessons: int = 0
     is_pulled: bool = False
     refused: set[str] = field(default_factory=set)

@@ -13,8 +13,16 @@ from torch.utils.checkpoint import CheckpointFunction, check_backward_validity
 
 from jacfunc._errors import Refused
 from jacfunc._faults.lookups import Args, tensors_of
-from jacfunc._torch import Pull, constant, inside_transform, is_pushing, is_tracked
+from jacfunc._torch import (
+    Pull,
+    constant,
+    has_tangent,
+    inside_transform,
+    is_pushing,
+    is_tracked,
+)
 from jacfunc._trees import map_tensors
+from jacfunc._types import is_differentiable
 
 FUNCTIONAL = torch.autograd.functional.__name__
 _BETWEEN = frozenset(
@@ -116,6 +124,21 @@ class Frozen:
             return constant(x) if is_pushing() else x.detach()
 
         return map_tensors(as_constant, arguments)
+
+
+def without_tangent(result: Any, name: str, args: Args, level: int) -> Any:
+    """What an operation returned, without tangents: under torch.no_grad() it is a constant.
+
+    Args:
+        name: of the operation.
+        level: of forward mode.
+    """
+    writes = name == "setitem__" or (name.endswith("_") and not name.endswith("__"))
+    # a reverse level inside has a graph of the result, which a constant would not have
+    held = args[:1] if writes else (result,) if torch.is_grad_enabled() else ()
+    if any(has_tangent(x, level) for x in tensors_of(held, {}) if is_differentiable(x)):
+        raise Refused(f"torch's forward mode goes on through torch.no_grad(), here through {name}")
+    return map_tensors(lambda x: constant(x, level) if is_differentiable(x) else x, result)
 
 
 def is_checked_for_checkpoint() -> bool:

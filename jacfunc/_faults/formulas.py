@@ -7,6 +7,7 @@ pinned by a test in ``tests/faults/test_nesting.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,17 +24,29 @@ from jacfunc._faults.normalization import (
     of_instances_in_torch,
     of_layers,
 )
-from jacfunc._torch import below_transforms, is_pushing, num_derivatives, num_vmap_levels
+from jacfunc._torch import (
+    below_transforms,
+    is_pushing,
+    is_traced,
+    num_derivatives,
+    num_vmap_levels,
+)
+
+
+class IsDerivedAgain(Protocol):
+    """Tells of a tensor whether its derivative is differentiated in turn.
+
+    It is False where torch's second derivative is right for most kernels, unless ``ever``.
+    """
+
+    def __call__(self, tensor: Tensor, ever: bool = False) -> bool: ...
 
 
 class Formula(Protocol):
     """One call of a kernel, that can be computed by a formula."""
 
-    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
-        """Would the kernel's derivatives be wrong here?
-
-        ``is_derived_again`` tells of a tensor whether its derivative is differentiated in turn.
-        """
+    def is_needed(self, is_derived_again: IsDerivedAgain) -> bool:
+        """Would the kernel's derivatives be wrong here?"""
 
     def result(self, kernel: Callable[[], Any]) -> Any:
         """What the kernel returns, computed by the formula."""
@@ -57,7 +70,7 @@ class WeightNorm:
     g: Tensor
     dim: int = 0
 
-    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+    def is_needed(self, is_derived_again: IsDerivedAgain) -> bool:
         """Always."""
         return True
 
@@ -74,7 +87,7 @@ class Determinant:
 
     A: Tensor
 
-    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+    def is_needed(self, is_derived_again: IsDerivedAgain) -> bool:
         """If it is differentiated again: the first derivative is right."""
         return is_derived_again(self.A)
 
@@ -96,7 +109,7 @@ class Distances:
     p: float = 2.0
     compute_mode: str | int | None = None
 
-    def is_needed(self, is_derived_again: Callable[[Tensor], bool]) -> bool:
+    def is_needed(self, is_derived_again: IsDerivedAgain) -> bool:
         """If it is pulled back under vmap; forward mode torch refuses itself."""
         if is_pushing() or not num_vmap_levels():
             return False
@@ -107,6 +120,59 @@ class Distances:
         difference = self.x1.unsqueeze(-2) - self.x2.unsqueeze(-3)
         distances: Tensor = torch.linalg.vector_norm(difference, self.p, -1)
         return distances
+
+
+@dataclass(frozen=True, slots=True)
+class RunningLogSum:
+    """``m + log Σ exp(x - m)``: torch's pullback loses what comes from cotangents that are zero."""
+
+    x: Tensor
+    dim: int
+
+    def is_needed(self, is_derived_again: IsDerivedAgain) -> bool:
+        """If it is differentiated again: the first derivative is right."""
+        if not (self.x.dim() and self.x.numel() and self.x.is_floating_point()):
+            return False
+        return is_derived_again(self.x, ever=True)
+
+    def result(self, kernel: Callable[[], Any]) -> Any:
+        """The formula; of all terms of each sum, where some vanish beside others."""
+        x = self.x
+        if is_traced() or self._has_small(kernel()):
+            return _before_each(x, self.dim, -math.inf).logsumexp(-1).movedim(-1, self.dim)
+        m = x.amax(self.dim, keepdim=True)
+        return m + (x - m).exp().cumsum(self.dim).log()
+
+    def _has_small(self, total: Tensor) -> bool:
+        values, smallest = below_transforms(total), 2 * torch.finfo(total.dtype).tiny ** 0.5
+        return not bool((values - below_transforms(self.x).max() > math.log(smallest)).all())
+
+
+@dataclass(frozen=True, slots=True)
+class RunningProduct:
+    """Products of all entries before each: torch's forward formula is not differentiable at 0."""
+
+    x: Tensor
+    dim: int
+    dtype: torch.dtype | None = None
+
+    def is_needed(self, is_derived_again: IsDerivedAgain) -> bool:
+        """If tangents are pushed, and these are differentiated."""
+        return is_pushing() and bool(self.x.dim()) and is_derived_again(self.x, ever=True)
+
+    def result(self, kernel: Callable[[], Any]) -> Any:
+        """The formula; the kernel if no entry is zero."""
+        if not is_traced() and bool((below_transforms(self.x) != 0).all()):
+            return kernel()
+        x = self.x.to(self.dtype or self.x.dtype)
+        return _before_each(x, self.dim, 1).prod(-1).movedim(-1, self.dim)
+
+
+def _before_each(x: Tensor, dim: int, neutral: float) -> Tensor:
+    """For each entry along a dimension all up to it, in the last one, and neutral numbers."""
+    x = x.movedim(dim, -1)
+    is_before = torch.ones((x.shape[-1],) * 2, dtype=torch.bool, device=x.device).tril()
+    return torch.where(is_before, x.unsqueeze(-2), neutral)
 
 
 _aten: Any = torch.ops.aten
@@ -133,6 +199,8 @@ FORMULAS: dict[Any, Callable[..., Formula]] = {
     **dict.fromkeys(_forms("_weight_norm"), WeightNorm),
     **dict.fromkeys((*_forms("det"), *_forms("linalg_det"), torch.linalg.det), Determinant),
     **dict.fromkeys((Tensor.det,), Determinant),
+    **dict.fromkeys((*_forms("logcumsumexp"), Tensor.logcumsumexp), RunningLogSum),
+    **dict.fromkeys((*_forms("cumprod"), Tensor.cumprod), RunningProduct),
     **dict.fromkeys((torch.cdist, _aten.cdist.default, _aten.cdist), Distances),
 }
 """For each kernel what reads the arguments of a call, and makes a formula of them."""

@@ -17,22 +17,22 @@ import torch
 from torch._ops import OpOverload
 
 from jacfunc._errors import Refused
+from jacfunc._faults.callers import without_tangent
 from jacfunc._faults.formulas import FORMULAS, PRODUCTS
 from jacfunc._faults.lookups import Args, lookup, tensors_of
 from jacfunc._faults.operations import PUSHED_OTHERWISE, WATCHED
 from jacfunc._faults.watch import Watch, name_of
 from jacfunc._torch import (
     below_transforms,
-    constant,
-    has_tangent,
+    innermost_level,
+    is_recording_at,
     is_second_order_forward,
     is_third_order,
     is_tracked,
     lacks_forward_kernel,
-    num_forward_levels,
+    newer_transforms,
     pushed_product,
 )
-from jacfunc._types import is_differentiable
 
 Kwargs: TypeAlias = Mapping[str, Any]
 
@@ -90,7 +90,7 @@ def _at_third_order(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
 
 
 def _inside_forward(kwargs: Kwargs, args: Args, around: PushContext) -> bool:
-    return num_forward_levels() > 1
+    return newer_transforms(0).count("Jvp") > 1
 
 
 _LU_SOLVES = frozenset(
@@ -177,6 +177,7 @@ class ForwardWatch(Watch):
         super().__init__(keeps_graph=around.keeps_graph)
         self._around = around
         self._is_recording = torch.is_grad_enabled()
+        self._level = (innermost_level() or 0) + 1
 
     def pushed(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -198,8 +199,8 @@ class ForwardWatch(Watch):
             result = pushed_product(func, args)
         else:
             result = self.by_rule(func, args, kwargs) if func in WATCHED else func(*args, **kwargs)
-        if self._is_recording and not torch.is_grad_enabled() and is_differentiable(result):
-            return without_tangent(result, name, args)
+        if self._is_recording and not is_recording_at(self._level):
+            return without_tangent(result, name, args, self._level)
         check_pushed(name, result)
         return result
 
@@ -216,7 +217,7 @@ def check_push(
     for fault in () if is_mended or name not in FAULTY else FORWARD_FAULTS:
         if name in fault.names and fault.applies(kwargs, args, around):
             raise Refused(f"torch's forward mode of {name} is wrong here ({fault.reason})")
-    if isinstance(func, OpOverload) and lacks_forward_kernel(func):
+    if lacks_forward_kernel(func):
         raise Refused(f"the custom operator {func} has no forward rule; torch would give zeros")
 
 
@@ -241,10 +242,3 @@ def _asks_for_graph(getter: Any, tensor: torch.Tensor) -> bool:
         raise Refused("torch's forward mode passes by the backward hooks of modules")
     asks_itself = not f"{frame.f_globals['__name__']}.".startswith("torch.")
     return asks_itself and is_tracked(tensor)
-
-
-def without_tangent(result: torch.Tensor, name: str, args: tuple[Any, ...]) -> torch.Tensor:
-    """The result without its tangent: what is computed under torch.no_grad() is a constant."""
-    if name.endswith("_") and not name.endswith("__") and has_tangent(args[0]):
-        raise Refused(f"torch's forward mode goes on through torch.no_grad(), here through {name}")
-    return constant(result)

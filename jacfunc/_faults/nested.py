@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from jacfunc._errors import LeftTorch, Refused
 from jacfunc._faults.callers import CUT_OFF
@@ -18,7 +17,7 @@ from jacfunc._faults.lookups import tensors_of
 from jacfunc._faults.watch import Watch, name_of, unwatched, watch_on
 from jacfunc._lock import alone
 from jacfunc._memory import keep_heap
-from jacfunc._torch import Pull, RandomState, is_batched, is_pushing
+from jacfunc._torch import Pull, RandomState, is_batched, is_pushing, lacks_forward_kernel
 from jacfunc._types import LeafFunction, Leaves
 
 
@@ -37,7 +36,7 @@ class NestedWatch(Watch):
             Refused: if its tangents would be wrong.
         """
         name = name_of(func)
-        if name not in FAULTY and not isinstance(func, OpOverload):
+        if name not in FAULTY and not lacks_forward_kernel(func):
             return super().pushed(func, args, kwargs)
         # a vmap of tangents alone does no harm
         is_mapped = any(map(is_batched, tensors_of(args, kwargs)))

@@ -66,6 +66,20 @@ def _set_data(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -
     return func(*args, **kwargs)
 
 
+def _cut(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """``tensor.data`` and ``tensor.detach_()``, which torch cuts off the innermost transform alone.
+
+    Of all others ``tensor.detach()`` cuts it off, which is another tensor.
+    """
+    result = func(*args, **kwargs)
+    with torch._C.DisableTorchFunction():  # outer watches have seen the call already
+        if not (inside_functorch() and is_tracked_now(result)):
+            return result
+    if func is Tensor.detach_:
+        raise Refused("detach_() of a tensor leaves what outer transforms know of it; use detach()")
+    return args[0].detach()
+
+
 def _requires_grad(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> bool:
     """``tensor.requires_grad`` as it is below vmap, which hides it; functions then set hooks."""
     if is_checked_for_checkpoint():
@@ -131,6 +145,7 @@ CONSTANT_TO_TORCH = (
     *("laguerre_polynomial_l", "legendre_polynomial_p"),
 )
 ASKING: Any = getattr(Tensor.requires_grad, "__get__")  # noqa: B009 (a property to mypy)
+DATA: Any = getattr(Tensor.data, "__get__")  # noqa: B009
 SETTING: Any = getattr(Tensor.data, "__set__")  # noqa: B009
 REQUIRING: Any = getattr(Tensor.requires_grad, "__set__")  # noqa: B009
 READS_GRAPH: Any = [getattr(getattr(Tensor, name), "__get__") for name in ("grad_fn", "is_leaf")]  # noqa: B009
@@ -145,6 +160,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     **dict.fromkeys(forms("as_strided_scatter"), _refuse_if_derived),
     ASKING: _requires_grad,
     **dict.fromkeys(READS_GRAPH, _read_graph),
+    **dict.fromkeys((DATA, Tensor.detach_), _cut),
     SETTING: _set_data,
     REQUIRING: as_it_is,
     Tensor.requires_grad_: require_grad,

@@ -136,11 +136,11 @@ class Watch(TorchFunctionMode):
         if func is Tensor.detach or func in TAKES_DERIVATIVES:
             self.has_cut_off |= cuts_off(func, args, kwargs, self._primals)
 
-    def _is_derived_again(self, tensor: Tensor) -> bool:
+    def _is_derived_again(self, tensor: Tensor, ever: bool = False) -> bool:
         """May a derivative through the tensor be wrong because it is differentiated in turn?
 
-        A second derivative is right if jacfunc's pullback takes the first row by row. A third is
-        not.
+        A second derivative is right if jacfunc's pullback takes the first row by row, unless it is
+        wrong wherever it is taken, ``ever``. A third is not.
         """
         order, leads_out = num_derivatives(tensor), False
         if self._keeps_graph and below_transforms(tensor).requires_grad:
@@ -153,7 +153,7 @@ class Watch(TorchFunctionMode):
             return False
         self.stays_watched = True
         watch_on()  # the outer watches see only the parts of a formula
-        if leads_out or order > 2:
+        if ever or leads_out or order > 2:
             return True
         return self._pull is None or not is_right_twice(self._pull.level)
 

@@ -7,11 +7,12 @@ zero for some of the samples.
 
 from jacfunc._layouts.evidence import Evidence
 from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
-from jacfunc._layouts.mixing import Mixing
+from jacfunc._layouts.mixing import Mixing, may_mix
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import (
     Args,
     OperationRecorder,
+    WhatWasSeen,
     are_among,
     begins,
     ends,

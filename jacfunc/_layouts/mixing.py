@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from jacfunc._errors import is_out_of_memory
 from jacfunc._layouts.evidence import agree, has_numbers
 from jacfunc._layouts.layouts import layouts_between
+from jacfunc._layouts.recording import OperationRecorder
 from jacfunc._layouts.traces import OperationCall, Trace, pairs_in
+from jacfunc._log import note
+from jacfunc._types import Leaves
 
 _NEW = frozenset(
     getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros")
@@ -73,3 +78,33 @@ class Mixing:
 def _are_dense(pair: tuple[Tensor, Tensor]) -> bool:
     """Have both tensors a number in each place?"""
     return not any(x.is_nested or x.is_quantized or x.layout != torch.strided for x in pair)
+
+
+def may_mix(
+    evaluate: Callable[[Leaves], object],
+    leaves: Leaves,
+    size: int,
+    others: Iterable[tuple[list[int], Leaves]],
+) -> bool:
+    """May operations mix the samples of a batch? Another batch that calls the same ones tells.
+
+    Args:
+        evaluate: evaluates the tensors of a batch.
+        leaves: those of this batch, which has so many samples.
+        others: numbers of the samples of which other batches are made, and their tensors.
+    """
+    try:
+        for numbers, other in others:
+            trace = Trace(numbers)
+            with OperationRecorder(trace):
+                evaluate(other)
+            mixing = Mixing(trace, size)
+            with OperationRecorder(mixing) as recorder:
+                evaluate(leaves)
+            if trace.is_like(recorder.operations):
+                return mixing.was_seen
+    except Exception as error:  # tensors inside a vmap have no numbers, or a module takes one size
+        if is_out_of_memory(error):
+            raise
+        note("whether operations mix samples was not seen: %s", error)
+    return True  # nothing can be told of it

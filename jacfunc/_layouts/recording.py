@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from numbers import Number
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,6 +41,19 @@ CHOOSING: frozenset[Callable[..., Any]] = frozenset([Tensor.__getitem__, Tensor.
 """Operations that choose entries by numbers, which may be those in a tensor."""
 
 TELLING = MOVING | READING | CHOOSING
+
+
+class WhatWasSeen(Protocol):
+    """What was seen of the operations of an evaluation, as :class:`OperationRecorder` sees it."""
+
+    @property
+    def signature(self) -> int: ...
+
+    @property
+    def moves_samples(self) -> bool: ...
+
+    @property
+    def reads_values(self) -> bool: ...
 
 
 class OperationRecorder(TorchFunctionMode):

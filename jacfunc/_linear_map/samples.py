@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from jacfunc._memory import Chunk, in_chunks
@@ -92,6 +93,20 @@ class Samples:
     def each(self, param: Tensor) -> Tensor:
         """A parameter as ``[B, *param]``, each sample's own."""
         return param.expand(self.size, *param.shape) if self.is_mapped else param.clone()
+
+    def others(self, count: int) -> Iterator[tuple[list[int], Leaves]]:
+        """Other batches of these samples, the smaller ones first: numbers, and tensors.
+
+        Args:
+            count: how often there were others before; those come from other places then.
+        """
+        leaves, dims, size = self.leaves, self.dims, self.size
+        for number in dict.fromkeys([count % size, size - 1, size // 2]):
+            pairs = zip(narrowed(leaves, dims, number, number + 1), dims, strict=True)
+            yield [number], tuple(x if dim is None else x.clone() for x, dim in pairs)
+        pairs = zip(leaves, dims, strict=True)
+        twice = tuple(x if dim is None else torch.cat([x, x], dim) for x, dim in pairs)
+        yield [*range(size)] * 2, twice
 
     def map(
         self,

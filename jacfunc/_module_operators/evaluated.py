@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size, check_flags
 from jacfunc._calls import FlatCall, OfCalls
-from jacfunc._curvature import by_samples
+from jacfunc._curvature import Recorded, by_samples, check_alone
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._kernels import gram_of_samples, variances_of_samples
 from jacfunc._linear_map import JacobianOperator, LinearMap, is_followed
@@ -29,8 +29,9 @@ from jacfunc._modules import (
     argnums_of,
     as_tree,
 )
+from jacfunc._samples import SampledCall
 from jacfunc._solving import check_gram
-from jacfunc._torch import RandomState
+from jacfunc._torch import RandomState, is_outermost
 from jacfunc._trees import Arguments
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, LeafFunction, Leaves, Tree
@@ -52,10 +53,11 @@ class Evaluated:
     def __post_init__(self) -> None:
         self.flat = self.call.flat_call()
         self._calls: list[FlatCall] = [self.flat]
-        self._func: LeafFunction = self.flat
+        func: LeafFunction = self.flat
         if self._randomness not in (None, "error") and self._is_by_params:
             assert self.at_batch is not None
-            self._func = OfCalls(by_samples(self.at_batch, self._calls), self.flat.state)
+            func = OfCalls(by_samples(self.at_batch, self._calls), self.flat.state)
+        self._func = Recorded(func)
 
     @classmethod
     def at(
@@ -146,10 +148,20 @@ class Evaluated:
         with self.around():
             before = RandomState(self.flat.primals)
             leaves, extras = point.image()
-            if self._randomness == "error" and before.has_changed():
+            if self._randomness == "error":
                 assert self.at_batch is not None
-                self.at_batch.batch.check_randomness(Refused(RANDOM))
+                batch = self.call.batch(self.at_batch.batching)
+                if before.has_changed():
+                    batch.check_randomness(Refused(RANDOM))
+                if batch.size > 1 and is_outermost():
+                    self._check_evaluated(batch, leaves)
             return self._calls[-1].value(tuple(map(Tensor.clone, leaves)), extras)[0]
+
+    def _check_evaluated(self, batch: SampledCall, outputs: Leaves) -> None:
+        """Refuse samples that depend on each other, by what their evaluation has shown."""
+        if self._func.recorder.reads_values:
+            check_alone(batch, outputs, "Use module_jacobian, or leave per_sample out.")
+        batch.check_plain(self._func.recorder)
 
 
 class DetachedOperator(Linearized):

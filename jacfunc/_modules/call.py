@@ -117,7 +117,7 @@ class ModuleCall:
         def guard(signature: int, may_mix: bool) -> None:
             check, operations = self.independence.check_evaluation, (signature, may_mix)
             # not of the batch, which holds this: a cycle would keep the module alive
-            check(self.api, state, kind.kind, operations, lambda: self._subject(samples))
+            check(self.api, state, kind.kind, operations, lambda: self.subject(samples))
 
         of_call = self.argnums, tuple(state.point), split.kinds, tuple(dims)
         every = CallKind(state.module, of_call, state.version)
@@ -132,9 +132,9 @@ class ModuleCall:
         """Refuse samples that depend on each other; inside a transform nothing can be compared."""
         if is_outermost() and batch.size > 1:
             check, kind = self.independence.check, batch.kind.kind
-            check(self.api, self.state, kind, lambda: self._subject(batch.samples))
+            check(self.api, self.state, kind, lambda: self.subject(batch.samples))
 
-    def _subject(self, samples: Samples) -> Subject:
+    def subject(self, samples: Samples) -> Subject:
         """What is compared: the module at the batch, with all parameters but TorchScript's."""
         by_inputs, width = self._differentiates("inputs"), 0
         if self._differentiates("params"):

@@ -87,9 +87,7 @@ class Independence:
     ) -> None:
         """Refuse a module whose samples depend on each other, where it is time to compare.
 
-        Raises:
-            ValueError: if they do.
-            Refused: if the module returns other numbers each time.
+        Raises Refused if it returns other numbers each time.
         """
         compare, kind = self._comparison(api, subject_of), _with_hooks(kind)
         self._refuse(api, self._what_changes(lambda: _kinds_of_state(state), kind, compare))
@@ -128,12 +126,16 @@ class Independence:
         if calls is None or (signature in calls.signatures and not may_mix):
             return
         if not calls.is_compared:
-            thorough = replace(self, is_thorough=True)
-            self._refuse(api, thorough._comparison(api, subject_of)(calls.count).what)
+            self.compare(api, subject_of, calls.count)
             calls.is_compared = True
         if len(calls.signatures) >= MOST_KINDS:
             calls.signatures.clear()
         calls.signatures.add(signature)
+
+    def compare(self, api: str, subject_of: Callable[[], Subject], number: int = 0) -> None:
+        """Refuse such a module now, by many halves of a batch."""
+        thorough = replace(self, is_thorough=True)
+        self._refuse(api, thorough._comparison(api, subject_of)(number).what)
 
     def _refuse_traced(self, api: str, may_mix: bool) -> None:
         """Refuse to be traced where every call must compare batches, which reads numbers."""
@@ -169,11 +171,7 @@ class Independence:
             )
 
     def check_loss(self, api: str, loss: Any, outputs: Leaves, gradient_of: GradientOf) -> None:
-        """Refuse a loss whose gradient in the outputs of a sample changes with those of others.
-
-        Raises:
-            ValueError: if it does, where it is time to compare.
-        """
+        """Refuse a loss whose gradient in a sample changes with others, where it is time."""
         kind = tuple((out.shape, out.dtype) for out in outputs)
 
         def compare(number: int) -> Coupling:

@@ -7,17 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeAlias
 
-import torch
-from torch import Tensor
-
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._factored import Direct, FactoredJacobian, LearnedUses, VmappedBatch, factored
-from jacfunc._linear_map import Samples, check_agreement, narrowed, one_sample
+from jacfunc._layouts import WhatWasSeen
+from jacfunc._linear_map import Samples, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._remembered import CallKind
-from jacfunc._samples.one import EachSample, OneSample
+from jacfunc._samples.one import EachSample, OneSample, check_each_alone
 from jacfunc._samples.whole import Evaluated, WholeBatches, WholeCall
 from jacfunc._torch import RandomState, is_outermost
 from jacfunc._types import Leaves
@@ -155,25 +153,28 @@ class SampledCall:
         jacobian, call = batch.factored()
         if jacobian.reads_values:
             self.check_alone(jacobian.outputs, start)
-        if self.guard is not None:
-            may_mix = learned.mixes and not jacobian.reads_values
-            self.guard(jacobian.signature, jacobian.moves_samples or may_mix)
+        self._call_guard(jacobian)
         return jacobian, call
 
-    def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
-        """Compare the outputs of samples with each sample alone, whose numbers may lead elsewhere.
+    def check_plain(self, seen: WhatWasSeen) -> None:
+        """Refuse samples that depend on each other, by a plain evaluation of all.
 
-        Raises:
-            Refused: if outputs differ.
+        Of that no tensor in between was seen: others tell whether its operations may mix samples.
         """
-        random_state = self.random_state()
-        for number in range(len(outputs[0])):
-            random_state.repeat()
-            call = self.call_of(one_sample(self.samples.leaves, self.samples.dims, start + number))
-            with torch.no_grad():
-                alone, _ = call(*map(Tensor.clone, call.primals))
-            rows = tuple([out[number] for out in outputs])
-            check_agreement(tuple(map(Tensor.detach, rows)), alone, power=power)
+        if self.whole is not None and self.guard is not None:
+            known = self.samples, self.learned_as_a_whole, self.random_state()
+            WholeBatches(self.whole, *known, may_draw=True).learn_mixing(seen.signature)
+            self._call_guard(seen)
+
+    def _call_guard(self, seen: WhatWasSeen) -> None:
+        if self.guard is not None:
+            may_mix = self.learned_as_a_whole.mixes and not seen.reads_values
+            self.guard(seen.signature, seen.moves_samples or may_mix)
+
+    def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
+        """Raise Refused unless samples are as each is alone, whose numbers may lead elsewhere."""
+        state = self.random_state()
+        check_each_alone(self.call_of, self.samples, state, outputs, start, power)
 
     def _vmapped(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         one, every = OneSample(self.api, self.call_of), self.samples

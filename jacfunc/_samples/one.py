@@ -229,3 +229,21 @@ class FirstSamples:
     def _of_one(self, leaves: Leaves) -> tuple[Leaves, Leaves]:
         call = self.call_of(leaves)
         return JacobianOperator(call, call.primals).outputs, ()
+
+
+def check_each_alone(
+    call_of: Callable[[Leaves], FlatCall],
+    samples: Samples,
+    random_state: RandomState,
+    outputs: Leaves,
+    start: int,
+    power: float,
+) -> None:
+    """Raise Refused unless outputs of samples, from ``start`` on, are those of each alone."""
+    for number in range(len(outputs[0])):
+        random_state.repeat()
+        call = call_of(one_sample(samples.leaves, samples.dims, start + number))
+        with torch.no_grad():
+            alone, _ = call(*map(Tensor.clone, call.primals))
+        rows = tuple([out[number] for out in outputs])
+        check_agreement(tuple(map(Tensor.detach, rows)), alone, power=power)

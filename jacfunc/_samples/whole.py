@@ -6,14 +6,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from jacfunc._calls import FlatCall
 from jacfunc._errors import RANDOM, Refused
 from jacfunc._factored import FactoredJacobian, LearnedUses, WholeBatch, factored
-from jacfunc._layouts import Evidence, Key, Layout, Mixing, NoLayout, PlainSamples, Trace, Unlike
-from jacfunc._linear_map import Samples, narrowed
+from jacfunc._layouts import (
+    Evidence,
+    Key,
+    Layout,
+    Mixing,
+    NoLayout,
+    PlainSamples,
+    Trace,
+    Unlike,
+    may_mix,
+)
+from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._log import note
 from jacfunc._memory import give_back
 from jacfunc._rounding import are_near
@@ -80,6 +89,20 @@ class WholeBatches:
             return result
         raise Refused("its tensors do not hold the samples in one dimension")
 
+    def learn_mixing(self, signature: int) -> None:
+        """Learn, once for each signature, whether operations of plain evaluations mix samples."""
+        learned = self.learned
+        if not (learned.mixes or signature in learned.signatures | learned.looked_at):
+            batch = self.samples.leaves, self.samples.size
+            mixes = may_mix(self._evaluate, *batch, self.samples.others(learned.lessons))
+            learned.mixes = mixes and not self.random_state.has_changed()
+            learned.looked_at.add(signature)
+
+    def _evaluate(self, leaves: Leaves) -> None:
+        self.random_state.repeat()
+        call, _ = self.call_of(leaves)
+        JacobianOperator(call, call.primals).image()
+
     def _as_learned(self) -> Evaluated | None:
         """An evaluation that knows the layouts; None if it calls operations that are not learned.
 
@@ -122,16 +145,9 @@ class WholeBatches:
         return self._as_learned(), True
 
     def _traces(self) -> Iterator[tuple[Trace, FactoredJacobian]]:
-        """The operations of other batches, and these batches, the smaller ones first."""
-        size, count = self.samples.size, self.learned.lessons
-        leaves, dims = self.samples.leaves, self.samples.dims
-        for number in dict.fromkeys([count % size, size - 1, size // 2]):
-            pairs = zip(narrowed(leaves, dims, number, number + 1), dims, strict=True)
-            own = tuple(x if dim is None else x.clone() for x, dim in pairs)
-            yield self._trace([number], own)
-        pairs = zip(leaves, dims, strict=True)
-        twice = tuple(x if dim is None else torch.cat([x, x], dim) for x, dim in pairs)
-        yield self._trace([*range(size)] * 2, twice)
+        """The operations of other batches, and what these were evaluated to."""
+        count = self.learned.lessons
+        return (self._trace(numbers, leaves) for numbers, leaves in self.samples.others(count))
 
     def _trace(self, numbers: list[int], leaves: Leaves) -> tuple[Trace, FactoredJacobian]:
         """The operations of another batch, and what it was evaluated to."""

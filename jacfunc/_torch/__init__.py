@@ -15,6 +15,7 @@ from jacfunc._torch.derivatives import (
     constant,
     has_tangent,
     is_differentiated,
+    is_recording_at,
     is_second_order_forward,
     is_third_order,
     is_tracked,
@@ -36,7 +37,6 @@ from jacfunc._torch.levels import (
     makes_plain_tensors,
     memory_of,
     newer_transforms,
-    num_forward_levels,
     num_vmap_levels,
     outside_transforms,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,12 +113,6 @@ def num_vmap_levels() -> int:
     return sum(key == TransformType.Vmap for key in active())
 
 
-def num_forward_levels() -> int:
-    """How many levels of forward mode are active, functorch's or plain."""
-    plain = forward_ad._current_level + 1
-    return max(plain, sum(key == TransformType.Jvp for key in active()))
-
-
 def inside_derivative() -> bool:
     """Is forward mode or a reverse level of functorch active?"""
     return is_pushing() or TransformType.Grad in active()
@@ -150,10 +145,14 @@ def below_transforms(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def lacks_forward_kernel(op: torch._ops.OpOverload) -> bool:
-    """Has the operator no forward mode? Those of ``torch.library.custom_op`` have none."""
-    if op.namespace in {"aten", "prim", "prims", "profiler"}:
+def lacks_forward_kernel(func: Any) -> bool:
+    """Is it an operator without forward mode? Those of ``torch.library.custom_op`` have none."""
+    if isinstance(func, torch._ops.OpOverloadPacket):  # which overload it is, C++ finds out
+        return any(lacks_forward_kernel(getattr(func, name)) for name in func.overloads())
+    if not isinstance(func, torch._ops.OpOverload):
         return False
-    name = op._schema.name
+    if func.namespace in {"aten", "prim", "prims", "profiler"}:
+        return False
+    name = func._schema.name
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return not has_kernel(name, "CompositeImplicitAutograd")

@@ -225,12 +225,24 @@ cube.register_autograd(
 )
 
 
-def test_custom_operators_have_no_forward_rule():
+OPERATOR = torch.ops.jacfunc_tests.cube
+
+
+@pytest.mark.parametrize("func", [cube, OPERATOR, OPERATOR.default])
+def test_custom_operators_have_no_forward_rule(func):
+    """The operator itself does not say which of its overloads is called."""
     x = torch.tensor([1.0, 2.0])
-    assert torch.equal(torch.func.jacfwd(cube)(x), torch.zeros(2, 2))
+    expected = torch.diag(3 * x**2)
+    assert torch.equal(torch.func.jacfwd(func)(x), torch.zeros(2, 2))
+    for derivative in (jacfunc.jacfwd(func), jacfunc.vmap(jacfunc.jacfwd(func))):
+        with pytest.raises(NotImplementedError, match="no forward rule"):
+            derivative(x)
     with pytest.raises(NotImplementedError, match="no forward rule"):
-        jacfunc.jacfwd(cube)(x)
-    torch.testing.assert_close(jacfunc.jacobian(cube)(x), torch.diag(3 * x**2))
+        jacfunc.jvp(func, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="no forward rule"):
+        torch.func.jvp(jacfunc.jacrev(func), (x,), (x,))
+    torch.testing.assert_close(jacfunc.jacobian(func)(x), expected)
+    torch.testing.assert_close(jacfunc.linearize(func, x)[1] @ torch.ones(2), expected.sum(1))
 
 
 def test_second_order_through_the_jvp_of_a_custom_function_is_refused():
@@ -401,6 +413,114 @@ def test_forward_mode_stops_where_reverse_mode_is_stopped():
 
     with pytest.raises(NotImplementedError, match="forward mode passes by the hooks of tensors"):
         jacfunc.jacfwd(hooked)(x)
+
+
+def power(x):
+    return x**3
+
+
+STOPPED = {
+    "tuple": lambda x: x.sort().values,
+    "list": lambda x: x.split(1)[1],
+    "iterated": lambda x: next(iter(x)),
+    "power": power,
+    "vmap": torch.vmap(power),
+    "jvp": lambda x: torch.func.jvp(power, (x,), (torch.ones_like(x),))[1],
+    "jacfunc.jvp": lambda x: jacfunc.jvp(power, (x,), (torch.ones_like(x),))[1],
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_what_is_computed_under_no_grad_is_a_constant_to_forward_mode(name):
+    x = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    scale = STOPPED[name](x)
+
+    def func(x):
+        with torch.no_grad():
+            scale = STOPPED[name](x)
+        return (scale * x).sum()
+
+    def rows(x):
+        with torch.no_grad():
+            scale = STOPPED[name](x)
+        return scale * x
+
+    expected = torch.diag(scale.expand(3))
+    pushed = jacfunc.jvp(rows, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(pushed, expected.sum(1))
+    torch.testing.assert_close(torch.vmap(jacfunc.jacfwd(rows))(x[None])[0], expected)
+    for jacobian in (jacfunc.jacrev, jacfunc.jacfwd):
+        torch.testing.assert_close(jacobian(rows)(x), expected)
+    zero = torch.zeros(3, 3, dtype=x.dtype)
+    for second in (
+        jacfunc.jacfwd(jacfunc.jacrev(func)),
+        jacfunc.jacfwd(jacfunc.jacfwd(func)),
+        jacfunc.jacrev(jacfunc.jacfwd(func)),
+        jacfunc.jacfwd(torch.func.grad(func)),
+        jacfunc.hessian(func, strategy="forward-over-reverse"),
+        jacfunc.hessian(func),
+    ):
+        torch.testing.assert_close(second(x) + zero, zero)
+
+
+def nestings(func):
+    return (
+        jacfunc.jacfwd(jacfunc.jacrev(func)),
+        jacfunc.jacfwd(jacfunc.jacfwd(func)),
+        jacfunc.jacrev(jacfunc.jacfwd(func)),
+        jacfunc.hessian(func, strategy="forward-over-reverse"),
+    )
+
+
+def test_data_are_constants_to_every_transform():
+    def func(x):
+        return (x.data * x).sum()
+
+    x = torch.tensor([1.0, 2.0])
+    assert (torch.func.jacfwd(torch.func.jacrev(func))(x) == torch.eye(2)).all()  # torch's fault
+    torch.testing.assert_close(jacfunc.jacfwd(func)(x), x)
+    for second in (*nestings(func), jacfunc.hessian(func)):
+        for _ in range(2):
+            torch.testing.assert_close(second(x) + torch.zeros(2, 2), torch.zeros(2, 2))
+
+
+def test_what_is_detached_in_place_inside_two_derivatives_is_refused():
+    def func(x):
+        return ((1 * x).detach_() * x).sum()
+
+    x = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(jacfunc.jacfwd(func)(x), x)
+    torch.testing.assert_close(jacfunc.hessian(func)(x), torch.zeros(2, 2))
+    for second in nestings(func):
+        with pytest.raises(NotImplementedError, match=r"use detach\(\)"):
+            second(x)
+
+
+def test_a_gradient_that_is_taken_under_no_grad_is_refused_in_forward_mode():
+    """Its own graph can't be kept without the tangents."""
+
+    def func(x):
+        with torch.no_grad():
+            scale = torch.func.grad(lambda x: power(x).sum())(x)
+        return scale * x
+
+    x = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(jacfunc.jacobian(func)(x), torch.diag(3 * x**2))
+    with pytest.raises(NotImplementedError, match=r"goes on through torch.no_grad\(\)"):
+        jacfunc.jacfwd(func)(x)
+
+
+def test_an_entry_that_is_set_under_no_grad_is_refused_in_forward_mode():
+    def func(x):
+        y = torch.zeros(2)
+        with torch.no_grad():
+            y[:] = x
+        return x * y
+
+    x = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(jacfunc.jacobian(func)(x), torch.diag(x))
+    with pytest.raises(NotImplementedError, match=r"goes on through torch.no_grad\(\), .* setitem"):
+        jacfunc.jacfwd(func)(x)
 
 
 def test_backward_hooks_of_modules_are_passed_by_in_forward_mode():

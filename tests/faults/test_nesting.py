@@ -397,3 +397,62 @@ def test_the_pullback_of_a_strided_scatter_is_wrong_at_once():
     assert gradient.tolist() == [1, 0, 0, 1]
     with pytest.raises(NotImplementedError, match="backward pass of as_strided_scatter is wrong"):
         jacfunc.jacrev(lambda base: torch.as_strided_scatter(base, source, (2,), (3,)))(base)
+
+
+RUNNING = {
+    "sum of exponentials": (
+        lambda x: x.logcumsumexp(0),
+        lambda x: torch.stack([x[: n + 1].exp().sum().log() for n in range(len(x))]),
+    ),
+    "sum of exponentials of torch": (
+        lambda x: torch.logcumsumexp(x[None] * torch.ones(2, 1, dtype=x.dtype), -1),
+        lambda x: torch.stack([x[: n + 1].exp().sum().log() for n in range(len(x))]).expand(2, -1),
+    ),
+    "product": (
+        lambda x: torch.cumprod(x, dim=0),
+        lambda x: torch.stack([x[: n + 1].prod() for n in range(len(x))]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNNING)
+@pytest.mark.parametrize("point", [[0.0, 2.0, 0.5], [2.0, 0.0, 0.0], [0.3, -1.2, 0.7]])
+def test_running_sums_and_products_at_zero(name, point):
+    """Where a cotangent of the sum, or an entry of the product, is zero."""
+    kernel, plain = RUNNING[name]
+    x = torch.tensor(point, dtype=FLOAT)
+
+    def of(running):
+        return lambda x: running(x).square().sum() + running(x).sum()
+
+    expected = torch.autograd.functional.hessian(of(plain), x)
+    func = of(kernel)
+    for second in (
+        jacfunc.hessian(func),
+        jacfunc.hessian(func, strategy="forward-over-reverse"),
+        jacfunc.hessian(func, strategy="reverse-over-reverse"),
+        jacfunc.jacrev(jacfunc.jacfwd(func)),
+        jacfunc.jacfwd(jacfunc.jacfwd(func)),
+        lambda x: jacfunc.hessian_operator(func, x)[1].matrix(),
+    ):
+        torch.testing.assert_close(second(x), expected)
+    torch.testing.assert_close(jacfunc.laplacian(func)(x), expected.trace())
+    rows = torch.vmap(jacfunc.hessian(func))(torch.stack([x, x + 1]))
+    torch.testing.assert_close(rows[0], expected)
+
+
+def test_running_sums_whose_terms_vanish():
+    x = torch.tensor([-900.0, 0.0, 1.0], dtype=FLOAT)
+    found = jacfunc.hessian(lambda x: x.logcumsumexp(0)[1:].square().sum())(x)
+    expected = torch.autograd.functional.hessian(
+        lambda x: sum(x[: n + 1].logsumexp(0).square() for n in (1, 2)), x
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_running_sums_and_products_that_are_compiled(name):
+    second = jacfunc.jacfwd(jacfunc.jacfwd(lambda x: RUNNING[name][0](x).square().sum()))
+    compiled = jacfunc.compile(second, backend="replay")
+    for x in (POINT, torch.tensor([0.0, 2.0, 0.0, 0.5], dtype=FLOAT)):
+        torch.testing.assert_close(compiled(x), second(x))
