@@ -26,7 +26,7 @@ from jacfunc._factored.use import (
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
 from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing, are_among, tensors_in
 from jacfunc._linear_map import Anchor, Graph, no_view, nodes_of_call
-from jacfunc._torch import innermost, untracked
+from jacfunc._torch import PULLED, innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
 
 MOST_PARTS = 32
@@ -186,8 +186,8 @@ class UseRecorder(OperationRecorder):
                 return func(*args, **kwargs)
             if not has_others and (known := call.known()):
                 self._known[number] = known
-        is_plain = self._level is None
-        out = func(*args, **kwargs) if is_plain else self._placing.call(rule, func, args, kwargs)
+        is_plain, run = self._level is None, PULLED.get(func, func)
+        out = run(*args, **kwargs) if is_plain else self._placing.call(rule, func, args, kwargs)
         with untracked():
             out = out if is_plain and not out._is_view() else no_view(out)
             return self._used(call, out, {x.grad_fn for x in twins.values()}, forms)

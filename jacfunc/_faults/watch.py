@@ -31,6 +31,7 @@ from jacfunc._torch import (
     DRAWING,
     Pull,
     below_transforms,
+    function_modes,
     is_batched,
     is_pushing,
     is_right_twice,
@@ -78,6 +79,11 @@ class Watch(TorchFunctionMode):
         self._primals = primals
         self._pull = pull
         self._keeps_graph = keeps_graph
+
+    @property
+    def lets_products_pass(self) -> bool:
+        """Is nothing done about products? It is where tensors count as constants for a while."""
+        return not self._frozen.tensors
 
     def __enter__(self) -> Self:
         torch._C._push_on_torch_function_stack(self)  # what the base class does, in fewer steps
@@ -144,7 +150,7 @@ class Watch(TorchFunctionMode):
         """
         order, leads_out = num_derivatives(tensor), False
         if self._keeps_graph and below_transforms(tensor).requires_grad:
-            watches = [w for w in (self, *_modes()) if isinstance(w, Watch) and w._pull]
+            watches = [w for w in (self, *function_modes()) if isinstance(w, Watch) and w._pull]
             pulls = [w._pull for w in watches if w._pull and w._pull.leads_out]
             order += sum(pull.order for pull in pulls)
             outer = pulls[-1].leads_out if pulls else None
@@ -207,15 +213,9 @@ def was_handled(error: Exception) -> bool:
     return hasattr(error, "was_handled")
 
 
-def _modes() -> list[Any]:
-    """The function modes outside, the nearest first."""
-    count: int = torch._C._len_torch_function_stack()
-    return [torch._C._get_function_stack_at(n) for n in reversed(range(count))]
-
-
 def is_watching() -> bool:
     """Is a function evaluated of which a derivative of ours is taken, and watched?"""
-    return any(isinstance(mode, Watch) for mode in _modes())
+    return any(isinstance(mode, Watch) for mode in function_modes())
 
 
 def watch_on() -> list[tuple[Watch, bool]]:
@@ -224,8 +224,7 @@ def watch_on() -> list[tuple[Watch, bool]]:
     Returns:
         These watches, and whether each has seen numbers leave torch.
     """
-    around = _modes() if torch._C._len_torch_function_stack() else ()
-    watches = [watch for watch in around if isinstance(watch, Watch)]
+    watches = [watch for watch in function_modes() if isinstance(watch, Watch)]
     for watch in watches:
         watch.stays_watched = True
     return [(watch, watch.leaves_torch) for watch in watches]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacfunc._layouts.traces import Listener, OperationCall
+from jacfunc._torch import PULLED, function_modes
 
 Args: TypeAlias = tuple[Any, ...]
 
@@ -145,7 +146,7 @@ class OperationRecorder(TorchFunctionMode):
         if is_tracked or func in self._noticed:
             result = self.call(number, func, args, kwargs, is_tracked)
         else:  # the usual case
-            result = func(*args, **kwargs)
+            result = PULLED.get(func, func)(*args, **kwargs)
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
@@ -211,8 +212,5 @@ def ends() -> None:
 
 def _recorders() -> list[OperationRecorder]:
     """The recorders around, if they would see an operation now."""
-    if not torch._C._is_torch_function_mode_enabled():
-        return []
-    numbers = range(torch._C._len_torch_function_stack())
-    modes = [torch._C._get_function_stack_at(number) for number in numbers]
+    modes = function_modes() if torch._C._is_torch_function_mode_enabled() else ()
     return [mode for mode in modes if isinstance(mode, OperationRecorder)]

@@ -21,11 +21,11 @@ from jacfunc._torch.derivatives import (
     is_tracked,
     num_derivatives,
 )
-from jacfunc._torch.entering import at_forward_level, at_reverse_level, pushed_product
+from jacfunc._torch.entering import PULLED, at_forward_level, at_reverse_level, pushed_product
 from jacfunc._torch.levels import (
     below_transforms,
+    function_modes,
     inside_derivative,
-    inside_functorch,
     inside_transform,
     is_batched,
     is_outermost,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C import (
     _functorch,
     _get_dispatch_mode,
+    _get_function_stack_at,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
     _TorchDispatchModeKey,
@@ -57,18 +58,27 @@ def is_traced() -> bool:
 
 
 def is_undisturbed() -> bool:
-    """Is no transform, mode, trace, compiler or hook on what is saved for backward active?
+    """Does nobody look at what torch does, so that what was compiled may stand in?"""
+    return not _len_torch_function_stack() and is_recorded_plainly()
 
-    Then what was compiled may stand in.
+
+def is_recorded_plainly() -> bool:
+    """Is no transform, dispatch mode, compiler or hook on what is saved for backward active?
+
+    Function modes may be.
     """
     return not (
         _functorch.peek_interpreter_stack() is not None
         or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
         or forward_ad._current_level >= 0
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch.compiler.is_compiling()
     )
+
+
+def function_modes() -> list[Any]:
+    """The function modes around, the nearest first."""
+    return [_get_function_stack_at(n) for n in reversed(range(_len_torch_function_stack()))]
 
 
 @contextmanager

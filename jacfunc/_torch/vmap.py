@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from functools import cache
 from math import isnan
 from typing import Any, TypeAlias
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch, _len_torch_dispatch_stack
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
 
 from jacfunc._arguments import are_plain, check_plain
 from jacfunc._errors import Refused
@@ -70,9 +71,9 @@ def call_of_all_samples(
     return _functorch._add_batch_dim(out, 0, level[1])
 
 
-LARGE_PRODUCT, LARGE_WEIGHT = 2**24, 2**14
-"""Multiplications from which oneDNN's product of matrices was faster, by 5 to 25 %, and numbers in
-a weight that are looked at for it."""
+LARGE_PRODUCT, LARGE_WEIGHT = 2**21, 2**10
+"""Multiplications from which oneDNN's product of matrices was faster, up to twice, and numbers in a
+weight that are looked at for it."""
 
 
 def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -86,11 +87,17 @@ def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
     level = innermost()
     values, dim = unbatched(x, level)
     is_elsewhere = (level is None) != (dim is None) or dim == values.dim() - 1
-    if is_elsewhere or not _is_for_onednn(values, weight):
+    is_large = values.numel() * len(weight) >= LARGE_PRODUCT
+    if is_elsewhere or not is_large or not is_for_onednn(values, weight):
         return linear(x, weight)
-    with nullcontext() if level is None else temporarily_pop_interpreter_stack():
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, None, "none", [], "")
+    out: Tensor = _onednn_linear()(values, weight, None, "none", [], "")
     return out if level is None or dim is None else _functorch._add_batch_dim(out, dim, level[1])
+
+
+@cache
+def _onednn_linear() -> Callable[..., Tensor]:
+    linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return linear
 
 
 def _is_seen(tensors: Leaves) -> bool:
@@ -98,21 +105,24 @@ def _is_seen(tensors: Leaves) -> bool:
     return (
         (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         or _len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
         or torch._C._is_torch_function_mode_enabled()
     )
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Are they plain float32 matrices on a CPU, and is their product large?"""
+def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Are they plain, dense float32 tensors on a CPU, the second one a matrix?"""
     return (
-        x.numel() * len(weight) >= LARGE_PRODUCT
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        x.dtype == weight.dtype == torch.float32
+        and x.layout == weight.layout == torch.strided
+        and x.is_cpu
+        and weight.is_cpu
         and weight.dim() == 2
         and are_plain((x, weight))
-        and not any(map(_functorch.is_functorch_wrapped_tensor, (x, weight)))
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
+        and not _functorch.is_functorch_wrapped_tensor(x)
+        and not _functorch.is_functorch_wrapped_tensor(weight)
+        and torch._C._has_mkldnn
+        and torch._C._get_mkldnn_enabled()
     )
 
 
