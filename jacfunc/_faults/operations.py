@@ -37,7 +37,7 @@ from jacfunc._faults.lookups import (
     tensors_of,
 )
 from jacfunc._lock import alone
-from jacfunc._torch import DRAWING, below_transforms, inside_functorch, is_pushing, may_draw
+from jacfunc._torch import DRAWING, below_transforms, innermost, is_pushing, may_draw
 from jacfunc._types import is_differentiable
 
 _Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
@@ -61,7 +61,7 @@ def _refuse_if_derived(func: Callable[..., Any], args: Args, kwargs: Mapping[str
 
 def _set_data(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
     """``tensor.data = …``; refused inside transforms, whose wrappers would outlive their level."""
-    if inside_functorch():
+    if innermost() is not None:
         raise Refused("it sets the data of a tensor, which torch does wrong inside a transform")
     return func(*args, **kwargs)
 

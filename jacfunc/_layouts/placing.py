@@ -21,7 +21,7 @@ from jacfunc._layouts.layouts import (
     layouts_between,
 )
 from jacfunc._layouts.traces import Listener, Trace
-from jacfunc._torch import batched, call_of_all_samples, of_all_samples, unbatched
+from jacfunc._torch import batched, call_of_all_samples, of_all_samples
 from jacfunc.layers import Rule
 
 Place: TypeAlias = Callable[[Tensor], Tensor]
@@ -104,8 +104,7 @@ class VmappedSamples:
         return out
 
     def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
-        out = batched(out, self.size, self.level)
-        values, dim = unbatched(out, self.level)
+        out, values, dim = batched(out, self.size, self.level)
         if dim is None:
             return out, values, lambda products: products.unsqueeze(1)
         return out, values, lambda products: products.movedim(dim + 1, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
-from jacfunc._torch.levels import NOTHING, below_transforms
+from jacfunc._torch.levels import NOTHING
 from jacfunc._types import Leaves
 
 
@@ -52,11 +52,6 @@ def run_backward(
         accumulate_grad=False,
     )
     return products
-
-
-def off_graph(leaves: Leaves) -> Leaves:
-    """The leaves detached from plain graphs, which lead to what a function closes over."""
-    return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
 
 
 untracked: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction

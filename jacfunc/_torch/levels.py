@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -20,16 +20,12 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from jacfunc._lock import holds_alone
-
-
-def inside_functorch() -> bool:
-    """Is a functorch transform active?"""
-    return _functorch.peek_interpreter_stack() is not None
+from jacfunc._types import Leaves
 
 
 def inside_transform() -> bool:
     """Is a functorch transform or plain forward mode active? Only functorch can nest in these."""
-    return inside_functorch() or is_pushing()
+    return _functorch.peek_interpreter_stack() is not None or is_pushing()
 
 
 def is_outermost() -> bool:
@@ -83,9 +79,14 @@ NOTHING = nullcontext()
 
 def memory_of(tensor: Tensor) -> int:
     """A number of the tensor's storage: equal for tensors that share their memory."""
+    return memories_of((tensor,))[0]
+
+
+def memories_of(tensors: Iterable[Tensor]) -> list[int]:
+    """A number for the storage of each tensor, see :func:`memory_of`."""
     if torch.compiler.is_compiling():  # compiled code is functional: nothing is written
-        return id(tensor)
-    return int(below_transforms(tensor).untyped_storage()._cdata)
+        return [*map(id, tensors)]
+    return [int(below_transforms(x).untyped_storage()._cdata) for x in tensors]
 
 
 def levels() -> tuple[object, ...]:
@@ -148,6 +149,11 @@ def below_transforms(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def off_graph(leaves: Leaves) -> Leaves:
+    """The leaves detached from plain graphs, which lead to what a function closes over."""
+    return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
 
 
 def lacks_forward_kernel(op: torch._ops.OpOverload) -> bool:

@@ -8,24 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C import _FunctionBase, _functorch
+from torch._C import _functorch
 from torch._C._functorch import TransformType
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 def innermost_level() -> int | None:
     """The level of the transform that sees operations first."""
     top = _functorch.peek_interpreter_stack()
     return None if top is None else int(top.level())
-
-
-def edge_of(tensor: Tensor) -> GradientEdge:
-    """Where a pullback onto the tensor ends: ``get_gradient_edge``, at less cost for most."""
-    node = tensor.grad_fn
-    # the Python object of a node of the user's own does not keep its graph
-    if node is None or isinstance(node, _FunctionBase):
-        return get_gradient_edge(tensor)
-    return GradientEdge(node, tensor.output_nr)
 
 
 def is_right_twice(level: int | None) -> bool:
