@@ -81,16 +81,13 @@ class FactoredJacobian:
     signature: int = 0
     moves_samples: bool = False
     reads_values: bool = False
+    outputs: Leaves = field(init=False)
+    """The outputs of all samples, ``[B, *out]``."""
+    extras: Leaves = field(init=False)
+    """What the function returned beside the outputs, ``[B, …]``."""
 
-    @property
-    def outputs(self) -> Leaves:
-        """The outputs of all samples, ``[B, *out]``."""
-        return self.linearization.outputs
-
-    @property
-    def extras(self) -> Leaves:
-        """What the function returned beside the outputs, ``[B, …]``."""
-        return self.linearization.extras
+    def __post_init__(self) -> None:
+        self.outputs, self.extras = self.linearization.outputs, self.linearization.extras
 
     @cached_property
     def sample_outputs(self) -> Leaves:
