@@ -6,6 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from jacfunc._factored.use import Use, UsedPart
 from jacfunc._linear_map import EVERY, LeafNumbers
 from jacfunc._types import Leaves
 from jacfunc.layers import Rows
+
+_HAS_GRAPH = attrgetter("requires_grad")
 
 
 class Pullbacks(Protocol):
@@ -102,7 +105,7 @@ class FactoredJacobian:
     @property
     def carries_graph(self) -> bool:
         """Can the outputs, and so their Jacobian, be differentiated further?"""
-        return any(out.requires_grad for out in self.outputs)
+        return any(map(_HAS_GRAPH, self.outputs))
 
     @property
     def is_direct(self) -> bool:

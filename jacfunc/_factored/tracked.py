@@ -168,7 +168,9 @@ class RuledCall:
         of_params = [name for name, x in tensors.items() if id(x) in params.by_id]
         every = placing.of_parameters(self.named, of_params)
         try:
-            every |= {name: self._of_all(name, placing) for name in tensors if name not in every}
+            for name, x in tensors.items():
+                if name not in every:
+                    every[name] = placing.of_all((self.number, name), x, self.func, self.rule)
         except NoLayout:
             return {}
         return self.rule.forms_of(**{**self.named, **every})
@@ -207,7 +209,8 @@ class RuledCall:
                 return False
             if param is None:
                 try:
-                    named[name] = self._of_all(name, placing)
+                    key = self.number, name
+                    named[name] = placing.of_all(key, value, self.func, self.rule)
                 except NoLayout:
                     return False
             elif params.is_as_tracked(param):
@@ -232,10 +235,6 @@ class RuledCall:
     def parts(self, forms: Mapping[str, FormOf]) -> list[UsedPart]:
         """The parts of parameters that it uses."""
         return [(param.number, param.path, forms[name]) for name, param in self.params.items()]
-
-    def _of_all(self, name: str, placing: Placing) -> Tensor:
-        """An argument that is no parameter, of all samples."""
-        return placing.of_all((self.number, name), self.named[name], self.func, self.rule)
 
 
 def add_parts(uses: Iterable[tuple[Use, RuledCall]], placing: Placing) -> None:

@@ -172,7 +172,7 @@ class UseRecorder(OperationRecorder):
             if covered and has_others and self._placing.can_share:
                 return self._derive(number, func, args, kwargs)
         places = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
-        args = tuple([twins.get(name, x) for name, x in zip(places, args, strict=False)])
+        args = tuple(map(twins.get, places, args))
         if kwargs:
             kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         if not is_known:

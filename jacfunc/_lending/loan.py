@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -147,6 +147,12 @@ class LentForEvaluation:
             self.loans[-1].take_back()
         elif self.learn is not None:
             self.learn()
+
+
+def renewing(loans: Sequence[Loan]) -> Callable[[], None]:
+    """What puts the last evaluation in place again, in whichever loan is then the innermost."""
+    evaluation = loans[-1].keep_contents()
+    return lambda: loans[-1].renew(evaluation)
 
 
 def as_required(constant: Tensor, param: Tensor) -> Tensor:

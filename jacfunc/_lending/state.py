@@ -21,6 +21,7 @@ from jacfunc._lending.loan import (
     LentForEvaluation,
     Loan,
     as_required,
+    renewing,
 )
 from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside, parts_in
@@ -246,5 +247,4 @@ class ModuleState:
 
     def as_evaluated(self) -> Callable[[], None]:
         """A function that pullbacks call first: it puts the tensors of this evaluation in place."""
-        evaluation = self.loans[-1].keep_contents()
-        return lambda: self.loans[-1].renew(evaluation)
+        return renewing(self.loans)
