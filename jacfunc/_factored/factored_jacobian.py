@@ -149,8 +149,8 @@ class FactoredJacobian:
             return [[] for _ in self.params]
         products = self.linearization.pull_batch(cotangents, EVERY, of)
         others = self.rest[0].pull_batch(cotangents, EVERY, of) if self.rest else ()
-        by_number: dict[int, list[Part]] = {number: [] for number in range(len(self.params))}
-        by_number |= {number: [] for number in self.derived}
+        numbers = range(len(self.params))
+        by_number: dict[int, list[Part]] = {number: [] for number in (*numbers, *self.derived)}
         with self.contracting():
             for use, product in zip(self.uses, products, strict=False):
                 _add(by_number, use.parts, use.place(product))
@@ -163,7 +163,7 @@ class FactoredJacobian:
                     shape = (self.size, len(cotangents[0]), *derived.value.shape)
                     seeds = rows(merged(parts), partial(derived.value.new_zeros, shape))
                     _add(by_number, derived.parts, seeds.transpose(0, 1))
-            every = [by_number[number] for number in range(len(self.params))]
+            every = map(by_number.__getitem__, numbers)
             return [merged(parts) if len(parts) > 1 else parts for parts in every]
 
     def params_of(self, operations: Container[int]) -> set[int]:

@@ -98,8 +98,7 @@ class ModuleAtBatch:
         chunk_size: samples that are evaluated at once; None for all.
         budget: of bytes, by which fewer samples may be evaluated at once.
         keeps_all: are all outputs asked for later, beside those that the call returns?
-        is_lent_once: may the module be lent once for a whole answer? Not if a user's loss runs in
-            between, which may look at the module.
+        is_lent_once: for a whole answer? Not around a user's loss, which may look at the module.
     """
 
     call: ModuleCall
@@ -140,17 +139,22 @@ class ModuleAtBatch:
         chosen = f"{len(self.params)} parameters of {numbers:,} numbers, {self.size} samples"
         return f"<{self.api} of {type(self.call.state.module).__name__}, {chosen}>"
 
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> AbstractContextManager[None]:
         """Around evaluations and pullbacks: nothing outside is changed, all draw the same."""
-        is_inside = self._thread == get_ident()
-        with nullcontext() if is_inside else self.call.undisturbed(self._settled is not None):
+        if self._thread != get_ident():
+            return self._from_outside()
+        self.random_state.repeat()
+        return nullcontext()
+
+    @contextmanager
+    def _from_outside(self) -> Iterator[None]:
+        with self.call.undisturbed(self._settled is not None):
             self._thread = get_ident()
-            self.random_state.repeat()
             try:
+                self.random_state.repeat()
                 yield
             finally:
-                self._thread = get_ident() if is_inside else None
+                self._thread = None
 
     def as_one(self) -> AbstractContextManager[None]:
         """Around all evaluations and pullbacks of an answer, for which the module is lent once."""
@@ -169,11 +173,8 @@ class ModuleAtBatch:
             return
         if not (self.budget.is_open or hasattr(self, "last_call")):
             self.between(0, min(2, self.size))  # a first evaluation takes more than others
-
-        def between(start: int, stop: int) -> Leaves:
-            return work(slice(start, stop), self.between(start, stop))
-
-        yield from self.budget.pieces(self.size, self.chunk_size, between, result)
+        some = lambda start, stop: work(slice(start, stop), self.between(start, stop))  # noqa: E731
+        yield from self.budget.pieces(self.size, self.chunk_size, some, result)
 
     @kept_property
     def _all_factors(self) -> FactoredJacobian:
