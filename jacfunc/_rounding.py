@@ -53,7 +53,8 @@ def are_near(numbers: Tensor, others: Tensor, power: float | None, lead: int = 0
 def contracting(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
     """Around products of factors on these tensors' devices: no graph, no autocast, which rounds."""
     rounding = [*filter(torch.is_autocast_enabled, {x.device.type for x in tensors})]
-    return _without_autocast(rounding) if rounding else torch.no_grad()
+    # no_grad takes twice as many calls
+    return _without_autocast(rounding) if rounding else torch.set_grad_enabled(False)
 
 
 @contextmanager

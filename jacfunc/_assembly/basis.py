@@ -122,4 +122,4 @@ def as_leaves(columns: Tensor, leaves: Leaves) -> Leaves:
     """Columns ``[R, B, M]`` cut into ``[R, B, *out]``, in the dtypes of leaves ``[B, *out]``."""
     parts = columns.split([leaf[0].numel() for leaf in leaves], 2)
     pairs = zip(parts, leaves, strict=True)
-    return tuple(part.reshape(len(columns), *x.shape).to(x.dtype) for part, x in pairs)
+    return tuple([part.reshape(len(columns), *x.shape).to(x.dtype) for part, x in pairs])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly.pages import empty
-from jacfunc._torch import memory_of, untracked
+from jacfunc._torch import memories_of, untracked
 from jacfunc._types import Blocks, Leaves
 
 Allocate: TypeAlias = Callable[[Leaves, int], Leaves]
@@ -137,8 +137,8 @@ def owned(products: Leaves, beside: Leaves = ()) -> Leaves:
     """
     if len(products) == 1 and not beside:
         return (products[0].clone(),) if 0 in products[0].stride() else products
-    results, seen = list[Tensor](), set(map(memory_of, beside))
-    for product, memory in zip(products, map(memory_of, products), strict=True):
+    results, seen = list[Tensor](), set(memories_of(beside))
+    for product, memory in zip(products, memories_of(products), strict=True):
         results.append(product.clone() if 0 in product.stride() or memory in seen else product)
         seen.add(memory)
     return tuple(results)

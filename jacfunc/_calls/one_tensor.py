@@ -22,4 +22,4 @@ class OneTensor:
 
     def value(self, outputs: Leaves, extras: Leaves) -> tuple[Tree, Tree]:
         """The output, and None."""
-        return self.output_tree(outputs), None
+        return outputs[0], None

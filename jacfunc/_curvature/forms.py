@@ -16,7 +16,7 @@ from jacfunc._assembly import numel
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import Refused, is_out_of_memory
-from jacfunc._factored import FactoredJacobian, Part, add_squares, rows, written
+from jacfunc._factored import FactoredJacobian, NamedParts, add_squares, rows, written
 from jacfunc._linear_map import LinearMap
 from jacfunc._lock import kept_property
 from jacfunc._log import note
@@ -25,7 +25,6 @@ from jacfunc._products import FactoredProducts, takes_factors
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, product_dtype
 
-NamedParts: TypeAlias = dict[str, list[Part]]
 Add: TypeAlias = Callable[[torch.Size, NamedParts], None]
 """Adds the columns of some samples to a sum: how many samples and columns, and parts by name."""
 
@@ -105,11 +104,9 @@ def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result:
     roots = point.budget.keep(lambda: curvature.roots)
 
     def add_some(samples: slice, jacobian: FactoredJacobian) -> Leaves:
-        cotangents = tuple(root[:, samples] for root in roots)
+        cotangents = tuple([root[:, samples] for root in roots])
         num_roots, size = cotangents[0].shape[:2]
-        parts = point.parts_of(jacobian, cotangents)
-        with point.contracting():
-            add(torch.Size((size, num_roots)), parts)
+        point.contracted(jacobian, cotangents, partial(add, torch.Size((size, num_roots))))
         return ()
 
     for _ in point.pieces(add_some, result):
@@ -159,7 +156,7 @@ def square_sums(point: ModuleAtBatch, curvature: OutputCurvature) -> dict[str, T
     def add(_: torch.Size, parts: NamedParts) -> None:
         add_squares(totals, {name: (parts[name], params[name]) for name in parts})
 
-    added_up(point, curvature, add, sum(param.nbytes for param in params.values()))
+    added_up(point, curvature, add, sum([param.nbytes for param in params.values()]))
     return {name: torch.zeros_like(x) for name, x in params.items() if name not in totals} | totals
 
 

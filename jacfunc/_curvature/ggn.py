@@ -139,7 +139,8 @@ def ggn(
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         if loss is None:
             return GaussNewton(options.at((args, kwargs), is_kept=True), Unweighted)
-        at_batch, targets = options.with_targets(args, kwargs, loss, is_kept=True)
+        is_lent_once = is_plain or is_of_torch(loss)
+        at_batch, targets = options.with_targets((args, kwargs), is_lent_once, is_kept=True)
         captured = None if is_plain else Captured.of(loss)
         return GaussNewton(at_batch, partial(loss_of, "ggn", loss, targets, captured))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jacfunc._assembly import stack
 from jacfunc._calls import OneTensor
 from jacfunc._curvature.loss import Loss, LossFunction
-from jacfunc._factored import FactoredJacobian, Part, norms
+from jacfunc._factored import FactoredJacobian, NamedParts, Part, norms
 from jacfunc._lending import Select
 from jacfunc._losses import check_loss, is_of_torch
 from jacfunc._modules import Batching, BatchOptions, Independent, made_at_once
@@ -82,22 +82,25 @@ def gradient_norms(
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
         # a user's loss may look at the module, which is lent meanwhile
-        if args and isinstance(module, nn.Module) and is_of_torch(loss):
+        is_lent_once = is_of_torch(loss)
+        if args and isinstance(module, nn.Module) and is_lent_once:
             seeds_of = partial(_seeds, options, loss, args[-1])
             result = made_at_once(options, (args[:-1], kwargs), _norms_at_once, seeds_of)
             if result is not None:
                 return result[0]
-        at_batch, targets = options.with_targets(args, kwargs, loss)
+        at_batch, targets = options.with_targets((args, kwargs), is_lent_once)
         with at_batch.as_one():
             of_outputs = partial(_gradient, options, loss, targets, at_batch.outputs)
             gradient = at_batch.budget.keep(of_outputs)
 
             def norms_of(samples: slice, jacobian: FactoredJacobian) -> Leaves:
-                cotangents = tuple(leaf[samples].unsqueeze(0) for leaf in gradient)
-                named = at_batch.parts_of(jacobian, cotangents)
-                parts = [named.get(name, []) for name in at_batch.params]
-                with at_batch.contracting():
-                    return (_norms(parts, at_batch.params.values(), cotangents),)
+                cotangents = tuple([leaf[samples].unsqueeze(0) for leaf in gradient])
+
+                def make(named: NamedParts) -> Tensor:
+                    parts = [named.get(name, []) for name in at_batch.params]
+                    return _norms(parts, at_batch.params.values(), cotangents)
+
+                return (at_batch.contracted(jacobian, cotangents, make),)
 
             return stack(at_batch.pieces(norms_of), at_batch.size)[0]
 

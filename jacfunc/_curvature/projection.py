@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from jacfunc._assembly import Places, shared_units, stack
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._curvature.signs import FlatSigns, SignsBySide, signs_of
-from jacfunc._factored import FactoredJacobian
+from jacfunc._factored import FactoredJacobian, NamedParts
 from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
-from jacfunc._losses import check_loss
+from jacfunc._losses import check_loss, is_of_torch
 from jacfunc._memory import DRAWN_BYTES
 from jacfunc._modules import (
     Batching,
@@ -156,7 +156,7 @@ def random_projection(
             at_batch = options.at((args, kwargs))
             with at_batch.as_one():
                 return Projections(at_batch, signs).of_jacobians(places)
-        at_batch, targets = options.with_targets(args, kwargs, loss)
+        at_batch, targets = options.with_targets((args, kwargs), is_of_torch(loss))
         with at_batch.as_one():
             at_outputs = Loss(API, loss, targets, at_batch.outputs)
             at_outputs.check_samples(options.independence)
@@ -220,13 +220,15 @@ class Projections:
     ) -> Leaves:
         """Projections ``[B, K, size]`` of what cotangents ``[K, B, *out]`` pull back to."""
         at_batch = self.at_batch
-        parts_by_name = at_batch.parts_of(jacobian, cotangents, of)
         leaves = (*cotangents, *at_batch.params.values())
         dtype = reduce(torch.promote_types, [leaf.dtype for leaf in leaves])
         num_seeds, num_samples = cotangents[0].shape[:2]
         shape = (num_samples, num_seeds, self.signs.size)
         zeros = partial(cotangents[0].new_zeros, dtype=product_dtype(*leaves))
         at_once = at_batch.budget.at_most(DRAWN_BYTES)
-        with at_batch.contracting():
-            rows = self.signs.projected(parts_by_name, at_batch.params, zeros(shape), at_once)
+
+        def project(named: NamedParts) -> Leaves:
+            return self.signs.projected(named, at_batch.params, zeros(shape), at_once)
+
+        rows = at_batch.contracted(jacobian, cotangents, project, of)
         return tuple(row.to(dtype) for row in rows)

@@ -67,6 +67,13 @@ class DerivedResults:
         """The parameters with these numbers, and those that results are made of."""
         return parameters_of(list(numbers), self.by_number)
 
+    def put_parameters_into(self, *sets: set[int]) -> None:
+        """Put into sets of numbers, in the place of results, the parameters they are made of."""
+        for numbers in sets if self.by_number else ():
+            params = self.parameters(numbers)
+            numbers.clear()
+            numbers.update(params)
+
 
 def through_graph(
     out: Tensor,

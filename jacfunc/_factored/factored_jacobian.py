@@ -6,6 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ from jacfunc._factored.use import Use, UsedPart
 from jacfunc._linear_map import EVERY, LeafNumbers
 from jacfunc._types import Leaves
 from jacfunc.layers import Rows
+
+_HAS_GRAPH = attrgetter("requires_grad")
 
 
 class Pullbacks(Protocol):
@@ -81,16 +84,13 @@ class FactoredJacobian:
     signature: int = 0
     moves_samples: bool = False
     reads_values: bool = False
+    outputs: Leaves = field(init=False)
+    """The outputs of all samples, ``[B, *out]``."""
+    extras: Leaves = field(init=False)
+    """What the function returned beside the outputs, ``[B, …]``."""
 
-    @property
-    def outputs(self) -> Leaves:
-        """The outputs of all samples, ``[B, *out]``."""
-        return self.linearization.outputs
-
-    @property
-    def extras(self) -> Leaves:
-        """What the function returned beside the outputs, ``[B, …]``."""
-        return self.linearization.extras
+    def __post_init__(self) -> None:
+        self.outputs, self.extras = self.linearization.outputs, self.linearization.extras
 
     @cached_property
     def sample_outputs(self) -> Leaves:
@@ -105,7 +105,7 @@ class FactoredJacobian:
     @property
     def carries_graph(self) -> bool:
         """Can the outputs, and so their Jacobian, be differentiated further?"""
-        return any(out.requires_grad for out in self.outputs)
+        return any(map(_HAS_GRAPH, self.outputs))
 
     @property
     def is_direct(self) -> bool:
@@ -149,8 +149,8 @@ class FactoredJacobian:
             return [[] for _ in self.params]
         products = self.linearization.pull_batch(cotangents, EVERY, of)
         others = self.rest[0].pull_batch(cotangents, EVERY, of) if self.rest else ()
-        by_number: dict[int, list[Part]] = {number: [] for number in range(len(self.params))}
-        by_number |= {number: [] for number in self.derived}
+        numbers = range(len(self.params))
+        by_number: dict[int, list[Part]] = {number: [] for number in (*numbers, *self.derived)}
         with self.contracting():
             for use, product in zip(self.uses, products, strict=False):
                 _add(by_number, use.parts, use.place(product))
@@ -163,7 +163,7 @@ class FactoredJacobian:
                     shape = (self.size, len(cotangents[0]), *derived.value.shape)
                     seeds = rows(merged(parts), partial(derived.value.new_zeros, shape))
                     _add(by_number, derived.parts, seeds.transpose(0, 1))
-            every = [by_number[number] for number in range(len(self.params))]
+            every = map(by_number.__getitem__, numbers)
             return [merged(parts) if len(parts) > 1 else parts for parts in every]
 
     def params_of(self, operations: Container[int]) -> set[int]:

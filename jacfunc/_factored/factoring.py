@@ -27,6 +27,7 @@ from jacfunc._linear_map import (
     LeadsOut,
     linearize,
     map_of_graph,
+    nodes_of_calls,
 )
 from jacfunc._torch import (
     MathAttention,
@@ -153,13 +154,15 @@ def graph_behind(
     Raises:
         Refused: if a path passes an operation with a rule by.
     """
-    nodes, cut = set[Any](), set(starts)
-    for use in recorder.uses:
-        nodes |= use.nodes
+    uses, cut = recorder.uses, set(starts)
+    for use in uses:
         cut |= use.ends
-    graph = Graph.of(leaves, cut, nodes)
-    if not all(use.is_complete(graph) for use in recorder.uses):
-        raise Refused("a parameter is used in a derivative that the function takes itself")
+    nodes_of_uses = nodes_of_calls([(use.last, use.ends) for use in uses])
+    graph = Graph.of(leaves, cut, set().union(*nodes_of_uses))
+    for use, nodes in zip(uses, nodes_of_uses, strict=True):
+        # a derivative uses parameters again, in operations that no rule sees
+        if not set().union(*filter(None, map(graph.met.get, nodes))) <= nodes | {use.last}:
+            raise Refused("a parameter is used in a derivative that the function takes itself")
     met = [number for node, number in starts.items() if node in graph.met]
     return graph, recorder.derived.parameters(met)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,6 +80,10 @@ class Part:
         return None
 
 
+NamedParts: TypeAlias = dict[str, list[Part]]
+"""The parts of each parameter that is used, by name."""
+
+
 def _are_rows(places: Tensor, stride: int, to_last: int, width: int) -> bool:
     """Is each place in one row with its last, and whole rows apart from the next place?"""
     if stride % width and places.shape[1] > 1:
@@ -122,15 +127,6 @@ def _sum(first: Part, others: Sequence[Part]) -> Part:
     return Part(first.path, Rows(total))
 
 
-def place_of(seeds: Tensor) -> Hashable:
-    """A key that is equal for cotangents with the same memory, as a weight and its bias have.
-
-    It tells while the cotangents are kept, as nothing else comes to lie at their address.
-    """
-    sizes = zip(seeds.shape, seeds.stride(), strict=True)
-    return seeds.data_ptr(), seeds.dtype, *[pair for pair in sizes if pair[0] != 1]
-
-
 def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:
     """A tensor like the parameter, in which the values of each part are added in its place."""
     block = values_of_parts[0][1].new_zeros((1, 1, *param.shape))
@@ -141,8 +137,6 @@ def placed(values_of_parts: Sequence[tuple[Part, Tensor]], param: Tensor) -> Ten
 
 def are_disjoint(parts: Sequence[Part], param: Tensor) -> bool:
     """Is no entry of the parameter in two parts? Then squares have no cross terms."""
-    if len(parts) == 1:
-        return True
     entries = torch.stack([part.entries(param.shape) for part in parts])
     return bool((entries.sum(0) <= 1).all())
 

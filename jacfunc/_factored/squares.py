@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from jacfunc._factored.parts import Part, are_disjoint, place_of, placed, rows
+from jacfunc._factored.parts import Part, are_disjoint, placed, rows
 from jacfunc._memory import SQUARED_BYTES
 from jacfunc._types import product_dtype
 from jacfunc.layers import Form, Gather, Outer, Rows
@@ -42,14 +42,12 @@ def add_squares(
 def _squared_parts(parts: Sequence[Part], param: Tensor, sums: Sums, at_once: int) -> Tensor:
     if len(parts) == 1 and not parts[0].path:
         total = _squared(_as_known(parts[0].form, param), sums, at_once).view(param.shape)
-    elif are_disjoint(parts, param):
+    elif len(parts) == 1 or are_disjoint(parts, param):
         forms = [(part, _as_known(part.form, param)) for part in parts]
         total = placed([(part, _squared(form, sums, at_once)) for part, form in forms], param)
     else:
         blocks = written(parts, param, at_once)
-        total = next(blocks).square().sum((0, 1))
-        for block in blocks:
-            total += block.square().sum((0, 1))
+        total = reduce(Tensor.add_, (block.square().sum((0, 1)) for block in blocks))
     return total.to(param.dtype)
 
 
@@ -64,7 +62,7 @@ def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARE
     # by the place of cotangents, these and the squared norms of all that they are multiplied by
     outers = dict[Hashable, tuple[Tensor, Tensor]]()
     for parts, param in params:
-        if not are_disjoint(parts, param):
+        if len(parts) > 1 and not are_disjoint(parts, param):
             blocks = written(parts, param, at_once)
             squares.append(torch.cat([_squared_norms(block) for block in blocks]).t())
             continue
@@ -99,12 +97,9 @@ def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) 
     num_seeds, size = _seeds(forms[0]).shape[:2]
     step = _samples_within(at_once, num_seeds * param.numel() * param.element_size())
     for start in range(0, size, step):
-        stop = min(start + step, size)
-        chunk = [
-            Part(part.path, form.of_samples(slice(start, stop)))
-            for part, form in zip(parts, forms, strict=True)
-        ]
-        shape = (stop - start, num_seeds, *param.shape)
+        some, pairs = slice(start, start + step), zip(parts, forms, strict=True)
+        chunk = [Part(part.path, form.of_samples(some)) for part, form in pairs]
+        shape = (min(step, size - start), num_seeds, *param.shape)
         yield rows(chunk, partial(_seeds(forms[0]).new_zeros, shape))
 
 
@@ -124,6 +119,15 @@ def _squared(form: KnownForm, sums: Sums, at_once: int) -> Tensor:
     by_rows = num_seeds * outs * ins * (positions + MOVED)
     total = _squared_by_pairs(form) if by_pairs < by_rows else _squared_by_rows(form, at_once)
     return (total.mT if form.is_transposed else total).reshape(form.shape)
+
+
+def place_of(seeds: Tensor) -> Hashable:
+    """A key that is equal for cotangents with the same memory, as a weight and its bias have.
+
+    It tells while the cotangents are kept, as nothing else comes to lie at their address.
+    """
+    sizes = zip(seeds.shape, seeds.stride(), strict=True)
+    return seeds.data_ptr(), seeds.dtype, *[pair for pair in sizes if pair[0] != 1]
 
 
 def _summed(left: Tensor, sums: Sums) -> Tensor:
@@ -148,12 +152,13 @@ def _squared_by_pairs(form: Outer) -> Tensor:
 
 def _sum_of_products(left: Tensor, *pairs: Tensor) -> Tensor:
     """``Σₖ G[k, …, first] G[k, …, second]``, for as many k at a time as stay in the cache."""
-    of_one = left.nbytes // max(1, len(left))
+    num_seeds = left.shape[0]
+    of_one = left.nbytes // max(1, num_seeds)
     if pairs:
         of_one = of_one // max(1, left.shape[3]) * len(pairs[0])
     step = _samples_within(SQUARED_BYTES, of_one)
     total: Tensor | None = None
-    for seeds in left.split(step) if step < len(left) else [left]:
+    for seeds in left.split(step) if step < num_seeds else [left]:
         first, second = [seeds[:, :, :, places] for places in pairs] or [seeds, seeds]
         products = (first * second).sum(0)
         total = products if total is None else total.add_(products)
@@ -163,11 +168,8 @@ def _sum_of_products(left: Tensor, *pairs: Tensor) -> Tensor:
 
 def _squared_by_rows(form: Outer, at_once: int) -> Tensor:
     """The rows written out and squared, few samples at a time: ``[groups, O, I]``."""
-    blocks = (block.square_().sum((0, 2)) for block in _blocks(form, at_once))
-    total = next(blocks)
-    for block in blocks:
-        total += block
-    return total
+    blocks = _blocks(form, at_once)
+    return reduce(Tensor.add_, (block.square_().sum((0, 2)) for block in blocks))
 
 
 def _blocks(form: Outer, at_once: int) -> Iterator[Tensor]:

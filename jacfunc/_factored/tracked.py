@@ -93,7 +93,7 @@ class TrackedParameters:
         for value in values:
             if tracked := self.by_id.get(id(value)):
                 is_lent = tracked.number in self.lent
-                if is_lent and _is_written(tracked):
+                if is_lent and tracked.memory._version != tracked.version:
                     raise UnseenWrite(UNSEEN_WRITE)
                 self.unruled.numbers.add(tracked.number)
                 if is_lent:
@@ -124,7 +124,8 @@ class TrackedParameters:
 
     def is_as_tracked(self, tracked: TrackedParameter) -> bool:
         """Has nothing written into a tracked tensor?"""
-        return not (_is_written(tracked) or tracked.number in self.unruled.written)
+        is_written = tracked.memory._version != tracked.version
+        return not is_written and tracked.number not in self.unruled.written
 
     def written(self) -> set[int]:
         """Numbers of the parameters that were written into.
@@ -132,15 +133,10 @@ class TrackedParameters:
         Raises:
             UnseenWrite: if one of them is no copy.
         """
-        written = {tracked.number for tracked in self.by_id.values() if _is_written(tracked)}
+        written = {x.number for x in self.by_id.values() if x.memory._version != x.version}
         if written & self.lent:
             raise UnseenWrite(UNSEEN_WRITE)
         return written
-
-
-def _is_written(tracked: TrackedParameter) -> bool:
-    """Has something written into the tensor since it is tracked?"""
-    return tracked.memory._version != tracked.version
 
 
 def _has_tensors(value: Any) -> bool:
@@ -169,8 +165,12 @@ class RuledCall:
         tensors = {name: x for name, x in self.named.items() if isinstance(x, Tensor)}
         if not self.named or any(x.layout != torch.strided for x in tensors.values()):
             return {}
+        of_params = [name for name, x in tensors.items() if id(x) in params.by_id]
+        every = placing.of_parameters(self.named, of_params)
         try:
-            every = {n: self._of_all(n, placing, id(x) in params.by_id) for n, x in tensors.items()}
+            for name, x in tensors.items():
+                if name not in every:
+                    every[name] = placing.of_all((self.number, name), x, self.func, self.rule)
         except NoLayout:
             return {}
         return self.rule.forms_of(**{**self.named, **every})
@@ -209,7 +209,8 @@ class RuledCall:
                 return False
             if param is None:
                 try:
-                    named[name] = self._of_all(name, placing)
+                    key = self.number, name
+                    named[name] = placing.of_all(key, value, self.func, self.rule)
                 except NoLayout:
                     return False
             elif params.is_as_tracked(param):
@@ -224,8 +225,9 @@ class RuledCall:
         Raises:
             Outdated: if the rule does not cover the same parameters.
         """
-        every = {name: self._of_all(name, placing, True) for name in self.params}
-        forms = self.rule.forms_of(**{**self.named, **every})
+        forms = self.rule.forms_of(
+            **{**self.named, **placing.of_parameters(self.named, self.params)}
+        )
         if not self.params.keys() <= forms.keys():
             raise Outdated
         return self.parts(forms)
@@ -234,7 +236,12 @@ class RuledCall:
         """The parts of parameters that it uses."""
         return [(param.number, param.path, forms[name]) for name, param in self.params.items()]
 
-    def _of_all(self, name: str, placing: Placing, is_parameter: bool = False) -> Tensor:
-        """An argument, of all samples."""
-        key, value = (self.number, name), self.named[name]
-        return placing.of_all(key, value, self.func, self.rule, is_parameter)
+
+def add_parts(uses: Iterable[tuple[Use, RuledCall]], placing: Placing) -> None:
+    """Add to each use the parts of parameters that its call uses, which is like an earlier one.
+
+    Raises:
+        Outdated: if a rule does not cover the same parameters.
+    """
+    for use, call in uses:
+        use.parts = call.known_parts(placing)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacfunc._errors import Refused
 from jacfunc._factored.derived import DerivedResults, replaced, through_graph
-from jacfunc._factored.tracked import RuledCall, TrackedParameters, UnruledUse
+from jacfunc._factored.tracked import RuledCall, TrackedParameters, UnruledUse, add_parts
 from jacfunc._factored.use import (
     HOOKING,
     METADATA,
@@ -18,15 +18,14 @@ from jacfunc._factored.use import (
     VIEWS,
     KnownUse,
     Use,
-    Versions,
     View,
     is_part,
     without_lists,
 )
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
 from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing, are_among, tensors_in
-from jacfunc._linear_map import Anchor, Graph, no_view, nodes_of_call
-from jacfunc._torch import PULLED, innermost, untracked
+from jacfunc._linear_map import Anchor, Graph, no_view
+from jacfunc._torch import PULLED, below_transforms, innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
 
 MOST_PARTS = 32
@@ -68,7 +67,7 @@ class UseRecorder(OperationRecorder):
         self._grad_mode = grad_mode
         self.uses: list[Use] = []
         self._known, self._later = known, list[tuple[Use, RuledCall]]()
-        self._inputs = Versions()
+        self._inputs, self._versions = list[Tensor](), list[int]()  # of operations with rules
         self.derived = DerivedResults(params, starts, grad_mode)
         self._level = innermost()
 
@@ -81,19 +80,14 @@ class UseRecorder(OperationRecorder):
             Outdated: if a call is not what was known of it.
         """
         with untracked(), torch.set_grad_enabled(self._grad_mode):
-            if self._inputs.have_changed():
+            if [x._version for x in self._inputs] != self._versions:
                 raise Refused("what went into a layer was written into after it")
-            written = self._params.written()
-            for use, call in self._later:
-                use.parts = call.known_parts(self._placing)
-        for use in self.uses:
-            use.nodes = nodes_of_call(use.last, use.ends)
-        unruled = self._params.unruled
-        for numbers in (unruled.written, unruled.numbers):
-            params = self.derived.parameters(numbers | written)
-            numbers.clear()
-            numbers.update(params)
-        return self._params.unruled
+            written, unruled = self._params.written(), self._params.unruled
+            add_parts(self._later, self._placing)
+        unruled.written |= written
+        unruled.numbers |= written
+        self.derived.put_parameters_into(unruled.written, unruled.numbers)
+        return unruled
 
     def call(
         self,
@@ -177,7 +171,7 @@ class UseRecorder(OperationRecorder):
             if covered and has_others and self._placing.can_share:
                 return self._derive(number, func, args, kwargs)
         places = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
-        args = tuple([twins.get(name, x) for name, x in zip(places, args, strict=False)])
+        args = tuple(map(twins.get, places, args))
         if kwargs:
             kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}
         if not is_known:
@@ -204,7 +198,12 @@ class UseRecorder(OperationRecorder):
             ) from error
         if not values.requires_grad:
             return out
-        self._inputs.keep([x for name, x in call.named.items() if name not in call.params])
+        for name, x in call.named.items():
+            if isinstance(x, Tensor) and name not in call.params:
+                tensor = below_transforms(x)
+                if not tensor.is_inference():  # torch counts no writes into it
+                    self._inputs.append(tensor)
+                    self._versions.append(tensor._version)
         if place is None:
             parts = call.known_parts(self._placing) if forms is None else call.parts(forms)
             return self.derived.track((call.number, OUT), out, parts, Graph.of((out,), ends))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._layouts import Key
-from jacfunc._linear_map import Anchor, Graph
+from jacfunc._linear_map import Anchor
 from jacfunc._torch import below_transforms
 from jacfunc.layers import FormOf
 
@@ -114,25 +114,6 @@ UsedPart: TypeAlias = tuple[int, Path, FormOf]
 """The number of a parameter, the views that lead to the part that was used, and its form."""
 
 
-@dataclass(eq=False)
-class Versions:
-    """Tensors, and the versions that they had when they were kept."""
-
-    _pairs: list[tuple[Tensor, int]] = field(default_factory=list)
-
-    def keep(self, values: Iterable[Any]) -> None:
-        """Keep the tensors among values, as they are now."""
-        for value in values:
-            if isinstance(value, Tensor):
-                tensor = below_transforms(value)
-                if not tensor.is_inference():
-                    self._pairs.append((tensor, tensor._version))
-
-    def have_changed(self) -> bool:
-        """Was one of them written into since?"""
-        return any(tensor._version != version for tensor, version in self._pairs)
-
-
 def without_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments, with the items of lists in the place of these."""
     for value in (*args, *kwargs.values()):
@@ -167,7 +148,6 @@ class Use:
         ends: the nodes at which the parameters enter the operation.
         nbytes: bytes of the output.
         parts: the parts of parameters that were used.
-        nodes: the nodes from ``ends`` up to ``last``, which the rule stands for.
     """
 
     key: Key
@@ -177,13 +157,3 @@ class Use:
     ends: set[Any]
     nbytes: int
     parts: Sequence[UsedPart] = ()
-    nodes: set[Any] = field(default_factory=set)
-
-    def is_complete(self, graph: Graph) -> bool:
-        """Do all paths to the operation's parameters pass through its output?
-
-        They do not if the function takes a derivative itself, which uses the parameters again in
-        operations that no rule sees.
-        """
-        inside = self.nodes | {self.last}
-        return all(graph.met.get(node, set()) <= inside for node in self.nodes)

@@ -109,16 +109,14 @@ def apart(tensors: Iterable[Tensor]) -> list[Tensor]:
     A function that reads memory by strides could read other entries of a copy. Where a tensor does
     not lie alone, such a function is refused, and so it must be with the copy.
     """
-    lie_alone = lies_alone if inside_transform() else _lies_alone
-    return [_apart(tensor, lie_alone(tensor)) for tensor in tensors]
-
-
-def _apart(tensor: Tensor, is_alone: bool) -> Tensor:
-    copy = tensor.detach().clone()
-    if is_alone:
-        return copy
-    larger = copy.new_empty(copy.numel() + 1)  # so the copy does not lie alone
-    return larger.as_strided(copy.shape, copy.stride()).copy_(copy)
+    copies, lie_alone = [], lies_alone if inside_transform() else _lies_alone
+    for tensor in tensors:
+        copy = tensor.detach().clone()
+        if not lie_alone(tensor):
+            larger = copy.new_empty(copy.numel() + 1)  # so the copy does not lie alone
+            copy = larger.as_strided(copy.shape, copy.stride()).copy_(copy)
+        copies.append(copy)
+    return copies
 
 
 def is_tracked_now(tensor: Tensor) -> bool:

@@ -73,7 +73,7 @@ def _cut(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any
     """
     result = func(*args, **kwargs)
     with torch._C.DisableTorchFunction():  # outer watches have seen the call already
-        if not (inside_functorch() and is_tracked_now(result)):
+        if not (innermost() is not None and is_tracked_now(result)):
             return result
     if func is Tensor.detach_:
         raise Refused("detach_() of a tensor leaves what outer transforms know of it; use detach()")

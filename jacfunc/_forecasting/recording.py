@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils.flop_counter import flop_registry
 
 from jacfunc._memory import PeakBytes, dense_tensors
-from jacfunc._torch import memory_of
+from jacfunc._torch import memories_of, memory_of
 from jacfunc._types import Leaves
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ class Recorder(PeakBytes):
     def __init__(self, primals: Leaves) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self._active = set(map(memory_of, primals))
+        self._active = set(memories_of(primals))
         self._primals = set(self._active)
 
     def __torch_dispatch__(
@@ -97,14 +97,15 @@ class Recorder(PeakBytes):
             results = list(dense_tensors((result,)))
             added = args[ADDED[packet]] if packet in ADDED else None
             factors = [x for x in active if x is not added]
-            is_view = {memory_of(x) for x in results} <= {memory_of(x) for x in active}
+            places = set(memories_of(results))
+            is_view = places <= set(memories_of(active))
             once = 0 if is_view else _flops(packet, args, kwargs, result)
             primal_bytes = (
                 0 if is_view else sum(x.nbytes for x in active if memory_of(x) in self._primals)
             )
-            self._active |= {memory_of(x) for x in results}
+            self._active |= places
             if packet is aten.clone and memory_of(active[0]) in self._primals:
-                self._primals |= {memory_of(x) for x in results}
+                self._primals |= places
             self.operations.append(
                 Operation(
                     0 if is_view else sum(x.nbytes for x in active),

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import Places, shared_units, stack
-from jacfunc._factored import FactoredJacobian, Part, written
+from jacfunc._factored import FactoredJacobian, NamedParts, Part, written
 from jacfunc._kernels.blocks import KeptAxes, product_of
 from jacfunc._kernels.fitting import in_ranges
-from jacfunc._memory import MULTIPLIED_BYTES
+from jacfunc._memory import MULTIPLIED_BYTES, sparing
 from jacfunc._modules import ModuleAtBatch
+from jacfunc._rounding import contracting
 from jacfunc._trees import flatten
 from jacfunc._types import Leaves, is_tensor, product_dtype
 from jacfunc.layers import Outer
@@ -30,7 +31,8 @@ def gram_of_samples(
     axes, first_batch = KeptAxes((), ()), batches[0]
     ranges = in_ranges([batches], axes, first_batch.chunk_size, first_batch.budget)
     precise = torch.float64 if center else dtype
-    with first_batch.contracting():
+    around = sparing(first_batch.call.independence.memory)
+    with contracting(first_batch.params.values()), around:
         places = Places.of(first_batch.api, None)
         tree = product_of(ranges[0], ranges[0], axes, None, places, precise)
         (kernel,) = filter(is_tensor, flatten(tree)[0])
@@ -48,12 +50,14 @@ def variances_of_samples(at_batch: ModuleAtBatch, diagonal: Mapping[str, Tensor]
 
     def work(_: slice, jacobian: FactoredJacobian) -> Leaves:
         (out,) = jacobian.outputs
-        every = at_batch.parts_of(jacobian, shared_units(jacobian.outputs))
         shape = (jacobian.size, *(out.shape[1:].numel(),) * 2)
         total = out.new_zeros(shape, dtype=product_dtype(out, *diagonal.values()))
-        with at_batch.contracting():
-            for name, parts in every.items():
+
+        def add(named: NamedParts) -> None:
+            for name, parts in named.items():
                 _add_variances(total, parts, at_batch.params[name], diagonal[name])
+
+        at_batch.contracted(jacobian, shared_units(jacobian.outputs), add)
         return (total.to(out.dtype),)
 
     return stack(at_batch.pieces(work), at_batch.size)[0]

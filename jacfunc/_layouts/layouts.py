@@ -70,17 +70,6 @@ class Site:
     one: Size
     layout: Layout | None
 
-    def fits(self, func: Any, shape: Size, size: int) -> bool:
-        """Is it this operation, and has the tensor this shape for a batch of this size?"""
-        if func != self.func:
-            return False
-        if self.layout is None:
-            return shape == self.one
-        one, dim = self.one, self.layout.dim
-        if dim == 0:  # the usual case
-            return bool(shape) and shape[0] == size * one[0] and shape[1:] == one[1:]
-        return (*one[:dim], size * one[dim], *one[dim + 1 :]) == tuple(shape)
-
 
 Key: TypeAlias = tuple[int, str]
 """The number of an operation in its evaluation, and the name of one of its tensors."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from jacfunc._layouts.evidence import Seen
 from jacfunc._layouts.layouts import (
@@ -14,12 +15,13 @@ from jacfunc._layouts.layouts import (
     Key,
     Layout,
     NoLayout,
+    Site,
     Sites,
     Unlike,
     layouts_between,
 )
 from jacfunc._layouts.traces import Listener, Trace
-from jacfunc._torch import batched, call_of_all_samples, of_all_samples, unbatched
+from jacfunc._torch import batched, call_of_all_samples, of_all_samples
 from jacfunc.layers import Rule
 
 Place: TypeAlias = Callable[[Tensor], Tensor]
@@ -47,8 +49,12 @@ class Placing(Protocol):
         """Do all samples share this result, by what can be learned from it?"""
         ...
 
-    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
+    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule) -> Tensor:
         """A tensor that goes into an operation, as ``[B, *shape]`` of all samples."""
+        ...
+
+    def of_parameters(self, named: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+        """Those among the arguments that are parameters, as ``[B, *shape]``, too."""
         ...
 
     def call(
@@ -81,8 +87,11 @@ class VmappedSamples:
     def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
         return False
 
-    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
+    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule) -> Tensor:
         return of_all_samples(tensor, self.size, self.level)
+
+    def of_parameters(self, named: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: of_all_samples(named[name], self.size, self.level) for name in names}
 
     def call(
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -95,8 +104,7 @@ class VmappedSamples:
         return out
 
     def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
-        out = batched(out, self.size, self.level)
-        values, dim = unbatched(out, self.level)
+        out, values, dim = batched(out, self.size, self.level)
         if dim is None:
             return out, values, lambda products: products.unsqueeze(1)
         return out, values, lambda products: products.movedim(dim + 1, 1)
@@ -138,9 +146,11 @@ class PlainSamples:
         except NoLayout:
             return False
 
-    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule, is_parameter: bool) -> Tensor:
-        layout = None if is_parameter else self.layout(key, tensor, func, rule)
-        return self.placed(tensor, layout)
+    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule) -> Tensor:
+        return self.placed(tensor, self.layout(key, tensor, func, rule))
+
+    def of_parameters(self, named: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: named[name].expand(self.size, *named[name].shape) for name in names}
 
     def call(
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -152,7 +162,7 @@ class PlainSamples:
         layout, size = self.layout((number, OUT), out, func), self.size
         if layout is None:
             return out, out, None
-        return out, out, lambda products: layout.of_all(products, size, 1)
+        return out, out, partial(layout.of_all, size=size, lead=1)
 
     def placed(self, tensor: Tensor, layout: Layout | None) -> Tensor:
         """The tensor as ``[B, *one]``."""
@@ -175,7 +185,7 @@ class PlainSamples:
             site = self.sites[key]
             if site is None:
                 raise NoLayout
-            if not site.fits(func, tensor.shape, self.size):
+            if func != site.func or not _is_of(site, tensor.shape, self.size):
                 raise Unlike
             return site.layout
         other, size = self.trace.tensor(key, func, rule), len(self.trace.samples)
@@ -186,3 +196,13 @@ class PlainSamples:
             raise NoLayout
         self.seen[key] = Seen(func, other, tensor, layouts)
         return layouts[0]
+
+
+def _is_of(site: Site, shape: Size, size: int) -> bool:
+    """Has a tensor of this shape, in a batch of this size, what was learned of one sample?"""
+    if site.layout is None:
+        return shape == site.one
+    one, dim = site.one, site.layout.dim
+    if dim == 0:  # the usual case
+        return bool(shape) and shape[0] == size * one[0] and shape[1:] == one[1:]
+    return (*one[:dim], size * one[dim], *one[dim + 1 :]) == tuple(shape)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from jacfunc._errors import check_uncompiled
 from jacfunc._faults import apart
 from jacfunc._lending.attributes import detached_copy
+from jacfunc._lending.constants import versions_of
 from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import are_same
 from jacfunc._lending.select import Select, select_params
@@ -89,7 +90,7 @@ class CurrentState:
         state = self.now()
         casting = Casting.now(tuple(state.params.values()))
         if copy:
-            return replace(copied(state), casting=casting), detached_copy(data)
+            return copied(state, casting), detached_copy(data)
         of_module = (state.point, state.params, state.buffers, state.hidden)
         tensors = [x for named in of_module for x in named.values()]
         tensors += filter(is_tensor, flatten(data)[0])
@@ -97,29 +98,30 @@ class CurrentState:
         return replace(state, originals=originals, casting=casting, origin=state, loans=[]), data
 
 
-def copied(state: ModuleState) -> ModuleState:
-    """A state with copies of all values, for evaluations after these may have changed."""
+def copied(state: ModuleState, casting: Casting | None = None) -> ModuleState:
+    """A state with copies of all values, for evaluations after these may have changed.
+
+    It keeps where autocast was on, for answers that come later.
+    """
     if state.is_copy:
-        return state
+        return state if casting is None else replace(state, casting=casting)
     every = (*state.params.values(), *state.hidden.values(), *state.buffers.values())
     new: dict[int, Any] = {id(x): x for x in every}
     # values to differentiate at may be no parameters of the module
     known = new | {id(x): x for x in state.point.values()}
     with recording():  # graphs of attributes tell what was computed before
         copies = dict(zip(known, apart(known.values()), strict=True))
+        # identities, and how often torch has written into each
+        versions = zip(known, versions_of(known.values()), strict=True)
         return replace(
             state,
             parts={n: part.copied(new) if part.plain else part for n, part in state.parts.items()},
             beside=[part.copied(new) if part.plain else part for part in state.beside],
             point={name: copies[id(x)] for name, x in state.point.items()},
             copies=copies,
-            copied_versions={id(copies[key]): _version_of(x) for key, x in known.items()},
+            copied_versions=dict(zip(map(id, copies.values()), versions, strict=True)),
             is_copy=True,
+            casting=casting,
             origin=state,
             loans=[],
         )
-
-
-def _version_of(param: Tensor) -> Hashable:
-    """Identity of a parameter, and how often torch has written into it."""
-    return id(param), 0 if param.is_inference() else param._version

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ class Loan:
         evaluation = self.evaluation
         assert evaluation is not None
         evaluation.is_kept = True
-        if any(part.has_hooks for part in self.parts):
+        if [part for part in self.parts if part.has_hooks]:
             own = (pair for part in self.parts for pair in vars(part.module).items())
             containers = containers_in(x for key, x in own if key not in OF_EVERY_MODULE)
             modules = [part.module for part in self.parts if part.is_module]
@@ -90,7 +90,8 @@ class Loan:
 
     def renew(self, evaluation: EvaluationState) -> None:
         """Put what an earlier evaluation left in place again, for its pullbacks."""
-        put_back(evaluation.contents)
+        if evaluation.contents:
+            put_back(evaluation.contents)
         if self.evaluation is evaluation or evaluation.attributes is None:
             return
         if self.evaluation is not None:
@@ -105,13 +106,13 @@ class LentForCall:
 
     loans: list[Loan]
     """Those to calls that run, the innermost last."""
-    make: Callable[[], Loan]
+    loan: Loan
 
     def __enter__(self) -> None:
-        self.loans.append(self.make())
+        self.loans.append(self.loan)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        loan = self.loans[-1]
+        loan = self.loan
         try:
             if kind is not None:
                 loan.watch.put_back()
@@ -146,6 +147,12 @@ class LentForEvaluation:
             self.loans[-1].take_back()
         elif self.learn is not None:
             self.learn()
+
+
+def renewing(loans: Sequence[Loan]) -> Callable[[], None]:
+    """What puts the last evaluation in place again, in whichever loan is then the innermost."""
+    evaluation = loans[-1].keep_contents()
+    return lambda: loans[-1].renew(evaluation)
 
 
 def as_required(constant: Tensor, param: Tensor) -> Tensor:

@@ -113,8 +113,12 @@ class Casting(NamedTuple):
     @classmethod
     def now(cls, leaves: Leaves) -> Casting:
         """As it is now, for the devices of the leaves and the CPU."""
-        devices = {"cpu", *(x.device.type for x in leaves)} - {"meta"}
+        devices = {"cpu", *{x.device.type for x in leaves}} - {"meta"}
         return cls([_casting_on(device) for device in devices])
+
+    def is_now(self) -> bool:
+        """Is it as it was?"""
+        return [_casting_on(device) for device, *_ in self.states] == self.states
 
     def again(self) -> AbstractContextManager[Any]:
         """A context in which it is as it was."""

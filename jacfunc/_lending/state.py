@@ -21,6 +21,7 @@ from jacfunc._lending.loan import (
     LentForEvaluation,
     Loan,
     as_required,
+    renewing,
 )
 from jacfunc._lending.originals import Casting, Originals
 from jacfunc._lending.part import ModulePart, attributes_of, by_first_name, parts_beside, parts_in
@@ -158,26 +159,29 @@ class ModuleState:
             RuntimeError: if an evaluation wrote into a parameter that was no copy.
             ValueError: if the module has changed, and this state has no copies to stand for it.
         """
-        lent = LentForCall(self.loans, lambda: self._loan(api, chosen, is_current))
-        is_of_now = self.casting is None and self.originals is None and not self.is_copy
-        return lent if is_of_now else self._as_then(api, lent)
-
-    @contextmanager
-    def _as_then(self, api: str, lent: LentForCall) -> Iterator[None]:
-        """Around a loan of a state that is kept: the module and autocast are as they were."""
         if self.originals is not None and not self.loans:
             self.originals.check(api)
+        is_current = is_current or self.snapshot.is_current()
+        if (is_current or not self.is_copy) and (self.casting is None or self.casting.is_now()):
+            return self._lent(api, chosen, is_current)
+        return self._as_then(api, chosen)
+
+    @contextmanager
+    def _as_then(self, api: str, chosen: Collection[str]) -> Iterator[None]:
+        """Around a loan of a state that is kept: the module and autocast are as they were."""
         casting = nullcontext() if self.casting is None else self.casting.again()
-        with casting, self.snapshot.restored() if self.is_copy else nullcontext(), lent:
+        restored = self.snapshot.restored() if self.is_copy else nullcontext()
+        with casting, restored, self._lent(api, chosen, self.snapshot.is_current()):
             yield
 
-    def _loan(self, api: str, chosen: Collection[str], is_current: bool) -> Loan:
+    def _lent(self, api: str, chosen: Collection[str], is_current: bool) -> LentForCall:
+        """Around a loan of the module as it is now; it ``is_current`` if that is this state."""
         params, copies = self._every_param, self.copies
         params = {name: copies[id(p)] for name, p in params.items()} if copies else params
         constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
         watch, parts = self.constants.watch(params, constants), self.every_part
-        before = None if is_current or self.snapshot.is_current() else attributes_of(parts)
-        return Loan(api, parts, before, watch, self.snapshot)
+        before = None if is_current else attributes_of(parts)
+        return LentForCall(self.loans, Loan(api, parts, before, watch, self.snapshot))
 
     def lent_for_evaluation(
         self, params: Mapping[str, Tensor], arguments: Any = None
@@ -200,9 +204,8 @@ class ModuleState:
         if loan.evaluation is not None:
             loan.take_back()
         copies, mode, aliases = self.copies, self.module.training, loan.watch.aliases
-        others = self._every_param
-        if params:
-            others = {name: p for name, p in others.items() if name not in params}
+        every = self._every_param
+        others = {name: p for name, p in every.items() if name not in params} if params else every
         values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
         constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
         if self.constants.require_grad:
@@ -212,7 +215,7 @@ class ModuleState:
             new[id(self.params[name])] = param
         for buffer in self.buffers.values():
             new[id(buffer)] = copies.get(id(buffer), buffer).clone()
-        for param in self._every_param.values():
+        for param in every.values():
             if own := vars(param):  # what libraries keep there
                 vars(new[id(param)]).update(own)
         loan.lend(EvaluationState(params.values(), arguments), new)
@@ -226,6 +229,8 @@ class ModuleState:
     @cached_property
     def _is_plain(self) -> bool:
         """Has no tensor a class of its own? What containers among attributes hold is not seen."""
+        if self.origin is not None:
+            return self.origin._is_plain
         tensors = (*self._every_param.values(), *self.buffers.values())
         return are_plain(tensors) and not any(part.plain for part in self.every_part)
 
@@ -242,5 +247,4 @@ class ModuleState:
 
     def as_evaluated(self) -> Callable[[], None]:
         """A function that pullbacks call first: it puts the tensors of this evaluation in place."""
-        evaluation = self.loans[-1].keep_contents()
-        return lambda: self.loans[-1].renew(evaluation)
+        return renewing(self.loans)

@@ -107,7 +107,7 @@ def check_numbers(products: Leaves) -> Leaves:
 
 def detached(leaves: Leaves) -> Leaves:
     """The leaves without the graphs that they carry."""
-    return tuple(leaf.detach() for leaf in leaves)
+    return tuple(map(Tensor.detach, leaves))
 
 
 def check_transpose(

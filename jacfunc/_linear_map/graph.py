@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from jacfunc._arguments import are_plain, check_kept
@@ -27,7 +28,6 @@ from jacfunc._torch import (
     MathAttention,
     Pull,
     below_transforms,
-    edge_of,
     is_outermost,
     noise_like,
     outside_transforms,
@@ -61,7 +61,11 @@ class Anchor(NamedTuple):
     def behind(cls, tensor: Tensor) -> Anchor:
         """At the value that a tensor has now; the tensor is not kept, and may be written into."""
         zeros = partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        return cls(edge_of(tensor), zeros)
+        node = tensor.grad_fn
+        # the Python object of a node of the user's own does not keep its graph
+        if node is None or isinstance(node, BackwardCFunction):
+            return cls(get_gradient_edge(tensor), zeros)
+        return cls(GradientEdge(node, tensor.output_nr), zeros)
 
 
 def differentiable_alias(primal: Tensor, grad_mode: bool) -> Tensor:
@@ -177,15 +181,10 @@ def _released(leaves: Leaves) -> Leaves:
     return tuple(map(Tensor.detach, leaves))
 
 
-def _detached(leaves: Leaves) -> Leaves:
-    """The leaves, and new tensors without a graph for those that have one."""
-    with untracked():
-        return tuple([leaf.detach() if leaf.requires_grad else leaf for leaf in leaves])
-
-
 def _without_graph(products: Leaves, outputs: Leaves, reason: str | None) -> Leaves:
     """The products detached; for a reason they raise when somebody differentiates them."""
-    products = _detached(products)
+    with untracked():
+        products = tuple([x.detach() if x.requires_grad else x for x in products])
     return products if reason is None else once(products, outputs, reason)
 
 

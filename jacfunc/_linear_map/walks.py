@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from jacfunc._torch import below_transforms, dtypes_of
+
+_SEQUENCE = methodcaller("_sequence_nr")
 
 
 @dataclass(slots=True)
@@ -66,7 +69,8 @@ class Graph:
             visited.add(node)
             kinds.add(type(node))
             edges = node.next_functions
-            pending += [(below, node) for below, _ in edges]
+            for below, _ in edges:
+                pending.append((below, node))
             outside = outside or (not edges and hasattr(node, "variable"))
         return cls(kinds, met, outside)
 
@@ -180,21 +184,24 @@ class LeadsOut:
         return self.has_left
 
 
-def nodes_of_call(last: Any, ends: set[Any]) -> set[Any]:
-    """Nodes of the call whose result came out of a node: from below that node down to the ends.
+def nodes_of_calls(calls: Iterable[tuple[Any, set[Any]]]) -> list[set[Any]]:
+    """Nodes of each call, by the node that its result came out of: from below that to its ends.
 
     The ends are copies made for the call, so whatever else went into it is older: the walk stops
     at older nodes.
     """
-    first = min([end._sequence_nr() for end in ends])
-    nodes = set(ends)
-    pending: list[Any] = [last]
-    while pending:
-        for node, _ in pending.pop().next_functions:
-            if node is not None and node not in nodes and node._sequence_nr() > first:
-                nodes.add(node)
-                pending.append(node)
-    return nodes
+    every = []
+    for last, ends in calls:
+        first = min(map(_SEQUENCE, ends))
+        nodes = set(ends)
+        pending: list[Any] = [last]
+        while pending:
+            for node, _ in pending.pop().next_functions:
+                if node is not None and node not in nodes and node._sequence_nr() > first:
+                    nodes.add(node)
+                    pending.append(node)
+        every.append(nodes)
+    return every
 
 
 def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:

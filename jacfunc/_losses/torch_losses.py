@@ -51,8 +51,8 @@ class TorchLoss:
                 return None
             own = {name: getattr(loss, name) for name in DEFAULTS if hasattr(loss, name)}
             loss = FUNCTION_OF.get(type(loss))
-        is_known = any(loss is function for function, _ in FORMULAS)
-        return cls(loss, own) if is_known and own.keys() <= DEFAULTS.keys() else None
+        # by identity: a user's loss may not be hashable
+        return cls(loss, own) if id(loss) in FORMULAS and own.keys() <= DEFAULTS.keys() else None
 
     @property
     def settings(self) -> Settings:
@@ -68,8 +68,7 @@ class TorchLoss:
         """The formula for the second derivative at outputs, if there is one for such arguments."""
         if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.dim()):
             return None
-        formulas = next(formulas for function, formulas in FORMULAS if function is self.function)
-        return formulas(outputs, targets, self.settings)
+        return FORMULAS[id(self.function)](outputs, targets, self.settings)
 
 
 def check_loss(api: str, loss: object) -> None:
@@ -132,17 +131,19 @@ def _of_rates(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnow
 def _of_numbers(second: Second, outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
     """The formula for a mean or sum over single outputs."""
     terms = outputs.numel() if settings["reduction"] == "mean" else 1
-    is_weighted = any(settings[name] is not None for name in ("weight", "pos_weight"))
+    is_weighted = settings["weight"] is not None or settings["pos_weight"] is not None
     is_alike = outputs.shape == targets.shape
     return OfNumbers(outputs, targets, second, terms, is_weighted) if is_alike else None
 
 
-FORMULAS: tuple[tuple[Any, Formulas], ...] = (
-    (F.cross_entropy, _of_cross_entropy),
-    (F.mse_loss, _of_squares),
-    (F.binary_cross_entropy_with_logits, _of_logits),
-    (F.poisson_nll_loss, _of_rates),
-)
+FORMULAS: Mapping[int, Formulas] = {
+    id(F.cross_entropy): _of_cross_entropy,
+    id(F.mse_loss): _of_squares,
+    id(F.binary_cross_entropy_with_logits): _of_logits,
+    id(F.poisson_nll_loss): _of_rates,
+}
+"""By the identities of torch's functions."""
+
 FUNCTION_OF: Mapping[type, Any] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.MSELoss: F.mse_loss,

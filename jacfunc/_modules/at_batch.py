@@ -7,18 +7,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import get_ident
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
 from jacfunc._calls import FlatCall, OneTensor
-from jacfunc._factored import FactoredJacobian, Part
+from jacfunc._factored import FactoredJacobian, NamedParts
 from jacfunc._lending import check_outermost
 from jacfunc._linear_map import EVERY, Evaluations, LeafNumbers, chosen_leaves, nonzero_numbers
 from jacfunc._lock import kept_property
-from jacfunc._losses import is_of_torch
-from jacfunc._memory import Budget, sparing
+from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
@@ -30,6 +29,8 @@ from jacfunc._trees import Arguments
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree
 from jacfunc.strategies import in_words_of
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,17 @@ class BatchOptions(ModuleOptions):
         return self._at(arguments, None, is_kept, keeps_all)[0]
 
     def with_targets(
-        self, args: tuple[Tree, ...], kwargs: dict[str, Tree], loss: Any, is_kept: bool = False
+        self, arguments: Arguments, is_lent_once: bool, is_kept: bool = False
     ) -> tuple[ModuleAtBatch, Tree]:
         """The call of all positional arguments but the last, and that one: targets of the loss."""
+        args, kwargs = arguments
         if not args:
             raise TypeError(
                 f"{self.api}: the last positional argument must be the targets of the loss, got "
                 "none. Call it as (inputs, targets)."
             )
         at_batch, targets = self._at((args[:-1], kwargs), args[-1], is_kept, keeps_all=True)
-        at_batch.is_lent_once = is_of_torch(loss)
+        at_batch.is_lent_once = is_lent_once
         return at_batch, targets
 
     def _at(
@@ -82,8 +84,9 @@ class BatchOptions(ModuleOptions):
             state, (arguments, targets) = self.kept((arguments, targets), budget)
         else:
             state = self.current.now()
-        call = ModuleCall(self.api, state, arguments, independence=self.independence)
-        call = replace(call, asked=self.outputs)
+        call = ModuleCall(
+            self.api, state, arguments, independence=self.independence, asked=self.outputs
+        )
         return ModuleAtBatch(call, self.batching, self.chunk_size, budget, keeps_all), targets
 
 
@@ -95,8 +98,7 @@ class ModuleAtBatch:
         chunk_size: samples that are evaluated at once; None for all.
         budget: of bytes, by which fewer samples may be evaluated at once.
         keeps_all: are all outputs asked for later, beside those that the call returns?
-        is_lent_once: may the module be lent once for a whole answer? Not if a user's loss runs in
-            between, which may look at the module.
+        is_lent_once: for a whole answer? Not around a user's loss, which may look at the module.
     """
 
     call: ModuleCall
@@ -104,6 +106,9 @@ class ModuleAtBatch:
     chunk_size: int | None
     budget: Budget
     keeps_all: bool = False
+    api: str = field(init=False)
+    params: dict[str, Tensor] = field(init=False)
+    """The chosen parameters, by name."""
     size: int = field(init=False)
     """How many samples there are."""
     random_state: RandomState = field(init=False)
@@ -119,6 +124,7 @@ class ModuleAtBatch:
         self._settled = settled = settled_at(self.call, self.batching)
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
+        self.api, self.params = self.call.api, self.call.state.point
         self.size = (settled or self.batch).size
         leaves = self.call.arguments[0] if settled else self.batch.samples.leaves
         self.random_state = RandomState(leaves)
@@ -133,26 +139,22 @@ class ModuleAtBatch:
         chosen = f"{len(self.params)} parameters of {numbers:,} numbers, {self.size} samples"
         return f"<{self.api} of {type(self.call.state.module).__name__}, {chosen}>"
 
-    @property
-    def api(self) -> str:
-        return self.call.api
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """The chosen parameters, by name."""
-        return self.call.state.point
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Around evaluations and pullbacks: nothing outside is changed, all draw the same."""
+        if self._thread != get_ident():
+            return self._from_outside()
+        self.random_state.repeat()
+        return nullcontext()
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Around evaluations and pullbacks: nothing outside is changed, all draw the same."""
-        is_inside = self._thread == get_ident()
-        with nullcontext() if is_inside else self.call.undisturbed(self._settled is not None):
+    def _from_outside(self) -> Iterator[None]:
+        with self.call.undisturbed(self._settled is not None):
             self._thread = get_ident()
-            self.random_state.repeat()
             try:
+                self.random_state.repeat()
                 yield
             finally:
-                self._thread = get_ident() if is_inside else None
+                self._thread = None
 
     def as_one(self) -> AbstractContextManager[None]:
         """Around all evaluations and pullbacks of an answer, for which the module is lent once."""
@@ -171,29 +173,33 @@ class ModuleAtBatch:
             return
         if not (self.budget.is_open or hasattr(self, "last_call")):
             self.between(0, min(2, self.size))  # a first evaluation takes more than others
-
-        def between(start: int, stop: int) -> Leaves:
-            return work(slice(start, stop), self.between(start, stop))
-
-        yield from self.budget.pieces(self.size, self.chunk_size, between, result)
+        some = lambda start, stop: work(slice(start, stop), self.between(start, stop))  # noqa: E731
+        yield from self.budget.pieces(self.size, self.chunk_size, some, result)
 
     @kept_property
     def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
-    def parts_of(
-        self, factors: FactoredJacobian, cotangents: Leaves, of: LeafNumbers | None = None
-    ) -> dict[str, list[Part]]:
-        """What cotangents ``[K, B, *out]`` pull back to parameters, by name; none if unused.
+    def contracted(
+        self,
+        factors: FactoredJacobian,
+        cotangents: Leaves,
+        work: Callable[[NamedParts], ResultT],
+        of: LeafNumbers | None = None,
+    ) -> ResultT:
+        """What ``work`` makes of what cotangents ``[K, B, *out]`` pull back to, by parameter.
 
         The cotangents are those ``of`` some outputs; by default of all, some of which may be zero.
+        There is no graph around it, and no autocast to a lower precision.
         """
         if of is None and len(cotangents) > 1:
             of = nonzero_numbers(cotangents)
             cotangents = chosen_leaves(cotangents, of)
         with self.undisturbed():
             every = factors.parts_of_cotangents(cotangents, EVERY if of is None else of)
-        return {name: parts for name, parts in zip(self.params, every, strict=True) if parts}
+            pairs = zip(self.params, every, strict=True)
+            with contracting(self.params.values()):
+                return work({name: parts for name, parts in pairs if parts})
 
     @contextmanager
     def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
@@ -228,12 +234,6 @@ class ModuleAtBatch:
         """The batch, once its samples are seen to be independent."""
         self.call.check_independent(self.batch)
         return self.batch
-
-    @contextmanager
-    def contracting(self) -> Iterator[None]:
-        """Around contractions of factors: no graph, and no autocast to a lower precision."""
-        with contracting(self.params.values()), sparing(self.call.independence.memory):
-            yield
 
     @kept_property
     def outputs(self) -> BatchOutputs:

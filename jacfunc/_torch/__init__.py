@@ -1,15 +1,7 @@
 """Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
 from jacfunc._torch.attention import MathAttention
-from jacfunc._torch.autograd import (
-    edge_of,
-    off_graph,
-    recording,
-    run_backward,
-    tracked,
-    uncast,
-    untracked,
-)
+from jacfunc._torch.autograd import off_graph, recording, run_backward, tracked, uncast, untracked
 from jacfunc._torch.compiled import Graphs, as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import (
     constant,
@@ -35,6 +27,7 @@ from jacfunc._torch.levels import (
     lacks_forward_kernel,
     levels,
     makes_plain_tensors,
+    memories_of,
     memory_of,
     newer_transforms,
     num_vmap_levels,
@@ -52,5 +45,4 @@ from jacfunc._torch.vmap import (
     innermost,
     of_all_samples,
     sweep_batch,
-    unbatched,
 )

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _FunctionBase
-from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jacfunc._torch.levels import NOTHING, below_transforms
@@ -62,15 +61,6 @@ def run_backward(
             accumulate_grad=False,
         )
     return products
-
-
-def edge_of(tensor: Tensor) -> GradientEdge:
-    """Where a pullback onto the tensor ends: ``get_gradient_edge``, at less cost for most."""
-    node = tensor.grad_fn
-    # the Python object of a node of the user's own does not keep its graph
-    if node is None or isinstance(node, _FunctionBase):
-        return get_gradient_edge(tensor)
-    return GradientEdge(node, tensor.output_nr)
 
 
 _ATEN: Any = torch.ops.aten

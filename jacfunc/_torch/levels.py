@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,14 +24,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from jacfunc._lock import holds_alone
 
 
-def inside_functorch() -> bool:
-    """Is a functorch transform active?"""
-    return _functorch.peek_interpreter_stack() is not None
-
-
 def inside_transform() -> bool:
     """Is a functorch transform or plain forward mode active? Only functorch can nest in these."""
-    return inside_functorch() or is_pushing()
+    return _functorch.peek_interpreter_stack() is not None or is_pushing()
 
 
 def is_outermost() -> bool:
@@ -94,9 +89,14 @@ NOTHING = nullcontext()
 
 def memory_of(tensor: Tensor) -> int:
     """A number of the tensor's storage: equal for tensors that share their memory."""
+    return memories_of((tensor,))[0]
+
+
+def memories_of(tensors: Iterable[Tensor]) -> list[int]:
+    """A number for the storage of each tensor, see :func:`memory_of`."""
     if torch.compiler.is_compiling():  # compiled code is functional: nothing is written
-        return id(tensor)
-    return int(below_transforms(tensor).untyped_storage()._cdata)
+        return [*map(id, tensors)]
+    return [int(below_transforms(x).untyped_storage()._cdata) for x in tensors]
 
 
 def levels() -> tuple[object, ...]:

@@ -46,12 +46,16 @@ def of_all_samples(tensor: Tensor, size: int, level: Level) -> Tensor:
     return values.movedim(dim, 0) if dim else values
 
 
-def batched(tensor: Tensor, size: int, level: Level) -> Tensor:
-    """The tensor with a dimension of samples in this vmap, expanded if all share it."""
-    if level is None or unbatched(tensor, level)[1] is not None:
-        return tensor
-    expanded: Tensor = _functorch._add_batch_dim(tensor.expand(size, *tensor.shape), 0, level[1])
-    return expanded
+def batched(tensor: Tensor, size: int, level: Level) -> tuple[Tensor, Tensor, int | None]:
+    """The tensor with a dimension of samples in this vmap, expanded if all share it.
+
+    Beside it the tensor of all samples, and their dimension; None outside of a vmap.
+    """
+    values, dim = unbatched(tensor, level)
+    if level is None or dim is not None:
+        return tensor, values, dim
+    expanded = values.expand(size, *values.shape)
+    return _functorch._add_batch_dim(expanded, 0, level[1]), expanded, 0
 
 
 def call_of_all_samples(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from jacfunc._torch import Graphs, memory_of
+from jacfunc._torch import Graphs, memories_of, memory_of
 from jacfunc._traces.seeds import fill_by_sizes
 from jacfunc._types import Leaves
 
@@ -238,7 +238,7 @@ def _with_own_outputs(graph: GraphModule, inputs: Leaves) -> None:
     """Copy outputs that share memory with an input, which the caller may write into."""
     with torch.no_grad():
         outputs = graph.forward(*inputs)  # a call of the module would run hooks of all modules
-    places = set(map(memory_of, inputs))
+    places = set(memories_of(inputs))
     (last,) = [node for node in graph.graph.nodes if node.op == "output"]
     nodes = list(last.args[0])
     for number, (node, value) in enumerate(zip(nodes, outputs, strict=True)):

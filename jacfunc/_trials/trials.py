@@ -45,15 +45,13 @@ class OutputDims:
 
     def in_front(self, output: Tree) -> Tree:
         """The output with the samples in front."""
-        return self._each(output, lambda leaf, dim: leaf.movedim(dim, 0))
+        return self._each(output, lambda leaf, dim: leaf.movedim(dim, 0)) if self.dims else output
 
     def as_returned(self, output: Tree) -> Tree:
         """The output with the samples where the module has them, from one with them in front."""
-        return self._each(output, lambda leaf, dim: leaf.movedim(0, dim))
+        return self._each(output, lambda leaf, dim: leaf.movedim(0, dim)) if self.dims else output
 
     def _each(self, output: Tree, move: Callable[[Tensor, int], Tensor]) -> Tree:
-        if not self.dims:
-            return output
         leaves, spec = flatten(output)
         pairs = zip(leaves, self.dims, strict=True)
         return unflatten(spec, [move(leaf, dim) if dim else leaf for leaf, dim in pairs])
@@ -78,7 +76,7 @@ class BatchOutputs:
     @property
     def are_in_front(self) -> bool:
         """Does the module itself return the samples in front?"""
-        return self.dims == IN_FRONT
+        return not self.dims.dims
 
 
 def of_one(api: str, output: Tree) -> Tree:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +26,8 @@ def product(input: Tensor, other: Any) -> Mapping[str, FormOf]:
     if not _are_real(input, other):
         return {}
     return {
-        "input": lambda seeds: _rows(seeds * _expanded(other, seeds), input),
-        "other": lambda seeds: _rows(seeds * _expanded(input, seeds), other),
+        "input": lambda seeds: Rows.like(input, seeds * _expanded(other, seeds)),
+        "other": lambda seeds: Rows.like(other, seeds * _expanded(input, seeds)),
     }
 
 
@@ -38,9 +39,12 @@ def quotient(input: Tensor, other: Any, rounding_mode: str | None = None) -> Map
 
     def of_other(seeds: Tensor) -> Rows:
         below = _expanded(other, seeds)
-        return _rows(-seeds * (_expanded(input, seeds) / below / below), other)
+        return Rows.like(other, -seeds * (_expanded(input, seeds) / below / below))
 
-    return {"input": lambda seeds: _rows(seeds / _expanded(other, seeds), input), "other": of_other}
+    return {
+        "input": lambda seeds: Rows.like(input, seeds / _expanded(other, seeds)),
+        "other": of_other,
+    }
 
 
 @rule(*_both("add"))
@@ -49,8 +53,8 @@ def total(input: Tensor, other: Any, alpha: float = 1) -> Mapping[str, FormOf]:
     if not _are_real(input, other, alpha):
         return {}
     return {
-        "input": lambda seeds: _rows(seeds, input),
-        "other": lambda seeds: _rows(seeds if alpha == 1 else alpha * seeds, other),
+        "input": partial(Rows.like, input),
+        "other": lambda seeds: Rows.like(other, seeds if alpha == 1 else alpha * seeds),
     }
 
 
@@ -59,7 +63,7 @@ def expanded(
     input: Tensor, sizes: tuple[Any, ...] = (), size: Any = None, implicit: bool = False
 ) -> Mapping[str, FormOf]:
     """``z = input``, with broadcasting."""
-    return {"input": lambda seeds: _rows(seeds, input)}
+    return {"input": partial(Rows.like, input)}
 
 
 @rule(Tensor.repeat, rest="sizes")
@@ -92,9 +96,9 @@ def total_of_product(
     if not _are_real(input, tensor1, tensor2, value):
         return {}
     return {
-        "input": lambda seeds: _rows(seeds, input),
-        "tensor1": lambda seeds: _rows(value * seeds * _expanded(tensor2, seeds), tensor1),
-        "tensor2": lambda seeds: _rows(value * seeds * _expanded(tensor1, seeds), tensor2),
+        "input": partial(Rows.like, input),
+        "tensor1": lambda seeds: Rows.like(tensor1, value * seeds * _expanded(tensor2, seeds)),
+        "tensor2": lambda seeds: Rows.like(tensor2, value * seeds * _expanded(tensor1, seeds)),
     }
 
 
@@ -109,11 +113,6 @@ def leaky(input: Tensor, weight: Tensor) -> Mapping[str, FormOf]:
         return Rows(summed(below, (*shape, *(1,) * behind)).reshape(*seeds.shape[:2], *shape))
 
     return {"weight": of_weight}
-
-
-def _rows(products: Tensor, param: Tensor) -> Rows:
-    """The form of a parameter that was broadcast to z, from products ``[K, B, *z]``."""
-    return Rows(summed(products, param.shape[1:]))
 
 
 def _expanded(value: Value, seeds: Tensor) -> Value | Tensor:

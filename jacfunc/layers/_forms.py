@@ -157,6 +157,11 @@ class Rows:
 
     products: Tensor
 
+    @classmethod
+    def like(cls, param: Tensor, products: Tensor) -> Rows:
+        """Of a parameter ``[B, *shape]`` that was broadcast to z, by products ``[K, B, *z]``."""
+        return cls(summed(products, param.shape[1:]))
+
     def rows(self) -> Tensor:
         return self.products.transpose(0, 1)
 

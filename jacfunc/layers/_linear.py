@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from jacfunc.layers._contraction import Operand, contraction, unused
-from jacfunc.layers._forms import Form, Outer, Rows, summed
+from jacfunc.layers._forms import Form, Outer, Rows
 from jacfunc.layers._rules import FormOf, opening, rule
 
 
@@ -22,7 +23,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Mapping
         seeds = seeds.unsqueeze(-1) if len(shape) == 1 else seeds
         return Outer(positions(input, 1), positions(seeds, 2), shape)
 
-    return {"weight": of_weight} if bias is None else {"weight": of_weight, "bias": _shift(bias)}
+    if bias is None:
+        return {"weight": of_weight}
+    return {"weight": of_weight, "bias": partial(Rows.like, bias)}
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -80,11 +83,6 @@ def positions(tensor: Tensor, lead: int) -> Tensor:
     return tensor.reshape(*tensor.shape[:lead], 1, -1, tensor.shape[-1])
 
 
-def _shift(bias: Tensor, scale: float = 1) -> FormOf:
-    """The form of a tensor that is added to the output, times a scale."""
-    return lambda seeds: Rows(summed(seeds if scale == 1 else seeds * scale, bias.shape[1:]))
-
-
 def _renamed(forms: Mapping[str, FormOf], **names: str) -> dict[str, FormOf]:
     """Forms under new names: each keyword is the new name of the form under its value."""
     return {new: forms[old] for new, old in names.items() if old in forms}
@@ -99,9 +97,9 @@ def _added(
     left, right = factors
     forms = _renamed(product(*factors.values()), **{left: "input", right: "other"})
     scaled = {name: _times(form_of, alpha) for name, form_of in forms.items()}
-    return {**scaled, "input": _shift(input, beta)}
+    return {**scaled, "input": _times(partial(Rows.like, input), beta)}
 
 
 def _times(form_of: FormOf, scale: float) -> FormOf:
-    """The form of a parameter in a product that is scaled."""
+    """The form of a parameter in an output that is scaled."""
     return lambda seeds: form_of(seeds if scale == 1 else seeds * scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,7 +139,8 @@ def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
             return super().parts_of_rows(start, stop, of)
 
     with factors_of(model, x) as jacobian:
-        counted = Counted(**vars(jacobian))
+        given = [own.name for own in fields(jacobian) if own.init]
+        counted = Counted(**{name: getattr(jacobian, name) for name in given})
         grid = Grid.of(jacobian.sample_outputs, jacobian.params)
         batch = SimpleNamespace(size=len(x), factors=lambda *_: (counted, None))
         one = SimpleNamespace(take_call=lambda *_: None, grid=lambda: grid)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import jacfunc
 from jacfunc._assembly import shared_units
 from jacfunc._curvature.signs import SignMatrix, projected
-from jacfunc._factored.parts import Part
+from jacfunc._factored.parts import NamedParts, Part
 from jacfunc._factored.squares import add_squares, norms
 from jacfunc.layers._forms import Gather, Outer, Rows
 from tests.truth.factors import at_batch
@@ -385,14 +385,16 @@ def test_projections_of_several_draws_a_parameter(name: str) -> None:
     start = 0
     for number, leaf in enumerate(factors.sample_outputs):
         of = slice(number, number + 1)
-        parts_by_name = point.parts_of(factors, shared_units(factors.outputs[of]), of)
-        stop = start + leaf.numel()
-        for param, parts in parts_by_name.items():
-            zeros = partial(torch.zeros, len(total), leaf.numel(), *point.params[param].shape)
-            signs = sign_matrix(param, 70, at_once=2**13)
-            with point.contracting():
-                total[:, start:stop] += projected(parts, partial(zeros, dtype=total.dtype), signs)
-        start = stop
+        rows = total[:, start : start + leaf.numel()]
+
+        def project(named: NamedParts, rows: Tensor = rows) -> None:
+            for param, parts in named.items():
+                zeros = partial(torch.zeros, *rows.shape[:2], *point.params[param].shape)
+                signs = sign_matrix(param, 70, at_once=2**13)
+                rows += projected(parts, partial(zeros, dtype=rows.dtype), signs)
+
+        point.contracted(factors, shared_units(factors.outputs[of]), project, of)
+        start += leaf.numel()
     assert_close(total, true.jacobian @ random_matrix(model, 70))
 
 

@@ -143,7 +143,7 @@ def test_layers_are_known_by_their_sides(name: str) -> None:
     point = at_batch(model, inputs)
     factors = point.between(0, point.size)
     units = tuple(torch.ones_like(leaf).unsqueeze(0) for leaf in factors.outputs)
-    for key, parts in point.parts_of(factors, units).items():
+    for key, parts in point.contracted(factors, units, dict).items():
         shape = point.params[key].shape
         assert len(shape) < 2 or all(part.sides(shape) is not None for part in parts), key
 

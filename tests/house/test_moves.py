@@ -9,11 +9,11 @@ from tests.house.moves import moves_of, problems
 # some more than alone: what other tests have left to the garbage collector is forgotten meanwhile
 MOST = {
     "jacrev": (25, 51),
-    "module_jacobian, per sample": (38, 96),
-    "module_jacobian, by inputs": (32, 72),
-    "module_jacobian, by layers": (46, 168),
-    "ntk": (54, 185),
-    "ggn, diagonal": (66, 230),
+    "module_jacobian, per sample": (38, 88),
+    "module_jacobian, by inputs": (32, 71),
+    "module_jacobian, by layers": (44, 146),
+    "ntk": (52, 162),
+    "ggn, diagonal": (63, 191),
 }
 
 
