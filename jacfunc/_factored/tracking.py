@@ -11,19 +11,18 @@ from torch import Tensor
 from jacfunc._errors import Refused
 from jacfunc._factored.derived import DerivedResults, replaced, through_graph
 from jacfunc._factored.tracked import RuledCall, TrackedParameters, UnruledUse, add_parts
-from jacfunc._factored.use import (
-    HOOKING,
-    METADATA,
-    RAW_MEMORY,
-    VIEWS,
-    KnownUse,
-    Use,
-    View,
-    is_part,
-    without_lists,
-)
+from jacfunc._factored.use import HOOKING, METADATA, RAW_MEMORY, VIEWS, KnownUse, Use, View, is_part
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
-from jacfunc._layouts import OUT, Args, NoLayout, OperationRecorder, Placing, are_among, tensors_in
+from jacfunc._layouts import (
+    FEWEST_PULLED,
+    OUT,
+    Args,
+    NoLayout,
+    OperationRecorder,
+    Placing,
+    are_among,
+    tensors_in,
+)
 from jacfunc._linear_map import Anchor, Graph, no_view
 from jacfunc._torch import PULLED, below_transforms, innermost, untracked
 from jacfunc.layers import FormOf, Rule, table
@@ -143,7 +142,7 @@ class UseRecorder(OperationRecorder):
             return self._derive(number, func, args, kwargs)
 
         views = list(result) if isinstance(result, tuple | list) else [result]
-        are_parts = [is_part(view, whole.handle, without_lists(args[1:], kwargs)) for view in views]
+        are_parts = [is_part(view, whole.handle, args[1:], kwargs) for view in views]
         if len(views) > MOST_PARTS or not any(are_parts):
             return self._derive(number, func, args, kwargs)
         if not all(are_parts):
@@ -180,7 +179,9 @@ class UseRecorder(OperationRecorder):
                 return func(*args, **kwargs)
             if not has_others and (known := call.known()):
                 self._known[number] = known
-        is_plain, run = self._level is None, PULLED.get(func, func)
+        is_plain = self._level is None
+        is_large = func in PULLED and args and args[0].numel() >= FEWEST_PULLED
+        run = PULLED[func] if is_large else func
         out = run(*args, **kwargs) if is_plain else self._placing.call(rule, func, args, kwargs)
         with untracked():
             out = out if is_plain and not out._is_view() else no_view(out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -85,12 +85,13 @@ Path: TypeAlias = tuple[View, ...]
 """Views, each of the one before, that lead from a parameter to a part of it."""
 
 
-def is_part(view: Any, whole: Tensor, options: Iterable[Any]) -> bool:
+def is_part(view: Any, whole: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Is the result of a function of views a view of ``whole``, chosen by numbers alone?
 
     It is not if it is a copy, if it reads the memory as another dtype, or if a tensor among the
-    options chose it, which may have other values later.
+    other arguments chose it, which may have other values later.
     """
+    options = _without_lists(args, kwargs)
     if not isinstance(view, Tensor) or any(map(_holds_tensors, options)):
         return False
     part, tensor = below_transforms(view), below_transforms(whole)
@@ -114,7 +115,7 @@ UsedPart: TypeAlias = tuple[int, Path, FormOf]
 """The number of a parameter, the views that lead to the part that was used, and its form."""
 
 
-def without_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def _without_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments, with the items of lists in the place of these."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, tuple | list):

@@ -10,6 +10,7 @@ from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
 from jacfunc._layouts.mixing import Mixing, may_mix
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import (
+    FEWEST_PULLED,
     Args,
     OperationRecorder,
     WhatWasSeen,

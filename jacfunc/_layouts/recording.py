@@ -32,6 +32,9 @@ MOVING: frozenset[Callable[..., Any]] = frozenset(
 )
 """Operations that move numbers to where other numbers say, maybe to other samples."""
 
+FEWEST_PULLED = 2**11
+"""Numbers of which it pays to look whether another operation pulls back faster."""
+
 READING: frozenset[Callable[..., Any]] = frozenset(
     getattr(Tensor, name)
     for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
@@ -146,7 +149,8 @@ class OperationRecorder(TorchFunctionMode):
         if is_tracked or func in self._noticed:
             result = self.call(number, func, args, kwargs, is_tracked)
         else:  # the usual case
-            result = PULLED.get(func, func)(*args, **kwargs)
+            is_large = func in PULLED and args and args[0].numel() >= FEWEST_PULLED
+            result = (PULLED[func] if is_large else func)(*args, **kwargs)
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result

@@ -34,7 +34,7 @@ from jacfunc._samples import (
     SampleWriter,
     first_again,
 )
-from jacfunc._settled import SettledBatch, SettledSamples
+from jacfunc._settled import SettledBatch, SettledSamples, settled_by
 from jacfunc._torch import is_outermost, levels, sweep_batch
 from jacfunc._types import Leaves, Tree, product_dtype
 from jacfunc.strategies import (
@@ -142,7 +142,7 @@ class SampledJacobian:
         chunks = first_again(each(), size, one.outputs_in, first.output)
         leaves = self.sink.samples(chunks, size, one.grid)
         is_at_once = size == 1 and _pulls_all_rows(strategy, one.call)
-        self.settles = partial(SettledBatch.of, by_layers=False) if is_at_once else None
+        self.settles = partial(settled_by, by_layers=False) if is_at_once else None
         return SampleBlocks(leaves, size, one)
 
     def _written(self, chunk: Chunk, rows: Chunk) -> SampleBlocks:
@@ -151,7 +151,7 @@ class SampledJacobian:
         writer = SampleWriter(self.batch, self.sink, one)
         leaves = writer.leaves(chunk, rows)
         is_at_once = writer.is_swept_at_once and chunk is None
-        self.settles = SettledBatch.of if is_at_once else None
+        self.settles = settled_by if is_at_once else None
         return SampleBlocks(leaves, self.batch.size, one)
 
     def _planned(self, strategy: Auto | Autotune) -> SampleBlocks:

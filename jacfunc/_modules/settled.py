@@ -19,7 +19,7 @@ from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import SampledCall
-from jacfunc._settled import MOST_MISSES, SeedsOf, SettledBatch, Work
+from jacfunc._settled import MOST_MISSES, SeedsOf, SettledBatch, Work, settled_by
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import Arguments, kind_of
 from jacfunc._trials import IN_FRONT
@@ -65,10 +65,10 @@ class SettledCalls:
         made = _counted(self._independence, state, settled, again)
         if made is None:
             return None
-        if self._flat or not settled.evaluator.names:
+        if self._flat or not settled.names:
             return made if self._flat else made[0]
-        jacobian = dict(zip(settled.evaluator.names, made, strict=False))
-        return (jacobian, made[-1]) if settled.evaluator.by_inputs else jacobian
+        jacobian = dict(zip(settled.names, made, strict=False))
+        return (jacobian, made[-1]) if settled.by_inputs else jacobian
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
@@ -83,7 +83,7 @@ class SettledCalls:
         output, _ = result.value_and_aux()
         if settled := sampled.settles(sampled.batch, call.state, result.call, output):
             if before is not None and before[0] is call.state:
-                settled.keep_works(before[1])
+                settled.works = before[1].works  # what was written down holds, too
             self._by_kind.put(kind_of(args[0]), (call.state, settled))
 
 
@@ -146,8 +146,9 @@ def settle(
     if before is not None and before.misses >= MOST_MISSES:
         return
     output, _ = made.value(factors.outputs, factors.extras)
-    if settled := SettledBatch.of(batch, call.state, made, output):
-        settled.keep_works(before)
+    if settled := settled_by(batch, call.state, made, output):
+        if before is not None:
+            settled.works = before.works  # what was written down holds, too
         _by_layers().put(version, kind, settled)
 
 
@@ -187,7 +188,7 @@ def _counted(
     look at what torch does, or where nothing could be made.
     """
     # with one sample nothing is compared
-    is_alone = settled.evaluator.is_alone
+    is_alone = settled.is_alone
     calls = KnownCalls() if is_alone else independence.known_at_next(state, settled.kind)
     if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
         return None

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from typing import Self, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from jacfunc._errors import UnseenWrite
-from jacfunc._factored import FactoredJacobian, LearnedUses
-from jacfunc._faults import is_unwatched
-from jacfunc._layouts import OUT, Layout
+from jacfunc._factored import FactoredJacobian
+from jacfunc._faults import NestedWatch
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._samples import SampledCall
-from jacfunc._settled.evaluating import ALONE, PLAIN, Evaluator
-from jacfunc._settled.repeated import blocks_of, matrix_of
+from jacfunc._rounding import are_near
+from jacfunc._samples import ALONE_ROUNDING, SampledCall
+from jacfunc._settled.repeated import RepeatedEvaluation, Sources, blocks_of, knows, matrix_of
 from jacfunc._settled.sweeps import FEWEST_CALLS, KnownWork, SeedsOf, Work
-from jacfunc._torch import RandomState
-from jacfunc._types import Leaves, Tree
+from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
+from jacfunc._types import Leaves
 
 MOST_WORKS = 4
 """Works that are known of a kind of call."""
+
+PLAIN, ALONE = (False, False), (False, False, 1)
+"""Around pullbacks of many samples and of one, which are not differentiated further."""
 
 ResultT = TypeVar("ResultT")
 
@@ -53,43 +56,10 @@ class SettledBatch:
     ) -> None:
         self.api, self.kind, self.size = batch.api, batch.kind.kind, batch.size
         self.learned, self.misses = batch.learned_as_a_whole, 0
-        by_inputs, is_alone = batch.differentiates[1], batch.size == 1
-        how = names, by_inputs, by_layers, is_alone, is_watched
-        self.evaluator = Evaluator(*how, self.learned, (output.shape, output.dtype))
-        self._works = dict[Work, KnownWork]()
-
-    @classmethod
-    def of(
-        cls,
-        batch: SampledCall,
-        state: ModuleState,
-        call: object,
-        output: Tree,
-        by_layers: bool = True,
-    ) -> Self | None:
-        """What a call has settled; None if it has not settled all but the numbers.
-
-        Args:
-            call: that was made, which tells whether calls of its kind must be watched.
-            output: the tree that it returned.
-        """
-        names = tuple(state.point) if batch.differentiates[0] else ()
-        by_layers = by_layers and bool(names)
-        is_alone, learned = batch.size == 1, batch.learned_as_a_whole
-        is_refused = "as a whole" in LearnedUses.of(batch.kind).refused
-        if type(output) is not Tensor or not batch.size or (is_refused and not is_alone):
-            return None
-        if not (is_alone or is_in_front(learned, bool(names))):
-            return None
-        if by_layers and (is_refused or learned.ruled is None or learned.others):
-            return None
-        around = ALONE if is_alone and not by_layers else PLAIN
-        return cls(batch, names, output, not is_unwatched(call, around), by_layers)
-
-    def keep_works(self, before: SettledBatch | None) -> None:
-        """Keep what an earlier call of the same kind has written down."""
-        if before is not None:
-            self._works = before._works
+        self.names, self.by_inputs, self.by_layers = names, batch.differentiates[1], by_layers
+        self.is_alone, self.is_watched = batch.size == 1, is_watched
+        self.output = output.shape, output.dtype
+        self.works = dict[Work, KnownWork]()
 
     def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
         """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
@@ -122,23 +92,23 @@ class SettledBatch:
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        known = self._works.get(work) or KnownWork(work)
-        if len(self._works) < MOST_WORKS:
-            self._works[work] = known
+        known = self.works.get(work) or KnownWork(work)
+        if len(self.works) < MOST_WORKS:
+            self.works[work] = known
 
         def made() -> Leaves | None:
             if known.sweep is not None:
-                result = known.swept(self.evaluator, state, x, compared, seeds_of)
+                result = known.swept(self, state, x, compared, seeds_of)
                 if result is not None:
                     return result
-            jacobian = self.evaluator.jacobian(state, x, compared)
+            jacobian = self.evaluated(state, x, compared)
             if jacobian is None:
                 return None
             seeds = seeds_of(jacobian.outputs) if seeds_of else ()
             result = work(jacobian, seeds)
             known.calls += 1
             if known.calls == FEWEST_CALLS:
-                known.learn(self.evaluator, state, x, seeds, result)
+                known.learn(self, state, x, seeds, result)
             return result
 
         return self._lent(state, x, made, api)
@@ -149,7 +119,7 @@ class SettledBatch:
         """What is made while the module is lent; None if the call must be taken anew."""
         random_state = RandomState((x, *state.params.values()))
         try:
-            names = self.evaluator.names
+            names = self.names
             lent = state.lent_for_call(api or self.api, names, is_current=True)
             with torch.no_grad(), lent:
                 return self._tried(make, random_state)
@@ -165,7 +135,7 @@ class SettledBatch:
         Args:
             random_state: as the evaluation finds it; nothing may be drawn.
         """
-        return self._tried(lambda: self.evaluator.jacobian(state, x, compared), random_state)
+        return self._tried(lambda: self.evaluated(state, x, compared), random_state)
 
     def _tried(
         self, make: Callable[[], ResultT | None], random_state: RandomState
@@ -185,9 +155,92 @@ class SettledBatch:
         self.misses = 0
         return result
 
+    def evaluated(
+        self, state: ModuleState, x: Tensor, compared: Container[int]
+    ) -> FactoredJacobian | None:
+        """The batch, evaluated once; None if it shows something new.
 
-def is_in_front(learned: LearnedUses, has_layers: bool) -> bool:
-    """Have evaluations shown that the output, and without layers all, has the samples in front?"""
-    sites = learned.sites or {}
-    every = [sites.get((~0, OUT))] if has_layers else [*sites.values()]
-    return bool(every) and all(site is not None and site.layout == Layout(0) for site in every)
+        Gradients are off, and the module is lent for the call. Whoever lends it sees to it that
+        nothing was drawn.
+
+        Args:
+            compared: signatures of evaluations after which batches were compared.
+
+        Raises:
+            UnseenWrite: if a parameter that is no copy was written into.
+        """
+        try:
+            return self._evaluated(state, x, compared)
+        except UnseenWrite:
+            self.learned.ruled = None  # later evaluations get copies again
+            raise
+
+    def _evaluated(
+        self, state: ModuleState, x: Tensor, compared: Container[int]
+    ) -> FactoredJacobian | None:
+        if self.names and state.hooks():
+            return None
+        with recording(), MathAttention():
+            own = self.repeated(state, x)
+            # of one sample nothing can be learned of others
+            out = self.run(state, x, own, nullcontext() if self.is_plain else own.recorder)
+            if out is None:
+                return None
+            # by inputs alone one sweep follows at once, with all as the evaluation has left it
+            is_again = self.names or own.recorder.reads_values
+            jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
+        if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
+            return None
+        if jacobian.reads_values and not self._are_alone(state, x, out):
+            return None
+        return jacobian
+
+    @property
+    def is_plain(self) -> bool:
+        """Is one sample differentiated as it is?"""
+        return self.is_alone and not self.by_layers
+
+    def params(self, state: ModuleState) -> Leaves:
+        """The chosen parameters, if it is differentiated by these."""
+        return tuple(state.point.values()) if self.names else ()
+
+    def repeated(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        sources: Sources | None = None,
+        finds_uses: bool = True,
+    ) -> RepeatedEvaluation:
+        how = self.learned, self.by_layers, self.by_inputs, sources, finds_uses
+        return RepeatedEvaluation(self.params(state), x, *how)
+
+    def run(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        own: RepeatedEvaluation,
+        recorder: AbstractContextManager[object],
+    ) -> Tensor | None:
+        """What the module returns; None if it is not like what it has returned before."""
+        chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
+        if self.is_watched:
+            around = ALONE if self.is_plain else PLAIN
+            watch = NestedWatch(own.pull(around), primals=own.primals)
+        with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
+            out = run_as_written(state.module, own.x)
+        if watch is not None:
+            watch.check_copies((*self.params(state), x) if self.by_inputs else self.params(state))
+        is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
+        return out if is_like and out.requires_grad else None
+
+    def _are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
+        """Are outputs those of each sample alone, whose numbers may lead another way?"""
+        rows, chosen = [], dict(zip(self.names, self.params(state), strict=True))
+        for number in range(len(x)):
+            with state.lent_for_evaluation({n: p.detach().clone() for n, p in chosen.items()}):
+                rows.append(run_as_written(state.module, x[number : number + 1].clone()))
+        if any(type(row) is not Tensor or row.shape[1:] != out.shape[1:] for row in rows):
+            return False
+        alone = torch.cat(rows)
+        is_like = (alone.shape, alone.dtype) == self.output
+        return is_like and are_near(out.detach(), alone, ALONE_ROUNDING, lead=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -27,7 +27,7 @@ from jacfunc._factored import (
     use_recorder,
 )
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import Args, OperationRecorder
+from jacfunc._layouts import Args, OperationRecorder, WhatWasSeen
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -190,6 +190,19 @@ class RepeatedEvaluation:
             moves_samples=recorder.moves_samples,
             reads_values=recorder.reads_values,
         )
+
+
+def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> bool:
+    """Does what was learned of many samples hold for an evaluation with these operations?
+
+    Args:
+        compared: signatures of evaluations after which batches were compared.
+    """
+    if seen.moves_samples or learned.moves_samples or learned.others:
+        return False
+    if learned.mixes and not seen.reads_values:
+        return False
+    return seen.signature in learned.signatures and seen.signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

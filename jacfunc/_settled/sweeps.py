@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._errors import Nameless
-from jacfunc._factored import HOOKING, FactoredJacobian, UseRecorder
+from jacfunc._factored import HOOKING, FactoredJacobian, LearnedUses, UseRecorder
 from jacfunc._lending import ModuleState
 from jacfunc._linear_map import outline
 from jacfunc._log import note
 from jacfunc._rounding import agree
-from jacfunc._settled.evaluating import Evaluated, Evaluator
-from jacfunc._settled.repeated import Sources
-from jacfunc._torch import Graphs, recording
+from jacfunc._settled.repeated import RepeatedEvaluation, Sources, knows
+from jacfunc._torch import Graphs, MathAttention, recording
 from jacfunc._traces import Compiler, Executable, written_down
 from jacfunc._types import Leaves
 
@@ -36,6 +36,9 @@ Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
 
 SeedsOf: TypeAlias = Callable[[Leaves], Leaves]
 """What a work takes of this call alone, made of the outputs."""
+
+Evaluated: TypeAlias = tuple[RepeatedEvaluation, Sources, Tensor]
+"""An evaluation of which sources are kept, and what the module returned."""
 
 _OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")
 """Names of nodes whose backward pass depends on what they have saved alone."""
@@ -76,7 +79,9 @@ class Sweep:
 
         graph, _ = written_down(made, leaves, MOST_BYTES)
         nodes = [*graph.graph.nodes]
-        self._executable = Executable(graph, _detached(leaves), 0, Compiler("replay"))
+        detached = tuple([leaf.detach() for leaf in leaves])
+        self._executable = Executable(graph, detached, 0, Compiler("replay"))
+        self._executable(detached)  # what it is made of is not needed any more
         for node in (*nodes, *self._executable.graph.graph.nodes):
             node.meta.clear()  # which holds all that was computed
         self._values, self._aliases = leaves, _repeated([x.data_ptr() for x in leaves])
@@ -135,15 +140,35 @@ def _kinds_of(sources: Sources) -> list[Any]:
     return [(x.shape, x.dtype) for tensors in sources.arguments.values() for x in tensors]
 
 
-def _detached(leaves: Leaves) -> Leaves:
-    return tuple([leaf.detach() for leaf in leaves])
-
-
 def _repeated(marks: Sequence[int]) -> dict[int, int]:
     """Numbers of marks that equal an earlier one, with the number of that."""
     first: dict[int, int] = {}
     numbers = {n: first.setdefault(mark, n) for n, mark in enumerate(marks)}
     return {n: earlier for n, earlier in numbers.items() if n != earlier}
+
+
+class Evaluator(Protocol):
+    """A module at a batch of a settled kind, which is evaluated again."""
+
+    names: Sequence[str]
+    is_alone: bool
+    learned: LearnedUses
+
+    def repeated(
+        self, state: ModuleState, x: Tensor, sources: Sources | None = None, finds_uses: bool = True
+    ) -> RepeatedEvaluation:
+        """What the module gets in one more evaluation."""
+        ...
+
+    def run(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        own: RepeatedEvaluation,
+        recorder: AbstractContextManager[object],
+    ) -> Tensor | None:
+        """What the module returns; None if it is not like what it has returned before."""
+        ...
 
 
 @dataclass(eq=False)
@@ -163,7 +188,7 @@ class KnownWork:
 
     def swept(
         self,
-        evaluator: Evaluator,
+        settled: Evaluator,
         state: ModuleState,
         x: Tensor,
         compared: Container[int],
@@ -171,10 +196,10 @@ class KnownWork:
     ) -> Leaves | None:
         """The result of one more evaluation by the sweep; None where that does not hold."""
         assert self.sweep is not None
-        result, evaluated = None, evaluator.with_sources(state, x, finds_uses=False)
+        result, evaluated = None, _with_sources(settled, state, x, False)
         if evaluated is not None:
             own, _, out = evaluated
-            if evaluator.is_alone or evaluator.is_known(own.recorder, compared):
+            if settled.is_alone or knows(settled.learned, own.recorder, compared):
                 result = self.sweep.result(evaluated, seeds_of((out.detach(),)) if seeds_of else ())
         self.misses = 0 if result is not None else self.misses + 1
         if self.misses >= MOST_MISSES:
@@ -182,10 +207,10 @@ class KnownWork:
         return result
 
     def learn(
-        self, evaluator: Evaluator, state: ModuleState, x: Tensor, seeds: Leaves, result: Leaves
+        self, settled: Evaluator, state: ModuleState, x: Tensor, seeds: Leaves, result: Leaves
     ) -> None:
         """Write down how this result is made, if that can be."""
-        first, second = (evaluator.with_sources(state, x, uses) for uses in (True, False))
+        first, second = (_with_sources(settled, state, x, uses) for uses in (True, False))
         if first is None or second is None:
             return
         try:
@@ -193,3 +218,25 @@ class KnownWork:
             self.sweep = sweep if sweep.fits(second, seeds, result) else None
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
+
+
+def _with_sources(
+    settled: Evaluator, state: ModuleState, x: Tensor, finds_uses: bool
+) -> Evaluated | None:
+    """An evaluation of which all is kept that a sweep may read; None if it returns otherwise.
+
+    Args:
+        finds_uses: is a Jacobian made of it?
+
+    Raises:
+        UnseenWrite: if a parameter that is no copy was written into.
+    """
+    if settled.names and state.hooks():
+        return None
+    sources = Sources()
+    with recording(), MathAttention():
+        own = settled.repeated(state, x, sources, finds_uses)
+        with sources.saving():
+            out = settled.run(state, x, own, own.recorder)
+    own.check_unwritten()
+    return None if out is None else (own, sources, out)

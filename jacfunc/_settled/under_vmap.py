@@ -41,10 +41,10 @@ class SettledSamples(SettledBatch):
         return None if state.hooks() else self._lent(state, x, lambda: self._swept(state, x))
 
     def _swept(self, state: ModuleState, x: Tensor) -> Leaves:
-        params, (shape, dtype) = tuple(state.point.values()), self.evaluator.output
+        params, (shape, dtype) = tuple(state.point.values()), self.output
 
         def of_one(leaves: Leaves) -> tuple[Leaves, Leaves]:
-            call = _SampleCall(state, self.evaluator.names, leaves[0], self.exact_kind)
+            call = _SampleCall(state, self.names, leaves[0], self.exact_kind)
             linearization = linearize(call, params)
             (out,) = linearization.outputs
             if (out.shape, out.dtype) != (shape[1:], dtype):
@@ -56,7 +56,7 @@ class SettledSamples(SettledBatch):
 
     def _block(self, rows: Tensor) -> Tensor:
         """The block ``[B, *out, *param]`` of rows ``[B, K, *param]``."""
-        shape, dtype = self.evaluator.output
+        shape, dtype = self.output
         block = rows if len(shape) == 2 else rows[:, 0]
         if len(shape) > 2:
             block = rows.unflatten(1, shape[1:])

@@ -1,7 +1,7 @@
 """Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
 from jacfunc._torch.attention import MathAttention
-from jacfunc._torch.autograd import off_graph, recording, run_backward, tracked, uncast, untracked
+from jacfunc._torch.autograd import recording, run_backward, tracked, uncast, untracked
 from jacfunc._torch.compiled import Graphs, as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import (
     constant,
@@ -16,7 +16,6 @@ from jacfunc._torch.derivatives import (
 from jacfunc._torch.entering import PULLED, at_forward_level, at_reverse_level, pushed_product
 from jacfunc._torch.levels import (
     below_transforms,
-    function_modes,
     inside_derivative,
     inside_transform,
     is_batched,
@@ -31,9 +30,10 @@ from jacfunc._torch.levels import (
     memory_of,
     newer_transforms,
     num_vmap_levels,
+    off_graph,
     outside_transforms,
 )
-from jacfunc._torch.pullback import Pull, dtypes_of, innermost_level, is_right_twice
+from jacfunc._torch.pullback import Pull, dtypes_of, function_modes, innermost_level, is_right_twice
 from jacfunc._torch.random import DRAWING, RandomState, fixed, may_draw, noise_like
 from jacfunc._torch.vmap import (
     batched,

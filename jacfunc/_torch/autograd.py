@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jacfunc._torch.levels import NOTHING, below_transforms
+from jacfunc._torch.levels import NOTHING
 from jacfunc._types import Leaves
 
 
@@ -163,11 +163,6 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.float()
     return torch.float32 if value is dtype else value
-
-
-def off_graph(leaves: Leaves) -> Leaves:
-    """The leaves detached from plain graphs, which lead to what a function closes over."""
-    return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
 
 
 untracked: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunction

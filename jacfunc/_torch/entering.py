@@ -20,7 +20,8 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from jacfunc._arguments import are_plain
 from jacfunc._torch.autograd import untracked
-from jacfunc._torch.levels import function_modes, is_batched, is_recorded_plainly
+from jacfunc._torch.levels import is_batched, is_recorded_plainly
+from jacfunc._torch.pullback import function_modes
 from jacfunc._torch.vmap import LARGE_PRODUCT, fast_linear, is_for_onednn
 from jacfunc._types import LeafFunction, Leaves
 

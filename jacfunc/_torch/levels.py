@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._C import (
     _functorch,
     _get_dispatch_mode,
-    _get_function_stack_at,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
     _TorchDispatchModeKey,
@@ -22,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from jacfunc._lock import holds_alone
+from jacfunc._types import Leaves
 
 
 def inside_transform() -> bool:
@@ -69,11 +69,6 @@ def is_recorded_plainly() -> bool:
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         or torch.compiler.is_compiling()
     )
-
-
-def function_modes() -> list[Any]:
-    """The function modes around, the nearest first."""
-    return [_get_function_stack_at(n) for n in reversed(range(_len_torch_function_stack()))]
 
 
 @contextmanager
@@ -153,6 +148,11 @@ def below_transforms(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def off_graph(leaves: Leaves) -> Leaves:
+    """The leaves detached from plain graphs, which lead to what a function closes over."""
+    return tuple([x.detach() if below_transforms(x).requires_grad else x for x in leaves])
 
 
 def lacks_forward_kernel(func: Any) -> bool:

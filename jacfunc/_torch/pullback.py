@@ -1,4 +1,4 @@
-"""Tells, from inside a function, whether jacfunc's own pullback is the innermost derivative."""
+"""Tells, from inside a function, what is around: modes, and whose derivative is innermost."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch, _get_function_stack_at, _len_torch_function_stack
 from torch._C._functorch import TransformType
+
+
+def function_modes() -> list[Any]:
+    """The function modes around, the nearest first."""
+    return [_get_function_stack_at(n) for n in reversed(range(_len_torch_function_stack()))]
 
 
 def innermost_level() -> int | None:

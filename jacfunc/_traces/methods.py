@@ -1,9 +1,17 @@
-"""Methods of tensors for operators: a call of an operator from Python takes thrice as long."""
+"""What a graph calls from Python: methods of tensors, and a product that is faster than torch's."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.fx import Graph, GraphModule
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from jacfunc._torch import fast_linear
+
+MANY_PRODUCTS = 2**23
+"""Of so many multiplications it pays to look whether another product is faster."""
 
 _ATEN = torch.ops.aten
 _METHODS = {
@@ -12,7 +20,7 @@ _METHODS = {
         "default": (
             *("mm", "bmm", "t", "permute", "view", "reshape", "unsqueeze", "expand", "clone"),
             *("addcmul", "addcmul_", "copy_", "sqrt", "sqrt_", "square", "tanh", "exp", "neg"),
-            *("split_with_sizes", "alias", "detach"),
+            *("split_with_sizes", "detach"),
         ),
         "Tensor": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_"),
         "int": ("transpose", "select"),
@@ -21,9 +29,10 @@ _METHODS = {
         "Tensor_Scalar": ("pow",),
     }.items()
     for name in names
-    if hasattr(torch.Tensor, name)
 }
-"""Operators, with the names of methods that take the same arguments in the same order."""
+"""Operators, with the names of methods that take the same arguments in the same order.
+
+A call of an operator from Python takes three times as long."""
 
 
 def by_methods(graph: GraphModule) -> GraphModule:
@@ -31,6 +40,22 @@ def by_methods(graph: GraphModule) -> GraphModule:
     methods = Graph()
     methods.output(methods.graph_copy(graph.graph, {}))
     for node in methods.nodes:
-        if name := _METHODS.get(node.target):
+        if _is_large_product(node):
+            left, right = node.args
+            with methods.inserting_before(node):
+                node.args = left, methods.call_method("t", (right,))
+            node.target = fast_linear
+        elif name := _METHODS.get(node.target):
             node.op, node.target = "call_method", name
+    for node in methods.nodes:
+        node.meta.clear()
     return GraphModule(graph, methods)
+
+
+def _is_large_product(node: Node) -> bool:
+    """Is it a product of large matrices, whose sizes are known?"""
+    values: Any = [x.meta.get("val") for x in node.args if isinstance(x, Node)]
+    if node.target is not _ATEN.mm.default or not all(isinstance(x, Tensor) for x in values):
+        return False
+    left, right = values
+    return bool(left.numel() * right.shape[1] >= MANY_PRODUCTS)
