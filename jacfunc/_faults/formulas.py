@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._faults.normalization import (
+from jacfunc._faults.kernels import (
+    Convolution,
+    TransposedConvolution,
     of_batches,
     of_batches_alone,
     of_batches_in_torch,
@@ -201,6 +203,8 @@ FORMULAS: dict[Any, Callable[..., Formula]] = {
     **dict.fromkeys((Tensor.det,), Determinant),
     **dict.fromkeys((*_forms("logcumsumexp"), Tensor.logcumsumexp), RunningLogSum),
     **dict.fromkeys((*_forms("cumprod"), Tensor.cumprod), RunningProduct),
+    torch.conv2d: Convolution,
+    torch.conv_transpose2d: TransposedConvolution,
     **dict.fromkeys((torch.cdist, _aten.cdist.default, _aten.cdist), Distances),
 }
 """For each kernel what reads the arguments of a call, and makes a formula of them."""

@@ -4,6 +4,8 @@ When torch mends one of these, its pin fails: then its entry in ``_faults/`` can
 go.
 """
 
+import copy
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -89,6 +91,44 @@ def test_training_through_a_forward_jacobian():
     expected = looped_jacobian(torch.logdet, (A[0],))
     with torch.no_grad():
         torch.testing.assert_close(jacfunc.jacfwd(torch.logdet)(a), expected)
+
+
+COLUMNS = {
+    "one image": (lambda: torch.nn.Conv2d(32, 2, 16), (1, 32, 16, 16)),
+    "images": (lambda: torch.nn.Conv2d(32, 2, 16), (3, 32, 20, 16)),
+    "strides": (lambda: torch.nn.Conv2d(20, 2, (17, 14), stride=(2, 3)), (3, 20, 20, 14)),
+    "no batch": (lambda: torch.nn.Conv2d(32, 2, 19, bias=False), (32, 19, 19)),
+    "transposed": (lambda: torch.nn.ConvTranspose2d(2, 32, 16), (2, 2, 2, 1)),
+    "transposed strides": (lambda: torch.nn.ConvTranspose2d(2, 32, 16, 2, 1), (2, 2, 2, 1)),
+    "small": (lambda: torch.nn.Conv2d(32, 2, 9), (2, 32, 12, 9)),
+}
+"""Convolutions to or from one column, whose pullback to the kernel oneDNN does wrong on some CPUs.
+
+No pin can say so of all.
+"""
+
+
+@pytest.mark.parametrize("strategy", ["reverse", "looped", "auto"])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_kernels_that_cover_all_columns(kind, strategy):
+    make, shape = COLUMNS[kind]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    precise = copy.deepcopy(layer).double()
+    y = precise(x.double())
+    some = torch.linspace(-1, 1, 3 * y.numel(), dtype=torch.float64).sin().view(3, -1)
+    rows = [
+        torch.autograd.grad(y.flatten() @ u, precise.weight, retain_graph=True)[0] for u in some
+    ]
+
+    def outputs(weight):
+        out = torch.func.functional_call(layer, {"weight": weight}, (x,))
+        return some.float() @ out.flatten()
+
+    jac = jacfunc.jacobian(outputs, strategy=strategy)
+    for _ in range(3):
+        result = jac(layer.weight.detach())
+        torch.testing.assert_close(result, torch.stack(rows).float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 3)])

@@ -1,4 +1,7 @@
-"""Normalizations by elementary operations, made from the arguments of torch's kernels."""
+"""Normalizations by elementary operations, and convolutions that oneDNN does right.
+
+They are made from the arguments of torch's kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -165,3 +169,67 @@ def of_instances_in_torch(
 def _of_channels(input: Tensor, dims: tuple[int, ...], *rest: Any) -> Norm:
     shape = (input.shape[1] if input.dim() > 1 else 0, *(1 for _ in range(2, input.dim())))
     return Norm(input, dims, shape, *rest)
+
+
+LARGE_KERNEL = 8
+"""Seen from 14 columns, and 15 rows and 16 channels, on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """One column more, which is cut off: of one, oneDNN's pullback to a large kernel is wrong."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    def is_needed(self, is_derived_again: Any) -> bool:
+        """If a large kernel covers all columns of images in float32, and these have channels."""
+        is_covered = self.input.shape[-1:] == self.weight.shape[-1:] and self.padding in _NONE
+        return is_covered and self.groups == 1 and _is_large(self.input, self.weight)
+
+    def result(self, kernel: Callable[[], Any]) -> Any:
+        """The columns but for the last one."""
+        rows = self.stride if isinstance(self.stride, int) else self.stride[0]
+        how = (rows, 1), self.padding, self.dilation
+        return torch.conv2d(F.pad(self.input, (0, 1)), self.weight, self.bias, *how)[..., :1]
+
+
+@dataclass(frozen=True, slots=True)
+class TransposedConvolution:
+    """The same from one column to those that a large kernel covers."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    output_padding: Any = 0
+    groups: int = 1
+    dilation: Any = 1
+
+    def is_needed(self, is_derived_again: Any) -> bool:
+        """If there is one column, in float32."""
+        is_one = self.input.shape[-1:] == (1,)
+        return is_one and self.groups == 1 and _is_large(self.input, self.weight)
+
+    def result(self, kernel: Callable[[], Any]) -> Any:
+        """The columns but for those of another one, which is zero."""
+        more = self.stride if isinstance(self.stride, int) else self.stride[-1]
+        how = self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        both = torch.conv_transpose2d(F.pad(self.input, (0, 1)), self.weight, self.bias, *how)
+        return both[..., :-more]
+
+
+_NONE: Any = (0, (0,), (0, 0), [0], [0, 0], "valid")
+"""Ways to say that nothing is padded."""
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    """Is it a large kernel of many channels, on a CPU?"""
+    is_plain = x.dtype is torch.float32 and x.is_cpu and weight.dim() == 4
+    return is_plain and min(weight.shape[1:]) >= LARGE_KERNEL
