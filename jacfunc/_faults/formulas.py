@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jacfunc._faults.kernels import (
-    Convolution,
-    TransposedConvolution,
+    FromOneColumn,
+    ToOneColumn,
     of_batches,
     of_batches_alone,
     of_batches_in_torch,
@@ -203,8 +203,8 @@ FORMULAS: dict[Any, Callable[..., Formula]] = {
     **dict.fromkeys((Tensor.det,), Determinant),
     **dict.fromkeys((*_forms("logcumsumexp"), Tensor.logcumsumexp), RunningLogSum),
     **dict.fromkeys((*_forms("cumprod"), Tensor.cumprod), RunningProduct),
-    torch.conv2d: Convolution,
-    torch.conv_transpose2d: TransposedConvolution,
+    torch.conv2d: ToOneColumn,
+    torch.conv_transpose2d: FromOneColumn,
     **dict.fromkeys((torch.cdist, _aten.cdist.default, _aten.cdist), Distances),
 }
 """For each kernel what reads the arguments of a call, and makes a formula of them."""

@@ -176,7 +176,7 @@ LARGE_KERNEL = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Convolution:
+class ToOneColumn:
     """One column more, which is cut off: of one, oneDNN's pullback to a large kernel is wrong."""
 
     input: Tensor
@@ -200,7 +200,7 @@ class Convolution:
 
 
 @dataclass(frozen=True, slots=True)
-class TransposedConvolution:
+class FromOneColumn:
     """The same from one column to those that a large kernel covers."""
 
     input: Tensor

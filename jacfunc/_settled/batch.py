@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
-from jacfunc._settled.repeated import RepeatedEvaluation, Sources, blocks_of, knows, matrix_of
+from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
+from jacfunc._settled.sources import Sources
 from jacfunc._settled.sweeps import FEWEST_CALLS, KnownWork, SeedsOf, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._types import Leaves
@@ -209,9 +210,9 @@ class SettledBatch:
         state: ModuleState,
         x: Tensor,
         sources: Sources | None = None,
-        finds_uses: bool = True,
+        uses: Mapping[int, Any] | None = None,
     ) -> RepeatedEvaluation:
-        how = self.learned, self.by_layers, self.by_inputs, sources, finds_uses
+        how = self.learned, self.by_layers, self.by_inputs, sources, uses
         return RepeatedEvaluation(self.params(state), x, *how)
 
     def run(

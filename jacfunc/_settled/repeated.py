@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from jacfunc._assembly import empty, owned, shared_units
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored import (
+    METADATA,
     UNSEEN_WRITE,
     Derived,
     Direct,
@@ -36,6 +33,7 @@ from jacfunc._linear_map import (
     map_of_graph,
     writable_copy,
 )
+from jacfunc._settled.sources import Sources
 from jacfunc._torch import Pull
 from jacfunc._types import Leaves
 
@@ -43,10 +41,16 @@ _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
 
 
 class PlainRecorder(OperationRecorder):
-    """Numbers the operations of a function, of which no parameter is looked for."""
+    """Numbers the operations of a function, of which no parameter is looked for.
 
-    def __init__(self) -> None:
-        super().__init__(noticed=_REFUSED)
+    Args:
+        lent: identities of parameters that are no copies.
+        uses: operations that are known to read such a parameter alone, by their numbers.
+    """
+
+    def __init__(self, lent: Container[int] = (), uses: Mapping[int, Any] | None = None) -> None:
+        super().__init__(None, _REFUSED, lent)
+        self._uses = uses or {}
 
     def call(
         self,
@@ -58,38 +62,10 @@ class PlainRecorder(OperationRecorder):
     ) -> Any:
         if func in TAKES_DERIVATIVES:
             raise Refused("the function takes a derivative itself, of what may stand for others")
+        if is_tracked and func not in METADATA and self._uses.get(number) is not func:
+            raise Refused("a parameter that is no copy may be written into")
         # nobody reads what retain_grad keeps, and a second sweep would add to that
         return None if func is Tensor.retain_grad else func(*args, **kwargs)
-
-
-@dataclass(eq=False)
-class Sources:
-    """Tensors of an evaluation that a sweep may read.
-
-    Args:
-        saved: what autograd has saved, in order.
-        arguments: what operations got, by the numbers of these.
-    """
-
-    saved: list[Tensor] = field(default_factory=list)
-    arguments: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def saving(self) -> AbstractContextManager[None]:
-        """A context in which autograd tells what it saves, and gets it back from here."""
-        # a graph that held its own tensors by such hooks would never be freed
-        here = ref(self)
-
-        def keep(tensor: Tensor) -> int:
-            (saved := here().saved).append(tensor)  # type: ignore[union-attr]
-            return len(saved) - 1
-
-        def kept(number: int) -> Tensor:
-            if (sources := here()) is None:
-                raise RuntimeError("what a module returned inside a call is gone after the call")
-            return sources.saved[number]
-
-        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep, kept)
-        return hooks
 
 
 class RepeatedEvaluation:
@@ -106,7 +82,8 @@ class RepeatedEvaluation:
             they are, which one sample alone allows.
         by_inputs: is it differentiated by ``x``, too?
         sources: where the tensors that a sweep may read are kept, if they are.
-        finds_uses: is a Jacobian made of it? Else no operation is looked for.
+        uses: the operations that use parameters, by their numbers, if they are known; else they
+            are looked for.
     """
 
     def __init__(
@@ -117,7 +94,7 @@ class RepeatedEvaluation:
         by_layers: bool,
         by_inputs: bool,
         sources: Sources | None = None,
-        finds_uses: bool = True,
+        uses: Mapping[int, Any] | None = None,
     ) -> None:
         count, self._size, self._learned = len(params), len(x), learned
         self._lent = lent = learned.lent if by_layers else set[int]()
@@ -137,10 +114,10 @@ class RepeatedEvaluation:
         # the function may write into these
         self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
         self.recorder: OperationRecorder
-        if by_layers and finds_uses:
+        if by_layers and uses is None:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, len(x))
         else:
-            self.recorder = PlainRecorder()
+            self.recorder = PlainRecorder({id(self.handles[n]) for n in lent}, uses)
         self.recorder.arguments = None if sources is None else sources.arguments
 
     def check_unwritten(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -17,7 +17,8 @@ from jacfunc._lending import ModuleState
 from jacfunc._linear_map import outline
 from jacfunc._log import note
 from jacfunc._rounding import agree
-from jacfunc._settled.repeated import RepeatedEvaluation, Sources, knows
+from jacfunc._settled.repeated import RepeatedEvaluation, knows
+from jacfunc._settled.sources import Sources
 from jacfunc._torch import Graphs, MathAttention, recording
 from jacfunc._traces import Compiler, Executable, written_down
 from jacfunc._types import Leaves
@@ -55,19 +56,22 @@ class Sweep:
         evaluated: one of these evaluations, in which uses of parameters were looked for.
         seeds: what the work takes beside.
         work: makes the result.
+        learned: of the uses of parameters.
 
     Raises:
         Nameless: if it can't be written down.
     """
 
-    def __init__(self, evaluated: Evaluated, seeds: Leaves, work: Work) -> None:
+    def __init__(
+        self, evaluated: Evaluated, seeds: Leaves, work: Work, learned: LearnedUses
+    ) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
         is_fixed = HOOKING.isdisjoint(recorder.operations)
         if not is_fixed or recorder.moves_samples or recorder.reads_values:
             raise Nameless("the next evaluation may have another graph")
         uses = recorder.uses if isinstance(recorder, UseRecorder) else ()
-        self._numbers = [use.key[0] for use in uses]
+        self.uses = {number: learned.uses[number].func for number, _ in (use.key for use in uses)}
         leaves = self._leaves(sources, (out, *seeds))
 
         def made() -> Leaves:
@@ -86,7 +90,7 @@ class Sweep:
             node.meta.clear()  # which holds all that was computed
         self._values, self._aliases = leaves, _repeated([x.data_ptr() for x in leaves])
         self._repeated, self._count = dict[int, int](), len(leaves)
-        self._signature, self._kinds = recorder.signature, _kinds_of(sources)
+        self._signature, self._kinds = recorder.signature, sources.kinds
 
     def fits(self, evaluated: Evaluated, seeds: Leaves, expected: Leaves) -> bool:
         """Is the result of another evaluation at the same numbers the one that is expected?
@@ -110,7 +114,7 @@ class Sweep:
     def result(self, evaluated: Evaluated, seeds: Leaves) -> Leaves | None:
         """The result of an evaluation; None if it is not like the one that was written down."""
         own, sources, out = evaluated
-        if own.recorder.signature != self._signature or _kinds_of(sources) != self._kinds:
+        if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return None
         leaves, repeated = self._leaves(sources, (out, *seeds)), self._repeated.items()
         if len(leaves) != self._count or any(leaves[n] is not leaves[k] for n, k in repeated):
@@ -126,18 +130,13 @@ class Sweep:
 
     def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
         """All that the work may read, in one order for all evaluations of the kind."""
-        arguments = [x for n in self._numbers for x in sources.arguments.get(n, ())]
+        arguments = [x for n in self.uses for x in sources.arguments.get(n, ())]
         return (*sources.saved, *arguments, *others)
 
     def _each_once(self, leaves: Leaves) -> Leaves:
         """The leaves without those that are repeated."""
         repeated = self._repeated
         return tuple([leaf for n, leaf in enumerate(leaves) if n not in repeated])
-
-
-def _kinds_of(sources: Sources) -> list[Any]:
-    """Shapes and dtypes of what operations get, of constants, too."""
-    return [(x.shape, x.dtype) for tensors in sources.arguments.values() for x in tensors]
 
 
 def _repeated(marks: Sequence[int]) -> dict[int, int]:
@@ -155,7 +154,11 @@ class Evaluator(Protocol):
     learned: LearnedUses
 
     def repeated(
-        self, state: ModuleState, x: Tensor, sources: Sources | None = None, finds_uses: bool = True
+        self,
+        state: ModuleState,
+        x: Tensor,
+        sources: Sources | None = None,
+        uses: Mapping[int, Any] | None = None,
     ) -> RepeatedEvaluation:
         """What the module gets in one more evaluation."""
         ...
@@ -196,7 +199,7 @@ class KnownWork:
     ) -> Leaves | None:
         """The result of one more evaluation by the sweep; None where that does not hold."""
         assert self.sweep is not None
-        result, evaluated = None, _with_sources(settled, state, x, False)
+        result, evaluated = None, _with_sources(settled, state, x, self.sweep.uses)
         if evaluated is not None:
             own, _, out = evaluated
             if settled.is_alone or knows(settled.learned, own.recorder, compared):
@@ -210,23 +213,25 @@ class KnownWork:
         self, settled: Evaluator, state: ModuleState, x: Tensor, seeds: Leaves, result: Leaves
     ) -> None:
         """Write down how this result is made, if that can be."""
-        first, second = (_with_sources(settled, state, x, uses) for uses in (True, False))
-        if first is None or second is None:
+        first = _with_sources(settled, state, x)
+        if first is None:
             return
         try:
-            sweep = Sweep(first, seeds, self.work)
-            self.sweep = sweep if sweep.fits(second, seeds, result) else None
+            sweep = Sweep(first, seeds, self.work, settled.learned)
+            second = _with_sources(settled, state, x, sweep.uses)
+            if second is not None and sweep.fits(second, seeds, result):
+                self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
 
 
 def _with_sources(
-    settled: Evaluator, state: ModuleState, x: Tensor, finds_uses: bool
+    settled: Evaluator, state: ModuleState, x: Tensor, uses: Mapping[int, Any] | None = None
 ) -> Evaluated | None:
     """An evaluation of which all is kept that a sweep may read; None if it returns otherwise.
 
     Args:
-        finds_uses: is a Jacobian made of it?
+        uses: the operations that use parameters, if they are known; else they are looked for.
 
     Raises:
         UnseenWrite: if a parameter that is no copy was written into.
@@ -235,7 +240,7 @@ def _with_sources(
         return None
     sources = Sources()
     with recording(), MathAttention():
-        own = settled.repeated(state, x, sources, finds_uses)
+        own = settled.repeated(state, x, sources, uses)
         with sources.saving():
             out = settled.run(state, x, own, own.recorder)
     own.check_unwritten()

@@ -108,9 +108,8 @@ def _folded(graph: GraphModule) -> dict[Node, Tensor]:
 
 
 def _without_dead_code(graph: GraphModule) -> None:
-    """Leave out what nobody takes; a write is taken by what shares its memory."""
-    ends = "placeholder", "output"
-    graph.graph.eliminate_dead_code(lambda node: node.op in ends or Graphs.writes(node))
+    """Leave out what nobody takes, but for checks, and writes into what others share."""
+    graph.graph.eliminate_dead_code(lambda node: node.is_impure() or Graphs.writes(node))
 
 
 def _fixed_nodes(graph: GraphModule) -> dict[Node, None]:

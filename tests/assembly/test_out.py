@@ -142,7 +142,9 @@ def test_layers_sweep_a_few_rows_at_a_time(bytes_at_once: int) -> None:
         given = [own.name for own in fields(jacobian) if own.init]
         counted = Counted(**{name: getattr(jacobian, name) for name in given})
         grid = Grid.of(jacobian.sample_outputs, jacobian.params)
+        known = SimpleNamespace(lessons=1)  # a later call: nothing is given back
         batch = SimpleNamespace(size=len(x), factors=lambda *_: (counted, None))
+        batch.learned_as_a_whole = known
         one = SimpleNamespace(take_call=lambda *_: None, grid=lambda: grid)
         writer = SampleWriter(batch, Sink(), one, most_swept=bytes_at_once)
         blocks = writer.leaves(None, None)[: len(jacobian.params)]

@@ -53,7 +53,9 @@ FUNCTIONS_LISTED: dict[str, str] = {
         "adaptive_steps best_expert neo_hookean_stress",
         COMPARES: "covariance correlation fixed_point_until",
         BY_NUMPY: "numpy_inside numpy_with_vmap_rule numpy_constant",
-        DRAWS: "dropout noise reparametrized_sample",
+        DRAWS: "dropout noise",
+        # a distribution reads its arguments, unless torch's compiler was loaded before
+        f"{DRAWS}|{READS}": "reparametrized_sample",
         SELECTS: "assign_by_mask sum_of_selected nonzero_product least_squares ctc unique_values",
         SPARSE: "sparse_coo_vector sparse_csr_constant",
         WITHOUT_DERIVATIVE: "bessel_j chebyshev_polynomial incomplete_gamma_by_order",

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
-from tests.modules.test_settled_layers import BEFORE, CHANGES, COUNT, HIDDEN, KINDS, Network, points
+from tests.modules.test_settled_layers import (
+    BEFORE,
+    CHANGES,
+    COUNT,
+    HIDDEN,
+    KINDS,
+    Network,
+    calls_until_compared,
+    points,
+)
 from tests.modules.test_settled_layers import fresh as fresh  # a fixture of all tests here
 from tests.truth.doors import DOORS, Call, truth_of
 
@@ -105,9 +114,8 @@ def test_draws_are_refused(name: str, size: int) -> None:
 def test_samples_that_come_to_depend_are_refused(name: str) -> None:
     _, call = settled(name, 5)
     HIDDEN["how"] = "couples"
-    for number in range(6, 9):
-        if number < 8:  # taken anew, by which each is differentiated alone
-            call((points(5),))
+    for _ in range(calls_until_compared()):  # taken anew, by which each is differentiated alone
+        call((points(5),))
     with pytest.raises(ValueError, match="samples that do not depend on each other"):
         call((points(5),))
 

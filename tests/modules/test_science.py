@@ -88,7 +88,20 @@ def test_samples_that_depend_on_each_other_are_refused(name: str, door: str) -> 
             call(kind.inputs(seed))
 
 
-@pytest.mark.parametrize("name", [name for name in COUPLES if name != "U-net in train mode"])
+SEEN = {"an order made by Python"}
+"""Kinds that call other operations each time, by which products see that samples are coupled."""
+
+
+@pytest.mark.parametrize("name", sorted(SEEN))
+def test_products_see_what_couples_by_other_operations(name: str) -> None:
+    kind = COUPLES[name]
+    call = DOORS["ggn product"].open(kind.make())
+    calls = (call(kind.inputs(seed)) for seed in range(1, 6))
+    with pytest.raises(ValueError, match=MIXED):
+        list(calls)
+
+
+@pytest.mark.parametrize("name", [n for n in COUPLES if n not in {"U-net in train mode", *SEEN}])
 def test_products_are_those_of_the_batch(name: str) -> None:
     kind = COUPLES[name]
     module = kind.make()

@@ -1,0 +1,46 @@
+"""What a sweep may read of an evaluation."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass(eq=False)
+class Sources:
+    """Tensors of an evaluation that a sweep may read.
+
+    Args:
+        saved: what autograd has saved, in order.
+        arguments: what operations got, by the numbers of these.
+    """
+
+    saved: list[Tensor] = field(default_factory=list)
+    arguments: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[Any]:
+        """Shapes and dtypes of what operations got, of constants, too."""
+        return [(x.shape, x.dtype) for tensors in self.arguments.values() for x in tensors]
+
+    def saving(self) -> AbstractContextManager[None]:
+        """A context in which autograd tells what it saves, and gets it back from here."""
+        # a graph that held its own tensors by such hooks would never be freed
+        here = ref(self)
+
+        def keep(tensor: Tensor) -> int:
+            (saved := here().saved).append(tensor)  # type: ignore[union-attr]
+            return len(saved) - 1
+
+        def kept(number: int) -> Tensor:
+            if (sources := here()) is None:
+                raise RuntimeError("what a module returned inside a call is gone after the call")
+            return sources.saved[number]
+
+        hooks: AbstractContextManager[None] = saved_tensors_hooks(keep, kept)
+        return hooks
