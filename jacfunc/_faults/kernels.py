@@ -201,7 +201,7 @@ class ToOneColumn:
 
 @dataclass(frozen=True, slots=True)
 class FromOneColumn:
-    """The same from one column to those that a large kernel covers."""
+    """One column more, whose results are cut off: of one, the pullback to the kernel is wrong."""
 
     input: Tensor
     weight: Tensor

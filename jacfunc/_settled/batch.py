@@ -120,8 +120,7 @@ class SettledBatch:
         """What is made while the module is lent; None if the call must be taken anew."""
         random_state = RandomState((x, *state.params.values()))
         try:
-            names = self.names
-            lent = state.lent_for_call(api or self.api, names, is_current=True)
+            lent = state.lent_for_call(api or self.api, self.names, is_current=True)
             with torch.no_grad(), lent:
                 return self._tried(make, random_state)
         except BaseException:

@@ -110,7 +110,6 @@ class RepeatedEvaluation:
         every = (*self.handles, self.x)
         self.primals: Leaves = every[: len(self._params)]
         self.starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
-        self._versions = [handle._version for handle in self.handles]
         # the function may write into these
         self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
         self.recorder: OperationRecorder
@@ -118,10 +117,12 @@ class RepeatedEvaluation:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, len(x))
         else:
             self.recorder = PlainRecorder({id(self.handles[n]) for n in lent}, uses)
-        self.recorder.arguments = None if sources is None else sources.arguments
+        if sources is not None:
+            self.recorder.arguments = sources.arguments
+            self._versions = [handle._version for handle in self.handles]
 
     def check_unwritten(self) -> None:
-        """Look whether a parameter that is no copy was written into.
+        """Look whether a parameter that is no copy was written into, where sources are kept.
 
         Raises:
             UnseenWrite: if one was.

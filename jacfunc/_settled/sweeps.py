@@ -81,7 +81,7 @@ class Sweep:
                 raise Nameless("parameters are used otherwise")
             return work(jacobian, seeds)
 
-        graph, _ = written_down(made, leaves, MOST_BYTES)
+        graph = written_down(made, leaves, MOST_BYTES)
         nodes = [*graph.graph.nodes]
         detached = tuple([leaf.detach() for leaf in leaves])
         self._executable = Executable(graph, detached, 0, Compiler("replay"))

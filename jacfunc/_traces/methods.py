@@ -36,7 +36,7 @@ A call of an operator from Python takes three times as long."""
 
 
 def by_methods(graph: GraphModule) -> GraphModule:
-    """The same graph, with calls of methods for those of operators."""
+    """A graph that computes what this one does, by methods in the place of operators."""
     methods = Graph()
     methods.output(methods.graph_copy(graph.graph, {}))
     for node in methods.nodes:

@@ -30,10 +30,8 @@ _BY_ADDRESS = frozenset({_ATEN.as_strided.default, _ATEN.as_strided_.default})
 Place: TypeAlias = tuple[Any, ...]
 
 
-def written_down(
-    work: Callable[[], Leaves], sources: Leaves, most_bytes: int
-) -> tuple[GraphModule, Leaves]:
-    """What ``work`` returns, and its operations as a graph of the ``sources``.
+def written_down(work: Callable[[], Leaves], sources: Leaves, most_bytes: int) -> GraphModule:
+    """The operations of ``work``, which is done once, as a graph of the ``sources``.
 
     The graph holds wherever the sources are of the same kind and lie in memory in the same way, as
     long as the work chooses what it does by nothing else. Unlike a trace it sees the work as it
@@ -53,7 +51,7 @@ def written_down(
     if tape.failure is not None:  # the work may have caught it, and gone another way
         raise tape.failure
     tape.graph.output(tuple(map(tape.node_of, results)))
-    return GraphModule(torch.nn.Module(), tape.graph), results
+    return GraphModule(torch.nn.Module(), tape.graph)
 
 
 class _Tape(DispatchMode):

@@ -14,7 +14,7 @@ MUCH = 2**20
 
 
 def executable(work: Callable[[], tuple[Tensor, ...]], *sources: Tensor) -> Executable:
-    graph, _ = written_down(work, sources, MUCH)
+    graph = written_down(work, sources, MUCH)
     return Executable(graph, sources, 0, Compiler("replay"))
 
 
