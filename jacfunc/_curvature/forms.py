@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import numel
+from jacfunc._calls import OneTensor
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import Refused, is_out_of_memory
@@ -22,6 +23,7 @@ from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._products import FactoredProducts, takes_factors
+from jacfunc._rounding import contracting
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, product_dtype
 
@@ -148,48 +150,94 @@ def _room_for(size: int, jacobian: FactoredJacobian) -> Leaves:
     return ()
 
 
-def square_sums(point: ModuleAtBatch, curvature: OutputCurvature) -> dict[str, Tensor]:
-    """The diagonal: a tensor like each parameter, by name."""
-    params = point.params
-    totals: dict[str, Tensor] = {}
+class SampleSums:
+    """``G`` from columns of ``Jᵀ S``, added up over samples, which must not be coupled.
 
-    def add(_: torch.Size, parts: NamedParts) -> None:
-        add_squares(totals, {name: (parts[name], params[name]) for name in parts})
+    For each answer the module is lent once, if that may be.
+    """
 
-    added_up(point, curvature, add, sum([param.nbytes for param in params.values()]))
-    return {name: torch.zeros_like(x) for name, x in params.items() if name not in totals} | totals
+    def __init__(
+        self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
+    ) -> None:
+        self._at_batch, self._curvature_of = at_batch, curvature_of
+
+    @kept_property
+    def _curvature(self) -> OutputCurvature:
+        """``H`` at the outputs of the module called with each sample alone."""
+        return self._curvature_of(self._at_batch.outputs)
+
+    def squares(self) -> dict[str, Tensor]:
+        """The diagonal: a tensor like each parameter, by name."""
+        at_batch, totals = self._at_batch, dict[str, Tensor]()
+        with at_batch.as_one():
+            if (squares := self._squares_at_once()) is not None:
+                return dict(zip(at_batch.params, squares, strict=True))
+            params = at_batch.params
+
+            def add(_: torch.Size, parts: NamedParts) -> None:
+                add_squares(totals, {name: (parts[name], params[name]) for name in parts})
+
+            added_up(at_batch, self._curvature, add, sum([p.nbytes for p in params.values()]))
+        return {n: totals[n] if n in totals else torch.zeros_like(x) for n, x in params.items()}
+
+    def _squares_at_once(self) -> Leaves | None:
+        """The diagonal from one evaluation; None where calls have not settled all but numbers."""
+        at_batch = self._at_batch
+        is_whole = at_batch.budget.is_open and at_batch.chunk_size is None
+        if not (is_whole and at_batch.is_lent_once):
+            return None
+
+        def roots_at(outputs: Leaves) -> Leaves:
+            at_batch.evaluations.check((0, at_batch.size), outputs)
+            return self._curvature_of(BatchOutputs(outputs, (), OneTensor())).roots
+
+        return at_batch.made_at_once(_squares, roots_at)
+
+    def blocks(self) -> dict[str, Tensor]:
+        """The diagonal blocks, ``[numel, numel]`` for each parameter."""
+        params = self._at_batch.params
+        totals = {
+            name: p.new_zeros((p.numel(),) * 2, dtype=product_dtype(p))
+            for name, p in params.items()
+        }
+
+        def add(_: torch.Size, parts: NamedParts) -> None:
+            for name, param_parts in parts.items():
+                for block in written(param_parts, params[name]):
+                    flat = block.reshape(-1, params[name].numel())
+                    totals[name].addmm_(flat.T, flat)
+
+        self._add_up(add, sum(total.nbytes for total in totals.values()))
+        return {name: total.to(params[name].dtype) for name, total in totals.items()}
+
+    def matrix(self) -> Tensor:
+        """The whole matrix."""
+        params = self._at_batch.params
+        diagonal = torch.cat([param.new_zeros(param.numel()) for param in params.values()])
+        total = torch.diag(diagonal.to(product_dtype(diagonal)))
+
+        def add(lead: torch.Size, parts: NamedParts) -> None:
+            blocks = [
+                rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
+                for name, param in params.items()
+            ]
+            flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
+            total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
+
+        self._add_up(add, total.nbytes)
+        return total.to(diagonal.dtype)
+
+    def _add_up(self, add: Add, result: int) -> None:
+        with self._at_batch.as_one():
+            added_up(self._at_batch, self._curvature, add, result)
 
 
-def block_sums(point: ModuleAtBatch, curvature: OutputCurvature) -> dict[str, Tensor]:
-    """The diagonal blocks, ``[numel, numel]`` for each parameter."""
-    params = point.params
-    totals = {
-        name: p.new_zeros((p.numel(),) * 2, dtype=product_dtype(p)) for name, p in params.items()
-    }
-
-    def add(_: torch.Size, parts: NamedParts) -> None:
-        for name, param_parts in parts.items():
-            for block in written(param_parts, params[name]):
-                flat = block.reshape(-1, params[name].numel())
-                totals[name].addmm_(flat.T, flat)
-
-    added_up(point, curvature, add, sum(total.nbytes for total in totals.values()))
-    return {name: total.to(params[name].dtype) for name, total in totals.items()}
-
-
-def matrix_sum(point: ModuleAtBatch, curvature: OutputCurvature) -> Tensor:
-    """The whole matrix."""
-    params = point.params
-    diagonal = torch.cat([param.new_zeros(param.numel()) for param in params.values()])
-    total = torch.diag(diagonal.to(product_dtype(diagonal)))
-
-    def add(lead: torch.Size, parts: NamedParts) -> None:
-        blocks = [
-            rows(parts.get(name, []), partial(param.new_zeros, (*lead, *param.shape)))
-            for name, param in params.items()
-        ]
-        flat = torch.cat([block.reshape(lead.numel(), -1) for block in blocks], 1)
-        total.addmm_(flat.T.to(total.dtype), flat.to(total.dtype))
-
-    added_up(point, curvature, add, total.nbytes)
-    return total.to(diagonal.dtype)
+def _squares(jacobian: FactoredJacobian, cotangents: Leaves) -> Leaves:
+    """``Σ_b Σ_r (J_bᵀ c_br)²`` of each parameter, of a module that returned one tensor."""
+    names, totals = list(map(str, range(len(jacobian.params)))), dict[str, Tensor]()
+    named = zip(names, jacobian.parts_of_cotangents(cotangents), jacobian.params, strict=True)
+    with contracting(jacobian.params):
+        add_squares(totals, {name: (parts, x) for name, parts, x in named if parts})
+    zeros = cotangents[0].new_zeros
+    pairs = zip(names, jacobian.params, strict=True)
+    return tuple([totals[n] if n in totals else zeros(x.shape, dtype=x.dtype) for n, x in pairs])

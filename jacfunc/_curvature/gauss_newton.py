@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, overload
 
 import torch
 from torch import Tensor
 
-from jacfunc._curvature.forms import MatrixProducts, block_sums, matrix_sum, square_sums
+from jacfunc._curvature.forms import MatrixProducts, SampleSums
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._errors import Refused
 from jacfunc._linear_map import is_followed
@@ -18,8 +18,6 @@ from jacfunc._torch import is_pushing
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Params, Tree
 from jacfunc.operators import LinearOperator, Space, SymmetricOperator
-
-ResultT = TypeVar("ResultT")
 
 
 class GaussNewton(SymmetricOperator, Generic[Params]):
@@ -173,7 +171,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             >>> G.diagonal()
             {'weight': tensor([[1., 1.]]), 'bias': tensor([2.])}
         """
-        return self._in_form(self._sums(square_sums))
+        return self._in_form(self._sums.squares())
 
     def blocks(self) -> Params:
         """The exact diagonal blocks, one a parameter.
@@ -196,7 +194,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             tensor([[1., 0.],
                     [0., 1.]])
         """
-        return self._in_form(self._sums(block_sums))
+        return self._in_form(self._sums.blocks())
 
     def matrix(self, *, chunk_size: int | None = None) -> Tensor:
         """The whole matrix ``[N, N]``; :func:`jacfunc.param_slices` names a module's columns.
@@ -227,12 +225,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         """
         if chunk_size is not None:
             return super().matrix(chunk_size=chunk_size)
-        return self._sums(matrix_sum)
-
-    def _sums(self, sums: Callable[[ModuleAtBatch, OutputCurvature], ResultT]) -> ResultT:
-        """Sums over the samples, for which the module is lent once if that may be."""
-        with self.point.as_one():
-            return sums(self.point, self._sample_curvature)
+        return self._sums.matrix()
 
     def _in_form(self, named: Mapping[str, Tensor]) -> Params:
         """What there is for each parameter, in the form in which parameters come."""
@@ -244,6 +237,5 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         return MatrixProducts(self.point, self.curvature_of)
 
     @kept_property
-    def _sample_curvature(self) -> OutputCurvature:
-        """``H`` at the outputs of the module called with each sample alone."""
-        return self.curvature_of(self.point.outputs)
+    def _sums(self) -> SampleSums:
+        return SampleSums(self.point, self.curvature_of)

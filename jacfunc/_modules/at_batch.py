@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from threading import get_ident
 from typing import ClassVar, TypeVar
 
@@ -21,9 +20,10 @@ from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._modules.settled import evaluated_again, settle, settled_at
+from jacfunc._modules.settled import evaluated_again, evaluated_anew, made_again, settled_at
 from jacfunc._rounding import contracting
 from jacfunc._samples import SAME_EACH_TIME, SampledCall
+from jacfunc._settled import SeedsOf, Work
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
 from jacfunc._trials import BatchOutputs
@@ -180,6 +180,14 @@ class ModuleAtBatch:
     def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
+    def made_at_once(self, work: Work, seeds_of: SeedsOf) -> Leaves | None:
+        """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
+        if self._settled is None or hasattr(self, "last_call"):
+            return None
+        self.last_call = OneTensor()
+        with self.undisturbed():
+            return made_again(self.call, self._settled, self.random_state, work, seeds_of)
+
     def contracted(
         self,
         factors: FactoredJacobian,
@@ -210,19 +218,11 @@ class ModuleAtBatch:
                 self.last_call = OneTensor()
                 factors = evaluated_again(self.call, self._settled, self.random_state)
             if factors is None:
-                factors = self._taken_anew(start, stop)
-            check = partial(self.evaluations.check, (start, stop), factors.outputs)
-            in_words_of(self.api, check, *SAME_EACH_TIME)
+                every = self.call, self.batching, self._independent, self.random_state
+                factors, self.last_call = evaluated_anew(*every, start, stop)
+            again = (start, stop), factors.outputs
+            in_words_of(self.api, lambda: self.evaluations.check(*again), *SAME_EACH_TIME)
             yield factors
-
-    def _taken_anew(self, start: int, stop: int) -> FactoredJacobian:
-        """Samples evaluated as if nothing was settled; what they settle is kept."""
-        factors, call = self._independent.factors(start, stop)
-        if stop - start == self.size:
-            settle(self.call, self.batching, self.batch, factors, call)
-        self.last_call = call.without_graph()
-        self.random_state.repeat()
-        return factors
 
     def between(self, start: int, stop: int) -> FactoredJacobian:
         """The samples from start to stop, evaluated."""

@@ -126,12 +126,53 @@ def evaluated_again(
 
     It is where batches are to be compared, or where the evaluation shows something new.
     """
+    return _again(call, settled, random_state, settled.evaluated)
+
+
+def made_again(
+    call: ModuleCall,
+    settled: SettledBatch,
+    random_state: RandomState,
+    work: Work,
+    seeds_of: SeedsOf,
+) -> Leaves | None:
+    """What ``work`` makes of all samples, evaluated as before; None as of their factors."""
+    make = partial(settled.made, work=work, seeds_of=seeds_of)
+    return _again(call, settled, random_state, make)
+
+
+def _again(
+    call: ModuleCall,
+    settled: SettledBatch,
+    random_state: RandomState,
+    make: Callable[[ModuleState, Tensor, Container[int]], ResultT | None],
+) -> ResultT | None:
+    """What is made of one more evaluation, while the module is lent by the caller."""
     state, x = call.state, call.arguments[0][0]
-    again = partial(settled.again, state, x, random_state=random_state)
-    return _counted(call.independence, state, settled, again)
+
+    def tried(compared: Container[int]) -> ResultT | None:
+        return settled.tried(partial(make, state, x, compared), random_state)
+
+    return _counted(call.independence, state, settled, tried)
 
 
-def settle(
+def evaluated_anew(
+    call: ModuleCall,
+    batching: Batching,
+    batch: SampledCall,
+    random_state: RandomState,
+    start: int,
+    stop: int,
+) -> tuple[FactoredJacobian, FlatCall]:
+    """Samples evaluated as if nothing was settled, and a call of one; what they settle is kept."""
+    factors, made = batch.factors(start, stop)
+    if stop - start == batch.size:
+        _settle(call, batching, batch, factors, made)
+    random_state.repeat()
+    return factors, made.without_graph()
+
+
+def _settle(
     call: ModuleCall,
     batching: Batching,
     batch: SampledCall,

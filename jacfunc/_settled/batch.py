@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -93,26 +94,33 @@ class SettledBatch:
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
+        return self._lent(state, x, partial(self.made, state, x, compared, work, seeds_of), api)
+
+    def made(
+        self,
+        state: ModuleState,
+        x: Tensor,
+        compared: Container[int],
+        work: Work,
+        seeds_of: SeedsOf | None,
+    ) -> Leaves | None:
+        """As :meth:`result`, while the module is lent by the caller, who repeats what was drawn."""
         known = self.works.get(work) or KnownWork(work)
         if len(self.works) < MOST_WORKS:
             self.works[work] = known
-
-        def made() -> Leaves | None:
-            if known.sweep is not None:
-                result = known.swept(self, state, x, compared, seeds_of)
-                if result is not None:
-                    return result
-            jacobian = self.evaluated(state, x, compared)
-            if jacobian is None:
-                return None
-            seeds = seeds_of(jacobian.outputs) if seeds_of else ()
-            result = work(jacobian, seeds)
-            known.calls += 1
-            if known.calls == FEWEST_CALLS:
-                known.learn(self, state, x, seeds, result)
-            return result
-
-        return self._lent(state, x, made, api)
+        if known.sweep is not None:
+            result = known.swept(self, state, x, compared, seeds_of)
+            if result is not None:
+                return result
+        jacobian = self.evaluated(state, x, compared)
+        if jacobian is None:
+            return None
+        seeds = seeds_of(jacobian.outputs) if seeds_of else ()
+        result = work(jacobian, seeds)
+        known.calls += 1
+        if known.calls == FEWEST_CALLS:
+            known.learn(self, state, x, seeds, result)
+        return result
 
     def _lent(
         self, state: ModuleState, x: Tensor, make: Callable[[], ResultT | None], api: str = ""
@@ -122,25 +130,19 @@ class SettledBatch:
         try:
             lent = state.lent_for_call(api or self.api, self.names, is_current=True)
             with torch.no_grad(), lent:
-                return self._tried(make, random_state)
+                return self.tried(make, random_state)
         except BaseException:
             random_state.repeat()
             raise
 
-    def again(
-        self, state: ModuleState, x: Tensor, compared: Container[int], random_state: RandomState
-    ) -> FactoredJacobian | None:
-        """The batch evaluated by who lends the module; None where the call must be taken anew.
-
-        Args:
-            random_state: as the evaluation finds it; nothing may be drawn.
-        """
-        return self._tried(lambda: self.evaluated(state, x, compared), random_state)
-
-    def _tried(
+    def tried(
         self, make: Callable[[], ResultT | None], random_state: RandomState
     ) -> ResultT | None:
-        """What is made; None if that fails, or draws random numbers."""
+        """What is made; None if the call must be taken anew, as that fails or draws numbers.
+
+        Args:
+            random_state: as the evaluation finds it.
+        """
         result = None
         try:
             result = make()

@@ -13,7 +13,7 @@ MOST = {
     "module_jacobian, by inputs": (32, 71),
     "module_jacobian, by layers": (44, 146),
     "ntk": (52, 162),
-    "ggn, diagonal": (63, 191),
+    "ggn, diagonal": (61, 179),
 }
 
 
