@@ -4,7 +4,8 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev
+from torch.autograd import forward_ad
+from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -13,11 +14,13 @@ from benchmarks.contestants import by_hand
 from benchmarks.contestants.per_sample import by_recipe
 from benchmarks.problems.judge import Answer, reference
 from benchmarks.problems.networks import labels_of, parts
+from benchmarks.verdicts.intervals import BOUND
 from jacfunc._measuring import Contestant, Run
 from jacfunc.compare import Problem
 
 OURS, AGAIN = "jacfunc", "jacfunc, same point"
 BACKPACK, CURVLINOPS = "BackPACK", "curvlinops"
+TWICE, FORWARD = "by hand, double backward", "by hand, forward mode"
 MATERIALIZED = "vmap(jacrev), contracted"
 
 
@@ -88,10 +91,54 @@ def by_jacfunc_product(problem: Problem) -> Run:
 
 
 def by_jacfunc_again(problem: Problem) -> Run:
-    """The product at a point that has had one before."""
+    """The product at a point that has had one before: the module is not evaluated any more.
+
+    That is another question, and less work than any product at a new point takes: a bound.
+    """
     (model, images), vector = parts(problem), vector_of(problem)
     operator = jacfunc.ggn(model, F.cross_entropy)(images, labels_of(images))
     return lambda: operator @ vector
+
+
+def by_double_backward(problem: Problem) -> Run:
+    """``J v`` is the pullback of a pullback, which is linear in its cotangent."""
+    model, images = parts(problem)
+    names, params = zip(*model.named_parameters(), strict=True)
+    vectors = [*vector_of(problem).values()]
+
+    def run() -> Answer:
+        with sdpa_kernel(SDPBackend.MATH):
+            scores = model(images)
+        seeds = torch.zeros_like(scores, requires_grad=True)
+        pulled = torch.autograd.grad(scores, params, seeds, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, seeds, vectors)
+        products = torch.autograd.grad(scores, params, _weighed(scores.detach(), pushed))
+        return dict(zip(names, products, strict=True))
+
+    return run
+
+
+def by_forward_mode(problem: Problem) -> Run:
+    """``J v`` comes with the evaluation, whose graph is then swept."""
+    model, images = parts(problem)
+    params, vectors = dict(model.named_parameters()), vector_of(problem)
+
+    def run() -> Answer:
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            duals = {n: forward_ad.make_dual(p, vectors[n]) for n, p in params.items()}
+            scores, pushed = forward_ad.unpack_dual(functional_call(model, duals, (images,)))
+            seeds = _weighed(scores.detach(), pushed.detach())
+            products = torch.autograd.grad(scores, [*params.values()], seeds)
+        return dict(zip(params, products, strict=True))
+
+    return run
+
+
+def _weighed(scores: Tensor, pushed: Tensor) -> Tensor:
+    """The Hessian of the mean cross-entropy in the scores, times a tangent of these."""
+    chances = scores.softmax(-1)
+    weighed = chances * pushed
+    return (weighed - chances * weighed.sum(-1, keepdim=True)) / len(scores)
 
 
 def by_curvlinops(problem: Problem) -> Run:
@@ -138,6 +185,8 @@ DIAGONAL: tuple[Contestant[Problem], ...] = (
 )
 PRODUCT: tuple[Contestant[Problem], ...] = (
     Contestant(OURS, "jacfunc", by_jacfunc_product),
-    Contestant(AGAIN, "jacfunc", by_jacfunc_again),
+    Contestant(TWICE, "autograd", by_double_backward),
+    Contestant(FORWARD, "autograd", by_forward_mode),
+    Contestant(AGAIN, BOUND, by_jacfunc_again),
     Contestant(CURVLINOPS, "rival", by_curvlinops),
 )
