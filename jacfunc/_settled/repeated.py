@@ -36,6 +36,7 @@ from jacfunc._linear_map import (
 from jacfunc._settled.sources import Sources
 from jacfunc._torch import Pull
 from jacfunc._types import Leaves
+from jacfunc.layers import table
 
 _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
 
@@ -50,7 +51,7 @@ class PlainRecorder(OperationRecorder):
 
     def __init__(self, lent: Container[int] = (), uses: Mapping[int, Any] | None = None) -> None:
         super().__init__(None, _REFUSED, lent)
-        self._uses = uses or {}
+        self._uses, self._openings = uses or {}, table().openings
 
     def call(
         self,
@@ -62,6 +63,9 @@ class PlainRecorder(OperationRecorder):
     ) -> Any:
         if func in TAKES_DERIVATIVES:
             raise Refused("the function takes a derivative itself, of what may stand for others")
+        if is_tracked and func in self._openings:  # as where uses were looked for
+            with self:
+                return self._openings[func](*args, **kwargs)
         if is_tracked and func not in METADATA and self._uses.get(number) is not func:
             raise Refused("a parameter that is no copy may be written into")
         # nobody reads what retain_grad keeps, and a second sweep would add to that

@@ -87,17 +87,25 @@ class _Tape(DispatchMode):
 
     def _reshaped(self, value: Tensor) -> Node | None:
         """The entries of a source in the shape of a view that was made of it before the work."""
-        if not value.is_contiguous():
-            return None
         (address, *_, kind), count = _place_of(value), value.numel()
-        for source, placeholder in self._sources:
+        if (dims := _in_memory(value)) is None:
+            return None
+        for source, node in self._sources:
             there, *_, its_kind = _place_of(source)
             is_like = (there, its_kind, source.numel()) == (address, kind, count)
-            if is_like and source.is_contiguous():
-                node = self.graph.call_function(_ATEN.view.default, (placeholder, [*value.shape]))
+            if is_like and (its_dims := _in_memory(source)) is not None:
+                node = self._permuted(node, its_dims)
+                shape = [value.shape[dim] for dim in dims]
+                node = self.graph.call_function(_ATEN.view.default, (node, shape))
+                node = self._permuted(node, sorted(range(len(dims)), key=dims.__getitem__))
                 self._note(node, value)
                 return node
         return None
+
+    def _permuted(self, node: Node, dims: list[int]) -> Node:
+        if dims == sorted(dims):
+            return node
+        return self.graph.call_function(_ATEN.permute.default, (node, dims))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -172,3 +180,9 @@ def _place_of(tensor: Tensor) -> Place:
     """What tells a tensor from all others that live: its memory, and how it is read."""
     kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), kind
+
+
+def _in_memory(tensor: Tensor) -> list[int] | None:
+    """The dimensions in the order in which entries lie in memory; None if these have gaps."""
+    dims = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+    return dims if tensor.permute(dims).is_contiguous() else None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jacfunc._errors import Nameless
 from jacfunc._traces import Compiler, Executable, written_down
 
 MUCH = 2**20
@@ -25,6 +26,35 @@ def test_it_computes_what_was_computed_of_other_numbers() -> None:
     first, second = run((x, y))
     torch.testing.assert_close(first, (x * 2).sin() @ y)
     assert torch.equal(second, x.T.reshape(-1))
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a shape": lambda x: x.unflatten(2, (2, 2)),
+    "an order": lambda x: x.permute(2, 0, 1),
+    "a shape in another order": lambda x: x.transpose(0, 1).unsqueeze(2).mT,
+    "parts in another order": lambda x: x.unflatten(2, (2, 2)).transpose(1, 3),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+def test_views_that_were_made_before_are_those_of_a_source(
+    view: Callable[[Tensor], Tensor], order: tuple[int, ...]
+) -> None:
+    shape = [(2, 3, 4)[n] for n in order]
+    back = [order.index(n) for n in range(3)]
+    draw = lambda: torch.randn(shape).permute(back)  # noqa: E731
+    source, other = draw(), draw()
+    before = view(source)
+    run = executable(lambda: (before * 2,), source)
+    torch.testing.assert_close(run((other,))[0], view(other) * 2)
+
+
+def test_views_with_gaps_are_refused() -> None:
+    source = torch.randn(3, 4)
+    before = source[:, ::2]
+    with pytest.raises(Nameless, match="comes from elsewhere"):
+        executable(lambda: (before * 2,), source)
 
 
 def test_backward_passes_are_seen() -> None:
