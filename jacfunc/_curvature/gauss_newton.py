@@ -163,6 +163,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             sample, at once, and for each layer the cheaper of two contractions; memory of all
             layers' inputs and R cotangents, and ``B · M²`` numbers. Torch's own cross entropy of
             classes, squared error and binary cross entropy of logits need no pullback of theirs.
+            After some calls of a kind the first answer, if it is this one, keeps nothing: the next
+            one evaluates once more.
 
         Example:
             >>> import torch, jacfunc
