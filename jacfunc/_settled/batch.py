@@ -93,9 +93,11 @@ class SettledBatch:
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        known = self.works.get(work) or KnownWork(work)
-        if len(self.works) < MOST_WORKS:
-            self.works[work] = known
+        known = self.works.get(work)
+        if known is None:
+            known = KnownWork(work)
+            if len(self.works) < MOST_WORKS:
+                self.works[work] = known
 
         def made() -> Leaves | None:
             if known.sweep is not None:

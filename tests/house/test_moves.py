@@ -6,14 +6,13 @@ import pytest
 
 from tests.house.moves import moves_of, problems
 
-# some more than alone: what other tests have left to the garbage collector is forgotten meanwhile
 MOST = {
     "jacrev": (17, 26),
-    "module_jacobian, per sample": (38, 88),
+    "module_jacobian, per sample": (38, 85),
     "module_jacobian, by inputs": (32, 71),
-    "module_jacobian, by layers": (44, 146),
-    "ntk": (52, 162),
-    "ggn, diagonal": (63, 191),
+    "module_jacobian, by layers": (44, 141),
+    "ntk": (51, 140),
+    "ggn, diagonal": (63, 186),
 }
 
 
