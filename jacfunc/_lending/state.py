@@ -176,7 +176,8 @@ class ModuleState:
         """Around a loan of the module as it is now; it ``is_current`` if that is this state."""
         params, copies = self._every_param, self.copies
         params = {name: copies[id(p)] for name, p in params.items()} if copies else params
-        constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
+        rest = params.keys() - chosen
+        constants = {name: p for name, p in params.items() if name in rest}
         watch, parts = self.constants.watch(params, constants), self.every_part
         before = None if is_current else attributes_of(parts)
         tables = [vars(part.refers()) for part in parts]
