@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from jacfunc._errors import check_uncompiled
@@ -61,8 +62,8 @@ class CurrentState:
         self._by_names = not (callable(select) or isinstance(select, Mapping))
         self._trainable: list[bool] = []
         """Which parameters of the last state required a gradient: names choose among these."""
-        self._kind_of_state = (kind, select) if isinstance(select, str | None) else None
-        """What states of the module are shared by; None if they can't be."""
+        self._is_shared = kind is ModuleState and isinstance(select, str | None)
+        """May other doors use its states, too?"""
 
     def now(self) -> ModuleState:
         """The state at a call that begins."""
@@ -86,12 +87,14 @@ class CurrentState:
             return last
         point = select_params(self._api, last.params, select)
         self._trainable = trainable
-        return last if are_same(point, last.point) else replace(last, point=point)
+        state = last if are_same(point, last.point) else replace(last, point=point)
+        self._share(state)
+        return state
 
     def _shared(self) -> ModuleState | None:
         """The state in which a call through another door has found the module, if there was one."""
-        known = self._kind_of_state and _shared().get(self._module, self._kind_of_state)
-        if not known:
+        known = _shared().get(self._module, self._select) if self._is_shared else None
+        if known is None:
             return None
         state, self._trainable = known
         return _owning(state, self._module)
@@ -102,13 +105,12 @@ class CurrentState:
         Not one that takes much memory, which a module may be rid of before; nor one of which not
         all can be compared, or of a module that is lent just now.
         """
-        if self._kind_of_state is None or not state.is_plain:
+        if not (self._is_shared and state.is_plain):
             return
-        tensors = *state.params.values(), *state.buffers.values()
-        if all(x.is_leaf for x in tensors) and sum(x.nbytes for x in tensors) <= MOST_COPIED_BYTES:
-            assert state.version  # which is then known to all of them
-            known = _owning(state, None), self._trainable
-            _shared().put(self._module, self._kind_of_state, known)
+        tensors = *state.params.values(), *state.hidden.values(), *state.buffers.values()
+        are_own = all(x.is_leaf and x.layout == torch.strided for x in tensors)
+        if are_own and sum(x.nbytes for x in tensors) <= MOST_COPIED_BYTES:
+            _shared().put(self._module, self._select, (_owning(state, None), self._trainable))
 
     def kept(self, data: Tree, copy: bool) -> tuple[ModuleState, Tree]:
         """The state at a call that begins, and its data, for answers that come later.
@@ -130,10 +132,10 @@ class CurrentState:
 def _owning(state: ModuleState, module: nn.Module | None) -> ModuleState:
     """The same state, which keeps the module alive; without one, as it can be remembered.
 
-    It has what is known of the state, as its version is, and lends the module as the state does.
+    It has all that is known of the state, its version in any case.
     """
     same = object.__new__(type(state))
-    vars(same).update(vars(state), module=module)
+    vars(same).update(vars(state), module=module, version=state.version)
     return same
 
 
