@@ -13,6 +13,8 @@ from jacfunc._types import Argnums, Randomness, is_differentiable
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
+_RANDOMNESS = get_args(Randomness)
+
 
 def check_plain(tensors: Collection[torch.Tensor]) -> None:
     """Refuse subclasses of tensors that torch's transforms would treat as plain tensors.
@@ -78,7 +80,7 @@ def check_flags(api: str, **flags: object) -> None:
 
 def check_randomness(api: str, randomness: object, advice: str) -> None:
     """Refuse another word than those that vmap knows."""
-    if not isinstance(randomness, str) or randomness not in get_args(Randomness):
+    if not isinstance(randomness, str) or randomness not in _RANDOMNESS:
         must = f"randomness must be 'error', 'same' or 'different', got {randomness!r}"
         raise ValueError(f"{api}: {must}. {advice}")
 

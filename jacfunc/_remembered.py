@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Mapping
 from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
@@ -116,3 +117,29 @@ class Remembered(Generic[Value]):
                 memory._entries.pop(key, None)
 
         return ref(owner, forget)
+
+
+class UntilCollected(Remembered[Value]):
+    """Values that may lead to their owner: they are forgotten when Python looks for garbage.
+
+    An owner that nobody refers to is gone at once. One that its parts refer to, as hooks do, is
+    garbage that Python must look for; what is remembered of it would keep it alive.
+
+    Example:
+        >>> import gc
+        >>> from jacfunc._remembered import UntilCollected
+        >>> states = UntilCollected()
+        >>> states.put(print_twice := lambda: None, "state", [print_twice])
+        >>> del print_twice
+        >>> len(states.values()), gc.collect() > 0, len(states.values())
+        (1, True, 0)
+    """
+
+    def __init__(self, most: int = MOST_KINDS) -> None:
+        super().__init__(most)
+        gc.callbacks.append(self._at_collection)  # for good: it is as old as the process
+
+    def _at_collection(self, phase: str, info: Mapping[str, int]) -> None:
+        # the youngest objects are looked through too often, and a state is soon none of them
+        if phase == "start" and info["generation"] > 0:
+            self._entries.clear()

@@ -53,7 +53,7 @@ class KeptAxes:
         every = {"trace_axes": traced, "diagonal_axes": diagonal}
         for name, axes in every.items():
             # a tuple first: to look whether something is a sequence takes long
-            numbers = axes if isinstance(axes, tuple | Sequence) else (axes,)
+            numbers = axes if isinstance(axes, (tuple, Sequence)) else (axes,)
             if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
                 raise TypeError(
                     f"ntk: {name} must be the number of an axis of one sample's output, or several "

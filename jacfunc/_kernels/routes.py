@@ -78,14 +78,14 @@ class Pair:
         return self.lefts.shape[2:4] == (1, 1) == self.rights.shape[2:4]
 
     def add_products(self, total: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """A sum with the products of inputs ``[B₁, B₂]`` at one position, or a new one."""
+        """A number or a sum, with the products of inputs ``[B₁, B₂]`` at one position added."""
         left, right = self.left, self.right
         if isinstance(left, Gather) or isinstance(right, Gather):
             products = self.similarity(dtype)[0, :, 0, :, 0]
             return products if total is None else products.add_(total)
         first = left.inputs.to(dtype).flatten(1)
         second = first if right is left else right.inputs.to(dtype).flatten(1)
-        return first @ second.mT if total is None else total.addmm_(first, second.mT)
+        return first @ second.mT if total is None else torch.addmm(total, first, second.mT)
 
     def similarity(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs at all pairs of positions, ``[g, B₁, T₁, B₂, T₂]``."""
@@ -152,10 +152,13 @@ class Weighted:
     def weights(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs ``[B₁, B₂]``, added up; those of a bias are 1."""
         total: Tensor | None = None
+        if self.ones:  # what is no part of any tensor is computed once in a written sweep
+            device = self.pairs[0].lefts.device
+            total = torch.full((), self.ones, dtype=dtype, device=device)
         for pair in self.pairs:
             total = pair.add_products(total, dtype)
         assert total is not None
-        return total.add_(self.ones) if self.ones else total
+        return total
 
 
 class Routes(NamedTuple):

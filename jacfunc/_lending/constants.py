@@ -77,7 +77,7 @@ class Constants:
         ``copied_versions`` has, by identity of parameters that are copies themselves, identity and
         version of the copied ones: what is known of these holds for their copies.
         """
-        keys = self._keys_to_copy(params, mode, copied_versions)
+        keys = self._keys_to_copy(params, mode, copied_versions) if params else {}
         if not keys and len(aliases) == len(params):
             return {name: aliases[id(p)] for name, p in params.items()}, None
         lent = {name: params[name].detach().clone() for name in keys}

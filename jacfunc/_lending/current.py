@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from jacfunc._errors import check_uncompiled
@@ -17,6 +19,8 @@ from jacfunc._lending.part import are_same
 from jacfunc._lending.select import Select, select_params
 from jacfunc._lending.state import ModuleState
 from jacfunc._lock import alone
+from jacfunc._memory import MOST_COPIED_BYTES
+from jacfunc._remembered import UntilCollected
 from jacfunc._torch import is_outermost, recording
 from jacfunc._trees import flatten
 from jacfunc._types import Tree, is_tensor
@@ -58,6 +62,8 @@ class CurrentState:
         self._by_names = not (callable(select) or isinstance(select, Mapping))
         self._trainable: list[bool] = []
         """Which parameters of the last state required a gradient: names choose among these."""
+        self._is_shared = kind is ModuleState and isinstance(select, str | None)
+        """May other doors use its states, too?"""
 
     def now(self) -> ModuleState:
         """The state at a call that begins."""
@@ -69,17 +75,42 @@ class CurrentState:
         return self._last
 
     def _state_now(self) -> ModuleState:
-        """The state before, unless an object was replaced: to look takes a third of the time."""
-        last, select = self._last, self._select
+        """The state before, unless an object was replaced: to look takes a tenth of the time."""
+        last, select = self._last or self._shared(), self._select
         if last is None or not last.snapshot.is_current():
-            self._trainable = []
-            return self._kind.of(self._api, self._module, select)
+            state = self._kind.of(self._api, self._module, select)
+            self._trainable = [param.requires_grad for param in state.params.values()]
+            self._share(state)
+            return state
         trainable = [param.requires_grad for param in last.params.values()]
         if self._by_names and trainable and trainable == self._trainable:
             return last
         point = select_params(self._api, last.params, select)
         self._trainable = trainable
-        return last if are_same(point, last.point) else replace(last, point=point)
+        state = last if are_same(point, last.point) else replace(last, point=point)
+        self._share(state)
+        return state
+
+    def _shared(self) -> ModuleState | None:
+        """The state in which a call through another door has found the module, if there was one."""
+        known = _shared().get(self._module, self._select) if self._is_shared else None
+        if known is None:
+            return None
+        state, self._trainable = known
+        return _owning(state, self._module)
+
+    def _share(self, state: ModuleState) -> None:
+        """Keep a state for the calls through other doors, as long as the module lives.
+
+        Not one that takes much memory, which a module may be rid of before; nor one of which not
+        all can be compared, or of a module that is lent just now.
+        """
+        if not (self._is_shared and state.is_plain):
+            return
+        tensors = *state.params.values(), *state.hidden.values(), *state.buffers.values()
+        are_own = all(x.is_leaf and x.layout == torch.strided for x in tensors)
+        if are_own and sum(x.nbytes for x in tensors) <= MOST_COPIED_BYTES:
+            _shared().put(self._module, self._select, (_owning(state, None), self._trainable))
 
     def kept(self, data: Tree, copy: bool) -> tuple[ModuleState, Tree]:
         """The state at a call that begins, and its data, for answers that come later.
@@ -96,6 +127,22 @@ class CurrentState:
         tensors += filter(is_tensor, flatten(data)[0])
         originals = Originals(state.snapshot, tensors)
         return replace(state, originals=originals, casting=casting, origin=state, loans=[]), data
+
+
+def _owning(state: ModuleState, module: nn.Module | None) -> ModuleState:
+    """The same state, which keeps the module alive; without one, as it can be remembered.
+
+    It has all that is known of the state, its version in any case.
+    """
+    same = object.__new__(type(state))
+    vars(same).update(vars(state), module=module, version=state.version)
+    return same
+
+
+@cache
+def _shared() -> UntilCollected[tuple[ModuleState, list[bool]]]:
+    """The last state of each module, and which parameters required a gradient."""
+    return UntilCollected()
 
 
 def copied(state: ModuleState, casting: Casting | None = None) -> ModuleState:

@@ -17,10 +17,7 @@ from jacfunc._lending.part import (
     Attributes,
     ModulePart,
     attributes_of,
-    give_back,
-    lend,
     put_back,
-    put_registries_back,
 )
 from jacfunc._lending.snapshot import Snapshot
 from jacfunc._torch import untracked
@@ -46,6 +43,8 @@ class Loan:
 
     api: str
     parts: list[ModulePart]
+    tables: list[Attributes]
+    """The dicts in which the parts have their attributes."""
     before: list[Attributes] | None
     """None if the attributes were those of the snapshot."""
     watch: ParameterWatch
@@ -56,7 +55,11 @@ class Loan:
     def lend(self, evaluation: EvaluationState, new: dict[int, Any]) -> None:
         """Put the tensors of an evaluation in place: ``new`` has them by identity of the old."""
         self.evaluation = evaluation
-        lend(self.parts, new)
+        for part, own in zip(self.parts, self.tables, strict=True):
+            if part.has_tensors:
+                part.lend(own, new)
+            else:  # as that does, at less cost: most parts are so
+                own["_parameters"], own["_buffers"] = {}, {}
 
     def take_back(self) -> None:
         """Put everything back; attributes of the last evaluation are kept for its pullbacks."""
@@ -65,11 +68,19 @@ class Loan:
             evaluation.attributes = attributes_of(self.parts) if evaluation.is_kept else []
             evaluation.params, evaluation.arguments = (), None
         if self.before is not None:
-            give_back(self.parts, self.before)
+            self._give_back(self.before)
             return
-        put_registries_back(self.parts)
+        for part, own in zip(self.parts, self.tables, strict=True):
+            if part.is_module:
+                first = part.attributes
+                own["_parameters"], own["_buffers"] = first["_parameters"], first["_buffers"]
         if not self.snapshot.is_current():
-            give_back(self.parts, [part.attributes for part in self.parts])
+            self._give_back([part.attributes for part in self.parts])
+
+    def _give_back(self, attributes: Sequence[Attributes]) -> None:
+        """Put attributes in the place of those that the parts have now."""
+        for part, own in zip(self.parts, attributes, strict=True):
+            part.give_back(own)
 
     def keep_contents(self) -> EvaluationState:
         """The last evaluation, once what its hooks find in containers is kept for each pullback.
@@ -96,7 +107,7 @@ class Loan:
             return
         if self.evaluation is not None:
             self.take_back()
-        give_back(self.parts, evaluation.attributes)
+        self._give_back(evaluation.attributes)
         self.evaluation = evaluation
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import is_, itemgetter
 from typing import Any, TypeAlias
 from weakref import ref
@@ -27,7 +28,8 @@ Attributes: TypeAlias = dict[str, Any]
 class ModulePart:
     """A submodule, or an object that a module keeps, and what it was made of at first."""
 
-    module: Any
+    refers: Callable[[], Any]
+    """Leads to it; weakly to a submodule, which other parts own, and to the module itself."""
     attributes: Attributes
     own: Attributes
     """Attributes beside those of every module."""
@@ -48,7 +50,7 @@ class ModulePart:
     """Is there anything to lend but empty dicts of parameters and buffers?"""
 
     @classmethod
-    def of(cls, module: Any) -> ModulePart:
+    def of(cls, module: Any, refers: Callable[[], Any] | None = None) -> ModulePart:
         """The part as it is now."""
         attributes, is_scripted = vars(module), isinstance(module, torch.jit.ScriptModule)
         own = {key: value for key, value in attributes.items() if key not in OF_EVERY_MODULE}
@@ -58,7 +60,7 @@ class ModulePart:
         filled = [r for r in registries if r] if any(registries) else []  # most have none
         has_tensors = is_module and bool(plain or module._parameters or module._buffers)
         return cls(
-            module,
+            refers or partial(_itself, module),
             attributes.copy(),
             own,
             dict(module._parameters) if is_module else {},
@@ -72,6 +74,11 @@ class ModulePart:
             is_module and bool(filled or is_scripted) and any(map(attributes.get, _HOOKS)),
             has_tensors or isinstance(module, _TABLES) or is_scripted or not is_module,
         )
+
+    @property
+    def module(self) -> Any:
+        """The submodule or object itself."""
+        return self.refers()
 
     def copied(self, new: dict[int, Any]) -> ModulePart:
         """A part that keeps copies of its state: later writes do not change what it lends."""
@@ -106,14 +113,16 @@ class ModulePart:
             and all(registry == first for registry, first in self.filled)
         )
 
-    def lend(self, new: dict[int, Any]) -> None:
-        """Put tensors and containers in place; ``new`` has them by the identity of the old."""
+    def lend(self, own: Attributes, new: dict[int, Any]) -> None:
+        """Put tensors and containers among its ``own`` attributes, as they are now.
+
+        ``new`` has them by the identity of the old.
+        """
         params = {key: new.get(id(x), x) for key, x in self.params.items()}
         buffers = {k: new.get(id(x), x) for k, x in self.buffers.items()} if self.buffers else {}
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return
-        own = vars(self.module)
         if self.is_module:
             # dicts of their own, because a module may register more while it runs
             own["_parameters"], own["_buffers"] = params, buffers
@@ -155,6 +164,10 @@ class ModulePart:
         return [(table, table.copy()) for table in tables]
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
 def _is_of_values(value: Any) -> bool:
     """Is it a plain value, or a container of such?"""
     if isinstance(value, dict):
@@ -188,30 +201,6 @@ def attributes_of(parts: Iterable[ModulePart]) -> list[Attributes]:
     ]
 
 
-def put_registries_back(parts: Iterable[ModulePart]) -> None:
-    """Put the dicts of parameters and buffers of the beginning in place again."""
-    for part in parts:
-        if part.is_module:
-            own, first = vars(part.module), part.attributes
-            own["_parameters"], own["_buffers"] = first["_parameters"], first["_buffers"]
-
-
-def give_back(parts: Sequence[ModulePart], attributes: Sequence[Attributes]) -> None:
-    """Put attributes in the place of those that the parts have now."""
-    for part, own in zip(parts, attributes, strict=True):
-        part.give_back(own)
-
-
-def lend(parts: Iterable[ModulePart], new: dict[int, Any]) -> None:
-    """Put tensors and containers into all parts; ``new`` has them by the identity of the old."""
-    for part in parts:
-        if part.has_tensors:
-            part.lend(new)
-        else:  # as that does, at less cost: most parts are so
-            own = vars(part.module)
-            own["_parameters"], own["_buffers"] = {}, {}
-
-
 def are_same(these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
     """Do two dicts have the same objects, under the same names in the same order?"""
     same = len(these) == len(those) and all(map(is_, these.values(), those.values()))
@@ -235,7 +224,10 @@ def by_first_name(tensors: Mapping[str, Mapping[str, Tensor | None]]) -> dict[st
 
 def parts_in(module: nn.Module) -> dict[str, ModulePart]:
     """The submodules, the module itself among them, each once under its first name."""
-    return {name: ModulePart.of(part) for name, part in module.named_modules()}
+    # TorchScript's have no registries to own others
+    weakly = lambda x: x is module or not isinstance(x, torch.jit.ScriptModule)  # noqa: E731
+    every = module.named_modules()
+    return {n: ModulePart.of(x, ref(x) if weakly(x) else None) for n, x in every}
 
 
 def parts_beside(parts: list[ModulePart]) -> list[ModulePart]:

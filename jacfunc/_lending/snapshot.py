@@ -117,7 +117,7 @@ class _Rows:
         tensors += [(part.attributes["_buffers"], part.buffers) for part in modules]
         pairs = [(vars(part.module), part.attributes) for part in parts]
         pairs += [(table, first) for table, first in tensors if first]
-        self._modules = [part.module for part in parts]
+        self._refer = [part.refers for part in parts]
         self._tables = [table for table, _ in pairs]
         self._attributes = self._tables[: len(parts)]
         self._sizes = [len(first) for _, first in pairs]
@@ -132,7 +132,7 @@ class _Rows:
         """Does each table hold the same objects, under the same names in the same order?"""
         values: Iterator[Any] = chain.from_iterable(map(dict.values, self._tables))
         return (
-            all(map(is_, map(vars, self._modules), self._attributes))
+            all(map(is_, [vars(refers()) for refers in self._refer], self._attributes))
             and list(map(len, self._tables)) == self._sizes
             and all(map(is_, values, self._values))
             and list(chain.from_iterable(self._tables)) == self._names

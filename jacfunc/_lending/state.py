@@ -38,6 +38,8 @@ class ModuleState:
     was; within that, :meth:`lent_for_evaluation` is around an evaluation with tensors of its own.
     """
 
+    module: nn.Module
+    """The module itself."""
     parts: dict[str, ModulePart]
     """Submodules, the module itself among them, each once under its first name."""
     point: dict[str, Tensor]
@@ -93,7 +95,8 @@ class ModuleState:
             buffers |= by_first_name({name: part.buffers for name, part in objects.items()})
         point = select_params(api, params, select)
         snapshot = Snapshot([*parts.values(), *beside])
-        return cls(parts, point, params, buffers, beside, hidden, snapshot, constants_of(module))
+        known = snapshot, constants_of(module)
+        return cls(module, parts, point, params, buffers, beside, hidden, *known)
 
     @cached_property
     def every_part(self) -> list[ModulePart]:
@@ -115,11 +118,6 @@ class ModuleState:
         if self.origin is not None:
             return self.origin.version_of_parts
         return version_at(self.module, self.point, self.parts.values())
-
-    @cached_property
-    def module(self) -> nn.Module:
-        """The module itself."""
-        return self.parts[""].module  # type: ignore[no-any-return]
 
     @property
     def functions(self) -> list[Any]:
@@ -178,10 +176,12 @@ class ModuleState:
         """Around a loan of the module as it is now; it ``is_current`` if that is this state."""
         params, copies = self._every_param, self.copies
         params = {name: copies[id(p)] for name, p in params.items()} if copies else params
-        constants = {n: p for n, p in params.items() if n not in chosen} if chosen else params
+        rest = params.keys() - chosen
+        constants = {name: p for name, p in params.items() if name in rest}
         watch, parts = self.constants.watch(params, constants), self.every_part
         before = None if is_current else attributes_of(parts)
-        return LentForCall(self.loans, Loan(api, parts, before, watch, self.snapshot))
+        tables = [vars(part.refers()) for part in parts]
+        return LentForCall(self.loans, Loan(api, parts, tables, before, watch, self.snapshot))
 
     def lent_for_evaluation(
         self, params: Mapping[str, Tensor], arguments: Any = None
@@ -195,7 +195,7 @@ class ModuleState:
         differentiated by ``params``.
         """
         lend = lambda: self._lend(self.loans[-1], params, arguments)  # noqa: E731
-        return LentForEvaluation(self.loans, lend, self._is_plain)
+        return LentForEvaluation(self.loans, lend, self.is_plain)
 
     def _lend(
         self, loan: Loan, params: Mapping[str, Tensor], arguments: Any
@@ -227,10 +227,10 @@ class ModuleState:
         return self.params | self.hidden
 
     @cached_property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Has no tensor a class of its own? What containers among attributes hold is not seen."""
         if self.origin is not None:
-            return self.origin._is_plain
+            return self.origin.is_plain
         tensors = (*self._every_param.values(), *self.buffers.values())
         return are_plain(tensors) and not any(part.plain for part in self.every_part)
 

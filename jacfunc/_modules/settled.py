@@ -53,10 +53,9 @@ class SettledCalls:
 
     def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
         """The Jacobian of a call, where one of its kind has settled all but the numbers."""
-        args, kwargs = arguments
-        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+        if not _is_one_tensor(arguments):
             return None
-        x = args[0]
+        x = arguments[0][0]
         state_then, settled = self._by_kind.get(kind_of(x)) or (None, None)
         if settled is None or state_then is not state:
             return None
@@ -72,19 +71,19 @@ class SettledCalls:
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
-        args, kwargs = call.arguments
-        if kwargs or len(args) != 1 or type(args[0]) is not Tensor or sampled.settles is None:
+        if not _is_one_tensor(call.arguments) or sampled.settles is None:
             return
         if call.output_dims != IN_FRONT:
             return
-        before = self._by_kind.get(kind_of(args[0]))
+        kind = kind_of(call.arguments[0][0])
+        before = self._by_kind.get(kind)
         if before is not None and before[0] is call.state and before[1].misses >= MOST_MISSES:
             return
         output, _ = result.value_and_aux()
         if settled := sampled.settles(sampled.batch, call.state, result.call, output):
             if before is not None and before[0] is call.state:
                 settled.works = before[1].works  # what was written down holds, too
-            self._by_kind.put(kind_of(args[0]), (call.state, settled))
+            self._by_kind.put(kind, (call.state, settled))
 
 
 def made_at_once(
@@ -97,7 +96,7 @@ def made_at_once(
     Args:
         seeds_of: makes what the work takes beside, if anything.
     """
-    if not (_are_usual(options) and _is_plain(arguments)):
+    if not (_are_usual(options) and _is_one_tensor(arguments)):
         return None
     (x,), _ = arguments
     with alone():
@@ -206,15 +205,16 @@ def _are_in_front(batching: Batching) -> bool:
     return type(in_dims) is int and in_dims == 0 and batching.randomness == "error"
 
 
-def _is_plain(arguments: Arguments) -> bool:
-    """Is a tensor all that the module gets? False, too, where others look at what torch does."""
+def _is_one_tensor(arguments: Arguments) -> bool:
+    """Is a tensor all that the module gets?"""
     args, kwargs = arguments
-    return not kwargs and len(args) == 1 and type(args[0]) is Tensor and is_undisturbed()
+    return not kwargs and len(args) == 1 and type(args[0]) is Tensor
 
 
 def _is_of_all(call: ModuleCall, batching: Batching) -> bool:
-    """Is a tensor all that the module gets, and are all its outputs asked for?"""
-    return call.asked is None and _are_in_front(batching) and _is_plain(call.arguments)
+    """Is a tensor all that the module gets, are all its outputs asked for, and looks nobody on?"""
+    is_usual = call.asked is None and _are_in_front(batching)
+    return is_usual and _is_one_tensor(call.arguments) and is_undisturbed()
 
 
 def _counted(

@@ -105,9 +105,11 @@ class SettledBatch:
         seeds_of: SeedsOf | None,
     ) -> Leaves | None:
         """As :meth:`result`, while the module is lent by the caller, who repeats what was drawn."""
-        known = self.works.get(work) or KnownWork(work)
-        if len(self.works) < MOST_WORKS:
-            self.works[work] = known
+        known = self.works.get(work)
+        if known is None:
+            known = KnownWork(work)
+            if len(self.works) < MOST_WORKS:
+                self.works[work] = known
         if known.sweep is not None:
             result = known.swept(self, state, x, compared, seeds_of)
             if result is not None:

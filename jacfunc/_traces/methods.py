@@ -20,7 +20,7 @@ _METHODS = {
         "default": (
             *("mm", "bmm", "t", "permute", "view", "reshape", "unsqueeze", "expand", "clone"),
             *("addcmul", "addcmul_", "copy_", "sqrt", "sqrt_", "square", "tanh", "exp", "neg"),
-            *("split_with_sizes", "detach"),
+            *("split_with_sizes", "detach", "addmm"),
         ),
         "Tensor": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_"),
         "int": ("transpose", "select"),

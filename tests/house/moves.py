@@ -6,6 +6,7 @@ second and the fourth batches are compared.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,20 @@ HOUSE = str(Path(jacfunc.__file__).parent)
 
 
 def moves_of(call: Callable[[], Any]) -> tuple[int, int]:
-    """How many files a call visits, and how often it enters a file from another one."""
-    for _ in range(2):
-        call()
+    """How many files a call visits, and how often it enters a file from another one.
+
+    Nothing is collected meanwhile, as then states of modules are forgotten, and made anew.
+    """
+    gc.disable()
+    try:
+        for _ in range(2):
+            call()
+        return _moves_of(call)
+    finally:
+        gc.enable()
+
+
+def _moves_of(call: Callable[[], Any]) -> tuple[int, int]:
     stack: list[str] = []
     visited: set[str] = set()
     moves = 0
