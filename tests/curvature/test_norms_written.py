@@ -159,7 +159,8 @@ def test_hooks_that_see_all_modules_count(request: pytest.FixtureRequest) -> Non
     loss = nn.CrossEntropyLoss()
     model, norms = written(loss, classes)
     request.getfixturevalue("doubled")
-    check(model, norms, loss, classes())
+    for _ in range(12):  # until calls of this kind are settled again
+        check(model, norms, loss, classes())
 
 
 def test_other_targets_are_taken_as_what_they_are() -> None:

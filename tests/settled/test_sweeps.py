@@ -267,7 +267,7 @@ def test_what_was_computed_is_not_kept() -> None:
         return sum(x.nbytes for x in tensors if x.layout is torch.strided)
 
     module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10))
-    jac = jacfunc.module_jacobian(module, per_sample=True)
+    jac = by_params(module)
     draw = lambda: (torch.randn(16, 64),)  # noqa: E731
     for _ in range(5):
         result = jac(*draw())
