@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from jacfunc._assembly import stack
 from jacfunc._calls import OneTensor
 from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian, NamedParts, Part, norms
 from jacfunc._lending import Select
-from jacfunc._losses import check_loss, is_of_torch
+from jacfunc._losses import LossKind, TorchLoss, check_loss
 from jacfunc._modules import Batching, BatchOptions, Independent, made_at_once
 from jacfunc._rounding import contracting
 from jacfunc._showing import named
+from jacfunc._trees import Arguments
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Memory, Randomness, Tree
 
@@ -81,13 +84,13 @@ def gradient_norms(
     )
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
-        # a user's loss may look at the module, which is lent meanwhile
-        is_lent_once = is_of_torch(loss)
-        if args and isinstance(module, nn.Module) and is_lent_once:
-            seeds_of = partial(_seeds, options, loss, args[-1])
-            result = made_at_once(options, (args[:-1], kwargs), _norms_at_once, seeds_of)
+        known = TorchLoss.of(loss)
+        if known is not None and isinstance(module, nn.Module):
+            result = _made_at_once(options, known, (args, kwargs))
             if result is not None:
-                return result[0]
+                return result
+        # a user's loss may look at the module, which is lent meanwhile
+        is_lent_once = known is not None
         at_batch, targets = options.with_targets((args, kwargs), is_lent_once)
         with at_batch.as_one():
             of_outputs = partial(_gradient, options, loss, targets, at_batch.outputs)
@@ -116,17 +119,35 @@ def _gradient(
     return at_outputs.gradient()
 
 
-def _seeds(options: BatchOptions, loss: LossFunction, targets: Tree, outputs: Leaves) -> Leaves:
-    """The gradient ``[1, B, *out]`` in the only output of a module."""
-    gradient = _gradient(options, loss, targets, BatchOutputs(outputs, (), OneTensor()))
-    return tuple([leaf.unsqueeze(0) for leaf in gradient])
+def _made_at_once(options: BatchOptions, loss: TorchLoss, arguments: Arguments) -> Tensor | None:
+    """The norms of a call of which earlier ones have settled all but the numbers; else None."""
+    args, kwargs = arguments
+    if not args or type(args[-1]) is not Tensor:
+        return None
+    kind, weights = loss.divided()
+    targets = args[-1]
+    beside = lambda _: (targets, *weights)  # noqa: E731
+    result = made_at_once(options, (args[:-1], kwargs), NormsUnder(kind), beside)
+    return None if result is None else result[0]
 
 
-def _norms_at_once(jacobian: FactoredJacobian, cotangents: Leaves) -> Leaves:
-    """Norms of all samples, of a module that returned one tensor."""
-    parts = jacobian.parts_of_cotangents(cotangents)
-    with contracting(jacobian.params):
-        return (_norms(parts, jacobian.params, cotangents),)
+@dataclass(frozen=True)
+class NormsUnder:
+    """Norms of all samples, of a module that returned one tensor, under a loss of torch."""
+
+    loss: LossKind
+
+    def __call__(self, jacobian: FactoredJacobian, beside: Leaves) -> Leaves:
+        targets, *weights = beside
+        loss = self.loss.with_weights(weights)
+        if loss.at(jacobian.outputs[0], targets) is None:
+            raise Refused("the loss may couple samples")
+        outputs = BatchOutputs(jacobian.outputs, (), OneTensor())
+        at_outputs = Loss("gradient_norms", loss, targets, outputs)
+        cotangents = tuple([leaf.unsqueeze(0) for leaf in at_outputs.gradient()])
+        parts = jacobian.parts_of_cotangents(cotangents)
+        with contracting(jacobian.params):
+            return (_norms(parts, jacobian.params, cotangents),)
 
 
 def _norms(
@@ -137,4 +158,4 @@ def _norms(
     pairs = [pair for pair in zip(parts, params, strict=True) if pair[0]]
     if not pairs:
         return cotangents[0].new_zeros(cotangents[0].shape[1], dtype=dtype)
-    return norms(pairs)[0].sqrt_().to(dtype)
+    return norms(pairs).to(dtype)

@@ -52,43 +52,44 @@ def _squared_parts(parts: Sequence[Part], param: Tensor, sums: Sums, at_once: in
 
 
 def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARED_BYTES) -> Tensor:
-    """``|J[b, k]|²`` over parameters that have parts, ``[K, B]``, in the dtype of products.
+    """``|J[b]|`` over cotangents and parameters that have parts, ``[B]``, in the dtype of products.
 
     Args:
         params: the parts of each parameter's Jacobian, and the parameter.
         at_once: bytes of rows that are written out at once.
     """
-    squares, beside = list[Tensor](), list[Tensor]()
-    # by the place of cotangents, these and the squared norms of all that they are multiplied by
-    outers = dict[Hashable, tuple[Tensor, Tensor]]()
+    squares, lengths, beside = list[Tensor](), list[Tensor](), list[Tensor]()
+    outers = dict[Hashable, tuple[Tensor, Tensor]]()  # cotangents by place, with their norms
     for parts, param in params:
         if len(parts) > 1 and not are_disjoint(parts, param):
             blocks = written(parts, param, at_once)
-            squares.append(torch.cat([_squared_norms(block) for block in blocks]).t())
+            lengths.append(torch.cat([_lengths(block, 0) for block in blocks]))
             continue
         for form in [_as_known(part.form, param) for part in parts]:
             if isinstance(form, Rows):
                 beside.append(form.products)
-            elif not _has_one_position(form):
-                squares.append(_norms(form, at_once))
-            else:
+            elif _has_one_position(form):
                 seeds, inputs = form.cotangents, form.inputs.to(form.cotangents.dtype)
-                factors = _squared_norms(inputs, 1)
-                known = outers.setdefault(place_of(seeds), (seeds, factors))[1]
-                if known is not factors:
-                    known.add_(factors)
+                if (place := place_of(seeds)) not in outers:
+                    outers[place] = seeds, _lengths(seeds, 1)
+                lengths.append(outers[place][1] * _lengths(inputs, 0))
+            elif isinstance(form, Outer) and not _is_by_pairs(form):
+                blocks = _blocks(form, at_once)
+                lengths.append(torch.cat([_lengths(block, 0) for block in blocks]))
+            else:
+                squares.append(_squared_norms(form))
     others = list[Tensor]()
     for products in beside:
-        outer = outers.get(place_of(products)) if outers else None
-        if outer is None:
+        if outer := outers.get(place_of(products)) if outers else None:
+            lengths.append(outer[1])  # the same cotangents, times the number 1
+        else:
             others.append(products.unsqueeze(2).flatten(2))
-        else:  # these are outer products of the same cotangents with the number 1
-            outer[1].add_(1)
     if len(others) > 1 and sum(products.nbytes for products in others) <= at_once:
         others = [torch.cat(others, 2)]
-    squares += map(_squared_norms, others)
-    squares += [_squared_norms(seeds).mul_(factors) for seeds, factors in outers.values()]
-    return reduce(torch.add, squares)
+    lengths += [_lengths(products, 1) for products in others]
+    if squares:  # whose sum may be rounded to less than zero
+        lengths.append(reduce(torch.add, squares).clamp(min=0).sqrt())
+    return _lengths(torch.stack(lengths), 1)
 
 
 def written(parts: Sequence[Part], param: Tensor, at_once: int = SQUARED_BYTES) -> Iterator[Tensor]:
@@ -199,25 +200,25 @@ def _summed_by_row(form: Gather) -> Tensor:
     return is_same.to(form.cotangents.dtype) @ form.cotangents
 
 
-def _norms(form: Outer | Gather, at_once: int) -> Tensor:
-    """The squared norms of a form's rows, ``[K, B]``."""
-    if isinstance(form, Gather):
-        return (form.cotangents * _summed_by_row(form)).sum((2, 3))
-    num_seeds, _, _, positions, outs = form.cotangents.shape
-    ins = form.width
+def _is_by_pairs(form: Outer) -> bool:
+    """Does it take less to look at each pair of positions than to write the rows out?"""
+    (num_seeds, _, _, positions, outs), ins = form.cotangents.shape, form.width
     by_pairs = positions * positions * (ins + num_seeds * (outs + MOVED))
-    if by_pairs > num_seeds * outs * ins * (positions + MOVED):
-        blocks = _blocks(form, at_once)
-        return torch.cat([_squared_norms(block, 3).sum(1) for block in blocks]).t()
+    return by_pairs <= num_seeds * outs * ins * (positions + MOVED)
+
+
+def _squared_norms(form: Outer | Gather) -> Tensor:
+    """The squared norms ``[B]`` of what a form is of each sample, from pairs of positions."""
+    if isinstance(form, Gather):
+        return (form.cotangents * _summed_by_row(form)).sum((0, 2, 3))
     left, right = form.cotangents, form.inputs.to(form.cotangents.dtype)
-    return ((left @ left.mT) * (right @ right.mT)).sum((2, 3, 4))
+    return ((left @ left.mT) * (right @ right.mT)).sum((0, 2, 3, 4))
 
 
-def _squared_norms(blocks: Tensor, lead: int = 2) -> Tensor:
-    """The squared norms of blocks ``[*lead, …]``."""
-    dims = tuple(range(lead, blocks.dim()))
-    # without dimensions the norm would be over all
-    return torch.linalg.vector_norm(blocks, dim=dims).square_() if dims else blocks.square()
+def _lengths(numbers: Tensor, samples: int) -> Tensor:
+    """The norms of what each sample has, which are in one of the dimensions."""
+    dims = [dim for dim in range(numbers.dim()) if dim != samples]
+    return torch.linalg.vector_norm(numbers, dim=dims) if dims else numbers.abs()
 
 
 def _has_one_position(form: KnownForm) -> TypeGuard[Outer]:

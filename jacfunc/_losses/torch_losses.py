@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from jacfunc._losses.formulas import OfClasses, OfNumbers, Second, SecondDerivative, Settings
+from jacfunc._types import Leaves
 
 MaybeKnown: TypeAlias = SecondDerivative | None
 
@@ -29,6 +31,9 @@ DEFAULTS: Settings = {
 }
 """The settings of a loss that is called without any."""
 
+_SETTINGS = Tensor, float, int, str, type(None)
+"""What settings may be."""
+
 
 @dataclass(frozen=True)
 class TorchLoss:
@@ -41,18 +46,23 @@ class TorchLoss:
     def of(cls, loss: Any) -> TorchLoss | None:
         """From the function, by itself or with settings in a ``functools.partial``, or its module.
 
-        None for what is no such loss, has hooks, or settings that are not known here.
+        None for what is no such loss, or has settings that are not known here; and for a module
+        that hooks see, or that has a ``forward`` of its own.
         """
         own: Settings = {}
+        if type(loss) is cls:
+            return loss
         if isinstance(loss, partial) and not loss.args:
             loss, own = loss.func, loss.keywords
         elif isinstance(loss, nn.Module):
-            if loss._forward_hooks or loss._forward_pre_hooks:
+            if _are_hooked(loss) or "forward" in vars(loss):
                 return None
             own = {name: getattr(loss, name) for name in DEFAULTS if hasattr(loss, name)}
             loss = FUNCTION_OF.get(type(loss))
         # by identity: a user's loss may not be hashable
-        return cls(loss, own) if id(loss) in FORMULAS and own.keys() <= DEFAULTS.keys() else None
+        if id(loss) not in FORMULAS or not own.keys() <= DEFAULTS.keys():
+            return None
+        return cls(loss, own) if all(isinstance(x, _SETTINGS) for x in own.values()) else None
 
     @property
     def settings(self) -> Settings:
@@ -64,11 +74,44 @@ class TorchLoss:
         """The reduction, if it was set."""
         return self.own.get("reduction")
 
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        """The loss."""
+        return self.function(outputs, targets, **self.own)
+
+    def divided(self) -> tuple[LossKind, Leaves]:
+        """What kind of loss it is, and the weights that it takes."""
+        weights = {name: x for name, x in self.own.items() if isinstance(x, Tensor)}
+        values = frozenset([pair for pair in self.own.items() if pair[0] not in weights])
+        return LossKind(self.function, values, (*weights,)), (*weights.values(),)
+
     def at(self, outputs: Any, targets: Any) -> MaybeKnown:
         """The formula for the second derivative at outputs, if there is one for such arguments."""
         if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.dim()):
             return None
         return FORMULAS[id(self.function)](outputs, targets, self.settings)
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """A loss of torch without the numbers of its weights. Equal ones are the same function."""
+
+    function: Any
+    values: frozenset[tuple[str, Any]]
+    """Settings that are no tensors."""
+    weights: tuple[str, ...]
+    """Names of those that are."""
+
+    def with_weights(self, weights: Iterable[Tensor]) -> TorchLoss:
+        """The loss with these weights."""
+        return TorchLoss(
+            self.function, {**dict(self.values), **dict(zip(self.weights, weights, strict=True))}
+        )
+
+
+def _are_hooked(loss: nn.Module) -> bool:
+    """Do hooks see calls of a module, its own or those that see all modules?"""
+    of_all = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    return any((loss._forward_hooks, loss._forward_pre_hooks, *of_all))
 
 
 def check_loss(api: str, loss: object) -> None:

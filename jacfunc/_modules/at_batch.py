@@ -23,7 +23,7 @@ from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._modules.settled import evaluated_again, evaluated_anew, made_again, settled_at
 from jacfunc._rounding import contracting
 from jacfunc._samples import SAME_EACH_TIME, SampledCall
-from jacfunc._settled import SeedsOf, Work
+from jacfunc._settled import Beside, Work
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
 from jacfunc._trials import BatchOutputs
@@ -180,13 +180,13 @@ class ModuleAtBatch:
     def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
-    def made_at_once(self, work: Work, seeds_of: SeedsOf) -> Leaves | None:
+    def made_at_once(self, work: Work, beside: Beside) -> Leaves | None:
         """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
         if self._settled is None or hasattr(self, "last_call"):
             return None
         self.last_call = OneTensor()
         with self.undisturbed():
-            return made_again(self.call, self._settled, self.random_state, work, seeds_of)
+            return made_again(self.call, self._settled, self.random_state, work, beside)
 
     def contracted(
         self,

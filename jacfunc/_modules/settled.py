@@ -19,7 +19,7 @@ from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import SampledCall
-from jacfunc._settled import MOST_MISSES, SeedsOf, SettledBatch, Work, settled_by
+from jacfunc._settled import MOST_MISSES, Beside, SettledBatch, Work, settled_by
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import Arguments, kind_of
 from jacfunc._trials import IN_FRONT
@@ -87,14 +87,14 @@ class SettledCalls:
 
 
 def made_at_once(
-    options: ModuleOptions, arguments: Arguments, work: Work, seeds_of: SeedsOf | None = None
+    options: ModuleOptions, arguments: Arguments, work: Work, beside: Beside | None = None
 ) -> Leaves | None:
     """What ``work`` makes of all samples of a call by layers, which are evaluated once.
 
     None where earlier calls have not settled all but the numbers, or where there is more to do.
 
     Args:
-        seeds_of: makes what the work takes beside, if anything.
+        beside: gives the tensors that the work takes beside, if there are any.
     """
     if not (_are_usual(options) and _is_one_tensor(arguments)):
         return None
@@ -104,7 +104,7 @@ def made_at_once(
         settled = _by_layers().get(state.version, kind_of(x))
         if settled is None:
             return None
-        again = partial(settled.result, state, x, work=work, seeds_of=seeds_of, api=options.api)
+        again = partial(settled.result, state, x, work=work, beside=beside, api=options.api)
         return _counted(options.independence, state, settled, again)
 
 
@@ -133,10 +133,10 @@ def made_again(
     settled: SettledBatch,
     random_state: RandomState,
     work: Work,
-    seeds_of: SeedsOf,
+    beside: Beside,
 ) -> Leaves | None:
     """What ``work`` makes of all samples, evaluated as before; None as of their factors."""
-    make = partial(settled.made, work=work, seeds_of=seeds_of)
+    make = partial(settled.made, work=work, beside=beside)
     return _again(call, settled, random_state, make)
 
 

@@ -2,5 +2,5 @@
 
 from jacfunc._settled.batch import SettledBatch
 from jacfunc._settled.settling import settled_by
-from jacfunc._settled.sweeps import MOST_MISSES, SeedsOf, Work
+from jacfunc._settled.sweeps import MOST_MISSES, Beside, Work
 from jacfunc._settled.under_vmap import SettledSamples

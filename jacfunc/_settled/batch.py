@@ -19,7 +19,7 @@ from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
 from jacfunc._settled.sources import Sources
-from jacfunc._settled.sweeps import FEWEST_CALLS, KnownWork, SeedsOf, Work
+from jacfunc._settled.sweeps import FEWEST_CALLS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._types import Leaves
 
@@ -78,7 +78,7 @@ class SettledBatch:
         x: Tensor,
         compared: Container[int],
         work: Work,
-        seeds_of: SeedsOf | None = None,
+        beside: Beside | None = None,
         api: str = "",
     ) -> Leaves | None:
         """What ``work`` makes of the batch, evaluated while the module is lent for this call alone.
@@ -89,12 +89,12 @@ class SettledBatch:
             state: the module as it is now, of the version of the earlier call.
             x: a tensor of the same kind.
             compared: signatures of evaluations after which batches were compared.
-            seeds_of: makes what the work takes beside, if anything.
+            beside: gives the tensors that the work takes beside, if there are any.
 
         Raises:
             RuntimeError: if the module wrote into a parameter that was no copy.
         """
-        return self._lent(state, x, partial(self.made, state, x, compared, work, seeds_of), api)
+        return self._lent(state, x, partial(self.made, state, x, compared, work, beside), api)
 
     def made(
         self,
@@ -102,7 +102,7 @@ class SettledBatch:
         x: Tensor,
         compared: Container[int],
         work: Work,
-        seeds_of: SeedsOf | None,
+        beside: Beside | None,
     ) -> Leaves | None:
         """As :meth:`result`, while the module is lent by the caller, who repeats what was drawn."""
         known = self.works.get(work)
@@ -111,17 +111,17 @@ class SettledBatch:
             if len(self.works) < MOST_WORKS:
                 self.works[work] = known
         if known.sweep is not None:
-            result = known.swept(self, state, x, compared, seeds_of)
+            result = known.swept(self, state, x, compared, beside)
             if result is not None:
                 return result
         jacobian = self.evaluated(state, x, compared)
         if jacobian is None:
             return None
-        seeds = seeds_of(jacobian.outputs) if seeds_of else ()
-        result = work(jacobian, seeds)
+        tensors = beside(jacobian.outputs) if beside else ()
+        result = work(jacobian, tensors)
         known.calls += 1
         if known.calls == FEWEST_CALLS:
-            known.learn(self, state, x, seeds, result)
+            known.learn(self, state, x, tensors, result)
         return result
 
     def _lent(

@@ -33,10 +33,10 @@ MOST_BYTES = 2**25
 """What makes more takes so long that it does not matter what calls it."""
 
 Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
-"""Makes the result of an evaluated batch and of seeds. Equal ones do the same."""
+"""Makes the result of an evaluated batch, and of tensors beside it. Equal ones do the same."""
 
-SeedsOf: TypeAlias = Callable[[Leaves], Leaves]
-"""What a work takes of this call alone, made of the outputs."""
+Beside: TypeAlias = Callable[[Leaves], Leaves]
+"""The tensors that a work takes beside a batch, as targets are; it gets the outputs for them."""
 
 Evaluated: TypeAlias = tuple[RepeatedEvaluation, Sources, Tensor]
 """An evaluation of which sources are kept, and what the module returned."""
@@ -54,7 +54,7 @@ class Sweep:
 
     Args:
         evaluated: one of these evaluations, in which uses of parameters were looked for.
-        seeds: what the work takes beside.
+        beside: the tensors that the work takes beside.
         work: makes the result.
         learned: of the uses of parameters.
 
@@ -63,7 +63,7 @@ class Sweep:
     """
 
     def __init__(
-        self, evaluated: Evaluated, seeds: Leaves, work: Work, learned: LearnedUses
+        self, evaluated: Evaluated, beside: Leaves, work: Work, learned: LearnedUses
     ) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
@@ -72,14 +72,14 @@ class Sweep:
             raise Nameless("the next evaluation may have another graph")
         uses = recorder.uses if isinstance(recorder, UseRecorder) else ()
         self.uses = {number: learned.uses[number].func for number, _ in (use.key for use in uses)}
-        leaves = self._leaves(sources, (out, *seeds))
+        leaves = self._leaves(sources, (out, *beside))
 
         def made() -> Leaves:
             with recording():
                 jacobian = own.jacobian(out, None)
             if jacobian is None or jacobian.derived:
                 raise Nameless("parameters are used otherwise")
-            return work(jacobian, seeds)
+            return work(jacobian, beside)
 
         graph = written_down(made, leaves, MOST_BYTES)
         nodes = [*graph.graph.nodes]
@@ -92,13 +92,13 @@ class Sweep:
         self._repeated, self._count = dict[int, int](), len(leaves)
         self._signature, self._kinds = recorder.signature, sources.kinds
 
-    def fits(self, evaluated: Evaluated, seeds: Leaves, expected: Leaves) -> bool:
+    def fits(self, evaluated: Evaluated, beside: Leaves, expected: Leaves) -> bool:
         """Is the result of another evaluation at the same numbers the one that is expected?
 
         No uses are looked for in that. From then on the sweep holds for evaluations like it.
         """
         own, sources, out = evaluated
-        leaves, values, self._values = self._leaves(sources, (out, *seeds)), self._values, ()
+        leaves, values, self._values = self._leaves(sources, (out, *beside)), self._values, ()
         if len(leaves) != self._count or not all(map(torch.equal, leaves, values)):
             return False
         self._outline = outline(out, own.starts)
@@ -108,15 +108,15 @@ class Sweep:
         kinds = [kind for kind in self._outline if isinstance(kind, type)]
         if not all(_OF_TORCH.fullmatch(kind.__name__) for kind in kinds):
             return False
-        results = self.result(evaluated, seeds)
+        results = self.result(evaluated, beside)
         return results is not None and agree(results, expected)
 
-    def result(self, evaluated: Evaluated, seeds: Leaves) -> Leaves | None:
+    def result(self, evaluated: Evaluated, beside: Leaves) -> Leaves | None:
         """The result of an evaluation; None if it is not like the one that was written down."""
         own, sources, out = evaluated
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return None
-        leaves, repeated = self._leaves(sources, (out, *seeds)), self._repeated.items()
+        leaves, repeated = self._leaves(sources, (out, *beside)), self._repeated.items()
         if len(leaves) != self._count or any(leaves[n] is not leaves[k] for n, k in repeated):
             return None
         if not (self._are_alike(*self._each_once(leaves)) and self._are_settings()):
@@ -195,7 +195,7 @@ class KnownWork:
         state: ModuleState,
         x: Tensor,
         compared: Container[int],
-        seeds_of: SeedsOf | None,
+        beside: Beside | None,
     ) -> Leaves | None:
         """The result of one more evaluation by the sweep; None where that does not hold."""
         assert self.sweep is not None
@@ -203,23 +203,23 @@ class KnownWork:
         if evaluated is not None:
             own, _, out = evaluated
             if settled.is_alone or knows(settled.learned, own.recorder, compared):
-                result = self.sweep.result(evaluated, seeds_of((out.detach(),)) if seeds_of else ())
+                result = self.sweep.result(evaluated, beside((out.detach(),)) if beside else ())
         self.misses = 0 if result is not None else self.misses + 1
         if self.misses >= MOST_MISSES:
             self.sweep = None
         return result
 
     def learn(
-        self, settled: Evaluator, state: ModuleState, x: Tensor, seeds: Leaves, result: Leaves
+        self, settled: Evaluator, state: ModuleState, x: Tensor, beside: Leaves, result: Leaves
     ) -> None:
         """Write down how this result is made, if that can be."""
         first = _with_sources(settled, state, x)
         if first is None:
             return
         try:
-            sweep = Sweep(first, seeds, self.work, settled.learned)
+            sweep = Sweep(first, beside, self.work, settled.learned)
             second = _with_sources(settled, state, x, sweep.uses)
-            if second is not None and sweep.fits(second, seeds, result):
+            if second is not None and sweep.fits(second, beside, result):
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)

@@ -20,19 +20,32 @@ _METHODS = {
         "default": (
             *("mm", "bmm", "t", "permute", "view", "reshape", "unsqueeze", "expand", "clone"),
             *("addcmul", "addcmul_", "copy_", "sqrt", "sqrt_", "square", "tanh", "exp", "neg"),
-            *("split_with_sizes", "detach", "addmm"),
+            *("split_with_sizes", "detach", "addmm", "unfold"),
         ),
         "Tensor": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_"),
         "int": ("transpose", "select"),
         "dim": ("squeeze",),
         "dim_IntList": ("sum",),
         "Tensor_Scalar": ("pow",),
+        "Scalar": ("pow_",),
     }.items()
     for name in names
 }
 """Operators, with the names of methods that take the same arguments in the same order.
 
 A call of an operator from Python takes three times as long."""
+
+_FUNCTIONS = {
+    _ATEN.cat.default: torch.cat,
+    _ATEN.stack.default: torch.stack,
+    _ATEN.constant_pad_nd.default: torch.constant_pad_nd,
+    _ATEN.linalg_vector_norm.default: torch.linalg.vector_norm,
+    _ATEN.native_group_norm.default: torch.native_group_norm,
+    _ATEN._log_softmax.default: torch._log_softmax,
+    _ATEN._log_softmax_backward_data.default: torch._log_softmax_backward_data,
+    _ATEN._softmax_backward_data.default: torch._softmax_backward_data,
+}
+"""Operators that have no methods, with torch's functions of the same arguments."""
 
 
 def by_methods(graph: GraphModule) -> GraphModule:
@@ -47,6 +60,8 @@ def by_methods(graph: GraphModule) -> GraphModule:
             node.target = fast_linear
         elif name := _METHODS.get(node.target):
             node.op, node.target = "call_method", name
+        else:
+            node.target = _FUNCTIONS.get(node.target, node.target)
     for node in methods.nodes:
         node.meta.clear()
     return GraphModule(graph, methods)

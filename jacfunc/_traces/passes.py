@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from jacfunc._torch import Graphs, memories_of, memory_of
+from jacfunc._traces.detours import VIEWS, kind_of, laid_out, without_detours
 from jacfunc._traces.seeds import fill_by_sizes
 from jacfunc._types import Leaves
 
@@ -29,7 +30,7 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
         _without_zero_tangents(graph)
     fill_by_sizes(graph)
     constants = _folded(graph)
-    _without_detours(graph)
+    without_detours(graph, is_pure)
     if is_pure:
         _by_rows(graph)
         _without_identities(graph, constants)
@@ -66,7 +67,7 @@ def _without_zero_tangents(graph: GraphModule) -> None:
             zeros.add(node)
         elif node.target is _ATEN.add.Tensor and not node.kwargs and len(node.args) == 2:
             for one, other in (node.args, node.args[::-1]):
-                if one in zeros and _kind_of(node) == _kind_of(other) is not None:
+                if one in zeros and kind_of(node) == kind_of(other) is not None:
                     node.replace_all_uses_with(other)
                     break
 
@@ -75,12 +76,6 @@ def _is_zero_tangent(node: Node) -> bool:
     """Is it a zero that torch's own derivatives made? Python would say where memory is pinned."""
     is_zero = node.target is _ATEN.zeros.default and node.args == ([],)
     return is_zero and "pin_memory" not in node.kwargs
-
-
-def _kind_of(node: Any) -> Any:
-    """Shape, dtype and strides of a node's tensor; None where that is not known."""
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return (value.shape, value.dtype, value.stride()) if isinstance(value, Tensor) else None
 
 
 def _folded(graph: GraphModule) -> dict[Node, Tensor]:
@@ -136,7 +131,7 @@ def _without_identities(graph: GraphModule, constants: dict[Node, Tensor]) -> No
     """Replace products with the identity by the other factor: sweeps begin with one."""
     known = dict(constants)
     for node in graph.graph.nodes:
-        if node.target in (*_VIEWS, _ATEN.reshape.default) and node.args[0] in known:
+        if node.target in (*VIEWS, _ATEN.reshape.default) and node.args[0] in known:
             known[node] = known[node.args[0]].reshape(node.args[1])
         elif _transposed(node) in known:
             known[node] = known[_transposed(node)].t()
@@ -146,61 +141,12 @@ def _without_identities(graph: GraphModule, constants: dict[Node, Tensor]) -> No
             left, right = node.args
             if left in identities or right in identities:
                 other = right if left in identities else left
-                node.replace_all_uses_with(_laid_out(graph, node, other))
-
-
-def _is_only_laid_out(node: Node) -> bool:
-    """Is it a contiguous copy, of a tensor of the same shape and dtype?"""
-    kind, other = _kind_of(node), _kind_of(node.args[1])
-    return _is_contiguous(node) and other is not None and kind[:2] == other[:2]
-
-
-def _laid_out(graph: GraphModule, node: Node, other: Any) -> Node:
-    """What can stand for a contiguous node: another one with its numbers, or a copy of that."""
-    if _is_contiguous(other):
-        return cast("Node", other)
-    with graph.graph.inserting_before(node):
-        options: Any = {"memory_format": torch.contiguous_format}
-        return graph.graph.call_function(_ATEN.clone.default, (other,), options)
-
-
-def _is_contiguous(node: Any) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_contiguous()
+                node.replace_all_uses_with(laid_out(graph, node, other))
 
 
 def _is_identity(value: Tensor) -> bool:
     is_square = value.dim() == 2 and value.shape[0] == value.shape[1]
     return is_square and torch.equal(value, torch.eye(len(value)).to(value))
-
-
-def _without_detours(graph: GraphModule) -> None:
-    """Leave out what only gives another name or order, and two transpositions in a row."""
-    for node in graph.graph.nodes:
-        if node.target in (_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default):
-            node.replace_all_uses_with(node.args[0])
-        elif node.target is _ATEN.t.default and node.args[0].target is _ATEN.t.default:
-            node.replace_all_uses_with(node.args[0].args[0])
-        elif node.target in _RESHAPES and _is_contiguous(node):
-            base = _plain_base(node)
-            if base is not node.args[0]:
-                node.target, node.kwargs = _ATEN.view.default, {}
-                node.args = base, [*node.meta["val"].shape]
-        elif node.target is _ATEN.copy.default and _is_only_laid_out(node):
-            node.replace_all_uses_with(_laid_out(graph, node, node.args[1]))
-
-
-_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
-_RESHAPES = frozenset({*_VIEWS, _ATEN.unsqueeze.default, _ATEN.squeeze.dim})
-"""Operators that give the entries of something contiguous another shape, in the same order."""
-
-
-def _plain_base(node: Node) -> Any:
-    """What a contiguous node is a shape of, by whatever many shapes of something contiguous."""
-    base: Any = node.args[0]
-    while base.target in _RESHAPES and _is_contiguous(base) and _is_contiguous(base.args[0]):
-        base = base.args[0]
-    return base
 
 
 def _by_rows(graph: GraphModule) -> None:
@@ -223,7 +169,7 @@ def _by_rows(graph: GraphModule) -> None:
                 product = graph.graph.call_function(_ATEN.mm.default, tuple(factors))
             for user in [*node.users]:
                 user.replace_all_uses_with(product)
-        elif node.target in _VIEWS:
+        elif node.target in VIEWS:
             node.target = _ATEN.reshape.default
 
 

@@ -103,3 +103,78 @@ def test_what_may_change_is_refused(work: Callable[[Tensor], Tensor], reason: st
 
 
 OTHER = torch.ones(2)
+
+
+def operators(run: Executable) -> list[str]:
+    return [str(node.target) for node in run.graph.graph.nodes if node.op == "call_function"]
+
+
+def test_shapes_and_copies_on_the_way_are_left_out() -> None:
+    def work(a: Tensor) -> tuple[Tensor, ...]:
+        whole = torch.stack([a.sin()]).unsqueeze(2).transpose(0, 2)[:, :, 0:9]
+        return (torch.cat([whole.permute(2, 0, 1, 3)[:, 0]]).squeeze(1).select(0, 0).exp(),)
+
+    a, other = torch.randn(1, 4), torch.randn(1, 4)
+    run = executable(lambda: work(a), a)
+    assert operators(run) == ["aten.sin.default", "aten.select.int", "aten.exp.default"]
+    assert torch.equal(run((other,))[0], other[0].sin().exp())
+
+
+def test_entries_in_another_order_are_not_left_out() -> None:
+    a, other = torch.randn(4, 4), torch.randn(4, 4)
+    work = lambda a: (a.t().sin().t()[1:].reshape(-1), a.expand(2, 4, 4)[:, 1], a[:, 0].exp())  # noqa: E731
+    run = executable(lambda: work(a), a)
+    for result, expected in zip(run((other,)), work(other), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_copies_that_are_returned_have_memory_of_their_own() -> None:
+    a = torch.randn(3)
+
+    def work() -> tuple[Tensor, ...]:
+        wave = a.sin()
+        return wave, torch.stack([wave]), torch.cat([wave])[:2]
+
+    first, *others = executable(work, a)((a,))
+    first.zero_()
+    for other in others:
+        assert torch.equal(other.flatten(), a.sin()[: other.numel()])
+
+
+def test_a_copy_that_is_written_into_stays_one() -> None:
+    a, other = torch.randn(3), torch.randn(3)
+
+    def work(a: Tensor) -> tuple[Tensor, ...]:
+        wave = a.sin()
+        copy = torch.cat([wave])
+        return copy.mul_(2) + wave, wave * 1
+
+    run = executable(lambda: work(a), a)
+    for result, expected in zip(run((other,)), work(other), strict=True):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "calls"),
+    [
+        ((1, 4, 1, 6), (0, 2, 3), 1),  # of the two last ones alone
+        ((4, 6), (1,), 1),
+        ((1, 4, 6), (-1,), 2),  # and the shape of what is left
+        ((2, 12), (1,), 2),  # half of the samples
+        ((8, 3), (1,), 2),
+        ((4, 6), (), 1),
+    ],
+)
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_reductions_are_those_of_what_has_the_shape(
+    shape: tuple[int, ...], dims: tuple[int, ...], calls: int, keepdim: bool
+) -> None:
+    a, other = torch.randn(4, 2, 3), torch.randn(4, 2, 3)
+    calls += keepdim and bool(dims) and calls < 2
+    work = lambda a: torch.linalg.vector_norm(a.view(shape), dim=dims, keepdim=keepdim)  # noqa: E731
+    if dims:
+        run = executable(lambda: (work(a),), a)
+        assert len(operators(run)) == calls
+        torch.testing.assert_close(run((other,))[0], work(other))
+    total = lambda a: a.view(shape).sum(dims or None, keepdim=keepdim)  # noqa: E731
+    torch.testing.assert_close(executable(lambda: (total(a),), a)((other,))[0], total(other))
