@@ -24,6 +24,11 @@ class Sources:
     arguments: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
+    def told(self) -> set[int]:
+        """Identities of what autograd has saved, and told."""
+        return set(map(id, self.saved))
+
+    @property
     def kinds(self) -> list[Any]:
         """Shapes and dtypes of what operations got, of constants, too."""
         return [(x.shape, x.dtype) for tensors in self.arguments.values() for x in tensors]
