@@ -118,6 +118,8 @@ class Sweep:
             return None
         if outline(out, own.starts, sources.told) != self._outline:
             return None
+        if not sources.are_as_saved:
+            return None
         pairs = self._aliases.items()
         if any(leaves[n].data_ptr() != leaves[first].data_ptr() for n, first in pairs):
             return None

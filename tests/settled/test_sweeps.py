@@ -303,6 +303,40 @@ def test_numbers_that_operations_read_from_tensors_count(name: str, size: int) -
         torch.testing.assert_close(inputs(x), by_inputs(module, x), **CLOSE)
 
 
+class Writing(nn.Module):
+    """Writes into a result that a backward pass needs, or into a tensor that it does not need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y, other = h.sin(), torch.ones_like(h)
+        with torch.no_grad():
+            (h if HIDDEN["way"] == "needed" else other).mul_(2)
+        result: Tensor = self.last(y)
+        return result
+
+
+@SIZES
+def test_writes_into_what_was_saved_are_refused_as_by_torch(size: int) -> None:
+    HIDDEN["way"] = "not needed"
+    module = Writing()
+    params, inputs = by_params(module), jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    ntk = partial(jacfunc.ntk, module, None)
+    for door in (params, inputs, ntk):
+        after_many(door, lambda: (normal(3)(size),))
+    x = normal(3)(size)
+    assert num_sweeps(lambda: inputs(x)) == 0
+    torch.testing.assert_close(inputs(x), by_inputs(module, x), **CLOSE)
+    HIDDEN["way"] = "needed"
+    for door in (params, inputs, ntk):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            door(x)
+
+
 def test_settings_of_torch_count() -> None:
     module = network()
     jac = after_many(by_params(module), lambda: (normal(3)(5),))
