@@ -163,7 +163,9 @@ class RuledCall:
         Sparse tensors of all samples can't be had from inside vmap.
         """
         tensors = {name: x for name, x in self.named.items() if isinstance(x, Tensor)}
-        if not self.named or any(x.layout != torch.strided for x in tensors.values()):
+        # torch reads some numbers from tensors, of which no sample has one of its own
+        numbers = [n for n in tensors if type(self.rule.defaults[n]) in (bool, int, float)]
+        if not self.named or numbers or any(x.layout != torch.strided for x in tensors.values()):
             return {}
         of_params = [name for name, x in tensors.items() if id(x) in params.by_id]
         every = placing.of_parameters(self.named, of_params)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod
 from operator import methodcaller
@@ -73,27 +73,6 @@ class Graph:
                 pending.append((below, node))
             outside = outside or (not edges and hasattr(node, "variable"))
         return cls(kinds, met, outside)
-
-
-def outline(tensor: Tensor, starts: Mapping[Any, int]) -> tuple[Any, ...]:
-    """The kinds of the nodes behind a tensor, and which leads where; equal for equal graphs.
-
-    Args:
-        starts: nodes at which the walk ends, with their numbers.
-    """
-    numbers: dict[Any, int] = {None: -1, **{node: -2 - n for node, n in starts.items()}}
-    pending: list[Any] = [tensor.grad_fn]
-    kinds: list[Any] = [tensor.output_nr]
-    while pending:
-        node = pending.pop()
-        kinds.append(type(node))
-        for below, output in node.next_functions:
-            number = numbers.get(below)
-            if number is None:
-                number = numbers[below] = len(numbers)
-                pending.append(below)
-            kinds.append((number, output))
-    return tuple(kinds)
 
 
 @dataclass(slots=True)

@@ -17,11 +17,23 @@ class Sources:
 
     Args:
         saved: what autograd has saved, in order.
+        versions: how often torch had written into each of these by then.
         arguments: what operations got, by the numbers of these.
     """
 
     saved: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     arguments: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def told(self) -> set[int]:
+        """Identities of what autograd has saved, and told."""
+        return set(map(id, self.saved))
+
+    @property
+    def are_as_saved(self) -> bool:
+        """Was nothing of it written into since? Torch compares that where it sweeps a graph."""
+        return [x._version for x in self.saved] == self.versions
 
     @property
     def kinds(self) -> list[Any]:
@@ -34,8 +46,10 @@ class Sources:
         here = ref(self)
 
         def keep(tensor: Tensor) -> int:
-            (saved := here().saved).append(tensor)  # type: ignore[union-attr]
-            return len(saved) - 1
+            sources: Sources = here()  # type: ignore[assignment]
+            sources.saved.append(tensor)
+            sources.versions.append(tensor._version)
+            return len(sources.saved) - 1
 
         def kept(number: int) -> Tensor:
             if (sources := here()) is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from torch import Tensor
 from jacfunc._errors import Nameless
 from jacfunc._factored import HOOKING, FactoredJacobian, LearnedUses, UseRecorder
 from jacfunc._lending import ModuleState
-from jacfunc._linear_map import outline
 from jacfunc._log import note
 from jacfunc._rounding import agree
+from jacfunc._settled.outline import outline
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sources import Sources
 from jacfunc._torch import Graphs, MathAttention, recording
@@ -40,9 +39,6 @@ Beside: TypeAlias = Callable[[Leaves], Leaves]
 
 Evaluated: TypeAlias = tuple[RepeatedEvaluation, Sources, Tensor]
 """An evaluation of which sources are kept, and what the module returned."""
-
-_OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")
-"""Names of nodes whose backward pass depends on what they have saved alone."""
 
 
 class Sweep:
@@ -101,12 +97,11 @@ class Sweep:
         leaves, values, self._values = self._leaves(sources, (out, *beside)), self._values, ()
         if len(leaves) != self._count or not all(map(torch.equal, leaves, values)):
             return False
-        self._outline = outline(out, own.starts)
+        self._outline = outline(out, own.starts, sources.told)
         self._repeated = _repeated(list(map(id, leaves)))
         self._are_alike = Graphs.guard_of_tensors(self._each_once(leaves))
         self._are_settings = Graphs.guard_of_settings()
-        kinds = [kind for kind in self._outline if isinstance(kind, type)]
-        if not all(_OF_TORCH.fullmatch(kind.__name__) for kind in kinds):
+        if self._outline is None:
             return False
         results = self.result(evaluated, beside)
         return results is not None and agree(results, expected)
@@ -121,7 +116,9 @@ class Sweep:
             return None
         if not (self._are_alike(*self._each_once(leaves)) and self._are_settings()):
             return None
-        if outline(out, own.starts) != self._outline:
+        if outline(out, own.starts, sources.told) != self._outline:
+            return None
+        if not sources.are_as_saved:
             return None
         pairs = self._aliases.items()
         if any(leaves[n].data_ptr() != leaves[first].data_ptr() for n, first in pairs):

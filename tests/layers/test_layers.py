@@ -263,6 +263,19 @@ CASES = [
         others=2,
     ),
     Case(
+        "numbers that are read from tensors",
+        lambda: Raw(
+            lambda x, w, b, k: F.conv1d(
+                F.layer_norm(x, (3,), w, b, torch.tensor(0.5)),  # type: ignore[arg-type]
+                0.1 * k,
+                padding=torch.tensor(1),  # type: ignore[arg-type]
+            ),
+            *((3,), (3,), (2, 2, 2)),
+        ),
+        (2, 3),
+        others=3,
+    ),
+    Case(
         "network",
         lambda: nn.Sequential(
             *(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()),

@@ -213,6 +213,130 @@ def test_ways_with_the_same_operations_are_told_apart(way: str, size: int) -> No
         torch.testing.assert_close(inputs(x), by_inputs(module, x), **CLOSE)
 
 
+WIRINGS: dict[str, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
+    "multiples": lambda module, h: (2 * h, 3 * h),
+    "layers": lambda module, h: (module.left(h), module.right(h)),
+    "masks": lambda module, h: (h.masked_fill(module.mask, 0), h.masked_fill(~module.mask, 0)),
+    "a script": lambda module, h: (scaled(h, 2.0), scaled(h, 3.0)),
+    "unseen multiples": lambda module, h: (unseen(h, 2.0), unseen(h, 3.0)),
+}
+
+
+@torch.jit.script
+def scaled(x: Tensor, factor: float) -> Tensor:
+    return x * factor
+
+
+def unseen(x: Tensor, factor: float) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return x * factor
+
+
+class Wired(nn.Module):
+    """Calls the same operations each time, and then goes on with either of two results."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mask", torch.tensor([True, False, True, False]))
+        self.name = name
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = WIRINGS[self.name](self, self.first(x))
+        if HIDDEN["way"] == "other":
+            one, other = other, one
+        result: Tensor = self.last(one - 2 * other if HIDDEN["both"] else one * 2)
+        return result
+
+
+@SIZES
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("name", WIRINGS)
+def test_which_results_an_operation_gets_counts(name: str, both: bool, size: int) -> None:
+    HIDDEN.update(way="one", both=both)
+    module = Wired(name)
+    params, inputs = by_params(module), jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    for jac in (params, inputs):
+        after_many(jac, lambda: (normal(3)(size),))
+    for way in ("other", "one"):
+        HIDDEN["way"] = way
+        x = normal(3)(size)
+        assert_same(params(x), loop(module, x))
+        torch.testing.assert_close(inputs(x), by_inputs(module, x), **CLOSE)
+
+
+AS_NUMBERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a slope": lambda h, number: F.leaky_relu(h, number),  # type: ignore[arg-type]
+    "a multiple": lambda h, number: torch.add(h.sin(), h.cos(), alpha=number),  # type: ignore[call-overload]
+    "a bound": lambda h, number: F.hardtanh(h, -1.0, number),  # type: ignore[arg-type]
+    "a place": lambda h, number: h[:, number.long() : number.long() + 2].repeat(1, 2),
+    "a factor that nobody sees": lambda h, number: unseen(h, float(number)),
+    "a start": lambda h, number: h.narrow(1, number.long(), 2).repeat(1, 2),
+}
+
+
+@SIZES
+@pytest.mark.parametrize("name", AS_NUMBERS)
+def test_numbers_that_operations_read_from_tensors_count(name: str, size: int) -> None:
+    """No argument tells such a number, which a backward pass has for its own."""
+
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.register_buffer("number", torch.tensor(0.5))
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(AS_NUMBERS[name](self.first(x), self.number))  # type: ignore[arg-type, no-any-return]
+
+    module = Reading()
+    params, inputs = by_params(module), jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    for jac in (params, inputs):
+        after_many(jac, lambda: (normal(3)(size),))
+    for number in (2.0, 0.25, 1.5):
+        module.number.fill_(number)  # type: ignore[operator]
+        x = normal(3)(size)
+        assert_same(params(x), loop(module, x))
+        torch.testing.assert_close(inputs(x), by_inputs(module, x), **CLOSE)
+
+
+class Writing(nn.Module):
+    """Writes into a result that a backward pass needs, or into a tensor that it does not need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y, other = h.sin(), torch.ones_like(h)
+        with torch.no_grad():
+            (h if HIDDEN["way"] == "needed" else other).mul_(2)
+        result: Tensor = self.last(y)
+        return result
+
+
+@SIZES
+def test_writes_into_what_was_saved_are_refused_as_by_torch(size: int) -> None:
+    HIDDEN["way"] = "not needed"
+    module = Writing()
+    params, inputs = by_params(module), jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    ntk = partial(jacfunc.ntk, module, None)
+    for door in (params, inputs, ntk):
+        after_many(door, lambda: (normal(3)(size),))
+    x = normal(3)(size)
+    assert num_sweeps(lambda: inputs(x)) == 0
+    torch.testing.assert_close(inputs(x), by_inputs(module, x), **CLOSE)
+    HIDDEN["way"] = "needed"
+    for door in (params, inputs, ntk):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            door(x)
+
+
 def test_settings_of_torch_count() -> None:
     module = network()
     jac = after_many(by_params(module), lambda: (normal(3)(5),))

@@ -1,0 +1,101 @@
+"""What a backward pass depends on beside the tensors that autograd has saved for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Mapping
+from functools import cache
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+_OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")
+"""Names of nodes whose backward pass depends on what they have saved alone."""
+
+_FACTORS = "_saved_other", "_saved_self"
+"""What torch saves a Python number as, if it saves one as a tensor."""
+
+
+def outline(
+    tensor: Tensor, starts: Mapping[Any, int], told: Container[int]
+) -> tuple[Any, ...] | None:
+    """The nodes behind a tensor: kinds, which leads where, when made, and numbers they have saved.
+
+    Equal for equal backward passes of tensors that are saved in the same order. The arguments of
+    operations do not tell all this: ``leaky_relu(x, slope)`` reads a number from a tensor, and of
+    two layers in a row nothing shows which one the output was made of. None if a node is not one of
+    torch's own operations, as nothing tells what it depends on.
+
+    Args:
+        starts: nodes at which the walk ends, with their numbers.
+        told: identities of the tensors that hooks were told of, as they are of all but numbers.
+    """
+    numbers: dict[Any, int] = {None: -1, **{node: -2 - n for node, n in starts.items()}}
+    pending: list[Any] = [tensor.grad_fn]
+    kinds: list[Any] = [tensor.output_nr]
+    readers, first = _readers(), min(node._sequence_nr() for node in starts)
+    while pending:
+        node = pending.pop()
+        kind = type(node)
+        reader = readers.get(kind) or _learned(node)
+        if reader is None:
+            return None
+        kinds += kind, node._sequence_nr() - first, reader.read(node)
+        for name in reader.factors:
+            factor = getattr(node, name)
+            if _is_number(factor) and id(factor) not in told:
+                kinds += name, factor.item()
+        for below, output in node.next_functions:
+            number = numbers.get(below)
+            if number is None:
+                number = numbers[below] = len(numbers)
+                pending.append(below)
+            kinds.append((number, output))
+    return tuple(kinds)
+
+
+class _Reader(NamedTuple):
+    """What reads the plain values that nodes of a kind have saved.
+
+    Args:
+        read: returns them.
+        factors: names of what may be a number that was saved as a tensor.
+    """
+
+    read: Callable[[Any], Any]
+    factors: tuple[str, ...]
+
+
+@cache
+def _readers() -> dict[type, _Reader]:
+    """The readers of this process, by the kinds of torch's own nodes."""
+    return {}
+
+
+def _learned(node: Any) -> _Reader | None:
+    """The reader of a kind of which this is the first node; None if it is not one of torch's."""
+    kind = type(node)
+    if not _OF_TORCH.fullmatch(kind.__name__):
+        return None
+    values = {name: getattr(node, name) for name in dir(kind) if name.startswith("_saved_")}
+    names = [name for name, value in values.items() if _without_tensors(value) is value]
+    read: Callable[[Any], Any] = attrgetter(*names) if names else type
+    factors = tuple([name for name in _FACTORS if name in values]) if _FACTORS[0] in values else ()
+    # where one has saved nothing, another one may have saved a tensor
+    is_sure = not any(values[name] is None or values[name] == () for name in names)
+    reader = _Reader(read if is_sure else lambda node: _without_tensors(read(node)), factors)
+    return _readers().setdefault(kind, reader)
+
+
+def _without_tensors(saved: Any) -> Any:
+    """What a node has saved, with the class of tensors in the place of these."""
+    if isinstance(saved, Tensor):
+        return Tensor
+    has_tensors = isinstance(saved, tuple) and any(isinstance(x, tuple | Tensor) for x in saved)
+    return tuple(map(_without_tensors, saved)) if has_tensors else saved
+
+
+def _is_number(factor: Any) -> bool:
+    """May it be a number that torch has saved as a tensor?"""
+    return isinstance(factor, Tensor) and not factor.dim() and not factor.requires_grad
