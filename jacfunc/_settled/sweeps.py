@@ -67,8 +67,7 @@ class Sweep:
     ) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
-        is_fixed = HOOKING.isdisjoint(recorder.operations)
-        if not is_fixed or recorder.moves_samples or recorder.reads_values:
+        if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_samples:
             raise Nameless("the next evaluation may have another graph")
         uses = recorder.uses if isinstance(recorder, UseRecorder) else ()
         self.uses = {number: learned.uses[number].func for number, _ in (use.key for use in uses)}
@@ -161,7 +160,6 @@ class Evaluator(Protocol):
         uses: Mapping[int, Any] | None = None,
     ) -> RepeatedEvaluation:
         """What the module gets in one more evaluation."""
-        ...
 
     def run(
         self,
@@ -171,7 +169,9 @@ class Evaluator(Protocol):
         recorder: AbstractContextManager[object],
     ) -> Tensor | None:
         """What the module returns; None if it is not like what it has returned before."""
-        ...
+
+    def are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
+        """Are outputs those of each sample alone?"""
 
 
 @dataclass(eq=False)
@@ -244,4 +244,6 @@ def _with_sources(
         with sources.saving():
             out = settled.run(state, x, own, own.recorder)
     own.check_unwritten()
-    return None if out is None else (own, sources, out)
+    if out is None or (own.recorder.reads_values and not settled.are_alone(state, x, out)):
+        return None
+    return own, sources, out
