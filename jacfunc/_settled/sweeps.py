@@ -244,6 +244,7 @@ def _with_sources(
         with sources.saving():
             out = settled.run(state, x, own, own.recorder)
     own.check_unwritten()
-    if out is None or (own.recorder.reads_values and not settled.are_alone(state, x, out)):
+    if out is None:
         return None
-    return own, sources, out
+    is_told = settled.is_alone or not own.recorder.reads_values
+    return (own, sources, out) if is_told or settled.are_alone(state, x, out) else None

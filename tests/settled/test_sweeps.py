@@ -199,16 +199,23 @@ def points() -> tuple[Tensor, ...]:
     return (normal(3)(5),)
 
 
+LOOKS = {"masks": 0}
+
+
 def masked(h: Tensor) -> Tensor:
+    LOOKS["masks"] += 1
     mask = h > 0
     return h if mask.all() else h * mask
 
 
-def test_no_graph_is_swept_where_python_reads_numbers() -> None:
+@pytest.mark.parametrize(("size", "evaluations"), [(1, 1), (5, 6)])
+def test_no_graph_is_swept_where_python_reads_numbers(size: int, evaluations: int) -> None:
     module = After(masked)
-    jac = after_many(jacfunc.module_jacobian(module, "inputs", per_sample=True), points)
-    x = normal(3)(5)
+    door = jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    jac = after_many(door, lambda: (normal(3)(size),))
+    x, LOOKS["masks"] = normal(3)(size), 0
     assert num_sweeps(lambda: jac(x)) == 0
+    assert LOOKS["masks"] == evaluations  # of the batch, and of each of several samples alone
     torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
     with torch.no_grad():  # all samples go the other way
         module.inner[2].bias.fill_(9.0)
