@@ -35,16 +35,24 @@ MOVING: frozenset[Callable[..., Any]] = frozenset(
 FEWEST_PULLED = 2**11
 """Numbers of which it pays to look whether another operation pulls back faster."""
 
+_READ_BY = (
+    *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__"),
+    *("__format__", "item", "tolist"),
+    *("equal", "allclose", "is_nonzero"),
+)
 READING: frozenset[Callable[..., Any]] = frozenset(
-    getattr(Tensor, name)
-    for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist")
+    getattr(place, name) for name in _READ_BY for place in (torch, Tensor) if hasattr(place, name)
 )
 """Reads of numbers by Python, which may choose by them what to do."""
+
+LEAVING: frozenset[Any] = frozenset(getattr(Tensor, name) for name in ("numpy", "__array__"))
+"""Ways to NumPy. What is computed there of a graph comes back as a constant, unless a function with
+a backward pass of its own takes it, where no graph is recorded: else it is there to choose by."""
 
 CHOOSING: frozenset[Callable[..., Any]] = frozenset([Tensor.__getitem__, Tensor.__setitem__])
 """Operations that choose entries by numbers, which may be those in a tensor."""
 
-TELLING = MOVING | READING | CHOOSING
+TELLING = MOVING | READING | LEAVING | CHOOSING
 
 
 class WhatWasSeen(Protocol):
@@ -85,6 +93,8 @@ class OperationRecorder(TorchFunctionMode):
         """Has the function moved numbers to where other numbers say?"""
         self.reads_values = False
         """Did Python read numbers?"""
+        self.pulls_many = True
+        """Are many cotangents pulled back at once? For one, torch's own products are faster."""
         self._is_over = False
 
     @property
@@ -141,6 +151,7 @@ class OperationRecorder(TorchFunctionMode):
                 is_tracked = is_tracked or are_among((value,), tracked)
         if func in TELLING:
             self.reads_values |= func in READING
+            self.reads_values |= func in LEAVING and torch.is_grad_enabled()
             self.moves_samples |= func in MOVING or (
                 func in CHOOSING and _is_chosen_by_tensor(args)
             )
@@ -150,7 +161,7 @@ class OperationRecorder(TorchFunctionMode):
             result = self.call(number, func, args, kwargs, is_tracked)
         else:  # the usual case
             is_large = func in PULLED and args and args[0].numel() >= FEWEST_PULLED
-            result = (PULLED[func] if is_large else func)(*args, **kwargs)
+            result = (PULLED[func] if is_large and self.pulls_many else func)(*args, **kwargs)
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result

@@ -54,7 +54,7 @@ class Linearization:
         outputs: differentiable leaves of what the function returned.
         extras: other tensors that it returned.
         sweep: pulls cotangents back onto a slice of the primals, from outputs with these numbers.
-        is_batchable: is a sweep right under vmap?
+        is_batchable: is a sweep right under vmap? False once that has failed.
         node_names: of the autograd nodes between primals and outputs.
         num_transforms: how many transforms were active when it was evaluated.
         keeps_graph: do products of a sweep carry a graph where grad mode is on?
@@ -155,6 +155,7 @@ class Linearization:
                 raise
             handled(error)
             note("the backward pass could not be batched, rows go one by one: %s", error)
+            self.is_batchable = False  # nor could it be for other rows
         # not where the error is known: its traceback holds what was swept at once
         return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
 

@@ -59,7 +59,7 @@ class SettledBatch:
         self.api, self.kind, self.size = batch.api, batch.kind.kind, batch.size
         self.learned, self.misses = batch.learned_as_a_whole, 0
         self.names, self.by_inputs, self.by_layers = names, batch.differentiates[1], by_layers
-        self.is_alone, self.is_watched = batch.size == 1, is_watched
+        self.is_alone, self.is_watched, self.is_batchable = batch.size == 1, is_watched, True
         self.output = output.shape, output.dtype
         self.works = dict[Work, KnownWork]()
 
@@ -120,6 +120,8 @@ class SettledBatch:
         tensors = beside(jacobian.outputs) if beside else ()
         result = work(jacobian, tensors)
         known.calls += 1
+        pullbacks: Any = jacobian.linearization
+        self.is_batchable = pullbacks.is_batchable
         if known.calls == FEWEST_CALLS:
             known.learn(self, state, x, tensors, result)
         return result
@@ -195,7 +197,7 @@ class SettledBatch:
             jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
         if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
             return None
-        if jacobian.reads_values and not self._are_alone(state, x, out):
+        if jacobian.reads_values and not self.are_alone(state, x, out):
             return None
         return jacobian
 
@@ -216,7 +218,9 @@ class SettledBatch:
         uses: Mapping[int, Any] | None = None,
     ) -> RepeatedEvaluation:
         how = self.learned, self.by_layers, self.by_inputs, sources, uses
-        return RepeatedEvaluation(self.params(state), x, *how)
+        own = RepeatedEvaluation(self.params(state), x, *how)
+        own.recorder.pulls_many = self.is_batchable
+        return own
 
     def run(
         self,
@@ -237,7 +241,7 @@ class SettledBatch:
         is_like = type(out) is Tensor and (out.shape, out.dtype) == self.output
         return out if is_like and out.requires_grad else None
 
-    def _are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
+    def are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
         """Are outputs those of each sample alone, whose numbers may lead another way?"""
         rows, chosen = [], dict(zip(self.names, self.params(state), strict=True))
         for number in range(len(x)):

@@ -161,6 +161,7 @@ class RepeatedEvaluation:
         linearization = map_of_graph((out,), (), targets, graph, False, as_evaluated)
         if not linearization.is_batchable:
             return None
+        linearization.is_batchable = recorder.pulls_many
         return FactoredJacobian(
             self._size,
             uses,

@@ -63,8 +63,7 @@ class Sweep:
     ) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
-        is_fixed = HOOKING.isdisjoint(recorder.operations)
-        if not is_fixed or recorder.moves_samples or recorder.reads_values:
+        if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_samples:
             raise Nameless("the next evaluation may have another graph")
         uses = recorder.uses if isinstance(recorder, UseRecorder) else ()
         self.uses = {number: learned.uses[number].func for number, _ in (use.key for use in uses)}
@@ -158,7 +157,6 @@ class Evaluator(Protocol):
         uses: Mapping[int, Any] | None = None,
     ) -> RepeatedEvaluation:
         """What the module gets in one more evaluation."""
-        ...
 
     def run(
         self,
@@ -168,7 +166,9 @@ class Evaluator(Protocol):
         recorder: AbstractContextManager[object],
     ) -> Tensor | None:
         """What the module returns; None if it is not like what it has returned before."""
-        ...
+
+    def are_alone(self, state: ModuleState, x: Tensor, out: Tensor) -> bool:
+        """Are outputs those of each sample alone?"""
 
 
 @dataclass(eq=False)
@@ -241,4 +241,7 @@ def _with_sources(
         with sources.saving():
             out = settled.run(state, x, own, own.recorder)
     own.check_unwritten()
-    return None if out is None else (own, sources, out)
+    if out is None:
+        return None
+    is_told = settled.is_alone or not own.recorder.reads_values
+    return (own, sources, out) if is_told or settled.are_alone(state, x, out) else None

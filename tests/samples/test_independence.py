@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,50 @@ def seeded() -> None:
 def one_pair(module: Any, h: Tensor) -> Tensor:
     """The second sample gets a little of the fifth."""
     return torch.cat([h[:1], h[1:2] + 1e-6 * h[4:5], h[2:]])
+
+
+class Deciding(nn.Module):
+    """Goes one way or the other by a look at the numbers of all samples."""
+
+    def __init__(self, is_small: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.layer, self.is_small = nn.Linear(3, 2).double(), is_small
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.is_small(x.detach().abs() < 9) else self.layer(2 * x)
+
+
+LOOKS: dict[str, Callable[[Tensor], bool]] = {
+    "bool": lambda is_small: bool(is_small.all()),
+    "equal": lambda is_small: torch.equal(is_small, torch.ones_like(is_small)),
+    "method": lambda is_small: is_small.equal(torch.ones_like(is_small)),
+    "allclose": lambda is_small: torch.allclose(is_small.float(), torch.ones(())),
+    "is_nonzero": lambda is_small: torch.is_nonzero(is_small.all()),
+    "in": lambda is_small: False not in is_small,
+    "format": lambda is_small: f"{is_small.all()}" == "True",
+    "complex": lambda is_small: complex(is_small.all()) == 1,
+    "NumPy": lambda is_small: bool(is_small.numpy().all()),
+    "an array": lambda is_small: bool(np.asarray(is_small).all()),
+}
+
+
+@pytest.mark.parametrize("calls", [5, 20])
+@pytest.mark.parametrize("look", LOOKS)
+def test_each_look_at_numbers_is_compared_with_samples_alone(look: str, calls: int) -> None:
+    module = Deciding(LOOKS[look])
+    jac = jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    for number in range(calls):  # all samples go the same way, one or the other
+        jac(batch(seed=number) + 10 * (number % 2))
+    x = batch()
+    x[2, 1] = 10.0  # at a call in which no batches would be compared otherwise
+    weight = module.layer.weight.detach()
+    own = torch.stack([weight * (2 if number == 2 else 1) for number in range(B)])
+    try:
+        result = jac(x)
+    except ValueError as error:
+        result, words = own, str(error)
+        assert MIXED in words
+    torch.testing.assert_close(result, own)
 
 
 def worst_steps(module: Any, h: Tensor) -> Tensor:

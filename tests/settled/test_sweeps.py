@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -160,6 +161,66 @@ def test_code_of_users_runs_in_each_sweep(step: Callable[[Tensor], Tensor]) -> N
         assert num_sweeps(partial(jac, x)) > 0
         assert (Doubled.runs > runs) == (step == Doubled.apply)
     assert_same(by_params(module)(x), loop(module, x))
+
+
+class ByNumpy(torch.autograd.Function):
+    """The sine, with a backward pass that takes no several rows at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.sin(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return torch.from_numpy(grad.numpy() * np.cos(ctx.saved_tensors[0].numpy()))
+
+
+class After(nn.Module):
+    """A network, and what becomes of its outputs."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.step = network(), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(self.inner(x))
+
+
+def test_rows_that_were_refused_at_once_go_one_by_one() -> None:
+    module = After(ByNumpy.apply)
+    jac = after_many(jacfunc.module_jacobian(module, "inputs", per_sample=True), points)
+    x = normal(3)(5)
+    assert num_sweeps(lambda: jac(x)) == 2
+    torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
+
+
+def points() -> tuple[Tensor, ...]:
+    return (normal(3)(5),)
+
+
+LOOKS = {"masks": 0}
+
+
+def masked(h: Tensor) -> Tensor:
+    LOOKS["masks"] += 1
+    mask = h > 0
+    return h if mask.all() else h * mask
+
+
+@pytest.mark.parametrize(("size", "evaluations"), [(1, 1), (5, 6)])
+def test_no_graph_is_swept_where_python_reads_numbers(size: int, evaluations: int) -> None:
+    module = After(masked)
+    door = jacfunc.module_jacobian(module, "inputs", per_sample=True)
+    jac = after_many(door, lambda: (normal(3)(size),))
+    x, LOOKS["masks"] = normal(3)(size), 0
+    assert num_sweeps(lambda: jac(x)) == 0
+    assert LOOKS["masks"] == evaluations  # of the batch, and of each of several samples alone
+    torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
+    with torch.no_grad():  # all samples go the other way
+        module.inner[2].bias.fill_(9.0)
+    for _ in range(5):
+        torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
 
 
 HIDDEN: dict[str, Any] = {}
