@@ -107,7 +107,10 @@ def _jacobian_of(
     call = call.with_samples(batching, keeps_all=call.with_buffers)
     if batching is None:
         with call.undisturbed():
-            return evaluate(call.api, call.flat_call(), strategy, sink)
+            result = evaluate(call.api, call.flat_call(), strategy, sink)
+        if settled is not None:
+            settled.learn_whole(call, strategy, result)
+        return result
     batch = call.batch(batching)
     with call.undisturbed():
         call.check_independent(batch)

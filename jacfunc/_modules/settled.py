@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any, Self, TypeVar
 
@@ -12,7 +13,7 @@ from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._lending import ModuleState
 from jacfunc._lock import alone
-from jacfunc._modules.batch import SampledJacobian
+from jacfunc._modules.batch import SampledJacobian, pulls_all_rows
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS
@@ -22,9 +23,9 @@ from jacfunc._samples import SampledCall
 from jacfunc._settled import MOST_MISSES, SeedsOf, SettledBatch, Work, settled_by
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import Arguments, kind_of
-from jacfunc._trials import IN_FRONT
+from jacfunc._trials import IN_FRONT, batch_norms
 from jacfunc._types import Argnums, Leaves, Tree
-from jacfunc.strategies import Evaluation
+from jacfunc.strategies import Evaluation, Strategy
 
 ResultT = TypeVar("ResultT")
 
@@ -33,11 +34,12 @@ class SettledCalls:
     """What the calls of one door have settled, by the kind of their only argument.
 
     They differentiate each sample by parameters, by that argument, or by both, and return new
-    tensors; ``flat``, one matrix.
+    tensors; ``flat``, one matrix. A whole batch is differentiated so by parameters, if it is one
+    sample: the Jacobian is the same.
     """
 
-    def __init__(self, independence: Independence, flat: bool) -> None:
-        self._independence, self._flat = independence, flat
+    def __init__(self, independence: Independence, flat: bool, of_whole: bool = False) -> None:
+        self._independence, self._flat, self._of_whole = independence, flat, of_whole
         self._by_kind = Recent[tuple[ModuleState, SettledBatch]](MOST_KINDS)
 
     @classmethod
@@ -49,7 +51,10 @@ class SettledCalls:
         is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
         if not is_known or not _are_usual(options, beside):
             return None
-        return cls(options.independence, flat)
+        of_whole = options.batching is None
+        if of_whole and argnums != POSITIONS["params"]:
+            return None
+        return cls(options.independence, flat, of_whole)
 
     def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
         """The Jacobian of a call, where one of its kind has settled all but the numbers."""
@@ -65,10 +70,27 @@ class SettledCalls:
         made = _counted(self._independence, state, settled, again)
         if made is None:
             return None
-        if self._flat or not settled.names:
-            return made if self._flat else made[0]
+        if self._flat:
+            return made[0] if self._of_whole else made
+        if not settled.names:
+            return made[0]
         jacobian = dict(zip(settled.names, made, strict=False))
         return (jacobian, made[-1]) if settled.by_inputs else jacobian
+
+    def learn_whole(self, call: ModuleCall, strategy: Strategy, result: Evaluation) -> None:
+        """Keep what a call of a whole batch has shown, if that is one sample."""
+        (*args, x), kwargs = call.arguments if any(call.arguments) else ((None,), {})
+        if args or kwargs or type(x) is not Tensor or x.shape[:1] != (1,):
+            return
+        output, _ = result.value_and_aux()
+        if type(output) is not Tensor or output.shape[:1] != (1,) or batch_norms(call.state):
+            return
+        if not isinstance(result.call, FlatCall) or not pulls_all_rows(strategy, result.call):
+            return
+        with suppress(ValueError):  # of modules that have no samples in front
+            sampled = SampledJacobian(call.batch(Batching()))
+            sampled.settles = partial(settled_by, by_layers=False)
+            self.learn(call, sampled, result)
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
@@ -97,7 +119,7 @@ def made_at_once(
     Args:
         seeds_of: makes what the work takes beside, if anything.
     """
-    if not (_are_usual(options) and _is_plain(arguments)):
+    if options.batching is None or not (_are_usual(options) and _is_plain(arguments)):
         return None
     (x,), _ = arguments
     with alone():
@@ -156,7 +178,7 @@ def _are_usual(options: ModuleOptions, beside: Sequence[Any] = ()) -> bool:
     """Are all outputs asked for of samples in front, all at once? So, too, ``beside`` these."""
     others = options.outputs, options.memory, options.chunk_size, *beside
     is_usual = not any(x is not None and x is not False for x in others)
-    return is_usual and options.batching is not None and _are_in_front(options.batching)
+    return is_usual and (options.batching is None or _are_in_front(options.batching))
 
 
 def _are_in_front(batching: Batching) -> bool:
