@@ -25,11 +25,12 @@ _METHODS = {
         "Tensor": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_"),
         "int": ("transpose", "select"),
         "dim": ("squeeze",),
+        "dims": ("squeeze",),
         "dim_IntList": ("sum",),
         "Tensor_Scalar": ("pow",),
     }.items()
     for name in names
-}
+} | {_ATEN._unsafe_view.default: "view"}
 """Operators, with the names of methods that take the same arguments in the same order.
 
 A call of an operator from Python takes three times as long."""
@@ -47,6 +48,8 @@ def by_methods(graph: GraphModule) -> GraphModule:
             node.target = fast_linear
         elif name := _METHODS.get(node.target):
             node.op, node.target = "call_method", name
+        elif node.target is _ATEN.rsub.Scalar:  # which is no method
+            node.target = torch.rsub
     for node in methods.nodes:
         node.meta.clear()
     return GraphModule(graph, methods)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from jacfunc._torch import Graphs, memories_of, memory_of
-from jacfunc._traces.seeds import fill_by_sizes
+from jacfunc._traces.seeds import fill_by_sizes, is_identity
 from jacfunc._types import Leaves
 
 MOST_FOLDED_BYTES = 2**26
@@ -140,7 +140,7 @@ def _without_identities(graph: GraphModule, constants: dict[Node, Tensor]) -> No
             known[node] = known[node.args[0]].reshape(node.args[1])
         elif _transposed(node) in known:
             known[node] = known[_transposed(node)].t()
-    identities = {node for node, value in known.items() if _is_identity(value)}
+    identities = {node for node, value in known.items() if is_identity(value)}
     for node in graph.graph.nodes:
         if node.target is _ATEN.mm.default:
             left, right = node.args
@@ -169,21 +169,22 @@ def _is_contiguous(node: Any) -> bool:
     return isinstance(value, Tensor) and value.is_contiguous()
 
 
-def _is_identity(value: Tensor) -> bool:
-    is_square = value.dim() == 2 and value.shape[0] == value.shape[1]
-    return is_square and torch.equal(value, torch.eye(len(value)).to(value))
-
-
 def _without_detours(graph: GraphModule) -> None:
     """Leave out what only gives another name or order, and two transpositions in a row."""
+    first: dict[Any, Node] = {}
     for node in graph.graph.nodes:
         if node.target in (_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default):
             node.replace_all_uses_with(node.args[0])
-        elif node.target is _ATEN.t.default and node.args[0].target is _ATEN.t.default:
-            node.replace_all_uses_with(node.args[0].args[0])
+        elif node.target is _ATEN.t.default:
+            (base,) = node.args
+            is_twice = base.target is _ATEN.t.default
+            if (other := base.args[0] if is_twice else first.setdefault(base, node)) is not node:
+                node.replace_all_uses_with(other)
         elif node.target in _RESHAPES and _is_contiguous(node):
             base = _plain_base(node)
-            if base is not node.args[0]:
+            if _is_contiguous(base) and base.meta["val"].shape == node.meta["val"].shape:
+                node.replace_all_uses_with(base)
+            elif base is not node.args[0]:
                 node.target, node.kwargs = _ATEN.view.default, {}
                 node.args = base, [*node.meta["val"].shape]
         elif node.target is _ATEN.copy.default and _is_only_laid_out(node):
@@ -191,7 +192,7 @@ def _without_detours(graph: GraphModule) -> None:
 
 
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
-_RESHAPES = frozenset({*_VIEWS, _ATEN.unsqueeze.default, _ATEN.squeeze.dim})
+_RESHAPES = frozenset({*_VIEWS, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims})
 """Operators that give the entries of something contiguous another shape, in the same order."""
 
 

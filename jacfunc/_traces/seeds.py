@@ -33,3 +33,9 @@ def fill_by_sizes(graph: GraphModule) -> None:
                 filled = graph.graph.call_function(_ATEN.full.default, size, kind)
             filled.meta = dict(node.meta)
             node.replace_all_uses_with(filled)
+
+
+def is_identity(value: Tensor) -> bool:
+    """Is it an identity matrix, as the seeds of a sweep are?"""
+    is_square = value.dim() == 2 and value.shape[0] == value.shape[1]
+    return is_square and torch.equal(value, torch.eye(len(value)).to(value))

@@ -27,6 +27,14 @@ _TENSORS = Tensor, type(None)
 _BY_ADDRESS = frozenset({_ATEN.as_strided.default, _ATEN.as_strided_.default})
 """Operators that read memory beside that of the tensor that they are given."""
 
+_RESHAPED_IN_PLACE = {
+    _ATEN.squeeze_.default: _ATEN.squeeze.default,
+    _ATEN.squeeze_.dim: _ATEN.squeeze.dim,
+    _ATEN.squeeze_.dims: _ATEN.squeeze.dims,
+    _ATEN.unsqueeze_.default: _ATEN.unsqueeze.default,
+}
+"""Operators that write no numbers, but give a tensor another shape; vmap's own rules call them."""
+
 Place: TypeAlias = tuple[Any, ...]
 
 
@@ -112,10 +120,12 @@ class _Tape(DispatchMode):
         """The result of an operator, which is written down."""
         self._check_frames(sys._getframe(2))
         taken: Any = map_aggregate((args, kwargs), self.node_of)
+        if func in _RESHAPED_IN_PLACE:  # its node has the tensor as it is now
+            taken[0][0].meta["val"] = _ATEN.alias.default(args[0])
         result = func(*args, **kwargs)
         if func is _ATEN.promote_types.default:  # of kinds alone
             return result
-        node = self.graph.call_function(func, *taken)
+        node = self.graph.call_function(_RESHAPED_IN_PLACE.get(func, func), *taken)
         if func in _BY_ADDRESS or Graphs.draws(node):
             raise Nameless(f"{func} is called, which does not do the same each time")
         self._kept.append((args, kwargs, result))

@@ -73,3 +73,22 @@ def test_what_may_change_is_refused(work: Callable[[Tensor], Tensor], reason: st
 
 
 OTHER = torch.ones(2)
+
+
+def test_what_is_reshaped_in_place_is_not_written_into() -> None:
+    def work() -> tuple[Tensor, ...]:
+        whole = (a * 2).unsqueeze_(1)
+        bent = whole.sin()
+        whole.squeeze_(1)
+        return bent, whole.view(3, 4) @ b.t() + whole @ b.t()
+
+    a, b = torch.randn(3, 4), torch.randn(5, 4)
+    run = executable(work, a, b)
+    x, y = torch.randn(3, 4), torch.randn(5, 4)
+    bent, products = run((x, y))
+    torch.testing.assert_close(bent, (2 * x).sin()[:, None])
+    torch.testing.assert_close(products, 4 * x @ y.T)
+    names = [getattr(node.target, "__name__", "") for node in run.graph.graph.nodes]
+    assert not any(name.startswith(("squeeze_", "unsqueeze_.")) for name in names)
+    assert sum(name.startswith("t.") for name in names) == 1
+    assert sum(name.startswith(("view", "reshape")) for name in names) <= 1
