@@ -141,7 +141,7 @@ class SampledJacobian:
         first = FirstSamples(batch.call_of, samples, random_state)
         chunks = first_again(each(), size, one.outputs_in, first.output)
         leaves = self.sink.samples(chunks, size, one.grid)
-        is_at_once = size == 1 and _pulls_all_rows(strategy, one.call)
+        is_at_once = size == 1 and pulls_all_rows(strategy, one.call)
         self.settles = partial(settled_by, by_layers=False) if is_at_once else None
         return SampleBlocks(leaves, size, one)
 
@@ -234,7 +234,7 @@ class SampledJacobian:
         return isinstance(strategy, Reverse) and self.batch.differentiates_inputs_alone
 
 
-def _pulls_all_rows(strategy: Strategy, call: FlatCall) -> bool:
+def pulls_all_rows(strategy: Strategy, call: FlatCall) -> bool:
     """Are all rows of a call pulled back at once, by this strategy or by its plan, which stays?"""
     if isinstance(strategy, Auto):
         planned = recall(strategy, call.call_kind)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, Sink
-from jacfunc._calls import OneTensor
+from jacfunc._calls import FlatCall, OneTensor
 from jacfunc._errors import is_out_of_memory
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
-from jacfunc._modules.batch import SampledJacobian
+from jacfunc._modules.batch import SampledJacobian, pulls_all_rows
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence
 from jacfunc._modules.inputs import POSITIONS, InputChoice, Key
@@ -22,9 +23,10 @@ from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._modules.settled import SettledCalls
 from jacfunc._planning import Auto
 from jacfunc._remembered import Remembered
+from jacfunc._settled import settled_by
 from jacfunc._torch import is_outermost
 from jacfunc._trees import Arguments, flatten
-from jacfunc._trials import IN_FRONT
+from jacfunc._trials import IN_FRONT, batch_norms
 from jacfunc._types import Argnums, Tree, is_tensor
 from jacfunc.strategies import Evaluation, Strategy, evaluate
 
@@ -107,7 +109,10 @@ def _jacobian_of(
     call = call.with_samples(batching, keeps_all=call.with_buffers)
     if batching is None:
         with call.undisturbed():
-            return evaluate(call.api, call.flat_call(), strategy, sink)
+            result = evaluate(call.api, call.flat_call(), strategy, sink)
+        if settled is not None:
+            _settle_one(settled, call, strategy, result)
+        return result
     batch = call.batch(batching)
     with call.undisturbed():
         call.check_independent(batch)
@@ -116,6 +121,24 @@ def _jacobian_of(
     if settled is not None:
         settled.learn(call, sampled, result)
     return result
+
+
+def _settle_one(
+    settled: SettledCalls, call: ModuleCall, strategy: Strategy, result: Evaluation
+) -> None:
+    """Keep what a call of a whole batch has shown, if that is one sample."""
+    (*args, x), kwargs = call.arguments if any(call.arguments) else ((None,), {})
+    if args or kwargs or type(x) is not Tensor or x.shape[:1] != (1,):
+        return
+    output, _ = result.value_and_aux()
+    if type(output) is not Tensor or output.shape[:1] != (1,) or batch_norms(call.state):
+        return
+    if not isinstance(result.call, FlatCall) or not pulls_all_rows(strategy, result.call):
+        return
+    with suppress(ValueError):  # of modules that have no samples in front
+        sampled = SampledJacobian(call.batch(Batching()))
+        sampled.settles = partial(settled_by, by_layers=False)
+        settled.learn(call, sampled, result)
 
 
 def packed(evaluation: Evaluation, flat: bool, full_output: bool) -> Tree:

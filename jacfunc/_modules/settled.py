@@ -33,11 +33,12 @@ class SettledCalls:
     """What the calls of one door have settled, by the kind of their only argument.
 
     They differentiate each sample by parameters, by that argument, or by both, and return new
-    tensors; ``flat``, one matrix.
+    tensors; ``flat``, one matrix. A whole batch is differentiated so by parameters, if it is one
+    sample: the Jacobian is the same.
     """
 
-    def __init__(self, independence: Independence, flat: bool) -> None:
-        self._independence, self._flat = independence, flat
+    def __init__(self, independence: Independence, flat: bool, of_whole: bool = False) -> None:
+        self._independence, self._flat, self._of_whole = independence, flat, of_whole
         self._by_kind = Recent[tuple[ModuleState, SettledBatch]](MOST_KINDS)
 
     @classmethod
@@ -49,7 +50,10 @@ class SettledCalls:
         is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
         if not is_known or not _are_usual(options, beside):
             return None
-        return cls(options.independence, flat)
+        of_whole = options.batching is None
+        if of_whole and argnums != POSITIONS["params"]:
+            return None
+        return cls(options.independence, flat, of_whole)
 
     def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
         """The Jacobian of a call, where one of its kind has settled all but the numbers."""
@@ -64,16 +68,17 @@ class SettledCalls:
         made = _counted(self._independence, state, settled, again)
         if made is None:
             return None
-        if self._flat or not settled.names:
-            return made if self._flat else made[0]
+        if self._flat:
+            return made[0] if self._of_whole else made
+        if not settled.names:
+            return made[0]
         jacobian = dict(zip(settled.names, made, strict=False))
         return (jacobian, made[-1]) if settled.by_inputs else jacobian
 
     def learn(self, call: ModuleCall, sampled: SampledJacobian, result: Evaluation) -> None:
         """Keep what a call has shown for later ones of its kind, if these need nothing else."""
-        if not _is_one_tensor(call.arguments) or sampled.settles is None:
-            return
-        if call.output_dims != IN_FRONT:
+        is_usual = _is_one_tensor(call.arguments) and call.output_dims == IN_FRONT
+        if not is_usual or sampled.settles is None:
             return
         kind = kind_of(call.arguments[0][0])
         before = self._by_kind.get(kind)
@@ -96,7 +101,7 @@ def made_at_once(
     Args:
         beside: gives the tensors that the work takes beside, if there are any.
     """
-    if not (_are_usual(options) and _is_one_tensor(arguments)):
+    if options.batching is None or not (_are_usual(options) and _is_one_tensor(arguments)):
         return None
     (x,), _ = arguments
     with alone():
@@ -196,7 +201,7 @@ def _are_usual(options: ModuleOptions, beside: Sequence[Any] = ()) -> bool:
     """Are all outputs asked for of samples in front, all at once? So, too, ``beside`` these."""
     others = options.outputs, options.memory, options.chunk_size, *beside
     is_usual = not any(x is not None and x is not False for x in others)
-    return is_usual and options.batching is not None and _are_in_front(options.batching)
+    return is_usual and (options.batching is None or _are_in_front(options.batching))
 
 
 def _are_in_front(batching: Batching) -> bool:
@@ -228,9 +233,9 @@ def _counted(
     None where batches are to be compared now, where too many calls were taken anew, where others
     look at what torch does, or where nothing could be made.
     """
+    known = independence.known_at_next
     # with one sample nothing is compared
-    is_alone = settled.is_alone
-    calls = KnownCalls() if is_alone else independence.known_at_next(state, settled.kind)
+    calls = KnownCalls() if settled.is_alone else known(state, settled.kind)
     if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
         return None
     compared = settled.learned if independence.independent is True else calls

@@ -18,12 +18,15 @@ from jacfunc._rounding import agree
 from jacfunc._settled.outline import outline
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sources import Sources
-from jacfunc._torch import Graphs, MathAttention, recording
-from jacfunc._traces import Compiler, Executable, written_down
+from jacfunc._torch import MathAttention, recording
+from jacfunc._traces import WrittenWork
 from jacfunc._types import Leaves
 
 FEWEST_CALLS = 16
 """So many calls of a kind pay for writing down what they do."""
+
+MOST_WORKS = 4
+"""Works that are known of a kind of call."""
 
 MOST_MISSES = 3
 """After so many calls that had to be taken anew, a kind of call is no more tried so."""
@@ -76,15 +79,8 @@ class Sweep:
                 raise Nameless("parameters are used otherwise")
             return work(jacobian, beside)
 
-        graph = written_down(made, leaves, MOST_BYTES)
-        nodes = [*graph.graph.nodes]
-        detached = tuple([leaf.detach() for leaf in leaves])
-        self._executable = Executable(graph, detached, 0, Compiler("replay"))
-        self._executable(detached)  # what it is made of is not needed any more
-        for node in (*nodes, *self._executable.graph.graph.nodes):
-            node.meta.clear()  # which holds all that was computed
-        self._values, self._aliases = leaves, _repeated([x.data_ptr() for x in leaves])
-        self._repeated, self._count = dict[int, int](), len(leaves)
+        self._work = WrittenWork(made, leaves, MOST_BYTES)
+        self._values = leaves
         self._signature, self._kinds = recorder.signature, sources.kinds
 
     def fits(self, evaluated: Evaluated, beside: Leaves, expected: Leaves) -> bool:
@@ -94,12 +90,10 @@ class Sweep:
         """
         own, sources, out = evaluated
         leaves, values, self._values = self._leaves(sources, (out, *beside)), self._values, ()
-        if len(leaves) != self._count or not all(map(torch.equal, leaves, values)):
+        if len(leaves) != len(values) or not all(map(torch.equal, leaves, values)):
             return False
         self._outline = outline(out, own.starts, sources.told)
-        self._repeated = _repeated(list(map(id, leaves)))
-        self._are_alike = Graphs.guard_of_tensors(self._each_once(leaves))
-        self._are_settings = Graphs.guard_of_settings()
+        self._work.hold_for(leaves)
         if self._outline is None:
             return False
         results = self.result(evaluated, beside)
@@ -110,36 +104,14 @@ class Sweep:
         own, sources, out = evaluated
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return None
-        leaves, repeated = self._leaves(sources, (out, *beside)), self._repeated.items()
-        if len(leaves) != self._count or any(leaves[n] is not leaves[k] for n, k in repeated):
+        if outline(out, own.starts, sources.told) != self._outline or not sources.are_as_saved:
             return None
-        if not (self._are_alike(*self._each_once(leaves)) and self._are_settings()):
-            return None
-        if outline(out, own.starts, sources.told) != self._outline:
-            return None
-        if not sources.are_as_saved:
-            return None
-        pairs = self._aliases.items()
-        if any(leaves[n].data_ptr() != leaves[first].data_ptr() for n, first in pairs):
-            return None
-        return tuple(self._executable(leaves))
+        return self._work.result(self._leaves(sources, (out, *beside)))
 
     def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
         """All that the work may read, in one order for all evaluations of the kind."""
         arguments = [x for n in self.uses for x in sources.arguments.get(n, ())]
         return (*sources.saved, *arguments, *others)
-
-    def _each_once(self, leaves: Leaves) -> Leaves:
-        """The leaves without those that are repeated."""
-        repeated = self._repeated
-        return tuple([leaf for n, leaf in enumerate(leaves) if n not in repeated])
-
-
-def _repeated(marks: Sequence[int]) -> dict[int, int]:
-    """Numbers of marks that equal an earlier one, with the number of that."""
-    first: dict[int, int] = {}
-    numbers = {n: first.setdefault(mark, n) for n, mark in enumerate(marks)}
-    return {n: earlier for n, earlier in numbers.items() if n != earlier}
 
 
 class Evaluator(Protocol):
@@ -220,6 +192,19 @@ class KnownWork:
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
+
+
+class KnownWorks(dict[Work, KnownWork]):
+    """What is known of works at batches of one kind: of the first ones, as most callers do few."""
+
+    def known(self, work: Work) -> KnownWork:
+        """What is known of a work."""
+        known = self.get(work)
+        if known is None:
+            known = KnownWork(work)
+            if len(self) < MOST_WORKS:
+                self[work] = known
+        return known
 
 
 def _with_sources(

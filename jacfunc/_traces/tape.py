@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 from jacfunc._errors import Nameless
 from jacfunc._memory import DispatchMode
 from jacfunc._torch import Graphs
+from jacfunc._traces.traced import depends_on_numbers
 from jacfunc._types import Leaves
 
 _OURS = "jacfunc.", "torch."
@@ -124,7 +125,7 @@ class _Tape(DispatchMode):
         if func is _ATEN.promote_types.default:  # of kinds alone
             return result
         node = self.graph.call_function(func, *taken)
-        if func in _BY_ADDRESS or Graphs.draws(node):
+        if func in _BY_ADDRESS or Graphs.draws(node) or depends_on_numbers(node):
             raise Nameless(f"{func} is called, which does not do the same each time")
         self._kept.append((args, kwargs, result))
         if isinstance(result, Tensor):

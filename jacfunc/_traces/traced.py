@@ -51,7 +51,7 @@ def traced(func: Callable[..., Leaves], inputs: Leaves) -> GraphModule:
             "func must draw no random numbers, got one that does. Draw them outside, and pass "
             "them as arguments; call model.eval() against dropout."
         )
-    if any(map(_depends_on_numbers, graph.graph.nodes)):
+    if any(map(depends_on_numbers, graph.graph.nodes)):
         raise Nameless(
             "func must have outputs and steps whose shapes do not depend on numbers, got one that "
             "selects by a mask, or the like. Use torch.where."
@@ -160,7 +160,7 @@ def _caller(between: tuple[str, ...] = _BETWEEN) -> str:
         frame = frame.f_back
 
 
-def _depends_on_numbers(node: Node) -> bool:
+def depends_on_numbers(node: Node) -> bool:
     """Has it a shape that depends on numbers, as what a mask selects?"""
     if torch.Tag.dynamic_output_shape not in Graphs.tags_of(node):
         return False
