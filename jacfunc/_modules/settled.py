@@ -64,8 +64,7 @@ class SettledCalls:
         if settled is None or state_then is not state:
             return None
         make: Callable[..., Any] = settled.matrix if self._flat else settled.blocks
-        again = partial(make, state, x)
-        made = _counted(self._independence, state, settled, again)
+        made = _counted(self._independence, state, settled, partial(make, state, x))
         if made is None:
             return None
         if self._flat:
@@ -186,15 +185,15 @@ def _settle(
     """Keep what an evaluation of all samples has settled, if that is all but the numbers."""
     if not _is_of_all(call, batching) or call.output_dims != IN_FRONT:
         return
-    version, kind = call.state.version, kind_of(call.arguments[0][0])
-    before = _by_layers().get(version, kind)
+    of = call.state.version, kind_of(call.arguments[0][0])
+    before = _by_layers().get(*of)
     if before is not None and before.misses >= MOST_MISSES:
         return
     output, _ = made.value(factors.outputs, factors.extras)
     if settled := settled_by(batch, call.state, made, output):
         if before is not None:
             settled.works = before.works  # what was written down holds, too
-        _by_layers().put(version, kind, settled)
+        _by_layers().put(*of, settled)
 
 
 def _are_usual(options: ModuleOptions, beside: Sequence[Any] = ()) -> bool:
