@@ -115,7 +115,8 @@ def candidates(
         if total > 1 or not pushes:
             yield direction
         if direction.chunk_size is None and not by_layers:
-            yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
+            sizes = dict.fromkeys((*CHUNKS, costs.most_seeds(direction)))
+            yield from (replace(direction, chunk_size=size) for size in sizes if size < total)
         if pushes and total <= most_loops:
             yield Looped("columns")
         if not (pushes or by_layers) and 1 < total <= most_loops:
