@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._assembly import numel
-from jacfunc._forecasting.machine import LARGEST, Cost, Machine
+from jacfunc._forecasting.machine import LARGEST, MANY_COLUMNS, Cost, Machine
 from jacfunc._forecasting.machines import machine
 from jacfunc._forecasting.recording import Operation, Recorder, Unrecordable
 from jacfunc._linear_map import JacobianOperator
@@ -213,7 +213,8 @@ class Costs:
         )
 
     def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
-        """Seconds for each seed."""
+        if op.by_vector and not forward and 1 < seeds < MANY_COLUMNS:
+            return op.flops * self.speeds.few_products / (2 * seeds)
         flop = self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
         if not (op.flops and op.is_conv) or seeds == 1:  # torch's own convolution takes one image
             return op.flops * flop

@@ -40,6 +40,9 @@ TOUCHED = 2**21
 MATRIX_BYTES = 2**22
 """Bytes of a matrix that is read for one vector: more than the caches next to the processor."""
 
+MANY_COLUMNS = 16
+"""From so many on, the time of a product of matrices grows with their number."""
+
 MOST_SEEDS, MOST_IMAGES = 256, 64
 SIDE, FEW_CHANNELS = 16, 4
 """Of images that are convolved where no channels are taken together."""
@@ -95,6 +98,18 @@ class Machine:
         """Seconds of a multiplication or addition, in products with this many seeds at once."""
         seeds = power_of_four(seeds, 1, MOST_IMAGES if is_conv else MOST_SEEDS)
         return self._conv_flop(seeds, forward) if is_conv else self._flop(seeds)
+
+    @kept_property
+    def few_products(self) -> float:
+        """Seconds for each number of a matrix whose transpose multiplies a few columns.
+
+        Torch pulls rows back so through a product with a vector. Of up to fifteen columns MKL takes
+        as long as of many, and longer than of one by one.
+        """
+        number = self._ones().element_size()
+        side = math.isqrt(MATRIX_BYTES // number // 4)
+        matrix, columns = self._ones(side, side), self._ones(side, MANY_COLUMNS // 4)
+        return self._seconds(lambda: matrix.t() @ columns) / side**2
 
     @property
     def block(self) -> int:

@@ -28,6 +28,7 @@ class KnownMachine(Machine):
         super().__init__(device, dtype)
         self.know(COSTS, scaling=2e-4)
         self._number = dtype.itemsize / 4
+        vars(self).update(few_products=1.2e-9 * self._number)
 
     def _measure_write(self, size: int) -> float:
         return 3.4e-10 if size == FRESH else 4e-11

@@ -43,6 +43,7 @@ class Operation:
         channels: of a convolution, how many go in and come out; none of anything else.
         is_scaled: is a Python number among its arguments?
         widest: bytes of the largest of the arguments that are read; 0 where there is only one.
+        by_vector: is it a product of a matrix and a vector?
     """
 
     read: int = 0
@@ -53,6 +54,7 @@ class Operation:
     channels: tuple[int, int] = (0, 0)
     is_scaled: bool = False
     widest: int = 0
+    by_vector: bool = False
 
     @property
     def is_conv(self) -> bool:
@@ -150,6 +152,7 @@ class Recorder(PeakBytes):
                     (args[0].shape[1], result.shape[1]) if packet in CONVOLUTIONS else (0, 0),
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
                     0 if is_view or len(active) == 1 else max(x.nbytes for x in active),
+                    packet in VECTOR_PRODUCTS and packet is not aten.dot,
                 )
             )
         return result

@@ -143,11 +143,6 @@ class SecondCall(FirstDerivative):
         return self._call.call_kind.among("twice", size)
 
     @property
-    def maps_tensor_to_tensor(self) -> bool:
-        """Does the function take one tensor, return one, and are all rows asked for?"""
-        return self.chosen is None and self._call.maps_tensor_to_tensor
-
-    @property
     def may_share_module(self) -> bool:
         """May the function call a module, which another thread may be lending?"""
         return self._call.may_share_module

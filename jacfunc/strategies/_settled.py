@@ -11,13 +11,22 @@ from torch import Tensor
 from jacfunc._assembly import NEW_TENSORS, owned, rows_to_blocks, unit_seeds
 from jacfunc._calls import Derivation, FlatCall, OneTensor
 from jacfunc._faults import runs_alone, suspects
-from jacfunc._linear_map import EVERY, Anchor, Graph, Linearization, map_of_graph, writable_copy
+from jacfunc._linear_map import (
+    EVERY,
+    Anchor,
+    Graph,
+    Linearization,
+    map_of_graph,
+    one_by_one,
+    writable_copy,
+)
 from jacfunc._lock import alone
 from jacfunc._log import is_heard
 from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._torch import MathAttention, is_undisturbed, recording, run_as_written
 from jacfunc._types import Tree
 from jacfunc.strategies._evaluation import Evaluation
+from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._second import SecondCall
 from jacfunc.strategies._strategy import Strategy, Streaming
@@ -30,9 +39,9 @@ class SettledFunction:
     """What the calls of one derivative have settled, by the kind of their only argument.
 
     Of such a kind it is known that the function needs no watch and returns one tensor, and that all
-    rows are swept at once. Later calls are evaluated, and their graph is looked at and swept: they
-    take half the time of a small Jacobian. What differs from the calls before, in kind, output or
-    graph, or raises, is taken anew by the way of a first call.
+    rows are swept at once, or one by one. Later calls are evaluated, and their graph is looked at
+    and swept: they take half the time of a small Jacobian. What differs from the calls before, in
+    kind, output or graph, or raises, is taken anew by the way of a first call.
 
     Args:
         order: two for the Hessian of a function that returns one number.
@@ -41,7 +50,7 @@ class SettledFunction:
     def __init__(self, derivation: Derivation, strategy: Strategy, order: int = 1) -> None:
         self._func, self._strategy, self._order = derivation.func, strategy, order
         self._harmless = set[tuple[frozenset[Any], bool]]()
-        self._by_kind = Recent[tuple[torch.Size, bool]](MOST_KINDS)
+        self._by_kind = Recent[tuple[torch.Size, bool, bool]](MOST_KINDS)
         self._looks = Recent[int](MOST_KINDS)
 
     def evaluation(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Evaluation | None:
@@ -55,18 +64,20 @@ class SettledFunction:
             return None
         at: _AtPoint | None = None
         with suppress(RuntimeError):  # torch's; the way of a first call tells what it is about
-            at = self._linearized(x, *settled)
+            at = self._linearized(x, *settled[:2])
         evaluation = None
         if at is not None:
             with suppress(Exception):  # of a backward pass of the user's own
-                evaluation = self._evaluated(at, x)
+                evaluation = self._evaluated(at, x, settled[2])
         if evaluation is None:
             self._by_kind.pop(kind, None)
         return evaluation
 
     def look_at(self, call: FlatCall | SecondCall, evaluation: Evaluation) -> None:
         """Note whether later calls of this kind need no more than this one has shown."""
-        if torch.compiler.is_compiling() or not call.maps_tensor_to_tensor:
+        func: Any = call.func if isinstance(call, SecondCall) else call
+        has_all_rows = not (isinstance(call, SecondCall) and call.chosen is not None)
+        if torch.compiler.is_compiling() or not (has_all_rows and func.maps_tensor_to_tensor):
             return
         if not _is_plain(x := call.primals[0]):
             return
@@ -75,21 +86,26 @@ class SettledFunction:
         if looks == MOST_LOOKS:
             return
         self._looks.put(kind, looks + 1)
-        if not self._sweeps_once(call):
+        is_looped = self._sweeps_one_by_one(call)
+        if is_looped is None:
             return
         out = evaluation.value_and_aux()[0]
-        func = call if isinstance(call, FlatCall) else call.func
         is_alone = runs_alone(func, (torch.is_grad_enabled(), False, self._order))
         is_constant = out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
         if is_constant and is_alone is not None and (self._order == 1 or out.numel() == 1):
-            self._by_kind.put(kind, (out.shape, is_alone))
+            self._by_kind.put(kind, (out.shape, is_alone, is_looped))
 
-    def _sweeps_once(self, call: FlatCall | SecondCall) -> bool:
-        """Are all rows pulled back at once in all later calls of this kind?"""
+    def _sweeps_one_by_one(self, call: FlatCall | SecondCall) -> bool | None:
+        """Are rows pulled back one by one in all later calls of this kind, or all at once?
+
+        None where neither is known.
+        """
         chosen: Strategy | None = self._strategy
         if isinstance(chosen, Streaming):
             chosen = chosen.settled_for(call.call_kind)
-        return type(chosen) is Reverse and chosen.chunk_size is None
+        is_looped = chosen == Looped("rows")
+        is_settled = is_looped or (type(chosen) is Reverse and chosen.chunk_size is None)
+        return is_looped if is_settled else None
 
     def _linearized(self, x: Tensor, shape: torch.Size, is_alone: bool) -> _AtPoint | None:
         """The function at a point; None where the output, or the graph, is of another kind."""
@@ -111,14 +127,14 @@ class SettledFunction:
         linear = map_of_graph((out,), (), (target,), graph, differentiated=is_second)
         return _AtPoint(linear, anchor, starts, graph)
 
-    def _evaluated(self, at: _AtPoint, x: Tensor) -> Evaluation | None:
+    def _evaluated(self, at: _AtPoint, x: Tensor, is_looped: bool) -> Evaluation | None:
         outputs, linear = at.linear.outputs, at.linear
         if self._order == 2:
             second = self._gradient(at)
             if second is None:
                 return None
             linear = second
-        blocks = ((_only_block(linear, x),),)
+        blocks = ((_only_block(linear, x, is_looped),),)
         return Evaluation(OneTensor(), blocks, lambda: (outputs, ()), NEW_TENSORS)
 
     def _gradient(self, at: _AtPoint) -> Linearization | None:
@@ -152,12 +168,16 @@ class _AtPoint(NamedTuple):
     graph: Graph
 
 
-def _only_block(linear: Linearization, x: Tensor) -> Tensor:
+def _only_block(linear: Linearization, x: Tensor, is_looped: bool) -> Tensor:
     """The block ``[*out, *in]`` of the only output; what the user's tensors hold is copied."""
     outputs = linear.outputs
     (out,) = outputs
     if out.numel() > 1:
-        rows = owned(linear.pull_batch(unit_seeds(outputs, 0, out.numel())))
+        seeds = unit_seeds(outputs, 0, out.numel())
+        if is_looped:
+            rows = one_by_one(lambda seed: linear.sweep(seed, EVERY, EVERY), seeds)
+        else:
+            rows = owned(linear.pull_batch(seeds))
         return rows_to_blocks(rows, outputs, (x,))[0][0]
     assert linear.last is not None
     (row,) = linear.last((torch.ones_like(out),), EVERY, EVERY)

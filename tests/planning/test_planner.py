@@ -232,6 +232,23 @@ def test_blocks_that_together_are_more_than_the_heap_keeps_need_new_pages() -> N
         assert few - many == pytest.approx(seconds)
 
 
+def test_rows_of_a_product_with_a_vector_take_as_long_as_many() -> None:
+    machine: Any = Speeds()
+    machine.few_products = 1e-6
+    product = Operation(flops=200, by_vector=True)
+    for rows, seconds in ((1, 0.0), (2, 1e-4), (15, 1e-4), (16, 0.0)):
+        costs = Costs([product], rows, 10, [4], 4, 4, machine)
+        assert costs.seconds(Reverse()) - 2e-3 == pytest.approx(seconds)
+
+
+def test_products_with_a_vector_are_recorded_as_such() -> None:
+    matrix, x = torch.ones(3, 2), torch.ones(2)
+    with Recorder((x,)) as recorder:
+        (matrix @ x).sum() + x.dot(x) + (matrix @ x[:, None]).sum()
+    products = [op.by_vector for op in recorder.operations if op.flops]
+    assert products == [True, False, False]
+
+
 HEAT = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
 
 

@@ -411,3 +411,24 @@ def test_what_has_no_second_derivative_is_refused_later_too() -> None:
     for _ in range(CALLS):
         with pytest.raises(NotImplementedError, match="once_differentiable"):
             derive(X)
+
+
+def test_rows_one_by_one_are_settled_too() -> None:
+    for f in (lambda x: torch.tanh(W @ x), lambda x: x[None].expand(4, 3).cos(), lambda x: W * 1):
+        derive = settled(jacfunc.jacobian(f, strategy="looped"))
+        assert served(derive)
+        for step in range(3):
+            torch.testing.assert_close(derive(X + step), looped_jacobian(f, X + step))
+
+
+def test_a_wide_network_of_few_outputs_is_swept_row_by_row() -> None:
+    """Torch multiplies a large transposed matrix by few columns more slowly than one by one."""
+    wide = torch.randn(512, 512)
+    f = lambda x: torch.tanh(wide @ torch.tanh(wide @ x))[:4]  # noqa: E731
+    x = torch.randn(512)
+    assert jacfunc.plan(f, x).strategy == jacfunc.Looped()
+    assert jacfunc.plan(lambda x: f(x).repeat(8), x).strategy == jacfunc.Reverse()
+    assert jacfunc.plan(lambda x: torch.tanh(W.float() @ x[:3]), x).strategy == jacfunc.Reverse()
+    derive = settled(jacfunc.jacobian(f), x)
+    assert served(derive, x)
+    torch.testing.assert_close(derive(x), looped_jacobian(f, x))
