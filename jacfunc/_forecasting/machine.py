@@ -31,8 +31,11 @@ SHORT, LONG = 2, 12
 OPERATIONS, LENGTH = 2, 4
 """How many operations a link has, and how long its vectors are."""
 
-SMALLEST, SPACIOUS, LARGEST, FRESH = 4**8, 2**21, LARGE - 2**16, LARGE
-"""Bytes of results: in a cache, in memory, the most that a heap uses again, in new pages."""
+SMALLEST, SPACIOUS, LARGEST, FRESH = 4**8, 2**21, LARGE // 2 - 2**16, LARGE
+"""Bytes of results: in a cache, in memory, the most that a heap uses again, in new pages.
+
+The heap keeps four blocks that are just smaller than half of LARGE, and most sweeps have no more.
+"""
 
 TOUCHED = 2**21
 """Bytes that are written of a block of new pages: what is measured must not take much memory."""
