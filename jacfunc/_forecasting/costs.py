@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._assembly import numel
-from jacfunc._forecasting.machine import LARGEST, Cost, Machine
+from jacfunc._forecasting.machine import LARGEST, MANY_COLUMNS, Cost, Machine
 from jacfunc._forecasting.machines import machine
 from jacfunc._forecasting.recording import Operation, Recorder, Unrecordable
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._measuring import is_here
-from jacfunc._memory import LARGE, largest
+from jacfunc._memory import LARGE, evenly, largest
 from jacfunc._torch import below_transforms, is_pushing, uncompiled
 from jacfunc._types import Leaves, product_dtype
 from jacfunc.strategies import Sweeping
@@ -111,21 +111,9 @@ class Costs:
 
     def times(self, batch: int, is_copied: bool = False) -> Costs:
         """Costs of the function under vmap over a batch: as many operations, each of more bytes."""
-        scaled = [
-            replace(
-                op,
-                read=op.read * batch,
-                written=op.written * batch,
-                flops=op.flops * batch,
-                primal_bytes=op.primal_bytes * batch,
-                primal_flops=op.primal_flops * batch,
-                widest=op.widest * batch,
-            )
-            for op in self.operations
-        ]
         return replace(
             self,
-            operations=scaled,
+            operations=[op.times(batch) for op in self.operations],
             blocks=[batch * size for size in ([self.result] if is_copied else self.blocks)],
             outputs=self.outputs * batch,
             kept=self.kept * batch,
@@ -157,6 +145,12 @@ class Costs:
         else:  # by layers, gradients of parameters are not swept
             sizes = [op.read - op.primal_bytes * sweeps.by_layers for op in self.operations]
         return largest(sweeps.chunk_size, self.seeds(strategy)) * max(sizes, default=0)
+
+    def most_seeds(self, strategy: Sweeping) -> int:
+        """The size of even chunks of which no block of memory is larger than the heap keeps."""
+        pushes, block = strategy.sweeps.are_pushes, self.speeds.block
+        made = max((op.made(block, pushes) for op in self.operations), default=0)
+        return evenly(self.seeds(strategy), made, LARGEST)
 
     def seconds(self, strategy: Sweeping) -> float:
         """Seconds of all sweeps of the strategy, and of the evaluations that they need."""
@@ -219,12 +213,18 @@ class Costs:
         )
 
     def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
-        return op.flops * self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
+        if op.by_vector and not forward and 1 < seeds < MANY_COLUMNS:
+            return op.flops * self.speeds.few_products / (2 * seeds)
+        flop = self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
+        if not (op.flops and op.is_conv) or seeds == 1:  # torch's own convolution takes one image
+            return op.flops * flop
+        times, size = op.filled_up(self.speeds.block, forward)
+        return op.flops * flop * times + size * self.speeds.write(seeds * size)
 
     def _write_blocks(self) -> float:
-        """Seconds to copy all blocks into the result; large blocks go into freed pages."""
-        write = self.speeds.write
-        return sum(x * write(LARGEST if x >= LARGE else x) for x in self.blocks if x)
+        """Seconds to copy all blocks: large ones into freed pages, all others into one heap."""
+        write, together = self.speeds.write, sum(x for x in self.blocks if x < LARGE)
+        return sum(x * write(LARGEST if x >= LARGE else together) for x in self.blocks if x)
 
     def _write(self, size: int, widest: int = 0) -> float:
         # a cotangent for each argument, the widest of them so large, has memory of its own

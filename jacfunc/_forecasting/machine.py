@@ -9,7 +9,6 @@ from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jacfunc._assembly import basis
@@ -32,8 +31,11 @@ SHORT, LONG = 2, 12
 OPERATIONS, LENGTH = 2, 4
 """How many operations a link has, and how long its vectors are."""
 
-SMALLEST, LARGEST, FRESH = 4**8, 2**21, LARGE
-"""Bytes of results: in a cache, in memory that a heap uses again, in new pages."""
+SMALLEST, SPACIOUS, LARGEST, FRESH = 4**8, 2**21, LARGE // 2 - 2**16, LARGE
+"""Bytes of results: in a cache, in memory, the most that a heap uses again, in new pages.
+
+The heap keeps four blocks that are just smaller than half of LARGE, and most sweeps have no more.
+"""
 
 TOUCHED = 2**21
 """Bytes that are written of a block of new pages: what is measured must not take much memory."""
@@ -41,8 +43,15 @@ TOUCHED = 2**21
 MATRIX_BYTES = 2**22
 """Bytes of a matrix that is read for one vector: more than the caches next to the processor."""
 
-MOST_SEEDS, MOST_IMAGES = 256, 16
-SIDE = 32
+MANY_COLUMNS = 16
+"""From so many on, the time of a product of matrices grows with their number."""
+
+MOST_SEEDS, MOST_IMAGES = 256, 64
+SIDE, FEW_CHANNELS = 16, 4
+"""Of images that are convolved where no channels are taken together."""
+
+BLOCKS = {"AVX512": 16, "AVX2": 8}
+"""How many float32 numbers a vector unit takes at once."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,31 @@ class Machine:
 
     def write(self, size: float) -> float:
         """Seconds to write a byte of a result of this size."""
-        return self._write(FRESH if size > LARGEST else power_of_four(size, SMALLEST, LARGEST))
+        return self._write(FRESH if size > LARGEST else power_of_four(size, SMALLEST, SPACIOUS))
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         """Seconds of a multiplication or addition, in products with this many seeds at once."""
         seeds = power_of_four(seeds, 1, MOST_IMAGES if is_conv else MOST_SEEDS)
         return self._conv_flop(seeds, forward) if is_conv else self._flop(seeds)
+
+    @kept_property
+    def few_products(self) -> float:
+        """Seconds for each number of a matrix whose transpose multiplies a few columns.
+
+        Torch pulls rows back so through a product with a vector. Of up to fifteen columns MKL takes
+        as long as of many, and longer than of one by one.
+        """
+        number = self._ones().element_size()
+        side = math.isqrt(MATRIX_BYTES // number // 4)
+        matrix, columns = self._ones(side, side), self._ones(side, MANY_COLUMNS // 4)
+        return self._seconds(lambda: matrix.t() @ columns) / side**2
+
+    @property
+    def block(self) -> int:
+        """How many channels a convolution takes together: oneDNN fills vector units with them."""
+        is_onednn = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        units = torch.backends.cpu.get_cpu_capability() if is_onednn else ""
+        return BLOCKS.get(units, 1) if self._dtype == torch.float32 else 1
 
     @kept_property
     def evaluate(self) -> Cost:
@@ -148,19 +176,21 @@ class Machine:
         return self._seconds(product) / (2 * side**2 * seeds)
 
     def _measure_conv_flop(self, seeds: int, forward: bool) -> float:
-        """Seconds of a multiplication in a convolution of few channels, as whole Jacobians have."""
-        first, last = self._ones(4, 1, 3, 3), self._ones(1, 4, 3, 3)
+        """Seconds of a multiplication in a convolution of as many channels as it likes."""
+        channels = max(self.block, FEW_CHANNELS)
+        images, kernel = (
+            self._ones(seeds, channels, SIDE, SIDE),
+            self._ones(channels, channels, 3, 3),
+        )
+        how: Any = None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1
 
-        def func(image: Tensor) -> tuple[Leaves, Leaves]:
-            hidden = F.conv2d(image[None, None], first, padding=1)
-            return (F.conv2d(hidden, last, padding=1)[0, 0],), ()
+        def convolve() -> Any:
+            if forward:
+                return torch.ops.aten.convolution(images, kernel, *how)
+            asked = True, False, False
+            return torch.ops.aten.convolution_backward(images, images, kernel, *how, asked)
 
-        operator = JacobianOperator(func, (self._ones(SIDE, SIDE),))
-        if forward and seeds == 1:  # as an evaluation: forward mode would have to be set up
-            sweep = _evaluate(operator)
-        else:
-            sweep = (_push_batch if forward else _pull_batch)(operator, seeds)
-        return self._seconds(sweep) / (seeds * 2 * 2 * 4 * 9 * SIDE**2)
+        return self._seconds(convolve) / (seeds * 2 * channels**2 * 9 * SIDE**2)
 
     def _cost(self, way: Way, link: Link = lambda x, matrix: torch.tanh(matrix @ x)) -> Cost:
         matrix = self._ones(LENGTH, LENGTH) / 8

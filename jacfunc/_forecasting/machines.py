@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from jacfunc._forecasting.machine import FRESH, Cost, Machine
+from jacfunc._forecasting.machine import BLOCKS, FRESH, Cost, Machine
 
 COSTS = {
     "evaluate": Cost(3.2e-5, 3.2e-6),
@@ -28,6 +28,7 @@ class KnownMachine(Machine):
         super().__init__(device, dtype)
         self.know(COSTS, scaling=2e-4)
         self._number = dtype.itemsize / 4
+        vars(self).update(few_products=1.2e-9 * self._number)
 
     def _measure_write(self, size: int) -> float:
         return 3.4e-10 if size == FRESH else 4e-11
@@ -35,8 +36,12 @@ class KnownMachine(Machine):
     def _measure_flop(self, seeds: int) -> float:
         return self._number * (4e-11 if seeds == 1 else 1.2e-11)
 
+    @property
+    def block(self) -> int:
+        return BLOCKS["AVX512"]
+
     def _measure_conv_flop(self, seeds: int, forward: bool) -> float:
-        return self._number * 6e-10
+        return self._number * 1.2e-11
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,9 +40,10 @@ class Operation:
         flops: as torch counts them, once for each factor that depends on the primals.
         primal_bytes: bytes of the arguments that are primals themselves.
         primal_flops: FLOPs of the product with the derivative in those arguments.
-        is_conv: is it a convolution?
+        channels: of a convolution, how many go in and come out; none of anything else.
         is_scaled: is a Python number among its arguments?
         widest: bytes of the largest of the arguments that are read; 0 where there is only one.
+        by_vector: is it a product of a matrix and a vector?
     """
 
     read: int = 0
@@ -50,9 +51,44 @@ class Operation:
     flops: int = 0
     primal_bytes: int = 0
     primal_flops: int = 0
-    is_conv: bool = False
+    channels: tuple[int, int] = (0, 0)
     is_scaled: bool = False
     widest: int = 0
+    by_vector: bool = False
+
+    @property
+    def is_conv(self) -> bool:
+        """Is it a convolution?"""
+        return self.channels != (0, 0)
+
+    def times(self, batch: int) -> Operation:
+        """The operation of so many samples at once."""
+        return replace(
+            self,
+            read=self.read * batch,
+            written=self.written * batch,
+            flops=self.flops * batch,
+            primal_bytes=self.primal_bytes * batch,
+            primal_flops=self.primal_flops * batch,
+            widest=self.widest * batch,
+        )
+
+    def made(self, block: int, forward: bool) -> int:
+        """Bytes of the largest block of memory that it makes for a seed."""
+        if self.is_conv:
+            return self.filled_up(block, forward)[1]
+        return self.written if forward else min(self.widest, self.read) or self.read
+
+    def filled_up(self, block: int, forward: bool) -> tuple[float, int]:
+        """Of a convolution that takes so many channels together: what others would be are zeros.
+
+        Returns:
+            times how much it multiplies; and the bytes of what it makes for a seed.
+        """
+        into, out = (-(-count // block) * block / max(count, 1) for count in self.channels)
+        if forward:  # channels that go in are left out where they are zeros
+            return out, int(self.written * out)
+        return into * out, int(max(self.written * out, self.read * into))
 
 
 class Unrecordable(Exception):  # noqa: N818 (no error: the function runs unrecorded)
@@ -113,9 +149,10 @@ class Recorder(PeakBytes):
                     once * min(len(factors), 2),
                     primal_bytes,
                     once if any(memory_of(x) in self._primals for x in factors) else 0,
-                    packet in CONVOLUTIONS,
+                    (args[0].shape[1], result.shape[1]) if packet in CONVOLUTIONS else (0, 0),
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
                     0 if is_view or len(active) == 1 else max(x.nbytes for x in active),
+                    packet in VECTOR_PRODUCTS and packet is not aten.dot,
                 )
             )
         return result

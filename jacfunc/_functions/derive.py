@@ -36,8 +36,8 @@ def deriving(
     """
     api = derivation.api
     settled = None
-    if of is None and out is None and not (derivation.has_aux or torch.compiler.is_compiling()):
-        settled = SettledFunction(derivation, strategy)
+    if out is None and not (derivation.has_aux or torch.compiler.is_compiling()):
+        settled = SettledFunction(derivation, strategy, 1 if of is None else 2)
 
     # a module's __dict__ is its parameters: they are no attributes of the transformed function
     @wraps(derivation.func, updated=())

@@ -15,6 +15,9 @@ from jacfunc._units import in_seconds
 from jacfunc.strategies import Looped, Reverse, ReverseOverForward, Strategy, Structured, Sweeping
 
 CHUNKS = (512, 128)
+FEW_SEEDS = 16
+"""Up to so many seeds of a function, a loop without vmap comes into question, too."""
+
 RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.5}
 """Factors on forecast times of strategies that are far slower where the forecast errs."""
 
@@ -65,9 +68,9 @@ def by_sizes(operator: JacobianOperator, directions: Sequence[Direction]) -> Pla
     return Plan(first, reason, None, alternatives(first, directions, rows, columns))
 
 
-def fastest(costs: Costs, directions: Sequence[Direction]) -> Plan:
+def fastest(costs: Costs, directions: Sequence[Direction], most_loops: int = 1) -> Plan:
     """The plan with the least forecast seconds, weighted by the reluctance to risk far more."""
-    possible = list(candidates(costs, directions))
+    possible = list(candidates(costs, directions, most_loops=most_loops))
     sizes = f"{costs.rows} outputs, {costs.columns} inputs"
     if len(possible) == 1:
         reason = f"{sizes}: nothing else comes into question"
@@ -115,7 +118,8 @@ def candidates(
         if total > 1 or not pushes:
             yield direction
         if direction.chunk_size is None and not by_layers:
-            yield from (replace(direction, chunk_size=size) for size in CHUNKS if size < total)
+            sizes = dict.fromkeys((*CHUNKS, costs.most_seeds(direction)))
+            yield from (replace(direction, chunk_size=size) for size in sizes if size < total)
         if pushes and total <= most_loops:
             yield Looped("columns")
         if not (pushes or by_layers) and 1 < total <= most_loops:

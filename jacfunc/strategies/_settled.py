@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import NEW_TENSORS, owned, rows_to_blocks, unit_seeds
 from jacfunc._calls import Derivation, FlatCall, OneTensor
-from jacfunc._faults import runs_alone
-from jacfunc._linear_map import Anchor, Graph, Linearization, map_of_graph, writable_copy
+from jacfunc._faults import runs_alone, suspects
+from jacfunc._linear_map import (
+    EVERY,
+    Anchor,
+    Graph,
+    Linearization,
+    map_of_graph,
+    one_by_one,
+    writable_copy,
+)
 from jacfunc._lock import alone
 from jacfunc._log import is_heard
 from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._torch import MathAttention, is_undisturbed, recording, run_as_written
 from jacfunc._types import Tree
 from jacfunc.strategies._evaluation import Evaluation
+from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._second import SecondCall
 from jacfunc.strategies._strategy import Strategy, Streaming
@@ -30,14 +39,18 @@ class SettledFunction:
     """What the calls of one derivative have settled, by the kind of their only argument.
 
     Of such a kind it is known that the function needs no watch and returns one tensor, and that all
-    rows are swept at once. Later calls are evaluated, and their graph is looked at and swept: they
-    take half the time of a small Jacobian. What differs from the calls before, in kind, output or
-    graph, or raises, is taken anew by the way of a first call.
+    rows are swept at once, or one by one. Later calls are evaluated, and their graph is looked at
+    and swept: they take half the time of a small Jacobian. What differs from the calls before, in
+    kind, output or graph, or raises, is taken anew by the way of a first call.
+
+    Args:
+        order: two for the Hessian of a function that returns one number.
     """
 
-    def __init__(self, derivation: Derivation, strategy: Strategy) -> None:
-        self._func, self._strategy = derivation.func, strategy
-        self._by_kind = Recent[tuple[torch.Size, bool]](MOST_KINDS)
+    def __init__(self, derivation: Derivation, strategy: Strategy, order: int = 1) -> None:
+        self._func, self._strategy, self._order = derivation.func, strategy, order
+        self._harmless = set[tuple[frozenset[Any], bool]]()
+        self._by_kind = Recent[tuple[torch.Size, bool, bool]](MOST_KINDS)
         self._looks = Recent[int](MOST_KINDS)
 
     def evaluation(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Evaluation | None:
@@ -49,46 +62,58 @@ class SettledFunction:
         settled = self._by_kind.get(kind)
         if settled is None or not _is_plain(x) or is_heard():
             return None
-        linear = None
+        at: _AtPoint | None = None
         with suppress(RuntimeError):  # torch's; the way of a first call tells what it is about
-            linear = self._linearized(x, *settled)
-        if linear is not None:
+            at = self._linearized(x, *settled[:2])
+        evaluation = None
+        if at is not None:
             with suppress(Exception):  # of a backward pass of the user's own
-                return _evaluated(linear, x)
-        self._by_kind.pop(kind, None)
-        return None
+                evaluation = self._evaluated(at, x, settled[2])
+        if evaluation is None:
+            self._by_kind.pop(kind, None)
+        return evaluation
 
     def look_at(self, call: FlatCall | SecondCall, evaluation: Evaluation) -> None:
         """Note whether later calls of this kind need no more than this one has shown."""
-        if torch.compiler.is_compiling() or not isinstance(call, FlatCall):
+        func: Any = call.func if isinstance(call, SecondCall) else call
+        has_all_rows = not (isinstance(call, SecondCall) and call.chosen is not None)
+        if torch.compiler.is_compiling() or not (has_all_rows and func.maps_tensor_to_tensor):
             return
-        if not call.maps_tensor_to_tensor or not _is_plain(x := call.primals[0]):
+        if not _is_plain(x := call.primals[0]):
             return
         kind = _kind_of(x)
         looks = self._looks.get(kind, 0)
         if looks == MOST_LOOKS:
             return
         self._looks.put(kind, looks + 1)
-        if not self._sweeps_once(call):
+        is_looped = self._sweeps_one_by_one(call)
+        if is_looped is None:
             return
-        (out,), is_alone = evaluation.outputs, runs_alone(call, _around())
+        out = evaluation.value_and_aux()[0]
+        is_alone = runs_alone(func, (torch.is_grad_enabled(), False, self._order))
         is_constant = out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
-        if is_constant and is_alone is not None:
-            self._by_kind.put(kind, (out.shape, is_alone))
+        if is_constant and is_alone is not None and (self._order == 1 or out.numel() == 1):
+            self._by_kind.put(kind, (out.shape, is_alone, is_looped))
 
-    def _sweeps_once(self, call: FlatCall) -> bool:
-        """Are all rows pulled back at once in all later calls of this kind?"""
+    def _sweeps_one_by_one(self, call: FlatCall | SecondCall) -> bool | None:
+        """Are rows pulled back one by one in all later calls of this kind, or all at once?
+
+        None where neither is known.
+        """
         chosen: Strategy | None = self._strategy
         if isinstance(chosen, Streaming):
             chosen = chosen.settled_for(call.call_kind)
-        return type(chosen) is Reverse and chosen.chunk_size is None
+        is_looped = chosen == Looped("rows")
+        is_settled = is_looped or (type(chosen) is Reverse and chosen.chunk_size is None)
+        return is_looped if is_settled else None
 
-    def _linearized(self, x: Tensor, shape: torch.Size, is_alone: bool) -> Linearization | None:
+    def _linearized(self, x: Tensor, shape: torch.Size, is_alone: bool) -> _AtPoint | None:
         """The function at a point; None where the output, or the graph, is of another kind."""
         with recording(), MathAttention():
             anchor = x.detach().requires_grad_()
             copy = writable_copy(anchor)
             starts = {copy.grad_fn}  # before func, which may write into its argument
+            target = Anchor.at(anchor) if self._order == 1 else Anchor.behind(copy)
             with alone() if is_alone else nullcontext():
                 out = run_as_written(self._func, copy)
         if type(out) is not Tensor or out.shape != shape or out.dtype != x.dtype:
@@ -96,23 +121,71 @@ class SettledFunction:
         graph = Graph.back_to(starts, (out,))
         if graph.leads_out and torch.is_grad_enabled():  # somebody may differentiate the Jacobian
             return None
-        return map_of_graph((out,), (), (Anchor.at(anchor),), graph, differentiated=False)
+        is_second = self._order == 2
+        if is_second and suspects(graph.nodes):
+            return None
+        linear = map_of_graph((out,), (), (target,), graph, differentiated=is_second)
+        return _AtPoint(linear, anchor, starts, graph)
+
+    def _evaluated(self, at: _AtPoint, x: Tensor, is_looped: bool) -> Evaluation | None:
+        outputs, linear = at.linear.outputs, at.linear
+        if self._order == 2:
+            second = self._gradient(at)
+            if second is None:
+                return None
+            linear = second
+        blocks = ((_only_block(linear, x, is_looped),),)
+        return Evaluation(OneTensor(), blocks, lambda: (outputs, ()), NEW_TENSORS)
+
+    def _gradient(self, at: _AtPoint) -> Linearization | None:
+        """The gradient at a point, linearized; None where the tables of faults say more of it."""
+        (out,) = at.linear.outputs
+        with recording(), MathAttention():
+            (row,) = at.linear.pull((torch.ones_like(out),))
+            row = row.view(out.shape + row.shape) if out.dim() else row
+        kinds = frozenset(at.graph.nodes), at.graph.leads_out
+        if kinds not in self._harmless:
+            graph = Graph.back_to(at.starts, (row,))
+            if suspects(graph.nodes) or graph.leads_out != at.graph.leads_out:
+                return None
+            self._harmless.add(kinds)
+        return map_of_graph((row,), (), (Anchor.at(at.anchor),), at.graph, differentiated=False)
 
 
-def _evaluated(linear: Linearization, x: Tensor) -> Evaluation:
+class _AtPoint(NamedTuple):
+    """A function of one tensor at a point, whose graph is kept.
+
+    Args:
+        linear: the map of cotangents.
+        anchor: the point, from which the graph leads to the output.
+        starts: the nodes at which the graph begins.
+        graph: what lies behind the output.
+    """
+
+    linear: Linearization
+    anchor: Tensor
+    starts: set[Any]
+    graph: Graph
+
+
+def _only_block(linear: Linearization, x: Tensor, is_looped: bool) -> Tensor:
+    """The block ``[*out, *in]`` of the only output; what the user's tensors hold is copied."""
     outputs = linear.outputs
-    rows = owned(linear.pull_batch(unit_seeds(outputs, 0, outputs[0].numel())))
-    blocks = rows_to_blocks(rows, outputs, (x,))
-    return Evaluation(OneTensor(), blocks, lambda: (outputs, ()), NEW_TENSORS)
+    (out,) = outputs
+    if out.numel() > 1:
+        seeds = unit_seeds(outputs, 0, out.numel())
+        if is_looped:
+            rows = one_by_one(lambda seed: linear.sweep(seed, EVERY, EVERY), seeds)
+        else:
+            rows = owned(linear.pull_batch(seeds))
+        return rows_to_blocks(rows, outputs, (x,))[0][0]
+    assert linear.last is not None
+    (row,) = linear.last((torch.ones_like(out),), EVERY, EVERY)
+    return row.clone(memory_format=torch.contiguous_format).view(out.shape + x.shape)
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.device, torch.is_grad_enabled()
-
-
-def _around() -> tuple[bool, bool, int]:
-    """What the first derivative is evaluated for, where nobody differentiates by its argument."""
-    return torch.is_grad_enabled(), False, 1
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+import jacfunc.testing
 from jacfunc import Forward, Looped, Plan, Reverse, Structured
 from jacfunc._forecasting.costs import Costs
 from jacfunc._forecasting.machine import LARGEST, Cost
@@ -88,7 +89,7 @@ class Speeds:
         self._large_byte = large_byte
         self.evaluate = self.pull = self.pull_batch = self.push = self.push_batch = Millisecond()
         self.pull_each, self.scaling = Millisecond(), 0.0
-        self.device = torch.device("cpu")
+        self.device, self.block = torch.device("cpu"), 16
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         return self._flops[forward]
@@ -201,6 +202,63 @@ def test_a_sum_is_swept_backward_in_chunks_that_fit_into_freed_memory() -> None:
     machine: Any = SlowAtNewPages()
     costs = Costs(operations, 2000, 2000, [4], 4, 4, machine)
     assert fastest(costs, BOTH).strategy == Reverse(128)
+
+
+def test_a_convolution_of_few_channels_is_filled_up_with_zeros() -> None:
+    """A pullback multiplies zeros of both sides, a pushforward those that come out alone."""
+    one, many = (Operation(read=8, written=4, channels=size) for size in ((1, 4), (32, 16)))
+    assert one.filled_up(16, True) == (4, 16)
+    assert one.filled_up(16, False) == (64, 128)
+    assert one.filled_up(1, False) == (1, 8)
+    assert many.filled_up(16, True) == (1, 4)
+    assert many.filled_up(16, False) == (1, 8)
+
+
+def test_a_convolution_is_swept_in_chunks_that_fit_into_freed_memory_with_their_zeros() -> None:
+    """Of 32² numbers in one channel 1024 take 4 MiB, and 64 MiB with fifteen channels of zeros."""
+    machine: Any = SlowAtNewPages()
+    for channels, chunk in ((1, 205), (16, None), (0, None)):
+        images = Operation(read=2**12, written=2**12, flops=1, channels=(channels, channels))
+        costs = Costs([images], 1024, 1024, [4], 4, 4, machine)
+        assert fastest(costs, (Forward(),)).strategy == Forward(chunk)
+        assert fastest(costs, (Reverse(),)).strategy == Reverse(chunk)
+
+
+def test_blocks_that_together_are_more_than_the_heap_keeps_need_new_pages() -> None:
+    machine: Any = SlowAtNewPages()
+    for count, seconds in ((3, 0.0), (4, 2**24 * 1e-9)):
+        costs = Costs([Operation()], 10, 10, [2**22] * count, 40, 40, machine)
+        few, many = costs.seconds(Reverse(5)), replace(costs, blocks=[4]).seconds(Reverse(5))
+        assert few - many == pytest.approx(seconds)
+
+
+def test_rows_of_a_product_with_a_vector_take_as_long_as_many() -> None:
+    machine: Any = Speeds()
+    machine.few_products = 1e-6
+    product = Operation(flops=200, by_vector=True)
+    for rows, seconds in ((1, 0.0), (2, 1e-4), (15, 1e-4), (16, 0.0)):
+        costs = Costs([product], rows, 10, [4], 4, 4, machine)
+        assert costs.seconds(Reverse()) - 2e-3 == pytest.approx(seconds)
+
+
+def test_products_with_a_vector_are_recorded_as_such() -> None:
+    matrix, x = torch.ones(3, 2), torch.ones(2)
+    with Recorder((x,)) as recorder:
+        (matrix @ x).sum() + x.dot(x) + (matrix @ x[:, None]).sum()
+    products = [op.by_vector for op in recorder.operations if op.flops]
+    assert products == [True, False, False]
+
+
+HEAT = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+
+
+def test_a_stencil_by_convolution_is_planned_in_such_chunks() -> None:
+    def heat(u: Tensor) -> Tensor:
+        return nn.functional.conv2d(u[None, None], HEAT[None, None], padding=1)[0, 0] + u.sin()
+
+    with jacfunc.testing.known_machine():
+        plan = jacfunc.plan(heat, torch.zeros(32, 32))
+    assert plan.strategy == Forward(205)
 
 
 def test_a_batch_scales_bytes_and_products_alone() -> None:

@@ -299,3 +299,136 @@ def test_what_is_heard_is_said(caplog: pytest.LogCaptureFixture) -> None:
         derive(X)
         assert not served(derive)
     assert "Reverse" in caplog.text
+
+
+def looped_hessian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Second derivatives by plain autograd, row by row."""
+    return looped_jacobian(lambda x: _gradient(f, x), at).view(f(at.clone()).shape + at.shape * 2)
+
+
+def _gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    point = x if x.requires_grad else x.clone().requires_grad_()
+    out = f(point.clone())
+    return torch.autograd.grad(out.sum(), point, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "reverse-over-reverse"])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (W @ x).square().sum(),
+        lambda x: torch.tanh(W @ x).prod(),
+        lambda x: torch.tanh(W @ x).prod()[None, None],
+        lambda x: x.mul_(2).sin_().sum(),
+        lambda x: x.square().sum(),
+    ],
+    ids=["square", "product", "of one number", "writes", "diagonal"],
+)
+def test_settled_hessians_are_exact(f: Any, strategy: str) -> None:
+    derive = settled(jacfunc.hessian(f, strategy=strategy))
+    assert served(derive)
+    for step in range(3):
+        at = X + step
+        torch.testing.assert_close(derive(at), looped_hessian(f, at))
+        assert at.equal(X + step)
+        assert not derive(at).requires_grad
+
+
+def test_settled_hessians_of_what_has_none_are_zero() -> None:
+    for f in (lambda x: x.sum(), lambda x: W.sum()):
+        derive = settled(jacfunc.hessian(f))
+        assert derive(X).equal(torch.zeros(3, 3, dtype=torch.float64))
+
+
+def test_a_settled_hessian_does_half() -> None:
+    derive = settled(jacfunc.hessian(lambda x: torch.tanh(W @ x).prod()))
+    later = own_calls(lambda: derive(X))
+    anew = own_calls(lambda: derive(X.clone().requires_grad_()))  # which is never settled
+    assert later < 0.5 * anew
+    assert later < 110
+
+
+def test_a_gradient_is_pulled_back_without_a_batch() -> None:
+    derive = settled(jacfunc.jacrev(lambda x: (W @ x).square().sum()))
+    assert served(derive)
+    assert own_calls(lambda: derive(X)) < 52
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_what_a_hessian_closes_over_may_require_gradients_later(grad_mode: bool) -> None:
+    weight = W.clone()
+    derive = settled(jacfunc.hessian(lambda x: torch.tanh(weight @ x).sum()))
+    expected = derive(X)
+    weight.requires_grad_()
+    with torch.set_grad_enabled(grad_mode):
+        for _ in range(CALLS):
+            assert derive(X).requires_grad is grad_mode
+            torch.testing.assert_close(derive(X).detach(), expected)
+
+
+def test_other_outputs_and_rows_of_hessians_are_taken_anew() -> None:
+    mode = "number"
+
+    def f(x: Tensor) -> Any:
+        returned = {"number": lambda: x.prod(), "two": lambda: torch.stack([x.prod(), x[0] ** 2])}
+        return returned[mode]()
+
+    every, some = settled(jacfunc.hessian(f)), settled(jacfunc.hessian(f, rows=[1]))
+    expected = looped_hessian(f, X)
+    torch.testing.assert_close(some(X), expected[[1]])
+    assert served(every)
+    assert not served(some)
+    mode = "two"
+    assert every(X).shape == (2, 3, 3)
+    torch.testing.assert_close(every(X)[0], expected)
+    mode = "number"
+    torch.testing.assert_close(every(X), expected)
+
+
+class OnceAlone(torch.autograd.Function):
+    """A square whose backward pass must not be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> Tensor:
+        return 2 * cotangents[0] * ctx.saved_tensors[0]
+
+
+def test_what_has_no_second_derivative_is_refused_later_too() -> None:
+    by_formula = True
+
+    def f(x: Tensor) -> Tensor:
+        square: Tensor = x.square() if by_formula else OnceAlone.apply(x)
+        return square.sum()
+
+    derive = settled(jacfunc.hessian(f, strategy="reverse-over-reverse"))
+    by_formula = False
+    for _ in range(CALLS):
+        with pytest.raises(NotImplementedError, match="once_differentiable"):
+            derive(X)
+
+
+def test_rows_one_by_one_are_settled_too() -> None:
+    for f in (lambda x: torch.tanh(W @ x), lambda x: x[None].expand(4, 3).cos(), lambda x: W * 1):
+        derive = settled(jacfunc.jacobian(f, strategy="looped"))
+        assert served(derive)
+        for step in range(3):
+            torch.testing.assert_close(derive(X + step), looped_jacobian(f, X + step))
+
+
+def test_a_wide_network_of_few_outputs_is_swept_row_by_row() -> None:
+    """Torch multiplies a large transposed matrix by few columns more slowly than one by one."""
+    wide = torch.randn(512, 512)
+    f = lambda x: torch.tanh(wide @ torch.tanh(wide @ x))[:4]  # noqa: E731
+    x = torch.randn(512)
+    assert jacfunc.plan(f, x).strategy == jacfunc.Looped()
+    assert jacfunc.plan(lambda x: f(x).repeat(8), x).strategy == jacfunc.Reverse()
+    assert jacfunc.plan(lambda x: torch.tanh(W.float() @ x[:3]), x).strategy == jacfunc.Reverse()
+    derive = settled(jacfunc.jacobian(f), x)
+    assert served(derive, x)
+    torch.testing.assert_close(derive(x), looped_jacobian(f, x))
