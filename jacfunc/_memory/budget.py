@@ -19,8 +19,9 @@ HEAP_SHARE = 2
 """A piece counts at most this part of its room: the heap of a CPU takes more than its tensors."""
 
 
-PLENTY = 2
-"""Where so many times all samples would fit, by what one takes, they come at once."""
+PLENTY = 4
+"""Where so many times all samples would fit, by what some take, the others come at once, and are
+not counted."""
 
 
 class Budget:
@@ -116,9 +117,10 @@ class Budget:
         """What ``work(start, stop)`` returns of consecutive samples, as many at once as fit.
 
         One sample comes first, which must fit, and two after it: one alone may be spared some
-        copies. Two are left out where memory is plenty. Where n samples take b bytes, k·n take at
-        most k·b. No piece is done twice, as work may add to a sum. Free pages of the heap go back
-        before each piece: they lie between what is kept, and what comes next may fit nowhere there.
+        copies. Where memory is plenty, all others come after it. Where n samples take b bytes, k·n
+        take at most k·b. No piece is done twice, as work may add to a sum. Free pages of the heap
+        go back before each piece: they lie between what is kept, and what comes next may fit
+        nowhere there.
 
         Args:
             at_most: samples at once; None for no limit.
@@ -141,7 +143,8 @@ class Budget:
             before = self._counter.live
             with PeakBytes() as counter:
                 answer = work(start, stop)
-            self.counted = counter.peak
+            # what was there before, and was only for this piece, is there anew for the next one
+            self.counted = counter.peak + max(0, before - self._counter.live)
             if start == 0:
                 result += sum(leaf.nbytes for leaf in answer) * total // max(stop, 1)
             yield answer
@@ -150,8 +153,8 @@ class Budget:
             assert room is not None
             if step == 1:
                 self._check(before + counter.peak + result)
-            of_piece = step * max(room - spare(), 0) // (HEAP_SHARE * max(counter.peak, 1))
-            most_next = most if step > 1 or of_piece >= PLENTY * most else min(most, 2)
-            fitting = min(most_next, max(1, of_piece))
-            is_settled = start > 0 and step <= fitting <= GROWTH * step
+            of_piece = step * max(room - spare(), 0) // (HEAP_SHARE * max(self.counted, 1))
+            is_plenty = of_piece >= PLENTY * most
+            fitting = min(most if step > 1 or is_plenty else min(most, 2), max(1, of_piece))
+            is_settled = is_plenty or (start > 0 and step <= fitting <= GROWTH * step)
             start, step = max(stop, 1), fitting

@@ -16,7 +16,7 @@ from jacfunc._lock import kept_property
 from jacfunc._log import note
 from jacfunc._memory import MODEST_BYTES, Budget
 from jacfunc._modules import FEW_CALLS, ModuleCall
-from jacfunc._samples import SampledCall
+from jacfunc._samples import SampledCall, is_new
 from jacfunc._streams.held import Cell, HeldSamples
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves, Tree
@@ -41,6 +41,7 @@ class StreamedCall:
     ) -> None:
         self.batch, self.budget, self.names = batch, budget, tuple(call.state.point)
         self._call, self._random_state = call, random_state
+        self._first: list[tuple[HeldSamples, FlatCall]] = []
 
     def answer(self, work: Callable[[], ResultT]) -> ResultT:
         """What ``work`` returns; it changes nothing outside, and draws what the call would have."""
@@ -88,7 +89,13 @@ class StreamedCall:
         if not self.is_grouped:
             return self.evaluated()
         self.check_independent()
-        return self.between(0, min(2, self.size))  # a first evaluation takes more than others
+        if self.batch is not None and is_new(
+            self.batch
+        ):  # a first evaluation takes more than others
+            self.between(0, min(2, self.size))
+        with self.budget.keeping():  # the first group, unless it is taken again
+            self._first.append(self.between(0, min(1, self.size)))
+        return self._first[0]
 
     def groups(
         self, work: Callable[[slice, HeldSamples], None], result: int, spare: Callable[[], int]
@@ -101,10 +108,11 @@ class StreamedCall:
         """
 
         def take(start: int, stop: int) -> Leaves:
-            if self.is_grouped:
-                work(slice(start, stop), self.between(start, stop)[0])
-            else:
+            if not self.is_grouped:
                 work(EVERY, self.every[0])
+                return ()
+            group = self._first.pop() if self._first else self.between(start, stop)
+            work(slice(start, stop), group[0])
             return ()
 
         total = self.size if self.is_grouped else 1
