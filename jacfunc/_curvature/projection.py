@@ -17,7 +17,7 @@ from jacfunc._factored import FactoredJacobian, NamedParts
 from jacfunc._lending import Select
 from jacfunc._linear_map import LeafNumbers
 from jacfunc._losses import check_loss, is_of_torch
-from jacfunc._memory import DRAWN_BYTES
+from jacfunc._memory import DRAWN_BYTES, at_most
 from jacfunc._modules import (
     Batching,
     BatchOptions,
@@ -225,10 +225,9 @@ class Projections:
         num_seeds, num_samples = cotangents[0].shape[:2]
         shape = (num_samples, num_seeds, self.signs.size)
         zeros = partial(cotangents[0].new_zeros, dtype=product_dtype(*leaves))
-        at_once = at_batch.budget.at_most(DRAWN_BYTES)
 
         def project(named: NamedParts) -> Leaves:
-            return self.signs.projected(named, at_batch.params, zeros(shape), at_once)
+            return self.signs.projected(named, at_batch.params, zeros(shape), at_most(DRAWN_BYTES))
 
         rows = at_batch.contracted(jacobian, cotangents, project, of)
         return tuple(row.to(dtype) for row in rows)

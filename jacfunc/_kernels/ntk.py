@@ -142,9 +142,8 @@ def ntk(
     func, params = _called(func, params, batched)
     if isinstance(func, nn.Module):
         choices = _selected(params, select), Batching(in_dims, randomness), chunk_size, memory
-        options = BatchOptions.read(
-            *(API, func, *choices, independent, chunk_size), stays=stays, outputs=asked
-        )
+        how = *choices, independent, chunk_size
+        options = BatchOptions.read(API, func, *how, stays=stays, outputs=asked)
         if x2 is None and out is None and not stays:
             kernel = kernel_at_once(options, (positional(x1), {}), axes)
             if kernel is not None:
@@ -153,13 +152,14 @@ def ntk(
         samples_at: SamplesAt = partial(_kept_at, options, budget)
     else:
         budget = _budget_of_function(select, randomness, chunk_size, memory)
-        how = {"in_dims": in_dims, "randomness": randomness, "asked": asked}
-        samples_at = partial(samples_of, API, func, params, **how)
+        own = {"in_dims": in_dims, "randomness": randomness, "asked": asked}
+        samples_at = partial(samples_of, API, func, params, **own)
 
-    ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
-    if out is not None:
-        places.check_unread(func, params, x1, x2)
-    return product_of(ranges[0], ranges[-1], axes, progress, places)
+    with budget.around():
+        ranges = in_ranges(sides_of(API, sides, samples_at), axes, chunk_size, budget)
+        if out is not None:
+            places.check_unread(func, params, x1, x2)
+        return product_of(ranges[0], ranges[-1], axes, progress, places)
 
 
 def gram(func: Callable[..., OutT], argnums: Argnums = 0) -> Callable[..., OutT]:

@@ -11,7 +11,7 @@ from jacfunc._assembly import Places, shared_units, stack
 from jacfunc._factored import FactoredJacobian, NamedParts, Part, written
 from jacfunc._kernels.blocks import KeptAxes, product_of
 from jacfunc._kernels.fitting import in_ranges
-from jacfunc._memory import MULTIPLIED_BYTES, sparing
+from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._rounding import contracting
 from jacfunc._trees import flatten
@@ -29,10 +29,10 @@ def gram_of_samples(
     as the mean is not 10⁸ times as large as what is left. So no row is written for it.
     """
     axes, first_batch = KeptAxes((), ()), batches[0]
-    ranges = in_ranges([batches], axes, first_batch.chunk_size, first_batch.budget)
-    precise = torch.float64 if center else dtype
-    around = sparing(first_batch.call.independence.memory)
-    with contracting(first_batch.params.values()), around:
+    budget, precise = first_batch.budget, torch.float64 if center else dtype
+    with budget.around():
+        ranges = in_ranges([batches], axes, first_batch.chunk_size, budget)
+    with contracting(first_batch.params.values()), budget.around():
         places = Places.of(first_batch.api, None)
         tree = product_of(ranges[0], ranges[0], axes, None, places, precise)
         (kernel,) = filter(is_tensor, flatten(tree)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -18,6 +19,9 @@ KEPT_BYTES = LARGE - 2**16
 
 MAPPED_SHARE, LEAST_MAPPED = 128, 2**16
 """On a budget, a block of more than this part of it has pages of its own, but for small blocks."""
+
+WORK_SHARE = 32
+"""On a budget, what work makes at a time takes at most this part of it."""
 
 M_MMAP_THRESHOLD = -3
 """The number that mallopt(3) has for the size from which blocks have pages of their own."""
@@ -35,29 +39,54 @@ def keep_heap() -> None:
     torch.UntypedStorage(KEPT_BYTES)  # no operation: modes and transforms would see one
 
 
+class _Here(threading.local):
+    """The budgets of the calls that this thread is in."""
+
+    def __init__(self) -> None:
+        self.budgets: list[int] = []
+
+
+_here = _Here()
+
+
+def at_most(nbytes: int) -> int:
+    """So many bytes, or a small part of the budget of the call around, if that is less.
+
+    There may be copies, and what lies between those bytes and the others that work is counted by.
+    """
+    return min((nbytes, *(max(1, budget // WORK_SHARE) for budget in _here.budgets)))
+
+
+def is_on_a_budget() -> bool:
+    """Has the call around a budget of bytes?"""
+    return bool(_here.budgets)
+
+
 def sparing(nbytes: int | None) -> AbstractContextManager[None]:
     """A context for work on a budget of bytes, in which large blocks go back as they are freed.
 
     In a heap that is kept, what is freed may be too small for the next block, or lie between blocks
     in use: the process takes up to twice the bytes of its tensors. So blocks get pages of their
-    own, which costs time to have them anew.
+    own, which costs time to have them anew. What is made at once is less, too: see :func:`at_most`.
     """
-    heap = None if nbytes is None else _heap()
-    if nbytes is None or heap is None:
-        return nullcontext()
-    return _sparing(heap, max(LEAST_MAPPED, nbytes // MAPPED_SHARE))
+    return nullcontext() if nbytes is None else _sparing(nbytes, _heap())
 
 
 @contextmanager
-def _sparing(heap: _Heap, size: int) -> Iterator[None]:
-    with alone():
-        heap.map_from(*heap.sizes, size)
+def _sparing(nbytes: int, heap: _Heap | None) -> Iterator[None]:
+    size = max(LEAST_MAPPED, nbytes // MAPPED_SHARE)
+    _here.budgets.append(nbytes)
+    if heap is not None:
+        with alone():
+            heap.map_from(*heap.sizes, size)
     try:
         yield
     finally:
-        with alone():
-            heap.sizes.remove(size)
-            heap.map_from(*heap.sizes)
+        _here.budgets.remove(nbytes)
+        if heap is not None:
+            with alone():
+                heap.sizes.remove(size)
+                heap.map_from(*heap.sizes)
 
 
 class _Heap:

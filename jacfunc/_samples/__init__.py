@@ -11,4 +11,4 @@ from jacfunc._samples.one import (
     SampleBlocks,
     first_again,
 )
-from jacfunc._samples.writing import SampleWriter
+from jacfunc._samples.writing import SampleWriter, is_new

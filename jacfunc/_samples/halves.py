@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import FactoredJacobian
-from jacfunc._memory import LEAST_SWEPT_BYTES, evenly
+from jacfunc._memory import LEAST_SWEPT_BYTES, at_most, evenly
 from jacfunc._types import Leaves
 
 MOST_HALVES = 6
@@ -166,7 +166,7 @@ class PulledGroups:
     def __init__(self, jacobian: FactoredJacobian, noises: Leaves) -> None:
         self._pull, self._noises = jacobian.linearization.pull_batch, noises
         inside = groups_of(jacobian.size).flip(0)
-        at_once = evenly(len(inside), 2 * jacobian.nbytes, LEAST_SWEPT_BYTES)
+        at_once = evenly(len(inside), 2 * jacobian.nbytes, at_most(LEAST_SWEPT_BYTES))
         is_whole = at_once == len(inside)
         self._every = [inside] if is_whole else [inside[:1], *inside[1:].split(at_once)]
         self._kept: Leaves | None = None

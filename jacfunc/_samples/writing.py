@@ -19,6 +19,11 @@ SWEPT_SHARE = 5
 """The bytes of cotangents that are swept at once are a fifth of the result's, within limits."""
 
 
+def is_new(batch: SampledCall) -> bool:
+    """Has no call of this kind shown anything yet?"""
+    return not (batch.learned_as_a_whole.lessons or LearnedUses.of(batch.kind).refused)
+
+
 @dataclass
 class SampleWriter:
     """Writes blocks of samples, a chunk at a time, into the places that the sink gives.
@@ -39,7 +44,7 @@ class SampleWriter:
 
     def leaves(self, samples: Chunk, rows: Chunk) -> Leaves:
         """Blocks ``[B, *out, *in]``, outputs and extras of all samples, one after the other."""
-        total, is_first = self.batch.size, self._is_first
+        total, is_first = self.batch.size, is_new(self.batch)
 
         def take(start: int, stop: int) -> Leaves:
             factors, call = self.batch.factors(start, stop)
@@ -64,12 +69,6 @@ class SampleWriter:
         chunks = first_again(in_chunks(total, samples, take), total, outputs_of, again)
         leaves = stack(chunks, total)
         return leaves if self.places is None else (*self.places, *leaves)
-
-    @property
-    def _is_first(self) -> bool:
-        """Has no call of this kind shown anything yet?"""
-        batch = self.batch
-        return not (batch.learned_as_a_whole.lessons or LearnedUses.of(batch.kind).refused)
 
     def _blocks(self, factors: FactoredJacobian) -> Leaves:
         """Blocks as new tensors, each of one sweep."""

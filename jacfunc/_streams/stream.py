@@ -22,8 +22,9 @@ from jacfunc._modules import (
 )
 from jacfunc._outputs import Outputs
 from jacfunc._showing import named
-from jacfunc._streams.held import ParameterBlocks, RowBlocks
-from jacfunc._streams.streamed import GroupedSamples, StreamedCall, held
+from jacfunc._streams.held import RowBlocks
+from jacfunc._streams.parameters import ParameterBlocks
+from jacfunc._streams.streamed import GroupedSamples, StreamedCall
 from jacfunc._torch import RandomState, inside_transform
 from jacfunc._trees import flatten, unflatten
 from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
@@ -113,7 +114,8 @@ def stream_jacobian(
         evaluation, of a block, of a copy of the module and the batch, and of what is kept for the
         blocks to come: factors of layers, or blocks where these are smaller, of up to an eighth of
         the free memory. Beyond that, and for parameters that no rule in ``jacfunc.layers`` knows,
-        rows are pulled back again for the parameters that are left.
+        rows are pulled back again for the parameters that are left. With ``memory``, by parameters,
+        as many samples are evaluated at once as fit.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:
@@ -169,11 +171,13 @@ def _check_by(by: object, per_sample: bool) -> None:
 
 
 def _by_params(call: StreamedCall, chunk_size: int | None) -> Items:
-    samples, flat = call.answer(call.evaluated)
-    blocks = ParameterBlocks(samples, *held(call.budget, samples, chunk_size))
+    samples, flat = call.answer(call.some)
+    shapes = samples.shapes
+    del samples  # or their graph would stay
+    blocks = ParameterBlocks(call, shapes, chunk_size)
     for number, name in enumerate(call.names):
         rows = call.answer(partial(blocks.of, number))
-        yield name, flat.output_tree(list(map(call.shaped, rows, samples.outputs)))
+        yield name, flat.output_tree(list(map(call.shaped, rows, shapes.outputs)))
         del rows  # or they would stay beside the next block
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from jacfunc._calls import FlatCall, OfCalls
 from jacfunc._errors import Refused
 from jacfunc._factored import Direct, FactoredJacobian
-from jacfunc._linear_map import JacobianOperator, linearize
+from jacfunc._linear_map import EVERY, JacobianOperator, linearize
+from jacfunc._lock import kept_property
 from jacfunc._log import note
-from jacfunc._memory import MODEST_BYTES, MOST_SWEPT_BYTES, Budget, Chunk, FittedChunks, free_bytes
+from jacfunc._memory import MODEST_BYTES, Budget
 from jacfunc._modules import FEW_CALLS, ModuleCall
-from jacfunc._samples import SampledCall
+from jacfunc._samples import SampledCall, is_new
 from jacfunc._streams.held import Cell, HeldSamples
 from jacfunc._torch import RandomState
 from jacfunc._types import Leaves, Tree
@@ -23,21 +24,8 @@ from jacfunc.strategies import Structured, in_words_of
 
 ResultT = TypeVar("ResultT")
 
-HELD_SHARE = 8
-"""What is held for later blocks may take an eighth of the free memory, if no budget is given."""
-
 GRAPH = 4
 """The graph of an evaluation keeps about as much as the cotangents of four rows."""
-
-
-def held(budget: Budget, samples: HeldSamples, size: int | None) -> tuple[int, Chunk]:
-    """Bytes that may be held for later blocks, and how many rows are swept at once."""
-    room = budget.room(samples.most_bytes)
-    if room is None and samples.factor_bytes <= MODEST_BYTES:
-        return MODEST_BYTES, size
-    if room is None:
-        return max(MODEST_BYTES, free_bytes(samples.params[0].device) // HELD_SHARE), size
-    return room // 2, FittedChunks(room // 2, size)
 
 
 class StreamedCall:
@@ -53,6 +41,7 @@ class StreamedCall:
     ) -> None:
         self.batch, self.budget, self.names = batch, budget, tuple(call.state.point)
         self._call, self._random_state = call, random_state
+        self._first: list[tuple[HeldSamples, FlatCall]] = []
 
     def answer(self, work: Callable[[], ResultT]) -> ResultT:
         """What ``work`` returns; it changes nothing outside, and draws what the call would have."""
@@ -77,16 +66,58 @@ class StreamedCall:
 
     def evaluated(self) -> tuple[HeldSamples, FlatCall]:
         """All samples, evaluated once for all blocks, and the call of one, for its trees."""
-        self.check_independent()
         with self.budget.keeping():
-            if self.batch is not None:
-                return self.between(0, self.size)
-            flat = self._call.flat_call()
-            return HeldSamples(_factors(flat), self._most_swept), flat
+            return self.every
+
+    @kept_property
+    def every(self) -> tuple[HeldSamples, FlatCall]:
+        """All samples, evaluated, and the call of one."""
+        self.check_independent()
+        if self.batch is not None:
+            return self.between(0, self.size)
+        flat = self._call.flat_call()
+        return HeldSamples(_factors(flat)), flat
 
     @property
-    def _most_swept(self) -> int:
-        return self.budget.at_most(MOST_SWEPT_BYTES)
+    def is_grouped(self) -> bool:
+        """Are samples evaluated some after the other, and anew for each sweep?"""
+        batch = self.batch
+        return not (self.budget.is_open or batch is None or batch.samples.randomness == "different")
+
+    def some(self) -> tuple[HeldSamples, FlatCall]:
+        """Samples that show what blocks look like: all if they are not grouped, else few."""
+        if not self.is_grouped:
+            return self.evaluated()
+        self.check_independent()
+        if self.batch is not None and is_new(
+            self.batch
+        ):  # a first evaluation takes more than others
+            self.between(0, min(2, self.size))
+        with self.budget.keeping():  # the first group, unless it is taken again
+            self._first.append(self.between(0, min(1, self.size)))
+        return self._first[0]
+
+    def groups(
+        self, work: Callable[[slice, HeldSamples], None], result: int, spare: Callable[[], int]
+    ) -> Iterator[None]:
+        """Hand all samples to ``work``, evaluated, as many at once as fit.
+
+        Args:
+            result: bytes that must be left.
+            spare: bytes that ``work`` may keep beside that.
+        """
+
+        def take(start: int, stop: int) -> Leaves:
+            if not self.is_grouped:
+                work(EVERY, self.every[0])
+                return ()
+            group = self._first.pop() if self._first else self.between(start, stop)
+            work(slice(start, stop), group[0])
+            return ()
+
+        total = self.size if self.is_grouped else 1
+        for _ in self.budget.pieces(total, None, take, result, spare):
+            yield
 
     def between(self, start: int, stop: int) -> tuple[HeldSamples, FlatCall]:
         """The samples from start to stop: evaluated."""
@@ -98,7 +129,7 @@ class StreamedCall:
         except Exception as error:
             batch.check_randomness(error)
             raise
-        return HeldSamples(factors, self._most_swept), flat
+        return HeldSamples(factors), flat
 
     def go_on(self) -> None:
         """Let the samples that follow draw other numbers, if each sample draws its own."""
@@ -180,7 +211,9 @@ class SampleGroup:
             for leaf in leaves:
                 samples.sweep(leaf, None, self._cells.append)
         size, some = stop - start, slice(start - self.start, stop - self.start)
-        every = [samples.places(i, size, out.numel()) for i, out in enumerate(samples.outputs)]
+        every = [
+            samples.shapes.places(i, size, out.numel()) for i, out in enumerate(samples.outputs)
+        ]
         for cell in self._cells:
             blocks = [block[:, cell.rows] for block in every[cell.leaf]]
             samples.factors.write(cell.of(some, cell.rows), blocks)
