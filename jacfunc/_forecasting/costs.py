@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from jacfunc._assembly import numel
-from jacfunc._forecasting.machine import LARGEST, MANY_COLUMNS, Cost, Machine
+from jacfunc._forecasting.machine import LARGEST, MANY_COLUMNS, SPACIOUS, Cost, Machine
 from jacfunc._forecasting.machines import machine
 from jacfunc._forecasting.recording import Operation, Recorder, Unrecordable
 from jacfunc._linear_map import JacobianOperator
@@ -152,6 +152,11 @@ class Costs:
         made = max((op.made(block, pushes) for op in self.operations), default=0)
         return evenly(self.seeds(strategy), made, LARGEST)
 
+    @property
+    def most_loops(self) -> int:
+        """Up to so many seeds a loop may be faster: one, or as many as torch pulls back badly."""
+        return MANY_COLUMNS if any(op.by_vector for op in self.operations) else 1
+
     def seconds(self, strategy: Sweeping) -> float:
         """Seconds of all sweeps of the strategy, and of the evaluations that they need."""
         sweeps, total = strategy.sweeps, self.seeds(strategy)
@@ -168,10 +173,7 @@ class Costs:
     def _by_layers(self) -> float:
         """Seconds by layers: all operations are looked at; no gradients are made but the result."""
         overhead = LOOKING * self.speeds.evaluate.seconds(len(self.operations))
-        passing = [
-            replace(op, read=op.read - op.primal_bytes, flops=op.flops - op.primal_flops)
-            for op in self.operations
-        ]
+        passing = [op.without_primals() for op in self.operations]
         # convolutions are unfolded, and are matrix products then
         flops = self.rows * sum(op.primal_flops for op in self.operations)
         products = flops * (self.of_products or self.speeds).flop(self.rows, False, False)
@@ -188,7 +190,7 @@ class Costs:
     def evaluation(self) -> float:
         """Seconds of an evaluation that keeps its graph."""
         return self.speeds.evaluate.seconds(len(self.operations)) + sum(
-            self._multiply(op, 1, True) + self._write(op.written) for op in self.operations
+            self.speeds.multiply(op, 1, True) + self._write(op.written) for op in self.operations
         )
 
     def _pull(self, seeds: int, sweeps: int = 1) -> float:
@@ -197,8 +199,9 @@ class Costs:
         else:
             cost = self.speeds.pull if sweeps == 1 else self.speeds.pull_each
         return cost.seconds(len(self.operations)) + sum(
-            seeds * self._multiply(op, seeds, False)
-            + self._write(seeds * op.read, seeds * min(op.widest, op.read))
+            seeds * self.speeds.multiply(op, seeds, False)
+            + self._write(seeds * (op.read - op.primal_bytes), seeds * min(op.widest, op.read))
+            + self._keep(seeds * op.primal_bytes)
             for op in self.operations
         )
 
@@ -208,23 +211,17 @@ class Costs:
         if scaled := sum(op.is_scaled for op in self.operations):
             overhead += scaled * self.speeds.scaling
         return overhead + sum(
-            (seeds + 1) * self._multiply(op, seeds, True) + self._write(seeds * op.written)
+            (seeds + 1) * self.speeds.multiply(op, seeds, True) + self._write(seeds * op.written)
             for op in self.operations
         )
 
-    def _multiply(self, op: Operation, seeds: int, forward: bool) -> float:
-        if op.by_vector and not forward and 1 < seeds < MANY_COLUMNS:
-            return op.flops * self.speeds.few_products / (2 * seeds)
-        flop = self.speeds.flop(seeds, op.is_conv, forward) if op.flops else 0.0
-        if not (op.flops and op.is_conv) or seeds == 1:  # torch's own convolution takes one image
-            return op.flops * flop
-        times, size = op.filled_up(self.speeds.block, forward)
-        return op.flops * flop * times + size * self.speeds.write(seeds * size)
-
     def _write_blocks(self) -> float:
-        """Seconds to copy all blocks: large ones into freed pages, all others into one heap."""
-        write, together = self.speeds.write, sum(x for x in self.blocks if x < LARGE)
-        return sum(x * write(LARGEST if x >= LARGE else together) for x in self.blocks if x)
+        """Seconds to copy all blocks; large blocks go into freed pages."""
+        return sum([self._keep(x, SPACIOUS if x >= LARGE else x) for x in self.blocks])
+
+    def _keep(self, size: int, block: int = 0) -> float:
+        # what is returned lies in pages that no earlier call has given back
+        return size * self.speeds.write(block or size, is_kept=True) if size else 0.0
 
     def _write(self, size: int, widest: int = 0) -> float:
         # a cotangent for each argument, the widest of them so large, has memory of its own

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import basis
+from jacfunc._forecasting.recording import Operation
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._lock import kept_property
 from jacfunc._measuring import seconds_of
@@ -93,14 +94,25 @@ class Machine:
         with outside_transforms():  # nor does a count of memory outside see it
             return torch.ones(shape, device=self.device, dtype=self._dtype)
 
-    def write(self, size: float) -> float:
-        """Seconds to write a byte of a result of this size."""
-        return self._write(FRESH if size > LARGEST else power_of_four(size, SMALLEST, SPACIOUS))
+    def write(self, size: float, is_kept: bool = False) -> float:
+        """Seconds to write a byte of a block of this size, which is freed soon, or else kept."""
+        is_fresh = size > (SPACIOUS if is_kept else LARGEST)
+        return self._write(FRESH if is_fresh else power_of_four(size, SMALLEST, SPACIOUS))
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         """Seconds of a multiplication or addition, in products with this many seeds at once."""
         seeds = power_of_four(seeds, 1, MOST_IMAGES if is_conv else MOST_SEEDS)
         return self._conv_flop(seeds, forward) if is_conv else self._flop(seeds)
+
+    def multiply(self, op: Operation, seeds: int, forward: bool) -> float:
+        """Seconds of the products of an operation with a seed, of so many at once."""
+        if op.by_vector and not forward and 1 < seeds < MANY_COLUMNS:
+            return op.flops * self.few_products / (2 * seeds)
+        flop = self.flop(seeds, op.is_conv, forward) if op.flops else 0.0
+        if not (op.flops and op.is_conv) or seeds == 1:  # torch's own convolution takes one image
+            return op.flops * flop
+        times, size = op.filled_up(self.block, forward)
+        return op.flops * flop * times + size * self.write(seeds * size)
 
     @kept_property
     def few_products(self) -> float:

@@ -73,6 +73,11 @@ class Operation:
             widest=self.widest * batch,
         )
 
+    def without_primals(self) -> Operation:
+        """What it does for arguments that are no primals."""
+        read, flops = self.read - self.primal_bytes, self.flops - self.primal_flops
+        return replace(self, read=read, flops=flops, primal_bytes=0, primal_flops=0)
+
     def made(self, block: int, forward: bool) -> int:
         """Bytes of the largest block of memory that it makes for a seed."""
         if self.is_conv:

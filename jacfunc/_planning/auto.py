@@ -14,7 +14,7 @@ from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk
 from jacfunc._planning.budget import bounded, bounded_samples, piece_of, with_fewer_rows
-from jacfunc._planning.choice import FEW_SEEDS, SampledWays, by_sizes, fastest
+from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, blocks_by, rows_first
 from jacfunc._planning.recall import Planner, by_memory, settled_by_plan
 from jacfunc._remembered import CallKind
@@ -66,7 +66,7 @@ class Auto(Streaming):
             return Plan(first, f"nothing could be forecast: {refusal}", None, tuple(others))
         if costs is None:
             return by_sizes(operator, self.directions)
-        return bounded(fastest(costs, self.directions, FEW_SEEDS), costs, self.memory)
+        return bounded(fastest(costs, self.directions, costs.most_loops), costs, self.memory)
 
     def plan_samples(
         self,

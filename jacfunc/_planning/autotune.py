@@ -24,7 +24,7 @@ from jacfunc._measuring import Spread, seconds_of, shuffled
 from jacfunc._memory import Chunk
 from jacfunc._planning.auto import by_plan
 from jacfunc._planning.budget import bounded, bounded_samples, fewer_rows
-from jacfunc._planning.choice import FEW_SEEDS, SampledWays, by_sizes, candidates, fastest
+from jacfunc._planning.choice import SampledWays, by_sizes, candidates, fastest
 from jacfunc._planning.plan import Plan, alternatives, rows_first
 from jacfunc._planning.recall import settled_by_plan
 from jacfunc._planning.tuning_cache import winners
@@ -48,6 +48,9 @@ times those of the fastest. In a first call torch sets things up, and the system
 MEASURED = "it was the fastest when measured"
 BOTH = (Reverse(), Forward())
 BY_LAYERS = Structured()
+FEW_SEEDS = 16
+"""Up to so many seeds a loop without vmap is measured, too."""
+
 REACH = 8
 """Forward mode is measured where there are at most this many times more inputs than outputs."""
 

@@ -15,9 +15,6 @@ from jacfunc._units import in_seconds
 from jacfunc.strategies import Looped, Reverse, ReverseOverForward, Strategy, Structured, Sweeping
 
 CHUNKS = (512, 128)
-FEW_SEEDS = 16
-"""Up to so many seeds of a function, a loop without vmap comes into question, too."""
-
 RELUCTANCE = {"chunked": 1.4, "forward": 1.25, "layers": 1.5}
 """Factors on forecast times of strategies that are far slower where the forecast errs."""
 

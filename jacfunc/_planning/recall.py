@@ -22,7 +22,7 @@ from jacfunc._remembered import CallKind, Recent, Remembered
 from jacfunc._torch import is_outermost
 from jacfunc._types import Memory
 from jacfunc._units import in_seconds
-from jacfunc.strategies import Strategy
+from jacfunc.strategies import Strategy, Structured
 
 Planned = tuple[Plan, Chunk]
 """A plan, and with how many samples at once it runs."""
@@ -32,6 +32,10 @@ MOST_CODES = 1000
 
 CLEARLY = 0.95
 """A plan that is tried once must take less than this part of the best of several runs."""
+
+SETTLING = 1.2
+"""Times the best of several runs: a plan by layers that is tried may take less than this, as later
+calls of it are written down, which takes away about a third where they are small."""
 
 FAR = 3.0
 """A forecast that is wrong by this factor says little of which plan is the fastest."""
@@ -97,7 +101,8 @@ def following_run(planned: Planned, seconds: float) -> Planned:
     timed = replace(plan, timing=Timing(min(best, seconds), left - 1))
     took, second = timed.timing.seconds, plan.second
     if before is not None:
-        return (timed, chunk) if took < CLEARLY * before[0].timing.seconds else before
+        most = SETTLING if isinstance(plan.strategy, Structured) else CLEARLY
+        return (timed, chunk) if took < most * before[0].timing.seconds else before
     if timed.timing.left or second is None or not _may_be_faster(second, plan, took):
         return timed, chunk
     note("%s took %s, so %s is tried", plan.strategy, in_seconds(took), second.strategy)

@@ -19,7 +19,7 @@ from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
 from jacfunc._settled.sources import Sources
-from jacfunc._settled.sweeps import FEWEST_CALLS, Beside, KnownWorks, Work
+from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
 from jacfunc._types import Leaves
 
@@ -58,7 +58,7 @@ class SettledBatch:
         self.names, self.by_inputs, self.by_layers = names, batch.differentiates[1], by_layers
         self.is_alone, self.is_watched, self.is_batchable = batch.size == 1, is_watched, True
         self.output = output.shape, output.dtype
-        self.works = KnownWorks()
+        self.works = dict[Work, KnownWork]()
 
     def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
         """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
@@ -102,7 +102,9 @@ class SettledBatch:
         beside: Beside | None,
     ) -> Leaves | None:
         """As :meth:`result`, while the module is lent by the caller, who repeats what was drawn."""
-        known = self.works.known(work)
+        known = self.works.get(work) or KnownWork(work)
+        if not known.calls and len(self.works) < MOST_WORKS:
+            self.works[work] = known
         if known.sweep is not None:
             result = known.swept(self, state, x, compared, beside)
             if result is not None:

@@ -194,19 +194,6 @@ class KnownWork:
             note("the sweep of a settled kind of call is not written down: %s", error)
 
 
-class KnownWorks(dict[Work, KnownWork]):
-    """What is known of works at batches of one kind: of the first ones, as most callers do few."""
-
-    def known(self, work: Work) -> KnownWork:
-        """What is known of a work."""
-        known = self.get(work)
-        if known is None:
-            known = KnownWork(work)
-            if len(self) < MOST_WORKS:
-                self[work] = known
-        return known
-
-
 def _with_sources(
     settled: Evaluator, state: ModuleState, x: Tensor, uses: Mapping[int, Any] | None = None
 ) -> Evaluated | None:

@@ -40,8 +40,8 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
         elif node.target is _ATEN.t.default and node.args[0].target is _ATEN.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
         elif node.target in _MOVES:
-            base = _base_of(node)
-            if kind_of(base) == kind_of(node):
+            base, kind = _base_of(node), kind_of(node)
+            if kind is not None and kind == kind_of(base):
                 node.replace_all_uses_with(base)
             elif base is not node.args[0]:
                 node.target, node.kwargs = _ATEN.view.default, {}

@@ -95,18 +95,19 @@ class _Tape(DispatchMode):
             there, *_, its_kind = _place_of(source)
             is_like = (there, its_kind, source.numel()) == (address, kind, count)
             if is_like and (its_dims := _in_memory(source)) is not None:
-                node = self._permuted(node, its_dims)
-                shape = [value.shape[dim] for dim in dims]
-                node = self.graph.call_function(_ATEN.view.default, (node, shape))
-                node = self._permuted(node, sorted(range(len(dims)), key=dims.__getitem__))
+                steps = (
+                    (_ATEN.permute.default, its_dims),
+                    (_ATEN.view.default, [value.shape[dim] for dim in dims]),
+                    (_ATEN.permute.default, sorted(range(len(dims)), key=dims.__getitem__)),
+                )
+                tensor = source.detach()
+                for func, argument in steps:
+                    tensor = func(tensor, argument)
+                    node = self.graph.call_function(func, (node, argument))
+                    node.meta["val"] = tensor
                 self._note(node, value)
                 return node
         return None
-
-    def _permuted(self, node: Node, dims: list[int]) -> Node:
-        if dims == sorted(dims):
-            return node
-        return self.graph.call_function(_ATEN.permute.default, (node, dims))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -273,7 +273,7 @@ CASES = [
             *((3,), (3,), (2, 2, 2)),
         ),
         (2, 3),
-        others=3,
+        others=2,
     ),
     Case(
         "network",

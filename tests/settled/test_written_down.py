@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._errors import Nameless
-from jacfunc._traces import Compiler, Executable, written_down
+from jacfunc._traces import Compiler, Executable
+from jacfunc._traces.tape import written_down
 
 MUCH = 2**20
 
