@@ -85,7 +85,7 @@ def gradient_norms(
 
     def gradient_norms_of(*args: Tree, **kwargs: Any) -> Tensor:
         known = TorchLoss.of(loss)
-        if known is not None and isinstance(module, nn.Module):
+        if known is not None and known.has_formula and isinstance(module, nn.Module):
             result = _made_at_once(options, known, (args, kwargs))
             if result is not None:
                 return result

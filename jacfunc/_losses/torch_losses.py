@@ -31,6 +31,12 @@ DEFAULTS: Settings = {
 }
 """The settings of a loss that is called without any."""
 
+FORMULA_NEEDS: Mapping[int, Settings] = {
+    id(F.mse_loss): {"weight": None},  # the mean is taken over weights
+    id(F.poisson_nll_loss): {"log_input": True},
+}
+"""Settings of functions without which no formula is known, by the identities of these."""
+
 _SETTINGS = Tensor, float, int, str, type(None)
 """What settings may be."""
 
@@ -70,6 +76,12 @@ class TorchLoss:
         return {**DEFAULTS, **self.own}
 
     @property
+    def has_formula(self) -> bool:
+        """Is the second derivative known at outputs and targets that fit?"""
+        needs, settings = FORMULA_NEEDS.get(id(self.function), {}), self.settings
+        return all(settings[name] is value for name, value in needs.items())
+
+    @property
     def reduction(self) -> Any:
         """The reduction, if it was set."""
         return self.own.get("reduction")
@@ -86,7 +98,8 @@ class TorchLoss:
 
     def at(self, outputs: Any, targets: Any) -> MaybeKnown:
         """The formula for the second derivative at outputs, if there is one for such arguments."""
-        if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.dim()):
+        are_tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+        if not (are_tensors and outputs.dim() and self.has_formula):
             return None
         return FORMULAS[id(self.function)](outputs, targets, self.settings)
 
@@ -146,8 +159,7 @@ def _of_squares(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKn
     def second(outputs: Tensor, _: Tensor) -> Tensor:
         return outputs.new_tensor(2.0)
 
-    is_weighted = settings["weight"] is not None  # and the mean then taken over the weights
-    return None if is_weighted else _of_numbers(second, outputs, targets, settings)
+    return _of_numbers(second, outputs, targets, settings)
 
 
 def _of_logits(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
@@ -168,7 +180,7 @@ def _of_rates(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnow
         """The rates, whose logarithms the outputs are."""
         return outputs.exp()
 
-    return _of_numbers(second, outputs, targets, settings) if settings["log_input"] else None
+    return _of_numbers(second, outputs, targets, settings)
 
 
 def _of_numbers(second: Second, outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:

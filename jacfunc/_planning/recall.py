@@ -34,8 +34,7 @@ CLEARLY = 0.95
 """A plan that is tried once must take less than this part of the best of several runs."""
 
 SETTLING = 1.2
-"""Times the best of several runs: a plan by layers that is tried may take less than this, as later
-calls of it are written down, which takes away about a third where they are small."""
+"""A plan by layers is timed before it is written down, and takes so many times less then."""
 
 FAR = 3.0
 """A forecast that is wrong by this factor says little of which plan is the fastest."""
@@ -101,14 +100,19 @@ def following_run(planned: Planned, seconds: float) -> Planned:
     timed = replace(plan, timing=Timing(min(best, seconds), left - 1))
     took, second = timed.timing.seconds, plan.second
     if before is not None:
-        most = SETTLING if isinstance(plan.strategy, Structured) else CLEARLY
-        return (timed, chunk) if took < most * before[0].timing.seconds else before
+        return (timed, chunk) if _later(timed) < CLEARLY * _later(before[0]) else before
     if timed.timing.left or second is None or not _may_be_faster(second, plan, took):
         return timed, chunk
     note("%s took %s, so %s is tried", plan.strategy, in_seconds(took), second.strategy)
     reason = f"{second.reason}; {plan.strategy} took {in_seconds(took)}"
     tried = replace(second, reason=reason, timing=Timing(left=1, before=(timed, chunk)))
     return tried, None
+
+
+def _later(plan: Plan) -> float:
+    """Seconds that a timed plan will take in later calls."""
+    by_layers = isinstance(plan.strategy, Structured)
+    return plan.timing.seconds / (SETTLING if by_layers else 1.0)
 
 
 def _may_be_faster(second: Plan, plan: Plan, took: float) -> bool:

@@ -89,10 +89,8 @@ class StreamedCall:
         if not self.is_grouped:
             return self.evaluated()
         self.check_independent()
-        if self.batch is not None and is_new(
-            self.batch
-        ):  # a first evaluation takes more than others
-            self.between(0, min(2, self.size))
+        if self.batch is not None and is_new(self.batch):
+            self.between(0, min(2, self.size))  # a first evaluation takes more than others
         with self.budget.keeping():  # the first group, unless it is taken again
             self._first.append(self.between(0, min(1, self.size)))
         return self._first[0]
@@ -211,9 +209,8 @@ class SampleGroup:
             for leaf in leaves:
                 samples.sweep(leaf, None, self._cells.append)
         size, some = stop - start, slice(start - self.start, stop - self.start)
-        every = [
-            samples.shapes.places(i, size, out.numel()) for i, out in enumerate(samples.outputs)
-        ]
+        outputs, places = enumerate(samples.outputs), samples.shapes.places
+        every = [places(i, size, out.numel()) for i, out in outputs]
         for cell in self._cells:
             blocks = [block[:, cell.rows] for block in every[cell.leaf]]
             samples.factors.write(cell.of(some, cell.rows), blocks)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
 import jacfunc
+from jacfunc._log import trail
 from tests.settled.test_sweeps import CALLS, num_sweeps
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
@@ -175,3 +176,19 @@ def test_one_model_has_the_norms_of_many_losses() -> None:
     for _ in range(CALLS):
         for norms, loss in zip(every, losses, strict=True):
             check(model, norms, loss, classes())
+
+
+@pytest.mark.parametrize(
+    "loss", [partial(F.mse_loss, weight=torch.rand(5, 3).double()), nn.PoissonNLLLoss(False)]
+)
+def test_a_loss_without_a_formula_leaves_other_doors_as_they_are(loss: Any) -> None:
+    model = network()
+    norms = jacfunc.gradient_norms(model, loss)
+    for _ in range(CALLS):
+        x, y = points(), chances()
+        jacfunc.ntk(model, None, x)
+        torch.testing.assert_close(norms(x, y), expected(model, loss, x, y))
+    with trail() as steps:
+        norms(x, y)
+        assert num_sweeps(lambda: jacfunc.ntk(model, None, x)) == 0
+    assert not any("taken anew" in step for step in steps)

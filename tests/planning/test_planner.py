@@ -240,6 +240,13 @@ def test_rows_of_a_product_with_a_vector_take_as_long_as_many() -> None:
         assert costs.seconds(Reverse()) - 2e-3 == pytest.approx(seconds)
 
 
+def test_loops_of_few_rows_come_into_question_where_products_with_vectors_are_pulled_back() -> None:
+    machine: Any = Speeds()
+    for by_vector, most in ((True, 16), (False, 1)):
+        product = Operation(flops=200, by_vector=by_vector)
+        assert Costs([product], 4, 10, [4], 4, 4, machine).most_loops == most
+
+
 def test_products_with_a_vector_are_recorded_as_such() -> None:
     matrix, x = torch.ones(3, 2), torch.ones(2)
     with Recorder((x,)) as recorder:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 import jacfunc
-from jacfunc import Forward, Plan, Reverse
+from jacfunc import Forward, Plan, Reverse, Structured
 from jacfunc._errors import Refused
 from jacfunc._forecasting.costs import Costs
 from jacfunc._linear_map.operator import JacobianOperator
@@ -66,6 +67,16 @@ def test_one_run_that_is_hardly_faster_does_not_replace_the_first() -> None:
 def test_the_first_is_taken_again_where_it_was_faster() -> None:
     calls = Calls(FIRST, Reverse=[5.0, 4.0, 5.0, 9.0, 9.0, 9.0], Forward=[4.1])
     assert calls.names(8) == "RRRFRRRR"
+
+
+def test_a_plan_by_layers_takes_less_in_later_calls() -> None:
+    layers = Plan(Structured(), "by layers", 2.0)
+    after_reverse = replace(FIRST, second=layers)
+    assert Calls(after_reverse, Reverse=[5.0, 4.0, 5.0], Structured=[4.5]).names(6) == "RRRSSS"
+    assert Calls(after_reverse, Reverse=[5.0, 4.0, 5.0], Structured=[4.6]).names(6) == "RRRSRR"
+    before_reverse = replace(layers, seconds=1.0, second=Plan(Reverse(), "second", 2.0))
+    assert Calls(before_reverse, Structured=[5.0, 4.8, 5.0], Reverse=[3.7]).names(6) == "SSSRRR"
+    assert Calls(before_reverse, Structured=[5.0, 4.8, 5.0], Reverse=[3.9]).names(6) == "SSSRSS"
 
 
 def test_forecasts_of_a_busy_machine_are_too_long_and_in_no_certain_order() -> None:
