@@ -127,8 +127,8 @@ def _settle_one(
     settled: SettledCalls, call: ModuleCall, strategy: Strategy, result: Evaluation
 ) -> None:
     """Keep what a call of a whole batch has shown, if that is one sample."""
-    (*args, x), kwargs = call.arguments if any(call.arguments) else ((None,), {})
-    if args or kwargs or type(x) is not Tensor or x.shape[:1] != (1,):
+    args, kwargs = call.arguments
+    if kwargs or len(args) != 1 or type(args[0]) is not Tensor or args[0].shape[:1] != (1,):
         return
     output, _ = result.value_and_aux()
     if type(output) is not Tensor or output.shape[:1] != (1,) or batch_norms(call.state):

@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any, Self, TypeVar
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from jacfunc._calls import FlatCall
 from jacfunc._factored import FactoredJacobian
@@ -48,7 +49,7 @@ class SettledCalls:
         """Those of a door; None where its results are others, as options ``beside`` these say."""
         # of another order, or a tuple of one, the tree is another one
         is_known = argnums in (*POSITIONS.values(), (*POSITIONS.values(),))
-        if not is_known or not _are_usual(options, beside):
+        if is_compiling() or not (is_known and _are_usual(options, beside)):
             return None
         of_whole = options.batching is None
         if of_whole and argnums != POSITIONS["params"]:
@@ -57,7 +58,7 @@ class SettledCalls:
 
     def jacobian(self, state: ModuleState, arguments: Arguments) -> Tree | None:
         """The Jacobian of a call, where one of its kind has settled all but the numbers."""
-        if not _is_one_tensor(arguments):
+        if not (_is_one_tensor(arguments) and is_undisturbed()):
             return None
         x = arguments[0][0]
         state_then, settled = self._by_kind.get(kind_of(x)) or (None, None)
@@ -100,7 +101,8 @@ def made_at_once(
     Args:
         beside: gives the tensors that the work takes beside, if there are any.
     """
-    if options.batching is None or not (_are_usual(options) and _is_one_tensor(arguments)):
+    is_usual = options.batching is not None and _are_usual(options)
+    if not (is_usual and _is_one_tensor(arguments) and is_undisturbed()):
         return None
     (x,), _ = arguments
     with alone():
@@ -125,10 +127,7 @@ def settled_at(call: ModuleCall, batching: Batching) -> SettledBatch | None:
 def evaluated_again(
     call: ModuleCall, settled: SettledBatch, random_state: RandomState
 ) -> FactoredJacobian | None:
-    """All samples, evaluated as before; None where that is not all there is to do.
-
-    It is where batches are to be compared, or where the evaluation shows something new.
-    """
+    """All samples, evaluated as before; None if that shows something new, or does not suffice."""
     return _again(call, settled, random_state, settled.evaluated)
 
 
@@ -156,7 +155,7 @@ def _again(
     def tried(compared: Container[int]) -> ResultT | None:
         return settled.tried(partial(make, state, x, compared), random_state)
 
-    return _counted(call.independence, state, settled, tried)
+    return _counted(call.independence, state, settled, tried) if is_undisturbed() else None
 
 
 def evaluated_anew(
@@ -229,13 +228,12 @@ def _counted(
 ) -> ResultT | None:
     """What is made ``again``, from the signatures after which batches were compared; a call more.
 
-    None where batches are to be compared now, where too many calls were taken anew, where others
-    look at what torch does, or where nothing could be made.
+    None if batches are to be compared now, if too many calls were taken anew, or if that fails.
     """
     known = independence.known_at_next
     # with one sample nothing is compared
     calls = KnownCalls() if settled.is_alone else known(state, settled.kind)
-    if calls is None or settled.misses >= MOST_MISSES or not is_undisturbed():
+    if calls is None or settled.misses >= MOST_MISSES:
         return None
     compared = settled.learned if independence.independent is True else calls
     made = again(compared.signatures)

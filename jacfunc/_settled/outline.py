@@ -42,6 +42,8 @@ def outline(
         if reader is None:
             return None
         kinds += kind, node._sequence_nr() - first, reader.read(node)
+        for name in reader.unsure:
+            kinds.append(_without_tensors(getattr(node, name)))
         for name in reader.factors:
             factor = getattr(node, name)
             if _is_number(factor) and id(factor) not in told:
@@ -59,11 +61,13 @@ class _Reader(NamedTuple):
     """What reads the plain values that nodes of a kind have saved.
 
     Args:
-        read: returns them.
+        read: returns those that no node of the kind saves tensors for.
+        unsure: names of others: where one node has saved nothing, another may have saved a tensor.
         factors: names of what may be a number that was saved as a tensor.
     """
 
     read: Callable[[Any], Any]
+    unsure: tuple[str, ...]
     factors: tuple[str, ...]
 
 
@@ -79,13 +83,16 @@ def _learned(node: Any) -> _Reader | None:
     if not _OF_TORCH.fullmatch(kind.__name__):
         return None
     values = {name: getattr(node, name) for name in dir(kind) if name.startswith("_saved_")}
-    names = [name for name, value in values.items() if _without_tensors(value) is value]
-    read: Callable[[Any], Any] = attrgetter(*names) if names else type
+    plain = [name for name, value in values.items() if _without_tensors(value) is value]
+    unsure = tuple([name for name in plain if _lacks_something(values[name])])
+    sure = [name for name in plain if name not in unsure]
+    read: Callable[[Any], Any] = attrgetter(*sure) if sure else type
     factors = tuple([name for name in _FACTORS if name in values]) if _FACTORS[0] in values else ()
-    # where one has saved nothing, another one may have saved a tensor
-    is_sure = not any(values[name] is None or values[name] == () for name in names)
-    reader = _Reader(read if is_sure else lambda node: _without_tensors(read(node)), factors)
-    return _readers().setdefault(kind, reader)
+    return _readers().setdefault(kind, _Reader(read, unsure, factors))
+
+
+def _lacks_something(saved: Any) -> bool:
+    return saved is None or (isinstance(saved, tuple) and (not saved or None in saved))
 
 
 def _without_tensors(saved: Any) -> Any:

@@ -125,6 +125,24 @@ def test_normalization_over_the_batch_is_taken_as_before() -> None:
             torch.testing.assert_close(door(x)[name], block, atol=1e-5, rtol=1e-4)
 
 
+class ByKeyword(nn.Linear):
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(sum([*args, *kwargs.values()]))  # type: ignore[arg-type]
+
+
+def test_other_arguments_are_taken_as_before() -> None:
+    module = ByKeyword(3, 2)
+    door = jacfunc.module_jacobian(module)
+    x = torch.randn(1, 3)
+    rows = expected(nn.Linear(3, 2), x)
+    for args, kwargs in (((), {"x": x}), ((x / 2, x / 2), {}), ((x / 2,), {"y": x / 2})):
+        for _ in range(CALLS):
+            result = door(*args, **kwargs)
+        assert not is_settled(lambda args=args, kwargs=kwargs: door(*args, **kwargs))  # type: ignore[misc]
+        for name, block in rows.items():
+            torch.testing.assert_close(result[name], block)
+
+
 def test_what_draws_draws_as_before() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
     door = jacfunc.module_jacobian(module)
