@@ -182,6 +182,8 @@ class KnownWork:
         self, settled: Evaluator, state: ModuleState, x: Tensor, beside: Leaves, result: Leaves
     ) -> None:
         """Write down how this result is made, if that can be."""
+        if sum(x.nbytes for x in result) > MOST_BYTES:
+            return
         first = _with_sources(settled, state, x)
         if first is None:
             return
