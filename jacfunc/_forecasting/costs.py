@@ -167,7 +167,7 @@ class Costs:
         copies = self._write_blocks() if count > 1 or self.is_copied else 0.0
         if sweeps.are_pushes:
             cost = self.speeds.push_batch if sweeps.is_vmapped else self.speeds.push
-            return count * self._push(chunk, cost) + copies
+            return count * self._push(chunk, cost, count) + copies
         return self.evaluation() + count * self._pull(chunk, count) + copies
 
     def _by_layers(self) -> float:
@@ -198,18 +198,21 @@ class Costs:
             cost = self.speeds.pull_batch
         else:
             cost = self.speeds.pull if sweeps == 1 else self.speeds.pull_each
+        keep = self._keep if sweeps == 1 else self._write  # several sweeps are copied
         return cost.seconds(len(self.operations)) + sum(
             seeds * self.speeds.multiply(op, seeds, False)
             + self._write(seeds * (op.read - op.primal_bytes), seeds * min(op.widest, op.read))
-            + self._keep(seeds * op.primal_bytes)
+            + keep(seeds * op.primal_bytes)
             for op in self.operations
         )
 
-    def _push(self, seeds: int, cost: Cost) -> float:
+    def _push(self, seeds: int, cost: Cost, sweeps: int) -> float:
         """Seconds of a pushforward, which evaluates the function as well."""
         overhead = cost.seconds(len(self.operations))
         if scaled := sum(op.is_scaled for op in self.operations):
             overhead += scaled * self.speeds.scaling
+        if sweeps == 1:
+            overhead += self._keep(seeds * self.outputs) - self._write(seeds * self.outputs)
         return overhead + sum(
             (seeds + 1) * self.speeds.multiply(op, seeds, True) + self._write(seeds * op.written)
             for op in self.operations
