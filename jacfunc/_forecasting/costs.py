@@ -167,7 +167,7 @@ class Costs:
         copies = self._write_blocks() if count > 1 or self.is_copied else 0.0
         if sweeps.are_pushes:
             cost = self.speeds.push_batch if sweeps.is_vmapped else self.speeds.push
-            return count * self._push(chunk, cost, count) + copies
+            return count * self._push(chunk, cost) + copies
         return self.evaluation() + count * self._pull(chunk, count) + copies
 
     def _by_layers(self) -> float:
@@ -198,33 +198,26 @@ class Costs:
             cost = self.speeds.pull_batch
         else:
             cost = self.speeds.pull if sweeps == 1 else self.speeds.pull_each
-        keep = self._keep if sweeps == 1 else self._write  # several sweeps are copied
         return cost.seconds(len(self.operations)) + sum(
             seeds * self.speeds.multiply(op, seeds, False)
-            + self._write(seeds * (op.read - op.primal_bytes), seeds * min(op.widest, op.read))
-            + keep(seeds * op.primal_bytes)
+            + self._write(seeds * op.read, seeds * min(op.widest, op.read))
             for op in self.operations
         )
 
-    def _push(self, seeds: int, cost: Cost, sweeps: int) -> float:
+    def _push(self, seeds: int, cost: Cost) -> float:
         """Seconds of a pushforward, which evaluates the function as well."""
         overhead = cost.seconds(len(self.operations))
         if scaled := sum(op.is_scaled for op in self.operations):
             overhead += scaled * self.speeds.scaling
-        if sweeps == 1:
-            overhead += self._keep(seeds * self.outputs) - self._write(seeds * self.outputs)
         return overhead + sum(
             (seeds + 1) * self.speeds.multiply(op, seeds, True) + self._write(seeds * op.written)
             for op in self.operations
         )
 
     def _write_blocks(self) -> float:
-        """Seconds to copy all blocks; large blocks go into freed pages."""
-        return sum([self._keep(x, SPACIOUS if x >= LARGE else x) for x in self.blocks])
-
-    def _keep(self, size: int, block: int = 0) -> float:
-        # what is returned lies in pages that no earlier call has given back
-        return size * self.speeds.write(block or size, is_kept=True) if size else 0.0
+        """Seconds to copy all blocks into the result; large blocks go into freed pages."""
+        write = self.speeds.write
+        return sum(x * write(SPACIOUS if x >= LARGE else x) for x in self.blocks if x)
 
     def _write(self, size: int, widest: int = 0) -> float:
         # a cotangent for each argument, the widest of them so large, has memory of its own

@@ -35,7 +35,8 @@ OPERATIONS, LENGTH = 2, 4
 SMALLEST, SPACIOUS, LARGEST, FRESH = 4**8, 2**21, LARGE // 2 - 2**16, LARGE
 """Bytes of results: in a cache, in memory, the most that a heap uses again, in new pages.
 
-The heap keeps four blocks that are just smaller than half of LARGE, and most sweeps have no more.
+What is larger than the second is taken to need new pages, as results do; but not what convolutions
+make beside. The heap keeps four blocks just smaller than half of LARGE; most sweeps have no more.
 """
 
 TOUCHED = 2**21
@@ -94,10 +95,9 @@ class Machine:
         with outside_transforms():  # nor does a count of memory outside see it
             return torch.ones(shape, device=self.device, dtype=self._dtype)
 
-    def write(self, size: float, is_kept: bool = False) -> float:
-        """Seconds to write a byte of a block of this size, which is freed soon, or else kept."""
-        is_fresh = size > (SPACIOUS if is_kept else LARGEST)
-        return self._write(FRESH if is_fresh else power_of_four(size, SMALLEST, SPACIOUS))
+    def write(self, size: float, most: int = SPACIOUS) -> float:
+        """Seconds to write a byte of a result of this size, in new pages if it is over ``most``."""
+        return self._write(FRESH if size > most else power_of_four(size, SMALLEST, SPACIOUS))
 
     def flop(self, seeds: int, is_conv: bool, forward: bool) -> float:
         """Seconds of a multiplication or addition, in products with this many seeds at once."""
@@ -112,7 +112,7 @@ class Machine:
         if not (op.flops and op.is_conv) or seeds == 1:  # torch's own convolution takes one image
             return op.flops * flop
         times, size = op.filled_up(self.block, forward)
-        return op.flops * flop * times + size * self.write(seeds * size)
+        return op.flops * flop * times + size * self.write(seeds * size, LARGEST)
 
     @kept_property
     def few_products(self) -> float:
