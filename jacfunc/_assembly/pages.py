@@ -10,9 +10,10 @@ from contextlib import suppress
 from threading import Lock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from jacfunc._arguments import are_plain
 from jacfunc._memory import LARGE, PeakBytes
 from jacfunc._torch import is_outermost
 
@@ -165,7 +166,7 @@ def empty(
 def _is_watched(like: Tensor) -> bool:
     """Must torch allocate a tensor like this, for a subclass, transform or mode to see it?"""
     return (
-        type(like) not in (Tensor, nn.Parameter)
+        not are_plain((like,))
         or not hasattr(mmap, "MADV_FREE")
         or not is_outermost()
         or not all(isinstance(mode, PeakBytes) for mode in _get_current_dispatch_mode_stack())

@@ -108,9 +108,7 @@ def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result:
     def add_some(samples: slice, jacobian: FactoredJacobian) -> Leaves:
         cotangents = tuple([root[:, samples] for root in roots])
         num_roots, size = cotangents[0].shape[:2]
-        at_once = max(1, num_roots)
-        if not point.budget.is_open:
-            at_once = point.budget.cotangents(at_once, jacobian.nbytes)
+        at_once = point.budget.cotangents(max(1, num_roots), jacobian.nbytes)
         for start in range(0, max(1, num_roots), at_once):
             some = tuple([seeds[start : start + at_once] for seeds in cotangents])
             point.contracted(jacobian, some, partial(add, torch.Size((size, len(some[0])))))

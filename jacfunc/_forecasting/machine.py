@@ -87,9 +87,9 @@ class Machine:
         self._write, self._flop = cache(self._measure_write), cache(self._measure_flop)
         self._conv_flop = cache(self._measure_conv_flop)
 
-    def know(self, costs: Mapping[str, Cost], scaling: float) -> None:
+    def know(self, costs: Mapping[str, Cost], **seconds: float) -> None:
         """Take these costs, by the names of properties, instead of what would be measured."""
-        vars(self).update(costs, scaling=scaling)
+        vars(self).update(costs, **seconds)
 
     def _ones(self, *shape: int) -> Tensor:
         with outside_transforms():  # nor does a count of memory outside see it

@@ -130,9 +130,9 @@ class CurrentState:
 
 
 def _owning(state: ModuleState, module: nn.Module | None) -> ModuleState:
-    """The same state, which keeps the module alive; without one, as it can be remembered.
+    """A state with all that is known of another one, which keeps the module alive.
 
-    It has all that is known of the state, its version in any case.
+    Without a module it keeps none, so that it can be remembered. Its version is known before.
     """
     same = object.__new__(type(state))
     vars(same).update(vars(state), module=module, version=state.version)

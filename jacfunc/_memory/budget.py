@@ -18,7 +18,6 @@ ResultT = TypeVar("ResultT")
 HEAP_SHARE = 2
 """A piece counts at most this part of its room: the heap of a CPU takes more than its tensors."""
 
-
 PLENTY = 4
 """Where so many times all samples would fit, by what some take, the others come at once, and are
 not counted."""
@@ -75,8 +74,10 @@ class Budget:
     def cotangents(self, total: int, each: int) -> int:
         """How many cotangents, whose factors take so many bytes each, are pulled back at once.
 
-        What lies between layers may take as much again, and more.
+        What lies between layers may take as much again, and more. Without a budget it is all.
         """
+        if self.is_open:
+            return total
         with self.around():
             return evenly(total, each, at_most(MOST_SWEPT_BYTES))
 

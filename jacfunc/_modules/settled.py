@@ -230,9 +230,9 @@ def _counted(
 
     None if batches are to be compared now, if too many calls were taken anew, or if that fails.
     """
-    known = independence.known_at_next
     # with one sample nothing is compared
-    calls = KnownCalls() if settled.is_alone else known(state, settled.kind)
+    is_alone = settled.is_alone
+    calls = KnownCalls() if is_alone else independence.known_at_next(state, settled.kind)
     if calls is None or settled.misses >= MOST_MISSES:
         return None
     compared = settled.learned if independence.independent is True else calls

@@ -92,6 +92,7 @@ def _learned(node: Any) -> _Reader | None:
 
 
 def _lacks_something(saved: Any) -> bool:
+    """Has a node saved nothing here, or not all, where another one may have saved tensors?"""
     return saved is None or (isinstance(saved, tuple) and (not saved or None in saved))
 
 
