@@ -45,7 +45,12 @@ class Pullbacks(Protocol):
 
 @dataclass(eq=False)
 class Direct:
-    """A primal that is differentiated as it is: where its products ``[K, …]`` hold the samples."""
+    """A primal that is differentiated by autograd alone, without a rule for a layer.
+
+    Args:
+        number: its number among all primals.
+        dim: the dimension in which it holds the samples; None if it belongs to one sample alone.
+    """
 
     number: int
     dim: int | None = 0

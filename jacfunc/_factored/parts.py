@@ -85,7 +85,7 @@ NamedParts: TypeAlias = dict[str, list[Part]]
 
 
 def _are_rows(places: Tensor, stride: int, to_last: int, width: int) -> bool:
-    """Is each place in one row with its last, and whole rows apart from the next place?"""
+    """Do the entries of each place lie in one row, and the next place whole rows further on?"""
     if stride % width and places.shape[1] > 1:
         return False
     return bool((places // width == (places + to_last) // width).all())

@@ -20,8 +20,8 @@ Sums: TypeAlias = dict[Hashable, tuple[Tensor, Tensor]]
 """Cotangents by place, which a weight and its bias share, with the sums of their squares."""
 
 MOVED, PAIRED = 8, 64
-"""How many multiplications take as long as a number written and read again, and as a product of
-two numbers that are looked up."""
+"""How many multiplications take as long as to write a number and read it again; and how many take
+as long as to multiply two numbers that are looked up in tables."""
 
 
 def add_squares(
@@ -123,9 +123,9 @@ def _squared(form: KnownForm, sums: Sums, at_once: int) -> Tensor:
 
 
 def place_of(seeds: Tensor) -> Hashable:
-    """A key that is equal for cotangents with the same memory, as a weight and its bias have.
+    """A key that is equal for cotangents in the same memory, as those of a weight and its bias are.
 
-    It tells while the cotangents are kept, as nothing else comes to lie at their address.
+    It holds only as long as the cotangents are kept: later, other tensors may get their memory.
     """
     sizes = zip(seeds.shape, seeds.stride(), strict=True)
     return seeds.data_ptr(), seeds.dtype, *[pair for pair in sizes if pair[0] != 1]
@@ -135,7 +135,7 @@ def _summed(left: Tensor, sums: Sums) -> Tensor:
     """The sum over k of the squares of cotangents ``[K, B, …]``."""
     place = place_of(left)
     if place not in sums:
-        # kept with the cotangents, so that nothing else comes to lie at their address
+        # the cotangents are kept, too: no other tensor may get their memory, which the key names
         sums[place] = left, _sum_of_products(left)
     return sums[place][1].view(left.shape[1:])
 

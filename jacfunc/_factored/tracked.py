@@ -34,9 +34,9 @@ class TrackedParameter:
     path: Path
     """The views that lead from the parameter to the handle."""
     memory: Tensor
-    """The handle without the wrappers of transforms, which knows of writes."""
+    """The handle without the wrappers of transforms: its version counts the writes into it."""
     version: int
-    """That of the memory when it was tracked: if it is another one, something has written there."""
+    """The version of the memory when it was tracked: a later one tells of a write."""
 
 
 @dataclass(eq=False)
@@ -191,9 +191,10 @@ class RuledCall:
         return KnownUse(self.func, tensors)
 
     def is_like(self, known: KnownUse, placing: Placing, params: TrackedParameters) -> bool:
-        """Was the operation called before as it is now, with parameters in the same places?
+        """Is this call like one of an earlier evaluation, with parameters in the same places?
 
-        Then the call takes in these, and for each other tensor that of all samples.
+        If it is, the parameters are noted, and every other tensor among the arguments is replaced
+        by the tensor of all samples.
         """
         named, of_params = self.named, self.params
         if known.func is not self.func or placing.listener is not None:
@@ -222,7 +223,7 @@ class RuledCall:
         return not left
 
     def known_parts(self, placing: Placing) -> list[UsedPart]:
-        """The parts of parameters that a call uses which is like an earlier one.
+        """The parts of parameters that this call uses, which is like one of an earlier evaluation.
 
         Raises:
             Outdated: if the rule does not cover the same parameters.
@@ -240,7 +241,7 @@ class RuledCall:
 
 
 def add_parts(uses: Iterable[tuple[Use, RuledCall]], placing: Placing) -> None:
-    """Add to each use the parts of parameters that its call uses, which is like an earlier one.
+    """Add to each use the parts of parameters that its call uses; all are like earlier calls.
 
     Raises:
         Outdated: if a rule does not cover the same parameters.

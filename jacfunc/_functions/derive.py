@@ -30,9 +30,14 @@ def deriving(
     out: Tree = None,
     of: Callable[[FlatCall], SecondCall] | None = None,
 ) -> Callable[..., Any]:
-    """A function of the arguments of ``func`` that returns its packed evaluation.
+    """A function of the arguments of ``func`` that returns what ``pack`` makes of the evaluation.
 
-    ``of`` makes what is evaluated from the call of ``func``.
+    Args:
+        derivation: the function, and by which arguments it is differentiated.
+        strategy: evaluates the call.
+        pack: makes the result from the evaluation.
+        out: tensors of an earlier result, to write into.
+        of: makes a call that is evaluated instead from the call of ``func``: its derivative.
     """
     api = derivation.api
     settled = None
@@ -62,11 +67,11 @@ def watches_itself(func: Any) -> bool:
 
 
 def in_either_direction(derive: Callable[..., Any], derivation: Derivation) -> Callable[..., Any]:
-    """The derivative of a strategy that chooses, after it was told both ways for a compiler.
+    """A derivative by a strategy that chooses, on which both directions are noted for a compiler.
 
-    What is compiled has no overhead, so that another way may be faster than without.
+    Compiled code has no overhead of Python, so that the other direction may be the faster one.
     """
-    if not torch.compiler.is_compiling():  # which traces no such change
+    if not torch.compiler.is_compiling():  # it can't trace that an attribute is set
         ways = partial(jacobian_by, derivation)
         vars(derive)["directions"] = lambda: tuple(map(ways, (Reverse(), Forward())))
     return derive

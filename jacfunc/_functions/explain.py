@@ -117,7 +117,7 @@ def explain(
     start = time.perf_counter()
     take()
     seconds = time.perf_counter() - start
-    if compiled is not None:  # no counter sees into it
+    if compiled is not None:  # compiled code hides its tensors from the counter of bytes
         compilation = compiled.compilations[0]
         return Explanation(chosen, tuple(steps), seconds, compilation.peak_bytes or 0, compilation)
     with PeakBytes() as memory_counter:

@@ -168,7 +168,7 @@ class GraphRows:
             )
         if not isinstance(chosen, Auto):
             size = reverse.chunk_size
-            # what was settled in sweeps of another graph says nothing of this one
+            # how many rows fitted in sweeps of another graph says nothing about this one
             return size.anew() if isinstance(size, FittedChunks) else size
         few = reverse.chunk_size is None and numel(self.outputs) <= MOST_ALONE
         if few and chosen.memory is None:

@@ -219,7 +219,7 @@ def _kept_at(options: BatchOptions, budget: Budget, args: tuple[Tree, ...]) -> K
 
 
 def _stays(progress: Progress | None, are_single: bool) -> bool:
-    """Are all blocks taken at one point? Iterables, and progress, may run code between them."""
+    """Must the point be copied? Iterables, and progress, may run code that changes it meanwhile."""
     if progress is not None:
         check_progress(API, progress)
     return progress is not None or not are_single
@@ -228,7 +228,7 @@ def _stays(progress: Progress | None, are_single: bool) -> bool:
 def _budget_of_function(
     select: Select, randomness: object, chunk_size: object, memory: Memory
 ) -> Budget:
-    """What a function may take; refuses options that do not fit one, or that only a module has."""
+    """The budget for a function; refuses options with a wrong value, or that only modules have."""
     check_chunk_size(API, chunk_size)
     check_randomness_option(API, randomness)
     if select is not None:
@@ -241,7 +241,7 @@ def _budget_of_function(
 
 
 def _selected(params: Select, select: Select) -> Select:
-    """The selection of a module's parameters, which has two places, of which one may be filled."""
+    """The selection of a module's parameters, from ``params`` or ``select``, but not from both."""
     if params is not None and select is not None:
         raise ValueError(
             f"{API}: parameters of a module must be selected once, got {params!r} in the second "

@@ -152,7 +152,7 @@ class Weighted:
     def weights(self, dtype: torch.dtype) -> Tensor:
         """The products of inputs ``[B₁, B₂]``, added up; those of a bias are 1."""
         total: Tensor | None = None
-        if self.ones:  # what is no part of any tensor is computed once in a written sweep
+        if self.ones:  # made of no tensor, so that a written sweep computes it once for all calls
             device = self.pairs[0].lefts.device
             total = torch.full((), self.ones, dtype=dtype, device=device)
         for pair in self.pairs:

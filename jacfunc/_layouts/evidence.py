@@ -41,7 +41,7 @@ class Evidence:
     size: int
 
     def by_numbers(self, samples: list[int]) -> Evidence:
-        """Without layouts whose numbers are not those of these samples, the other batch."""
+        """What is left without layouts that contradict the other batch, which has these samples."""
 
         def may_be(_: Key, seen: Seen, layout: Layout | None) -> bool:
             return has_numbers(seen.every, self.size, seen.other, samples, layout)
@@ -49,7 +49,7 @@ class Evidence:
         return self._narrowed(may_be)
 
     def by_cotangents(self, inside: Tensor, pulled: Mapping[Key, Tensor]) -> Evidence:
-        """Without layouts by which a sample has a cotangent that should be zero.
+        """What is left without layouts that give a sample a cotangent which must be zero.
 
         Args:
             inside: groups of samples ``[K, B]``: which samples are in each.
@@ -66,7 +66,7 @@ class Evidence:
         return self._narrowed(may_be)
 
     def sites(self) -> tuple[Sites, set[int]]:
-        """The layouts, and numbers of operations of which some tensor has none, or several."""
+        """The layouts; and the numbers of operations that have a tensor with none, or several."""
         known: dict[int, list[tuple[Layout | None, Size]]] = {}
         for key, seen in self.seen.items():
             if len(seen.layouts) == 1:

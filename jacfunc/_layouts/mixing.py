@@ -59,7 +59,7 @@ class Mixing:
         own = list(pairs_in((args, kwargs), (other_args, other_kwargs)))
         results = list(pairs_in(result, self.trace.results[number]))
         if any(x.is_nested for pair in own for x in pair) or not all(map(_are_dense, results)):
-            self.was_seen = True  # of these nothing can be told
+            self.was_seen = True  # these can't be compared: take the worse case
             return
         holds_samples = any(one.shape != other.shape for one, other in own)
         for one, other in results:
@@ -86,7 +86,7 @@ def may_mix(
     size: int,
     others: Iterable[tuple[list[int], Leaves]],
 ) -> bool:
-    """May operations mix the samples of a batch? Another batch that calls the same ones tells.
+    """May operations mix the samples of a batch? It is compared with another batch, step by step.
 
     Args:
         evaluate: evaluates the tensors of a batch.
@@ -107,4 +107,4 @@ def may_mix(
         if is_out_of_memory(error):
             raise
         note("whether operations mix samples was not seen: %s", error)
-    return True  # nothing can be told of it
+    return True  # nothing was compared: take the worse case

@@ -46,7 +46,7 @@ class Placing(Protocol):
         ...
 
     def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
-        """Do all samples share this result, by what can be learned from it?"""
+        """Learn from a result whether all samples share it."""
         ...
 
     def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule) -> Tensor:
@@ -54,7 +54,7 @@ class Placing(Protocol):
         ...
 
     def of_parameters(self, named: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
-        """Those among the arguments that are parameters, as ``[B, *shape]``, too."""
+        """The parameters among the arguments, by name, each as ``[B, *shape]``."""
         ...
 
     def call(
@@ -199,7 +199,7 @@ class PlainSamples:
 
 
 def _is_of(site: Site, shape: Size, size: int) -> bool:
-    """Has a tensor of this shape, in a batch of this size, what was learned of one sample?"""
+    """Does the shape of a tensor, in a batch of this size, agree with what was learned?"""
     if site.layout is None:
         return shape == site.one
     one, dim = site.one, site.layout.dim

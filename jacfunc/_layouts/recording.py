@@ -18,7 +18,7 @@ Args: TypeAlias = tuple[Any, ...]
 _PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
 
 _APART: dict[Any, str] = {-2: "minus two"}
-"""What stands for a number in signatures, as Python's hash of it is that of another one."""
+"""Python gives -1 and -2 the same hash: in signatures, which are hashes, a word stands for -2."""
 
 _BY_INDEX = (
     *("gather", "take", "take_along_dim", "index_select", "index_add", "index_copy", "index_put"),
@@ -33,7 +33,7 @@ MOVING: frozenset[Callable[..., Any]] = frozenset(
 """Operations that move numbers to where other numbers say, maybe to other samples."""
 
 FEWEST_PULLED = 2**11
-"""Numbers of which it pays to look whether another operation pulls back faster."""
+"""From so many numbers on it pays to look for an operation whose pullback is faster."""
 
 _READ_BY = (
     *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__"),
@@ -46,8 +46,9 @@ READING: frozenset[Callable[..., Any]] = frozenset(
 """Reads of numbers by Python, which may choose by them what to do."""
 
 LEAVING: frozenset[Any] = frozenset(getattr(Tensor, name) for name in ("numpy", "__array__"))
-"""Ways to NumPy. What is computed there of a graph comes back as a constant, unless a function with
-a backward pass of its own takes it, where no graph is recorded: else it is there to choose by."""
+"""Ways to NumPy. What is computed there has no derivative, so if a graph is recorded the function
+reads the numbers to choose by them. If none is, as in a function with a backward pass of its own,
+it may compute with them."""
 
 CHOOSING: frozenset[Callable[..., Any]] = frozenset([Tensor.__getitem__, Tensor.__setitem__])
 """Operations that choose entries by numbers, which may be those in a tensor."""
@@ -226,6 +227,6 @@ def ends() -> None:
 
 
 def _recorders() -> list[OperationRecorder]:
-    """The recorders around, if they would see an operation now."""
+    """The recorders around this call, if torch would show them an operation now."""
     modes = function_modes() if torch._C._is_torch_function_mode_enabled() else ()
     return [mode for mode in modes if isinstance(mode, OperationRecorder)]

@@ -44,10 +44,10 @@ class ChosenOutputs:
     def of_call(
         cls, api: str, asked: Asked, keeps_all: bool, returned: Callable[[], Tree]
     ) -> ChosenOutputs:
-        """Those of a call as a whole.
+        """The outputs that are asked for of a call as a whole.
 
         Args:
-            returned: evaluates the call, where its outputs tell which they are.
+            returned: evaluates the call; it is called if the choice depends on values.
         """
         if isinstance(asked, ByValue):
             leaves = tuple([leaf.unsqueeze(0) for leaf in Split.of(returned()).leaves])
@@ -58,7 +58,10 @@ class ChosenOutputs:
     def of_batch(
         cls, batch: SampledCall, asked: Asked, keeps_all: bool = False, at_once: int | None = None
     ) -> ChosenOutputs:
-        """Those of samples, which are evaluated where their outputs tell, so many at once.
+        """The outputs that are asked for of each sample of a batch.
+
+        Args:
+            at_once: how many samples are evaluated at once, if the choice depends on values.
 
         Raises:
             ValueError: if what is asked for does not fit the samples.
@@ -77,9 +80,11 @@ class ChosenOutputs:
     def of_whole(
         self, call_of: Callable[[Leaves | None], FlatCall], leaves: Leaves | None
     ) -> ChosenCall:
-        """The whole call with these outputs alone, at other tensors if there are any.
+        """The whole call with these outputs alone.
 
-        The last of these are the choice's.
+        Args:
+            leaves: the tensors of the call, and behind them those of the choice; None for the
+                tensors that both have already.
         """
         count = len(self.choice.tensors)
         if leaves is None:

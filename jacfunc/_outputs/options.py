@@ -45,7 +45,7 @@ def choice_of(api: str, outputs: Any, is_of_one: bool = True) -> Asked | None:
 
 
 def of_many(asked: Asked | None) -> Asked | None:
-    """What is asked of several batches: nothing can be each sample's own."""
+    """The choice for several batches, of which no tensor may hold something for each sample."""
     if isinstance(asked, OwnNumbers | OwnCotangents):
         return replace(asked, is_of_one=False)
     return asked

@@ -136,7 +136,7 @@ class PointProducts:
         """The ways to take ``J v``, but for rows, which come last."""
         ways: list[Way] = [type(self)._by_tangents, type(self)._on_graph]
         if self._is_differentiated and torch.is_grad_enabled():
-            return ways[:1]  # the other one knows nothing of the primals
+            return ways[:1]  # the other result can't be differentiated by the primals
         return ways[::-1] if self._was_pulled else ways
 
     def _leave(self, way: Way, refusal: Refused) -> None:

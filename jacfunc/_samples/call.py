@@ -27,8 +27,8 @@ ALONE_ROUNDING = 2 / 3
 """A sample alone differs from the sample in a batch by less than this power of the precision."""
 
 Guard: TypeAlias = Callable[[int, bool], None]
-"""Refuses a batch whose samples depend on each other, once it is evaluated: with the signature of
-its operations, and whether these may make samples depend by their numbers."""
+"""Refuses an evaluated batch whose samples depend on each other. It is called with the signature of
+the operations, and with whether other numbers may make these operations mix the samples."""
 
 
 @dataclass(eq=False)
@@ -137,7 +137,7 @@ class SampledCall:
 
     def _mixed(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         jacobian, call = self._whole(start, stop, random_state, may_draw=False)
-        if stop - start == 1:  # it is differentiated by all parameters directly
+        if stop - start == 1:  # autograd differentiates one sample by all parameters
             return jacobian, call
         others = sorted(self.learned_as_a_whole.others)
         rest, _ = self._each(start, stop, random_state, others)
@@ -157,9 +157,9 @@ class SampledCall:
         return jacobian, call
 
     def check_plain(self, seen: WhatWasSeen) -> None:
-        """Refuse samples that depend on each other, by a plain evaluation of all.
+        """Refuse samples that depend on each other, after a plain evaluation of all.
 
-        Of that no tensor in between was seen: others tell whether its operations may mix samples.
+        That recorded no tensors: another evaluation tells whether operations may mix samples.
         """
         if self.whole is not None and self.guard is not None:
             known = self.samples, self.learned_as_a_whole, self.random_state()
@@ -172,7 +172,7 @@ class SampledCall:
             self.guard(seen.signature, seen.moves_samples or may_mix)
 
     def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
-        """Raise Refused unless samples are as each is alone, whose numbers may lead elsewhere."""
+        """Raise Refused unless each sample alone, whose numbers may choose, has these outputs."""
         state = self.random_state()
         check_each_alone(self.call_of, self.samples, state, outputs, start, power)
 
@@ -192,7 +192,7 @@ class SampledCall:
     def _under_vmap(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         jacobian, call = self._vmapped(start, stop, random_state)
         learned = LearnedUses.of(self.kind)
-        if not learned.is_pulled:  # checkpoints run again only then, and fail
+        if not learned.is_pulled:  # checkpoints run again in a pullback alone, and fail there
             jacobian.parts_of_rows(0, 1, 0)
             learned.is_pulled = True
         return jacobian, call

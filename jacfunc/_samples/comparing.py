@@ -18,8 +18,8 @@ from jacfunc._torch import MathAttention, RandomState, recording, run_backward
 from jacfunc._types import Leaves, is_differentiable
 
 GradientOf: TypeAlias = Callable[[Tensor, Tensor], Leaves]
-"""``gradient_of(numbers, others)``: the loss's gradient in the outputs, at a batch that has in each
-place the outputs of the sample of one number, and the targets of the sample of another number."""
+"""``gradient_of(numbers, others)``: the gradient of the loss in the outputs, for another batch: its
+place n has the outputs of sample ``numbers[n]``, and the targets of sample ``others[n]``."""
 
 MANY = 64
 """So many samples are compared at once in any case, unless memory is to be spared."""
@@ -81,7 +81,7 @@ class Subject:
     def evaluate(self, random_state: RandomState) -> BatchGraph:
         """Its outputs on a graph that leads to everything differentiable."""
         random_state.repeat()
-        # other threads may have chosen the plain formula, and leave it between two evaluations
+        # other threads may turn the plain formula of attention on or off between two evaluations
         with recording(), MathAttention():
             inputs = filter(is_differentiable, self.samples.leaves) if self.by_inputs else ()
             followed = {id(x) for x in (*self.params, *inputs)}

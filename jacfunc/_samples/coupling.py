@@ -29,14 +29,14 @@ COARSE = 0.1
 """Relative difference between a sample alone and in its batch that is no rounding."""
 
 LARGE_RESULT = 2**20
-"""Entries of all samples' Jacobians from which on the heap gives back what the first comparison of
-a kind of call took."""
+"""If all samples' Jacobians together have so many entries, the memory that the first comparison of
+a kind of call took is given back to the system."""
 
 BY_INDEX = "embedding_bag", "index", "gather", "scatter", "sort"
-"""Operations, by parts of their names, after which sums may have another order of terms."""
+"""Parts of the names of operations whose sums may add their terms in another order."""
 
 BY_GROUPS = "grouped_mm", "segment_reduce"
-"""Operations on groups of rows, whose sizes are numbers: another size is rounded otherwise."""
+"""Operations on groups of rows, of sizes that numbers decide: another size is rounded otherwise."""
 
 
 def coupling(subject: Subject, number: int, thorough: bool, at_once: int | None) -> Coupling:

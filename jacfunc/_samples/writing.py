@@ -79,10 +79,10 @@ class SampleWriter:
         )
 
     def _are_blocks(self, factors: FactoredJacobian, grid: Grid) -> bool:
-        """Are products of one sweep an output leaf the blocks themselves, with nothing to write?"""
+        """Are the products of one sweep the blocks of an output leaf, so that none is copied?"""
         if self.sink.copies or not (self.is_swept_at_once and factors.is_direct):
             return False
-        if factors.size == 1:  # they may be the seeds, which are kept for other sweeps
+        if factors.size == 1:  # its products may be the seeds themselves, which other sweeps use
             return False
         return all(x.dtype == grid.dtype for x in (*factors.outputs, *factors.params))
 
@@ -102,8 +102,8 @@ class SampleWriter:
     ) -> None:
         """Write the blocks of samples, of which the first has the number ``start``.
 
-        In the first call of a kind what a sweep took is given back before the next one: its blocks
-        may be too small for it, and the first call is long enough.
+        In the first call of a kind the memory of a sweep is given back to the system before the
+        next sweep, which may find no use for it. That takes a while, which only the first call has.
         """
         total = self.batch.size
         samples = slice(start, start + factors.size)
@@ -113,7 +113,7 @@ class SampleWriter:
                 if is_first:
                     give_back()
                 parts = factors.parts_of_rows(begin, end, number)
-                # not before: what the sweep took for a while need not lie beside the result
+                # after the sweep, whose memory is free again before the result takes its own
                 blocks = self._places(factors, grid, number)
                 if (factors.size, end - begin) != (total, grid.rows[number]):
                     blocks = tuple(block[samples, begin:end] for block in blocks)

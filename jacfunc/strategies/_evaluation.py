@@ -95,8 +95,8 @@ def worded(api: str, must: str, instead: str = NONE_LEFT, smaller: str = SMALLER
 
     Raises:
         Refused: if torch refuses.
-        ValueError: if whoever raised it does not know the door: for a budget that is too small, or
-            a user's strategy that returns no blocks.
+        ValueError: in the place of an error without the name of a public function: for a budget
+            that is too small, or a user's strategy that returns no blocks.
         RuntimeError: if memory ran out.
     """
     try:
