@@ -102,15 +102,6 @@ def is_of_old_style(error: Exception) -> bool:
     return "must override the setup_context" in str(error)
 
 
-def runs_again_below(error: Exception) -> bool:
-    """Is it torch's own error for checkpoints in a transform?
-
-    They are either not let in, or run again in a pullback, with tensors of a vmap that is over.
-    """
-    words = "saved tensor hooks", "escaped from inside a function being vmapped"
-    return any(each in str(error) for each in words)
-
-
 def writes_outside(error: Exception) -> bool:
     """Is it torch's own error for a write into a tensor that a derivative has not wrapped?"""
     return "would mutate a captured Tensor" in str(error)

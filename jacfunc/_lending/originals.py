@@ -146,10 +146,19 @@ class Revisits:
         func: the function that is evaluated.
         primals: the leaves at which it is evaluated.
         forget: drops graphs that are kept, as what they read was written into.
+        forget_outputs: drops the outputs of the evaluation that was made in the context.
     """
 
-    def __init__(self, api: str, func: object, primals: Leaves, forget: Callable[[], None]) -> None:
-        self._api, self._primals, self._forget = api, primals, forget
+    def __init__(
+        self,
+        api: str,
+        func: object,
+        primals: Leaves,
+        forget: Callable[[], None],
+        forget_outputs: Callable[[], None],
+    ) -> None:
+        self._api, self._primals = api, primals
+        self._forget, self._forget_outputs = forget, forget_outputs
         self._captured = Captured.of(func) if makes_plain_tensors() else Captured([])
         self._casting = Casting.now(primals)
 
@@ -169,3 +178,4 @@ class Revisits:
         finally:
             if self._captured.undone(written):
                 self._forget()
+        self._forget_outputs()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -77,19 +77,13 @@ def hessian_operator(
     """
     primals = map_tensors(Tensor.clone, primals)
     call = at_all(API, func, primals, has_aux)
-    revisited: Callable[[], AbstractContextManager[None]] = nullcontext
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        with revisited():
-            yield
-        call.forget_outputs()
-
     second = SecondCall(call, of_one_number=True)
     space = Space.of(primals[0] if len(primals) == 1 else primals)
-    operator = HessianOperator(API, space, second, around)
-    revisited = Revisits(API, func, call.primals, operator._point.forget_graph)
-    value, aux = second.value(*operator._point.image())
+    operator = HessianOperator(API, space, second, nullcontext)
+    point = operator._point
+    operator._around = Revisits(API, func, call.primals, point.forget_graph, call.forget_outputs)
+    call.forget_outputs()
+    value, aux = second.value(*point.image())
     value = map_tensors(Tensor.clone, value)  # the user may write into it
     return (value, operator, aux) if has_aux else (value, operator)
 
@@ -201,9 +195,8 @@ class HessianOperator(SymmetricOperator):
         def onto_leaf(plan: Plan) -> Leaves:
             if plan.strategy == HESSIAN_PRODUCT.strategy:
                 return self._point.pullback_onto(onto, seeds, onto)
-            every = [x.new_zeros(len(units[0]), *x.shape) for x in self.domain.leaves]
-            every[number] = units[0]
-            return self._second.products(self._point, tuple(every), plan.strategy)[onto]
+            every = self.domain.spread(units, [number])
+            return self._second.products(self._point, every, plan.strategy)[onto]
 
         return self._run(onto_leaf) if len(units[0]) else units
 

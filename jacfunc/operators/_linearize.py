@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
 import torch
@@ -73,14 +73,7 @@ def linearize(func: Callable[..., Any], *primals: Tree, has_aux: bool = False) -
     # the user may write into the value, and the graph needs its outputs
     value, aux = call.value(tuple(map(Tensor.clone, outputs)), extras)
     domain = Space.of(primals[0] if len(primals) == 1 else primals)
-    revisited = Revisits(api, func, call.primals, point.forget_graph)
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        with revisited():
-            yield
-        call.forget_outputs()
-
+    around = Revisits(api, func, call.primals, point.forget_graph, call.forget_outputs)
     is_differentiated = any(out.requires_grad for out in outputs)
     operator = Linearized(api, domain, Space.of(value), point, around, is_differentiated)
     call.forget_outputs()

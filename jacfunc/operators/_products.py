@@ -147,10 +147,8 @@ class Products(BesideArrays, ABC):
 
     def _rows_of(self, cotangents: Leaves, of: slice) -> Leaves:
         """Rows ``[K, *in]`` for cotangents of the output leaves in a slice."""
-        count = cotangents[0].shape[:1] if cotangents else ()
-        every = [x.new_zeros(*count, *x.shape) for x in self.codomain.leaves]
-        every[of] = cotangents
-        return self.pullback_batch(tuple(every))
+        numbers = range(len(self.codomain.leaves))[of]
+        return self.pullback_batch(self.codomain.spread(cotangents, numbers))
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator``, for SciPy's solvers of equations and spectra.

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._linear_map import chosen_leaves
 from jacfunc._types import Leaves
 from jacfunc.operators._space import Space
 
@@ -57,14 +58,10 @@ def _of_leaves(api: str, name: str, space: Space, patterns: Sequence[str]) -> Ch
             )
 
     def extract(leaves: Leaves) -> Leaves:
-        return tuple([leaves[number] for number in numbers])
+        return chosen_leaves(leaves, numbers)
 
     def embed(leaves: Leaves) -> Leaves:
-        count = leaves[0].shape[:1]
-        every = [x.new_zeros(*count, *x.shape) for x in space.leaves]
-        for number, leaf in zip(numbers, leaves, strict=True):
-            every[number] = leaf
-        return tuple(every)
+        return space.spread(leaves, numbers)
 
     return Choice(Space.of({names[n]: space.leaves[n] for n in numbers}), extract, embed)
 

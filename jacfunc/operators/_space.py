@@ -99,6 +99,12 @@ class Space:
         pairs = zip(parts, self.leaves, strict=True)
         return tuple(part.reshape(len(rows), *x.shape).to(x.dtype) for part, x in pairs)
 
+    def spread(self, leaves: Leaves, numbers: Sequence[int]) -> Leaves:
+        """K vectors that have these leaves ``[K, *shape]``, and zeros in the place of others."""
+        count = leaves[0].shape[:1] if leaves else ()
+        given, pairs = dict(zip(numbers, leaves, strict=True)), enumerate(self.leaves)
+        return tuple([given[n] if n in given else x.new_zeros(*count, *x.shape) for n, x in pairs])
+
     def chosen(self, patterns: Sequence[str]) -> list[int]:
         """Numbers of the leaves whose names fit one of the patterns."""
         return [
