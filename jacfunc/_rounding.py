@@ -44,7 +44,7 @@ def are_near(numbers: Tensor, others: Tensor, power: float | None, lead: int = 0
     if power is not None:  # most are so: for these it takes half as many operations
         tolerance = torch.finfo(numbers.dtype).eps ** power
         sizes, apart = [_largest(x, lead) for x in (numbers, numbers - others)]
-        if bool((apart < sizes * tolerance).all()):  # not where one is nan, or both are infinite
+        if bool((apart < sizes * tolerance).all()):  # not so where one is nan, or both are infinite
             return True
     is_near = (numbers == others) | (numbers.isnan() & others.isnan())
     if power is not None:

@@ -22,7 +22,7 @@ def named(api: str, of: object, function: FunctionT) -> FunctionT:
         >>> jacfunc.jacrev(jacfunc.jacrev(len)).__qualname__
         'jacrev(jacrev(len))'
     """
-    if not torch.compiler.is_compiling():  # which traces no such change
+    if not torch.compiler.is_compiling():  # it can't trace that an attribute is set
         name = getattr(of, "__qualname__", type(of).__qualname__)
         function.__qualname__ = f"{api}({name.rpartition('.')[2]})"
     return function

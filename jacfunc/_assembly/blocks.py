@@ -42,7 +42,7 @@ def stack(chunks: Iterable[Leaves], total: int, into: Allocate = allocated) -> L
     filled = _write(results, first, 0)
     del first
     for products in iterator:
-        if _has_graph(products):  # those before are constants
+        if _has_graph(products):  # all chunks before this one had no graph
             before = tuple(result[:filled] for result in results)
             return _concatenated(before, chain((products,), iterator))
         filled = _write(results, products, filled)

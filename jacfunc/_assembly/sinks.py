@@ -104,7 +104,7 @@ class Sink:
         if not self.copies:
             return stacked_rows(sweep(chunk), outputs, primals)
         total, each = numel(outputs), sum(x.numel() * x.itemsize for x in primals)
-        if chunk is None:  # how large rows are is known before the first
+        if chunk is None:  # the size of rows is known before there is one
             chunk = max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
         rows = stack(sweep(chunk), total, self.into_rows(Grid.of(outputs, primals)))
         return rows_to_blocks(rows, outputs, primals, self.dtype)

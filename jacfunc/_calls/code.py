@@ -17,7 +17,7 @@ Place = tuple[dict[str, Any], str]
 _UNNAMED = frozenset({"globals", "eval", "exec", "open", "input", "__import__", "id"})
 """Functions of Python by which a function reads what its code does not name."""
 _UNNAMED_METHODS = frozenset({"read_text", "read_bytes", "today"})
-"""Methods of files and dates by which it does."""
+"""Methods of files and dates that do so."""
 
 
 def home_of(thing: Any) -> str:
@@ -54,14 +54,14 @@ def is_module(thing: Any) -> TypeGuard[types.ModuleType]:
 
 
 def places_of(func: types.FunctionType) -> Iterator[Place]:
-    """Where it may find what it names: among its globals, and in modules that it names.
+    """Where a function may find what it names: among its globals, and in modules that it names.
 
-    Places in tables of modules are those that are filled.
+    A global is a place even if nothing has that name yet; in modules only names that are there.
     """
     names, tables = _names_in(func), [func.__globals__]
     closed = [_contents(cell) for cell in func.__closure__ or ()]
     tables += map(vars, filter(is_module, (*closed, *_imported_in(func))))
-    for table in tables:  # which become more
+    for table in tables:  # the loop adds tables
         for name in names:
             if table is tables[0] or name in table:
                 yield table, name

@@ -72,7 +72,7 @@ def _parts(thing: Any, depth: int) -> Iterator[str]:
     else:
         name = f"{type(thing).__module__}.{getattr(thing, '__qualname__', '')}"
         yield FIRST_NAMES.get(name, name)
-        # of functools.partial, and of a FlatCall
+        # functools.partial and FlatCall hold the function in these attributes
         inner = [getattr(thing, name, None) for name in ("func", "args", "keywords")]
         yield from _each(inner, depth)
 

@@ -59,7 +59,7 @@ def warn_if_followed(
 
 
 def _has_changed(module: nn.Module, params: Mapping[str, Tensor]) -> bool:
-    """Was the first parameter written into since the last call? Another one is no trained one."""
+    """Was the first parameter written into, or replaced, since the last call of the module?"""
     name, param = next(iter(params.items()), ("", None))
     if param is None or param.is_inference():
         return False

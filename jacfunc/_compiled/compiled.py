@@ -124,11 +124,12 @@ class Compiled(Generic[P, ResultT]):
                     return entry((*arguments.leaves, *now.tensors))
                 arguments.check()
                 Graphs.load_tracer()
-                self.transformed(*args, **kwargs)  # later calls do not learn or make what it does
+                # an untraced call comes first: what it learns or makes is no part of the trace
+                self.transformed(*args, **kwargs)
                 now = self._surroundings_now()
                 making = Making(self.transformed, now, arguments, args, kwargs, *self._how)
                 entry = making.entry()
-            making.check(entry)  # which compiles, and keeps nobody from lending
+            making.check(entry)  # compiling takes long: other threads may lend modules meanwhile
             self._entries = (entry, *self._entries[: MOST_KINDS - 1])
             return making.answer
 
@@ -180,7 +181,7 @@ class _AtPoint(Generic[ResultT]):
             entry = first_that_holds(entries, arguments, self._kind, self._others)
             if entry is not None:
                 return entry
-            self._compiled(*self._args, *args)  # which makes one
+            self._compiled(*self._args, *args)  # this call makes the entry
         raise ValueError(
             f"{API}: func must refer to the objects that it referred to when at() was called, got "
             "others, and a kind of call that was not compiled before. Call at() again."

@@ -66,7 +66,8 @@ class UseRecorder(OperationRecorder):
         self._grad_mode = grad_mode
         self.uses: list[Use] = []
         self._known, self._later = known, list[tuple[Use, RuledCall]]()
-        self._inputs, self._versions = list[Tensor](), list[int]()  # of operations with rules
+        # what operations with rules have read
+        self._inputs, self._versions = list[Tensor](), list[int]()
         self.derived = DerivedResults(params, starts, grad_mode)
         self._level = innermost()
 
@@ -104,7 +105,7 @@ class UseRecorder(OperationRecorder):
                 return self._openings[func](*args, **kwargs)
         if func in HOOKING:
             if func is Tensor.retain_grad:
-                return None  # nobody reads what it keeps, and a second sweep would add to that
+                return None  # nobody reads what it keeps, and a second sweep would add to it
             if func is Tensor.register_hook and (is_tracked or self._is_under_vmap()):
                 raise Refused("a hook on a parameter, or on all samples of a tensor, is passed by")
             self._params.note_hook(args[0], self.uses)
@@ -169,7 +170,7 @@ class UseRecorder(OperationRecorder):
             has_others = are_among((*args, *kwargs.values()), params.by_id, covered)
             if covered and has_others and self._placing.can_share:
                 return self._derive(number, func, args, kwargs)
-        places = [*rule.defaults, *range(len(args))]  # of further arguments there is no name
+        places = [*rule.defaults, *range(len(args))]  # arguments without names have numbers
         args = tuple(map(twins.get, places, args))
         if kwargs:
             kwargs = {name: twins.get(name, value) for name, value in kwargs.items()}

@@ -192,7 +192,7 @@ class Watch(TorchFunctionMode):
         if torch.compiler.is_compiling() or hasattr(error, "left_a_watch"):
             return
         if lacks_forward_rule(error) or writes_outside(error):
-            is_ours = self.pushes  # else a derivative that the function takes itself raised it
+            is_ours = self.pushes  # if not, a derivative inside the function raised it
         else:
             is_ours = isinstance(error, Refused)
             is_ours = is_ours or any(words in str(error) for words in _OF_A_TRANSFORM)
@@ -203,7 +203,7 @@ class Watch(TorchFunctionMode):
 
 def handled(error: Exception) -> None:
     """Mark an error that jacfunc has handled inside the function, which does not see it."""
-    if torch.compiler.is_compiling():  # which can't trace that, and nothing watches
+    if torch.compiler.is_compiling():  # it can't trace this, and watches do not run there
         return
     error.was_handled = True  # type: ignore[attr-defined]
 

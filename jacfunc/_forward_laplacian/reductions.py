@@ -28,7 +28,7 @@ class _Exponentials:
         largest = x.value.amax(dims, keepdim=True).detach()
         powers = torch.exp(x.value - torch.where(largest.isfinite(), largest, 0.0))
         total_power = powers.sum(dims, keepdim=True)
-        # of infinitely small numbers alone it is no number, but all zeros to torch
+        # where all numbers are minus infinity, torch's derivatives have zeros, and not 0 / 0
         self.softmax = powers / torch.where(total_power == 0, 1.0, total_power)
         self.first = (self.softmax * x.first).sum(behind, keepdim=True)
         self.beside = x.first - self.first

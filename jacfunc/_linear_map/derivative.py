@@ -92,7 +92,7 @@ class Derivative(ABC):
 
 @cache
 def _told_nothing() -> Remembered[bool]:
-    """Functions whose second derivatives have no nodes that the tables of faults name."""
+    """Functions of which the tables of faults name no node of the second derivative."""
     return Remembered()
 
 
@@ -114,7 +114,7 @@ class _Push:
 
     @property
     def exact_kind(self) -> CallKind | None:
-        """That of a function, among others that are pushed; None of a module."""
+        """The exact kind of the function's call, as one that is pushed; None for a module."""
         kind: CallKind | None = getattr(self._func, "exact_kind", None)
         is_of_module = getattr(self._func, "state", None) is not None
         return None if kind is None or is_of_module else kind.among("pushed", self._of)

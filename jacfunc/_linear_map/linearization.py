@@ -129,7 +129,7 @@ class Linearization:
     def _map_of_tangents(self) -> LinearMap:
         try:
             transposed = self.transposed()
-        except Refused as refusal:  # autograd asks, after the door has been left
+        except Refused as refusal:  # autograd may call this later, outside of every public function
             raise Refused(f"vjp: {refusal}") from refusal
         return LinearMap(
             lambda v: transposed.sweep(v, EVERY, EVERY), transposed.pull_batch, self._as_map
@@ -155,7 +155,7 @@ class Linearization:
                 raise
             handled(error)
             note("the backward pass could not be batched, rows go one by one: %s", error)
-            self.is_batchable = False  # nor could it be for other rows
+            self.is_batchable = False  # other rows would fail in the same way
         # not where the error is known: its traceback holds what was swept at once
         return one_by_one(lambda seeds: self.pull(seeds, onto, of), cotangents)
 
@@ -186,7 +186,7 @@ def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
     first = next(products)
     if count == 1:
         left = [*first]
-        del first  # or all would be there twice
+        del first  # each product is freed as soon as it is copied
         return tuple([torch.stack([left.pop(0)]) for _ in range(len(left))])
     if inside_transform() or not all(map(_is_bare, first)):
         return tuple(map(torch.stack, zip(first, *products, strict=True)))

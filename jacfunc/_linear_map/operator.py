@@ -176,13 +176,13 @@ class JacobianOperator:
             self._image, self._was_pushed = (outputs, extras), was_pushed
             return
         first = self._image
-        if not self._stays_with_first:  # another strategy begins anew
+        if not self._stays_with_first:  # if the check fails, another strategy begins anew
             self._image = None
         same_way = was_pushed == self._was_pushed
         try:
             check_agreement(first[0], outputs, same_way)
         except Changes:
-            # what is rounding alone differs between two ways to evaluate, but not within one
+            # two ways to evaluate may round differently; one way does not differ from itself
             if same_way or not differ_by_rounding(first[0], outputs):
                 raise
             with alone():

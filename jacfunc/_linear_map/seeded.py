@@ -64,7 +64,7 @@ class LinearMap:
 
 def is_followed(seeds: Leaves) -> bool:
     """May a transform, or plain autograd, differentiate by these seeds?"""
-    if torch.compiler.is_compiling():  # which differentiates what it has traced
+    if torch.compiler.is_compiling():  # a compiler differentiates what it has traced
         return False
     if inside_transform():
         return True

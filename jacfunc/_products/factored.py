@@ -90,7 +90,7 @@ def _known(part: Part) -> tuple[Part, Tensor]:
     if not isinstance(form, Outer | Gather | Rows):
         form = Rows(form.rows().transpose(0, 1))
     if isinstance(form, Rows):
-        # as many dimensions as cotangents of a layer have, so that memory in common is seen
+        # with as many dimensions as cotangents of a layer, equal ones are found by their memory
         seeds = form.products.reshape(*form.products.shape[:2], 1, 1, -1)
         return Part(part.path, form), seeds
     return Part(part.path, form), form.cotangents

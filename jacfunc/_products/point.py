@@ -141,7 +141,7 @@ class PointProducts:
 
     def _leave(self, way: Way, refusal: Refused) -> None:
         """Go on to the next way."""
-        if isinstance(refusal, Changes):  # of no other function is the product asked
+        if isinstance(refusal, Changes):  # another evaluation would be of another function
             raise refusal
         note("J v takes another way: %s", refusal)
 

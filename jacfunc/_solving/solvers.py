@@ -91,7 +91,7 @@ class Cholesky(Solver):
     @staticmethod
     def _check(system: System, share: Tensor) -> None:
         """Refuse a least pivot that rounding may have made, as a share of the largest one."""
-        with outside_transforms(), torch.no_grad():  # which may follow many matrices
+        with outside_transforms(), torch.no_grad():  # a vmap may solve for many matrices
             squared = float(below_transforms(share).square().min())
         if not squared > system.noise:  # a nan fails every comparison
             raise ValueError(

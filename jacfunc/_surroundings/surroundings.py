@@ -58,7 +58,7 @@ class Surroundings:
         self._watched = Watched()
         self.tensors = self._watched.tensors
         self._numbers: dict[int, int] = {}
-        self._every: list[Any] = []  # of which the identities are not used again
+        self._every: list[Any] = []  # kept alive, so that no other object gets the identity of one
         self._told: list[Any] = []
         hooks = [(table, "hooks of all modules") for table in HOOKS_OF_ALL]
         self._waiting: deque[tuple[Any, str]] = deque([(func, "func"), *hooks])
@@ -75,7 +75,7 @@ class Surroundings:
     def _visit(self, thing: Any, path: str) -> None:
         if is_value(thing):
             self._told += [type(thing), value_of(thing)]
-            if isinstance(thing, Enum) and self._is_new(thing):  # which has attributes beside
+            if isinstance(thing, Enum) and self._is_new(thing):  # it may have attributes, too
                 self._look_into_object(thing, path)
             return
         if not self._is_new(thing):
@@ -189,7 +189,7 @@ class Surroundings:
             self._told.append("empty")
             return
         self._watched.cells.append(cell)
-        if isinstance(contents, types.ModuleType):  # of which the function names what it uses
+        if isinstance(contents, types.ModuleType):  # the code names what it uses of it
             self._is_new(contents)
         else:
             self._later(contents, path)

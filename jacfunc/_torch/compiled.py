@@ -237,7 +237,7 @@ class Graphs:
             frames.set_eval_frame(before)
 
     tracer: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
-    """What looks at all that is called, for torch.compile; None as a rule."""
+    """Returns the hook of torch.compile that sees every call of Python's; None as a rule."""
 
     by_inductor = staticmethod(by_inductor)
     package_of = staticmethod(package_of)

@@ -26,7 +26,7 @@ from jacfunc._torch.vmap import LARGE_PRODUCT, fast_linear, is_for_onednn
 from jacfunc._types import LeafFunction, Leaves
 
 SEEDS = 8
-"""A product is looked at that would be large with so many cotangents at once."""
+"""A product may be taken by oneDNN if so many cotangents at once would make it large."""
 
 _HOOKED = "torch.func.vjp doesn't support saved tensor hooks"
 

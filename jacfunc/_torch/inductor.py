@@ -30,7 +30,7 @@ def by_inductor(graph: GraphModule, leaves: Leaves) -> Callable[..., Any]:
         return made[-1][1]
 
     ends, options = _ends(graph), {"size_asserts": False}
-    # what its cache returns has not been compiled, and its code is not to be had
+    # what comes from the cache was not compiled now, so that its code can't be taken out
     with torch._functorch.config.patch(enable_autograd_cache=False):
         whole = inductor.compile_fx(graph, list(leaves), kept, options)
     if [ends for ends, _ in made] != [ends]:
@@ -48,7 +48,7 @@ def _ends(graph: GraphModule) -> tuple[int, int]:
 def package_of(graph: GraphModule, leaves: Leaves, path: str) -> Callable[..., Any]:
     """The graph compiled ahead of time into a file, unless it lies there already."""
     inductor: Any = torch._inductor
-    with warnings.catch_warnings():  # of torch's own code
+    with warnings.catch_warnings():  # torch warns of its own code
         warnings.simplefilter("ignore", FutureWarning)
         if not os.path.exists(path):
             exported = torch.export.export(graph, leaves, strict=False)

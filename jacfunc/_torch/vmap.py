@@ -76,8 +76,8 @@ def call_of_all_samples(
 
 
 LARGE_PRODUCT, LARGE_WEIGHT = 2**21, 2**10
-"""Multiplications from which oneDNN's product of matrices was faster, up to twice, and numbers in a
-weight that are looked at for it."""
+"""From so many multiplications on, oneDNN's product of matrices was up to twice as fast. A weight
+with fewer numbers than the second is not looked at."""
 
 
 def fast_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ _SCALES = frozenset(
     {_ATEN.gelu_backward.default, _ATEN.silu_backward.default, _ATEN.mish_backward.default}
     | {_ATEN.elu_backward.default, _ATEN.softplus_backward.default}
 )
-"""They multiply a tensor by a function of others, entry by entry, that takes long to compute."""
+"""Operators that multiply a tensor, entry by entry, by a function of others that takes long."""
 
 
 def _take_scales_apart(graph: GraphModule, free: Collection[Node]) -> set[Node]:

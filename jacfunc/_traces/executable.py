@@ -111,10 +111,10 @@ class WrittenWork:
         nodes = [*graph.graph.nodes]
         detached = tuple([source.detach() for source in sources])
         self._executable = Executable(graph, detached, 0, Compiler("replay"))
-        self._executable(detached)  # what it is made of is not needed any more
+        self._executable(detached)  # compiled now, so that the graph and its tensors can go
         for node in (*nodes, *self._executable.graph.graph.nodes):
-            node.meta.clear()  # which holds all that was computed
-        # the tape knows tensors by where they lie: two at one place were one to it
+            node.meta.clear()  # it holds all tensors that were computed while the graph was made
+        # the tape knows tensors by where they lie in memory, so two at one place count as one
         self._aliases = _repeated([x.data_ptr() for x in sources])
         self.hold_for(sources)
 

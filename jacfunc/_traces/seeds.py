@@ -12,7 +12,7 @@ _ATEN = torch.ops.aten
 _FILLED = {
     **dict.fromkeys((_ATEN.zeros_like.default, _ATEN.new_zeros.default), 0),
     **dict.fromkeys((_ATEN.ones_like.default, _ATEN.new_ones.default), 1),
-    _ATEN.full_like.default: None,  # it is told by what
+    _ATEN.full_like.default: None,  # its second argument says with what
 }
 """Operators that read the sizes of a tensor and no number of it, and what they fill with."""
 

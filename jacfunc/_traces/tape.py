@@ -123,7 +123,7 @@ class _Tape(DispatchMode):
         self._check_frames(sys._getframe(2))
         taken: Any = map_aggregate((args, kwargs), self.node_of)
         result = func(*args, **kwargs)
-        if func is _ATEN.promote_types.default:  # of kinds alone
+        if func is _ATEN.promote_types.default:  # it reads dtypes, and no numbers
             return result
         node = self.graph.call_function(func, *taken)
         if func in _BY_ADDRESS or Graphs.draws(node) or depends_on_numbers(node):

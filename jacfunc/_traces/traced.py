@@ -17,7 +17,7 @@ from jacfunc._torch import Graphs, RandomState
 from jacfunc._types import Leaves
 
 MOST_TRACES = 4
-"""So often a function is traced until two graphs in a row are equal: the first may learn of it."""
+"""A function is traced at most so often, until two graphs in a row are equal."""
 
 LEAVE_NUMBERS = "Write branches on numbers with torch.where, and leave numbers in tensors."
 _MADE_INSIDE = frozenset({torch.ops.aten.lift_fresh_copy, torch.ops.aten.lift_fresh})
@@ -100,7 +100,7 @@ class _NoReads(torch.overrides.TorchFunctionMode):
     """Raises where a function reads numbers past the trace, which would burn them in."""
 
     failed: Exception | None = None
-    """What a function of torch raised of numbers: its caller may have gone another way then."""
+    """An error about numbers; the user's function may have caught it, and gone another way."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -234,7 +234,7 @@ class Inside(optree.PyTreeEntry):
         if not isinstance(self.entry, Attribute):
             return f"{node}[{self.entry!r}]"
         if self.entry.name == "data" and issubclass(self.type, UserDict):
-            return node  # which reads its items from there
+            return node  # a UserDict reads its items from this attribute
         return f"{node}.{self.entry.name}"
 
 

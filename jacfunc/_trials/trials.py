@@ -129,7 +129,7 @@ class Trials:
 
         def make() -> OutputDims:
             own = one_sample(leaves, dims, 0)
-            kinds = replace(self.split, leaves=own).kinds  # those of batches of any size
+            kinds = replace(self.split, leaves=own).kinds  # the same for a batch of any size
             return _known_dims().get_or_make(version, (kinds, *dims), lambda: self._dims(own, dims))
 
         version, kind = self.state.version, (self.split.kinds, tuple(dims))

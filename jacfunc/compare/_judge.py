@@ -83,7 +83,7 @@ class Judge:
         entries = torch.unravel_index(self._numbers[i].to(block.device), self._leads[i])
         rows = block.detach().reshape(shape)[entries]
         apart = float(rows.to(expected.device, expected.dtype).sub_(expected).abs_().max())
-        # where a block is zero but for rounding, its rounding is that of what it was summed from
+        # a block that should be zero has the rounding of the larger numbers that it was summed from
         scale = max(_largest(expected), self._precision**0.5 * self._largest)
         if not apart:
             return 0.0

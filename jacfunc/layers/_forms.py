@@ -225,7 +225,7 @@ def summed(products: Tensor, shape: Sequence[int]) -> Tensor:
     sizes, shape = products.shape[2:], tuple(shape)
     if sizes == shape:
         return products
-    if sizes[1:] == shape and sizes[0] == 1:  # of one sample each
+    if sizes[1:] == shape and sizes[0] == 1:  # the shape was broadcast by one dimension of size one
         return products.squeeze(2)
     lead = products.dim() - len(shape)
     spread = [

@@ -213,7 +213,7 @@ class ReverseOverForward(Sweeping):
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out, *in, *in]``; no graph of the gradient is made."""
-        # where nothing is watched; torch's derivatives of pushforwards are wrong for normalizations
+        # compilers run no watch, without which a normalization's pushforward has wrong derivatives
         check_uncompiled("reverse-over-forward", "Take 'forward-over-reverse' there.")
         if not isinstance(operator.func, FirstDerivative):
             raise Refused("reverse over forward takes second derivatives alone; use hessian")

@@ -67,7 +67,7 @@ class SettledFunction:
             at = self._linearized(x, *settled[:2])
         evaluation = None
         if at is not None:
-            with suppress(Exception):  # of a backward pass of the user's own
+            with suppress(Exception):  # a backward pass of the user's may raise anything
                 evaluation = self._evaluated(at, x, settled[2])
         if evaluation is None:
             self._by_kind.pop(kind, None)
