@@ -45,6 +45,13 @@ class Outer:
         cotangents: cotangents of its output, ``[K, B, groups, T, O]``.
         shape: the shape of the parameter, whose entries are in the order ``groups, O, I``.
         is_transposed: the entries of the parameter are in the order ``groups, I, O`` instead.
+
+    Example:
+        >>> import torch
+        >>> from jacfunc.layers import Outer
+        >>> inputs, cotangents = torch.ones(4, 1, 1, 3), torch.ones(2, 4, 1, 1, 5)
+        >>> Outer(inputs, cotangents, torch.Size((5, 3))).rows().shape
+        torch.Size([4, 2, 5, 3])
     """
 
     inputs: Tensor
@@ -125,6 +132,12 @@ class Gather:
         index: the rows that are looked up, ``[B, T]``.
         cotangents: cotangents of these rows, ``[K, B, T, D]``.
         shape: the shape of the table, ``[V, D]``.
+
+    Example:
+        >>> from jacfunc.layers import Gather
+        >>> form = Gather(torch.tensor([[0, 2]]), torch.ones(1, 1, 2, 3), torch.Size((4, 3)))
+        >>> form.rows()[0, 0].sum(1)
+        tensor([3., 0., 3., 0.])
     """
 
     index: Tensor

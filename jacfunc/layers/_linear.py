@@ -77,7 +77,18 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def positions(tensor: Tensor, lead: int) -> Tensor:
-    """``[*lead, 1, T, n]``: a tensor ``[*lead, …, n]`` with one group, at T positions."""
+    """``[*lead, 1, T, n]``: a tensor ``[*lead, …, n]`` with one group, at T positions.
+
+    Args:
+        tensor: inputs of a layer, or cotangents of its output.
+        lead: how many dimensions are in front: those of samples, and of cotangents.
+
+    Example:
+        >>> import torch
+        >>> from jacfunc.layers import positions
+        >>> positions(torch.ones(8, 5, 7, 3), 1).shape
+        torch.Size([8, 1, 35, 3])
+    """
     if tensor.dim() == lead + 2:
         return tensor.unsqueeze(lead)
     return tensor.reshape(*tensor.shape[:lead], 1, -1, tensor.shape[-1])

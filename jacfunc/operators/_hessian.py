@@ -100,6 +100,9 @@ class HessianOperator(SymmetricOperator):
     Raises:
         ValueError: if tensors that the function closes over have changed since.
 
+    Cost:
+        The graph of one gradient, which is kept; K products are a sweep of K pullbacks through it.
+
     Example:
         Newton's method in one step, as the function is quadratic:
 

@@ -99,6 +99,9 @@ def value_jacobian_laplacian(
     Raises:
         TypeError, ValueError, NotImplementedError: as in :func:`laplacian`.
 
+    Cost:
+        That of :func:`laplacian`, and the Jacobian, which it carries along.
+
     Example:
         >>> import torch, jacfunc
         >>> jacfunc.value_jacobian_laplacian(lambda x: (x ** 3).sum())(torch.tensor([1.0, 2.0]))

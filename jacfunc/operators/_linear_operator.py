@@ -32,6 +32,9 @@ class LinearOperator(Solves):
         domain: where the vectors ``v`` are.
         codomain: where the products ``A v`` are.
 
+    Raises:
+        TypeError, ValueError: vectors, or operators, that do not fit.
+
     Example:
         An operator of your own, here the sum of all elements:
 
@@ -191,7 +194,10 @@ class LinearOperator(Solves):
 
 
 class SymmetricOperator(LinearOperator):
-    """An operator of a space into itself that is its own transpose."""
+    """An operator of a space into itself that is its own transpose.
+
+    A subclass says what ``pushforward_batch`` is, and no more.
+    """
 
     is_symmetric = True
 
