@@ -185,20 +185,20 @@ class FlatCall:
         trees = tuple(s.place(part) for s, part in zip(self._splits, parts, strict=True))
         return trees[0] if self._is_single else trees
 
-    def aligned_inputs(self, name: str, trees: Sequence[Tree]) -> Leaves:
-        """One value for each primal, from trees like the chosen arguments; dicts match by key."""
+    def aligned_tangents(self, trees: Sequence[Tree]) -> Leaves:
+        """One tangent for each primal, from trees like the chosen arguments; dicts match by key."""
         if not isinstance(trees, tuple | list) or len(trees) != len(self._splits):
             leaves = flatten(trees)[0]
             if len(leaves) != len(self.primals):
                 return tuple(leaves)  # check_like refuses their number
             raise TypeError(
-                f"{self._api}: {name} must be a tuple of {len(self._splits)}, as the primals are, "
-                f"got {type(trees).__name__}. Write (x,) for the only one."
+                f"{self._api}: tangents must be a tuple of {len(self._splits)}, as the primals "
+                f"are, got {type(trees).__name__}. Write (x,) for the only one."
             )
         return tuple(
             value
             for n, (split, tree) in enumerate(zip(self._splits, trees, strict=True))
-            for value in self._align(split, tree, f"{name}[{n}]")
+            for value in self._align(split, tree, f"tangents[{n}]")
         )
 
     def aligned_outputs(self, name: str, tree: Tree) -> Leaves:

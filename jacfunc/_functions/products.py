@@ -72,7 +72,7 @@ def jvp(
     """
     call = at_all("jvp", func, primals, has_aux)
     operator = JacobianOperator(call, call.primals)
-    seeds = call.aligned_inputs("tangents", tangents)
+    seeds = call.aligned_tangents(tangents)
     check_like("jvp", "tangents", seeds, call.primals)
     products = in_words_of("jvp", lambda: operator.pushforward(seeds), MUST, PULL, LESS)
     value, aux = call.value(*operator.image())
@@ -202,7 +202,7 @@ def hvp(
     call = at_all("hvp", func, primals, has_aux)
     second = SecondCall(call, of_one_number=True)
     operator = JacobianOperator(second, call.primals)
-    seeds = call.aligned_inputs("tangents", tangents)
+    seeds = call.aligned_tangents(tangents)
     check_like("hvp", "tangents", seeds, call.primals)
     products = in_words_of(
         "hvp",

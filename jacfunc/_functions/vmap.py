@@ -212,7 +212,7 @@ def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) ->
     for number, (prefix, arg) in enumerate(zip(per_argument, args, strict=True)):
         spread = partial(broadcast_prefix, prefix, arg, f"args[{number}]")
         dims.extend(_in_words(spread, "in_dims"))
-    check_dims("vmap", "in_dims", dims)
+    check_dims("vmap", dims)
     return dims + broadcast_prefix(0, kwargs)
 
 

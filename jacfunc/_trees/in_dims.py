@@ -16,12 +16,12 @@ Arguments: TypeAlias = tuple[tuple[Tree, ...], dict[str, Tree]]
 """``(args, kwargs)`` of a call."""
 
 
-def check_dims(api: str, name: str, dims: Iterable[object]) -> None:
-    """Refuse dimensions that are neither a number nor None; True is none, though it is an int."""
+def check_dims(api: str, dims: Iterable[object]) -> None:
+    """Refuse ``in_dims`` that are neither a number nor None; True is no number, though an int."""
     for dim in dims:
         if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
             raise TypeError(
-                f"{api}: {name} must hold ints, or None for what is not mapped, got {dim!r}. "
+                f"{api}: in_dims must hold ints, or None for what is not mapped, got {dim!r}. "
                 "A dimension is counted from 0."
             )
 
@@ -58,7 +58,7 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -
             f"{len(in_dims)}. Use None for what all samples share."
         )
     if isinstance(in_dims, int):  # the usual case: every tensor has the samples there
-        check_dims(api, "in_dims", (in_dims,))
+        check_dims(api, (in_dims,))
         return [in_dims if is_tensor else None for is_tensor in tensors.is_chosen]
     positional = in_dims if isinstance(in_dims, tuple | list) else [0] * len(args)
     prefixes = [*positional, *(by_name.get(name, 0) for name in kwargs)]
@@ -72,7 +72,7 @@ def sample_dims(api: str, in_dims: Tree, arguments: Arguments, tensors: Split) -
                 f"{api}: in_dims must have the structure of the inputs, got one where {error}. "
                 "Give dicts the same keys."
             ) from error
-    check_dims(api, "in_dims", dims)
+    check_dims(api, dims)
     pairs = zip(tensors.is_chosen, dims, strict=True)
     return [dim if is_tensor else None for is_tensor, dim in pairs]
 

@@ -90,7 +90,7 @@ def in_words_of(
 
 
 @contextmanager
-def worded(api: str, must: str, instead: str = NONE_LEFT, smaller: str = SMALLER) -> Iterator[None]:
+def worded(api: str, must: str, instead: str = NONE_LEFT) -> Iterator[None]:
     """A context of which errors begin with the name of the public function, and say what to do.
 
     Raises:
@@ -104,7 +104,7 @@ def worded(api: str, must: str, instead: str = NONE_LEFT, smaller: str = SMALLER
     except WORDLESS as error:
         if not _lacks_words(api, error):
             raise
-        raise _in_words(api, error, must, instead, smaller) from error
+        raise _in_words(api, error, must, instead, SMALLER) from error
 
 
 WORDLESS = Nameless, RuntimeError, MemoryError  # a refusal is a RuntimeError, too
