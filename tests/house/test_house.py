@@ -370,6 +370,57 @@ def test_private_names_stay_in_their_module(name: str) -> None:
             assert f"{module}.{attribute}" in FILES, f"{name} imports {module}.{attribute}"
 
 
+# --- what stands there for nobody ---
+
+OTHERS_CALL = {"_repr_html_", "_should_skip_dynamo", "setup_context", "to_scipy"}
+"""Methods for notebooks, torch and users."""
+
+TESTS_ASK = {"bytes_in_use", "bytes_waiting"}
+"""What is counted from outside, and by nobody inside."""
+
+
+@cache
+def words_of(tree: ast.AST) -> set[str]:
+    """Names that a file reads, attributes among them, and words that it has as texts."""
+    reads = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Load)]
+    names = {node.id for node in reads if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in reads if isinstance(node, ast.Attribute)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return names | attributes | {text for text in texts if str(text).isidentifier()}
+
+
+def defined(body: list[ast.stmt], is_public: bool = False) -> Iterator[str]:
+    """Functions, classes and methods; but for methods of public classes, and what is registered."""
+    for node in body:
+        if isinstance(node, Function | ast.ClassDef):
+            is_registered = any(
+                isinstance(each, ast.Call) and dotted(each.func) in {"rule", "opening"}
+                for each in node.decorator_list
+            )
+            if not (is_public or is_registered or node.name.startswith("__")):
+                yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from defined(node.body, is_public or node.name in EXPORTED)
+
+
+EXPORTED = {
+    node.value
+    for tree in TREES.values()
+    for top in tree.body
+    if isinstance(top, ast.Assign) and dotted(top.targets[0]) == "__all__"
+    for node in ast.walk(top)
+    if isinstance(node, ast.Constant)
+}
+
+
+def test_everything_is_used_by_somebody() -> None:
+    """By name: what has the name of something that is used passes."""
+    trees = [*TREES.values(), *parsed("benchmarks").values()]
+    used = EXPORTED | OTHERS_CALL | TESTS_ASK | set().union(*map(words_of, trees))
+    idle = {name: [*{*defined(tree.body)} - used] for name, tree in TREES.items()}
+    assert {name: names for name, names in idle.items() if names} == {}
+
+
 # --- sizes ---
 
 
