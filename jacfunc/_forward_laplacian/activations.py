@@ -7,7 +7,7 @@ from math import pi, sqrt
 import torch
 from torch import Tensor
 
-from jacfunc._forward_laplacian.elementwise import Derivatives, Formula, filled
+from jacfunc._forward_laplacian.elementwise import Derivatives, Formula
 from jacfunc._forward_laplacian.jet import times
 
 
@@ -67,7 +67,7 @@ def _relu(x: Tensor, y: Tensor) -> Derivatives:
 
 
 def _leaky_relu(x: Tensor, y: Tensor, negative_slope: float = 0.01) -> Derivatives:
-    return torch.where(x > 0, filled(x, 1), negative_slope), None
+    return torch.where(x > 0, torch.full_like(x, 1), negative_slope), None
 
 
 def _hardtanh(x: Tensor, y: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Derivatives:

@@ -43,11 +43,6 @@ def elementwise(formula: Formula) -> Rule:
     return rule
 
 
-def filled(x: Tensor, number: float) -> Tensor:
-    """The number at each entry."""
-    return torch.full_like(x, number)
-
-
 def _tanh(x: Tensor, y: Tensor) -> Derivatives:
     slope = 1 - y * y
     return slope, -2 * y * slope
@@ -73,9 +68,9 @@ def _power(x: Tensor, y: Tensor, exponent: Any) -> Derivatives:
         factor = exponent * (exponent - 1)
         return slope, torch.where(factor == 0, 0.0, factor * _raised(x, exponent - 2))
     if exponent in (0, 1):  # a power of 0 to a negative exponent would make them nan
-        return filled(y, exponent), None
+        return torch.full_like(y, exponent), None
     if exponent == 2:
-        return 2 * x, filled(x, 2)
+        return 2 * x, torch.full_like(x, 2)
     return exponent * x ** (exponent - 1), exponent * (exponent - 1) * x ** (exponent - 2)
 
 
@@ -183,15 +178,15 @@ FORMULAS: dict[str, Formula] = {
     "sqrt": lambda x, y: (0.5 / y, -0.25 / (x * y)),
     "rsqrt": lambda x, y: (-0.5 * y / x, 0.75 * y / (x * x)),
     "reciprocal": lambda x, y: (-y * y, 2 * y * y * y),
-    "remainder": lambda x, y, other: (filled(y, 1), None),
-    "fmod": lambda x, y, other: (filled(y, 1), None),
-    "frac": lambda x, y: (filled(x, 1), None),
-    "square": lambda x, y: (2 * x, filled(x, 2)),
+    "remainder": lambda x, y, other: (torch.full_like(y, 1), None),
+    "fmod": lambda x, y, other: (torch.full_like(y, 1), None),
+    "frac": lambda x, y: (torch.full_like(x, 1), None),
+    "square": lambda x, y: (2 * x, torch.full_like(x, 2)),
     "pow": _power,
     "abs": lambda x, y: (torch.sign(x), None),
     "absolute": lambda x, y: (torch.sign(x), None),
-    "neg": lambda x, y: (filled(x, -1), None),
-    "negative": lambda x, y: (filled(x, -1), None),
+    "neg": lambda x, y: (torch.full_like(x, -1), None),
+    "negative": lambda x, y: (torch.full_like(x, -1), None),
     "erf": _erf,
     "erfc": _erfc,
     "erfinv": _erfinv,

@@ -168,20 +168,16 @@ class DetachedOperator(Linearized):
     """A Jacobian whose products can be differentiated by their vectors, not by the point."""
 
     def pushforward_batch(self, tangents: Leaves) -> Leaves:
-        return self._map(True)(tangents) if is_followed(tangents) else self._push(tangents)
+        push = self._map(True) if is_followed(tangents) else super().pushforward_batch
+        return push(tangents)
 
     def pullback_batch(self, cotangents: Leaves) -> Leaves:
-        return self._map(False)(cotangents) if is_followed(cotangents) else self._pull(cotangents)
-
-    def _push(self, tangents: Leaves) -> Leaves:
-        return super().pushforward_batch(tangents)
-
-    def _pull(self, cotangents: Leaves) -> Leaves:
-        return super().pullback_batch(cotangents)
+        pull = self._map(False) if is_followed(cotangents) else super().pullback_batch
+        return pull(cotangents)
 
     def _map(self, is_push: bool) -> LinearMap:
         """The products of K vectors, differentiable by these; a transform may batch them again."""
-        products = self._push if is_push else self._pull
+        products = super().pushforward_batch if is_push else super().pullback_batch
         return LinearMap.of_batches(products, lambda: self._map(not is_push))
 
 

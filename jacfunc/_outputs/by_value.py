@@ -81,7 +81,7 @@ class ByValue(ABC):
             )
         return scores.topk(self.k, -1).indices
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse numbers that are none."""
         name = type(self).__name__
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
@@ -123,9 +123,6 @@ class TopK(ByValue):
 
     k: int
     dim: int | None = None
-
-    def __post_init__(self) -> None:
-        self._check()
 
     def scores(self, values: Tensor, first: int) -> Tensor:
         return values
@@ -169,7 +166,7 @@ class Sampled(ByValue):
     chances: Literal["softmax", "uniform"] = "softmax"
 
     def __post_init__(self) -> None:
-        self._check()
+        super().__post_init__()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(
                 f"Sampled: seed must be an int, got {type(self.seed).__name__}. The same seed "

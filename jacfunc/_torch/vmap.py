@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import isnan
 from typing import Any, TypeAlias
@@ -156,23 +156,16 @@ def _is_mapped(value: Any, level: Level) -> bool:
     return isinstance(value, Tensor) and unbatched(value, level)[1] is not None
 
 
-def _at_every_level(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor as each level sees it, the innermost first."""
-    yield tensor
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-        yield tensor
-
-
 def has_strided_samples(tensor: Tensor) -> bool:
     """Is the tensor batched by a vmap, and are its samples not contiguous in memory?"""
     is_mapped = False
-    for wrapper in _at_every_level(tensor):
-        if _functorch.is_batchedtensor(wrapper):
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
             is_mapped = True
-            if _functorch.maybe_get_bdim(wrapper):
+            if _functorch.maybe_get_bdim(tensor):
                 return True
-    return is_mapped and not below_transforms(tensor).is_contiguous()
+        tensor = _functorch.get_unwrapped(tensor)
+    return is_mapped and not tensor.is_contiguous()
 
 
 def holds_nan(tensor: Tensor) -> bool:

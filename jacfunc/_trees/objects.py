@@ -69,6 +69,7 @@ def _base(kind: Any) -> Any:
 
 
 def _kind(thing: Any) -> Any:
+    """The class of a thing, of which type checkers do not know that it can be hashed."""
     return type(thing)
 
 
