@@ -118,16 +118,19 @@ def wrap_argnums(api: str, argnums: Argnums, num_args: int) -> tuple[int, ...]:
     return wrapped
 
 
+def whole(api: str, name: str, value: object, advice: str, must: str = "an int") -> int:
+    """The value, a whole number; True and False are none, though Python takes them for ints."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{api}: {name} must be {must}, got {type(value).__name__}. {advice}")
+    return value
+
+
 def check_chunk_size(api: str, chunk_size: object) -> None:
     """Refuse all but a positive number of seeds, and None for all at once."""
     if chunk_size is None:
         return
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
-        raise TypeError(
-            f"{api}: chunk_size must be an int or None, got {type(chunk_size).__name__}. "
-            "It counts the seeds that are swept at once."
-        )
-    if chunk_size < 1:
+    advice = "It counts the seeds that are swept at once."
+    if whole(api, "chunk_size", chunk_size, advice, "an int or None") < 1:
         raise ValueError(
             f"{api}: chunk_size must be at least 1, got {chunk_size}. Pass None to sweep all."
         )

@@ -12,6 +12,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import whole
 from jacfunc._factored import Part, rows
 from jacfunc._memory import DRAWN_BYTES
 from jacfunc._torch import fixed
@@ -49,11 +50,7 @@ class SignMatrix:
 
 def signs_of(api: str, size: Any, per_module: Any, seed: Any) -> FlatSigns | SignsBySide:
     """The random signs that the options of a door ask for; TypeError or ValueError if none."""
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(
-            f"{api}: seed must be an int, got {type(seed).__name__}. The same seed gives the same "
-            "matrix."
-        )
+    whole(api, "seed", seed, "The same seed gives the same matrix.")
     if per_module is None:
         if not _is_size(size):
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import whole
 from jacfunc._trees import Split
 from jacfunc._types import Leaves, Tree
 
@@ -167,11 +168,7 @@ class Sampled(ByValue):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise TypeError(
-                f"Sampled: seed must be an int, got {type(self.seed).__name__}. The same seed "
-                "gives the same draws."
-            )
+        whole("Sampled", "seed", self.seed, "The same seed gives the same draws.")
         if not isinstance(self.chances, str) or self.chances not in ("softmax", "uniform"):
             raise ValueError(
                 f"Sampled: chances must be 'softmax' or 'uniform', got {self.chances!r}. Draw as "

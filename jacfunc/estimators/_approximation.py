@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._arguments import whole
 from jacfunc._torch import is_batched, outside_transforms
 
 Rows: TypeAlias = Callable[[Tensor], Tensor]
@@ -137,12 +138,7 @@ def check_readable(matrix: ByProducts, products: Tensor) -> None:
 
 def check_count(api: str, name: str, count: object, least: int) -> None:
     """Refuse all but whole numbers from the least on."""
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(
-            f"{api}: {name} must be an int, got {type(count).__name__}. It counts vectors or "
-            "products."
-        )
-    if count < least:
+    if whole(api, name, count, "It counts vectors or products.") < least:
         raise ValueError(
             f"{api}: {name} must be at least {least}, got {count}. With fewer no error can be told."
         )
@@ -150,13 +146,6 @@ def check_count(api: str, name: str, count: object, least: int) -> None:
 
 def check_seed(api: str, seed: object) -> None:
     """Refuse what is no seed of a generator."""
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(
-            f"{api}: seed must be an int, got {type(seed).__name__}. The same seed gives the same "
-            "vectors."
-        )
-    if not 0 <= seed < 2**63:
-        raise ValueError(
-            f"{api}: seed must be between 0 and 2**63 - 1, got {seed}. The same seed gives the "
-            "same vectors."
-        )
+    advice = "The same seed gives the same vectors."
+    if not 0 <= whole(api, "seed", seed, advice) < 2**63:
+        raise ValueError(f"{api}: seed must be between 0 and 2**63 - 1, got {seed}. {advice}")
