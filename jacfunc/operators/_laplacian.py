@@ -236,7 +236,7 @@ def divergence(
 
     @wraps(func, updated=())
     def derived(*args: Tree, **kwargs: Any) -> Any:
-        with worded(api, "the function must be one that this strategy can sweep"):
+        with worded(api):
             evaluation = evaluate(api, FlatCall(derivation, args, kwargs), chosen, DiagonalSink())
         (diagonals,) = evaluation.blocks
         total = torch.cat([diagonal.flatten() for diagonal in diagonals]).sum()

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-Rows = Callable[[Tensor], Tensor]
-"""From K vectors in rows to K products in rows."""
+from jacfunc._solving import Rows
 
 
 class BesideArrays:

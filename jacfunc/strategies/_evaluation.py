@@ -62,6 +62,7 @@ def evaluate(
     return Evaluation(call, blocks, operator.image, sink)
 
 
+SWEPT = "the function must be one that this strategy can sweep"
 ANOTHER = " Let jacobian(strategy='auto') choose, or name another strategy."
 NONE_LEFT = " Use other operations: no strategy is left to try."
 SMALLER = " Take it in chunks (memory=, chunk_size=), of fewer leaves, or products (jvp, vjp)."
@@ -76,7 +77,7 @@ def way_out(strategy: Strategy) -> str:
 def in_words_of(
     api: str,
     sweep: Callable[[], ResultT],
-    must: str = "the function must be one that this strategy can sweep",
+    must: str = SWEPT,
     instead: str = ANOTHER,
     smaller: str = SMALLER,
 ) -> ResultT:
@@ -90,7 +91,7 @@ def in_words_of(
 
 
 @contextmanager
-def worded(api: str, must: str, instead: str = NONE_LEFT) -> Iterator[None]:
+def worded(api: str, must: str = SWEPT, instead: str = NONE_LEFT) -> Iterator[None]:
     """A context of which errors begin with the name of the public function, and say what to do.
 
     Raises:
