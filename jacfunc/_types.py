@@ -31,6 +31,9 @@ Leaves: TypeAlias = tuple[Tensor, ...]
 Blocks: TypeAlias = tuple[tuple[Tensor, ...], ...]
 """``blocks[i][j]`` has shape ``[*out_i, *in_j]``: output leaf i against input leaf j."""
 
+RowMap: TypeAlias = Callable[[Tensor], Tensor]
+"""A linear map of vectors in rows: ``[K, N]`` → ``[K, M]``."""
+
 LeafFunction: TypeAlias = Callable[..., tuple[Leaves, Leaves]]
 """``func(*primals) -> (outputs, extras)``; extras are tensors that are not differentiated."""
 

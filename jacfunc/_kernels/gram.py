@@ -30,7 +30,7 @@ block is worth its overhead if it has so many of the product's multiplications."
 SMALL = 64
 """Rows of this part of what is made at once, or less, are copied beside others."""
 
-Chunk: TypeAlias = tuple[Tensor, Tensor]
+BothRows: TypeAlias = tuple[Tensor, Tensor]
 """Rows ``[B, K, p]`` of the same entries on both sides."""
 
 Side = TypeVar("Side")
@@ -138,9 +138,9 @@ class Gram:
             products.mul_(similarity[:, start:stop, :, :, :end])
             self._by_sample[:, start:stop, :, :end].add_(products.sum((1, 4, 7)))
 
-    def _add_by_rows(self, chunks: Iterable[Chunk]) -> None:
+    def _add_by_rows(self, chunks: Iterable[BothRows]) -> None:
         """Add the products of rows, those of small chunks beside each other."""
-        waiting: list[Chunk] = []
+        waiting: list[BothRows] = []
         nbytes = 0
         for chunk in chunks:
             if chunk[0].nbytes > self.at_once // SMALL:
@@ -154,7 +154,7 @@ class Gram:
         if waiting:
             self._add_beside(waiting)
 
-    def _add_beside(self, chunks: Sequence[Chunk]) -> None:
+    def _add_beside(self, chunks: Sequence[BothRows]) -> None:
         """Add the products of rows that lie beside each other."""
         lefts, rights = self._both(self._by_rows, *zip(*chunks, strict=True))
         for start, stop, end in self._blocks(lefts, rights, 1, 0):
@@ -182,7 +182,7 @@ class Gram:
             stop = min(start + step, size)
             yield start, stop, stop if self.is_symmetric else rights.shape[axis]
 
-    def _chunks(self, both: BothParts) -> Iterator[Chunk]:
+    def _chunks(self, both: BothParts) -> Iterator[BothRows]:
         """Rows of one parameter: for a few outputs at a time, or all if there are no positions."""
         left, right, param, pair = both
         lefts = self._written(left, param, pair.left if pair else None, self.sizes[0])

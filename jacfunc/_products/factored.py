@@ -14,7 +14,7 @@ from jacfunc._factored import Part, place_of, placed
 from jacfunc._types import Leaves
 from jacfunc.layers import Gather, Outer, Rows
 
-Use: TypeAlias = tuple[int, Part]
+OwnedPart: TypeAlias = tuple[int, Part]
 """A part, and the number of its parameter."""
 
 _ASKED: ContextVar[list[int] | None] = ContextVar("_ASKED", default=None)
@@ -55,7 +55,7 @@ class FactoredProducts:
 
     def __init__(self, parts: Sequence[Sequence[Part]], params: Leaves) -> None:
         self._params = params
-        self._groups: dict[Hashable, tuple[Tensor, list[Use]]] = {}
+        self._groups: dict[Hashable, tuple[Tensor, list[OwnedPart]]] = {}
         for number, of_param in enumerate(parts):
             for part in of_param:
                 known, seeds = _known(part)

@@ -2,7 +2,7 @@
 
 from jacfunc._solving.choice import Side, check_gram, check_options, check_side, side_of
 from jacfunc._solving.sides import SOME_BYTES, OneSide
-from jacfunc._solving.solvers import PRECISE, Cholesky, ConjugateGradient, Rows, Solver
+from jacfunc._solving.solvers import PRECISE, Cholesky, ConjugateGradient, Solver
 
 __all__ = [
     "PRECISE",
@@ -10,7 +10,6 @@ __all__ = [
     "Cholesky",
     "ConjugateGradient",
     "OneSide",
-    "Rows",
     "Side",
     "Solver",
     "check_gram",

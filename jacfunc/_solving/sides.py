@@ -17,10 +17,10 @@ from jacfunc._solving.solvers import (
     PRECISE,
     Cholesky,
     ConjugateGradient,
-    Rows,
     Solver,
     System,
 )
+from jacfunc._types import RowMap
 
 
 class Formed(Protocol):
@@ -53,8 +53,8 @@ class OneSide:
     dtype: torch.dtype
     device: torch.device
     sizes: tuple[int, int]
-    across: Rows
-    back: Rows
+    across: RowMap
+    back: RowMap
     whole: Callable[[], Tensor]
     formed: Formed | None = None
     room: int | None = None
@@ -71,7 +71,7 @@ class OneSide:
         total = torch.cat([self.back(self.across(units)).to(dtype) for units in self._units()])
         return (total + total.T) / 2
 
-    def quad(self, times: Rows) -> Tensor:
+    def quad(self, times: RowMap) -> Tensor:
         """``A S Aᵀ`` of the map A to this side, with S on the other side."""
         if self._can_be_whole:
             matrix = self.whole()
@@ -113,7 +113,7 @@ class OneSide:
         noise = (8 * torch.finfo(self.dtype).eps) ** 2
         return self._system(lambda rows: self.back(self.across(rows)), formed, damping, noise)
 
-    def least_squares(self, other: OneSide, damping: float, solver: Solver | None) -> Rows:
+    def least_squares(self, other: OneSide, damping: float, solver: Solver | None) -> RowMap:
         """Makes vectors of the other side whose way back is near to some: by the smaller side."""
         if self.is_smaller:
             solution = self.solution(other, damping, solver)
@@ -122,7 +122,7 @@ class OneSide:
         return lambda rows: solution(self.across(rows).to(rows.dtype))
 
     def _system(
-        self, times: Rows, formed: Callable[[], Tensor], damping: float, noise: float
+        self, times: RowMap, formed: Callable[[], Tensor], damping: float, noise: float
     ) -> System:
         def precise(rows: Tensor) -> Tensor:
             return times(rows).to(rows.dtype)
@@ -133,7 +133,7 @@ class OneSide:
 
     def itself(
         self, matrix: Callable[[], Tensor], damping: float, solver: Solver | None, is_known: bool
-    ) -> Rows:
+    ) -> RowMap:
         """Makes solutions of ``(A + λ) x = b`` with a square A, by ``back`` from one side.
 
         Args:
@@ -160,7 +160,7 @@ class OneSide:
         solver = solver or self._usual(size)
         return solver.prepared(self._system(self.back, formed, damping, 4 * eps))
 
-    def solution(self, other: OneSide, damping: float, solver: Solver | None) -> Rows:
+    def solution(self, other: OneSide, damping: float, solver: Solver | None) -> RowMap:
         """Makes solutions on this side; a matrix is formed for the smaller side."""
         smaller = self if self.is_smaller else other
         solver = solver or self._usual(smaller.sizes[0])

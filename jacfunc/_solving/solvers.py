@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,10 @@ from jacfunc._torch import (
     is_tracked,
     outside_transforms,
 )
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, RowMap
 
 PRECISE = torch.float64
 """In which systems are solved: of float32 numbers only those of the matrix are left to err."""
-
-Rows: TypeAlias = Callable[[Tensor], Tensor]
-"""From K vectors in rows to K products in rows."""
 
 IN_BYTES = 3 * 8
 """Bytes that a factorization takes for each entry: the matrix and its factor, and work on them."""
@@ -48,7 +45,7 @@ class System:
     api: str
     size: int
     dtype: torch.dtype
-    times: Rows
+    times: RowMap
     formed: Callable[[], Tensor]
     damping: float
     noise: float
@@ -61,7 +58,7 @@ class Solver(ABC):
     """Does it form A? Then the smaller of ``J Jᵀ`` and ``Jᵀ J`` is taken."""
 
     @abstractmethod
-    def prepared(self, system: System) -> Rows:
+    def prepared(self, system: System) -> RowMap:
         """What makes solutions of K right-hand sides, ``[K, size]`` in float64."""
 
 
@@ -86,7 +83,7 @@ class Cholesky(Solver):
 
     forms: ClassVar[bool] = True
 
-    def prepared(self, system: System) -> Rows:
+    def prepared(self, system: System) -> RowMap:
         matrix = system.formed()
         matrix.diagonal().add_(system.damping)
         factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -158,7 +155,7 @@ class ConjugateGradient(Solver):
                 f"{maxiter!r}. Write 100, or leave it out."
             )
 
-    def prepared(self, system: System) -> Rows:
+    def prepared(self, system: System) -> RowMap:
         def solved(rows: Tensor) -> Tensor:
             if torch.is_grad_enabled() or inside_transform():
                 ones = torch.ones(1, system.size, dtype=rows.dtype, device=rows.device)

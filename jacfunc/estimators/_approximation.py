@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jacfunc._arguments import whole
 from jacfunc._torch import is_batched, outside_transforms
-
-Rows: TypeAlias = Callable[[Tensor], Tensor]
-"""Products of K vectors, all in rows: ``[K, N]`` → ``[K, M]``."""
+from jacfunc._types import RowMap
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ class ByProducts:
     dtype: torch.dtype
     device: torch.device
     rounding: float
-    push: Rows
-    pull: Rows
+    push: RowMap
+    pull: RowMap
     diagonal: Callable[[], Tensor]
 
     def exact_trace(self) -> Approximation:
@@ -68,7 +66,7 @@ class ByProducts:
         return Approximation(value, torch.zeros_like(value, requires_grad=False))
 
 
-def by_chunks(products_of: Rows, rows: Tensor, chunk_size: int | None) -> Tensor:
+def by_chunks(products_of: RowMap, rows: Tensor, chunk_size: int | None) -> Tensor:
     """Products of K vectors in rows, so many at once."""
     if chunk_size is None or len(rows) <= chunk_size:
         return products_of(rows)

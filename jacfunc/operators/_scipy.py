@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jacfunc._solving import Rows
+from jacfunc._types import RowMap
 
 
 class BesideArrays:
@@ -31,7 +31,7 @@ class BesideArrays:
         return NotImplemented
 
 
-def scipy_operator(shape: tuple[int, int], dtype: torch.dtype, push: Rows, pull: Rows) -> Any:
+def scipy_operator(shape: tuple[int, int], dtype: torch.dtype, push: RowMap, pull: RowMap) -> Any:
     """A ``scipy.sparse.linalg.LinearOperator`` of these products.
 
     NumPy has no bfloat16, and SciPy's solvers no half precision: these are float32 for it.
@@ -40,7 +40,7 @@ def scipy_operator(shape: tuple[int, int], dtype: torch.dtype, push: Rows, pull:
 
     theirs = torch.promote_types(dtype, torch.float32)
 
-    def on_arrays(products_of: Rows) -> Callable[[Any], Any]:
+    def on_arrays(products_of: RowMap) -> Callable[[Any], Any]:
         def products(columns: Any) -> Any:
             # SciPy may pass arrays that can't be written into, or that lie backwards
             rows = torch.from_numpy(columns.reshape(len(columns), -1).T.copy()).to(dtype)

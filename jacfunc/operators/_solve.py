@@ -13,14 +13,13 @@ from jacfunc._solving import (
     PRECISE,
     SOME_BYTES,
     OneSide,
-    Rows,
     Side,
     Solver,
     check_gram,
     check_options,
     side_of,
 )
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Leaves, RowMap, Tree
 from jacfunc.operators._products import Products
 
 
@@ -105,7 +104,7 @@ class Solves(Products):
         rows = self.solution(own, damping, center, solver)(space.rows(leaves).to(PRECISE))
         return write(space, space.cut(rows))
 
-    def solution(self, side: Side, damping: float, center: bool, solver: Solver | None) -> Rows:
+    def solution(self, side: Side, damping: float, center: bool, solver: Solver | None) -> RowMap:
         """Makes solutions of flat right-hand sides, ``[K, size]`` in float64."""
         check_options(self.api, side, damping, center, solver)
         if side == "both":
@@ -212,7 +211,7 @@ class Solves(Products):
         leaves, _ = self.domain.read(self.api, "middle", middle)
         return tuple(leaf[0] for leaf in leaves)
 
-    def _times(self, middle: Any) -> Rows:
+    def _times(self, middle: Any) -> RowMap:
         """The product with S, of K vectors in rows."""
         domain, leaves = self.domain, self.diagonal_of(middle)
         if leaves is not None:
@@ -228,7 +227,7 @@ class Solves(Products):
     def _side(self, side: Side, center: bool) -> OneSide:
         """One side of the matrix, on flat vectors."""
         domain, codomain = self.domain, self.codomain
-        centred: Rows = codomain.centring(self.api) if center else lambda rows: rows
+        centred: RowMap = codomain.centring(self.api) if center else lambda rows: rows
 
         def push(rows: Tensor) -> Tensor:
             return centred(codomain.rows(self.pushforward_batch(domain.cut(rows))))
