@@ -120,12 +120,7 @@ class FunctionState(ModuleState):
 
     What is known of it is remembered of the function, which lives longer than the module that was
     made for a call.
-
-    Args:
-        below: the states of the modules that the function refers to.
     """
-
-    below: tuple[ModuleState, ...] = ()
 
     @classmethod
     def of(cls, api: str, module: nn.Module, select: Select) -> Self:
@@ -150,7 +145,6 @@ class FunctionState(ModuleState):
             snapshot=Snapshot(list(parts.values())),
             # a function is not meant to write into what it is given: that is undone and refused
             constants=Constants(most_copied=0),
-            below=tuple(below),
         )
 
     @cached_property
