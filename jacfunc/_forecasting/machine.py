@@ -13,13 +13,12 @@ from torch import Tensor
 
 from jacfunc._assembly import basis
 from jacfunc._forecasting.recording import Operation
-from jacfunc._linear_map import JacobianOperator
+from jacfunc._linear_map import JacobianOperator, one_by_one
 from jacfunc._lock import kept_property
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import LARGE, give_back
 from jacfunc._torch import outside_transforms
 from jacfunc._types import Leaves
-from jacfunc.strategies import Looped
 
 REPEATS, FEWEST, ENOUGH = 9, 3, 0.05
 """Calls of which the fastest counts, and seconds after which no further one is made but the fewest:
@@ -44,6 +43,9 @@ TOUCHED = 2**21
 
 MATRIX_BYTES = 2**22
 """Bytes of a matrix that is read for one vector: more than the caches next to the processor."""
+
+MATRIX_ROWS, PAGE = 256, 2**12
+"""Of a matrix that a few columns are multiplied by: how many rows, and the bytes of one."""
 
 MANY_COLUMNS = 16
 """From so many on, the time of a product of matrices grows with their number."""
@@ -119,12 +121,11 @@ class Machine:
         """Seconds for each number of a matrix whose transpose multiplies a few columns.
 
         Torch pulls rows back so through a product with a vector. Of up to fifteen columns MKL takes
-        as long as of many, and longer than of one by one.
+        as long as of many, and longer than of one by one: longest where rows lie a page apart.
         """
-        number = self._ones().element_size()
-        side = math.isqrt(MATRIX_BYTES // number // 4)
-        matrix, columns = self._ones(side, side), self._ones(side, MANY_COLUMNS // 4)
-        return self._seconds(lambda: matrix.t() @ columns) / side**2
+        columns = self._ones(MATRIX_ROWS, MANY_COLUMNS // 4)
+        matrix = self._ones(MATRIX_ROWS, PAGE // columns.element_size())
+        return self._seconds(lambda: matrix.t() @ columns) / matrix.numel()
 
     @property
     def block(self) -> int:
@@ -145,8 +146,8 @@ class Machine:
 
     @kept_property
     def pull_each(self) -> Cost:
-        """Cost of a row of several that are pulled back one by one: with its seed, and a copy."""
-        every = self._cost(lambda operator: partial(Looped().materialize, operator))
+        """Cost of a row of several that are pulled back one by one, each copied to the others."""
+        every = self._cost(lambda x: partial(one_by_one, x.pullback, next(basis(x.outputs))))
         return Cost(every.call / LENGTH, every.operation / LENGTH)
 
     @kept_property

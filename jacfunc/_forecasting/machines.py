@@ -13,7 +13,7 @@ from jacfunc._forecasting.machine import BLOCKS, FRESH, Cost, Machine
 COSTS = {
     "evaluate": Cost(3.2e-5, 3.2e-6),
     "pull": Cost(1.9e-5, 3.2e-6),
-    "pull_each": Cost(6.2e-5, 3.4e-6),
+    "pull_each": Cost(2.4e-5, 3.4e-6),
     "pull_batch": Cost(3.2e-5, 5.6e-6),
     "push": Cost(1.2e-4, 1.7e-5),
     "push_batch": Cost(1.4e-4, 2.8e-5),
@@ -27,7 +27,7 @@ class KnownMachine(Machine):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self._number = dtype.itemsize / 4
-        self.know(COSTS, scaling=2e-4, few_products=1.2e-9 * self._number)
+        self.know(COSTS, scaling=2e-4, few_products=2e-9 * self._number)
 
     def _measure_write(self, size: int) -> float:
         return 3.4e-10 if size == FRESH else 4e-11
