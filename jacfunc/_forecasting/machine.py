@@ -41,11 +41,9 @@ make beside. The heap keeps four blocks just smaller than half of LARGE; most sw
 TOUCHED = 2**21
 """Bytes that are written of a block of new pages: what is measured must not take much memory."""
 
-MATRIX_BYTES = 2**22
-"""Bytes of a matrix that is read for one vector: more than the caches next to the processor."""
-
-MATRIX_ROWS, PAGE = 256, 2**12
-"""Of a matrix that a few columns are multiplied by: how many rows, and the bytes of one."""
+MATRIX_BYTES, PAGE, PAGE_APART = 2**22, 2**12, 1.7
+"""Bytes of a matrix that is read for one vector: more than the caches next to the processor. Rows
+that lie a page apart share places in caches: to multiply few columns takes so many times longer."""
 
 MANY_COLUMNS = 16
 """From so many on, the time of a product of matrices grows with their number."""
@@ -109,7 +107,8 @@ class Machine:
     def multiply(self, op: Operation, seeds: int, forward: bool) -> float:
         """Seconds of the products of an operation with a seed, of so many at once."""
         if op.by_vector and not forward and 1 < seeds < MANY_COLUMNS:
-            return op.flops * self.few_products / (2 * seeds)
+            apart = 1.0 if op.by_vector % PAGE else PAGE_APART
+            return op.flops * self.few_products * apart / (2 * seeds)
         flop = self.flop(seeds, op.is_conv, forward) if op.flops else 0.0
         if not (op.flops and op.is_conv) or seeds == 1:  # torch's own convolution takes one image
             return op.flops * flop
@@ -121,11 +120,11 @@ class Machine:
         """Seconds for each number of a matrix whose transpose multiplies a few columns.
 
         Torch pulls rows back so through a product with a vector. Of up to fifteen columns MKL takes
-        as long as of many, and longer than of one by one: longest where rows lie a page apart.
+        as long as of many, and longer than of one by one.
         """
-        columns = self._ones(MATRIX_ROWS, MANY_COLUMNS // 4)
-        matrix = self._ones(MATRIX_ROWS, PAGE // columns.element_size())
-        return self._seconds(lambda: matrix.t() @ columns) / matrix.numel()
+        side = math.isqrt(MATRIX_BYTES // self._ones().element_size() // 4)
+        matrix, columns = self._ones(side, side), self._ones(side, MANY_COLUMNS // 4)
+        return self._seconds(lambda: matrix.t() @ columns) / side**2
 
     @property
     def block(self) -> int:

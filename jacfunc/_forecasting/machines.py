@@ -27,7 +27,7 @@ class KnownMachine(Machine):
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(device, dtype)
         self._number = dtype.itemsize / 4
-        self.know(COSTS, scaling=2e-4, few_products=2e-9 * self._number)
+        self.know(COSTS, scaling=2e-4, few_products=1.2e-9 * self._number)
 
     def _measure_write(self, size: int) -> float:
         return 3.4e-10 if size == FRESH else 4e-11

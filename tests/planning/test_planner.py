@@ -231,6 +231,15 @@ def test_rows_of_a_product_with_a_vector_take_as_long_as_many() -> None:
         assert costs.seconds(Reverse()) - 2e-3 == pytest.approx(seconds)
 
 
+def test_rows_that_lie_a_page_apart_take_longer() -> None:
+    machine: Any = Speeds()
+    machine.few_products = 1e-6
+    for row_bytes, seconds in ((4 * 1000, 1e-4), (4 * 1024, 1.7e-4), (4 * 2048, 1.7e-4)):
+        product = Operation(flops=200, by_vector=row_bytes)
+        costs = Costs([product], 4, 10, [4], 4, 4, machine)
+        assert costs.seconds(Reverse()) - 2e-3 == pytest.approx(seconds)
+
+
 def test_loops_of_few_rows_come_into_question_where_products_with_vectors_are_pulled_back() -> None:
     machine: Any = Speeds()
     for by_vector, most in ((True, 16), (False, 1)):
@@ -256,7 +265,7 @@ def test_products_with_a_vector_are_recorded_as_such() -> None:
     with Recorder((x,)) as recorder:
         (matrix @ x).sum() + x.dot(x) + (matrix @ x[:, None]).sum()
     products = [op.by_vector for op in recorder.operations if op.flops]
-    assert products == [True, False, False]
+    assert products == [2 * 4, 0, 0]
 
 
 HEAT = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
