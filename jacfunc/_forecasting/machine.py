@@ -13,13 +13,12 @@ from torch import Tensor
 
 from jacfunc._assembly import basis
 from jacfunc._forecasting.recording import Operation
-from jacfunc._linear_map import JacobianOperator
+from jacfunc._linear_map import JacobianOperator, one_by_one
 from jacfunc._lock import kept_property
 from jacfunc._measuring import seconds_of
 from jacfunc._memory import LARGE, give_back
 from jacfunc._torch import outside_transforms
 from jacfunc._types import Leaves
-from jacfunc.strategies import Looped
 
 REPEATS, FEWEST, ENOUGH = 9, 3, 0.05
 """Calls of which the fastest counts, and seconds after which no further one is made but the fewest:
@@ -42,8 +41,9 @@ make beside. The heap keeps four blocks just smaller than half of LARGE; most sw
 TOUCHED = 2**21
 """Bytes that are written of a block of new pages: what is measured must not take much memory."""
 
-MATRIX_BYTES = 2**22
-"""Bytes of a matrix that is read for one vector: more than the caches next to the processor."""
+MATRIX_BYTES, PAGE, PAGE_APART = 2**22, 2**12, 1.7
+"""Bytes of a matrix that is read for one vector: more than the caches next to the processor. Rows
+that lie a page apart share places in caches: to multiply few columns takes so many times longer."""
 
 MANY_COLUMNS = 16
 """From so many on, the time of a product of matrices grows with their number."""
@@ -107,7 +107,8 @@ class Machine:
     def multiply(self, op: Operation, seeds: int, forward: bool) -> float:
         """Seconds of the products of an operation with a seed, of so many at once."""
         if op.by_vector and not forward and 1 < seeds < MANY_COLUMNS:
-            return op.flops * self.few_products / (2 * seeds)
+            apart = 1.0 if op.by_vector % PAGE else PAGE_APART
+            return op.flops * self.few_products * apart / (2 * seeds)
         flop = self.flop(seeds, op.is_conv, forward) if op.flops else 0.0
         if not (op.flops and op.is_conv) or seeds == 1:  # torch's own convolution takes one image
             return op.flops * flop
@@ -121,8 +122,7 @@ class Machine:
         Torch pulls rows back so through a product with a vector. Of up to fifteen columns MKL takes
         as long as of many, and longer than of one by one.
         """
-        number = self._ones().element_size()
-        side = math.isqrt(MATRIX_BYTES // number // 4)
+        side = math.isqrt(MATRIX_BYTES // self._ones().element_size() // 4)
         matrix, columns = self._ones(side, side), self._ones(side, MANY_COLUMNS // 4)
         return self._seconds(lambda: matrix.t() @ columns) / side**2
 
@@ -145,8 +145,8 @@ class Machine:
 
     @kept_property
     def pull_each(self) -> Cost:
-        """Cost of a row of several that are pulled back one by one: with its seed, and a copy."""
-        every = self._cost(lambda operator: partial(Looped().materialize, operator))
+        """Cost of a row of several that are pulled back one by one, each copied to the others."""
+        every = self._cost(lambda x: partial(one_by_one, x.pullback, next(basis(x.outputs))))
         return Cost(every.call / LENGTH, every.operation / LENGTH)
 
     @kept_property

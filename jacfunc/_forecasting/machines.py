@@ -13,7 +13,7 @@ from jacfunc._forecasting.machine import BLOCKS, FRESH, Cost, Machine
 COSTS = {
     "evaluate": Cost(3.2e-5, 3.2e-6),
     "pull": Cost(1.9e-5, 3.2e-6),
-    "pull_each": Cost(6.2e-5, 3.4e-6),
+    "pull_each": Cost(2.4e-5, 3.4e-6),
     "pull_batch": Cost(3.2e-5, 5.6e-6),
     "push": Cost(1.2e-4, 1.7e-5),
     "push_batch": Cost(1.4e-4, 2.8e-5),

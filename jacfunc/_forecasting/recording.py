@@ -43,7 +43,8 @@ class Operation:
         channels: of a convolution, how many go in and come out; none of anything else.
         is_scaled: is a Python number among its arguments?
         widest: bytes of the largest of the arguments that are read; 0 where there is only one.
-        by_vector: is it a product of a matrix and a vector?
+        by_vector: of a product of a matrix and a vector, bytes from one row of the matrix to the
+            next; 0 of anything else.
     """
 
     read: int = 0
@@ -54,7 +55,7 @@ class Operation:
     channels: tuple[int, int] = (0, 0)
     is_scaled: bool = False
     widest: int = 0
-    by_vector: bool = False
+    by_vector: int = 0
 
     @property
     def is_conv(self) -> bool:
@@ -157,7 +158,7 @@ class Recorder(PeakBytes):
                     (args[0].shape[1], result.shape[1]) if packet in CONVOLUTIONS else (0, 0),
                     not is_view and any(isinstance(arg, float | int) for arg in args[:2]),
                     0 if is_view or len(active) == 1 else max(x.nbytes for x in active),
-                    packet in VECTOR_PRODUCTS and packet is not aten.dot,
+                    _row_bytes(packet, args),
                 )
             )
         return result
@@ -167,6 +168,14 @@ class Recorder(PeakBytes):
         super()._forget(key)
         self._active.discard(key)
         self._primals.discard(key)
+
+
+def _row_bytes(packet: Any, args: tuple[Any, ...]) -> int:
+    """Bytes between rows of the matrix that a call multiplies by a vector; 0 if it does not."""
+    if packet not in VECTOR_PRODUCTS or packet is aten.dot:
+        return 0
+    matrix = args[VECTOR_PRODUCTS[packet]]
+    return int(max(matrix.stride()) * matrix.element_size())
 
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,13 @@ from jacfunc._errors import Refused
 from jacfunc._forecasting import counted_costs
 from jacfunc._linear_map import JacobianOperator
 from jacfunc._memory import Chunk
-from jacfunc._planning.budget import bounded, bounded_samples, piece_of, with_fewer_rows
+from jacfunc._planning.budget import (
+    bounded,
+    bounded_samples,
+    in_pieces,
+    piece_of,
+    with_fewer_rows,
+)
 from jacfunc._planning.choice import SampledWays, by_sizes, fastest
 from jacfunc._planning.plan import Direction, Plan, blocks_by, rows_first
 from jacfunc._planning.recall import Planner, by_memory, settled_by_plan
@@ -92,7 +98,7 @@ class Auto(Streaming):
         )
         plan, chunk = bounded_samples(plan, costs, samples.size, self.memory)
         if piece and chunk != 1 and samples.are_swept_whole(plan.strategy):
-            return replace(plan, second=None), piece
+            return in_pieces(plan, samples, costs, piece)
         return plan, chunk
 
 

@@ -36,6 +36,9 @@ WORK_SHARE, PIECE_SHARE, LEAST_SAMPLES = 2, 6, 12
 the first part of a large result. That on a row of a piece takes at most the second part; but a
 piece has so many samples at least."""
 
+MOST_TURNED = 10
+"""Instead of many rows of a piece, one row is swept of at most so many times as many samples."""
+
 ENOUGH_SEEDS, ENOUGH_BYTES = 128, 2**24
 """A chunk of more seeds that takes more bytes is no faster, and leaves the heap in pieces: then the
 process takes two or three times the bytes that are counted.
@@ -136,6 +139,24 @@ def with_fewer_rows(plan: Plan, batch_costs: Costs) -> Plan:
         return plan
     reason = f"{plan.reason}; {fewer.chunk_size} at once, whose memory is kept for the next"
     return replace(plan, strategy=fewer, reason=reason)
+
+
+def in_pieces(plan: Plan, samples: SampledWays, one: Costs, piece: int) -> tuple[Plan, Chunk]:
+    """The plan for pieces of so many samples, and how many samples are taken at once.
+
+    Onto inputs one row at a time is swept, of more samples instead, as far as their graph is
+    modest. A row of so many takes so long that vmap over rows spares nothing; but vmap takes
+    normalizations apart, and convolutions and products of many samples are faster. Beside a large
+    result it stays at few samples, as their graph would add to that.
+    """
+    plan = replace(plan, second=None)
+    most = min(piece * min(one.rows, MOST_TURNED), MODEST_BYTES // max(1, one.kept))
+    is_large = samples.size * one.result >= STAGED_BYTES
+    if samples.has_layers or is_large or most <= piece:
+        return plan, piece
+    reason = f"{plan.reason}; one row of many samples at a time, instead of many rows of few"
+    plan = replace(plan, strategy=Reverse(1), reason=reason)
+    return plan, evenly(samples.size, 1, most) if most < samples.size else None
 
 
 def is_bounded(plan: Plan) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -52,6 +54,29 @@ def test_a_disturbed_call_does_not_count() -> None:
     assert busy.write(10**5) == pytest.approx(1e-3 / 4**8)
     quiet = Machine(CPU, torch.float32, clock=lambda run, device: 1e-6)
     assert quiet.write(10**5) == pytest.approx(1e-6 / 4**8)
+
+
+def counted(run: Callable[[], Any], device: torch.device) -> float:
+    """How many functions of Python and C are called, as one second each."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return float(calls)
+
+
+def test_rows_one_by_one_take_a_pullback_and_a_copy_each() -> None:
+    """What is made once for all rows, or once a call, is no part of it."""
+    here = Machine(CPU, torch.float32, clock=counted)
+    assert here.pull.call < here.pull_each.call < 1.5 * here.pull.call
 
 
 def test_each_number_of_threads_is_measured_for_itself() -> None:

@@ -19,7 +19,8 @@ from jacfunc._forecasting.recording import Operation, Recorder
 from jacfunc._linear_map.operator import JacobianOperator
 from jacfunc._log import trail
 from jacfunc._planning.auto import Auto
-from jacfunc._planning.choice import fastest
+from jacfunc._planning.budget import in_pieces
+from jacfunc._planning.choice import SampledWays, fastest
 from tests.test_remembered import counting_auto
 from tests.truth.oracles import looped_jacobian
 
@@ -230,6 +231,15 @@ def test_rows_of_a_product_with_a_vector_take_as_long_as_many() -> None:
         assert costs.seconds(Reverse()) - 2e-3 == pytest.approx(seconds)
 
 
+def test_rows_that_lie_a_page_apart_take_longer() -> None:
+    machine: Any = Speeds()
+    machine.few_products = 1e-6
+    for row_bytes, seconds in ((4 * 1000, 1e-4), (4 * 1024, 1.7e-4), (4 * 2048, 1.7e-4)):
+        product = Operation(flops=200, by_vector=row_bytes)
+        costs = Costs([product], 4, 10, [4], 4, 4, machine)
+        assert costs.seconds(Reverse()) - 2e-3 == pytest.approx(seconds)
+
+
 def test_loops_of_few_rows_come_into_question_where_products_with_vectors_are_pulled_back() -> None:
     machine: Any = Speeds()
     for by_vector, most in ((True, 16), (False, 1)):
@@ -237,12 +247,25 @@ def test_loops_of_few_rows_come_into_question_where_products_with_vectors_are_pu
         assert Costs([product], 4, 10, [4], 4, 4, machine).most_loops == most
 
 
+@pytest.mark.parametrize("width", [64, 256, 1024])
+def test_a_few_rows_of_a_wide_function_are_looped(width: int) -> None:
+    """Of one that is no wider than its layers, all are pulled back at once."""
+    first, second, last = torch.ones(64, width), torch.ones(64, 64), torch.ones(4, 64)
+
+    def func(x: Tensor) -> Tensor:
+        return last @ torch.tanh(second @ torch.tanh(first @ x))
+
+    with jacfunc.testing.known_machine():
+        plan = jacfunc.plan(func, torch.zeros(width))
+    assert plan.strategy == (Looped("rows") if width == 1024 else Reverse())
+
+
 def test_products_with_a_vector_are_recorded_as_such() -> None:
     matrix, x = torch.ones(3, 2), torch.ones(2)
     with Recorder((x,)) as recorder:
         (matrix @ x).sum() + x.dot(x) + (matrix @ x[:, None]).sum()
     products = [op.by_vector for op in recorder.operations if op.flops]
-    assert products == [True, False, False]
+    assert products == [2 * 4, 0, 0]
 
 
 HEAT = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
@@ -447,3 +470,56 @@ def test_the_log_says_how_many_samples_went_at_once(device: str) -> None:
     with trail() as steps:
         jacfunc.module_jacobian(model, per_sample=True)(x)
     assert steps[-1].startswith("all samples at once, each: Reverse(chunk_size=None): 2 outputs")
+
+
+def image_net() -> nn.Module:
+    """Convolutions, normalized over groups: of a row of a sample a graph keeps 0.4 MB."""
+    first = nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU()
+    second = nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU()
+    return nn.Sequential(*first, *second, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(784, 10))
+
+
+def test_one_row_of_many_samples_is_swept_instead_of_all_rows_of_few() -> None:
+    """It takes as many sweeps, of which none is vmapped, and one evaluation instead of four."""
+    torch.manual_seed(0)
+    model, x = image_net().double(), torch.randn(40, 1, 28, 28, dtype=torch.float64)
+    forwards: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+    compute = jacfunc.module_jacobian(model, "inputs", per_sample=True, independent=True)
+    for _ in range(2):
+        forwards.clear()
+        with trail() as steps:
+            found = compute(x)
+    assert "all samples at once, each: Reverse(chunk_size=1)" in steps[-1]
+    assert forwards == [40]
+    leaf = x.clone().requires_grad_()
+    rows = [torch.autograd.grad(y.sum(), leaf, retain_graph=True)[0] for y in model(leaf).unbind(1)]
+    torch.testing.assert_close(found, torch.stack(rows, 1))
+
+
+def pieces_of(size: int, has_layers: bool = False, **sizes: int) -> tuple[Plan, int | None]:
+    """A plan for twelve of so many samples at once."""
+    one = replace(invented(sizes.pop("rows", 10), 784), **{"kept": 2**17, **sizes})
+    samples = SampledWays(size, has_layers, are_copied=False, may_be_whole=True)
+    return in_pieces(Plan(Reverse(), "made up"), samples, one, 12)
+
+
+def test_pieces_of_one_row_hold_as_much_as_pieces_of_all_rows() -> None:
+    assert pieces_of(100)[1] is None
+    for size, chunk in ((121, 61), (240, 120), (400, 100)):
+        plan, at_once = pieces_of(size)
+        assert (plan.strategy, at_once) == (Reverse(1), chunk)
+    assert pieces_of(60, rows=3)[1] == 30
+    assert pieces_of(130, rows=40)[1] == 65  # at most ten times as many
+
+
+def test_pieces_stay_as_they_are_where_more_samples_would_take_too_much() -> None:
+    """By layers, beside a large result, and where the graph of a few samples is large."""
+    for plan, at_once in (
+        pieces_of(100, has_layers=True),
+        pieces_of(1000),
+        pieces_of(100, kept=2**23),
+        pieces_of(100, rows=1),
+    ):
+        assert (plan.strategy, at_once) == (Reverse(), 12)
+    assert pieces_of(100, kept=2**21)[1] == 25
