@@ -140,16 +140,22 @@ class OperationRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         operations, tracked, is_tracked = self.operations, self._tracked, False
         number = len(operations)
+        tensors: list[Tensor] = []
         operations.append(func)
         for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
             kind = type(value)
             if kind in _PLAIN:
                 operations.append(_APART.get(value, value))
-            elif id(value) in tracked:
+                continue
+            if id(value) in tracked:
                 is_tracked = True
             elif kind is not Tensor:
                 _note_values(value, operations)
                 is_tracked = is_tracked or are_among((value,), tracked)
+            if kind is Tensor:
+                tensors.append(value)
+            elif self.arguments is not None:
+                tensors += tensors_in((value,))
         if func in TELLING:
             self.reads_values |= func in READING
             self.reads_values |= func in LEAVING and torch.is_grad_enabled()
@@ -157,7 +163,7 @@ class OperationRecorder(TorchFunctionMode):
                 func in CHOOSING and _is_chosen_by_tensor(args)
             )
         if self.arguments is not None:
-            self.arguments[number] = [*tensors_in((*args, *kwargs.values()))]
+            self.arguments[number] = tensors
         if is_tracked or func in self._noticed:
             result = self.call(number, func, args, kwargs, is_tracked)
         else:  # the usual case

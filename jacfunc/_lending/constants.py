@@ -55,12 +55,15 @@ class Constants:
         values = constants.values()
         aliases = dict(zip(map(id, values), map(Tensor.detach, values), strict=True))
         watch = ParameterWatch(params, aliases, self._only_read)
-        if not (torch.compiler.is_compiling() or is_traced()):
-            if self._numbers is None or not self._numbers.are_those_of(constants):
-                self._numbers = Numbers.of(constants, aliases, self.compared)
-            watch.look(self._numbers)
-            if not self._numbers.may_be_kept:
-                self._numbers = None
+        if torch.compiler.is_compiling() or is_traced():
+            return watch
+        watch.versions = versions_of(params.values())
+        if constants:
+            numbers = self._numbers
+            if numbers is None or not numbers.are_those_of(constants):
+                numbers = Numbers.of(constants, aliases, self.compared)
+            watch.numbers, watch.copies = numbers, numbers.now()
+            self._numbers = numbers if numbers.may_be_kept else None
         return watch
 
     def lent(
@@ -185,6 +188,9 @@ class Numbers(NamedTuple):
         return is_same and self.addresses == list(map(Tensor.data_ptr, params))
 
 
+NONE_COMPARED = Numbers()
+
+
 @dataclass(slots=True)
 class ParameterWatch:
     """Parameters as they were before a call, to find what was written into, and to undo it."""
@@ -195,14 +201,9 @@ class ParameterWatch:
     only_read: dict[str, Hashable]
     versions: list[int] = field(default_factory=list)
     """Raised by operations of torch."""
-    numbers: Numbers = field(default_factory=Numbers)
+    numbers: Numbers = NONE_COMPARED
     copies: Sequence[bytes] = field(default_factory=list)
     """Copies of these numbers, which tell of writes that raise no version."""
-
-    def look(self, numbers: Numbers) -> None:
-        """Keep versions, and copies of the numbers."""
-        self.versions = versions_of(self.params.values())
-        self.numbers, self.copies = numbers, numbers.now()
 
     def check(self, api: str) -> None:
         """Put back what was written into.

@@ -50,8 +50,14 @@ class Snapshot:
             put_back(tables)
 
     @cached_property
+    def tables(self) -> list[dict[str, Any]]:
+        """The dicts in which the parts have their attributes, if the snapshot is current."""
+        return [vars(part.module) for part in self.parts]
+
+    @cached_property
     def _rows(self) -> _Rows | None:
-        return None if any(part.is_scripted for part in self.parts) else _Rows(self.parts)
+        scripted = any(part.is_scripted for part in self.parts)
+        return None if scripted else _Rows(self.parts, self.tables)
 
 
 class Version:
@@ -111,15 +117,14 @@ def _are_same(these: list[Any], those: list[Any]) -> bool:
 class _Rows:
     """The tables of all parts, one after the other: attributes, parameters, buffers, registries."""
 
-    def __init__(self, parts: list[ModulePart]) -> None:
+    def __init__(self, parts: list[ModulePart], attributes: list[dict[str, Any]]) -> None:
         modules = [part for part in parts if part.is_module]
         tensors = [(part.attributes["_parameters"], part.params) for part in modules]
         tensors += [(part.attributes["_buffers"], part.buffers) for part in modules]
-        pairs = [(vars(part.module), part.attributes) for part in parts]
+        pairs = [(own, p.attributes) for own, p in zip(attributes, parts, strict=True)]
         pairs += [(table, first) for table, first in tensors if first]
         self._refer = [part.refers for part in parts]
-        self._tables = [table for table, _ in pairs]
-        self._attributes = self._tables[: len(parts)]
+        self._tables, self._attributes = [table for table, _ in pairs], attributes
         self._sizes = [len(first) for _, first in pairs]
         self._names = [name for _, first in pairs for name in first]
         self._values = [value for _, first in pairs for value in first.values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -129,8 +129,11 @@ class ModuleState:
 
     def hooks(self) -> dict[str, list[Any]]:
         """Hooks on gradients that a user has set on chosen parameters, by name."""
-        params = [(name, self.params[name]) for name in self.point]
-        return {name: list(p._backward_hooks.values()) for name, p in params if p._backward_hooks}
+        hooks = dict[str, list[Any]]()
+        for name in self.point:
+            if own := self.params[name]._backward_hooks:
+                hooks[name] = list(own.values())
+        return hooks
 
     def buffers_now(self) -> dict[str, Tensor]:
         """The buffers that the module has left, while it is lent for an evaluation."""
@@ -177,10 +180,10 @@ class ModuleState:
         params, copies = self._every_param, self.copies
         params = {name: copies[id(p)] for name, p in params.items()} if copies else params
         rest = params.keys() - chosen
-        constants = {name: p for name, p in params.items() if name in rest}
+        constants = {name: p for name, p in params.items() if name in rest} if rest else {}
         watch, parts = self.constants.watch(params, constants), self.every_part
         before = None if is_current else attributes_of(parts)
-        tables = [vars(part.refers()) for part in parts]
+        tables = self.snapshot.tables if is_current else [vars(p.refers()) for p in parts]
         return LentForCall(self.loans, Loan(api, parts, tables, before, watch, self.snapshot))
 
     def lent_for_evaluation(
@@ -194,25 +197,22 @@ class ModuleState:
         until the next evaluation. ``arguments`` are those of the evaluation, if it is
         differentiated by ``params``.
         """
-        lend = lambda: self._lend(self.loans[-1], params, arguments)  # noqa: E731
-        return LentForEvaluation(self.loans, lend, self.is_plain)
+        return LentForEvaluation(self.loans, partial(self._lend, params, arguments), self.is_plain)
 
-    def _lend(
-        self, loan: Loan, params: Mapping[str, Tensor], arguments: Any
-    ) -> Callable[[], None] | None:
+    def _lend(self, params: Mapping[str, Tensor], arguments: Any) -> Callable[[], None] | None:
         """Put the tensors of an evaluation in place; what is to be called after it, if anything."""
+        loan = self.loans[-1]
         if loan.evaluation is not None:
             loan.take_back()
-        copies, mode, aliases = self.copies, self.module.training, loan.watch.aliases
-        every = self._every_param
-        others = {name: p for name, p in every.items() if name not in params} if params else every
-        values = {name: copies.get(id(p), p) for name, p in others.items()} if copies else others
-        constants, learn = self.constants.lent(values, mode, aliases, self.copied_versions)
-        if self.constants.require_grad:
-            constants = {n: as_required(constants[n], p) for n, p in others.items()}
-        new: dict[int, Any] = {id(p): constants[name] for name, p in others.items()}
-        for name, param in params.items():
-            new[id(self.params[name])] = param
+        copies, every, learn = self.copies, self._every_param, None
+        new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
+        if others := {name: p for name, p in every.items() if name not in params}:
+            values = {n: copies.get(id(p), p) for n, p in others.items()} if copies else others
+            how = self.module.training, loan.watch.aliases, self.copied_versions
+            constants, learn = self.constants.lent(values, *how)
+            needs_grad = self.constants.require_grad
+            for name, p in others.items():
+                new[id(p)] = as_required(constants[name], p) if needs_grad else constants[name]
         for buffer in self.buffers.values():
             new[id(buffer)] = copies.get(id(buffer), buffer).clone()
         for param in every.values():

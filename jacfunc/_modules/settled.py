@@ -198,8 +198,10 @@ def _settle(
 def _are_usual(options: ModuleOptions, beside: Sequence[Any] = ()) -> bool:
     """Are all outputs asked for of samples in front, all at once? So, too, ``beside`` these."""
     others = options.outputs, options.memory, options.chunk_size, *beside
-    is_usual = not any(x is not None and x is not False for x in others)
-    return is_usual and (options.batching is None or _are_in_front(options.batching))
+    for other in others:
+        if other is not None and other is not False:
+            return False
+    return options.batching is None or _are_in_front(options.batching)
 
 
 def _are_in_front(batching: Batching) -> bool:

@@ -34,7 +34,7 @@ def outline(
     numbers: dict[Any, int] = {None: -1, **{node: -2 - n for node, n in starts.items()}}
     pending: list[Any] = [tensor.grad_fn]
     kinds: list[Any] = [tensor.output_nr]
-    readers, first = _readers(), min(node._sequence_nr() for node in starts)
+    readers, first = _readers(), next(iter(starts))._sequence_nr()
     while pending:
         node = pending.pop()
         kind = type(node)

@@ -114,8 +114,9 @@ class RepeatedEvaluation:
         every = (*self.handles, self.x)
         self.primals: Leaves = every[: len(self._params)]
         self.starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
-        # the function may write into these
-        self._anchors = [Anchor.behind(every[direct.number]) for direct in self._direct]
+        # the function may write into these; where uses are known, nothing is pulled back
+        direct = self._direct if uses is None else ()
+        self._anchors = [Anchor.behind(every[each.number]) for each in direct]
         self.recorder: OperationRecorder
         if by_layers and uses is None:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, len(x))
@@ -131,8 +132,9 @@ class RepeatedEvaluation:
         Raises:
             UnseenWrite: if one was.
         """
-        if any(self.handles[n]._version != self._versions[n] for n in self._lent):
-            raise UnseenWrite(UNSEEN_WRITE)
+        for n in self._lent:
+            if self.handles[n]._version != self._versions[n]:
+                raise UnseenWrite(UNSEEN_WRITE)
 
     def pull(self, around: tuple[Any, ...]) -> Pull:
         """The pullback that follows, as a watch of the evaluation must know it."""
@@ -185,7 +187,8 @@ def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> 
         return False
     if learned.mixes and not seen.reads_values:
         return False
-    return seen.signature in learned.signatures and seen.signature in compared
+    signature = seen.signature
+    return signature in learned.signatures and signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+_KIND, _VERSION = attrgetter("shape", "dtype"), attrgetter("_version")
 
 
 @dataclass(eq=False)
@@ -33,12 +37,12 @@ class Sources:
     @property
     def are_as_saved(self) -> bool:
         """Was nothing of it written into since? Torch compares that where it sweeps a graph."""
-        return [x._version for x in self.saved] == self.versions
+        return [*map(_VERSION, self.saved)] == self.versions
 
     @property
     def kinds(self) -> list[Any]:
         """Shapes and dtypes of what operations got, of constants, too."""
-        return [(x.shape, x.dtype) for tensors in self.arguments.values() for x in tensors]
+        return [*map(_KIND, chain.from_iterable(self.arguments.values()))]
 
     def saving(self) -> AbstractContextManager[None]:
         """A context in which autograd tells what it saves, and gets it back from here."""

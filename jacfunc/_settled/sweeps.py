@@ -32,7 +32,10 @@ MOST_MISSES = 3
 """After so many calls that had to be taken anew, a kind of call is no more tried so."""
 
 MOST_BYTES = 2**25
-"""What makes more takes so long that it does not matter what calls it."""
+"""A result of more takes so long that it does not matter what makes it."""
+
+MOST_MADE = 2**26
+"""So many bytes are made, and kept, while a sweep is written down."""
 
 Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
 """Makes the result of an evaluated batch, and of tensors beside it. Equal ones do the same."""
@@ -79,7 +82,7 @@ class Sweep:
                 raise Nameless("parameters are used otherwise")
             return work(jacobian, beside)
 
-        self._work = WrittenWork(made, leaves, MOST_BYTES)
+        self._work = WrittenWork(made, leaves, MOST_MADE)
         self._values = leaves
         self._signature, self._kinds = recorder.signature, sources.kinds
 

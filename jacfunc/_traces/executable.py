@@ -121,25 +121,25 @@ class WrittenWork:
     def hold_for(self, sources: Leaves) -> None:
         """From now on it holds for sources of the kinds of these, under the settings of now."""
         self._count, self._repeated = len(sources), _repeated(list(map(id, sources)))
-        self._are_alike = Graphs.guard_of_tensors(self._each_once(sources))
+        # torch's guard refuses to get a tensor twice
+        self._once = [number for number in range(self._count) if number not in self._repeated]
+        self._are_alike = Graphs.guard_of_tensors(tuple([sources[n] for n in self._once]))
         self._are_settings = Graphs.guard_of_settings()
 
     def result(self, sources: Leaves) -> Leaves | None:
         """What the work makes of these sources; None if it does not hold for them."""
-        repeated = self._repeated.items()
-        if len(sources) != self._count or any(sources[n] is not sources[k] for n, k in repeated):
+        if len(sources) != self._count:
             return None
-        if not (self._are_alike(*self._each_once(sources)) and self._are_settings()):
+        for number, first in self._repeated.items():
+            if sources[number] is not sources[first]:
+                return None
+        once = [sources[number] for number in self._once]
+        if not (self._are_alike(*once) and self._are_settings()):
             return None
-        pairs = self._aliases.items()
-        if any(sources[n].data_ptr() != sources[first].data_ptr() for n, first in pairs):
-            return None
+        for number, first in self._aliases.items():
+            if sources[number].data_ptr() != sources[first].data_ptr():
+                return None
         return tuple(self._executable(sources))
-
-    def _each_once(self, sources: Leaves) -> Leaves:
-        """The sources without those that are repeated: torch's guard refuses to get one twice."""
-        repeated = self._repeated
-        return tuple([source for n, source in enumerate(sources) if n not in repeated])
 
 
 class InTwo:

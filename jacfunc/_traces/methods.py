@@ -20,7 +20,7 @@ _METHODS = {
         "default": (
             *("mm", "bmm", "t", "permute", "view", "reshape", "unsqueeze", "expand", "clone"),
             *("addcmul", "addcmul_", "copy_", "sqrt", "sqrt_", "square", "tanh", "exp", "neg"),
-            *("split_with_sizes", "detach", "addmm", "unfold"),
+            *("split_with_sizes", "detach", "addmm", "unfold", "new_empty"),
         ),
         "Tensor": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_"),
         "int": ("transpose", "select"),
@@ -37,6 +37,7 @@ A call of an operator from Python takes three times as long."""
 
 _FUNCTIONS = {
     _ATEN.cat.default: torch.cat,
+    _ATEN.mul.out: torch.mul,
     _ATEN.stack.default: torch.stack,
     _ATEN.constant_pad_nd.default: torch.constant_pad_nd,
     _ATEN.linalg_vector_norm.default: torch.linalg.vector_norm,

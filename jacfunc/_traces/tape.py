@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import getitem
 from types import FrameType
 from typing import Any, TypeAlias
@@ -89,17 +89,21 @@ class _Tape(DispatchMode):
     def _reshaped(self, value: Tensor) -> Node | None:
         """The entries of a source in the shape of a view that was made of it before the work."""
         (address, *_, kind), count = _place_of(value), value.numel()
-        if (dims := _in_memory(value)) is None:
-            return None
+        dims = _in_memory(value)
         for source, node in self._sources:
             there, *_, its_kind = _place_of(source)
-            is_like = (there, its_kind, source.numel()) == (address, kind, count)
-            if is_like and (its_dims := _in_memory(source)) is not None:
+            if (there, its_kind, source.numel()) != (address, kind, count):
+                continue
+            steps: tuple[tuple[Any, Sequence[int]], ...] = ()
+            if _without_ones(source) == _without_ones(value):  # there may be gaps
+                steps = ((_ATEN.view.default, [*value.shape]),)
+            elif dims is not None and (its_dims := _in_memory(source)) is not None:
                 steps = (
                     (_ATEN.permute.default, its_dims),
                     (_ATEN.view.default, [value.shape[dim] for dim in dims]),
                     (_ATEN.permute.default, sorted(range(len(dims)), key=dims.__getitem__)),
                 )
+            if steps:
                 tensor = source.detach()
                 for func, argument in steps:
                     tensor = func(tensor, argument)
@@ -182,6 +186,12 @@ def _place_of(tensor: Tensor) -> Place:
     """What tells a tensor from all others that live: its memory, and how it is read."""
     kind = tensor.dtype, tensor.is_conj(), tensor.is_neg()
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), kind
+
+
+def _without_ones(tensor: Tensor) -> list[tuple[int, int]]:
+    """Lengths and strides of the dimensions of more than one entry."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [pair for pair in pairs if pair[0] != 1]
 
 
 def _in_memory(tensor: Tensor) -> list[int] | None:

@@ -88,6 +88,26 @@ def test_no_graph_is_swept_by_parameters(kind: str, size: int) -> None:
                 param.mul_(0.9)
 
 
+class FirstOfRow(nn.Module):
+    """A head that sees the first of several tokens, as classifiers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.head(self.mix(tokens).tanh()[:, 0])
+
+
+@SIZES
+def test_no_graph_is_swept_where_a_layer_gets_part_of_a_tensor(size: int) -> None:
+    module, draw = FirstOfRow().double(), lambda: normal(5, 3)(size)
+    jac = after_many(by_params(module), lambda: (draw(),))
+    x = draw()
+    assert num_sweeps(lambda: jac(x)) == 0
+    assert_same(jac(x), loop(module, x))
+
+
 @SIZES
 @pytest.mark.parametrize("kind", ["linear layers", "images", "attention"])
 def test_no_graph_is_swept_by_inputs(kind: str, size: int) -> None:

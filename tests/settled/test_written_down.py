@@ -51,6 +51,16 @@ def test_views_that_were_made_before_are_those_of_a_source(
     torch.testing.assert_close(run((other,))[0], view(other) * 2)
 
 
+def test_of_a_source_with_gaps_dimensions_of_one_entry_come_and_go() -> None:
+    draw = lambda: torch.randn(3, 5, 1, 4)[:, 0]  # noqa: E731
+    source, other = draw(), draw()
+    before = source.squeeze(1).unsqueeze(0), source.unsqueeze(-1)
+    run = executable(lambda: (before[0] * 2, before[1] * 3), source)
+    first, second = run((other,))
+    torch.testing.assert_close(first, other.squeeze(1).unsqueeze(0) * 2)
+    torch.testing.assert_close(second, other.unsqueeze(-1) * 3)
+
+
 def test_views_with_gaps_are_refused() -> None:
     source = torch.randn(3, 4)
     before = source[:, ::2]
