@@ -10,8 +10,12 @@ from torch import Tensor
 
 from jacfunc._assembly import shared_units
 from jacfunc._curvature.loss import Loss, LossFunction
+from jacfunc._curvature.products import BatchProducts
+from jacfunc._errors import is_out_of_memory
 from jacfunc._lending import Captured
+from jacfunc._log import note
 from jacfunc._losses import DenseColumns, Drawn, Predictive
+from jacfunc._modules import ModuleAtBatch
 from jacfunc._outputs import ChosenCall
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree
@@ -87,6 +91,22 @@ def loss_of(
         return Loss(api, func, targets, outputs, captured)
     every = Loss(api, func, targets, _every(call, outputs), captured)
     return LossOfChosen(api, func, targets, outputs, captured, every=every, call=call)
+
+
+def outputs_of(at_batch: ModuleAtBatch) -> BatchOutputs:
+    """The outputs of the batch as a whole, of which no graph is kept.
+
+    That takes no more than the outputs, as factors of all samples do. They are taken where
+    the batch does not fit as a whole, or only samples can be evaluated.
+    """
+    if at_batch.budget.is_open and at_batch.chunk_size is None:
+        try:
+            return BatchProducts(at_batch).outputs
+        except Exception as error:  # of the user's module
+            if is_out_of_memory(error):
+                raise
+            note("the outputs are those of the samples one by one: %s", error)
+    return at_batch.outputs
 
 
 def drawn_of(

@@ -16,14 +16,14 @@ from jacfunc._assembly import numel
 from jacfunc._calls import OneTensor
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
-from jacfunc._errors import Refused, is_out_of_memory
+from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian, NamedParts, add_squares, rows, written
-from jacfunc._linear_map import LinearMap
+from jacfunc._linear_map import LinearMap, check_agreement
 from jacfunc._lock import kept_property
-from jacfunc._log import note
-from jacfunc._modules import ModuleAtBatch
+from jacfunc._modules import ModuleAtBatch, known_products
 from jacfunc._products import FactoredProducts, takes_factors
 from jacfunc._rounding import contracting
+from jacfunc._settled import ProductsAgain
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, product_dtype
 
@@ -43,12 +43,22 @@ class MatrixProducts:
     def __init__(
         self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
     ) -> None:
-        self._jacobian, self._curvature_of = BatchProducts(at_batch), curvature_of
-        self._at_batch = at_batch
+        self._at_batch, self._curvature_of = at_batch, curvature_of
+        known = known_products(at_batch.call, at_batch.batching)
+        self._again = ProductsAgain(at_batch, known)
+
+    @kept_property
+    def _jacobian(self) -> BatchProducts:
+        jacobian = BatchProducts(self._at_batch)
+        if (output := self._again.output) is not None:  # of an answer before
+            check_agreement((output,), jacobian.outputs.leaves)
+        return jacobian
 
     @kept_property
     def _curvature(self) -> OutputCurvature:
         """``H`` at the outputs of the module called with the batch."""
+        if (output := self._again.output) is not None:
+            return self._curvature_of(BatchOutputs((output,), (), OneTensor()))
         return self._curvature_of(self._jacobian.outputs)
 
     def times(self, tangents: Leaves) -> Leaves:
@@ -57,7 +67,11 @@ class MatrixProducts:
         if count == 1:
             if takes_factors():
                 return factored_product(self._at_batch, self._curvature_of, tangents)
-            return self._times(tangents)
+            products = self._again.product(tangents, lambda u: self._curvature.times_batch(u))
+            if products is None:
+                products = self._times(tangents)
+                self._again.learn(tangents, self._jacobian, self._jacobian.outputs.leaves)
+            return products
         at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
         every = tuple(map(torch.empty_like, tangents))
         for start in range(0, count, at_once):
@@ -77,22 +91,6 @@ class MatrixProducts:
     def as_map(self) -> LinearMap:
         """The products as a map differentiable by the vectors; it is its own transpose."""
         return LinearMap.of_batches(self.times, self.as_map)
-
-
-def outputs_of(at_batch: ModuleAtBatch) -> BatchOutputs:
-    """The outputs of the batch as a whole, of which no graph is kept.
-
-    That takes no more than the outputs, as factors of all samples do. They are taken where
-    the batch does not fit as a whole, or only samples can be evaluated.
-    """
-    if at_batch.budget.is_open and at_batch.chunk_size is None:
-        try:
-            return BatchProducts(at_batch).outputs
-        except Exception as error:  # of the user's module
-            if is_out_of_memory(error):
-                raise
-            note("the outputs are those of the samples one by one: %s", error)
-    return at_batch.outputs
 
 
 def added_up(point: ModuleAtBatch, curvature: OutputCurvature, add: Add, result: int) -> None:

@@ -93,7 +93,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             At first one evaluation with a tangent and one pullback (at the first point of a kind
             two evaluations); at the second product two more pullbacks, and from then on two each.
             Now and then one tells whether products with J and Jᵀ are each other's transpose. Of a
-            loss of torch itself no graph is made: all holds less than five times the outputs.
+            loss of torch itself no graph is made: all holds less than five times the outputs. After
+            some products of small modules a point takes one evaluation, and a product no pullback.
 
         Example:
             >>> import torch, jacfunc

@@ -9,8 +9,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import nn
 
-from jacfunc._curvature.chosen import Unweighted, drawn_of, loss_of
-from jacfunc._curvature.forms import outputs_of
+from jacfunc._curvature.chosen import Unweighted, drawn_of, loss_of, outputs_of
 from jacfunc._curvature.gauss_newton import GaussNewton
 from jacfunc._curvature.loss import LossFunction
 from jacfunc._lending import Captured, Select

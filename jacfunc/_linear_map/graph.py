@@ -145,19 +145,23 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
     return map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
 
 
-def _transposed(outputs: Leaves, sweep: Callable[[Leaves], Leaves]) -> Linearization:
+def _transposed(
+    outputs: Leaves, sweep: Callable[[Leaves], Leaves], is_checked: bool
+) -> Linearization:
     """The map of tangents: the pullback of the pullback, as that is linear in its cotangents.
 
     Raises:
         Refused: if a backward pass is no differentiable function of its cotangents.
     """
-    with outside_transforms(), recording():
-        seeds = tuple(x.requires_grad_() for x in noise_like(outputs))
+    with outside_transforms() if is_checked else nullcontext(), recording():
+        drawn = noise_like(outputs) if is_checked else map(torch.zeros_like, outputs)
+        seeds = tuple(x.requires_grad_() for x in drawn)
         products = sweep(seeds)
         graph = Graph.of(products, set())
         pushed = map_of_graph(products, (), list(map(Anchor.at, seeds)), graph, False)
-        tangents = _released(products)
-        check_transpose(seeds, pushed.pull(tangents), tangents, tangents, DETACHES, pushed.dtypes)
+        if is_checked:
+            v = _released(products)
+            check_transpose(seeds, pushed.pull(v), v, v, DETACHES, pushed.dtypes)
     return pushed
 
 
@@ -228,9 +232,9 @@ def map_of_graph(
     def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers, retains: bool = True) -> Leaves:
         return swept(cotangents, onto, of, rules.keeps_graph and torch.is_grad_enabled(), retains)
 
-    def transpose() -> Linearization:
+    def transpose(is_checked: bool = True) -> Linearization:
         check_nodes(graph.nodes, True)
-        return _transposed(outputs, partial(swept, onto=EVERY, of=EVERY, keeps=True))
+        return _transposed(outputs, partial(swept, onto=EVERY, of=EVERY, keeps=True), is_checked)
 
     rules = pullback_rules(graph.nodes, differentiated)
     return Linearization(

@@ -58,7 +58,8 @@ class Linearization:
         node_names: of the autograd nodes between primals and outputs.
         num_transforms: how many transforms were active when it was evaluated.
         keeps_graph: do products of a sweep carry a graph where grad mode is on?
-        transpose: makes the map of tangents; None where sweeps are not of a plain graph.
+        transpose: makes the map of tangents, and compares it with this one, unless it is called
+            with False; None where sweeps are not of a plain graph.
         last: the sweep that frees a plain graph.
         dtypes: finds those in which a plain graph computes.
     """
@@ -70,7 +71,7 @@ class Linearization:
     node_names: Set[str] = frozenset()
     num_transforms: int = 0
     keeps_graph: bool = True
-    transpose: Callable[[], Linearization] | None = None
+    transpose: Callable[..., Linearization] | None = None
     last: Callable[..., Leaves] | None = None
     dtypes: Callable[[], set[torch.dtype]] = set
     _transposed: Linearization | None = None

@@ -20,7 +20,7 @@ from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._modules.settled import evaluated_again, evaluated_anew, made_again, settled_at
+from jacfunc._modules.settled import again, evaluated_anew, known_products, made_again, settled_at
 from jacfunc._rounding import contracting
 from jacfunc._samples import SAME_EACH_TIME, SampledCall
 from jacfunc._settled import Beside, Work
@@ -84,9 +84,8 @@ class BatchOptions(ModuleOptions):
             state, (arguments, targets) = self.kept((arguments, targets), budget)
         else:
             state = self.current.now()
-        call = ModuleCall(
-            self.api, state, arguments, independence=self.independence, asked=self.outputs
-        )
+        independence, asked = self.independence, self.outputs
+        call = ModuleCall(self.api, state, arguments, independence=independence, asked=asked)
         return ModuleAtBatch(call, self.batching, self.chunk_size, budget, keeps_all), targets
 
 
@@ -121,7 +120,8 @@ class ModuleAtBatch:
     """The thread for which it is undisturbed."""
 
     def __post_init__(self) -> None:
-        self._settled = settled = settled_at(self.call, self.batching)
+        self._settled = settled_at(self.call, self.batching)
+        settled = self._settled or known_products(self.call, self.batching).settled
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
         self.api, self.params = self.call.api, self.call.state.point
@@ -214,14 +214,14 @@ class ModuleAtBatch:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
             factors = None
-            if self._settled is not None and stop - start == self.size:
+            if (settled := self._settled) is not None and stop - start == self.size:
                 self.last_call = OneTensor()
-                factors = evaluated_again(self.call, self._settled, self.random_state)
+                factors = again(self.call, settled, self.random_state, settled.evaluated)
             if factors is None:
                 every = self.call, self.batching, self._independent, self.random_state
                 factors, self.last_call = evaluated_anew(*every, start, stop)
-            again = (start, stop), factors.outputs
-            in_words_of(self.api, lambda: self.evaluations.check(*again), *SAME_EACH_TIME)
+            seen = (start, stop), factors.outputs
+            in_words_of(self.api, lambda: self.evaluations.check(*seen), *SAME_EACH_TIME)
             yield factors
 
     def between(self, start: int, stop: int) -> FactoredJacobian:

@@ -20,7 +20,7 @@ from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import SampledCall
-from jacfunc._settled import MOST_MISSES, Beside, SettledBatch, Work, settled_by
+from jacfunc._settled import MOST_MISSES, Beside, KnownProducts, SettledBatch, Work, settled_by
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import Arguments, kind_of
 from jacfunc._trials import IN_FRONT
@@ -124,38 +124,36 @@ def settled_at(call: ModuleCall, batching: Batching) -> SettledBatch | None:
     return _by_layers().get(call.state.version, kind_of(call.arguments[0][0]))
 
 
-def evaluated_again(
-    call: ModuleCall, settled: SettledBatch, random_state: RandomState
-) -> FactoredJacobian | None:
-    """All samples, evaluated as before; None if that shows something new, or does not suffice."""
-    return _again(call, settled, random_state, settled.evaluated)
+def known_products(call: ModuleCall, batching: Batching) -> KnownProducts:
+    """What earlier products with a batch like this have settled, or nothing, if they may not."""
+    if not _is_of_all(call, batching) or call.independence.independent == "always":
+        return KnownProducts(are_counted=False)
+    return KnownProducts.of(call.state.version, call.arguments[0][0])
 
 
-def made_again(
-    call: ModuleCall,
-    settled: SettledBatch,
-    random_state: RandomState,
-    work: Work,
-    beside: Beside,
-) -> Leaves | None:
-    """What ``work`` makes of all samples, evaluated as before; None as of their factors."""
-    make = partial(settled.made, work=work, beside=beside)
-    return _again(call, settled, random_state, make)
-
-
-def _again(
+def again(
     call: ModuleCall,
     settled: SettledBatch,
     random_state: RandomState,
     make: Callable[[ModuleState, Tensor, Container[int]], ResultT | None],
 ) -> ResultT | None:
-    """What is made of one more evaluation, while the module is lent by the caller."""
+    """What is made of one more evaluation of all samples, while the module is lent by the caller.
+
+    None if that shows something new, or does not suffice.
+    """
     state, x = call.state, call.arguments[0][0]
 
     def tried(compared: Container[int]) -> ResultT | None:
         return settled.tried(partial(make, state, x, compared), random_state)
 
     return _counted(call.independence, state, settled, tried) if is_undisturbed() else None
+
+
+def made_again(
+    call: ModuleCall, settled: SettledBatch, random_state: RandomState, work: Work, beside: Beside
+) -> Leaves | None:
+    """What ``work`` makes of all samples, evaluated as before; None as of their factors."""
+    return again(call, settled, random_state, partial(settled.made, work=work, beside=beside))
 
 
 def evaluated_anew(

@@ -12,7 +12,15 @@ from weakref import ref
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from jacfunc._errors import Nameless
+
 _KIND, _VERSION = attrgetter("shape", "dtype"), attrgetter("_version")
+
+MOST_BYTES = 2**25
+"""What makes a result of more takes so long that it does not matter what calls it."""
+
+MOST_KEPT = 2**26
+"""So many bytes are saved, and as many made and kept, while a sweep is written down."""
 
 
 @dataclass(eq=False)
@@ -26,6 +34,7 @@ class Sources:
     """
 
     saved: list[Tensor] = field(default_factory=list)
+    bytes_left: int = MOST_KEPT  # what shares memory is counted each time
     versions: list[int] = field(default_factory=list)
     arguments: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -45,12 +54,19 @@ class Sources:
         return [*map(_KIND, chain.from_iterable(self.arguments.values()))]
 
     def saving(self) -> AbstractContextManager[None]:
-        """A context in which autograd tells what it saves, and gets it back from here."""
+        """A context in which autograd tells what it saves, and gets it back from here.
+
+        Raises:
+            Nameless: if that is more than is kept beside the graph of an answer before.
+        """
         # a graph that held its own tensors by such hooks would never be freed
         here = ref(self)
 
         def keep(tensor: Tensor) -> int:
             sources: Sources = here()  # type: ignore[assignment]
+            sources.bytes_left -= tensor.nbytes
+            if sources.bytes_left < 0:
+                raise Nameless("it saves more than is kept while a sweep is written down")
             sources.saved.append(tensor)
             sources.versions.append(tensor._version)
             return len(sources.saved) - 1

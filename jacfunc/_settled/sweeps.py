@@ -17,7 +17,7 @@ from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._settled.outline import outline
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
-from jacfunc._settled.sources import Sources
+from jacfunc._settled.sources import MOST_BYTES, MOST_KEPT, Sources
 from jacfunc._torch import MathAttention, recording
 from jacfunc._traces import WrittenWork
 from jacfunc._types import Leaves
@@ -30,12 +30,6 @@ MOST_WORKS = 4
 
 MOST_MISSES = 3
 """After so many calls that had to be taken anew, a kind of call is no more tried so."""
-
-MOST_BYTES = 2**25
-"""A result of more takes so long that it does not matter what makes it."""
-
-MOST_MADE = 2**26
-"""So many bytes are made, and kept, while a sweep is written down."""
 
 Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
 """Makes the result of an evaluated batch, and of tensors beside it. Equal ones do the same."""
@@ -82,7 +76,7 @@ class Sweep:
                 raise Nameless("parameters are used otherwise")
             return work(jacobian, beside)
 
-        self._work = WrittenWork(made, leaves, MOST_MADE)
+        self._work = WrittenWork(made, leaves, MOST_KEPT)
         self._values = leaves
         self._signature, self._kinds = recorder.signature, sources.kinds
 
@@ -104,10 +98,19 @@ class Sweep:
 
     def result(self, evaluated: Evaluated, beside: Leaves) -> Leaves | None:
         """The result of an evaluation; None if it is not like the one that was written down."""
+        _, sources, out = evaluated
+        return self.replayed(sources, out, beside) if self.holds_for(evaluated) else None
+
+    def holds_for(self, evaluated: Evaluated) -> bool:
+        """Is an evaluation like the one that was written down?"""
         own, sources, out = evaluated
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
-            return None
-        if outline(out, own.starts, sources.told) != self._outline or not sources.are_as_saved:
+            return False
+        return outline(out, own.starts, sources.told) == self._outline
+
+    def replayed(self, sources: Sources, out: Tensor, beside: Leaves) -> Leaves | None:
+        """The result of an evaluation that it holds for; None if tensors are not as they were."""
+        if not sources.are_as_saved:
             return None
         return self._work.result(self._leaves(sources, (out, *beside)))
 
@@ -171,7 +174,7 @@ class KnownWork:
     ) -> Leaves | None:
         """The result of one more evaluation by the sweep; None where that does not hold."""
         assert self.sweep is not None
-        result, evaluated = None, _with_sources(settled, state, x, self.sweep.uses)
+        result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.uses)
         if evaluated is not None:
             own, _, out = evaluated
             if settled.is_alone or knows(settled.learned, own.recorder, compared):
@@ -187,19 +190,19 @@ class KnownWork:
         """Write down how this result is made, if that can be."""
         if sum(x.nbytes for x in result) > MOST_BYTES:
             return
-        first = _with_sources(settled, state, x)
+        first = evaluated_with_sources(settled, state, x)
         if first is None:
             return
         try:
             sweep = Sweep(first, beside, self.work, settled.learned)
-            second = _with_sources(settled, state, x, sweep.uses)
+            second = evaluated_with_sources(settled, state, x, sweep.uses)
             if second is not None and sweep.fits(second, beside, result):
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
 
 
-def _with_sources(
+def evaluated_with_sources(
     settled: Evaluator, state: ModuleState, x: Tensor, uses: Mapping[int, Any] | None = None
 ) -> Evaluated | None:
     """An evaluation of which all is kept that a sweep may read; None if it returns otherwise.
