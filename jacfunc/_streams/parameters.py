@@ -10,8 +10,8 @@ from math import prod
 from torch import Tensor
 
 from jacfunc._factored import Part, write
-from jacfunc._memory import LARGE, MODEST_BYTES, FittedChunks, free_bytes
-from jacfunc._streams.held import Cell, HeldSamples, Shapes
+from jacfunc._memory import MODEST_BYTES, FittedChunks, free_bytes
+from jacfunc._streams.held import Cell, HeldSamples, Shapes, least_paged
 from jacfunc._streams.streamed import StreamedCall
 from jacfunc._torch import memory_of
 from jacfunc._types import Leaves
@@ -81,7 +81,8 @@ class ParameterBlocks:
         call.budget.room(self._beside(0))
         left = call.budget.beside(PAGED * max(self._sizes, default=0))
         if left is None or left > 0:
-            self._keep_pages()
+            with call.budget.around():
+                self._keep_pages()
 
     def _keep_pages(self) -> None:
         """Have pages for blocks of each size, or those of one size would go for those of the next.
@@ -91,7 +92,7 @@ class ParameterBlocks:
         places, last = list[Leaves](), sys.maxsize
         for number in sorted(range(len(self._sizes)), key=self._sizes.__getitem__, reverse=True):
             nbytes = self._sizes[number]
-            if LARGE <= nbytes <= last // 2 and not self._shapes.params[number].is_cuda:
+            if least_paged() <= nbytes <= last // 2 and not self._shapes.params[number].is_cuda:
                 places.append(self._blocks(number))
                 last = nbytes
         self._paged = sum(block.nbytes for blocks in places for block in blocks)
