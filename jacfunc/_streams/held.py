@@ -82,6 +82,11 @@ class Shapes:
         leaves = enumerate(self.outputs)
         return sum(self.dtype(i, number).itemsize * out.numel() * numel for i, out in leaves)
 
+    @kept_property
+    def sample_bytes(self) -> int:
+        """The bytes of all rows of a sample."""
+        return sum(map(self.nbytes, range(len(self.params))))
+
     def place(self, leaf: int, number: int, size: int, rows: int) -> Tensor:
         """A place ``[B, K, *param]`` for rows of some samples."""
         param = self.params[number]
