@@ -189,7 +189,7 @@ def _answered(call: StreamedCall, items: Iterator[Item]) -> Items:
         for at, block, after in items:
             blocks.append((at, block))
             is_last, ahead = after is None, ahead + (after or 0)
-            if is_last or ahead > AHEAD_BYTES or not call.budget.is_open:
+            if is_last or ahead > AHEAD_BYTES or not call.may_go_ahead:
                 break
         return blocks
 

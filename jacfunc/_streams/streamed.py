@@ -55,6 +55,11 @@ class StreamedCall:
             )
 
     @property
+    def may_go_ahead(self) -> bool:
+        """May blocks be made before they are asked for? Not on a budget, nor of what may change."""
+        return self.budget.is_open and self._call.state.originals is None
+
+    @property
     def size(self) -> int:
         """How many samples there are; the call as a whole is one."""
         return self._at.size
