@@ -142,12 +142,16 @@ def empty(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     pages: FreedPages = PAGES,
+    least: int | None = None,
 ) -> Tensor:
-    """``like.new_empty(shape)``; a large one is put into pages of earlier results, if any wait."""
+    """``like.new_empty(shape)``; a large one is put into pages of earlier results, if any wait.
+
+    It is large from ``least`` bytes on, by default from those that the pages say.
+    """
     dtype = dtype or like.dtype
     nbytes = math.prod(shape) * dtype.itemsize
     if (
-        nbytes < pages.least
+        nbytes < (pages.least if least is None else least)
         or torch.device(device or like.device).type != "cpu"
         or _is_watched(like)
     ):

@@ -16,6 +16,7 @@ from jacfunc._memory.limits import (
     MOST_COPIED_BYTES,
     MOST_SWEPT_BYTES,
     MULTIPLIED_BYTES,
+    PAGED_BYTES,
     PIECE_BYTES,
     SPARE_BYTES,
     SQUARED_BYTES,

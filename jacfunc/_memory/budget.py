@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from jacfunc._memory.chunks import GROWTH, Chunk, FittedChunks, evenly
+from jacfunc._memory.chunks import GROWTH, SHARE, Chunk, FittedChunks, evenly
 from jacfunc._memory.counting import PeakBytes
 from jacfunc._memory.heap import at_most, give_back, sparing
 from jacfunc._memory.limits import MOST_SWEPT_BYTES, STAGED_BYTES
@@ -60,11 +60,11 @@ class Budget:
             )
         return self._nbytes - taken
 
-    def chunk(self, size: int | None, block: int) -> Chunk:
-        """How many rows or samples a block has, of so many bytes each; at most ``size``."""
+    def chunk(self, size: int | None, total: int, block: int) -> Chunk:
+        """How many of all rows or samples a block has, of so many bytes each; at most ``size``."""
         room = self.room(2 * block)
         if room is None:
-            return size or FittedChunks.by_share(STAGED_BYTES)
+            return size or evenly(total, block, max(STAGED_BYTES, total * block // SHARE))
         return FittedChunks(block + room * 2 // 5, size)  # beside the one before, and the heap's
 
     def beside(self, result: int) -> int | None:

@@ -21,7 +21,7 @@ ROUND = 16
 """Products of 16 vectors, or a multiple, are faster than products of one more."""
 
 SHARE = 8
-"""Chunks that are copied elsewhere may have up to an eighth of all products."""
+"""Chunks that are copied elsewhere, and blocks of a stream, may have up to an eighth of all."""
 
 Take: TypeAlias = Callable[[int, int], Leaves]
 """Products of the seeds from ``start`` to ``stop``."""

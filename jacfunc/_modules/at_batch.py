@@ -218,7 +218,7 @@ class ModuleAtBatch:
                 self.last_call = OneTensor()
                 factors = again(self.call, settled, self.random_state, settled.evaluated)
             if factors is None:
-                every = self.call, self.batching, self._independent, self.random_state
+                every = self.call, self.batching, self.independent, self.random_state
                 factors, self.last_call = evaluated_anew(*every, start, stop)
             seen = (start, stop), factors.outputs
             in_words_of(self.api, lambda: self.evaluations.check(*seen), *SAME_EACH_TIME)
@@ -230,7 +230,7 @@ class ModuleAtBatch:
             return factors
 
     @kept_property
-    def _independent(self) -> SampledCall:
+    def independent(self) -> SampledCall:
         """The batch, once its samples are seen to be independent."""
         self.call.check_independent(self.batch)
         return self.batch

@@ -13,7 +13,9 @@ from jacfunc._factored import FactoredJacobian, Part
 from jacfunc._linear_map import EVERY, detached
 from jacfunc._lock import kept_property
 from jacfunc._memory import (
+    LARGE,
     MOST_SWEPT_BYTES,
+    PAGED_BYTES,
     Chunk,
     at_most,
     evenly,
@@ -22,6 +24,11 @@ from jacfunc._memory import (
     of_leaf,
 )
 from jacfunc._types import Leaves
+
+
+def least_paged() -> int:
+    """The bytes of the smallest block that is written into pages of earlier ones."""
+    return LARGE if is_on_a_budget() else PAGED_BYTES
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,16 @@ class Shapes:
         leaves = enumerate(self.outputs)
         return sum(self.dtype(i, number).itemsize * out.numel() * numel for i, out in leaves)
 
+    @kept_property
+    def sample_bytes(self) -> int:
+        """The bytes of all rows of a sample."""
+        return sum(map(self.nbytes, range(len(self.params))))
+
     def place(self, leaf: int, number: int, size: int, rows: int) -> Tensor:
         """A place ``[B, K, *param]`` for rows of some samples."""
         param = self.params[number]
-        return empty(param, (size, rows, *param.shape), self.dtype(leaf, number))
+        shape, dtype = (size, rows, *param.shape), self.dtype(leaf, number)
+        return empty(param, shape, dtype, least=least_paged())
 
     def places(self, leaf: int, size: int, rows: int) -> Leaves:
         """Places ``[B, K, *param]`` for rows of some samples, one for each parameter."""

@@ -10,8 +10,8 @@ from math import prod
 from torch import Tensor
 
 from jacfunc._factored import Part, write
-from jacfunc._memory import LARGE, MODEST_BYTES, FittedChunks, free_bytes
-from jacfunc._streams.held import Cell, HeldSamples, Shapes
+from jacfunc._memory import MODEST_BYTES, FittedChunks, free_bytes
+from jacfunc._streams.held import Cell, HeldSamples, Shapes, least_paged
 from jacfunc._streams.streamed import StreamedCall
 from jacfunc._torch import memory_of
 from jacfunc._types import Leaves
@@ -75,11 +75,11 @@ class ParameterBlocks:
 
     def __init__(self, call: StreamedCall, shapes: Shapes, chunk: int | None) -> None:
         self._call, self._shapes, self._chunk = call, shapes, chunk
-        self._sizes = [call.size * shapes.nbytes(n) for n in range(len(shapes.params))]
+        self.sizes = [call.size * shapes.nbytes(n) for n in range(len(shapes.params))]
         self._held: dict[int, HeldParts] = {}
         self._paged = self._room = 0
         call.budget.room(self._beside(0))
-        left = call.budget.beside(PAGED * max(self._sizes, default=0))
+        left = call.budget.beside(PAGED * max(self.sizes, default=0))
         if left is None or left > 0:
             self._keep_pages()
 
@@ -89,16 +89,16 @@ class ParameterBlocks:
         Pages serve what is larger than half of them, so they take no more than two largest blocks.
         """
         places, last = list[Leaves](), sys.maxsize
-        for number in sorted(range(len(self._sizes)), key=self._sizes.__getitem__, reverse=True):
-            nbytes = self._sizes[number]
-            if LARGE <= nbytes <= last // 2 and not self._shapes.params[number].is_cuda:
+        for number in sorted(range(len(self.sizes)), key=self.sizes.__getitem__, reverse=True):
+            nbytes = self.sizes[number]
+            if least_paged() <= nbytes <= last // 2 and not self._shapes.params[number].is_cuda:
                 places.append(self._blocks(number))
                 last = nbytes
         self._paged = sum(block.nbytes for blocks in places for block in blocks)
 
     def _beside(self, number: int) -> int:
         """The most bytes of a block from this one on, with the one before: a loop still has it."""
-        pairs = pairwise([0, *self._sizes][number:])
+        pairs = pairwise([0, *self.sizes][number:])
         return max((self._paged, *map(sum, pairs)))
 
     def of(self, number: int) -> Leaves:
@@ -117,7 +117,7 @@ class ParameterBlocks:
 
     def _sweep(self, number: int, blocks: Leaves) -> None:
         """Fill the blocks of a parameter by a sweep that holds parts of those that follow."""
-        self._held = {later: HeldParts() for later in range(number + 1, len(self._sizes))}
+        self._held = {later: HeldParts() for later in range(number + 1, len(self.sizes))}
         budget, beside = self._call.budget, self._beside(number)
         left = budget.beside(beside)
         self._room = self._room_of_open() if left is None else max(0, left // 2)
@@ -145,7 +145,7 @@ class ParameterBlocks:
 
     def _room_of_open(self) -> int:
         """Bytes that may be held for later blocks where there is no budget."""
-        samples = self._call.every[0]
+        samples = self._call.every
         if samples.factor_bytes <= MODEST_BYTES:
             return MODEST_BYTES
         return max(MODEST_BYTES, free_bytes(self._shapes.params[0].device) // HELD_SHARE)
@@ -164,7 +164,7 @@ class ParameterBlocks:
             shape = (size, cell.rows.stop - cell.rows.start, *param.shape)
             rows = prod(shape) * self._shapes.dtype(cell.leaf, number).itemsize
             if not is_written and held.nbytes - before > rows:
-                while number in self._held and self._spare() + held.nbytes < self._sizes[number]:
+                while number in self._held and self._spare() + held.nbytes < self.sizes[number]:
                     self._held.popitem()
                 if number in self._held:
                     held.into(self._blocks(number))

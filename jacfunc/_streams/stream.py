@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any, Literal, Unpack, get_args, overload
 
 from torch import Tensor, nn
@@ -22,16 +23,22 @@ from jacfunc._modules import (
 )
 from jacfunc._outputs import Outputs
 from jacfunc._showing import named
+from jacfunc._streams.groups import SampleGroups
 from jacfunc._streams.held import RowBlocks
 from jacfunc._streams.parameters import ParameterBlocks
-from jacfunc._streams.streamed import GroupedSamples, StreamedCall
-from jacfunc._torch import RandomState, inside_transform
-from jacfunc._trees import flatten, unflatten
-from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
+from jacfunc._streams.streamed import StreamedCall
+from jacfunc._torch import inside_transform
+from jacfunc._types import Memory, Randomness, Tree
 
 API = "stream_jacobian"
 By = Literal["params", "rows", "samples"]
 Items = Iterator[tuple[Any, Tree]]
+Item = tuple[Any, Tree, int | None]
+"""Where a block is, the block, and about how many bytes the next one takes; None if it is the last.
+"""
+
+AHEAD_BYTES = 2**20
+"""Blocks that are made before they are asked for take at most so many bytes."""
 
 
 class StreamOptions(RowOptions, total=False):
@@ -86,7 +93,7 @@ def stream_jacobian(
         per_sample: differentiate each sample on its own; blocks have the batch in front.
         in_dims: the dimension of samples in the inputs, as in :func:`jacfunc.module_jacobian`.
         chunk_size: rows swept at once, or samples taken at once; by default as many as take
-            16 MiB, or an eighth of all.
+            16 MiB, or an eighth of all; but no more samples than are evaluated within 64 MiB.
         memory: bytes that the stream may take, as a number or in words (``"2 GiB"``): what it
             keeps, a block, and the one before, which a loop still has. The sizes of blocks, and of
             what is kept for later ones, follow.
@@ -115,7 +122,8 @@ def stream_jacobian(
         blocks to come: factors of layers, or blocks where these are smaller, of up to an eighth of
         the free memory. Beyond that, and for parameters that no rule in ``jacfunc.layers`` knows,
         rows are pulled back again for the parameters that are left. With ``memory``, by parameters,
-        as many samples are evaluated at once as fit.
+        as many samples are evaluated at once as fit. Without it small blocks, of up to 1 MiB
+        together, are made with the one before, as to lend the module takes longer.
 
     Example:
         The squared norm of each parameter's block, per sample, without the Jacobian:
@@ -146,13 +154,11 @@ def stream_jacobian(
         # blocks come later, and must be those of the module and the batch as they are now
         budget = Budget(API, options.memory)
         state, arguments = options.kept((args, kwargs), budget)
-        random_state = RandomState(tuple(filter(is_tensor, flatten(arguments)[0])))
         call = ModuleCall(
             *(API, state, arguments), independence=options.independence, asked=options.outputs
-        ).with_samples(batching)
-        batch = None if batching is None else call.batch(batching)
-        streamed = StreamedCall(call, batch, random_state, budget)
-        return BLOCKS[by](streamed, chunk_size)
+        )
+        streamed = StreamedCall(call, batching, budget)
+        return _answered(streamed, BLOCKS[by](streamed, chunk_size))
 
     return named("stream_jacobian", module, stream_jacobian_of)
 
@@ -170,52 +176,63 @@ def _check_by(by: object, per_sample: bool) -> None:
         )
 
 
-def _by_params(call: StreamedCall, chunk_size: int | None) -> Items:
-    samples, flat = call.answer(call.some)
-    shapes = samples.shapes
-    del samples  # or their graph would stay
+def _answered(call: StreamedCall, items: Iterator[Item]) -> Items:
+    """The blocks, made while the module is lent: whenever one is handed out, it is as it was.
+
+    To lend it takes longer than to write a small block: such ones are made with the one before.
+    """
+    is_last = False
+
+    def made() -> list[tuple[Any, Tree]]:
+        nonlocal is_last
+        blocks, ahead = [], 0
+        for at, block, after in items:
+            blocks.append((at, block))
+            is_last, ahead = after is None, ahead + (after or 0)
+            if is_last or ahead > AHEAD_BYTES or not call.may_go_ahead:
+                break
+        return blocks
+
+    while not is_last and (blocks := call.answer(made)):
+        while blocks:
+            yield blocks.pop(0)
+
+
+def _by_params(call: StreamedCall, chunk_size: int | None) -> Iterator[Item]:
+    shapes = call.some().shapes
     blocks = ParameterBlocks(call, shapes, chunk_size)
-    for number, name in enumerate(call.names):
-        rows = call.answer(partial(blocks.of, number))
-        yield name, flat.output_tree(list(map(call.shaped, rows, shapes.outputs)))
-        del rows  # or they would stay beside the next block
+    for name, number, after in zip(call.names, count(), [*blocks.sizes[1:], None], strict=False):
+        rows = blocks.of(number)
+        block = call.output_tree(list(map(call.shaped, rows, shapes.outputs)))
+        yield name, block, after
+        del rows, block  # or they would stay beside the next block
 
 
-def _by_rows(call: StreamedCall, chunk_size: int | None) -> Items:
-    samples, flat = call.answer(call.evaluated)
-    chunk, start = call.budget.chunk(chunk_size, samples.row_bytes), 0
+def _by_rows(call: StreamedCall, chunk_size: int | None) -> Iterator[Item]:
+    samples, start = call.evaluated(), 0
+    num_rows, last = samples.shapes.num_rows, len(samples.outputs) - 1
+    chunk = call.budget.chunk(chunk_size, num_rows, samples.row_bytes)
     blocks = RowBlocks(samples, call.budget.is_open and chunk_size is None)
     for leaf, out in enumerate(samples.outputs):
-
-        def take(begin: int, end: int, leaf: int = leaf) -> Leaves:
-            return call.answer(partial(blocks.of, leaf, begin, end))
-
-        for rows in in_chunks(out.numel(), of_leaf(chunk, leaf), take):
-            stop = start + rows[0].shape[1]
-            yield slice(start, stop), flat.input_tree(list(map(call.unbatched, rows)))
-            start = stop
-            del rows  # or they would stay beside the next block
+        for rows in in_chunks(out.numel(), of_leaf(chunk, leaf), partial(blocks.of, leaf)):
+            width = rows[0].shape[1]
+            after = None if leaf == last and start + width == num_rows else width
+            block = call.by_name(rows)
+            yield slice(start, start + width), block, after and after * samples.row_bytes
+            start += width
+            del rows, block  # or they would stay beside the next block
 
 
-def _by_samples(call: StreamedCall, chunk_size: int | None) -> Items:
-    every = GroupedSamples(call, call.budget.is_open and chunk_size is None)
-    call.answer(call.check_independent)
-    structure: list[Any] = []
-    start = 0
-
-    def blocks_of(begin: int, end: int) -> Leaves:
-        leaves, spec = flatten(every.of(begin, end))
-        structure[:] = [spec]
-        return tuple(leaves)
-
-    def take(begin: int, end: int) -> Leaves:
-        return call.answer(partial(blocks_of, begin, end))
-
-    for blocks in in_chunks(call.size, call.budget.chunk(chunk_size, 0), take):
-        stop = start + len(blocks[0])
-        yield slice(start, stop), unflatten(structure[0], blocks)
+def _by_samples(call: StreamedCall, chunk_size: int | None) -> Iterator[Item]:
+    groups, start = SampleGroups(call), 0
+    is_chosen = not call.budget.is_open or chunk_size
+    chunk = call.budget.chunk(chunk_size, call.size, 0) if is_chosen else groups.begin()
+    for rows in in_chunks(call.size, chunk, groups.of):
+        stop = start + len(rows[0])
+        after = None if stop == call.size else sum(block.nbytes for block in rows)
+        yield slice(start, stop), groups.tree(rows), after
         start = stop
-        del blocks  # or they would stay beside the next ones
+        del rows  # or they would stay beside the next block
 
 
 BLOCKS = {"params": _by_params, "rows": _by_rows, "samples": _by_samples}

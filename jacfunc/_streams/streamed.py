@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,39 +15,38 @@ from jacfunc._factored import Direct, FactoredJacobian
 from jacfunc._linear_map import EVERY, JacobianOperator, linearize
 from jacfunc._lock import kept_property
 from jacfunc._log import note
-from jacfunc._memory import MODEST_BYTES, Budget
-from jacfunc._modules import FEW_CALLS, ModuleCall
-from jacfunc._samples import SampledCall, is_new
-from jacfunc._streams.held import Cell, HeldSamples
+from jacfunc._memory import Budget
+from jacfunc._modules import Batching, ModuleAtBatch, ModuleCall
+from jacfunc._remembered import Remembered
+from jacfunc._samples import is_new
+from jacfunc._streams.held import HeldSamples
 from jacfunc._torch import RandomState
-from jacfunc._types import Leaves, Tree
+from jacfunc._trees import flatten, kinds_of
+from jacfunc._types import Leaves, Tree, is_tensor
 from jacfunc.strategies import Structured, in_words_of
 
 ResultT = TypeVar("ResultT")
-
-GRAPH = 4
-"""The graph of an evaluation keeps about as much as the cotangents of four rows."""
 
 
 class StreamedCall:
     """A call of a module, which is evaluated when blocks are asked for, as it was when it was made.
 
     Args:
-        batch: the call at many samples; None where it is differentiated as a whole.
-        random_state: as it was when the call was made.
+        batching: of its samples; None where it is differentiated as a whole.
     """
 
-    def __init__(
-        self, call: ModuleCall, batch: SampledCall | None, random_state: RandomState, budget: Budget
-    ) -> None:
-        self.batch, self.budget, self.names = batch, budget, tuple(call.state.point)
-        self._call, self._random_state = call, random_state
-        self._first: list[tuple[HeldSamples, FlatCall]] = []
+    def __init__(self, call: ModuleCall, batching: Batching | None, budget: Budget) -> None:
+        self.budget, self.names = budget, tuple(call.state.point)
+        self._call, self._is_whole = call, batching is None
+        self._draws = None if batching is None else batching.randomness
+        self._at: ModuleAtBatch | WholeCall = (
+            WholeCall(call) if batching is None else ModuleAtBatch(call, batching, None, budget)
+        )
+        self._first: list[HeldSamples] = []
 
     def answer(self, work: Callable[[], ResultT]) -> ResultT:
         """What ``work`` returns; it changes nothing outside, and draws what the call would have."""
-        with self._call.undisturbed():
-            self._random_state.repeat()
+        with self._at.undisturbed():
             return in_words_of(
                 self._call.api,
                 work,
@@ -54,42 +54,36 @@ class StreamedCall:
                 " Use module_jacobian, which knows other ways.",
             )
 
-    def check_independent(self) -> None:
-        """Refuse samples that depend on each other."""
-        if self.batch is not None:
-            self._call.check_independent(self.batch)
+    @property
+    def may_go_ahead(self) -> bool:
+        """May blocks be made before they are asked for? Not on a budget, nor of what may change."""
+        return self.budget.is_open and self._call.state.originals is None
 
     @property
     def size(self) -> int:
         """How many samples there are; the call as a whole is one."""
-        return 1 if self.batch is None else self.batch.size
+        return self._at.size
 
-    def evaluated(self) -> tuple[HeldSamples, FlatCall]:
-        """All samples, evaluated once for all blocks, and the call of one, for its trees."""
+    def evaluated(self) -> HeldSamples:
+        """All samples, evaluated once for all blocks."""
         with self.budget.keeping():
             return self.every
 
     @kept_property
-    def every(self) -> tuple[HeldSamples, FlatCall]:
-        """All samples, evaluated, and the call of one."""
-        self.check_independent()
-        if self.batch is not None:
-            return self.between(0, self.size)
-        flat = self._call.flat_call()
-        return HeldSamples(_factors(flat)), flat
+    def every(self) -> HeldSamples:
+        """All samples, evaluated."""
+        return self.between(0, self.size)
 
     @property
     def is_grouped(self) -> bool:
         """Are samples evaluated some after the other, and anew for each sweep?"""
-        batch = self.batch
-        return not (self.budget.is_open or batch is None or batch.samples.randomness == "different")
+        return not (self.budget.is_open or self._is_whole or self._draws == "different")
 
-    def some(self) -> tuple[HeldSamples, FlatCall]:
+    def some(self) -> HeldSamples:
         """Samples that show what blocks look like: all if they are not grouped, else few."""
         if not self.is_grouped:
             return self.evaluated()
-        self.check_independent()
-        if self.batch is not None and is_new(self.batch):
+        if isinstance(self._at, ModuleAtBatch) and is_new(self._at.independent):
             self.between(0, min(2, self.size))  # a first evaluation takes more than others
         with self.budget.keeping():  # the first group, unless it is taken again
             self._first.append(self.between(0, min(1, self.size)))
@@ -107,118 +101,88 @@ class StreamedCall:
 
         def take(start: int, stop: int) -> Leaves:
             if not self.is_grouped:
-                work(EVERY, self.every[0])
+                work(EVERY, self.every)
                 return ()
-            group = self._first.pop() if self._first else self.between(start, stop)
-            work(slice(start, stop), group[0])
+            work(
+                slice(start, stop), self._first.pop() if self._first else self.between(start, stop)
+            )
             return ()
 
         total = self.size if self.is_grouped else 1
         for _ in self.budget.pieces(total, None, take, result, spare):
             yield
 
-    def between(self, start: int, stop: int) -> tuple[HeldSamples, FlatCall]:
+    def between(self, start: int, stop: int) -> HeldSamples:
         """The samples from start to stop: evaluated."""
-        batch = self.batch
-        assert batch is not None
-        self._random_state.repeat()
-        try:
-            factors, flat = batch.factors(start, stop)
-        except Exception as error:
-            batch.check_randomness(error)
-            raise
-        return HeldSamples(factors), flat
+        at = self._at
+        if not (isinstance(at, ModuleAtBatch) and self._draws == "different"):
+            return HeldSamples(at.between(start, stop))
+        at.random_state.repeat()
+        factors, at.last_call = at.independent.factors(start, stop)
+        return HeldSamples(factors)
 
     def go_on(self) -> None:
         """Let the samples that follow draw other numbers, if each sample draws its own."""
-        if self.batch is not None and self.batch.samples.randomness == "different":
-            self._random_state = RandomState(self.batch.samples.leaves)
+        if isinstance(self._at, ModuleAtBatch) and self._draws == "different":
+            self._at.random_state = self._at.independent.random_state()
+
+    def known_bytes(self) -> int | None:
+        """The bytes of a sample that earlier calls of the kind have kept, if there were any."""
+        return _bytes_of_samples().get(self._call.state.version, kinds_of(self._call.arguments))
+
+    def learn_bytes(self, nbytes: int) -> None:
+        """Remember the bytes that are kept of a sample."""
+        _bytes_of_samples().put(self._call.state.version, kinds_of(self._call.arguments), nbytes)
+
+    def output_tree(self, blocks: Sequence[Any]) -> Tree:
+        """The tree of the output, with a block in the place of each leaf."""
+        return self._at.last_call.output_tree(blocks)
+
+    def by_name(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Blocks of all parameters, by name; the call as a whole has no batch in front."""
+        return dict(zip(self.names, map(self._unbatched, blocks), strict=True))
 
     def shaped(self, rows: Tensor, out: Tensor) -> Tensor:
         """All rows ``[B, M, *param]`` of an output as its block; the call as a whole has no B."""
-        block = rows.view(len(rows), *out.shape, *rows.shape[2:])
-        return self.unbatched(block)
+        return self._unbatched(rows.view(len(rows), *out.shape, *rows.shape[2:]))
 
-    def unbatched(self, block: Tensor) -> Tensor:
-        """A block with the batch in front, which the call as a whole does not have."""
-        return block if self.batch is not None else block[0]
+    def _unbatched(self, block: Tensor) -> Tensor:
+        return block[0] if self._is_whole else block
 
 
-class GroupedSamples:
-    """Jacobians of some samples after the other.
+class WholeCall:
+    """A call of a module that is differentiated as a whole: it counts as its only sample."""
 
-    Args:
-        evaluates_more: may more samples be evaluated at once than are asked for, and held?
-    """
+    size = 1
 
-    def __init__(self, call: StreamedCall, evaluates_more: bool) -> None:
-        self._call, self._evaluates_more = call, evaluates_more
-        self._group: SampleGroup | None = None
-        self._fitting = FEW_CALLS if evaluates_more else 0
+    def __init__(self, call: ModuleCall) -> None:
+        tensors = tuple(filter(is_tensor, flatten(call.arguments)[0]))
+        self.random_state = RandomState(tensors)
+        self._call = call.with_samples(None)
 
-    def of(self, start: int, stop: int) -> Tree:
-        """What module_jacobian returns for the samples from start to stop."""
-        group = self._holding(start, stop)
-        every = zip(group.rows(start, stop), group.samples.outputs, strict=True)
-        return group.flat.jacobian(
-            tuple(tuple(self._call.shaped(row, out) for row in rows) for rows, out in every)
-        )
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Around evaluations and pullbacks: nothing outside is changed, all draw the same."""
+        with self._call.undisturbed():
+            self.random_state.repeat()
+            yield
 
-    def _holding(self, start: int, stop: int) -> SampleGroup:
-        """A group of evaluated samples that has these."""
-        group = self._group
-        if group is not None and group.holds(start, stop):
-            return group
-        while True:
-            group = self._group = None  # or its graph would stay beside the next one
-            end = max(stop, min(start + self._fitting, self._call.size))
-            group = SampleGroup(start, *self._call.between(start, end))
-            if self._evaluates_more:
-                self._fitting = MODEST_BYTES // max(1, group.bytes_of_one)
-            if end <= max(stop, start + self._fitting):  # else the first guess was too large
-                self._call.go_on()
-                self._group = group
-                return group
+    def between(self, start: int, stop: int) -> FactoredJacobian:
+        """The call, evaluated; its parameters are differentiated as such where layers refuse."""
+        flat = self._call.flat_call()
+        factors = _factors(flat)
+        self.last_call = flat.without_graph()
+        return factors
 
 
-@dataclass
-class SampleGroup:
-    """Consecutive samples that were evaluated; ``start`` is the number of the first."""
-
-    start: int
-    samples: HeldSamples
-    flat: FlatCall
-    _cells: list[Cell] = field(default_factory=list)
-
-    def holds(self, start: int, stop: int) -> bool:
-        """Are these samples among them?"""
-        return self.start <= start and stop <= self.start + self.samples.size
-
-    @property
-    def bytes_of_one(self) -> int:
-        """About the bytes that are kept of a sample: its graph, and factors of all rows."""
-        samples = self.samples
-        return (samples.factor_bytes + GRAPH * samples.factors.nbytes) // max(1, samples.size)
-
-    def rows(self, start: int, stop: int) -> list[Leaves]:
-        """All rows ``[B, M, *param]`` of some samples, for each output leaf."""
-        samples, leaves = self.samples, range(len(self.samples.outputs))
-        if stop - start == samples.size:
-            return [samples.all_rows(leaf) for leaf in leaves]
-        if not self._cells:  # one sweep serves all samples of the group
-            for leaf in leaves:
-                samples.sweep(leaf, None, self._cells.append)
-        size, some = stop - start, slice(start - self.start, stop - self.start)
-        outputs, places = enumerate(samples.outputs), samples.shapes.places
-        every = [places(i, size, out.numel()) for i, out in outputs]
-        for cell in self._cells:
-            blocks = [block[:, cell.rows] for block in every[cell.leaf]]
-            samples.factors.write(cell.of(some, cell.rows), blocks)
-        return every
+@cache
+def _bytes_of_samples() -> Remembered[int]:
+    """What was kept of a sample, of each version of a module, by the kind of its arguments."""
+    return Remembered()
 
 
 def _factors(flat: FlatCall) -> FactoredJacobian:
-    """A call as the only sample; where layers refuse, its parameters are differentiated as such."""
+    """A call as the only sample; its parameters are differentiated as such where layers refuse."""
     operator = JacobianOperator(flat, flat.primals)
     try:
         return Structured().factors(operator)
