@@ -80,7 +80,7 @@ class Mixing:
         return any(has_numbers(one, self.size, other, samples, layout) for layout in layouts)
 
 
-class UnseenChoices(DispatchMode):
+class _UnseenChoices(DispatchMode):
     """Notes whether numbers say what is done next where no recorder sees it, as in TorchScript."""
 
     was_seen = False
@@ -91,6 +91,22 @@ class UnseenChoices(DispatchMode):
         # inside an operation that a recorder sees there is none to see another
         self.was_seen |= not _BY_NUMBERS.isdisjoint(func.tags) and bool(recorders())
         return func(*args, **kwargs or {})
+
+
+def chooses_unseen(evaluate: Callable[[Leaves], object], leaves: Leaves) -> bool:
+    """Do numbers say what is done next where no recorder sees it, as far as one evaluation tells?
+
+    It is one more than those whose operations are compared: what looks on makes some call others.
+    """
+    choices = _UnseenChoices()
+    try:
+        with choices, OperationRecorder():
+            evaluate(leaves)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        note("whether numbers say unseen what is done was not seen: %s", error)
+    return choices.was_seen
 
 
 def _are_dense(pair: tuple[Tensor, Tensor]) -> bool:
@@ -114,10 +130,10 @@ def may_mix(
     try:
         for numbers, other in others:
             trace = Trace(numbers)
-            with UnseenChoices() as choices, OperationRecorder(trace):
-                evaluate(other)
-            if choices.was_seen:
+            if chooses_unseen(evaluate, other):
                 return True
+            with OperationRecorder(trace):
+                evaluate(other)
             mixing = Mixing(trace, size)
             with OperationRecorder(mixing) as recorder:
                 evaluate(leaves)

@@ -20,7 +20,7 @@ from jacfunc._layouts import (
     PlainSamples,
     Trace,
     Unlike,
-    UnseenChoices,
+    chooses_unseen,
     may_mix,
 )
 from jacfunc._linear_map import JacobianOperator, Samples
@@ -153,10 +153,8 @@ class WholeBatches:
         trace, learned = Trace(numbers), self.learned
         batch, _ = self._batch(replace(self.samples, leaves=leaves), PlainSamples(len(numbers), {}))
         own = LearnedUses(set(learned.others), set(learned.written))
-        with UnseenChoices() as choices:
-            other = factored(replace(batch, trace=trace), own, self.random_state.repeat)
-        learned.mixes |= choices.was_seen
-        return trace, other
+        learned.mixes = learned.mixes or chooses_unseen(self._evaluate, leaves)
+        return trace, factored(replace(batch, trace=trace), own, self.random_state.repeat)
 
     def _batch(self, samples: Samples, placing: PlainSamples) -> tuple[WholeBatch, FlatCall]:
         call, leaf_of = self.call_of(samples.leaves)
