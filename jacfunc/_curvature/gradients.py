@@ -20,9 +20,10 @@ from jacfunc._losses import LossKind, TorchLoss, check_loss
 from jacfunc._modules import Batching, BatchOptions, Independent, made_at_once
 from jacfunc._rounding import contracting
 from jacfunc._showing import named
-from jacfunc._trees import Arguments
+from jacfunc._torch import recording
+from jacfunc._trees import Arguments, flatten, map_tensors
 from jacfunc._trials import BatchOutputs
-from jacfunc._types import Leaves, Memory, Randomness, Tree
+from jacfunc._types import Leaves, Memory, Randomness, Tree, is_tensor
 
 
 def gradient_norms(
@@ -114,6 +115,9 @@ def _gradient(
     options: BatchOptions, loss: LossFunction, targets: Tree, outputs: BatchOutputs
 ) -> Leaves:
     """The gradient in the outputs ``[B, *out]``, to which each sample adds its own."""
+    if any(is_tensor(x) and x.is_inference() for x in flatten(targets)[0]):
+        with recording():  # copies, which a backward pass may keep
+            targets = map_tensors(torch.clone, targets)
     at_outputs = Loss(options.api, loss, targets, outputs)
     at_outputs.check_samples(options.independence)
     return at_outputs.gradient()

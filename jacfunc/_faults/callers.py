@@ -50,6 +50,9 @@ WAYS_OUT: frozenset[Callable[..., Any]] = frozenset(
         Tensor.tolist,
         Tensor.__float__,
         Tensor.__dlpack__,
+        Tensor.untyped_storage,
+        Tensor.storage,
+        Tensor.data_ptr,
     }
 )
 """Operations that hand numbers of a tensor to other code than torch."""
@@ -59,7 +62,7 @@ _BY_NAME = (
     *("unique", "unique_consecutive"),
 )
 READING: frozenset[Callable[..., Any]] = frozenset(
-    [getattr(Tensor, name) for name in (*_BY_TENSORS, *_BY_NAME)]
+    [getattr(Tensor, name) for name in (*_BY_TENSORS, *_BY_NAME, "__repr__")]
     + [getattr(torch, name) for name in _BY_NAME]
 )
 """Operations by which numbers say what Python does next, as truth or as a size.

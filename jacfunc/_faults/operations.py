@@ -37,7 +37,7 @@ from jacfunc._faults.lookups import (
     tensors_of,
 )
 from jacfunc._lock import alone
-from jacfunc._torch import DRAWING, below_transforms, innermost, is_pushing, may_draw
+from jacfunc._torch import DRAWING, below_transforms, innermost, is_batched, is_pushing, may_draw
 from jacfunc._types import is_differentiable
 
 _Rule = Callable[[Callable[..., Any], Args, Mapping[str, Any]], Any]
@@ -103,6 +103,17 @@ def _read_graph(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any])
     return found
 
 
+def _write_out(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
+    """The text of a tensor; refused under vmap, where it is none of a sample's numbers.
+
+    Functions choose by such a text, too.
+    """
+    with torch._C.DisableTorchFunction():  # outer watches have seen the call already
+        if is_batched(args[0]):
+            raise Refused("it writes a tensor out, of which vmap shows no numbers")
+    return func(*args, **kwargs)
+
+
 def _sinc(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) -> Any:
     """``torch.sinc``, by :func:`sinc` if differentiated: torch's derivative has a pole at 0."""
     x = args[0] if args else kwargs.get("input", kwargs.get("self"))
@@ -165,6 +176,7 @@ RULES: dict[Callable[..., Any], _Rule] = {
     REQUIRING: as_it_is,
     Tensor.requires_grad_: require_grad,
     **dict.fromkeys((Tensor.detach, Tensor.__getitem__, *WAYS_OUT, *READING), as_it_is),
+    Tensor.__repr__: _write_out,
     **dict.fromkeys(TAKES_DERIVATIVES, as_it_is),
     SWITCH: refuse_in_checkpoint,
 }

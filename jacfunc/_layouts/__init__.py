@@ -5,9 +5,9 @@ the samples, their order is told by the numbers: those in the other batch, and c
 zero for some of the samples.
 """
 
-from jacfunc._layouts.evidence import Evidence
+from jacfunc._layouts.evidence import ROUNDING, Evidence
 from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
-from jacfunc._layouts.mixing import Mixing, may_mix
+from jacfunc._layouts.mixing import Mixing, chooses_unseen, may_mix
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import (
     FEWEST_PULLED,

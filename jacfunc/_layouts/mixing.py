@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from jacfunc._errors import is_out_of_memory
 from jacfunc._layouts.evidence import agree, has_numbers
 from jacfunc._layouts.layouts import layouts_between
-from jacfunc._layouts.recording import OperationRecorder
+from jacfunc._layouts.recording import OperationRecorder, recorders
 from jacfunc._layouts.traces import OperationCall, Trace, pairs_in
 from jacfunc._log import note
+from jacfunc._memory import DispatchMode
 from jacfunc._types import Leaves
 
 _NEW = frozenset(
@@ -23,6 +25,9 @@ _NEW = frozenset(
 
 _CAST = frozenset({Tensor.to, Tensor.type_as})
 """Functions that take dtype and device alone from all other arguments."""
+
+_BY_NUMBERS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+"""Marks of operators that hand numbers to code, or that have results of as many as they tell."""
 
 
 @dataclass
@@ -75,6 +80,35 @@ class Mixing:
         return any(has_numbers(one, self.size, other, samples, layout) for layout in layouts)
 
 
+class _UnseenChoices(DispatchMode):
+    """Notes whether numbers say what is done next where no recorder sees it, as in TorchScript."""
+
+    was_seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # inside an operation that a recorder sees there is none to see another
+        self.was_seen |= not _BY_NUMBERS.isdisjoint(func.tags) and bool(recorders())
+        return func(*args, **kwargs or {})
+
+
+def chooses_unseen(evaluate: Callable[[Leaves], object], leaves: Leaves) -> bool:
+    """Do numbers say what is done next where no recorder sees it, as far as one evaluation tells?
+
+    It is one more than those whose operations are compared: what looks on makes some call others.
+    """
+    choices = _UnseenChoices()
+    try:
+        with choices, OperationRecorder():
+            evaluate(leaves)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        note("whether numbers say unseen what is done was not seen: %s", error)
+    return choices.was_seen
+
+
 def _are_dense(pair: tuple[Tensor, Tensor]) -> bool:
     """Have both tensors a number in each place?"""
     return not any(x.is_nested or x.is_quantized or x.layout != torch.strided for x in pair)
@@ -96,6 +130,8 @@ def may_mix(
     try:
         for numbers, other in others:
             trace = Trace(numbers)
+            if chooses_unseen(evaluate, other):
+                return True
             with OperationRecorder(trace):
                 evaluate(other)
             mixing = Mixing(trace, size)

@@ -37,7 +37,7 @@ FEWEST_PULLED = 2**11
 
 _READ_BY = (
     *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__"),
-    *("__format__", "item", "tolist"),
+    *("__format__", "__repr__", "item", "tolist"),
     *("equal", "allclose", "is_nonzero"),
 )
 READING: frozenset[Callable[..., Any]] = frozenset(
@@ -45,10 +45,11 @@ READING: frozenset[Callable[..., Any]] = frozenset(
 )
 """Reads of numbers by Python, which may choose by them what to do."""
 
-LEAVING: frozenset[Any] = frozenset(getattr(Tensor, name) for name in ("numpy", "__array__"))
-"""Ways to NumPy. What is computed there has no derivative, so if a graph is recorded the function
-reads the numbers to choose by them. If none is, as in a function with a backward pass of its own,
-it may compute with them."""
+_LEFT_BY = "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr"
+LEAVING: frozenset[Any] = frozenset(getattr(Tensor, name) for name in _LEFT_BY)
+"""Ways to NumPy, and to bare memory. What is computed there has no derivative, so if a graph is
+recorded the function reads the numbers to choose by them. If none is, as in a function with a
+backward pass of its own, it may compute with them."""
 
 CHOOSING: frozenset[Callable[..., Any]] = frozenset([Tensor.__getitem__, Tensor.__setitem__])
 """Operations that choose entries by numbers, which may be those in a tensor."""
@@ -222,17 +223,17 @@ def begins() -> None:
 
     What is done before, to lend a module, may change from one evaluation to the next.
     """
-    for recorder in _recorders():
+    for recorder in recorders():
         recorder.begin()
 
 
 def ends() -> None:
     """Tell recorders that the user's function is over."""
-    for recorder in _recorders():
+    for recorder in recorders():
         recorder.end()
 
 
-def _recorders() -> list[OperationRecorder]:
+def recorders() -> list[OperationRecorder]:
     """The recorders around this call, if torch would show them an operation now."""
     modes = function_modes() if torch._C._is_torch_function_mode_enabled() else ()
     return [mode for mode in modes if isinstance(mode, OperationRecorder)]

@@ -161,7 +161,7 @@ class Evaluated:
         """Refuse samples that depend on each other, by what their evaluation has shown."""
         if self._func.recorder.reads_values:
             check_alone(batch, outputs, "Use module_jacobian, or leave per_sample out.")
-        batch.check_plain(self._func.recorder)
+        batch.check_plain(self._func.recorder, outputs)
 
 
 class DetachedOperator(Linearized):

@@ -114,10 +114,10 @@ class ModuleCall:
             numbers = (n for n, primal in enumerate(call.primals) if id(primal) in places)
             return call, {n: places[id(call.primals[n])] for n in numbers}
 
-        def guard(signature: int, may_mix: bool) -> None:
+        def guard(signature: int, may_mix: bool) -> bool:
             check, operations = self.independence.check_evaluation, (signature, may_mix)
             # not of the batch, which holds this: a cycle would keep the module alive
-            check(self.api, state, kind.kind, operations, lambda: self.subject(samples))
+            return check(self.api, state, kind.kind, operations, lambda: self.subject(samples))
 
         of_call = self.argnums, tuple(state.point), split.kinds, tuple(dims)
         every = CallKind(state.module, of_call, state.version)

@@ -107,30 +107,32 @@ class Independence:
         kind: Hashable,
         operations: tuple[int, bool],
         subject_of: Callable[[], Subject],
-    ) -> None:
+    ) -> bool:
         """Refuse such a module once a batch was evaluated, which may have shown that it is time.
 
         It is where other operations were called than before, or where their numbers may make
         samples depend on each other.
 
         Args:
-            operations: the signature of the evaluation, and whether its operations may do so.
+            operations: the signature of the evaluation, and whether its operations may do so:
+                this is returned, unless the user has said that samples do not.
         """
         if self.independent is True:
-            return
+            return False
         signature, may_mix = operations
         if is_traced():
             self._refuse_traced(api, may_mix)
-            return
+            return False
         calls = _kinds_of_state(state).get(_with_hooks(kind))
         if calls is None or (signature in calls.signatures and not may_mix):
-            return
+            return may_mix
         if not calls.is_compared:
             self.compare(api, subject_of, calls.count)
             calls.is_compared = True
         if len(calls.signatures) >= MOST_KINDS:
             calls.signatures.clear()
         calls.signatures.add(signature)
+        return may_mix
 
     def compare(self, api: str, subject_of: Callable[[], Subject], number: int = 0) -> None:
         """Refuse such a module now, by many halves of a batch."""

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from jacfunc._calls import FlatCall
 from jacfunc._errors import Refused, Stale, UnseenWrite, is_out_of_memory
 from jacfunc._factored import Direct, FactoredJacobian, LearnedUses, VmappedBatch, factored
-from jacfunc._layouts import WhatWasSeen
+from jacfunc._layouts import ROUNDING, WhatWasSeen
 from jacfunc._linear_map import Samples, narrowed, one_sample
 from jacfunc._lock import alone
 from jacfunc._log import note
@@ -26,9 +26,10 @@ Way: TypeAlias = Callable[[int, int, RandomState], Evaluated]
 ALONE_ROUNDING = 2 / 3
 """A sample alone differs from the sample in a batch by less than this power of the precision."""
 
-Guard: TypeAlias = Callable[[int, bool], None]
+Guard: TypeAlias = Callable[[int, bool], bool]
 """Refuses an evaluated batch whose samples depend on each other. It is called with the signature of
-the operations, and with whether other numbers may make these operations mix the samples."""
+the operations, and with whether other numbers may make these operations mix the samples. It returns
+the latter, unless the user has said that samples do not depend on each other."""
 
 
 @dataclass(eq=False)
@@ -148,15 +149,14 @@ class SampledCall:
         leaves = narrowed(self.samples.leaves, self.samples.dims, start, stop)
         is_every = leaves is self.samples.leaves
         samples = self.samples if is_every else replace(self.samples, leaves=leaves)
-        learned = self.learned_as_a_whole
-        batch = WholeBatches(self.whole, samples, learned, random_state, may_draw)
+        batch = WholeBatches(self.whole, samples, self.learned_as_a_whole, random_state, may_draw)
         jacobian, call = batch.factored()
         if jacobian.reads_values:
             self.check_alone(jacobian.outputs, start)
-        self._call_guard(jacobian)
+        self._call_guard(jacobian, () if random_state.has_changed() else jacobian.outputs, start)
         return jacobian, call
 
-    def check_plain(self, seen: WhatWasSeen) -> None:
+    def check_plain(self, seen: WhatWasSeen, outputs: Leaves) -> None:
         """Refuse samples that depend on each other, after a plain evaluation of all.
 
         That recorded no tensors: another evaluation tells whether operations may mix samples.
@@ -164,12 +164,14 @@ class SampledCall:
         if self.whole is not None and self.guard is not None:
             known = self.samples, self.learned_as_a_whole, self.random_state()
             WholeBatches(self.whole, *known, may_draw=True).learn_mixing(seen.signature)
-            self._call_guard(seen)
+            self._call_guard(seen, outputs)
 
-    def _call_guard(self, seen: WhatWasSeen) -> None:
-        if self.guard is not None:
-            may_mix = self.learned_as_a_whole.mixes and not seen.reads_values
-            self.guard(seen.signature, seen.moves_samples or may_mix)
+    def _call_guard(self, seen: WhatWasSeen, outputs: Leaves, start: int = 0) -> None:
+        may_mix = seen.moves_samples or (self.learned_as_a_whole.mixes and not seen.reads_values)
+        compares = self.guard is not None and self.guard(seen.signature, may_mix)
+        # a sample may decide for all, while halves are alike by chance; reads are compared anyway
+        if compares and outputs and not seen.reads_values:
+            self.check_alone(outputs, start, ROUNDING)
 
     def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
         """Raise Refused unless each sample alone, whose numbers may choose, has these outputs."""
@@ -200,8 +202,7 @@ class SampledCall:
     def _one_by_one(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
         numbers = range(len(self.first_call().primals))
         each, call = self._each(start, stop, random_state, numbers)
-        direct = [Direct(number) for number in numbers]
-        return FactoredJacobian(stop - start, (), direct, call.primals, each), call
+        return FactoredJacobian(stop - start, (), [Direct(n) for n in numbers], call.primals, each), call
 
     def _each(
         self, start: int, stop: int, random_state: RandomState, numbers: Sequence[int]

@@ -20,6 +20,7 @@ from jacfunc._layouts import (
     PlainSamples,
     Trace,
     Unlike,
+    chooses_unseen,
     may_mix,
 )
 from jacfunc._linear_map import JacobianOperator, Samples
@@ -85,16 +86,16 @@ class WholeBatches:
         del trace, other
         if is_first:  # later lessons take the same pages again
             give_back()  # or what was taken would lie beside the result
-        if result:
-            return result
-        raise Refused("its tensors do not hold the samples in one dimension")
+        if not result:
+            raise Refused("its tensors do not hold the samples in one dimension")
+        return result
 
     def learn_mixing(self, signature: int) -> None:
         """Learn, once for each signature, whether operations of plain evaluations mix samples."""
         learned = self.learned
         if not (learned.mixes or signature in learned.signatures | learned.looked_at):
-            batch = self.samples.leaves, self.samples.size
-            mixes = may_mix(self._evaluate, *batch, self.samples.others(learned.lessons))
+            others = self.samples.others(learned.lessons)
+            mixes = may_mix(self._evaluate, self.samples.leaves, self.samples.size, others)
             learned.mixes = mixes and not self.random_state.has_changed()
             learned.looked_at.add(signature)
 
@@ -123,8 +124,7 @@ class WholeBatches:
     def _learned_from(self, trace: Trace, other: FactoredJacobian) -> tuple[Evaluated | None, bool]:
         """An evaluation beside another batch, and whether that calls the same operations."""
         learned, size = self.learned, self.samples.size
-        mixing = Mixing(trace, size)
-        placing = PlainSamples(size, {}, trace, mixing)
+        placing = PlainSamples(size, {}, trace, mixing := Mixing(trace, size))
         batch, call = self._batch(self.samples, placing)
         while True:
             try:
@@ -146,21 +146,20 @@ class WholeBatches:
 
     def _traces(self) -> Iterator[tuple[Trace, FactoredJacobian]]:
         """The operations of other batches, and what these were evaluated to."""
-        count = self.learned.lessons
-        return (self._trace(numbers, leaves) for numbers, leaves in self.samples.others(count))
+        return (self._trace(*other) for other in self.samples.others(self.learned.lessons))
 
     def _trace(self, numbers: list[int], leaves: Leaves) -> tuple[Trace, FactoredJacobian]:
         """The operations of another batch, and what it was evaluated to."""
-        samples, learned = replace(self.samples, leaves=leaves), self.learned
-        trace = Trace(numbers)
-        batch, _ = self._batch(samples, PlainSamples(len(numbers), {}))
+        trace, learned = Trace(numbers), self.learned
+        batch, _ = self._batch(replace(self.samples, leaves=leaves), PlainSamples(len(numbers), {}))
         own = LearnedUses(set(learned.others), set(learned.written))
+        learned.mixes = learned.mixes or chooses_unseen(self._evaluate, leaves)
         return trace, factored(replace(batch, trace=trace), own, self.random_state.repeat)
 
     def _batch(self, samples: Samples, placing: PlainSamples) -> tuple[WholeBatch, FlatCall]:
         call, leaf_of = self.call_of(samples.leaves)
-        numbers = range(len(call.primals))
-        dims = [samples.dims[leaf_of[n]] if n in leaf_of else None for n in numbers]
+        every, count = samples.dims, len(call.primals)
+        dims = [every[leaf_of[n]] if n in leaf_of else None for n in range(count)]
         return WholeBatch(call, call.primals, dims, placing.size, placing), call
 
     def _check_random(self) -> None:
@@ -198,8 +197,7 @@ class WholeBatches:
             own = {key: x[:, trace.samples] for key, x in every.items()}
             _check_near(own, _rows_of_other(other, noises, layouts, trace.samples))
         learned.learn_sites(sites, jacobian.signature)
-        others = jacobian.params_of(unknown)
-        learned.others |= others
+        learned.others |= (others := jacobian.params_of(unknown))
         first = {key: seen.layouts[0] for key, seen in placing.seen.items()}
         return not others and all(
             site is None or site.layout == first[key] for key, site in sites.items()
@@ -210,8 +208,8 @@ def _rows(
     jacobian: FactoredJacobian, products: Leaves, layouts: Mapping[Key, Layout | None], size: int
 ) -> dict[Key, Tensor]:
     """What is pulled back to each operation and input, ``[K, B, *z]``."""
-    pairs = zip(jacobian.uses, products, strict=False)
-    places = ((use.key, layouts.get(use.key), product) for use, product in pairs)
+    uses = zip(jacobian.uses, products, strict=False)
+    places = ((use.key, layouts.get(use.key), product) for use, product in uses)
     rows = {key: layout.of_all(x, size, 1) for key, layout, x in places if layout is not None}
     direct = zip(jacobian.direct, products[len(jacobian.uses) :], strict=True)
     inputs = {(d.number, "in"): x.movedim(d.dim + 1, 1) for d, x in direct if d.dim is not None}

@@ -155,3 +155,15 @@ def test_inside_a_transform_it_is_refused() -> None:
     x, y = batch(5)
     with pytest.raises(NotImplementedError, match="inside a transform"):
         torch.func.vmap(lambda shift: norms(x + shift, y))(torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_targets_may_be_made_in_inference_mode(mode: Any) -> None:
+    model, norms = settled()
+    x, y = batch(5)
+    with torch.inference_mode():
+        own = x.clone(), y.clone()
+    with mode():
+        got = norms(*own), jacfunc.gradient_norms(Network(), F.cross_entropy)(*own)
+    torch.testing.assert_close(got[0].clone(), expected(model, x, y))
+    assert got[1].shape == (5,)
