@@ -168,9 +168,8 @@ class SampledCall:
 
     def _call_guard(self, seen: WhatWasSeen, outputs: Leaves, start: int = 0) -> None:
         may_mix = seen.moves_samples or (self.learned_as_a_whole.mixes and not seen.reads_values)
-        compares = self.guard is not None and self.guard(seen.signature, may_mix)
         # a sample may decide for all, while halves are alike by chance; reads are compared anyway
-        if compares and outputs and not seen.reads_values:
+        if self.guard and self.guard(seen.signature, may_mix) and outputs and not seen.reads_values:
             self.check_alone(outputs, start, ROUNDING)
 
     def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
@@ -200,9 +199,9 @@ class SampledCall:
         return jacobian, call
 
     def _one_by_one(self, start: int, stop: int, random_state: RandomState) -> Evaluated:
-        numbers = range(len(self.first_call().primals))
-        each, call = self._each(start, stop, random_state, numbers)
-        return FactoredJacobian(stop - start, (), [Direct(n) for n in numbers], call.primals, each), call
+        direct = [Direct(number) for number in range(len(self.first_call().primals))]
+        each, call = self._each(start, stop, random_state, range(len(direct)))
+        return FactoredJacobian(stop - start, (), direct, call.primals, each), call
 
     def _each(
         self, start: int, stop: int, random_state: RandomState, numbers: Sequence[int]
