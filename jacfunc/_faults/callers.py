@@ -50,9 +50,6 @@ WAYS_OUT: frozenset[Callable[..., Any]] = frozenset(
         Tensor.tolist,
         Tensor.__float__,
         Tensor.__dlpack__,
-        Tensor.untyped_storage,
-        Tensor.storage,
-        Tensor.data_ptr,
     }
 )
 """Operations that hand numbers of a tensor to other code than torch."""

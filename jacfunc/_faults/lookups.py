@@ -100,7 +100,8 @@ def lies_alone(tensor: Tensor) -> bool:
 def _lies_alone(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return True
-    return tensor.untyped_storage().nbytes() == tensor.nbytes and 0 not in tensor.stride()
+    with torch._C.DisableTorchFunction():  # or it would count as a read by the user's function
+        return tensor.untyped_storage().nbytes() == tensor.nbytes and 0 not in tensor.stride()
 
 
 def apart(tensors: Iterable[Tensor]) -> list[Tensor]:

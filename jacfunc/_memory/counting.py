@@ -109,6 +109,7 @@ def dense_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
 
 
-def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+def _storages(values: Iterable[Any]) -> list[torch.UntypedStorage]:
     """The storages of tensors, but for forward mode's zeros, which have no memory."""
-    return (x.untyped_storage() for x in dense_tensors(values) if not x._is_zerotensor())
+    with torch._C.DisableTorchFunction():  # or it would count as a read by the user's function
+        return [x.untyped_storage() for x in dense_tensors(values) if not x._is_zerotensor()]

@@ -91,7 +91,9 @@ def memories_of(tensors: Iterable[Tensor]) -> list[int]:
     """A number for the storage of each tensor, see :func:`memory_of`."""
     if torch.compiler.is_compiling():  # compiled code is functional: nothing is written
         return [*map(id, tensors)]
-    return [int(below_transforms(x).untyped_storage()._cdata) for x in tensors]
+    plain = [*map(below_transforms, tensors)]
+    with torch._C.DisableTorchFunction():  # or it would count as a read by the user's function
+        return [int(x.untyped_storage()._cdata) for x in plain]
 
 
 def levels() -> tuple[object, ...]:
