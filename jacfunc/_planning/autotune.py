@@ -37,8 +37,9 @@ ROUNDS, FEWEST = 25, 5
 SECONDS = 1.0
 """Seconds after which a tuning makes no further round, once it has made the fewest."""
 
-HOPELESS = 1.5
-"""A candidate that is slower than the best by this factor is measured no more."""
+HOPELESS, SETTLED = 1.5, 3
+"""A candidate that is slower than the best by this factor is measured no more, once so many rounds
+were made: at first it may find no memory that is in use already, or learn what later calls know."""
 
 SETTING_UP, SLOW_START = 0.5, 8
 """A candidate is out when its first call took more seconds than the first, and more than the second
@@ -70,7 +71,7 @@ class Autotune(Streaming):
         TypeError, ValueError: a budget that is none, a cache file that Autotune did not write.
 
     Cost:
-        On first use five to 25 calls of each candidate that is not hopeless.
+        On first use five to 25 calls of each candidate, and four of one that is much slower.
 
     Example:
         >>> import torch, jacfunc
@@ -210,7 +211,7 @@ def medians(
             times[strategy].append(clock(partial(run, strategy), device))
         least = min(map(min, times.values()))
         for strategy in turns:
-            if min(times[strategy]) > HOPELESS * least:
+            if number >= SETTLED and min(times[strategy]) > HOPELESS * least:
                 del times[strategy]
         if number >= FEWEST and time.perf_counter() - start > SECONDS:
             break

@@ -211,6 +211,9 @@ def _by_params(call: StreamedCall, chunk_size: int | None) -> Iterator[Item]:
 def _by_rows(call: StreamedCall, chunk_size: int | None) -> Iterator[Item]:
     samples, start = call.evaluated(), 0
     num_rows, last = samples.shapes.num_rows, len(samples.outputs) - 1
+    if not call.names:  # one block says that all rows are there, and have no entries
+        yield slice(0, num_rows), {}, None
+        return
     chunk = call.budget.chunk(chunk_size, num_rows, samples.row_bytes)
     blocks = RowBlocks(samples, call.budget.is_open and chunk_size is None)
     for leaf, out in enumerate(samples.outputs):
@@ -224,6 +227,9 @@ def _by_rows(call: StreamedCall, chunk_size: int | None) -> Iterator[Item]:
 
 
 def _by_samples(call: StreamedCall, chunk_size: int | None) -> Iterator[Item]:
+    if not call.names:
+        yield slice(0, call.size), call.output_tree([{} for _ in call.evaluated().outputs]), None
+        return
     groups, start = SampleGroups(call), 0
     is_chosen = not call.budget.is_open or chunk_size
     chunk = call.budget.chunk(chunk_size, call.size, 0) if is_chosen else groups.begin()

@@ -448,3 +448,16 @@ def test_arguments_that_do_not_fit():
             list(jacfunc.stream_jacobian(module, by, memory=64)(torch.randn(2, 3)))
     with pytest.raises(NotImplementedError, match="a graph that is kept, got a call inside"):
         torch.vmap(lambda x: next(jacfunc.stream_jacobian(module)(x))[1])(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_module_without_parameters_has_blocks_without_entries(per_sample):
+    """They were an IndexError by rows and by samples."""
+
+    def blocks(by):
+        return list(jacfunc.stream_jacobian(nn.Tanh(), by, per_sample=per_sample)(torch.ones(3, 2)))
+
+    assert blocks("params") == []
+    assert blocks("rows") == [(slice(0, 2 if per_sample else 6), {})]
+    if per_sample:
+        assert blocks("samples") == [(slice(0, 3), {})]
