@@ -64,7 +64,9 @@ def work(
         _check(device)
         turn[0], turn[1] = numbers[name], turn[1] + 1
 
-    setup, results, is_apart = Result("", ""), None, SUITES[order.suite].is_apart
+    # a process alike has none of the threads that this one has started, and would wait for them
+    is_apart = SUITES[order.suite].is_apart and case.threads == 1
+    setup, results = Result("", ""), None
     with failures_in(setup), processes.seats(device, is_apart) as place:
         results = case.measure(device, without, on_step, place)
     _check(device)
