@@ -18,7 +18,7 @@ from benchmarks.verdicts.intervals import is_contested, number, ratios, span, wi
 
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RESULTS = "benchmarks/results"
-WIDTH = 100
+WIDTH, UNBROKEN = 100, "\N{NO-BREAK SPACE}"
 
 
 def main(root: Path) -> list[Path]:
@@ -100,7 +100,10 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    # a command stays in one line, as readers copy it
+    whole = re.sub("`[^`]*`", lambda found: found[0].replace(" ", UNBROKEN), text)
+    filled = textwrap.fill(whole, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return filled.replace(UNBROKEN, " ")
 
 
 FIGURES: dict[str, Callable[[Path], str]] = {"headline": headline, "regret": regret}
