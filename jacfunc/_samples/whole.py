@@ -124,7 +124,8 @@ class WholeBatches:
     def _learned_from(self, trace: Trace, other: FactoredJacobian) -> tuple[Evaluated | None, bool]:
         """An evaluation beside another batch, and whether that calls the same operations."""
         learned, size = self.learned, self.samples.size
-        placing = PlainSamples(size, {}, trace, mixing := Mixing(trace, size))
+        mixing = Mixing(trace, size)
+        placing = PlainSamples(size, {}, trace, mixing)
         batch, call = self._batch(self.samples, placing)
         while True:
             try:
@@ -197,7 +198,8 @@ class WholeBatches:
             own = {key: x[:, trace.samples] for key, x in every.items()}
             _check_near(own, _rows_of_other(other, noises, layouts, trace.samples))
         learned.learn_sites(sites, jacobian.signature)
-        learned.others |= (others := jacobian.params_of(unknown))
+        others = jacobian.params_of(unknown)
+        learned.others |= others
         first = {key: seen.layouts[0] for key, seen in placing.seen.items()}
         return not others and all(
             site is None or site.layout == first[key] for key, site in sites.items()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from jacfunc._forecasting.machine import Machine, power_of_four
 from jacfunc._forecasting.machines import machine
 from jacfunc._memory.available import free_bytes
 from jacfunc._memory.counting import PeakBytes
+from tests.house.calls import is_call, num_calls
 
 CPU = torch.device("cpu")
 
@@ -58,19 +58,7 @@ def test_a_disturbed_call_does_not_count() -> None:
 
 def counted(run: Callable[[], Any], device: torch.device) -> float:
     """How many functions of Python and C are called, as one second each."""
-    calls = 0
-
-    def count(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        run()
-    finally:
-        sys.setprofile(before)
-    return float(calls)
+    return float(num_calls(run, is_call))
 
 
 def test_rows_one_by_one_take_a_pullback_and_a_copy_each() -> None:

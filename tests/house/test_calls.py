@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 
-from tests.house.moves import HOUSE, problems
+from tests.house.calls import is_own, num_calls
+from tests.house.moves import problems
 
 CALLS = 40  # after so many all that can be settled is, and what can be written down is written
 
@@ -28,22 +27,13 @@ MOST = {
 
 def own_calls_of(call: Callable[[], Any]) -> int:
     """How many functions of jacfunc a call runs, once all of its kind is known."""
-    count = 0
-
-    def profile(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(HOUSE)
-
     gc.disable()  # a collection lets states of modules go
     try:
         for _ in range(CALLS):
             call()
-        sys.setprofile(profile)
-        call()
+        return num_calls(call, is_own)
     finally:
-        sys.setprofile(None)
         gc.enable()
-    return count
 
 
 @pytest.mark.parametrize("name", MOST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import jacfunc
+from tests.house.calls import num_calls
 
 KEPT: dict[str, Callable[[], Any]] = {
     "dict": dict,
@@ -40,20 +40,14 @@ class Keeping(nn.Module):
 
 def tree_calls(model: nn.Module) -> int:
     """How many functions of trees a call enters, of a kind that was called before."""
-    jac, x, count = jacfunc.module_jacobian(model, per_sample=True), torch.ones(4, 3), 0
+    jac, x = jacfunc.module_jacobian(model, per_sample=True), torch.ones(4, 3)
     for _ in range(4):
         jac(x)
 
-    def profile(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal count
-        count += event == "call" and "/_trees/" in frame.f_code.co_filename
+    def is_of_trees(frame: FrameType, event: str, _: Any) -> bool:
+        return event == "call" and "/_trees/" in frame.f_code.co_filename
 
-    sys.setprofile(profile)
-    try:
-        jac(x)
-    finally:
-        sys.setprofile(None)
-    return count
+    return num_calls(lambda: jac(x), is_of_trees)
 
 
 @each_kept

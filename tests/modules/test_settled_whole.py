@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import jacfunc
 from jacfunc._settled import SettledBatch
+from tests.house.calls import num_calls
 
 CALLS = 6
 
@@ -60,18 +60,11 @@ def expected(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def is_settled(call: Callable[[], Any]) -> bool:
     """Is the call taken as an earlier one has settled it?"""
-    count, code = 0, SettledBatch.result.__code__
 
-    def seen(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call" and frame.f_code is code
+    def is_result(frame: Any, event: str, _: Any) -> bool:
+        return event == "call" and frame.f_code is SettledBatch.result.__code__
 
-    sys.setprofile(seen)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return bool(count)
+    return bool(num_calls(call, is_result))
 
 
 def check(module: nn.Module, x: Tensor, settles: bool, **options: Any) -> None:

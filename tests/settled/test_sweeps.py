@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from gc import collect, get_objects
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import jacfunc
+from tests.house.calls import num_calls
 from tests.modules.test_settled_layers import KINDS, assert_same, loop, normal
 
 CALLS = 40
@@ -33,18 +33,11 @@ def seeded() -> None:
 
 def num_sweeps(call: Callable[[], Any]) -> int:
     """How many backward passes a call takes."""
-    count = 0
 
-    def seen(frame: Any, event: str, function: Any) -> None:
-        nonlocal count
-        count += event == "c_call" and getattr(function, "__name__", "") == "run_backward"
+    def is_sweep(frame: Any, event: str, function: Any) -> bool:
+        return event == "c_call" and getattr(function, "__name__", "") == "run_backward"
 
-    sys.setprofile(seen)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count
+    return num_calls(call, is_sweep)
 
 
 def after_many(door: Callable[..., Any], draw: Callable[[], Any]) -> Callable[..., Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 import jacfunc
 from jacfunc.strategies import evaluate
 from jacfunc.testing import known_machine
+from tests.house.calls import is_own, num_calls
 
 CALLS = 6  # until plans stay
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
@@ -40,18 +39,11 @@ def _same_plans() -> Iterator[None]:
 
 def served(derive: Callable[[Tensor], Any], x: Tensor = X) -> bool:
     """Is a call one that has nothing to settle, and takes the short way to its end?"""
-    starts: list[Any] = []
 
-    def note(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code is evaluate.__code__:
-            starts.append(frame)
+    def is_start(frame: Any, event: str, _: Any) -> bool:
+        return event == "call" and frame.f_code is evaluate.__code__
 
-    sys.setprofile(note)
-    try:
-        derive(x)
-    finally:
-        sys.setprofile(None)
-    return not starts
+    return not num_calls(lambda: derive(x), is_start)
 
 
 def settled(derive: Callable[[Tensor], Any], x: Tensor = X) -> Callable[[Tensor], Any]:
@@ -73,18 +65,7 @@ def looped_jacobian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 def own_calls(run: Callable[[], object]) -> int:
     """How many of jacfunc's functions a call enters."""
-    home, count = str(Path(jacfunc.__file__).parent), 0
-
-    def note(frame: Any, event: str, _: Any) -> None:
-        nonlocal count
-        count += event == "call" and frame.f_code.co_filename.startswith(home)
-
-    sys.setprofile(note)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return count
+    return num_calls(run, is_own)
 
 
 @pytest.mark.parametrize("name", ["jacrev", "auto"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 import jacfunc
+from tests.house.calls import is_call, num_calls
 
 WAYS = ("params", "rows", "samples")
 evaluated: list[int] = []
@@ -27,18 +26,7 @@ class Convolutions(nn.Module):
 
 def calls_of(work):
     """How many functions of Python and C a call of ``work`` calls."""
-    count = 0
-
-    def look(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(look)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
+    return num_calls(work, is_call)
 
 
 @pytest.mark.parametrize("by", WAYS)
