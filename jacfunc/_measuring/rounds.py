@@ -1,4 +1,4 @@
-"""Contestants measured: an answer is judged first, then a call is weighed, then all are timed."""
+"""Contestants measured: answers are judged first, then a call is weighed, then all are timed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ Check = Callable[[Any], float]
 
 BRIEF = 0.05
 """Calls of fewer seconds are slower after another's call, by a hundredth or by half."""
+
+SETTLING_CALLS, SETTLING_SECONDS = 32, 0.5
+"""At most so many calls, in about so many seconds, come before those that are timed: a way that
+learns from its calls, as a compiler does and as jacfunc does, is timed when it has learnt."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ class Entry:
         return self.result.contestant
 
     def prepare(self) -> None:
-        """Do what is done once, check an answer, and warm up unless that is a long wait."""
+        """Do what is done once, and warm up unless that is a long wait; check what comes first and
+        what comes last, since a way that has learnt may answer otherwise than before.
+        """
         result, contestant = self.result, self._contestant
         with failures_in(result):
             if contestant.work is not None:
@@ -93,14 +99,21 @@ class Entry:
             if contestant.forecast is not None:
                 result.forecast_seconds, result.forecast_bytes = contestant.forecast(self._problem)
             self._run = contestant.prepare(self._problem)
-            answers: list[Any] = []
-            took = seconds_of(lambda: answers.append(self._run()), self._device)
-            if contestant.answers:
-                result.error = self._check(answers[0])
-            answers.clear()
+            took = self._judged()
             if took < self._patience:
                 took = seconds_of(self._run, self._device)
-            result.seconds[WARM_UP] = took
+            calls = min(SETTLING_CALLS, int(SETTLING_SECONDS / took)) if took < BRIEF else 0
+            for _ in range(calls):
+                self._run()
+            result.seconds[WARM_UP] = self._judged() if calls else took
+
+    def _judged(self) -> float:
+        """Seconds of a call whose answer is checked; the largest error stays."""
+        answers: list[Any] = []
+        took = seconds_of(lambda: answers.append(self._run()), self._device)
+        if self._contestant.answers:
+            self.result.error = max(self._check(answers[0]), self.result.error or 0.0)
+        return took
 
     def weigh(self) -> None:
         """Count the peak of one untimed call."""

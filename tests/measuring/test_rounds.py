@@ -13,7 +13,7 @@ import torch
 
 from jacfunc._measuring import Contestant, Effort, Entry, interleaved, measure, shuffled
 from jacfunc._measuring.results import WARM_UP, Result, WrongAnswerError
-from jacfunc._measuring.rounds import BRIEF
+from jacfunc._measuring.rounds import BRIEF, SETTLING_CALLS
 
 CPU = torch.device("cpu")
 
@@ -57,8 +57,11 @@ def crashing() -> Any:
     raise KeyError("a rule")
 
 
+BEFORE_ROUNDS = 2 + SETTLING_CALLS + 1  # the first, the warm-up, those that settle, the last
+
+
 def failing_later() -> Callable[[], Any]:
-    calls = iter([1, 1, 1])
+    calls = iter([1] * (BEFORE_ROUNDS + 1))  # one more is weighed
     return lambda: next(calls)
 
 
@@ -133,8 +136,15 @@ def test_a_call_that_takes_longer_than_anyone_waits_has_its_warm_up_alone() -> N
     assert len(base.seconds) > 5
 
 
-@pytest.mark.parametrize(("pause", "calls"), [(0.0, 2), (2 * BRIEF, 1)])
-def test_a_brief_call_is_timed_after_an_untimed_one(pause: float, calls: int) -> None:
+def test_an_answer_is_judged_again_when_its_way_has_learnt() -> None:
+    answers = iter([1] * (BEFORE_ROUNDS - 1) + [2])
+    entries = [entry("base", lambda: 1), entry("learning", lambda: next(answers))]
+    _, learning = measure(entries, Effort(rounds=6), "base")
+    assert learning.status == "wrong: not 1"
+
+
+@pytest.mark.parametrize(("pause", "before", "calls"), [(0.0, BEFORE_ROUNDS, 2), (2 * BRIEF, 2, 1)])
+def test_a_brief_call_is_timed_after_untimed_ones(pause: float, before: int, calls: int) -> None:
     made: list[float] = []
 
     def run() -> int:
@@ -144,7 +154,7 @@ def test_a_brief_call_is_timed_after_an_untimed_one(pause: float, calls: int) ->
 
     brief = entry("brief", run)
     brief.prepare()
-    assert len(made) == 2
+    assert len(made) == before
     brief.time(1)
-    assert len(made) == 2 + calls
+    assert len(made) == before + calls
     assert sorted(brief.result.seconds) == [WARM_UP, 1]
