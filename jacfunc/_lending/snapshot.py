@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 from weakref import ref
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from jacfunc._lending.part import ModulePart, marks_of, put_back
 from jacfunc._remembered import Remembered
+
+_TABLE, _REFERRED = attrgetter("__dict__"), methodcaller("__call__")
 
 
 class Snapshot:
@@ -137,7 +139,7 @@ class _Rows:
         """Does each table hold the same objects, under the same names in the same order?"""
         values: Iterator[Any] = chain.from_iterable(map(dict.values, self._tables))
         return (
-            all(map(is_, [vars(refers()) for refers in self._refer], self._attributes))
+            all(map(is_, map(_TABLE, map(_REFERRED, self._refer)), self._attributes))
             and list(map(len, self._tables)) == self._sizes
             and all(map(is_, values, self._values))
             and list(chain.from_iterable(self._tables)) == self._names

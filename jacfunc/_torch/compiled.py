@@ -154,6 +154,12 @@ class Graphs:
     OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
     """Types of torch's operators, and of a user's."""
 
+    LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+    """The type of nodes at which the graph of autograd ends at a leaf."""
+
+    num_nodes: Callable[[], int] = torch._C._autograd._get_sequence_nr
+    """How many nodes autograd has made in this thread."""
+
     hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
     """Hooks that users have set on the gradient of a tensor, in a table; None if never one."""
 
