@@ -155,10 +155,11 @@ class Graphs:
     """Types of torch's operators, and of a user's."""
 
     LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
-    """The type of nodes at which the graph of autograd ends at a leaf."""
-
     num_nodes: Callable[[], int] = torch._C._autograd._get_sequence_nr
-    """How many nodes autograd has made in this thread."""
+    """The type of nodes where graphs end at leaves; how many nodes were made in this thread."""
+
+    version_of: Callable[[dict[str, Any]], int] = torch._C._dynamo.guards.dict_version
+    """A number of a dict, another one after each write into it, by which compiled code knows it."""
 
     hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
     """Hooks that users have set on the gradient of a tensor, in a table; None if never one."""
