@@ -39,31 +39,38 @@ def warn_if_followed(
     Raises:
         ValueError: with such an input in a function of which another derivative is taken.
     """
-    if not (torch.is_grad_enabled() and is_outermost()):
+    if not torch.is_grad_enabled():
         return
     args, kwargs = arguments
-    sign = ""
-    if any(getattr(x, "grad_fn", None) is not None for x in (*args, *kwargs.values())):
-        if is_watching():
-            raise ValueError(CUT_OFF.format(api=api))
-        sign = "an input that was computed with gradients"
-    elif by_inputs and module.training and _has_changed(module, params):
+    has_graph = False
+    for x in (*args, *kwargs.values()):
+        has_graph = has_graph or getattr(x, "grad_fn", None) is not None
+    is_trained = by_inputs and module.training
+    if not (has_graph or is_trained) or not is_outermost():
+        return
+    if has_graph and is_watching():
+        raise ValueError(CUT_OFF.format(api=api))
+    sign = "an input that was computed with gradients"
+    if not has_graph:
+        if not _has_changed(module, params):
+            return
         sign = "parameters that were trained since the last call"
-    if sign:
-        warnings.warn(
-            f"{api}: create_graph must be True where a loss is to train by the result, which is "
-            f"detached otherwise, got False with {sign}. Pass create_graph=True, or call it under "
-            "torch.no_grad() if nothing is to train by it.",
-            stacklevel=STACK_LEVEL,
-        )
+    warnings.warn(
+        f"{api}: create_graph must be True where a loss is to train by the result, which is "
+        f"detached otherwise, got False with {sign}. Pass create_graph=True, or call it under "
+        "torch.no_grad() if nothing is to train by it.",
+        stacklevel=STACK_LEVEL,
+    )
 
 
 def _has_changed(module: nn.Module, params: Mapping[str, Tensor]) -> bool:
     """Was the first parameter written into, or replaced, since the last call of the module?"""
-    name, param = next(iter(params.items()), ("", None))
-    if param is None or param.is_inference():
-        return False
-    now = id(param), param._version
-    before = _versions().get(module, name) or now
-    _versions().put(module, name, now)
-    return before != now and before[0] == now[0]
+    for name, param in params.items():
+        if param.is_inference():
+            return False
+        now = id(param), param._version
+        before = _versions().get(module, name)
+        if before != now:
+            _versions().put(module, name, now)
+        return before is not None and before != now and before[0] == now[0]
+    return False

@@ -142,19 +142,19 @@ class OperationRecorder(TorchFunctionMode):
         operations, tracked, is_tracked = self.operations, self._tracked, False
         number = len(operations)
         tensors: list[Tensor] = []
-        operations.append(func)
+        operations += (func,)
         for value in (*args, *kwargs, *kwargs.values()) if kwargs else args:
             kind = type(value)
             if kind in _PLAIN:
-                operations.append(_APART.get(value, value))
+                operations += (_APART[value],) if value in _APART else (value,)
                 continue
-            if id(value) in tracked:
+            if tracked and id(value) in tracked:
                 is_tracked = True
             elif kind is not Tensor:
                 _note_values(value, operations)
                 is_tracked = is_tracked or are_among((value,), tracked)
             if kind is Tensor:
-                tensors.append(value)
+                tensors += (value,)
             elif self.arguments is not None:
                 tensors += tensors_in((value,))
         if func in TELLING:

@@ -82,7 +82,8 @@ class Constants:
         """
         keys = self._keys_to_copy(params, mode, copied_versions) if params else {}
         if not keys and len(aliases) == len(params):
-            return {name: aliases[id(p)] for name, p in params.items()}, None
+            every = map(aliases.__getitem__, map(id, params.values()))
+            return dict(zip(params, every, strict=True)), None
         lent = {name: params[name].detach().clone() for name in keys}
         addresses = {name: below_transforms(copy).data_ptr() for name, copy in lent.items()}
         rest = [(name, p) for name, p in params.items() if name not in keys]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from jacfunc._remembered import UntilCollected
 from jacfunc._torch import is_outermost, recording
 from jacfunc._trees import flatten
 from jacfunc._types import Tree, is_tensor
+
+_IS_TRAINABLE = attrgetter("requires_grad")
 
 
 def check_outermost(api: str) -> None:
@@ -70,8 +73,14 @@ class CurrentState:
         if self._stays and self._last is not None:
             return self._last
         with alone():  # while another thread lends the module, its parameters are not its own
-            state = self._state_now()
-            self._last = copied(state) if self._stays else state
+            return self.found()
+
+    def found(self) -> ModuleState:
+        """As :meth:`now`, for a caller that is alone."""
+        if not self._stays:
+            self._last = self._state_now()
+        elif self._last is None:
+            self._last = copied(self._state_now())
         return self._last
 
     def _state_now(self) -> ModuleState:
@@ -79,10 +88,10 @@ class CurrentState:
         last, select = self._last or self._shared(), self._select
         if last is None or not last.snapshot.is_current():
             state = self._kind.of(self._api, self._module, select)
-            self._trainable = [param.requires_grad for param in state.params.values()]
+            self._trainable = [*map(_IS_TRAINABLE, state.params.values())]
             self._share(state)
             return state
-        trainable = [param.requires_grad for param in last.params.values()]
+        trainable = [*map(_IS_TRAINABLE, last.params.values())]
         if self._by_names and trainable and trainable == self._trainable:
             return last
         point = select_params(self._api, last.params, select)

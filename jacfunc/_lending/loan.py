@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from jacfunc._lending.part import (
 )
 from jacfunc._lending.snapshot import Snapshot
 from jacfunc._torch import untracked
+
+_OWN = attrgetter("__dict__")
 
 
 @dataclass(eq=False, slots=True)
@@ -52,8 +55,16 @@ class Loan:
     evaluation: EvaluationState | None = None
     """The one whose tensors are in place; None while the attributes are those of before."""
 
-    def lend(self, evaluation: EvaluationState, new: dict[int, Any]) -> None:
-        """Put the tensors of an evaluation in place: ``new`` has them by identity of the old."""
+    def lend(
+        self, evaluation: EvaluationState, new: dict[int, Any], params: Collection[Tensor]
+    ) -> None:
+        """Put the tensors of an evaluation in place: ``new`` has them by identity of the old.
+
+        Those in the place of ``params`` get the attributes that libraries keep in these.
+        """
+        if any(map(_OWN, params)):
+            for param in params:
+                vars(new[id(param)]).update(vars(param))
         self.evaluation = evaluation
         for part, own in zip(self.parts, self.tables, strict=True):
             if part.has_tensors:

@@ -118,8 +118,8 @@ class ModulePart:
 
         ``new`` has them by the identity of the old.
         """
-        params = {key: new.get(id(x), x) for key, x in self.params.items()}
-        buffers = {k: new.get(id(x), x) for k, x in self.buffers.items()} if self.buffers else {}
+        params = _in_place_of(self.params, new)
+        buffers = _in_place_of(self.buffers, new) if self.buffers else {}
         if self.is_scripted:
             self._put_tensors(params, buffers)
             return
@@ -166,6 +166,12 @@ class ModulePart:
 
 def _itself(value: Any) -> Any:
     return value
+
+
+def _in_place_of(tensors: Mapping[str, Tensor | None], new: dict[int, Any]) -> dict[str, Any]:
+    """What stands for each tensor, in few calls, as every evaluation asks."""
+    olds = tensors.values()
+    return dict(zip(tensors, map(new.get, map(id, olds), olds), strict=True))
 
 
 def _is_of_values(value: Any) -> bool:

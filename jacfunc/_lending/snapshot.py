@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 from weakref import ref
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from jacfunc._lending.part import ModulePart, marks_of, put_back
 from jacfunc._remembered import Remembered
+from jacfunc._torch import Graphs
+
+_TABLE, _REFERRED = attrgetter("__dict__"), methodcaller("__call__")
 
 
 class Snapshot:
@@ -132,15 +135,29 @@ class _Rows:
         self._filled, self._entries = [r for r, _ in filled], [first for _, first in filled]
         self._empty = [registry for part in parts for registry in part.empty]
         self._empty += [table for table, first in tensors if not first]
+        self._versions: list[int] = []
+        """Of the tables, when they were last found to be as then."""
 
     def are_current(self) -> bool:
         """Does each table hold the same objects, under the same names in the same order?"""
-        values: Iterator[Any] = chain.from_iterable(map(dict.values, self._tables))
         return (
-            all(map(is_, [vars(refers()) for refers in self._refer], self._attributes))
-            and list(map(len, self._tables)) == self._sizes
-            and all(map(is_, values, self._values))
-            and list(chain.from_iterable(self._tables)) == self._names
+            all(map(is_, map(_TABLE, map(_REFERRED, self._refer)), self._attributes))
             and not any(self._empty)
             and self._filled == self._entries
+            and self._are_as_then()
         )
+
+    def _are_as_then(self) -> bool:
+        """Are the tables so? They are looked through only if one was written into meanwhile."""
+        versions = [*map(Graphs.version_of, self._tables)]
+        if versions == self._versions:
+            return True
+        values: Iterator[Any] = chain.from_iterable(map(dict.values, self._tables))
+        are_same = (
+            list(map(len, self._tables)) == self._sizes
+            and all(map(is_, values, self._values))
+            and list(chain.from_iterable(self._tables)) == self._names
+        )
+        if are_same:
+            self._versions = versions
+        return are_same

@@ -201,24 +201,22 @@ class ModuleState:
 
     def _lend(self, params: Mapping[str, Tensor], arguments: Any) -> Callable[[], None] | None:
         """Put the tensors of an evaluation in place; what is to be called after it, if anything."""
-        loan = self.loans[-1]
-        if loan.evaluation is not None:
+        if (loan := self.loans[-1]).evaluation is not None:
             loan.take_back()
         copies, every, learn = self.copies, self._every_param, None
-        new: dict[int, Any] = {id(self.params[name]): param for name, param in params.items()}
-        if others := {name: p for name, p in every.items() if name not in params}:
+        olds = map(self.params.__getitem__, params)
+        new: dict[int, Any] = dict(zip(map(id, olds), params.values(), strict=True))
+        if len(params) < len(every):
+            others = {name: p for name, p in every.items() if name not in params}
             values = {n: copies.get(id(p), p) for n, p in others.items()} if copies else others
             how = self.module.training, loan.watch.aliases, self.copied_versions
             constants, learn = self.constants.lent(values, *how)
-            needs_grad = self.constants.require_grad
-            for name, p in others.items():
-                new[id(p)] = as_required(constants[name], p) if needs_grad else constants[name]
+            if self.constants.require_grad:
+                constants = {n: as_required(constants[n], p) for n, p in others.items()}
+            new |= zip(map(id, others.values()), map(constants.get, others), strict=True)
         for buffer in self.buffers.values():
             new[id(buffer)] = copies.get(id(buffer), buffer).clone()
-        for param in every.values():
-            if own := vars(param):  # what libraries keep there
-                vars(new[id(param)]).update(own)
-        loan.lend(EvaluationState(params.values(), arguments), new)
+        loan.lend(EvaluationState(params.values(), arguments), new, every.values())
         return learn
 
     @cached_property

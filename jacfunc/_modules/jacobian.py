@@ -203,7 +203,7 @@ def module_jacobian(
         check_uncompiled(API)
         arguments = args, kwargs
         with alone():
-            state = options.current.now()
+            state = options.current.found()
             if not create_graph:
                 warn_if_followed(API, module, state.point, arguments, wrt != "params")
             if settled and (rows := settled.jacobian(state, arguments)) is not None:

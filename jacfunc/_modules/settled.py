@@ -106,7 +106,7 @@ def made_at_once(
         return None
     (x,), _ = arguments
     with alone():
-        state = options.current.now()
+        state = options.current.found()
         settled = _by_layers().get(state.version, kind_of(x))
         if settled is None:
             return None

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from jacfunc._torch import Graphs
+
 _OF_TORCH = re.compile(r"[A-Z]\w*Backward\d+")
 """Names of nodes whose backward pass depends on what they have saved alone."""
+
+_MADE = methodcaller("_sequence_nr")
 
 _FACTORS = "_saved_other", "_saved_self"
 """What torch saves a Python number as, if it saves one as a tensor."""
 
 
 def outline(
-    tensor: Tensor, starts: Mapping[Any, int], told: Container[int]
+    tensor: Tensor, starts: Mapping[Any, int], first: int, told: Sequence[Tensor]
 ) -> tuple[Any, ...] | None:
     """The nodes behind a tensor: kinds, which leads where, when made, and numbers they have saved.
 
@@ -28,47 +32,61 @@ def outline(
     torch's own operations, as nothing tells what it depends on.
 
     Args:
-        starts: nodes at which the walk ends, with their numbers.
-        told: identities of the tensors that hooks were told of, as they are of all but numbers.
+        starts: nodes at which the walk ends, or identities of leaves, with their numbers.
+        first: when the evaluation began: nodes are told apart by how many were made since.
+        told: the tensors that hooks were told of, as they are of all but numbers.
     """
-    numbers: dict[Any, int] = {None: -1, **{node: -2 - n for node, n in starts.items()}}
-    pending: list[Any] = [tensor.grad_fn]
+    numbers: dict[Any, int] = {None: -1, **starts}
+    nodes: list[Any] = [tensor.grad_fn]
     kinds: list[Any] = [tensor.output_nr]
-    readers, first = _readers(), next(iter(starts))._sequence_nr()
-    while pending:
-        node = pending.pop()
+    readers, last = _readers(), -1
+    for node in nodes:  # which grows
         kind = type(node)
-        reader = readers.get(kind) or _learned(node)
+        reader = readers[kind] if kind in readers else _learned(node)
         if reader is None:
             return None
-        kinds += kind, node._sequence_nr() - first, reader.read(node)
-        for name in reader.unsure:
-            kinds.append(_without_tensors(getattr(node, name)))
-        for name in reader.factors:
-            factor = getattr(node, name)
-            if _is_number(factor) and id(factor) not in told:
-                kinds += name, factor.item()
+        kinds += (kind,)
+        if reader is not _NOTHING:
+            kinds += reader.values(node, told)
         for below, output in node.next_functions:
-            number = numbers.get(below)
-            if number is None:
-                number = numbers[below] = len(numbers)
-                pending.append(below)
-            kinds.append((number, output))
-    return tuple(kinds)
+            if below not in numbers:
+                if type(below) is Graphs.LEAF:
+                    leaf = id(below.variable)
+                    if leaf not in starts:
+                        return None
+                    numbers[below] = starts[leaf]
+                else:
+                    last -= 1
+                    numbers[below] = last
+                    nodes += (below,)
+            kinds += numbers[below], output
+    return *kinds, *map((-first).__add__, map(_MADE, nodes))
 
 
 class _Reader(NamedTuple):
     """What reads the plain values that nodes of a kind have saved.
 
     Args:
-        read: returns those that no node of the kind saves tensors for.
+        sure: returns those that no node of the kind saves tensors for.
         unsure: names of others: where one node has saved nothing, another may have saved a tensor.
         factors: names of what may be a number that was saved as a tensor.
     """
 
-    read: Callable[[Any], Any]
-    unsure: tuple[str, ...]
-    factors: tuple[str, ...]
+    sure: Callable[[Any], Any] = type
+    unsure: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+
+    def values(self, node: Any, told: Sequence[Tensor]) -> list[Any]:
+        """The values of a node; see :func:`outline`."""
+        values = [self.sure(node), *[_without_tensors(getattr(node, name)) for name in self.unsure]]
+        for name in self.factors:
+            factor = getattr(node, name)
+            if _is_number(factor) and not any(factor is tensor for tensor in told):
+                values += name, factor.item()
+        return values
+
+
+_NOTHING = _Reader()
 
 
 @cache
@@ -86,9 +104,9 @@ def _learned(node: Any) -> _Reader | None:
     plain = [name for name, value in values.items() if _without_tensors(value) is value]
     unsure = tuple([name for name in plain if _lacks_something(values[name])])
     sure = [name for name in plain if name not in unsure]
-    read: Callable[[Any], Any] = attrgetter(*sure) if sure else type
     factors = tuple([name for name in _FACTORS if name in values]) if _FACTORS[0] in values else ()
-    return _readers().setdefault(kind, _Reader(read, unsure, factors))
+    reader = _Reader(attrgetter(*sure) if sure else type, unsure, factors)
+    return _readers().setdefault(kind, reader if reader != _NOTHING else _NOTHING)
 
 
 def _lacks_something(saved: Any) -> bool:

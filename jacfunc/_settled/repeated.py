@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import reduce
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,10 +35,11 @@ from jacfunc._linear_map import (
     writable_copy,
 )
 from jacfunc._settled.sources import Sources
-from jacfunc._torch import Pull
+from jacfunc._torch import Graphs, Pull
 from jacfunc._types import Leaves
 from jacfunc.layers import table
 
+_VERSION = attrgetter("_version")
 _REFUSED = frozenset({*TAKES_DERIVATIVES, Tensor.retain_grad})
 
 
@@ -100,31 +102,36 @@ class RepeatedEvaluation:
         sources: Sources | None = None,
         uses: Mapping[int, Any] | None = None,
     ) -> None:
-        count, self._size, self._learned = len(params), len(x), learned
+        count, self._size, self._learned = len(params), x.shape[0], learned
         self._lent = lent = learned.lent if by_layers else set[int]()
-        anchors = [differentiable_alias(param, False) for param in params]
-        self.handles = [
-            anchor.view_as(anchor) if number in lent else writable_copy(anchor)
-            for number, anchor in enumerate(anchors)
-        ]
+        primals = map(Tensor.clone, params) if any(map(Tensor.is_inference, params)) else params
+        self.handles = anchors = [*map(Tensor.requires_grad_, map(Tensor.detach, primals))]
+        if lent and uses is None:  # rules pull back to what each use gets
+            self.handles = [*map(Tensor.view_as, anchors, anchors)]
+        if len(lent) < count:
+            pairs = enumerate(zip(self.handles, anchors, strict=True))
+            self.handles = [own if n in lent else writable_copy(x) for n, (own, x) in pairs]
         self.x = writable_copy(differentiable_alias(x, False)) if by_inputs else x.clone()
-        self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
-        self._direct += [Direct(count)] if by_inputs else []
         self._params = (*params, x[0]) if by_inputs else params
         every = (*self.handles, self.x)
         self.primals: Leaves = every[: len(self._params)]
-        self.starts = {handle.grad_fn: number for number, handle in enumerate(self.primals)}
-        # the function may write into these; where uses are known, nothing is pulled back
-        direct = self._direct if uses is None else ()
-        self._anchors = [Anchor.behind(every[each.number]) for each in direct]
+        # a leaf stands for itself, as its node is made where it is used
+        marks = [handle.grad_fn or id(handle) for handle in self.primals]
+        self.starts: dict[Any, int] = dict(zip(marks, range(len(marks)), strict=True))
+        self.first = Graphs.num_nodes()
         self.recorder: OperationRecorder
         if by_layers and uses is None:
-            self.recorder = use_recorder(anchors, self.handles, self.starts, learned, len(x))
+            self.recorder = use_recorder(anchors, self.handles, self.starts, learned, self._size)
         else:
-            self.recorder = PlainRecorder({id(self.handles[n]) for n in lent}, uses)
+            self.recorder = PlainRecorder({*map(id, map(self.handles.__getitem__, lent))}, uses)
         if sources is not None:
             self.recorder.arguments = sources.arguments
-            self._versions = [handle._version for handle in self.handles]
+            self._versions = [*map(_VERSION, self.handles)]
+        # the function may write into these; where uses are known, nothing is pulled back
+        self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
+        self._direct += [Direct(count)] if by_inputs else []
+        direct = self._direct if uses is None else ()
+        self._anchors = [Anchor.behind(every[each.number]) for each in direct]
 
     def check_unwritten(self) -> None:
         """Look whether a parameter that is no copy was written into, where sources are kept.
@@ -132,9 +139,9 @@ class RepeatedEvaluation:
         Raises:
             UnseenWrite: if one was.
         """
-        for n in self._lent:
-            if self.handles[n]._version != self._versions[n]:
-                raise UnseenWrite(UNSEEN_WRITE)
+        now, before = [*map(_VERSION, self.handles)], self._versions
+        if now != before and any(now[n] != before[n] for n in self._lent):
+            raise UnseenWrite(UNSEEN_WRITE)
 
     def pull(self, around: tuple[Any, ...]) -> Pull:
         """The pullback that follows, as a watch of the evaluation must know it."""

@@ -36,12 +36,8 @@ class Sources:
     saved: list[Tensor] = field(default_factory=list)
     bytes_left: int = MOST_KEPT  # what shares memory is counted each time
     versions: list[int] = field(default_factory=list)
+    last: int = -1  # number of what was saved
     arguments: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def told(self) -> set[int]:
-        """Identities of what autograd has saved, and told."""
-        return set(map(id, self.saved))
 
     @property
     def are_as_saved(self) -> bool:
@@ -67,9 +63,10 @@ class Sources:
             sources.bytes_left -= tensor.nbytes
             if sources.bytes_left < 0:
                 raise Nameless("it saves more than is kept while a sweep is written down")
-            sources.saved.append(tensor)
-            sources.versions.append(tensor._version)
-            return len(sources.saved) - 1
+            sources.saved += (tensor,)
+            sources.versions += (tensor._version,)
+            sources.last += 1
+            return sources.last
 
         def kept(number: int) -> Tensor:
             if (sources := here()) is None:

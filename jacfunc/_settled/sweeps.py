@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -89,7 +90,7 @@ class Sweep:
         leaves, values, self._values = self._leaves(sources, (out, *beside)), self._values, ()
         if len(leaves) != len(values) or not all(map(torch.equal, leaves, values)):
             return False
-        self._outline = outline(out, own.starts, sources.told)
+        self._outline = outline(out, own.starts, own.first, sources.saved)
         self._work.hold_for(leaves)
         if self._outline is None:
             return False
@@ -106,7 +107,7 @@ class Sweep:
         own, sources, out = evaluated
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return False
-        return outline(out, own.starts, sources.told) == self._outline
+        return outline(out, own.starts, own.first, sources.saved) == self._outline
 
     def replayed(self, sources: Sources, out: Tensor, beside: Leaves) -> Leaves | None:
         """The result of an evaluation that it holds for; None if tensors are not as they were."""
@@ -116,8 +117,8 @@ class Sweep:
 
     def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
         """All that the work may read, in one order for all evaluations of the kind."""
-        arguments = [x for n in self.uses for x in sources.arguments.get(n, ())]
-        return (*sources.saved, *arguments, *others)
+        arguments = map(sources.arguments.get, self.uses, repeat(()))
+        return (*sources.saved, *chain.from_iterable(arguments), *others)
 
 
 class Evaluator(Protocol):

@@ -154,6 +154,13 @@ class Graphs:
     OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
     """Types of torch's operators, and of a user's."""
 
+    LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+    num_nodes: Callable[[], int] = torch._C._autograd._get_sequence_nr
+    """The type of nodes where graphs end at leaves; how many nodes were made in this thread."""
+
+    version_of: Callable[[dict[str, Any]], int] = torch._C._dynamo.guards.dict_version
+    """A number of a dict, another one after each write into it, by which compiled code knows it."""
+
     hooks_of: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
     """Hooks that users have set on the gradient of a tensor, in a table; None if never one."""
 

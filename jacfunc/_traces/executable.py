@@ -115,7 +115,7 @@ class WrittenWork:
         for node in (*nodes, *self._executable.graph.graph.nodes):
             node.meta.clear()  # it holds all tensors that were computed while the graph was made
         # the tape knows tensors by where they lie in memory, so two at one place count as one
-        self._aliases = _repeated([x.data_ptr() for x in sources])
+        self._aliases = _repeated([*map(Tensor.data_ptr, sources)])
         self.hold_for(sources)
 
     def hold_for(self, sources: Leaves) -> None:
@@ -136,8 +136,9 @@ class WrittenWork:
         once = [sources[number] for number in self._once]
         if not (self._are_alike(*once) and self._are_settings()):
             return None
+        places = [*map(Tensor.data_ptr, sources)]
         for number, first in self._aliases.items():
-            if sources[number].data_ptr() != sources[first].data_ptr():
+            if places[number] != places[first]:
                 return None
         return tuple(self._executable(sources))
 
