@@ -175,12 +175,12 @@ def _only_block(linear: Linearization, x: Tensor, is_looped: bool) -> Tensor:
     if out.numel() > 1:
         seeds = unit_seeds(outputs, 0, out.numel())
         if is_looped:
-            rows = one_by_one(lambda seed: linear.sweep(seed, EVERY, EVERY), seeds)
+            rows = one_by_one(linear.sweep(EVERY, EVERY), seeds)
         else:
             rows = owned(linear.pull_batch(seeds))
         return rows_to_blocks(rows, outputs, (x,))[0][0]
     assert linear.last is not None
-    (row,) = linear.last((torch.ones_like(out),), EVERY, EVERY)
+    (row,) = linear.last(EVERY, EVERY)((torch.ones_like(out),))
     return row.clone(memory_format=torch.contiguous_format).view(out.shape + x.shape)
 
 
