@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.house.calls import is_own, num_calls
 CALLS = 6  # until plans stay
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 W = torch.tensor([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]], dtype=torch.float64)
+B = torch.cat([W, -W, 2 * W])
 
 
 def beside_the_value(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -403,6 +405,12 @@ def test_rows_one_by_one_are_settled_too() -> None:
             torch.testing.assert_close(derive(X + step), looped_jacobian(f, X + step))
 
 
+def test_another_row_takes_few_calls() -> None:
+    few = settled(jacfunc.jacobian(lambda x: torch.tanh(B[:2] @ x), strategy="looped"))
+    more = settled(jacfunc.jacobian(lambda x: torch.tanh(B @ x), strategy="looped"))
+    assert own_calls(lambda: more(X)) - own_calls(lambda: few(X)) <= 4 * 11
+
+
 def test_a_wide_network_of_few_outputs_is_swept_row_by_row() -> None:
     """Torch multiplies a large transposed matrix by few columns more slowly than one by one."""
     wide = torch.randn(512, 512)
@@ -414,9 +422,6 @@ def test_a_wide_network_of_few_outputs_is_swept_row_by_row() -> None:
     derive = settled(jacfunc.jacobian(f), x)
     assert served(derive, x)
     torch.testing.assert_close(derive(x), looped_jacobian(f, x))
-
-
-B = torch.cat([W, -W, 2 * W])
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
@@ -560,3 +565,16 @@ def test_errors_under_columns_are_those_of_a_first_call() -> None:
         derive(X)
     fails = False
     assert derive(X).equal(torch.diag(X.cos()))
+
+
+def test_settled_columns_in_two_threads() -> None:
+    """Torch has one level of forward mode for all threads."""
+    functions = (lambda x: (B @ x).sin(), lambda x: (W @ x).exp().repeat(4))
+    doors = [settled(jacfunc.jacfwd(f)) for f in functions]
+    expected = [looped_jacobian(f, X) for f in functions]
+
+    def repeated(number: int) -> bool:
+        return all(torch.allclose(doors[number](X), expected[number]) for _ in range(200))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeated, (0, 1)))
