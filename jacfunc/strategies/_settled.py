@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from jacfunc._lock import alone
 from jacfunc._log import is_heard
 from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._torch import MathAttention, is_undisturbed, recording, run_as_written
-from jacfunc._types import Leaves, Tree
+from jacfunc._types import Tree
 from jacfunc.strategies._evaluation import Evaluation
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
@@ -50,9 +49,8 @@ class SettledFunction:
 
     Of such a kind it is known that the function needs no watch and returns one tensor, and that all
     rows are swept at once, or one by one, or all columns at once. Later calls are evaluated, and
-    their graph is looked at and swept: they take half the time of a small Jacobian. What differs
-    from the calls before, in kind, output or graph, or raises, is taken anew by the way of a first
-    call.
+    their graph is looked at and swept: a small Jacobian takes half the time. What differs from the
+    calls before, in kind, output or graph, or raises, is taken anew by the way of a first call.
 
     Args:
         order: two for the Hessian of a function that returns one number.
@@ -120,28 +118,28 @@ class SettledFunction:
 
     def _pushed(self, x: Tensor, shape: torch.Size, randomness: str) -> Evaluation | None:
         """An evaluation by columns; None where the output is of another kind, or it is refused."""
-        products: Leaves | None = None
-        with suppress(Exception):  # the way of a first call tells what it is about
+        try:
             (tangents,) = unit_seeds((x,), 0, x.numel())
             out, columns = pushed_tensor(self._func, x, tangents, randomness)
-            products = check_numbers((columns,))
-        if products is None or out.shape != shape or out.dtype != x.dtype:
+            check_numbers((columns,))
+        except Exception:  # the way of a first call tells what it is about
             return None
-        if out.requires_grad or columns.requires_grad:  # somebody may differentiate the Jacobian
+        leads_out = out.requires_grad or columns.requires_grad  # to what somebody differentiates by
+        if leads_out or out.shape != shape or out.dtype != x.dtype:
             return None
-        blocks = columns_to_blocks(owned(products), (out,), (x,))
+        blocks = columns_to_blocks(owned((columns,)), (out,), (x,))
         return Evaluation(OneTensor(), blocks, lambda: ((out,), ()), NEW_TENSORS)
 
     def _pulled(self, x: Tensor, settled: _Kind) -> Evaluation | None:
         """An evaluation by rows; None where the output, or the graph, is of another kind."""
-        at: _AtPoint | None = None
-        with suppress(RuntimeError):  # torch's; the way of a first call tells what it is about
+        try:
             at = self._linearized(x, settled.shape, settled.is_alone)
-        evaluation = None
-        if at is not None:
-            with suppress(Exception):  # a backward pass of the user's may raise anything
-                evaluation = self._evaluated(at, x, type(settled.strategy) is Looped)
-        return evaluation
+        except RuntimeError:  # torch's; the way of a first call tells what it is about
+            return None
+        try:
+            return at and self._evaluated(at, x, isinstance(settled.strategy, Looped))
+        except Exception:  # a backward pass of the user's may raise anything
+            return None
 
     def _linearized(self, x: Tensor, shape: torch.Size, is_alone: bool) -> _AtPoint | None:
         """The function at a point; None where the output, or the graph, is of another kind."""
@@ -150,7 +148,10 @@ class SettledFunction:
             copy = writable_copy(anchor)
             starts = {copy.grad_fn}  # before func, which may write into its argument
             target = Anchor.at(anchor) if self._order == 1 else Anchor.behind(copy)
-            with alone() if is_alone else nullcontext():
+            if is_alone:
+                with alone():
+                    out = run_as_written(self._func, copy)
+            else:
                 out = run_as_written(self._func, copy)
         if type(out) is not Tensor or out.shape != shape or out.dtype != x.dtype:
             return None
