@@ -20,7 +20,7 @@ from jacfunc._errors import Refused
 from jacfunc._faults.callers import without_tangent
 from jacfunc._faults.formulas import FORMULAS, PRODUCTS
 from jacfunc._faults.lookups import Args, lookup, tensors_of
-from jacfunc._faults.operations import PUSHED_OTHERWISE, WATCHED
+from jacfunc._faults.operations import SEEN_OTHERWISE, WATCHED
 from jacfunc._faults.watch import Watch, name_of
 from jacfunc._torch import (
     below_transforms,
@@ -189,13 +189,14 @@ class ForwardWatch(Watch):
         """
         name = name_of(func)
         is_known = not isinstance(func, OpOverload) and name not in FAULTY
-        self.stays_watched |= func in PUSHED_OTHERWISE or not is_known
+        is_product = func in PRODUCTS and len(args) > 1 and not kwargs
+        self.stays_watched |= is_product or func in SEEN_OTHERWISE or not is_known
         if name == "get__" and _asks_for_graph(func, args[0]):
             return True
         if name == "register_hook":
             raise Refused("torch's forward mode passes by the hooks of tensors")
         check_push(func, name, args, kwargs, self._around)
-        if func in PRODUCTS and len(args) > 1 and not kwargs:
+        if is_product:
             result = pushed_product(func, args)
         else:
             result = self.by_rule(func, args, kwargs) if func in WATCHED else func(*args, **kwargs)

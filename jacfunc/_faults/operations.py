@@ -25,7 +25,7 @@ from jacfunc._faults.callers import (
     refuse_in_checkpoint,
     require_grad,
 )
-from jacfunc._faults.formulas import FORMULAS, PRODUCTS
+from jacfunc._faults.formulas import FORMULAS
 from jacfunc._faults.lookups import (
     LOOKUPS,
     STRIDING,
@@ -183,5 +183,5 @@ RULES: dict[Callable[..., Any], _Rule] = {
 """For each operation what is done instead of a call."""
 WATCHED = frozenset(RULES) | frozenset(FORMULAS)
 """All operations that a watch does something about."""
-PUSHED_OTHERWISE = PRODUCTS | {ASKING, SWITCH}
-"""Operations that forward mode does faster, or rightly, under its watch alone."""
+SEEN_OTHERWISE = frozenset({ASKING, SWITCH})
+"""Operations that forward mode does rightly under its watch alone."""

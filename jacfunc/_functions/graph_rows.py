@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,33 +103,34 @@ class GraphRows:
             return tuple([leaf.new_empty((0, *leaf.shape)) for leaf in self.inputs])
         seeds, of = unit_seeds((out,), start, stop), slice(number, number + 1)
         if stop - start > 1:
-            rows = self._pulled(self._linearization.pull_batch, seeds, of)
+            rows = self._pulled(lambda u: self._linearization.pull_batch(u, EVERY, of), seeds)
         else:
             is_last = number == self._last and stop == out.numel()
-            pull = self._freeing if is_last and self.frees else self._linearization.sweep
-            rows = tuple([row.unsqueeze(0) for row in self._pulled(pull, (seeds[0][0],), of)])
+            frees = is_last and self.frees
+            pull = self._freeing(of) if frees else self._linearization.sweep(EVERY, of)
+            rows = tuple([row.unsqueeze(0) for row in self._pulled(pull, (seeds[0][0],))])
         return tuple([row if row.layout == torch.strided else row.to_dense() for row in rows])
 
-    def _freeing(self, *task: Any) -> Leaves:
-        """One cotangent, pulled back for the last time.
+    def _freeing(self, of: slice) -> Callable[[Leaves], Leaves]:
+        """Pulls one cotangent back, for the last time.
 
         It is not under vmap: a sweep that fails there is repeated row by row, for which the graph
         must still be there.
         """
         self._is_free = True
         assert self._linearization.last is not None
-        return self._linearization.last(*task)
+        return self._linearization.last(EVERY, of)
 
     def _free(self) -> None:
         """Free the graph, unless the last row has done so."""
         if self.frees and not self._is_free:
-            self._pulled(self._freeing, tuple(map(torch.zeros_like, self.outputs)), EVERY)
+            self._pulled(self._freeing(EVERY), tuple(map(torch.zeros_like, self.outputs)))
 
-    def _pulled(self, pull: Callable[..., Leaves], cotangents: Leaves, of: slice) -> Leaves:
+    def _pulled(self, pull: Callable[[Leaves], Leaves], cotangents: Leaves) -> Leaves:
         """What ``pull`` returns; a ``.grad`` that it writes is as before."""
         grads = [leaf.grad for leaf in self.retaining]
         try:
-            return pull(cotangents, EVERY, of)
+            return pull(cotangents)
         except Exception as error:  # hooks and backward passes of the user's may raise anything
             if isinstance(error, Refused) or is_out_of_memory(error):
                 raise

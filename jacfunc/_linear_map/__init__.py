@@ -26,7 +26,7 @@ from jacfunc._linear_map.linearization import (
     one_by_one,
 )
 from jacfunc._linear_map.operator import JacobianOperator
-from jacfunc._linear_map.push import push_on_graph
+from jacfunc._linear_map.push import is_pushed_unwatched, push_on_graph, pushed_tensor
 from jacfunc._linear_map.samples import (
     Dims,
     SampleFunction,

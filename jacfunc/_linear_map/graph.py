@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from jacfunc._arguments import are_plain, check_kept
-from jacfunc._faults import check_nodes, pullback_rules, watched_once
+from jacfunc._faults import PullbackRules, check_nodes, pullback_rules, watched_once
 from jacfunc._linear_map.agreement import check_transpose
 from jacfunc._linear_map.inside import linearize_inside
 from jacfunc._linear_map.linearization import EVERY, LeafNumbers, Linearization, chosen_leaves
@@ -145,26 +145,6 @@ def linearize(func: LeafFunction, primals: Leaves) -> Linearization:
     return map_of_graph(outputs, extras, targets, graph, differentiated, as_evaluated)
 
 
-def _transposed(
-    outputs: Leaves, sweep: Callable[[Leaves], Leaves], is_checked: bool
-) -> Linearization:
-    """The map of tangents: the pullback of the pullback, as that is linear in its cotangents.
-
-    Raises:
-        Refused: if a backward pass is no differentiable function of its cotangents.
-    """
-    with outside_transforms() if is_checked else nullcontext(), recording():
-        drawn = noise_like(outputs) if is_checked else map(torch.zeros_like, outputs)
-        seeds = tuple(x.requires_grad_() for x in drawn)
-        products = sweep(seeds)
-        graph = Graph.of(products, set())
-        pushed = map_of_graph(products, (), list(map(Anchor.at, seeds)), graph, False)
-        if is_checked:
-            v = _released(products)
-            check_transpose(seeds, pushed.pull(v), v, v, DETACHES, pushed.dtypes)
-    return pushed
-
-
 def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
     """A backward pass. Checkpoints in it run parts of the function again, as they ran before."""
     try:
@@ -174,28 +154,71 @@ def _run_backward(*task: Any) -> tuple[Tensor | None, ...]:
             return run_as_written(run_backward, *task)
 
 
-def _with_graph(leaves: Leaves) -> list[int]:
-    """The numbers of the leaves that have a graph."""
-    with untracked():
-        return [number for number, leaf in enumerate(leaves) if leaf.requires_grad]
-
-
 def _released(leaves: Leaves) -> Leaves:
     """New tensors without a graph, which nothing can connect with the evaluation."""
     return tuple(map(Tensor.detach, leaves))
 
 
-def _without_graph(products: Leaves, outputs: Leaves, reason: str | None) -> Leaves:
-    """The products detached; for a reason they raise when somebody differentiates them."""
-    with untracked():
-        products = tuple([x.detach() if x.requires_grad else x for x in products])
-    return products if reason is None else once(products, outputs, reason)
+class _PlainGraph(NamedTuple):
+    """A plain graph as :func:`map_of_graph` takes it, with the rules for its nodes."""
 
+    outputs: Leaves
+    anchors: Sequence[Anchor]
+    nodes: set[Any]
+    rules: PullbackRules
+    as_evaluated: Callable[[], None] | None
 
-def _with_zeros(results: Sequence[Tensor | None], targets: Sequence[Anchor]) -> Leaves:
-    """The products of a backward pass; zeros where no path leads."""
-    pairs = zip(results, targets, strict=True)
-    return tuple([anchor.zeros() if product is None else product for product, anchor in pairs])
+    def sweep(
+        self, onto: slice, of: LeafNumbers, retains: bool = True, keeps: bool | None = None
+    ) -> Callable[[Leaves], Leaves]:
+        """Pulls cotangents back, from some outputs onto some anchors.
+
+        Products carry a graph if it ``keeps`` one, by default if rules and grad mode say so.
+        """
+        keeps = self.rules.keeps_graph and torch.is_grad_enabled() if keeps is None else keeps
+        how = keeps or self.rules.is_forced, retains, self.nodes
+        every = self.outputs[of] if isinstance(of, slice) else chosen_leaves(self.outputs, of)
+        targets = self.anchors[onto]
+        with untracked():
+            active = [n for n, out in enumerate(every) if targets and out.requires_grad]
+        if not active:
+            return lambda _: tuple(anchor.zeros() for anchor in targets)
+        is_every, edges = len(active) == len(every), tuple([each.edge for each in targets])
+        sources = every if is_every else chosen_leaves(every, active)
+
+        def swept(cotangents: Leaves) -> Leaves:
+            if not is_every:
+                cotangents = chosen_leaves(cotangents, active)
+            if self.as_evaluated is not None:
+                self.as_evaluated()
+            pulled = zip(_run_backward(sources, edges, cotangents, *how), targets, strict=True)
+            products = tuple([anchor.zeros() if x is None else x for x, anchor in pulled])
+            if keeps:
+                return products
+            with untracked():
+                products = tuple([x.detach() if x.requires_grad else x for x in products])
+            reason = self.rules.reason  # for which products raise if somebody differentiates them
+            return products if reason is None else once(products, sources, reason)
+
+        return swept
+
+    def transpose(self, is_checked: bool = True) -> Linearization:
+        """The map of tangents: the pullback of the pullback, which is linear in its cotangents.
+
+        Raises:
+            Refused: if a backward pass is no differentiable function of its cotangents.
+        """
+        check_nodes(self.nodes, True)
+        with outside_transforms() if is_checked else nullcontext(), recording():
+            drawn = noise_like if is_checked else partial(map, torch.zeros_like)
+            seeds = tuple(x.requires_grad_() for x in drawn(self.outputs))
+            products = self.sweep(EVERY, EVERY, keeps=True)(seeds)
+            graph = Graph.of(products, set())
+            pushed = map_of_graph(products, (), list(map(Anchor.at, seeds)), graph, False)
+            if is_checked:
+                v = _released(products)
+                check_transpose(seeds, pushed.pull(v), v, v, DETACHES, pushed.dtypes)
+        return pushed
 
 
 def map_of_graph(
@@ -212,39 +235,16 @@ def map_of_graph(
         differentiated: may products be differentiated further?
         as_evaluated: puts a module back as it was, before each pullback, which may run it again.
     """
-
-    def swept(
-        cotangents: Leaves, onto: slice, of: LeafNumbers, keeps: bool, retains: bool = True
-    ) -> Leaves:
-        targets, sources = anchors[onto], chosen_leaves(outputs, of)
-        active = _with_graph(sources) if anchors else []
-        if not active:
-            return tuple(anchor.zeros() for anchor in targets)
-        if len(active) < len(sources):
-            sources, cotangents = (chosen_leaves(x, active) for x in (sources, cotangents))
-        edges = tuple([anchor.edge for anchor in targets])
-        if as_evaluated is not None:
-            as_evaluated()
-        task = sources, edges, cotangents, keeps or rules.is_forced, retains, graph.nodes
-        products = _with_zeros(_run_backward(*task), targets)
-        return products if keeps else _without_graph(products, sources, rules.reason)
-
-    def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers, retains: bool = True) -> Leaves:
-        return swept(cotangents, onto, of, rules.keeps_graph and torch.is_grad_enabled(), retains)
-
-    def transpose(is_checked: bool = True) -> Linearization:
-        check_nodes(graph.nodes, True)
-        return _transposed(outputs, partial(swept, onto=EVERY, of=EVERY, keeps=True), is_checked)
-
     rules = pullback_rules(graph.nodes, differentiated)
+    plain = _PlainGraph(outputs, anchors, graph.nodes, rules, as_evaluated)
     return Linearization(
         outputs if differentiated else _released(outputs),
         extras if differentiated else _released(extras),
-        sweep,
+        plain.sweep,
         rules.is_batchable,
         rules.names,
         keeps_graph=rules.keeps_graph,
-        transpose=transpose,
-        last=partial(sweep, retains=False),
+        transpose=plain.transpose,
+        last=partial(plain.sweep, retains=False),
         dtypes=partial(dtypes_behind, outputs),
     )

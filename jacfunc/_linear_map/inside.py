@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
     if records:
         outputs, extras = off_graph(outputs), off_graph(extras)
 
-    def sweep(cotangents: Leaves, onto: slice, of: LeafNumbers) -> Leaves:
+    def swept(onto: slice, of: LeafNumbers, cotangents: Leaves) -> Leaves:
         grad_mode = torch.is_grad_enabled()
         forced = inner.differentiable and not inside_derivative()
         keeps = grad_mode and inner.keeps_graph_of(cotangents)
@@ -71,6 +72,7 @@ def linearize_inside(func: LeafFunction, primals: Leaves) -> Linearization:
 
     names = {node.__name__ for node in inner.nodes}
     depth = len(newer_transforms(0))
+    sweep = partial(partial, swept)  # takes onto what, and of what: all but the cotangents
     return Linearization(outputs, extras, sweep, inner.batchable, names, depth)
 
 

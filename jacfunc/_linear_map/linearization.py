@@ -22,10 +22,15 @@ EVERY = slice(None)
 """All primals, or all outputs."""
 
 FEW_NUMBERS = 2**14
-"""Seeds of more numbers are not copied: that would take as long as it spares."""
+"""Seeds of more numbers are not copied: that would take as long as it spares. Of no more, products
+may be there twice for a moment."""
 
 LeafNumbers: TypeAlias = slice | Sequence[int]
 """Which leaves of a tuple are meant: a slice, or their numbers in order."""
+
+
+Pulling: TypeAlias = Callable[[Leaves], Leaves]
+"""Pulls one cotangent after the other back in the same way."""
 
 
 def chosen_leaves(leaves: Leaves, numbers: LeafNumbers) -> Leaves:
@@ -53,7 +58,7 @@ class Linearization:
     Args:
         outputs: differentiable leaves of what the function returned.
         extras: other tensors that it returned.
-        sweep: pulls cotangents back onto a slice of the primals, from outputs with these numbers.
+        sweep: makes what pulls back onto a slice of the primals, from outputs with these numbers.
         is_batchable: is a sweep right under vmap? False once that has failed.
         node_names: of the autograd nodes between primals and outputs.
         num_transforms: how many transforms were active when it was evaluated.
@@ -66,13 +71,13 @@ class Linearization:
 
     outputs: Leaves
     extras: Leaves
-    sweep: Callable[[Leaves, slice, LeafNumbers], Leaves]
+    sweep: Callable[[slice, LeafNumbers], Pulling]
     is_batchable: bool
     node_names: Set[str] = frozenset()
     num_transforms: int = 0
     keeps_graph: bool = True
     transpose: Callable[..., Linearization] | None = None
-    last: Callable[..., Leaves] | None = None
+    last: Callable[[slice, LeafNumbers], Pulling] | None = None
     dtypes: Callable[[], set[torch.dtype]] = set
     _transposed: Linearization | None = None
 
@@ -83,7 +88,7 @@ class Linearization:
         """
         if self.transpose is not None:
             if not is_followed(cotangents):
-                return self.sweep(cotangents, onto, of)
+                return self.sweep(onto, of)(cotangents)
             if not (self.keeps_graph and torch.is_grad_enabled()):
                 return self._as_map()(spread(cotangents, self.outputs, of))[onto]
         newer = newer_transforms(self.num_transforms)
@@ -95,19 +100,19 @@ class Linearization:
             return below_vmap(
                 partial(one_by_one, lambda seeds: self.pull(seeds, onto, of)), cotangents
             )
-        return self.sweep(batched_like(cotangents, chosen_leaves(self.outputs, of)), onto, of)
+        return self.sweep(onto, of)(batched_like(cotangents, chosen_leaves(self.outputs, of)))
 
     def pull_last(self, cotangents: Leaves, onto: slice = EVERY, of: LeafNumbers = EVERY) -> Leaves:
         """:meth:`pull`, after which nothing is pulled back: the graph is freed on the way."""
         is_kept = is_followed(cotangents) or (self.keeps_graph and torch.is_grad_enabled())
         if self.last is None or is_kept:
             return self.pull(cotangents, onto, of)
-        return self.last(cotangents, onto, of)
+        return self.last(onto, of)(cotangents)
 
     def _as_map(self) -> LinearMap:
         """The pullback as a map that is differentiated by cotangents alone, not by the primals."""
         sweep = self.sweep
-        return LinearMap(lambda u: sweep(u, EVERY, EVERY), self.pull_batch, self._map_of_tangents)
+        return LinearMap(lambda u: sweep(EVERY, EVERY)(u), self.pull_batch, self._map_of_tangents)
 
     def transposed(self) -> Linearization:
         """The map of tangents, by the graph of a pullback, which is kept.
@@ -133,7 +138,7 @@ class Linearization:
         except Refused as refusal:  # autograd may call this later, outside of every public function
             raise Refused(f"vjp: {refusal}") from refusal
         return LinearMap(
-            lambda v: transposed.sweep(v, EVERY, EVERY), transposed.pull_batch, self._as_map
+            lambda v: transposed.sweep(EVERY, EVERY)(v), transposed.pull_batch, self._as_map
         )
 
     def pull_batch(
@@ -148,9 +153,9 @@ class Linearization:
         try:
             if cotangents[0].shape[0] == 1:
                 # the vmaps outside do not batch the seeds of larger chunks either
-                return one_by_one(lambda seeds: self.sweep(seeds, onto, of), cotangents)
+                return one_by_one(self.sweep(onto, of), cotangents)
             each = tuple(map(_in_rows, cotangents))
-            return sweep_batch(lambda seeds: (self.sweep(seeds, onto, of), ()), each)[0]
+            return sweep_batch(lambda seeds: (self.sweep(onto, of)(seeds), ()), each)[0]
         except Exception as error:  # a backward pass of the user's own may raise anything
             if isinstance(error, Refused) or is_out_of_memory(error):
                 raise
@@ -183,13 +188,14 @@ def spread(cotangents: Leaves, outputs: Leaves, of: LeafNumbers) -> Leaves:
 def one_by_one(sweep: Callable[[Leaves], Leaves], seeds: Leaves) -> Leaves:
     """Products of K seeds ``[K, *shape]``, swept one after the other without vmap."""
     count = seeds[0].shape[0]
-    products = (sweep(tuple(seed[k] for seed in seeds)) for k in range(count))
+    products = map(sweep, zip(*map(Tensor.unbind, seeds), strict=True))
     first = next(products)
     if count == 1:
         left = [*first]
         del first  # each product is freed as soon as it is copied
         return tuple([torch.stack([left.pop(0)]) for _ in range(len(left))])
-    if inside_transform() or not all(map(_is_bare, first)):
+    are_few = count * sum(map(Tensor.numel, first)) <= FEW_NUMBERS
+    if are_few or inside_transform() or not all(map(_is_bare, first)):
         return tuple(map(torch.stack, zip(first, *products, strict=True)))
     # each product is copied at once: all of them, and their copies, would take twice the result
     every = tuple(leaf.new_empty((count, *leaf.shape)) for leaf in first)

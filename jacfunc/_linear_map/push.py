@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,6 +28,8 @@ from jacfunc._torch import (
     inside_derivative,
     num_vmap_levels,
     off_graph,
+    recording,
+    run_as_written,
     sweep_batch,
 )
 from jacfunc._types import LeafFunction, Leaves
@@ -83,7 +85,7 @@ def _push(
     released = not torch.is_grad_enabled() and not inside_derivative()
     with torch.enable_grad() if released else nullcontext():
         around = PushContext(outer_vmaps, not released)
-        known = None if outer_vmaps or inside_derivative() else ("pushed", around)
+        known = None if outer_vmaps or inside_derivative() else (_PUSHED, around)
         pushed = _watched_once(func, copies, primals, tangents, around, known)
     if not released:
         return pushed
@@ -107,8 +109,7 @@ def _watched_once(
     Args:
         known: equal for pushes of which one tells about all; None where none does.
     """
-    calls_module = getattr(func, "state", None) is not None
-    if known is None or calls_module or getattr(func, "may_share_module", True):
+    if known is None or _may_call_module(func):
         return _watched(func, copies, primals, tangents, around)[0]
     if is_unwatched(func, known):
         with _refusing(), MathAttention():
@@ -116,6 +117,48 @@ def _watched_once(
     pushed, watch = _watched(func, copies, primals, tangents, around)
     note_unwatched(func, known, watch)
     return pushed
+
+
+def _may_call_module(func: LeafFunction) -> bool:
+    is_module = getattr(func, "state", None) is not None
+    return is_module or getattr(func, "may_share_module", True)
+
+
+_PUSHED = "pushed"
+"""Tells pushes from pullbacks among what is known of functions that need no watch."""
+
+
+def is_pushed_unwatched(func: LeafFunction) -> bool:
+    """Have earlier pushes of this kind, outside of transforms, shown nothing to watch for?"""
+    around = PushContext(0, torch.is_grad_enabled())
+    return not _may_call_module(func) and is_unwatched(func, (_PUSHED, around))
+
+
+def pushed_tensor(
+    func: Callable[[Tensor], Any], primal: Tensor, tangents: Tensor, randomness: str
+) -> tuple[Tensor, Tensor]:
+    """What a function returns for a tensor, and products ``[K, *out]`` of K tangents of that.
+
+    The function is one that needs no watch, and nobody else looks at what torch does.
+
+    Raises:
+        RuntimeError: if it returns something other than a tensor.
+    """
+
+    def call(*inner: Tensor) -> tuple[Leaves, Leaves]:
+        out = run_as_written(func, *inner)
+        if type(out) is not Tensor:
+            raise Refused("it returns another output")
+        return (out,), ()
+
+    def push(seeds: Leaves) -> tuple[Leaves, Leaves]:
+        outputs, products, _ = at_forward_level(call, (primal.clone(),), seeds)
+        return products, outputs
+
+    keeps_graph = torch.is_grad_enabled()
+    with alone(), recording(), MathAttention():
+        (columns,), (out,) = sweep_batch(push, (tangents,), randomness)
+    return (out, columns) if keeps_graph else (out.detach(), columns.detach())
 
 
 def _watched(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ SLOW_IN_HALF: Mapping[str, Any] = {
 """Nodes whose backward pass takes up to thirty times as long in half precision on a CPU, and the
 operation that takes it. In float32, between two conversions, this takes little more than there."""
 
+_DTYPE = attrgetter("dtype")
+
 MUCH = 2**12
 """Where fewer numbers are pulled back to, a look at each operation takes longer than it spares."""
 
@@ -96,8 +99,9 @@ def _is_slow(
     outputs: Leaves, inputs: Sequence[Tensor | GradientEdge], kinds: Iterable[Any]
 ) -> bool:
     """Is a node slow in half precision on a CPU, and are many numbers pulled back to?"""
-    slow = _slow_dtypes()
-    if not any(out.dtype in slow and out.is_cpu for out in outputs):
+    if _slow_dtypes().isdisjoint(map(_DTYPE, outputs)):  # as in most calls
+        return False
+    if not any(out.dtype in _slow_dtypes() and out.is_cpu for out in outputs):
         return False
     if not any(kind.__name__ in SLOW_IN_HALF for kind in kinds):
         return False

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from jacfunc._assembly import NEW_TENSORS, owned, rows_to_blocks, unit_seeds
+from jacfunc._assembly import (
+    NEW_TENSORS,
+    columns_to_blocks,
+    owned,
+    rows_to_blocks,
+    unit_seeds,
+)
 from jacfunc._calls import Derivation, FlatCall, OneTensor
 from jacfunc._faults import runs_alone, suspects
 from jacfunc._linear_map import (
@@ -16,8 +21,11 @@ from jacfunc._linear_map import (
     Anchor,
     Graph,
     Linearization,
+    check_numbers,
+    is_pushed_unwatched,
     map_of_graph,
     one_by_one,
+    pushed_tensor,
     writable_copy,
 )
 from jacfunc._lock import alone
@@ -26,6 +34,7 @@ from jacfunc._remembered import MOST_KINDS, Recent
 from jacfunc._torch import MathAttention, is_undisturbed, recording, run_as_written
 from jacfunc._types import Tree
 from jacfunc.strategies._evaluation import Evaluation
+from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._looped import Looped
 from jacfunc.strategies._reverse import Reverse
 from jacfunc.strategies._second import SecondCall
@@ -39,9 +48,9 @@ class SettledFunction:
     """What the calls of one derivative have settled, by the kind of their only argument.
 
     Of such a kind it is known that the function needs no watch and returns one tensor, and that all
-    rows are swept at once, or one by one. Later calls are evaluated, and their graph is looked at
-    and swept: they take half the time of a small Jacobian. What differs from the calls before, in
-    kind, output or graph, or raises, is taken anew by the way of a first call.
+    rows are swept at once, or one by one, or all columns at once. Later calls are evaluated, and
+    their graph is looked at and swept: a small Jacobian takes half the time. What differs from the
+    calls before, in kind, output or graph, or raises, is taken anew by the way of a first call.
 
     Args:
         order: two for the Hessian of a function that returns one number.
@@ -49,8 +58,9 @@ class SettledFunction:
 
     def __init__(self, derivation: Derivation, strategy: Strategy, order: int = 1) -> None:
         self._func, self._strategy, self._order = derivation.func, strategy, order
+        self._at_once: tuple[type, ...] = (Reverse, Forward) if order == 1 else (Reverse,)
         self._harmless = set[tuple[frozenset[Any], bool]]()
-        self._by_kind = Recent[tuple[torch.Size, bool, bool]](MOST_KINDS)
+        self._by_kind = Recent[_Kind](MOST_KINDS)
         self._looks = Recent[int](MOST_KINDS)
 
     def evaluation(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> Evaluation | None:
@@ -62,13 +72,10 @@ class SettledFunction:
         settled = self._by_kind.get(kind)
         if settled is None or not _is_plain(x) or is_heard():
             return None
-        at: _AtPoint | None = None
-        with suppress(RuntimeError):  # torch's; the way of a first call tells what it is about
-            at = self._linearized(x, *settled[:2])
-        evaluation = None
-        if at is not None:
-            with suppress(Exception):  # a backward pass of the user's may raise anything
-                evaluation = self._evaluated(at, x, settled[2])
+        if isinstance(settled.strategy, Forward):
+            evaluation = self._pushed(x, settled.shape, settled.strategy.randomness)
+        else:
+            evaluation = self._pulled(x, settled)
         if evaluation is None:
             self._by_kind.pop(kind, None)
         return evaluation
@@ -86,26 +93,53 @@ class SettledFunction:
         if looks == MOST_LOOKS:
             return
         self._looks.put(kind, looks + 1)
-        is_looped = self._sweeps_one_by_one(call)
-        if is_looped is None:
+        strategy = self._settled_strategy(call)
+        if strategy is None:
             return
         out = evaluation.value_and_aux()[0]
-        is_alone = runs_alone(func, (torch.is_grad_enabled(), False, self._order))
         is_constant = out.dtype == x.dtype and out.numel() > 0 and not out.requires_grad
+        if type(strategy) is Forward:
+            is_alone = True if is_pushed_unwatched(func) else None
+        else:
+            is_alone = runs_alone(func, (torch.is_grad_enabled(), False, self._order))
         if is_constant and is_alone is not None and (self._order == 1 or out.numel() == 1):
-            self._by_kind.put(kind, (out.shape, is_alone, is_looped))
+            self._by_kind.put(kind, _Kind(out.shape, is_alone, strategy))
 
-    def _sweeps_one_by_one(self, call: FlatCall | SecondCall) -> bool | None:
-        """Are rows pulled back one by one in all later calls of this kind, or all at once?
-
-        None where neither is known.
-        """
+    def _settled_strategy(self, call: FlatCall | SecondCall) -> Reverse | Forward | Looped | None:
+        """What takes all later calls of this kind; None if it is not known, or takes chunks."""
         chosen: Strategy | None = self._strategy
         if isinstance(chosen, Streaming):
             chosen = chosen.settled_for(call.call_kind)
-        is_looped = chosen == Looped("rows")
-        is_settled = is_looped or (type(chosen) is Reverse and chosen.chunk_size is None)
-        return is_looped if is_settled else None
+        if isinstance(chosen, Looped):
+            return chosen if chosen == Looped("rows") else None
+        if isinstance(chosen, Reverse | Forward) and type(chosen) in self._at_once:
+            return chosen if chosen.chunk_size is None else None
+        return None
+
+    def _pushed(self, x: Tensor, shape: torch.Size, randomness: str) -> Evaluation | None:
+        """An evaluation by columns; None where the output is of another kind, or it is refused."""
+        try:
+            (tangents,) = unit_seeds((x,), 0, x.numel())
+            out, columns = pushed_tensor(self._func, x, tangents, randomness)
+            check_numbers((columns,))
+        except Exception:  # the way of a first call tells what it is about
+            return None
+        leads_out = out.requires_grad or columns.requires_grad  # to what somebody differentiates by
+        if leads_out or out.shape != shape or out.dtype != x.dtype:
+            return None
+        blocks = columns_to_blocks(owned((columns,)), (out,), (x,))
+        return Evaluation(OneTensor(), blocks, lambda: ((out,), ()), NEW_TENSORS)
+
+    def _pulled(self, x: Tensor, settled: _Kind) -> Evaluation | None:
+        """An evaluation by rows; None where the output, or the graph, is of another kind."""
+        try:
+            at = self._linearized(x, settled.shape, settled.is_alone)
+        except RuntimeError:  # torch's; the way of a first call tells what it is about
+            return None
+        try:
+            return at and self._evaluated(at, x, isinstance(settled.strategy, Looped))
+        except Exception:  # a backward pass of the user's may raise anything
+            return None
 
     def _linearized(self, x: Tensor, shape: torch.Size, is_alone: bool) -> _AtPoint | None:
         """The function at a point; None where the output, or the graph, is of another kind."""
@@ -114,7 +148,10 @@ class SettledFunction:
             copy = writable_copy(anchor)
             starts = {copy.grad_fn}  # before func, which may write into its argument
             target = Anchor.at(anchor) if self._order == 1 else Anchor.behind(copy)
-            with alone() if is_alone else nullcontext():
+            if is_alone:
+                with alone():
+                    out = run_as_written(self._func, copy)
+            else:
                 out = run_as_written(self._func, copy)
         if type(out) is not Tensor or out.shape != shape or out.dtype != x.dtype:
             return None
@@ -152,6 +189,20 @@ class SettledFunction:
         return map_of_graph((row,), (), (Anchor.at(at.anchor),), at.graph, differentiated=False)
 
 
+class _Kind(NamedTuple):
+    """What calls of a kind have settled.
+
+    Args:
+        shape: of the output.
+        is_alone: must the function run alone, for a module?
+        strategy: sweeps all rows at once, or one by one, or all columns at once.
+    """
+
+    shape: torch.Size
+    is_alone: bool
+    strategy: Reverse | Forward | Looped
+
+
 class _AtPoint(NamedTuple):
     """A function of one tensor at a point, whose graph is kept.
 
@@ -175,12 +226,12 @@ def _only_block(linear: Linearization, x: Tensor, is_looped: bool) -> Tensor:
     if out.numel() > 1:
         seeds = unit_seeds(outputs, 0, out.numel())
         if is_looped:
-            rows = one_by_one(lambda seed: linear.sweep(seed, EVERY, EVERY), seeds)
+            rows = one_by_one(linear.sweep(EVERY, EVERY), seeds)
         else:
             rows = owned(linear.pull_batch(seeds))
         return rows_to_blocks(rows, outputs, (x,))[0][0]
     assert linear.last is not None
-    (row,) = linear.last((torch.ones_like(out),), EVERY, EVERY)
+    (row,) = linear.last(EVERY, EVERY)((torch.ones_like(out),))
     return row.clone(memory_format=torch.contiguous_format).view(out.shape + x.shape)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import jacfunc
 from jacfunc.strategies import evaluate
@@ -17,6 +19,7 @@ from tests.house.calls import is_own, num_calls
 CALLS = 6  # until plans stay
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 W = torch.tensor([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]], dtype=torch.float64)
+B = torch.cat([W, -W, 2 * W])
 
 
 def beside_the_value(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -402,6 +405,12 @@ def test_rows_one_by_one_are_settled_too() -> None:
             torch.testing.assert_close(derive(X + step), looped_jacobian(f, X + step))
 
 
+def test_another_row_takes_few_calls() -> None:
+    few = settled(jacfunc.jacobian(lambda x: torch.tanh(B[:2] @ x), strategy="looped"))
+    more = settled(jacfunc.jacobian(lambda x: torch.tanh(B @ x), strategy="looped"))
+    assert own_calls(lambda: more(X)) - own_calls(lambda: few(X)) <= 4 * 11
+
+
 def test_a_wide_network_of_few_outputs_is_swept_row_by_row() -> None:
     """Torch multiplies a large transposed matrix by few columns more slowly than one by one."""
     wide = torch.randn(512, 512)
@@ -413,3 +422,159 @@ def test_a_wide_network_of_few_outputs_is_swept_row_by_row() -> None:
     derive = settled(jacfunc.jacobian(f), x)
     assert served(derive, x)
     torch.testing.assert_close(derive(x), looped_jacobian(f, x))
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("door", [jacfunc.jacfwd, jacfunc.jacobian], ids=["jacfwd", "auto"])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.tanh(B @ x).repeat(9),
+        lambda x: torch.outer(torch.tanh(B @ x), x).repeat(2, 3),
+        lambda x: x.mul_(2).sin_(),
+        lambda x: x,
+        lambda x: B.sum(1),
+        lambda x: torch.cat([x[None].expand(40, 3), (B @ x).expand(3, 6).mT]),
+        lambda x: F.conv1d(x[None, None], B[:, None], padding=2).cos()[0],
+        lambda x: F.linear(x, B).sin(),
+    ],
+    ids=["long", "matrix", "writes", "itself", "constant", "expanded", "padded", "product"],
+)
+def test_settled_columns_are_exact(door: Any, f: Any, grad_mode: bool) -> None:
+    with torch.set_grad_enabled(grad_mode):
+        derive = settled(door(f))
+        for step in range(3):
+            at = X + step
+            result = derive(at)
+            with torch.enable_grad():
+                torch.testing.assert_close(result, looped_jacobian(f, at))
+            assert not result.requires_grad
+            assert at.equal(X + step)
+
+
+def test_columns_at_once_are_settled() -> None:
+    wide = torch.randn(4096, 3, dtype=torch.float64)
+    f = lambda x: torch.tanh(wide @ x)  # noqa: E731
+    for derive in (jacfunc.jacfwd(f), jacfunc.jacobian(f), beside_the_value(f)):
+        settled(derive)
+        torch.testing.assert_close(derive(X), (1 - f(X) ** 2)[:, None] * wide)
+    assert type(jacfunc.plan(f, X).strategy) is jacfunc.Forward
+    assert not served(settled(jacfunc.jacfwd(f, chunk_size=2)))
+    derive = settled(jacfunc.jacobian(f))
+    assert served(derive)
+    later = own_calls(lambda: derive(X))
+    anew = own_calls(lambda: derive(X.clone().requires_grad_()))  # which is never settled
+    assert later < 0.5 * anew
+    assert later < 60
+
+
+def test_padding_by_name_needs_no_watch_but_a_product_does() -> None:
+    """Forward mode multiplies two factors faster under its watch, if it gets these alone."""
+    image = torch.randn(5, 5)
+    kernel = torch.randn(2, 1, 3, 3)
+    by_name = settled(jacfunc.jacfwd(lambda x: F.conv2d(x[None, None], kernel, padding=1)), image)
+    assert served(by_name, image)
+    bare = settled(jacfunc.jacfwd(lambda x: F.conv2d(x[None, None], kernel)), image)
+    assert not served(bare, image)
+
+
+def test_a_nan_of_columns_is_refused_later_too() -> None:
+    f = lambda x: (x[0].sqrt() + x[1:].square().sum()).expand(2048)  # noqa: E731
+    derive, chooses = settled(jacfunc.jacfwd(f)), settled(jacfunc.jacobian(f))
+    assert served(derive)
+    assert served(chooses)
+    zero = torch.zeros_like(X)
+    with pytest.raises(NotImplementedError, match="nan"):
+        derive(zero)
+    infinite = torch.tensor([torch.inf, 0, 0], dtype=X.dtype).expand(2048, 3)
+    torch.testing.assert_close(chooses(zero), infinite)
+    expected = torch.stack([0.5 / X[0].sqrt(), 2 * X[1], 2 * X[2]]).expand(2048, 3)
+    torch.testing.assert_close(derive(X), expected)
+    torch.testing.assert_close(chooses(X), expected)
+
+
+def test_columns_of_what_requires_gradients_later_are_differentiable() -> None:
+    weight = W.clone()
+    derive = settled(jacfunc.jacfwd(lambda x: torch.tanh(weight @ x)))
+    assert served(derive)
+    weight.requires_grad_()
+    for _ in range(CALLS):
+        jacobian = derive(X)
+        assert jacobian.requires_grad
+    (grad,) = torch.autograd.grad(jacobian.sum(), weight)
+    expected = lambda w: ((1 - torch.tanh(w @ X) ** 2)[:, None] * w).sum()  # noqa: E731
+    torch.testing.assert_close(grad, looped_jacobian(expected, W))
+    with torch.no_grad():
+        for _ in range(CALLS):
+            assert not derive(X).requires_grad
+
+
+def test_other_outputs_of_columns_are_taken_anew() -> None:
+    mode = "vector"
+
+    def f(x: Tensor) -> Any:
+        returned = {
+            "vector": lambda: B @ x,
+            "scalar": lambda: x.sum(),
+            "dict": lambda: {"a": W @ x},
+            "twice": lambda: torch.stack([W @ x, W @ x]),
+            "branch": lambda: B @ x if x.sum() > 0 else W @ x,
+        }
+        return returned[mode]()
+
+    derive = settled(jacfunc.jacfwd(f))
+    for name, expected in (
+        ("scalar", torch.ones_like(X)),
+        ("dict", {"a": W}),
+        ("vector", B),
+        ("twice", torch.stack([W, W])),
+        ("branch", B),
+        ("vector", B),
+    ):
+        mode = name
+        torch.testing.assert_close(derive(X), expected)
+    random = settled(jacfunc.jacfwd(lambda x: (B @ x) * (torch.rand(6) if mode == "random" else 1)))
+    assert served(random)
+    mode = "random"
+    with pytest.raises(NotImplementedError, match="random"):
+        random(X)
+
+
+def test_columns_inside_other_transforms_are_taken_anew() -> None:
+    derive = settled(jacfunc.jacfwd(torch.sin))
+    expected = torch.diag(X.cos())
+    assert served(derive)
+    torch.testing.assert_close(torch.vmap(derive)(X[None])[0], expected)
+    tangent = torch.func.jvp(derive, (X,), (X,))[1]
+    torch.testing.assert_close(tangent, torch.diag(-X.sin() * X))
+    derive(at := X.clone().requires_grad_()).sum().backward()
+    torch.testing.assert_close(at.grad, -X.sin())
+
+
+def test_errors_under_columns_are_those_of_a_first_call() -> None:
+    fails = False
+
+    def f(x: Tensor) -> Any:
+        if fails:
+            raise ValueError("of the function")
+        return x.sin()
+
+    derive = settled(jacfunc.jacfwd(f))
+    fails = True
+    with pytest.raises(ValueError, match="of the function"):
+        derive(X)
+    fails = False
+    assert derive(X).equal(torch.diag(X.cos()))
+
+
+def test_settled_columns_in_two_threads() -> None:
+    """Torch has one level of forward mode for all threads."""
+    functions = (lambda x: (B @ x).sin(), lambda x: (W @ x).exp().repeat(4))
+    doors = [settled(jacfunc.jacfwd(f)) for f in functions]
+    expected = [looped_jacobian(f, X) for f in functions]
+
+    def repeated(number: int) -> bool:
+        return all(torch.allclose(doors[number](X), expected[number]) for _ in range(200))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeated, (0, 1)))
