@@ -44,7 +44,7 @@ class MatrixProducts:
         self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
     ) -> None:
         self._at_batch, self._curvature_of = at_batch, curvature_of
-        known = known_products(at_batch.call, at_batch.batching)
+        known = at_batch.products or known_products(at_batch.call, at_batch.batching)
         self._again = ProductsAgain(at_batch, known)
 
     @kept_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -94,29 +94,30 @@ def as_strided(func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]) 
 
 def lies_alone(tensor: Tensor) -> bool:
     """Has the tensor its memory for itself, without overlaps? Then a copy has equal strides."""
-    return _lies_alone(below_transforms(tensor))
+    return _lie_alone([below_transforms(tensor)])[0]
 
 
-def _lies_alone(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided:
-        return True
+def _lie_alone(tensors: Iterable[Tensor]) -> list[bool]:
     with torch._C.DisableTorchFunction():  # or it would count as a read by the user's function
-        return tensor.untyped_storage().nbytes() == tensor.nbytes and 0 not in tensor.stride()
+        return [
+            x.layout != torch.strided
+            or (x.untyped_storage().nbytes() == x.nbytes and 0 not in x.stride())
+            for x in tensors
+        ]
 
 
-def apart(tensors: Iterable[Tensor]) -> list[Tensor]:
+def apart(tensors: Collection[Tensor]) -> list[Tensor]:
     """Copies without a graph, for which :func:`lies_alone` gives what it gives for the tensors.
 
     A function that reads memory by strides could read other entries of a copy. Where a tensor does
     not lie alone, such a function is refused, and so it must be with the copy.
     """
-    copies, lie_alone = [], lies_alone if inside_transform() else _lies_alone
-    for tensor in tensors:
-        copy = tensor.detach().clone()
-        if not lie_alone(tensor):
+    copies = [tensor.detach().clone() for tensor in tensors]
+    alone = _lie_alone(map(below_transforms, tensors) if inside_transform() else tensors)
+    for number, copy in enumerate(copies):
+        if not alone[number]:
             larger = copy.new_empty(copy.numel() + 1)  # so the copy does not lie alone
-            copy = larger.as_strided(copy.shape, copy.stride()).copy_(copy)
-        copies.append(copy)
+            copies[number] = larger.as_strided(copy.shape, copy.stride()).copy_(copy)
     return copies
 
 

@@ -16,6 +16,7 @@ from jacfunc._torch import PULLED, function_modes
 Args: TypeAlias = tuple[Any, ...]
 
 _PLAIN = frozenset({bool, int, float, str, torch.dtype, type(None), type(...)})
+_ROWS = frozenset({tuple, list, torch.Size})
 
 _APART: dict[Any, str] = {-2: "minus two"}
 """Python gives -1 and -2 the same hash: in signatures, which are hashes, a word stands for -2."""
@@ -148,6 +149,10 @@ class OperationRecorder(TorchFunctionMode):
             if kind in _PLAIN:
                 operations += (_APART[value],) if value in _APART else (value,)
                 continue
+            if kind in _ROWS and _PLAIN.issuperset(map(type, value)):  # as strides are
+                operations.append(len(value))
+                operations.extend(map(_APART.get, value, value))
+                continue
             if tracked and id(value) in tracked:
                 is_tracked = True
             elif kind is not Tensor:
@@ -158,11 +163,7 @@ class OperationRecorder(TorchFunctionMode):
             elif self.arguments is not None:
                 tensors += tensors_in((value,))
         if func in TELLING:
-            self.reads_values |= func in READING
-            self.reads_values |= func in LEAVING and torch.is_grad_enabled()
-            self.moves_samples |= func in MOVING or (
-                func in CHOOSING and _is_chosen_by_tensor(args)
-            )
+            self._note_telling(func, args)
         if self.arguments is not None:
             self.arguments[number] = tensors
         if is_tracked or func in self._noticed:
@@ -173,6 +174,12 @@ class OperationRecorder(TorchFunctionMode):
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
+
+    def _note_telling(self, func: Any, args: Args) -> None:
+        is_read = func in READING or (func in LEAVING and torch.is_grad_enabled())
+        is_chosen = func in CHOOSING and _is_chosen_by_tensor(args)
+        self.reads_values |= is_read
+        self.moves_samples |= func in MOVING or is_chosen
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

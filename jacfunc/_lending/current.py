@@ -162,9 +162,10 @@ def copied(state: ModuleState, casting: Casting | None = None) -> ModuleState:
     if state.is_copy:
         return state if casting is None else replace(state, casting=casting)
     every = (*state.params.values(), *state.hidden.values(), *state.buffers.values())
-    new: dict[int, Any] = {id(x): x for x in every}
+    new: dict[int, Any] = dict(zip(map(id, every), every, strict=True))
     # values to differentiate at may be no parameters of the module
-    known = new | {id(x): x for x in state.point.values()}
+    point = state.point.values()
+    known = new | dict(zip(map(id, point), point, strict=True))
     with recording():  # graphs of attributes tell what was computed before
         copies = dict(zip(known, apart(known.values()), strict=True))
         # identities, and how often torch has written into each
@@ -173,7 +174,7 @@ def copied(state: ModuleState, casting: Casting | None = None) -> ModuleState:
             state,
             parts={n: part.copied(new) if part.plain else part for n, part in state.parts.items()},
             beside=[part.copied(new) if part.plain else part for part in state.beside],
-            point={name: copies[id(x)] for name, x in state.point.items()},
+            point=dict(zip(state.point, map(copies.__getitem__, map(id, point)), strict=True)),
             copies=copies,
             copied_versions=dict(zip(map(id, copies.values()), versions, strict=True)),
             is_copy=True,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from jacfunc._lock import kept_property
 from jacfunc._types import product_dtype
 
 Settings: TypeAlias = Mapping[str, Any]
@@ -85,18 +85,15 @@ class OfClasses:
         H does not see what all classes of a row have in common: that is taken away first, so that
         nothing cancels where one class is almost certain.
         """
-        product, dim = torch.empty_like(vector), 1 - self.logits.dim()
-        every = self.logits, self._factors, vector, product
-        for logits, factors, part, into in row_pieces(dim, *every):
-            p = logits.softmax(dim, dtype=factors.dtype)
-            part = part.to(p.dtype)
-            likeliest = p.argmax(dim, keepdim=True).expand_as(part.narrow(dim, 0, 1))
-            part = part - part.gather(dim, likeliest)
-            part -= (p * part).sum(dim, keepdim=True)
-            into.copy_(part.mul_(p).mul_(factors))
+        every, dim = (self.logits, self._factors, vector), 1 - self.logits.dim()
+        if vector.numel() <= AT_ONCE:
+            return _rows_times(dim, *every).to(vector.dtype)
+        product = torch.empty_like(vector)
+        for *pieces, into in row_pieces(dim, *every, product):
+            into.copy_(_rows_times(dim, *pieces))
         return product
 
-    @cached_property
+    @kept_property
     def _factors(self) -> Tensor:
         """``a [B, 1, …]``, in the dtype in which products are computed."""
         targets, settings, size = self.targets, self.settings, self.logits.shape[1]
@@ -138,6 +135,16 @@ class OfClasses:
         blocks = p.new_zeros((size, classes, positions, positions, columns.shape[-1]))
         blocks.diagonal(0, 2, 3).copy_(columns.permute(0, 2, 3, 1))
         return blocks.view(size, classes * positions, -1)
+
+
+def _rows_times(dim: int, logits: Tensor, factors: Tensor, vector: Tensor) -> Tensor:
+    """``H u`` of some rows, new and in the dtype of the factors."""
+    p = logits.softmax(dim, dtype=factors.dtype)
+    likeliest = p.argmax(dim, keepdim=True).expand_as(vector.narrow(dim, 0, 1))
+    u = vector.to(p.dtype)
+    u = u - u.gather(dim, likeliest)
+    # p (u - Σ p u) in one call: the pullback of a softmax
+    return torch._softmax_backward_data(u, p.expand_as(u), dim, p.dtype).mul_(factors)
 
 
 def _triangles(p: Tensor, factors: Tensor) -> Tensor:

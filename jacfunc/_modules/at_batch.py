@@ -106,8 +106,7 @@ class ModuleAtBatch:
     budget: Budget
     keeps_all: bool = False
     api: str = field(init=False)
-    params: dict[str, Tensor] = field(init=False)
-    """The chosen parameters, by name."""
+    params: dict[str, Tensor] = field(init=False)  # those that are chosen, by name
     size: int = field(init=False)
     """How many samples there are."""
     random_state: RandomState = field(init=False)
@@ -116,12 +115,13 @@ class ModuleAtBatch:
     """The call of a sample that was evaluated last: it has the trees of the output."""
     is_lent_once: bool = True
     evaluations: Evaluations = field(default_factory=Evaluations)
-    _thread: int | None = None
-    """The thread for which it is undisturbed."""
+    _thread: int | None = None  # for which it is undisturbed
 
     def __post_init__(self) -> None:
         self._settled = settled_at(self.call, self.batching)
-        settled = self._settled or known_products(self.call, self.batching).settled
+        self.products = None if self._settled else known_products(self.call, self.batching)
+        settled = self._settled or (self.products and self.products.settled)
+        self._is_settled = settled is not None
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
         self.api, self.params = self.call.api, self.call.state.point
@@ -148,7 +148,7 @@ class ModuleAtBatch:
 
     @contextmanager
     def _from_outside(self) -> Iterator[None]:
-        with self.call.undisturbed(self._settled is not None):
+        with self.call.undisturbed(self._is_settled):
             self._thread = get_ident()
             try:
                 self.random_state.repeat()

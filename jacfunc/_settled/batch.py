@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
+from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
 from jacfunc._settled.sources import Sources
 from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_WORKS, Beside, KnownWork, Work
@@ -210,9 +211,9 @@ class SettledBatch:
         state: ModuleState,
         x: Tensor,
         sources: Sources | None = None,
-        uses: Mapping[int, Any] | None = None,
+        reads: Reads | None = None,
     ) -> RepeatedEvaluation:
-        how = self.learned, self.by_layers, self.by_inputs, sources, uses
+        how = self.learned, self.by_layers, self.by_inputs, sources, reads
         own = RepeatedEvaluation(self.params(state), x, *how)
         own.recorder.pulls_many = self.is_batchable
         return own

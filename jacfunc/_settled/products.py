@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from jacfunc._errors import UnseenWrite
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import is_unwatched
 from jacfunc._lending import ModuleState, Version
@@ -19,13 +20,9 @@ from jacfunc._remembered import Remembered
 from jacfunc._rounding import agree
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, SettledBatch
+from jacfunc._settled.reads import Reads
 from jacfunc._settled.sources import MOST_BYTES, Sources
-from jacfunc._settled.sweeps import (
-    FEWEST_CALLS,
-    MOST_MISSES,
-    Sweep,
-    evaluated_with_sources,
-)
+from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_MISSES, Sweep, evaluated_with_sources
 from jacfunc._torch import RandomState, is_undisturbed
 from jacfunc._trees import kind_of
 from jacfunc._types import Leaves
@@ -80,15 +77,18 @@ class KnownProducts:
         settled, push, pull = self._written
 
         def made() -> WrittenPoint | None:
-            evaluated = evaluated_with_sources(settled, state, x)
+            evaluated = evaluated_with_sources(settled, state, x, push.reads)
             if evaluated is None or not push.holds_for(evaluated):
                 return None
             own, sources, out = evaluated
             sources.arguments.clear()  # they are compared now, and would be kept with the point
-            reads = own.recorder.reads_values
-            return None if reads else WrittenPoint(push, pull, sources, out)
+            return None if own.recorder.reads_values else WrittenPoint(push, pull, sources, out)
 
-        return settled.tried(made, random_state)
+        try:
+            return settled.tried(made, random_state)
+        except UnseenWrite:
+            push.reads = Reads({}, set())  # later evaluations get copies again
+            raise
 
 
 class WrittenPoint(NamedTuple):
@@ -213,9 +213,9 @@ def _written(
     # what Python reads may lead a batch another way than its samples, which others look for
     if first is None or first[0].recorder.reads_values:
         return None
-    push = Sweep(first, tangents, _pushed, settled.learned)
-    pull = Sweep(first, cotangents, _pulled, settled.learned)
-    second = evaluated_with_sources(settled, state, x)
+    push = Sweep(first, tangents, _pushed)
+    pull = Sweep(first, cotangents, _pulled)
+    second = evaluated_with_sources(settled, state, x, push.reads)
     if second is None or not push.fits(second, tangents, cotangents):
         return None
     return (settled, push, pull) if pull.fits(second, cotangents, pulled) else None

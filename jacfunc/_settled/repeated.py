@@ -34,6 +34,7 @@ from jacfunc._linear_map import (
     map_of_graph,
     writable_copy,
 )
+from jacfunc._settled.reads import Reads
 from jacfunc._settled.sources import Sources
 from jacfunc._torch import Graphs, Pull
 from jacfunc._types import Leaves
@@ -48,12 +49,12 @@ class PlainRecorder(OperationRecorder):
 
     Args:
         lent: identities of parameters that are no copies.
-        uses: operations that are known to read such a parameter alone, by their numbers.
+        reads: operations that are known to read such a parameter alone, by their numbers.
     """
 
-    def __init__(self, lent: Container[int] = (), uses: Mapping[int, Any] | None = None) -> None:
+    def __init__(self, lent: Container[int] = (), reads: Mapping[int, Any] | None = None) -> None:
         super().__init__(None, _REFUSED, lent)
-        self._uses, self._openings = uses or {}, table().openings
+        self._reads, self._openings = reads or {}, table().openings
 
     def call(
         self,
@@ -68,7 +69,7 @@ class PlainRecorder(OperationRecorder):
         if is_tracked and func in self._openings:  # as where uses were looked for
             with self:
                 return self._openings[func](*args, **kwargs)
-        if is_tracked and func not in METADATA and self._uses.get(number) is not func:
+        if is_tracked and func not in METADATA and self._reads.get(number) is not func:
             raise Refused("a parameter that is no copy may be written into")
         # nobody reads what retain_grad keeps, and a second sweep would add to that
         return None if func is Tensor.retain_grad else func(*args, **kwargs)
@@ -88,8 +89,8 @@ class RepeatedEvaluation:
             they are, which one sample alone allows.
         by_inputs: is it differentiated by ``x``, too?
         sources: where the tensors that a sweep may read are kept, if they are.
-        uses: the operations that use parameters, by their numbers, if they are known; else they
-            are looked for.
+        reads: what is known of the operations that use parameters; else they are looked for, if
+            it is differentiated by layers.
     """
 
     def __init__(
@@ -100,13 +101,13 @@ class RepeatedEvaluation:
         by_layers: bool,
         by_inputs: bool,
         sources: Sources | None = None,
-        uses: Mapping[int, Any] | None = None,
+        reads: Reads | None = None,
     ) -> None:
         count, self._size, self._learned = len(params), x.shape[0], learned
-        self._lent = lent = learned.lent if by_layers else set[int]()
+        self._lent = lent = learned.lent if by_layers else reads.lent if reads else set[int]()
         primals = map(Tensor.clone, params) if any(map(Tensor.is_inference, params)) else params
         self.handles = anchors = [*map(Tensor.requires_grad_, map(Tensor.detach, primals))]
-        if lent and uses is None:  # rules pull back to what each use gets
+        if lent and reads is None:  # rules pull back to what each use gets
             self.handles = [*map(Tensor.view_as, anchors, anchors)]
         if len(lent) < count:
             pairs = enumerate(zip(self.handles, anchors, strict=True))
@@ -120,17 +121,18 @@ class RepeatedEvaluation:
         self.starts: dict[Any, int] = dict(zip(marks, range(len(marks)), strict=True))
         self.first = Graphs.num_nodes()
         self.recorder: OperationRecorder
-        if by_layers and uses is None:
+        if by_layers and reads is None:
             self.recorder = use_recorder(anchors, self.handles, self.starts, learned, self._size)
         else:
-            self.recorder = PlainRecorder({*map(id, map(self.handles.__getitem__, lent))}, uses)
+            ids = {*map(id, map(self.handles.__getitem__, lent))}
+            self.recorder = PlainRecorder(ids, reads and reads.operations)
         if sources is not None:
             self.recorder.arguments = sources.arguments
             self._versions = [*map(_VERSION, self.handles)]
         # the function may write into these; where uses are known, nothing is pulled back
         self._direct = [] if by_layers else [Direct(number, None) for number in range(count)]
         self._direct += [Direct(count)] if by_inputs else []
-        direct = self._direct if uses is None else ()
+        direct = self._direct if reads is None else ()
         self._anchors = [Anchor.behind(every[each.number]) for each in direct]
 
     def check_unwritten(self) -> None:
@@ -142,6 +144,15 @@ class RepeatedEvaluation:
         now, before = [*map(_VERSION, self.handles)], self._versions
         if now != before and any(now[n] != before[n] for n in self._lent):
             raise UnseenWrite(UNSEEN_WRITE)
+
+    def reads(self, arguments: Mapping[int, Sequence[Tensor]]) -> Reads:
+        """Operations that have read parameters, by the tensors that operations got, by numbers."""
+        if isinstance(self.recorder, UseRecorder):
+            uses = [use.key[0] for use in self.recorder.uses]
+            return Reads({n: self._learned.uses[n].func for n in uses}, self._lent)
+        versions = [handle._version for handle in self.handles]
+        written = [n for n, version in enumerate(versions) if version != self._versions[n]]
+        return Reads.of(self.recorder.operations, arguments, self.handles, written)
 
     def pull(self, around: tuple[Any, ...]) -> Pull:
         """The pullback that follows, as a watch of the evaluation must know it."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._settled.outline import outline
+from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sources import MOST_BYTES, MOST_KEPT, Sources
 from jacfunc._torch import MathAttention, recording
@@ -53,21 +54,19 @@ class Sweep:
         evaluated: one of these evaluations, in which uses of parameters were looked for.
         beside: the tensors that the work takes beside.
         work: makes the result.
-        learned: of the uses of parameters.
 
     Raises:
         Nameless: if it can't be written down.
     """
 
-    def __init__(
-        self, evaluated: Evaluated, beside: Leaves, work: Work, learned: LearnedUses
-    ) -> None:
+    def __init__(self, evaluated: Evaluated, beside: Leaves, work: Work) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
         if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_samples:
             raise Nameless("the next evaluation may have another graph")
-        uses = recorder.uses if isinstance(recorder, UseRecorder) else ()
-        self.uses = {number: learned.uses[number].func for number, _ in (use.key for use in uses)}
+        self.reads = own.reads(sources.arguments)
+        # without layers parameters are read where autograd has saved them alone
+        self._layers = [*self.reads.operations] if isinstance(recorder, UseRecorder) else []
         leaves = self._leaves(sources, (out, *beside))
 
         def made() -> Leaves:
@@ -117,7 +116,7 @@ class Sweep:
 
     def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
         """All that the work may read, in one order for all evaluations of the kind."""
-        arguments = map(sources.arguments.get, self.uses, repeat(()))
+        arguments = map(sources.arguments.get, self._layers, repeat(()))
         return (*sources.saved, *chain.from_iterable(arguments), *others)
 
 
@@ -133,7 +132,7 @@ class Evaluator(Protocol):
         state: ModuleState,
         x: Tensor,
         sources: Sources | None = None,
-        uses: Mapping[int, Any] | None = None,
+        reads: Reads | None = None,
     ) -> RepeatedEvaluation:
         """What the module gets in one more evaluation."""
 
@@ -175,7 +174,7 @@ class KnownWork:
     ) -> Leaves | None:
         """The result of one more evaluation by the sweep; None where that does not hold."""
         assert self.sweep is not None
-        result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.uses)
+        result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.reads)
         if evaluated is not None:
             own, _, out = evaluated
             if settled.is_alone or knows(settled.learned, own.recorder, compared):
@@ -195,8 +194,8 @@ class KnownWork:
         if first is None:
             return
         try:
-            sweep = Sweep(first, beside, self.work, settled.learned)
-            second = evaluated_with_sources(settled, state, x, sweep.uses)
+            sweep = Sweep(first, beside, self.work)
+            second = evaluated_with_sources(settled, state, x, sweep.reads)
             if second is not None and sweep.fits(second, beside, result):
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
@@ -204,12 +203,12 @@ class KnownWork:
 
 
 def evaluated_with_sources(
-    settled: Evaluator, state: ModuleState, x: Tensor, uses: Mapping[int, Any] | None = None
+    settled: Evaluator, state: ModuleState, x: Tensor, reads: Reads | None = None
 ) -> Evaluated | None:
     """An evaluation of which all is kept that a sweep may read; None if it returns otherwise.
 
     Args:
-        uses: the operations that use parameters, if they are known; else they are looked for.
+        reads: what is known of the operations that use parameters; else they are looked for.
 
     Raises:
         UnseenWrite: if a parameter that is no copy was written into.
@@ -218,7 +217,7 @@ def evaluated_with_sources(
         return None
     sources = Sources()
     with recording(), MathAttention():
-        own = settled.repeated(state, x, sources, uses)
+        own = settled.repeated(state, x, sources, reads)
         with sources.saving():
             out = settled.run(state, x, own, own.recorder)
     own.check_unwritten()

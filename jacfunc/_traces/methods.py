@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from jacfunc._torch import fast_linear
+from jacfunc._torch import Graphs, fast_linear
 
 MANY_PRODUCTS = 2**23
 """Of so many multiplications it pays to look whether another product is faster."""
@@ -53,6 +53,8 @@ def by_methods(graph: GraphModule) -> GraphModule:
     """A graph that computes what this one does, by methods in the place of operators."""
     methods = Graph()
     methods.output(methods.graph_copy(graph.graph, {}))
+    every = [*methods.nodes]
+    _with_sums_of_products(methods)
     for node in methods.nodes:
         if _is_large_product(node):
             left, right = node.args
@@ -63,9 +65,53 @@ def by_methods(graph: GraphModule) -> GraphModule:
             node.op, node.target = "call_method", name
         else:
             node.target = _FUNCTIONS.get(node.target, node.target)
-    for node in methods.nodes:
+    for node in (*every, *methods.nodes):
         node.meta.clear()
     return GraphModule(graph, methods)
+
+
+def _with_sums_of_products(graph: Graph) -> None:
+    """Take a product and a sum that alone takes it as one operator, as torch's layers do."""
+    product = None
+    for node in graph.nodes:
+        if Graphs.writes(node):
+            product = None  # it may write into the factors
+        elif node.target is _ATEN.mm.default and not _is_large_product(node):
+            product = node
+        elif product is not None and _is_its_sum(node, product):
+            (other,) = [x for x in node.args if x is not product]
+            with graph.inserting_before(node):
+                args = _unexpanded(other), *product.args
+                total = graph.call_function(_ATEN.addmm.default, args)
+            total.meta["val"], product = node.meta["val"], None
+            node.replace_all_uses_with(total)
+    graph.eliminate_dead_code()
+
+
+def _is_its_sum(node: Node, product: Node) -> bool:
+    """Is it the sum of a product, which nobody else takes, and of a matrix or row like it?"""
+    if node.target is not _ATEN.add.Tensor or node.kwargs or [*product.users] != [node]:
+        return False
+    values: Any = [x.meta.get("val") if isinstance(x, Node) else None for x in node.args]
+    total = node.meta.get("val")
+    are_matrices = all(isinstance(x, Tensor) and x.dim() == 2 for x in (total, *values))
+    return are_matrices and len({*node.args}) == 2 and _kind(values[0]) == _kind(values[1])
+
+
+def _kind(value: Any) -> Any:
+    return value.shape, value.dtype
+
+
+def _unexpanded(node: Any) -> Node:
+    """The row that a matrix of equal rows was made of, as torch adds it to each row."""
+    if node.target is _ATEN.expand.default:
+        node = node.args[0]
+    if node.target in (_ATEN.view.default, _ATEN.reshape.default):
+        shapes = [x.meta["val"].shape for x in (node, node.args[0])]
+        if shapes[0] == (1, *shapes[1]):
+            node = node.args[0]
+    result: Node = node
+    return result
 
 
 def _is_large_product(node: Node) -> bool:

@@ -52,6 +52,7 @@ def written_down(work: Callable[[], Leaves], sources: Leaves, most_bytes: int) -
     if tape.failure is not None:  # the work may have caught it, and gone another way
         raise tape.failure
     tape.graph.output(tuple(map(tape.node_of, results)))
+    tape.forget_what_nobody_reads()
     return GraphModule(torch.nn.Module(), tape.graph)
 
 
@@ -64,6 +65,8 @@ class _Tape(DispatchMode):
         self.graph = Graph()
         self._nodes: dict[Place, Node] = {}
         self._by_memory: dict[int, list[Node]] = {}
+        self._written: dict[Node, list[Node]] = {}
+        """For each operator that writes, all nodes in the memory that it writes into."""
         self._kept: list[Any] = [sources]
         self._bytes_left = most_bytes
         self.failure: Nameless | None = None
@@ -176,10 +179,28 @@ class _Tape(DispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             tensor = args[number] if number < len(args) else kwargs[argument.name]
-            for sharing in self._by_memory[tensor.untyped_storage().data_ptr()]:
+            in_memory = self._by_memory[tensor.untyped_storage().data_ptr()]
+            self._written.setdefault(node, []).extend(in_memory)
+            for sharing in in_memory:
                 sharing.meta["is_written"] = True
                 if sharing.op == "placeholder":
                     raise Nameless(f"{node.target} writes into what comes from outside")
+
+    def forget_what_nobody_reads(self) -> None:
+        """Leave out operators whose results go nowhere, and writes into what is read no more.
+
+        Torch's second derivatives compute more than was asked for, and add it up in place.
+        """
+        numbers = {node: number for number, node in enumerate(self.graph.nodes)}
+        for node in reversed(self.graph.nodes):
+            written = self._written.get(node)
+            is_kept = node.is_impure() if written is None else False
+            if node.users or is_kept:
+                continue
+            readers = [user for sharing in written or () for user in sharing.users]
+            if all(numbers[reader] <= numbers[node] for reader in readers):
+                node.meta.clear()  # it holds what was computed
+                self.graph.erase_node(node)
 
 
 def _place_of(tensor: Tensor) -> Place:

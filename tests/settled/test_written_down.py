@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,83 @@ def test_reductions_are_those_of_what_has_the_shape(
         torch.testing.assert_close(run((other,))[0], work(other))
     total = lambda a: a.view(shape).sum(dims or None, keepdim=keepdim)  # noqa: E731
     torch.testing.assert_close(executable(lambda: (total(a),), a)((other,))[0], total(other))
+
+
+def test_what_nobody_reads_is_left_out_with_what_is_added_to_it() -> None:
+    a, other = torch.randn(3, 4), torch.randn(3, 4)
+
+    def work(a: Tensor) -> tuple[Tensor, ...]:
+        wave, lost = a.sin(), a.cos()
+        lost.add_(wave.exp()).mul_(2)
+        lost.view(-1)[2:].sub_(1)
+        return (wave.mul_(3),)
+
+    run = executable(lambda: work(a), a)
+    assert operators(run) == ["aten.sin.default", "aten.mul_.Tensor"]
+    assert torch.equal(run((other,))[0], other.sin() * 3)
+
+
+def test_what_is_written_stays_where_a_view_is_read_later() -> None:
+    a, other = torch.randn(3, 4), torch.randn(3, 4)
+
+    def work(a: Tensor) -> tuple[Tensor, ...]:
+        wave, kept = a.sin(), a.cos()
+        row, part = wave[1], kept[:2]
+        wave.mul_(2)  # the result of the call itself goes nowhere
+        part.add_(1)
+        kept.mul_(3)
+        return row.exp(), kept[:1] * 1
+
+    run = executable(lambda: work(a), a)
+    assert sum("_." in name for name in operators(run)) == 3
+    for result, expected in zip(run((other,)), work(other), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def called(run: Executable) -> list[str]:
+    """What the graph calls in the end."""
+    nodes: Any = run._run
+    return [str(n.target) for n in nodes.__self__.graph.nodes if n.op.startswith("call")]
+
+
+SUMS: dict[str, Callable[..., Tensor]] = {
+    "a row": lambda a, b, c, d: a @ b + d.view(1, 5).expand(3, 5),
+    "a row of ones in front": lambda a, b, c, d: d.expand(3, 5) + a @ b,
+    "a column": lambda a, b, c, d: a @ b + c[:, :1].expand(3, 5),
+    "a matrix": lambda a, b, c, d: c + a @ b,
+    "products": lambda a, b, c, d: c + a @ b + a.sin() @ b,
+}
+
+
+@pytest.mark.parametrize("total", SUMS.values(), ids=SUMS)
+def test_a_product_is_added_as_it_is_taken(total: Callable[..., Tensor]) -> None:
+    draw = lambda: [torch.randn(s).double() for s in ((3, 4), (4, 5), (3, 5), (5,))]  # noqa: E731
+    sources, others = draw(), draw()
+    run = executable(lambda: (total(*sources),), *sources)
+    torch.testing.assert_close(run(tuple(others))[0], total(*others))
+    names = called(run)
+    assert "addmm" in names
+    assert not {"mm", "add", "expand"} & {*names}
+
+
+OTHER_SUMS: dict[str, Callable[..., Tensor]] = {
+    "of the product alone": lambda a, b, c, d: (p := a @ b) + p,
+    "with a factor": lambda a, b, c, d: torch.add(c, a @ b, alpha=2),
+    "that others take, too": lambda a, b, c, d: (p := a @ b) + c + p.sin(),
+    "of factors that are written into": lambda a, b, c, d: written_late(a * 1, b, c),
+}
+
+
+def written_late(factor: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    product = factor @ b
+    factor.mul_(2)
+    return c + product + factor.sum()
+
+
+@pytest.mark.parametrize("total", OTHER_SUMS.values(), ids=OTHER_SUMS)
+def test_other_sums_stay_as_they_are(total: Callable[..., Tensor]) -> None:
+    draw = lambda: [torch.randn(s).double() for s in ((3, 4), (4, 5), (3, 5), (5,))]  # noqa: E731
+    sources, others = draw(), draw()
+    run = executable(lambda: (total(*sources),), *sources)
+    torch.testing.assert_close(run(tuple(others))[0], total(*others))
+    assert "addmm" not in called(run)
