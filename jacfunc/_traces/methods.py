@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -54,7 +52,9 @@ def by_methods(graph: GraphModule) -> GraphModule:
     methods = Graph()
     methods.output(methods.graph_copy(graph.graph, {}))
     for node in methods.nodes:
-        if _is_large_product(node):
+        if _is_outer(node):  # torch multiplies numbers faster than matrices of one column
+            node.op, node.target = "call_method", "mul"
+        elif _is_large_product(node):
             left, right = node.args
             with methods.inserting_before(node):
                 node.args = left, methods.call_method("t", (right,))
@@ -68,10 +68,21 @@ def by_methods(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, methods)
 
 
+def _is_outer(node: Node) -> bool:
+    """Is it a product of a column and a row?"""
+    factors = _factors_of(node)
+    return factors is not None and factors[0].shape[1] == 1
+
+
 def _is_large_product(node: Node) -> bool:
     """Is it a product of large matrices, whose sizes are known?"""
-    values: Any = [x.meta.get("val") for x in node.args if isinstance(x, Node)]
-    if node.target is not _ATEN.mm.default or not all(isinstance(x, Tensor) for x in values):
-        return False
-    left, right = values
-    return bool(left.numel() * right.shape[1] >= MANY_PRODUCTS)
+    factors = _factors_of(node)
+    return factors is not None and factors[0].numel() * factors[1].shape[1] >= MANY_PRODUCTS
+
+
+def _factors_of(node: Node) -> tuple[Tensor, Tensor] | None:
+    """The factors of a product of matrices, if their sizes are known."""
+    if node.target is not _ATEN.mm.default:
+        return None
+    left, right = [x.meta.get("val") for x in node.args if isinstance(x, Node)]
+    return (left, right) if isinstance(left, Tensor) and isinstance(right, Tensor) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from jacfunc._errors import Nameless
 from jacfunc._traces import Compiler, Executable
 from jacfunc._traces.tape import written_down
+from tests.house.calls import num_calls
 
 MUCH = 2**20
 
@@ -189,3 +191,27 @@ def test_reductions_are_those_of_what_has_the_shape(
         torch.testing.assert_close(run((other,))[0], work(other))
     total = lambda a: a.view(shape).sum(dims or None, keepdim=keepdim)  # noqa: E731
     torch.testing.assert_close(executable(lambda: (total(a),), a)((other,))[0], total(other))
+
+
+def test_tensors_without_entries_may_come_from_anywhere() -> None:
+    nothing, a, other = torch.empty(0, 2), torch.randn(3, 2), torch.randn(3, 2)
+    run = executable(lambda: (torch.cat([a.exp(), nothing]), nothing), a)
+    joined, none = run((other,))
+    assert torch.equal(joined, other.exp())
+    assert none.shape == (0, 2)
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_a_column_times_a_row_is_no_product_of_matrices(inner: int) -> None:
+    draw = lambda: (torch.randn(5, inner), torch.randn(3, inner))  # noqa: E731
+    (a, b), (x, y) = draw(), draw()
+    run = executable(lambda: (a.sin() @ b.cos().T,), a, b)
+    run((x, y))
+
+    def is_product(frame: Any, event: str, function: Any) -> bool:
+        return event == "c_call" and getattr(function, "__name__", "") == "mm"
+
+    assert num_calls(lambda: run((x, y)), is_product) == inner - 1
+    (result,) = run((x, y))
+    torch.testing.assert_close(result, x.sin() @ y.cos().T)
+    assert result.is_contiguous()
