@@ -227,9 +227,10 @@ class SettledBatch:
         """What the module returns; None if it is not like what it has returned before."""
         chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
         if self.is_watched:
-            around = ALONE if self.is_plain else PLAIN
-            watch = NestedWatch(own.pull(around), primals=own.primals)
+            watch = NestedWatch(own.pull(ALONE if self.is_plain else PLAIN), primals=own.primals)
         with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
+            if state.buffers:
+                own.recorder.begin(state.module, state.buffers.values())
             out = run_as_written(state.module, own.x)
         if watch is not None:
             watch.check_copies((*self.params(state), x) if self.by_inputs else self.params(state))

@@ -173,6 +173,7 @@ class RepeatedEvaluation:
             derived,
             signature=recorder.signature,
             moves_samples=recorder.moves_samples,
+            moves_unseen=recorder.moves_unseen,
             reads_values=recorder.reads_values,
         )
 
@@ -183,7 +184,9 @@ def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> 
     Args:
         compared: signatures of evaluations after which batches were compared.
     """
-    if seen.moves_samples or learned.moves_samples or learned.others:
+    if learned.moves_samples or learned.others:
+        return False
+    if seen.moves_samples and not learned.knows_moves(seen):
         return False
     if learned.mixes and not seen.reads_values:
         return False

@@ -63,7 +63,7 @@ class Sweep:
     ) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
-        if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_samples:
+        if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_unseen:
             raise Nameless("the next evaluation may have another graph")
         uses = recorder.uses if isinstance(recorder, UseRecorder) else ()
         self.uses = {number: learned.uses[number].func for number, _ in (use.key for use in uses)}
