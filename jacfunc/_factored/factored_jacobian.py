@@ -76,6 +76,7 @@ class FactoredJacobian:
         rest: another map of the same outputs' cotangents, and what it leads to directly.
         signature: equal for evaluations that called the same operations.
         moves_samples: were numbers moved to where other numbers say?
+        moves_unseen: are these other numbers not all in the signature?
         reads_values: did Python read numbers, so that they may tell which operations run?
     """
 
@@ -88,6 +89,7 @@ class FactoredJacobian:
     rest: tuple[Pullbacks, Sequence[Direct]] | None = None
     signature: int = 0
     moves_samples: bool = False
+    moves_unseen: bool = False
     reads_values: bool = False
     outputs: Leaves = field(init=False)
     """The outputs of all samples, ``[B, *out]``."""

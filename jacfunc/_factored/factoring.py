@@ -141,6 +141,7 @@ def _evaluated(
         recorder.derived.by_number,
         signature=recorder.signature,
         moves_samples=recorder.moves_samples,
+        moves_unseen=recorder.moves_unseen,
         reads_values=recorder.reads_values,
     )
     return jacobian, met - {primal.number for primal in direct}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from jacfunc._factored.use import KnownUse
-from jacfunc._layouts import Sites
+from jacfunc._layouts import Sites, WhatWasSeen
 from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
 
 
@@ -28,8 +29,10 @@ class LearnedUses:
         signatures: of the evaluations that these were learned from.
         uses: operations with rules, by number.
         hooked: numbers of operations whose results have hooks, which a pullback to these passes by.
-        moves_samples: were numbers moved to where other numbers say? Then layouts may change with
-            the numbers.
+        moves_samples: were numbers moved to where other numbers say, which were not compared
+            before? Then layouts may change with the numbers.
+        compared_moves: signatures of evaluations that moved numbers to where numbers in these say,
+            and after which batches were compared.
         mixes: may operations mix the samples, though the outputs did not show it?
         looked_at: signatures of plain evaluations of which that was seen.
         lessons: how often they were learned.
@@ -45,6 +48,7 @@ class LearnedUses:
     uses: dict[int, KnownUse] = field(default_factory=dict)
     hooked: set[int] = field(default_factory=set)
     moves_samples: bool = False
+    compared_moves: set[int] = field(default_factory=set)
     mixes: bool = False
     looked_at: set[int] = field(default_factory=set)
     lessons: int = 0
@@ -73,6 +77,32 @@ class LearnedUses:
     def restore(self, before: LearnedUses) -> None:
         """Forget what was learned of uses since then."""
         self.others, self.written, self.ruled = before.others, before.written, before.ruled
+
+    def knows_moves(self, seen: WhatWasSeen) -> bool:
+        """Were numbers moved to where others say with which a comparison was made before?"""
+        return seen.signature in self.compared_moves
+
+    def learn_moves(self, seen: WhatWasSeen) -> None:
+        """Take in that batches were compared after an evaluation that has moved numbers."""
+        if seen.moves_unseen or not seen.moves_samples:
+            return
+        if len(self.compared_moves) >= MOST_KINDS:
+            self.compared_moves.clear()
+        self.compared_moves.add(seen.signature)
+
+    def knows(self, seen: WhatWasSeen, compared: Container[int]) -> bool:
+        """Does what was learned of many samples hold for an evaluation with these operations?
+
+        Args:
+            compared: signatures of evaluations after which batches were compared.
+        """
+        if self.moves_samples or self.others:
+            return False
+        if seen.moves_samples and not self.knows_moves(seen):
+            return False
+        if self.mixes and not seen.reads_values:
+            return False
+        return seen.signature in self.signatures and seen.signature in compared
 
     def learn_sites(self, sites: Sites, signature: int) -> None:
         """Take in where the tensors of one evaluation hold the samples."""

@@ -17,6 +17,6 @@ from jacfunc._layouts.recording import (
     are_among,
     begins,
     ends,
-    tensors_in,
 )
+from jacfunc._layouts.telling import tensors_in
 from jacfunc._layouts.traces import Trace

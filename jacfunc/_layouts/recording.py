@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from numbers import Number
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from jacfunc._layouts.telling import (
+    BARE,
+    CHOOSING,
+    LEAVING,
+    MOVING,
+    MOVING_BY_ITSELF,
+    READING,
+    TELLING,
+    ConstantIntegers,
+    is_chosen_by_tensor,
+    tensors_in,
+)
 from jacfunc._layouts.traces import Listener, OperationCall
-from jacfunc._torch import PULLED, function_modes
+from jacfunc._torch import PULLED, function_modes, untracked
 
 Args: TypeAlias = tuple[Any, ...]
 
@@ -21,41 +33,8 @@ _ROWS = frozenset({tuple, list, torch.Size})
 _APART: dict[Any, str] = {-2: "minus two"}
 """Python gives -1 and -2 the same hash: in signatures, which are hashes, a word stands for -2."""
 
-_BY_INDEX = (
-    *("gather", "take", "take_along_dim", "index_select", "index_add", "index_copy", "index_put"),
-    *("index_fill", "index_reduce", "masked_select", "masked_scatter", "nonzero", "argwhere"),
-    *("scatter", "scatter_add", "scatter_reduce", "unique", "unique_consecutive", "bincount"),
-    *("multinomial", "histc", "put", "index_add_", "index_copy_", "index_put_", "index_fill_"),
-    *("index_reduce_", "masked_scatter_", "scatter_", "scatter_add_", "scatter_reduce_", "put_"),
-)
-MOVING: frozenset[Callable[..., Any]] = frozenset(
-    getattr(place, name) for name in _BY_INDEX for place in (torch, Tensor) if hasattr(place, name)
-)
-"""Operations that move numbers to where other numbers say, maybe to other samples."""
-
 FEWEST_PULLED = 2**11
 """From so many numbers on it pays to look for an operation whose pullback is faster."""
-
-_READ_BY = (
-    *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__"),
-    *("__format__", "__repr__", "item", "tolist"),
-    *("equal", "allclose", "is_nonzero"),
-)
-READING: frozenset[Callable[..., Any]] = frozenset(
-    getattr(place, name) for name in _READ_BY for place in (torch, Tensor) if hasattr(place, name)
-)
-"""Reads of numbers by Python, which may choose by them what to do."""
-
-_LEFT_BY = "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "data_ptr"
-LEAVING: frozenset[Any] = frozenset(getattr(Tensor, name) for name in _LEFT_BY)
-"""Ways to NumPy, and to bare memory. What is computed there has no derivative, so if a graph is
-recorded the function reads the numbers to choose by them. If none is, as in a function with a
-backward pass of its own, it may compute with them."""
-
-CHOOSING: frozenset[Callable[..., Any]] = frozenset([Tensor.__getitem__, Tensor.__setitem__])
-"""Operations that choose entries by numbers, which may be those in a tensor."""
-
-TELLING = MOVING | READING | LEAVING | CHOOSING
 
 
 class WhatWasSeen(Protocol):
@@ -66,6 +45,9 @@ class WhatWasSeen(Protocol):
 
     @property
     def moves_samples(self) -> bool: ...
+
+    @property
+    def moves_unseen(self) -> bool: ...
 
     @property
     def reads_values(self) -> bool: ...
@@ -94,10 +76,14 @@ class OperationRecorder(TorchFunctionMode):
         """Functions that were called, and plain values that they were called with."""
         self.moves_samples = False
         """Has the function moved numbers to where other numbers say?"""
+        self.moves_unseen = False
+        """Are these other numbers not all in the signature?"""
         self.reads_values = False
         """Did Python read numbers?"""
         self.pulls_many = True
         """Are many cotangents pulled back at once? For one, torch's own products are faster."""
+        self._buffers: list[tuple[Tensor, int]] = []
+        self._constants: ConstantIntegers | None = None
         self._is_over = False
 
     @property
@@ -116,9 +102,18 @@ class OperationRecorder(TorchFunctionMode):
         """The result of the operation with this number; does it get a tracked tensor?"""
         return func(*args, **kwargs)
 
-    def begin(self) -> None:
-        """Forget all: only what follows is part of the user's function."""
+    def begin(self, module: nn.Module, buffers: Iterable[Tensor]) -> None:
+        """Forget all: only what follows is part of the user's function, a module's call.
+
+        Args:
+            buffers: those of the module, before it was lent others.
+        """
         self.operations.clear()
+        self._constants, self._buffers = None, []
+        with untracked():
+            if not all(x.is_floating_point() for x in buffers):
+                every = [x for x in module.buffers() if not x.is_floating_point()]
+                self._buffers = [(x, x._version) for x in every if not x.is_inference()]
         if self.arguments is not None:
             self.arguments.clear()
         if self._listener is not None:
@@ -163,7 +158,7 @@ class OperationRecorder(TorchFunctionMode):
             elif self.arguments is not None:
                 tensors += tensors_in((value,))
         if func in TELLING:
-            self._note_telling(func, args)
+            self._note_telling(func, args, kwargs)
         if self.arguments is not None:
             self.arguments[number] = tensors
         if is_tracked or func in self._noticed:
@@ -171,24 +166,36 @@ class OperationRecorder(TorchFunctionMode):
         else:  # the usual case
             is_large = func in PULLED and args and args[0].numel() >= FEWEST_PULLED
             result = (PULLED[func] if is_large and self.pulls_many else func)(*args, **kwargs)
+        kind = type(result)
+        if not result.dtype.is_floating_point if kind is Tensor else kind in (tuple, list):
+            self._known_integers.note(args, kwargs, result)
         if self._listener is not None:
             self._listener.hear(OperationCall(number, func, args, kwargs, result))
         return result
 
-    def _note_telling(self, func: Any, args: Args) -> None:
-        is_read = func in READING or (func in LEAVING and torch.is_grad_enabled())
-        is_chosen = func in CHOOSING and _is_chosen_by_tensor(args)
-        self.reads_values |= is_read
-        self.moves_samples |= func in MOVING or is_chosen
+    @property
+    def _known_integers(self) -> ConstantIntegers:
+        """Made where the first one is met: most modules have none."""
+        if self._constants is None:
+            self._constants = ConstantIntegers(self._buffers)
+        return self._constants
 
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif type(value) in (tuple, list):
-            yield from tensors_in(value)
+    def _note_telling(
+        self, func: Callable[..., Any], args: Args, kwargs: Mapping[str, Any]
+    ) -> None:
+        """Note what numbers tell: what Python does next, or where an operation moves others."""
+        self.reads_values |= func in READING
+        self.reads_values |= func in LEAVING and torch.is_grad_enabled()
+        if func in BARE:
+            self._known_integers.forget()
+        chooses = func in CHOOSING and is_chosen_by_tensor(args)
+        if chooses or func in MOVING:
+            others = args[1:2] if chooses else (*args[1:], *kwargs.values())
+            is_told = func not in MOVING_BY_ITSELF
+            numbers = self._known_integers.numbers_in(others) if is_told else None
+            self.operations.append(numbers)
+            self.moves_samples = True
+            self.moves_unseen |= numbers is None
 
 
 def are_among(values: Iterable[Any], tracked: Container[int], without: Container[int] = ()) -> bool:
@@ -219,19 +226,13 @@ def _note_values(value: Any, operations: list[Any]) -> None:
         operations.append(_APART.get(value, value))
 
 
-def _is_chosen_by_tensor(args: Args) -> bool:
-    """Does a call choose entries of a tensor by the numbers in another one?"""
-    items = args[1] if isinstance(args[1], tuple) else args[1:2]
-    return any(isinstance(item, Tensor | list) for item in items)
-
-
-def begins() -> None:
+def begins(module: nn.Module, buffers: Iterable[Tensor]) -> None:
     """Tell recorders that operations are counted from here, where the user's function begins.
 
     What is done before, to lend a module, may change from one evaluation to the next.
     """
     for recorder in recorders():
-        recorder.begin()
+        recorder.begin(module, buffers)
 
 
 def ends() -> None:

@@ -218,7 +218,7 @@ class ModuleCall:
                     params[name].register_hook(hook)
             followed = (args, kwargs) if params else None
             with state.lent_for_evaluation(params or variables, followed):
-                begins()
+                begins(module, state.buffers.values())
                 output = module(*args, **kwargs)
                 ends()
                 if inside_derivative():  # where no graph is looked at

@@ -83,10 +83,7 @@ class SampledCall:
             return self._in_words(self._vmapped, start, stop, self.random_state())
         random_state = self.random_state()
         refused = LearnedUses.of(self.kind).refused
-        ways = self._ways()
-        if refused:
-            ways = [way for way in ways if _name(way) not in refused]
-        *others, last = ways
+        *others, last = [way for way in self._ways() if _name(way) not in refused]
         with alone():
             for way in others:
                 try:
@@ -167,10 +164,13 @@ class SampledCall:
             self._call_guard(seen, outputs)
 
     def _call_guard(self, seen: WhatWasSeen, outputs: Leaves, start: int = 0) -> None:
-        may_mix = seen.moves_samples or (self.learned_as_a_whole.mixes and not seen.reads_values)
-        # a sample may decide for all, while halves are alike by chance; reads are compared anyway
-        if self.guard and self.guard(seen.signature, may_mix) and outputs and not seen.reads_values:
-            self.check_alone(outputs, start, ROUNDING)
+        learned = self.learned_as_a_whole
+        moves = seen.moves_samples and not learned.knows_moves(seen)
+        may_mix = moves or (learned.mixes and not seen.reads_values)
+        if self.guard and self.guard(seen.signature, may_mix) and outputs:
+            if not seen.reads_values:  # a sample may decide for all, while halves are alike
+                self.check_alone(outputs, start, ROUNDING)
+            learned.learn_moves(seen)
 
     def check_alone(self, outputs: Leaves, start: int = 0, power: float = ALONE_ROUNDING) -> None:
         """Raise Refused unless each sample alone, whose numbers may choose, has these outputs."""

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
+from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, matrix_of
 from jacfunc._settled.sources import Sources
 from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
@@ -42,8 +42,7 @@ class SettledBatch:
         names: of the chosen parameters, if it is differentiated by these.
         output: what that call returned.
         is_watched: must each evaluation be watched?
-        by_layers: are parameters differentiated by factors of layers? Else as they are, which one
-            sample alone allows.
+        by_layers: are parameters differentiated by factors of layers? Of one sample they need not.
     """
 
     def __init__(
@@ -191,7 +190,7 @@ class SettledBatch:
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
             is_again = self.names or own.recorder.reads_values
             jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
-        if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
+        if jacobian is None or not (self.is_alone or self.learned.knows(jacobian, compared)):
             return None
         if jacobian.reads_values and not self.are_alone(state, x, out):
             return None
@@ -228,9 +227,10 @@ class SettledBatch:
         """What the module returns; None if it is not like what it has returned before."""
         chosen, watch = dict(zip(self.names, own.handles, strict=True)), None
         if self.is_watched:
-            around = ALONE if self.is_plain else PLAIN
-            watch = NestedWatch(own.pull(around), primals=own.primals)
+            watch = NestedWatch(own.pull(ALONE if self.is_plain else PLAIN), primals=own.primals)
         with watch or nullcontext(), state.lent_for_evaluation(chosen), recorder:
+            if state.buffers:
+                own.recorder.begin(state.module, state.buffers.values())
             out = run_as_written(state.module, own.x)
         if watch is not None:
             watch.check_copies((*self.params(state), x) if self.by_inputs else self.params(state))

@@ -25,7 +25,7 @@ from jacfunc._factored import (
     use_recorder,
 )
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import Args, OperationRecorder, WhatWasSeen
+from jacfunc._layouts import Args, OperationRecorder
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -191,22 +191,9 @@ class RepeatedEvaluation:
             derived,
             signature=recorder.signature,
             moves_samples=recorder.moves_samples,
+            moves_unseen=recorder.moves_unseen,
             reads_values=recorder.reads_values,
         )
-
-
-def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> bool:
-    """Does what was learned of many samples hold for an evaluation with these operations?
-
-    Args:
-        compared: signatures of evaluations after which batches were compared.
-    """
-    if seen.moves_samples or learned.moves_samples or learned.others:
-        return False
-    if learned.mixes and not seen.reads_values:
-        return False
-    signature = seen.signature
-    return signature in learned.signatures and signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._settled.outline import outline
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, knows
+from jacfunc._settled.repeated import RepeatedEvaluation
 from jacfunc._settled.sources import MOST_BYTES, MOST_KEPT, Sources
 from jacfunc._torch import MathAttention, recording
 from jacfunc._traces import WrittenWork
@@ -62,7 +62,7 @@ class Sweep:
     def __init__(self, evaluated: Evaluated, beside: Leaves, work: Work) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
-        if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_samples:
+        if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_unseen:
             raise Nameless("the next evaluation may have another graph")
         self.reads = own.reads(sources.arguments)
         # without layers parameters are read where autograd has saved them alone
@@ -87,7 +87,7 @@ class Sweep:
         """
         own, sources, out = evaluated
         leaves, values, self._values = self._leaves(sources, (out, *beside)), self._values, ()
-        if len(leaves) != len(values) or not all(map(torch.equal, leaves, values)):
+        if len(leaves) != len(values) or not all(map(_are_same, leaves, values)):
             return False
         self._outline = outline(out, own.starts, own.first, sources.saved)
         self._work.hold_for(leaves)
@@ -177,7 +177,7 @@ class KnownWork:
         result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.reads)
         if evaluated is not None:
             own, _, out = evaluated
-            if settled.is_alone or knows(settled.learned, own.recorder, compared):
+            if settled.is_alone or settled.learned.knows(own.recorder, compared):
                 result = self.sweep.result(evaluated, beside((out.detach(),)) if beside else ())
         self.misses = 0 if result is not None else self.misses + 1
         if self.misses >= MOST_MISSES:
@@ -200,6 +200,16 @@ class KnownWork:
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Are two tensors of two evaluations equal, but for memory that nobody has written?
+
+    A kernel may keep bytes for its backward pass of which it has written some alone.
+    """
+    if one.dtype == other.dtype == torch.uint8:
+        return one.shape == other.shape
+    return torch.equal(one, other)
 
 
 def evaluated_with_sources(

@@ -56,7 +56,9 @@ def by_methods(graph: GraphModule) -> GraphModule:
     every = [*methods.nodes]
     _with_sums_of_products(methods)
     for node in methods.nodes:
-        if _is_large_product(node):
+        if _is_outer(node):  # torch multiplies numbers faster than matrices of one column
+            node.op, node.target = "call_method", "mul"
+        elif _is_large_product(node):
             left, right = node.args
             with methods.inserting_before(node):
                 node.args = left, methods.call_method("t", (right,))
@@ -114,10 +116,21 @@ def _unexpanded(node: Any) -> Node:
     return result
 
 
+def _is_outer(node: Node) -> bool:
+    """Is it a product of a column and a row?"""
+    factors = _factors_of(node)
+    return factors is not None and factors[0].shape[1] == 1
+
+
 def _is_large_product(node: Node) -> bool:
     """Is it a product of large matrices, whose sizes are known?"""
-    values: Any = [x.meta.get("val") for x in node.args if isinstance(x, Node)]
-    if node.target is not _ATEN.mm.default or not all(isinstance(x, Tensor) for x in values):
-        return False
-    left, right = values
-    return bool(left.numel() * right.shape[1] >= MANY_PRODUCTS)
+    factors = _factors_of(node)
+    return factors is not None and factors[0].numel() * factors[1].shape[1] >= MANY_PRODUCTS
+
+
+def _factors_of(node: Node) -> tuple[Tensor, Tensor] | None:
+    """The factors of a product of matrices, if their sizes are known."""
+    if node.target is not _ATEN.mm.default:
+        return None
+    left, right = [x.meta.get("val") for x in node.args if isinstance(x, Node)]
+    return (left, right) if isinstance(left, Tensor) and isinstance(right, Tensor) else None

@@ -84,8 +84,11 @@ class _Tape(DispatchMode):
         """
         if not isinstance(value, Tensor):
             return value
+        if not value.numel():  # where it comes from makes no difference
+            kind: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+            return self.graph.call_function(_ATEN.empty.memory_format, ([*value.shape],), kind)
         node = self._nodes.get(_place_of(value)) or self._reshaped(value)
-        if node is None or not value.numel():
+        if node is None:
             raise Nameless(f"a tensor of shape {tuple(value.shape)} comes from elsewhere")
         return node
 

@@ -149,3 +149,89 @@ def test_a_tensor_that_is_printed_is_no_error() -> None:
         torch.testing.assert_close(derive(func)(x), torch.diag(x.cos()))
     both = jacfunc.vmap(jacfunc.jacrev(func))(torch.stack([x, x + 1]))
     torch.testing.assert_close(both[0], torch.diag(x.cos()))
+
+
+class Chosen(nn.Module):
+    """A network of which an integer tensor chooses entries, be it a constant or data."""
+
+    def __init__(self, choose: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.last, self.choose = nn.Linear(3, 4), nn.Linear(4, 2), choose
+        self.register_buffer("order", torch.tensor([2, 0, 1, 3]))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        SIZES.append(len(x))
+        return self.last(self.choose(self, self.inner(x)).tanh())  # type: ignore[no-any-return]
+
+
+BY_CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a buffer": lambda module, h: h[:, module.order],
+    "part of a buffer": lambda module, h: h.index_select(1, module.order[1:].repeat(2)[:4]),
+    "a range": lambda module, h: h[:, torch.arange(4).flip(0) + 0],
+    "gather": lambda module, h: h.gather(1, module.order.expand(len(h), -1)),
+    "a list": lambda module, h: h[:, [3, 2, 1, 0]],
+    "a mask": lambda module, h: h[:, module.order >= 0],
+}
+
+
+@pytest.mark.parametrize("name", BY_CONSTANTS)
+def test_entries_that_constants_choose_are_compared_no_more_often_than_others(name: str) -> None:
+    torch.manual_seed(0)
+    module = Chosen(BY_CONSTANTS[name])
+    jac = jacfunc.module_jacobian(module, per_sample=True, strategy="structured")
+    for _ in range(40):
+        jac(normal(3)(5))
+    SIZES.clear()
+    x = normal(3)(5)
+    got = jac(x)
+    assert SIZES == [5]
+    assert_same(got, loop(module, x))
+
+
+def by_attribute(module: Any, h: Tensor) -> Tensor:
+    module.order = (h.detach()[0] > 0).long() + torch.arange(4) // 2
+    return h[:, module.order]
+
+
+def by_write(module: Any, h: Tensor) -> Tensor:
+    part = module.order[:2]
+    module.order[:2] = h.detach()[0, :2] > 0
+    return h[:, part.repeat(2)]
+
+
+def by_bare_write(module: Any, h: Tensor) -> Tensor:
+    module.order.data.copy_((h.detach()[0] > 0).long())
+    return h[:, module.order]
+
+
+def by_memory_of_numpy(module: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        numbers = (h.numpy()[0] > 0).astype(int).tolist()
+    return h[:, torch.tensor(numbers)]
+
+
+def by_count(module: Any, h: Tensor) -> Tensor:
+    return h * (1 + h[0][h[0] > 0].numel())
+
+
+def by_a_mask_in_a_list(module: Any, h: Tensor) -> Tensor:
+    return h[:, torch.stack([h[0, k] > 0 for k in range(4)]).long()]
+
+
+BY_DATA = by_attribute, by_write, by_bare_write, by_memory_of_numpy, by_count, by_a_mask_in_a_list
+
+
+@pytest.mark.parametrize("choose", BY_DATA, ids=lambda func: func.__name__)
+def test_a_sample_that_chooses_entries_of_others_is_met_at_once(choose: Any) -> None:
+    """Long after all samples have chosen alike, the first one chooses as before, and no other."""
+    torch.manual_seed(0)
+    module = Chosen(choose)
+    jac = jacfunc.module_jacobian(module, per_sample=True, strategy="structured")
+    alike = normal(3)(1).expand(5, 3)
+    with suppress(ValueError):
+        for number in range(20):
+            jac(alike * (1 + number / 100))
+    other = torch.cat([alike[:1] * 1.05, normal(3)(4)])
+    with suppress(ValueError):
+        assert_same(jac(other), loop(module, other))

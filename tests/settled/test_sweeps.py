@@ -113,6 +113,43 @@ def test_no_graph_is_swept_by_inputs(kind: str, size: int) -> None:
     torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
 
 
+class Reader(nn.Module):
+    """A recurrent layer in float32, for whose backward pass a kernel keeps bytes of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, rows: Tensor) -> Any:
+        return self.head(self.read(rows)[0][:, -1])
+
+
+@pytest.mark.parametrize(("wrt", "size"), [("params", 1), ("inputs", 1), ("inputs", 5)])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_no_graph_is_swept_of_a_layer_whose_kernel_keeps_bytes(wrt: Any, size: int) -> None:
+    module, draw = Reader(), lambda: torch.randn(size, 4, 3)
+    jac = after_many(jacfunc.module_jacobian(module, wrt, per_sample=True), lambda: (draw(),))
+    x = draw()
+    assert num_sweeps(lambda: jac(x)) == 0
+    if wrt == "params":
+        for name, block in loop(module, x).items():
+            torch.testing.assert_close(jac(x)[name], block)
+    else:
+        torch.testing.assert_close(jac(x), by_inputs(module, x))
+
+
+def test_no_graph_is_swept_of_normalizations_that_keep_nothing() -> None:
+    norm = nn.BatchNorm2d(4)
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.SiLU(), nn.Flatten(), nn.Linear(64, 2))
+    module.double().eval()
+    norm.running_mean = torch.randn(4).double()
+    draw = lambda: normal(1, 6, 6)(5)  # noqa: E731
+    jac = after_many(jacfunc.module_jacobian(module, "inputs", per_sample=True), lambda: (draw(),))
+    x = draw()
+    assert num_sweeps(lambda: jac(x)) == 0
+    torch.testing.assert_close(jac(x), by_inputs(module, x), **CLOSE)
+
+
 @SIZES
 def test_no_graph_is_swept_by_other_doors(size: int) -> None:
     module, draw = network(), lambda: normal(3)(size)

@@ -12,6 +12,7 @@ from torch import Tensor
 from jacfunc._errors import Nameless
 from jacfunc._traces import Compiler, Executable
 from jacfunc._traces.tape import written_down
+from tests.house.calls import num_calls
 
 MUCH = 2**20
 
@@ -270,3 +271,27 @@ def test_other_sums_stay_as_they_are(total: Callable[..., Tensor]) -> None:
     run = executable(lambda: (total(*sources),), *sources)
     torch.testing.assert_close(run(tuple(others))[0], total(*others))
     assert "addmm" not in called(run)
+
+
+def test_tensors_without_entries_may_come_from_anywhere() -> None:
+    nothing, a, other = torch.empty(0, 2), torch.randn(3, 2), torch.randn(3, 2)
+    run = executable(lambda: (torch.cat([a.exp(), nothing]), nothing), a)
+    joined, none = run((other,))
+    assert torch.equal(joined, other.exp())
+    assert none.shape == (0, 2)
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_a_column_times_a_row_is_no_product_of_matrices(inner: int) -> None:
+    draw = lambda: (torch.randn(5, inner), torch.randn(3, inner))  # noqa: E731
+    (a, b), (x, y) = draw(), draw()
+    run = executable(lambda: (a.sin() @ b.cos().T,), a, b)
+    run((x, y))
+
+    def is_product(frame: Any, event: str, function: Any) -> bool:
+        return event == "c_call" and getattr(function, "__name__", "") == "mm"
+
+    assert num_calls(lambda: run((x, y)), is_product) == inner - 1
+    (result,) = run((x, y))
+    torch.testing.assert_close(result, x.sin() @ y.cos().T)
+    assert result.is_contiguous()
