@@ -273,6 +273,15 @@ def test_checkpoints_and_derivatives_inside(kind: type[nn.Module], door: str) ->
 
 
 @EVERY_DOOR
+def test_checkpoints_in_inference_mode(door: str) -> None:
+    call = Call(made(Checkpointed), floats(3, 3))
+    for name in ("output", "whole", "each", "inputs"):  # what is expected, computed outside
+        getattr(call, name)
+    with torch.inference_mode():
+        DOORS[door](call)
+
+
+@EVERY_DOOR
 def test_reentrant_checkpoints_are_refused(door: str) -> None:
     call = Call(made(lambda: Checkpointed(reentrant=True)), floats(3, 3))
     call.output = torch.zeros(3, 2).double()  # of which torch would warn
