@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from jacfunc._factored.use import KnownUse
-from jacfunc._layouts import Sites
+from jacfunc._layouts import Sites, users_modes
 from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
 
 
@@ -54,7 +54,7 @@ class LearnedUses:
     @classmethod
     def of(cls, kind: CallKind) -> LearnedUses:
         """What earlier calls of this kind have shown; evaluations add to it."""
-        return learned_uses().get_or_make(kind.version, kind.kind, cls)
+        return learned_uses().get_or_make(kind.version, (kind.kind, users_modes()), cls)
 
     @property
     def lent(self) -> set[int]:

@@ -22,6 +22,7 @@ from jacfunc._layouts import (
     Placing,
     are_among,
     tensors_in,
+    users_modes,
 )
 from jacfunc._linear_map import Anchor, Graph, no_view
 from jacfunc._torch import PULLED, below_transforms, innermost, untracked
@@ -59,6 +60,8 @@ class UseRecorder(OperationRecorder):
         known: dict[int, KnownUse],
     ) -> None:
         self._rules, self._openings = table().rules, table().openings
+        if users_modes():  # what an operation returns may not be what its rule says
+            self._rules = {}
         noticed = UNUSUAL | self._openings.keys()
         super().__init__(placing.listener, noticed, params.by_id)
         placing.operations = self.operations

@@ -18,5 +18,6 @@ from jacfunc._layouts.recording import (
     begins,
     ends,
     tensors_in,
+    users_modes,
 )
 from jacfunc._layouts.traces import Trace

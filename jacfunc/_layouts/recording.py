@@ -237,3 +237,9 @@ def recorders() -> list[OperationRecorder]:
     """The recorders around this call, if torch would show them an operation now."""
     modes = function_modes() if torch._C._is_torch_function_mode_enabled() else ()
     return [mode for mode in modes if isinstance(mode, OperationRecorder)]
+
+
+def users_modes() -> tuple[type, ...]:
+    """The classes of modes of others around, which may change what operations return."""
+    kinds = map(type, function_modes())
+    return tuple([x for x in kinds if not x.__module__.startswith(("jacfunc.", "torch."))])
