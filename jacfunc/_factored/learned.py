@@ -9,6 +9,7 @@ from functools import cache
 from jacfunc._factored.use import KnownUse
 from jacfunc._layouts import Sites, WhatWasSeen
 from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
+from jacfunc._torch import function_modes
 
 
 class Outdated(Exception):  # noqa: N818 (the evaluation is repeated, and learns anew)
@@ -58,7 +59,7 @@ class LearnedUses:
     @classmethod
     def of(cls, kind: CallKind) -> LearnedUses:
         """What earlier calls of this kind have shown; evaluations add to it."""
-        return learned_uses().get_or_make(kind.version, kind.kind, cls)
+        return learned_uses().get_or_make(kind.version, (kind.kind, users_modes()), cls)
 
     @property
     def lent(self) -> set[int]:
@@ -129,3 +130,9 @@ class LearnedUses:
 def learned_uses() -> Remembered[LearnedUses]:
     """The learned uses of this process, by function, or by module and its version."""
     return Remembered()
+
+
+def users_modes() -> tuple[type, ...]:
+    """The classes of modes of others around, which may change what operations return."""
+    kinds = map(type, function_modes())
+    return tuple([x for x in kinds if not x.__module__.startswith(("jacfunc.", "torch."))])

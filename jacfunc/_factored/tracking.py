@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jacfunc._errors import Refused
 from jacfunc._factored.derived import DerivedResults, replaced, through_graph
+from jacfunc._factored.learned import users_modes
 from jacfunc._factored.tracked import RuledCall, TrackedParameters, UnruledUse, add_parts
 from jacfunc._factored.use import HOOKING, METADATA, RAW_MEMORY, VIEWS, KnownUse, Use, View, is_part
 from jacfunc._faults import FREEZING, TAKES_DERIVATIVES
@@ -59,6 +60,8 @@ class UseRecorder(OperationRecorder):
         known: dict[int, KnownUse],
     ) -> None:
         self._rules, self._openings = table().rules, table().openings
+        if users_modes():  # what an operation returns may not be what its rule says
+            self._rules = {}
         noticed = UNUSUAL | self._openings.keys()
         super().__init__(placing.listener, noticed, params.by_id)
         placing.operations = self.operations

@@ -204,6 +204,7 @@ class Machine:
 
         return self._seconds(convolve) / (seeds * 2 * channels**2 * 9 * SIDE**2)
 
+    @torch.inference_mode(False)  # or its vectors could not be saved for a backward pass
     def _cost(self, way: Way, link: Link = lambda x, matrix: torch.tanh(matrix @ x)) -> Cost:
         matrix = self._ones(LENGTH, LENGTH) / 8
 

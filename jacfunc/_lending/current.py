@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import has_torch_function
 
 from jacfunc._errors import check_uncompiled
-from jacfunc._faults import apart
+from jacfunc._faults import apart, is_watching
 from jacfunc._lending.attributes import detached_copy
 from jacfunc._lending.constants import versions_of
 from jacfunc._lending.originals import Casting, Originals
@@ -29,17 +30,32 @@ from jacfunc._types import Tree, is_tensor
 _IS_TRAINABLE = attrgetter("requires_grad")
 
 
-def check_outermost(api: str) -> None:
-    """Refuse a call where the graph of an evaluation can't be kept.
+def check_outermost(api: str, data: Tree, instead: str = "module_jacobian") -> None:
+    """Refuse a call where no graph of an evaluation is kept, or where its result must have one.
+
+    Args:
+        data: the arguments of the call, whose result is detached.
+        instead: what to call inside a transform.
 
     Raises:
         NotImplementedError: inside a transform, and under torch.compile.
+        ValueError: with arguments that were computed with gradients in a function of which another
+            derivative is taken, as that would be zero without a word.
     """
     check_uncompiled(api)
     if not is_outermost():
         raise NotImplementedError(
             f"{api}: the graph of an evaluation must be kept, got a call inside a transform, "
-            "which keeps none. Use module_jacobian there."
+            f"which keeps none. Use {instead} there."
+        )
+    # a watch is a mode: where torch knows of none, there is no more to ask
+    if not (has_torch_function((data,)) and torch.is_grad_enabled() and is_watching()):
+        return
+    if any(getattr(x, "grad_fn", None) is not None for x in flatten(data)[0]):
+        raise ValueError(
+            f"{api}: inside another derivative the result must keep its graph, got a call whose "
+            "result has none, and whose derivative would be zero. Use module_jacobian with "
+            "create_graph=True, or detach what the call gets, if its result is a constant."
         )
 
 

@@ -101,7 +101,8 @@ class OfClasses:
         dtype, is_mean = product_dtype(self.logits), settings["reduction"] == "mean"
         if weight is None and not targets.is_floating_point():  # smoothed or not, a is the same
             every: Tensor = (targets != settings["ignore_index"]).unsqueeze(1).to(dtype)
-            return every / every.sum() if is_mean else every
+            # where all rows are ignored, torch's gradient is zero, though its mean is nan
+            return every / every.sum().clamp(min=1) if is_mean else every
         weights = self.logits.new_ones(size, dtype=dtype) if weight is None else weight.to(dtype)
         if targets.is_floating_point():
             by_class = weights.view(-1, *(1,) * (targets.dim() - 2))
@@ -113,7 +114,7 @@ class OfClasses:
             own = weights[targets.unsqueeze(1).where(is_seen, 0)] * seen
             terms = own.sum()
         factors: Tensor = own * (1 - smoothing) + seen * (weights.mean() * smoothing)
-        return factors / terms if is_mean else factors
+        return (factors / terms).where(seen != 0, 0) if is_mean else factors
 
     def roots(self) -> Tensor | None:
         """A triangular factor of ``diag(p) - p pᵀ`` a row, from sums over the first entries of p.

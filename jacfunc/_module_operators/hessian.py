@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from jacfunc._calls import FlatCall
 from jacfunc._curvature import LossFunction
-from jacfunc._errors import ManyOutputs, check_uncompiled
-from jacfunc._lending import Captured, Select
+from jacfunc._errors import ManyOutputs
+from jacfunc._lending import Captured, Select, check_outermost
 from jacfunc._losses import check_loss
 from jacfunc._memory import Budget
 from jacfunc._module_operators.evaluated import Evaluated
 from jacfunc._modules import FunctionAsModule, ModuleCall, ModuleOptions
 from jacfunc._showing import named
-from jacfunc._torch import is_outermost
 from jacfunc._types import Leaves, OfParams, Tree, is_differentiable
 from jacfunc.operators import HessianOperator
 from jacfunc.strategies import FirstDerivative
@@ -76,12 +75,7 @@ def module_hessian(
     options = LossOptions.read(API, module, select, None, None, None, None, copy=copy)
 
     def hessian_of(*args: Tree, **kwargs: Any) -> HessianOperator:
-        check_uncompiled(API)
-        if not is_outermost():
-            raise NotImplementedError(
-                f"{API}: the graph of an evaluation must be kept, got a call inside a transform, "
-                "which keeps none. Use jacfunc.hessian or jacfunc.hvp there."
-            )
+        check_outermost(API, (args, kwargs), "jacfunc.hessian or jacfunc.hvp")
         return options.hessian(loss, args, kwargs)
 
     return named(API, module, hessian_of)

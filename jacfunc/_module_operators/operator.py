@@ -9,8 +9,7 @@ from typing import Any, Unpack, overload
 from torch import nn
 
 from jacfunc._arguments import check_flags
-from jacfunc._errors import check_uncompiled
-from jacfunc._lending import Select
+from jacfunc._lending import Select, check_outermost
 from jacfunc._module_operators.evaluated import Evaluated, ModuleOperator
 from jacfunc._module_operators.over_batches import OverBatches
 from jacfunc._modules import (
@@ -25,7 +24,6 @@ from jacfunc._modules import (
 )
 from jacfunc._outputs import Outputs, of_many
 from jacfunc._showing import Progress, check_progress, named
-from jacfunc._torch import is_outermost
 from jacfunc._trees import is_batch
 from jacfunc._types import Memory, OfParams, Randomness, Tree
 from jacfunc.operators import LinearOperator
@@ -132,12 +130,7 @@ def module_operator(
     argnums = argnums_of(API, wrt)
 
     def operator_of(*args: Tree, **kwargs: Any) -> LinearOperator:
-        check_uncompiled(API)
-        if not is_outermost():
-            raise NotImplementedError(
-                f"{API}: the graph of an evaluation must be kept, got a call inside a transform, "
-                "which keeps none. Use jacfunc.linearize there, or jacfunc.module_jacobian."
-            )
+        check_outermost(API, (args, kwargs), "jacfunc.linearize or jacfunc.module_jacobian")
         if kwargs or len(args) != 1 or is_batch(args[0]):
             return ModuleOperator(Evaluated.at(options, (args, kwargs), argnums, inputs))
         frozen = replace(options, stays=True, outputs=of_many(options.outputs))

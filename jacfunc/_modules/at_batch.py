@@ -75,7 +75,7 @@ class BatchOptions(ModuleOptions):
     def _at(
         self, arguments: Arguments, targets: Tree, is_kept: bool, keeps_all: bool
     ) -> tuple[ModuleAtBatch, Tree]:
-        check_outermost(self.api)
+        check_outermost(self.api, arguments)
         if not isinstance(self.module, nn.Module):
             module, arguments = FunctionAsModule.called(self.api, self.module, arguments)
             return replace(self, module=module)._at(arguments, targets, is_kept, keeps_all)

@@ -49,9 +49,12 @@ def run_backward(
     """The products of ``torch.autograd.grad`` with ``allow_unused``.
 
     Given the ``kinds`` of nodes on the way, it computes in float32 what is slow in half precision.
+    A backward pass of a user's may record, as a checkpoint does, which inference mode forbids.
     """
     is_slow = not create_graph and _is_slow(outputs, inputs, kinds)
-    with _InFloat32() if is_slow else NOTHING:
+    is_inference = torch.is_inference_mode_enabled()
+    outside = torch.inference_mode(False) if is_inference else NOTHING
+    with outside, _InFloat32() if is_slow else NOTHING:
         products: tuple[Tensor | None, ...] = _engine_run_backward(
             outputs,
             cotangents,

@@ -48,6 +48,13 @@ def test_it_is_measured_once(here: Machine) -> None:
     assert machine(CPU, torch.float64) is machine(CPU, torch.float64)
 
 
+def test_it_may_be_measured_in_inference_mode() -> None:
+    with torch.inference_mode():
+        new = Machine(CPU, torch.float32)
+        for name in ("evaluate", "pull", "pull_each", "pull_batch", "push", "push_batch"):
+            assert getattr(new, name).seconds(10) > 0, name
+
+
 def test_a_disturbed_call_does_not_count() -> None:
     took = iter([1.0, 0.5, 1e-3])
     busy = Machine(CPU, torch.float32, clock=lambda run, device: next(took))

@@ -57,6 +57,12 @@ KNOWN = {
         numbers(5, 4).cos(),
         CLASSES.clamp(min=0),
     ),
+    "all ignored": (F.cross_entropy, numbers(5, 4).cos(), torch.full((5,), -100)),
+    "all ignored, weighted, smoothed": (
+        nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.2),
+        numbers(5, 4).cos(),
+        torch.full((5,), -100),
+    ),
     "positions": (F.cross_entropy, numbers(5, 4, 2).cos(), POSITIONS),
     "positions, weighted, smoothed": (
         nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.2),

@@ -88,6 +88,35 @@ def test_inside_another_derivative_a_detached_result_is_refused(model, door):
             door(lambda x: inner(x.sin()))(x)
 
 
+LOSS, TARGETS = nn.MSELoss(), torch.zeros(3, 2)
+WITHOUT_A_GRAPH = {
+    "ntk": lambda model, x: jacfunc.ntk(model, None, x),
+    "gradient_norms": lambda model, x: jacfunc.gradient_norms(model, LOSS)(x, TARGETS),
+    "ggn": lambda model, x: jacfunc.ggn(model, LOSS)(x, TARGETS).diagonal()["0.bias"],
+    "random_projection": lambda model, x: jacfunc.random_projection(model, 4)(x),
+    "stream_jacobian": lambda model, x: next(jacfunc.stream_jacobian(model, "rows")(x))[1][
+        "0.bias"
+    ],
+    "module_operator": lambda model, x: jacfunc.module_operator(model)(x).matrix(),
+    "module_hessian": lambda model, x: jacfunc.module_hessian(model, LOSS)(x, TARGETS).gradient()[
+        "0.bias"
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_GRAPH)
+@pytest.mark.parametrize("strategy", ["auto", "reverse", "looped"])
+def test_doors_whose_results_have_no_graph_are_refused_inside_a_derivative(model, name, strategy):
+    """It would be zero without a word."""
+    call, x = WITHOUT_A_GRAPH[name], torch.randn(3, 2)
+    for _ in range(2):
+        says = f"{name}: inside another derivative the result must keep its graph"
+        with pytest.raises(NotImplementedError, match=says):
+            jacfunc.jacobian(lambda x: call(model, x), strategy=strategy)(x)
+    jac = jacfunc.jacobian(lambda x: x + call(model, x.detach()).sum(), strategy=strategy)(x)
+    assert torch.equal(jac.view(6, 6), torch.eye(6))
+
+
 def test_with_a_graph_the_derivative_is_the_second_one():
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     x = torch.randn(1, 2, dtype=torch.float64)

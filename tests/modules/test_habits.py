@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import jacfunc
@@ -270,6 +271,34 @@ class Residual(nn.Module):
 def test_checkpoints_and_derivatives_inside(kind: type[nn.Module], door: str) -> None:
     x = floats(3, 2) if kind is Residual else floats(3, 3)
     DOORS[door](Call(made(kind), x))
+
+
+class Doubled(TorchFunctionMode):
+    """Linear layers return twice as much, as a mode that emulates hardware might let them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        return 2 * result if func is F.linear else result
+
+
+@EVERY_DOOR
+def test_modes_of_users_may_change_what_layers_return(door: str) -> None:
+    module, x = (
+        made(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))),
+        floats(3, 3),
+    )
+    for mode in (nullcontext, Doubled, nullcontext):
+        with mode():
+            DOORS[door](Call(module, x))
+
+
+@EVERY_DOOR
+def test_checkpoints_in_inference_mode(door: str) -> None:
+    call = Call(made(Checkpointed), floats(3, 3))
+    for name in ("output", "whole", "each", "inputs"):  # what is expected, computed outside
+        getattr(call, name)
+    with torch.inference_mode():
+        DOORS[door](call)
 
 
 @EVERY_DOOR
