@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from jacfunc._arguments import are_plain
-from jacfunc._memory import LARGE, PeakBytes
+from jacfunc._memory import PAGED_BYTES, PeakBytes
 from jacfunc._torch import is_outermost
 
+HUGE_BYTES = 2**21
 HUGE, POPULATE = 14, 23
 """What Linux is advised about new pages: ``MADV_HUGEPAGE``, to take one fault for 2 MiB, and, since
 5.14, ``MADV_POPULATE_WRITE``, to take all faults at once instead of one at the first write to each.
@@ -33,7 +34,7 @@ class FreedPages:
         least: bytes of the smallest tensor that is put into such pages.
     """
 
-    def __init__(self, least: int = LARGE) -> None:
+    def __init__(self, least: int = PAGED_BYTES) -> None:
         self.least = least
         self._lent_bytes = 0
         self.most_bytes = 0
@@ -103,8 +104,15 @@ class FreedPages:
 
 
 def _new_pages(nbytes: int) -> mmap.mmap:
-    """New pages, large ones if the system has such, with all faults taken now."""
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """New pages, large ones if the system has such, with all faults taken now.
+
+    Linux lets memory begin where a large page does if its size is a multiple of theirs. So it is
+    mapped with such a size, and cut.
+    """
+    whole = -(-nbytes // HUGE_BYTES) * HUGE_BYTES
+    pages = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(SystemError):  # where the system can't, it maps a little more
+        pages.resize(nbytes)
     for advice in (HUGE, POPULATE):
         with suppress(OSError):  # a system without it is slower, nothing else
             pages.madvise(advice)
@@ -118,8 +126,8 @@ PAGES = FreedPages()
 def empty_cache() -> None:
     """Give memory of earlier results back to the system, as ``torch.cuda.empty_cache`` does.
 
-    Large results on a CPU (from 32 MiB) are written into pages of earlier results no longer used,
-    as a write to a new page takes several times as long. The pages that wait are never more
+    On a CPU, tensors of results from 4 MiB on are written into pages of earlier results no longer
+    used, as a write to a new page takes several times as long. The pages that wait are never more
     than results have taken at the same time. The system takes them back when it is short of memory;
     this function gives them back at once.
 

@@ -106,7 +106,11 @@ class Costs:
 
     @property
     def reuses_pages(self) -> bool:
-        """Is most of the result large blocks, so that writing into freed pages saves time?"""
+        """Is most of the result large blocks, so that writing into freed pages saves time?
+
+        Smaller blocks are written there, too, but as products of other strategies they mostly find
+        memory in the heap again: layers gain nothing over these.
+        """
         return self.is_copied or 2 * sum(x for x in self.blocks if x >= LARGE) >= self.result
 
     def times(self, batch: int, is_copied: bool = False) -> Costs:
@@ -215,7 +219,10 @@ class Costs:
         )
 
     def _write_blocks(self) -> float:
-        """Seconds to copy all blocks into the result; large blocks go into freed pages."""
+        """Seconds to copy all blocks into the result; large blocks go into freed pages.
+
+        What smaller ones cost is what is taken of products of their size: strategies are compared.
+        """
         write = self.speeds.write
         return sum(x * write(SPACIOUS if x >= LARGE else x) for x in self.blocks if x)
 

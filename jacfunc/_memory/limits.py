@@ -10,8 +10,8 @@ LARGE = 2**25
 again. A larger block gets new pages each time."""
 
 PAGED_BYTES = 2**22
-"""Blocks that come one after the other are written into pages of earlier ones from this size on. A
-loop has two of them at a time, and frees more at once than the heap keeps."""
+"""Tensors of results, and blocks of streams, are written into pages of earlier ones from this size
+on. A result has many, and a loop two of them at a time: it frees more than the heap keeps."""
 
 STAGED_BYTES = 2**24
 """Results that wait to be copied to where they belong: few enough for the heap to keep them."""

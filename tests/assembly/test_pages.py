@@ -6,6 +6,7 @@ import copy
 import gc
 import mmap
 import pickle
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import jacfunc
 from jacfunc._assembly.pages import PAGES, FreedPages, empty
 from jacfunc._memory.counting import PeakBytes
-from jacfunc._memory.limits import LARGE
+from jacfunc._memory.limits import LARGE, PAGED_BYTES
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mmap, "MADV_FREE"), reason="this system knows no pages that it may take back"
@@ -166,6 +167,22 @@ def test_large_ones_lie_in_large_pages(pages: FreedPages) -> None:
     assert _bytes_in_huge_pages(result.data_ptr()) >= 2**25  # a system short of memory has fewer
 
 
+@pytest.mark.skipif(
+    not HUGE.exists() or "[never]" in HUGE.read_text(), reason="this system has small pages alone"
+)
+def test_sizes_between_large_pages_have_as_many_as_fit(pages: FreedPages) -> None:
+    """The system aligns what has a multiple of their size alone; others lost one of two."""
+    before = _bytes_in_all_huge_pages()
+    results = [made(pages, 1.0, 2**22 + 2**12 * n) for n in range(1, 9)]
+    assert _bytes_in_all_huge_pages() - before >= 7 * 2**22
+    assert pages.bytes_in_use == sum(x.nbytes for x in results)
+
+
+def _bytes_in_all_huge_pages() -> int:
+    told = Path("/proc/self/smaps_rollup").read_text().split()
+    return int(told[told.index("AnonHugePages:") + 1]) * 2**10
+
+
 def _bytes_in_huge_pages(address: int) -> int:
     is_inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -239,3 +256,57 @@ def test_memory_comes_from_earlier_results(shared: FreedPages, flat: bool) -> No
     assert len(addresses) == 1
     bias = BATCH * 4 * 4 * 4 if flat else 0
     assert (shared.bytes_in_use - before, shared.bytes_waiting) == (0, LARGE + bias)
+
+
+def many_parts() -> nn.Module:
+    """Its per-sample Jacobian has parts of 20 MiB, less than what the heap gives back at once."""
+    torch.manual_seed(0)
+    layers = nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)
+    return nn.Sequential(*layers)
+
+
+DOORS: dict[str, Callable[[nn.Module], Callable[[Tensor], dict[str, Tensor]]]] = {
+    "per sample": lambda model: jacfunc.module_jacobian(
+        model, per_sample=True, strategy="structured"
+    ),
+    "rows in chunks": lambda model: jacfunc.module_jacobian(model, strategy=jacfunc.Reverse(5)),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_parts_of_results_lie_in_pages_of_earlier_ones(shared: FreedPages, door: str) -> None:
+    """Of the heap nothing certain can be said: what it keeps depends on what lies beside."""
+    derive, x, before = DOORS[door](many_parts()), torch.randn(2, 512), shared.bytes_in_use
+    addresses, taken = set[int](), 0
+    for _ in range(6):
+        parts = [part for part in derive(x).values() if part.nbytes >= PAGED_BYTES]
+        taken = sum(part.nbytes for part in parts)
+        assert len(parts) == 2
+        assert shared.bytes_in_use - before == taken
+        addresses |= {part.data_ptr() for part in parts}
+        del parts
+    assert len(addresses) == 2
+    assert (shared.bytes_in_use - before, shared.bytes_waiting) == (0, taken)
+
+
+def test_parts_of_results_take_no_new_pages(shared: FreedPages) -> None:
+    derive, x = DOORS["per sample"](many_parts()), torch.randn(2, 512)
+    nbytes = sum(part.nbytes for part in derive(x).values())
+    faults = []
+    for _ in range(9):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        derive(x)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert sorted(faults)[4] < nbytes / mmap.PAGESIZE / 20  # the system may take some back
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_part_that_is_kept_is_never_written_into_again(shared: FreedPages, door: str) -> None:
+    derive, kept = DOORS[door](many_parts()), []
+    for step in range(4):
+        for part in derive(torch.full((2, 512), 1.0 + step)).values():
+            if part.nbytes >= PAGED_BYTES:
+                corner = part.flatten(2)[:, :, -3:].numpy()  # keeps the pages by a view alone
+                kept.append((corner, corner.copy()))
+    assert len({corner.__array_interface__["data"][0] for corner, _ in kept}) == len(kept) == 8
+    assert all((corner == then).all() for corner, then in kept)
