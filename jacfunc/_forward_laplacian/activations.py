@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._forward_laplacian.elementwise import Derivatives, Formula
-from jacfunc._forward_laplacian.jet import times
+from jacfunc._forward_laplacian.propagation import times
 
 
 def _silu(x: Tensor, y: Tensor) -> Derivatives:

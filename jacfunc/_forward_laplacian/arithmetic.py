@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule, times, total
+from jacfunc._forward_laplacian.jet import Args, Kwargs
+from jacfunc._forward_laplacian.propagation import Batched, Propagation, Rule, times, total
 
 
+@Batched
 def mul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The product rule, entry by entry: ``(ab)'' = a'' b + 2 a' b' + a b''``."""
     a, b = _two(args, kwargs)
@@ -31,6 +33,7 @@ def mul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return ctx.jet(value, first, total(*seconds))
 
 
+@Batched
 def div(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """Of ``a = y b``: ``y' = (a' - y b') / b``, ``y'' = (a'' - y b'' - 2 y' b') / b``."""
     a, b = _two(args, kwargs)
@@ -38,6 +41,7 @@ def div(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return quotient(ctx, value, a, b)
 
 
+@Batched
 def rdiv(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The rule of ``number / jet``."""
     b, a = _two(args, kwargs)
@@ -64,6 +68,7 @@ def quotient(ctx: Propagation, value: Tensor, a: Any, b: Any) -> Any:
 def added(sign: float, is_reversed: bool = False) -> Rule:
     """The rule of ``a + alpha b``, or of ``a - alpha b``."""
 
+    @Batched
     def rule(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
         named = dict(kwargs)
         alpha = named.pop("alpha", 1)

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule, times, total
-from jacfunc._forward_laplacian.later import later
+from jacfunc._forward_laplacian.jet import Args, Kwargs
+from jacfunc._forward_laplacian.propagation import Batched, Propagation, Rule, times
 
 Derivatives: TypeAlias = tuple[Tensor, Tensor | None]
 """The first and the second derivative at each entry; None for a second one of zeros."""
@@ -22,35 +22,46 @@ Formula: TypeAlias = Callable[..., Derivatives]
 def elementwise(formula: Formula) -> Rule:
     """The rule ``y' = f' x'``, ``y'' = f' x'' + f'' (x')²`` of a function of each entry."""
 
+    @Batched
     def rule(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
         named = dict(kwargs)
         if named.pop("inplace", False):
             raise NotImplementedError("it writes into its input")
         first, *rest = args or (named.pop("input"),)
         jet: Any = first
-        if not ctx.owns(jet) or ctx.jets(tuple(rest), named):
+        if not ctx.owns(jet) or ((rest or named) and ctx.jets(tuple(rest), named)):
             raise NotImplementedError("another argument than the first depends on the inputs")
         x, y = jet.value, func(jet.value, *rest, **named)
         slope, bend = formula(x, y, *rest, **named)
-        pushed = ctx.aligned(jet.first, y.dim())
-        second = jet.second if jet.second is None else ctx.aligned_second(jet.second, y.dim())
+        pushed, second = ctx.aligned(jet.first, y.dim()), None
+        if jet.second is not None:
+            second = slope * ctx.aligned_second(jet.second, y.dim())
         if bend is not None:
-            bend = bend * ctx.squares(pushed)
-        return ctx.jet(
-            y, later(ctx, jet, lambda: slope * pushed), total(times(slope, second), bend)
-        )
+            squares = ctx.squares(pushed)
+            second = bend * squares if second is None else torch.addcmul(second, bend, squares)
+        return ctx.jet(y, jet.later(lambda: slope * pushed), second)
 
     return rule
 
 
-def _tanh(x: Tensor, y: Tensor) -> Derivatives:
-    slope = 1 - y * y
-    return slope, -2 * y * slope
+def by_kernel(times_slope: Callable[[Tensor, Tensor], Tensor], constant: bool) -> Rule:
+    """The rule of a function with ``f'' = (c - 2 f) f'``, by torch's kernel of ``f' t``.
 
+    Three operations less than by :func:`elementwise`, and none of them with a number, which takes
+    twice as long.
+    """
 
-def _sigmoid(x: Tensor, y: Tensor) -> Derivatives:
-    slope = y * (1 - y)
-    return slope, slope * (1 - 2 * y)
+    @Batched
+    def rule(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
+        jet = args[0] if args else kwargs["input"]
+        y, pushed = func(jet.value), jet.first
+        squares = ctx.squares(pushed)
+        bent = torch.zeros_like(squares) if jet.second is None else jet.second
+        second = torch.addcmul(bent, y, squares, value=-2)
+        second = times_slope(second + squares if constant else second, y)
+        return ctx.jet(y, jet.later(lambda: times_slope(pushed, y)), second)
+
+    return rule
 
 
 def _clamp(x: Tensor, y: Tensor, min: Any = None, max: Any = None) -> Derivatives:
@@ -147,10 +158,15 @@ def _polygamma(order: int) -> Formula:
     return formula
 
 
+KERNELS: dict[str, Rule] = {
+    "tanh": by_kernel(torch.ops.aten.tanh_backward.default, constant=False),
+    **dict.fromkeys(
+        ("sigmoid", "expit"), by_kernel(torch.ops.aten.sigmoid_backward.default, constant=True)
+    ),
+}
+"""For functions of which torch has a kernel of the derivative, by name, their rules."""
+
 FORMULAS: dict[str, Formula] = {
-    "tanh": _tanh,
-    "sigmoid": _sigmoid,
-    "expit": _sigmoid,
     "exp": lambda x, y: (y.clone(), y),
     "exp2": lambda x, y: (y * 0.6931471805599453, y * 0.6931471805599453**2),
     "expm1": lambda x, y: (y + 1, y + 1),

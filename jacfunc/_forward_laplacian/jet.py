@@ -1,29 +1,116 @@
-"""Jets, which carry derivatives, and the mode that sends what is done with them to the rules."""
+"""Jets, which carry derivatives; first ones may wait until asked for: a last layer's never are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn, Self, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from operator import attrgetter
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from jacfunc._errors import is_out_of_memory
-from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._torch import inside_derivative, sweep_batch, tracked, untracked
-from jacfunc._types import Leaves
+from jacfunc._torch import below_transforms, innermost
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = Mapping[str, Any]
-First: TypeAlias = Tensor | Callable[[], Tensor]
-Rule: TypeAlias = Callable[["Propagation", Callable[..., Any], Args, Kwargs], Any]
-"""From a propagation, a function of torch and its arguments, jets among them, to its result."""
+
+_VERSION = attrgetter("_version")
+
+DEEPEST = 20
+"""Operations whose first derivatives wait for each other."""
 
 
 class NoRule(NotImplementedError):  # noqa: N818 (no error: a sweep does it instead)
     """No rule carries derivatives through an operation that the function does."""
+
+
+class Later(NamedTuple):
+    """First derivatives that are computed when they are asked for.
+
+    Args:
+        compute: computes them, ``[N, *shape]``.
+        constants, versions: tensors that it reads, and how often they were written into.
+        depth: how many operations wait, with this one.
+    """
+
+    compute: Callable[[], Tensor]
+    constants: Collection[Tensor]
+    versions: list[int]
+    depth: int
+
+
+First: TypeAlias = Tensor | Later
+
+
+class Carried:
+    """A value and its derivatives along N directions: of one sample, or of all in a vmap.
+
+    Args:
+        owner: the evaluation whose directions these are.
+        value: ``[*shape]``; of all samples ``[B, *shape]``, or ``[1, *shape]`` if they share it.
+        first: ``[N, *shape]``; of all samples ``[N, B, *shape]``. Or what computes it: by then the
+            tensors that the value was made of may be gone.
+        second: the sum of second derivatives, like the value, or each of them, like ``first``;
+            None for zeros.
+    """
+
+    def __init__(self, owner: Run, value: Tensor, first: First, second: Tensor | None) -> None:
+        self.owner, self.value, self._first, self.second = owner, value, first, second
+
+    @property
+    def first(self) -> Tensor:
+        """First derivatives.
+
+        Raises:
+            NoRule: if they waited, and a constant has changed since.
+        """
+        first = self._first
+        if isinstance(first, Tensor):
+            return first
+        if [*map(_VERSION, first.constants)] != first.versions:
+            self.owner.give_up("it writes into what an operation has read")
+        self._first = first = first.compute()
+        return first
+
+    def later(self, compute: Callable[[], Tensor], constants: Collection[Tensor] = ()) -> First:
+        """What ``compute`` makes of this one's, later if the constants tell of writes."""
+        depth = 1 if isinstance(self._first, Tensor) else self._first.depth + 1
+        if depth > DEEPEST:
+            return compute()
+        for x in constants:
+            if x.is_inference() or below_transforms(x) is not x:
+                return compute()
+        return Later(compute, constants, [*map(_VERSION, constants)], depth)
+
+
+class Run:
+    """One evaluation of a function at jets.
+
+    Args:
+        is_summed: are second derivatives summed over the directions, as in a Laplacian?
+    """
+
+    reason: str | None = None
+    """Why no derivatives come of it, if that is so."""
+
+    def __init__(self, is_summed: bool) -> None:
+        self.is_summed, level = is_summed, innermost()
+        self.vmap: Any = level if level is not None and level.kind.name == "Vmap" else None
+        """The vmap around, below which most rules run: there operations take less time."""
+
+    def give_up(self, reason: str) -> NoReturn:
+        """End it: whatever the function does now, its result is not used.
+
+        Raises:
+            NoRule: always.
+        """
+        self.reason = self.reason or reason
+        raise NoRule(self.reason)
+
+    def moved(self, x: Carried, first: First, move: Callable[[Tensor, int], Tensor]) -> Carried:
+        """What is carried for one sample as it is for all, or the other way; ``first`` is moved."""
+        second = None if x.second is None else move(x.second, int(not self.is_summed))
+        return Carried(self, move(x.value, 0), first, second)
 
 
 class Jet(Tensor):
@@ -33,47 +120,56 @@ class Jet(Tensor):
     transform, compiled code or a kernel, ends in :meth:`__torch_dispatch__`, and is refused there.
 
     Args:
-        owner: the propagation whose directions these are.
-        value: what the tensor is without derivatives, ``[*shape]``.
-        first: first derivatives, ``[N, *shape]``, or what computes them when they are asked for:
-            by then the tensors that it was made of may be gone.
-        second: the sum of second derivatives ``[*shape]``, or each of them ``[N, *shape]``; None
-            for zeros.
+        carried: the value and the derivatives.
+        is_of_all: are these of all samples in the vmap around?
     """
 
-    owner: Propagation
-    value: Tensor
-    second: Tensor | None
+    owner: Run
+    kind: tuple[int, torch.dtype]
+    """How many dimensions it has, and its dtype."""
+    _one: Any
+    _every: Any
 
     @staticmethod
-    def __new__(cls, owner: Propagation, value: Tensor, *_: Any) -> Jet:
-        jet: Jet = Tensor._make_wrapper_subclass(
-            cls, value.shape, dtype=value.dtype, device=value.device
-        )
+    def __new__(cls, shape: torch.Size, carried: Carried, is_of_all: bool) -> Jet:
+        value = carried.value
+        jet: Jet = Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
+        jet.owner, jet.kind = carried.owner, (len(shape), value.dtype)
+        jet._one, jet._every = (None, carried) if is_of_all else (carried, None)
         return jet
 
-    def __init__(
-        self, owner: Propagation, value: Tensor, first: First, second: Tensor | None
-    ) -> None:
-        self.owner, self.value, self._first, self.second = owner, value, first, second
+    @property
+    def of_one(self) -> Carried:
+        """What it carries for one sample."""
+        if self._one is None:
+            every, move = self._every, self.owner.vmap.of_one
+            first = every.later(lambda: move(every.first, 1))
+            self._one = self.owner.moved(every, first, move)
+        one: Carried = self._one
+        return one
 
     @property
-    def first(self) -> Tensor:
-        """First derivatives, ``[N, *shape]``."""
-        if not isinstance(self._first, Tensor):
-            self._first = self._first()
-        return self._first
+    def of_all(self) -> Carried:
+        """What it carries for all samples in the vmap around."""
+        if self._every is None:
+            one, move = self._one, self.owner.vmap.of_all
+            self._every = self.owner.moved(one, move(one.first, 1), move)
+        every: Carried = self._every
+        return every
 
-    @property
-    def depth(self) -> int:
-        """How many operations wait to compute first derivatives, this one's among them."""
-        return getattr(self._first, "depth", 0)
+    value: Any = property(lambda self: self.of_one.value)
+    first: Any = property(lambda self: self.of_one.first)
+    second: Any = property(lambda self: self.of_one.second)
+
+    def later(self, compute: Callable[[], Tensor], constants: Collection[Tensor] = ()) -> First:
+        """First derivatives of a function of this one, see :meth:`Carried.later`."""
+        return self.of_one.later(compute, constants)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> NoReturn:
-        _give_up(args, f"{_name(func)} is called where no propagation sees it")
+        _give_up(args, f"{name_of(func)} is called where no propagation sees it")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -82,140 +178,11 @@ class Jet(Tensor):
         _give_up(args, f"{func} is reached past the functions of torch")
 
 
-class Propagation(TorchFunctionMode):
-    """A context in which functions of torch carry the derivatives of jets, by rules.
-
-    Args:
-        rules: what is done instead of a function that gets a jet.
-        is_summed: are second derivatives summed over the directions, as in a Laplacian?
-        keeps_graph: may results be differentiated further by plain autograd?
-    """
-
-    reason: str | None = None
-    """Why no derivatives come of it, if that is so."""
-
-    def __init__(
-        self, rules: Mapping[Callable[..., Any], Rule], is_summed: bool, keeps_graph: bool
-    ) -> None:
-        super().__init__()
-        self._rules, self.is_summed, self._keeps_graph = rules, is_summed, keeps_graph
-        # watches outside look at what derivatives of a rule's operations would be
-        self._ruling = nullcontext if inside_derivative() else untracked
-        self._entries: list[AbstractContextManager[Any]] = []
-
-    def __enter__(self) -> Self:
-        self._entries.append(tracked())
-        self._entries[-1].__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._entries.pop().__exit__(*error)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
-        if func in TAKES_DERIVATIVES:
-            self.give_up("it takes derivatives itself")
-        if not self.jets(args, kwargs or {}):
-            return func(*args, **kwargs) if kwargs else func(*args)
-        rule = self._rules.get(func)
-        if kwargs and kwargs.get("out") is not None:
-            rule = None
-        if rule is None:
-            self.give_up(f"there is no rule for {_name(func)}")
-        if not torch.is_grad_enabled():
-            self.give_up("it takes gradients off, or has a backward pass of its own")
-        try:
-            with self._ruling(), nullcontext() if self._keeps_graph else torch.no_grad():
-                return rule(self, func, args, kwargs or {})
-        except Exception as error:  # the function's own errors are raised again by the sweep
-            if is_out_of_memory(error):
-                raise
-            self.give_up(f"the rule for {_name(func)} does not cover it ({error})")
-
-    def give_up(self, reason: str) -> NoReturn:
-        """End the propagation: whatever the function does now, its result is not used.
-
-        Raises:
-            NoRule: always.
-        """
-        self.reason = self.reason or reason
-        raise NoRule(self.reason)
-
-    def owns(self, value: object) -> bool:
-        """Is it a jet of this propagation? One of a propagation outside is a constant here."""
-        return type(value) is Jet and value.owner is self
-
-    def jets(self, args: Args, kwargs: Kwargs) -> list[Jet]:
-        """The jets among arguments, and in the lists among them."""
-        leaves = leaves_in((*args, *kwargs.values()))
-        return [leaf for leaf in leaves if type(leaf) is Jet and leaf.owner is self]
-
-    def value(self, of: Any) -> Any:
-        """The value of a jet; whatever else as it is."""
-        return of.value if self.owns(of) else of
-
-    def jet(self, value: Any, first: First, second: Tensor | None) -> Any:
-        """The value with derivatives, broadcast to its shape; as it is, if it is not floating."""
-        if not value.is_floating_point():
-            return value
-        shape = value.shape
-        if isinstance(first, Tensor) and first.shape[1:] != shape:
-            first = first.expand(first.shape[:1] + shape)
-        if second is not None:
-            shape = shape if self.is_summed else second.shape[:1] + shape
-            second = second if second.shape == shape else second.expand(shape)
-        return Jet(self, value, first, second)
-
-    def summed(self, products: Tensor) -> Tensor:
-        """Products ``[N, *shape]`` of first derivatives as they are part of second ones."""
-        return products.sum(0) if self.is_summed else products
-
-    def squares(self, first: Tensor) -> Tensor:
-        """The squares of first derivatives as they are part of second ones."""
-        return self.summed(first.square())
-
-    def aligned(self, derivatives: Tensor, dim: int) -> Tensor:
-        """First derivatives ``[N, *shape]`` with ``dim`` dimensions behind N, to be broadcast."""
-        missing = dim + 1 - derivatives.dim()
-        if missing <= 0:
-            return derivatives
-        size, *shape = derivatives.shape
-        return derivatives.reshape(size, *(1,) * missing, *shape)
-
-    def aligned_second(self, second: Tensor, dim: int) -> Tensor:
-        """Second derivatives, to be broadcast to ``dim`` dimensions."""
-        return second if self.is_summed else self.aligned(second, dim)
-
-    def pushed(self, linear: Callable[..., Leaves], *firsts: Tensor) -> Leaves:
-        """A linear or bilinear map applied to each of N tensors ``[N, *shape]``."""
-        return sweep_batch(lambda seeds: (linear(*seeds), ()), firsts)[0]
-
-    def pushed_second(self, linear: Callable[..., Leaves], *seconds: Tensor) -> Leaves:
-        """A linear map applied to second derivatives."""
-        return linear(*seconds) if self.is_summed else self.pushed(linear, *seconds)
-
-
-def total(*parts: Tensor | None) -> Tensor | None:
-    """The sum of second derivatives, of which None are zeros."""
-    there = [part for part in parts if part is not None]
-    if not there:
-        return None
-    return sum(there[1:], there[0])
-
-
-def times(factor: Any, second: Tensor | None) -> Tensor | None:
-    """A factor times second derivatives, of which None are zeros."""
-    return None if second is None else factor * second
-
-
 def leaves_in(values: Any) -> list[Any]:
     """All values in nested tuples and lists."""
     leaves: list[Any] = []
     for value in values:
-        if isinstance(value, tuple | list):
+        if isinstance(value, (tuple, list)):
             leaves += leaves_in(value)
         else:
             leaves.append(value)
@@ -230,7 +197,8 @@ def _give_up(args: Args, reason: str) -> NoReturn:
     raise NoRule(reason)
 
 
-def _name(func: Any) -> str:
+def name_of(func: Any) -> str:
+    """What a function of torch is called in the log."""
     name: str = getattr(func, "__name__", "")
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
     return f"the attribute {owner}" if name in ("__get__", "__set__") else name or str(func)

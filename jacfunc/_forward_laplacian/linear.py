@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, total
-from jacfunc._forward_laplacian.later import later
+from jacfunc._forward_laplacian.jet import Args, Kwargs, leaves_in
+from jacfunc._forward_laplacian.propagation import Propagation, by_weight, total
 from jacfunc._torch import fast_linear
 from jacfunc._types import Leaves, is_differentiable
 
@@ -42,15 +42,22 @@ def multilinear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 def _of_one(call: _Call, run: _Call, values: Leaves) -> Any:
     """The jets of a linear map of one jet."""
-    ctx, (jet,), linear_map = call.ctx, call.jets, run.through(0)
-    firsts = cache(lambda: ctx.pushed(linear_map, jet.first))
+    ctx, (jet,), linear_map = call.ctx, call.jets, run.outputs
+    firsts: list[Tensor] = []
+
+    def first(number: int) -> Tensor:
+        if not firsts:
+            firsts.extend(ctx.pushed(linear_map, jet.first))
+        return firsts[number]
+
     seconds = None if jet.second is None else ctx.pushed_second(linear_map, jet.second)
-    constants = (run.args, tuple(run.kwargs.values()))
+    leaves = leaves_in((*run.args, *run.kwargs.values()))
+    constants = [x for x in leaves if isinstance(x, Tensor) and not ctx.owns(x)]
     return call.contained(
         [
             ctx.jet(
                 value,
-                later(ctx, jet, lambda n=n: firsts()[n], constants),  # type: ignore[misc]
+                jet.later(partial(first, n), constants),
                 None if seconds is None else seconds[n],
             )
             for n, value in enumerate(values)
@@ -99,8 +106,11 @@ class _Call:
         """What the function returns for these values in the places of jets, as a tuple."""
         left = iter(values)
         args = [self._with(left, argument) for argument in self.args]
-        kwargs = {name: self._with(left, value) for name, value in self.kwargs.items()}
-        result = self.func(*args, **kwargs)
+        if self.kwargs:
+            named = {name: self._with(left, value) for name, value in self.kwargs.items()}
+            result = self.func(*args, **named)
+        else:
+            result = self.func(*args)
         self.kind = type(result)
         return (result,) if isinstance(result, Tensor) else tuple(result)
 
@@ -175,37 +185,33 @@ def _zero_or_none(added: Any) -> Any:
     return torch.zeros_like(added) if is_number else None
 
 
+@by_weight
 def linear(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """The rule of ``F.linear``: all directions in one product, if the weight is a constant."""
-    if len(args) == 3 and not kwargs and ctx.owns(args[2]):
-        with ctx:
-            return func(*args[:2]) + args[2]
-    if kwargs or not args or not ctx.owns(args[0]) or ctx.jets(args[1:], {}):
-        return multilinear(ctx, func, args, kwargs)
+    if not ctx.is_of_all:
+        if len(args) == 3 and not kwargs and ctx.owns(args[2]):
+            with ctx:
+                return func(*args[:2]) + args[2]
+        if kwargs or not args or not ctx.owns(args[0]) or ctx.jets(args[1:], {}):
+            return multilinear(ctx, func, args, kwargs)
     x, weight = args[0], args[1]
     value = func(x.value, *args[1:])
     second = None if x.second is None else fast_linear(x.second, weight)
-    first = later(ctx, x, lambda: fast_linear(x.first, weight), (weight,))
+    first = x.later(lambda: fast_linear(x.first, weight), (weight,))
     return ctx.jet(value, first, second)
 
 
+@by_weight
 def matmul(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
-    """The rule of ``a @ b``: all directions in one product, if a matrix or vector is a constant."""
-    if kwargs or len(args) != 2 or len(ctx.jets(args, {})) != 1:
-        return multilinear(ctx, func, args, kwargs)
-    (jet,) = ctx.jets(args, {})
-    is_left = args[0] is jet
-    constant = args[1] if is_left else args[0]
-    if constant.dim() > 2 or not (is_left or jet.value.dim() == 1):
-        return multilinear(ctx, func, args, kwargs)
-    if constant.dim() == 2:
-        weight = constant.mT if is_left else constant
-        times = partial(fast_linear, weight=weight)
-    else:
-        times = partial(torch.matmul, other=constant)
-    second = None if jet.second is None else times(jet.second)
-    first = later(ctx, jet, lambda: times(jet.first), (constant,))
-    return ctx.jet(func(*map(ctx.value, args)), first, second)
+    """The rule of ``a @ b``: that of ``F.linear``, if one is a constant matrix or vector."""
+    if not kwargs and len(args) == 2 and len(ctx.jets(args, {})) == 1:
+        left, right = args
+        if ctx.owns(left) and right.dim() <= 2:
+            weight = right.mT if right.dim() == 2 else right
+            return linear(ctx, F.linear, (left, weight), {})
+        if ctx.owns(right) and left.dim() == 2 and right.value.dim() == 1:
+            return linear(ctx, F.linear, (right, left), {})
+    return multilinear(ctx, func, args, kwargs)
 
 
 def converted(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:

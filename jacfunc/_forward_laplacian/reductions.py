@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._forward_laplacian.elementwise import FORMULAS, elementwise
-from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, total
+from jacfunc._forward_laplacian.jet import Args, Kwargs
+from jacfunc._forward_laplacian.propagation import Batched, Propagation, total
 
 _POWER = elementwise(FORMULAS["pow"])
 
@@ -137,6 +138,7 @@ def _is_max(func: Any) -> bool:
     return "max" in func.__name__
 
 
+@Batched
 def power(ctx: Propagation, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """``base ** exponent``, where one of both is a constant."""
     if kwargs or len(args) != 2 or ctx.owns(args[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,13 @@ from jacfunc._arguments import are_plain
 from jacfunc._assembly import DiagonalSink, columns_to_blocks, numel, unit_seeds
 from jacfunc._calls import Derivation, FlatCall
 from jacfunc._errors import Refused
-from jacfunc._forward_laplacian.jet import Jet, NoRule, Propagation
+from jacfunc._forward_laplacian.jet import NoRule, Run
+from jacfunc._forward_laplacian.propagation import Propagation
 from jacfunc._forward_laplacian.table import RULES
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._memory import keep_heap
-from jacfunc._torch import RandomState, holds_nan
+from jacfunc._torch import RandomState, holds_nan, untracked
 from jacfunc._trees import Split
 from jacfunc._types import LeafFunction, Leaves, Tree
 from jacfunc.strategies import Reverse, Strategy, evaluate
@@ -57,18 +59,21 @@ def propagate(
     """
     keep_heap()
     keeps_graph = torch.is_grad_enabled()
-    ctx = Propagation(RULES, is_summed, keeps_graph)
-    jets = [Jet(ctx, x, v, None) for x, v in zip(primals, directions, strict=True)]
+    run = Run(is_summed)
+    ctx = Propagation(run, RULES, keeps_graph)
+    pairs = zip(primals, directions, strict=True)
+    jets = [ctx.jet(x, seeds, None) for x, seeds in pairs]
     try:
-        with ctx, torch.enable_grad():  # so that a rule sees where the function takes it off
+        # gradients are on, so that a rule sees where the function takes them off
+        with nullcontext() if keeps_graph else torch.enable_grad(), ctx:
             outputs, extras = func(*jets)
     except Refused as refusal:
-        ctx.reason = ctx.reason or str(refusal)
+        run.reason = run.reason or str(refusal)
     except Exception:
-        if ctx.reason is None:
+        if run.reason is None:
             raise
-    if ctx.reason is not None:  # the function may have caught the refusal
-        raise NoRule(ctx.reason)
+    if run.reason is not None:  # the function may have caught the refusal
+        raise NoRule(run.reason)
     extras = tuple(map(ctx.value, extras))
     if not all(map(ctx.owns, outputs)):
         raise NoRule("an output does not depend on the inputs, or on a way that no rule sees")
@@ -98,14 +103,13 @@ class SecondDerivatives:
     """The results of one call, each in its tree.
 
     Args:
-        value, aux: what the function returned.
+        value_and_aux: makes what the function returned.
         jacobian: makes the Jacobian, an output tree of input trees of blocks, if it was asked for.
         second: the Laplacians, a tree like the output; or the diagonals of the Hessians, an output
             tree of input trees of ``[*out_i, *in_j]``.
     """
 
-    value: Tree
-    aux: Tree
+    value_and_aux: Callable[[], tuple[Tree, Tree]]
     jacobian: Callable[[], Tree]
     second: Tree
 
@@ -137,12 +141,14 @@ class SecondOrder:
     def __call__(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> SecondDerivatives:
         """Value and derivatives at these arguments."""
         call = FlatCall(self._derivation, args, kwargs)
-        size = numel(call.primals)
+        with untracked():
+            size = numel(call.primals)
         if torch.compiler.is_compiling() or not size or not are_plain(call.primals):
             return self._swept(args, kwargs)
         random_state = RandomState(call.primals)
         try:
-            with alone() if call.may_share_module else nullcontext():
+            # the modes around see what the function does, and nothing else
+            with alone() if call.may_share_module else nullcontext(), untracked():
                 return self._carried(call, size, random_state)
         except NoRule as reason:
             note("%s: swept, as %s", self._derivation.api, reason)
@@ -161,40 +167,38 @@ class SecondOrder:
         last = chunks[-1]
         if any(holds_nan(x) for c in chunks for x in (*c.first, *c.second)):
             raise NoRule("it gives nan, which zeros and infinite derivatives may have made")
-        firsts, seconds = (zip(*[getattr(c, name) for c in chunks], strict=True) for name in NAMES)
+        seconds = zip(*[chunk.second for chunk in chunks], strict=True)
         second: Tree
         if self._is_summed:
             second = call.output_tree([sum(parts[1:], parts[0]) for parts in seconds])
         else:
             diagonals = tuple(torch.cat(parts) for parts in seconds)
             second = call.jacobian(columns_to_blocks(diagonals, last.outputs, call.primals))
-        value, aux = call.value(last.outputs, last.extras)
 
         def jacobian() -> Tree:
+            firsts = zip(*[chunk.first for chunk in chunks], strict=True)
             columns = tuple(torch.cat(parts) for parts in firsts)
             return call.jacobian(columns_to_blocks(columns, last.outputs, call.primals))
 
-        return SecondDerivatives(value, aux, jacobian, second)
+        return SecondDerivatives(partial(call.value, *last[:2]), jacobian, second)
 
     def _swept(self, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> SecondDerivatives:
         """The diagonal of the Jacobian of the reverse-mode Jacobian."""
         of = self._derivation
         call = FlatCall(Derivation(of.api, self._gradient, of.argnums, has_aux=True), args, kwargs)
         evaluation = evaluate(of.api, call, self._sweep, DiagonalSink(has_lead=True))
-        jacobian, (value, aux) = evaluation.value_and_aux()
+        jacobian, returned = evaluation.value_and_aux()
         (diagonals,) = evaluation.blocks
         if not self._is_summed:
-            return SecondDerivatives(value, aux, lambda: jacobian, call.output_tree(diagonals))
-        split = Split.of(value)
+            laplacian = call.output_tree(diagonals)
+            return SecondDerivatives(lambda: returned, lambda: jacobian, laplacian)
+        split = Split.of(returned[0])
         count = len(call.primals)
         laplacians = [
             _summed(out, diagonals[i * count : (i + 1) * count])
             for i, out in enumerate(split.leaves)
         ]
-        return SecondDerivatives(value, aux, lambda: jacobian, split.place(laplacians))
-
-
-NAMES = ("first", "second")
+        return SecondDerivatives(lambda: returned, lambda: jacobian, split.place(laplacians))
 
 
 class _Gradient:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from jacfunc._forward_laplacian import arithmetic, linear, reductions
 from jacfunc._forward_laplacian import composed as written
 from jacfunc._forward_laplacian.activations import ACTIVATIONS
-from jacfunc._forward_laplacian.elementwise import FORMULAS, elementwise
-from jacfunc._forward_laplacian.jet import Args, Kwargs, Propagation, Rule
+from jacfunc._forward_laplacian.elementwise import FORMULAS, KERNELS, elementwise
+from jacfunc._forward_laplacian.jet import Args, Kwargs
+from jacfunc._forward_laplacian.propagation import Propagation, Rule
 
 
 def composed(function: Callable[..., Any]) -> Rule:
@@ -96,6 +97,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_CONSTANT, _constant),
     **dict.fromkeys(_LINEAR, linear.multilinear),
     **dict.fromkeys(_JOINTLY_LINEAR, linear.jointly_linear),
+    **KERNELS,
     **{name: elementwise(formula) for name, formula in (FORMULAS | ACTIVATIONS).items()},
     **dict.fromkeys(("add", "__radd__"), arithmetic.added(1)),
     **dict.fromkeys(("sub", "subtract"), arithmetic.added(-1)),

@@ -101,8 +101,7 @@ def vmap(
     @wraps(func, updated=())
     def mapped(*args: Tree, **kwargs: Any) -> Any:
         split = Split.of((args, kwargs), is_tensor)
-        every_dim = zip(_leaf_dims(in_dims, args, kwargs), split.is_chosen, strict=True)
-        dims = _checked_dims([dim for dim, is_leaf in every_dim if is_leaf], split.leaves)
+        dims = _checked_dims(_leaf_dims(in_dims, args, kwargs, split), split.leaves)
         structure: list[Any] = []
         lock = _lock_for(func, randomness)
         watching = nullcontext if watches_itself(func) else NestedWatch
@@ -195,13 +194,18 @@ def _lock_for(func: Callable[..., Any], randomness: Randomness) -> AbstractConte
     return alone()
 
 
-def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The mapped dimension of every leaf of ``(args, kwargs)``, left to right."""
+def _leaf_dims(
+    in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any], split: Split
+) -> list[Any]:
+    """The mapped dimension of every tensor in ``(args, kwargs)``, left to right."""
     if not isinstance(in_dims, int | tuple | list):
         raise TypeError(
             f"vmap: in_dims must be an int or a tuple with an entry per argument, got {in_dims!r}. "
             "Write (0, None) to map the first of two arguments."
         )
+    if isinstance(in_dims, int) and not kwargs:  # the usual case
+        check_dims("vmap", (in_dims,))
+        return [in_dims] * len(split.leaves)
     per_argument = (in_dims,) * len(args) if isinstance(in_dims, int) else tuple(in_dims)
     if len(per_argument) != len(args):
         raise ValueError(
@@ -213,7 +217,8 @@ def _leaf_dims(in_dims: Tree, args: tuple[Tree, ...], kwargs: dict[str, Any]) ->
         spread = partial(broadcast_prefix, prefix, arg, f"args[{number}]")
         dims.extend(_in_words(spread, "in_dims"))
     check_dims("vmap", dims)
-    return dims + broadcast_prefix(0, kwargs)
+    every_dim = zip(dims + broadcast_prefix(0, kwargs), split.is_chosen, strict=True)
+    return [dim for dim, is_leaf in every_dim if is_leaf]
 
 
 def _in_words(align: Callable[[], list[Any]], what: str) -> list[Any]:

@@ -16,6 +16,7 @@ from jacfunc._torch.derivatives import (
 from jacfunc._torch.entering import PULLED, at_forward_level, at_reverse_level, pushed_product
 from jacfunc._torch.levels import (
     below_transforms,
+    innermost,
     inside_derivative,
     inside_transform,
     is_batched,
@@ -42,7 +43,6 @@ from jacfunc._torch.vmap import (
     fast_linear,
     has_strided_samples,
     holds_nan,
-    innermost,
     of_all_samples,
     sweep_batch,
 )

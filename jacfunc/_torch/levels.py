@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,48 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from jacfunc._lock import holds_alone
 from jacfunc._types import Leaves
+
+
+class Transform(NamedTuple):
+    """An active transform of functorch; what it does to tensors, if it is a vmap."""
+
+    kind: TransformType
+    number: int
+
+    def of_all(self, tensor: Tensor, dim: int) -> Tensor:
+        """The tensor with the samples in a dimension, of size 1 if all samples share it."""
+        is_mapped = _functorch.is_batchedtensor(tensor)
+        if not is_mapped or _functorch.maybe_get_level(tensor) != self.number:
+            return tensor.unsqueeze(dim)
+        at = _functorch.maybe_get_bdim(tensor)
+        values: Tensor = _functorch.get_unwrapped(tensor)
+        return values if at == dim else values.movedim(at, dim)
+
+    def of_one(self, values: Tensor, dim: int) -> Tensor:
+        """What :meth:`of_all` returns, as a tensor of one sample."""
+        if values.shape[dim] == 1:
+            return values.select(dim, 0)
+        return _functorch._add_batch_dim(values, dim, self.number)
+
+    def is_next(self, tensors: Iterable[Tensor]) -> bool:
+        """Is it still the innermost, and does no vmap map any of the tensors?"""
+        return _functorch.maybe_current_level() == self.number and not any(
+            map(_functorch.is_batchedtensor, tensors)
+        )
+
+    def below(self, func: Callable[..., Any], *args: Any) -> Any:
+        """``func(*args)``, of tensors of all samples: the transform does not see it."""
+        around = _functorch.pop_dynamic_layer_stack()
+        try:
+            return func(*args)
+        finally:
+            _functorch.push_dynamic_layer_stack(around)
+
+
+def innermost() -> Transform | None:
+    """The transform that sees operations first."""
+    top = _functorch.peek_interpreter_stack()
+    return None if top is None else Transform(top.key(), top.level())
 
 
 def inside_transform() -> bool:

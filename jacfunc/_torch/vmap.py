@@ -16,17 +16,11 @@ from torch.autograd import forward_ad
 from jacfunc._arguments import are_plain, check_plain
 from jacfunc._errors import Refused
 from jacfunc._torch.autograd import untracked
-from jacfunc._torch.levels import below_transforms
+from jacfunc._torch.levels import Transform, below_transforms, innermost
 from jacfunc._types import Leaves
 
-Level: TypeAlias = tuple[_functorch.TransformType, int] | None
-"""An active transform: its kind and number; None if no transform is active."""
-
-
-def innermost() -> Level:
-    """The transform that sees operations first."""
-    top = _functorch.peek_interpreter_stack()
-    return None if top is None else (top.key(), top.level())
+Level: TypeAlias = Transform | None
+"""An active transform; None if no transform is active."""
 
 
 def unbatched(tensor: Tensor, level: Level) -> tuple[Tensor, int | None]:
@@ -86,13 +80,14 @@ def fast_linear(x: Tensor, weight: Tensor) -> Tensor:
     Torch's own products of float32 matrices are MKL's, which is slower on CPUs of other makers.
     """
     linear = torch.nn.functional.linear
-    if weight.numel() < LARGE_WEIGHT or _is_seen((x, weight)):
+    is_small = x.numel() * weight.shape[0] < LARGE_PRODUCT and not _functorch.is_batchedtensor(x)
+    if is_small or weight.numel() < LARGE_WEIGHT:
         return linear(x, weight)
     level = innermost()
     values, dim = unbatched(x, level)
     is_elsewhere = (level is None) != (dim is None) or dim == values.dim() - 1
-    is_large = values.numel() * len(weight) >= LARGE_PRODUCT
-    if is_elsewhere or not is_large or not is_for_onednn(values, weight):
+    is_large = values.numel() * weight.shape[0] >= LARGE_PRODUCT
+    if is_elsewhere or not is_large or _is_seen((x, weight)) or not is_for_onednn(values, weight):
         return linear(x, weight)
     out: Tensor = _onednn_linear()(values, weight, None, "none", [], "")
     return out if level is None or dim is None else _functorch._add_batch_dim(out, dim, level[1])

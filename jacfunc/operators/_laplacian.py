@@ -109,8 +109,8 @@ def value_jacobian_laplacian(
     """
 
     def pack(results: SecondDerivatives, has_aux: bool) -> Any:
-        value = (results.value, results.aux) if has_aux else results.value
-        return value, results.jacobian(), results.second
+        value, aux = results.value_and_aux()
+        return (value, aux) if has_aux else value, results.jacobian(), results.second
 
     derivation = Derivation("value_jacobian_laplacian", func, argnums, has_aux)
     return _carrying(derivation, True, chunk_size, pack)
@@ -157,7 +157,7 @@ def hessian_diagonal(
 
 
 def _second(results: SecondDerivatives, has_aux: bool) -> Any:
-    return (results.second, results.aux) if has_aux else results.second
+    return (results.second, results.value_and_aux()[1]) if has_aux else results.second
 
 
 def _carrying(
