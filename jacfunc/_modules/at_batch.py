@@ -120,8 +120,8 @@ class ModuleAtBatch:
     """The thread for which it is undisturbed."""
 
     def __post_init__(self) -> None:
-        self._settled = settled_at(self.call, self.batching)
-        settled = self._settled or known_products(self.call, self.batching).settled
+        self.settled = settled_at(self.call, self.batching)
+        settled = self.settled or known_products(self.call, self.batching).settled
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
         self.api, self.params = self.call.api, self.call.state.point
@@ -148,7 +148,7 @@ class ModuleAtBatch:
 
     @contextmanager
     def _from_outside(self) -> Iterator[None]:
-        with self.call.undisturbed(self._settled is not None):
+        with self.call.undisturbed(self.settled is not None):
             self._thread = get_ident()
             try:
                 self.random_state.repeat()
@@ -180,13 +180,13 @@ class ModuleAtBatch:
     def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
-    def made_at_once(self, work: Work, beside: Beside) -> Leaves | None:
+    def made_at_once(self, work: Work, beside: Beside | None = None) -> Leaves | None:
         """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
-        if self._settled is None or hasattr(self, "last_call"):
+        if self.settled is None or hasattr(self, "last_call"):
             return None
         self.last_call = OneTensor()
         with self.undisturbed():
-            return made_again(self.call, self._settled, self.random_state, work, beside)
+            return made_again(self.call, self.settled, self.random_state, work, beside)
 
     def contracted(
         self,
@@ -214,7 +214,7 @@ class ModuleAtBatch:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
             factors = None
-            if (settled := self._settled) is not None and stop - start == self.size:
+            if (settled := self.settled) is not None and stop - start == self.size:
                 self.last_call = OneTensor()
                 factors = again(self.call, settled, self.random_state, settled.evaluated)
             if factors is None:
