@@ -9,7 +9,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from jacfunc._factored import FactoredJacobian, Part, place_of
+from jacfunc._factored import FactoredJacobian, Part, place_of, rows
 from jacfunc._kernels.blocks import KeptAxes, LeafRows, leaf_rows
 from jacfunc._lending import versions_of
 from jacfunc._lock import kept_property
@@ -39,10 +39,10 @@ class KeptRows(tuple[Tensor, ...]):
     @torch.no_grad()
     def of(cls, jacobian: FactoredJacobian, _: Leaves = ()) -> KeptRows:
         """From one sweep of evaluated samples."""
-        (rows,) = leaf_rows(jacobian, EVERY_AXIS)
+        (every,) = leaf_rows(jacobian, EVERY_AXIS)
         tensors, numbers = [jacobian.outputs[0]], dict[Hashable, int]()
-        places: list[list[Place]] = [[] for _ in rows.parts]
-        for parts, into in zip(rows.parts, places, strict=True):
+        places: list[list[Place]] = [[] for _ in every.parts]
+        for parts, into in zip(every.parts, places, strict=True):
             for part in parts:
                 factors, form_of, taken = *_divided(part.form), list[tuple[int, torch.Size]]()
                 for tensor in factors:  # a weight and its bias have cotangents in common
@@ -74,7 +74,8 @@ class KeptRows(tuple[Tensor, ...]):
         return versions_of(self) == self._versions
 
     @kept_property
-    def _parts(self) -> list[list[Part]]:
+    def parts(self) -> list[list[Part]]:
+        """The parts of each parameter's Jacobian."""
         return [
             [
                 part_of(form_of(*[self[number].view(shape) for number, shape in taken]))
@@ -86,15 +87,27 @@ class KeptRows(tuple[Tensor, ...]):
     def gram(self, params: Leaves, center: bool, dtype: torch.dtype) -> Tensor:
         """``J Jᵀ`` as a matrix; centred, it is first added up in float64."""
         size, *shape = self.output.shape
-        rows = LeafRows(self._parts, params, size, [(), tuple(shape), ()], self.output)
+        every = LeafRows(self.parts, params, size, [(), tuple(shape), ()], self.output)
         with contracting(params):
-            kernel = rows.times(rows, torch.float64 if center else dtype)
+            kernel = every.times(every, torch.float64 if center else dtype)
             return as_matrix(kernel, center, dtype)
+
+    def blocks(self, params: Leaves, samples: slice) -> list[Tensor]:
+        """Rows of some samples, written out: ``[B, C, *param]`` of each parameter."""
+        lead = len(self.output[samples]), self.output.shape[1:].numel()
+        with contracting(params):
+            return [
+                rows(
+                    [part.of_samples(samples, slice(None)) for part in parts],
+                    partial(param.new_zeros, (*lead, *param.shape)),
+                )
+                for parts, param in zip(self.parts, params, strict=True)
+            ]
 
     def pulled(self, params: Leaves, cotangent: Tensor) -> Leaves:
         """``Jᵀ u`` of one u like the output."""
         with contracting(params):
-            products = FactoredProducts(self._parts, params)
+            products = FactoredProducts(self.parts, params)
             return products.pulled(cotangent.reshape(len(self.output), -1).T)
 
 
@@ -116,5 +129,4 @@ def _divided(form: Form) -> tuple[Leaves, Callable[..., Form]]:
         return (form.inputs, form.cotangents), made
     if isinstance(form, Gather):
         return (form.index, form.cotangents), partial(Gather, shape=form.shape)
-    rows = form.products if isinstance(form, Rows) else form.rows().transpose(0, 1)
-    return (rows,), Rows
+    return (form.products if isinstance(form, Rows) else form.rows().transpose(0, 1),), Rows

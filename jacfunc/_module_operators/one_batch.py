@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from jacfunc._arguments import check_chunk_size, check_flags
-from jacfunc._kernels import variances_of_samples
 from jacfunc._linear_map import LinearMap, is_followed
 from jacfunc._module_operators.evaluated import Evaluated
 from jacfunc._module_operators.solve import SampleFactors
@@ -82,7 +81,7 @@ class ModuleOperator(DetachedOperator):
         leaves = self.diagonal_of(middle) if per_sample and samples else None
         if samples is None or leaves is None or is_followed(leaves):
             return super().quad(middle, per_sample=per_sample)
-        return variances_of_samples(samples.at_batch, samples.by_name(leaves))
+        return samples.variances(leaves)
 
     def rows_of_samples(self, start: int, stop: int) -> Tensor:
         """As of any operator; of independent samples from the factors of layers."""

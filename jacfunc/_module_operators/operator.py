@@ -109,8 +109,9 @@ def module_operator(
 
     Cost:
         One evaluation of the batch; then as of :func:`jacfunc.linearize`. With ``per_sample`` and
-        few outputs a sample later calls of a kind need no more for ``gram``, ``lstsq`` and products
-        with ``Jᵀ``. Of an iterable one evaluation of each batch at first, and one for each product.
+        few outputs a sample later calls of a kind need no more for ``gram``, ``lstsq``, ``quad``
+        and products with ``Jᵀ``. Of an iterable one evaluation of each batch at first, and one for
+        each product.
 
     Example:
         >>> import torch, jacfunc

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from jacfunc._kernels import KeptRows, gram_of_samples
+from jacfunc._kernels import KeptRows, gram_of_samples, variances_of_samples
 from jacfunc._lock import kept_property
 from jacfunc._modules import ModuleAtBatch, as_tree, tangents_of
 from jacfunc._types import Leaves
@@ -85,17 +86,27 @@ class SampleFactors:
         tangents = tangents_of(self.at_batch.api, state, tree)
         return dict(zip(self.at_batch.params, tangents, strict=True))
 
+    def variances(self, diagonal: Leaves) -> Tensor:
+        """``J_b S J_bᵀ`` of each sample's only output, for a diagonal S like a vector."""
+        return variances_of_samples(self.at_batch, self.by_name(diagonal), self.kept)
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of some samples, ``[B, C, N]``."""
+        if (kept := self.kept) is not None:
+            return self._in_rows(kept.blocks(self._params, slice(start, stop)))
         every = list[Tensor]()
         with self.at_batch.evaluated(start, stop) as factors:
             for number, out in enumerate(factors.outputs):
                 blocks = factors.rows(0, out.shape[1:].numel(), number)
-                leaves = tuple([leaf.flatten(0, 1) for leaf in self._in_order(blocks)])
-                every.append(self.domain.rows(leaves).view(stop - start, -1, self.domain.size))
+                every.append(self._in_rows(blocks))
         return torch.cat(every, 1)
 
-    def _in_order(self, leaves: Leaves) -> list[Tensor]:
+    def _in_rows(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Rows ``[B, C, N]`` of blocks ``[B, C, *param]``."""
+        leaves = tuple([leaf.flatten(0, 1) for leaf in self._in_order(blocks)])
+        return self.domain.rows(leaves).view(*blocks[0].shape[:2], self.domain.size)
+
+    def _in_order(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """What there is for each parameter of the module, in the order of vectors' leaves."""
         named = dict(zip(self.at_batch.params, leaves, strict=True))
         return self.domain.split.align(as_tree(self.at_batch.call.state, named), "vector")
