@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from jacfunc._assembly import Places, shared_units, stack
 from jacfunc._factored import FactoredJacobian, NamedParts, Part, written
-from jacfunc._kernels.blocks import KeptAxes, product_of
+from jacfunc._kernels.blocks import product_of
 from jacfunc._kernels.fitting import in_ranges
+from jacfunc._kernels.kept import EVERY_AXIS, KeptRows, as_matrix
 from jacfunc._memory import MULTIPLIED_BYTES
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._rounding import contracting
@@ -28,39 +30,42 @@ def gram_of_samples(
     those of one J, whose kernel is added up in float64, and then centred: nothing is lost as long
     as the mean is not 10⁸ times as large as what is left. So no row is written for it.
     """
-    axes, first_batch = KeptAxes((), ()), batches[0]
-    budget, precise = first_batch.budget, torch.float64 if center else dtype
+    first_batch, budget = batches[0], batches[0].budget
     with budget.around():
-        ranges = in_ranges([batches], axes, first_batch.chunk_size, budget)
+        ranges = in_ranges([batches], EVERY_AXIS, first_batch.chunk_size, budget)
     with contracting(first_batch.params.values()), budget.around():
-        places = Places.of(first_batch.api, None)
-        tree = product_of(ranges[0], ranges[0], axes, None, places, precise)
+        places, precise = Places.of(first_batch.api, None), torch.float64 if center else dtype
+        tree = product_of(ranges[0], ranges[0], EVERY_AXIS, None, places, precise)
         (kernel,) = filter(is_tensor, flatten(tree)[0])
-        first, second, *out = kernel.shape
-        width = torch.Size(out[: len(out) // 2]).numel()
-        blocks: Tensor = kernel.reshape(first, second, width, width).transpose(1, 2)  # [B, C, B, C]
-        if center:
-            blocks = blocks - blocks.mean(0)
-            blocks -= blocks.mean(2, keepdim=True)
-        return blocks.reshape(first * width, second * width).to(dtype)
+        return as_matrix(kernel, center, dtype)
 
 
-def variances_of_samples(at_batch: ModuleAtBatch, diagonal: Mapping[str, Tensor]) -> Tensor:
-    """``J_b S J_bᵀ`` of each sample's only output, ``[B, C, C]``, for a diagonal S by name."""
+def variances_of_samples(
+    at_batch: ModuleAtBatch, diagonal: Mapping[str, Tensor], kept: KeptRows | None
+) -> Tensor:
+    """``J_b S J_bᵀ`` of each sample's only output, ``[B, C, C]``, for a diagonal S by name.
+
+    Args:
+        kept: all rows, where they are kept.
+    """
+    params = at_batch.params
+
+    def of_parts(out: Tensor, named: NamedParts) -> Tensor:
+        shape = (len(out), *(out.shape[1:].numel(),) * 2)
+        total = out.new_zeros(shape, dtype=product_dtype(out, *diagonal.values()))
+        for name, parts in named.items():
+            _add_variances(total, parts, params[name], diagonal[name])
+        return total.to(out.dtype)
 
     def work(_: slice, jacobian: FactoredJacobian) -> Leaves:
-        (out,) = jacobian.outputs
-        shape = (jacobian.size, *(out.shape[1:].numel(),) * 2)
-        total = out.new_zeros(shape, dtype=product_dtype(out, *diagonal.values()))
+        units, make = shared_units(jacobian.outputs), partial(of_parts, jacobian.outputs[0])
+        return (at_batch.contracted(jacobian, units, make),)
 
-        def add(named: NamedParts) -> None:
-            for name, parts in named.items():
-                _add_variances(total, parts, at_batch.params[name], diagonal[name])
-
-        at_batch.contracted(jacobian, shared_units(jacobian.outputs), add)
-        return (total.to(out.dtype),)
-
-    return stack(at_batch.pieces(work), at_batch.size)[0]
+    if kept is None:
+        return stack(at_batch.pieces(work), at_batch.size)[0]
+    with contracting(params.values()):
+        pairs = zip(params, kept.parts, strict=True)
+        return of_parts(kept.output, {name: parts for name, parts in pairs if parts})
 
 
 def _add_variances(total: Tensor, parts: Sequence[Part], param: Tensor, diagonal: Tensor) -> None:

@@ -1,6 +1,6 @@
 """A module lent for a call and for its evaluations, and left as it was."""
 
-from jacfunc._lending.constants import Constants
+from jacfunc._lending.constants import Constants, versions_of
 from jacfunc._lending.current import CurrentState, check_outermost
 from jacfunc._lending.originals import Captured, Revisits
 from jacfunc._lending.select import Select

@@ -39,7 +39,7 @@ class JacobianOperator:
         self.func = func
         self._linearization = evaluated
         self._image: tuple[Leaves, Leaves] | None = None
-        self._was_pushed = False
+        self._was_pushed: bool | None = False  # None if it was evaluated in a way of its own
         self._stays_with_first = False
         self._random_state: RandomState | None = None
 
@@ -188,7 +188,8 @@ class JacobianOperator:
             with alone():
                 self.rewind_generators()
                 again = linearize(self.func, self.primals).outputs
-            check_agreement(outputs if self._was_pushed else first[0], again, same_way=True)
+            plain = first[0] if was_pushed else outputs
+            check_agreement(plain, again, same_way=self._was_pushed is not None)
         self._image = first
 
     def image(self) -> tuple[Leaves, Leaves]:
@@ -203,9 +204,9 @@ class JacobianOperator:
         """Are there outputs of an evaluation already?"""
         return not (self._image is None and self._linearization is None)
 
-    def keep_image(self, outputs: Leaves, extras: Leaves) -> None:
+    def keep_image(self, outputs: Leaves, extras: Leaves, in_same_way: bool = True) -> None:
         """Take outputs and extras of an evaluation that was made elsewhere."""
-        self._image = (outputs, extras)
+        self._image, self._was_pushed = (outputs, extras), False if in_same_way else None
 
     def rewind_generators(self) -> None:
         """Set the generators back to where they were before the first evaluation.

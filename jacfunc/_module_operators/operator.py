@@ -10,7 +10,8 @@ from torch import nn
 
 from jacfunc._arguments import check_flags
 from jacfunc._lending import Select, check_outermost
-from jacfunc._module_operators.evaluated import Evaluated, ModuleOperator
+from jacfunc._module_operators.evaluated import Evaluated
+from jacfunc._module_operators.one_batch import ModuleOperator
 from jacfunc._module_operators.over_batches import OverBatches
 from jacfunc._modules import (
     BatchOptions,
@@ -105,8 +106,10 @@ def module_operator(
         NotImplementedError: inside a transform, and what torch refuses.
 
     Cost:
-        One evaluation of the batch; then as of :func:`jacfunc.linearize`. Of an iterable one
-        evaluation of each batch at first, and one for each product.
+        One evaluation of the batch; then as of :func:`jacfunc.linearize`. With ``per_sample`` and
+        few outputs a sample later calls of a kind need no more for ``gram``, ``lstsq``, ``quad``
+        and products with ``Jᵀ``. Of an iterable one evaluation of each batch at first, and one for
+        each product.
 
     Example:
         >>> import torch, jacfunc
@@ -135,7 +138,10 @@ def module_operator(
             return ModuleOperator(Evaluated.at(options, (args, kwargs), argnums, inputs))
         frozen = replace(options, stays=True, outputs=of_many(options.outputs))
         return OverBatches(
-            API, lambda args: Evaluated.at(frozen, (args, {}), argnums, inputs), args[0], progress
+            API,
+            lambda args: Evaluated.at(frozen, (args, {}), argnums, inputs).checked(),
+            args[0],
+            progress,
         )
 
     return named(API, module, operator_of)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from jacfunc._kernels import gram_of_samples
-from jacfunc._module_operators.evaluated import DetachedOperator, Evaluated
+from jacfunc._module_operators.evaluated import Evaluated
+from jacfunc._module_operators.one_batch import DetachedOperator
 from jacfunc._showing import Progress
 from jacfunc._solving import check_gram
 from jacfunc._torch import RandomState

@@ -118,9 +118,9 @@ class ModuleAtBatch:
     _thread: int | None = None  # for which it is undisturbed
 
     def __post_init__(self) -> None:
-        self._settled = settled_at(self.call, self.batching)
-        self.products = None if self._settled else known_products(self.call, self.batching)
-        settled = self._settled or (self.products and self.products.settled)
+        self.settled = settled_at(self.call, self.batching)
+        self.products = None if self.settled else known_products(self.call, self.batching)
+        settled = self.settled or (self.products and self.products.settled)
         self._is_settled = settled is not None
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
@@ -180,13 +180,13 @@ class ModuleAtBatch:
     def _all_factors(self) -> FactoredJacobian:
         return self.between(0, self.size)
 
-    def made_at_once(self, work: Work, beside: Beside) -> Leaves | None:
+    def made_at_once(self, work: Work, beside: Beside | None = None) -> Leaves | None:
         """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
-        if self._settled is None or hasattr(self, "last_call"):
+        if self.settled is None or hasattr(self, "last_call"):
             return None
         self.last_call = OneTensor()
         with self.undisturbed():
-            return made_again(self.call, self._settled, self.random_state, work, beside)
+            return made_again(self.call, self.settled, self.random_state, work, beside)
 
     def contracted(
         self,
@@ -214,7 +214,7 @@ class ModuleAtBatch:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
             factors = None
-            if (settled := self._settled) is not None and stop - start == self.size:
+            if (settled := self.settled) is not None and stop - start == self.size:
                 self.last_call = OneTensor()
                 factors = again(self.call, settled, self.random_state, settled.evaluated)
             if factors is None:

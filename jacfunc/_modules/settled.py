@@ -150,10 +150,10 @@ def again(
 
 
 def made_again(
-    call: ModuleCall, settled: SettledBatch, random_state: RandomState, work: Work, beside: Beside
+    call: ModuleCall, settled: SettledBatch, drawn: RandomState, work: Work, beside: Beside | None
 ) -> Leaves | None:
     """What ``work`` makes of all samples, evaluated as before; None as of their factors."""
-    return again(call, settled, random_state, partial(settled.made, work=work, beside=beside))
+    return again(call, settled, drawn, partial(settled.made, work=work, beside=beside))
 
 
 def evaluated_anew(

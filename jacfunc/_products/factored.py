@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._factored import Part, place_of, placed
-from jacfunc._types import Leaves
+from jacfunc._types import Leaves, product_dtype
 from jacfunc.layers import Gather, Outer, Rows
 
 OwnedPart: TypeAlias = tuple[int, Part]
@@ -74,8 +74,8 @@ class FactoredProducts:
         """``Jᵀ u`` of one ``u [K, B]``."""
         products: dict[int, list[tuple[Part, Tensor]]] = {}
         for seeds, uses in self._groups.values():
-            weights = cotangents.view(*cotangents.shape, *[1] * (seeds.dim() - 2))
-            through = (weights * seeds).sum(0)
+            weights = cotangents.reshape(*cotangents.shape, *[1] * (seeds.dim() - 2))
+            through = (weights * seeds.to(product_dtype(seeds, weights))).sum(0)
             for number, part in uses:
                 products.setdefault(number, []).append((part, _pulled(part, through)))
         return tuple(
@@ -124,7 +124,7 @@ def _pulled(part: Part, through: Tensor) -> Tensor:
     if isinstance(form, Rows):
         return through.sum(0).reshape(form.products.shape[2:])
     assert isinstance(form, Outer)
-    left, right = _by_groups(through), _by_groups(form.inputs)
+    left, right = _by_groups(through), _by_groups(form.inputs.to(through.dtype))
     if form.is_transposed:
         left, right = right, left
     return (left.mT @ right).reshape(form.shape)
@@ -146,4 +146,5 @@ def _order(form: Outer) -> tuple[int, int, int]:
 
 def _summed(products: Sequence[tuple[Part, Tensor]], param: Tensor) -> Tensor:
     (part, product), *others = products
-    return placed(products, param) if others or part.path else product.reshape(param.shape)
+    total = placed(products, param) if others or part.path else product.reshape(param.shape)
+    return total.to(param.dtype)

@@ -34,7 +34,9 @@ MOST_MISSES = 3
 """After so many calls that had to be taken anew, a kind of call is no more tried so."""
 
 Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
-"""Makes the result of an evaluated batch, and of tensors beside it. Equal ones do the same."""
+"""Makes the result of an evaluated batch, and of tensors beside it. Equal ones do the same.
+
+A result that is more than its tensors is a tuple with ``like``, which makes one of others."""
 
 Beside: TypeAlias = Callable[[Leaves], Leaves]
 """The tensors that a work takes beside a batch, as targets are; it gets the outputs for them."""
@@ -68,13 +70,16 @@ class Sweep:
         # without layers parameters are read where autograd has saved them alone
         self._layers = [*self.reads.operations] if isinstance(recorder, UseRecorder) else []
         leaves = self._leaves(sources, (out, *beside))
+        self._like: Callable[[Leaves], Leaves] = tuple
 
         def made() -> Leaves:
             with recording():
                 jacobian = own.jacobian(out, None)
             if jacobian is None or jacobian.derived:
                 raise Nameless("parameters are used otherwise")
-            return work(jacobian, beside)
+            result = work(jacobian, beside)
+            self._like = getattr(result, "like", tuple)
+            return result
 
         self._work = WrittenWork(made, leaves, MOST_KEPT)
         self._values = leaves
@@ -112,7 +117,8 @@ class Sweep:
         """The result of an evaluation that it holds for; None if tensors are not as they were."""
         if not sources.are_as_saved:
             return None
-        return self._work.result(self._leaves(sources, (out, *beside)))
+        result = self._work.result(self._leaves(sources, (out, *beside)))
+        return None if result is None else self._like(result)
 
     def _leaves(self, sources: Sources, others: Leaves) -> Leaves:
         """All that the work may read, in one order for all evaluations of the kind."""

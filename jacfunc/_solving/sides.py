@@ -113,14 +113,6 @@ class OneSide:
         noise = (8 * torch.finfo(self.dtype).eps) ** 2
         return self._system(lambda rows: self.back(self.across(rows)), formed, damping, noise)
 
-    def least_squares(self, other: OneSide, damping: float, solver: Solver | None) -> RowMap:
-        """Makes vectors of the other side whose way back is near to some: by the smaller side."""
-        if self.is_smaller:
-            solution = self.solution(other, damping, solver)
-            return lambda rows: self.across(solution(rows))
-        solution = other.solution(self, damping, solver)
-        return lambda rows: solution(self.across(rows).to(rows.dtype))
-
     def _system(
         self, times: RowMap, formed: Callable[[], Tensor], damping: float, noise: float
     ) -> System:

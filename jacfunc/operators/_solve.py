@@ -151,8 +151,12 @@ class Solves(Products):
         leaves, write = self.codomain.read_any(self.api, "b", b)
         one, other = self._side("rows", center), self._side("columns", center)
         rows = self.codomain.rows(leaves).to(PRECISE)
-        rows = one.least_squares(other, damping, solver)(rows)
-        return write(self.domain, self.domain.cut(rows))
+        if one.is_smaller:  # products are written as they come, never as one row
+            rows = one.solution(other, damping, solver)(rows)
+            rows = self.codomain.centring(self.api, center)(rows)
+            return write(self.domain, self.pullback_batch(self.codomain.cut(rows)))
+        solution = other.solution(one, damping, solver)
+        return write(self.domain, self.domain.cut(solution(one.across(rows).to(PRECISE))))
 
     def quad(self, middle: Any, *, per_sample: bool = False) -> Tensor:
         """``A S Aᵀ``, ``[M, M]``: covariances of products whose vectors have the covariance S.
@@ -227,7 +231,7 @@ class Solves(Products):
     def _side(self, side: Side, center: bool) -> OneSide:
         """One side of the matrix, on flat vectors."""
         domain, codomain = self.domain, self.codomain
-        centred: RowMap = codomain.centring(self.api) if center else lambda rows: rows
+        centred = codomain.centring(self.api, center)
 
         def push(rows: Tensor) -> Tensor:
             return centred(codomain.rows(self.pushforward_batch(domain.cut(rows))))

@@ -178,8 +178,10 @@ class Space:
             )
         return int(sizes.pop() or 0)
 
-    def centring(self, api: str) -> Callable[[Tensor], Tensor]:
-        """What subtracts from vectors in rows their mean over samples."""
+    def centring(self, api: str, center: bool) -> Callable[[Tensor], Tensor]:
+        """What subtracts from vectors in rows their mean over samples, if it is to be done."""
+        if not center:
+            return lambda rows: rows
         self.samples(api)
         return lambda rows: self.rows(
             tuple([leaf - leaf.mean(1, keepdim=True) for leaf in self.cut(rows)])
