@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import ClassVar
 
 import torch
@@ -73,8 +73,8 @@ class BatchProducts(PointProducts):
         self._trial: Leaves | None = None
         """``Jᵀ u`` of a random u."""
         self._is_compared = False
-        self._signature = 0
-        """Of the operations of the evaluation."""
+        self._operations: Hashable = None
+        """What is known of those of the evaluation."""
 
     @property
     def outputs(self) -> BatchOutputs:
@@ -107,8 +107,8 @@ class BatchProducts(PointProducts):
         if recorder.reads_values:
             check_shapes(self._at_batch, image[0])
             check_alone(batch, image[0], INSTEAD)
-        check_changed(self._at_batch, recorder.signature)
-        self._signature = recorder.signature
+        check_changed(self._at_batch, recorder.operations)
+        self._operations = recorder.signature, self._recorded.writes
         return image
 
     def _keep_graph(self) -> Linearization:
@@ -215,7 +215,7 @@ class BatchProducts(PointProducts):
     def _now_and_then(self, way: str, check: Callable[[], None]) -> None:
         """Run a check at the first calls of these operations, and then at fewer and fewer."""
         _ = self.outputs
-        kind = self._at_batch.batch.kind.kind, self._signature
+        kind = self._at_batch.batch.kind.kind, self._operations
         now_and_then(self._state, ("J v", way, *kind), check)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import sub
 from typing import Any
 
 import torch
@@ -14,12 +16,12 @@ from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian
 from jacfunc._faults import is_unwatched
 from jacfunc._layouts import OperationRecorder
-from jacfunc._linear_map import JacobianOperator, narrowed, push_on_graph
+from jacfunc._linear_map import JacobianOperator, graph_number, narrowed, push_on_graph
 from jacfunc._log import note
 from jacfunc._modules import FunctionAsModule, ModuleAtBatch
 from jacfunc._remembered import MOST_KINDS, Remembered
 from jacfunc._samples import SampledCall
-from jacfunc._torch import is_traced
+from jacfunc._torch import is_traced, untracked
 from jacfunc._types import LeafFunction, Leaves
 
 ITERATED = 1 / 4
@@ -85,11 +87,12 @@ def check_alone(batch: SampledCall, outputs: Leaves, instead: str) -> None:
         ) from refusal
 
 
-def check_changed(at_batch: ModuleAtBatch, signature: int) -> None:
+def check_changed(at_batch: ModuleAtBatch, operations: Sequence[Any]) -> None:
     """Refuse samples that depend on each other, where other operations are called than at first.
 
     The first evaluation is taken as it is: products may be those of coupled samples, and cost too
-    little for a comparison. Batches are compared at every call, if that is insisted on.
+    little for a comparison. Batches are compared at every call, if that is insisted on. Graphs do
+    not count: those of evaluations that push tangents are others.
     """
     call, batch, independence = at_batch.call, at_batch.batch, at_batch.call.independence
     if independence.independent is True or is_traced():
@@ -98,6 +101,7 @@ def check_changed(at_batch: ModuleAtBatch, signature: int) -> None:
         call.check_independent(batch)
     module = (call.state.origin or call.state).module
     owner = module.func if isinstance(module, FunctionAsModule) else module
+    signature = hash(tuple(operations))
     known = _signatures().get_or_make(owner, batch.kind.kind, set)
     if known and signature not in known:
         independence.compare(at_batch.api, lambda: call.subject(batch.samples))
@@ -140,19 +144,31 @@ class Recorded:
     Args:
         call: the function.
         recorder: of the last evaluation.
+        writes: how often that wrote into each of the primals.
     """
 
     call: Any
     recorder: OperationRecorder = field(default_factory=OperationRecorder)
+    writes: tuple[int, ...] = ()
 
     def __call__(self, *primals: Tensor) -> tuple[Leaves, Leaves]:
         self.recorder = OperationRecorder()
+        with untracked():
+            ends, versions = [x.grad_fn for x in primals], _versions(primals)
         with self.recorder:
             result: tuple[Leaves, Leaves] = self.call(*primals)
+        with untracked():
+            self.writes = tuple(map(sub, _versions(primals), versions))
+            self.recorder.graph = graph_number(result[0], ends)
         return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.call, name)
+
+
+def _versions(primals: Leaves) -> list[int]:
+    """How often torch has written into each."""
+    return [0 if x.is_inference() else x._version for x in primals]
 
 
 @dataclass(frozen=True)

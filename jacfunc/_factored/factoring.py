@@ -25,6 +25,7 @@ from jacfunc._layouts import (
 from jacfunc._linear_map import (
     Graph,
     LeadsOut,
+    graph_number,
     linearize,
     map_of_graph,
     nodes_of_calls,
@@ -160,6 +161,7 @@ def graph_behind(
         cut |= use.ends
     nodes_of_uses = nodes_of_calls([(use.last, use.ends) for use in uses])
     graph = Graph.of(leaves, cut, set().union(*nodes_of_uses))
+    recorder.graph = graph_number(leaves, cut)
     for use, nodes in zip(uses, nodes_of_uses, strict=True):
         # a derivative uses parameters again, in operations that no rule sees
         if not set().union(*filter(None, map(graph.met.get, nodes))) <= nodes | {use.last}:

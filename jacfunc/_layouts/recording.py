@@ -74,6 +74,8 @@ class OperationRecorder(TorchFunctionMode):
         """The tensors that operations get, by the numbers of these, if somebody wants them."""
         self.operations: list[Any] = []
         """Functions that were called, and plain values that they were called with."""
+        self.graph = 0
+        """The number of the graph of what the function returned, once that was looked at."""
         self.moves_samples = False
         """Has the function moved numbers to where other numbers say?"""
         self.moves_unseen = False
@@ -88,8 +90,8 @@ class OperationRecorder(TorchFunctionMode):
 
     @property
     def signature(self) -> int:
-        """Equal for evaluations that called the same functions with the same numbers and words."""
-        return hash(tuple(self.operations))
+        """Equal for evaluations of one graph that called the same functions with equal values."""
+        return hash((self.graph, *self.operations))
 
     def call(
         self,

@@ -37,4 +37,4 @@ from jacfunc._linear_map.samples import (
     sample_chunks,
 )
 from jacfunc._linear_map.seeded import LinearMap, is_followed
-from jacfunc._linear_map.walks import Graph, LeadsOut, Paths, nodes_of_calls
+from jacfunc._linear_map.walks import Graph, LeadsOut, Paths, graph_number, nodes_of_calls

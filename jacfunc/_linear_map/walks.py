@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
-from operator import methodcaller
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from jacfunc._torch import below_transforms, dtypes_of
@@ -194,3 +196,43 @@ def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:
             dtypes.update(dtypes_of(node))
             pending += [below for below, _ in node.next_functions]
     return dtypes
+
+
+def graph_number(tensors: Iterable[Tensor], ends: Iterable[Any]) -> int:
+    """Equal for graphs of the same operations with the same plain values, joined in the same way.
+
+    It tells of operations that no mode sees, as those of TorchScript. What was saved as a tensor is
+    not looked at: to get it back may run a part of a module again.
+
+    Args:
+        ends: nodes at which the walk ends; all else that the tensors were made of counts.
+    """
+    numbers: dict[Any, int] = dict.fromkeys(ends, -1)
+    numbers[None] = 0
+    nodes, kinds = list[Any](), list[Any]()
+
+    def note(node: Any, output: int) -> None:
+        if node not in numbers:
+            nodes.append(node)
+            numbers[node] = len(nodes)
+        kinds.extend((numbers[node], output))
+
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            note(tensor.grad_fn, tensor.output_nr)
+    for node in nodes:  # which grows
+        kind: Any = type(node)
+        kinds += (kind.__name__,)
+        if not isinstance(node, BackwardCFunction) and (values := _plain_values(kind)):
+            kinds += (str(values(node)),)  # Python gives -1 and -2 the same hash
+        for below in node.next_functions:
+            note(*below)
+    return hash(tuple(kinds))
+
+
+@cache
+def _plain_values(kind: type) -> Callable[[Any], Any] | None:
+    """What reads the values that nodes of a kind never save as tensors, if there are any."""
+    every = set(dir(kind))
+    names = [x for x in every if x.startswith("_saved_") and f"_raw{x}" not in every]
+    return attrgetter(*sorted(names)) if names else None

@@ -109,8 +109,7 @@ class SettledBatch:
             result = known.swept(self, state, x, compared, beside)
             if result is not None:
                 return result
-        jacobian = self.evaluated(state, x, compared)
-        if jacobian is None:
+        if (jacobian := self.evaluated(state, x, compared)) is None:
             return None
         tensors = beside(jacobian.outputs) if beside else ()
         result = work(jacobian, tensors)
@@ -139,8 +138,7 @@ class SettledBatch:
     ) -> ResultT | None:
         """What is made; None if the call must be taken anew, as that fails or draws numbers.
 
-        Args:
-            random_state: as the evaluation finds it.
+        The random state is that before the evaluation.
         """
         result = None
         try:
@@ -214,7 +212,9 @@ class SettledBatch:
     ) -> RepeatedEvaluation:
         how = self.learned, self.by_layers, self.by_inputs, sources, reads
         own = RepeatedEvaluation(self.params(state), x, *how)
-        own.recorder.pulls_many = self.is_batchable
+        own.is_batchable = self.is_batchable
+        # of many samples the graph must be that after which batches were compared
+        own.recorder.pulls_many = self.is_batchable or not self.is_alone
         return own
 
     def run(

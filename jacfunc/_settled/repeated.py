@@ -31,6 +31,7 @@ from jacfunc._linear_map import (
     Graph,
     LeadsOut,
     differentiable_alias,
+    graph_number,
     map_of_graph,
     writable_copy,
 )
@@ -92,6 +93,9 @@ class RepeatedEvaluation:
         reads: what is known of the operations that use parameters; else they are looked for, if
             it is differentiated by layers.
     """
+
+    is_batchable = True
+    """Are many cotangents pulled back at once?"""
 
     def __init__(
         self,
@@ -175,13 +179,14 @@ class RepeatedEvaluation:
                 return None
         else:
             graph = Graph.back_to(set(self.starts), (out,))
+            recorder.graph = graph_number((out,), self.starts)
         if graph.leads_out and self.handles:
             return None
         targets = [*(use.anchor for use in uses), *self._anchors]
         linearization = map_of_graph((out,), (), targets, graph, False, as_evaluated)
         if not linearization.is_batchable:
             return None
-        linearization.is_batchable = recorder.pulls_many
+        linearization.is_batchable = self.is_batchable
         return FactoredJacobian(
             self._size,
             uses,

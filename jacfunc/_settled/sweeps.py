@@ -83,7 +83,8 @@ class Sweep:
 
         self._work = WrittenWork(made, leaves, MOST_KEPT)
         self._values = leaves
-        self._signature, self._kinds = recorder.signature, sources.kinds
+        self._graph, self._signature = recorder.graph, recorder.signature
+        self._kinds = sources.kinds
 
     def fits(self, evaluated: Evaluated, beside: Leaves, expected: Leaves) -> bool:
         """Is the result of another evaluation at the same numbers the one that is expected?
@@ -96,19 +97,15 @@ class Sweep:
             return False
         self._outline = outline(out, own.starts, own.first, sources.saved)
         self._work.hold_for(leaves)
-        if self._outline is None:
+        if self._outline is None or not self.holds_for(evaluated):
             return False
-        results = self.result(evaluated, beside)
+        results = self.replayed(sources, out, beside)
         return results is not None and agree(results, expected)
-
-    def result(self, evaluated: Evaluated, beside: Leaves) -> Leaves | None:
-        """The result of an evaluation; None if it is not like the one that was written down."""
-        _, sources, out = evaluated
-        return self.replayed(sources, out, beside) if self.holds_for(evaluated) else None
 
     def holds_for(self, evaluated: Evaluated) -> bool:
         """Is an evaluation like the one that was written down?"""
         own, sources, out = evaluated
+        own.recorder.graph = self._graph  # the outline tells more than its number
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return False
         return outline(out, own.starts, own.first, sources.saved) == self._outline
@@ -182,9 +179,11 @@ class KnownWork:
         assert self.sweep is not None
         result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.reads)
         if evaluated is not None:
-            own, _, out = evaluated
-            if settled.is_alone or settled.learned.knows(own.recorder, compared):
-                result = self.sweep.result(evaluated, beside((out.detach(),)) if beside else ())
+            own, sources, out = evaluated
+            is_like = self.sweep.holds_for(evaluated)
+            if is_like and (settled.is_alone or settled.learned.knows(own.recorder, compared)):
+                others = beside((out.detach(),)) if beside else ()
+                result = self.sweep.replayed(sources, out, others)
         self.misses = 0 if result is not None else self.misses + 1
         if self.misses >= MOST_MISSES:
             self.sweep = None

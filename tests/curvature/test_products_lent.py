@@ -72,12 +72,25 @@ def test_a_write_at_a_later_call_goes_into_a_copy(
         assert torch.equal(module.weight, before)
 
 
-def test_a_write_that_nobody_sees_is_told() -> None:
-    @torch.jit.script
-    def hidden(weight: Tensor) -> None:
-        with torch.no_grad():
-            weight.mul_(2)
+@torch.jit.script
+def hidden(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.mul_(2)
 
+
+@pytest.mark.parametrize("before", [1, 3, 10])
+def test_a_write_that_nobody_sees_is_not_pushed_forward(before: int) -> None:
+    module = Late(hidden)
+    ggn = jacfunc.ggn(module, F.mse_loss)
+    for number in range(before + 3):
+        module.is_late[0] = number >= before
+        x, y, v = torch.randn(4, 5).double(), torch.randn(4, 3).double(), torch.randn(3, 5).double()
+        right = expected(module, x, v)
+        found = (ggn(x, y) @ {"weight": v})["weight"]
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
+
+
+def test_a_write_that_nobody_sees_is_told() -> None:
     module, v = Late(hidden), torch.randn(3, 5).double()
     x, y = torch.randn(4, 5).double(), torch.randn(4, 3).double()
     ggn, before = jacfunc.ggn(module, F.mse_loss), module.weight.detach().clone()
