@@ -6,6 +6,8 @@ from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+import torch
+
 from jacfunc._factored.use import KnownUse
 from jacfunc._layouts import Sites, WhatWasSeen
 from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
@@ -134,5 +136,5 @@ def learned_uses() -> Remembered[LearnedUses]:
 
 def users_modes() -> tuple[type, ...]:
     """The classes of modes of others around, which may change what operations return."""
-    kinds = map(type, function_modes())
+    kinds = map(type, function_modes() if torch._C._is_torch_function_mode_enabled() else ())
     return tuple([x for x in kinds if not x.__module__.startswith(("jacfunc.", "torch."))])

@@ -127,11 +127,7 @@ class OperationRecorder(TorchFunctionMode):
         self._is_over = True
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Args = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: Args = (), kwargs: Any = None
     ) -> Any:
         # called for every operation: as short as it can be
         kwargs = kwargs or {}
