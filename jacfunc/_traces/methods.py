@@ -1,4 +1,4 @@
-"""What a graph calls from Python: methods of tensors, and a product that is faster than torch's."""
+"""What a graph calls from Python: methods of tensors, and faster kernels where there are some."""
 
 from __future__ import annotations
 
