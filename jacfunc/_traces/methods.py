@@ -1,4 +1,4 @@
-"""What a graph calls from Python: methods of tensors, and a product that is faster than torch's."""
+"""What a graph calls from Python: methods of tensors, and faster kernels where there are some."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from jacfunc._torch import Graphs, fast_linear
 
 MANY_PRODUCTS = 2**23
 """Of so many multiplications it pays to look whether another product is faster."""
+
+FEW_CHANNELS = 3
+"""Onto images of so few channels torch's own convolution pulls back faster than oneDNN's, which
+fills channels up with zeros to as many as a vector unit takes: of one channel it takes four to nine
+times as long, and seventeen times the memory."""
 
 _ATEN = torch.ops.aten
 _METHODS = {
@@ -63,6 +68,11 @@ def by_methods(graph: GraphModule) -> GraphModule:
             with methods.inserting_before(node):
                 node.args = left, methods.call_method("t", (right,))
             node.target = fast_linear
+        elif _is_onto_few_channels(node):
+            cotangents, images, kernel, _, stride, padding, *_, asked = node.args
+            size = [*kernel.meta["val"].shape[2:]]
+            node.args = cotangents, images, kernel, size, stride, padding, asked
+            node.target = _ATEN._slow_conv2d_backward.output_mask
         elif name := _METHODS.get(node.target):
             node.op, node.target = "call_method", name
         else:
@@ -120,6 +130,22 @@ def _is_outer(node: Node) -> bool:
     """Is it a product of a column and a row?"""
     factors = _factors_of(node)
     return factors is not None and factors[0].shape[1] == 1
+
+
+def _is_onto_few_channels(node: Node) -> bool:
+    """Is it a convolution's gradient in images of few channels, and in nothing else?"""
+    if node.target is not _ATEN.convolution_backward.default:
+        return False
+    args: Any = node.args
+    values: Any = [x.meta.get("val") if isinstance(x, Node) else None for x in args[:3]]
+    *_, dilation, is_transposed, _, groups, asked = args
+    return (
+        [*asked] == [True, False, False]
+        and (is_transposed, groups, {*dilation}) == (False, 1, {1})
+        and all(isinstance(x, Tensor) and x.is_cpu and x.dim() == 4 for x in values)
+        and all(x.dtype == torch.float32 for x in values)
+        and values[2].shape[1] <= FEW_CHANNELS
+    )
 
 
 def _is_large_product(node: Node) -> bool:

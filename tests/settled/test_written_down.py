@@ -295,3 +295,44 @@ def test_a_column_times_a_row_is_no_product_of_matrices(inner: int) -> None:
     (result,) = run((x, y))
     torch.testing.assert_close(result, x.sin() @ y.cos().T)
     assert result.is_contiguous()
+
+
+def pulled_onto(images: Tensor, kernel: Tensor, u: Tensor, **how: Any) -> tuple[Tensor, ...]:
+    """What a convolution pulls back onto its images, by autograd."""
+    points = images.detach().requires_grad_()
+    with torch.enable_grad():
+        out = torch.nn.functional.conv2d(points, kernel.detach(), **how)
+    return torch.autograd.grad(out, points, u)
+
+
+def convolved(channels: int, dtype: torch.dtype = torch.float32, **how: Any) -> list[Tensor]:
+    images, kernel = torch.randn(2, channels, 7, 6), torch.randn(4, channels, 3, 2)
+    u = torch.randn_like(torch.nn.functional.conv2d(images, kernel, **how))
+    return [x.to(dtype) for x in (images, kernel, u)]
+
+
+@pytest.mark.parametrize("how", [{}, {"stride": (2, 1), "padding": (1, 2)}], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_onto_few_channels_a_convolution_is_pulled_back_by_torchs_own(
+    channels: int, how: dict[str, Any]
+) -> None:
+    """It would be filled up with zeros to sixteen channels."""
+    sources, others = convolved(channels, **how), convolved(channels, **how)
+    run = executable(lambda: pulled_onto(*sources, **how), *sources)
+    (found,) = run(tuple(others))
+    (expected,) = pulled_onto(*[x.double() for x in others], **how)
+    torch.testing.assert_close(found, expected.float())
+    assert "aten._slow_conv2d_backward.output_mask" in called(run)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "how"),
+    [(4, torch.float32, {}), (1, torch.float64, {}), (1, torch.float32, {"dilation": 2})],
+)
+def test_other_convolutions_are_pulled_back_as_they_were(
+    channels: int, dtype: torch.dtype, how: dict[str, Any]
+) -> None:
+    sources, others = convolved(channels, dtype, **how), convolved(channels, dtype, **how)
+    run = executable(lambda: pulled_onto(*sources, **how), *sources)
+    torch.testing.assert_close(run(tuple(others))[0], pulled_onto(*others, **how)[0])
+    assert "aten.convolution_backward.default" in called(run)
