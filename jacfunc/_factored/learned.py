@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -92,20 +91,6 @@ class LearnedUses:
         if len(self.compared_moves) >= MOST_KINDS:
             self.compared_moves.clear()
         self.compared_moves.add(seen.signature)
-
-    def knows(self, seen: WhatWasSeen, compared: Container[int]) -> bool:
-        """Does what was learned of many samples hold for an evaluation with these operations?
-
-        Args:
-            compared: signatures of evaluations after which batches were compared.
-        """
-        if self.moves_samples or self.others:
-            return False
-        if seen.moves_samples and not self.knows_moves(seen):
-            return False
-        if self.mixes and not seen.reads_values:
-            return False
-        return seen.signature in self.signatures and seen.signature in compared
 
     def learn_sites(self, sites: Sites, signature: int) -> None:
         """Take in where the tensors of one evaluation hold the samples."""

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, matrix_of
+from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
 from jacfunc._settled.sources import Sources
 from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
@@ -188,7 +188,7 @@ class SettledBatch:
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
             is_again = self.names or own.recorder.reads_values
             jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
-        if jacobian is None or not (self.is_alone or self.learned.knows(jacobian, compared)):
+        if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
             return None
         if jacobian.reads_values and not self.are_alone(state, x, out):
             return None

@@ -25,7 +25,7 @@ from jacfunc._factored import (
     use_recorder,
 )
 from jacfunc._faults import TAKES_DERIVATIVES
-from jacfunc._layouts import Args, OperationRecorder
+from jacfunc._layouts import Args, OperationRecorder, WhatWasSeen
 from jacfunc._linear_map import (
     Anchor,
     Graph,
@@ -58,12 +58,7 @@ class PlainRecorder(OperationRecorder):
         self._reads, self._openings = reads or {}, table().openings
 
     def call(
-        self,
-        number: int,
-        func: Callable[..., Any],
-        args: Args,
-        kwargs: Mapping[str, Any],
-        is_tracked: bool,
+        self, number: int, func: Any, args: Args, kwargs: Mapping[str, Any], is_tracked: bool
     ) -> Any:
         if func in TAKES_DERIVATIVES:
             raise Refused("the function takes a derivative itself, of what may stand for others")
@@ -187,18 +182,27 @@ class RepeatedEvaluation:
         if not linearization.is_batchable:
             return None
         linearization.is_batchable = self.is_batchable
+        how = self._size, uses, self._direct, self._params, linearization, derived
         return FactoredJacobian(
-            self._size,
-            uses,
-            self._direct,
-            self._params,
-            linearization,
-            derived,
+            *how,
             signature=recorder.signature,
             moves_samples=recorder.moves_samples,
             moves_unseen=recorder.moves_unseen,
             reads_values=recorder.reads_values,
         )
+
+
+def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> bool:
+    """Does what was learned of many samples hold for an evaluation with these operations?
+
+    Args:
+        compared: signatures of evaluations after which batches were compared.
+    """
+    is_new = seen.moves_samples and not learned.knows_moves(seen)
+    if is_new or learned.moves_samples or learned.others:
+        return False
+    signature, is_told = seen.signature, seen.reads_values or not learned.mixes
+    return is_told and signature in learned.signatures and signature in compared
 
 
 def blocks_of(jacobian: FactoredJacobian, seeds: Leaves = ()) -> Leaves:

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._settled.outline import outline
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.repeated import RepeatedEvaluation
+from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sources import MOST_BYTES, MOST_KEPT, Sources
 from jacfunc._torch import MathAttention, recording
 from jacfunc._traces import WrittenWork
@@ -181,7 +181,7 @@ class KnownWork:
         if evaluated is not None:
             own, sources, out = evaluated
             is_like = self.sweep.holds_for(evaluated)
-            if is_like and (settled.is_alone or settled.learned.knows(own.recorder, compared)):
+            if is_like and (settled.is_alone or knows(settled.learned, own.recorder, compared)):
                 others = beside((out.detach(),)) if beside else ()
                 result = self.sweep.replayed(sources, out, others)
         self.misses = 0 if result is not None else self.misses + 1
