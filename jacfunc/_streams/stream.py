@@ -10,6 +10,7 @@ from typing import Any, Literal, Unpack, get_args, overload
 from torch import Tensor, nn
 
 from jacfunc._arguments import check_flags
+from jacfunc._errors import check_uncompiled
 from jacfunc._lending import Select, check_outermost
 from jacfunc._memory import Budget, in_chunks, of_leaf
 from jacfunc._modules import (
@@ -144,6 +145,7 @@ def stream_jacobian(
     )
 
     def stream_jacobian_of(*args: Tree, **kwargs: Any) -> Items:
+        check_uncompiled(API)
         if inside_transform():
             raise NotImplementedError(
                 f"{API}: blocks must be pulled back one after the other from a graph that is kept, "

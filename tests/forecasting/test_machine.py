@@ -71,7 +71,7 @@ def counted(run: Callable[[], Any], device: torch.device) -> float:
 def test_rows_one_by_one_take_a_pullback_and_a_copy_each() -> None:
     """What is made once for all rows, or once a call, is no part of it."""
     here = Machine(CPU, torch.float32, clock=counted)
-    assert here.pull.call < here.pull_each.call < 1.5 * here.pull.call
+    assert 0.9 * here.pull.call < here.pull_each.call < 1.2 * here.pull.call
 
 
 def test_each_number_of_threads_is_measured_for_itself() -> None:
