@@ -58,7 +58,7 @@ class SettledBatch:
         self.names, self.by_inputs, self.by_layers = names, batch.differentiates[1], by_layers
         self.is_alone, self.is_watched, self.is_batchable = batch.size == 1, is_watched, True
         self.output = output.shape, output.dtype
-        self.works = dict[Work, KnownWork]()
+        self.works, self.graph = dict[Work, KnownWork](), 0
 
     def blocks(self, state: ModuleState, x: Tensor, compared: Container[int]) -> Leaves | None:
         """Blocks ``[B, *out, *primal]``; None where the call must be taken anew."""
@@ -186,8 +186,8 @@ class SettledBatch:
             if out is None:
                 return None
             # by inputs alone one sweep follows at once, with all as the evaluation has left it
-            is_again = self.names or own.recorder.reads_values
-            jacobian = own.jacobian(out, state.as_evaluated() if is_again else None)
+            as_evaluated = state.as_evaluated() if self.names or own.recorder.reads_values else None
+            jacobian, self.graph = own.jacobian(out, as_evaluated), own.recorder.graph
         if jacobian is None or not (self.is_alone or knows(self.learned, jacobian, compared)):
             return None
         if jacobian.reads_values and not self.are_alone(state, x, out):

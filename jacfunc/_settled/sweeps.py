@@ -129,6 +129,8 @@ class Evaluator(Protocol):
     names: Sequence[str]
     is_alone: bool
     learned: LearnedUses
+    graph: int
+    """The number of the graph of the evaluation that was made last without a sweep."""
 
     def repeated(
         self,
@@ -159,11 +161,13 @@ class KnownWork:
     Args:
         work: makes a result.
         calls: so many results were made without a sweep.
+        graph: the number of the graph of the last of these, which may call other kernels.
         misses: so often in a row the sweep did not hold.
     """
 
     work: Work
     calls: int = 0
+    graph: int = 0
     misses: int = 0
     sweep: Sweep | None = None
 
@@ -180,7 +184,7 @@ class KnownWork:
         result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.reads)
         if evaluated is not None:
             own, sources, out = evaluated
-            is_like = self.sweep.holds_for(evaluated)
+            is_like, own.recorder.graph = self.sweep.holds_for(evaluated), self.graph
             if is_like and (settled.is_alone or knows(settled.learned, own.recorder, compared)):
                 others = beside((out.detach(),)) if beside else ()
                 result = self.sweep.replayed(sources, out, others)
@@ -202,7 +206,7 @@ class KnownWork:
             sweep = Sweep(first, beside, self.work)
             second = evaluated_with_sources(settled, state, x, sweep.reads)
             if second is not None and sweep.fits(second, beside, result):
-                self.sweep = sweep
+                self.sweep, self.graph = sweep, settled.graph
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
 
