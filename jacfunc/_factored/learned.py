@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-import torch
-
 from jacfunc._factored.use import KnownUse
 from jacfunc._layouts import Sites, WhatWasSeen
 from jacfunc._remembered import MOST_KINDS, CallKind, Remembered
-from jacfunc._torch import function_modes
+from jacfunc._torch import all_modes
 
 
 class Outdated(Exception):  # noqa: N818 (the evaluation is repeated, and learns anew)
@@ -121,5 +119,5 @@ def learned_uses() -> Remembered[LearnedUses]:
 
 def users_modes() -> tuple[type, ...]:
     """The classes of modes of others around, which may change what operations return."""
-    kinds = map(type, function_modes() if torch._C._is_torch_function_mode_enabled() else ())
+    kinds = map(type, all_modes())
     return tuple([x for x in kinds if not x.__module__.startswith(("jacfunc.", "torch."))])

@@ -30,8 +30,8 @@ from jacfunc._remembered import Remembered
 from jacfunc._torch import (
     DRAWING,
     Pull,
+    all_modes,
     below_transforms,
-    function_modes,
     is_batched,
     is_pushing,
     is_right_twice,
@@ -150,7 +150,7 @@ class Watch(TorchFunctionMode):
         """
         order, leads_out = num_derivatives(tensor), False
         if self._keeps_graph and below_transforms(tensor).requires_grad:
-            watches = [w for w in (self, *function_modes()) if isinstance(w, Watch) and w._pull]
+            watches = [w for w in (self, *all_modes()) if isinstance(w, Watch) and w._pull]
             pulls = [w._pull for w in watches if w._pull and w._pull.leads_out]
             order += sum(pull.order for pull in pulls)
             outer = pulls[-1].leads_out if pulls else None
@@ -215,7 +215,7 @@ def was_handled(error: Exception) -> bool:
 
 def is_watching() -> bool:
     """Is a function evaluated of which a derivative of ours is taken, and watched?"""
-    return any(isinstance(mode, Watch) for mode in function_modes())
+    return any(isinstance(mode, Watch) for mode in all_modes())
 
 
 def watch_on() -> list[tuple[Watch, bool]]:
@@ -224,7 +224,7 @@ def watch_on() -> list[tuple[Watch, bool]]:
     Returns:
         These watches, and whether each has seen numbers leave torch.
     """
-    watches = [watch for watch in function_modes() if isinstance(watch, Watch)]
+    watches = [watch for watch in all_modes() if isinstance(watch, Watch)]
     for watch in watches:
         watch.stays_watched = True
     return [(watch, watch.leaves_torch) for watch in watches]

@@ -23,7 +23,7 @@ from jacfunc._layouts.telling import (
     tensors_in,
 )
 from jacfunc._layouts.traces import Listener, OperationCall
-from jacfunc._torch import PULLED, function_modes, untracked
+from jacfunc._torch import PULLED, all_modes, untracked
 
 Args: TypeAlias = tuple[Any, ...]
 
@@ -241,5 +241,5 @@ def ends() -> None:
 
 def recorders() -> list[OperationRecorder]:
     """The recorders around this call, if torch would show them an operation now."""
-    modes = function_modes() if torch._C._is_torch_function_mode_enabled() else ()
+    modes = all_modes() if torch._C._is_torch_function_mode_enabled() else ()
     return [mode for mode in modes if isinstance(mode, OperationRecorder)]

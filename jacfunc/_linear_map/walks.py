@@ -198,6 +198,9 @@ def dtypes_behind(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     return dtypes
 
 
+_OF_SIZES = "size", "stride", "numel"
+
+
 def graph_number(tensors: Iterable[Tensor], ends: Iterable[Any]) -> int:
     """Equal for graphs of the same operations with the same plain values, joined in the same way.
 
@@ -232,7 +235,11 @@ def graph_number(tensors: Iterable[Tensor], ends: Iterable[Any]) -> int:
 
 @cache
 def _plain_values(kind: type) -> Callable[[Any], Any] | None:
-    """What reads the values that nodes of a kind never save as tensors, if there are any."""
+    """What reads the values that nodes of a kind never save as tensors, if there are any.
+
+    Sizes are left out: those of a part of a batch are others, and its operations are the same.
+    """
     every = set(dir(kind))
     names = [x for x in every if x.startswith("_saved_") and f"_raw{x}" not in every]
+    names = [x for x in names if not any(word in x for word in _OF_SIZES)]
     return attrgetter(*sorted(names)) if names else None

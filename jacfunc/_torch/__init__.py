@@ -1,7 +1,7 @@
 """Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
 from jacfunc._torch.attention import MathAttention
-from jacfunc._torch.autograd import recording, run_backward, tracked, uncast, untracked
+from jacfunc._torch.autograd import all_modes, recording, run_backward, tracked, uncast, untracked
 from jacfunc._torch.compiled import Graphs, as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import (
     constant,
@@ -34,7 +34,7 @@ from jacfunc._torch.levels import (
     off_graph,
     outside_transforms,
 )
-from jacfunc._torch.pullback import Pull, dtypes_of, function_modes, innermost_level, is_right_twice
+from jacfunc._torch.pullback import Pull, dtypes_of, innermost_level, is_right_twice
 from jacfunc._torch.random import DRAWING, RandomState, fixed, may_draw, noise_like
 from jacfunc._torch.vmap import (
     batched,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +37,11 @@ def recording() -> AbstractContextManager[Any]:
     if torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
     return NOTHING if torch.is_grad_enabled() else _RECORDING
+
+
+def all_modes() -> list[Any]:
+    """The function modes around, the nearest first."""
+    return [_get_function_stack_at(n) for n in reversed(range(_len_torch_function_stack()))]
 
 
 def run_backward(

@@ -19,9 +19,8 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from jacfunc._arguments import are_plain
-from jacfunc._torch.autograd import untracked
+from jacfunc._torch.autograd import all_modes, untracked
 from jacfunc._torch.levels import is_batched, is_recorded_plainly
-from jacfunc._torch.pullback import function_modes
 from jacfunc._torch.vmap import LARGE_PRODUCT, fast_linear, is_for_onednn
 from jacfunc._types import LeafFunction, Leaves
 
@@ -148,7 +147,7 @@ def _is_pulled(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and torch.is_grad_enabled()
         and not torch._C._is_any_autocast_enabled()
         and is_recorded_plainly()
-        and all(getattr(mode, "lets_products_pass", False) for mode in function_modes())
+        and all(getattr(mode, "lets_products_pass", False) for mode in all_modes())
     )
 
 

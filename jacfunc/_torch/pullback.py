@@ -8,13 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C import _functorch, _get_function_stack_at, _len_torch_function_stack
+from torch._C import _functorch
 from torch._C._functorch import TransformType
-
-
-def function_modes() -> list[Any]:
-    """The function modes around, the nearest first."""
-    return [_get_function_stack_at(n) for n in reversed(range(_len_torch_function_stack()))]
 
 
 def innermost_level() -> int | None:

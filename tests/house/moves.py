@@ -33,6 +33,7 @@ def moves_of(call: Callable[[], Any]) -> tuple[int, int]:
         return _moves_of(call)
     finally:
         gc.enable()
+        gc.collect()  # while a module dies Python 3.11 would lose count of its weak references
 
 
 def _moves_of(call: Callable[[], Any]) -> tuple[int, int]:

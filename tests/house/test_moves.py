@@ -19,6 +19,7 @@ MOST = {
 
 @pytest.mark.parametrize("name", MOST)
 def test_calls_move_seldom(name: str) -> None:
-    files, moves = moves_of(problems()[name])
+    call = problems()[name]
+    files, moves = moves_of(call)
     assert files <= MOST[name][0]
     assert moves <= MOST[name][1]

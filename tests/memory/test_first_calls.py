@@ -116,4 +116,4 @@ def test_blocks_of_a_kernel_go_back_as_they_are_freed() -> None:
     """They are larger than what the heap finds free between others."""
     run = [sys.executable, "-W", "ignore", "-c", KERNEL]
     told = subprocess.run(run, env=dict(os.environ), capture_output=True, text=True, check=True)
-    assert float(told.stdout) <= 1
+    assert float(told.stdout) <= 1.04  # Python takes a megabyte at a time for its own objects

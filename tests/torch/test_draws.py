@@ -313,7 +313,10 @@ class RandomCotangents(TorchDispatchMode):
 
 
 def test_the_transpose_is_looked_at_now_and_then() -> None:
-    """At the first, the second and the fourth point, and anew where the module has another part."""
+    """At the first, the second and the fourth point, and anew where the module has another part.
+
+    The first point of all counts apart: its evaluation pushes tangents, which leaves another graph.
+    """
     module, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double(), point(4, 3)
     ggn = jacfunc.ggn(module, half_square)
     counts = []
@@ -322,7 +325,7 @@ def test_the_transpose_is_looked_at_now_and_then() -> None:
         with RandomCotangents() as cotangents:
             ggn(x, targets) @ ones(module)
         counts.append(cotangents.count)
-    assert counts == [1, 1, 0, 1, 0]
+    assert counts == [1, 1, 1, 0, 1]
     module[0].register_forward_hook(
         lambda m, given, out: out.register_hook(lambda g: 3 * g.detach()) and None
     )
