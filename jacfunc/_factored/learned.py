@@ -78,9 +78,9 @@ class LearnedUses:
         """Forget what was learned of uses since then."""
         self.others, self.written, self.ruled = before.others, before.written, before.ruled
 
-    def knows_moves(self, seen: WhatWasSeen) -> bool:
-        """Were numbers moved to where others say with which a comparison was made before?"""
-        return seen.signature in self.compared_moves
+    def moves_anew(self, seen: WhatWasSeen) -> bool:
+        """Were numbers moved to where others say with which no comparison was made before?"""
+        return seen.moves_samples and seen.signature not in self.compared_moves
 
     def learn_moves(self, seen: WhatWasSeen) -> None:
         """Take in that batches were compared after an evaluation that has moved numbers."""

@@ -165,8 +165,7 @@ class SampledCall:
 
     def _call_guard(self, seen: WhatWasSeen, outputs: Leaves, start: int = 0) -> None:
         learned = self.learned_as_a_whole
-        moves = seen.moves_samples and not learned.knows_moves(seen)
-        may_mix = moves or (learned.mixes and not seen.reads_values)
+        may_mix = learned.moves_anew(seen) or (learned.mixes and not seen.reads_values)
         if self.guard and self.guard(seen.signature, may_mix) and outputs:
             if not seen.reads_values:  # a sample may decide for all, while halves are alike
                 self.check_alone(outputs, start, ROUNDING)

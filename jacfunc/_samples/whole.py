@@ -117,7 +117,7 @@ class WholeBatches:
         except Unlike:
             return None
         self._check_random()
-        learned.moves_samples = jacobian.moves_samples and not learned.knows_moves(jacobian)
+        learned.moves_samples = learned.moves_anew(jacobian)
         is_known = size == 1 or jacobian.signature in learned.signatures
         return (jacobian, call) if is_known else None
 
@@ -138,7 +138,7 @@ class WholeBatches:
         self._check_random()
         if not trace.is_like(placing.operations):
             return None, False
-        learned.moves_samples = jacobian.moves_samples and not learned.knows_moves(jacobian)
+        learned.moves_samples = learned.moves_anew(jacobian)
         # of numbers that are drawn nothing can be told
         learned.mixes |= mixing.was_seen and not self.random_state.has_changed()
         if self._learn(jacobian, placing, other):

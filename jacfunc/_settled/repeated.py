@@ -198,7 +198,7 @@ def knows(learned: LearnedUses, seen: WhatWasSeen, compared: Container[int]) -> 
     Args:
         compared: signatures of evaluations after which batches were compared.
     """
-    is_new = seen.moves_samples and not learned.knows_moves(seen)
+    is_new = seen.moves_samples and learned.moves_anew(seen)  # asked of few: most move none
     if is_new or learned.moves_samples or learned.others:
         return False
     signature, is_told = seen.signature, seen.reads_values or not learned.mixes

@@ -36,7 +36,6 @@ class Sources:
     saved: list[Tensor] = field(default_factory=list)
     bytes_left: int = MOST_KEPT  # what shares memory is counted each time
     versions: list[int] = field(default_factory=list)
-    last: int = -1  # number of what was saved
     arguments: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -65,8 +64,7 @@ class Sources:
                 raise Nameless("it saves more than is kept while a sweep is written down")
             sources.saved += (tensor,)
             sources.versions += (tensor._version,)
-            sources.last += 1
-            return sources.last
+            return len(sources.saved) - 1
 
         def kept(number: int) -> Tensor:
             if (sources := here()) is None:

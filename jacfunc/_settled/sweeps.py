@@ -56,12 +56,14 @@ class Sweep:
         evaluated: one of these evaluations, in which uses of parameters were looked for.
         beside: the tensors that the work takes beside.
         work: makes the result.
+        graph: the number of the graph that is known of evaluations like it. Its own may be of other
+            kernels; that the graph is the same the outline tells in more detail.
 
     Raises:
         Nameless: if it can't be written down.
     """
 
-    def __init__(self, evaluated: Evaluated, beside: Leaves, work: Work) -> None:
+    def __init__(self, evaluated: Evaluated, beside: Leaves, work: Work, graph: int = 0) -> None:
         own, sources, out = evaluated
         recorder = own.recorder
         if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_unseen:
@@ -83,7 +85,8 @@ class Sweep:
 
         self._work = WrittenWork(made, leaves, MOST_KEPT)
         self._values = leaves
-        self._graph, self._signature = recorder.graph, recorder.signature
+        recorder.graph = self._graph = graph
+        self._signature = recorder.signature
         self._kinds = sources.kinds
 
     def fits(self, evaluated: Evaluated, beside: Leaves, expected: Leaves) -> bool:
@@ -105,7 +108,7 @@ class Sweep:
     def holds_for(self, evaluated: Evaluated) -> bool:
         """Is an evaluation like the one that was written down?"""
         own, sources, out = evaluated
-        own.recorder.graph = self._graph  # the outline tells more than its number
+        own.recorder.graph = self._graph
         if own.recorder.signature != self._signature or sources.kinds != self._kinds:
             return False
         return outline(out, own.starts, own.first, sources.saved) == self._outline
@@ -161,13 +164,11 @@ class KnownWork:
     Args:
         work: makes a result.
         calls: so many results were made without a sweep.
-        graph: the number of the graph of the last of these, which may call other kernels.
         misses: so often in a row the sweep did not hold.
     """
 
     work: Work
     calls: int = 0
-    graph: int = 0
     misses: int = 0
     sweep: Sweep | None = None
 
@@ -184,7 +185,7 @@ class KnownWork:
         result, evaluated = None, evaluated_with_sources(settled, state, x, self.sweep.reads)
         if evaluated is not None:
             own, sources, out = evaluated
-            is_like, own.recorder.graph = self.sweep.holds_for(evaluated), self.graph
+            is_like = self.sweep.holds_for(evaluated)
             if is_like and (settled.is_alone or knows(settled.learned, own.recorder, compared)):
                 others = beside((out.detach(),)) if beside else ()
                 result = self.sweep.replayed(sources, out, others)
@@ -203,10 +204,10 @@ class KnownWork:
         if first is None:
             return
         try:
-            sweep = Sweep(first, beside, self.work)
+            sweep = Sweep(first, beside, self.work, settled.graph)
             second = evaluated_with_sources(settled, state, x, sweep.reads)
             if second is not None and sweep.fits(second, beside, result):
-                self.sweep, self.graph = sweep, settled.graph
+                self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
 
