@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,46 +41,6 @@ Record: TypeAlias = Callable[[Placing, Leaves, Callable[[], Image]], Image]
 """``record(placing, handles, evaluate)`` calls ``evaluate`` and records uses of the handles."""
 
 
-class Batch(Protocol):
-    """A function of its primals at all samples, in one of the two ways."""
-
-    @property
-    def size(self) -> int:
-        """How many samples there are."""
-        ...
-
-    @property
-    def call(self) -> LeafFunction:
-        """A call whose kind tells what earlier calls have shown."""
-        ...
-
-    @property
-    def primals(self) -> Leaves:
-        """What the function is differentiated by."""
-        ...
-
-    @property
-    def params(self) -> Leaves:
-        """The primals as one sample has them."""
-        ...
-
-    def tracked(self, learned: LearnedUses) -> Sequence[int]:
-        """Numbers of the parameters whose uses are looked for."""
-        ...
-
-    def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
-        """What the function gets as a primal: a copy if it may write into it."""
-        ...
-
-    def direct(self, learned: LearnedUses) -> list[Direct]:
-        """The primals that are differentiated as they are."""
-        ...
-
-    def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
-        """Outputs and extras of all samples, ``[B, …]``."""
-        ...
-
-
 @dataclass(frozen=True)
 class VmappedBatch:
     """A function of its primals and one sample, vmapped over all samples.
@@ -101,16 +61,20 @@ class VmappedBatch:
 
     @property
     def size(self) -> int:
+        """How many samples there are."""
         return self.samples.size
 
     @property
     def params(self) -> Leaves:
+        """The primals as one sample has them."""
         return one_sample(self.primals, [self._dim(n) for n in range(len(self.primals))], 0)
 
     def tracked(self, learned: LearnedUses) -> Sequence[int]:
+        """Numbers of the parameters whose uses are looked for."""
         return [number for number in range(len(self.primals)) if number not in self.own]
 
     def handle(self, number: int, anchor: Tensor, learned: LearnedUses) -> Tensor:
+        """What the function gets as a primal: a copy if it may write into it."""
         if number in self.own:
             return writable_copy(anchor)
         if learned.is_lent(number):
@@ -119,11 +83,13 @@ class VmappedBatch:
         return own if number in learned.others - learned.written else writable_copy(own)
 
     def direct(self, learned: LearnedUses) -> list[Direct]:
+        """The primals that are differentiated as they are."""
         dim = 0 if self.samples.is_mapped else None
         others = [Direct(number, dim) for number in sorted(learned.others)]
         return others + [Direct(number, self._dim(number)) for number in self.own]
 
     def evaluate(self, record: Record, handles: Leaves, learned: LearnedUses) -> Image:
+        """Outputs and extras of all samples, ``[B, …]``."""
         params = self.tracked(learned)
         leaves = list(self.samples.leaves)
         for number, leaf in self.own.items():
@@ -212,6 +178,10 @@ class WholeBatch:
             return leaf
         every = self.placing.placed(leaf, layout)
         return every.squeeze(1) if leaf.dim() else every
+
+
+Batch: TypeAlias = VmappedBatch | WholeBatch
+"""A function of its primals at all samples, in one of the two ways."""
 
 
 class Handles(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Size, Tensor
 
@@ -28,74 +28,42 @@ Place: TypeAlias = Callable[[Tensor], Tensor]
 """Makes ``[K, B, *z]`` of products with respect to a tensor, which have K in front."""
 
 
-class Placing(Protocol):
-    """Says where the tensors of one evaluation hold the samples."""
-
-    operations: Sequence[Any]
-    """Functions that are called, and plain values that they are called with."""
-    listener: Listener | None
-    """Is told of all operations, if there is one."""
-
-    @property
-    def can_share(self) -> bool:
-        """Does it know the results that all samples share?"""
-        ...
-
-    def is_shared(self, key: Key, func: Any) -> bool | None:
-        """Do all samples share a result? None if that is not known yet."""
-        ...
-
-    def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
-        """Learn from a result whether all samples share it."""
-        ...
-
-    def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule) -> Tensor:
-        """A tensor that goes into an operation, as ``[B, *shape]`` of all samples."""
-        ...
-
-    def of_parameters(self, named: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
-        """The parameters among the arguments, by name, each as ``[B, *shape]``."""
-        ...
-
-    def call(
-        self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Tensor:
-        """The result of an operation that has a rule."""
-        ...
-
-    def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
-        """The result to go on with, that of all samples, and where this one holds the samples.
-
-        There is no place if all samples share the result.
-        """
-        ...
-
-
 @dataclass
 class VmappedSamples:
-    """Samples under a vmap, or one sample alone, where ``level`` is None."""
+    """Samples under a vmap, or one sample alone, where ``level`` is None.
+
+    Args:
+        listener: is told of all operations, if there is one.
+        operations: functions that were called, and plain values that they were called with.
+    """
 
     size: int
     level: Any
     listener: Listener | None = None
     operations: Sequence[Any] = ()
     can_share = False
+    """Does it know the results that all samples share?"""
 
     def is_shared(self, key: Key, func: Any) -> bool | None:
+        """Do all samples share a result? None if that is not known yet."""
         return False
 
     def becomes_shared(self, key: Key, func: Any, out: Any) -> bool:
+        """Learn from a result whether all samples share it."""
         return False
 
     def of_all(self, key: Key, tensor: Tensor, func: Any, rule: Rule) -> Tensor:
+        """A tensor that goes into an operation, as ``[B, *shape]`` of all samples."""
         return of_all_samples(tensor, self.size, self.level)
 
     def of_parameters(self, named: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+        """The parameters among the arguments, by name, each as ``[B, *shape]``."""
         return {name: of_all_samples(named[name], self.size, self.level) for name in names}
 
     def call(
         self, rule: Rule, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Tensor:
+        """The result of an operation that has a rule."""
         out: Tensor = (
             call_of_all_samples(func, args, kwargs, self.level)
             if rule.keeps_lead and args
@@ -104,6 +72,10 @@ class VmappedSamples:
         return out
 
     def result(self, number: int, func: Any, out: Tensor) -> tuple[Tensor, Tensor, Place | None]:
+        """The result to go on with, that of all samples, and where this one holds the samples.
+
+        There is no place if all samples share the result.
+        """
         out, values, dim = batched(out, self.size, self.level)
         if dim is None:
             return out, values, lambda products: products.unsqueeze(1)
@@ -196,6 +168,10 @@ class PlainSamples:
             raise NoLayout
         self.seen[key] = Seen(func, other, tensor, layouts)
         return layouts[0]
+
+
+Placing: TypeAlias = VmappedSamples | PlainSamples
+"""Says where the tensors of one evaluation hold the samples."""
 
 
 def _is_of(site: Site, shape: Size, size: int) -> bool:
