@@ -35,11 +35,6 @@ class LossOfChosen(Loss):
     every: Loss = field(kw_only=True)
     call: ChosenCall = field(kw_only=True)
 
-    def times(self, tangents: Leaves) -> Leaves:
-        (rows,) = tangents
-        spread = self.call.spread(rows, self.every.outputs.leaves)
-        return (self.call.rows_of(self.every.times(spread), 1),)
-
     @property
     def precise(self) -> Loss:
         leaves = tuple(leaf.double() for leaf in self.outputs.leaves)
@@ -47,9 +42,12 @@ class LossOfChosen(Loss):
         return replace(self, every=self.every.precise, outputs=outputs)
 
     def times_batch(self, tangents: Leaves) -> Leaves:
+        def of_one(rows: Tensor) -> Tensor:
+            spread = self.call.spread(rows, self.every.outputs.leaves)
+            return self.call.rows_of(self.every.times_batch(tuple([u[None] for u in spread])), 2)
+
         # one after the other: each takes as much as all outputs
-        every = [self.times(tuple(u[k] for u in tangents))[0] for k in range(len(tangents[0]))]
-        return (torch.stack(every),)
+        return (torch.cat([of_one(rows) for rows in tangents[0]]),)
 
     def _known(self) -> tuple[Tensor, float | None] | None:
         return None  # formulas are of all outputs
@@ -65,10 +63,6 @@ class Unweighted:
     def roots(self) -> Leaves:
         """Unit cotangents, ``[R, B, R]``."""
         return shared_units(self.outputs.leaves)
-
-    def times(self, tangents: Leaves) -> Leaves:
-        """The tangents themselves."""
-        return tangents
 
     def times_batch(self, tangents: Leaves) -> Leaves:
         """The tangents themselves."""

@@ -35,10 +35,6 @@ class OutputCurvature(Protocol):
         """Columns of ``S`` with ``H = S Sᵀ``, as cotangents ``[R, B, *out]``."""
         ...
 
-    def times(self, tangents: Leaves) -> Leaves:
-        """``H u``, ``[B, *out]``."""
-        ...
-
     def times_batch(self, tangents: Leaves) -> Leaves:
         """``H u`` of K vectors, ``[K, B, *out]``."""
         ...
@@ -113,18 +109,13 @@ class Loss:
         # not of itself: that would be a cycle, which keeps the module and the batch
         return JacobianOperator(replace(self)._gradient, self.outputs.leaves)
 
-    def times(self, tangents: Leaves) -> Leaves:
-        """``H u``, ``[B, *out]``: as H is symmetric, its product is a pullback of the gradient."""
-        return self._times(tangents, lambda: self._of_gradient.pullback(tangents))
-
     def times_batch(self, tangents: Leaves) -> Leaves:
-        """``H u`` of K vectors, ``[K, B, *out]``."""
-        return self._times(tangents, lambda: self._of_gradient.pullback_batch(tangents))
-
-    def _times(self, tangents: Leaves, by_pullback: Callable[[], Leaves]) -> Leaves:
+        """``H u`` of K vectors, ``[K, B, *out]``: as H is symmetric, pullbacks of the gradient."""
         self._check_captured()
         with torch.no_grad():
-            return (self._fitting.times(*tangents),) if self._fitting else by_pullback()
+            if self._fitting is not None:
+                return (self._fitting.times(*tangents),)
+            return self._of_gradient.pullback_batch(tangents)
 
     def _check_captured(self) -> None:
         """Raise ValueError if what the loss closes over has changed since the call."""

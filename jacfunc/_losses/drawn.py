@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from jacfunc._losses.formulas import AT_ONCE, row_pieces
 from jacfunc._types import Leaves, product_dtype
-
-
-class Columns(Protocol):
-    """The rows of the root ``S`` that belong to one leaf of the outputs."""
-
-    def dense(self) -> Tensor:
-        """``[R, B, *out]``."""
-        ...
-
-    def dot(self, vector: Tensor) -> Tensor:
-        """``Sᵀ u``, ``[B, *out]`` → ``[R, B]``."""
-        ...
-
-    def combined(self, factors: Tensor) -> Tensor:
-        """``S a``, ``[R, B]`` → ``[B, *out]``."""
-        ...
-
-
-ColumnsAt: TypeAlias = Callable[[Tensor], Columns]
-"""The gradients at targets that are drawn already, for a leaf of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +56,15 @@ class DenseColumns:
     gradients: Tensor
 
     def dense(self) -> Tensor:
+        """``[R, B, *out]``."""
         return self.gradients
 
     def dot(self, vector: Tensor) -> Tensor:
+        """``Sᵀ u``, ``[B, *out]`` → ``[R, B]``."""
         return torch.cat([_in_rows(part * vector).sum(2) for part in self._pieces(self.gradients)])
 
     def combined(self, factors: Tensor) -> Tensor:
+        """``S a``, ``[R, B]`` → ``[B, *out]``."""
         total = torch.zeros_like(self.gradients[0])
         factors = factors.view(*factors.shape, *(1,) * (total.dim() - 1)).to(total.dtype)
         for part, weights in zip(self._pieces(self.gradients), self._pieces(factors), strict=True):
@@ -149,6 +132,13 @@ class Moved:
 
     def combined(self, factors: Tensor) -> Tensor:
         return self.columns.combined(factors).movedim(-1, self.dim)
+
+
+Columns: TypeAlias = DenseColumns | ClassColumns | Moved
+"""The rows of the root ``S`` that belong to one leaf of the outputs."""
+
+ColumnsAt: TypeAlias = Callable[[Tensor], Columns]
+"""The gradients at targets that are drawn already, for a leaf of the outputs."""
 
 
 def _in_rows(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,18 +20,6 @@ Second: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 AT_ONCE = 2**18
 """Numbers of a product that are computed at once: they fit into a cache."""
-
-
-class SecondDerivative(Protocol):
-    """The second derivative ``H`` of a loss at outputs ``[B, *out]``."""
-
-    def times(self, vector: Tensor) -> Tensor:
-        """``H u``, for u with any dimensions in front of those of the outputs."""
-        ...
-
-    def roots(self) -> Tensor | None:
-        """``S [B, M, R]`` with ``H = S Sᵀ`` in double precision; None if there is none."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +39,11 @@ class OfNumbers:
     may_be_negative: bool
 
     def times(self, vector: Tensor) -> Tensor:
+        """``H u``, for u with any dimensions in front of those of the outputs."""
         return (self._diagonal(product_dtype(self.outputs)) * vector).to(vector.dtype)
 
     def roots(self) -> Tensor | None:
+        """``S [B, M, R]`` with ``H = S Sᵀ`` in double precision; None if there is none."""
         diagonal = self._diagonal(torch.float64).expand(self.outputs.shape)
         if self.may_be_negative and (diagonal < 0).any():
             return None
@@ -136,6 +126,10 @@ class OfClasses:
         blocks = p.new_zeros((size, classes, positions, positions, columns.shape[-1]))
         blocks.diagonal(0, 2, 3).copy_(columns.permute(0, 2, 3, 1))
         return blocks.view(size, classes * positions, -1)
+
+
+SecondDerivative: TypeAlias = OfNumbers | OfClasses
+"""The second derivative ``H`` of a loss at outputs ``[B, *out]``."""
 
 
 def _rows_times(dim: int, logits: Tensor, factors: Tensor, vector: Tensor) -> Tensor:
