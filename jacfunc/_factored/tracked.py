@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacfunc._errors import Refused, UnseenWrite
 from jacfunc._factored.learned import Outdated
-from jacfunc._factored.use import KnownUse, Path, Use, UsedPart, View
+from jacfunc._factored.use import KnownUse, Path, Use, UsedPart, View, holds_tensors
 from jacfunc._layouts import NoLayout, Placing
 from jacfunc._torch import below_transforms, untracked
 from jacfunc.layers import FormOf, Rule
@@ -139,11 +139,6 @@ class TrackedParameters:
         return written
 
 
-def _has_tensors(value: Any) -> bool:
-    """Is there a tensor in a value that may be a tuple or list?"""
-    return isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value)
-
-
 @dataclass(eq=False)
 class RuledCall:
     """A call of an operation with a rule: its arguments, and the parameters that the rule covers.
@@ -186,7 +181,7 @@ class RuledCall:
                 tensors[name] = None if param is None else param.number
                 if value.layout is not torch.strided:
                     return None
-            elif _has_tensors(value):
+            elif holds_tensors(value):
                 return None
         return KnownUse(self.func, tensors)
 
@@ -202,7 +197,7 @@ class RuledCall:
         tensors, left = known.tensors, len(known.tensors)
         for name, value in named.items():
             if not isinstance(value, Tensor):
-                if _has_tensors(value):
+                if holds_tensors(value):
                     return False
                 continue
             left -= 1

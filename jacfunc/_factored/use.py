@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -91,19 +91,19 @@ def is_part(view: Any, whole: Tensor, args: tuple[Any, ...], kwargs: Mapping[str
     It is not if it is a copy, if it reads the memory as another dtype, or if a tensor among the
     other arguments chose it, which may have other values later.
     """
-    options = _without_lists(args, kwargs)
-    if not isinstance(view, Tensor) or any(map(_holds_tensors, options)):
+    if not isinstance(view, Tensor) or any(map(holds_tensors, (*args, *kwargs.values()))):
         return False
     part, tensor = below_transforms(view), below_transforms(whole)
     return part.dtype == tensor.dtype and shares_memory(part, tensor)
 
 
-def _holds_tensors(option: Any) -> bool:
-    """Is the option a tensor, or a slice or list with one?"""
-    if isinstance(option, slice):
-        option = (option.start, option.stop, option.step)
-    items = option if isinstance(option, tuple | list) else (option,)
-    return any(isinstance(item, Tensor) for item in items)
+def holds_tensors(value: Any) -> bool:
+    """Is the value a tensor, or a slice or list with one at any depth?"""
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, tuple | list):
+        return any(map(holds_tensors, value))
+    return isinstance(value, Tensor)
 
 
 def shares_memory(tensor: Tensor, other: Tensor) -> bool:
@@ -113,15 +113,6 @@ def shares_memory(tensor: Tensor, other: Tensor) -> bool:
 
 UsedPart: TypeAlias = tuple[int, Path, FormOf]
 """The number of a parameter, the views that lead to the part that was used, and its form."""
-
-
-def _without_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments, with the items of lists in the place of these."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, tuple | list):
-            yield from value
-        else:
-            yield value
 
 
 class KnownUse(NamedTuple):
