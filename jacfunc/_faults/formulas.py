@@ -26,6 +26,7 @@ from jacfunc._faults.kernels import (
     of_instances_in_torch,
     of_layers,
 )
+from jacfunc._faults.lookups import forms
 from jacfunc._torch import (
     below_transforms,
     is_pushing,
@@ -177,35 +178,24 @@ def _before_each(x: Tensor, dim: int, neutral: float) -> Tensor:
     return torch.where(is_before, x.unsqueeze(-2), neutral)
 
 
-_aten: Any = torch.ops.aten
-
-
-def _forms(name: str, *overloads: str) -> list[Callable[..., Any]]:
-    """All functions of this name; graphs of torch.fx call overloads."""
-    packet = getattr(_aten, name)
-    named = [getattr(torch, name)] if hasattr(torch, name) else []
-    return [packet, *(getattr(packet, o) for o in overloads or ("default",)), *named]
-
-
 FORMULAS: dict[Any, Callable[..., Formula]] = {
-    **dict.fromkeys((F.layer_norm, *_forms("layer_norm")), of_layers),
-    **dict.fromkeys(_forms("native_layer_norm"), of_layers),
+    **dict.fromkeys((F.layer_norm, *forms("layer_norm")), of_layers),
+    **dict.fromkeys(forms("native_layer_norm"), of_layers),
     F.batch_norm: of_batches,
-    **dict.fromkeys(_forms("batch_norm"), of_batches_in_torch),
-    **dict.fromkeys(_forms("native_batch_norm"), of_batches_in_torch),
-    **dict.fromkeys(_forms("_native_batch_norm_legit"), of_batches_in_torch),
-    **dict.fromkeys(_forms("_native_batch_norm_legit_functional"), of_batches_in_torch),
-    _aten._native_batch_norm_legit.no_stats: of_batches_alone,
+    **dict.fromkeys(forms("batch_norm"), of_batches_in_torch),
+    **dict.fromkeys(forms("native_batch_norm"), of_batches_in_torch),
+    **dict.fromkeys(forms("_native_batch_norm_legit"), of_batches_in_torch),
+    **dict.fromkeys(forms("_native_batch_norm_legit_functional"), of_batches_in_torch),
+    torch.ops.aten._native_batch_norm_legit.no_stats: of_batches_alone,
     F.instance_norm: of_instances,
-    **dict.fromkeys(_forms("instance_norm"), of_instances_in_torch),
-    **dict.fromkeys(_forms("_weight_norm"), WeightNorm),
-    **dict.fromkeys((*_forms("det"), *_forms("linalg_det"), torch.linalg.det), Determinant),
-    **dict.fromkeys((Tensor.det,), Determinant),
-    **dict.fromkeys((*_forms("logcumsumexp"), Tensor.logcumsumexp), RunningLogSum),
-    **dict.fromkeys((*_forms("cumprod"), Tensor.cumprod), RunningProduct),
+    **dict.fromkeys(forms("instance_norm"), of_instances_in_torch),
+    **dict.fromkeys(forms("_weight_norm"), WeightNorm),
+    **dict.fromkeys((*forms("det"), *forms("linalg_det"), torch.linalg.det), Determinant),
+    **dict.fromkeys(forms("logcumsumexp"), RunningLogSum),
+    **dict.fromkeys(forms("cumprod"), RunningProduct),
     torch.conv2d: ToOneColumn,
     torch.conv_transpose2d: FromOneColumn,
-    **dict.fromkeys((torch.cdist, _aten.cdist.default, _aten.cdist), Distances),
+    **dict.fromkeys(forms("cdist"), Distances),
 }
 """For each kernel what reads the arguments of a call, and makes a formula of them."""
 
