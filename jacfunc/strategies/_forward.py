@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from jacfunc._arguments import check_chunk_size, check_randomness
+from jacfunc._arguments import check_randomness
 from jacfunc._assembly import Sweep, sweep
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._types import Randomness
-from jacfunc.strategies._strategy import Sweeping, Sweeps
+from jacfunc.strategies._strategy import InChunks, Sweeps
 
 ONE_MASK = "'same' gives one dropout mask to the whole Jacobian."
 
 
 @dataclass(frozen=True)
-class Forward(Sweeping):
+class Forward(InChunks):
     """Pushes the standard basis of the inputs forward, ``chunk_size`` columns at once, vmapped.
 
     Best where there are many more outputs than inputs; it keeps no graph.
@@ -40,12 +39,10 @@ class Forward(Sweeping):
                 [0., 1.]])
     """
 
-    chunk_size: Chunk = None
     randomness: Randomness = "same"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk_size, FittedChunks):
-            check_chunk_size("Forward", self.chunk_size)
+        super().__post_init__()
         check_randomness("Forward", self.randomness, ONE_MASK)
 
     @property

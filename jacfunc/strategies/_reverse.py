@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sweep, sweep_leaves
 from jacfunc._linear_map import JacobianOperator
-from jacfunc._memory import Chunk, FittedChunks
-from jacfunc.strategies._strategy import Sweeping, Sweeps
+from jacfunc.strategies._strategy import InChunks
 
 
 @dataclass(frozen=True)
-class Reverse(Sweeping):
+class Reverse(InChunks):
     """Pulls the standard basis of the outputs back, ``chunk_size`` rows at once, vmapped.
 
     Best where there are fewer outputs than inputs.
@@ -33,17 +31,6 @@ class Reverse(Sweeping):
         tensor([[1., 0.],
                 [0., 1.]])
     """
-
-    chunk_size: Chunk = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.chunk_size, FittedChunks):
-            check_chunk_size("Reverse", self.chunk_size)
-
-    @property
-    def sweeps(self) -> Sweeps:
-        """Rows, as many at once as the chunk says."""
-        return Sweeps("rows", self.chunk_size)
 
     def products(self, operator: JacobianOperator) -> Sweep:
         """Rows, by vmapped pullbacks."""

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sink, Sweep, sweep_leaves
 from jacfunc._calls import FlatCall
 from jacfunc._errors import ManyOutputs, Refused, check_uncompiled
@@ -23,13 +22,12 @@ from jacfunc._linear_map import (
     pull_of_push,
     pull_of_pushes,
 )
-from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._remembered import CallKind
 from jacfunc._torch import is_outermost, untracked
 from jacfunc._types import Blocks, LeafFunction, Leaves, Tree
 from jacfunc.strategies._forward import Forward
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._strategy import Strategy, Sweeping, Sweeps
+from jacfunc.strategies._strategy import InChunks, Strategy
 
 
 class FirstDerivative(Derivative):
@@ -177,7 +175,7 @@ def _only_row(operator: JacobianOperator, out: Tensor) -> Leaves:
 
 
 @dataclass(frozen=True)
-class ReverseOverForward(Sweeping):
+class ReverseOverForward(InChunks):
     """Pulls back through pushforwards: rows of a Hessian, ``chunk_size`` at once, vmapped.
 
     It differentiates no backward pass, so that it may do where torch has no second one.
@@ -199,17 +197,6 @@ class ReverseOverForward(Sweeping):
         tensor([[0., 1.],
                 [1., 0.]])
     """
-
-    chunk_size: Chunk = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.chunk_size, FittedChunks):
-            check_chunk_size("ReverseOverForward", self.chunk_size)
-
-    @property
-    def sweeps(self) -> Sweeps:
-        """Rows, as many at once as the chunk says."""
-        return Sweeps("rows", self.chunk_size)
 
     def into(self, sink: Sink, operator: JacobianOperator) -> Blocks:
         """Blocks ``[*out, *in, *in]``; no graph of the gradient is made."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import NEW_TENSORS, Sink, Sweep, numel
 from jacfunc._errors import Nameless
 from jacfunc._linear_map import JacobianOperator, check_numbers
-from jacfunc._memory import Chunk
+from jacfunc._memory import Chunk, FittedChunks
 from jacfunc._remembered import CallKind
 from jacfunc._types import Blocks
 
@@ -130,6 +132,22 @@ class Sweeping(Streaming):
             )
         sink.check_fits(operator.outputs, operator.primals)
         return sink.rows(products, sweeps.chunk_size, operator.outputs, operator.primals)
+
+
+@dataclass(frozen=True)
+class InChunks(Sweeping):
+    """Sweeps rows, ``chunk_size`` at once and vmapped, unless ``sweeps`` says otherwise."""
+
+    chunk_size: Chunk = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chunk_size, FittedChunks):
+            check_chunk_size(type(self).__name__, self.chunk_size)
+
+    @property
+    def sweeps(self) -> Sweeps:
+        """Rows, as many at once as the chunk says."""
+        return Sweeps("rows", self.chunk_size)
 
 
 def blocks_into(sink: Sink, strategy: Strategy, operator: JacobianOperator) -> Blocks:

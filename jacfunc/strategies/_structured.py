@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from jacfunc._arguments import check_chunk_size
 from jacfunc._assembly import Sweep
 from jacfunc._factored import FactoredJacobian, LearnedUses, VmappedBatch, factored
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._lock import alone
-from jacfunc._memory import Chunk, FittedChunks, in_chunks, of_leaf
+from jacfunc._memory import Chunk, in_chunks, of_leaf
 from jacfunc._torch import is_outermost
 from jacfunc._types import Leaves
 from jacfunc.strategies._reverse import Reverse
-from jacfunc.strategies._strategy import Sweeping, Sweeps
+from jacfunc.strategies._strategy import InChunks, Sweeps
 
 
 @dataclass(frozen=True)
-class Structured(Sweeping):
+class Structured(InChunks):
     """Pulls rows back onto the outputs of layers, and multiplies these with the layers' inputs.
 
     The block of a layer's weight is an outer product of the two, written where it belongs without
@@ -47,12 +46,6 @@ class Structured(Sweeping):
         >>> jac(torch.ones(5, 3))["weight"].shape
         torch.Size([5, 2, 2, 3])
     """
-
-    chunk_size: Chunk = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.chunk_size, FittedChunks):
-            check_chunk_size("Structured", self.chunk_size)
 
     @property
     def sweeps(self) -> Sweeps:
