@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from jacfunc._calls import Derivation, FlatCall, OneTensor
+from jacfunc._calls import Derivation, FlatCall
 from jacfunc._factored import FactoredJacobian
 from jacfunc._linear_map import Evaluations, JacobianOperator, Samples
+from jacfunc._modules import ModuleAtBatch
 from jacfunc._outputs import Asked, ChosenOutputs
 from jacfunc._remembered import CallKind
 from jacfunc._samples import SAME_EACH_TIME, SampledCall
 from jacfunc._trees import Split, check_batch, is_batch, kinds_of, positional, sample_dims
 from jacfunc._types import Leaves, Randomness, Tree, is_tensor
 from jacfunc.strategies import Structured, in_words_of
-
-
-class KernelSamples(Protocol):
-    """Samples that a kernel is of: those of a module (``ModuleAtBatch``), or of a function."""
-
-    @property
-    def size(self) -> int:
-        """The number of samples."""
-        ...
-
-    @property
-    def last_call(self) -> FlatCall | OneTensor:
-        """The call of a sample that was evaluated."""
-        ...
-
-    def evaluated(self, start: int, stop: int) -> AbstractContextManager[FactoredJacobian]:
-        """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
-        ...
 
 
 @dataclass(eq=False)
@@ -49,10 +32,12 @@ class FunctionSamples:
 
     @property
     def size(self) -> int:
+        """The number of samples."""
         return self.batch.samples.size
 
     @contextmanager
     def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
+        """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with torch.no_grad():
             jacobian, call = self.batch.factors(start, stop)
             self.last_call = call.without_graph()
@@ -74,6 +59,10 @@ class SingleCall:
         with torch.no_grad():
             operator = JacobianOperator(self.last_call, self.last_call.primals)
             yield self.strategy.factors(operator)
+
+
+KernelSamples: TypeAlias = ModuleAtBatch | FunctionSamples | SingleCall
+"""Samples that a kernel is of: those of a module, or of a function."""
 
 
 def samples_of(
