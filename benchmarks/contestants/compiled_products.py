@@ -12,7 +12,6 @@ that is not compiled, and takes as long when it is: there dispatch ruled (0.2 ms
 1.7 ms). Of its larger networks it publishes 1.2 to 2.0 and 1.7 to 2.8 in that unit.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacfunc
-from benchmarks.contestants.curvature import vector_of
+from benchmarks.contestants.curvature import by_double_backward, vector_of
+from benchmarks.contestants.per_sample import detached
 from benchmarks.problems.judge import Answer
 from benchmarks.problems.networks import DEEP, LARGE, NARROW, TINY, labels_of, parts
 from jacfunc._measuring import Contestant, Run
@@ -74,7 +73,7 @@ def with_gauss_newton(problem: Problem) -> Product:
 
 def point_of(problem: Problem) -> tuple[Params, Tensor]:
     model, images = parts(problem)
-    return {name: param.detach() for name, param in model.named_parameters()}, images
+    return detached(model), images
 
 
 def once(run: Run) -> Run:
@@ -115,19 +114,7 @@ def compiled_gradient(problem: Problem) -> Run:
 
 def expected_ggn(problem: Problem) -> Answer:
     """``Jᵀ H J v`` in float64 by three pullbacks, as all rows of J would not fit into memory."""
-    model, images = parts(problem)
-    own = copy.deepcopy(model).double()
-    leaves = dict(own.named_parameters())
-    with sdpa_kernel(SDPBackend.MATH):
-        scores = own(images.double())
-    params, vectors = [*leaves.values()], [v.double() for v in vector_of(problem).values()]
-    seeds = torch.zeros_like(scores, requires_grad=True)
-    pulled = torch.autograd.grad(scores, params, seeds, create_graph=True)
-    (pushed,) = torch.autograd.grad(pulled, seeds, vectors)
-    weighed = scores.softmax(-1) * pushed
-    weighed = (weighed - scores.softmax(-1) * weighed.sum(-1, keepdim=True)) / len(scores)
-    products = torch.autograd.grad(scores, params, weighed.detach())
-    return dict(zip(leaves, products, strict=True))
+    return dict(by_double_backward(problem.to(problem.device, torch.float64))())
 
 
 def contestants(make: Callable[[Problem], Product]) -> tuple[Contestant[Problem], ...]:

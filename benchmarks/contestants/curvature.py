@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import jacfunc
 from benchmarks.contestants import by_hand
 from benchmarks.contestants.per_sample import by_recipe
-from benchmarks.problems.judge import Answer, reference
+from benchmarks.problems.judge import Answer, in_double, reference
 from benchmarks.problems.networks import labels_of, parts
 from benchmarks.verdicts.intervals import BOUND
 from jacfunc._measuring import Contestant, Run
@@ -26,7 +26,7 @@ MATERIALIZED = "vmap(jacrev), contracted"
 
 def expected_diagonal(problem: Problem) -> Answer:
     """The diagonal from the rows that the judge takes one by one, in float64."""
-    return _contracted(reference(problem), _hessians(problem, torch.float64))
+    return _contracted(reference(problem), _hessians(in_double(problem)))
 
 
 def by_jacfunc(problem: Problem) -> Run:
@@ -60,7 +60,7 @@ def by_backpack(problem: Problem) -> Run:
 def by_materialized(problem: Problem) -> Run:
     """The diagonal from J by the recipe, block by block, so that J is held once."""
     blocks = by_recipe(jacrev, problem)
-    return lambda: _contracted(blocks(), _hessians(problem))
+    return lambda: _contracted(blocks(), _hessians(parts(problem)))
 
 
 def _contracted(blocks: Answer, hessians: Tensor) -> Answer:
@@ -79,7 +79,7 @@ def expected_product(problem: Problem) -> Answer:
         torch.einsum("bcp,p->bc", block.flatten(2), vector[name].double().flatten())
         for name, block in blocks.items()
     )
-    seeds = torch.einsum("bcd,bd->bc", _hessians(problem, torch.float64), pushed)
+    seeds = torch.einsum("bcd,bd->bc", _hessians(in_double(problem)), pushed)
     return {name: torch.einsum("bc,bc...->...", seeds, block) for name, block in blocks.items()}
 
 
@@ -157,22 +157,20 @@ def by_curvlinops(problem: Problem) -> Run:
     return run
 
 
-def _hessians(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
+def _hessians(network: tuple[nn.Module, Tensor]) -> Tensor:
     """Hessians of the mean cross-entropy in each sample's scores: ``[B, C, C]``."""
-    model, images = parts(problem)
+    model, images = network
     with torch.no_grad():
-        own = model if dtype is None else copy.deepcopy(model).to(dtype)
-        scores = own(images.to(dtype=dtype))
-    chances = scores.softmax(-1)
+        chances = model(images).softmax(-1)
     hessians: Tensor = chances.diag_embed() - chances[:, :, None] * chances[:, None, :]
-    return hessians / len(scores)
+    return hessians / len(images)
 
 
 def vector_of(problem: Problem) -> Answer:
     """Noise in the shape of the parameters."""
     generator = torch.Generator().manual_seed(1)
     return {
-        name: torch.randn(param.shape, generator=generator).to(param.device)
+        name: torch.randn(param.shape, generator=generator).to(param)
         for name, param in parts(problem)[0].named_parameters()
     }
 
