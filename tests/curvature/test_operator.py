@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import jacfunc
 from jacfunc.operators import LinearOperator, linearize
 from tests.curvature.test_curvature import CASES, flat, of_nobody, posed
+from tests.kinds.programs import Cube
 
 SOME = pytest.mark.parametrize(
     "name", ["mlp", "convolutions", "encoder", "heads", "lstm", "shared"]
@@ -287,22 +288,7 @@ class Rare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.layer(x)
-        return NoForward.apply(out) if float(x[0, 0]) > 5 else out.tanh()
-
-
-class NoForward(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 2 * x * cotangent
+        return Cube.apply(out) if float(x[0, 0]) > 5 else out.tanh()
 
 
 def test_what_forward_mode_refuses_at_a_later_point() -> None:

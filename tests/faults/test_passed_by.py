@@ -8,6 +8,7 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.utils.checkpoint import checkpoint
 
 import jacfunc
+from tests.lending.test_lent import Again
 
 D = torch.float64
 X = torch.linspace(-1.0, 1.2, 12, dtype=D).sin().view(4, 3)
@@ -212,23 +213,6 @@ CUT_OFF = {
 def test_derivatives_that_keep_no_graph_are_refused(name, transform):
     with pytest.raises(NotImplementedError, match="keeps no graph, which would count as a const"):
         transform(CUT_OFF[name])(POINT)
-
-
-class Again(torch.autograd.Function):
-    """``func(x)``; the backward pass runs it again and keeps no graph, as adjoint solvers do."""
-
-    @staticmethod
-    def forward(ctx, func, x):
-        ctx.func = func
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return func(x)
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        with torch.enable_grad():
-            x = ctx.saved_tensors[0].detach().requires_grad_()
-            return None, *torch.autograd.grad(ctx.func(x), x, cotangent)
 
 
 OF_AGAIN = {

@@ -19,6 +19,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from tests.kinds.programs import CubePushed, OldCube
+
 B = 3  # samples in every batch
 
 
@@ -1162,38 +1164,6 @@ class CheckpointedSequence(nn.Module):
         return checkpoint_sequential(self.layers, 2, x, use_reentrant=False)
 
 
-class OldCube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * grad
-
-
-class NewCube(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * grad
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return 3 * ctx.saved_tensors[0] ** 2 * tangent
-
-
 class Applies(nn.Module):
     def __init__(self, func: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -1373,7 +1343,7 @@ RUNNING = (
     kind(
         "autograd function of old style", lambda: Applies(OldCube.apply), (3,), refusals=OLD_STYLE
     ),
-    kind("autograd function of new style", lambda: Applies(NewCube.apply), (3,)),
+    kind("autograd function of new style", lambda: Applies(CubePushed.apply), (3,)),
     kind(
         "autograd.grad inside",
         Force,

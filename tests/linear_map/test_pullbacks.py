@@ -19,7 +19,6 @@ D = torch.float64
 A = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 1.5, -1.0, 2.0], [2.0, 0.3, 0.7, -0.4]], dtype=D)
 X = torch.tensor([0.3, -0.2, 0.6, 0.1], dtype=D)
 U = torch.tensor([0.7, -1.1, 0.4], dtype=D)
-DIRECTION = torch.tensor([1.0, 2.0, -0.5], dtype=D)
 Map = Callable[[Tensor], Tensor]
 
 

@@ -12,12 +12,12 @@ from torch.overrides import _get_current_function_mode_stack
 
 import jacfunc
 from jacfunc._faults.nested import NestedWatch
+from tests.modules.test_settled_layers import BEFORE, HIDDEN, calls_until_compared
+from tests.modules.test_settled_layers import fresh as fresh  # a fixture of all tests here
 
 COUNT = {"evaluations": 0}
 """Beside the module, whose own state is put back after a call."""
 WATCHES: list[NestedWatch] = []
-HIDDEN = {"how": ""}
-"""What the module asks for, and what nobody sees."""
 
 
 class Network(nn.Module):
@@ -53,24 +53,6 @@ class Network(nn.Module):
             case "casts":
                 return y.float()
         return y
-
-
-BEFORE = {"calls": 0}
-"""So many calls come before the one that is tested."""
-
-
-@pytest.fixture(autouse=True, params=[5, 24], ids=["settled", "swept as written down"])
-def fresh(request: pytest.FixtureRequest) -> Any:
-    torch.manual_seed(0)
-    BEFORE["calls"] = request.param
-    HIDDEN["how"] = ""
-    yield
-    HIDDEN["how"] = ""
-
-
-def calls_until_compared() -> int:
-    """How many calls are left until batches are compared again, as at calls 2, 4, 8, …"""
-    return 2 ** BEFORE["calls"].bit_length() - BEFORE["calls"] - 1
 
 
 def assert_same(result: Any, expected: Tensor, tolerance: float = 1e-12) -> None:

@@ -16,7 +16,6 @@ from tests.kinds.bad_inputs import Bad
 
 X, Y, XS = torch.ones(3), torch.ones(2), torch.ones(4, 3)
 INTS, COMPLEX = torch.tensor([1, 2]), torch.ones(2, dtype=torch.complex64)
-MISSING: Any = object()
 
 TRANSFORMS: dict[str, Callable[..., Any]] = {
     "jacrev": jacfunc.jacrev,
