@@ -196,16 +196,9 @@ def fisher(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: of the module along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all.
-        memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
-            returns and keeps: as many samples are taken at once as fit. Batches are compared
-            before, eight samples at once, which ``independent=True`` skips. Products
-            take the batch as a whole, and are not bounded.
-        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
-            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
-        copy: later answers are computed from copies of parameters, buffers and the batch. With
-            False the tensors themselves are kept, which takes less time and memory. They must then
-            stay as they are: writes that torch counts are refused, those by ``.data`` or NumPy are
-            not noticed.
+        memory: bytes that a call may take, as in :func:`ggn`.
+        independent: skip or insist on a look whether samples change each other, as in :func:`ggn`.
+        copy: compute later answers from copies, as in :func:`ggn`.
 
     Returns:
         A function of the module's own inputs, or of the function's, its parameters first. It draws

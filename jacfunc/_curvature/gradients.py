@@ -51,11 +51,9 @@ def gradient_norms(
         in_dims: where inputs have the batch, as in :func:`jacfunc.module_jacobian`.
         randomness: along the batch, as in :func:`jacfunc.module_jacobian`.
         chunk_size: samples taken at once; None takes all, evaluated only once.
-        memory: bytes that a call may take, as a number or in words (``"2 GiB"``), with what it
-            returns and keeps: as many samples are taken at once as fit. Batches are compared
-            before, eight samples at once, which ``independent=True`` skips.
-        independent: each sample is taken alone, as a batch of one; True skips, ``"always"``
-            insists on looking whether others change it, as in :func:`jacfunc.module_jacobian`.
+        memory: bytes that a call may take, as in :func:`jacfunc.ggn`.
+        independent: skip or insist on a look whether samples change each other, as in
+            :func:`jacfunc.ggn`.
 
     Returns:
         A function of the module's own inputs, or of the function's, its parameters first; and, last

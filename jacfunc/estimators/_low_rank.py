@@ -7,6 +7,7 @@ are fixed: its derivative estimates the derivative of the trace without bias.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,23 @@ from jacfunc.estimators._approximation import (
 
 
 @dataclass(frozen=True)
-class HutchPlusPlus:
+class _Sketching:
+    """The options of an estimator that multiplies a sketch."""
+
+    num_products: int = 100
+    seed: int = 0
+    chunk_size: int | None = 64
+    _least: ClassVar = 4
+
+    def __post_init__(self) -> None:
+        api = type(self).__name__
+        check_count(api, "num_products", self.num_products, self._least)
+        check_seed(api, self.seed)
+        check_chunk_size(api, self.chunk_size)
+
+
+@dataclass(frozen=True)
+class HutchPlusPlus(_Sketching):
     """The trace on the range of a sketch ``A S``, and Hutchinson's estimate of the rest.
 
     Q spans the range of ``A S``; the estimate is ``tr(Qᵀ A Q)`` and the mean of ``gᵀ A g`` for
@@ -57,11 +74,7 @@ class HutchPlusPlus:
     """
 
     num_products: int = 99
-    seed: int = 0
-    chunk_size: int | None = 64
-
-    def __post_init__(self) -> None:
-        _check_options("HutchPlusPlus", self.num_products, 6, self.seed, self.chunk_size)
+    _least: ClassVar = 6
 
     def estimate_trace(self, matrix: ByProducts) -> Approximation:
         """The trace in the directions of a sketch, and the mean over signs in the others."""
@@ -81,7 +94,7 @@ class HutchPlusPlus:
 
 
 @dataclass(frozen=True)
-class XTrace:
+class XTrace(_Sketching):
     """The trace from a sketch ``A Ω``, in which each vector tests the basis of all others.
 
     For each vector ω of Ω the trace is estimated as that in the range of ``A`` times the others,
@@ -114,13 +127,6 @@ class XTrace:
         tensor(2.0000, dtype=torch.float64)
     """
 
-    num_products: int = 100
-    seed: int = 0
-    chunk_size: int | None = 64
-
-    def __post_init__(self) -> None:
-        _check_options("XTrace", self.num_products, 4, self.seed, self.chunk_size)
-
     def estimate_trace(self, matrix: ByProducts) -> Approximation:
         """The mean of the estimates that leave one vector out of the basis."""
         size, half = matrix.shape[1], self.num_products // 2
@@ -142,7 +148,7 @@ class XTrace:
 
 
 @dataclass(frozen=True)
-class XDiag:
+class XDiag(_Sketching):
     """The diagonal from a sketch ``A Ω``, in which each sign vector tests the basis of all others.
 
     For each ω of Ω it is the diagonal of A in the range of ``A`` times the others, and
@@ -173,13 +179,6 @@ class XDiag:
         tensor([1., 4., 9.], dtype=torch.float64)
     """
 
-    num_products: int = 100
-    seed: int = 0
-    chunk_size: int | None = 64
-
-    def __post_init__(self) -> None:
-        _check_options("XDiag", self.num_products, 4, self.seed, self.chunk_size)
-
     def estimate_diagonal(self, matrix: ByProducts) -> Approximation:
         """The mean of the estimates that leave one vector out of the basis."""
         if self.num_products >= matrix.shape[1]:
@@ -196,14 +195,6 @@ class XDiag:
         scatter = Scatter()
         scatter.add(inside + vectors * (products - within @ Q))
         return scatter.result()
-
-
-def _check_options(
-    api: str, num_products: object, least: int, seed: object, chunk_size: object
-) -> None:
-    check_count(api, "num_products", num_products, least)
-    check_seed(api, seed)
-    check_chunk_size(api, chunk_size)
 
 
 def _row_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
