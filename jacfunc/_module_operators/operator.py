@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Unpack, overload
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +18,6 @@ from jacfunc._modules import (
     Independent,
     Key,
     ModuleOptions,
-    RowOptions,
     Wrt,
     argnums_of,
     batching_of,
@@ -32,29 +31,8 @@ from jacfunc.operators import LinearOperator
 API = "module_operator"
 
 
-class OperatorOptions(RowOptions, total=False):
-    """What :func:`module_operator` takes by keyword."""
-
-    inputs: Key | Sequence[Key] | None
-    per_sample: bool
-    copy: bool
-    progress: Progress | None
-
-
-@overload
 def module_operator(
-    module: nn.Module,
-    wrt: Wrt | tuple[Wrt, ...] = "params",
-    **options: Unpack[OperatorOptions],
-) -> Callable[..., LinearOperator]: ...
-@overload
-def module_operator(
-    module: OfParams[Any],
-    wrt: Wrt | tuple[Wrt, ...] = "params",
-    **options: Unpack[OperatorOptions],
-) -> Callable[..., LinearOperator]: ...
-def module_operator(
-    module: nn.Module | Callable[..., Any],
+    module: nn.Module | OfParams[Any],
     wrt: Wrt | tuple[Wrt, ...] = "params",
     *,
     select: Select = None,
