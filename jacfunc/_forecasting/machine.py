@@ -152,7 +152,7 @@ class Machine:
     @kept_property
     def pull_batch(self) -> Cost:
         """Cost of a vmapped pullback."""
-        return self._cost(_pull_batch)
+        return self._cost(lambda x: partial(x.pullback_batch, next(basis(x.outputs))))
 
     @kept_property
     def push(self) -> Cost:
@@ -236,12 +236,8 @@ def _evaluate(operator: JacobianOperator) -> Callable[[], Any]:
     return lambda: operator.unevaluated().outputs
 
 
-def _pull_batch(operator: JacobianOperator, seeds: int | None = None) -> Callable[[], Any]:
-    return partial(operator.pullback_batch, next(basis(operator.outputs, seeds)))
-
-
-def _push_batch(operator: JacobianOperator, seeds: int | None = None) -> Callable[[], Any]:
-    return partial(operator.pushforward_batch, next(basis(operator.primals, seeds)))
+def _push_batch(operator: JacobianOperator) -> Callable[[], Any]:
+    return partial(operator.pushforward_batch, next(basis(operator.primals)))
 
 
 def power_of_four(number: float, least: int, most: int) -> int:
