@@ -40,15 +40,15 @@ class DiagonalSink(Sink):
         self._check(outputs, primals)
         counts = [out.numel() for out in outputs]
         parts: list[list[Tensor]] = [[] for _ in outputs]
-        number, start = _first_of(counts), 0
+        number = start = 0
         for products in sweep(chunk):
+            while number < len(counts) and start == counts[number]:
+                number, start = number + 1, 0
             if number == len(counts):
                 break
             part = _of_rows(products[number % len(primals)], start)
             parts[number].append(part)
             start += len(part)
-            while number < len(counts) and start == counts[number]:
-                number, start = number + 1, 0
         return self._kept(parts, outputs)
 
     def columns(
@@ -103,11 +103,6 @@ def check_square(outputs: Sequence[torch.Size], primals: Sequence[torch.Size]) -
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Parts of a diagonal in a row; of one alone, as under vmap torch.cat would fix sizes."""
     return parts[0] if len(parts) == 1 else torch.cat([*parts], -1)
-
-
-def _first_of(counts: Sequence[int]) -> int:
-    """The number of the first output that has rows."""
-    return next((n for n, count in enumerate(counts) if count), len(counts))
 
 
 def _of_block(row: Sequence[Tensor], number: int) -> Tensor:

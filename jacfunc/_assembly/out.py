@@ -153,17 +153,14 @@ class IntoBlocks(Sink):
             place.copy_(block)
         return self.tree
 
-    def into_rows(self, grid: Grid) -> Allocate:
-        def allocate(first: Leaves, total: int) -> Leaves:
-            if len(grid.rows) > 1 or len(self.out) != len(first):
-                return self._apart(first, total)
-            pairs = zip(self._checked(grid, ()), first, strict=True)
-            return tuple(out.view(total, *product.shape[1:]) for out, product in pairs)
+    def into_rows(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        if len(grid.rows) > 1 or len(self.out) != len(first):
+            return self._apart(first, total)
+        pairs = zip(self._checked(grid, ()), first, strict=True)
+        return tuple(out.view(total, *product.shape[1:]) for out, product in pairs)
 
-        return allocate
-
-    def into_samples(self, grid: Grid) -> Allocate:
-        return lambda first, total: self._checked(grid, (total,))
+    def into_samples(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        return self._checked(grid, (total,))
 
     def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
         """The user's tensors, into which all blocks that are elsewhere are copied."""

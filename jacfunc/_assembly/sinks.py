@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TypeAlias
 
 import torch
@@ -14,7 +14,6 @@ from torch.compiler import is_compiling
 from jacfunc._arguments import are_plain
 from jacfunc._assembly.basis import numel
 from jacfunc._assembly.blocks import (
-    Allocate,
     allocated,
     columns_to_blocks,
     rows_to_blocks,
@@ -106,7 +105,7 @@ class Sink:
         total, each = numel(outputs), sum(x.numel() * x.itemsize for x in primals)
         if chunk is None:  # the size of rows is known before there is one
             chunk = max(1, evenly(total, each, max(STAGED_BYTES, total * each // 8)))
-        rows = stack(sweep(chunk), total, self.into_rows(Grid.of(outputs, primals)))
+        rows = stack(sweep(chunk), total, partial(self.into_rows, Grid.of(outputs, primals)))
         return rows_to_blocks(rows, outputs, primals, self.dtype)
 
     def columns(
@@ -118,7 +117,7 @@ class Sink:
         """
 
         def into(first: Leaves, total: int) -> Leaves:
-            return self.into_columns(Grid.of(outputs(), primals))(first, total)
+            return self.into_columns(Grid.of(outputs(), primals), first, total)
 
         chunks = sweep(self.at_once(chunk))
         columns = stack(chunks, numel(primals), into if self.copies else allocated)
@@ -137,19 +136,19 @@ class Sink:
         if not self.copies:
             return allocated(first, size)
         count = len(grid.rows) * len(grid.columns)
-        return (*self.into_samples(grid)(first[:count], size), *allocated(first[count:], size))
+        return (*self.into_samples(grid, first[:count], size), *allocated(first[count:], size))
 
-    def into_rows(self, grid: Grid) -> Allocate:
-        """Makes the tensors that rows are written into, one for each input leaf."""
-        return self._apart
+    def into_rows(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        """The tensors that rows are written into, one for each input leaf."""
+        return self._apart(first, total)
 
-    def into_columns(self, grid: Grid) -> Allocate:
-        """Makes the tensors that columns are written into, one for each output leaf."""
-        return self._apart
+    def into_columns(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        """The tensors that columns are written into, one for each output leaf."""
+        return self._apart(first, total)
 
-    def into_samples(self, grid: Grid) -> Allocate:
-        """Makes the tensors that blocks of all samples are written into."""
-        return self._apart
+    def into_samples(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        """The tensors that blocks of all samples are written into."""
+        return self._apart(first, total)
 
     def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
         """The blocks in the form that the user asked for; they may not be in their places yet."""
@@ -173,27 +172,18 @@ class MatrixSink(Sink):
     copies = True
     matrix: Tensor | None = None
 
-    def into_rows(self, grid: Grid) -> Allocate:
-        def allocate(first: Leaves, total: int) -> Leaves:
-            matrix = self._empty(first, (total, sum(grid.columns)), grid)
-            return _as_places(matrix.split(grid.columns, 1), first)
+    def into_rows(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        matrix = self._empty(first, (total, sum(grid.columns)), grid)
+        return _as_places(matrix.split(grid.columns, 1), first)
 
-        return allocate
+    def into_columns(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        matrix = self._empty(first, (sum(grid.rows), total), grid)
+        return _as_places(matrix.t().split(grid.rows, 1), first)
 
-    def into_columns(self, grid: Grid) -> Allocate:
-        def allocate(first: Leaves, total: int) -> Leaves:
-            matrix = self._empty(first, (sum(grid.rows), total), grid)
-            return _as_places(matrix.t().split(grid.rows, 1), first)
-
-        return allocate
-
-    def into_samples(self, grid: Grid) -> Allocate:
-        def allocate(first: Leaves, total: int) -> Leaves:
-            matrix = self._empty(first, (total, sum(grid.rows), sum(grid.columns)), grid)
-            rows = matrix.split(grid.rows, 1)
-            return _as_places([p for row in rows for p in row.split(grid.columns, 2)], first)
-
-        return allocate
+    def into_samples(self, grid: Grid, first: Leaves, total: int) -> Leaves:
+        matrix = self._empty(first, (total, sum(grid.rows), sum(grid.columns)), grid)
+        rows = matrix.split(grid.rows, 1)
+        return _as_places([p for row in rows for p in row.split(grid.columns, 2)], first)
 
     def finished(self, blocks: Blocks, grid: Grid, batch: tuple[int, ...]) -> Blocks:
         """The matrix; concatenated from the blocks where nothing was written into it.
