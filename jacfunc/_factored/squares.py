@@ -83,10 +83,10 @@ def norms(params: Iterable[tuple[Sequence[Part], Tensor]], at_once: int = SQUARE
         if outer := outers.get(place_of(products)) if outers else None:
             lengths.append(outer[1])  # the same cotangents, times the number 1
         else:
-            others.append(products.unsqueeze(2).flatten(2))
+            others.append(products.transpose(0, 1).flatten(1))
     if len(others) > 1 and sum(products.nbytes for products in others) <= at_once:
-        others = [torch.cat(others, 2)]
-    lengths += [_lengths(products, 1) for products in others]
+        others = [torch.cat(others, 1)]
+    lengths += [_lengths(products, 0) for products in others]
     if squares:  # whose sum may be rounded to less than zero
         lengths.append(reduce(torch.add, squares).clamp(min=0).sqrt())
     return _lengths(torch.stack(lengths), 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias
+from functools import cache, cached_property, partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class TorchLoss:
         that hooks see, or that has a ``forward`` of its own.
         """
         own: Settings = {}
+        if id(loss) in FORMULAS:  # by identity: a user's loss may not be hashable
+            return _without_settings(loss)
         if type(loss) is cls:
             return loss
         if isinstance(loss, partial) and not loss.args:
@@ -65,7 +67,6 @@ class TorchLoss:
                 return None
             own = {name: getattr(loss, name) for name in DEFAULTS if hasattr(loss, name)}
             loss = FUNCTION_OF.get(type(loss))
-        # by identity: a user's loss may not be hashable
         if id(loss) not in FORMULAS or not own.keys() <= DEFAULTS.keys():
             return None
         return cls(loss, own) if all(isinstance(x, _SETTINGS) for x in own.values()) else None
@@ -78,8 +79,8 @@ class TorchLoss:
     @property
     def has_formula(self) -> bool:
         """Is the second derivative known at outputs and targets that fit?"""
-        needs, settings = FORMULA_NEEDS.get(id(self.function), {}), self.settings
-        return all(settings[name] is value for name, value in needs.items())
+        needs = FORMULA_NEEDS.get(id(self.function))
+        return not needs or all(self.settings[name] is value for name, value in needs.items())
 
     @property
     def reduction(self) -> Any:
@@ -90,6 +91,7 @@ class TorchLoss:
         """The loss."""
         return self.function(outputs, targets, **self.own)
 
+    @cached_property
     def divided(self) -> tuple[LossKind, Leaves]:
         """What kind of loss it is, and the weights that it takes."""
         weights = {name: x for name, x in self.own.items() if isinstance(x, Tensor)}
@@ -104,8 +106,13 @@ class TorchLoss:
         return FORMULAS[id(self.function)](outputs, targets, self.settings)
 
 
-@dataclass(frozen=True)
-class LossKind:
+@cache
+def _without_settings(function: Any) -> TorchLoss:
+    """A loss that is called by its function alone: nothing of it changes from call to call."""
+    return TorchLoss(function, {})
+
+
+class LossKind(NamedTuple):
     """A loss of torch without the numbers of its weights. Equal ones are the same function."""
 
     function: Any

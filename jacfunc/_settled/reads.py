@@ -17,10 +17,12 @@ class Reads(NamedTuple):
     Args:
         operations: functions, by their numbers in the evaluation.
         lent: numbers of the parameters that no others get, which need not be copied.
+        attends: may attention be among all operations? Then its kernel must be chosen.
     """
 
     operations: Mapping[int, Any]
     lent: Set[int]
+    attends: bool = True
 
     @classmethod
     def of(

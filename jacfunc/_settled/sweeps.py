@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Protocol, TypeAlias
@@ -20,7 +20,7 @@ from jacfunc._settled.outline import outline
 from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
 from jacfunc._settled.sources import MOST_BYTES, MOST_KEPT, Sources
-from jacfunc._torch import MathAttention, recording
+from jacfunc._torch import MathAttention, may_attend, recording
 from jacfunc._traces import WrittenWork
 from jacfunc._types import Leaves
 
@@ -68,7 +68,7 @@ class Sweep:
         recorder = own.recorder
         if not HOOKING.isdisjoint(recorder.operations) or recorder.moves_unseen:
             raise Nameless("the next evaluation may have another graph")
-        self.reads = own.reads(sources.arguments)
+        self.reads = own.reads(sources.arguments)._replace(attends=may_attend(recorder.operations))
         # without layers parameters are read where autograd has saved them alone
         self._layers = [*self.reads.operations] if isinstance(recorder, UseRecorder) else []
         leaves = self._leaves(sources, (out, *beside))
@@ -236,7 +236,8 @@ def evaluated_with_sources(
     if settled.names and state.hooks():
         return None
     sources = Sources()
-    with recording(), MathAttention():
+    attention = MathAttention() if reads is None or reads.attends else nullcontext()
+    with recording(), attention:
         own = settled.repeated(state, x, sources, reads)
         with sources.saving():
             out = settled.run(state, x, own, own.recorder)

@@ -1,6 +1,6 @@
 """Torch from below: transforms, vmap, autograd, random numbers. Its private names stay here."""
 
-from jacfunc._torch.attention import MathAttention
+from jacfunc._torch.attention import MathAttention, may_attend
 from jacfunc._torch.autograd import all_modes, recording, run_backward, tracked, uncast, untracked
 from jacfunc._torch.compiled import Graphs, as_written, run_as_written, uncompiled
 from jacfunc._torch.derivatives import (

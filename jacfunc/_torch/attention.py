@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from threading import Lock
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.backends import mha
@@ -66,6 +67,12 @@ class MathAttention:
                 _choose(*self._before)
             elif not _ENTERED.count and _current() == MATH_ONLY:  # still as this context set them
                 _choose(*_ENTERED.before)
+
+
+def may_attend(operations: Iterable[Any]) -> bool:
+    """May attention be among operations of torch, which names it, and whole layers that use it?"""
+    names = [str(getattr(operation, "__name__", "")) for operation in operations]
+    return any("attention" in name or "transformer" in name for name in names)
 
 
 def _current() -> Switches:

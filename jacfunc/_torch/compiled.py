@@ -23,7 +23,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from jacfunc._torch.inductor import by_inductor, package_of, without_refused
+from jacfunc._torch.inductor import bare_operator, by_inductor, package_of, without_refused
 from jacfunc._types import Leaves
 
 ResultT = TypeVar("ResultT")
@@ -140,8 +140,7 @@ def uncompiled() -> Iterator[None]:
 
 def _other_settings() -> tuple[Any, ...]:
     """What torch's own guard of settings does not look at."""
-    low = torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")
-    return torch.is_inference_mode_enabled(), low
+    return torch.is_inference_mode_enabled(), *map(torch.get_autocast_dtype, ("cpu", "cuda"))
 
 
 _DROPPING = "dropout_p", "dropout", "training", "train"
@@ -246,5 +245,6 @@ class Graphs:
     tracer: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
     """Returns the hook of torch.compile that sees every call of Python's; None as a rule."""
 
+    bare_operator = staticmethod(bare_operator)
     by_inductor = staticmethod(by_inductor)
     package_of = staticmethod(package_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from operator import getitem
 from typing import Any, cast
 
 import torch
@@ -52,6 +53,21 @@ def without_detours(graph: GraphModule, is_pure: bool) -> None:
             node.replace_all_uses_with(_joined(graph, node))
         elif node.target is _ATEN.copy.default and _is_only_laid_out(node):
             node.replace_all_uses_with(laid_out(graph, node, node.args[1]))
+
+
+def by_selections(graph: GraphModule) -> None:
+    """Take each tensor of a list of slices by itself: then it is a view, as all others are.
+
+    A sweep of one cotangent unbinds it. What is computed from no input is so known to be constant.
+    """
+    for node in graph.graph.nodes:
+        if node.target is getitem and node.args[0].target is _ATEN.unbind.int:
+            (tensor, *dims), number = node.args[0].args, node.args[1]
+            with graph.graph.inserting_before(node):
+                args = tensor, *(dims or (0,)), number
+                selected = graph.graph.call_function(_ATEN.select.int, args)
+            selected.meta = dict(node.meta)
+            node.replace_all_uses_with(selected)
 
 
 def kind_of(node: Any) -> Any:

@@ -38,7 +38,7 @@ _METHODS = {
 }
 """Operators, with the names of methods that take the same arguments in the same order.
 
-A call of an operator from Python takes three times as long."""
+A call of an operator from Python takes three times as long, if it is not a bare one."""
 
 _FUNCTIONS = {
     _ATEN.cat.default: torch.cat,
@@ -72,11 +72,11 @@ def by_methods(graph: GraphModule) -> GraphModule:
             cotangents, images, kernel, _, stride, padding, *_, asked = node.args
             size = [*kernel.meta["val"].shape[2:]]
             node.args = cotangents, images, kernel, size, stride, padding, asked
-            node.target = _ATEN._slow_conv2d_backward.output_mask
+            node.target = Graphs.bare_operator(_ATEN._slow_conv2d_backward.output_mask)
         elif name := _METHODS.get(node.target):
             node.op, node.target = "call_method", name
-        else:
-            node.target = _FUNCTIONS.get(node.target, node.target)
+        elif Graphs.is_operator(node):
+            node.target = _FUNCTIONS.get(node.target) or Graphs.bare_operator(node.target)
     for node in (*every, *methods.nodes):
         node.meta.clear()
     return GraphModule(graph, methods)

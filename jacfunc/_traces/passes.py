@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from jacfunc._torch import Graphs, memories_of, memory_of
-from jacfunc._traces.detours import VIEWS, kind_of, laid_out, without_detours
+from jacfunc._traces.detours import VIEWS, by_selections, kind_of, laid_out, without_detours
 from jacfunc._traces.seeds import fill_by_sizes
 from jacfunc._types import Leaves
 
@@ -29,6 +29,7 @@ def simplified(graph: GraphModule, inputs: Leaves) -> tuple[GraphModule, Leaves]
     if is_pure:
         _without_zero_tangents(graph)
     fill_by_sizes(graph)
+    by_selections(graph)
     constants = _folded(graph)
     without_detours(graph, is_pure)
     if is_pure:
@@ -96,7 +97,7 @@ def _folded(graph: GraphModule) -> dict[Node, Tensor]:
             last = [*inputs, *constants][-1] if inputs or constants else None
             with graph.graph.inserting_after(last):
                 new = graph.graph.placeholder(f"constant_{len(constants)}")
-            constants[new] = value.clone()
+            constants[new] = new.meta["val"] = value.clone()
             node.replace_all_uses_with(new)
     _without_dead_code(graph)
     return constants

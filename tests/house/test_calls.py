@@ -18,10 +18,11 @@ CALLS = 40  # after so many all that can be settled is, and what can be written 
 MOST = {
     "jacrev": (72, 180),
     "module_jacobian, per sample": (196, 580),
-    "module_jacobian, by inputs": (137, 385),
-    "module_jacobian, by layers": (130, 370),
-    "ntk": (156, 450),
-    "ggn, diagonal": (257, 790),
+    "module_jacobian, by inputs": (132, 363),
+    "module_jacobian, by layers": (125, 346),
+    "ntk": (151, 426),
+    "ggn, diagonal": (251, 760),
+    "gradient_norms": (132, 355),
 }
 
 

@@ -154,6 +154,36 @@ def test_copies_that_are_returned_have_memory_of_their_own() -> None:
         assert torch.equal(other.flatten(), a.sin()[: other.numel()])
 
 
+def test_slices_are_views_and_those_of_constants_are_constants() -> None:
+    a, other = torch.randn(1, 4), torch.randn(1, 4)
+
+    def work(a: Tensor) -> tuple[Tensor, ...]:
+        (row,) = a.sin().unbind()
+        seeds = torch.eye(2).unbind(-1)
+        return row.exp(), (seeds[1] * row[:2]).unsqueeze(0).unbind()[0].cos()
+
+    run = executable(lambda: work(a), a)
+    assert not any("unbind" in name or "eye" in name for name in operators(run))
+    assert len(operators(run)) == 6  # no slice of one row alone is taken
+    for result, expected in zip(run((other,)), work(other), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_slices_that_are_written_into_are_those_of_what_is_read_later() -> None:
+    a, other = torch.randn(3), torch.randn(3)
+
+    def work(a: Tensor) -> tuple[Tensor, ...]:
+        rows = torch.zeros(2, 3)
+        first, second = rows.unbind()
+        first.add_(a)
+        second.sub_(a)
+        return (rows * 2,)
+
+    run = executable(lambda: work(a), a)
+    for _ in range(2):  # each run has zeros of its own
+        assert torch.equal(run((other,))[0], work(other)[0])
+
+
 def test_a_copy_that_is_written_into_stays_one() -> None:
     a, other = torch.randn(3), torch.randn(3)
 
@@ -227,7 +257,8 @@ def test_what_is_written_stays_where_a_view_is_read_later() -> None:
 def called(run: Executable) -> list[str]:
     """What the graph calls in the end."""
     nodes: Any = run._run
-    return [str(n.target) for n in nodes.__self__.graph.nodes if n.op.startswith("call")]
+    every: Any = [n.target for n in nodes.__self__.graph.nodes if n.op.startswith("call")]
+    return [getattr(target, "__qualname__", str(target)) for target in every]
 
 
 SUMS: dict[str, Callable[..., Tensor]] = {
@@ -295,6 +326,17 @@ def test_a_column_times_a_row_is_no_product_of_matrices(inner: int) -> None:
     (result,) = run((x, y))
     torch.testing.assert_close(result, x.sin() @ y.cos().T)
     assert result.is_contiguous()
+
+
+def test_operators_are_called_without_torchs_method_around_them() -> None:
+    a, other = torch.randn(3, 4), torch.randn(3, 4)
+    work = lambda a: (a.sigmoid().cumsum(1), *a.sort(1))  # noqa: E731
+    run = executable(lambda: work(a), a)
+    run((other,))
+    method = torch._ops.OpOverload.__call__.__code__
+    assert not num_calls(lambda: run((other,)), lambda frame, *_: frame.f_code is method)
+    for result, expected in zip(run((other,)), work(other), strict=True):
+        assert torch.equal(result, expected)
 
 
 def pulled_onto(images: Tensor, kernel: Tensor, u: Tensor, **how: Any) -> tuple[Tensor, ...]:
