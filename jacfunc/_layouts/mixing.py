@@ -23,6 +23,18 @@ _NEW = frozenset(
 )
 """Functions that take dtype and device alone from their first argument."""
 
+_UNFILLED = frozenset(
+    {
+        *(torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty_strided),
+        *(getattr(torch.ops.aten, name).default for name in ("empty_like", "empty_strided")),
+        *(getattr(torch.ops.aten, name).default for name in ("new_empty", "new_empty_strided")),
+        torch.ops.aten.empty.memory_format,
+    }
+)
+"""Functions and operators whose results have no numbers until something is written into them."""
+
+_WITHOUT_NUMBERS = _NEW | _UNFILLED
+
 _CAST = frozenset({Tensor.to, Tensor.type_as})
 """Functions that take dtype and device alone from all other arguments."""
 
@@ -53,7 +65,7 @@ class Mixing:
     def hear(self, operation: OperationCall) -> None:
         """Look at one operation of this batch."""
         number, func, args, kwargs, result = operation
-        if self.was_seen or func in _NEW or number not in self.trace.calls:
+        if self.was_seen or func in _WITHOUT_NUMBERS or number not in self.trace.calls:
             return
         other_func, other_args, other_kwargs = self.trace.calls[number]
         if other_func != func:

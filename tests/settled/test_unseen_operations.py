@@ -160,6 +160,35 @@ def test_what_was_written_into_since_is_compared_as_it_was_made(
     check_doors(name, module, lambda is_late: module.gate.fill_(float(is_late)), before)
 
 
+@torch.jit.script
+def filled_by_script(h: Tensor) -> Tensor:
+    own = torch.empty_like(h)
+    own.copy_(h.tanh())
+    return own.relu_()
+
+
+def filled(h: Tensor) -> Tensor:
+    own = torch.empty_like(h)
+    own[:, :2], own[:, 2:] = h[:, 2:], h[:, :2]
+    return own.relu_()
+
+
+@pytest.mark.parametrize("fill", [filled, filled_by_script])
+def test_memory_that_is_filled_later_couples_nothing(fill: Callable[[Tensor], Tensor]) -> None:
+    evaluations = list[int]()
+
+    def counted(h: Tensor) -> Tensor:
+        evaluations.append(len(h))
+        return fill(h)
+
+    module = Late(lambda h, is_late: counted(h))
+    for number in range(24):
+        evaluations.clear()
+        jacfunc.ntk(module, None, torch.randn(B, 5, dtype=DOUBLE))
+        if number > 20:  # what is settled is written down by then
+            assert evaluations == [B]  # batches are not compared
+
+
 def check_doors(
     name: str, module: nn.Module, set_to: Callable[[bool], object], before: int
 ) -> None:
