@@ -7,9 +7,12 @@ one and wait for the other. Pullbacks of functions need no lock, and run side by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock, get_ident, main_thread
+from types import FrameType
 from typing import Any, Generic, Self, TypeVar, overload
 
 import torch
@@ -22,21 +25,31 @@ _LOCK = RLock()
 _THREAD = "jacfunc: the Python thread"
 _MAIN = main_thread().ident
 
+LOOK_SECONDS, MOST_LOOKS = 0.05, 10
+"""After so many looks in a row, at which the thread with the lock waited for this one, it is told.
+"""
+_WAITING = frozenset({"threading", "queue", "concurrent", "asyncio", "multiprocessing"})
+"""Where Python's own code waits for other threads."""
+
 
 def alone() -> AbstractContextManager[Any]:
     """The lock, to be entered with ``with``; its thread may enter it again.
 
     A generator must not be suspended inside: another thread may resume it.
+
+    Raises:
+        RuntimeError: when it is entered, if the thread that has the lock waits for this one.
     """
     if torch.compiler.is_compiling():  # which can't trace a lock
         return nullcontext()
     if not _C._is_key_in_tls(_THREAD):
-        if get_ident() == _MAIN or torch.cuda.is_initialized():
-            # a thread that ends drops the key, which crashes while Python ends: so not for all
-            _C._stash_obj_in_tls(_THREAD, get_ident())
+        if get_ident() != _MAIN and not torch.cuda.is_initialized():
+            return _FROM_THREAD
+        # a thread that ends drops the key, which crashes while Python ends: so not for all
+        _C._stash_obj_in_tls(_THREAD, get_ident())
     elif _is_held_for_us():
         return nullcontext()
-    return _LOCK
+    return _LOCK if get_ident() == _MAIN else _FROM_THREAD
 
 
 def holds_alone(question: Callable[[], bool]) -> bool:
@@ -61,6 +74,59 @@ def _is_held_for_us() -> bool:
     caller: int = _C._get_obj_in_tls(_THREAD)
     # only the repr of a lock says which thread holds it
     return caller != get_ident() and f"owner={caller} " in repr(_LOCK)
+
+
+class _FromThread:
+    """The lock for threads of the user's: what holds it may have started one, and wait for it."""
+
+    def __enter__(self) -> None:
+        looks = 0
+        while not _LOCK.acquire(timeout=LOOK_SECONDS):
+            looks = looks + 1 if _is_waited_for() else 0
+            if looks == MOST_LOOKS:
+                raise RuntimeError(
+                    "jacfunc: a function must not wait for a thread that calls jacfunc while it is "
+                    "differentiated itself, got a call in such a thread: each would wait for the "
+                    "other for ever. Make the call in the thread that runs the function."
+                )
+
+    def __exit__(self, *error: object) -> None:
+        _LOCK.release()
+
+
+_FROM_THREAD = _FromThread()
+
+
+def _is_waited_for() -> bool:
+    """Does the thread that has the lock wait for what this thread knows: itself, or its result?
+
+    Python does not tell for whom a thread waits. But what it waits with is an object in Python's
+    own code for it: this thread, a future, an event, a queue. Who ends the wait knows that, too.
+    """
+    holder = re.search(r"owner=(\d+)", repr(_LOCK))
+    frames = sys._current_frames()
+    waits = frames.get(int(holder[1])) if holder else None
+    waited = set[int]()
+    for frame in _frames_from(waits):
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _WAITING:
+            break
+        waited |= {id(x) for x in frame.f_locals.values() if _is_waited_with(x)}
+    if not waited:
+        return False
+    known = [x for frame in _frames_from(sys._getframe(2)) for x in frame.f_locals.values()]
+    within = [x for own in known for x in getattr(own, "__dict__", {}).values()]
+    return not waited.isdisjoint(map(id, (*known, *within)))
+
+
+def _is_waited_with(x: object) -> bool:
+    """Is it of a class of Python's for threads?"""
+    return type(x).__module__.partition(".")[0] in _WAITING
+
+
+def _frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 class kept_property(Generic[OwnerT, ValueT]):  # noqa: N801 (it is used as a decorator)

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._losses import SecondDerivative, known_formula
 from jacfunc._modules import Independence
 from jacfunc._samples import at, has_batch
-from jacfunc._torch import as_written, is_traced, noise_like, recording, run_backward
+from jacfunc._torch import is_traced, noise_like, recording, run_as_written, run_backward
 from jacfunc._trees import map_tensors
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree, is_differentiable
@@ -53,8 +53,7 @@ class Loss:
 
     def __call__(self, *leaves: Tensor) -> tuple[Leaves, Leaves]:
         """The loss at other leaves of the outputs."""
-        with as_written():
-            value: Any = self.func(self.outputs.tree(leaves), self.targets)
+        value: Any = run_as_written(self.func, self.outputs.tree(leaves), self.targets)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else None
             kind = shape or type(value).__name__

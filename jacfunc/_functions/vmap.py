@@ -20,7 +20,7 @@ from jacfunc._linear_map import Dims, batch_size, one_sample, sample_chunks
 from jacfunc._lock import alone
 from jacfunc._log import note
 from jacfunc._showing import named
-from jacfunc._torch import RandomState, as_written, sweep_batch
+from jacfunc._torch import RandomState, run_as_written, sweep_batch
 from jacfunc._trees import (
     Split,
     StructureError,
@@ -108,8 +108,7 @@ def vmap(
 
         def on_leaves(leaves: Leaves) -> tuple[Leaves, Leaves]:
             inner_args, inner_kwargs = split.merge(leaves)
-            with as_written():
-                output = func(*inner_args, **inner_kwargs)
+            output = run_as_written(func, *inner_args, **inner_kwargs)
             if output is None:
                 check_outputs("vmap", (), tuple)
             if not structure:

@@ -7,7 +7,7 @@ zero for some of the samples.
 
 from jacfunc._layouts.evidence import ROUNDING, Evidence
 from jacfunc._layouts.layouts import OUT, Key, Layout, NoLayout, Sites, Unlike
-from jacfunc._layouts.mixing import Mixing, chooses_unseen, may_mix
+from jacfunc._layouts.mixing import Mixing, copy_written, may_mix, mixes_unseen
 from jacfunc._layouts.placing import Placing, PlainSamples, VmappedSamples
 from jacfunc._layouts.recording import (
     FEWEST_PULLED,

@@ -13,7 +13,7 @@ from jacfunc._errors import is_out_of_memory
 from jacfunc._layouts.evidence import agree, has_numbers
 from jacfunc._layouts.layouts import layouts_between
 from jacfunc._layouts.recording import OperationRecorder, recorders
-from jacfunc._layouts.traces import OperationCall, Trace, pairs_in
+from jacfunc._layouts.traces import Copying, Listener, OperationCall, Trace, pairs_in
 from jacfunc._log import note
 from jacfunc._memory import DispatchMode
 from jacfunc._types import Leaves
@@ -22,6 +22,18 @@ _NEW = frozenset(
     getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros")
 )
 """Functions that take dtype and device alone from their first argument."""
+
+_UNFILLED = frozenset(
+    {
+        *(torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty_strided),
+        *(getattr(torch.ops.aten, name).default for name in ("empty_like", "empty_strided")),
+        *(getattr(torch.ops.aten, name).default for name in ("new_empty", "new_empty_strided")),
+        torch.ops.aten.empty.memory_format,
+    }
+)
+"""Functions and operators whose results have no numbers until something is written into them."""
+
+_WITHOUT_NUMBERS = _NEW | _UNFILLED
 
 _CAST = frozenset({Tensor.to, Tensor.type_as})
 """Functions that take dtype and device alone from all other arguments."""
@@ -53,16 +65,15 @@ class Mixing:
     def hear(self, operation: OperationCall) -> None:
         """Look at one operation of this batch."""
         number, func, args, kwargs, result = operation
-        if self.was_seen or func in _NEW or number not in self.trace.calls:
+        if self.was_seen or func in _WITHOUT_NUMBERS or number not in self.trace.calls:
             return
         other_func, other_args, other_kwargs = self.trace.calls[number]
-        # a result that was written into later had other numbers when its operation ended
-        if other_func != func or self.trace.was_written(number):
+        if other_func != func:
             return
         if func in _CAST:
             args, kwargs = args[:1], {}
         own = list(pairs_in((args, kwargs), (other_args, other_kwargs)))
-        results = list(pairs_in(result, self.trace.results[number]))
+        results = list(pairs_in(result, self.trace.as_made(number)))
         if any(x.is_nested for pair in own for x in pair) or not all(map(_are_dense, results)):
             self.was_seen = True  # these can't be compared: take the worse case
             return
@@ -80,38 +91,71 @@ class Mixing:
         return any(has_numbers(one, self.size, other, samples, layout) for layout in layouts)
 
 
-class _UnseenChoices(DispatchMode):
-    """Notes whether numbers say what is done next where no recorder sees it, as in TorchScript."""
+class _UnseenOperations(DispatchMode):
+    """Tells a listener of operations that no recorder sees, as those of TorchScript."""
 
-    was_seen = False
+    def __init__(self, listener: Listener) -> None:
+        super().__init__()
+        self._listener = listener
+        self.operations: list[Any] = []
+        self.are_chosen = False
+        """Do numbers say what is done next?"""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # inside an operation that a recorder sees there is none to see another
-        self.was_seen |= not _BY_NUMBERS.isdisjoint(func.tags) and bool(recorders())
-        return func(*args, **kwargs or {})
+        is_unseen = bool(recorders())
+        result = func(*args, **kwargs or {})
+        if is_unseen:
+            self.are_chosen |= not _BY_NUMBERS.isdisjoint(func.tags)
+            number = len(self.operations)
+            self._listener.hear(OperationCall(number, func, args, kwargs or {}, result))
+            self.operations.append(func)
+        return result
 
 
-def chooses_unseen(evaluate: Callable[[Leaves], object], leaves: Leaves) -> bool:
-    """Do numbers say what is done next where no recorder sees it, as far as one evaluation tells?
+def mixes_unseen(
+    evaluate: Callable[[Leaves], object], leaves: Leaves, size: int, trace: Trace, other: Leaves
+) -> bool:
+    """May operations mix samples where no recorder sees them, as far as evaluations tell?
 
-    It is one more than those whose operations are compared: what looks on makes some call others.
+    So they may if numbers say what is done next. These evaluations come beside those whose
+    operations are compared: what looks on makes some call others.
+
+    Args:
+        leaves: of this batch, which has so many samples.
+        trace: an empty one of the other batch.
+        other: the tensors of that.
     """
-    choices = _UnseenChoices()
+    seen = _UnseenOperations(Copying(trace))
     try:
-        with choices, OperationRecorder():
+        with seen, OperationRecorder():
+            evaluate(other)
+        if seen.are_chosen or not seen.operations:
+            return seen.are_chosen
+        mixing = Mixing(trace, size)
+        own = _UnseenOperations(mixing)
+        with own, OperationRecorder():
             evaluate(leaves)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        note("whether numbers say unseen what is done was not seen: %s", error)
-    return choices.was_seen
+        note("whether operations mix samples unseen was not seen: %s", error)
+        return seen.are_chosen
+    return mixing.was_seen or own.are_chosen or own.operations != seen.operations
 
 
 def _are_dense(pair: tuple[Tensor, Tensor]) -> bool:
     """Have both tensors a number in each place?"""
     return not any(x.is_nested or x.is_quantized or x.layout != torch.strided for x in pair)
+
+
+def copy_written(trace: Trace, evaluate: Callable[[Leaves], object], other: Leaves) -> None:
+    """Copy what operations of a traced batch have returned, where it was written into later."""
+    if (copies := trace.written()) is not None:
+        with OperationRecorder(copies):
+            evaluate(other)
 
 
 def may_mix(
@@ -129,11 +173,12 @@ def may_mix(
     """
     try:
         for numbers, other in others:
-            trace = Trace(numbers)
-            if chooses_unseen(evaluate, other):
+            if mixes_unseen(evaluate, leaves, size, Trace(numbers), other):
                 return True
+            trace = Trace(numbers)
             with OperationRecorder(trace):
                 evaluate(other)
+            copy_written(trace, evaluate, other)
             mixing = Mixing(trace, size)
             with OperationRecorder(mixing) as recorder:
                 evaluate(leaves)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from jacfunc._layouts.layouts import OUT, Key
+from jacfunc._trees import map_tensors
 from jacfunc.layers import Rule
 
 
@@ -48,6 +49,8 @@ class Trace:
     results: dict[int, Any] = field(default_factory=dict)
     versions: dict[int, list[int]] = field(default_factory=dict)
     """Those of the tensors in each result when the operation had ended."""
+    copies: dict[int, Any] = field(default_factory=dict)
+    """Results as they were then, of those that were written into later."""
 
     def begin(self) -> None:
         for kept in (self.calls, self.results, self.versions):
@@ -58,9 +61,19 @@ class Trace:
         self.calls[number], self.results[number] = (func, args, kwargs), result
         self.versions[number] = _versions(result)
 
-    def was_written(self, number: int) -> bool:
-        """Was something written into the result of an operation after it had ended?"""
-        return self.versions[number] != _versions(self.results[number])
+    def written(self) -> Copying | None:
+        """Takes copies in one more evaluation of what was written into later, if anything was."""
+        numbers = {n for n, versions in self.versions.items() if versions != self._now(n)}
+        return Copying(self, numbers) if numbers else None
+
+    def as_made(self, number: int) -> Any:
+        """The result of an operation when it had ended; None if it was written into since."""
+        if number in self.copies:
+            return self.copies[number]
+        return self.results[number] if self.versions[number] == self._now(number) else None
+
+    def _now(self, number: int) -> list[int]:
+        return _versions(self.results[number])
 
     def is_like(self, operations: Sequence[Any]) -> bool:
         """Did an evaluation call these functions, with values of other kinds in between?"""
@@ -80,6 +93,30 @@ class Trace:
         return value if isinstance(value, Tensor) else None
 
 
+@dataclass
+class Copying:
+    """Copies the results of operations, as the next ones may write into them.
+
+    Args:
+        trace: gets the copies.
+        numbers: of the operations; None for all, of which the trace knows nothing yet.
+    """
+
+    trace: Trace
+    numbers: set[int] | None = None
+
+    def begin(self) -> None:
+        self.trace.copies.clear()
+
+    def hear(self, operation: OperationCall) -> None:
+        number, func, args, kwargs, result = operation
+        if self.numbers is None:
+            self.trace.calls[number] = func, args, kwargs
+        elif number not in self.numbers or self.trace.calls[number][0] != func:
+            return
+        self.trace.copies[number] = map_tensors(_copied, result)
+
+
 def pairs_in(value: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """The tensors in two values of one structure, at any depth of containers, in pairs."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):
@@ -89,6 +126,10 @@ def pairs_in(value: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
     elif isinstance(value, tuple | list) and isinstance(other, tuple | list):
         for one, two in zip(value, other, strict=False):
             yield from pairs_in(one, two)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _versions(value: Any) -> list[int]:

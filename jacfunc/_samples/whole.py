@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -20,8 +20,9 @@ from jacfunc._layouts import (
     PlainSamples,
     Trace,
     Unlike,
-    chooses_unseen,
+    copy_written,
     may_mix,
+    mixes_unseen,
 )
 from jacfunc._linear_map import JacobianOperator, Samples
 from jacfunc._log import note
@@ -36,8 +37,7 @@ WholeCall: TypeAlias = Callable[[Leaves], tuple[FlatCall, Mapping[int, int]]]
 among the tensors of these samples."""
 
 PULLED_ROUNDING = 0.3
-"""What is pulled back to a sample in two batches differs by less than this power of the precision,
-relative to the largest."""
+"""By this power of the precision what two batches pull back to a sample may differ, at most."""
 
 Evaluated: TypeAlias = tuple[FactoredJacobian, FlatCall]
 """Some samples, evaluated, and the call that was made."""
@@ -76,14 +76,15 @@ class WholeBatches:
             result = self._as_learned()
             if result and (size == 1 or not learned.moves_samples):
                 return result
-        for trace, other in self._traces():
+        for numbers, leaves in self.samples.others(learned.lessons):
+            trace, other = self._trace(numbers, leaves)
             before = learned.copy()
             result, is_like = self._learned_from(trace, other)
             if result or is_like:
                 break
             learned.restore(before)
             note("a batch of other samples is looked at: those calls other operations")
-        del trace, other
+        del trace, other, leaves
         if is_first:  # later lessons take the same pages again
             give_back()  # or what was taken would lie beside the result
         if not result:
@@ -145,17 +146,16 @@ class WholeBatches:
             return (jacobian, call), True
         return self._as_learned(), True
 
-    def _traces(self) -> Iterator[tuple[Trace, FactoredJacobian]]:
-        """The operations of other batches, and what these were evaluated to."""
-        return (self._trace(*other) for other in self.samples.others(self.learned.lessons))
-
     def _trace(self, numbers: list[int], leaves: Leaves) -> tuple[Trace, FactoredJacobian]:
         """The operations of another batch, and what it was evaluated to."""
         trace, learned = Trace(numbers), self.learned
         batch, _ = self._batch(replace(self.samples, leaves=leaves), PlainSamples(len(numbers), {}))
         own = LearnedUses(set(learned.others), set(learned.written))
-        learned.mixes = learned.mixes or chooses_unseen(self._evaluate, leaves)
-        return trace, factored(replace(batch, trace=trace), own, self.random_state.repeat)
+        every = self._evaluate, self.samples.leaves, self.samples.size, Trace(numbers), leaves
+        learned.mixes = learned.mixes or mixes_unseen(*every)
+        jacobian = factored(replace(batch, trace=trace), own, self.random_state.repeat)
+        copy_written(trace, self._evaluate, leaves)
+        return trace, jacobian
 
     def _batch(self, samples: Samples, placing: PlainSamples) -> tuple[WholeBatch, FlatCall]:
         call, leaf_of = self.call_of(samples.leaves)

@@ -18,6 +18,7 @@ from jacfunc._linear_map import Dims, Samples, one_sample
 from jacfunc._log import note
 from jacfunc._remembered import Remembered
 from jacfunc._samples import Subject
+from jacfunc._torch import run_as_written
 from jacfunc._trees import Arguments, Split, flatten, map_tensors, unflatten
 from jacfunc._types import Leaves, Tree, is_differentiable
 
@@ -230,7 +231,7 @@ def subject_of(
     def whole(params: Leaves, leaves: Leaves) -> Leaves:
         args, kwargs = merge(leaves)
         with state.lent_for_evaluation(dict(zip(values, params, strict=True))):
-            output = state.module(*args, **kwargs)
+            output = run_as_written(state.module, *args, **kwargs)
         return tuple(filter(is_differentiable, flatten(in_front(output))[0]))
 
     params = tuple(values.values())

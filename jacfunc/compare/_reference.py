@@ -19,7 +19,7 @@ from jacfunc._arguments import check_outputs
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._measuring import Run
-from jacfunc._torch import RandomState
+from jacfunc._torch import RandomState, run_as_written
 from jacfunc._trees import flatten, map_tensors, paths
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Leaves, Tree, is_differentiable
@@ -99,7 +99,7 @@ class Reference:
             shapes = [x.shape if d is None else x.select(d, 0).shape for x, d in inputs]
         # clones, so that the function may write into its arguments
         args, kwargs = tensors.merge([x.clone() if x.requires_grad else x for x in leaves])
-        output = problem.target(*args, **kwargs)
+        output = run_as_written(problem.target, *args, **kwargs)
         if problem.is_sampled:
             output = problem.output_dims.in_front(output)
         outputs = flatten(output)[0]

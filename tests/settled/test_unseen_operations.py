@@ -39,6 +39,16 @@ def written(h: Tensor, is_late: bool) -> Tensor:
     return own
 
 
+@torch.jit.script
+def turned(h: Tensor, is_late: bool) -> Tensor:
+    return h + float(is_late) * h.roll(1, 0)  # the graph is one and the same
+
+
+@torch.jit.script
+def fused(h: Tensor, is_late: bool) -> Tensor:
+    return (2 * h + float(is_late) * h.sum(0, keepdim=True)).sigmoid() * h
+
+
 class Late(nn.Module):
     """Couples its samples from some call on, by a flag that only TorchScript gets."""
 
@@ -108,23 +118,92 @@ DOORS: dict[str, tuple[Door, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 @pytest.mark.parametrize("before", [5, 20])
-@pytest.mark.parametrize("hidden", [centered, flipped, softmax, written])
+@pytest.mark.parametrize("hidden", [centered, flipped, softmax, written, turned, fused])
 @pytest.mark.parametrize("name", DOORS)
 def test_samples_that_are_coupled_later_are_refused_at_once(
     name: str, hidden: Callable[[Tensor, bool], Tensor], before: int
 ) -> None:
     torch.manual_seed(0)
-    module, (door, of_rows) = Late(hidden), DOORS[name]
+    module = Late(hidden)
+
+    def set_to(is_late: bool) -> None:
+        module.is_late[0] = is_late
+
+    check_doors(name, module, set_to, before)
+
+
+class Gated(nn.Module):
+    """Couples its samples by a gate, in what is written into after it was made."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.mix = nn.Linear(5, 4), nn.Linear(4, 2), mix
+        self.register_buffer("gate", torch.zeros(()))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        mixed = self.mix(h)
+        mixed.mul_(self.gate)
+        out: Tensor = self.last(h + mixed)
+        return out
+
+
+@pytest.mark.parametrize("before", [5, 20])
+@pytest.mark.parametrize("mix", [lambda h: h.roll(1, 0), lambda h: h.mean(0, keepdim=True)])
+@pytest.mark.parametrize("name", DOORS)
+def test_what_was_written_into_since_is_compared_as_it_was_made(
+    name: str, mix: Callable[[Tensor], Tensor], before: int
+) -> None:
+    torch.manual_seed(0)
+    module = Gated(mix)
+    check_doors(name, module, lambda is_late: module.gate.fill_(float(is_late)), before)
+
+
+@torch.jit.script
+def filled_by_script(h: Tensor) -> Tensor:
+    own = torch.empty_like(h)
+    own.copy_(h.tanh())
+    return own.relu_()
+
+
+def filled(h: Tensor) -> Tensor:
+    own = torch.empty_like(h)
+    own[:, :2], own[:, 2:] = h[:, 2:], h[:, :2]
+    return own.relu_()
+
+
+@pytest.mark.parametrize("fill", [filled, filled_by_script])
+def test_memory_that_is_filled_later_couples_nothing(fill: Callable[[Tensor], Tensor]) -> None:
+    evaluations = list[int]()
+
+    def counted(h: Tensor) -> Tensor:
+        evaluations.append(len(h))
+        return fill(h)
+
+    module = Late(lambda h, is_late: counted(h))
+    for number in range(24):
+        evaluations.clear()
+        jacfunc.ntk(module, None, torch.randn(B, 5, dtype=DOUBLE))
+        if number > 20:  # what is settled is written down by then
+            assert evaluations == [B]  # batches are not compared
+
+
+def check_doors(
+    name: str, module: nn.Module, set_to: Callable[[bool], object], before: int
+) -> None:
+    """Is each call right, or refused once samples are coupled?"""
+    door, of_rows = DOORS[name]
     call, by = door(module), "inputs" if name == "inputs" else "params"
     for number in range(before + 3):
-        module.is_late[0] = number >= before
+        set_to(number >= before)
         x = torch.randn(B, 5, dtype=DOUBLE)
         rows = rows_of(module, x, by)
         out = torch.cat([module(sample[None]) for sample in x]).detach()
         try:
             found = call(x)
         except ValueError as error:
-            assert module.is_late[0]
+            assert number >= before
             assert "samples that do not depend on each other" in str(error)  # noqa: PT017
             continue
         # what goes by one sample after the other is right, coupled or not
