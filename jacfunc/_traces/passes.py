@@ -96,7 +96,7 @@ def _folded(graph: GraphModule) -> dict[Node, Tensor]:
             last = [*inputs, *constants][-1] if inputs or constants else None
             with graph.graph.inserting_after(last):
                 new = graph.graph.placeholder(f"constant_{len(constants)}")
-            constants[new] = value.clone()
+            constants[new] = new.meta["val"] = value.clone()
             node.replace_all_uses_with(new)
     _without_dead_code(graph)
     return constants
