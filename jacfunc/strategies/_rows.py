@@ -50,6 +50,9 @@ class AtPoint(NamedTuple):
 class SettledRows:
     """The rows of calls of one kind: all at once or one by one, or those of the Hessian.
 
+    The function is evaluated once a call, but where rows are written down, and where they do not
+    hold: then it is evaluated anew, as nobody knows what hooks on what is saved have changed in it.
+
     Args:
         func: the function.
         order: two for the Hessian of a function that returns one number.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from jacfunc._errors import Nameless
 from jacfunc._log import note
 from jacfunc._rounding import agree
 from jacfunc._torch import Graphs, RandomState
@@ -18,10 +19,10 @@ from jacfunc._traces import MOST_BYTES, MOST_KEPT, Sources, WrittenWork, are_sam
 from jacfunc._types import Leaves
 
 MOST_ROWS = 16
-"""More rows are not written down one by one: programs of thousands of operators are slow to make"""
+"""More are not written down one by one: programs of thousands of operators are slow to make."""
 
 
-class Evaluated(Protocol):
+class SweepablePoint(Protocol):
     """A function evaluated at a point."""
 
     @property
@@ -34,7 +35,7 @@ class Evaluated(Protocol):
         """The block of the output, from a sweep of its graph."""
 
 
-Evaluate = Callable[[Tensor], Evaluated]
+Evaluate = Callable[[Tensor], SweepablePoint]
 
 
 class WrittenRows:
@@ -67,16 +68,19 @@ class WrittenRows:
 class _Saved(NamedTuple):
     """An evaluation, what was saved for its backward pass, and the outline of its graph."""
 
-    evaluated: Evaluated
+    evaluated: SweepablePoint
     sources: Sources
     outline: Any
 
     @classmethod
     def at(cls, x: Tensor, evaluate: Evaluate) -> Self | None:
-        """One at this point; None if hooks were set, which may do anything in a sweep."""
+        """One at this point; None if it saves too much, or sets hooks, which may do anything."""
         sources, hooks, first = Sources(moments=[]), RemovableHandle.next_id, Graphs.num_nodes()
-        with sources.saving():
-            at = evaluate(x)
+        try:
+            with sources.saving():
+                at = evaluate(x)
+        except Nameless:
+            return None
         if type(at.out) is not Tensor or RemovableHandle.next_id != hooks:
             return None
         told, moments = sources.saved, sources.moments

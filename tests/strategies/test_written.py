@@ -286,6 +286,17 @@ def test_a_write_into_what_is_saved_is_refused_as_torch_does() -> None:
     torch.testing.assert_close(derive(X), torch.diag(W[0]))
 
 
+def test_what_saves_too_much_is_swept() -> None:
+    many = 1
+    derive = written(jacfunc.jacrev(lambda x: (x[0] * torch.arange(many).double()).sum() * x))
+    many = 9 * 2**20
+    for _ in range(2):
+        torch.testing.assert_close(derive(X)[1, 1], X[0] * (many * (many - 1) // 2))
+    many = 3
+    f = lambda x: (x[0] * torch.arange(3).double()).sum() * x  # noqa: E731
+    torch.testing.assert_close(derive(X), looped_jacobian(f, X))
+
+
 def test_what_requires_gradients_later_is_differentiated() -> None:
     c = W[0].clone()
     derive = written(jacfunc.jacrev(lambda x: c * x.sin()))
