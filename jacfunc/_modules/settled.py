@@ -20,8 +20,9 @@ from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
 from jacfunc._remembered import MOST_KINDS, Recent, Remembered
 from jacfunc._samples import SampledCall
-from jacfunc._settled import MOST_MISSES, Beside, KnownProducts, SettledBatch, Work, settled_by
+from jacfunc._settled import Beside, KnownProducts, SettledBatch, Work, settled_by
 from jacfunc._torch import RandomState, is_undisturbed
+from jacfunc._traces import MOST_MISSES
 from jacfunc._trees import Arguments, kind_of
 from jacfunc._trials import IN_FRONT
 from jacfunc._types import Argnums, Leaves, Tree

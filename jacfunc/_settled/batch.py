@@ -19,9 +19,9 @@ from jacfunc._rounding import are_near
 from jacfunc._samples import ALONE_ROUNDING, SampledCall
 from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, blocks_of, knows, matrix_of
-from jacfunc._settled.sources import Sources
-from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_WORKS, Beside, KnownWork, Work
+from jacfunc._settled.sweeps import MOST_WORKS, Beside, KnownWork, Work
 from jacfunc._torch import MathAttention, RandomState, recording, run_as_written
+from jacfunc._traces import FEWEST_CALLS, Sources
 from jacfunc._types import Leaves
 
 PLAIN, ALONE = (False, False), (False, False, 1)

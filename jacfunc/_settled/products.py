@@ -21,9 +21,9 @@ from jacfunc._rounding import agree
 from jacfunc._samples import SampledCall
 from jacfunc._settled.batch import ALONE, SettledBatch
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.sources import MOST_BYTES, Sources
-from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_MISSES, Sweep, evaluated_with_sources
+from jacfunc._settled.sweeps import Sweep, evaluated_with_sources
 from jacfunc._torch import RandomState, is_undisturbed
+from jacfunc._traces import FEWEST_CALLS, MOST_BYTES, MOST_MISSES, Sources
 from jacfunc._trees import kind_of
 from jacfunc._types import Leaves
 

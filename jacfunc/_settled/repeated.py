@@ -36,8 +36,8 @@ from jacfunc._linear_map import (
     writable_copy,
 )
 from jacfunc._settled.reads import Reads
-from jacfunc._settled.sources import Sources
 from jacfunc._torch import Graphs, Pull
+from jacfunc._traces import Sources
 from jacfunc._types import Leaves
 from jacfunc.layers import table
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from jacfunc._errors import Nameless
@@ -16,22 +15,22 @@ from jacfunc._factored import HOOKING, FactoredJacobian, LearnedUses, UseRecorde
 from jacfunc._lending import ModuleState
 from jacfunc._log import note
 from jacfunc._rounding import agree
-from jacfunc._settled.outline import outline
 from jacfunc._settled.reads import Reads
 from jacfunc._settled.repeated import RepeatedEvaluation, knows
-from jacfunc._settled.sources import MOST_BYTES, MOST_KEPT, Sources
 from jacfunc._torch import MathAttention, may_attend, recording
-from jacfunc._traces import WrittenWork
+from jacfunc._traces import (
+    MOST_BYTES,
+    MOST_KEPT,
+    MOST_MISSES,
+    Sources,
+    WrittenWork,
+    are_same,
+    outline,
+)
 from jacfunc._types import Leaves
-
-FEWEST_CALLS = 16
-"""So many calls of a kind pay for writing down what they do."""
 
 MOST_WORKS = 4
 """Works that are known of a kind of call."""
-
-MOST_MISSES = 3
-"""After so many calls that had to be taken anew, a kind of call is no more tried so."""
 
 Work: TypeAlias = Callable[[FactoredJacobian, Leaves], Leaves]
 """Makes the result of an evaluated batch, and of tensors beside it. Equal ones do the same.
@@ -96,7 +95,7 @@ class Sweep:
         """
         own, sources, out = evaluated
         leaves, values, self._values = self._leaves(sources, (out, *beside)), self._values, ()
-        if len(leaves) != len(values) or not all(map(_are_same, leaves, values)):
+        if len(leaves) != len(values) or not all(map(are_same, leaves, values)):
             return False
         self._outline = outline(out, own.starts, own.first, sources.saved)
         self._work.hold_for(leaves)
@@ -210,16 +209,6 @@ class KnownWork:
                 self.sweep = sweep
         except Exception as error:  # it goes on as before
             note("the sweep of a settled kind of call is not written down: %s", error)
-
-
-def _are_same(one: Tensor, other: Tensor) -> bool:
-    """Are two tensors of two evaluations equal, but for memory that nobody has written?
-
-    A kernel may keep bytes for its backward pass of which it has written some alone.
-    """
-    if one.dtype == other.dtype == torch.uint8:
-        return one.shape == other.shape
-    return torch.equal(one, other)
 
 
 def evaluated_with_sources(

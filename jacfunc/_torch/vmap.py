@@ -188,7 +188,8 @@ def sweep_batch(
     should not depend on the seed, comes back as it is for the first seed.
     """
     dims = (0,) * len(seeds) if dims is None else dims
-    check_plain(seeds)
+    if {*map(type, seeds)} != {Tensor}:
+        check_plain(seeds)
     if torch.compiler.is_compiling():
         return _sweep_batch_traceably(sweep, seeds, randomness, dims)
     size = next(s.shape[d] for s, d in zip(seeds, dims, strict=True) if d is not None)

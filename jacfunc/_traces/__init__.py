@@ -2,5 +2,12 @@
 
 from jacfunc._traces.backends import Backend, Compiler
 from jacfunc._traces.divided import Divided, Kept
-from jacfunc._traces.executable import Differentiable, Executable, WrittenWork
+from jacfunc._traces.executable import (
+    FEWEST_CALLS,
+    MOST_MISSES,
+    Differentiable,
+    Executable,
+    WrittenWork,
+)
+from jacfunc._traces.saved import MOST_BYTES, MOST_KEPT, Sources, are_same, outline
 from jacfunc._traces.traced import traced

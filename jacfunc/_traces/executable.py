@@ -20,6 +20,12 @@ from jacfunc._traces.tape import written_down
 from jacfunc._traces.traced import in_our_words
 from jacfunc._types import Leaves
 
+FEWEST_CALLS = 16
+"""So many calls of a kind pay for writing down what they do."""
+
+MOST_MISSES = 3
+"""After so many calls that had to be taken anew, a kind of call is no more tried so."""
+
 
 class Executable:
     """A graph, compiled at its first run.

@@ -25,6 +25,7 @@ _METHODS = {
         "default": (
             *("mm", "bmm", "t", "permute", "view", "reshape", "unsqueeze", "expand", "clone"),
             *("addcmul", "addcmul_", "copy_", "sqrt", "sqrt_", "square", "tanh", "exp", "neg"),
+            *("sin", "cos", "sigmoid", "mv"),
             *("split_with_sizes", "detach", "addmm", "unfold", "new_empty"),
         ),
         "Tensor": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_"),

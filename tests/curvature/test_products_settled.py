@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import jacfunc
 from jacfunc._errors import Nameless
-from jacfunc._settled.sources import Sources
+from jacfunc._traces import Sources
 from tests.curvature.test_norms_settled import batch
 from tests.modules.test_settled_layers import (
     BEFORE,

@@ -16,7 +16,7 @@ CALLS = 40  # after so many all that can be settled is, and what can be written 
 # some more than alone, as other tests set up what is looked through; until Python 3.12 list
 # comprehensions are functions
 MOST = {
-    "jacrev": (72, 180),
+    "jacrev": (48, 135),
     "module_jacobian, per sample": (196, 580),
     "module_jacobian, by inputs": (132, 363),
     "module_jacobian, by layers": (125, 346),

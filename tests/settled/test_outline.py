@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jacfunc._settled.outline import outline
 from jacfunc._torch import Graphs
+from jacfunc._traces import outline
 
 
 def outline_of(func: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Any, ...] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jacfunc._settled.repeated import PlainRecorder
-from jacfunc._settled.sources import Sources
+from jacfunc._traces import Sources
 from tests.house.calls import is_own, num_calls
 
 
