@@ -71,6 +71,7 @@ def problems() -> dict[str, Callable[[], Any]]:
     by_layers = jacfunc.module_jacobian(model, per_sample=True, strategy="structured")
     by_inputs = jacfunc.module_jacobian(model, "inputs", per_sample=True, strategy="reverse")
     ggn = jacfunc.ggn(model, nn.functional.mse_loss)
+    vector = {name: torch.randn_like(param) for name, param in model.named_parameters()}
     return {
         "jacrev": lambda: jacrev(x[0]),
         "module_jacobian, per sample": lambda: per_sample(x),
@@ -78,6 +79,7 @@ def problems() -> dict[str, Callable[[], Any]]:
         "module_jacobian, by layers": lambda: by_layers(x),
         "ntk": lambda: jacfunc.ntk(model, None, x),
         "ggn, diagonal": lambda: ggn(x, y).diagonal(),
+        "ggn, product": lambda: ggn(x, y) @ vector,
     }
 
 

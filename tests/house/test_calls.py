@@ -21,7 +21,8 @@ MOST = {
     "module_jacobian, by inputs": (137, 385),
     "module_jacobian, by layers": (130, 370),
     "ntk": (156, 450),
-    "ggn, diagonal": (257, 790),
+    "ggn, diagonal": (215, 640),
+    "ggn, product": (220, 660),
 }
 
 
