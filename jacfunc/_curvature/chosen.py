@@ -1,22 +1,28 @@
-"""Curvature in the outputs that are asked for, where these are not all."""
+"""What weighs the outputs of a batch: a loss, in all of them or in those asked for, or draws."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from jacfunc._assembly import shared_units
+from jacfunc._calls import OneTensor
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._curvature.products import BatchProducts
-from jacfunc._errors import is_out_of_memory
+from jacfunc._errors import Refused, is_out_of_memory
+from jacfunc._factored import FactoredJacobian, add_squares
 from jacfunc._lending import Captured
 from jacfunc._log import note
-from jacfunc._losses import DenseColumns, Drawn, Predictive
+from jacfunc._losses import DenseColumns, Drawn, LossKind, Predictive, TorchLoss
 from jacfunc._modules import ModuleAtBatch
 from jacfunc._outputs import ChosenCall
+from jacfunc._rounding import contracting
+from jacfunc._settled import pulled, pushed
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree
 
@@ -67,6 +73,107 @@ class Unweighted:
     def times_batch(self, tangents: Leaves) -> Leaves:
         """The tangents themselves."""
         return tangents
+
+
+class KnownLoss:
+    """A loss of torch at the targets of one call: its kind, and the tensors that it takes.
+
+    Args:
+        api: the public function, with whose name error messages begin.
+        loss: has a formula for its second derivative.
+        captured: what it closes over, if it closes over anything.
+    """
+
+    @classmethod
+    def of(
+        cls, api: str, loss: TorchLoss | None, targets: Any, captured: Captured | None
+    ) -> Self | None:
+        """From a loss of torch, if it is one; None where nothing is known of it."""
+        if loss is None or type(targets) is not Tensor or not loss.has_formula:
+            return None
+        return cls(api, loss, targets, captured)
+
+    def __init__(
+        self, api: str, loss: TorchLoss, targets: Tensor, captured: Captured | None
+    ) -> None:
+        self._api, self._loss, self._captured, self._is_checked = api, loss, captured, False
+        kind, weights = loss.divided
+        self.kind: LossKind = kind
+        self._tensors: Leaves = targets, *weights
+
+    @property
+    def is_convex(self) -> bool:
+        """Has its second derivative a root whatever the numbers are? Weights may be negative."""
+        targets, *weights = self._tensors
+        are_weights = self.kind.function is F.cross_entropy and targets.is_floating_point()
+        return not (weights or are_weights)
+
+    def beside(self, outputs: Leaves) -> Leaves:
+        """The targets, and the weights.
+
+        Raises:
+            ValueError: if tensors that the loss closes over have changed since the call. For
+                targets that do not fit, whatever the loss itself raises.
+        """
+        if self._captured is not None:
+            self._captured.check(self._api, "the loss")
+        if not self._is_checked:  # a formula would take classes that there are not
+            self._loss(outputs[0], self._tensors[0])
+            self._is_checked = True
+        return self._tensors
+
+
+@dataclass(frozen=True)
+class UnderLoss:
+    """Something that is made of a batch under a loss of torch, and of the tensors that this takes.
+
+    The module returned one tensor. Calls settle how it is made, whatever the numbers are.
+    """
+
+    loss: LossKind
+
+    def loss_at(self, api: str, outputs: Leaves, beside: Leaves, by_formula: bool = True) -> Loss:
+        """The loss at outputs, of targets and weights.
+
+        Raises:
+            Refused: if its second derivative must be known ``by_formula``, and is not.
+        """
+        targets, *weights = beside
+        loss = self.loss.with_weights(weights)
+        if by_formula and loss.at(outputs[0], targets) is None:
+            raise Refused("the loss may couple samples")
+        return Loss(api, loss, targets, BatchOutputs(outputs, (), OneTensor()))
+
+
+@dataclass(frozen=True)
+class ProductUnder(UnderLoss):
+    """``Jᵀ H J v``: beside there are v, and what the loss takes."""
+
+    def __call__(self, jacobian: FactoredJacobian, beside: Leaves) -> Leaves:
+        count, outputs = len(jacobian.params), jacobian.outputs
+        through = tuple([u.unsqueeze(0) for u in pushed(jacobian, beside[:count])])
+        weighed = self.loss_at("ggn", outputs, beside[count:]).times_batch(through)
+        return pulled(jacobian, tuple([u.squeeze(0) for u in weighed]))
+
+
+@dataclass(frozen=True)
+class SquaresUnder(UnderLoss):
+    """The diagonal of ``Jᵀ H J``."""
+
+    def __call__(self, jacobian: FactoredJacobian, beside: Leaves) -> Leaves:
+        loss = self.loss_at("ggn", jacobian.outputs, beside, by_formula=False)
+        return squares(jacobian, loss.roots)
+
+
+def squares(jacobian: FactoredJacobian, cotangents: Leaves) -> Leaves:
+    """``Σ_b Σ_r (J_bᵀ c_br)²`` of each parameter, of a module that returned one tensor."""
+    names, totals = list(map(str, range(len(jacobian.params)))), dict[str, Tensor]()
+    named = zip(names, jacobian.parts_of_cotangents(cotangents), jacobian.params, strict=True)
+    with contracting(jacobian.params):
+        add_squares(totals, {name: (parts, x) for name, parts, x in named if parts})
+    zeros = cotangents[0].new_zeros
+    pairs = zip(names, jacobian.params, strict=True)
+    return tuple([totals[n] if n in totals else zeros(x.shape, dtype=x.dtype) for n, x in pairs])
 
 
 def _every(call: ChosenCall, outputs: BatchOutputs) -> BatchOutputs:

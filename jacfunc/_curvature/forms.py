@@ -14,18 +14,21 @@ from torch import Tensor
 
 from jacfunc._assembly import numel
 from jacfunc._calls import OneTensor
+from jacfunc._curvature.chosen import KnownLoss, ProductUnder, SquaresUnder, squares
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian, NamedParts, add_squares, rows, written
 from jacfunc._linear_map import LinearMap, check_agreement
 from jacfunc._lock import kept_property
-from jacfunc._modules import ModuleAtBatch, known_products
+from jacfunc._modules import ModuleAtBatch
 from jacfunc._products import FactoredProducts, takes_factors
-from jacfunc._rounding import contracting
 from jacfunc._settled import ProductsAgain
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, product_dtype
+
+CurvatureOf: TypeAlias = Callable[[BatchOutputs], OutputCurvature]
+"""Gives ``H`` at outputs of the module."""
 
 Add: TypeAlias = Callable[[torch.Size, NamedParts], None]
 """Adds the columns of some samples to a sum: how many samples and columns, and parts by name."""
@@ -41,11 +44,11 @@ class MatrixProducts:
     """``G v`` by products with J, H and Jᵀ of the whole batch, whose samples may be coupled."""
 
     def __init__(
-        self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
+        self, at_batch: ModuleAtBatch, curvature_of: CurvatureOf, loss: KnownLoss | None
     ) -> None:
         self._at_batch, self._curvature_of = at_batch, curvature_of
-        known = at_batch.products or known_products(at_batch.call, at_batch.batching)
-        self._again = ProductsAgain(at_batch, known)
+        whole = (ProductUnder(loss.kind), loss.beside) if loss else None
+        self._again = ProductsAgain(at_batch, at_batch.products, whole)
 
     @kept_property
     def _jacobian(self) -> BatchProducts:
@@ -63,14 +66,15 @@ class MatrixProducts:
 
     def times(self, tangents: Leaves) -> Leaves:
         """``G v = Jᵀ H J v`` of K vectors, ``[K, *param]``, as many at once as room allows."""
-        count = len(tangents[0])
+        count = tangents[0].shape[0]
         if count == 1:
             if takes_factors():
                 return factored_product(self._at_batch, self._curvature_of, tangents)
             products = self._again.product(tangents, lambda u: self._curvature.times_batch(u))
             if products is None:
                 products = self._times(tangents)
-                self._again.learn(tangents, self._jacobian, self._jacobian.outputs.leaves)
+                outputs = self._jacobian.outputs.leaves
+                self._again.learn(tangents, products, self._jacobian, outputs)
             return products
         at_once = max(1, NUMBERS_AT_ONCE // max(1, numel(self._jacobian.outputs.leaves)))
         every = tuple(map(torch.empty_like, tangents))
@@ -158,9 +162,9 @@ class SampleSums:
     """
 
     def __init__(
-        self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
+        self, at_batch: ModuleAtBatch, curvature_of: CurvatureOf, loss: KnownLoss | None
     ) -> None:
-        self._at_batch, self._curvature_of = at_batch, curvature_of
+        self._at_batch, self._curvature_of, self._loss = at_batch, curvature_of, loss
 
     @kept_property
     def _curvature(self) -> OutputCurvature:
@@ -170,9 +174,9 @@ class SampleSums:
     def squares(self) -> dict[str, Tensor]:
         """The diagonal: a tensor like each parameter, by name."""
         at_batch, totals = self._at_batch, dict[str, Tensor]()
+        if (at_once := self._squares_at_once()) is not None:
+            return dict(zip(at_batch.params, at_once, strict=True))
         with at_batch.as_one():
-            if (squares := self._squares_at_once()) is not None:
-                return dict(zip(at_batch.params, squares, strict=True))
             params = at_batch.params
 
             def add(_: torch.Size, parts: NamedParts) -> None:
@@ -188,11 +192,14 @@ class SampleSums:
         if not (is_whole and at_batch.is_lent_once):
             return None
 
-        def roots_at(outputs: Leaves) -> Leaves:
+        def beside(outputs: Leaves) -> Leaves:
             at_batch.evaluations.check((0, at_batch.size), outputs)
+            if known is not None:
+                return known.beside(outputs)
             return self._curvature_of(BatchOutputs(outputs, (), OneTensor())).roots
 
-        return at_batch.made_at_once(_squares, roots_at)
+        known = self._loss if self._loss is not None and self._loss.is_convex else None
+        return at_batch.made_at_once(SquaresUnder(known.kind) if known else squares, beside)
 
     def blocks(self) -> dict[str, Tensor]:
         """The diagonal blocks, ``[numel, numel]`` for each parameter."""
@@ -231,14 +238,3 @@ class SampleSums:
     def _add_up(self, add: Add, result: int) -> None:
         with self._at_batch.as_one():
             added_up(self._at_batch, self._curvature, add, result)
-
-
-def _squares(jacobian: FactoredJacobian, cotangents: Leaves) -> Leaves:
-    """``Σ_b Σ_r (J_bᵀ c_br)²`` of each parameter, of a module that returned one tensor."""
-    names, totals = list(map(str, range(len(jacobian.params)))), dict[str, Tensor]()
-    named = zip(names, jacobian.parts_of_cotangents(cotangents), jacobian.params, strict=True)
-    with contracting(jacobian.params):
-        add_squares(totals, {name: (parts, x) for name, parts, x in named if parts})
-    zeros = cotangents[0].new_zeros
-    pairs = zip(names, jacobian.params, strict=True)
-    return tuple([totals[n] if n in totals else zeros(x.shape, dtype=x.dtype) for n, x in pairs])

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, overload
 
 import torch
 from torch import Tensor
 
-from jacfunc._curvature.forms import MatrixProducts, SampleSums
-from jacfunc._curvature.loss import OutputCurvature
+from jacfunc._curvature.chosen import KnownLoss
+from jacfunc._curvature.forms import CurvatureOf, MatrixProducts, SampleSums
 from jacfunc._errors import Refused
 from jacfunc._linear_map import is_followed
 from jacfunc._lock import kept_property
 from jacfunc._modules import ModuleAtBatch, as_tree, tangents_of
 from jacfunc._torch import is_pushing
-from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Params, Tree
 from jacfunc.operators import LinearOperator, Space, SymmetricOperator
 
@@ -36,6 +35,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
     Args:
         point: the module, its parameters and a batch.
         curvature_of: gives ``H`` at outputs of the module.
+        loss: whose second derivative H is, where its kind is known.
 
     Raises:
         ValueError: if tensors that the loss closes over, or with ``copy=False`` parameters,
@@ -58,10 +58,11 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
     """
 
     def __init__(
-        self, point: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
+        self, point: ModuleAtBatch, curvature_of: CurvatureOf, loss: KnownLoss | None = None
     ) -> None:
         # not by the base: who multiplies by trees needs no spaces, which take a while
         self.api, self.point, self.curvature_of = point.call.api, point, curvature_of
+        self._loss = loss
 
     @kept_property
     def domain(self) -> Space:
@@ -104,7 +105,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
             {'weight': tensor([[1., 2.]])}
         """
         tangents = tangents_of(self.api, self.point.call.state, vector)
-        products = self.pushforward_batch(tuple(tangent[None] for tangent in tangents))
+        products = self.pushforward_batch(tuple([tangent[None] for tangent in tangents]))
         names = self.point.params
         return self._in_form({n: product[0] for n, product in zip(names, products, strict=True)})
 
@@ -116,7 +117,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
     def __matmul__(self, other: Params | Mapping[str, Tensor]) -> Params: ...
     def __matmul__(self, other: Any) -> Any:
         """The product with one vector or a matrix, or the composition with an operator."""
-        is_tree = not isinstance(other, Tensor | LinearOperator)
+        is_tree = isinstance(other, dict) or not isinstance(other, Tensor | LinearOperator)
         return self.product(other) if is_tree else super().__matmul__(other)
 
     def mv(self, vector: Tree) -> Any:
@@ -126,7 +127,7 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
         return self.product(vector)
 
     def pushforward_batch(self, tangents: Leaves) -> Leaves:
-        if not (self.point.size and tangents and len(tangents[0])):
+        if not (self.point.size and tangents and tangents[0].shape[0]):
             return tuple(map(torch.zeros_like, tangents))
         if is_pushing():
             raise Refused(
@@ -237,8 +238,8 @@ class GaussNewton(SymmetricOperator, Generic[Params]):
 
     @kept_property
     def _products(self) -> MatrixProducts:
-        return MatrixProducts(self.point, self.curvature_of)
+        return MatrixProducts(self.point, self.curvature_of, self._loss)
 
     @kept_property
     def _sums(self) -> SampleSums:
-        return SampleSums(self.point, self.curvature_of)
+        return SampleSums(self.point, self.curvature_of, self._loss)

@@ -9,12 +9,12 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import nn
 
-from jacfunc._curvature.chosen import Unweighted, drawn_of, loss_of, outputs_of
+from jacfunc._curvature.chosen import KnownLoss, Unweighted, drawn_of, loss_of, outputs_of
 from jacfunc._curvature.gauss_newton import GaussNewton
 from jacfunc._curvature.loss import LossFunction
 from jacfunc._lending import Captured, Select
 from jacfunc._lock import alone
-from jacfunc._losses import Likelihood, Predictive, check_draws, check_loss, is_of_torch
+from jacfunc._losses import Likelihood, Predictive, TorchLoss, check_draws, check_loss
 from jacfunc._modules import Batching, BatchOptions, Independent, RowOptions
 from jacfunc._outputs import Outputs
 from jacfunc._showing import named
@@ -133,15 +133,17 @@ def ggn(
     if loss is not None or options.outputs is None:
         check_loss("ggn", loss)
     # a function of torch itself closes over nothing
-    is_plain = is_of_torch(loss) and not isinstance(loss, partial | nn.Module)
+    of_function = None if isinstance(loss, partial | nn.Module) else TorchLoss.of(loss)
 
     def ggn_of(*args: Tree, **kwargs: Any) -> GaussNewton[Any]:
         if loss is None:
             return GaussNewton(options.at((args, kwargs), is_kept=True), Unweighted)
-        is_lent_once = is_plain or is_of_torch(loss)
-        at_batch, targets = options.with_targets((args, kwargs), is_lent_once, is_kept=True)
-        captured = None if is_plain else Captured.of(loss)
-        return GaussNewton(at_batch, partial(loss_of, "ggn", loss, targets, captured))
+        known = of_function or TorchLoss.of(loss)
+        at_batch, targets = options.with_targets((args, kwargs), known is not None, is_kept=True)
+        captured = None if of_function else Captured.of(loss)
+        every = targets, captured
+        curvature_of = partial(loss_of, "ggn", loss, *every)
+        return GaussNewton(at_batch, curvature_of, KnownLoss.of("ggn", known, *every))
 
     return named("ggn", module, ggn_of)
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
-from jacfunc._calls import OneTensor
+from jacfunc._curvature.chosen import UnderLoss
 from jacfunc._curvature.loss import Loss, LossFunction
-from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian, NamedParts, Part, norms
 from jacfunc._lending import Select
-from jacfunc._losses import LossKind, TorchLoss, check_loss
+from jacfunc._losses import TorchLoss, check_loss
 from jacfunc._modules import Batching, BatchOptions, Independent, made_at_once
 from jacfunc._rounding import contracting
 from jacfunc._showing import named
@@ -134,18 +133,11 @@ def _made_at_once(options: BatchOptions, loss: TorchLoss, arguments: Arguments) 
 
 
 @dataclass(frozen=True)
-class NormsUnder:
-    """Norms of all samples, of a module that returned one tensor, under a loss of torch."""
-
-    loss: LossKind
+class NormsUnder(UnderLoss):
+    """Norms of all samples."""
 
     def __call__(self, jacobian: FactoredJacobian, beside: Leaves) -> Leaves:
-        targets, *weights = beside
-        loss = self.loss.with_weights(weights)
-        if loss.at(jacobian.outputs[0], targets) is None:
-            raise Refused("the loss may couple samples")
-        outputs = BatchOutputs(jacobian.outputs, (), OneTensor())
-        at_outputs = Loss("gradient_norms", loss, targets, outputs)
+        at_outputs = self.loss_at("gradient_norms", jacobian.outputs, beside)
         cotangents = tuple([leaf.unsqueeze(0) for leaf in at_outputs.gradient()])
         parts = jacobian.parts_of_cotangents(cotangents)
         with contracting(jacobian.params):

@@ -18,7 +18,7 @@ from jacfunc._log import note
 from jacfunc._losses import SecondDerivative, known_formula
 from jacfunc._modules import Independence
 from jacfunc._samples import at, has_batch
-from jacfunc._torch import is_traced, noise_like, recording, run_as_written, run_backward
+from jacfunc._torch import is_undisturbed, noise_like, recording, run_as_written, run_backward
 from jacfunc._trees import map_tensors
 from jacfunc._trials import BatchOutputs
 from jacfunc._types import Leaves, Tree, is_differentiable
@@ -136,7 +136,7 @@ class Loss:
         """Columns of ``S`` with ``H = S Sᵀ``, ``[R, B, *out]``, as many as one sample needs."""
         self._check_captured()
         columns, negligible = self._known() or self._computed()
-        if not is_traced():  # how many columns there are may not depend on numbers
+        if is_undisturbed():  # else how many columns there are may not depend on numbers
             entries = columns.square()
             squares, rounding = entries.sum(1), torch.finfo(columns.dtype).eps * columns.shape[1]
             bound = rounding * entries.amax() if negligible is None else negligible

@@ -151,7 +151,7 @@ class CurrentState:
         tensors = [x for named in of_module for x in named.values()]
         tensors += filter(is_tensor, flatten(data)[0])
         originals = Originals(state.snapshot, tensors)
-        return replace(state, originals=originals, casting=casting, origin=state, loans=[]), data
+        return _with(state, originals=originals, casting=casting, origin=state, loans=[]), data
 
 
 def _owning(state: ModuleState, module: nn.Module | None) -> ModuleState:
@@ -159,8 +159,13 @@ def _owning(state: ModuleState, module: nn.Module | None) -> ModuleState:
 
     Without a module it keeps none, so that it can be remembered. Its version is known before.
     """
+    return _with(state, module=module, version=state.version)
+
+
+def _with(state: ModuleState, **others: Any) -> ModuleState:
+    """A state with all that is known of another one, what was computed once too, but for others."""
     same = object.__new__(type(state))
-    vars(same).update(vars(state), module=module, version=state.version)
+    vars(same).update(vars(state), **others)
     return same
 
 
@@ -186,10 +191,13 @@ def copied(state: ModuleState, casting: Casting | None = None) -> ModuleState:
         copies = dict(zip(known, apart(known.values()), strict=True))
         # identities, and how often torch has written into each
         versions = zip(known, versions_of(known.values()), strict=True)
-        return replace(
+        parts = {n: part.copied(new) if part.plain else part for n, part in state.parts.items()}
+        beside = [part.copied(new) if part.plain else part for part in state.beside]
+        return _with(
             state,
-            parts={n: part.copied(new) if part.plain else part for n, part in state.parts.items()},
-            beside=[part.copied(new) if part.plain else part for part in state.beside],
+            parts=parts,
+            beside=beside,
+            every_part=[*parts.values(), *beside],
             point=dict(zip(state.point, map(copies.__getitem__, map(id, point)), strict=True)),
             copies=copies,
             copied_versions=dict(zip(map(id, copies.values()), versions, strict=True)),

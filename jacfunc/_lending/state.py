@@ -178,7 +178,9 @@ class ModuleState:
     def _lent(self, api: str, chosen: Collection[str], is_current: bool) -> LentForCall:
         """Around a loan of the module as it is now; it ``is_current`` if that is this state."""
         params, copies = self._every_param, self.copies
-        params = {name: copies[id(p)] for name, p in params.items()} if copies else params
+        if copies:
+            of = map(copies.__getitem__, map(id, params.values()))
+            params = dict(zip(params, of, strict=True))
         rest = params.keys() - chosen
         constants = {name: p for name, p in params.items() if name in rest} if rest else {}
         watch, parts = self.constants.watch(params, constants), self.every_part

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from jacfunc._errors import Refused
 from jacfunc._torch import inside_transform, untracked
 from jacfunc._types import Leaves
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,7 +72,7 @@ def is_followed(seeds: Leaves) -> bool:
     if inside_transform():
         return True
     with untracked():  # a watch around a second derivative would take it for the function's own
-        return torch.is_grad_enabled() and any(seed.requires_grad for seed in seeds)
+        return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, seeds))
 
 
 class _Product(torch.autograd.Function):

@@ -94,8 +94,11 @@ class TorchLoss:
     @cached_property
     def divided(self) -> tuple[LossKind, Leaves]:
         """What kind of loss it is, and the weights that it takes."""
+        if not self.own:
+            return LossKind(self.function), ()
         weights = {name: x for name, x in self.own.items() if isinstance(x, Tensor)}
-        values = frozenset([pair for pair in self.own.items() if pair[0] not in weights])
+        others = [pair for pair in self.own.items() if pair[0] not in weights]
+        values = frozenset([(name, x) for name, x in others if x != DEFAULTS[name]])
         return LossKind(self.function, values, (*weights,)), (*weights.values(),)
 
     def at(self, outputs: Any, targets: Any) -> MaybeKnown:
@@ -116,10 +119,10 @@ class LossKind(NamedTuple):
     """A loss of torch without the numbers of its weights. Equal ones are the same function."""
 
     function: Any
-    values: frozenset[tuple[str, Any]]
-    """Settings that are no tensors."""
-    weights: tuple[str, ...]
-    """Names of those that are."""
+    values: frozenset[tuple[str, Any]] = frozenset()
+    """Settings that are no tensors, and not those by default."""
+    weights: tuple[str, ...] = ()
+    """Names of those that are tensors."""
 
     def with_weights(self, weights: Iterable[Tensor]) -> TorchLoss:
         """The loss with these weights."""
@@ -164,7 +167,7 @@ def _of_cross_entropy(outputs: Tensor, targets: Tensor, settings: Settings) -> M
 
 def _of_squares(outputs: Tensor, targets: Tensor, settings: Settings) -> MaybeKnown:
     def second(outputs: Tensor, _: Tensor) -> Tensor:
-        return outputs.new_tensor(2.0)
+        return outputs.new_full((), 2.0)
 
     return _of_numbers(second, outputs, targets, settings)
 

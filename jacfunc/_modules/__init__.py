@@ -15,4 +15,4 @@ from jacfunc._modules.options import (
     batching_of,
     check_randomness_option,
 )
-from jacfunc._modules.settled import known_products, made_at_once
+from jacfunc._modules.settled import made_at_once

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import get_ident
 from typing import ClassVar, TypeVar
 
@@ -20,10 +21,10 @@ from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._modules.settled import again, evaluated_anew, known_products, made_again, settled_at
+from jacfunc._modules.settled import again, evaluated_anew, settled_at
 from jacfunc._rounding import contracting
 from jacfunc._samples import SAME_EACH_TIME, SampledCall
-from jacfunc._settled import Beside, Work
+from jacfunc._settled import Beside, Work, lent_again
 from jacfunc._torch import RandomState
 from jacfunc._trees import Arguments
 from jacfunc._trials import BatchOutputs
@@ -118,10 +119,8 @@ class ModuleAtBatch:
     _thread: int | None = None  # for which it is undisturbed
 
     def __post_init__(self) -> None:
-        self.settled = settled_at(self.call, self.batching)
-        self.products = None if self.settled else known_products(self.call, self.batching)
-        settled = self.settled or (self.products and self.products.settled)
-        self._is_settled = settled is not None
+        self.settled, self.products = settled_at(self.call, self.batching)
+        self._is_settled = (settled := self.settled or self.products.settled) is not None
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
         self.api, self.params = self.call.api, self.call.state.point
@@ -184,9 +183,9 @@ class ModuleAtBatch:
         """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
         if self.settled is None or hasattr(self, "last_call"):
             return None
-        self.last_call = OneTensor()
-        with self.undisturbed():
-            return made_again(self.call, self.settled, self.random_state, work, beside)
+        self.last_call, settled = OneTensor(), self.settled
+        make = partial(settled.made, work=work, beside=beside)
+        return again(self.call, settled, make, partial(lent_again, self, settled))
 
     def contracted(
         self,
@@ -216,7 +215,8 @@ class ModuleAtBatch:
             factors = None
             if (settled := self.settled) is not None and stop - start == self.size:
                 self.last_call = OneTensor()
-                factors = again(self.call, settled, self.random_state, settled.evaluated)
+                tried = lambda make: settled.tried(make, self.random_state)  # noqa: E731
+                factors = again(self.call, settled, settled.evaluated, tried)
             if factors is None:
                 every = self.call, self.batching, self.independent, self.random_state
                 factors, self.last_call = evaluated_anew(*every, start, stop)

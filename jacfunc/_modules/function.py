@@ -213,7 +213,7 @@ def tangents_of(api: str, state: ModuleState, vector: Tree) -> Leaves:
             f"{api}: vector must name the chosen parameters, got {names} in only one of them. "
             "Give a tensor like each parameter, by name."
         )
-    tangents = tuple(vector[name] for name in params)
+    tangents = tuple([vector[name] for name in params])
     check_like(api, "vector", tangents, tuple(params.values()))
     return tangents
 

@@ -115,46 +115,32 @@ def made_at_once(
         return _counted(options.independence, state, settled, again)
 
 
-def settled_at(call: ModuleCall, batching: Batching) -> SettledBatch | None:
-    """What earlier calls at such arguments have settled.
+def settled_at(call: ModuleCall, batching: Batching) -> tuple[SettledBatch | None, KnownProducts]:
+    """What earlier calls at such arguments have settled, and what earlier products have.
 
-    None where nothing is, and where others look at what torch does.
+    Nothing is known where others look at what torch does.
     """
     if not _is_of_all(call, batching):
-        return None
-    return _by_layers().get(call.state.version, kind_of(call.arguments[0][0]))
-
-
-def known_products(call: ModuleCall, batching: Batching) -> KnownProducts:
-    """What earlier products with a batch like this have settled, or nothing, if they may not."""
-    if not _is_of_all(call, batching) or call.independence.independent == "always":
-        return KnownProducts(are_counted=False)
-    return KnownProducts.of(call.state.version, call.arguments[0][0])
+        return None, KnownProducts(are_counted=False)
+    of = call.state.version, kind_of(call.arguments[0][0])
+    is_told = call.independence.independent != "always"
+    return _by_layers().get(*of), KnownProducts.of(*of) if is_told else KnownProducts(False)
 
 
 def again(
     call: ModuleCall,
     settled: SettledBatch,
-    random_state: RandomState,
     make: Callable[[ModuleState, Tensor, Container[int]], ResultT | None],
+    tried: Callable[[Callable[[], ResultT | None]], ResultT | None],
 ) -> ResultT | None:
-    """What is made of one more evaluation of all samples, while the module is lent by the caller.
+    """What is made of one more evaluation of all samples; None if that does not suffice.
 
-    None if that shows something new, or does not suffice.
+    Args:
+        tried: lends the module and calls what it is given; None if that shows something new.
     """
     state, x = call.state, call.arguments[0][0]
-
-    def tried(compared: Container[int]) -> ResultT | None:
-        return settled.tried(partial(make, state, x, compared), random_state)
-
-    return _counted(call.independence, state, settled, tried) if is_undisturbed() else None
-
-
-def made_again(
-    call: ModuleCall, settled: SettledBatch, drawn: RandomState, work: Work, beside: Beside | None
-) -> Leaves | None:
-    """What ``work`` makes of all samples, evaluated as before; None as of their factors."""
-    return again(call, settled, drawn, partial(settled.made, work=work, beside=beside))
+    every = lambda compared: tried(partial(make, state, x, compared))  # noqa: E731
+    return _counted(call.independence, state, settled, every) if is_undisturbed() else None
 
 
 def evaluated_anew(

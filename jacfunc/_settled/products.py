@@ -1,125 +1,19 @@
-"""Products with the Jacobian of a whole batch, once many of a kind were taken: written down."""
+"""Products with the Jacobian of a whole batch at one point, as earlier ones have settled them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import cache
-from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from jacfunc._errors import UnseenWrite
-from jacfunc._factored import FactoredJacobian
-from jacfunc._faults import is_unwatched
-from jacfunc._lending import ModuleState, Version
-from jacfunc._log import note
 from jacfunc._products import PointProducts
-from jacfunc._remembered import Remembered
 from jacfunc._rounding import agree
-from jacfunc._samples import SampledCall
-from jacfunc._settled.batch import ALONE, SettledBatch
-from jacfunc._settled.reads import Reads
-from jacfunc._settled.sweeps import Sweep, evaluated_with_sources
-from jacfunc._torch import RandomState, is_undisturbed
-from jacfunc._traces import FEWEST_CALLS, MOST_BYTES, MOST_MISSES, Sources
-from jacfunc._trees import kind_of
+from jacfunc._settled.known_products import APART, AtBatch, KnownProducts, Steps, WrittenPoint
+from jacfunc._settled.sweeps import Beside, Work
+from jacfunc._torch import is_undisturbed
+from jacfunc._traces import FEWEST_CALLS
 from jacfunc._types import Leaves
-
-Written: TypeAlias = tuple[SettledBatch, Sweep, Sweep]
-"""A batch of a settled kind, and the sweeps for a product with J and one with its transpose."""
-
-
-class KnownProducts:
-    """Products at batches of one kind: how many were taken, and the sweeps once these are known.
-
-    A batch is evaluated as one sample is: samples may be coupled, and no layer is looked for.
-
-    Args:
-        are_counted: else they are never written down.
-    """
-
-    @classmethod
-    def of(cls, version: Version, x: Tensor) -> KnownProducts:
-        """What is known of products with a version of a module at such a batch."""
-        return _known().get_or_make(version, kind_of(x), cls)
-
-    def __init__(self, are_counted: bool = True) -> None:
-        self.are_counted, self.calls = are_counted, 0
-        self._written: Written | None = None
-
-    @property
-    def settled(self) -> SettledBatch | None:
-        """The batch, once products are written down; None where that does not hold."""
-        if self._written is None or self._written[0].misses >= MOST_MISSES:
-            return None
-        return self._written[0]
-
-    def learn(self, at_batch: AtBatch, tangents: Leaves, products: PointProducts) -> None:
-        """Write down how products with J and its transpose are made, if that can be.
-
-        Args:
-            tangents: one vector, ``[1, *param]``.
-            products: those of the point, taken otherwise.
-        """
-        if sum(x.nbytes for x in tangents) > MOST_BYTES:
-            return
-        pushed = products.pushforward_batch(tangents)
-        pulled = products.pullback_batch(pushed)
-        every = [tuple([x[0].detach() for x in leaves]) for leaves in (tangents, pushed, pulled)]
-        with at_batch.undisturbed():
-            self._written = _written(at_batch, *every)
-
-    def at(self, state: ModuleState, x: Tensor, random_state: RandomState) -> WrittenPoint | None:
-        """A point, evaluated while the module is lent; None where the sweeps do not hold."""
-        assert self._written is not None
-        settled, push, pull = self._written
-
-        def made() -> WrittenPoint | None:
-            evaluated = evaluated_with_sources(settled, state, x, push.reads)
-            if evaluated is None or not push.holds_for(evaluated):
-                return None
-            own, sources, out = evaluated
-            sources.arguments.clear()  # they are compared now, and would be kept with the point
-            return None if own.recorder.reads_values else WrittenPoint(push, pull, sources, out)
-
-        try:
-            return settled.tried(made, random_state)
-        except UnseenWrite:
-            push.reads = Reads({}, set())  # later evaluations get copies again
-            raise
-
-
-class WrittenPoint(NamedTuple):
-    """What a batch was evaluated to, and the sweeps that take products there.
-
-    Args:
-        push: takes products with J.
-        pull: takes products with its transpose.
-        sources: what the sweeps read.
-        output: what the module has returned, with a graph that has no tensors.
-    """
-
-    push: Sweep
-    pull: Sweep
-    sources: Sources
-    output: Tensor
-
-
-class AtBatch(Protocol):
-    """A module at a batch, lent when something is asked of it."""
-
-    call: Any
-    """With the state of the module and its arguments."""
-    random_state: RandomState
-
-    @property
-    def batch(self) -> SampledCall:
-        """The call at all samples."""
-
-    def undisturbed(self) -> AbstractContextManager[None]:
-        """Around evaluations, all of which draw the same numbers."""
 
 
 class ProductsAgain:
@@ -128,10 +22,17 @@ class ProductsAgain:
     Args:
         at_batch: the point.
         known: what others have settled.
+        whole: makes a product all at once, of a vector and of the tensors that are given beside;
+            None where one can't tell what is done between J and its transpose.
     """
 
-    def __init__(self, at_batch: AtBatch, known: KnownProducts) -> None:
-        self._at_batch, self._known = at_batch, known
+    def __init__(
+        self, at_batch: AtBatch, known: KnownProducts, whole: tuple[Work, Beside] | None = None
+    ) -> None:
+        self._at_batch, self._known, self._ways = at_batch, known, list[Steps]([APART])
+        if whole is not None:
+            work, self._beside = whole
+            self._ways.insert(0, (work,))
         self._point: WrittenPoint | None = None
         self._outputs: Leaves = ()
         """Of an evaluation with a graph, if there was one: all must return the same."""
@@ -140,19 +41,21 @@ class ProductsAgain:
     @property
     def output(self) -> Tensor | None:
         """What the module returns; None where products are not written down."""
-        point = self._evaluated()
+        point = self._evaluated() if is_undisturbed() else self._point
         return None if point is None else point.output.detach()
 
     def _evaluated(self) -> WrittenPoint | None:
-        """The point, evaluated once; None where products are not written down."""
-        known, at_batch = self._known, self._at_batch
-        if self._is_tried or known.settled is None or not is_undisturbed():
+        """The point, evaluated once, if nobody looks on; None where nothing is written down."""
+        known = self._known
+        if self._is_tried or known.settled is None:
             return self._point
-        self._is_tried = True
-        with at_batch.undisturbed():
-            point = known.at(*_place_of(at_batch), at_batch.random_state)
-        if point is not None and agree(self._outputs, (point.output,)):
-            self._point = point
+        for way in self._ways:
+            if sweeps := known.sweeps.get(way):
+                self._is_tried = True
+                point = known.at(self._at_batch, sweeps)
+                if point is not None and agree(self._outputs, (point.output,)):
+                    self._point = point
+                break
         return self._point
 
     def product(self, tangents: Leaves, weigh: Callable[[Leaves], Leaves]) -> Leaves | None:
@@ -164,22 +67,24 @@ class ProductsAgain:
         point = self._evaluated() if is_undisturbed() else None
         if point is None:
             return None
-        push, pull, sources, out = point
         originals = self._at_batch.call.state.originals
         if originals is not None:
             originals.check(self._at_batch.call.api)
-        with torch.no_grad():
-            pushed = push.replayed(sources, out, tuple([v[0] for v in tangents]))
-            if pushed is None:
-                return None
-            (weighed,) = weigh((pushed[0][None],))
-            pulled = pull.replayed(sources, out, (weighed[0],))
-        return None if pulled is None else tuple([x[None] for x in pulled])
+        vector = tuple([v[0] for v in tangents])
+        with torch.set_grad_enabled(False):  # as no_grad, in fewer calls
+            if len(point.sweeps) == 1:
+                made = point.made(0, (*vector, *self._beside((point.output.detach(),))))
+            elif (made := point.made(0, vector)) is not None:
+                made = point.made(1, tuple([u[0] for u in weigh((made[0][None],))]))
+        return None if made is None else tuple([x[None] for x in made])
 
-    def learn(self, tangents: Leaves, products: PointProducts, outputs: Leaves) -> None:
+    def learn(
+        self, tangents: Leaves, result: Leaves, products: PointProducts, outputs: Leaves
+    ) -> None:
         """Count a product of one vector, taken otherwise; after some, write down how it is taken.
 
         Args:
+            result: the product.
             products: those with J and its transpose at the point.
             outputs: of the evaluation that they are taken from.
         """
@@ -187,60 +92,16 @@ class ProductsAgain:
         known, are_behind = self._known, self._at_batch.call.output_dims.dims
         if are_behind or not (known.are_counted and is_undisturbed()):
             return
-        known.calls += 1
-        if known.calls == FEWEST_CALLS:
-            try:
-                known.learn(self._at_batch, tangents, products)
-            except Exception as error:  # products are taken as before
-                note("products of a kind of call are not written down: %s", error)
-
-
-def _written(
-    at_batch: AtBatch, tangents: Leaves, cotangents: Leaves, pulled: Leaves
-) -> Written | None:
-    """Sweeps for a product with J, of which these cotangents came, and for one of these.
-
-    Raises:
-        Nameless: if they can't be written down.
-    """
-    (state, x), batch = _place_of(at_batch), at_batch.batch
-    names, (output,) = tuple(state.point), cotangents
-    is_watched = not is_unwatched(at_batch.call.flat_call(), ALONE)
-    settled = SettledBatch(batch, names, output, is_watched, by_layers=False)
-    settled.is_alone = True  # as one sample is, by the parameters as they are
-    settled.is_batchable = False  # one cotangent is pulled back at a time
-    first = evaluated_with_sources(settled, state, x)
-    # what Python reads may lead a batch another way than its samples, which others look for
-    if first is None or first[0].recorder.reads_values:
-        return None
-    push = Sweep(first, tangents, _pushed)
-    pull = Sweep(first, cotangents, _pulled)
-    second = evaluated_with_sources(settled, state, x, push.reads)
-    if second is None or not push.fits(second, tangents, cotangents):
-        return None
-    return (settled, push, pull) if pull.fits(second, cotangents, pulled) else None
-
-
-def _place_of(at_batch: AtBatch) -> tuple[ModuleState, Tensor]:
-    """The module and its only argument."""
-    return at_batch.call.state, at_batch.call.arguments[0][0]
-
-
-def _pushed(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:
-    """``J v``: the pullback of the pullback, which is linear in its cotangents."""
-    linearization: Any = jacobian.linearization
-    products: Leaves = linearization.transpose(False).pull(tangents)
-    return products
-
-
-def _pulled(jacobian: FactoredJacobian, cotangents: Leaves) -> Leaves:
-    """``Jᵀ u``."""
-    linearization: Any = jacobian.linearization
-    products: Leaves = linearization.pull(cotangents)
-    return products
-
-
-@cache
-def _known() -> Remembered[KnownProducts]:
-    """What is known of products with each version of a module, by the kind of its only argument."""
-    return Remembered()
+        known.calls[self._ways[0]] += 1
+        if known.calls[self._ways[0]] != FEWEST_CALLS or len(outputs) != 1:
+            return
+        one = lambda leaves: tuple([x[0].detach() for x in leaves])  # noqa: E731
+        for way in self._ways:
+            if len(way) == 1:
+                pairs = [((*one(tangents), *self._beside(outputs)), one(result))]
+            else:
+                pushed = products.pushforward_batch(tangents)
+                pulled = products.pullback_batch(pushed)
+                pairs = [(one(tangents), one(pushed)), (one(pushed), one(pulled))]
+            if known.learn(self._at_batch, way, pairs, outputs[0]):
+                return

@@ -25,15 +25,15 @@ _METHODS = {
         "default": (
             *("mm", "bmm", "t", "permute", "view", "reshape", "unsqueeze", "expand", "clone"),
             *("addcmul", "addcmul_", "copy_", "sqrt", "sqrt_", "square", "tanh", "exp", "neg"),
-            *("sin", "cos", "sigmoid", "mv"),
-            *("split_with_sizes", "detach", "addmm", "unfold", "new_empty"),
+            *("sin", "cos", "sigmoid", "mv", "argmax", "gather", "cumsum", "triu_", "diagonal"),
+            *("split_with_sizes", "detach", "addmm", "unfold", "new_empty", "neg_", "sum", "clamp"),
         ),
         "Tensor": ("mul", "mul_", "add", "add_", "sub", "sub_", "div", "div_"),
         "int": ("transpose", "select"),
         "dim": ("squeeze",),
         "dim_IntList": ("sum",),
         "Tensor_Scalar": ("pow",),
-        "Scalar": ("pow_",),
+        "Scalar": ("pow_", "mul", "div", "div_", "ne"),
     }.items()
     for name in names
 }
@@ -48,6 +48,7 @@ _FUNCTIONS = {
     _ATEN.constant_pad_nd.default: torch.constant_pad_nd,
     _ATEN.linalg_vector_norm.default: torch.linalg.vector_norm,
     _ATEN.native_group_norm.default: torch.native_group_norm,
+    _ATEN._softmax.default: torch._softmax,
     _ATEN._log_softmax.default: torch._log_softmax,
     _ATEN._log_softmax_backward_data.default: torch._log_softmax_backward_data,
     _ATEN._softmax_backward_data.default: torch._softmax_backward_data,

@@ -72,6 +72,7 @@ def problems() -> dict[str, Callable[[], Any]]:
     by_inputs = jacfunc.module_jacobian(model, "inputs", per_sample=True, strategy="reverse")
     ggn = jacfunc.ggn(model, nn.functional.mse_loss)
     norms = jacfunc.gradient_norms(model, nn.functional.mse_loss)
+    vector = {name: torch.randn_like(param) for name, param in model.named_parameters()}
     return {
         "jacrev": lambda: jacrev(x[0]),
         "module_jacobian, per sample": lambda: per_sample(x),
@@ -80,6 +81,7 @@ def problems() -> dict[str, Callable[[], Any]]:
         "ntk": lambda: jacfunc.ntk(model, None, x),
         "ggn, diagonal": lambda: ggn(x, y).diagonal(),
         "gradient_norms": lambda: norms(x, y),
+        "ggn, product": lambda: ggn(x, y) @ vector,
     }
 
 

@@ -21,7 +21,8 @@ MOST = {
     "module_jacobian, by inputs": (132, 363),
     "module_jacobian, by layers": (125, 346),
     "ntk": (151, 426),
-    "ggn, diagonal": (251, 760),
+    "ggn, diagonal": (215, 640),
+    "ggn, product": (220, 660),
     "gradient_norms": (132, 355),
 }
 
