@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jacfunc._assembly import numel
-from jacfunc._calls import OneTensor
+from jacfunc._calls import BARE
 from jacfunc._curvature.loss import OutputCurvature
 from jacfunc._curvature.products import BatchProducts
 from jacfunc._errors import Refused
@@ -44,7 +44,7 @@ class MatrixProducts:
         self, at_batch: ModuleAtBatch, curvature_of: Callable[[BatchOutputs], OutputCurvature]
     ) -> None:
         self._at_batch, self._curvature_of = at_batch, curvature_of
-        known = at_batch.products or known_products(at_batch.call, at_batch.batching)
+        known = at_batch.products or known_products(at_batch.call, at_batch.given)
         self._again = ProductsAgain(at_batch, known)
 
     @kept_property
@@ -58,7 +58,7 @@ class MatrixProducts:
     def _curvature(self) -> OutputCurvature:
         """``H`` at the outputs of the module called with the batch."""
         if (output := self._again.output) is not None:
-            return self._curvature_of(BatchOutputs((output,), (), OneTensor()))
+            return self._curvature_of(BatchOutputs((output,), (), BARE))
         return self._curvature_of(self._jacobian.outputs)
 
     def times(self, tangents: Leaves) -> Leaves:
@@ -190,7 +190,7 @@ class SampleSums:
 
         def roots_at(outputs: Leaves) -> Leaves:
             at_batch.evaluations.check((0, at_batch.size), outputs)
-            return self._curvature_of(BatchOutputs(outputs, (), OneTensor())).roots
+            return self._curvature_of(BatchOutputs(outputs, (), BARE)).roots
 
         return at_batch.made_at_once(_squares, roots_at)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jacfunc._assembly import stack
-from jacfunc._calls import OneTensor
+from jacfunc._calls import BARE
 from jacfunc._curvature.loss import Loss, LossFunction
 from jacfunc._errors import Refused
 from jacfunc._factored import FactoredJacobian, NamedParts, Part, norms
@@ -132,7 +132,7 @@ def _made_at_once(options: BatchOptions, loss: TorchLoss, arguments: Arguments) 
     targets = args[-1]
     beside = lambda _: (targets, *weights)  # noqa: E731
     result = made_at_once(options, (args[:-1], kwargs), NormsUnder(kind), beside)
-    return None if result is None else result[0]
+    return None if result is None else result[0][0]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class NormsUnder:
         loss = self.loss.with_weights(weights)
         if loss.at(jacobian.outputs[0], targets) is None:
             raise Refused("the loss may couple samples")
-        outputs = BatchOutputs(jacobian.outputs, (), OneTensor())
+        outputs = BatchOutputs(jacobian.outputs, (), BARE)
         at_outputs = Loss("gradient_norms", loss, targets, outputs)
         cotangents = tuple([leaf.unsqueeze(0) for leaf in at_outputs.gradient()])
         parts = jacobian.parts_of_cotangents(cotangents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import get_ident
 from typing import ClassVar, TypeVar
 
@@ -20,7 +21,7 @@ from jacfunc._memory import Budget
 from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.function import FunctionAsModule
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._modules.settled import again, evaluated_anew, known_products, made_again, settled_at
+from jacfunc._modules.settled import again, evaluated_anew, known_products, settled_at
 from jacfunc._rounding import contracting
 from jacfunc._samples import SAME_EACH_TIME, SampledCall
 from jacfunc._settled import Beside, Work
@@ -107,27 +108,25 @@ class ModuleAtBatch:
     keeps_all: bool = False
     api: str = field(init=False)
     params: dict[str, Tensor] = field(init=False)  # those that are chosen, by name
-    size: int = field(init=False)
-    """How many samples there are."""
+    size: int = field(init=False)  # how many samples there are
     random_state: RandomState = field(init=False)
     """As it was when the call began: every evaluation draws the same numbers."""
-    last_call: FlatCall | OneTensor = field(init=False)
-    """The call of a sample that was evaluated last: it has the trees of the output."""
+    last_call: FlatCall | OneTensor = field(init=False)  # with the trees of the output
     is_lent_once: bool = True
     evaluations: Evaluations = field(default_factory=Evaluations)
     _thread: int | None = None  # for which it is undisturbed
 
     def __post_init__(self) -> None:
-        self.settled = settled_at(self.call, self.batching)
-        self.products = None if self.settled else known_products(self.call, self.batching)
+        self.given, self.settled = settled_at(self.call, self.batching)
+        self.products = None if self.settled else known_products(self.call, self.given)
         settled = self.settled or (self.products and self.products.settled)
         self._is_settled = settled is not None
         if settled is None:  # arguments are checked now
             self.call = self.call.with_samples(self.batching, self.keeps_all)
         self.api, self.params = self.call.api, self.call.state.point
         self.size = (settled or self.batch).size
-        leaves = self.call.arguments[0] if settled else self.batch.samples.leaves
-        self.random_state = RandomState(leaves)
+        given = self.given if settled else None
+        self.random_state = RandomState(given.tensors if given else self.batch.samples.leaves)
 
     @kept_property
     def batch(self) -> SampledCall:
@@ -182,11 +181,12 @@ class ModuleAtBatch:
 
     def made_at_once(self, work: Work, beside: Beside | None = None) -> Leaves | None:
         """What ``work`` makes of all samples, if that is settled; no later answer uses it."""
-        if self.settled is None or hasattr(self, "last_call"):
+        if (settled := self.settled) is None or hasattr(self, "last_call"):
             return None
-        self.last_call = OneTensor()
+        self.last_call = settled.returned
+        make = partial(settled.made, work=work, beside=beside)
         with self.undisturbed():
-            return made_again(self.call, self.settled, self.random_state, work, beside)
+            return again(self.call, self.given, settled, self.random_state, make)
 
     def contracted(
         self,
@@ -213,13 +213,13 @@ class ModuleAtBatch:
     def evaluated(self, start: int, stop: int) -> Iterator[FactoredJacobian]:
         """A context for pullbacks, with the factored Jacobian of the samples from start to stop."""
         with self.undisturbed():
-            factors = None
+            factors, drawn = None, self.random_state
             if (settled := self.settled) is not None and stop - start == self.size:
-                self.last_call = OneTensor()
-                factors = again(self.call, settled, self.random_state, settled.evaluated)
+                self.last_call = settled.returned
+                factors = again(self.call, self.given, settled, drawn, settled.evaluated)
             if factors is None:
-                every = self.call, self.batching, self.independent, self.random_state
-                factors, self.last_call = evaluated_anew(*every, start, stop)
+                every = self.call, self.given, self.independent, drawn, start, stop
+                factors, self.last_call = evaluated_anew(*every)
             seen = (start, stop), factors.outputs
             in_words_of(self.api, lambda: self.evaluations.check(*seen), *SAME_EACH_TIME)
             yield factors

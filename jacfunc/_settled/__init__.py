@@ -2,6 +2,7 @@
 
 from jacfunc._settled.batch import SettledBatch
 from jacfunc._settled.products import KnownProducts, ProductsAgain
-from jacfunc._settled.settling import settled_by
+from jacfunc._settled.repeated import blocks_of, matrix_of
+from jacfunc._settled.settling import kept, settled_by
 from jacfunc._settled.sweeps import MOST_MISSES, Beside, Work
 from jacfunc._settled.under_vmap import SettledSamples

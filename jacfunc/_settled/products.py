@@ -24,7 +24,7 @@ from jacfunc._settled.reads import Reads
 from jacfunc._settled.sources import MOST_BYTES, Sources
 from jacfunc._settled.sweeps import FEWEST_CALLS, MOST_MISSES, Sweep, evaluated_with_sources
 from jacfunc._torch import RandomState, is_undisturbed
-from jacfunc._trees import kind_of
+from jacfunc._trees import Given
 from jacfunc._types import Leaves
 
 Written: TypeAlias = tuple[SettledBatch, Sweep, Sweep]
@@ -41,9 +41,9 @@ class KnownProducts:
     """
 
     @classmethod
-    def of(cls, version: Version, x: Tensor) -> KnownProducts:
+    def of(cls, version: Version, given: Given) -> KnownProducts:
         """What is known of products with a version of a module at such a batch."""
-        return _known().get_or_make(version, kind_of(x), cls)
+        return _known().get_or_make(version, given.kind, cls)
 
     def __init__(self, are_counted: bool = True) -> None:
         self.are_counted, self.calls = are_counted, 0
@@ -71,13 +71,15 @@ class KnownProducts:
         with at_batch.undisturbed():
             self._written = _written(at_batch, *every)
 
-    def at(self, state: ModuleState, x: Tensor, random_state: RandomState) -> WrittenPoint | None:
+    def at(
+        self, state: ModuleState, given: Given, random_state: RandomState
+    ) -> WrittenPoint | None:
         """A point, evaluated while the module is lent; None where the sweeps do not hold."""
         assert self._written is not None
         settled, push, pull = self._written
 
         def made() -> WrittenPoint | None:
-            evaluated = evaluated_with_sources(settled, state, x, push.reads)
+            evaluated = evaluated_with_sources(settled, state, given, push.reads)
             if evaluated is None or not push.holds_for(evaluated):
                 return None
             own, sources, out = evaluated
@@ -111,7 +113,9 @@ class AtBatch(Protocol):
     """A module at a batch, lent when something is asked of it."""
 
     call: Any
-    """With the state of the module and its arguments."""
+    """With the state of the module."""
+    given: Given | None
+    """What it is given, if that is plain."""
     random_state: RandomState
 
     @property
@@ -145,12 +149,12 @@ class ProductsAgain:
 
     def _evaluated(self) -> WrittenPoint | None:
         """The point, evaluated once; None where products are not written down."""
-        known, at_batch = self._known, self._at_batch
-        if self._is_tried or known.settled is None or not is_undisturbed():
+        known, at_batch, given = self._known, self._at_batch, self._at_batch.given
+        if given is None or self._is_tried or known.settled is None or not is_undisturbed():
             return self._point
         self._is_tried = True
         with at_batch.undisturbed():
-            point = known.at(*_place_of(at_batch), at_batch.random_state)
+            point = known.at(at_batch.call.state, given, at_batch.random_state)
         if point is not None and agree(self._outputs, (point.output,)):
             self._point = point
         return self._point
@@ -203,27 +207,23 @@ def _written(
     Raises:
         Nameless: if they can't be written down.
     """
-    (state, x), batch = _place_of(at_batch), at_batch.batch
+    state, given, batch = at_batch.call.state, at_batch.given, at_batch.batch
+    assert given is not None
     names, (output,) = tuple(state.point), cotangents
     is_watched = not is_unwatched(at_batch.call.flat_call(), ALONE)
     settled = SettledBatch(batch, names, output, is_watched, by_layers=False)
     settled.is_alone = True  # as one sample is, by the parameters as they are
     settled.is_batchable = False  # one cotangent is pulled back at a time
-    first = evaluated_with_sources(settled, state, x)
+    first = evaluated_with_sources(settled, state, given)
     # what Python reads may lead a batch another way than its samples, which others look for
     if first is None or first[0].recorder.reads_values:
         return None
     push = Sweep(first, tangents, _pushed)
     pull = Sweep(first, cotangents, _pulled)
-    second = evaluated_with_sources(settled, state, x, push.reads)
+    second = evaluated_with_sources(settled, state, given, push.reads)
     if second is None or not push.fits(second, tangents, cotangents):
         return None
     return (settled, push, pull) if pull.fits(second, cotangents, pulled) else None
-
-
-def _place_of(at_batch: AtBatch) -> tuple[ModuleState, Tensor]:
-    """The module and its only argument."""
-    return at_batch.call.state, at_batch.call.arguments[0][0]
 
 
 def _pushed(jacobian: FactoredJacobian, tangents: Leaves) -> Leaves:
@@ -242,5 +242,5 @@ def _pulled(jacobian: FactoredJacobian, cotangents: Leaves) -> Leaves:
 
 @cache
 def _known() -> Remembered[KnownProducts]:
-    """What is known of products with each version of a module, by the kind of its only argument."""
+    """What is known of products with each version of a module, by the kind of what it is given."""
     return Remembered()

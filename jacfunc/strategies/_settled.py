@@ -14,7 +14,7 @@ from jacfunc._assembly import (
     rows_to_blocks,
     unit_seeds,
 )
-from jacfunc._calls import Derivation, FlatCall, OneTensor
+from jacfunc._calls import BARE, Derivation, FlatCall
 from jacfunc._faults import runs_alone, suspects
 from jacfunc._linear_map import (
     EVERY,
@@ -128,7 +128,7 @@ class SettledFunction:
         if leads_out or out.shape != shape or out.dtype != x.dtype:
             return None
         blocks = columns_to_blocks(owned((columns,)), (out,), (x,))
-        return Evaluation(OneTensor(), blocks, lambda: ((out,), ()), NEW_TENSORS)
+        return Evaluation(BARE, blocks, lambda: ((out,), ()), NEW_TENSORS)
 
     def _pulled(self, x: Tensor, settled: _Kind) -> Evaluation | None:
         """An evaluation by rows; None where the output, or the graph, is of another kind."""
@@ -172,7 +172,7 @@ class SettledFunction:
                 return None
             linear = second
         blocks = ((_only_block(linear, x, is_looped),),)
-        return Evaluation(OneTensor(), blocks, lambda: (outputs, ()), NEW_TENSORS)
+        return Evaluation(BARE, blocks, lambda: (outputs, ()), NEW_TENSORS)
 
     def _gradient(self, at: _AtPoint) -> Linearization | None:
         """The gradient at a point, linearized; None where the tables of faults say more of it."""
