@@ -17,7 +17,7 @@ from jacfunc._modules.call import ModuleCall
 from jacfunc._modules.independence import Independence, KnownCalls
 from jacfunc._modules.inputs import POSITIONS
 from jacfunc._modules.options import Batching, ModuleOptions
-from jacfunc._planning import Auto
+from jacfunc._planning import Auto, Autotune
 from jacfunc._remembered import Remembered
 from jacfunc._samples import SampledCall
 from jacfunc._settled import (
@@ -73,7 +73,7 @@ class SettledCalls:
         if of_whole and argnums != POSITIONS["params"]:
             return None
         # of others nothing tells which are equal, nor what they keep alive
-        is_ours = type(strategy) in (Auto, Reverse, Forward, Structured, Looped)
+        is_ours = type(strategy) in (Auto, Autotune, Reverse, Forward, Structured, Looped)
         door = argnums, repr(inputs), strategy if is_ours else object()
         return cls(options.independence, flat, of_whole, door)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -173,6 +175,17 @@ def test_doors_made_anew_share_what_they_have_settled() -> None:
     assert list(by_inputs(inputs=("x",))[0].shape) == [6, 3, 4]
     module.first.register_forward_hook(lambda *_: None)  # it is another module now
     assert not is_settled(by_inputs)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autotune", "reverse", "structured"])
+def test_what_doors_share_keeps_no_module_alive(strategy: str) -> None:
+    module = Masked()
+    for seed in range(CALLS):
+        jacfunc.module_jacobian(module, per_sample=True, strategy=strategy)(**given(seed))
+    alive = ref(module)
+    del module
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("kind", [Masked, InTree])
