@@ -56,7 +56,8 @@ def settled_by(
     inputs = _inputs_of(batch, len(names)) if batch.differentiates[1] else ()
     if inputs is None:
         return None
-    if not (is_alone or _is_in_front(learned, bool(names))):
+    # while numbers may be moved anew, each evaluation is compared
+    if not is_alone and (learned.moves_samples or not _is_in_front(learned, bool(names))):
         return None
     if by_layers and (is_refused or learned.ruled is None or learned.others):
         return None
